@@ -1,0 +1,44 @@
+"""Run functions on many machines through the interface of ``concurrent.futures``.
+
+``BatchExecutor`` is a drop-in for ``concurrent.futures.ProcessPoolExecutor``: the same worker runs as
+subprocesses of this machine by default, and in containers elsewhere with a launcher.
+"""
+
+from cloudexec._errors import (
+    BrokenBatchExecutor,
+    CloudexecError,
+    ConfigError,
+    InitializerError,
+    LaunchError,
+    PayloadError,
+    PayloadTooLargeError,
+    ProtocolError,
+    RemoteTraceback,
+    TaskTimeoutError,
+    WorkerLostError,
+)
+from cloudexec._executor import BatchExecutor, OptionsView
+from cloudexec._future import BatchFuture
+from cloudexec._launchers.local import Local
+from cloudexec._stats import ExecutorStats, TaskCounts, WorkerCounts
+
+__all__ = [
+    "BatchExecutor",
+    "BatchFuture",
+    "BrokenBatchExecutor",
+    "CloudexecError",
+    "ConfigError",
+    "ExecutorStats",
+    "InitializerError",
+    "LaunchError",
+    "Local",
+    "OptionsView",
+    "PayloadError",
+    "PayloadTooLargeError",
+    "ProtocolError",
+    "RemoteTraceback",
+    "TaskCounts",
+    "TaskTimeoutError",
+    "WorkerCounts",
+    "WorkerLostError",
+]

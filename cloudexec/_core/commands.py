@@ -1,0 +1,157 @@
+"""What to do: the machine's answers. ``cause`` is the number of the event that led to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cloudexec._core.events import Failure
+from cloudexec._core.tasks import Task
+
+__all__ = [
+    "CancelTasks",
+    "Command",
+    "DrainWorker",
+    "FailTask",
+    "FailTasksUnlaunched",
+    "Finish",
+    "KillTasks",
+    "LaunchWorker",
+    "MarkRunning",
+    "RecallTasks",
+    "ResolveTasks",
+    "SendTasks",
+    "TerminateLaunch",
+    "TerminateWorker",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SendTasks:
+    """Send tasks, each under its new ``lease``, to a worker."""
+
+    worker: str
+    tasks: Sequence[Task]
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MarkRunning:
+    """These tasks run now: their futures can no longer be cancelled."""
+
+    tasks: Sequence[Task]
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ResolveTasks:
+    """Give futures their results; entry i of each column belongs to task i."""
+
+    worker: str
+    tasks: Sequence[Task]
+    results: Sequence[Any]
+    seconds: Sequence[float]
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FailTask:
+    """Give a future its exception."""
+
+    worker: str
+    task: Task
+    failure: Failure
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FailTasksUnlaunched:
+    """Fail tasks because no worker can be had."""
+
+    tasks: Sequence[Task]
+    reason: str
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTasks:
+    """Cancel the futures of tasks that were dropped."""
+
+    tasks: Sequence[Task]
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RecallTasks:
+    """Ask a worker to hand leases back unless they have begun."""
+
+    worker: str
+    leases: Sequence[int]
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KillTasks:
+    """Have a worker kill the slots that run these leases."""
+
+    worker: str
+    leases: Sequence[int]
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchWorker:
+    """Ask the launcher for a worker."""
+
+    launch: str
+    slots: int
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TerminateLaunch:
+    """Stop a launch that has not dialed back."""
+
+    launch: str
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DrainWorker:
+    """Have a worker finish what it has and end."""
+
+    worker: str
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TerminateWorker:
+    """Have a worker end at once."""
+
+    worker: str
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Shutdown is complete: no task is open and no worker left."""
+
+    cause: int = 0
+
+
+Command = (
+    SendTasks
+    | MarkRunning
+    | ResolveTasks
+    | FailTask
+    | FailTasksUnlaunched
+    | CancelTasks
+    | RecallTasks
+    | KillTasks
+    | LaunchWorker
+    | TerminateLaunch
+    | DrainWorker
+    | TerminateWorker
+    | Finish
+)

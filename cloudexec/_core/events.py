@@ -1,0 +1,183 @@
+"""What happened: the only things that move the machine."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cloudexec._core.tasks import Task
+
+__all__ = [
+    "DeadlinePassed",
+    "Event",
+    "Failure",
+    "FailureKind",
+    "FailuresReceived",
+    "LaunchFailed",
+    "LeasesReturned",
+    "ResultsReceived",
+    "ShutdownRequested",
+    "TasksCancelled",
+    "TasksStarted",
+    "TasksSubmitted",
+    "WorkerConnected",
+    "WorkerDraining",
+    "WorkerHeard",
+    "WorkerLost",
+]
+
+
+class FailureKind(enum.Enum):
+    """Why an attempt brought no result."""
+
+    RAISED = "raised"
+    UNPICKLE_FAILED = "unpickle failed"
+    PICKLE_FAILED = "pickle failed"
+    SLOT_LOST = "slot lost"
+    TIMED_OUT = "timed out"
+    KILLED = "killed"
+    WORKER_LOST = "worker lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failed attempt, with the evidence that the shell will turn into an exception."""
+
+    kind: FailureKind
+    detail: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class TasksSubmitted:
+    """Somebody submitted tasks."""
+
+    tasks: Sequence[Task]
+
+
+@dataclass(frozen=True, slots=True)
+class TasksCancelled:
+    """Somebody cancelled tasks; with ``kill``, although they run."""
+
+    tasks: Sequence[Task]
+    kill: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConnected:
+    """A worker dialed back and proved who it is."""
+
+    worker: str
+    slots: int
+    launch: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHeard:
+    """A worker gave a sign of life."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDraining:
+    """A worker will take nothing new (it was told to stop by its platform)."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker's connection ended.
+
+    Attributes:
+        detail: The shell's evidence.
+    """
+
+    worker: str
+    detail: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResultsReceived:
+    """A worker returned results; entry i of each column belongs to lease i."""
+
+    worker: str
+    leases: Sequence[int]
+    results: Sequence[Any]
+    seconds: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class FailuresReceived:
+    """A worker reports attempts without a result."""
+
+    worker: str
+    failures: Sequence[tuple[int, Failure]]
+
+
+@dataclass(frozen=True, slots=True)
+class TasksStarted:
+    """Leases that now run in a slot."""
+
+    worker: str
+    leases: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LeasesReturned:
+    """Leases that the worker hands back unstarted."""
+
+    worker: str
+    leases: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchFailed:
+    """A launch ended before its worker dialed back.
+
+    Attributes:
+        fatal: Trying again cannot help.
+        killed: It was killed from outside, which says nothing about the settings.
+    """
+
+    launch: str
+    reason: str
+    fatal: bool = False
+    killed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownRequested:
+    """The executor takes no more tasks.
+
+    Attributes:
+        cancel: Cancel what has not begun.
+        kill: Do not wait for what runs either.
+    """
+
+    cancel: bool = False
+    kill: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """The time that ``next_deadline()`` named has come."""
+
+
+Event = (
+    TasksSubmitted
+    | TasksCancelled
+    | WorkerConnected
+    | WorkerHeard
+    | WorkerDraining
+    | WorkerLost
+    | ResultsReceived
+    | FailuresReceived
+    | TasksStarted
+    | LeasesReturned
+    | LaunchFailed
+    | ShutdownRequested
+    | DeadlinePassed
+)

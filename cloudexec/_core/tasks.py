@@ -1,0 +1,93 @@
+"""Tasks: their states, and which state may follow which."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+__all__ = ["UNKNOWN_SECONDS", "Kind", "Task", "TaskState", "TRANSITIONS"]
+
+UNKNOWN_SECONDS = 3600.0
+"""Estimate for a kind of task that has not been seen to finish: long, so never sent ahead."""
+LEAST_SECONDS = 25e-6
+"""Least estimate: what a task that does nothing costs a slot."""
+
+
+class TaskState(enum.Enum):
+    """Where a task is. One of its states, always."""
+
+    WAITING = "waiting"
+    """In the queue."""
+    SENT = "sent"
+    """On a worker, not known to have begun."""
+    RUNNING = "running"
+    """On a worker, in a slot."""
+    DONE = "done"
+    """Resolved or cancelled."""
+
+
+TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
+    TaskState.WAITING: frozenset({TaskState.SENT, TaskState.RUNNING, TaskState.DONE}),
+    TaskState.SENT: frozenset({TaskState.WAITING, TaskState.RUNNING, TaskState.DONE}),
+    TaskState.RUNNING: frozenset({TaskState.WAITING, TaskState.DONE}),
+    TaskState.DONE: frozenset(),
+}
+"""From a state to those that may follow: sent tasks come back, finished ones never do."""
+
+
+class Kind:
+    """Tasks of one function: how long they take.
+
+    Attributes:
+        seconds: Estimate of one task's run time, a moving average that follows slow ones fast.
+        samples: Tasks seen to finish; look-ahead grows with it.
+    """
+
+    __slots__ = ("samples", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = UNKNOWN_SECONDS
+        self.samples = 0
+
+    def learn(self, seconds: float) -> None:
+        """Take in the run time of one task that finished."""
+        if seconds < LEAST_SECONDS:
+            seconds = LEAST_SECONDS
+        if self.samples:
+            self.seconds += 0.2 * (seconds - self.seconds)
+            self.samples += 1
+        else:
+            self.seconds = seconds
+            self.samples = 1
+
+
+class Task:
+    """One submitted call. An attempt is one run of it on one worker.
+
+    Attributes:
+        number: Counts from 1 in the order of submission.
+        kind: Tasks of the same function share it.
+        retries: Attempts that may be lost beyond the first.
+        handle: The shell's own, untouched here (future, payload).
+        state: See ``TaskState``.
+        lease: The right of a worker to this task; new for each time it is sent. 0: none.
+        worker: The worker that holds the lease.
+        cost: Estimated seconds that it was sent with.
+        lost: Attempts lost so far.
+    """
+
+    __slots__ = ("cost", "handle", "kind", "lease", "lost", "number", "retries", "state", "worker")
+
+    def __init__(self, number: int, kind: Kind, *, retries: int = 2, handle: Any = None) -> None:
+        self.number = number
+        self.kind = kind
+        self.retries = retries
+        self.handle = handle
+        self.state = TaskState.WAITING
+        self.lease = 0
+        self.worker: str | None = None
+        self.cost = 0.0
+        self.lost = 0
+
+    def __repr__(self) -> str:
+        return f"<Task {self.number} {self.state.value}>"

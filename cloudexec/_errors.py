@@ -1,0 +1,194 @@
+"""The exceptions that cloudexec raises, as one tree.
+
+CloudexecError
+├── ConfigError (also ValueError)        your settings
+├── LaunchError                          workers could not be started, or never dialed back
+├── WorkerLostError                      whatever ran the task died; its attempts are used up
+├── TaskTimeoutError (also TimeoutError) the task ran past its own time limit
+├── PayloadError (also PicklingError)    could not pickle or unpickle
+│   └── PayloadTooLargeError             ... or too large
+├── ProtocolError                        the two sides disagree, e.g. on versions
+└── BrokenBatchExecutor                  (also concurrent.futures.BrokenExecutor)
+    └── InitializerError                 the initializer raised in a worker
+
+Branches follow what a caller can do next. Every class pickles: one positional message, all else
+keyword-only with a default, because errors travel between processes.
+"""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import BrokenExecutor
+from typing import Any
+
+__all__ = [
+    "BrokenBatchExecutor",
+    "CloudexecError",
+    "ConfigError",
+    "InitializerError",
+    "LaunchError",
+    "PayloadError",
+    "PayloadTooLargeError",
+    "ProtocolError",
+    "RemoteTraceback",
+    "TaskTimeoutError",
+    "WorkerLostError",
+]
+
+
+class CloudexecError(Exception):
+    """Base of everything that cloudexec raises on its own account.
+
+    Attributes:
+        message: What happened, why, and what to do about it.
+    """
+
+    def __init__(self, message: str = "", **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.__dict__.update(details)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, dict(self.__dict__)))
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def _rebuild(cls: type[CloudexecError], message: str, state: dict[str, Any]) -> CloudexecError:
+    error = cls(message)
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(CloudexecError, ValueError):
+    """A setting is out of its range; the message names the setting, its value and the range."""
+
+
+class LaunchError(CloudexecError):
+    """Workers could not be started, or started and never dialed back in time.
+
+    Attributes:
+        reason: The platform's own words, such as the last lines a worker printed.
+    """
+
+    def __init__(self, message: str = "", *, reason: str = "") -> None:
+        super().__init__(message, reason=reason)
+        self.reason = reason
+
+
+class WorkerLostError(CloudexecError):
+    """The process that ran the task died, as often as the task's attempts allow.
+
+    Attributes:
+        worker_id: The worker of the last attempt, or ``None``.
+        attempts: How many attempts were lost.
+        exit_code: Exit code of the slot's process in the last attempt, or ``None``.
+        signal: Number of the signal that ended it, or ``None``.
+        peak_memory_bytes: Largest resident size of that process, or ``None``.
+        out_of_memory: Whether the kernel killed it for want of memory.
+        output: The last lines that the task printed.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        worker_id: str | None = None,
+        attempts: int = 0,
+        exit_code: int | None = None,
+        signal: int | None = None,
+        peak_memory_bytes: int | None = None,
+        out_of_memory: bool = False,
+        output: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.worker_id = worker_id
+        self.attempts = attempts
+        self.exit_code = exit_code
+        self.signal = signal
+        self.peak_memory_bytes = peak_memory_bytes
+        self.out_of_memory = out_of_memory
+        self.output = output
+
+
+class TaskTimeoutError(CloudexecError, TimeoutError):
+    """The task ran longer than its own ``timeout``; its slot was killed and replaced.
+
+    Attributes:
+        worker_id: The worker that ran it.
+        seconds: How long it had run.
+        output: The last lines that it printed.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        worker_id: str | None = None,
+        seconds: float | None = None,
+        output: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.worker_id = worker_id
+        self.seconds = seconds
+        self.output = output
+
+
+class PayloadError(CloudexecError, pickle.PicklingError):
+    """A callable, argument, result or exception could not be pickled or unpickled.
+
+    The original error is the ``__cause__``; where it arose in a worker, its traceback is text.
+    """
+
+
+class PayloadTooLargeError(PayloadError):
+    """A payload does not fit where it must go.
+
+    Attributes:
+        size_bytes: Its size.
+        limit_bytes: The limit.
+    """
+
+    def __init__(
+        self, message: str = "", *, size_bytes: int | None = None, limit_bytes: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes
+
+
+class ProtocolError(CloudexecError):
+    """Client and worker disagree: versions, an unproven identity, or a malformed message."""
+
+
+class BrokenBatchExecutor(CloudexecError, BrokenExecutor):
+    """The executor can run nothing any more: its workers were terminated, or cannot work."""
+
+
+class InitializerError(BrokenBatchExecutor):
+    """The ``initializer`` raised in a worker; what it raised is the ``__cause__``."""
+
+
+class RemoteTraceback(Exception):
+    """Carries the text of a traceback from a worker, as the ``__cause__`` of a user's exception.
+
+    Attributes:
+        traceback: The traceback's text.
+        output: The last lines that the task printed.
+    """
+
+    def __init__(self, traceback: str = "", output: str = "") -> None:
+        super().__init__(traceback, output)
+        self.traceback = traceback
+        self.output = output
+
+    def __str__(self) -> str:
+        text = f'\n"""\n{self.traceback}"""'
+        if self.output:
+            text += f"\nlast output of the task:\n{self.output}"
+        return text
+
+
+for _name in __all__:
+    globals()[_name].__module__ = "cloudexec"

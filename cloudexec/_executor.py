@@ -1,0 +1,658 @@
+"""BatchExecutor: the face of ``concurrent.futures``; takes no scheduling decision."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, check_count, check_positive
+from cloudexec._errors import BrokenBatchExecutor, ConfigError, PayloadError
+from cloudexec._future import BatchFuture
+from cloudexec._stats import ExecutorStats
+
+if TYPE_CHECKING:
+    from cloudexec._functions import FunctionTable
+    from cloudexec._launchers.base import Launcher
+    from cloudexec._server.driver import Driver
+
+__all__ = ["BatchExecutor"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_UNSET: Any = object()
+_OUTPUT_MODES = ("inherit", "logging", "off")
+
+
+class _Base(Executor):
+    """What the executor and its views share: submitting with the options of the one at hand."""
+
+    _options: TaskOptions
+    _executor: BatchExecutor
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> BatchFuture[T]:
+        """Schedule ``fn(*args, **kwargs)`` to run on a worker.
+
+        Callable and arguments are pickled now, in this thread; changing them afterwards changes
+        nothing. What cannot be pickled fails the future, not this call.
+
+        Returns:
+            A future for the call.
+
+        Raises:
+            RuntimeError: After ``shutdown()``, at the end of the interpreter, or in a forked child.
+            BrokenBatchExecutor: If the executor is broken.
+        """
+        return self._executor._submit(fn, args, kwargs, self._options)
+
+    def map(  # type: ignore[override]
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        progress: bool = False,
+    ) -> Iterator[T]:
+        """Return an iterator over ``fn(*items)``, in the order of the inputs.
+
+        The callable is pickled once. Short tasks travel in batches by themselves: ``chunksize`` is
+        not needed for speed.
+
+        Args:
+            fn: Takes as many arguments as there are iterables.
+            iterables: Read at once, up to the shortest one, unless ``buffersize`` is given.
+            timeout: Seconds from this call in which each result must be there; ``None``: no limit.
+            chunksize: Calls per task.
+            buffersize: Most results not yet taken from the iterator: inputs are read as results
+                are taken, so that endless iterables work.
+            progress: Show a progress bar on standard error.
+
+        Returns:
+            An iterator that raises what a call raised when its turn comes, and ``TimeoutError``
+            when the time is up. Closing it cancels what has not begun.
+
+        Raises:
+            ValueError: If ``chunksize`` or ``buffersize`` is less than 1.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and not isinstance(buffersize, int):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        calls: Iterator[tuple[Any, ...]] = zip(*iterables)
+        if chunksize > 1:
+            chunks = _chunks(calls, chunksize)
+            many = self._map(
+                _Chunk(fn), ((chunk,) for chunk in chunks), timeout, buffersize, progress
+            )
+            return _flatten(many)
+        return self._map(fn, calls, timeout, buffersize, progress)
+
+    def _map(
+        self,
+        fn: Callable[..., T],
+        calls: Iterator[tuple[Any, ...]],
+        timeout: float | None,
+        buffersize: int | None,
+        progress: bool,
+    ) -> Iterator[T]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        submit = self._executor._prepare_map(fn, self._options)
+        futures: deque[BatchFuture[T]]
+        futures = deque(submit(calls if buffersize is None else itertools.islice(calls, buffersize)))
+        bar = None
+        if progress:
+            from cloudexec._progress import ProgressBar
+
+            bar = ProgressBar(len(futures) if buffersize is None else None)
+            bar.watch(futures)
+
+        def results() -> Iterator[T]:
+            try:
+                # Reversed and popped, as in the standard library: no reference to a result stays.
+                while futures:
+                    if buffersize is not None:
+                        more = submit(itertools.islice(calls, 1)) if len(futures) else []
+                        futures.extend(more)
+                        if bar is not None:
+                            bar.watch(more)
+                    if deadline is None:
+                        yield _take(futures.popleft(), None)
+                    else:
+                        yield _take(futures.popleft(), deadline - time.monotonic())
+            finally:
+                for future in futures:
+                    future.cancel()
+                if bar is not None:
+                    bar.close()
+
+        if buffersize is None:
+            return results()
+        return _buffered(futures, calls, submit, deadline, bar)
+
+
+def _buffered(
+    futures: deque[BatchFuture[T]],
+    calls: Iterator[tuple[Any, ...]],
+    submit: Callable[[Iterable[tuple[Any, ...]]], list[BatchFuture[T]]],
+    deadline: float | None,
+    bar: Any,
+) -> Iterator[T]:
+    try:
+        while futures:
+            future = futures.popleft()
+            try:
+                result = _take(future, None if deadline is None else deadline - time.monotonic())
+            finally:
+                del future
+            more = submit(itertools.islice(calls, 1))
+            futures.extend(more)
+            if bar is not None:
+                bar.watch(more)
+            yield result
+            del result
+    finally:
+        for future in futures:
+            future.cancel()
+        if bar is not None:
+            bar.close()
+
+
+def _take(future: BatchFuture[T], timeout: float | None) -> T:
+    try:
+        try:
+            return future.result(timeout)
+        except FutureTimeoutError:
+            if not future.done():
+                future.cancel()
+            raise
+    finally:
+        del future
+
+
+class _Chunk:
+    """Calls a function for each of several inputs: one task of ``map(chunksize=...)``."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = fn
+
+    def __call__(self, chunk: list[tuple[Any, ...]]) -> list[Any]:
+        return [self._fn(*args) for args in chunk]
+
+
+def _chunks(calls: Iterator[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:
+    while chunk := list(itertools.islice(calls, size)):
+        yield chunk
+
+
+def _flatten(chunks: Iterator[list[T]]) -> Iterator[T]:
+    for chunk in chunks:
+        chunk.reverse()
+        while chunk:
+            yield chunk.pop()
+
+
+class BatchExecutor(_Base):
+    """Runs calls on worker processes: on this machine by default, elsewhere with a launcher.
+
+    A drop-in for ``concurrent.futures.ProcessPoolExecutor``.
+
+    Args:
+        max_workers: Tasks that may run at once; by default the processors this process may use.
+        initializer: Called once in each process that runs tasks, before its first task.
+        initargs: Its arguments.
+        max_tasks_per_child: Tasks after which a process is replaced by a fresh one.
+        launcher: Starts the workers; by default subprocesses on this machine.
+        min_workers: How many to start at once, and to keep when there is nothing to do.
+        idle_timeout: Seconds after which what has nothing to do is stopped; ``None``: never.
+        retries: How often a task is run again when the process or worker that ran it died. An
+            exception that the task raises is its result and is never retried. 0: at most once.
+        task_timeout: Seconds that a task may run before the process that runs it is killed.
+        output: What tasks print: ``"inherit"`` shows it here as it comes, ``"logging"`` logs it to
+            ``cloudexec.output``, ``"off"`` drops it. A failed task's last lines are kept anyway.
+        listen: Where workers connect, as ``host:port``, with TLS; by default a private Unix socket.
+        launch_timeout: Seconds in which a worker must have connected.
+        orphan_timeout: Seconds after which workers whose client vanished end.
+
+    Raises:
+        ValueError: If an argument is out of its range (a ``ConfigError`` that names it).
+        TypeError: If an argument is of the wrong type.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        *,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        max_tasks_per_child: int | None = None,
+        launcher: Launcher | None = None,
+        min_workers: int = 0,
+        idle_timeout: float | None = 60.0,
+        retries: int = 2,
+        task_timeout: float | None = None,
+        output: str = "inherit",
+        listen: str | None = None,
+        launch_timeout: float = 60.0,
+        orphan_timeout: float = 30.0,
+    ) -> None:
+        if max_workers is None:
+            max_workers = _usable_cpus()
+        if isinstance(max_workers, int) and max_workers <= 0:
+            raise ConfigError(f"max_workers must be greater than 0, not {max_workers}")
+        check_count("max_workers", max_workers, least=1)
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if max_tasks_per_child is not None:
+            if not isinstance(max_tasks_per_child, int):
+                raise TypeError("max_tasks_per_child must be an integer")
+            if max_tasks_per_child <= 0:
+                raise ConfigError(f"max_tasks_per_child must be >= 1, not {max_tasks_per_child}")
+        if output not in _OUTPUT_MODES:
+            choices = ", ".join(map(repr, _OUTPUT_MODES))
+            raise ConfigError(f"output must be one of {choices}, not {output!r}")
+        if listen is not None and (not isinstance(listen, str) or ":" not in listen):
+            raise ConfigError(f"listen must be 'host:port', such as '127.0.0.1:0', not {listen!r}")
+        check_positive("orphan_timeout", orphan_timeout)
+        if launcher is None:
+            from cloudexec._launchers.local import Local
+
+            launcher = Local()
+        scaling = ScalingPolicy(
+            max_slots=max_workers,
+            min_slots=min_workers,
+            slots_per_worker=launcher.slots_per_worker(max_workers),
+            idle_timeout=idle_timeout,
+            launch_timeout=launch_timeout,
+        )
+        self._max_workers = max_workers  # libraries read this name to size their chunks
+        self._launcher = launcher
+        self._config = ServerConfig(scaling=scaling)
+        self._options = TaskOptions(timeout=task_timeout, retries=retries)
+        self._executor = self
+        self._setup: dict[str, Any] = {
+            "max_workers": max_workers,
+            "min_workers": min_workers,
+            "idle_timeout": idle_timeout,
+            "max_tasks_per_child": max_tasks_per_child or 0,
+            "output": output,
+            "listen": listen,
+            "orphan_timeout": orphan_timeout,
+        }
+        self._initializer = (initializer, initargs) if initializer is not None else None
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._shut_down = False
+        self._forked = False
+        self._driver: Driver | None = None
+        self._table: FunctionTable | None = None
+        _executors.add(self)
+        if min_workers:
+            self._start()
+
+    def _start(self) -> Driver:
+        """Start the server, once."""
+        with self._lock:
+            if self._driver is not None:
+                return self._driver
+            self._check_open()
+            from cloudexec import _payload
+            from cloudexec._functions import FunctionTable
+            from cloudexec._server.driver import Driver, Setup
+
+            setup = dict(self._setup)
+            if self._initializer is not None:
+                setup["initializer"] = _payload.dumps(self._initializer)
+            setup["cwd"] = _working_directory()
+            setup["sys_path"] = tuple(path or setup["cwd"] for path in sys.path)
+            setup["argv"] = tuple(sys.argv)
+            driver = Driver(self._config, Setup(**setup), self._launcher)
+            driver.portal.run(driver.start()).result()
+            self._table = FunctionTable(driver.post)
+            _drivers[driver] = None
+            # Once nobody can submit any more, what was submitted is finished and workers stop.
+            weakref.finalize(self, _collected, driver).atexit = False
+            self._driver = driver
+            return driver
+
+    def _check_open(self) -> None:
+        if _exiting:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+        if self._shut_down:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if self._forked:
+            raise RuntimeError(
+                "this executor belongs to the parent process: create another one after os.fork()"
+            )
+        driver = self._driver
+        if driver is not None and driver.broken is not None:
+            raise driver._broken_error()
+
+    def _submit(
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        options: TaskOptions,
+    ) -> BatchFuture[T]:
+        driver = self._driver
+        if driver is None:
+            driver = self._start()
+        elif self._shut_down or self._forked or _exiting or driver.broken is not None:
+            self._check_open()
+        future: BatchFuture[T] = BatchFuture(driver.cancelled)
+        table = self._table
+        assert table is not None
+        try:
+            function, kind, payload = table.call(fn, args, kwargs)  # type: ignore[arg-type]
+        except Exception as exc:
+            future.set_exception(_pickling_error(fn, exc))
+            return future
+        task = _submission()(
+            next(self._numbers), kind, future, function, payload, options.retries, options.timeout
+        )
+        future._task = task
+        with self._lock:
+            # Under the lock: nothing may come into the inbox behind the request to shut down.
+            if self._shut_down:
+                self._check_open()
+            driver.post(task)
+        return future
+
+    def _prepare_map(
+        self, fn: Callable[..., T], options: TaskOptions
+    ) -> Callable[[Iterable[tuple[Any, ...]]], list[BatchFuture[T]]]:
+        """Pickle the callable once and return what submits calls of it."""
+        driver = self._driver
+        if driver is None:
+            driver = self._start()
+        self._check_open()
+        table = self._table
+        assert table is not None
+        from cloudexec import _payload
+
+        error: BaseException | None = None
+        try:
+            function = table.numbered(fn)
+        except Exception as exc:
+            error = _pickling_error(fn, exc)
+        submission = _submission()
+        retries, timeout, numbers = options.retries, options.timeout, self._numbers
+        dumps_arguments = _payload.dumps_arguments
+        on_cancel = driver.cancelled
+
+        def submit(calls: Iterable[tuple[Any, ...]]) -> list[BatchFuture[T]]:
+            futures: list[BatchFuture[T]] = []
+            tasks: list[Any] = []
+
+            def flush() -> None:
+                with self._lock:
+                    if self._shut_down:
+                        self._check_open()
+                    driver.post_all(tasks)
+                tasks.clear()
+
+            for args in calls:
+                future: BatchFuture[T] = BatchFuture(on_cancel)
+                futures.append(future)
+                if error is not None:
+                    future.set_exception(error)
+                    continue
+                try:
+                    payload = dumps_arguments(args, None)
+                except Exception as exc:
+                    future.set_exception(_pickling_error(args, exc))
+                    continue
+                task = submission(
+                    next(numbers), function.kind, future, function, payload, retries, timeout
+                )
+                future._task = task
+                tasks.append(task)
+                if len(tasks) >= 256:
+                    flush()
+            if tasks:
+                flush()
+            return futures
+
+        return submit
+
+    def with_options(
+        self, *, timeout: float | None = _UNSET, retries: int = _UNSET
+    ) -> OptionsView:
+        """Return a view of this executor whose tasks have other options.
+
+        The view is an ``Executor`` itself, so that it can be handed to a library; it shares the
+        workers. Shutting it down does nothing.
+
+        Args:
+            timeout: Seconds that a task may run before its process is killed; ``None``: no limit.
+            retries: How often a task is run again after an attempt was lost; 0: at most once.
+
+        Raises:
+            ConfigError: If an option is out of its range.
+        """
+        return OptionsView(self, _changed(self._options, timeout, retries))
+
+    def stats(self) -> ExecutorStats:
+        """Return a snapshot: tasks and workers by state, bytes, retries."""
+        driver = self._driver
+        if driver is None or driver.finished.is_set() or self._forked:
+            machine = None if driver is None else driver.machine
+            if machine is None or driver is None:
+                return ExecutorStats()
+            return ExecutorStats.of(machine, driver.bytes_sent, driver.bytes_received)
+
+        async def look() -> ExecutorStats:
+            assert driver is not None
+            return ExecutorStats.of(driver.machine, driver.bytes_sent, driver.bytes_received)
+
+        if driver.portal.is_this_thread:
+            return ExecutorStats.of(driver.machine, driver.bytes_sent, driver.bytes_received)
+        return driver.portal.run(look()).result()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks; finish those submitted and stop the workers.
+
+        Args:
+            wait: Return only when all is done. Interrupted by Ctrl-C, what is left is cancelled and
+                the workers are killed.
+            cancel_futures: Cancel what has not begun to run.
+        """
+        from cloudexec._core.events import ShutdownRequested
+
+        with self._lock:
+            self._shut_down = True
+            driver = self._driver
+            if driver is None or self._forked:
+                return
+            driver.post(ShutdownRequested(cancel=cancel_futures))
+        if wait:
+            _wait_for_end(driver)
+
+    def terminate_workers(self) -> None:
+        """End every worker now; whatever is not done fails with ``BrokenBatchExecutor``."""
+        self._break("its workers were ended by terminate_workers()")
+
+    def kill_workers(self) -> None:
+        """End every worker now; whatever is not done fails with ``BrokenBatchExecutor``."""
+        self._break("its workers were ended by kill_workers()")
+
+    def _break(self, why: str) -> None:
+        with self._lock:
+            self._shut_down = True
+            driver = self._driver
+        if driver is None or self._forked or driver.finished.is_set():
+            return
+
+        async def break_down() -> None:
+            driver._take_inbox()
+            driver.break_down(BrokenBatchExecutor(f"the executor is broken: {why}"))
+
+        driver.portal.run(break_down()).result()
+        _wait_for_end(driver)
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> bool | None:
+        if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
+            # Whoever pressed Ctrl-C does not want to wait for what is running.
+            with self._lock:
+                self._shut_down = True
+                driver = self._driver
+            if driver is not None and not self._forked:
+                _kill(driver)
+        self.shutdown(wait=True)
+        return False
+
+    @property
+    def _broken(self) -> BaseException | None:
+        driver = self._driver
+        return None if driver is None else driver.broken
+
+    def __repr__(self) -> str:
+        state = "shut down" if self._shut_down else "open"
+        return f"<BatchExecutor max_workers={self._max_workers} {self._launcher!r} {state}>"
+
+
+class OptionsView(_Base):
+    """A view of a ``BatchExecutor`` whose tasks have other options; see ``with_options()``."""
+
+    def __init__(self, executor: BatchExecutor, options: TaskOptions) -> None:
+        self._executor = executor
+        self._options = options
+        self._max_workers = executor._max_workers
+
+    def with_options(
+        self, *, timeout: float | None = _UNSET, retries: int = _UNSET
+    ) -> OptionsView:
+        """Return a view with these options changed once more."""
+        return OptionsView(self._executor, _changed(self._options, timeout, retries))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Do nothing: the workers belong to the executor, which is shut down on its own."""
+
+
+def _changed(options: TaskOptions, timeout: Any, retries: Any) -> TaskOptions:
+    changes = {"timeout": timeout, "retries": retries}
+    return replace(options, **{k: v for k, v in changes.items() if v is not _UNSET})
+
+
+def _pickling_error(what: object, exc: BaseException) -> PayloadError:
+    error = PayloadError(
+        f"{type(what).__name__} {_name(what)} or its arguments could not be pickled "
+        f"({type(exc).__name__}: {exc})"
+    )
+    error.__cause__ = exc
+    return error
+
+
+def _name(what: object) -> str:
+    name = getattr(what, "__qualname__", None)
+    if name is not None:
+        return f"{getattr(what, '__module__', '?')}.{name}"
+    text = repr(what)
+    return text if len(text) < 100 else f"{text[:97]}..."
+
+
+def _submission() -> Any:
+    from cloudexec._server.driver import Submission
+
+    return Submission
+
+
+def _usable_cpus() -> int:
+    try:
+        return len(os.sched_getaffinity(0)) or 1
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
+# The end of things.
+
+_executors: weakref.WeakSet[BatchExecutor] = weakref.WeakSet()
+_drivers: dict[Driver, None] = {}
+_exiting = False
+
+
+def _collected(driver: Driver) -> None:
+    from cloudexec._core.events import ShutdownRequested
+
+    driver.post(ShutdownRequested())
+
+
+def _kill(driver: Driver) -> None:
+    from cloudexec._core.events import ShutdownRequested
+
+    driver.post(ShutdownRequested(cancel=True, kill=True))
+
+
+def _wait_for_end(driver: Driver) -> None:
+    if driver.portal.is_this_thread:
+        return
+    try:
+        driver.finished.wait()
+    except BaseException:
+        _kill(driver)
+        driver.finished.wait(10.0)
+        raise
+    driver.join()
+    _drivers.pop(driver, None)
+
+
+def _at_exit() -> None:
+    """Finish what was submitted before the interpreter goes, as the standard library does."""
+    global _exiting
+    _exiting = True
+    interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
+    for driver in list(_drivers):
+        if interrupted:
+            _kill(driver)
+        else:
+            _collected(driver)
+    for driver in list(_drivers):
+        _wait_for_end(driver)
+
+
+def _forget_after_fork() -> None:
+    for executor in list(_executors):
+        executor._forked = True
+        executor._lock = threading.Lock()
+        if executor._driver is not None:
+            _kept.append(executor._driver)
+    _drivers.clear()
+
+
+_kept: list[object] = []
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
+
+# As concurrent.futures.process does: before the threads that we wait for are joined.
+threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
+
+BatchExecutor.__module__ = "cloudexec"
+OptionsView.__module__ = "cloudexec"
+_ = Future

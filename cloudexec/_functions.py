@@ -1,0 +1,288 @@
+"""Callables that are sent to a worker once and then named by number.
+
+A function must travel as it is when ``submit()`` is called: later changes to its closure, its
+defaults or the globals it reads must neither be missed by later calls nor reach earlier ones. So a
+pickle is kept only where it provably stays true: for functions that travel by reference, and for
+functions by value whose whole state is the same objects as before, and immutable. All others are
+pickled anew for each call (once per ``map()``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import pickle
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType, NoneType
+from typing import Any
+
+import cloudpickle
+
+from cloudexec import _payload
+from cloudexec._core.tasks import Kind
+from cloudexec._payload import Parts, Payload
+
+__all__ = ["Function", "FunctionTable"]
+
+_MISSING = object()
+_IMMUTABLE = frozenset({int, float, complex, bool, str, bytes, NoneType})
+_KEPT = 512
+_KINDS_KEPT = 4096
+_NUMBERED_FROM = 1024
+"""Bytes of pickle from which a function that changes from call to call is worth a number."""
+
+
+class Function:
+    """A callable that workers know by number. Ends when no task and no table holds it."""
+
+    __slots__ = ("_on_end", "kind", "number", "pickle", "sha256")
+
+    def __init__(
+        self, number: int, pickle: Payload, sha256: bytes, on_end: Callable[[int], None]
+    ) -> None:
+        self.number = number
+        self.pickle = pickle
+        self.sha256 = sha256
+        self.kind = Kind()
+        self._on_end = on_end
+
+    def __del__(self) -> None:
+        self._on_end(self.number)
+
+
+class _Fingerprint:
+    """The state of a function by value, as far as a pickle of it depends on that state."""
+
+    __slots__ = ("_cells", "_code", "_defaults", "_globals", "_names")
+
+    def __init__(self, fn: FunctionType, seen: set[int]) -> None:
+        """Take the fingerprint.
+
+        Raises:
+            _Unstable: If the state is not immutable as a whole.
+        """
+        if fn.__dict__ or fn.__kwdefaults__ or getattr(fn, "__annotations__", None):
+            raise _Unstable
+        seen.add(id(fn))
+        self._code = fn.__code__
+        self._defaults = fn.__defaults__
+        for value in self._defaults or ():
+            _require_stable(value, seen)
+        self._cells: list[tuple[Any, Any]] = []
+        for cell in fn.__closure__ or ():
+            value = _contents(cell)
+            _require_stable(value, seen)
+            self._cells.append((cell, value))
+        self._globals = fn.__globals__
+        self._names: list[tuple[str, Any]] = []
+        for name in sorted(_names_in(self._code)):
+            value = self._globals.get(name, _MISSING)
+            _require_stable(value, seen)
+            self._names.append((name, value))
+
+    def holds(self, fn: FunctionType) -> bool:
+        """Whether the function is still what it was."""
+        if fn.__code__ is not self._code or fn.__defaults__ is not self._defaults:
+            return False
+        if fn.__dict__ or fn.__kwdefaults__:
+            return False
+        get = self._globals.get
+        for name, value in self._names:
+            if get(name, _MISSING) is not value:
+                return False
+        return all(_contents(cell) is value for cell, value in self._cells)
+
+
+class _Unstable(Exception):
+    """The function's state may change unseen."""
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _MISSING
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if type(constant) is CodeType:
+            yield from _names_in(constant)
+
+
+def _require_stable(value: Any, seen: set[int]) -> None:
+    kind = type(value)
+    if kind in _IMMUTABLE or value is _MISSING or kind is ModuleType:
+        return
+    if kind is tuple:
+        for item in value:
+            _require_stable(item, seen)
+        return
+    if kind in (BuiltinFunctionType, type) and getattr(value, "__module__", None) == "builtins":
+        return
+    if _lookup(value) is value:
+        return
+    raise _Unstable
+
+
+def _lookup(fn: Any) -> Any:
+    """Find what travels by reference under the name of ``fn``; not it, if it goes by value."""
+    name = getattr(fn, "__module__", None)
+    if name is None or name == "__main__":
+        return None
+    found: Any = sys.modules.get(name)
+    if found is None:
+        return None
+    try:
+        for part in fn.__qualname__.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        return None
+    return found
+
+
+class FunctionTable:
+    """The callables of one executor. Used from any thread, under its own lock.
+
+    Args:
+        on_end: Called with the number of a function that no task and no table holds any more, in
+            whatever thread dropped it.
+    """
+
+    def __init__(self, on_end: Callable[[int], None]) -> None:
+        self._on_end = on_end
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._by_content: OrderedDict[bytes, Function] = OrderedDict()
+        self._known: OrderedDict[int, tuple[Any, Function, Any, Any]] = OrderedDict()
+        self._unstable: dict[CodeType, int] = {}
+        self._kinds: dict[Any, Kind] = {}
+
+    def numbered(self, fn: Callable[..., Any]) -> Function:
+        """Pickle a callable now and number it, whatever it is.
+
+        Raises:
+            BaseException: Whatever pickling raises.
+        """
+        function = self._recall(fn)
+        return function if function is not None else self._number(fn, _payload.dumps(fn))
+
+    def call(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Function | None, Kind, Payload]:
+        """Pickle a call.
+
+        Returns:
+            The function if it is numbered, the kind of task, and the payload: of the arguments, or
+            where the function is ``None`` of callable and arguments together.
+
+        Raises:
+            BaseException: Whatever pickling raises.
+        """
+        function = self._recall(fn)
+        if function is None:
+            function = self._remember(fn)
+        if function is not None:
+            return function, function.kind, _payload.dumps_arguments(args, kwargs)
+        if type(fn) is FunctionType:
+            pickled = _payload.dumps(fn)
+            if len(pickled) >= _NUMBERED_FROM:
+                function = self._number(fn, pickled)
+                return function, function.kind, _payload.dumps_arguments(args, kwargs)
+        # Together, so that what a method's object and the arguments share stays shared.
+        return None, self._kind(fn), _payload.dumps_call(fn, args, kwargs)
+
+    def _recall(self, fn: Callable[..., Any]) -> Function | None:
+        known = self._known.get(id(fn))
+        if known is None:
+            return None
+        held, function, fingerprint, by_value = known
+        if fingerprint is None:
+            if _lookup(fn) is fn and cloudpickle.list_registry_pickle_by_value() == by_value:
+                return function
+        elif fingerprint.holds(fn):
+            return function
+        with self._lock:
+            self._known.pop(id(fn), None)
+        return None
+
+    def _remember(self, fn: Callable[..., Any]) -> Function | None:
+        """Keep the pickle of a callable if it will stay true."""
+        kind = type(fn)
+        if kind not in (FunctionType, BuiltinFunctionType, type):
+            return None
+        code = getattr(fn, "__code__", None)
+        if self._unstable.get(code, 0) > 3:
+            return None  # looked at often enough
+        fingerprint: _Fingerprint | None = None
+        if _lookup(fn) is fn:
+            pickled = _payload.dumps(fn)
+            if isinstance(pickled, Parts) or pickled != _plain(fn):
+                return None  # by value, although it can be imported: cloudpickle was told so
+        elif kind is FunctionType:
+            try:
+                fingerprint = _Fingerprint(fn, set())  # type: ignore[arg-type]
+            except _Unstable:
+                if len(self._unstable) > _KINDS_KEPT:
+                    self._unstable.clear()
+                if code is not None:
+                    self._unstable[code] = self._unstable.get(code, 0) + 1
+                return None
+            pickled = _payload.dumps(fn)
+        else:
+            return None
+        function = self._number(fn, pickled)
+        by_value = cloudpickle.list_registry_pickle_by_value()
+        with self._lock:
+            # The table holds the callable, so that its id names nothing else.
+            self._known[id(fn)] = (fn, function, fingerprint, by_value)
+            if len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        return function
+
+    def _number(self, fn: Callable[..., Any], pickled: Payload) -> Function:
+        digest = hashlib.sha256()
+        for piece in [pickled] if isinstance(pickled, bytes) else pickled.pieces:
+            digest.update(piece)
+        sha256 = digest.digest()
+        with self._lock:
+            function = self._by_content.get(sha256)
+            if function is None:
+                function = Function(next(self._numbers), pickled, sha256, self._on_end)
+                # All functions of one code share what is known of their run time.
+                function.kind = self._kind(fn)
+                self._by_content[sha256] = function
+                while len(self._by_content) > _KEPT or (
+                    len(self._by_content) > 4 and self._size() > 256 * 1024 * 1024
+                ):
+                    self._by_content.popitem(last=False)
+            else:
+                self._by_content.move_to_end(sha256)
+            return function
+
+    def _size(self) -> int:
+        return sum(len(function.pickle) for function in self._by_content.values())
+
+    def _kind(self, fn: Callable[..., Any]) -> Kind:
+        code = getattr(getattr(fn, "__func__", fn), "__code__", None)
+        key = code if code is not None else getattr(fn, "__qualname__", type(fn))
+        try:
+            kind = self._kinds.get(key)
+        except TypeError:
+            return Kind()
+        if kind is None:
+            if len(self._kinds) >= _KINDS_KEPT:
+                self._kinds.clear()
+            kind = self._kinds[key] = Kind()
+        return kind
+
+
+def _plain(fn: Callable[..., Any]) -> bytes:
+    try:
+        return pickle.dumps(fn, 5)
+    except Exception:
+        return b""

@@ -1,0 +1,314 @@
+"""The future of one task: the standard library's, at a third of its memory.
+
+``concurrent.futures.Future`` builds a Condition and three containers when it is made, about 1.4 KiB
+before there is any work in it. This subclass makes them when somebody waits, and keeps the result as
+the bytes that arrived until somebody asks, so that no user code runs on the thread that serves the
+network. ``concurrent.futures.wait()``, ``as_completed()`` and asyncio reach into the private
+attributes of futures; those are all here, under their names.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, TypeVar
+
+__all__ = ["BatchFuture"]
+
+T = TypeVar("T")
+
+PENDING = "PENDING"
+RUNNING = "RUNNING"
+CANCELLED_AND_NOTIFIED = "CANCELLED_AND_NOTIFIED"
+FINISHED = "FINISHED"
+_DONE = frozenset({CANCELLED_AND_NOTIFIED, FINISHED})
+
+
+class BatchFuture(Future[T]):
+    """What ``BatchExecutor.submit()`` returns: a ``concurrent.futures.Future`` with a few more facts.
+
+    All methods of the standard library's class behave as documented there. In addition a task can
+    be cancelled while it runs (``cancel(running=True)``), and a future that is done tells where and
+    how long it ran.
+    """
+
+    __slots__ = (
+        "_attempts",
+        "_condition_made",
+        "_decode",
+        "_done_callbacks_made",
+        "_exception",
+        "_lock",
+        "_on_cancel",
+        "_output",
+        "_result",
+        "_run_time",
+        "_state",
+        "_task",
+        "_waiters_made",
+        "_worker_id",
+    )
+
+    def __init__(self, on_cancel: Callable[[BatchFuture[Any], bool], None] | None = None) -> None:
+        # The base class's __init__ is left out on purpose: it would make what this class avoids.
+        self._lock = threading.RLock()
+        self._state = PENDING
+        self._result: Any = None
+        self._exception: BaseException | None = None
+        self._decode: Callable[[BatchFuture[Any]], None] | None = None
+        self._condition_made: threading.Condition | None = None
+        self._waiters_made: list[Any] | None = None
+        self._done_callbacks_made: list[Callable[[Future[T]], object]] | None = None
+        self._on_cancel = on_cancel
+        self._task: Any = None
+        self._worker_id: str | None = None
+        self._run_time: float | None = None
+        self._output = ""
+        self._attempts = 0
+
+    # What wait(), as_completed() and asyncio reach for.
+
+    @property
+    def _condition(self) -> Any:
+        return self._lock
+
+    @property
+    def _waiters(self) -> list[Any]:
+        if self._waiters_made is None:
+            self._waiters_made = []
+        return self._waiters_made
+
+    @property
+    def _done_callbacks(self) -> list[Callable[[Future[T]], object]]:
+        if self._done_callbacks_made is None:
+            self._done_callbacks_made = []
+        return self._done_callbacks_made
+
+    def _get_snapshot(self) -> tuple[bool, bool, Any, BaseException | None]:
+        """Python 3.14's asyncio reads a future's outcome through this, in one go."""
+        state = self._state
+        if state == FINISHED:
+            self._settle()
+            return True, False, self._result, self._exception
+        cancelled = state == CANCELLED_AND_NOTIFIED
+        return cancelled, cancelled, None, None
+
+    # Queries.
+
+    def cancelled(self) -> bool:
+        """Return True if the task was cancelled."""
+        return self._state == CANCELLED_AND_NOTIFIED
+
+    def running(self) -> bool:
+        """Return True if a worker has begun to run the task and it has not finished."""
+        return self._state == RUNNING
+
+    def done(self) -> bool:
+        """Return True if the task was cancelled or finished."""
+        return self._state in _DONE
+
+    @property
+    def worker_id(self) -> str | None:
+        """The worker that ran the last attempt, or ``None`` as long as none did."""
+        return self._worker_id
+
+    @property
+    def run_time(self) -> float | None:
+        """Seconds that the call ran on its worker; ``None`` until it is done."""
+        return self._run_time
+
+    @property
+    def attempts(self) -> int:
+        """Attempts that were begun, the lost ones included; 0 until the task is done."""
+        return self._attempts
+
+    @property
+    def output(self) -> str:
+        """The last lines that a failed task printed; empty for one that succeeded."""
+        return self._output
+
+    # Outcomes.
+
+    def result(self, timeout: float | None = None) -> T:
+        """Return what the call returned, waiting up to ``timeout`` seconds for it.
+
+        Args:
+            timeout: Seconds; ``None`` waits without limit.
+
+        Raises:
+            concurrent.futures.CancelledError: If the task was cancelled.
+            TimeoutError: If it did not finish in time.
+            Exception: Whatever the call raised, or a ``CloudexecError`` if it could not be run.
+        """
+        if self._state not in _DONE:
+            self._wait(timeout)
+        if self._state == CANCELLED_AND_NOTIFIED:
+            raise CancelledError()
+        if self._decode is not None:
+            self._settle()
+        if self._exception is not None:
+            try:
+                raise self._exception
+            finally:
+                # Break the cycle of the traceback with this frame.
+                self = None  # type: ignore[assignment]
+        return self._result  # type: ignore[no-any-return]
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what the call raised, or ``None``, waiting up to ``timeout`` seconds.
+
+        Raises:
+            concurrent.futures.CancelledError: If the task was cancelled.
+            TimeoutError: If it did not finish in time.
+        """
+        if self._state not in _DONE:
+            self._wait(timeout)
+        if self._state == CANCELLED_AND_NOTIFIED:
+            raise CancelledError()
+        if self._decode is not None:
+            self._settle()
+        return self._exception
+
+    def _wait(self, timeout: float | None) -> None:
+        with self._lock:
+            if self._state in _DONE:
+                return
+            condition = self._condition_made
+            if condition is None:
+                condition = self._condition_made = threading.Condition(self._lock)
+            if not condition.wait_for(lambda: self._state in _DONE, timeout):
+                raise FutureTimeoutError()
+
+    def _settle(self) -> None:
+        """Turn the bytes that arrived into the result, once, in the thread of whoever asks."""
+        with self._lock:
+            decode = self._decode
+            if decode is not None:
+                decode(self)
+                self._decode = None
+
+    # Transitions.
+
+    def cancel(self, *, running: bool = False) -> bool:
+        """Cancel the task unless it has begun to run.
+
+        Args:
+            running: Cancel it although it runs: the process that runs it is killed and replaced.
+                (An extension; the standard library cannot do this.)
+
+        Returns:
+            False if the task is running (and ``running`` is false) or has finished, else True.
+        """
+        with self._lock:
+            if self._state == CANCELLED_AND_NOTIFIED:
+                return True
+            if self._state == FINISHED:
+                return False
+            was_running = self._state == RUNNING
+            if was_running and not running:
+                return False
+            self._conclude(CANCELLED_AND_NOTIFIED, "add_cancelled")
+        if self._on_cancel is not None:
+            self._on_cancel(self, was_running)
+        self._invoke_callbacks()
+        return True
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Mark the future as running; return False if it was cancelled. For executors."""
+        with self._lock:
+            if self._state == CANCELLED_AND_NOTIFIED:
+                return False
+            if self._state == FINISHED:
+                raise InvalidStateError(f"{self._state}: {self!r}")
+            self._state = RUNNING
+            return True
+
+    def set_result(self, result: T) -> None:
+        """Set the result and wake whoever waits. For executors and tests."""
+        self._set(result, None)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """Set the exception and wake whoever waits. For executors and tests."""
+        self._set(None, exception)
+
+    def _set(self, result: Any, exception: BaseException | None) -> None:
+        if not self._finish(result, exception, None):
+            raise InvalidStateError(f"{self._state}: {self!r}")
+        self._invoke_callbacks()
+
+    def _finish(
+        self,
+        result: Any,
+        exception: BaseException | None,
+        decode: Callable[[BatchFuture[Any]], None] | None,
+        *,
+        failed: bool = False,
+    ) -> bool:
+        """Give the future its one outcome; False if it has one already. Runs no callback.
+
+        Args:
+            result: The result, or whatever ``decode`` makes it from.
+            exception: The exception, or ``None``.
+            decode: Called with this future, under its lock, when the outcome is first asked for.
+            failed: Whether ``decode`` will set an exception.
+        """
+        with self._lock:
+            if self._state in _DONE:
+                return False
+            self._result = result
+            self._exception = exception
+            self._decode = decode
+            self._conclude(FINISHED, "add_exception" if exception or failed else "add_result")
+            return True
+
+    def _conclude(self, state: str, tell_waiters: str) -> None:
+        self._state = state
+        if self._waiters_made:
+            for waiter in self._waiters_made:
+                getattr(waiter, tell_waiters)(self)
+        if self._condition_made is not None:
+            self._condition_made.notify_all()
+
+    def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
+        """Call ``fn`` with this future when it is done; at once if it is.
+
+        Callbacks run in a thread of the executor's own, one at a time in the order in which tasks
+        finish, or in the thread that cancels. They may submit and may block: they hold up other
+        callbacks, never the executor. What they raise is logged.
+        """
+        with self._lock:
+            if self._state not in _DONE:
+                self._done_callbacks.append(fn)
+                return
+        self._call(fn)
+
+    def _has_callbacks(self) -> bool:
+        return bool(self._done_callbacks_made)
+
+    def _invoke_callbacks(self) -> None:
+        callbacks = self._done_callbacks_made
+        if callbacks:
+            for fn in callbacks:
+                self._call(fn)
+
+    def _call(self, fn: Callable[[Future[T]], object]) -> None:
+        try:
+            fn(self)
+        except Exception:
+            import logging
+
+            # The standard library's own logger and words, for those who look for them.
+            logging.getLogger("concurrent.futures").exception("exception calling callback for %r", self)
+
+    def __repr__(self) -> str:
+        state = self._state.lower().replace("cancelled_and_notified", "cancelled")
+        if self._state == FINISHED and self._decode is None:
+            outcome = self._exception if self._exception is not None else self._result
+            verb = "raised" if self._exception is not None else "returned"
+            return f"<BatchFuture at {id(self):#x} state={state} {verb} {type(outcome).__name__}>"
+        return f"<BatchFuture at {id(self):#x} state={state}>"
+
+
+BatchFuture.__module__ = "cloudexec"

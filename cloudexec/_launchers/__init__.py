@@ -1,0 +1,1 @@
+"""Launchers: each turns "one more worker" into a request to a platform."""

@@ -1,0 +1,165 @@
+"""The local launcher: the same worker as elsewhere, as a subprocess of the client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+from cloudexec._config import check_count
+from cloudexec._errors import LaunchError
+from cloudexec._launchers.base import Contact, LaunchEnd
+
+__all__ = ["Local"]
+
+_BOOT = (
+    "import sys,json;b=json.loads(sys.stdin.buffer.readline());sys.path[:]=b['sys_path'];"
+    "from cloudexec.worker.__main__ import main;sys.exit(main(b))"
+)
+_TAIL_BYTES = 8192
+
+
+class Local:
+    """Runs workers as subprocesses on this machine; the default.
+
+    Args:
+        slots_per_worker: Tasks that one supervisor process serves; ``None``: one serves them all.
+
+    Raises:
+        ConfigError: If ``slots_per_worker`` is not a positive integer.
+    """
+
+    def __init__(self, *, slots_per_worker: int | None = None) -> None:
+        if slots_per_worker is not None:
+            check_count("slots_per_worker", slots_per_worker, least=1)
+        self._slots_per_worker = slots_per_worker
+        self._processes: dict[str, _Process] = {}
+
+    def slots_per_worker(self, max_workers: int) -> int:
+        """Say how many slots one worker has."""
+        return min(self._slots_per_worker or max_workers, max_workers)
+
+    def needs_network(self) -> bool:
+        """Local workers use a Unix socket where there is one."""
+        return False
+
+    def launch(
+        self, contact: Contact, launch_id: str, slots: int, on_end: Callable[[LaunchEnd], None]
+    ) -> None:
+        """Start one supervisor process.
+
+        Raises:
+            LaunchError: If the process cannot be started.
+        """
+        bootstrap = {
+            "target": contact.target,
+            "executor_id": contact.executor_id,
+            "identity": launch_id,
+            "key": contact.key.hex(),
+            "slots": slots,
+            "certificate_sha256": contact.certificate_sha256,
+            "sys_path": [path or os.getcwd() for path in sys.path],
+        }
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        try:
+            popen = subprocess.Popen(
+                [sys.executable, *flags, "-c", _BOOT],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                # Ctrl-C in the terminal is the client's to handle.
+                start_new_session=True,
+            )
+        except OSError as exc:
+            raise LaunchError(f"cannot start {sys.executable}: {exc}", reason=str(exc)) from exc
+        assert popen.stdin is not None
+        try:
+            popen.stdin.write(json.dumps(bootstrap).encode() + b"\n")
+            popen.stdin.close()
+        except OSError:
+            pass  # it is dead already, and its end says why
+
+        def ended(end: LaunchEnd) -> None:
+            self._processes.pop(key, None)
+            on_end(end)
+
+        key = f"{contact.executor_id}/{launch_id}"
+        self._processes[key] = _Process(popen, ended)
+
+    def terminate(self, launch_id: str) -> None:
+        """Kill a worker: its zygote notices and takes the slots along."""
+        for key, process in self._processes.items():
+            if key.rpartition("/")[2] == launch_id:
+                process.kill()
+
+    def describe(self) -> str:
+        """Say in a few words what this launches."""
+        return "subprocesses on this machine"
+
+    def __repr__(self) -> str:
+        return f"Local(slots_per_worker={self._slots_per_worker})"
+
+
+class _Process:
+    """Watches one subprocess from the event loop: its last words, and its end."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], on_end: Callable[[LaunchEnd], None]) -> None:
+        assert popen.stderr is not None
+        self._popen = popen
+        self._on_end = on_end
+        self._tail = b""
+        self._loop = asyncio.get_running_loop()
+        self._stderr = popen.stderr
+        os.set_blocking(self._stderr.fileno(), False)
+        self._loop.add_reader(self._stderr.fileno(), self._on_stderr)
+        self._pidfd = -1
+        try:
+            self._pidfd = os.pidfd_open(popen.pid)
+        except (AttributeError, OSError):
+            self._loop.call_later(0.02, self._poll)
+        else:
+            self._loop.add_reader(self._pidfd, self._poll)
+
+    def _on_stderr(self) -> None:
+        try:
+            data = os.read(self._stderr.fileno(), 65536)
+        except BlockingIOError:
+            return
+        if not data:
+            self._loop.remove_reader(self._stderr.fileno())
+        self._tail = (self._tail + data)[-_TAIL_BYTES:]
+
+    def _poll(self) -> None:
+        code = self._popen.poll()
+        if code is None:
+            if self._pidfd < 0:
+                self._loop.call_later(0.02, self._poll)
+            return
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+        self._on_stderr()
+        self._loop.remove_reader(self._stderr.fileno())
+        self._stderr.close()
+        if code < 0:
+            how = f"killed by {_signal_name(-code)}"
+        else:
+            how = f"exit code {code}"
+        words = self._tail.decode("utf-8", "replace").strip()
+        reason = f"the worker process ended: {how}" + (f"\n{words}" if words else "")
+        self._on_end(LaunchEnd(reason, killed=code < 0, fatal=code == 3))
+
+    def kill(self) -> None:
+        if self._popen.poll() is None:
+            self._popen.send_signal(signal.SIGKILL)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,1 @@
+"""The wire messages, generated from proto/cloudexec/_proto/tasks.proto."""

@@ -1,0 +1,56 @@
+"""The server's certificate: self-signed, for one executor's life, pinned by its fingerprint."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from dataclasses import dataclass
+
+__all__ = ["Certificate", "make_certificate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """A key pair in PEM, and what workers pin."""
+
+    pem: bytes
+    key_pem: bytes
+    sha256: str
+
+    def __repr__(self) -> str:
+        return f"Certificate(sha256={self.sha256!r})"
+
+
+def make_certificate() -> Certificate:
+    """Make a fresh P-256 key and a certificate over it, valid for 30 days."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "cloudexec")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        # Clocks differ: valid from an hour ago.
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=30))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("cloudexec")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    der = certificate.public_bytes(serialization.Encoding.DER)
+    return Certificate(
+        pem=certificate.public_bytes(serialization.Encoding.PEM),
+        key_pem=key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        ),
+        sha256=hashlib.sha256(der).hexdigest(),
+    )

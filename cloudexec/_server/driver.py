@@ -1,0 +1,631 @@
+"""Reads the clock, feeds events to the machine, and carries out its commands."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cloudexec import _payload
+from cloudexec._config import ServerConfig
+from cloudexec._core import commands, events
+from cloudexec._core.events import Event, Failure, FailureKind
+from cloudexec._core.machine import Machine
+from cloudexec._core.tasks import Kind, Task
+from cloudexec._errors import (
+    BrokenBatchExecutor,
+    CloudexecError,
+    InitializerError,
+    LaunchError,
+    PayloadError,
+    TaskTimeoutError,
+    WorkerLostError,
+)
+from cloudexec._functions import Function
+from cloudexec._future import BatchFuture
+from cloudexec._launchers.base import Contact, LaunchEnd, Launcher
+from cloudexec._payload import Payload
+from cloudexec._server.callbacks import CallbackThread
+from cloudexec._server.output import OutputThread
+from cloudexec._server.portal import Portal
+
+__all__ = ["Driver", "Setup", "Submission"]
+
+_logger = logging.getLogger("cloudexec")
+_MOST_STALL = 2.0
+"""Seconds that the machine's clock moves at most between two looks: while this process was stopped
+or its main thread held the GIL, workers were silent through no fault of theirs."""
+
+
+class Submission(Task):
+    """A task with what it takes to send it; ``handle`` is its future."""
+
+    __slots__ = ("function", "payload", "timeout")
+
+    def __init__(
+        self,
+        number: int,
+        kind: Kind,
+        future: BatchFuture[Any],
+        function: Function | None,
+        payload: Payload,
+        retries: int,
+        timeout: float | None,
+    ) -> None:
+        # Written out: this runs once per task, in the caller's thread.
+        self.number = number
+        self.kind = kind
+        self.retries = retries
+        self.handle = future
+        self.state = _WAITING
+        self.lease = 0
+        self.worker = None
+        self.cost = 0.0
+        self.lost = 0
+        self.function = function
+        self.payload: Payload | None = payload
+        self.timeout = timeout
+
+
+_WAITING = events.Task(0, Kind()).state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What every worker is told at the start, and how the server listens."""
+
+    max_workers: int
+    min_workers: int = 0
+    initializer: Payload = b""
+    max_tasks_per_child: int = 0
+    output: str = "inherit"
+    listen: str | None = None
+    orphan_timeout: float = 30.0
+    idle_timeout: float | None = 60.0
+    cwd: str = ""
+    sys_path: tuple[str, ...] = ()
+    argv: tuple[str, ...] = ()
+
+
+class Delivered:
+    """A large result that was unpickled while it arrived."""
+
+    __slots__ = ("error", "value")
+
+    def __init__(self, value: Any, error: BaseException | None) -> None:
+        self.value = value
+        self.error = error
+
+
+class Driver:
+    """The loop thread's half of one executor.
+
+    Args:
+        config: For the machine.
+        setup: For workers and server.
+        launcher: Starts workers.
+    """
+
+    def __init__(self, config: ServerConfig, setup: Setup, launcher: Launcher) -> None:
+        self.setup = setup
+        self.executor_id = secrets.token_hex(8)
+        self.key = secrets.token_bytes(32)
+        self.portal = Portal.acquire()
+        self.machine = Machine(config)
+        self.finished = threading.Event()
+        self.inbox: deque[Submission | Event | int] = deque()
+        self.broken: BaseException | None = None
+        self.contact: Contact | None = None
+        self.sessions: dict[str, Any] = {}
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.refusals = 0
+        self._refused_at = float("-inf")
+        self._launcher = launcher
+        self._woken = False
+        self._now = 0.0
+        self._looked_at = time.monotonic()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._running: dict[str, str] = {}  # launches whose process has not ended -> their name
+        self._last_words: dict[str, LaunchEnd] = {}
+        self._waiting_for_end: dict[str, tuple[str, asyncio.TimerHandle]] = {}
+        self._directory: str | None = None
+        self._server: Any = None
+        self._closing = False
+        self.callbacks = CallbackThread()
+        self.output = OutputThread(setup.output) if setup.output != "off" else None
+        self._carry_out: dict[type, Callable[[Any], None]] = {
+            commands.SendTasks: self._send,
+            commands.MarkRunning: self._mark_running,
+            commands.ResolveTasks: self._resolve,
+            commands.FailTask: self._fail,
+            commands.FailTasksUnlaunched: self._fail_unlaunched,
+            commands.CancelTasks: self._cancel,
+            commands.RecallTasks: self._recall,
+            commands.KillTasks: self._kill,
+            commands.LaunchWorker: self._launch,
+            commands.TerminateLaunch: self._terminate_launch,
+            commands.DrainWorker: self._drain_worker,
+            commands.TerminateWorker: self._terminate_worker,
+            commands.Finish: self._finish,
+        }
+
+    # Called from any thread.
+
+    def post(self, item: Submission | Event | int) -> None:
+        """Put a task, an event, or the number of a function that ended into the inbox."""
+        self.inbox.append(item)
+        if not self._woken:
+            self._woken = True
+            try:
+                self.portal.post(self._take_inbox)
+            except RuntimeError:
+                pass  # the loop has closed: the executor is finished
+
+    def post_all(self, items: Iterable[Submission]) -> None:
+        """Put many tasks into the inbox, with one wake-up."""
+        self.inbox.extend(items)
+        if not self._woken:
+            self._woken = True
+            self.portal.post(self._take_inbox)
+
+    def cancelled(self, future: BatchFuture[Any], was_running: bool) -> None:
+        """A future was cancelled by its user."""
+        task = future._task
+        if task is not None:
+            self.post(events.TasksCancelled((task,), kill=was_running))
+
+    async def start(self) -> None:
+        """Listen, then wait for work.
+
+        Raises:
+            LaunchError: If the server cannot listen where it was told to.
+        """
+        from cloudexec._server.servicer import start_server
+
+        listen = self.setup.listen
+        if listen is None and not self._launcher.needs_network() and hasattr(os, "fork"):
+            self._directory = _private_directory()
+            listen = f"unix:{self._directory}/s"
+        self._server, target, sha256 = await start_server(self, listen or "127.0.0.1:0")
+        self.contact = Contact(target, self.executor_id, self.key, sha256)
+        self._looked_at = time.monotonic()
+        if self.machine.config.scaling.min_slots:
+            self.feed(events.DeadlinePassed())
+
+    # On the loop thread.
+
+    def _take_inbox(self) -> None:
+        self._woken = False
+        inbox = self.inbox
+        tasks: list[Submission] = []
+        ended: list[int] = []
+        for _ in range(len(inbox)):
+            item = inbox.popleft()
+            if isinstance(item, Submission):
+                tasks.append(item)
+            elif isinstance(item, int):
+                ended.append(item)
+            else:
+                if tasks:
+                    self._submitted(tasks)
+                    tasks = []
+                self.feed(item)
+        if tasks:
+            self._submitted(tasks)
+        if ended:
+            for session in self.sessions.values():
+                session.forget_functions(ended)
+
+    def _submitted(self, tasks: list[Submission]) -> None:
+        if self.broken is not None:
+            for task in tasks:
+                self._set_exception(task, self._broken_error())
+        else:
+            self.feed(events.TasksSubmitted(tasks))
+
+    def feed(self, event: Event) -> None:
+        """Tell the machine what happened, and do what it says."""
+        now = time.monotonic()
+        self._now += min(now - self._looked_at, _MOST_STALL)
+        self._looked_at = now
+        for command in self.machine.handle(event, self._now):
+            self._carry_out[type(command)](command)
+        deadline = self.machine.next_deadline()
+        if deadline is not None and (self._timer is None or deadline < self._timer_at):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = deadline
+            # Not in one go past a stall: the clock of the machine may then be behind.
+            pause = min(max(deadline - self._now, 0.001), 1.0)
+            self._timer = self.portal.loop.call_later(pause, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        if self._closing:
+            return
+        if self._now + min(now - self._looked_at, _MOST_STALL) >= self._timer_at:
+            self.feed(events.DeadlinePassed())
+        else:
+            self._now += min(now - self._looked_at, _MOST_STALL)
+            self._looked_at = now
+            pause = min(max(self._timer_at - self._now, 0.001), 1.0)
+            self._timer = self.portal.loop.call_later(pause, self._on_timer)
+
+    def create_task(self, work: Any) -> None:
+        """Run a coroutine in the background until the executor ends."""
+        task = self.portal.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Commands about tasks.
+
+    def _send(self, command: commands.SendTasks) -> None:
+        session = self.sessions.get(command.worker)
+        if session is not None:
+            session.send_tasks(command.tasks)
+
+    def _mark_running(self, command: commands.MarkRunning) -> None:
+        for task in command.tasks:
+            future = task.handle
+            with future._lock:
+                if future._state == "PENDING":
+                    future._state = "RUNNING"
+
+    def _resolve(self, command: commands.ResolveTasks) -> None:
+        worker = command.worker
+        for task, result, seconds in zip(
+            command.tasks, command.results, command.seconds, strict=True
+        ):
+            future = task.handle
+            future._worker_id = worker
+            future._run_time = seconds
+            future._attempts = task.lost + 1
+            if type(result) is bytes:
+                done = future._finish(result, None, _decode_result)
+            else:
+                done = future._finish(result.value, result.error, None)
+            self._let_go(task, future, done)
+
+    def _let_go(self, task: Any, future: BatchFuture[Any], done: bool) -> None:
+        task.payload = task.function = task.handle = None
+        future._task = None
+        future._on_cancel = None
+        if done and future._has_callbacks():
+            self.callbacks.put(future)
+
+    def _set_exception(self, task: Any, error: BaseException) -> None:
+        future = task.handle
+        if future is not None:
+            self._let_go(task, future, future._finish(None, error, None))
+
+    def _fail(self, command: commands.FailTask) -> None:
+        task: Any = command.task
+        failure = command.failure
+        future = task.handle
+        future._worker_id = command.worker
+        future._attempts = task.lost if failure.kind in _LOSSES else task.lost + 1
+        detail = failure.detail
+        if failure.kind is not FailureKind.WORKER_LOST:
+            future._run_time = detail.seconds
+            future._output = detail.output
+            if detail.payload:
+                done = future._finish(detail.payload, None, _decode_exception, failed=True)
+                self._let_go(task, future, done)
+                return
+        if failure.kind is FailureKind.KILLED:
+            future.cancel(running=True)
+            self._let_go(task, future, True)
+            return
+        self._set_exception(task, _error_of(command.worker, task, failure))
+
+    def _fail_unlaunched(self, command: commands.FailTasksUnlaunched) -> None:
+        error_text = f"no worker could be started ({self._launcher.describe()}): {command.reason}"
+        for task in command.tasks:
+            self._set_exception(task, LaunchError(error_text, reason=command.reason))
+
+    def _cancel(self, command: commands.CancelTasks) -> None:
+        for task in command.tasks:
+            future = task.handle
+            future._on_cancel = None
+            with future._lock:
+                if not future.done():
+                    future._conclude("CANCELLED_AND_NOTIFIED", "add_cancelled")
+            self._let_go(task, future, True)
+
+    def _recall(self, command: commands.RecallTasks) -> None:
+        session = self.sessions.get(command.worker)
+        if session is not None:
+            session.recall(command.leases)
+
+    def _kill(self, command: commands.KillTasks) -> None:
+        session = self.sessions.get(command.worker)
+        if session is not None:
+            session.kill(command.leases)
+
+    # Commands about workers.
+
+    def _launch(self, command: commands.LaunchWorker) -> None:
+        # Not from within the machine's answer: a failure is an event of its own.
+        self.portal.loop.call_soon(self._launch_now, command.launch, command.slots)
+
+    def _launch_now(self, launch: str, slots: int) -> None:
+        if launch not in self.machine.launches:
+            return
+        assert self.contact is not None
+        identity = launch
+
+        def ended(end: LaunchEnd) -> None:
+            self._on_launch_end(launch, end)
+
+        try:
+            self._running[launch] = identity
+            self._launcher.launch(self.contact, identity, slots, ended)
+        except CloudexecError as exc:
+            del self._running[launch]
+            self.feed(events.LaunchFailed(launch, str(exc)))
+
+    def _on_launch_end(self, launch: str, end: LaunchEnd) -> None:
+        self._running.pop(launch, None)
+        worker = self._worker_of(launch)
+        if worker is not None:
+            # Its stream ends too, and what it still said is to be read first.
+            self._last_words[worker] = end
+        self.feed(events.LaunchFailed(launch, end.reason, end.fatal, end.killed))
+        self._close_if_done()
+
+    def _worker_of(self, launch: str) -> str | None:
+        for worker, session in self.sessions.items():
+            if session.identity == launch:
+                return worker
+        return None
+
+    def _terminate_launch(self, command: commands.TerminateLaunch) -> None:
+        self._launcher.terminate(command.launch)
+
+    def _drain_worker(self, command: commands.DrainWorker) -> None:
+        session = self.sessions.get(command.worker)
+        if session is not None:
+            session.drain()
+
+    def _terminate_worker(self, command: commands.TerminateWorker) -> None:
+        session = self.sessions.get(command.worker)
+        if session is not None:
+            session.terminate()
+            # It has had its chance to end by itself.
+            self.portal.loop.call_later(2.0, self._launcher.terminate, session.identity)
+
+    # What the servicer reports.
+
+    def admit(self, identity: str) -> str | None:
+        """Say why a worker with this identity may not connect; ``None`` if it may."""
+        if self._closing or self.machine.finished:
+            return "the executor has shut down"
+        if any(session.identity == identity for session in self.sessions.values()):
+            return "a worker with this identity is connected already"
+        if identity not in self.machine.launches:
+            return "nobody launched a worker with this identity, or its time to connect is over"
+        return None
+
+    def refused(self, what: str) -> None:
+        """A peer failed to enrol: said once a second at most, however many they are."""
+        self.refusals += 1
+        now = time.monotonic()
+        if now - self._refused_at > 1.0:
+            self._refused_at = now
+            _logger.warning("connection refused (%d so far): %s", self.refusals, what)
+
+    def connected(self, session: Any, slots: int) -> None:
+        """A worker has proved who it is."""
+        self.sessions[session.worker_id] = session
+        launched = self.machine.launches[session.identity].slots
+        self.feed(events.WorkerConnected(session.worker_id, min(slots, launched), session.identity))
+
+    def disconnected(self, session: Any, reason: str) -> None:
+        """A worker's stream has ended."""
+        worker = session.worker_id
+        if self.sessions.get(worker) is not session:
+            return
+        end = self._last_words.pop(worker, None)
+        if end is None and session.identity in self._running and not self._closing:
+            # Its process is about to end, and how it ended is worth a moment.
+            async def say_later() -> None:
+                for _ in range(50):
+                    if worker in self._last_words or session.identity not in self._running:
+                        break
+                    await asyncio.sleep(0.002)
+                self._lost(session, reason)
+
+            self.create_task(say_later())
+            return
+        self._lost(session, end.reason if end else reason)
+
+    def _lost(self, session: Any, reason: str) -> None:
+        worker = session.worker_id
+        end = self._last_words.pop(worker, None)
+        if self.sessions.pop(worker, None) is None:
+            return
+        session.close()
+        if session.identity in self._running:
+            self.portal.loop.call_later(2.0, self._launcher.terminate, session.identity)
+        self.feed(events.WorkerLost(worker, end.reason if end else reason))
+
+    def initializer_failed(self, payload: bytes) -> None:
+        """The initializer raised in a worker: nothing can be run, and all that waits fails."""
+        cause, _ = _payload.loads_exception(payload)
+        error = InitializerError(
+            f"the initializer raised {type(cause).__name__} in a worker: {cause}"
+        )
+        error.__cause__ = cause
+        logging.getLogger("concurrent.futures").critical(
+            "Exception in initializer:", exc_info=(type(cause), cause, cause.__traceback__)
+        )
+        self.break_down(error)
+
+    def break_down(self, error: BaseException) -> None:
+        """Fail every open task, and all that are submitted later, and stop the workers."""
+        if self.broken is not None:
+            return
+        self.broken = error
+        machine = self.machine
+        tasks: list[Any] = [task for task in machine.queue if task.handle is not None]
+        for worker in machine.workers.values():
+            tasks.extend(task for task in worker.leases.values() if task.handle is not None)
+        for task in tasks:
+            future = task.handle
+            future._finish(None, self._broken_error(), None)
+            if future._has_callbacks():
+                self.callbacks.put(future)
+        self.feed(events.TasksCancelled(tasks))
+        self.feed(events.ShutdownRequested(cancel=True, kill=True))
+
+    def _broken_error(self) -> BaseException:
+        broken = self.broken
+        assert broken is not None
+        error = type(broken)(str(broken))
+        error.__cause__ = broken.__cause__
+        return error
+
+    # The end.
+
+    def _finish(self, command: commands.Finish) -> None:
+        self.create_task(self._close())
+
+    async def _close(self) -> None:
+        """Let the workers' processes end, then close the server and everything else."""
+        while self._running:
+            # They end by themselves once their streams have; this is for those that do not.
+            deadline = time.monotonic() + 5.0
+            while self._running and time.monotonic() < deadline:
+                await asyncio.sleep(0.002)
+            for launch in list(self._running):
+                self._launcher.terminate(launch)
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._server.stop(grace=None)
+        self._server = None
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        if self.output is not None:
+            self.output.stop()
+        self.callbacks.stop()
+        self.portal.loop.call_soon(self._closed)
+
+    def _closed(self) -> None:
+        self.portal.release()
+        self.finished.set()
+
+    def _close_if_done(self) -> None:
+        pass
+
+    def join(self) -> None:
+        """Wait, after ``finished``, for the threads that served this executor."""
+        if self.output is not None:
+            self.output.join()
+        self.callbacks.join()
+
+
+_LOSSES = (FailureKind.SLOT_LOST, FailureKind.WORKER_LOST)
+
+
+def _decode_result(future: BatchFuture[Any]) -> None:
+    data = future._result
+    try:
+        future._result = _payload._loads(data)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:
+        future._result = None
+        error = PayloadError(
+            f"the result could not be unpickled in the client ({type(exc).__name__}: {exc}); "
+            f"is the module of its class importable here?"
+        )
+        error.__cause__ = exc
+        future._exception = error
+
+
+def _decode_exception(future: BatchFuture[Any]) -> None:
+    error, output = _payload.loads_exception(future._result)
+    future._result = None
+    future._exception = error
+    if output:
+        future._output = output
+
+
+def _error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
+    """Say what became of a task that has no exception of its own."""
+    detail = failure.detail
+    if failure.kind is FailureKind.WORKER_LOST:
+        return WorkerLostError(
+            f"{worker}, which ran the task, was lost ({_count(task.lost, 'attempt')}): {detail}",
+            worker_id=worker,
+            attempts=task.lost,
+        )
+    if failure.kind is FailureKind.TIMED_OUT:
+        return TaskTimeoutError(
+            f"the task ran past its timeout on {worker} and was killed after {detail.seconds:.3g} s",
+            worker_id=worker,
+            seconds=detail.seconds,
+            output=detail.output,
+        )
+    code = detail.exit_code
+    peak = detail.peak_memory_bytes
+    how = f"killed by {_signal(-code)}" if code < 0 else f"exited with code {code}"
+    if detail.out_of_memory:
+        how += ", because the machine or container ran out of memory"
+    message = (
+        f"the process that ran the task {how} ({_count(task.lost, 'attempt')} on {worker} and "
+        f"others; peak memory {peak / 2**20:.0f} MiB)"
+        if task.lost > 1
+        else f"the process that ran the task on {worker} {how} (1 attempt; peak memory "
+        f"{peak / 2**20:.0f} MiB)"
+    )
+    if detail.output:
+        message += f"\nits last output:\n{detail.output}"
+    return WorkerLostError(
+        message,
+        worker_id=worker,
+        attempts=task.lost,
+        exit_code=code if code >= 0 else None,
+        signal=-code if code < 0 else None,
+        peak_memory_bytes=peak,
+        out_of_memory=detail.out_of_memory,
+        output=detail.output,
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _private_directory() -> str:
+    """Make a directory that only this user can enter, with a path short enough for a socket."""
+    path = tempfile.mkdtemp(prefix="cloudexec-")
+    if len(path) > 90:
+        shutil.rmtree(path)
+        path = tempfile.mkdtemp(prefix="cloudexec-", dir="/tmp")
+    return path
+
+
+_Unused = (Sequence, BrokenBatchExecutor)

@@ -1,0 +1,91 @@
+"""The event loop in its thread, shared by all executors of the process; the only crossing to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+__all__ = ["Portal"]
+
+T = TypeVar("T")
+
+
+class Portal:
+    """A daemon thread that runs an event loop as long as somebody needs it."""
+
+    _current: Portal | None = None
+    _lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._users = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.thread = threading.Thread(target=self._run, name="cloudexec", daemon=True)
+        self.thread.start()
+
+    @classmethod
+    def acquire(cls) -> Portal:
+        """Return the process's portal, started if need be; pair with ``release``."""
+        with cls._lock:
+            portal = cls._current
+            if portal is None or not portal.thread.is_alive():
+                portal = cls._current = Portal()
+            portal._users += 1
+            return portal
+
+    def release(self) -> None:
+        """Give the portal back; the last one out stops the loop."""
+        with Portal._lock:
+            self._users -= 1
+            if self._users:
+                return
+            if Portal._current is self:
+                Portal._current = None
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+            # Whatever gRPC has left to do on this loop is done before it closes.
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            pending = asyncio.all_tasks(self.loop)
+            for task in pending:
+                task.cancel()
+            if pending:
+                self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        finally:
+            asyncio.set_event_loop(None)
+            self.loop.close()
+
+    def post(self, fn: Callable[..., object], *args: object) -> None:
+        """Have the loop thread call ``fn``; any thread may ask."""
+        self.loop.call_soon_threadsafe(fn, *args)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Have the loop run a coroutine; any thread but the loop's may wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether the caller is the loop thread."""
+        return threading.current_thread() is self.thread
+
+    @classmethod
+    def _forget_after_fork(cls) -> None:
+        # The thread stayed in the parent. What hangs on it is kept, not torn down: gRPC's
+        # destructors would wait in this process for threads that are not here.
+        if cls._current is not None:
+            _kept.append(cls._current)
+        cls._current = None
+        cls._lock = threading.Lock()
+
+
+_kept: list[object] = []
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Portal._forget_after_fork)

@@ -1,0 +1,543 @@
+"""gRPC messages <-> events and commands. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import secrets
+import threading
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from cloudexec import _enrolment, _payload
+from cloudexec._core import events
+from cloudexec._core.events import FailureKind
+from cloudexec._errors import LaunchError, PayloadError
+from cloudexec._functions import Function
+from cloudexec._payload import Parts, Payload
+from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._server.driver import Delivered, Driver
+from cloudexec._wire import CHANNEL_OPTIONS, LEASE_KEY, TOKEN_KEY, pack_chunk, unpack_chunk
+
+__all__ = ["start_server"]
+
+_ENROLMENT_TIMEOUT = 10.0
+"""Seconds in which a peer must have proved who it is."""
+_UNPROVEN_PEERS = 256
+"""Peers that may be in the middle of enrolment at once; more are turned away."""
+_BATCH_TASKS = 2048
+_BATCH_BYTES = 512 * 1024
+_DELIVERY_CHUNKS = 2
+
+_KINDS = {
+    pb.Failure.RAISED: FailureKind.RAISED,
+    pb.Failure.UNPICKLE_FAILED: FailureKind.UNPICKLE_FAILED,
+    pb.Failure.PICKLE_FAILED: FailureKind.PICKLE_FAILED,
+    pb.Failure.SLOT_LOST: FailureKind.SLOT_LOST,
+    pb.Failure.TIMED_OUT: FailureKind.TIMED_OUT,
+    pb.Failure.KILLED: FailureKind.KILLED,
+}
+
+
+class _Session:
+    """One enrolled worker: what is on its way to it, and what it may fetch."""
+
+    def __init__(self, driver: Driver, identity: str, context: Any) -> None:
+        self.identity = identity
+        self.worker_id = f"worker-{identity}"
+        self.token = secrets.token_bytes(16)
+        self.payloads: dict[int, Parts] = {}
+        self.functions: dict[int, Function] = {}
+        self.delivered: dict[int, Delivered] = {}
+        self.draining = False
+        self._driver = driver
+        self._context = context
+        self._wanted = asyncio.Event()
+        self._tasks: list[Any] = []
+        self._known: set[int] = set()
+        self._forget: list[int] = []
+        self._recall: list[int] = []
+        self._kill: list[int] = []
+        self._drain = False
+        self._terminate = False
+        self._credit = 0
+        self._closed = False
+
+    # Commands.
+
+    def send_tasks(self, tasks: Sequence[Any]) -> None:
+        self._tasks.extend(tasks)
+        self._wanted.set()
+
+    def recall(self, leases: Sequence[int]) -> None:
+        self._recall.extend(leases)
+        self._wanted.set()
+
+    def kill(self, leases: Sequence[int]) -> None:
+        self._kill.extend(leases)
+        self._wanted.set()
+
+    def forget_functions(self, numbers: Sequence[int]) -> None:
+        known = [number for number in numbers if number in self._known]
+        if known:
+            self._known.difference_update(known)
+            self._forget.extend(known)
+            self._wanted.set()
+
+    def drain(self) -> None:
+        self.draining = True
+        self._drain = True
+        self._wanted.set()
+
+    def terminate(self) -> None:
+        self._terminate = True
+        self._wanted.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._wanted.set()
+
+    def output_taken(self, size: int) -> None:
+        """The output thread has shown this much: the worker may send as much again."""
+
+        def credit() -> None:
+            self._credit += size
+            if self._credit > 65536 or not self._closed:
+                self._wanted.set()
+
+        try:
+            self._driver.portal.post(credit)
+        except RuntimeError:
+            pass  # the loop has closed
+
+    # The stream.
+
+    def _compose(self) -> pb.ServerMessage | None:
+        message = pb.ServerMessage()
+        some = False
+        if self._tasks:
+            self._compose_tasks(message)
+            some = True
+        if self._forget:
+            message.forget_functions.extend(self._forget)
+            self._forget.clear()
+            some = True
+        if self._recall:
+            message.recall.extend(self._recall)
+            self._recall.clear()
+            some = True
+        if self._kill:
+            message.kill.extend(self._kill)
+            self._kill.clear()
+            some = True
+        if self._credit:
+            message.output_credit = self._credit
+            self._credit = 0
+            some = True
+        if self._drain and not self._tasks:
+            message.drain = True
+            self._drain = False
+            some = True
+        if self._terminate:
+            message.terminate = True
+            self._terminate = False
+            some = True
+        return message if some else None
+
+    def _compose_tasks(self, message: pb.ServerMessage) -> None:
+        tasks = self._tasks
+        leases: list[int] = []
+        functions: list[int] = []
+        payloads: list[bytes] = []
+        estimates: list[float] = []
+        numbers: list[int] = []
+        streamed: list[int] = []
+        timed = False
+        size = 0
+        taken = 0
+        for task in tasks:
+            if len(leases) >= _BATCH_TASKS or size >= _BATCH_BYTES:
+                break
+            taken += 1
+            payload = task.payload
+            if payload is None:
+                continue  # cancelled or answered meanwhile
+            function = task.function
+            if function is None:
+                functions.append(0)
+            else:
+                functions.append(function.number)
+                if function.number not in self._known:
+                    size += self._introduce(message, function)
+            if type(payload) is not bytes:
+                streamed.append(len(leases))
+                self.payloads[task.lease] = payload
+                payload = b""
+            leases.append(task.lease)
+            payloads.append(payload)
+            estimates.append(task.kind.seconds)
+            numbers.append(task.number)
+            timed = timed or task.timeout is not None
+            size += len(payload)
+        if timed:
+            message.tasks.timeouts.extend(
+                task.timeout or 0.0 for task in tasks[:taken] if task.payload is not None
+            )
+        del tasks[:taken]
+        if tasks:
+            self._wanted.set()
+        columns = message.tasks
+        columns.leases.extend(leases)
+        columns.functions.extend(functions)
+        columns.payloads.extend(payloads)
+        columns.estimates.extend(estimates)
+        columns.numbers.extend(numbers)
+        columns.streamed.extend(streamed)
+        self._driver.bytes_sent += size
+
+    def _introduce(self, message: pb.ServerMessage, function: Function) -> int:
+        self._known.add(function.number)
+        pickled = function.pickle
+        if isinstance(pickled, bytes):
+            message.functions.add(
+                number=function.number, pickle=pickled, sha256=function.sha256
+            )
+            return len(pickled)
+        self.functions[function.number] = function
+        message.functions.add(number=function.number, sha256=function.sha256, streamed=True)
+        return 0
+
+    async def send(self) -> None:
+        """Send what is wanted, in batches as large as the stream makes them."""
+        while not self._closed:
+            await self._wanted.wait()
+            self._wanted.clear()
+            message = self._compose()
+            if message is not None:
+                await self._context.write(message)
+
+    def take(self, message: pb.WorkerMessage) -> None:
+        """Turn one message into events."""
+        driver = self._driver
+        worker = self.worker_id
+        heard = True
+        if message.output:
+            for output in message.output:
+                driver.bytes_received += len(output.data)
+                if driver.output is not None:
+                    driver.output.put(
+                        worker, output.number, output.stream, output.data, self.output_taken
+                    )
+        if message.started:
+            driver.feed(events.TasksStarted(worker, list(message.started)))
+            heard = False
+        if message.HasField("results"):
+            columns = message.results
+            leases = list(columns.leases)
+            results: list[Any] = list(columns.payloads)
+            seconds = list(columns.seconds)
+            if not len(leases) == len(results) == len(seconds):
+                raise ValueError("columns of different length")
+            for index in columns.streamed:
+                lease = leases[index]
+                missing = Delivered(None, PayloadError("the result announced never arrived"))
+                results[index] = self.delivered.pop(lease, missing)
+            if self.payloads:
+                for lease in leases:
+                    self.payloads.pop(lease, None)
+            driver.feed(events.ResultsReceived(worker, leases, results, seconds))
+            heard = False
+        if message.failures:
+            failures = []
+            for failure in message.failures:
+                self.payloads.pop(failure.lease, None)
+                kind = _KINDS.get(failure.kind, FailureKind.SLOT_LOST)
+                failures.append((failure.lease, events.Failure(kind, failure)))
+            driver.feed(events.FailuresReceived(worker, failures))
+            heard = False
+        if message.returned:
+            for lease in message.returned:
+                self.payloads.pop(lease, None)
+            driver.feed(events.LeasesReturned(worker, list(message.returned)))
+            heard = False
+        if message.draining:
+            self.draining = True
+            driver.feed(events.WorkerDraining(worker))
+            heard = False
+        if message.initializer_failed:
+            driver.initializer_failed(message.initializer_failed)
+        if heard:
+            driver.feed(events.WorkerHeard(worker))
+
+
+class _Servicer:
+    """The three methods of the service."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._unproven = 0
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(
+            "cloudexec.v1.TaskServer",
+            {
+                "Session": grpc.stream_stream_rpc_method_handler(
+                    self.Session,
+                    request_deserializer=pb.WorkerMessage.FromString,
+                    response_serializer=pb.ServerMessage.SerializeToString,
+                ),
+                "Fetch": grpc.unary_stream_rpc_method_handler(
+                    self.Fetch,
+                    request_deserializer=pb.FetchRequest.FromString,
+                    response_serializer=pack_chunk,
+                ),
+                "Deliver": grpc.stream_unary_rpc_method_handler(
+                    self.Deliver,
+                    request_deserializer=unpack_chunk,
+                    response_serializer=pb.DeliverReply.SerializeToString,
+                ),
+            },
+        )
+
+    async def Session(self, _: Any, context: Any) -> None:
+        """Enrol a worker, then exchange messages with it until either side ends."""
+        if self._unproven >= _UNPROVEN_PEERS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many peers at once")
+        self._unproven += 1
+        try:
+            async with asyncio.timeout(_ENROLMENT_TIMEOUT):
+                session = await self._enrol(context)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "enrolment took too long")
+        finally:
+            self._unproven -= 1
+        if session is None:
+            return
+        driver = self._driver
+        sending = driver.portal.loop.create_task(session.send())
+        reason = "it closed its connection"
+        try:
+            while True:
+                message = await context.read()
+                if message is grpc.aio.EOF:
+                    break
+                session.take(message)
+        except asyncio.CancelledError:
+            reason = "its connection was cut"
+        except (ValueError, IndexError) as exc:
+            reason = f"it sent a malformed message: {exc}"
+        finally:
+            session.close()
+            sending.cancel()
+            driver.disconnected(session, reason)
+
+    async def _enrol(self, context: Any) -> _Session | None:
+        driver = self._driver
+        message = await context.read()
+        if message is grpc.aio.EOF or not message.HasField("hello"):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "say hello first")
+        hello = message.hello
+        if len(hello.identity) > 1024 or len(hello.nonce) != _enrolment.NONCE_BYTES:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "malformed hello")
+        nonce = _enrolment.make_nonce()
+        parts = (driver.executor_id, hello.identity, hello.nonce, nonce)
+        mac = _enrolment.proof(driver.key, "server", *parts)
+        await context.write(pb.ServerMessage(challenge=pb.Challenge(nonce=nonce, mac=mac)))
+        message = await context.read()
+        expected = _enrolment.proof(driver.key, "worker", *parts)
+        if (
+            message is grpc.aio.EOF
+            or hello.executor_id != driver.executor_id
+            or not _enrolment.proves(message.proof.mac, expected)
+        ):
+            driver.refused(f"{context.peer()} could not prove that it knows the key")
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "proof refused")
+        mismatch = _enrolment.versions_mismatch(
+            wire=hello.wire_version, python=hello.python_version, pickle=hello.cloudpickle_version
+        )
+        refusal = driver.admit(hello.identity) or mismatch
+        if refusal is not None:
+            await context.write(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
+            if mismatch is not None:
+                driver.feed(events.LaunchFailed(hello.identity, mismatch, fatal=True))
+            return None
+        session = _Session(driver, hello.identity, context)
+        setup = driver.setup
+        welcome = pb.Welcome(
+            worker_id=session.worker_id,
+            session_token=session.token,
+            cwd=setup.cwd,
+            sys_path=setup.sys_path,
+            argv=setup.argv,
+            max_tasks_per_child=setup.max_tasks_per_child,
+            orphan_timeout=setup.orphan_timeout,
+            heartbeat_interval=driver.machine.config.lease_timeout / 6,
+            capture_output=driver.output is not None,
+            min_slots=setup.min_workers,
+            idle_timeout=-1.0 if setup.idle_timeout is None else setup.idle_timeout,
+        )
+        if isinstance(setup.initializer, bytes):
+            welcome.initializer = setup.initializer
+        else:
+            welcome.initializer_streamed = True
+        await context.write(pb.ServerMessage(welcome=welcome))
+        # Nothing is awaited between the check above and here but that write: check once more.
+        if driver.admit(hello.identity) is not None:
+            return None
+        driver.connected(session, hello.slots)
+        return session
+
+    def _session_of(self, context: Any) -> _Session | None:
+        metadata = dict(context.invocation_metadata() or ())
+        token = metadata.get(TOKEN_KEY, b"")
+        if not isinstance(token, bytes):
+            return None
+        for session in self._driver.sessions.values():
+            if _enrolment.proves(token, session.token):
+                return session  # type: ignore[no-any-return]
+        return None
+
+    async def Fetch(
+        self, request: pb.FetchRequest, context: Any
+    ) -> AsyncIterator[bytes | memoryview]:
+        """Stream a large argument, callable or initializer to the worker it was promised to."""
+        session = self._session_of(context)
+        if session is None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
+            return
+        payload: Payload | None
+        if request.lease:
+            payload = session.payloads.get(request.lease)
+        elif request.function:
+            function = session.functions.get(request.function)
+            payload = function.pickle if function is not None else None
+        else:
+            payload = self._driver.setup.initializer
+        if not isinstance(payload, Parts):
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such payload")
+            return
+        for chunk in payload.chunks():
+            self._driver.bytes_sent += len(chunk)
+            yield chunk
+
+    async def Deliver(self, requests: AsyncIterator[memoryview], context: Any) -> pb.DeliverReply:
+        """Unpickle a large result, in a thread, while it arrives."""
+        session = self._session_of(context)
+        metadata = dict(context.invocation_metadata() or ())
+        lease = str(metadata.get(LEASE_KEY, ""))
+        driver = self._driver
+        worker = None if session is None else driver.machine.workers.get(session.worker_id)
+        task = worker.leases.get(int(lease)) if worker and lease.isdigit() else None
+        if session is None or task is None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "nobody waits for this")
+        arrival = _Arrival(driver)
+        complete = False
+        try:
+            async for chunk in requests:
+                driver.bytes_received += len(chunk)
+                await arrival.put(chunk)
+            complete = True
+        finally:
+            outcome = await arrival.end(complete=complete)
+        assert session is not None
+        session.delivered[int(lease)] = outcome
+        return pb.DeliverReply(accepted=True)
+
+
+class _Arrival:
+    """A large result between the loop, where chunks arrive, and the thread that unpickles them."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._loop = driver.portal.loop
+        self._chunks: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._room = asyncio.Semaphore(_DELIVERY_CHUNKS)
+        self._complete = False
+        self._done: asyncio.Future[Delivered] = self._loop.create_future()
+        thread = threading.Thread(target=self._run, name="cloudexec-result", daemon=True)
+        thread.start()
+
+    async def put(self, chunk: memoryview) -> None:
+        await self._room.acquire()
+        self._chunks.put(chunk)
+
+    async def end(self, *, complete: bool) -> Delivered:
+        self._complete = complete
+        self._chunks.put(None)
+        return await asyncio.shield(self._done)
+
+    def _next_chunk(self) -> memoryview | None:
+        chunk = self._chunks.get()
+        self._loop.call_soon_threadsafe(self._room.release)
+        if chunk is None and not self._complete:
+            raise ConnectionAbortedError("the result was cut off")
+        return chunk
+
+    def _run(self) -> None:
+        value: Any = None
+        error: BaseException | None = None
+        ended = False
+
+        def next_chunk() -> memoryview | None:
+            nonlocal ended
+            chunk = None if ended else self._next_chunk()
+            ended = ended or chunk is None
+            return chunk
+
+        try:
+            value = _payload.load_chunks(next_chunk)
+        except BaseException as exc:
+            error = PayloadError(
+                f"the result could not be unpickled in the client ({type(exc).__name__}: {exc})"
+            )
+            error.__cause__ = exc
+        try:
+            while next_chunk() is not None:
+                pass
+        except ConnectionAbortedError:
+            pass
+        outcome = Delivered(value, error)
+        value = error = None
+
+        def resolve() -> None:
+            if not self._done.done():
+                self._done.set_result(outcome)
+
+        self._loop.call_soon_threadsafe(resolve)
+
+
+async def start_server(driver: Driver, listen: str) -> tuple[grpc.aio.Server, str, str]:
+    """Start to listen.
+
+    Args:
+        driver: Whose server it is.
+        listen: ``unix:/path``, or ``host:port`` (port 0: any free one), which is TLS.
+
+    Returns:
+        The server, the target that workers dial, and the certificate's SHA-256 in hex (empty for a
+        Unix socket).
+
+    Raises:
+        LaunchError: If it cannot listen there.
+    """
+    server = grpc.aio.server(options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])
+    server.add_generic_rpc_handlers((_Servicer(driver).handlers(),))
+    sha256 = ""
+    try:
+        if listen.startswith("unix:"):
+            server.add_insecure_port(listen)
+            target = listen
+        else:
+            from cloudexec._server.certificate import make_certificate
+
+            certificate = make_certificate()
+            sha256 = certificate.sha256
+            credentials = grpc.ssl_server_credentials([(certificate.key_pem, certificate.pem)])
+            port = server.add_secure_port(listen, credentials)
+            target = f"{listen.rpartition(':')[0]}:{port}"
+    except RuntimeError as exc:
+        raise LaunchError(f"cannot listen on {listen}: {exc}; is the address taken?") from exc
+    await server.start()
+    return server, target, sha256

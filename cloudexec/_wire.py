@@ -1,0 +1,56 @@
+"""What both ends of the gRPC connection share: method names, limits, serializers, chunk framing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cloudexec._proto.tasks_pb2 import Chunk
+
+__all__ = ["CHANNEL_OPTIONS", "LEASE_KEY", "MAX_MESSAGE_BYTES", "TOKEN_KEY", "pack_chunk", "unpack_chunk"]
+
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+"""Largest message either side accepts; batches stay far below it."""
+TOKEN_KEY = "cloudexec-token-bin"
+LEASE_KEY = "cloudexec-lease"
+
+# Liveness is HTTP/2 pings: gRPC's own threads answer them, so that a client whose main thread
+# holds the GIL for minutes is alive to its workers.
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.lookahead_bytes", 4 * 1024 * 1024),
+    ("grpc.http2.write_buffer_size", 1024 * 1024),
+]
+
+
+def pack_chunk(data: bytes | memoryview) -> bytes:
+    """Serialize ``Chunk(data=...)`` with one copy instead of two."""
+    size = len(data)
+    header = bytearray(b"\x0a")  # field 1, length-delimited
+    while size > 0x7F:
+        header.append(size & 0x7F | 0x80)
+        size >>= 7
+    header.append(size)
+    return b"".join((header, data))
+
+
+def unpack_chunk(message: bytes) -> memoryview:
+    """Parse a ``Chunk`` without copying it; anything unusual goes the ordinary way."""
+    if message[:1] == b"\x0a":
+        size = shift = 0
+        for at in range(1, min(len(message), 6)):
+            byte = message[at]
+            size |= (byte & 0x7F) << shift
+            shift += 7
+            if not byte & 0x80:
+                if at + 1 + size == len(message):
+                    return memoryview(message)[at + 1 :]
+                break
+    return memoryview(Chunk.FromString(message).data)

@@ -1,0 +1,12 @@
+"""What runs in a worker: one supervisor with the connection, one child process per slot.
+
+    client <== gRPC ==> supervisor (session, supervisor) <-- pipes --> slot processes (slot)
+                             |                                              ^
+                             +-- socket pair --> zygote (zygote) -- forks --+
+
+The supervisor forwards payloads unread and never runs user code, so it answers heartbeats whatever
+a task does. The zygote is forked from it before gRPC starts a thread; it forks the slots, in
+milliseconds, and reports how each one ended. A slot runs one task at a time.
+
+Nothing in this package imports an AWS SDK, ``_server`` or ``_launchers``.
+"""

@@ -1,0 +1,80 @@
+"""How supervisor and slot talk: frames over two pipes, and a shared page of memory.
+
+A frame is a header (kind, length of the body, a number) and its body. The shared page has three
+cells of eight bytes, then a buffer for results:
+
+* ``CURRENT``: the lease that the slot runs, written by the slot before it begins.
+* ``EPOCH``: written by the supervisor to take back what the slot has not begun: a slot compares it,
+  after it wrote ``CURRENT``, with the epoch of the batch at hand, and drops the rest if they differ.
+* ``USED``: bytes of finished results in the buffer that have not been written to the pipe yet.
+
+So whatever becomes of a slot - killed, or deep in a call that holds the GIL for minutes - the
+supervisor knows which task it ran, has the results of those before, and can take those behind.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import struct
+
+__all__ = ["CURRENT", "EPOCH", "HEADER", "PAGE_BYTES", "RESULT", "RESULTS_AT", "USED", "Kind", "write_all"]
+
+HEADER = struct.Struct("<BIQ")
+RESULT = struct.Struct("<QfBI")
+"""One result: lease, seconds, status, length of the payload that follows."""
+
+CURRENT, EPOCH, USED = 0, 1, 2
+RESULTS_AT = 64
+PAGE_BYTES = 256 * 1024
+
+OK, RAISED, UNPICKLE_FAILED, PICKLE_FAILED = 0, 1, 2, 3
+"""Status of a result."""
+
+
+class Kind(enum.IntEnum):
+    """What a frame is; the number in its header is given in parentheses."""
+
+    # To the slot.
+    SETUP = 1
+    """JSON: working directory, sys.path, argv."""
+    INITIALIZER = 2
+    """Payload of (initializer, initargs); CHUNK frames follow if the number is 1."""
+    FUNCTION = 3
+    """A callable's pickle (number of the function)."""
+    FUNCTION_STREAM = 4
+    """The same in CHUNK frames."""
+    FORGET = 5
+    """Drop a callable (number of the function)."""
+    BATCH = 6
+    """Tasks (epoch): count, then columns of leases, functions, sizes, then payloads."""
+    TASK_STREAM = 7
+    """One task (lease): function and epoch; its arguments follow in CHUNK frames."""
+    CHUNK = 8
+    """A piece of a large payload; an empty one ends it."""
+    ABORT = 9
+    """The large payload ends early."""
+    STOP = 10
+    """End."""
+
+    # From the slot.
+    READY = 20
+    RESULTS = 21
+    RESULT_STREAM = 22
+    """A large result begins (lease): seconds; CHUNK frames follow."""
+    RESULT_FAILED = 23
+    """The large result could not be pickled to its end (lease): the exception."""
+    OUTPUT = 24
+    """What a task printed (lease): one byte of stream number, then the text."""
+    DROPPED = 25
+    """The batch was taken back before this task began (lease)."""
+    INITIALIZER_FAILED = 26
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of ``data`` to a blocking pipe."""
+    done = os.write(fd, data)
+    if done < len(data):
+        view = memoryview(data)
+        while done < len(view):
+            done += os.write(fd, view[done:])

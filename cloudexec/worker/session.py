@@ -1,0 +1,489 @@
+"""The worker's session with the client: dial, enrol, then tasks in and answers out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+import grpc
+import grpc.aio
+
+from cloudexec import _enrolment
+from cloudexec._errors import LaunchError, ProtocolError
+from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._wire import CHANNEL_OPTIONS, LEASE_KEY, TOKEN_KEY, pack_chunk, unpack_chunk
+from cloudexec.worker.supervisor import Failure, Settings, SlotPool, WorkItem
+
+__all__ = ["Address", "Session", "run_worker"]
+
+_CONNECT_TIMEOUT = 30.0
+_BATCH_RESULTS = 2048
+_BATCH_BYTES = 512 * 1024
+_OUTPUT_CREDIT = 1024 * 1024
+"""Bytes of output that may be on their way to the client, per worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the client is and how to know it.
+
+    Attributes:
+        target: A gRPC target: ``unix:/path`` or ``host:port``.
+        executor_id: Which executor.
+        identity: Who this worker is.
+        key: Shared with the executor.
+        slots: Tasks to run at once.
+        certificate_sha256: Of the server's certificate, in hex; empty for a Unix socket.
+    """
+
+    target: str
+    executor_id: str
+    identity: str
+    key: bytes
+    slots: int
+    certificate_sha256: str = ""
+
+    def __repr__(self) -> str:
+        return f"Address(target={self.target!r}, identity={self.identity!r})"
+
+
+def _channel(address: Address) -> grpc.aio.Channel:
+    if not address.certificate_sha256:
+        return grpc.aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
+    # Whoever answers may send any certificate: the pinned fingerprint says which one is right,
+    # and that one is then the only root that the connection itself trusts.
+    import hashlib
+    import ssl
+
+    host, _, port = address.target.rpartition(":")
+    pem = ssl.get_server_certificate((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT)
+    found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+    if found != address.certificate_sha256:
+        raise ProtocolError(
+            f"{address.target} has another certificate than the one pinned for this worker "
+            f"(sha256 {found}): refusing to talk to it"
+        )
+    credentials = grpc.ssl_channel_credentials(root_certificates=pem.encode())
+    options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", "cloudexec")]
+    return grpc.aio.secure_channel(address.target, credentials, options=options)
+
+
+class Session:
+    """One connection: enrolment, the stream, and the answers on their way out."""
+
+    def __init__(self, address: Address, channel: grpc.aio.Channel) -> None:
+        self._address = address
+        self._channel = channel
+        self._session = channel.stream_stream(
+            "/cloudexec.v1.TaskServer/Session",
+            request_serializer=pb.WorkerMessage.SerializeToString,
+            response_deserializer=pb.ServerMessage.FromString,
+        )
+        self._fetch = channel.unary_stream(
+            "/cloudexec.v1.TaskServer/Fetch",
+            request_serializer=pb.FetchRequest.SerializeToString,
+            response_deserializer=unpack_chunk,
+        )
+        self._deliver = channel.stream_unary(
+            "/cloudexec.v1.TaskServer/Deliver",
+            request_serializer=pack_chunk,
+            response_deserializer=pb.DeliverReply.FromString,
+        )
+        self._call: Any = None
+        self._token = b""
+        self._wanted = asyncio.Event()
+        self._leases: list[int] = []
+        self._payloads: list[bytes] = []
+        self._seconds: list[float] = []
+        self._streamed: list[int] = []
+        self._bytes = 0
+        self._failures: list[Failure] = []
+        self._returned: list[int] = []
+        self._output: list[tuple[int, int, int, bytes]] = []
+        self._credit = _OUTPUT_CREDIT
+        self._initializer_failed = b""
+        self._heartbeat_due = False
+        self._draining = False
+        self._drain_said = False
+        self._deliveries: set[asyncio.Task[None]] = set()
+        self.pool: SlotPool | None = None
+        self.welcome = pb.Welcome()
+
+    async def enrol(self) -> None:
+        """Prove who we are and check that the server is the right one.
+
+        Raises:
+            ProtocolError: The server is an impostor, or refuses us; the message says why.
+        """
+        address = self._address
+        self._call = self._session()
+        nonce = _enrolment.make_nonce()
+        hello = pb.Hello(
+            wire_version=_enrolment.WIRE_VERSION,
+            executor_id=address.executor_id,
+            identity=address.identity,
+            nonce=nonce,
+            cloudexec_version=_version(),
+            python_version=_enrolment.python_version(),
+            cloudpickle_version=cloudpickle.__version__,
+            slots=address.slots,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+        )
+        await self._call.write(pb.WorkerMessage(hello=hello))
+        challenge = await self._expect("challenge")
+        parts = (address.executor_id, address.identity, nonce, challenge.challenge.nonce)
+        expected = _enrolment.proof(address.key, "server", *parts)
+        if not _enrolment.proves(challenge.challenge.mac, expected):
+            raise ProtocolError(f"{address.target} does not know this worker's key: an impostor?")
+        mac = _enrolment.proof(address.key, "worker", *parts)
+        await self._call.write(pb.WorkerMessage(proof=pb.Proof(mac=mac)))
+        self.welcome = (await self._expect("welcome")).welcome
+        self._token = self.welcome.session_token
+
+    async def _expect(self, what: str) -> pb.ServerMessage:
+        message = await self._call.read()
+        if message is grpc.aio.EOF:
+            raise ProtocolError("the client closed the connection during enrolment")
+        if message.HasField("refusal"):
+            raise ProtocolError(f"the client refused this worker: {message.refusal.reason}")
+        if not message.HasField(what):
+            raise ProtocolError(f"the client sent something else than {what}")
+        return message  # type: ignore[no-any-return]
+
+    # What the pool answers.
+
+    def result(self, lease: int, payload: bytes, seconds: float) -> None:
+        self._leases.append(lease)
+        self._payloads.append(payload)
+        self._seconds.append(seconds)
+        self._bytes += len(payload)
+
+    def failure(self, failure: Failure) -> None:
+        self._failures.append(failure)
+
+    def returned(self, lease: int) -> None:
+        self._returned.append(lease)
+
+    def output(self, lease: int, number: int, stream: int, data: bytes) -> bool:
+        if not self.welcome.capture_output:
+            return True
+        self._output.append((lease, number, stream, data))
+        self._credit -= len(data)
+        return self._credit > 0
+
+    def initializer_failed(self, payload: bytes) -> None:
+        self._initializer_failed = payload
+        self.wake()
+
+    async def fetch(self, lease: int, function: int) -> AsyncIterator[bytes]:
+        request = pb.FetchRequest(lease=lease, function=function)
+        async for chunk in self._fetch(request, metadata=((TOKEN_KEY, self._token),)):
+            yield chunk
+
+    def deliver(self, lease: int, seconds: float, chunks: AsyncIterator[bytes]) -> None:
+        task = asyncio.get_running_loop().create_task(self._deliver_all(lease, seconds, chunks))
+        self._deliveries.add(task)
+        task.add_done_callback(self._deliveries.discard)
+
+    async def _deliver_all(self, lease: int, seconds: float, chunks: AsyncIterator[bytes]) -> None:
+        metadata = ((TOKEN_KEY, self._token), (LEASE_KEY, str(lease)))
+        call = self._deliver(metadata=metadata)
+        try:
+            async for chunk in chunks:
+                await call.write(chunk)
+            await call.done_writing()
+            reply = await call
+        except ConnectionAbortedError:
+            call.cancel()  # the slot died; its end is reported on its own
+            return
+        except grpc.aio.AioRpcError:
+            # Nobody waits for it, or the connection is gone. Read on, so that the slot can.
+            async for _ in chunks:
+                pass
+            return
+        if reply.accepted:
+            self._streamed.append(len(self._leases))
+            self.result(lease, b"", seconds)
+            self.wake()
+
+    def wake(self) -> None:
+        self._wanted.set()
+
+    # The stream.
+
+    def _compose(self) -> pb.WorkerMessage | None:
+        pool = self.pool
+        message = pb.WorkerMessage()
+        some = False
+        if self._output:
+            for lease, number, stream, data in self._output:
+                message.output.add(lease=lease, number=number, stream=stream, data=data)
+            self._output.clear()
+            some = True
+        if self._leases:
+            results = message.results
+            if len(self._leases) <= _BATCH_RESULTS and self._bytes <= _BATCH_BYTES:
+                count = len(self._leases)
+                self._bytes = 0
+            else:
+                count = size = 0
+                for payload in self._payloads:
+                    count += 1
+                    size += len(payload)
+                    if count >= _BATCH_RESULTS or size >= _BATCH_BYTES:
+                        break
+                self._bytes -= size
+                self._wanted.set()
+            results.leases.extend(self._leases[:count])
+            results.payloads.extend(self._payloads[:count])
+            results.seconds.extend(self._seconds[:count])
+            if self._streamed:
+                results.streamed.extend(i for i in self._streamed if i < count)
+                self._streamed = [i - count for i in self._streamed if i >= count]
+            del self._leases[:count], self._payloads[:count], self._seconds[:count]
+            some = True
+        for failure in self._failures:
+            message.failures.add(
+                lease=failure.lease,
+                kind=failure.kind,  # type: ignore[arg-type]
+                payload=failure.payload,
+                message=failure.message,
+                output=failure.output,
+                exit_code=failure.exit_code,
+                peak_memory_bytes=failure.peak_memory_bytes,
+                seconds=failure.seconds,
+                out_of_memory=failure.out_of_memory,
+            )
+            some = True
+        self._failures.clear()
+        if self._returned:
+            message.returned.extend(self._returned)
+            self._returned.clear()
+            some = True
+        if pool is not None:
+            started = pool.started()
+            if started:
+                message.started.extend(started)
+                some = True
+        if self._initializer_failed:
+            message.initializer_failed = self._initializer_failed
+            self._initializer_failed = b""
+            some = True
+        if self._heartbeat_due and pool is not None:
+            self._heartbeat_due = False
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            message.heartbeat.CopyFrom(
+                pb.Heartbeat(resident_bytes=resident, running=pool.running, queued=pool.queued)
+            )
+            some = True
+        if self._draining and not self._drain_said:
+            self._drain_said = True
+            message.draining = True
+            some = True
+        return message if some else None
+
+    async def send(self) -> str | None:
+        """Send answers as they come, in batches as large as the stream makes them."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            message = self._compose()
+            if message is not None:
+                await self._call.write(message)
+
+    async def flush(self) -> None:
+        """Send what is left, large results included, and close our half of the stream."""
+        if self._deliveries:
+            await asyncio.wait(set(self._deliveries))
+        while (message := self._compose()) is not None:
+            await self._call.write(message)
+        await self._call.done_writing()
+
+    async def beat(self) -> None:
+        """Send a heartbeat now and then: the supervisor lives, whatever its tasks do."""
+        interval = self.welcome.heartbeat_interval or 10.0
+        while True:
+            await asyncio.sleep(interval)
+            self._heartbeat_due = True
+            self.wake()
+
+    async def receive(self, ends: asyncio.Queue[str]) -> str:
+        """Take messages until the client ends the session; say how it ended.
+
+        Args:
+            ends: Where a request to drain goes: the session goes on until that is done.
+        """
+        pool = self.pool
+        assert pool is not None
+        call = self._call
+        while True:
+            message = await call.read()
+            if message is grpc.aio.EOF:
+                return "closed"
+            if message.functions:
+                for function in message.functions:
+                    pool.add_function(function.number, function.pickle, streamed=function.streamed)
+            if message.HasField("tasks"):
+                pool.add(_items(message.tasks))
+            if message.recall:
+                pool.recall(list(message.recall))
+            if message.kill:
+                pool.kill(list(message.kill), pb.Failure.KILLED)
+            if message.forget_functions:
+                pool.forget_functions(list(message.forget_functions))
+            if message.output_credit:
+                self._credit += message.output_credit
+                if self._credit > 0:
+                    pool.resume_output()
+            if message.terminate:
+                return "terminate"
+            if message.drain:
+                ends.put_nowait("drain")
+
+    def start_draining(self) -> None:
+        """Tell the client to send nothing more."""
+        self._draining = True
+        self.wake()
+
+
+def _items(tasks: pb.Tasks) -> list[WorkItem]:
+    leases = list(tasks.leases)
+    items = list(
+        map(
+            WorkItem,
+            leases,
+            tasks.functions,
+            tasks.payloads,
+            tasks.numbers,
+            tasks.estimates,
+        )
+    )
+    if tasks.timeouts:
+        for item, timeout in zip(items, tasks.timeouts, strict=True):
+            item.timeout = timeout
+    for index in tasks.streamed:
+        items[index].streamed = True
+    return items
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("cloudexec")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+async def run_worker(address: Address, zygote: socket.socket) -> None:
+    """Dial back and serve until told to stop, or until the client is gone.
+
+    Raises:
+        LaunchError: If the client cannot be reached.
+        ProtocolError: If either side refuses the other.
+    """
+    loop = asyncio.get_running_loop()
+    channel = _channel(address)
+    session = Session(address, channel)
+    parent = os.getppid()
+    ends: asyncio.Queue[str] = asyncio.Queue()
+    try:
+        async with asyncio.timeout(_CONNECT_TIMEOUT):
+            await session.enrol()
+    except (TimeoutError, grpc.aio.AioRpcError) as exc:
+        await channel.close()
+        raise LaunchError(f"cannot reach the client at {address.target}: {exc}") from exc
+    pool = SlotPool(
+        _settings(session.welcome, address), session, zygote, lambda: ends.put_nowait("zygote")
+    )
+    session.pool = pool
+    loop.add_signal_handler(signal.SIGTERM, ends.put_nowait, "drain")
+
+    async def watch_parent() -> None:
+        # On the client's own machine: if it was killed, we were handed to another parent.
+        while address.target.startswith("unix:"):
+            await asyncio.sleep(1.0)
+            if os.getppid() != parent:
+                ends.put_nowait("orphaned")
+
+    async def serve(work: Coroutine[Any, Any, str | None]) -> None:
+        try:
+            ends.put_nowait(await work or "closed")
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            ends.put_nowait("disconnected")
+
+    receiving = loop.create_task(serve(session.receive(ends)))
+    sending = loop.create_task(serve(session.send()))
+    background = [
+        receiving,
+        sending,
+        loop.create_task(session.beat()),
+        loop.create_task(watch_parent()),
+    ]
+    try:
+        await pool.start()
+        why = await ends.get()
+        if why == "drain":
+            session.start_draining()
+            pool.drain()
+            why = await _first(pool.idle, ends)
+        if why == "idle":
+            pool.stop(kill=False)
+            why = await _first(pool.stopped, ends)
+        if why == "idle":
+            sending.cancel()
+            await session.flush()
+        else:
+            pool.stop(kill=True)
+            if why != "zygote":
+                async with asyncio.timeout(5.0):
+                    await pool.stopped.wait()
+    except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        pass  # the client is gone, and with it whoever wants to know
+    finally:
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        pool.close()
+        await channel.close()
+
+
+async def _first(event: asyncio.Event, ends: asyncio.Queue[str]) -> str:
+    """Wait for the event ("idle") or for a reason to end at once."""
+    waiting = asyncio.ensure_future(event.wait())
+    ending = asyncio.ensure_future(ends.get())
+    try:
+        while True:
+            await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if ending.done():
+                why = ending.result()
+                if why != "drain":
+                    return why
+                ending = asyncio.ensure_future(ends.get())
+            if waiting.done():
+                return "idle"
+    finally:
+        waiting.cancel()
+        ending.cancel()
+
+
+def _settings(welcome: pb.Welcome, address: Address) -> Settings:
+    return Settings(
+        slots=address.slots,
+        cwd=welcome.cwd,
+        sys_path=tuple(welcome.sys_path),
+        argv=tuple(welcome.argv),
+        initializer=welcome.initializer,
+        initializer_streamed=welcome.initializer_streamed,
+        max_tasks_per_child=welcome.max_tasks_per_child,
+        min_slots=welcome.min_slots,
+        idle_timeout=welcome.idle_timeout,
+    )

@@ -1,0 +1,1015 @@
+"""The supervisor's slots: who runs what, what came of it, and how each one died."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import struct
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from mmap import mmap
+from typing import Protocol
+
+from cloudexec.worker import frames
+from cloudexec.worker.frames import (
+    CURRENT,
+    EPOCH,
+    HEADER,
+    PAGE_BYTES,
+    RESULT,
+    RESULTS_AT,
+    USED,
+    Kind,
+)
+from cloudexec.worker.zygote import EXITED, FORK, KILL, MESSAGE, STARTED
+
+__all__ = ["Answers", "Failure", "Settings", "SlotPool", "WorkItem"]
+
+_BATCH_SECONDS = 0.002
+"""Estimated work that a slot holds: enough to hide a wake-up, too little to be worth taking back."""
+_BATCH_TASKS = 256
+_BATCH_BYTES = 256 * 1024
+_STRAGGLER = 0.01
+"""Seconds after which what waits behind a task in its slot is taken back."""
+_TICK = 0.005
+_TAIL_BYTES = 8 * 1024
+"""Of a task's output, what is kept for the exception if it fails."""
+_PIPE_BYTES = 1024 * 1024
+_STOP_GRACE = 5.0
+"""Seconds that a slot told to stop may take for its exit handlers."""
+_FAILED_STARTS = 3
+
+
+@dataclass(slots=True)
+class WorkItem:
+    """A task on this worker."""
+
+    lease: int
+    function: int
+    payload: bytes
+    number: int
+    seconds: float
+    timeout: float = 0.0
+    streamed: bool = False
+    epoch: int = 0
+
+
+@dataclass(slots=True)
+class Failure:
+    """An attempt without a result, and what is known about it."""
+
+    lease: int
+    kind: int
+    payload: bytes = b""
+    message: str = ""
+    output: str = ""
+    exit_code: int = 0
+    peak_memory_bytes: int = 0
+    seconds: float = 0.0
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the client said at the start."""
+
+    slots: int
+    cwd: str = ""
+    sys_path: tuple[str, ...] = ()
+    argv: tuple[str, ...] = ()
+    initializer: bytes = b""
+    initializer_streamed: bool = False
+    max_tasks_per_child: int = 0
+    min_slots: int = 0
+    idle_timeout: float = -1.0
+
+
+class Answers(Protocol):
+    """Where the pool's answers go: the session, or a test."""
+
+    def result(self, lease: int, payload: bytes, seconds: float) -> None:
+        """A task returned."""
+
+    def failure(self, failure: Failure) -> None:
+        """An attempt failed."""
+
+    def returned(self, lease: int) -> None:
+        """A task is handed back unstarted."""
+
+    def output(self, lease: int, number: int, stream: int, data: bytes) -> bool:
+        """A task printed; False asks to hold the slot's answers until ``resume_output``."""
+
+    def initializer_failed(self, payload: bytes) -> None:
+        """The initializer raised, or killed its slot time and again."""
+
+    def fetch(self, lease: int, function: int) -> AsyncIterator[bytes]:
+        """The chunks of a large payload of the client's."""
+
+    def deliver(self, lease: int, seconds: float, chunks: AsyncIterator[bytes]) -> None:
+        """Send a large result, and report it once it has arrived."""
+
+    def wake(self) -> None:
+        """There is something to send."""
+
+
+class _Delivery:
+    """A large result on its way from a slot to the client, at most a few chunks of it here."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.chunks: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.cut = False
+        self.on_taken: Callable[[], None] = lambda: None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            chunk = await self.chunks.get()
+            if chunk is None:
+                break
+            yield chunk
+            self.on_taken()
+        if self.cut:
+            raise ConnectionAbortedError("the slot died while it sent a result")
+
+
+class _Slot:
+    """One child process as the supervisor sees it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.pid = 0
+        self.ready = False
+        self.stopping = False
+        self.dead = False
+        self.exited = False
+        self.kill_reason = 0  # a Failure kind, when we killed it
+        self.kill_lease = 0
+        self.held: dict[int, WorkItem] = {}  # what it was sent and has not answered, in order
+        self.seconds = 0.0  # estimated, of that
+        self.sent = 0
+        self.epoch = 0
+        self.exclusive = False  # holds a task behind which nothing may be sent
+        self.taking_back = False
+        self.straggling = False  # its task takes longer than estimated: send nothing behind it
+        self.progress_at = 0.0
+        self.reported = 0  # the lease last reported as started
+        self.functions: set[int] = set()
+        self.idle_since = 0.0
+        self.tail: dict[int, bytearray] = {}
+        self.timer: asyncio.TimerHandle | None = None
+        self.stop_timer: asyncio.TimerHandle | None = None
+        self.feeding: asyncio.Task[None] | None = None
+        self.delivery: _Delivery | None = None
+        self.paused = False
+        self.out: deque[memoryview] = deque()
+        self.drained: asyncio.Event | None = None
+        self.input = bytearray()
+
+        tasks_read, self.tasks_fd = os.pipe()
+        self.results_fd, results_write = os.pipe()
+        self.stdout_fd, stdout_write = os.pipe()
+        self.stderr_fd, stderr_write = os.pipe()
+        page_fd = _shared_file()
+        self.page = memoryview(mmap(page_fd, PAGE_BYTES))
+        self.cells = self.page[:RESULTS_AT].cast("Q")
+        self.child_fds = [tasks_read, results_write, page_fd, stdout_write, stderr_write]
+        for fd in (self.tasks_fd, self.results_fd, self.stdout_fd, self.stderr_fd):
+            os.set_blocking(fd, False)
+        for fd in (self.tasks_fd, self.results_fd):
+            _widen(fd)
+
+    def fds(self) -> list[int]:
+        return [self.tasks_fd, self.results_fd, self.stdout_fd, self.stderr_fd]
+
+    def running(self) -> WorkItem | None:
+        return self.held.get(self.cells[CURRENT])
+
+
+def _shared_file() -> int:
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("cloudexec-slot")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, PAGE_BYTES)
+    return fd
+
+
+def _widen(fd: int) -> None:
+    try:
+        import fcntl
+
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    except (ImportError, AttributeError, OSError):
+        pass  # not Linux, or over the user's limit: a smaller pipe is only slower
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed for want of memory, as far as can be seen from here."""
+    count = 0
+    for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+        try:
+            with open(path) as file:
+                for line in file:
+                    if line.startswith("oom_kill "):
+                        count += int(line.split()[1])
+        except (OSError, ValueError):
+            continue
+    return count
+
+
+@dataclass
+class _Function:
+    pickle: bytes
+    chunks: list[bytes] | None = None
+    waiting: list[Callable[[], None]] = field(default_factory=list)
+
+
+class SlotPool:
+    """Runs tasks in slot processes; all of it on one event loop.
+
+    Args:
+        settings: From the client.
+        answers: Where answers go.
+        zygote: Socket to the zygote.
+        on_zygote_gone: Called when the zygote died: the worker cannot go on.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        answers: Answers,
+        zygote: socket.socket,
+        on_zygote_gone: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._answers = answers
+        self._zygote = zygote
+        self._on_zygote_gone = on_zygote_gone
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[WorkItem] = deque()
+        self._slots: dict[int, _Slot] = {}
+        self._numbers = 0
+        self._forking: deque[_Slot] = deque()
+        self._functions: dict[int, _Function] = {}
+        self._initializer: list[bytes] | None = None
+        self._recalled: set[int] = set()
+        self._tick_handle: asyncio.TimerHandle | None = None
+        self._trim_handle: asyncio.TimerHandle | None = None
+        self._failed_starts = 0
+        self._oom_kills = _oom_kills()
+        self._draining = False
+        self._input = b""
+        self.idle = asyncio.Event()
+        """Set when, after ``drain``, no task is left."""
+        self.stopped = asyncio.Event()
+        """Set when, after ``stop``, no slot is left."""
+        zygote.setblocking(False)
+        self._loop.add_reader(zygote.fileno(), self._on_zygote)
+
+    # What the client asks.
+
+    async def start(self) -> None:
+        """Fetch a large initializer and start the slots that are to be kept warm."""
+        if self._settings.initializer_streamed:
+            self._initializer = [chunk async for chunk in self._answers.fetch(0, 0)]
+        for _ in range(min(self._settings.min_slots, self._settings.slots)):
+            self._fork()
+
+    def add_function(self, number: int, pickle: bytes, *, streamed: bool) -> None:
+        """Learn a callable that tasks will name."""
+        self._functions[number] = _Function(pickle, None if not streamed else [])
+        if streamed:
+            self._functions[number].chunks = None
+            self._functions[number].pickle = b""
+
+    def forget_functions(self, numbers: list[int]) -> None:
+        """Drop callables that no task will name again."""
+        for number in numbers:
+            self._functions.pop(number, None)
+            for slot in self._slots.values():
+                if number in slot.functions and not slot.dead:
+                    slot.functions.discard(number)
+                    self._write(slot, HEADER.pack(Kind.FORGET, 0, number))
+
+    def add(self, items: list[WorkItem]) -> None:
+        """Take tasks, in order."""
+        self._queue.extend(items)
+        self.dispatch()
+
+    def recall(self, leases: list[int]) -> None:
+        """Hand these back unless they have begun."""
+        wanted = set(leases)
+        if any(item.lease in wanted for item in self._queue):
+            kept: deque[WorkItem] = deque()
+            for item in self._queue:
+                if item.lease in wanted:
+                    self._answers.returned(item.lease)
+                else:
+                    kept.append(item)
+            self._queue = kept
+        for slot in self._slots.values():
+            inside = wanted & slot.held.keys()
+            inside.discard(slot.cells[CURRENT])
+            if inside:
+                self._recalled |= inside
+                self._take_back(slot)
+        self._answers.wake()
+
+    def kill(self, leases: list[int], kind: int) -> None:
+        """Kill the slots that run these; hand back those that have not begun."""
+        for slot in list(self._slots.values()):
+            for lease in leases:
+                if lease in slot.held and (
+                    slot.cells[CURRENT] == lease or slot.exclusive or len(slot.held) == 1
+                ):
+                    slot.kill_reason, slot.kill_lease = kind, lease
+                    self._kill(slot)
+        self.recall(leases)
+
+    def drain(self) -> None:
+        """Hand back what has not begun, and take nothing more."""
+        self._draining = True
+        for item in self._queue:
+            self._answers.returned(item.lease)
+        self._queue.clear()
+        for slot in self._slots.values():
+            if len(slot.held) > 1:
+                self._recalled |= slot.held.keys() - {slot.cells[CURRENT]}
+                self._take_back(slot)
+        self._note_idle()
+        self._answers.wake()
+
+    def _note_idle(self) -> None:
+        if self._draining and not any(slot.held for slot in self._slots.values()):
+            self.idle.set()
+
+    @property
+    def running(self) -> int:
+        """Slots that have a task."""
+        return sum(1 for slot in self._slots.values() if slot.held)
+
+    @property
+    def queued(self) -> int:
+        """Tasks that wait here for a slot."""
+        return len(self._queue)
+
+    def started(self) -> list[int]:
+        """Leases that run, and were not reported as running before."""
+        now = time.monotonic()
+        found = []
+        for slot in self._slots.values():
+            if slot.held and now - slot.progress_at > 0.002:
+                lease = slot.cells[CURRENT]
+                if lease != slot.reported and lease in slot.held:
+                    slot.reported = lease
+                    found.append(lease)
+        return found
+
+    def stop(self, *, kill: bool) -> None:
+        """End every slot; ``stopped`` is set when the last one is gone."""
+        self._draining = True
+        for slot in list(self._slots.values()):
+            if kill:
+                self._kill(slot)
+            elif not slot.stopping:
+                self._stop_slot(slot)
+        if not self._slots:
+            self.stopped.set()
+
+    def close(self) -> None:
+        """Let go of the zygote, which kills whatever slot is left."""
+        self._loop.remove_reader(self._zygote.fileno())
+        self._zygote.close()
+
+    # Slots come and go.
+
+    def _fork(self) -> _Slot:
+        self._numbers += 1
+        slot = _Slot(self._numbers)
+        slot.idle_since = time.monotonic()
+        self._slots[slot.number] = slot
+        self._forking.append(slot)
+        if len(self._forking) == 1:
+            self._fork_next()
+        return slot
+
+    def _fork_next(self) -> None:
+        slot = self._forking[0]
+        message = MESSAGE.pack(FORK, 0, 0, 0, slot.number)
+        try:
+            socket.send_fds(self._zygote, [message], slot.child_fds)
+        except OSError:
+            self._on_zygote_gone()
+            return
+        for fd in slot.child_fds:
+            os.close(fd)
+        settings = self._settings
+        setup = {
+            "cwd": settings.cwd,
+            "sys_path": list(settings.sys_path),
+            "argv": list(settings.argv),
+        }
+        body = json.dumps(setup).encode()
+        data = HEADER.pack(Kind.SETUP, len(body), 0) + body
+        if self._initializer is not None:
+            data += HEADER.pack(Kind.INITIALIZER, 0, 1)
+        elif settings.initializer:
+            data += HEADER.pack(Kind.INITIALIZER, len(settings.initializer), 0)
+            data += settings.initializer
+        else:
+            data += HEADER.pack(Kind.INITIALIZER, 0, 2)
+        self._write(slot, data)
+        if self._initializer is not None:
+            self._write_chunks(slot, self._initializer)
+        self._loop.add_reader(slot.results_fd, self._on_answers, slot)
+        for fd, stream in ((slot.stdout_fd, 1), (slot.stderr_fd, 2)):
+            self._loop.add_reader(fd, self._on_raw_output, slot, fd, stream)
+
+    def _on_zygote(self) -> None:
+        try:
+            data = self._zygote.recv(MESSAGE.size * 64)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.remove_reader(self._zygote.fileno())
+            self._on_zygote_gone()
+            return
+        data = self._input + data
+        whole = len(data) - len(data) % MESSAGE.size
+        self._input = data[whole:]
+        for kind, pid, status, peak, number in MESSAGE.iter_unpack(data[:whole]):
+            slot = self._slots.get(number)
+            if slot is None:
+                continue
+            if kind == STARTED:
+                slot.pid = pid
+                self._forking.popleft()
+                if self._forking:
+                    self._fork_next()
+                if slot.dead:
+                    self._kill(slot)
+            elif kind == EXITED:
+                self._on_exit(slot, status, peak)
+
+    def _kill(self, slot: _Slot) -> None:
+        slot.dead = True
+        if slot.pid:
+            try:
+                self._zygote.send(MESSAGE.pack(KILL, slot.pid, 0, 0, slot.number))
+            except OSError:
+                self._on_zygote_gone()
+
+    def _stop_slot(self, slot: _Slot) -> None:
+        slot.stopping = True
+        self._write(slot, HEADER.pack(Kind.STOP, 0, 0))
+        slot.stop_timer = self._loop.call_later(_STOP_GRACE, self._kill, slot)
+
+    def _on_exit(self, slot: _Slot, status: int, peak: int) -> None:
+        slot.exited = True
+        paused, slot.paused = slot.paused, False
+        self._read_answers(slot, last=True)
+        del paused
+        self._peek(slot)
+        for fd, stream in ((slot.stdout_fd, 1), (slot.stderr_fd, 2)):
+            self._on_raw_output(slot, fd, stream, last=True)
+        slot.dead = True
+        del self._slots[slot.number]
+        if slot.feeding is not None:
+            slot.feeding.cancel()
+        for timer in (slot.timer, slot.stop_timer):
+            if timer is not None:
+                timer.cancel()
+        if slot.drained is not None:
+            slot.drained.set()
+        if slot.delivery is not None:
+            slot.delivery.cut = True
+            slot.delivery.chunks.put_nowait(None)
+        for fd in slot.fds():
+            self._loop.remove_reader(fd)
+            self._loop.remove_writer(fd)
+            os.close(fd)
+        code = os.waitstatus_to_exitcode(status)
+        self._blame(slot, code, peak)
+        if not slot.ready and not slot.stopping and not slot.kill_reason:
+            self._on_failed_start(code)
+        self._note_idle()
+        if self._draining and not self._slots:
+            self.stopped.set()
+        self.dispatch()
+        self._answers.wake()
+
+    def _blame(self, slot: _Slot, code: int, peak: int) -> None:
+        """Report the task that ran when the slot died; the others never began."""
+        current = slot.cells[CURRENT]
+        guilty = slot.held.pop(current, None)
+        if guilty is None and slot.exclusive and slot.held:
+            guilty = slot.held.pop(next(iter(slot.held)))
+        if guilty is not None:
+            oom_kills = _oom_kills()
+            killed_us = slot.kill_reason and slot.kill_lease == guilty.lease
+            self._answers.failure(
+                Failure(
+                    guilty.lease,
+                    slot.kill_reason if killed_us else 4,
+                    output=self._tail(slot, guilty.lease),
+                    exit_code=code,
+                    peak_memory_bytes=peak,
+                    seconds=time.monotonic() - slot.progress_at,
+                    out_of_memory=code == -signal.SIGKILL and oom_kills > self._oom_kills,
+                )
+            )
+            self._oom_kills = oom_kills
+        self._requeue(list(slot.held.values()))
+        slot.held.clear()
+
+    def _tail(self, slot: _Slot, lease: int) -> str:
+        return bytes(slot.tail.get(lease, b"")).decode("utf-8", "replace")
+
+    def _on_failed_start(self, code: int) -> None:
+        self._failed_starts += 1
+        if self._failed_starts >= _FAILED_STARTS:
+            import pickle
+
+            from cloudexec._errors import InitializerError
+
+            error = InitializerError(
+                f"{_FAILED_STARTS} slots in a row ended before they were ready, the last one with "
+                f"exit code {code}; does the initializer end its process?"
+            )
+            self._answers.initializer_failed(pickle.dumps((error, "", ""), 5))
+
+    def _requeue(self, items: list[WorkItem]) -> None:
+        """Put items that never began back at the head of the queue, or hand them back."""
+        back = []
+        for item in items:
+            if item.lease in self._recalled or self._draining:
+                self._recalled.discard(item.lease)
+                self._answers.returned(item.lease)
+            else:
+                back.append(item)
+        self._queue.extendleft(reversed(back))
+
+    # Tasks to slots.
+
+    def dispatch(self) -> None:
+        """Give waiting tasks to slots that have room."""
+        queue = self._queue
+        if queue and not self._draining:
+            idle: list[_Slot] = []
+            busy: list[_Slot] = []
+            alive = 0
+            for slot in self._slots.values():
+                if slot.stopping or slot.dead:
+                    continue
+                alive += 1
+                if not slot.held:
+                    idle.append(slot)
+                elif not (slot.exclusive or slot.taking_back or slot.straggling):
+                    busy.append(slot)
+            # Ready slots first; forking ones take tasks too, they come up in milliseconds.
+            idle.sort(key=lambda slot: not slot.ready)
+            room = self._settings.slots - len(self._slots)
+            starting = sum(1 for slot in idle if not slot.ready)
+            wanted = len(queue) - len(idle)
+            while room > 0 and wanted > 0 and starting < 4:
+                idle.append(self._fork())
+                room -= 1
+                wanted -= 1
+                starting += 1
+                alive += 1
+            for slot in idle:
+                if not queue:
+                    break
+                self._send_batch(slot, -(-len(queue) // max(alive, 1)))
+            for slot in busy:
+                if not queue:
+                    break
+                if slot.seconds < _BATCH_SECONDS / 2:
+                    self._send_batch(slot, -(-len(queue) // max(alive, 1)))
+        self._arrange_tick()
+        if self._settings.idle_timeout >= 0 and self._trim_handle is None and self._slots:
+            pause = max(0.05, self._settings.idle_timeout)
+            self._trim_handle = self._loop.call_later(pause, self._trim)
+
+    def _send_batch(self, slot: _Slot, share: int) -> None:
+        """Send as many tasks as the slot should hold, at most ``share`` of them."""
+        if not slot.ready:
+            return
+        queue = self._queue
+        most = min(share, _BATCH_TASKS - len(slot.held))
+        if self._settings.max_tasks_per_child:
+            most = min(most, self._settings.max_tasks_per_child - slot.sent)
+        leases: list[int] = []
+        functions: list[int] = []
+        payloads: list[bytes] = []
+        size = 0
+        held = slot.held
+        if not held:
+            slot.progress_at = time.monotonic()
+            slot.seconds = 0.0
+        seconds = slot.seconds
+        while queue and len(leases) < most:
+            item = queue[0]
+            function = self._functions.get(item.function) if item.function else None
+            alone = item.streamed or item.timeout > 0 or item.seconds > _BATCH_SECONDS
+            if held and (alone or seconds + item.seconds > _BATCH_SECONDS):
+                break
+            if size and size + len(item.payload) > _BATCH_BYTES:
+                break
+            if function is not None and item.function not in slot.functions:
+                if leases:
+                    self._write_batch(slot, leases, functions, payloads)
+                    leases, functions, payloads = [], [], []
+                if not function.pickle and function.chunks is None:
+                    if held:
+                        break
+                    queue.popleft()
+                    self._feed(slot, item)
+                    return
+                self._send_function(slot, item.function, function)
+            queue.popleft()
+            if item.streamed:
+                self._feed(slot, item)
+                return
+            item.epoch = slot.epoch
+            held[item.lease] = item
+            leases.append(item.lease)
+            functions.append(item.function)
+            payloads.append(item.payload)
+            size += len(item.payload)
+            seconds += item.seconds
+            slot.sent += 1
+            if alone:
+                slot.exclusive = True
+                if item.timeout > 0:
+                    self._start_timer(slot, item)
+                break
+        slot.seconds = seconds
+        if leases:
+            self._write_batch(slot, leases, functions, payloads)
+
+    def _write_batch(
+        self, slot: _Slot, leases: list[int], functions: list[int], payloads: list[bytes]
+    ) -> None:
+        count = len(leases)
+        sizes = list(map(len, payloads))
+        columns = struct.pack(f"<I{count}Q{count}I{count}I", count, *leases, *functions, *sizes)
+        length = len(columns) + sum(sizes)
+        header = HEADER.pack(Kind.BATCH, length, slot.epoch)
+        self._write(slot, b"".join((header, columns, *payloads)))
+
+    def _send_function(self, slot: _Slot, number: int, function: _Function) -> None:
+        slot.functions.add(number)
+        if function.chunks is not None:
+            self._write(slot, HEADER.pack(Kind.FUNCTION_STREAM, 0, number))
+            self._write_chunks(slot, function.chunks)
+        else:
+            header = HEADER.pack(Kind.FUNCTION, len(function.pickle), number)
+            self._write(slot, header + function.pickle)
+
+    def _write_chunks(self, slot: _Slot, chunks: list[bytes]) -> None:
+        for chunk in chunks:
+            self._write(slot, HEADER.pack(Kind.CHUNK, len(chunk), 0))
+            self._write(slot, chunk)
+        self._write(slot, HEADER.pack(Kind.CHUNK, 0, 0))
+
+    def _start_timer(self, slot: _Slot, item: WorkItem) -> None:
+        slot.timer = self._loop.call_later(item.timeout, self.kill, [item.lease], 5)
+
+    def _feed(self, slot: _Slot, item: WorkItem) -> None:
+        """Bring a large payload to a slot, a chunk at a time."""
+        item.epoch = slot.epoch
+        slot.held[item.lease] = item
+        slot.exclusive = True
+        slot.sent += 1
+        slot.feeding = self._loop.create_task(self._feed_chunks(slot, item))
+
+    async def _feed_chunks(self, slot: _Slot, item: WorkItem) -> None:
+        try:
+            if item.function and item.function not in slot.functions:
+                function = self._functions[item.function]
+                if not function.pickle and function.chunks is None:
+                    function.chunks = [c async for c in self._answers.fetch(0, item.function)]
+                self._send_function(slot, item.function, function)
+            if item.timeout > 0:
+                self._start_timer(slot, item)
+            if not item.streamed:
+                self._write_batch(slot, [item.lease], [item.function], [item.payload])
+                return
+            body = struct.pack("<IQ", item.function, slot.epoch)
+            self._write(slot, HEADER.pack(Kind.TASK_STREAM, len(body), item.lease) + body)
+            try:
+                async for chunk in self._answers.fetch(item.lease, 0):
+                    self._write(slot, HEADER.pack(Kind.CHUNK, len(chunk), 0))
+                    self._write(slot, chunk)
+                    while slot.out and not slot.dead:
+                        slot.drained = asyncio.Event()
+                        await slot.drained.wait()
+                self._write(slot, HEADER.pack(Kind.CHUNK, 0, 0))
+            except Exception:
+                # The slot answers with DROPPED, and the task is handed back.
+                self._recalled.add(item.lease)
+                self._write(slot, HEADER.pack(Kind.ABORT, 0, 0))
+        except Exception:
+            if slot.held.pop(item.lease, None) is not None:
+                slot.exclusive = False
+                self._answers.returned(item.lease)
+                self._answers.wake()
+        finally:
+            slot.feeding = None
+
+    def _write(self, slot: _Slot, data: bytes) -> None:
+        if slot.dead:
+            return
+        if not slot.out:
+            try:
+                done = os.write(slot.tasks_fd, data)
+            except BlockingIOError:
+                done = 0
+            except OSError:
+                return  # it is dying; its exit tells the rest
+            if done == len(data):
+                return
+            data = memoryview(data)[done:]  # type: ignore[assignment]
+            self._loop.add_writer(slot.tasks_fd, self._on_writable, slot)
+        slot.out.append(memoryview(data))
+
+    def _on_writable(self, slot: _Slot) -> None:
+        try:
+            while slot.out:
+                data = slot.out[0]
+                done = os.write(slot.tasks_fd, data)
+                if done < len(data):
+                    slot.out[0] = data[done:]
+                    return
+                slot.out.popleft()
+        except BlockingIOError:
+            return
+        except OSError:
+            slot.out.clear()
+        self._loop.remove_writer(slot.tasks_fd)
+        if slot.drained is not None:
+            slot.drained.set()
+
+    # Answers from slots.
+
+    def _on_answers(self, slot: _Slot) -> None:
+        self._read_answers(slot, last=False)
+        self.dispatch()
+        self._answers.wake()
+
+    def _read_answers(self, slot: _Slot, *, last: bool) -> None:
+        while True:
+            try:
+                data = os.read(slot.results_fd, _PIPE_BYTES)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            if not data:
+                if not last:
+                    self._loop.remove_reader(slot.results_fd)
+                break
+            if slot.input:
+                slot.input += data
+                data = bytes(slot.input)
+                slot.input.clear()
+            used = self._parse(slot, data)
+            if used < len(data):
+                slot.input += data[used:]
+            if not last and (slot.paused or len(data) < _PIPE_BYTES):
+                break
+
+    def _parse(self, slot: _Slot, data: bytes) -> int:
+        at = 0
+        size = len(data)
+        while size - at >= HEADER.size:
+            kind, length, number = HEADER.unpack_from(data, at)
+            if size - at - HEADER.size < length:
+                break
+            at += HEADER.size
+            if kind == Kind.RESULTS:
+                self._take_results(slot, data, at, at + length)
+            else:
+                self._take_frame(slot, kind, number, data[at : at + length])
+            at += length
+        return at
+
+    def _take_results(self, slot: _Slot, data: bytes | memoryview, at: int, end: int) -> None:
+        held = slot.held
+        unpack = RESULT.unpack_from
+        header = RESULT.size
+        result = self._answers.result
+        while at < end:
+            lease, seconds, status, size = unpack(data, at)
+            at += header
+            payload = bytes(data[at : at + size])
+            at += size
+            item = held.pop(lease, None)
+            if item is None:
+                continue  # known from the shared page already
+            slot.seconds -= item.seconds
+            if status == frames.OK:
+                result(lease, payload, seconds)
+            else:
+                failure = Failure(lease, status, payload, seconds=seconds)
+                failure.output = self._tail(slot, lease)
+                self._answers.failure(failure)
+            if slot.tail:
+                slot.tail.pop(lease, None)
+        self._after_answer(slot)
+
+    def _after_answer(self, slot: _Slot) -> None:
+        slot.progress_at = time.monotonic()
+        slot.straggling = False
+        if slot.timer is not None and slot.exclusive:
+            slot.timer.cancel()
+            slot.timer = None
+        if not slot.held:
+            slot.exclusive = False
+            slot.seconds = 0.0
+            slot.idle_since = slot.progress_at
+            slot.tail.clear()
+            self._note_idle()
+            most = self._settings.max_tasks_per_child
+            if most and slot.sent >= most and not slot.stopping:
+                self._stop_slot(slot)
+
+    def _take_frame(self, slot: _Slot, kind: int, number: int, body: bytes) -> None:
+        if kind == Kind.OUTPUT:
+            self._take_output(slot, number, body[0], body[1:])
+        elif kind == Kind.CHUNK:
+            self._take_chunk(slot, number, body)
+        elif kind == Kind.RESULT_STREAM:
+            (seconds,) = struct.unpack("<f", body)
+            delivery = slot.delivery = _Delivery(seconds)
+            delivery.on_taken = lambda: self._resume(slot)
+            self._answers.deliver(number, seconds, aiter(delivery))
+        elif kind == Kind.RESULT_FAILED:
+            delivery_failed = slot.delivery
+            slot.delivery = None
+            if delivery_failed is not None:
+                delivery_failed.cut = True
+                delivery_failed.chunks.put_nowait(None)
+            if slot.held.pop(number, None) is not None:
+                self._answers.failure(Failure(number, frames.PICKLE_FAILED, body))
+            self._after_answer(slot)
+        elif kind == Kind.DROPPED:
+            item = slot.held.get(number)
+            # A task that was taken back may have been sent here again meanwhile.
+            if item is not None and item.epoch == struct.unpack("<Q", body)[0]:
+                del slot.held[number]
+                slot.seconds -= item.seconds
+                self._requeue([item])
+                self._after_answer(slot)
+        elif kind == Kind.READY:
+            slot.ready = True
+            self._failed_starts = 0
+        elif kind == Kind.INITIALIZER_FAILED:
+            slot.stopping = True
+            self._kill(slot)
+            self._answers.initializer_failed(body)
+
+    def _take_chunk(self, slot: _Slot, lease: int, body: bytes) -> None:
+        delivery = slot.delivery
+        if delivery is None:
+            return
+        if body:
+            delivery.chunks.put_nowait(body)
+            if delivery.chunks.qsize() >= 2 and not slot.exited:
+                slot.paused = True
+                self._loop.remove_reader(slot.results_fd)
+            return
+        delivery.chunks.put_nowait(None)
+        slot.delivery = None
+        slot.held.pop(lease, None)
+        self._after_answer(slot)
+
+    def _resume(self, slot: _Slot) -> None:
+        if slot.paused and not slot.exited:
+            slot.paused = False
+            self._loop.add_reader(slot.results_fd, self._on_answers, slot)
+            self._loop.call_soon(self._on_answers_again, slot)
+
+    def _on_answers_again(self, slot: _Slot) -> None:
+        if not slot.exited and not slot.paused:
+            self._on_answers(slot)
+
+    def resume_output(self) -> None:
+        """The client has taken output: go on reading from slots that were held for it."""
+        for slot in list(self._slots.values()):
+            if slot.delivery is None:
+                self._resume(slot)
+
+    def _take_output(self, slot: _Slot, lease: int, stream: int, data: bytes) -> None:
+        item = slot.held.get(lease)
+        tail = slot.tail.get(lease)
+        if tail is None:
+            tail = slot.tail[lease] = bytearray()
+        tail += data
+        if len(tail) > 2 * _TAIL_BYTES:
+            del tail[:-_TAIL_BYTES]
+        number = item.number if item is not None else 0
+        go_on = self._answers.output(lease, number, stream, data)
+        if not go_on and not slot.paused and not slot.exited:
+            slot.paused = True
+            self._loop.remove_reader(slot.results_fd)
+
+    def _on_raw_output(self, slot: _Slot, fd: int, stream: int, *, last: bool = False) -> None:
+        """Output that did not go through ``sys.stdout``: from C, or from a task's children."""
+        while True:
+            try:
+                data = os.read(fd, 65536)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                if not last:
+                    self._loop.remove_reader(fd)
+                return
+            self._take_output(slot, slot.cells[CURRENT], stream, data)
+            self._answers.wake()
+            if not last:
+                return
+
+    def _peek(self, slot: _Slot) -> None:
+        """Take the results that the slot has finished and not written to its pipe."""
+        used = slot.cells[USED]
+        if used:
+            progress = slot.progress_at
+            self._take_results(slot, slot.page, RESULTS_AT, RESULTS_AT + used)
+            slot.progress_at = progress
+
+
+    # Time.
+
+    def _arrange_tick(self) -> None:
+        if self._tick_handle is None and any(
+            slot.held and (len(slot.held) > 1 or slot.cells[CURRENT] != slot.reported)
+            for slot in self._slots.values()
+        ):
+            self._tick_handle = self._loop.call_later(_TICK, self._tick)
+
+    def _tick(self) -> None:
+        self._tick_handle = None
+        now = time.monotonic()
+        for slot in list(self._slots.values()):
+            if slot.taking_back:
+                self._finish_taking_back(slot)
+            elif len(slot.held) > 1 and now - slot.progress_at > _STRAGGLER:
+                self._peek(slot)
+                slot.straggling = True
+                if len(slot.held) > 1:
+                    self._take_back(slot)
+        self.dispatch()
+        self._answers.wake()
+
+    def _take_back(self, slot: _Slot) -> None:
+        """Begin to take back what the slot has not begun: see ``frames`` for how."""
+        if not slot.taking_back:
+            slot.taking_back = True
+            slot.epoch += 1
+            slot.cells[EPOCH] = slot.epoch
+            self._arrange_tick()
+
+    def _finish_taking_back(self, slot: _Slot) -> None:
+        """A tick later the slot has seen the new epoch before whatever it begins."""
+        slot.taking_back = False
+        self._peek(slot)
+        current = slot.cells[CURRENT]
+        leases = list(slot.held)
+        if current in slot.held:
+            leases = leases[leases.index(current) + 1 :]
+        taken = [slot.held.pop(lease) for lease in leases]
+        for item in taken:
+            slot.seconds -= item.seconds
+        self._requeue(taken)
+        if not slot.held:
+            self._after_answer(slot)
+
+    def _trim(self) -> None:
+        """End slots that have had nothing to do for long."""
+        self._trim_handle = None
+        settings = self._settings
+        now = time.monotonic()
+        alive = [slot for slot in self._slots.values() if not slot.stopping and not slot.dead]
+        spare = len(alive) - settings.min_slots
+        for slot in alive:
+            if spare <= 0:
+                break
+            if not slot.held and slot.ready and now - slot.idle_since >= settings.idle_timeout:
+                self._stop_slot(slot)
+                spare -= 1
+        if self._slots and settings.idle_timeout >= 0:
+            pause = max(0.05, settings.idle_timeout)
+            self._trim_handle = self._loop.call_later(pause, self._trim)
