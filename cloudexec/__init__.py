@@ -1,7 +1,7 @@
 """Run functions on many machines through the interface of ``concurrent.futures``.
 
-``BatchExecutor`` is a drop-in for ``concurrent.futures.ProcessPoolExecutor``: the same worker runs as
-subprocesses of this machine by default, and in containers elsewhere with a launcher.
+``BatchExecutor`` is a drop-in for ``concurrent.futures.ProcessPoolExecutor``: the same worker runs
+as subprocesses of this machine by default, and in containers elsewhere with a launcher.
 """
 
 from cloudexec._errors import (

@@ -46,7 +46,13 @@ def proof(
         server_nonce: The server's.
     """
     mac = hmac.new(key, digestmod=hashlib.sha256)
-    for part in (role.encode(), executor_id.encode(), identity.encode(), worker_nonce, server_nonce):
+    for part in (
+        role.encode(),
+        executor_id.encode(),
+        identity.encode(),
+        worker_nonce,
+        server_nonce,
+    ):
         mac.update(len(part).to_bytes(4, "little"))
         mac.update(part)
     return mac.digest()

@@ -10,8 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Executor
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -24,6 +23,7 @@ from cloudexec._stats import ExecutorStats
 if TYPE_CHECKING:
     from cloudexec._functions import FunctionTable
     from cloudexec._launchers.base import Launcher
+    from cloudexec._progress import ProgressBar
     from cloudexec._server.driver import Driver
 
 __all__ = ["BatchExecutor"]
@@ -56,7 +56,7 @@ class _Base(Executor):
         """
         return self._executor._submit(fn, args, kwargs, self._options)
 
-    def map(  # type: ignore[override]
+    def map(
         self,
         fn: Callable[..., T],
         *iterables: Iterable[Any],
@@ -92,7 +92,7 @@ class _Base(Executor):
             raise TypeError("buffersize must be an integer or None")
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
-        calls: Iterator[tuple[Any, ...]] = zip(*iterables)
+        calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
         if chunksize > 1:
             chunks = _chunks(calls, chunksize)
             many = self._map(
@@ -112,58 +112,38 @@ class _Base(Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         submit = self._executor._prepare_map(fn, self._options)
         futures: deque[BatchFuture[T]]
-        futures = deque(submit(calls if buffersize is None else itertools.islice(calls, buffersize)))
+        futures = deque(
+            submit(calls if buffersize is None else itertools.islice(calls, buffersize))
+        )
         bar = None
         if progress:
             from cloudexec._progress import ProgressBar
 
             bar = ProgressBar(len(futures) if buffersize is None else None)
             bar.watch(futures)
-
-        def results() -> Iterator[T]:
-            try:
-                # Reversed and popped, as in the standard library: no reference to a result stays.
-                while futures:
-                    if buffersize is not None:
-                        more = submit(itertools.islice(calls, 1)) if len(futures) else []
-                        futures.extend(more)
-                        if bar is not None:
-                            bar.watch(more)
-                    if deadline is None:
-                        yield _take(futures.popleft(), None)
-                    else:
-                        yield _take(futures.popleft(), deadline - time.monotonic())
-            finally:
-                for future in futures:
-                    future.cancel()
-                if bar is not None:
-                    bar.close()
-
-        if buffersize is None:
-            return results()
-        return _buffered(futures, calls, submit, deadline, bar)
+        rest = iter(()) if buffersize is None else calls
+        return _results(futures, rest, submit, deadline, bar)
 
 
-def _buffered(
+def _results(
     futures: deque[BatchFuture[T]],
     calls: Iterator[tuple[Any, ...]],
     submit: Callable[[Iterable[tuple[Any, ...]]], list[BatchFuture[T]]],
     deadline: float | None,
-    bar: Any,
+    bar: ProgressBar | None,
 ) -> Iterator[T]:
+    """Yield results in order; submit one more of ``calls`` for each one taken."""
     try:
         while futures:
-            future = futures.popleft()
-            try:
-                result = _take(future, None if deadline is None else deadline - time.monotonic())
-            finally:
-                del future
-            more = submit(itertools.islice(calls, 1))
-            futures.extend(more)
-            if bar is not None:
-                bar.watch(more)
-            yield result
-            del result
+            # Nothing here refers to a result once it has been handed out.
+            result = [_take(futures.popleft(), deadline)]
+            for call in calls:
+                more = submit((call,))
+                futures.extend(more)
+                if bar is not None:
+                    bar.watch(more)
+                break
+            yield result.pop()
     finally:
         for future in futures:
             future.cancel()
@@ -171,14 +151,12 @@ def _buffered(
             bar.close()
 
 
-def _take(future: BatchFuture[T], timeout: float | None) -> T:
+def _take(future: BatchFuture[T], deadline: float | None) -> T:
     try:
-        try:
-            return future.result(timeout)
-        except FutureTimeoutError:
-            if not future.done():
-                future.cancel()
-            raise
+        return future.result(None if deadline is None else deadline - time.monotonic())
+    except BaseException:
+        future.cancel()  # it is nobody's any more
+        raise
     finally:
         del future
 
@@ -429,9 +407,7 @@ class BatchExecutor(_Base):
 
         return submit
 
-    def with_options(
-        self, *, timeout: float | None = _UNSET, retries: int = _UNSET
-    ) -> OptionsView:
+    def with_options(self, *, timeout: float | None = _UNSET, retries: int = _UNSET) -> OptionsView:
         """Return a view of this executor whose tasks have other options.
 
         The view is an ``Executor`` itself, so that it can be handed to a library; it shares the
@@ -509,7 +485,7 @@ class BatchExecutor(_Base):
         exc_type: type[BaseException] | None,
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
-    ) -> bool | None:
+    ) -> None:
         if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
             # Whoever pressed Ctrl-C does not want to wait for what is running.
             with self._lock:
@@ -518,7 +494,6 @@ class BatchExecutor(_Base):
             if driver is not None and not self._forked:
                 _kill(driver)
         self.shutdown(wait=True)
-        return False
 
     @property
     def _broken(self) -> BaseException | None:
@@ -538,9 +513,7 @@ class OptionsView(_Base):
         self._options = options
         self._max_workers = executor._max_workers
 
-    def with_options(
-        self, *, timeout: float | None = _UNSET, retries: int = _UNSET
-    ) -> OptionsView:
+    def with_options(self, *, timeout: float | None = _UNSET, retries: int = _UNSET) -> OptionsView:
         """Return a view with these options changed once more."""
         return OptionsView(self._executor, _changed(self._options, timeout, retries))
 
@@ -655,4 +628,3 @@ threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
 
 BatchExecutor.__module__ = "cloudexec"
 OptionsView.__module__ = "cloudexec"
-_ = Future

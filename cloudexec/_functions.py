@@ -200,7 +200,7 @@ class FunctionTable:
         known = self._known.get(id(fn))
         if known is None:
             return None
-        held, function, fingerprint, by_value = known
+        _, function, fingerprint, by_value = known
         if fingerprint is None:
             if _lookup(fn) is fn and cloudpickle.list_registry_pickle_by_value() == by_value:
                 return function
@@ -216,7 +216,7 @@ class FunctionTable:
         if kind not in (FunctionType, BuiltinFunctionType, type):
             return None
         code = getattr(fn, "__code__", None)
-        if self._unstable.get(code, 0) > 3:
+        if code is not None and self._unstable.get(code, 0) > 3:
             return None  # looked at often enough
         fingerprint: _Fingerprint | None = None
         if _lookup(fn) is fn:

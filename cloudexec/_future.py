@@ -1,10 +1,10 @@
 """The future of one task: the standard library's, at a third of its memory.
 
-``concurrent.futures.Future`` builds a Condition and three containers when it is made, about 1.4 KiB
-before there is any work in it. This subclass makes them when somebody waits, and keeps the result as
-the bytes that arrived until somebody asks, so that no user code runs on the thread that serves the
-network. ``concurrent.futures.wait()``, ``as_completed()`` and asyncio reach into the private
-attributes of futures; those are all here, under their names.
+``concurrent.futures.Future`` builds a Condition and three containers when it is made, about
+1.4 KiB before there is any work in it. This subclass makes them when somebody waits, and keeps the
+result as the bytes that arrived until somebody asks, so that no user code runs on the thread that
+serves the network. ``concurrent.futures.wait()``, ``as_completed()`` and asyncio reach into the
+private attributes of futures; those are all here, under their names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DONE = frozenset({CANCELLED_AND_NOTIFIED, FINISHED})
 
 
 class BatchFuture(Future[T]):
-    """What ``BatchExecutor.submit()`` returns: a ``concurrent.futures.Future`` with a few more facts.
+    """What ``BatchExecutor.submit()`` returns: the standard library's future, and a few more facts.
 
     All methods of the standard library's class behave as documented there. In addition a task can
     be cancelled while it runs (``cancel(running=True)``), and a future that is done tells where and
@@ -71,11 +71,11 @@ class BatchFuture(Future[T]):
     # What wait(), as_completed() and asyncio reach for.
 
     @property
-    def _condition(self) -> Any:
+    def _condition(self) -> Any:  # type: ignore[override]
         return self._lock
 
     @property
-    def _waiters(self) -> list[Any]:
+    def _waiters(self) -> list[Any]:  # type: ignore[override]
         if self._waiters_made is None:
             self._waiters_made = []
         return self._waiters_made
@@ -300,7 +300,9 @@ class BatchFuture(Future[T]):
             import logging
 
             # The standard library's own logger and words, for those who look for them.
-            logging.getLogger("concurrent.futures").exception("exception calling callback for %r", self)
+            logging.getLogger("concurrent.futures").exception(
+                "exception calling callback for %r", self
+            )
 
     def __repr__(self) -> str:
         state = self._state.lower().replace("cancelled_and_notified", "cancelled")

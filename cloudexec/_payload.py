@@ -1,9 +1,9 @@
 """Callables, arguments, results and exceptions <-> cloudpickle bytes.
 
-A payload is plain ``bytes`` as long as it is small. A large one is :class:`Parts`: the pieces that the
-pickler wrote, large ``bytes`` objects among them by reference and large writeable buffers as one
-copy, so that it can be sent in chunks, and unpickled while the chunks arrive, with no second copy of
-the whole on either side.
+A payload is plain ``bytes`` as long as it is small. A large one is :class:`Parts`: the pieces that
+the pickler wrote, large ``bytes`` objects among them by reference and large writeable buffers as
+one copy, so that it can be sent in chunks, and unpickled while the chunks arrive, with no second
+copy of the whole on either side.
 
 The chunks of a large payload join to a sequence of records: one byte of type, eight of length
 (little-endian), then as many bytes. Type 0 is the next piece of the pickle, type 1 the next
@@ -29,7 +29,7 @@ __all__ = ["CHUNK_BYTES", "INLINE_BYTES", "Parts", "Payload", "dumps", "dumps_ca
 INLINE_BYTES = 64 * 1024
 """Largest payload that travels inside a control message (gRPC moves small messages whole)."""
 CHUNK_BYTES = 1024 * 1024
-"""Bytes per chunk of a large payload: gRPC moves 1 MiB messages 30 times faster than one of 256 MiB."""
+"""Bytes per chunk of a large payload: gRPC moves these 30 times faster than one of 256 MiB."""
 
 _RECORD = struct.Struct("<BQ")
 _IN_BAND, _BUFFER, _READONLY_BUFFER = 0, 1, 2

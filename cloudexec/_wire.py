@@ -6,7 +6,14 @@ from typing import Any
 
 from cloudexec._proto.tasks_pb2 import Chunk
 
-__all__ = ["CHANNEL_OPTIONS", "LEASE_KEY", "MAX_MESSAGE_BYTES", "TOKEN_KEY", "pack_chunk", "unpack_chunk"]
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "LEASE_KEY",
+    "MAX_MESSAGE_BYTES",
+    "TOKEN_KEY",
+    "pack_chunk",
+    "unpack_chunk",
+]
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 """Largest message either side accepts; batches stay far below it."""

@@ -410,15 +410,16 @@ class Machine:
         recalls: dict[str, list[int]] = {}
         for worker in self.workers.values():
             for lease, task in worker.leases.items():
-                if task.state is _SENT:
+                if task.state is _SENT or (event.kill and task.state is _RUNNING):
                     dropped.append(task)
                     recalls.setdefault(worker.id, []).append(lease)
         for task in dropped:
             self._close(task, "cancelled")
         if dropped:
             self._out.append(CancelTasks(dropped, self._events))
-        for name, leases in recalls.items():
-            self._out.append(RecallTasks(name, leases, self._events))
+        if not event.kill:  # else the workers end anyway
+            for name, leases in recalls.items():
+                self._out.append(RecallTasks(name, leases, self._events))
 
     def _wind_down(self) -> None:
         """Stop whatever still runs; once it is all gone, finish."""
@@ -555,4 +556,5 @@ class Machine:
         assert self._total_slots == total, "the count of slots is off"
         assert total <= self.config.scaling.max_slots, "more slots than max_workers"
         if self.finished:
-            assert not self.open_tasks and not self.workers, "finished with something left"
+            assert not self.open_tasks, "finished with tasks left"
+            assert not self.workers, "finished with workers left"

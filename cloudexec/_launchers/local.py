@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from cloudexec._config import check_count
 from cloudexec._errors import LaunchError
 from cloudexec._launchers.base import Contact, LaunchEnd
+
+if TYPE_CHECKING:
+    import subprocess
 
 __all__ = ["Local"]
 
@@ -64,6 +66,8 @@ class Local:
             "certificate_sha256": contact.certificate_sha256,
             "sys_path": [path or os.getcwd() for path in sys.path],
         }
+        import subprocess
+
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         try:
             popen = subprocess.Popen(
@@ -112,6 +116,9 @@ class _Process:
         self._popen = popen
         self._on_end = on_end
         self._tail = b""
+        # Imported with the first launch: importing the package stays cheap.
+        import asyncio
+
         self._loop = asyncio.get_running_loop()
         self._stderr = popen.stderr
         os.set_blocking(self._stderr.fileno(), False)
@@ -145,10 +152,7 @@ class _Process:
         self._on_stderr()
         self._loop.remove_reader(self._stderr.fileno())
         self._stderr.close()
-        if code < 0:
-            how = f"killed by {_signal_name(-code)}"
-        else:
-            how = f"exit code {code}"
+        how = f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
         words = self._tail.decode("utf-8", "replace").strip()
         reason = f"the worker process ended: {how}" + (f"\n{words}" if words else "")
         self._on_end(LaunchEnd(reason, killed=code < 0, fatal=code == 3))

@@ -11,8 +11,8 @@
                                        +----> output: what tasks print
                                        +----> large results are unpickled
 
-``portal`` owns the thread and is the only crossing; ``driver`` reads the clock, feeds the machine and
-carries out what it says; ``servicer`` turns messages into events and commands into messages, and
-decides nothing. Everything mutable belongs to the loop thread, except the inbox (a deque, whose
+``portal`` owns the thread and is the only crossing; ``driver`` reads the clock, feeds the machine
+and carries out what it says; ``servicer`` turns messages into events and commands into messages,
+and decides nothing. Everything mutable belongs to the loop thread, except the inbox (a deque, whose
 append and popleft are atomic) and the futures (each with its own lock).
 """

@@ -21,7 +21,9 @@ class CallbackThread:
     def put(self, future: BatchFuture[Any]) -> None:
         """Run the callbacks of a future that is done."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="cloudexec-callbacks", daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, name="cloudexec-callbacks", daemon=True
+            )
             self._thread.start()
         self._queue.put(future)
 

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,8 @@ from cloudexec._config import ServerConfig
 from cloudexec._core import commands, events
 from cloudexec._core.events import Event, Failure, FailureKind
 from cloudexec._core.machine import Machine
-from cloudexec._core.tasks import Kind, Task
+from cloudexec._core.tasks import Kind, Task, TaskState
 from cloudexec._errors import (
-    BrokenBatchExecutor,
     CloudexecError,
     InitializerError,
     LaunchError,
@@ -42,6 +41,10 @@ from cloudexec._server.portal import Portal
 __all__ = ["Driver", "Setup", "Submission"]
 
 _logger = logging.getLogger("cloudexec")
+_LAST_WORDS = 0.1
+"""Seconds that a worker's process has, after its stream ended, to end and say why."""
+_END_GRACE = 5.0
+"""Seconds that workers have to end by themselves when the executor does."""
 _MOST_STALL = 2.0
 """Seconds that the machine's clock moves at most between two looks: while this process was stopped
 or its main thread held the GIL, workers were silent through no fault of theirs."""
@@ -77,7 +80,7 @@ class Submission(Task):
         self.timeout = timeout
 
 
-_WAITING = events.Task(0, Kind()).state
+_WAITING = TaskState.WAITING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +141,10 @@ class Driver:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._running: dict[str, str] = {}  # launches whose process has not ended -> their name
+        self._running: set[str] = set()  # launches whose process has not ended
+        self._all_ended = asyncio.Event()
         self._last_words: dict[str, LaunchEnd] = {}
-        self._waiting_for_end: dict[str, tuple[str, asyncio.TimerHandle]] = {}
+        self._expected_ends: dict[str, asyncio.TimerHandle] = {}
         self._directory: str | None = None
         self._server: Any = None
         self._closing = False
@@ -265,7 +269,7 @@ class Driver:
             pause = min(max(self._timer_at - self._now, 0.001), 1.0)
             self._timer = self.portal.loop.call_later(pause, self._on_timer)
 
-    def create_task(self, work: Any) -> None:
+    def create_task(self, work: Coroutine[Any, Any, object]) -> None:
         """Run a coroutine in the background until the executor ends."""
         task = self.portal.loop.create_task(work)
         self._tasks.add(task)
@@ -366,26 +370,28 @@ class Driver:
         if launch not in self.machine.launches:
             return
         assert self.contact is not None
-        identity = launch
 
         def ended(end: LaunchEnd) -> None:
             self._on_launch_end(launch, end)
 
+        self._running.add(launch)
         try:
-            self._running[launch] = identity
-            self._launcher.launch(self.contact, identity, slots, ended)
+            self._launcher.launch(self.contact, launch, slots, ended)
         except CloudexecError as exc:
-            del self._running[launch]
+            self._running.discard(launch)
             self.feed(events.LaunchFailed(launch, str(exc)))
 
     def _on_launch_end(self, launch: str, end: LaunchEnd) -> None:
-        self._running.pop(launch, None)
+        self._running.discard(launch)
         worker = self._worker_of(launch)
         if worker is not None:
             # Its stream ends too, and what it still said is to be read first.
             self._last_words[worker] = end
+            if launch in self._expected_ends:
+                self._lost(self.sessions[worker], end.reason)
         self.feed(events.LaunchFailed(launch, end.reason, end.fatal, end.killed))
-        self._close_if_done()
+        if not self._running:
+            self._all_ended.set()
 
     def _worker_of(self, launch: str) -> str | None:
         for worker, session in self.sessions.items():
@@ -439,23 +445,24 @@ class Driver:
         worker = session.worker_id
         if self.sessions.get(worker) is not session:
             return
-        end = self._last_words.pop(worker, None)
-        if end is None and session.identity in self._running and not self._closing:
+        if (
+            worker not in self._last_words
+            and session.identity in self._running
+            and not self._closing
+        ):
             # Its process is about to end, and how it ended is worth a moment.
-            async def say_later() -> None:
-                for _ in range(50):
-                    if worker in self._last_words or session.identity not in self._running:
-                        break
-                    await asyncio.sleep(0.002)
-                self._lost(session, reason)
-
-            self.create_task(say_later())
+            self._expected_ends[session.identity] = self.portal.loop.call_later(
+                _LAST_WORDS, self._lost, session, reason
+            )
             return
-        self._lost(session, end.reason if end else reason)
+        self._lost(session, reason)
 
     def _lost(self, session: Any, reason: str) -> None:
         worker = session.worker_id
         end = self._last_words.pop(worker, None)
+        timer = self._expected_ends.pop(session.identity, None)
+        if timer is not None:
+            timer.cancel()
         if self.sessions.pop(worker, None) is None:
             return
         session.close()
@@ -507,12 +514,14 @@ class Driver:
     async def _close(self) -> None:
         """Let the workers' processes end, then close the server and everything else."""
         while self._running:
-            # They end by themselves once their streams have; this is for those that do not.
-            deadline = time.monotonic() + 5.0
-            while self._running and time.monotonic() < deadline:
-                await asyncio.sleep(0.002)
-            for launch in list(self._running):
-                self._launcher.terminate(launch)
+            # They end by themselves once their streams have; the rest is for those that do not.
+            self._all_ended.clear()
+            try:
+                async with asyncio.timeout(_END_GRACE):
+                    await self._all_ended.wait()
+            except TimeoutError:
+                for launch in list(self._running):
+                    self._launcher.terminate(launch)
         self._closing = True
         if self._timer is not None:
             self._timer.cancel()
@@ -528,9 +537,6 @@ class Driver:
     def _closed(self) -> None:
         self.portal.release()
         self.finished.set()
-
-    def _close_if_done(self) -> None:
-        pass
 
     def join(self) -> None:
         """Wait, after ``finished``, for the threads that served this executor."""
@@ -577,22 +583,19 @@ def _error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
         )
     if failure.kind is FailureKind.TIMED_OUT:
         return TaskTimeoutError(
-            f"the task ran past its timeout on {worker} and was killed after {detail.seconds:.3g} s",
+            f"the task ran past its timeout on {worker}; killed after {detail.seconds:.3g} s",
             worker_id=worker,
             seconds=detail.seconds,
             output=detail.output,
         )
     code = detail.exit_code
     peak = detail.peak_memory_bytes
-    how = f"killed by {_signal(-code)}" if code < 0 else f"exited with code {code}"
+    how = f"was killed by {_signal(-code)}" if code < 0 else f"exited with code {code}"
     if detail.out_of_memory:
         how += ", because the machine or container ran out of memory"
     message = (
-        f"the process that ran the task {how} ({_count(task.lost, 'attempt')} on {worker} and "
-        f"others; peak memory {peak / 2**20:.0f} MiB)"
-        if task.lost > 1
-        else f"the process that ran the task on {worker} {how} (1 attempt; peak memory "
-        f"{peak / 2**20:.0f} MiB)"
+        f"the process that ran the task on {worker} {how} "
+        f"({_count(task.lost, 'attempt')}; peak memory {peak / 2**20:.0f} MiB)"
     )
     if detail.output:
         message += f"\nits last output:\n{detail.output}"
@@ -626,6 +629,3 @@ def _private_directory() -> str:
         shutil.rmtree(path)
         path = tempfile.mkdtemp(prefix="cloudexec-", dir="/tmp")
     return path
-
-
-_Unused = (Sequence, BrokenBatchExecutor)

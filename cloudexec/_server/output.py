@@ -16,7 +16,7 @@ Taken = Callable[[int], None]
 
 
 class OutputThread:
-    """Writes to the client's own streams in a thread of its own: a terminal may be slow, or stopped.
+    """Writes to the client's streams in a thread of its own: a terminal may be slow, or stopped.
 
     Args:
         mode: ``"inherit"`` writes to ``sys.stdout`` and ``sys.stderr``, line by line with a prefix

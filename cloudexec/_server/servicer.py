@@ -202,9 +202,7 @@ class _Session:
         self._known.add(function.number)
         pickled = function.pickle
         if isinstance(pickled, bytes):
-            message.functions.add(
-                number=function.number, pickle=pickled, sha256=function.sha256
-            )
+            message.functions.add(number=function.number, pickle=pickled, sha256=function.sha256)
             return len(pickled)
         self.functions[function.number] = function
         message.functions.add(number=function.number, sha256=function.sha256, streamed=True)

@@ -4,8 +4,9 @@ A frame is a header (kind, length of the body, a number) and its body. The share
 cells of eight bytes, then a buffer for results:
 
 * ``CURRENT``: the lease that the slot runs, written by the slot before it begins.
-* ``EPOCH``: written by the supervisor to take back what the slot has not begun: a slot compares it,
-  after it wrote ``CURRENT``, with the epoch of the batch at hand, and drops the rest if they differ.
+* ``EPOCH``: written by the supervisor to take back what the slot has not begun: a slot compares
+  it, after it wrote ``CURRENT``, with the epoch of the batch at hand, and drops the rest if they
+  differ.
 * ``USED``: bytes of finished results in the buffer that have not been written to the pipe yet.
 
 So whatever becomes of a slot - killed, or deep in a call that holds the GIL for minutes - the
@@ -18,7 +19,17 @@ import enum
 import os
 import struct
 
-__all__ = ["CURRENT", "EPOCH", "HEADER", "PAGE_BYTES", "RESULT", "RESULTS_AT", "USED", "Kind", "write_all"]
+__all__ = [
+    "CURRENT",
+    "EPOCH",
+    "HEADER",
+    "PAGE_BYTES",
+    "RESULT",
+    "RESULTS_AT",
+    "USED",
+    "Kind",
+    "write_all",
+]
 
 HEADER = struct.Struct("<BIQ")
 RESULT = struct.Struct("<QfBI")

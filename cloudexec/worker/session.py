@@ -183,7 +183,7 @@ class Session:
         self._initializer_failed = payload
         self.wake()
 
-    async def fetch(self, lease: int, function: int) -> AsyncIterator[bytes]:
+    async def fetch(self, lease: int, function: int) -> AsyncIterator[bytes | memoryview]:
         request = pb.FetchRequest(lease=lease, function=function)
         async for chunk in self._fetch(request, metadata=((TOKEN_KEY, self._token),)):
             yield chunk
@@ -443,7 +443,9 @@ async def run_worker(address: Address, zygote: socket.socket) -> None:
             await session.flush()
         else:
             pool.stop(kill=True)
-            if why != "zygote":
+            if why == "zygote":
+                raise ProtocolError("the process that forks the slots was killed")
+            else:
                 async with asyncio.timeout(5.0):
                     await pool.stopped.wait()
     except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):

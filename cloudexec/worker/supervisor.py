@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from mmap import mmap
 from typing import Protocol
 
@@ -32,7 +32,7 @@ from cloudexec.worker.zygote import EXITED, FORK, KILL, MESSAGE, STARTED
 __all__ = ["Answers", "Failure", "Settings", "SlotPool", "WorkItem"]
 
 _BATCH_SECONDS = 0.002
-"""Estimated work that a slot holds: enough to hide a wake-up, too little to be worth taking back."""
+"""Estimated work that a slot holds: enough to hide a wake-up, too little to miss."""
 _BATCH_TASKS = 256
 _BATCH_BYTES = 256 * 1024
 _STRAGGLER = 0.01
@@ -108,7 +108,7 @@ class Answers(Protocol):
     def initializer_failed(self, payload: bytes) -> None:
         """The initializer raised, or killed its slot time and again."""
 
-    def fetch(self, lease: int, function: int) -> AsyncIterator[bytes]:
+    def fetch(self, lease: int, function: int) -> AsyncIterator[bytes | memoryview]:
         """The chunks of a large payload of the client's."""
 
     def deliver(self, lease: int, seconds: float, chunks: AsyncIterator[bytes]) -> None:
@@ -224,11 +224,12 @@ def _oom_kills() -> int:
     return count
 
 
-@dataclass
+@dataclass(slots=True)
 class _Function:
+    """A callable's pickle, whole or in chunks; neither: still to be fetched."""
+
     pickle: bytes
-    chunks: list[bytes] | None = None
-    waiting: list[Callable[[], None]] = field(default_factory=list)
+    chunks: list[bytes | memoryview] | None = None
 
 
 class SlotPool:
@@ -258,7 +259,7 @@ class SlotPool:
         self._numbers = 0
         self._forking: deque[_Slot] = deque()
         self._functions: dict[int, _Function] = {}
-        self._initializer: list[bytes] | None = None
+        self._initializer: list[bytes | memoryview] | None = None
         self._recalled: set[int] = set()
         self._tick_handle: asyncio.TimerHandle | None = None
         self._trim_handle: asyncio.TimerHandle | None = None
@@ -284,10 +285,7 @@ class SlotPool:
 
     def add_function(self, number: int, pickle: bytes, *, streamed: bool) -> None:
         """Learn a callable that tasks will name."""
-        self._functions[number] = _Function(pickle, None if not streamed else [])
-        if streamed:
-            self._functions[number].chunks = None
-            self._functions[number].pickle = b""
+        self._functions[number] = _Function(b"" if streamed else pickle)
 
     def forget_functions(self, numbers: list[int]) -> None:
         """Drop callables that no task will name again."""
@@ -676,7 +674,7 @@ class SlotPool:
             header = HEADER.pack(Kind.FUNCTION, len(function.pickle), number)
             self._write(slot, header + function.pickle)
 
-    def _write_chunks(self, slot: _Slot, chunks: list[bytes]) -> None:
+    def _write_chunks(self, slot: _Slot, chunks: list[bytes | memoryview]) -> None:
         for chunk in chunks:
             self._write(slot, HEADER.pack(Kind.CHUNK, len(chunk), 0))
             self._write(slot, chunk)
@@ -727,7 +725,7 @@ class SlotPool:
         finally:
             slot.feeding = None
 
-    def _write(self, slot: _Slot, data: bytes) -> None:
+    def _write(self, slot: _Slot, data: bytes | memoryview) -> None:
         if slot.dead:
             return
         if not slot.out:
@@ -739,7 +737,7 @@ class SlotPool:
                 return  # it is dying; its exit tells the rest
             if done == len(data):
                 return
-            data = memoryview(data)[done:]  # type: ignore[assignment]
+            data = memoryview(data)[done:]
             self._loop.add_writer(slot.tasks_fd, self._on_writable, slot)
         slot.out.append(memoryview(data))
 
@@ -949,7 +947,6 @@ class SlotPool:
             progress = slot.progress_at
             self._take_results(slot, slot.page, RESULTS_AT, RESULTS_AT + used)
             slot.progress_at = progress
-
 
     # Time.
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import struct
 import sys
+from typing import Any
 
 __all__ = ["MESSAGE", "run_zygote", "set_death_signal"]
 
@@ -52,8 +53,8 @@ def run_zygote(connection: socket.socket, supervisor_pid: int) -> None:
     set_death_signal()
     if os.getppid() != supervisor_pid:
         os._exit(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     os.set_blocking(wake_read, False)
@@ -64,9 +65,10 @@ def run_zygote(connection: socket.socket, supervisor_pid: int) -> None:
     from cloudexec.worker import slot  # noqa: F401
 
     children: dict[int, int] = {}
+    sources: list[Any] = [connection, wake_read]
     try:
         while True:
-            ready, _, _ = select.select([connection, wake_read], [], [])
+            ready, _, _ = select.select(sources, [], [])
             if wake_read in ready:
                 try:
                     os.read(wake_read, 4096)
@@ -134,8 +136,8 @@ def _fork_slot(fds: list[int], inherited: list[int], number: int) -> int:
         if os.getppid() != zygote_pid:
             os._exit(1)
         signal.set_wakeup_fd(-1)
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(name, signal.SIG_DFL)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(signum, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in inherited:
             os.close(fd)

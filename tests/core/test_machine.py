@@ -1,0 +1,461 @@
+"""The machine: events in, commands out, no clock."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloudexec._config import ScalingPolicy, ServerConfig
+from cloudexec._core.commands import (
+    CancelTasks,
+    DrainWorker,
+    FailTask,
+    FailTasksUnlaunched,
+    Finish,
+    KillTasks,
+    LaunchWorker,
+    MarkRunning,
+    RecallTasks,
+    ResolveTasks,
+    SendTasks,
+    TerminateLaunch,
+    TerminateWorker,
+)
+from cloudexec._core.events import (
+    DeadlinePassed,
+    Event,
+    Failure,
+    FailureKind,
+    FailuresReceived,
+    LaunchFailed,
+    LeasesReturned,
+    ResultsReceived,
+    ShutdownRequested,
+    TasksCancelled,
+    TasksStarted,
+    TasksSubmitted,
+    WorkerConnected,
+    WorkerDraining,
+    WorkerHeard,
+    WorkerLost,
+)
+from cloudexec._core.machine import Machine
+from cloudexec._core.tasks import TRANSITIONS, Kind, Task, TaskState
+
+LOST = Failure(FailureKind.SLOT_LOST)
+
+
+def make(max_slots: int = 4, slots_per_worker: int = 2, **scaling: Any) -> Machine:
+    policy = ScalingPolicy(max_slots=max_slots, slots_per_worker=slots_per_worker, **scaling)
+    return Machine(ServerConfig(scaling=policy))
+
+
+def tasks(count: int, kind: Kind | None = None, **options: Any) -> list[Task]:
+    kind = kind or Kind()
+    return [Task(number, kind, **options) for number in range(1, count + 1)]
+
+
+def quick() -> Kind:
+    kind = Kind()
+    for _ in range(100):
+        kind.learn(0.00001)
+    return kind
+
+
+def only(commands: list[Any], kind: type) -> list[Any]:
+    return [command for command in commands if type(command) is kind]
+
+
+def test_a_task_launches_a_worker_and_is_sent_when_it_connects() -> None:
+    """A task waits for the worker it caused, and starts in its free slot at once."""
+    machine = make()
+    (task,) = tasks(1)
+    assert machine.handle(TasksSubmitted([task]), 0.0) == [LaunchWorker("1", 2, 1)]
+    connected = machine.handle(WorkerConnected("w", 2, "1"), 1.0)
+    assert connected == [MarkRunning([task], 2), SendTasks("w", [task], 2)]
+    resolved = machine.handle(ResultsReceived("w", [task.lease], [b"r"], [0.5]), 2.0)
+    # The lease is gone with the result: number 1 was the first.
+    assert resolved == [ResolveTasks("w", [task], [b"r"], [0.5], 3)]
+    machine.validate()
+
+
+def test_no_worker_is_launched_while_enough_are_starting() -> None:
+    """Demand that starting workers will serve asks for no more of them."""
+    machine = make(max_slots=8)
+    assert len(only(machine.handle(TasksSubmitted(tasks(3)), 0.0), LaunchWorker)) == 2
+    assert only(machine.handle(TasksSubmitted(tasks(1)), 0.1), LaunchWorker) == []
+    assert len(only(machine.handle(TasksSubmitted(tasks(100)), 0.2), LaunchWorker)) == 2
+    machine.validate()
+
+
+def test_the_last_worker_has_only_the_slots_that_are_left() -> None:
+    """Workers never add up to more slots than max_workers."""
+    launches = only(make(max_slots=5).handle(TasksSubmitted(tasks(50)), 0.0), LaunchWorker)
+    assert [launch.slots for launch in launches] == [2, 2, 1]
+
+
+def test_a_task_of_unknown_length_is_not_sent_ahead() -> None:
+    """Only free slots get tasks of which nothing is known."""
+    machine = make(max_slots=2)
+    machine.handle(TasksSubmitted(tasks(10)), 0.0)
+    (sent,) = only(machine.handle(WorkerConnected("w", 2, "1"), 0.0), SendTasks)
+    assert len(sent.tasks) == 2
+
+
+def test_short_tasks_travel_by_the_thousand() -> None:
+    """No-ops are sent far ahead of need, within the limit per slot."""
+    machine = make(max_slots=2)
+    kind = quick()
+    kind.samples = 100_000
+    machine.handle(TasksSubmitted(tasks(10_000, kind)), 0.0)
+    (sent,) = only(machine.handle(WorkerConnected("w", 2, "1"), 0.0), SendTasks)
+    assert 3000 < len(sent.tasks) <= 2 * 2048
+    machine.validate()
+
+
+def test_a_slow_one_among_short_tasks_closes_the_look_ahead() -> None:
+    """One long run time is enough to stop sending ahead."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    kind = quick()
+    machine.handle(TasksSubmitted(tasks(50, kind)), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    worker = machine.workers["w"]
+    leases = list(worker.leases)
+    assert len(leases) > 1
+    machine.handle(TasksSubmitted(tasks(50, kind)), 0.0)
+    more = machine.handle(ResultsReceived("w", leases[:1], [b""], [5.0]), 5.0)
+    assert only(more, SendTasks) == []
+    machine.validate()
+
+
+def test_a_lost_attempt_runs_again_as_often_as_allowed_and_then_fails_alone() -> None:
+    """Two retries make three attempts; the last one's evidence is what fails the task."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    (task,) = tasks(1, retries=2)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    for _ in range(2):
+        commands = machine.handle(FailuresReceived("w", [(task.lease, LOST)]), 0.0)
+        assert len(only(commands, SendTasks)) == 1
+        assert only(commands, FailTask) == []
+        machine.validate()
+    commands = machine.handle(FailuresReceived("w", [(task.lease, LOST)]), 0.0)
+    assert [command.task for command in only(commands, FailTask)] == [task]
+    assert machine.open_tasks == 0
+    machine.validate()
+
+
+def test_an_exception_is_a_result_and_never_retried() -> None:
+    """What the task itself raised fails it in the first attempt."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    (task,) = tasks(1)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    failure = Failure(FailureKind.RAISED, "boom")
+    commands = machine.handle(FailuresReceived("w", [(task.lease, failure)]), 0.0)
+    assert [command.failure for command in only(commands, FailTask)] == [failure]
+
+
+def test_a_lost_worker_costs_an_attempt_only_what_may_have_run() -> None:
+    """Tasks that were sent ahead go back to the head of the queue, unblamed and in order."""
+    machine = make(max_slots=2)
+    batch = tasks(10, quick())
+    machine.handle(TasksSubmitted(batch), 0.0)
+    machine.handle(WorkerConnected("w", 2, "1"), 0.0)
+    assert len(machine.workers["w"].leases) == 10
+    commands = machine.handle(WorkerLost("w", "gone"), 1.0)
+    assert [task.lost for task in batch] == [1, 1] + [0] * 8
+    assert len(only(commands, LaunchWorker)) == 1
+    assert sorted(task.number for task in machine.queue) == list(range(1, 11))
+    machine.validate()
+
+
+def test_at_most_once_fails_whatever_was_sent_to_a_lost_worker() -> None:
+    """Without retries, a task that may have run is not run again."""
+    machine = make(max_slots=2)
+    machine.handle(TasksSubmitted(tasks(5, quick(), retries=0)), 0.0)
+    machine.handle(WorkerConnected("w", 2, "1"), 0.0)
+    commands = machine.handle(WorkerLost("w", "gone"), 1.0)
+    assert len(only(commands, FailTask)) == 5
+    machine.validate()
+
+
+def test_a_duplicate_result_is_dropped_and_counted() -> None:
+    """The second answer under a lease changes nothing."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    (task,) = tasks(1)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    event = ResultsReceived("w", [task.lease], [b""], [0.0])
+    assert len(only(machine.handle(event, 1.0), ResolveTasks)) == 1
+    assert only(machine.handle(event, 1.0), ResolveTasks) == []
+    assert machine.counts["duplicates"] == 1
+
+
+def test_cancelling_recalls_what_was_sent_and_kills_only_when_told() -> None:
+    """A cancelled task's lease stays booked until the worker answers for it."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    first, second = tasks(2, quick())
+    machine.handle(TasksSubmitted([first, second]), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    lease = second.lease
+    assert machine.handle(TasksCancelled([second]), 0.0) == [RecallTasks("w", [lease], 3)]
+    machine.validate()
+    assert only(machine.handle(LeasesReturned("w", [lease]), 0.0), SendTasks) == []
+    lease = first.lease
+    assert machine.handle(TasksCancelled([first], kill=True), 0.0) == [KillTasks("w", [lease], 5)]
+    machine.validate()
+
+
+def test_tasks_behind_a_straggler_are_recalled_for_an_idle_worker() -> None:
+    """What one worker has not begun is taken back as soon as another has nothing to do."""
+    machine = make(max_slots=2, slots_per_worker=1)
+    batch = tasks(20, quick())
+    machine.handle(TasksSubmitted(batch), 0.0)
+    machine.handle(WorkerConnected("a", 1, "1"), 0.0)
+    assert len(machine.workers["a"].leases) == 20
+    machine.handle(WorkerConnected("b", 1, "2"), 0.0)
+    deadline = machine.next_deadline()
+    assert deadline is not None
+    (recall,) = only(machine.handle(DeadlinePassed(), deadline), RecallTasks)
+    assert recall.worker == "a"
+    commands = machine.handle(LeasesReturned("a", recall.leases), deadline)
+    assert {command.worker for command in only(commands, SendTasks)} >= {"b"}
+    machine.validate()
+
+
+def test_an_idle_worker_is_drained_after_its_time_but_not_the_warm_ones() -> None:
+    """Scale-in keeps min_workers."""
+    machine = make(max_slots=4, min_slots=2, idle_timeout=10.0)
+    machine.handle(TasksSubmitted(batch := tasks(4)), 0.0)
+    for number in ("1", "2"):
+        machine.handle(WorkerConnected(number, 2, number), 0.0)
+    for task in batch:
+        machine.handle(ResultsReceived(task.worker or "", [task.lease], [b""], [1.0]), 1.0)
+    assert only(machine.handle(DeadlinePassed(), 5.0), DrainWorker) == []
+    assert len(only(machine.handle(DeadlinePassed(), 11.5), DrainWorker)) == 1
+    machine.validate()
+
+
+def test_a_worker_that_never_dials_back_is_replaced_and_at_last_given_up() -> None:
+    """Launches that time out are tried again with a pause; after three in a row tasks fail."""
+    machine = make(max_slots=1, slots_per_worker=1, launch_timeout=10.0)
+    batch = tasks(2)
+    machine.handle(TasksSubmitted(batch), 0.0)
+    now, terminated, failed = 0.0, 0, []
+    for _ in range(20):
+        deadline = machine.next_deadline()
+        if deadline is None:
+            break
+        now = max(now, deadline)
+        commands = machine.handle(DeadlinePassed(), now)
+        terminated += len(only(commands, TerminateLaunch))
+        failed += only(commands, FailTasksUnlaunched)
+        machine.validate()
+    assert terminated == 3
+    assert [command.tasks for command in failed] == [batch]
+    assert "10 s" in failed[0].reason
+
+
+def test_a_fatal_launch_failure_fails_what_waits_at_once() -> None:
+    """Where trying again cannot help, nobody waits for it."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    batch = tasks(1)
+    machine.handle(TasksSubmitted(batch), 0.0)
+    commands = machine.handle(LaunchFailed("1", "wrong Python", fatal=True), 0.0)
+    assert commands == [FailTasksUnlaunched(batch, "wrong Python", 2)]
+
+
+def test_shutdown_waits_for_tasks_and_finishes_when_the_last_worker_is_gone() -> None:
+    """Finish comes once, after tasks and workers."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    (task,) = tasks(1)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    assert machine.handle(ShutdownRequested(), 0.0) == []
+    commands = machine.handle(ResultsReceived("w", [task.lease], [b""], [0.0]), 1.0)
+    assert len(only(commands, DrainWorker)) == 1
+    assert only(machine.handle(WorkerLost("w"), 2.0), Finish) == [Finish(5)]
+    assert machine.handle(DeadlinePassed(), 3.0) == []
+
+
+def test_shutdown_with_cancel_keeps_only_what_runs() -> None:
+    """Waiting and sent-ahead tasks are cancelled; the running one is waited for."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    batch = tasks(5, quick())
+    machine.handle(TasksSubmitted(batch), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    commands = machine.handle(ShutdownRequested(cancel=True), 0.0)
+    (cancel,) = only(commands, CancelTasks)
+    assert list(cancel.tasks) == batch[1:]
+    assert only(commands, DrainWorker) == []
+    machine.validate()
+
+
+def test_shutdown_with_kill_cancels_what_runs_too() -> None:
+    """Nothing is waited for."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    batch = tasks(2)
+    machine.handle(TasksSubmitted(batch), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    commands = machine.handle(ShutdownRequested(cancel=True, kill=True), 0.0)
+    assert {task.number for command in only(commands, CancelTasks) for task in command.tasks} == {
+        1,
+        2,
+    }
+    assert only(commands, TerminateWorker) == [TerminateWorker("w", 3)]
+
+
+def test_every_command_names_the_event_that_caused_it() -> None:
+    """``cause`` counts events from one."""
+    machine = make()
+    machine.handle(WorkerHeard("nobody"), 0.0)
+    commands = machine.handle(TasksSubmitted(tasks(1)), 0.0)
+    assert [command.cause for command in commands] == [2]
+
+
+class _World:
+    """Plays a random history to a machine, as workers that lose, repeat and delay things would."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.machine = make(max_slots=self.random.randint(1, 9), slots_per_worker=2)
+        self.now = 0.0
+        self.number = 0
+        self.submitted: list[Task] = []
+        self.outcomes: dict[int, str] = {}
+        self.launched: list[tuple[str, int]] = []
+        self.workers: dict[str, dict[int, Task]] = {}
+        self.old: list[tuple[str, int]] = []
+        self.finished = 0
+        self.kinds = [Kind(), quick()]
+
+    def tell(self, event: Event) -> None:
+        for command in self.machine.handle(event, self.now):
+            self.obey(command)
+        self.machine.validate()
+
+    def outcome(self, task: Task, how: str) -> None:
+        assert task.number not in self.outcomes, "a task was resolved twice"
+        self.outcomes[task.number] = how
+
+    def obey(self, command: Any) -> None:
+        if isinstance(command, SendTasks):
+            for task in command.tasks:
+                self.workers[command.worker][task.lease] = task
+        elif isinstance(command, ResolveTasks):
+            for task in command.tasks:
+                self.outcome(task, "result")
+        elif isinstance(command, FailTask):
+            self.outcome(command.task, "failed")
+        elif isinstance(command, (FailTasksUnlaunched, CancelTasks)):
+            for task in command.tasks:
+                self.outcome(task, "dropped")
+        elif isinstance(command, LaunchWorker):
+            self.launched.append((command.launch, command.slots))
+        elif isinstance(command, TerminateLaunch):
+            self.launched = [entry for entry in self.launched if entry[0] != command.launch]
+        elif isinstance(command, Finish):
+            self.finished += 1
+
+    def step(self, *, submit: bool = True) -> None:
+        r = self.random
+        self.now += r.choice([0.0, 0.001, 0.5])
+        worker = r.choice(sorted(self.workers)) if self.workers else ""
+        held = self.workers.get(worker, {})
+        some = r.sample(sorted(held), r.randint(0, len(held)))
+        choice = r.randint(0, 11)
+        if choice <= 1 and submit:
+            batch = []
+            for _ in range(r.randint(1, 20)):
+                self.number += 1
+                batch.append(Task(self.number, r.choice(self.kinds), retries=r.randint(0, 2)))
+            self.submitted += batch
+            self.tell(TasksSubmitted(batch))
+        elif choice == 2 and self.submitted:
+            cancelled = r.sample(self.submitted, min(3, len(self.submitted)))
+            open_ones = [task for task in cancelled if task.state is not TaskState.DONE]
+            for task in open_ones:
+                self.outcome(task, "cancelled")
+            self.tell(TasksCancelled(open_ones, kill=r.random() < 0.3))
+        elif choice <= 4 and self.launched:
+            launch, slots = self.launched.pop(0)
+            self.workers[f"w{launch}"] = {}
+            self.tell(WorkerConnected(f"w{launch}", slots, launch))
+        elif choice <= 7 and some:
+            for lease in some:
+                del held[lease]
+                self.old.append((worker, lease))
+            times = [r.choice([1e-5, 1e-5, 0.2]) for _ in some]
+            self.tell(ResultsReceived(worker, some, [b""] * len(some), times))
+        elif choice == 8 and some:
+            for lease in some:
+                del held[lease]
+            kinds = [FailureKind.SLOT_LOST, FailureKind.RAISED, FailureKind.KILLED]
+            self.tell(FailuresReceived(worker, [(n, Failure(r.choice(kinds))) for n in some]))
+        elif choice == 9 and some:
+            if r.random() < 0.5:
+                self.tell(TasksStarted(worker, some))
+            else:
+                for lease in some:
+                    del held[lease]
+                self.tell(LeasesReturned(worker, some))
+        elif choice == 10 and worker and r.random() < 0.3:
+            if r.random() < 0.5:
+                self.tell(WorkerDraining(worker))
+            else:
+                del self.workers[worker]
+                self.tell(WorkerLost(worker, "gone"))
+        elif self.old and r.random() < 0.5:
+            name, lease = r.choice(self.old)
+            self.tell(ResultsReceived(name, [lease], [b""], [0.1]))
+        elif self.launched and r.random() < 0.2:
+            launch, _ = self.launched.pop(0)
+            self.tell(LaunchFailed(launch, "no luck", killed=r.random() < 0.5))
+        else:
+            deadline = self.machine.next_deadline()
+            if deadline is not None:
+                self.now = max(self.now, min(deadline, self.now + 1.0))
+                self.tell(DeadlinePassed())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32))
+def test_any_history_resolves_every_task_exactly_once(seed: int) -> None:
+    """Whatever is lost, repeated or late: invariants hold, and each task has one outcome."""
+    world = _World(seed)
+    for _ in range(world.random.randint(10, 150)):
+        world.step()
+    world.tell(ShutdownRequested(cancel=world.random.random() < 0.3))
+    # From here on the world is kind: everything that was sent is answered.
+    for _ in range(2000):
+        if world.finished:
+            break
+        for name, held in list(world.workers.items()):
+            leases = list(held)
+            held.clear()
+            if leases:
+                answers = ResultsReceived(name, leases, [b""] * len(leases), [0.1] * len(leases))
+                world.tell(answers)
+            elif world.machine.open_tasks == 0:
+                del world.workers[name]
+                world.tell(WorkerLost(name, "ended"))
+        while world.launched:
+            launch, slots = world.launched.pop(0)
+            world.workers[f"w{launch}"] = {}
+            world.tell(WorkerConnected(f"w{launch}", slots, launch))
+        world.now += 1.0
+        world.tell(DeadlinePassed())
+    assert world.finished == 1
+    assert sorted(world.outcomes) == [task.number for task in world.submitted]
+
+
+@pytest.mark.parametrize("state", list(TaskState))
+def test_a_done_task_never_changes_again(state: TaskState) -> None:
+    """The table of transitions is closed, and its only end is DONE."""
+    assert TRANSITIONS[state] <= set(TaskState)
+    assert (not TRANSITIONS[state]) == (state is TaskState.DONE)

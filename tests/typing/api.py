@@ -1,0 +1,30 @@
+"""What users' code may rely on, for the type checker. Checked, never run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Executor, as_completed
+
+from cloudexec import BatchExecutor, BatchFuture, ExecutorStats, Local, OptionsView
+
+
+def area(width: float, height: float = 1.0) -> float:
+    return width * height
+
+
+def use() -> None:
+    with BatchExecutor(4, launcher=Local(slots_per_worker=2), retries=0) as executor:
+        base: Executor = executor
+        future: BatchFuture[float] = executor.submit(area, 2.0, height=3.0)
+        value: float = future.result(timeout=1)
+        results: Iterator[float] = executor.map(area, [1.0, 2.0], chunksize=1, buffersize=2)
+        view: OptionsView = executor.with_options(timeout=1.5).with_options(retries=1)
+        text: BatchFuture[str] = view.submit(str, value)
+        for done in as_completed([text]):
+            done.result().upper()
+        stats: ExecutorStats = executor.stats()
+        waiting: int = stats.tasks.waiting
+        cancelled: bool = future.cancel(running=True)
+        executor.submit(area, "wide")  # type: ignore[arg-type]
+        executor.submit(area, 1.0, depth=2.0)  # type: ignore[call-arg]
+    print(base, list(results), waiting, cancelled)
