@@ -7,7 +7,8 @@ copy of the whole on either side.
 
 The chunks of a large payload join to a sequence of records: one byte of type, eight of length
 (little-endian), then as many bytes. Type 0 is the next piece of the pickle, type 1 the next
-out-of-band buffer (before the piece that refers to it), type 2 the same but read-only.
+out-of-band buffer (before the piece that refers to it), type 2 the same but read-only; type 3 ends
+the payload.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ CHUNK_BYTES = 1024 * 1024
 """Bytes per chunk of a large payload: gRPC moves these 30 times faster than one of 256 MiB."""
 
 _RECORD = struct.Struct("<BQ")
-_IN_BAND, _BUFFER, _READONLY_BUFFER = 0, 1, 2
+_IN_BAND, _BUFFER, _READONLY_BUFFER, _END = 0, 1, 2, 3
+END_RECORD = _RECORD.pack(_END, 0)
 _ATOMS = frozenset({int, float, complex, bool, NoneType})
 _loads = pickle.loads
 
@@ -111,7 +113,8 @@ class _Collector:
         for kind, data in self.records:
             pieces.append(_RECORD.pack(kind, len(data)))
             pieces.append(data)
-        return Parts(pieces, self.size + _RECORD.size * len(self.records))
+        pieces.append(END_RECORD)
+        return Parts(pieces, sum(map(len, pieces)))
 
 
 def dumps(obj: object) -> Payload:
@@ -158,37 +161,19 @@ def dumps_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return dumps((fn, args, kwargs))
 
 
-class _ChunkReader:
-    """A file for the unpickler, fed by chunks, that keeps buffers apart from the pickle."""
+class _RecordReader:
+    """A file for the unpickler that keeps out-of-band buffers apart from the pickle."""
 
-    def __init__(self, next_chunk: Callable[[], bytes | memoryview | None]) -> None:
-        self._next_chunk = next_chunk
-        self._chunk = memoryview(b"")
+    def __init__(self, fill: Callable[[memoryview], None]) -> None:
+        self._fill = fill
         self._left = 0  # of the current in-band record
+        self._ended = False
         self.buffers: deque[Any] = deque()
-
-    def _more(self) -> bool:
-        while not len(self._chunk):
-            chunk = self._next_chunk()
-            if chunk is None:
-                return False
-            self._chunk = memoryview(chunk)
-        return True
-
-    def _fill(self, target: memoryview) -> None:
-        at = 0
-        while at < len(target):
-            if not self._more():
-                raise EOFError("the payload ended early")
-            n = min(len(target) - at, len(self._chunk))
-            target[at : at + n] = self._chunk[:n]
-            self._chunk = self._chunk[n:]
-            at += n
 
     def _next_record(self) -> bool:
         """Move on to the next piece of pickle, loading the buffers that stand before it."""
-        while self._more():
-            header = bytearray(_RECORD.size)
+        header = bytearray(_RECORD.size)
+        while not self._ended:
             self._fill(memoryview(header))
             kind, length = _RECORD.unpack(header)
             if kind == _IN_BAND:
@@ -201,9 +186,16 @@ class _ChunkReader:
                 self.buffers.append(
                     memoryview(buffer).toreadonly() if kind == _READONLY_BUFFER else buffer
                 )
+            elif kind == _END:
+                self._ended = True
             else:
                 raise pickle.UnpicklingError(f"unknown record type {kind} in a payload")
         return False
+
+    def finish(self) -> None:
+        """Check that the payload ends where the pickle does."""
+        if self._left or self._next_record():
+            raise pickle.UnpicklingError("there is more after the end of the pickle")
 
     def readinto(self, target: Any) -> int:
         view = memoryview(target).cast("B")
@@ -238,8 +230,23 @@ class _ChunkReader:
             yield self.buffers.popleft()
 
 
-def load_chunks(next_chunk: Callable[[], bytes | memoryview | None]) -> Any:
+def load_records(fill: Callable[[memoryview], None]) -> Any:
     """Unpickle a large payload while it arrives.
+
+    Args:
+        fill: Fills the whole of a buffer with the next bytes, waiting for them if need be.
+
+    Raises:
+        BaseException: Whatever ``fill`` or unpickling raises.
+    """
+    reader = _RecordReader(fill)
+    value = pickle.Unpickler(reader, buffers=iter(reader)).load()
+    reader.finish()
+    return value
+
+
+def load_chunks(next_chunk: Callable[[], bytes | memoryview | None]) -> Any:
+    """Unpickle a large payload while its chunks arrive.
 
     Args:
         next_chunk: Returns the next chunk, waiting for it if need be, or ``None`` at the end.
@@ -248,8 +255,28 @@ def load_chunks(next_chunk: Callable[[], bytes | memoryview | None]) -> Any:
         EOFError: If the chunks end early.
         BaseException: Whatever ``next_chunk`` or unpickling raises.
     """
-    reader = _ChunkReader(next_chunk)
-    return pickle.Unpickler(reader, buffers=iter(reader)).load()
+    chunk = memoryview(b"")
+
+    def fill(target: memoryview) -> None:
+        nonlocal chunk
+        at = 0
+        while at < len(target):
+            if not len(chunk):
+                following = next_chunk()
+                if following is None:
+                    raise EOFError("the payload ended early")
+                chunk = memoryview(following)
+            n = min(len(target) - at, len(chunk))
+            target[at : at + n] = chunk[:n]
+            chunk = chunk[n:]
+            at += n
+
+    return load_records(fill)
+
+
+def record(kind: int, size: int) -> bytes:
+    """Return the header of one record."""
+    return _RECORD.pack(kind, size)
 
 
 def loads_payload(payload: Payload) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cloudexec import _payload
+from cloudexec import _enrolment, _payload
 from cloudexec._config import ServerConfig
 from cloudexec._core import commands, events
 from cloudexec._core.events import Event, Failure, FailureKind
@@ -33,8 +33,9 @@ from cloudexec._errors import (
 from cloudexec._functions import Function
 from cloudexec._future import BatchFuture
 from cloudexec._launchers.base import Contact, LaunchEnd, Launcher
-from cloudexec._payload import Payload
+from cloudexec._payload import Parts, Payload
 from cloudexec._server.callbacks import CallbackThread
+from cloudexec._server.direct import Delivered, DirectChannel
 from cloudexec._server.output import OutputThread
 from cloudexec._server.portal import Portal
 
@@ -100,16 +101,6 @@ class Setup:
     argv: tuple[str, ...] = ()
 
 
-class Delivered:
-    """A large result that was unpickled while it arrived."""
-
-    __slots__ = ("error", "value")
-
-    def __init__(self, value: Any, error: BaseException | None) -> None:
-        self.value = value
-        self.error = error
-
-
 class Driver:
     """The loop thread's half of one executor.
 
@@ -146,6 +137,8 @@ class Driver:
         self._last_words: dict[str, LaunchEnd] = {}
         self._expected_ends: dict[str, asyncio.TimerHandle] = {}
         self._directory: str | None = None
+        self.direct_path = ""
+        self._direct: DirectChannel | None = None
         self._server: Any = None
         self._closing = False
         self.callbacks = CallbackThread()
@@ -203,6 +196,11 @@ class Driver:
         if listen is None and not self._launcher.needs_network() and hasattr(os, "fork"):
             self._directory = _private_directory()
             listen = f"unix:{self._directory}/s"
+        if self._directory is not None:
+            self.direct_path = f"{self._directory}/d"
+            self._direct = DirectChannel(
+                self.direct_path, self._payload_of, self._expects, self._deliver
+            )
         self._server, target, sha256 = await start_server(self, listen or "127.0.0.1:0")
         self.contact = Contact(target, self.executor_id, self.key, sha256)
         self._looked_at = time.monotonic()
@@ -426,6 +424,29 @@ class Driver:
             return "nobody launched a worker with this identity, or its time to connect is over"
         return None
 
+    def session_of(self, token: bytes) -> Any:
+        """Find the session that a token belongs to, or ``None``."""
+        for session in self.sessions.values():
+            if _enrolment.proves(token, session.token):
+                return session
+        return None
+
+    def _payload_of(self, token: bytes, lease: int) -> Parts | None:
+        session = self.session_of(token)
+        payload: Parts | None = None if session is None else session.payloads.get(lease)
+        if payload is not None:
+            self.bytes_sent += len(payload)
+        return payload
+
+    def _expects(self, token: bytes, lease: int) -> bool:
+        session = self.session_of(token)
+        worker = None if session is None else self.machine.workers.get(session.worker_id)
+        return worker is not None and lease in worker.leases
+
+    def _deliver(self, token: bytes, lease: int, delivered: Delivered) -> None:
+        if self._expects(token, lease):
+            self.session_of(token).delivered[lease] = delivered
+
     def refused(self, what: str) -> None:
         """A peer failed to enrol: said once a second at most, however many they are."""
         self.refusals += 1
@@ -525,6 +546,8 @@ class Driver:
         self._closing = True
         if self._timer is not None:
             self._timer.cancel()
+        if self._direct is not None:
+            self._direct.close()
         await self._server.stop(grace=None)
         self._server = None
         if self._directory is not None:
@@ -540,6 +563,8 @@ class Driver:
 
     def join(self) -> None:
         """Wait, after ``finished``, for the threads that served this executor."""
+        if self._direct is not None:
+            self._direct.join()
         if self.output is not None:
             self.output.join()
         self.callbacks.join()

@@ -19,7 +19,8 @@ from cloudexec._errors import LaunchError, PayloadError
 from cloudexec._functions import Function
 from cloudexec._payload import Parts, Payload
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._server.driver import Delivered, Driver
+from cloudexec._server.direct import Delivered, unpickle_result
+from cloudexec._server.driver import Driver
 from cloudexec._wire import CHANNEL_OPTIONS, LEASE_KEY, TOKEN_KEY, pack_chunk, unpack_chunk
 
 __all__ = ["start_server"]
@@ -376,6 +377,7 @@ class _Servicer:
             capture_output=driver.output is not None,
             min_slots=setup.min_workers,
             idle_timeout=-1.0 if setup.idle_timeout is None else setup.idle_timeout,
+            direct_path=driver.direct_path,
         )
         if isinstance(setup.initializer, bytes):
             welcome.initializer = setup.initializer
@@ -391,12 +393,7 @@ class _Servicer:
     def _session_of(self, context: Any) -> _Session | None:
         metadata = dict(context.invocation_metadata() or ())
         token = metadata.get(TOKEN_KEY, b"")
-        if not isinstance(token, bytes):
-            return None
-        for session in self._driver.sessions.values():
-            if _enrolment.proves(token, session.token):
-                return session  # type: ignore[no-any-return]
-        return None
+        return self._driver.session_of(token) if isinstance(token, bytes) else None
 
     async def Fetch(
         self, request: pb.FetchRequest, context: Any
@@ -474,8 +471,6 @@ class _Arrival:
         return chunk
 
     def _run(self) -> None:
-        value: Any = None
-        error: BaseException | None = None
         ended = False
 
         def next_chunk() -> memoryview | None:
@@ -485,25 +480,17 @@ class _Arrival:
             return chunk
 
         try:
-            value = _payload.load_chunks(next_chunk)
-        except BaseException as exc:
-            error = PayloadError(
-                f"the result could not be unpickled in the client ({type(exc).__name__}: {exc})"
-            )
-            error.__cause__ = exc
-        try:
+            outcome = unpickle_result(lambda: _payload.load_chunks(next_chunk))
             while next_chunk() is not None:
                 pass
-        except ConnectionAbortedError:
-            pass
-        outcome = Delivered(value, error)
-        value = error = None
+        except (EOFError, OSError) as exc:
+            outcome = Delivered(None, exc)  # cut off: whoever sent it is gone, or tries again
 
-        def resolve() -> None:
+        def resolve(outcome: Delivered) -> None:
             if not self._done.done():
                 self._done.set_result(outcome)
 
-        self._loop.call_soon_threadsafe(resolve)
+        self._loop.call_soon_threadsafe(resolve, outcome)
 
 
 async def start_server(driver: Driver, listen: str) -> tuple[grpc.aio.Server, str, str]:

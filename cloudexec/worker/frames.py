@@ -39,8 +39,8 @@ CURRENT, EPOCH, USED = 0, 1, 2
 RESULTS_AT = 64
 PAGE_BYTES = 256 * 1024
 
-OK, RAISED, UNPICKLE_FAILED, PICKLE_FAILED = 0, 1, 2, 3
-"""Status of a result."""
+OK, RAISED, UNPICKLE_FAILED, PICKLE_FAILED, DELIVERED = 0, 1, 2, 3, 4
+"""Status of a result; ``DELIVERED``: it went through the direct channel."""
 
 
 class Kind(enum.IntEnum):
@@ -67,6 +67,8 @@ class Kind(enum.IntEnum):
     """The large payload ends early."""
     STOP = 10
     """End."""
+    TASK_DIRECT = 11
+    """One task (lease): function and epoch; its arguments come through the direct channel."""
 
     # From the slot.
     READY = 20

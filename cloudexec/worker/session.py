@@ -166,6 +166,10 @@ class Session:
         self._seconds.append(seconds)
         self._bytes += len(payload)
 
+    def delivered(self, lease: int, seconds: float) -> None:
+        self._streamed.append(len(self._leases))
+        self.result(lease, b"", seconds)
+
     def failure(self, failure: Failure) -> None:
         self._failures.append(failure)
 
@@ -210,8 +214,7 @@ class Session:
                 pass
             return
         if reply.accepted:
-            self._streamed.append(len(self._leases))
-            self.result(lease, b"", seconds)
+            self.delivered(lease, seconds)
             self.wake()
 
     def wake(self) -> None:
@@ -488,4 +491,6 @@ def _settings(welcome: pb.Welcome, address: Address) -> Settings:
         max_tasks_per_child=welcome.max_tasks_per_child,
         min_slots=welcome.min_slots,
         idle_timeout=welcome.idle_timeout,
+        direct_path=welcome.direct_path,
+        token=welcome.session_token,
     )

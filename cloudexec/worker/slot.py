@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import pickle
+import socket
 import struct
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 
 import cloudpickle
 
-from cloudexec import _payload
+from cloudexec import _direct, _payload
 from cloudexec._errors import PayloadError
 from cloudexec._payload import CHUNK_BYTES, INLINE_BYTES, Parts
 from cloudexec.worker import frames
@@ -85,6 +86,8 @@ class Slot:
         self._at = 0
         self._functions: dict[int, Callable[..., Any]] = {}
         self._in_stream = False
+        self.direct_path = ""
+        self.token = b""
 
     # Reading.
 
@@ -184,6 +187,7 @@ class Slot:
             Kind.FORGET: self._on_forget,
             Kind.BATCH: self._on_batch,
             Kind.TASK_STREAM: self._on_task_stream,
+            Kind.TASK_DIRECT: self._on_task_direct,
         }
         while True:
             if len(self._input) == self._at:
@@ -199,6 +203,8 @@ class Slot:
         if setup["sys_path"]:
             sys.path[:] = setup["sys_path"]
         sys.argv[:] = setup["argv"]
+        self.direct_path = setup["direct_path"]
+        self.token = bytes.fromhex(setup["token"])
         if setup["cwd"]:
             try:
                 os.chdir(setup["cwd"])
@@ -304,49 +310,58 @@ class Slot:
         self._flush()
 
     def _on_task_stream(self, lease: int, body: bytes) -> None:
+        self._in_stream = True
+        try:
+            self._run_large(lease, body, lambda: _payload.load_chunks(self._next_chunk))
+        finally:
+            self._skip_chunks()
+
+    def _on_task_direct(self, lease: int, body: bytes) -> None:
+        def load() -> Any:
+            try:
+                with _direct.connect(self.direct_path, self.token, _direct.FETCH, lease) as source:
+                    _direct.receive_exactly(source, 1)
+                    return _payload.load_records(lambda view: _direct.fill_from(source, view))
+            except (EOFError, OSError) as exc:
+                raise ConnectionAbortedError("the payload was cut off") from exc
+
+        self._run_large(lease, body, load)
+
+    def _run_large(self, lease: int, body: bytes, load: Callable[[], Any]) -> None:
+        """Run one task whose payload is large, and comes apart from it."""
         number, epoch = struct.unpack("<IQ", body)
         began = perf_counter()
-        self._in_stream = True
         self._cells[CURRENT] = lease
-        if self._cells[EPOCH] != epoch:
-            self._skip_chunks()
-            self.send(Kind.DROPPED, lease, struct.pack("<Q", epoch))
-            return
-        kwargs: dict[str, Any] = {}
-        aborted = False
         try:
-            loaded = _payload.load_chunks(self._next_chunk)
+            if self._cells[EPOCH] != epoch:
+                raise ConnectionAbortedError("it was taken back")
+            args = load()
+            kwargs: dict[str, Any] = {}
             if number:
                 fn = self._functions[number]
-                args = loaded
-                if type(args) is list:
-                    args, kwargs = args
                 if type(fn) is _Unusable:
                     raise fn.why
+                if type(args) is list:
+                    args, kwargs = args
             else:
-                fn, args, kwargs = loaded
-            del loaded
+                fn, args, kwargs = args
         except ConnectionAbortedError:
-            aborted = True
+            self._cells[CURRENT] = 0
+            self.send(Kind.DROPPED, lease, struct.pack("<Q", epoch))
+            return
         except BaseException as exc:
             self._skip_chunks()
             self._fail_unpickling(lease, perf_counter() - began, exc)
-            self._cells[CURRENT] = 0
-            self._flush()
-            return
-        if aborted:
-            self._cells[CURRENT] = 0
-            self.send(Kind.DROPPED, lease, struct.pack("<Q", epoch))
-            return
-        self._skip_chunks()
-        try:
-            value = fn(*args, **kwargs)
-            del fn, args, kwargs
-        except BaseException as exc:
-            self._fail(lease, perf_counter() - began, exc)
         else:
-            self._answer(lease, perf_counter() - began, value)
-            del value
+            self._skip_chunks()
+            try:
+                value = fn(*args, **kwargs)
+                del fn, args, kwargs
+            except BaseException as exc:
+                self._fail(lease, perf_counter() - began, exc)
+            else:
+                self._answer(lease, perf_counter() - began, value)
+                del value
         self._cells[CURRENT] = 0
         self._flush()
 
@@ -395,11 +410,7 @@ class Slot:
                     f"return something that survives pickle.dumps()"
                 )
                 error.__cause__ = exc
-            data = _payload.dumps_exception(error)
-            if writer.streaming:
-                self.send(Kind.RESULT_FAILED, lease, data)
-            else:
-                self._put(lease, seconds, frames.PICKLE_FAILED, data)
+            writer.abandon(_payload.dumps_exception(error))
 
 
 class _Unusable:
@@ -413,7 +424,7 @@ class _Unusable:
 
 
 class _ResultWriter:
-    """A file for the pickler that keeps a small result and streams a large one as it grows."""
+    """A file for the pickler that keeps a small result and sends a large one as it grows."""
 
     def __init__(self, slot: Slot, lease: int, seconds: float) -> None:
         self._slot = slot
@@ -421,6 +432,7 @@ class _ResultWriter:
         self._seconds = seconds
         self._small: list[tuple[int, bytes | memoryview]] = []
         self._size = 0
+        self._direct: socket.socket | None = None
         self.streaming = False
 
     def write(self, data: Any) -> int:
@@ -442,26 +454,61 @@ class _ResultWriter:
 
     def _add(self, kind: int, data: bytes | memoryview) -> None:
         if self.streaming:
-            self._stream(kind, data)
+            self._send_record(kind, data)
             return
         self._small.append((kind, data))
         self._size += len(data)
         if self._size > INLINE_BYTES or kind:
-            self.streaming = True
-            self._slot.send(Kind.RESULT_STREAM, self._lease, struct.pack("<f", self._seconds))
+            self._begin()
             small, self._small = self._small, []
             for held_kind, held in small:
-                self._stream(held_kind, held)
+                self._send_record(held_kind, held)
 
-    def _stream(self, kind: int, data: bytes | memoryview) -> None:
-        for chunk in Parts([_payload._RECORD.pack(kind, len(data)), data], 0).chunks(CHUNK_BYTES):
-            with self._slot._lock:
-                write_all(self._slot._results_fd, HEADER.pack(Kind.CHUNK, len(chunk), self._lease))
-                write_all(self._slot._results_fd, chunk)
+    def _begin(self) -> None:
+        slot = self._slot
+        if slot.direct_path:
+            slot._flush()
+            path, token = slot.direct_path, slot.token
+            self._direct = _direct.connect(path, token, _direct.DELIVER, self._lease)
+            _direct.receive_exactly(self._direct, 1)
+        else:
+            slot.send(Kind.RESULT_STREAM, self._lease, struct.pack("<f", self._seconds))
+        self.streaming = True
+
+    def _send_record(self, kind: int, data: bytes | memoryview) -> None:
+        header = _payload.record(kind, len(data))
+        if self._direct is not None:
+            self._direct.sendall(header)
+            self._direct.sendall(data)
+            return
+        slot = self._slot
+        for chunk in Parts([header, data], 0).chunks(CHUNK_BYTES):
+            with slot._lock:
+                write_all(slot._results_fd, HEADER.pack(Kind.CHUNK, len(chunk), self._lease))
+                write_all(slot._results_fd, chunk)
 
     def close(self) -> None:
-        if self.streaming:
-            self._slot.send(Kind.CHUNK, self._lease)
-            return
-        payload = b"".join(data for _, data in self._small)
-        self._slot._put(self._lease, self._seconds, frames.OK, payload)
+        """Bring the result to its end, and report it."""
+        slot = self._slot
+        if not self.streaming:
+            payload = b"".join(data for _, data in self._small)
+            slot._put(self._lease, self._seconds, frames.OK, payload)
+        elif self._direct is None:
+            self._send_record(3, b"")
+            slot.send(Kind.CHUNK, self._lease)
+        else:
+            with self._direct as connection:
+                connection.sendall(_payload.END_RECORD)
+                connection.shutdown(socket.SHUT_WR)
+                _direct.receive_exactly(connection, 1)
+            slot._put(self._lease, self._seconds, frames.DELIVERED, b"")
+
+    def abandon(self, error: bytes) -> None:
+        """Report that the result could not be pickled to its end."""
+        slot = self._slot
+        if self._direct is not None:
+            self._direct.close()
+        if self.streaming and self._direct is None:
+            slot.send(Kind.RESULT_FAILED, self._lease, error)
+        else:
+            slot._put(self._lease, self._seconds, frames.PICKLE_FAILED, error)

@@ -1,0 +1,62 @@
+"""The direct channel: large payloads between client and slot on one machine, past gRPC.
+
+Workers on the client's own machine reach it through a Unix socket in a private directory. Beside
+that one lies a second socket for large payloads: a slot connects, names the session's token and the
+lease, and then bytes flow between the user's object in the one process and the object being made in
+the other, with the kernel's copy in and out as the only ones. gRPC moves about 0.9 GiB/s through
+four copies; and it is the supervisor's hop less.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+__all__ = ["ACCEPTED", "DELIVER", "FETCH", "REQUEST", "fill_from", "receive_exactly"]
+
+REQUEST = struct.Struct("<16sBQ")
+"""Token of the session, what is wanted, lease."""
+FETCH, DELIVER = 1, 2
+ACCEPTED = b"\x06"
+BUFFER_BYTES = 4 * 1024 * 1024
+
+
+def fill_from(connection: socket.socket, target: memoryview) -> None:
+    """Fill a buffer from a socket.
+
+    Raises:
+        EOFError: If the peer closed it before that.
+        OSError: If the connection failed.
+    """
+    at = 0
+    size = len(target)
+    while at < size:
+        n = connection.recv_into(target[at:])
+        if not n:
+            raise EOFError("the connection ended early")
+        at += n
+
+
+def receive_exactly(connection: socket.socket, size: int) -> bytes:
+    """Read ``size`` bytes; the errors are those of ``fill_from``."""
+    data = bytearray(size)
+    fill_from(connection, memoryview(data))
+    return bytes(data)
+
+
+def connect(path: str, token: bytes, wanted: int, lease: int) -> socket.socket:
+    """Connect to the client's direct channel and say what for.
+
+    Raises:
+        OSError: If it is gone.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            connection.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+        connection.connect(path)
+        connection.sendall(REQUEST.pack(token, wanted, lease))
+    except OSError:
+        connection.close()
+        raise
+    return connection

@@ -1,0 +1,160 @@
+"""The client's end of the direct channel: one thread per transfer, none when there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from cloudexec import _direct, _payload
+from cloudexec._errors import PayloadError
+from cloudexec._payload import Parts
+
+__all__ = ["DirectChannel", "Delivered", "unpickle_result"]
+
+_REQUEST_TIMEOUT = 10.0
+"""Seconds in which a peer must say who it is and what it wants."""
+_MOST_CONNECTIONS = 1024
+
+
+class Delivered:
+    """A large result that was unpickled while it arrived."""
+
+    __slots__ = ("error", "value")
+
+    def __init__(self, value: Any, error: BaseException | None) -> None:
+        self.value = value
+        self.error = error
+
+
+def unpickle_result(load: Callable[[], Any]) -> Delivered:
+    """Unpickle a large result; what goes wrong with it, other than the connection, is its error."""
+    try:
+        return Delivered(load(), None)
+    except (EOFError, OSError):
+        raise
+    except BaseException as exc:
+        error = PayloadError(
+            f"the result could not be unpickled in the client ({type(exc).__name__}: {exc})"
+        )
+        error.__cause__ = exc
+        return Delivered(None, error)
+
+
+class DirectChannel:
+    """Listens beside the gRPC server's Unix socket.
+
+    Args:
+        path: Of the socket, in a directory that only this user can enter.
+        payload_of: Token and lease -> the argument to be fetched, or ``None``.
+        expects: Whether a result under token and lease is waited for.
+        deliver: Takes a result that has arrived.
+
+        All three are called on the loop thread.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        payload_of: Callable[[bytes, int], Parts | None],
+        expects: Callable[[bytes, int], bool],
+        deliver: Callable[[bytes, int, Delivered], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._payload_of = payload_of
+        self._expects = expects
+        self._deliver = deliver
+        self._connections: set[socket.socket] = set()
+        self._threads: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.setblocking(False)
+        self._listener.bind(path)
+        os.chmod(path, 0o600)
+        self._listener.listen(256)
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        if len(self._connections) >= _MOST_CONNECTIONS:
+            connection.close()
+            return
+        thread = threading.Thread(
+            target=self._serve, args=(connection,), name="cloudexec-direct", daemon=True
+        )
+        with self._lock:
+            self._connections.add(connection)
+            self._threads.add(thread)
+        thread.start()
+
+    def _on_loop(self, fn: Callable[..., Any], *args: object) -> Any:
+        async def call() -> Any:
+            return fn(*args)
+
+        return asyncio.run_coroutine_threadsafe(call(), self._loop).result()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                    connection.setsockopt(socket.SOL_SOCKET, option, _direct.BUFFER_BYTES)
+                connection.settimeout(_REQUEST_TIMEOUT)
+                request = _direct.receive_exactly(connection, _direct.REQUEST.size)
+                token, wanted, lease = _direct.REQUEST.unpack(request)
+                connection.settimeout(None)
+                if wanted == _direct.FETCH:
+                    self._send(connection, token, lease)
+                elif wanted == _direct.DELIVER and self._on_loop(self._expects, token, lease):
+                    self._receive(connection, token, lease)
+        except (EOFError, OSError, RuntimeError):
+            pass  # the slot died, which is reported on its own, or the executor has ended
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+                self._threads.discard(threading.current_thread())
+
+    def _send(self, connection: socket.socket, token: bytes, lease: int) -> None:
+        payload = self._on_loop(self._payload_of, token, lease)
+        if payload is not None:
+            connection.sendall(_direct.ACCEPTED)
+            for piece in payload.pieces:
+                connection.sendall(piece)
+
+    def _receive(self, connection: socket.socket, token: bytes, lease: int) -> None:
+        connection.sendall(_direct.ACCEPTED)
+        delivered = unpickle_result(
+            lambda: _payload.load_records(lambda view: _direct.fill_from(connection, view))
+        )
+        if delivered.error is not None:
+            # The slot is still sending; it is to get to its end.
+            connection.settimeout(_REQUEST_TIMEOUT)
+            with contextlib.suppress(TimeoutError):
+                while connection.recv(1 << 20) != b"":
+                    pass
+        self._on_loop(self._deliver, token, lease, delivered)
+        del delivered
+        with contextlib.suppress(OSError):
+            connection.sendall(_direct.ACCEPTED)
+
+    def close(self) -> None:
+        """Stop to listen, and cut what is under way."""
+        self._loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+        with self._lock:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def join(self) -> None:
+        """Wait, after ``close``, for the threads; not on the loop thread."""
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()

@@ -1,0 +1,1 @@
+"""Small programs over real data, run by the README's commands."""
