@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 __all__ = ["BatchFuture"]
 
@@ -70,21 +70,27 @@ class BatchFuture(Future[T]):
 
     # What wait(), as_completed() and asyncio reach for.
 
-    @property
-    def _condition(self) -> Any:  # type: ignore[override]
-        return self._lock
+    if TYPE_CHECKING:
+        _condition: threading.Condition
+        _waiters: list[Any]
+        _done_callbacks: list[Callable[[Future[T]], object]]
+    else:
 
-    @property
-    def _waiters(self) -> list[Any]:  # type: ignore[override]
-        if self._waiters_made is None:
-            self._waiters_made = []
-        return self._waiters_made
+        @property
+        def _condition(self) -> Any:
+            return self._lock
 
-    @property
-    def _done_callbacks(self) -> list[Callable[[Future[T]], object]]:
-        if self._done_callbacks_made is None:
-            self._done_callbacks_made = []
-        return self._done_callbacks_made
+        @property
+        def _waiters(self) -> list[Any]:
+            if self._waiters_made is None:
+                self._waiters_made = []
+            return self._waiters_made
+
+        @property
+        def _done_callbacks(self) -> list[Callable[[Future[T]], object]]:
+            if self._done_callbacks_made is None:
+                self._done_callbacks_made = []
+            return self._done_callbacks_made
 
     def _get_snapshot(self) -> tuple[bool, bool, Any, BaseException | None]:
         """Python 3.14's asyncio reads a future's outcome through this, in one go."""

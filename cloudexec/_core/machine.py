@@ -55,6 +55,10 @@ _RUNNING, _DONE = TaskState.RUNNING, TaskState.DONE
 
 _REBALANCE_AFTER = 0.1
 """Seconds between looks at whether one worker sits on tasks that another could run."""
+_SUSPICIONS = 10
+"""Workers that may be lost under a task of which nobody knows that it had begun, before each
+further one costs it an attempt: whatever stands at the head of the queue is often there when a
+worker dies young, and a task that kills its worker at once must come to an end all the same."""
 _KILLED_LAUNCHES = 20
 """Workers that may be killed from outside in a row, with no task done, before we give up."""
 
@@ -256,6 +260,7 @@ class Machine:
             task.state = _WAITING
             task.worker = None
             task.lease = 0
+            task.confirmed = False
         self.queue.extendleft(reversed(back))
         self._waiting += len(back)
 
@@ -267,9 +272,11 @@ class Machine:
         started = []
         for lease in event.leases:
             task = worker.leases.get(lease)
-            if task is not None and task.state is _SENT:
-                task.state = _RUNNING
-                started.append(task)
+            if task is not None:
+                task.confirmed = True
+                if task.state is _SENT:
+                    task.state = _RUNNING
+                    started.append(task)
         if started:
             self._out.append(MarkRunning(started, self._events))
 
@@ -341,9 +348,11 @@ class Machine:
         for position, task in enumerate(list(worker.leases.values())):
             if task.state is _DONE:
                 continue
+            may_have_run = task.state is _RUNNING or position < worker.slots
+            task.suspected += may_have_run
             task.worker = None
             task.lease = 0
-            if task.state is _RUNNING or position < worker.slots or not task.retries:
+            if task.confirmed or not task.retries or task.suspected > _SUSPICIONS:
                 self._lose_attempt(worker, task, failure)
             else:
                 unblamed.append(task)

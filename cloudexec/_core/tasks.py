@@ -73,10 +73,24 @@ class Task:
         lease: The right of a worker to this task; new for each time it is sent. 0: none.
         worker: The worker that holds the lease.
         cost: Estimated seconds that it was sent with.
+        confirmed: Whether the worker has said that it runs.
         lost: Attempts lost so far.
+        suspected: Workers lost under it while it may have run, unconfirmed.
     """
 
-    __slots__ = ("cost", "handle", "kind", "lease", "lost", "number", "retries", "state", "worker")
+    __slots__ = (
+        "confirmed",
+        "cost",
+        "handle",
+        "kind",
+        "lease",
+        "lost",
+        "number",
+        "retries",
+        "state",
+        "suspected",
+        "worker",
+    )
 
     def __init__(self, number: int, kind: Kind, *, retries: int = 2, handle: Any = None) -> None:
         self.number = number
@@ -87,7 +101,9 @@ class Task:
         self.lease = 0
         self.worker: str | None = None
         self.cost = 0.0
+        self.confirmed = False
         self.lost = 0
+        self.suspected = 0
 
     def __repr__(self) -> str:
         return f"<Task {self.number} {self.state.value}>"

@@ -75,7 +75,9 @@ class Submission(Task):
         self.lease = 0
         self.worker = None
         self.cost = 0.0
+        self.confirmed = False
         self.lost = 0
+        self.suspected = 0
         self.function = function
         self.payload: Payload | None = payload
         self.timeout = timeout
@@ -463,16 +465,12 @@ class Driver:
 
     def disconnected(self, session: Any, reason: str) -> None:
         """A worker's stream has ended."""
-        worker = session.worker_id
+        worker, identity = session.worker_id, session.identity
         if self.sessions.get(worker) is not session:
             return
-        if (
-            worker not in self._last_words
-            and session.identity in self._running
-            and not self._closing
-        ):
+        if worker not in self._last_words and identity in self._running and not self._closing:
             # Its process is about to end, and how it ended is worth a moment.
-            self._expected_ends[session.identity] = self.portal.loop.call_later(
+            self._expected_ends[identity] = self.portal.loop.call_later(
                 _LAST_WORDS, self._lost, session, reason
             )
             return

@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 import grpc
@@ -256,7 +256,7 @@ class Session:
         for failure in self._failures:
             message.failures.add(
                 lease=failure.lease,
-                kind=failure.kind,  # type: ignore[arg-type]
+                kind=cast("pb.Failure.Kind.ValueType", failure.kind),
                 payload=failure.payload,
                 message=failure.message,
                 output=failure.output,

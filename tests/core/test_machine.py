@@ -161,17 +161,33 @@ def test_an_exception_is_a_result_and_never_retried() -> None:
 
 
 def test_a_lost_worker_costs_an_attempt_only_what_may_have_run() -> None:
-    """Tasks that were sent ahead go back to the head of the queue, unblamed and in order."""
+    """Tasks not known to have begun go back to the head of the queue, unblamed and in order."""
     machine = make(max_slots=2)
     batch = tasks(10, quick())
     machine.handle(TasksSubmitted(batch), 0.0)
     machine.handle(WorkerConnected("w", 2, "1"), 0.0)
     assert len(machine.workers["w"].leases) == 10
+    machine.handle(TasksStarted("w", [batch[0].lease, batch[4].lease]), 0.5)
     commands = machine.handle(WorkerLost("w", "gone"), 1.0)
-    assert [task.lost for task in batch] == [1, 1] + [0] * 8
+    assert [task.lost for task in batch] == [1, 0, 0, 0, 1, 0, 0, 0, 0, 0]
     assert len(only(commands, LaunchWorker)) == 1
     assert sorted(task.number for task in machine.queue) == list(range(1, 11))
     machine.validate()
+
+
+def test_a_task_under_which_every_worker_dies_at_once_comes_to_an_end() -> None:
+    """A task that kills its worker before that can say so fails after a bounded number of them."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    machine.handle(TasksSubmitted(tasks(1)), 0.0)
+    failed: list[Any] = []
+    for number in range(1, 30):
+        machine.handle(WorkerConnected("w", 1, str(number)), 0.0)
+        failed += only(machine.handle(WorkerLost("w", "gone"), 0.0), FailTask)
+        machine.validate()
+        if failed:
+            break
+    assert len(failed) == 1
+    assert number == 13
 
 
 def test_at_most_once_fails_whatever_was_sent_to_a_lost_worker() -> None:
