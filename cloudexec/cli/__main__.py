@@ -1,0 +1,5 @@
+"""``python -m cloudexec.cli`` is the command ``cloudexec``."""
+
+from cloudexec.cli import main
+
+main()

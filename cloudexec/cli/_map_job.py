@@ -1,0 +1,435 @@
+"""The job of ``cloudexec map``: check everything, run what is left, say how it went."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from cloudexec.cli._csv_output import CsvFormat
+from cloudexec.cli._errors import CommandError, RunError
+from cloudexec.cli._function import Target, load_function
+from cloudexec.cli._inputs import open_source
+from cloudexec.cli._jsonl_output import JsonLinesFormat
+from cloudexec.cli._outcomes import launch_failure, to_record
+from cloudexec.cli._output_file import OutputFile, ReaderGoneError, StreamOutput, is_stream
+from cloudexec.cli._parameters import Parameters, read_parameters
+from cloudexec.cli._recorder import Recorder
+from cloudexec.cli._records import Format
+from cloudexec.cli._report import Earlier, Report, ReportHandler
+from cloudexec.cli._resume import (
+    Ledger,
+    drop_failed,
+    empty_ledger,
+    put_in_order,
+    read_ledger,
+    repair,
+)
+from cloudexec.cli._row_run import RowRun, SignalInterrupt
+from cloudexec.cli._rows import Row, Source
+
+_WINDOW = 2000
+"""Rows submitted and not yet written: enough to keep workers busy with calls of a millisecond,
+few enough that memory does not grow with the input."""
+
+_OK = 0
+_ROW_FAILED = 1
+_SIGNALLED = 128  # plus the signal's number, as shells do
+_SIGPIPE = 13  # not in the signal module on Windows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapOptions:
+    """What the command line says."""
+
+    function: str
+    """FUNCTION."""
+    input: str
+    """INPUT."""
+    output: Path | None
+    """Where results go; None for standard output."""
+    workers: int | None
+    """Calls at once; None for the executor's default."""
+    is_ordered: bool
+    """Whether records stand in the input's order."""
+    timeout: float | None
+    """Seconds a call may run."""
+    retries: int
+    """Times to call again after a lost worker."""
+    max_failures: int | None
+    """Failed rows after which no more are started."""
+    is_overwriting: bool
+    """Whether an existing output is thrown away."""
+    retries_failed: bool
+    """Whether rows that failed earlier run again."""
+    input_format: str | None
+    """What the input is; None to tell from its name."""
+    output_format: str | None
+    """How records are written; None to tell from the output's name."""
+    types: Mapping[str, str]
+    """Type names of CSV columns."""
+    delimiter: str | None
+    """What separates CSV cells; None to tell from the input's name."""
+    ignore_extra: bool
+    """Whether columns may be recorded that the function does not take."""
+    is_dry_run: bool
+    """Whether to stop before anything is run."""
+    is_quiet: bool
+    """Whether to show errors only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    options: MapOptions
+    target: Target
+    parameters: Parameters
+    source: Source
+    form: Format
+    output: OutputFile | StreamOutput | None
+    """None in a dry run."""
+    ledger: Ledger
+
+    def remaining(self) -> Iterator[Row]:
+        return self.ledger.remaining(self.source, self.form.key)
+
+    @property
+    def left(self) -> int | None:
+        total = self.source.total
+        return None if total is None else total - len(self.ledger.keys)
+
+
+def run_map(options: MapOptions) -> int:
+    """Run the command.
+
+    Args:
+        options: What the command line says.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        CommandError: If the job cannot be run, or not to its end.
+    """
+    job = _prepare(options)
+    if job.output is None:
+        _describe(job)
+        return _OK
+    try:
+        return _carry_out(job, job.output)
+    finally:
+        job.output.close()
+
+
+def _prepare(options: MapOptions) -> _Job:
+    path = options.output
+    is_file = path is not None and not is_stream(path)
+    _check_options(options, is_file=is_file)
+    target = load_function(options.function)
+    parameters = read_parameters(target.function, target.name)
+    source = open_source(
+        options.input,
+        parameters,
+        input_format=options.input_format,
+        types=options.types,
+        delimiter=options.delimiter,
+        ignore_extra=options.ignore_extra,
+        output=path,
+    )
+    folder = Path.cwd() if path is None or not is_file else path.absolute().parent
+    identity = target.identity(folder)
+    form: Format
+    if (options.output_format or _output_format(path)) == "csv":
+        form = CsvFormat(identity, source.columns, can_widen=is_file)
+    else:
+        form = JsonLinesFormat(identity)
+    output: OutputFile | StreamOutput | None = None
+    if path is None or not is_file:
+        if not options.is_dry_run:
+            output = _open_stream(path)
+        ledger = empty_ledger("standard output" if path is None else str(path))
+    else:
+        if not options.is_dry_run:
+            output = OutputFile(path)
+        ledger = _read_existing(path, form, identity, options)
+        if options.retries_failed:
+            ledger = ledger.without_failed()
+        ledger.check(source, form.key)
+    return _Job(
+        options=options,
+        target=target,
+        parameters=parameters,
+        source=source,
+        form=form,
+        output=output,
+        ledger=ledger,
+    )
+
+
+def _check_options(options: MapOptions, *, is_file: bool) -> None:
+    path = options.output
+    for option, is_given in (
+        ("--overwrite", options.is_overwriting),
+        ("--retry-failed", options.retries_failed),
+    ):
+        if is_given and not is_file:
+            raise CommandError(f"{option} is for a file of results: name it with --output")
+    if options.is_overwriting and options.retries_failed:
+        raise CommandError("--overwrite leaves no failed rows for --retry-failed: give one of them")
+    if path is None or not is_file:
+        return
+    if path.is_dir():
+        raise CommandError(f"--output {path} is a folder: name a file in it")
+    if os.path.exists(options.input) and path.exists() and os.path.samefile(options.input, path):
+        raise CommandError(f"INPUT and --output are the same file, {path}")
+
+
+def _output_format(path: Path | None) -> str:
+    return "csv" if path is not None and path.suffix.lower() == ".csv" else "jsonl"
+
+
+def _open_stream(path: Path | None) -> StreamOutput:
+    try:
+        return StreamOutput(None if path is None else str(path))
+    except OSError as exc:
+        raise CommandError(f"{path} cannot be written: {exc.strerror}") from exc
+
+
+def _read_existing(path: Path, form: Format, identity: str, options: MapOptions) -> Ledger:
+    if options.is_overwriting or not path.exists():
+        return empty_ledger(str(path))
+    try:
+        with path.open("rb") as lines:
+            return read_ledger(str(path), lines, form, identity)
+    except OSError as exc:
+        raise CommandError(f"{path} cannot be read: {exc.strerror}") from exc
+
+
+def _describe(job: _Job) -> None:
+    """Say what would be run, on standard output."""
+    from rich.console import Console
+
+    options, ledger = job.options, job.ledger
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"function  {job.target.module}:{job.target.name}, {job.parameters.title}")
+    console.print(f"input     {job.source.name}: {job.source.describe()}")
+    workers = "one per processor" if options.workers is None else str(options.workers)
+    console.print(f"workers   {workers}")
+    done = f", which has {len(ledger.keys)} of them" if ledger.keys else ""
+    console.print(f"output    {ledger.output}{done}")
+    if job.left is not None:
+        console.print(f"to run    {_rows(job.left)}")
+    first = next(job.remaining(), None) if job.source.total is not None else None
+    if first is not None:
+        args, kwargs = job.source.bind(first)
+        shown = [repr(value) for value in args]
+        shown += [f"{name}={value!r}" for name, value in kwargs.items()]
+        console.print(f"first     row {first.number}: {job.target.name}({', '.join(shown)})")
+
+
+def _carry_out(job: _Job, output: OutputFile | StreamOutput) -> int:
+    options, ledger = job.options, job.ledger
+    if isinstance(output, OutputFile):
+        _make_ready(job, output)
+    report = Report(
+        label=job.target.name,
+        output=output.name,
+        total=job.source.total,
+        earlier=Earlier(rows=len(ledger.keys), failed=len(ledger.failed)),
+        is_quiet=options.is_quiet,
+        # Results on the same screen are progress enough.
+        shows_progress=isinstance(output, OutputFile) or not sys.stdout.isatty(),
+    )
+    recorder = Recorder(
+        output, job.form, has_rows=ledger.good_size > 0, highest=max(ledger.keys, default=0)
+    )
+    if ledger.keys and job.left != 0:
+        total = "" if job.source.total is None else f" of {_rows(job.source.total)}"
+        report.say(f"Resuming: {len(ledger.keys):,}{total} are in {output.name} already.")
+    failure: CommandError | None = None
+    if job.left != 0:
+        try:
+            _run(job, report, recorder)
+        except KeyboardInterrupt as exc:
+            report.stop()
+            return _interrupted(job, report, exc)
+        except CommandError as exc:
+            failure = exc
+        report.stop()
+    if failure is None:
+        recorder.finish()
+    if (
+        isinstance(output, OutputFile)
+        and options.is_ordered
+        and not (ledger.is_in_order and recorder.is_in_order)
+    ):
+        put_in_order(output, job.form)
+    _conclude(job, report, output)
+    if failure is not None:
+        raise failure
+    return _ROW_FAILED if report.failed or ledger.failed else _OK
+
+
+def _make_ready(job: _Job, output: OutputFile) -> None:
+    if job.options.is_overwriting:
+        output.truncate(0)
+        return
+    repair(output, job.ledger)
+    if job.options.retries_failed:
+        drop_failed(output, job.form)
+
+
+def _run(job: _Job, report: Report, recorder: Recorder) -> None:
+    """Run the rows that are left and record their outcomes.
+
+    Raises:
+        KeyboardInterrupt: On a signal, or when standard output's reader is gone.
+        CommandError: If the run could not reach its end.
+    """
+    from cloudexec import BatchExecutor, CloudexecError
+
+    options = job.options
+    try:
+        with (
+            _worker_output(report),
+            BatchExecutor(
+                options.workers,
+                retries=options.retries,
+                task_timeout=options.timeout,
+                output="logging",
+            ) as executor,
+        ):
+            run = RowRun(
+                executor,
+                job.target.function,
+                job.remaining(),
+                job.source.bind,
+                window=max(_WINDOW, 8 * (options.workers or 1)),
+                is_ordered=options.is_ordered,
+            )
+            with _signals_to(run):
+                report.start()
+                try:
+                    _record_outcomes(run, report, recorder, options.max_failures)
+                except ReaderGoneError:
+                    raise SignalInterrupt(_SIGPIPE) from None
+                except Exception:
+                    run.stop()
+                    raise
+    except CloudexecError as exc:
+        raise RunError(f"the run cannot go on: {exc}") from exc
+
+
+def _record_outcomes(
+    run: RowRun, report: Report, recorder: Recorder, max_failures: int | None
+) -> None:
+    reason: str | None = None
+    for outcome in run.outcomes():
+        why = launch_failure(outcome)
+        if why is not None:
+            if reason is None:
+                reason = why
+                run.stop()
+            continue
+        record = to_record(outcome)
+        recorder.write(record)
+        report.add(record)
+        if report.failed == max_failures and record.error is not None:
+            report.say(f"Stopping: {_rows(report.failed)} failed.")
+            run.stop()
+    if reason is not None:
+        raise RunError(f"no worker could run anything: {reason}")
+
+
+@contextlib.contextmanager
+def _worker_output(report: Report) -> Iterator[None]:
+    """Show what workers print: not on standard output, where results may go."""
+    logger = logging.getLogger("cloudexec")
+    handler = ReportHandler(report)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+
+
+@contextlib.contextmanager
+def _signals_to(run: RowRun) -> Iterator[None]:
+    """Let signals end the run between two rows; a second one acts as if we were not here."""
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as in a shell's background jobs
+    }
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        restore()
+        run.interrupt(number)
+
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _interrupted(job: _Job, report: Report, exc: KeyboardInterrupt) -> int:
+    number = exc.number if isinstance(exc, SignalInterrupt) else signal.SIGINT
+    if number != _SIGPIPE:
+        written = len(job.ledger.keys) + report.written
+        if isinstance(job.output, OutputFile):
+            total = "" if job.source.total is None else f" of {_rows(job.source.total)}"
+            how = (
+                "Run the command without --overwrite to go on."
+                if job.options.is_overwriting
+                else "Run the same command again to go on."
+            )
+            message = f"Interrupted: {written:,}{total} are in {job.output.name}. {how}"
+        else:
+            message = (
+                f"Interrupted after {_rows(written)}. With --output, "
+                "a run can go on where it was interrupted."
+            )
+        print(message, file=sys.stderr)
+    return _SIGNALLED + number
+
+
+def _conclude(job: _Job, report: Report, output: OutputFile | StreamOutput) -> None:
+    total, failed = job.source.total, report.failed + len(job.ledger.failed)
+    if total == 0:
+        report.say(f"{job.source.name} has no rows.")
+        return
+    if job.left == 0:
+        report.say(f"All {_rows(total or 0)} are in {output.name} already.")
+    else:
+        report.summarise()
+    if isinstance(output, OutputFile):
+        not_run = 0 if job.left is None else job.left - report.written
+        if job.left != 0:
+            report.say(f"Results are in {output.name}.")
+        if not_run:
+            report.say(f"{_rows(not_run)} not run: the same command goes on with {_them(not_run)}.")
+        if failed:
+            report.say(f"{_rows(failed)} failed: to run {_them(failed)} again, add --retry-failed.")
+
+
+def _them(number: int) -> str:
+    return "it" if number == 1 else "them"
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number:,} rows"

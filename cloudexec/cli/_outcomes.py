@@ -1,0 +1,60 @@
+"""A finished call as a record."""
+
+from __future__ import annotations
+
+from cloudexec.cli._records import Record, RowError
+from cloudexec.cli._row_run import Outcome
+
+
+def to_record(outcome: Outcome) -> Record:
+    """Turn a finished call into what the output holds of it.
+
+    Args:
+        outcome: The row and its future, which is done and was not cancelled.
+
+    Returns:
+        The record.
+    """
+    future = outcome.future
+    error = future.exception()
+    seconds = future.run_time
+    return Record(
+        row=outcome.row.number,
+        input=outcome.row.shown,
+        value=future.result() if error is None else None,
+        error=None if error is None else _row_error(error),
+        seconds=None if seconds is None else round(seconds, 6),
+        worker=future.worker_id,
+        attempts=future.attempts,
+    )
+
+
+def launch_failure(outcome: Outcome) -> str | None:
+    """Say why a call was never begun, if no worker could run anything.
+
+    Such a row has no outcome of its own: it is not recorded, and runs when the command is
+    repeated.
+    """
+    from cloudexec import BrokenBatchExecutor, LaunchError, ProtocolError
+
+    error = outcome.future.exception()
+    # A worker's function may use cloudexec itself: its errors are the row's.
+    if outcome.future.worker_id is None and isinstance(
+        error, LaunchError | BrokenBatchExecutor | ProtocolError
+    ):
+        return str(error)
+    return None
+
+
+def _row_error(error: BaseException) -> RowError:
+    cls = type(error)
+    name = cls.__qualname__
+    if cls.__module__ != "builtins":
+        name = f"{cls.__module__}.{name}"
+    try:
+        message = str(error)
+    except Exception as exc:  # a user's exception may fail to say what it is
+        message = f"<str() raised {type(exc).__name__}>"
+    remote = error.__cause__
+    text = getattr(remote, "traceback", None)
+    return RowError(name, message, text.rstrip() if isinstance(text, str) else None)
