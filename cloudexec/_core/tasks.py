@@ -9,7 +9,7 @@ __all__ = ["UNKNOWN_SECONDS", "Kind", "Task", "TaskState", "TRANSITIONS"]
 
 UNKNOWN_SECONDS = 3600.0
 """Estimate for a kind of task that has not been seen to finish: long, so never sent ahead."""
-LEAST_SECONDS = 25e-6
+LEAST_SECONDS = 10e-6
 """Least estimate: what a task that does nothing costs a slot."""
 
 
