@@ -167,3 +167,6 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+Local.__module__ = "cloudexec"

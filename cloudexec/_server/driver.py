@@ -23,6 +23,7 @@ from cloudexec._core.events import Event, Failure, FailureKind
 from cloudexec._core.machine import Machine
 from cloudexec._core.tasks import Kind, Task, TaskState
 from cloudexec._errors import (
+    BrokenBatchExecutor,
     CloudexecError,
     InitializerError,
     LaunchError,
@@ -245,8 +246,17 @@ class Driver:
         now = time.monotonic()
         self._now += min(now - self._looked_at, _MOST_STALL)
         self._looked_at = now
-        for command in self.machine.handle(event, self._now):
-            self._carry_out[type(command)](command)
+        try:
+            for command in self.machine.handle(event, self._now):
+                self._carry_out[type(command)](command)
+        except Exception as exc:
+            # A bug of ours. Whoever waits for a future learns of it, rather than waits for ever.
+            if self.broken is not None:
+                raise
+            _logger.exception("internal error while handling %s", type(event).__name__)
+            error = BrokenBatchExecutor(f"internal error ({type(exc).__name__}: {exc})")
+            error.__cause__ = exc
+            self.break_down(error)
         deadline = self.machine.next_deadline()
         if deadline is not None and (self._timer is None or deadline < self._timer_at):
             if self._timer is not None:

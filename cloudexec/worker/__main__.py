@@ -12,7 +12,10 @@ import socket
 import sys
 from typing import Any
 
-__all__ = ["main"]
+__all__ = ["EXIT_REFUSED", "main"]
+
+EXIT_REFUSED = 3
+"""Exit code where either side refused the other: to try again is no use."""
 
 
 def main(bootstrap: dict[str, Any] | None = None) -> int:
@@ -37,7 +40,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> int:
 
     import asyncio
 
-    from cloudexec._errors import CloudexecError
+    from cloudexec._errors import CloudexecError, ProtocolError
     from cloudexec.worker.session import Address, run_worker
 
     address = Address(
@@ -50,9 +53,12 @@ def main(bootstrap: dict[str, Any] | None = None) -> int:
     )
     try:
         asyncio.run(run_worker(address, ours))
+    except ProtocolError as exc:
+        print(f"cloudexec worker: {exc}", file=sys.stderr)
+        return EXIT_REFUSED
     except CloudexecError as exc:
         print(f"cloudexec worker: {exc}", file=sys.stderr)
-        return 3
+        return 1
     return 0
 
 

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import traceback
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +20,7 @@ from cloudexec import _enrolment
 from cloudexec._errors import LaunchError, ProtocolError
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._wire import CHANNEL_OPTIONS, LEASE_KEY, TOKEN_KEY, pack_chunk, unpack_chunk
-from cloudexec.worker.supervisor import Failure, Settings, SlotPool, WorkItem
+from cloudexec.worker.supervisor import KILLED, Failure, Settings, SlotPool, WorkItem
 
 __all__ = ["Address", "Session", "run_worker"]
 
@@ -339,7 +340,7 @@ class Session:
             if message.recall:
                 pool.recall(list(message.recall))
             if message.kill:
-                pool.kill(list(message.kill), pb.Failure.KILLED)
+                pool.kill(list(message.kill), KILLED)
             if message.forget_functions:
                 pool.forget_functions(list(message.forget_functions))
             if message.output_credit:
@@ -410,6 +411,13 @@ async def run_worker(address: Address, zygote: socket.socket) -> None:
     session.pool = pool
     loop.add_signal_handler(signal.SIGTERM, ends.put_nowait, "drain")
 
+    def on_bug(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        # A callback failed: nobody knows what was left undone. The client runs the tasks elsewhere.
+        loop.default_exception_handler(context)
+        ends.put_nowait("bug")
+
+    loop.set_exception_handler(on_bug)
+
     async def watch_parent() -> None:
         # On the client's own machine: if it was killed, we were handed to another parent.
         while address.target.startswith("unix:"):
@@ -422,6 +430,9 @@ async def run_worker(address: Address, zygote: socket.socket) -> None:
             ends.put_nowait(await work or "closed")
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             ends.put_nowait("disconnected")
+        except Exception:
+            traceback.print_exc()
+            ends.put_nowait("bug")
 
     receiving = loop.create_task(serve(session.receive(ends)))
     sending = loop.create_task(serve(session.send()))
@@ -447,10 +458,9 @@ async def run_worker(address: Address, zygote: socket.socket) -> None:
         else:
             pool.stop(kill=True)
             if why == "zygote":
-                raise ProtocolError("the process that forks the slots was killed")
-            else:
-                async with asyncio.timeout(5.0):
-                    await pool.stopped.wait()
+                raise LaunchError("the process that forks the slots was killed")
+            async with asyncio.timeout(5.0):
+                await pool.stopped.wait()
     except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
         pass  # the client is gone, and with it whoever wants to know
     finally:

@@ -8,20 +8,18 @@ import os
 import signal
 import socket
 import struct
-import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from mmap import mmap
 from typing import Protocol
 
 from cloudexec.worker import frames
+from cloudexec.worker.child import PIPE_BYTES, Child, Delivery, WorkItem, oom_kills
 from cloudexec.worker.frames import (
     CURRENT,
     EPOCH,
     HEADER,
-    PAGE_BYTES,
     RESULT,
     RESULTS_AT,
     USED,
@@ -29,7 +27,7 @@ from cloudexec.worker.frames import (
 )
 from cloudexec.worker.zygote import EXITED, FORK, KILL, MESSAGE, STARTED
 
-__all__ = ["Answers", "Failure", "Settings", "SlotPool", "WorkItem"]
+__all__ = ["KILLED", "Answers", "Failure", "Settings", "SlotPool", "WorkItem"]
 
 _BATCH_SECONDS = 0.002
 """Estimated work that a slot holds: enough to hide a wake-up, too little to miss."""
@@ -40,25 +38,13 @@ _STRAGGLER = 0.01
 _TICK = 0.005
 _TAIL_BYTES = 8 * 1024
 """Of a task's output, what is kept for the exception if it fails."""
-_PIPE_BYTES = 1024 * 1024
 _READ_BYTES = 64 * 1024
 _STOP_GRACE = 5.0
 """Seconds that a slot told to stop may take for its exit handlers."""
 _FAILED_STARTS = 3
 
-
-@dataclass(slots=True)
-class WorkItem:
-    """A task on this worker."""
-
-    lease: int
-    function: int
-    payload: bytes
-    number: int
-    seconds: float
-    timeout: float = 0.0
-    streamed: bool = False
-    epoch: int = 0
+SLOT_LOST, TIMED_OUT, KILLED = 4, 5, 6
+"""``Failure.Kind`` of the wire, where the slot itself cannot say what happened."""
 
 
 @dataclass(slots=True)
@@ -124,112 +110,6 @@ class Answers(Protocol):
         """There is something to send."""
 
 
-class _Delivery:
-    """A large result on its way from a slot to the client, at most a few chunks of it here."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.chunks: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self.cut = False
-        self.on_taken: Callable[[], None] = lambda: None
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while True:
-            chunk = await self.chunks.get()
-            if chunk is None:
-                break
-            yield chunk
-            self.on_taken()
-        if self.cut:
-            raise ConnectionAbortedError("the slot died while it sent a result")
-
-
-class _Slot:
-    """One child process as the supervisor sees it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.pid = 0
-        self.ready = False
-        self.stopping = False
-        self.dead = False
-        self.exited = False
-        self.kill_reason = 0  # a Failure kind, when we killed it
-        self.kill_lease = 0
-        self.held: dict[int, WorkItem] = {}  # what it was sent and has not answered, in order
-        self.seconds = 0.0  # estimated, of that
-        self.sent = 0
-        self.epoch = 0
-        self.exclusive = False  # holds a task behind which nothing may be sent
-        self.taking_back = False
-        self.straggling = False  # its task takes longer than estimated: send nothing behind it
-        self.progress_at = 0.0
-        self.reported = 0  # the lease last reported as started
-        self.functions: set[int] = set()
-        self.idle_since = 0.0
-        self.tail: dict[int, bytearray] = {}
-        self.timer: asyncio.TimerHandle | None = None
-        self.stop_timer: asyncio.TimerHandle | None = None
-        self.feeding: asyncio.Task[None] | None = None
-        self.delivery: _Delivery | None = None
-        self.paused = False
-        self.out: deque[memoryview] = deque()
-        self.drained: asyncio.Event | None = None
-        self.input = bytearray()
-
-        tasks_read, self.tasks_fd = os.pipe()
-        self.results_fd, results_write = os.pipe()
-        self.stdout_fd, stdout_write = os.pipe()
-        self.stderr_fd, stderr_write = os.pipe()
-        page_fd = _shared_file()
-        self.page = memoryview(mmap(page_fd, PAGE_BYTES))
-        self.cells = self.page[:RESULTS_AT].cast("Q")
-        self.child_fds = [tasks_read, results_write, page_fd, stdout_write, stderr_write]
-        for fd in (self.tasks_fd, self.results_fd, self.stdout_fd, self.stderr_fd):
-            os.set_blocking(fd, False)
-        for fd in (self.tasks_fd, self.results_fd):
-            _widen(fd)
-
-    def fds(self) -> list[int]:
-        return [self.tasks_fd, self.results_fd, self.stdout_fd, self.stderr_fd]
-
-    def running(self) -> WorkItem | None:
-        return self.held.get(self.cells[CURRENT])
-
-
-def _shared_file() -> int:
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("cloudexec-slot")
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    os.ftruncate(fd, PAGE_BYTES)
-    return fd
-
-
-def _widen(fd: int) -> None:
-    try:
-        import fcntl
-
-        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-    except (ImportError, AttributeError, OSError):
-        pass  # not Linux, or over the user's limit: a smaller pipe is only slower
-
-
-def _oom_kills() -> int:
-    """How often the kernel has killed for want of memory, as far as can be seen from here."""
-    count = 0
-    for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
-        try:
-            with open(path) as file:
-                for line in file:
-                    if line.startswith("oom_kill "):
-                        count += int(line.split()[1])
-        except (OSError, ValueError):
-            continue
-    return count
-
-
 @dataclass(slots=True)
 class _Function:
     """A callable's pickle, whole or in chunks; neither: still to be fetched."""
@@ -261,16 +141,16 @@ class SlotPool:
         self._on_zygote_gone = on_zygote_gone
         self._loop = asyncio.get_running_loop()
         self._queue: deque[WorkItem] = deque()
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, Child] = {}
         self._numbers = 0
-        self._forking: deque[_Slot] = deque()
+        self._forking: deque[Child] = deque()
         self._functions: dict[int, _Function] = {}
         self._initializer: list[bytes | memoryview] | None = None
         self._recalled: set[int] = set()
         self._tick_handle: asyncio.TimerHandle | None = None
         self._trim_handle: asyncio.TimerHandle | None = None
         self._failed_starts = 0
-        self._oom_kills = _oom_kills()
+        self._oom_kills = oom_kills()
         self._draining = False
         self._input = b""
         self.idle = asyncio.Event()
@@ -394,9 +274,9 @@ class SlotPool:
 
     # Slots come and go.
 
-    def _fork(self) -> _Slot:
+    def _fork(self) -> Child:
         self._numbers += 1
-        slot = _Slot(self._numbers)
+        slot = Child(self._numbers)
         slot.idle_since = time.monotonic()
         self._slots[slot.number] = slot
         self._forking.append(slot)
@@ -466,7 +346,7 @@ class SlotPool:
             elif kind == EXITED:
                 self._on_exit(slot, status, peak)
 
-    def _kill(self, slot: _Slot) -> None:
+    def _kill(self, slot: Child) -> None:
         slot.dead = True
         if slot.pid:
             try:
@@ -474,12 +354,12 @@ class SlotPool:
             except OSError:
                 self._on_zygote_gone()
 
-    def _stop_slot(self, slot: _Slot) -> None:
+    def _stop_slot(self, slot: Child) -> None:
         slot.stopping = True
         self._write(slot, HEADER.pack(Kind.STOP, 0, 0))
         slot.stop_timer = self._loop.call_later(_STOP_GRACE, self._kill, slot)
 
-    def _on_exit(self, slot: _Slot, status: int, peak: int) -> None:
+    def _on_exit(self, slot: Child, status: int, peak: int) -> None:
         slot.exited = True
         paused, slot.paused = slot.paused, False
         self._read_answers(slot, last=True)
@@ -513,31 +393,31 @@ class SlotPool:
         self.dispatch()
         self._answers.wake()
 
-    def _blame(self, slot: _Slot, code: int, peak: int) -> None:
+    def _blame(self, slot: Child, code: int, peak: int) -> None:
         """Report the task that ran when the slot died; the others never began."""
         current = slot.cells[CURRENT]
         guilty = slot.held.pop(current, None)
         if guilty is None and slot.exclusive and slot.held:
             guilty = slot.held.pop(next(iter(slot.held)))
         if guilty is not None:
-            oom_kills = _oom_kills()
+            kills = oom_kills()
             killed_us = slot.kill_reason and slot.kill_lease == guilty.lease
             self._answers.failure(
                 Failure(
                     guilty.lease,
-                    slot.kill_reason if killed_us else 4,
+                    slot.kill_reason if killed_us else SLOT_LOST,
                     output=self._tail(slot, guilty.lease),
                     exit_code=code,
                     peak_memory_bytes=peak,
                     seconds=time.monotonic() - slot.progress_at,
-                    out_of_memory=code == -signal.SIGKILL and oom_kills > self._oom_kills,
+                    out_of_memory=code == -signal.SIGKILL and kills > self._oom_kills,
                 )
             )
-            self._oom_kills = oom_kills
+            self._oom_kills = kills
         self._requeue(list(slot.held.values()))
         slot.held.clear()
 
-    def _tail(self, slot: _Slot, lease: int) -> str:
+    def _tail(self, slot: Child, lease: int) -> str:
         return bytes(slot.tail.get(lease, b"")).decode("utf-8", "replace")
 
     def _on_failed_start(self, code: int) -> None:
@@ -570,8 +450,8 @@ class SlotPool:
         """Give waiting tasks to slots that have room."""
         queue = self._queue
         if queue and not self._draining:
-            idle: list[_Slot] = []
-            busy: list[_Slot] = []
+            idle: list[Child] = []
+            busy: list[Child] = []
             alive = 0
             for slot in self._slots.values():
                 if slot.stopping or slot.dead:
@@ -606,7 +486,7 @@ class SlotPool:
             pause = max(0.05, self._settings.idle_timeout)
             self._trim_handle = self._loop.call_later(pause, self._trim)
 
-    def _send_batch(self, slot: _Slot, share: int) -> None:
+    def _send_batch(self, slot: Child, share: int) -> None:
         """Send as many tasks as the slot should hold, at most ``share`` of them."""
         if not slot.ready:
             return
@@ -664,7 +544,7 @@ class SlotPool:
             self._write_batch(slot, leases, functions, payloads)
 
     def _write_batch(
-        self, slot: _Slot, leases: list[int], functions: list[int], payloads: list[bytes]
+        self, slot: Child, leases: list[int], functions: list[int], payloads: list[bytes]
     ) -> None:
         count = len(leases)
         sizes = list(map(len, payloads))
@@ -673,7 +553,7 @@ class SlotPool:
         header = HEADER.pack(Kind.BATCH, length, slot.epoch)
         self._write(slot, b"".join((header, columns, *payloads)))
 
-    def _send_function(self, slot: _Slot, number: int, function: _Function) -> None:
+    def _send_function(self, slot: Child, number: int, function: _Function) -> None:
         slot.functions.add(number)
         if function.chunks is not None:
             self._write(slot, HEADER.pack(Kind.FUNCTION_STREAM, 0, number))
@@ -682,16 +562,16 @@ class SlotPool:
             header = HEADER.pack(Kind.FUNCTION, len(function.pickle), number)
             self._write(slot, header + function.pickle)
 
-    def _write_chunks(self, slot: _Slot, chunks: list[bytes | memoryview]) -> None:
+    def _write_chunks(self, slot: Child, chunks: list[bytes | memoryview]) -> None:
         for chunk in chunks:
             self._write(slot, HEADER.pack(Kind.CHUNK, len(chunk), 0))
             self._write(slot, chunk)
         self._write(slot, HEADER.pack(Kind.CHUNK, 0, 0))
 
-    def _start_timer(self, slot: _Slot, item: WorkItem) -> None:
-        slot.timer = self._loop.call_later(item.timeout, self.kill, [item.lease], 5)
+    def _start_timer(self, slot: Child, item: WorkItem) -> None:
+        slot.timer = self._loop.call_later(item.timeout, self.kill, [item.lease], TIMED_OUT)
 
-    def _feed(self, slot: _Slot, item: WorkItem) -> None:
+    def _feed(self, slot: Child, item: WorkItem) -> None:
         """Bring a large payload to a slot, a chunk at a time."""
         item.epoch = slot.epoch
         slot.held[item.lease] = item
@@ -705,11 +585,11 @@ class SlotPool:
             return
         slot.feeding = self._loop.create_task(self._feed_chunks(slot, item))
 
-    def _write_direct(self, slot: _Slot, item: WorkItem) -> None:
+    def _write_direct(self, slot: Child, item: WorkItem) -> None:
         body = struct.pack("<IQ", item.function, slot.epoch)
         self._write(slot, HEADER.pack(Kind.TASK_DIRECT, len(body), item.lease) + body)
 
-    async def _feed_chunks(self, slot: _Slot, item: WorkItem) -> None:
+    async def _feed_chunks(self, slot: Child, item: WorkItem) -> None:
         try:
             if item.function and item.function not in slot.functions:
                 function = self._functions[item.function]
@@ -746,7 +626,7 @@ class SlotPool:
         finally:
             slot.feeding = None
 
-    def _write(self, slot: _Slot, data: bytes | memoryview) -> None:
+    def _write(self, slot: Child, data: bytes | memoryview) -> None:
         if slot.dead:
             return
         if not slot.out:
@@ -762,7 +642,7 @@ class SlotPool:
             self._loop.add_writer(slot.tasks_fd, self._on_writable, slot)
         slot.out.append(memoryview(data))
 
-    def _on_writable(self, slot: _Slot) -> None:
+    def _on_writable(self, slot: Child) -> None:
         try:
             while slot.out:
                 data = slot.out[0]
@@ -781,12 +661,12 @@ class SlotPool:
 
     # Answers from slots.
 
-    def _on_answers(self, slot: _Slot) -> None:
+    def _on_answers(self, slot: Child) -> None:
         self._read_answers(slot, last=False)
         self.dispatch()
         self._answers.wake()
 
-    def _read_answers(self, slot: _Slot, *, last: bool) -> None:
+    def _read_answers(self, slot: Child, *, last: bool) -> None:
         # The first read is a small one: room for a megabyte costs more than most answers.
         read_bytes = _READ_BYTES
         while True:
@@ -809,9 +689,9 @@ class SlotPool:
                 slot.input += data[used:]
             if not last and (slot.paused or len(data) < read_bytes):
                 break
-            read_bytes = _PIPE_BYTES
+            read_bytes = PIPE_BYTES
 
-    def _parse(self, slot: _Slot, data: bytes) -> int:
+    def _parse(self, slot: Child, data: bytes) -> int:
         at = 0
         size = len(data)
         while size - at >= HEADER.size:
@@ -826,7 +706,7 @@ class SlotPool:
             at += length
         return at
 
-    def _take_results(self, slot: _Slot, data: bytes | memoryview, at: int, end: int) -> None:
+    def _take_results(self, slot: Child, data: bytes | memoryview, at: int, end: int) -> None:
         held = slot.held
         unpack = RESULT.unpack_from
         header = RESULT.size
@@ -852,7 +732,7 @@ class SlotPool:
                 slot.tail.pop(lease, None)
         self._after_answer(slot)
 
-    def _after_answer(self, slot: _Slot) -> None:
+    def _after_answer(self, slot: Child) -> None:
         slot.progress_at = time.monotonic()
         slot.straggling = False
         if slot.timer is not None and slot.exclusive:
@@ -868,14 +748,14 @@ class SlotPool:
             if most and slot.sent >= most and not slot.stopping:
                 self._stop_slot(slot)
 
-    def _take_frame(self, slot: _Slot, kind: int, number: int, body: bytes) -> None:
+    def _take_frame(self, slot: Child, kind: int, number: int, body: bytes) -> None:
         if kind == Kind.OUTPUT:
             self._take_output(slot, number, body[0], body[1:])
         elif kind == Kind.CHUNK:
             self._take_chunk(slot, number, body)
         elif kind == Kind.RESULT_STREAM:
             (seconds,) = struct.unpack("<f", body)
-            delivery = slot.delivery = _Delivery(seconds)
+            delivery = slot.delivery = Delivery(seconds)
             delivery.on_taken = lambda: self._resume(slot)
             self._answers.deliver(number, seconds, aiter(delivery))
         elif kind == Kind.RESULT_FAILED:
@@ -903,7 +783,7 @@ class SlotPool:
             self._kill(slot)
             self._answers.initializer_failed(body)
 
-    def _take_chunk(self, slot: _Slot, lease: int, body: bytes) -> None:
+    def _take_chunk(self, slot: Child, lease: int, body: bytes) -> None:
         delivery = slot.delivery
         if delivery is None:
             return
@@ -918,13 +798,13 @@ class SlotPool:
         slot.held.pop(lease, None)
         self._after_answer(slot)
 
-    def _resume(self, slot: _Slot) -> None:
+    def _resume(self, slot: Child) -> None:
         if slot.paused and not slot.exited:
             slot.paused = False
             self._loop.add_reader(slot.results_fd, self._on_answers, slot)
             self._loop.call_soon(self._on_answers_again, slot)
 
-    def _on_answers_again(self, slot: _Slot) -> None:
+    def _on_answers_again(self, slot: Child) -> None:
         if not slot.exited and not slot.paused:
             self._on_answers(slot)
 
@@ -934,7 +814,7 @@ class SlotPool:
             if slot.delivery is None:
                 self._resume(slot)
 
-    def _take_output(self, slot: _Slot, lease: int, stream: int, data: bytes) -> None:
+    def _take_output(self, slot: Child, lease: int, stream: int, data: bytes) -> None:
         item = slot.held.get(lease)
         tail = slot.tail.get(lease)
         if tail is None:
@@ -948,7 +828,7 @@ class SlotPool:
             slot.paused = True
             self._loop.remove_reader(slot.results_fd)
 
-    def _on_raw_output(self, slot: _Slot, fd: int, stream: int, *, last: bool = False) -> None:
+    def _on_raw_output(self, slot: Child, fd: int, stream: int, *, last: bool = False) -> None:
         """Output that did not go through ``sys.stdout``: from C, or from a task's children."""
         while True:
             try:
@@ -966,7 +846,7 @@ class SlotPool:
             if not last:
                 return
 
-    def _peek(self, slot: _Slot) -> None:
+    def _peek(self, slot: Child) -> None:
         """Take the results that the slot has finished and not written to its pipe."""
         used = slot.cells[USED]
         if used:
@@ -997,7 +877,7 @@ class SlotPool:
         self.dispatch()
         self._answers.wake()
 
-    def _take_back(self, slot: _Slot) -> None:
+    def _take_back(self, slot: Child) -> None:
         """Begin to take back what the slot has not begun: see ``frames`` for how."""
         if not slot.taking_back:
             slot.taking_back = True
@@ -1005,7 +885,7 @@ class SlotPool:
             slot.cells[EPOCH] = slot.epoch
             self._arrange_tick()
 
-    def _finish_taking_back(self, slot: _Slot) -> None:
+    def _finish_taking_back(self, slot: Child) -> None:
         """A tick later the slot has seen the new epoch before whatever it begins."""
         slot.taking_back = False
         self._peek(slot)

@@ -1,0 +1,174 @@
+"""A launcher that starts nothing: it records what was asked and is told what happened."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cloudexec._config import check_count
+from cloudexec._errors import LaunchError
+from cloudexec._launchers.base import Contact, LaunchEnd
+
+__all__ = ["ManualLaunch", "ManualLauncher"]
+
+
+@dataclass(frozen=True, slots=True)
+class ManualLaunch:
+    """One worker that the executor asked for.
+
+    Attributes:
+        launch_id: Which launch; the identity under which the worker must enrol.
+        slots: Tasks that the worker may run at once.
+        contact: Where it is to dial, and the key that it must know.
+    """
+
+    launch_id: str
+    slots: int
+    contact: Contact
+
+
+class ManualLauncher:
+    """Starts nothing. Whoever holds it connects workers, or does not, and says how they ended.
+
+    One launcher serves one executor. The executor calls it on its loop thread; ``wait()`` and
+    ``end()`` are for any other thread.
+
+    Args:
+        slots_per_worker: Tasks that each worker may run at once.
+        needs_network: Whether the executor is to listen on a network address with TLS although it
+            was not told where; otherwise it listens on a Unix socket in a private directory.
+        ends_when_terminated: Whether a launch that the executor terminates ends at once, as a
+            killed process would. If not, the executor waits until ``end()`` is called, also in
+            ``shutdown()``.
+
+    Attributes:
+        launches: What was asked for, in order; never shortened.
+        terminated: Launch ids that the executor wanted stopped, in order.
+
+    Raises:
+        ConfigError: If ``slots_per_worker`` is not a positive integer.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots_per_worker: int = 1,
+        needs_network: bool = False,
+        ends_when_terminated: bool = True,
+    ) -> None:
+        check_count("slots_per_worker", slots_per_worker, least=1)
+        self.launches: list[ManualLaunch] = []
+        self.terminated: list[str] = []
+        self._slots_per_worker = slots_per_worker
+        self._needs_network = needs_network
+        self._ends_when_terminated = ends_when_terminated
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # Guards the three below, and is notified of each launch.
+        self._changed = threading.Condition()
+        self._on_end: dict[str, Callable[[LaunchEnd], None]] = {}
+        self._executor_id: str | None = None
+
+    def slots_per_worker(self, max_workers: int) -> int:
+        """Say how many slots one worker has."""
+        return min(self._slots_per_worker, max_workers)
+
+    def needs_network(self) -> bool:
+        """Say whether the executor must listen on a network address."""
+        return self._needs_network
+
+    def launch(
+        self, contact: Contact, launch_id: str, slots: int, on_end: Callable[[LaunchEnd], None]
+    ) -> None:
+        """Record that a worker was asked for.
+
+        Raises:
+            LaunchError: If another executor uses this launcher already.
+        """
+        with self._changed:
+            if self._executor_id not in (None, contact.executor_id):
+                raise LaunchError("a ManualLauncher serves one executor, and has one already")
+            self._executor_id = contact.executor_id
+            self._loop = asyncio.get_running_loop()
+            self._on_end[launch_id] = on_end
+            self.launches.append(ManualLaunch(launch_id, slots, contact))
+            self._changed.notify_all()
+
+    def terminate(self, launch_id: str) -> None:
+        """Record that a worker was to be stopped; it ends if that was agreed."""
+        self.terminated.append(launch_id)
+        if self._ends_when_terminated and launch_id in self.running:
+            self.end(launch_id, "terminated", killed=True)
+
+    def describe(self) -> str:
+        """Say in a few words what this launches."""
+        return "nothing, by hand"
+
+    def __repr__(self) -> str:
+        return f"ManualLauncher(slots_per_worker={self._slots_per_worker})"
+
+    # For whoever plays the platform.
+
+    @property
+    def running(self) -> list[str]:
+        """Launch ids of which nobody said yet that they ended, in the order of their launch."""
+        with self._changed:
+            return list(self._on_end)
+
+    def wait(self, count: int, timeout: float | None = None) -> list[ManualLaunch]:
+        """Wait until so many workers were asked for, counted from the start.
+
+        Args:
+            count: How many.
+            timeout: Seconds; ``None`` waits without limit.
+
+        Returns:
+            The first ``count`` launches.
+
+        Raises:
+            TimeoutError: If they were not asked for in time.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self.launches) >= count, timeout):
+                raise TimeoutError(
+                    f"{count} launches expected, {len(self.launches)} asked for in {timeout} s"
+                )
+            return self.launches[:count]
+
+    def end(
+        self,
+        launch_id: str,
+        reason: str = "it ended",
+        *,
+        killed: bool = False,
+        fatal: bool = False,
+    ) -> None:
+        """Say that a worker's process ended; the executor hears it on its loop thread, soon.
+
+        Args:
+            launch_id: Which; one that ended already is left alone.
+            reason: For people.
+            killed: Whether it was killed from outside.
+            fatal: Whether trying again cannot help.
+
+        Raises:
+            ValueError: If there was no such launch.
+        """
+        with self._changed:
+            on_end = self._on_end.pop(launch_id, None)
+            if on_end is None:
+                if all(launch.launch_id != launch_id for launch in self.launches):
+                    raise ValueError(f"no worker {launch_id!r} was asked for")
+                return
+            loop = self._loop
+        assert loop is not None
+        try:
+            loop.call_soon_threadsafe(on_end, LaunchEnd(reason, killed, fatal))
+        except RuntimeError:
+            pass  # the executor is gone, and its loop with it
+
+    def end_all(self, reason: str = "it ended") -> None:
+        """Say of every worker that its process ended."""
+        for launch_id in self.running:
+            self.end(launch_id, reason)

@@ -1,0 +1,137 @@
+"""One slot process as its supervisor sees it: its pipes, its shared page, what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from mmap import mmap
+
+from cloudexec.worker.frames import CURRENT, PAGE_BYTES, RESULTS_AT
+
+__all__ = ["PIPE_BYTES", "Child", "Delivery", "WorkItem", "oom_kills"]
+
+PIPE_BYTES = 1024 * 1024
+
+
+@dataclass(slots=True)
+class WorkItem:
+    """A task on this worker."""
+
+    lease: int
+    function: int
+    payload: bytes
+    number: int
+    seconds: float
+    timeout: float = 0.0
+    streamed: bool = False
+    epoch: int = 0
+
+
+class Delivery:
+    """A large result on its way from a slot to the client, at most a few chunks of it here."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.chunks: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.cut = False
+        self.on_taken: Callable[[], None] = lambda: None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            chunk = await self.chunks.get()
+            if chunk is None:
+                break
+            yield chunk
+            self.on_taken()
+        if self.cut:
+            raise ConnectionAbortedError("the slot died while it sent a result")
+
+
+class Child:
+    """One child process as the supervisor sees it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.pid = 0
+        self.ready = False
+        self.stopping = False
+        self.dead = False
+        self.exited = False
+        self.kill_reason = 0  # a Failure kind, when we killed it
+        self.kill_lease = 0
+        self.held: dict[int, WorkItem] = {}  # what it was sent and has not answered, in order
+        self.seconds = 0.0  # estimated, of that
+        self.sent = 0
+        self.epoch = 0
+        self.exclusive = False  # holds a task behind which nothing may be sent
+        self.taking_back = False
+        self.straggling = False  # its task takes longer than estimated: send nothing behind it
+        self.progress_at = 0.0
+        self.reported = 0  # the lease last reported as started
+        self.functions: set[int] = set()
+        self.idle_since = 0.0
+        self.tail: dict[int, bytearray] = {}
+        self.timer: asyncio.TimerHandle | None = None
+        self.stop_timer: asyncio.TimerHandle | None = None
+        self.feeding: asyncio.Task[None] | None = None
+        self.delivery: Delivery | None = None
+        self.paused = False
+        self.out: deque[memoryview] = deque()
+        self.drained: asyncio.Event | None = None
+        self.input = bytearray()
+
+        tasks_read, self.tasks_fd = os.pipe()
+        self.results_fd, results_write = os.pipe()
+        self.stdout_fd, stdout_write = os.pipe()
+        self.stderr_fd, stderr_write = os.pipe()
+        page_fd = _shared_file()
+        self.page = memoryview(mmap(page_fd, PAGE_BYTES))
+        self.cells = self.page[:RESULTS_AT].cast("Q")
+        self.child_fds = [tasks_read, results_write, page_fd, stdout_write, stderr_write]
+        for fd in (self.tasks_fd, self.results_fd, self.stdout_fd, self.stderr_fd):
+            os.set_blocking(fd, False)
+        for fd in (self.tasks_fd, self.results_fd):
+            _widen(fd)
+
+    def fds(self) -> list[int]:
+        return [self.tasks_fd, self.results_fd, self.stdout_fd, self.stderr_fd]
+
+    def running(self) -> WorkItem | None:
+        return self.held.get(self.cells[CURRENT])
+
+
+def _shared_file() -> int:
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("cloudexec-slot")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, PAGE_BYTES)
+    return fd
+
+
+def _widen(fd: int) -> None:
+    try:
+        import fcntl
+
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    except (ImportError, AttributeError, OSError):
+        pass  # not Linux, or over the user's limit: a smaller pipe is only slower
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed for want of memory, as far as can be seen from here."""
+    count = 0
+    for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+        try:
+            with open(path) as file:
+                for line in file:
+                    if line.startswith("oom_kill "):
+                        count += int(line.split()[1])
+        except (OSError, ValueError):
+            continue
+    return count

@@ -1,0 +1,163 @@
+"""The package as a whole: what it exports, what imports what, what the README promises."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cloudexec
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "cloudexec"
+
+# Which parts of the package each part may import, itself aside. Everyone may import the errors.
+MAY_IMPORT = {
+    "_core": {"_config"},
+    "_server": {
+        "_config",
+        "_core",
+        "_direct",
+        "_enrolment",
+        "_functions",
+        "_future",
+        "_launchers",
+        "_payload",
+        "_proto",
+        "_wire",
+    },
+    "_launchers": {"_config"},
+    "worker": {"_direct", "_enrolment", "_payload", "_proto", "_wire"},
+    "_payload": set(),
+    "_functions": {"_payload", "_core"},
+    "_future": set(),
+    "_config": set(),
+    "_errors": set(),
+    "_enrolment": set(),
+    "_direct": set(),
+    "_wire": {"_proto"},
+    "_progress": {"_future"},
+    "_stats": {"_core"},
+}
+
+
+def _imports(path: Path) -> set[str]:
+    """Return which parts of cloudexec a file imports, lazily or not, but not for types alone."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "cloudexec":
+                names = [f"cloudexec.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("cloudexec.")}
+    return found
+
+
+@pytest.mark.parametrize("part", sorted(MAY_IMPORT))
+def test_imports_point_inward(part: str) -> None:
+    """No part of the package imports one that lies further out."""
+    where = PACKAGE / part
+    files = sorted(where.rglob("*.py")) if where.is_dir() else [where.with_suffix(".py")]
+    assert files
+    for file in files:
+        excess = _imports(file) - MAY_IMPORT[part] - {part, "_errors"}
+        assert not excess, f"{file.relative_to(ROOT)} imports {sorted(excess)}"
+
+
+def test_what_is_exported_is_listed_sorted_and_named_after_the_package() -> None:
+    """``__all__`` is complete, and users' tracebacks say ``cloudexec.X``."""
+    public = {
+        name
+        for name, value in vars(cloudexec).items()
+        if not name.startswith("_") and isinstance(value, type)
+    }
+    assert list(cloudexec.__all__) == sorted(cloudexec.__all__)
+    assert public == set(cloudexec.__all__)
+    for name in cloudexec.__all__:
+        assert getattr(cloudexec, name).__module__ == "cloudexec", name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in cloudexec.__all__ if issubclass(getattr(cloudexec, n), BaseException)],
+)
+def test_errors_survive_pickling(name: str) -> None:
+    """Every error comes back with its type, its words and its attributes."""
+    error = getattr(cloudexec, name)("what happened")
+    error.extra = [1, 2]
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is type(error)
+    assert str(back) == str(error)
+    assert "what happened" in str(back)
+    assert back.__dict__ == error.__dict__
+
+
+def _modules_after(code: str) -> set[str]:
+    script = f"import sys; {code}; print(' '.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    """gRPC comes with the first executor, the rest with their first use."""
+    heavy = {"grpc", "asyncio", "google.protobuf", "rich", "click", "aiobotocore", "cryptography"}
+    assert not heavy & _modules_after("import cloudexec")
+
+
+def test_a_worker_loads_no_aws_sdk_and_nothing_of_the_client() -> None:
+    """What runs in a container stays small."""
+    loaded = _modules_after("import cloudexec.worker.session, cloudexec.worker.slot")
+    assert not {"aiobotocore", "botocore", "rich", "click", "cryptography"} & loaded
+    assert not {
+        name for name in loaded if name.startswith(("cloudexec._server", "cloudexec._core"))
+    }
+
+
+def _readme() -> str:
+    return (ROOT / "README.md").read_text()
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    """The first thing that a user copies works, and prints one number."""
+    code = re.search(r"```python\n(.*?)```", _readme(), re.DOTALL)
+    assert code is not None
+    env = {**os.environ, "PYTHONWARNINGS": "error"}
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=code[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=env,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert abs(float(done.stdout)) < 0.1
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    """People and CI run the same command."""
+    command = re.search(r"^    (python3 -m venv .*pytest)$", _readme(), re.MULTILINE)
+    assert command is not None
+    assert command[1] in (ROOT / ".ci" / "run").read_text()
