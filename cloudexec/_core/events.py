@@ -26,6 +26,7 @@ __all__ = [
     "WorkerDraining",
     "WorkerHeard",
     "WorkerLost",
+    "WorkerReady",
 ]
 
 
@@ -76,6 +77,13 @@ class WorkerConnected:
 @dataclass(frozen=True, slots=True)
 class WorkerHeard:
     """A worker gave a sign of life."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """A worker has a slot that can run tasks; before this it began none."""
 
     worker: str
 
@@ -171,6 +179,7 @@ Event = (
     | TasksCancelled
     | WorkerConnected
     | WorkerHeard
+    | WorkerReady
     | WorkerDraining
     | WorkerLost
     | ResultsReceived

@@ -42,6 +42,7 @@ from cloudexec._core.events import (
     WorkerDraining,
     WorkerHeard,
     WorkerLost,
+    WorkerReady,
 )
 from cloudexec._core.scaling import sizes_to_launch
 from cloudexec._core.scheduling import take_tasks
@@ -56,9 +57,9 @@ _RUNNING, _DONE = TaskState.RUNNING, TaskState.DONE
 _REBALANCE_AFTER = 0.1
 """Seconds between looks at whether one worker sits on tasks that another could run."""
 _SUSPICIONS = 10
-"""Workers that may be lost under a task of which nobody knows that it had begun, before each
-further one costs it an attempt: whatever stands at the head of the queue is often there when a
-worker dies young, and a task that kills its worker at once must come to an end all the same."""
+"""Workers that may be lost before they were ready, under a task that they were to begin with,
+before each further one costs it an attempt: a task whose mere presence kills workers comes to an
+end all the same."""
 _KILLED_LAUNCHES = 20
 """Workers that may be killed from outside in a row, with no task done, before we give up."""
 
@@ -98,6 +99,7 @@ class Machine:
             TasksCancelled: self._on_cancelled,
             WorkerConnected: self._on_connected,
             WorkerHeard: self._on_heard,
+            WorkerReady: self._on_ready,
             WorkerDraining: self._on_draining,
             WorkerLost: self._on_lost,
             ResultsReceived: self._on_results,
@@ -260,7 +262,6 @@ class Machine:
             task.state = _WAITING
             task.worker = None
             task.lease = 0
-            task.confirmed = False
         self.queue.extendleft(reversed(back))
         self._waiting += len(back)
 
@@ -272,11 +273,9 @@ class Machine:
         started = []
         for lease in event.leases:
             task = worker.leases.get(lease)
-            if task is not None:
-                task.confirmed = True
-                if task.state is _SENT:
-                    task.state = _RUNNING
-                    started.append(task)
+            if task is not None and task.state is _SENT:
+                task.state = _RUNNING
+                started.append(task)
         if started:
             self._out.append(MarkRunning(started, self._events))
 
@@ -309,6 +308,12 @@ class Machine:
         worker = self.workers.get(event.worker)
         if worker is not None:
             worker.heard_at = now
+
+    def _on_ready(self, event: WorkerReady, now: float) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is not None:
+            worker.heard_at = now
+            worker.ready = True
 
     def _on_draining(self, event: WorkerDraining, now: float) -> None:
         worker = self.workers.get(event.worker)
@@ -352,7 +357,9 @@ class Machine:
             task.suspected += may_have_run
             task.worker = None
             task.lease = 0
-            if task.confirmed or not task.retries or task.suspected > _SUSPICIONS:
+            # Without retries, whatever the worker may have begun counts as begun.
+            begun = worker.ready and (may_have_run or not task.retries)
+            if begun or task.suspected > _SUSPICIONS:
                 self._lose_attempt(worker, task, failure)
             else:
                 unblamed.append(task)

@@ -73,13 +73,11 @@ class Task:
         lease: The right of a worker to this task; new for each time it is sent. 0: none.
         worker: The worker that holds the lease.
         cost: Estimated seconds that it was sent with.
-        confirmed: Whether the worker has said that it runs.
         lost: Attempts lost so far.
-        suspected: Workers lost under it while it may have run, unconfirmed.
+        suspected: Workers lost, before they were ready, that were to begin with it.
     """
 
     __slots__ = (
-        "confirmed",
         "cost",
         "handle",
         "kind",
@@ -101,7 +99,6 @@ class Task:
         self.lease = 0
         self.worker: str | None = None
         self.cost = 0.0
-        self.confirmed = False
         self.lost = 0
         self.suspected = 0
 

@@ -25,6 +25,7 @@ class Worker:
         slots: Tasks it can run at once.
         leases: Lease -> task, in the order sent; cancelled tasks stay until the worker answers.
         load: Estimated seconds of work behind those leases.
+        ready: Whether it may have begun any of its tasks.
         completed: Tasks it has answered for.
         idle_since: When its last lease went; ``None`` while it has one.
         heard_at: When it was last heard of.
@@ -38,6 +39,7 @@ class Worker:
         "launch",
         "leases",
         "load",
+        "ready",
         "slots",
         "state",
     )
@@ -49,6 +51,7 @@ class Worker:
         self.state = WorkerState.ACTIVE
         self.leases: dict[int, Task] = {}
         self.load = 0.0
+        self.ready = False
         self.completed = 0
         self.idle_since: float | None = now
         self.heard_at = now

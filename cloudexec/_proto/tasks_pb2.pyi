@@ -39,10 +39,13 @@ class WorkerMessage(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     INITIALIZER_FAILED_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
     initializer_failed: _builtins.bytes
     """The initializer raised; the payload is the exception."""
     draining: _builtins.bool
     """The worker takes no more tasks and ends when those it has are done."""
+    ready: _builtins.bool
+    """A slot is ready. Until the worker has said so, it begins none of its tasks."""
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -76,10 +79,11 @@ class WorkerMessage(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         initializer_failed: _builtins.bytes = ...,
         draining: _builtins.bool = ...,
+        ready: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "proof", b"proof", "results", b"results"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failures", b"failures", "heartbeat", b"heartbeat", "hello", b"hello", "initializer_failed", b"initializer_failed", "output", b"output", "proof", b"proof", "results", b"results", "returned", b"returned", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failures", b"failures", "heartbeat", b"heartbeat", "hello", b"hello", "initializer_failed", b"initializer_failed", "output", b"output", "proof", b"proof", "ready", b"ready", "results", b"results", "returned", b"returned", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,7 +76,6 @@ class Submission(Task):
         self.lease = 0
         self.worker = None
         self.cost = 0.0
-        self.confirmed = False
         self.lost = 0
         self.suspected = 0
         self.function = function

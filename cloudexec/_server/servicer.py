@@ -230,6 +230,9 @@ class _Session:
                     driver.output.put(
                         worker, output.number, output.stream, output.data, self.output_taken
                     )
+        if message.ready:
+            driver.feed(events.WorkerReady(worker))
+            heard = False
         if message.started:
             driver.feed(events.TasksStarted(worker, list(message.started)))
             heard = False

@@ -111,6 +111,7 @@ class Session:
         self._credit = _OUTPUT_CREDIT
         self._initializer_failed = b""
         self._heartbeat_due = False
+        self._ready = False
         self._draining = False
         self._drain_said = False
         self._deliveries: set[asyncio.Task[None]] = set()
@@ -183,6 +184,10 @@ class Session:
         self._output.append((lease, number, stream, data))
         self._credit -= len(data)
         return self._credit > 0
+
+    def ready(self) -> None:
+        self._ready = True
+        self.wake()
 
     def initializer_failed(self, payload: bytes) -> None:
         self._initializer_failed = payload
@@ -288,6 +293,10 @@ class Session:
                 pb.Heartbeat(resident_bytes=resident, running=pool.running, queued=pool.queued)
             )
             some = True
+        if self._ready:
+            self._ready = False
+            message.ready = True
+            some = True
         if self._draining and not self._drain_said:
             self._drain_said = True
             message.draining = True
@@ -302,6 +311,8 @@ class Session:
             message = self._compose()
             if message is not None:
                 await self._call.write(message)
+                if message.ready and self.pool is not None:
+                    self.pool.announced()
 
     async def flush(self) -> None:
         """Send what is left, large results included, and close our half of the stream."""

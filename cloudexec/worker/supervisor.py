@@ -97,6 +97,9 @@ class Answers(Protocol):
     def output(self, lease: int, number: int, stream: int, data: bytes) -> bool:
         """A task printed; False asks to hold the slot's answers until ``resume_output``."""
 
+    def ready(self) -> None:
+        """The first slot is ready; ``announced`` is to be called when the client was told."""
+
     def initializer_failed(self, payload: bytes) -> None:
         """The initializer raised, or killed its slot time and again."""
 
@@ -152,6 +155,7 @@ class SlotPool:
         self._failed_starts = 0
         self._oom_kills = oom_kills()
         self._draining = False
+        self._announced = False
         self._input = b""
         self.idle = asyncio.Event()
         """Set when, after ``drain``, no task is left."""
@@ -185,6 +189,11 @@ class SlotPool:
     def add(self, items: list[WorkItem]) -> None:
         """Take tasks, in order."""
         self._queue.extend(items)
+        self.dispatch()
+
+    def announced(self) -> None:
+        """The client has been told that tasks may begin here: begin."""
+        self._announced = True
         self.dispatch()
 
     def recall(self, leases: list[int]) -> None:
@@ -488,7 +497,7 @@ class SlotPool:
 
     def _send_batch(self, slot: Child, share: int) -> None:
         """Send as many tasks as the slot should hold, at most ``share`` of them."""
-        if not slot.ready:
+        if not (slot.ready and self._announced):
             return
         queue = self._queue
         most = min(share, _BATCH_TASKS - len(slot.held))
@@ -778,6 +787,8 @@ class SlotPool:
         elif kind == Kind.READY:
             slot.ready = True
             self._failed_starts = 0
+            if not self._announced:
+                self._answers.ready()
         elif kind == Kind.INITIALIZER_FAILED:
             slot.stopping = True
             self._kill(slot)

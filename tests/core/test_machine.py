@@ -42,6 +42,7 @@ from cloudexec._core.events import (
     WorkerDraining,
     WorkerHeard,
     WorkerLost,
+    WorkerReady,
 )
 from cloudexec._core.machine import Machine
 from cloudexec._core.tasks import TRANSITIONS, Kind, Task, TaskState
@@ -161,22 +162,23 @@ def test_an_exception_is_a_result_and_never_retried() -> None:
 
 
 def test_a_lost_worker_costs_an_attempt_only_what_may_have_run() -> None:
-    """Tasks not known to have begun go back to the head of the queue, unblamed and in order."""
+    """Tasks that had not begun go back to the head of the queue, unblamed and in order."""
     machine = make(max_slots=2)
     batch = tasks(10, quick())
     machine.handle(TasksSubmitted(batch), 0.0)
     machine.handle(WorkerConnected("w", 2, "1"), 0.0)
     assert len(machine.workers["w"].leases) == 10
+    machine.handle(WorkerReady("w"), 0.0)
     machine.handle(TasksStarted("w", [batch[0].lease, batch[4].lease]), 0.5)
     commands = machine.handle(WorkerLost("w", "gone"), 1.0)
-    assert [task.lost for task in batch] == [1, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+    assert [task.lost for task in batch] == [1, 1, 0, 0, 1, 0, 0, 0, 0, 0]
     assert len(only(commands, LaunchWorker)) == 1
     assert sorted(task.number for task in machine.queue) == list(range(1, 11))
     machine.validate()
 
 
-def test_a_task_under_which_every_worker_dies_at_once_comes_to_an_end() -> None:
-    """A task that kills its worker before that can say so fails after a bounded number of them."""
+def test_a_task_under_which_every_worker_dies_young_comes_to_an_end() -> None:
+    """Workers that die before they are ready cost no attempt, up to a bound."""
     machine = make(max_slots=1, slots_per_worker=1)
     machine.handle(TasksSubmitted(tasks(1)), 0.0)
     failed: list[Any] = []
@@ -195,6 +197,7 @@ def test_at_most_once_fails_whatever_was_sent_to_a_lost_worker() -> None:
     machine = make(max_slots=2)
     machine.handle(TasksSubmitted(tasks(5, quick(), retries=0)), 0.0)
     machine.handle(WorkerConnected("w", 2, "1"), 0.0)
+    machine.handle(WorkerReady("w"), 0.0)
     commands = machine.handle(WorkerLost("w", "gone"), 1.0)
     assert len(only(commands, FailTask)) == 5
     machine.validate()
@@ -402,6 +405,8 @@ class _World:
             launch, slots = self.launched.pop(0)
             self.workers[f"w{launch}"] = {}
             self.tell(WorkerConnected(f"w{launch}", slots, launch))
+            if r.random() < 0.8:
+                self.tell(WorkerReady(f"w{launch}"))
         elif choice <= 7 and some:
             for lease in some:
                 del held[lease]
