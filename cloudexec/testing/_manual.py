@@ -67,7 +67,7 @@ class ManualLauncher:
         self._loop: asyncio.AbstractEventLoop | None = None
         # Guards the three below, and is notified of each launch.
         self._changed = threading.Condition()
-        self._on_end: dict[str, Callable[[LaunchEnd], None]] = {}
+        self._on_end: dict[str, Callable[[LaunchEnd], None] | None] = {}  # None: it ended
         self._executor_id: str | None = None
 
     def slots_per_worker(self, max_workers: int) -> int:
@@ -98,8 +98,8 @@ class ManualLauncher:
     def terminate(self, launch_id: str) -> None:
         """Record that a worker was to be stopped; it ends if that was agreed."""
         self.terminated.append(launch_id)
-        if self._ends_when_terminated and launch_id in self.running:
-            self.end(launch_id, "terminated", killed=True)
+        if self._ends_when_terminated:
+            self.end(launch_id, "it was terminated", killed=True)
 
     def describe(self) -> str:
         """Say in a few words what this launches."""
@@ -114,7 +114,7 @@ class ManualLauncher:
     def running(self) -> list[str]:
         """Launch ids of which nobody said yet that they ended, in the order of their launch."""
         with self._changed:
-            return list(self._on_end)
+            return [launch for launch, on_end in self._on_end.items() if on_end is not None]
 
     def wait(self, count: int, timeout: float | None = None) -> list[ManualLaunch]:
         """Wait until so many workers were asked for, counted from the start.
@@ -156,12 +156,13 @@ class ManualLauncher:
             ValueError: If there was no such launch.
         """
         with self._changed:
-            on_end = self._on_end.pop(launch_id, None)
-            if on_end is None:
-                if all(launch.launch_id != launch_id for launch in self.launches):
-                    raise ValueError(f"no worker {launch_id!r} was asked for")
-                return
+            if launch_id not in self._on_end:
+                raise ValueError(f"no worker {launch_id!r} was asked for")
+            on_end = self._on_end[launch_id]
+            self._on_end[launch_id] = None
             loop = self._loop
+        if on_end is None:
+            return
         assert loop is not None
         try:
             loop.call_soon_threadsafe(on_end, LaunchEnd(reason, killed, fatal))

@@ -22,7 +22,10 @@ from cloudexec._wire import CHANNEL_OPTIONS, TOKEN_KEY, unpack_chunk
 __all__ = ["Answer", "SimulatedWorker", "answer_none"]
 
 Answer = Callable[[int, bytes], bytes]
-"""Given a lease and the pickle of the call's arguments, returns the pickle of its result."""
+"""Given a lease and the bytes of a call's arguments, returns the pickle of the call's result.
+
+The bytes are a pickle of the arguments, as ``pickle.loads`` takes it, up to 64 KiB; larger ones are
+framed, with buffers out of band."""
 
 _BATCH_RESULTS = 2048
 _BATCH_BYTES = 512 * 1024
@@ -40,7 +43,8 @@ class SimulatedWorker:
 
     Everything a worker says on the wire is said: enrolment, results in batches, heartbeats,
     draining. No process is started, so that one process can hold thousands. Use it on one event
-    loop:
+    loop, and best in another process than the executor's: where two loops of a process use
+    ``grpc.aio``, each logs harmless ``BlockingIOError`` (grpc/grpc issue 25364).
 
         worker = SimulatedWorker(launch.contact, launch.launch_id)
         await worker.connect()
@@ -129,6 +133,10 @@ class SimulatedWorker:
 
         Returns:
             How it ended: ``"drained"``, ``"terminated"``, or ``"closed"`` if the executor went.
+
+        Raises:
+            Exception: Whatever ``answer`` raises; the executor sees a worker vanish.
+            ValueError: If an answer is too large.
         """
         beating = asyncio.create_task(self._beat())
         try:

@@ -235,18 +235,21 @@ class Slot:
             self.send(Kind.READY)
 
     def _on_function(self, number: int, body: bytes) -> None:
-        try:
-            self._functions[number] = _loads(body)
-        except BaseException as exc:
-            self._functions[number] = _Unusable(exc)
+        self._functions[number] = _Pickled([body])
 
     def _on_function_stream(self, number: int, body: bytes) -> None:
         self._in_stream = True
-        try:
-            self._functions[number] = _payload.load_chunks(self._next_chunk)
-        except BaseException as exc:
-            self._functions[number] = _Unusable(exc)
-        self._skip_chunks()
+        chunks = []
+        while (chunk := self._next_chunk()) is not None:
+            chunks.append(chunk)
+        self._functions[number] = _Pickled(chunks, streamed=True)
+
+    def _function(self, number: int) -> Callable[..., Any]:
+        """Return a callable, unpickled under the first task that names it: it may do anything."""
+        fn = self._functions[number]
+        if type(fn) is _Pickled:
+            fn = self._functions[number] = fn.load()
+        return fn
 
     def _on_forget(self, number: int, body: bytes) -> None:
         self._functions.pop(number, None)
@@ -273,12 +276,12 @@ class Slot:
                 number = columns[count + i]
                 if number:
                     fn = functions[number]
+                    if type(fn) is _Pickled:
+                        fn = self._function(number)
                     args = _loads(payload)
                     kwargs: dict[str, Any] = {}
                     if type(args) is list:
                         args, kwargs = args
-                    if type(fn) is _Unusable:
-                        raise fn.why
                 else:
                     fn, args, kwargs = _loads(payload)
             except BaseException as exc:
@@ -338,9 +341,7 @@ class Slot:
             args = load()
             kwargs: dict[str, Any] = {}
             if number:
-                fn = self._functions[number]
-                if type(fn) is _Unusable:
-                    raise fn.why
+                fn = self._function(number)
                 if type(args) is list:
                     args, kwargs = args
             else:
@@ -413,14 +414,21 @@ class Slot:
             writer.abandon(_payload.dumps_exception(error))
 
 
-class _Unusable:
-    """Stands for a callable that could not be unpickled."""
+class _Pickled:
+    """Stands for a callable until a task names it."""
 
-    def __init__(self, why: BaseException) -> None:
-        self.why = why
+    def __init__(self, chunks: list[bytes], *, streamed: bool = False) -> None:
+        self._chunks = chunks
+        self._streamed = streamed
+
+    def load(self) -> Callable[..., Any]:
+        if self._streamed:
+            chunks = iter(self._chunks)
+            return _payload.load_chunks(lambda: next(chunks, None))  # type: ignore[no-any-return]
+        return _loads(self._chunks[0])  # type: ignore[no-any-return]
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise self.why
+        raise TypeError("a callable that was not unpickled")
 
 
 class _ResultWriter:
