@@ -56,7 +56,7 @@ class Function:
 class _Fingerprint:
     """The state of a function by value, as far as a pickle of it depends on that state."""
 
-    __slots__ = ("_cells", "_code", "_defaults", "_globals", "_names")
+    __slots__ = ("_annotations", "_cells", "_code", "_defaults", "_globals", "_names")
 
     def __init__(self, fn: FunctionType, seen: set[int]) -> None:
         """Take the fingerprint.
@@ -64,9 +64,12 @@ class _Fingerprint:
         Raises:
             _Unstable: If the state is not immutable as a whole.
         """
-        if fn.__dict__ or fn.__kwdefaults__ or getattr(fn, "__annotations__", None):
+        if fn.__dict__ or fn.__kwdefaults__:
             raise _Unstable
         seen.add(id(fn))
+        self._annotations = dict(fn.__annotations__)
+        for value in self._annotations.values():
+            _require_stable(value, seen)
         self._code = fn.__code__
         self._defaults = fn.__defaults__
         for value in self._defaults or ():
@@ -87,7 +90,7 @@ class _Fingerprint:
         """Whether the function is still what it was."""
         if fn.__code__ is not self._code or fn.__defaults__ is not self._defaults:
             return False
-        if fn.__dict__ or fn.__kwdefaults__:
+        if fn.__dict__ or fn.__kwdefaults__ or fn.__annotations__ != self._annotations:
             return False
         get = self._globals.get
         for name, value in self._names:

@@ -32,6 +32,11 @@ INLINE_BYTES = 64 * 1024
 CHUNK_BYTES = 1024 * 1024
 """Bytes per chunk of a large payload: gRPC moves these 30 times faster than one of 256 MiB."""
 
+EXCEPTION_BYTES = 4 * 1024 * 1024
+"""Largest exception that travels as itself: it rides in a control message."""
+_TEXT_KEPT = 16 * 1024
+_TRACEBACK_KEPT = 128 * 1024
+
 _RECORD = struct.Struct("<BQ")
 _IN_BAND, _BUFFER, _READONLY_BUFFER, _END = 0, 1, 2, 3
 END_RECORD = _RECORD.pack(_END, 0)
@@ -296,18 +301,20 @@ def dumps_exception(exc: BaseException, output: str = "") -> bytes:
     # The first frame is the worker's own.
     tb = exc.__traceback__
     text = "".join(traceback.format_exception(type(exc), exc, tb.tb_next if tb else None))
+    if len(text) > 2 * _TRACEBACK_KEPT:
+        text = f"{text[:_TRACEBACK_KEPT]}\n[...]\n{text[-_TRACEBACK_KEPT:]}"
     try:
         plain = _without_links(exc)
-        data = dumps((plain, text, output))
-        if isinstance(data, Parts):
-            data = b"".join(bytes(piece) for piece in data.chunks())
-            raise PayloadError(f"the exception is too large to send: {len(data)} bytes")
+        data: bytes = cloudpickle.dumps((plain, text, output), 5)
+        if len(data) > EXCEPTION_BYTES:
+            raise PayloadError(f"it has {len(data)} bytes, and {EXCEPTION_BYTES} are allowed")
         if type(_loads(data)[0]) is not type(exc) and type(exc).__module__ != "__main__":
             raise PayloadError("the exception changed its type in the round trip")
     except BaseException as why:
+        text, output = text[-_TEXT_KEPT:], output[-_TEXT_KEPT:]
         replacement = PayloadError(
             f"the task raised {type(exc).__qualname__}, which cannot be sent "
-            f"({type(why).__name__}: {why}); make it survive "
+            f"({type(why).__name__}: {_text_of(why)}); make it survive "
             f"pickle.loads(pickle.dumps(exc)). Its text: {_text_of(exc)}"
         )
         return pickle.dumps((replacement, text, output), 5)
@@ -316,7 +323,7 @@ def dumps_exception(exc: BaseException, output: str = "") -> bytes:
 
 def _text_of(exc: BaseException) -> str:
     try:
-        return str(exc)
+        return str(exc)[:_TEXT_KEPT]
     except Exception:
         return "(its __str__ fails)"
 

@@ -122,12 +122,13 @@ class Machine:
             What to do, in order.
         """
         self._events += 1
-        self._out = []
         self._handlers[type(event)](event, now)
         if self.queue and self._hungry:
             self._assign()
         self._scale(now)
-        return self._out
+        # Handed over: the commands hold results, which are not ours to keep alive.
+        out, self._out = self._out, []
+        return out
 
     def next_deadline(self) -> float | None:
         """When to send ``DeadlinePassed`` at the latest; ``None``: not needed."""

@@ -46,6 +46,9 @@ def take_tasks(
     budget = policy.lookahead * slots
     cap = policy.max_lookahead * slots
     in_flight = len(held)
+    if in_flight >= slots and (2 * load > budget or 2 * in_flight > cap):
+        # Well supplied. Topping up for each result that comes would make messages of a few tasks.
+        return [], 0
     name = worker.id
     while queue and len(taken) < share:
         task = queue[0]

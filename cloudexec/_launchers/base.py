@@ -65,5 +65,8 @@ class Launcher(Protocol):
     def terminate(self, launch_id: str) -> None:
         """Stop a worker's process at once; nothing happens if it has ended."""
 
+    def clean_up(self, slot_groups: list[int]) -> None:
+        """End what is left of a worker's process groups, if they are on this machine."""
+
     def describe(self) -> str:
         """Say in a few words what this launches."""

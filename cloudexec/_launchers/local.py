@@ -100,6 +100,14 @@ class Local:
             if key.rpartition("/")[2] == launch_id:
                 process.kill()
 
+    def clean_up(self, slot_groups: list[int]) -> None:
+        """Kill what tasks started and nobody was left to end: the worker was killed as a whole."""
+        for group in slot_groups:
+            try:
+                os.killpg(group, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
+
     def describe(self) -> str:
         """Say in a few words what this launches."""
         return "subprocesses on this machine"

@@ -40,6 +40,7 @@ class WorkerMessage(_message.Message):
     INITIALIZER_FAILED_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
+    SLOT_GROUPS_FIELD_NUMBER: _builtins.int
     initializer_failed: _builtins.bytes
     """The initializer raised; the payload is the exception."""
     draining: _builtins.bool
@@ -66,6 +67,12 @@ class WorkerMessage(_message.Message):
     def output(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]: ...
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat: ...
+    @_builtins.property
+    def slot_groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Process groups of all slots, sent when they change: should the worker's own processes be
+        killed, a launcher on the same machine ends what is left of these.
+        """
+
     def __init__(
         self,
         *,
@@ -80,10 +87,11 @@ class WorkerMessage(_message.Message):
         initializer_failed: _builtins.bytes = ...,
         draining: _builtins.bool = ...,
         ready: _builtins.bool = ...,
+        slot_groups: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "proof", b"proof", "results", b"results"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failures", b"failures", "heartbeat", b"heartbeat", "hello", b"hello", "initializer_failed", b"initializer_failed", "output", b"output", "proof", b"proof", "ready", b"ready", "results", b"results", "returned", b"returned", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failures", b"failures", "heartbeat", b"heartbeat", "hello", b"hello", "initializer_failed", b"initializer_failed", "output", b"output", "proof", b"proof", "ready", b"ready", "results", b"results", "returned", b"returned", "slot_groups", b"slot_groups", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

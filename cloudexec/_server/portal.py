@@ -49,6 +49,7 @@ class Portal:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
+        self.loop.set_exception_handler(_handle)
         try:
             self.loop.run_forever()
             # Whatever gRPC has left to do on this loop is done before it closes.
@@ -83,6 +84,13 @@ class Portal:
             _kept.append(cls._current)
         cls._current = None
         cls._lock = threading.Lock()
+
+
+def _handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # grpc.aio has one wake-up socket for all loops of a process: if the user's program runs a loop
+    # with gRPC of its own, either may find it drained by the other. Harmless (grpc issue 25364).
+    if not isinstance(context.get("exception"), BlockingIOError):
+        loop.default_exception_handler(context)
 
 
 _kept: list[object] = []

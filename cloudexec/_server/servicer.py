@@ -53,7 +53,7 @@ class _Session:
         self.payloads: dict[int, Parts] = {}
         self.functions: dict[int, Function] = {}
         self.delivered: dict[int, Delivered] = {}
-        self.draining = False
+        self.slot_groups: list[int] = []
         self._driver = driver
         self._context = context
         self._wanted = asyncio.Event()
@@ -89,7 +89,6 @@ class _Session:
             self._wanted.set()
 
     def drain(self) -> None:
-        self.draining = True
         self._drain = True
         self._wanted.set()
 
@@ -230,6 +229,8 @@ class _Session:
                     driver.output.put(
                         worker, output.number, output.stream, output.data, self.output_taken
                     )
+        if message.slot_groups:
+            self.slot_groups = list(message.slot_groups)
         if message.ready:
             driver.feed(events.WorkerReady(worker))
             heard = False
@@ -266,7 +267,6 @@ class _Session:
             driver.feed(events.LeasesReturned(worker, list(message.returned)))
             heard = False
         if message.draining:
-            self.draining = True
             driver.feed(events.WorkerDraining(worker))
             heard = False
         if message.initializer_failed:

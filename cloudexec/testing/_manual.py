@@ -101,6 +101,9 @@ class ManualLauncher:
         if self._ends_when_terminated:
             self.end(launch_id, "it was terminated", killed=True)
 
+    def clean_up(self, slot_groups: list[int]) -> None:
+        """Do nothing: no process here is this launcher's."""
+
     def describe(self) -> str:
         """Say in a few words what this launches."""
         return "nothing, by hand"

@@ -75,8 +75,8 @@ class Kind(enum.IntEnum):
     RESULTS = 21
     RESULT_STREAM = 22
     """A large result begins (lease): seconds; CHUNK frames follow."""
-    RESULT_FAILED = 23
-    """The large result could not be pickled to its end (lease): the exception."""
+    FAILURE = 23
+    """A failure too large for the buffer (lease): seconds, status and the exception."""
     OUTPUT = 24
     """What a task printed (lease): one byte of stream number, then the text."""
     DROPPED = 25

@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from typing import Any, cast
@@ -105,13 +106,14 @@ class Session:
         self._seconds: list[float] = []
         self._streamed: list[int] = []
         self._bytes = 0
-        self._failures: list[Failure] = []
+        self._failures: deque[Failure] = deque()
         self._returned: list[int] = []
         self._output: list[tuple[int, int, int, bytes]] = []
         self._credit = _OUTPUT_CREDIT
         self._initializer_failed = b""
         self._heartbeat_due = False
         self._ready = False
+        self._groups_changed = False
         self._draining = False
         self._drain_said = False
         self._deliveries: set[asyncio.Task[None]] = set()
@@ -189,6 +191,9 @@ class Session:
         self._ready = True
         self.wake()
 
+    def groups_changed(self) -> None:
+        self._groups_changed = True
+
     def initializer_failed(self, payload: bytes) -> None:
         self._initializer_failed = payload
         self.wake()
@@ -259,7 +264,10 @@ class Session:
                 self._streamed = [i - count for i in self._streamed if i >= count]
             del self._leases[:count], self._payloads[:count], self._seconds[:count]
             some = True
-        for failure in self._failures:
+        size = 0
+        while self._failures and size < _BATCH_BYTES:
+            failure = self._failures.popleft()
+            size += len(failure.payload)
             message.failures.add(
                 lease=failure.lease,
                 kind=cast("pb.Failure.Kind.ValueType", failure.kind),
@@ -272,7 +280,8 @@ class Session:
                 out_of_memory=failure.out_of_memory,
             )
             some = True
-        self._failures.clear()
+        if self._failures:
+            self._wanted.set()
         if self._returned:
             message.returned.extend(self._returned)
             self._returned.clear()
@@ -297,6 +306,9 @@ class Session:
             self._ready = False
             message.ready = True
             some = True
+        if some and self._groups_changed and pool is not None:
+            self._groups_changed = False
+            message.slot_groups.extend(pool.groups())
         if self._draining and not self._drain_said:
             self._drain_said = True
             message.draining = True
@@ -469,6 +481,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> None:
         else:
             pool.stop(kill=True)
             if why == "zygote":
+                pool.kill_groups()
                 raise LaunchError("the process that forks the slots was killed")
             async with asyncio.timeout(5.0):
                 await pool.stopped.wait()

@@ -39,6 +39,7 @@ _FLUSH_AFTER = 0.001
 """Seconds that a finished result may wait in the buffer while the batch goes on."""
 _FLUSH_BYTES = 64 * 1024
 _OUTPUT_BYTES = 32 * 1024
+_FAILURE = struct.Struct("<fB")
 _loads = pickle.loads
 _result_header = RESULT.pack_into
 
@@ -58,6 +59,10 @@ class _Output(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
+        if self._slot.forked:
+            # A child of the task: the pipe of frames is its parent's alone.
+            write_all(self._stream, view)
+            return len(view)
         for start in range(0, len(view), _OUTPUT_BYTES):
             self._slot.send_output(self._stream, bytes(view[start : start + _OUTPUT_BYTES]))
         return len(view)
@@ -88,6 +93,19 @@ class Slot:
         self._in_stream = False
         self.direct_path = ""
         self.token = b""
+        self.forked = False
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        """In a process that a task forked: speak for this slot no more."""
+        self.forked = True
+        self._lock = threading.Lock()
+
+    def _leave_if_forked(self) -> None:
+        if self.forked:
+            # A forked child came back from the task as its parent will: it ends here.
+            self._flush_output()
+            os._exit(0)
 
     # Reading.
 
@@ -166,7 +184,8 @@ class Slot:
         if self._used + size > self._room:
             self._flush()
             if size > self._room:
-                raise PayloadError(f"a result of {size} bytes does not fit the buffer")
+                self.send(Kind.FAILURE, lease, _FAILURE.pack(seconds, status) + payload)
+                return
         at = RESULTS_AT + self._used
         page = self._page
         _result_header(page, at, lease, seconds, status, len(payload))
@@ -292,10 +311,13 @@ class Slot:
             try:
                 value = fn(*args, **kwargs)
             except BaseException as exc:
+                self._leave_if_forked()
                 ended = perf_counter()
                 self._fail(lease, ended - began, exc)
                 del exc
             else:
+                if self.forked:
+                    self._leave_if_forked()
                 if value is None:
                     self._flush_stdout()
                     ended = perf_counter()
@@ -358,7 +380,9 @@ class Slot:
             try:
                 value = fn(*args, **kwargs)
                 del fn, args, kwargs
+                self._leave_if_forked()
             except BaseException as exc:
+                self._leave_if_forked()
                 self._fail(lease, perf_counter() - began, exc)
             else:
                 self._answer(lease, perf_counter() - began, value)
@@ -517,6 +541,7 @@ class _ResultWriter:
         if self._direct is not None:
             self._direct.close()
         if self.streaming and self._direct is None:
-            slot.send(Kind.RESULT_FAILED, self._lease, error)
+            body = _FAILURE.pack(self._seconds, frames.PICKLE_FAILED) + error
+            slot.send(Kind.FAILURE, self._lease, body)
         else:
             slot._put(self._lease, self._seconds, frames.PICKLE_FAILED, error)

@@ -100,6 +100,9 @@ class Answers(Protocol):
     def ready(self) -> None:
         """The first slot is ready; ``announced`` is to be called when the client was told."""
 
+    def groups_changed(self) -> None:
+        """Slots came or went."""
+
     def initializer_failed(self, payload: bytes) -> None:
         """The initializer raised, or killed its slot time and again."""
 
@@ -276,6 +279,18 @@ class SlotPool:
         if not self._slots:
             self.stopped.set()
 
+    def groups(self) -> list[int]:
+        """Return the process groups of the slots, one each."""
+        return [slot.pid for slot in self._slots.values() if slot.pid]
+
+    def kill_groups(self) -> None:
+        """Kill the slots without the zygote, which is gone, and what their tasks started."""
+        for pid in self.groups():
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
+
     def close(self) -> None:
         """Let go of the zygote, which kills whatever slot is left."""
         self._loop.remove_reader(self._zygote.fileno())
@@ -347,6 +362,7 @@ class SlotPool:
                 continue
             if kind == STARTED:
                 slot.pid = pid
+                self._answers.groups_changed()
                 self._forking.popleft()
                 if self._forking:
                     self._fork_next()
@@ -767,14 +783,19 @@ class SlotPool:
             delivery = slot.delivery = Delivery(seconds)
             delivery.on_taken = lambda: self._resume(slot)
             self._answers.deliver(number, seconds, aiter(delivery))
-        elif kind == Kind.RESULT_FAILED:
-            delivery_failed = slot.delivery
-            slot.delivery = None
-            if delivery_failed is not None:
-                delivery_failed.cut = True
-                delivery_failed.chunks.put_nowait(None)
-            if slot.held.pop(number, None) is not None:
-                self._answers.failure(Failure(number, frames.PICKLE_FAILED, body))
+        elif kind == Kind.FAILURE:
+            unfinished, slot.delivery = slot.delivery, None
+            if unfinished is not None:
+                unfinished.cut = True
+                unfinished.chunks.put_nowait(None)
+            item = slot.held.pop(number, None)
+            if item is not None:
+                slot.seconds -= item.seconds
+                seconds, status = struct.unpack_from("<fB", body)
+                tail = self._tail(slot, number)
+                self._answers.failure(
+                    Failure(number, status, body[5:], output=tail, seconds=seconds)
+                )
             self._after_answer(slot)
         elif kind == Kind.DROPPED:
             item = slot.held.get(number)

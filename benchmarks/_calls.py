@@ -1,0 +1,47 @@
+"""What the tasks of the benchmarks do, in a module that workers import."""
+
+from __future__ import annotations
+
+import os
+import time
+
+_blobs: dict[int, bytes] = {}
+
+
+def noop(value: object = None) -> None:
+    """Do nothing, with any argument or none."""
+
+
+def sleep(seconds: float) -> float:
+    """Sleep, or do nothing for 0; return when it was done, by the clock that processes share."""
+    if seconds:
+        time.sleep(seconds)
+    return time.monotonic()
+
+
+def spin(seconds: float) -> None:
+    """Keep a core busy."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def length(data: bytes) -> int:
+    """Take a large argument, return a small result."""
+    return len(data)
+
+
+def blob(size: int) -> bytes:
+    """Take a small argument, return a large result; made once, so that only the way is measured."""
+    if size not in _blobs:
+        _blobs.clear()
+        _blobs[size] = b"x" * size
+    return _blobs[size]
+
+
+def wait_for_file(path: str, started: str) -> None:
+    """Occupy a slot until a file exists; create another one to say that it is occupied."""
+    with open(started, "w"):
+        pass
+    while not os.path.exists(path):
+        time.sleep(0.001)

@@ -1,0 +1,55 @@
+"""How much memory processes occupy, from Linux's /proc."""
+
+from __future__ import annotations
+
+import os
+import re
+
+MIB = 1024 * 1024
+
+
+def resident(pid: int | str = "self") -> int:
+    """Return the bytes a process occupies now; 0 if it is gone."""
+    return _field(pid, "VmRSS")
+
+
+def peak(pid: int | str = "self") -> int:
+    """Return the most bytes it occupied since ``reset_peak()``; 0 if it is gone."""
+    return _field(pid, "VmHWM")
+
+
+def reset_peak(pid: int | str = "self") -> None:
+    """Start to watch for the peak anew (proc(5), "clear_refs", value 5)."""
+    with open(f"/proc/{pid}/clear_refs", "w") as file:
+        file.write("5")
+
+
+def descendants() -> list[int]:
+    """Return the ids of this process's children, their children, and so on."""
+    parents: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/stat") as file:
+                # The command, in parentheses, may contain anything; state and parent follow.
+                parent = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        parents.setdefault(parent, []).append(int(name))
+    found: list[int] = []
+    unseen = [os.getpid()]
+    while unseen:
+        children = parents.get(unseen.pop(), [])
+        found += children
+        unseen += children
+    return found
+
+
+def _field(pid: int | str, name: str) -> int:
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            found = re.search(rf"^{name}:\s*(\d+) kB", file.read(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0

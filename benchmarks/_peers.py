@@ -1,0 +1,263 @@
+"""The contenders behind one face: submit, collect, map, close. Each is imported only if it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import _fresh
+from _report import Report
+
+OURS = "cloudexec"
+POOL = "ProcessPoolExecutor"
+SPAWN = "ProcessPoolExecutor (spawn)"
+LOKY = "loky"
+DASK = "dask.distributed"
+RAY = "Ray"
+PARSL = "Parsl"
+
+_MODULES = {LOKY: "loky", DASK: "distributed", RAY: "ray", PARSL: "parsl"}
+
+
+class Contender(Protocol):
+    """What every contender can do."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Any:
+        """Start one call; return a handle."""
+
+    def collect(self, handles: list[Any]) -> list[Any]:
+        """Wait for calls and return their results."""
+
+    def map(self, fn: Callable[..., Any], items: Iterable[Any], chunksize: int = 1) -> list[Any]:
+        """Run one call per item, ``chunksize`` at a time where that exists."""
+
+    def close(self) -> None:
+        """End it, workers included."""
+
+
+def is_installed(name: str) -> bool:
+    """Say whether a contender can run here."""
+    return name not in _MODULES or importlib.util.find_spec(_MODULES[name]) is not None
+
+
+@contextmanager
+def opened(name: str, workers: int) -> Iterator[Contender]:
+    """Start a contender with so many workers, one task at a time each."""
+    contender = _OPENERS[name](workers)
+    try:
+        yield contender
+    finally:
+        contender.close()
+
+
+def rounds(
+    names: Iterable[str],
+    count: int,
+    report: Report,
+    what: str,
+    arguments: Callable[[str], dict[str, Any]],
+    *,
+    pin: bool = False,
+) -> dict[str, list[_fresh.Figures]]:
+    """Measure contenders in turn, round after round; those that are missing or fail are reported.
+
+    Args:
+        names: Who takes part.
+        count: Rounds.
+        report: Where to say who does not take part.
+        what: What is measured, for that.
+        arguments: What to pass to the script's ``measure`` for one contender.
+        pin: Confine each to one core.
+    """
+    figures: dict[str, list[_fresh.Figures]] = {}
+    out: set[str] = set()
+    names = list(names)
+    for name in names:
+        if not is_installed(name):
+            report.missing(what, name)
+            out.add(name)
+    for _ in range(count):
+        for name in names:
+            if name in out:
+                continue
+            try:
+                figure = _fresh.measure(name, pin=pin, **arguments(name))
+            except RuntimeError as exc:
+                if name in (OURS, POOL):
+                    raise
+                report.say(str(exc))
+                report.missing(what, name, "failed")
+                out.add(name)
+                figures.pop(name, None)
+            else:
+                figures.setdefault(name, []).append(figure)
+    return figures
+
+
+class _OfExecutor:
+    """Anything with the interface of concurrent.futures."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.submit = executor.submit
+
+    def collect(self, handles: list[Any]) -> list[Any]:
+        return [handle.result() for handle in handles]
+
+    def map(self, fn: Callable[..., Any], items: Iterable[Any], chunksize: int = 1) -> list[Any]:
+        return list(self._executor.map(fn, items, chunksize=chunksize))
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+
+def _open_ours(workers: int) -> Contender:
+    from cloudexec import BatchExecutor
+
+    return _OfExecutor(BatchExecutor(workers))
+
+
+def _open_pool(workers: int) -> Contender:
+    from concurrent.futures import ProcessPoolExecutor
+
+    return _OfExecutor(ProcessPoolExecutor(workers))
+
+
+def _open_spawn(workers: int) -> Contender:
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    context = multiprocessing.get_context("spawn")
+    return _OfExecutor(ProcessPoolExecutor(workers, mp_context=context))
+
+
+def _open_loky(workers: int) -> Contender:
+    from loky import get_reusable_executor
+
+    return _OfExecutor(get_reusable_executor(max_workers=workers, timeout=600))
+
+
+class _Dask:
+    def __init__(self, workers: int) -> None:
+        import logging
+
+        from distributed import Client, LocalCluster
+
+        self._directory = tempfile.mkdtemp(prefix="benchmark-dask-")
+        self._cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            dashboard_address=None,
+            local_directory=self._directory,
+            silence_logs=logging.CRITICAL,
+        )
+        self._client = Client(self._cluster)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Any:
+        return self._client.submit(fn, *args, pure=False)
+
+    def collect(self, handles: list[Any]) -> list[Any]:
+        return self._client.gather(handles)  # type: ignore[no-any-return]
+
+    def map(self, fn: Callable[..., Any], items: Iterable[Any], chunksize: int = 1) -> list[Any]:
+        return self.collect(self._client.map(fn, items, pure=False))
+
+    def close(self) -> None:
+        self._client.close()
+        self._cluster.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class _Ray:
+    def __init__(self, workers: int) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        self._ray = ray
+        self._remote: dict[Callable[..., Any], Any] = {}
+        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Any:
+        remote = self._remote.get(fn)
+        if remote is None:
+            remote = self._remote[fn] = self._ray.remote(fn)
+        return remote.remote(*args)
+
+    def collect(self, handles: list[Any]) -> list[Any]:
+        return self._ray.get(handles)  # type: ignore[no-any-return]
+
+    def map(self, fn: Callable[..., Any], items: Iterable[Any], chunksize: int = 1) -> list[Any]:
+        return self.collect([self.submit(fn, item) for item in items])
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+class _Parsl:
+    def __init__(self, workers: int) -> None:
+        import parsl
+        from parsl.config import Config
+        from parsl.executors import HighThroughputExecutor
+        from parsl.providers import LocalProvider
+
+        # It starts its worker pool by name, and workers import what tasks name.
+        here = os.path.dirname(os.path.abspath(__file__))
+        paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        path = [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]
+        os.environ["PATH"] = os.pathsep.join(path)
+        self._parsl = parsl
+        self._apps: dict[Callable[..., Any], Any] = {}
+        self._directory = tempfile.mkdtemp(prefix="benchmark-parsl-")
+        executor = HighThroughputExecutor(
+            label="local",
+            address="127.0.0.1",
+            max_workers_per_node=workers,
+            cores_per_worker=0.01,
+            encrypted=False,  # ours is a Unix socket here, unencrypted too
+            provider=LocalProvider(init_blocks=1, max_blocks=1),
+        )
+        parsl.load(
+            Config(
+                executors=[executor],
+                run_dir=self._directory,
+                strategy="none",
+                initialize_logging=False,
+            )
+        )
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Any:
+        app = self._apps.get(fn)
+        if app is None:
+            app = self._apps[fn] = self._parsl.python_app(fn)
+        return app(*args)
+
+    def collect(self, handles: list[Any]) -> list[Any]:
+        return [handle.result() for handle in handles]
+
+    def map(self, fn: Callable[..., Any], items: Iterable[Any], chunksize: int = 1) -> list[Any]:
+        return self.collect([self.submit(fn, item) for item in items])
+
+    def close(self) -> None:
+        self._parsl.dfk().cleanup()
+        self._parsl.clear()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+_OPENERS: dict[str, Callable[[int], Contender]] = {
+    OURS: _open_ours,
+    POOL: _open_pool,
+    SPAWN: _open_spawn,
+    LOKY: _open_loky,
+    DASK: _Dask,
+    RAY: _Ray,
+    PARSL: _Parsl,
+}

@@ -1,0 +1,144 @@
+"""What the contract tests run on workers; importable there, and quick to import."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+SETTING = "unset"
+COUNT = 0
+
+
+def double(x: int) -> int:
+    return 2 * x
+
+
+def add(x: int, y: int) -> int:
+    return x + y
+
+
+def echo(*args: Any, **kwargs: Any) -> Any:
+    return args, kwargs
+
+
+def touch(path: str) -> str:
+    with open(path, "x"):
+        return path
+
+
+def append(path: str, line: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, f"{line}\n".encode())
+    os.close(descriptor)
+
+
+def tell(path: str, word: str) -> None:
+    """Write a word to a named pipe that the test reads."""
+    append(path, word)
+
+
+def hold(told: str, gate: str, word: str = "begun") -> int:
+    """Say on one named pipe that the task runs, then wait for a byte on another."""
+    tell(told, word)
+    with open(gate, "rb", buffering=0) as pipe:
+        pipe.read(1)
+    return os.getpid()
+
+
+def hold_then_touch(told: str, gate: str, path: str) -> None:
+    hold(told, gate)
+    touch(path)
+
+
+def touch_or_hold(path: str, told: str = "", gate: str = "") -> None:
+    if told:
+        hold(told, gate)
+    else:
+        touch(path)
+
+
+def divide(x: int, y: int) -> float:
+    return x / y
+
+
+def span(path: str, seconds: float) -> None:
+    """Note when the task began and ended, on the clock that all processes share."""
+    began = time.monotonic()
+    time.sleep(seconds)
+    append(path, f"{began} {time.monotonic()}")
+
+
+def crash(path: str) -> None:
+    append(path, "begun")
+    os.abort()
+
+
+def crash_unless_first(path: str) -> str:
+    """Die the first time; what a retry is for."""
+    try:
+        touch(path)
+    except FileExistsError:
+        return "second attempt"
+    os._exit(7)
+
+
+def leave(code: int) -> None:
+    os._exit(code)
+
+
+def set_up(value: str) -> None:
+    global SETTING
+    SETTING = value
+
+
+def setting(told: str, gate: str) -> tuple[int, str]:
+    return hold(told, gate), SETTING
+
+
+def count() -> tuple[int, int]:
+    """Return the process and how many times it was asked."""
+    global COUNT
+    COUNT += 1
+    return os.getpid(), COUNT
+
+
+def count_once(number: int) -> tuple[int, int]:
+    return count()
+
+
+def refuse(reason: str) -> None:
+    raise RuntimeError(reason)
+
+
+class NeedsArguments(Exception):
+    def __init__(self, code: int, *, text: str) -> None:
+        super().__init__(f"{code}: {text}")
+        self.code = code
+        self.text = text
+
+    def __reduce__(self) -> Any:
+        return _needs_arguments, (self.code, self.text)
+
+
+def _needs_arguments(code: int, text: str) -> NeedsArguments:
+    return NeedsArguments(code, text=text)
+
+
+class CannotBeRebuilt(Exception):
+    """Pickles, and fails to unpickle: its ``args`` are not what ``__init__`` takes."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code}: {text}")
+
+
+def raise_it(error: BaseException | type[BaseException], *args: Any) -> None:
+    raise error(*args) if isinstance(error, type) else error
+
+
+def raise_needs_arguments() -> None:
+    raise NeedsArguments(3, text="three")
+
+
+def put(queue: Any, value: Any) -> None:
+    queue.put(value)

@@ -1,0 +1,160 @@
+"""Finds an installed copy of CPython's own executor tests and makes it importable here.
+
+Nothing is copied: the interpreter's own ``test`` package is used if it has these tests; else those
+of another installed Python of the same minor version, or of the nearest older one, run with this
+interpreter's own ``test.support`` (an older suite asks for nothing that a newer Python lacks).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import sys
+import sysconfig
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["HOW_TO_GET_IT", "Suite", "find_suites", "load"]
+
+HOW_TO_GET_IT = (
+    "CPython's test.test_concurrent_futures is not installed: on Debian or Ubuntu it comes with "
+    "the package libpython3-testsuite (libpython3.X-testsuite for one version); builds from source, "
+    "pyenv's and python.org's have it; CLOUDEXEC_CPYTHON_LIB may name a CPython Lib directory"
+)
+_NAME = "test_concurrent_futures"
+_PARTS = (
+    "executor",
+    "test_as_completed",
+    "test_deadlock",
+    "test_init",
+    "test_process_pool",
+    "test_shutdown",
+    "test_wait",
+    "util",
+)
+"""The modules of the package that 3.12 made of the one module, those about threads left out."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One installed copy of the tests.
+
+    Attributes:
+        version: Major and minor version of its Python.
+        path: The module's file, or the package's directory.
+    """
+
+    version: tuple[int, int]
+    path: Path
+
+    def cases(self) -> set[str]:
+        """Return the names ``Class.test_method`` in it, read from the source."""
+        files = self.path.glob("*.py") if self.path.is_dir() else [self.path]
+        return {
+            f"{found.name}.{method.name}"
+            for file in files
+            for found in ast.parse(file.read_text(encoding="utf-8")).body
+            if isinstance(found, ast.ClassDef)
+            for method in found.body
+            if isinstance(method, ast.FunctionDef) and method.name.startswith("test")
+        }
+
+
+def find_suites() -> list[Suite]:
+    """Return the copies on this machine, the one to use first.
+
+    The running interpreter's own; then those of its minor version; then older ones, the newest
+    first; then newer ones, which only serve to look names up.
+    """
+    here = sys.version_info[:2]
+    own = Path(sysconfig.get_path("stdlib"))
+    libs = [own]
+    if given := os.environ.get("CLOUDEXEC_CPYTHON_LIB"):
+        libs.insert(0, Path(given))
+    # Pythons beside this one (pyenv, uv, hatch), and the system's.
+    libs += sorted(Path(sys.base_prefix).parent.glob("*/lib/python3.*"))
+    libs += sorted(Path("/usr/lib").glob("python3.*")) + sorted(Path("/usr/local/lib").glob("py*"))
+    suites: dict[Path, Suite] = {}
+    for lib in libs:
+        for path in (lib / "test" / _NAME, lib / "test" / f"{_NAME}.py"):
+            if path.exists() and path not in suites:
+                suites[path] = Suite(_version_of(lib) or here, path)
+    at = {suite: number for number, suite in enumerate(suites.values())}
+
+    def distance(suite: Suite) -> tuple[bool, bool, int, int]:
+        older = suite.version <= here
+        return (
+            suite.version != here,
+            not older,
+            here[1] - suite.version[1] if older else suite.version[1],
+            at[suite],
+        )
+
+    # Executors did not take max_tasks_per_child before 3.11: older tests say nothing about it.
+    return sorted((s for s in suites.values() if s.version >= (3, 11)), key=distance)
+
+
+def _version_of(lib: Path) -> tuple[int, int] | None:
+    match = re.fullmatch(r"python(\d+)\.(\d+)t?", lib.name)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def load() -> tuple[list[ModuleType], list[str]]:
+    """Import the suite.
+
+    Returns:
+        Its modules, and what must be on ``sys.path`` for another process to import it too. Both
+        are empty where no suite for this version is installed.
+    """
+    shim: list[str] = []
+    if not _importable():
+        suites = [s for s in find_suites() if s.version <= sys.version_info[:2]]
+        if not suites:
+            return [], []
+        shim = [_shim(suites[0].path)]
+    sys.path[:0] = shim
+    try:
+        _forget_test_package(shim)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a suite older than its interpreter
+            top = importlib.import_module(f"test.{_NAME}")
+            if not hasattr(top, "__path__"):
+                return [top], shim
+            return [importlib.import_module(f"{top.__name__}.{part}") for part in _PARTS], shim
+    finally:
+        del sys.path[: len(shim)]
+
+
+def _importable() -> bool:
+    """Whether the tests can be imported as things are; in a worker they can."""
+    try:
+        importlib.import_module(f"test.{_NAME}")
+    except ImportError:
+        return False
+    return True
+
+
+def _forget_test_package(shim: list[str]) -> None:
+    if shim:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "test"]:
+            del sys.modules[name]
+
+
+def _shim(path: Path) -> str:
+    """Make a directory whose package ``test`` is the interpreter's own, and the suite."""
+    directory = tempfile.TemporaryDirectory(prefix="cpython-suite-")
+    _kept.append(directory)
+    package = Path(directory.name, "test")
+    package.mkdir()
+    own = Path(sysconfig.get_path("stdlib"), "test")
+    package.joinpath("__init__.py").write_text(f"__path__.append({str(own)!r})\n")
+    package.joinpath(path.name).symlink_to(path)
+    return directory.name
+
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []
