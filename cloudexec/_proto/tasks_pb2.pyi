@@ -270,6 +270,7 @@ class Welcome(_message.Message):
     MIN_SLOTS_FIELD_NUMBER: _builtins.int
     IDLE_TIMEOUT_FIELD_NUMBER: _builtins.int
     DIRECT_PATH_FIELD_NUMBER: _builtins.int
+    AUTHKEY_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     session_token: _builtins.bytes
     """Bearer of the Fetch and Deliver calls of this session."""
@@ -290,6 +291,8 @@ class Welcome(_message.Message):
     """On the client's own machine: path of the socket for large payloads. Slots use it, with the
     session's token, instead of Fetch and Deliver.
     """
+    authkey: _builtins.bytes
+    """On the client's own machine: multiprocessing's key, for proxies of the client's managers."""
     @_builtins.property
     def sys_path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -311,10 +314,11 @@ class Welcome(_message.Message):
         min_slots: _builtins.int = ...,
         idle_timeout: _builtins.float = ...,
         direct_path: _builtins.str = ...,
+        authkey: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "capture_output", b"capture_output", "cwd", b"cwd", "direct_path", b"direct_path", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "initializer", b"initializer", "initializer_streamed", b"initializer_streamed", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "orphan_timeout", b"orphan_timeout", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "capture_output", b"capture_output", "cwd", b"cwd", "direct_path", b"direct_path", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "initializer", b"initializer", "initializer_streamed", b"initializer_streamed", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "orphan_timeout", b"orphan_timeout", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -656,7 +656,7 @@ def _signal(number: int) -> str:
 def _private_directory() -> str:
     """Make a directory that only this user can enter, with a path short enough for a socket."""
     path = tempfile.mkdtemp(prefix="cloudexec-")
-    if len(path) > 90:
+    if len(path) > 100:  # a socket's address has 108 bytes at most
         shutil.rmtree(path)
         path = tempfile.mkdtemp(prefix="cloudexec-", dir="/tmp")
     return path

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import queue
 import sys
 import threading
 from collections.abc import Callable
+from typing import TextIO
 
-__all__ = ["OUTPUT_MODES", "OutputThread"]
+__all__ = ["OutputThread"]
 
-OUTPUT_MODES = ("inherit", "logging", "off")
+_MOST_PARTIAL = 1000
 
 Taken = Callable[[int], None]
 
@@ -29,6 +31,7 @@ class OutputThread:
         self._queue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._partial: dict[tuple[str, int, int], bytes] = {}
+        self._decoders: dict[tuple[str, int, int], codecs.IncrementalDecoder] = {}
         self._logger = logging.getLogger("cloudexec.output")
 
     def put(self, worker: str, number: int, stream: int, data: bytes, taken: Taken) -> None:
@@ -54,35 +57,46 @@ class OutputThread:
 
     def _show(self, worker: str, number: int, stream: int, data: bytes) -> None:
         target = sys.stdout if stream == 1 else sys.stderr
-        if target is None and self._mode == "inherit":
-            return
-        if self._mode == "inherit" and not _is_terminal(target):
-            target.write(data.decode("utf-8", "replace"))
-            target.flush()
-            return
         key = (worker, number, stream)
+        if self._mode == "inherit" and not _is_terminal(target):
+            # A character may be cut in two by the pieces it comes in.
+            decoder = self._decoders.pop(key, None) or codecs.getincrementaldecoder("utf-8")(
+                "replace"
+            )
+            self._write(target, decoder.decode(data))
+            if decoder.getstate()[0]:
+                self._decoders[key] = decoder
+            return
         data = self._partial.pop(key, b"") + data
         lines, newline, rest = data.rpartition(b"\n")
         if rest:
-            if len(self._partial) > 1000:
-                # Ends of lines that never came.
-                self._partial.clear()
+            if len(self._partial) > _MOST_PARTIAL:
+                self._partial.clear()  # ends of lines that never came
             self._partial[key] = rest
         if newline:
             self._write_lines(worker, number, stream, lines)
 
     def _write_lines(self, worker: str, number: int, stream: int, data: bytes) -> None:
-        target = sys.stdout if stream == 1 else sys.stderr
         where = f"{worker} task {number}" if number else worker
-        for line in data.decode("utf-8", "replace").split("\n"):
-            if self._mode == "logging":
-                level = logging.INFO if stream == 1 else logging.WARNING
-                extra = {"worker": worker, "task": number}
+        lines = data.decode("utf-8", "replace").split("\n")
+        if self._mode == "logging":
+            level = logging.INFO if stream == 1 else logging.WARNING
+            extra = {"worker": worker, "task": number}
+            for line in lines:
                 self._logger.log(level, "%s: %s", where, line, extra=extra)
-            else:
-                target.write(f"[{where}] {line}\n")
-        if self._mode == "inherit":
-            target.flush()
+        else:
+            target = sys.stdout if stream == 1 else sys.stderr
+            self._write(target, "".join(f"[{where}] {line}\n" for line in lines))
+
+    def _write(self, target: TextIO | None, text: str) -> None:
+        if target is None:
+            return  # a program without a console
+        try:
+            target.write(text)
+        except UnicodeEncodeError:
+            encoding = target.encoding or "ascii"
+            target.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        target.flush()
 
     def stop(self) -> None:
         """End the thread once all that was put has been shown."""

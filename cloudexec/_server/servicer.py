@@ -381,6 +381,7 @@ class _Servicer:
             min_slots=setup.min_workers,
             idle_timeout=-1.0 if setup.idle_timeout is None else setup.idle_timeout,
             direct_path=driver.direct_path,
+            authkey=_authkey() if driver.direct_path else b"",
         )
         if isinstance(setup.initializer, bytes):
             welcome.initializer = setup.initializer
@@ -443,6 +444,12 @@ class _Servicer:
         assert session is not None
         session.delivered[int(lease)] = outcome
         return pb.DeliverReply(accepted=True)
+
+
+def _authkey() -> bytes:
+    import multiprocessing
+
+    return bytes(multiprocessing.current_process().authkey)
 
 
 class _Arrival:

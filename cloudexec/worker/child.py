@@ -29,6 +29,7 @@ class WorkItem:
     timeout: float = 0.0
     streamed: bool = False
     epoch: int = 0
+    spared: int = 0
 
 
 class Delivery:
@@ -79,7 +80,8 @@ class Child:
         self.stop_timer: asyncio.TimerHandle | None = None
         self.feeding: asyncio.Task[None] | None = None
         self.delivery: Delivery | None = None
-        self.paused = False
+        self.paused = False  # its answers are not read
+        self.raw_paused = False  # nor what it prints past sys.stdout
         self.out: deque[memoryview] = deque()
         self.drained: asyncio.Event | None = None
         self.input = bytearray()

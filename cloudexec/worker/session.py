@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import shutil
 import signal
 import socket
 import traceback
@@ -493,6 +494,9 @@ async def run_worker(address: Address, zygote: socket.socket) -> None:
         await asyncio.gather(*background, return_exceptions=True)
         pool.close()
         await channel.close()
+        if address.target.startswith("unix:") and os.getppid() != parent:
+            # Whoever made the socket's directory cannot remove it any more.
+            shutil.rmtree(os.path.dirname(address.target.removeprefix("unix:")), True)
 
 
 async def _first(event: asyncio.Event, ends: asyncio.Queue[str]) -> str:
@@ -527,4 +531,5 @@ def _settings(welcome: pb.Welcome, address: Address) -> Settings:
         idle_timeout=welcome.idle_timeout,
         direct_path=welcome.direct_path,
         token=welcome.session_token,
+        authkey=welcome.authkey,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import multiprocessing
 import os
 import pickle
 import socket
@@ -222,6 +223,9 @@ class Slot:
         if setup["sys_path"]:
             sys.path[:] = setup["sys_path"]
         sys.argv[:] = setup["argv"]
+        if setup["authkey"]:
+            # As in a process pool's workers: proxies of the client's managers work here.
+            multiprocessing.current_process().authkey = bytes.fromhex(setup["authkey"])
         self.direct_path = setup["direct_path"]
         self.token = bytes.fromhex(setup["token"])
         if setup["cwd"]:
@@ -393,15 +397,15 @@ class Slot:
     def _flush_stdout(self) -> None:
         try:
             sys.stdout.flush()
-        except Exception:
-            pass  # the task closed or replaced it
+        except BaseException:
+            pass  # the task closed it, or put something of its own there
 
     def _flush_output(self) -> None:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except Exception:
-                pass  # the task closed or replaced it
+            except BaseException:
+                pass  # the task closed it, or put something of its own there
 
     def _fail(self, lease: int, seconds: float, exc: BaseException) -> None:
         self._flush_output()

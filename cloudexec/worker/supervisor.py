@@ -42,6 +42,8 @@ _READ_BYTES = 64 * 1024
 _STOP_GRACE = 5.0
 """Seconds that a slot told to stop may take for its exit handlers."""
 _FAILED_STARTS = 3
+_SPARED = 5
+"""Slots that may die before they begin a task that was sent to them, before it is to blame."""
 
 SLOT_LOST, TIMED_OUT, KILLED = 4, 5, 6
 """``Failure.Kind`` of the wire, where the slot itself cannot say what happened."""
@@ -77,6 +79,7 @@ class Settings:
     idle_timeout: float = -1.0
     direct_path: str = ""
     token: bytes = b""
+    authkey: bytes = b""
 
 
 class Answers(Protocol):
@@ -325,6 +328,7 @@ class SlotPool:
             "argv": list(settings.argv),
             "direct_path": settings.direct_path,
             "token": settings.token.hex(),
+            "authkey": settings.authkey.hex(),
         }
         body = json.dumps(setup).encode()
         data = HEADER.pack(Kind.SETUP, len(body), 0) + body
@@ -339,6 +343,9 @@ class SlotPool:
         if self._initializer is not None:
             self._write_chunks(slot, self._initializer)
         self._loop.add_reader(slot.results_fd, self._on_answers, slot)
+        self._watch_raw_output(slot)
+
+    def _watch_raw_output(self, slot: Child) -> None:
         for fd, stream in ((slot.stdout_fd, 1), (slot.stderr_fd, 2)):
             self._loop.add_reader(fd, self._on_raw_output, slot, fd, stream)
 
@@ -422,8 +429,12 @@ class SlotPool:
         """Report the task that ran when the slot died; the others never began."""
         current = slot.cells[CURRENT]
         guilty = slot.held.pop(current, None)
-        if guilty is None and slot.exclusive and slot.held:
-            guilty = slot.held.pop(next(iter(slot.held)))
+        if guilty is None and slot.held:
+            # It had not begun with any: nobody is to blame, unless this happens time and again.
+            first = next(iter(slot.held.values()))
+            first.spared += 1
+            if first.spared > _SPARED:
+                guilty = slot.held.pop(first.lease)
         if guilty is not None:
             kills = oom_kills()
             killed_us = slot.kill_reason and slot.kill_lease == guilty.lease
@@ -843,6 +854,9 @@ class SlotPool:
     def resume_output(self) -> None:
         """The client has taken output: go on reading from slots that were held for it."""
         for slot in list(self._slots.values()):
+            if slot.raw_paused and not slot.exited:
+                slot.raw_paused = False
+                self._watch_raw_output(slot)
             if slot.delivery is None:
                 self._resume(slot)
 
@@ -856,9 +870,14 @@ class SlotPool:
             del tail[:-_TAIL_BYTES]
         number = item.number if item is not None else 0
         go_on = self._answers.output(lease, number, stream, data)
-        if not go_on and not slot.paused and not slot.exited:
-            slot.paused = True
-            self._loop.remove_reader(slot.results_fd)
+        if not go_on and not slot.exited:
+            if not slot.paused:
+                slot.paused = True
+                self._loop.remove_reader(slot.results_fd)
+            if not slot.raw_paused:
+                slot.raw_paused = True
+                self._loop.remove_reader(slot.stdout_fd)
+                self._loop.remove_reader(slot.stderr_fd)
 
     def _on_raw_output(self, slot: Child, fd: int, stream: int, *, last: bool = False) -> None:
         """Output that did not go through ``sys.stdout``: from C, or from a task's children."""

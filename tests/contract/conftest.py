@@ -45,7 +45,7 @@ def nothing_left(
     monkeypatch.setenv("TMPDIR", directory)
     yield
     gc.collect()
-    assert_gone([p for p in descendants() if "resource_tracker" not in " ".join(p.cmdline())])
+    assert_gone(descendants())
     until(lambda: not [t for t in threading.enumerate() if t.name.startswith("cloudexec")])
     left = [name for name in os.listdir(directory) if name.startswith("cloudexec-")]
     shutil.rmtree(directory)

@@ -69,13 +69,20 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def descendants(pid: int | None = None) -> list[psutil.Process]:
-    """Return all processes that come from this one, or another."""
-    return psutil.Process(pid).children(recursive=True)
+    """Return all processes that come from this one, or another, but for multiprocessing's own."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if "multiprocessing" not in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            pass  # it has ended
+    return found
 
 
 def assert_gone(processes: list[psutil.Process], timeout: float = PATIENCE) -> None:
     _, alive = psutil.wait_procs(processes, timeout=timeout)
-    assert not alive
+    assert not alive, [process.cmdline() for process in alive]
 
 
 class Client:

@@ -250,24 +250,30 @@ def test_map_is_over_when_its_time_is_up(
     assert not any(map(os.path.exists, paths))
 
 
+@pytest.mark.parametrize("how", ["closed", "dropped"])
 def test_closing_map_cancels_what_has_not_begun(
-    single: BatchExecutor, signals: Signals, tmp_path: Path
+    single: BatchExecutor, signals: Signals, tmp_path: Path, how: str
 ) -> None:
-    """Closing the iterator, or dropping it, cancels the rest."""
-    busy = single.submit(tasks.hold, signals.told, signals.gate)
-    signals.wait()
+    """Closing an iterator that has been read from, or dropping it, cancels the rest."""
     paths = [str(tmp_path / str(n)) for n in range(20)]
-    closed = single.map(tasks.touch, paths[:10])
-    dropped = single.map(tasks.touch, paths[10:])
-    with pytest.raises(TimeoutError):
-        next(single.map(tasks.double, [1], timeout=0))
-    closed.close()  # type: ignore[attr-defined]
-    del dropped
-    gc.collect()
+    results = single.map(
+        tasks.touch_or_hold,
+        [paths[0], "", *paths[1:]],
+        ["", signals.told, *[""] * 19],
+        ["", signals.gate, *[""] * 19],
+    )
+    assert next(results) is None
+    signals.wait()
+    if how == "closed":
+        results.close()  # type: ignore[attr-defined]
+        with pytest.raises(StopIteration):
+            next(results)
+    else:
+        del results
+        gc.collect()
     signals.release()
-    busy.result()
     single.submit(tasks.double, 1).result()
-    assert not any(map(os.path.exists, paths[:10]))
+    assert [os.path.exists(path) for path in paths] == [True] + [False] * 19
 
 
 @pytest.mark.parametrize("chunksize", [1, 4])

@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -969,6 +970,7 @@ def test_flood_of_output_holds_up_nobody(tmp_path: Path) -> None:
         # Nobody reads the client's output so far: results of the others come nevertheless.
         assert client.stderr.readline().split() == ["others", "500", "False"], mode
         out, err = client.communicate(timeout=50)
+        assert client.returncode == 0, err
         result, used = err.split()
         assert result == "flooded"
         assert out.count("\n") == 1000
@@ -1124,25 +1126,30 @@ def test_killed_client_leaves_nothing_behind(tmp_path: Path, number: int) -> Non
     """A client that is killed leaves no process, no socket and no directory."""
     script = tmp_path / "client.py"
     script.write_text(CLIENT)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
     pipes = [fifo(tmp_path / "a"), fifo(tmp_path / "b")]
-    client = subprocess.Popen(
-        [sys.executable, str(script), *pipes],
-        env={**os.environ, "PYTHONPATH": PACKAGE, "TMPDIR": str(temporary)},
-        stderr=subprocess.DEVNULL,
-    )
-    pids = [int(pid) for path in pipes for pid in read(path).split()]
-    below = psutil.Process(client.pid).children(recursive=True)
-    assert {p.pid for p in below} >= set(pids)
-    assert list(temporary.iterdir())
-    client.send_signal(number)
-    client.wait(20)
-    _, alive = psutil.wait_procs(below, timeout=15)
-    for process in alive:
-        process.kill()
-    assert not alive
-    assert not list(temporary.iterdir())
+    # Short: a socket's path has at most about a hundred characters.
+    with tempfile.TemporaryDirectory() as temporary:
+        client = subprocess.Popen(
+            [sys.executable, str(script), *pipes],
+            env={**os.environ, "PYTHONPATH": PACKAGE, "TMPDIR": temporary},
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            pids = [int(pid) for path in pipes for pid in read(path).split()]
+            below = psutil.Process(client.pid).children(recursive=True)
+            sockets = os.listdir(temporary)
+            client.send_signal(number)
+            client.wait(20)
+        finally:
+            client.kill()
+            client.wait()
+        _, alive = psutil.wait_procs(below, timeout=15)
+        for process in alive:
+            process.kill()
+        assert {p.pid for p in below} >= set(pids)
+        assert not alive
+        assert sockets
+        assert not os.listdir(temporary)
 
 
 def test_errors_of_lost_tasks_pickle(executor: BatchExecutor) -> None:

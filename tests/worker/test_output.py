@@ -103,7 +103,7 @@ def test_unicode_is_not_cut(tmp_path: Path) -> None:
     """Characters of several bytes survive, wherever the transport cuts the text."""
     text = "x" + "é" * 100_000 + "😀" * 50_000
     body = (
-        f"def task():\n    print('x' + 'é' * 100_000 + '😀' * 50_000)\n"
+        "def task():\n    print('x' + 'é' * 100_000 + '😀' * 50_000)\n"
         "with BatchExecutor(1) as executor:\n    executor.submit(task).result()\n"
     )
     out, err = outputs(tmp_path, body)
