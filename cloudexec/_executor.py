@@ -287,6 +287,11 @@ class BatchExecutor(_Base):
             if self._driver is not None:
                 return self._driver
             self._check_open()
+            if _forked_from_user:
+                raise RuntimeError(
+                    "this process was forked from one that had used an executor, and gRPC cannot "
+                    "start anew in it: use multiprocessing's 'spawn' or 'forkserver', or fork first"
+                )
             from cloudexec import _payload
             from cloudexec._functions import FunctionTable
             from cloudexec._server.driver import Driver, Setup
@@ -568,6 +573,7 @@ def _working_directory() -> str:
 _executors: weakref.WeakSet[BatchExecutor] = weakref.WeakSet()
 _drivers: dict[Driver, None] = {}
 _exiting = False
+_forked_from_user = False
 
 
 def _collected(driver: Driver) -> None:
@@ -610,6 +616,8 @@ def _at_exit() -> None:
 
 
 def _forget_after_fork() -> None:
+    global _forked_from_user
+    _forked_from_user = _forked_from_user or "cloudexec._server.servicer" in sys.modules
     for executor in list(_executors):
         executor._forked = True
         executor._lock = threading.Lock()

@@ -9,6 +9,7 @@ pickled anew for each call (once per ``map()``).
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import itertools
 import pickle
@@ -31,6 +32,7 @@ _MISSING = object()
 _IMMUTABLE = frozenset({int, float, complex, bool, str, bytes, NoneType})
 _KEPT = 512
 _KINDS_KEPT = 4096
+_REMEMBERED_BYTES = 256 * 1024
 _NUMBERED_FROM = 1024
 """Bytes of pickle from which a function that changes from call to call is worth a number."""
 
@@ -38,7 +40,7 @@ _NUMBERED_FROM = 1024
 class Function:
     """A callable that workers know by number. Ends when no task and no table holds it."""
 
-    __slots__ = ("_on_end", "kind", "number", "pickle", "sha256")
+    __slots__ = ("_on_end", "fresh", "kind", "number", "pickle", "sha256")
 
     def __init__(
         self, number: int, pickle: Payload, sha256: bytes, on_end: Callable[[int], None]
@@ -47,6 +49,8 @@ class Function:
         self.pickle = pickle
         self.sha256 = sha256
         self.kind = Kind()
+        # Whether each task is to have a copy of its own, as if it had been pickled with the task.
+        self.fresh = False
         self._on_end = on_end
 
     def __del__(self) -> None:
@@ -71,6 +75,8 @@ class _Fingerprint:
         for value in self._annotations.values():
             _require_stable(value, seen)
         self._code = fn.__code__
+        if _rebinds(self._code):
+            raise _Unstable
         self._defaults = fn.__defaults__
         for value in self._defaults or ():
             _require_stable(value, seen)
@@ -117,10 +123,29 @@ def _names_in(code: CodeType) -> Iterator[str]:
             yield from _names_in(constant)
 
 
+_REBINDING = frozenset({"STORE_GLOBAL", "DELETE_GLOBAL"})
+_REBINDING_CELLS = frozenset({"STORE_DEREF", "DELETE_DEREF"})
+
+
+def _rebinds(code: CodeType) -> bool:
+    """Whether a function changes its own globals or closure: then its state is not constant."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _REBINDING:
+            return True
+        if instruction.opname in _REBINDING_CELLS and instruction.argval in code.co_freevars:
+            return True
+    return any(_rebinds(constant) for constant in code.co_consts if type(constant) is CodeType)
+
+
 def _require_stable(value: Any, seen: set[int]) -> None:
     kind = type(value)
-    if kind in _IMMUTABLE or value is _MISSING or kind is ModuleType:
+    if kind in _IMMUTABLE or value is _MISSING:
         return
+    if kind is ModuleType:
+        name = value.__name__
+        if sys.modules.get(name) is value and getattr(value, "__spec__", None) is not None:
+            return  # by reference, unless registered otherwise, which is compared on its own
+        raise _Unstable
     if kind is tuple:
         for item in value:
             _require_stable(item, seen)
@@ -194,7 +219,7 @@ class FunctionTable:
         if type(fn) is FunctionType:
             pickled = _payload.dumps(fn)
             if len(pickled) >= _NUMBERED_FROM:
-                function = self._number(fn, pickled)
+                function = self._number(fn, pickled, fresh=True)
                 return function, function.kind, _payload.dumps_arguments(args, kwargs)
         # Together, so that what a method's object and the arguments share stays shared.
         return None, self._kind(fn), _payload.dumps_call(fn, args, kwargs)
@@ -204,10 +229,9 @@ class FunctionTable:
         if known is None:
             return None
         _, function, fingerprint, by_value = known
-        if fingerprint is None:
-            if _lookup(fn) is fn and cloudpickle.list_registry_pickle_by_value() == by_value:
-                return function
-        elif fingerprint.holds(fn):
+        if by_value == cloudpickle.list_registry_pickle_by_value() and (
+            _lookup(fn) is fn if fingerprint is None else fingerprint.holds(fn)
+        ):
             return function
         with self._lock:
             self._known.pop(id(fn), None)
@@ -221,6 +245,7 @@ class FunctionTable:
         code = getattr(fn, "__code__", None)
         if code is not None and self._unstable.get(code, 0) > 3:
             return None  # looked at often enough
+        by_value = cloudpickle.list_registry_pickle_by_value()
         fingerprint: _Fingerprint | None = None
         if _lookup(fn) is fn:
             pickled = _payload.dumps(fn)
@@ -228,6 +253,8 @@ class FunctionTable:
                 return None  # by value, although it can be imported: cloudpickle was told so
         elif kind is FunctionType:
             try:
+                if by_value:
+                    raise _Unstable  # modules by value: their state is anybody's
                 fingerprint = _Fingerprint(fn, set())  # type: ignore[arg-type]
             except _Unstable:
                 if len(self._unstable) > _KINDS_KEPT:
@@ -238,8 +265,9 @@ class FunctionTable:
             pickled = _payload.dumps(fn)
         else:
             return None
+        if len(pickled) > _REMEMBERED_BYTES:
+            return None  # not worth keeping its closure alive
         function = self._number(fn, pickled)
-        by_value = cloudpickle.list_registry_pickle_by_value()
         with self._lock:
             # The table holds the callable, so that its id names nothing else.
             self._known[id(fn)] = (fn, function, fingerprint, by_value)
@@ -247,8 +275,8 @@ class FunctionTable:
                 self._known.popitem(last=False)
         return function
 
-    def _number(self, fn: Callable[..., Any], pickled: Payload) -> Function:
-        digest = hashlib.sha256()
+    def _number(self, fn: Callable[..., Any], pickled: Payload, *, fresh: bool = False) -> Function:
+        digest = hashlib.sha256(b"fresh" if fresh else b"")
         for piece in [pickled] if isinstance(pickled, bytes) else pickled.pieces:
             digest.update(piece)
         sha256 = digest.digest()
@@ -256,6 +284,7 @@ class FunctionTable:
             function = self._by_content.get(sha256)
             if function is None:
                 function = Function(next(self._numbers), pickled, sha256, self._on_end)
+                function.fresh = fresh
                 # All functions of one code share what is known of their run time.
                 function.kind = self._kind(fn)
                 self._by_content[sha256] = function

@@ -23,7 +23,7 @@ from typing import Any
 
 import cloudpickle
 
-from cloudexec._errors import CloudexecError, PayloadError, RemoteTraceback
+from cloudexec._errors import PayloadError, RemoteTraceback
 
 __all__ = ["CHUNK_BYTES", "INLINE_BYTES", "Parts", "Payload", "dumps", "dumps_call", "load_chunks"]
 
@@ -81,6 +81,17 @@ class Parts:
 Payload = bytes | Parts
 
 
+class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """cloudpickle's, but arrays arrive writeable, as they do through a process pool."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj).__module__ == "numpy" and type(obj).__name__ == "ndarray":
+            if not obj.flags.writeable:
+                return obj.copy().__reduce_ex__(5)
+            return NotImplemented
+        return super().reducer_override(obj)
+
+
 class _Collector:
     """A file for the pickler: large bytes objects reach ``write`` themselves, not as copies."""
 
@@ -103,7 +114,8 @@ class _Collector:
         if raw.nbytes <= INLINE_BYTES:
             return True
         # A snapshot now: the caller may change a writeable buffer as soon as submit() returns.
-        data = raw if raw.readonly else memoryview(bytes(raw))
+        # Only bytes never change; a read-only view may show what others write.
+        data = raw if type(raw.obj) is bytes else memoryview(bytes(raw))
         self.records.append((_READONLY_BUFFER if raw.readonly else _BUFFER, data))
         self.size += raw.nbytes
         return False
@@ -131,7 +143,7 @@ def dumps(obj: object) -> Payload:
     if type(obj) in _ATOMS:
         return pickle.dumps(obj, 5)
     collector = _Collector()
-    cloudpickle.Pickler(collector, protocol=5, buffer_callback=collector.take_buffer).dump(obj)
+    Pickler(collector, protocol=5, buffer_callback=collector.take_buffer).dump(obj)
     return collector.payload()
 
 
@@ -292,7 +304,7 @@ def loads_payload(payload: Payload) -> Any:
     return load_chunks(lambda: next(chunks, None))
 
 
-def dumps_exception(exc: BaseException, output: str = "") -> bytes:
+def dumps_exception(exc: BaseException) -> bytes:
     """Pickle an exception with its traceback as text, for the client.
 
     What does not survive the round trip (a required ``__init__`` argument that ``args`` does not
@@ -305,20 +317,21 @@ def dumps_exception(exc: BaseException, output: str = "") -> bytes:
         text = f"{text[:_TRACEBACK_KEPT]}\n[...]\n{text[-_TRACEBACK_KEPT:]}"
     try:
         plain = _without_links(exc)
-        data: bytes = cloudpickle.dumps((plain, text, output), 5)
+        data: bytes = cloudpickle.dumps(plain, 5)
         if len(data) > EXCEPTION_BYTES:
             raise PayloadError(f"it has {len(data)} bytes, and {EXCEPTION_BYTES} are allowed")
-        if type(_loads(data)[0]) is not type(exc) and type(exc).__module__ != "__main__":
+        if type(_loads(data)) is not type(exc) and type(exc).__module__ != "__main__":
             raise PayloadError("the exception changed its type in the round trip")
     except BaseException as why:
-        text, output = text[-_TEXT_KEPT:], output[-_TEXT_KEPT:]
+        text = text[-_TEXT_KEPT:]
         replacement = PayloadError(
             f"the task raised {type(exc).__qualname__}, which cannot be sent "
             f"({type(why).__name__}: {_text_of(why)}); make it survive "
             f"pickle.loads(pickle.dumps(exc)). Its text: {_text_of(exc)}"
         )
-        return pickle.dumps((replacement, text, output), 5)
-    return data
+        data = pickle.dumps(replacement, 5)
+    # Apart from each other: the traceback arrives although the exception cannot be loaded there.
+    return pickle.dumps((data, text), 5)
 
 
 def _text_of(exc: BaseException) -> str:
@@ -333,18 +346,21 @@ def _without_links(exc: BaseException) -> BaseException:
     return exc
 
 
-def loads_exception(data: bytes) -> tuple[BaseException, str]:
-    """Unpickle an exception, its remote traceback as ``__cause__``; also return its output."""
+def loads_exception(data: bytes) -> BaseException:
+    """Unpickle an exception; its remote traceback is its ``__cause__``."""
+    pickled, text = _loads(data)
+    exc: BaseException
     try:
-        exc, text, output = _loads(data)
+        loaded = _loads(pickled)
+        if not isinstance(loaded, BaseException):
+            raise TypeError(f"{type(loaded).__name__} is no exception")
+        exc = loaded
+    except KeyboardInterrupt:
+        raise
     except BaseException as why:
-        error = PayloadError(
+        exc = PayloadError(
             f"the task raised an exception that cannot be unpickled here "
             f"({type(why).__name__}: {why}); is its module importable in the client?"
         )
-        error.__cause__ = why
-        return error, ""
-    if isinstance(exc, BaseException):
-        exc.__cause__ = RemoteTraceback(text, output)
-        return exc, output
-    return CloudexecError(f"the worker sent {type(exc).__name__} as an exception"), output
+    exc.__cause__ = RemoteTraceback(text)
+    return exc

@@ -407,11 +407,14 @@ class Function(_message.Message):
     PICKLE_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     STREAMED_FIELD_NUMBER: _builtins.int
+    FRESH_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     pickle: _builtins.bytes
     sha256: _builtins.bytes
     streamed: _builtins.bool
     """True when the pickle is too large to stand here: Fetch it."""
+    fresh: _builtins.bool
+    """True when it is to be unpickled for each task: what one changes in it is not seen by others."""
     def __init__(
         self,
         *,
@@ -419,10 +422,11 @@ class Function(_message.Message):
         pickle: _builtins.bytes = ...,
         sha256: _builtins.bytes = ...,
         streamed: _builtins.bool = ...,
+        fresh: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "pickle", b"pickle", "sha256", b"sha256", "streamed", b"streamed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fresh", b"fresh", "number", b"number", "pickle", b"pickle", "sha256", b"sha256", "streamed", b"streamed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -12,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from cloudexec._errors import (
     InitializerError,
     LaunchError,
     PayloadError,
+    RemoteTraceback,
     TaskTimeoutError,
     WorkerLostError,
 )
@@ -194,7 +196,10 @@ class Driver:
         Raises:
             LaunchError: If the server cannot listen where it was told to.
         """
-        from cloudexec._server.servicer import start_server
+        with _quiet_grpc():
+            from cloudexec._server.servicer import start_server, warm_up
+
+            warm_up()
 
         listen = self.setup.listen
         if listen is None and not self._launcher.needs_network() and hasattr(os, "fork"):
@@ -499,7 +504,7 @@ class Driver:
 
     def initializer_failed(self, payload: bytes) -> None:
         """The initializer raised in a worker: nothing can be run, and all that waits fails."""
-        cause, _ = _payload.loads_exception(payload)
+        cause = _payload.loads_exception(payload)
         error = InitializerError(
             f"the initializer raised {type(cause).__name__} in a worker: {cause}"
         )
@@ -576,6 +581,22 @@ class Driver:
         self.callbacks.join()
 
 
+@contextlib.contextmanager
+def _quiet_grpc() -> Iterator[None]:
+    """Let gRPC read its settings, once: no handlers around ``os.fork()``, no log on stderr.
+
+    Its handlers around fork() find our threads at work, print that, and do nothing.
+    """
+    ours = {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "NONE"}
+    added = {name: value for name, value in ours.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
 _LOSSES = (FailureKind.SLOT_LOST, FailureKind.WORKER_LOST)
 
 
@@ -596,11 +617,12 @@ def _decode_result(future: BatchFuture[Any]) -> None:
 
 
 def _decode_exception(future: BatchFuture[Any]) -> None:
-    error, output = _payload.loads_exception(future._result)
+    error = _payload.loads_exception(future._result)
+    cause = error.__cause__
+    if isinstance(cause, RemoteTraceback):
+        cause.output = future._output
     future._result = None
     future._exception = error
-    if output:
-        future._output = output
 
 
 def _error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:

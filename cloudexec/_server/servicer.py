@@ -202,10 +202,17 @@ class _Session:
         self._known.add(function.number)
         pickled = function.pickle
         if isinstance(pickled, bytes):
-            message.functions.add(number=function.number, pickle=pickled, sha256=function.sha256)
+            message.functions.add(
+                number=function.number,
+                pickle=pickled,
+                sha256=function.sha256,
+                fresh=function.fresh,
+            )
             return len(pickled)
         self.functions[function.number] = function
-        message.functions.add(number=function.number, sha256=function.sha256, streamed=True)
+        message.functions.add(
+            number=function.number, sha256=function.sha256, streamed=True, fresh=function.fresh
+        )
         return 0
 
     async def send(self) -> None:
@@ -501,6 +508,11 @@ class _Arrival:
                 self._done.set_result(outcome)
 
         self._loop.call_soon_threadsafe(resolve, outcome)
+
+
+def warm_up() -> None:
+    """Have gRPC initialise itself."""
+    grpc.aio.init_grpc_aio()
 
 
 async def start_server(driver: Driver, listen: str) -> tuple[grpc.aio.Server, str, str]:

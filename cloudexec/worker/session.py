@@ -358,7 +358,12 @@ class Session:
                 return "closed"
             if message.functions:
                 for function in message.functions:
-                    pool.add_function(function.number, function.pickle, streamed=function.streamed)
+                    pool.add_function(
+                        function.number,
+                        function.pickle,
+                        streamed=function.streamed,
+                        fresh=function.fresh,
+                    )
             if message.HasField("tasks"):
                 pool.add(_items(message.tasks))
             if message.recall:
@@ -466,9 +471,11 @@ async def run_worker(address: Address, zygote: socket.socket) -> None:
         loop.create_task(session.beat()),
         loop.create_task(watch_parent()),
     ]
+    asked = False
     try:
         await pool.start()
         why = await ends.get()
+        asked = why in ("drain", "terminate")
         if why == "drain":
             session.start_draining()
             pool.drain()
@@ -494,9 +501,15 @@ async def run_worker(address: Address, zygote: socket.socket) -> None:
         await asyncio.gather(*background, return_exceptions=True)
         pool.close()
         await channel.close()
-        if address.target.startswith("unix:") and os.getppid() != parent:
-            # Whoever made the socket's directory cannot remove it any more.
-            shutil.rmtree(os.path.dirname(address.target.removeprefix("unix:")), True)
+        if address.target.startswith("unix:") and not asked:
+            # A client that was killed cannot remove its socket's directory. Its connections end
+            # an instant before its children are handed to another parent.
+            for _ in range(20):
+                if os.getppid() != parent:
+                    path = address.target.removeprefix("unix:")
+                    shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+                    break
+                await asyncio.sleep(0.05)
 
 
 async def _first(event: asyncio.Event, ends: asyncio.Queue[str]) -> str:

@@ -16,8 +16,6 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
-import cloudpickle
-
 from cloudexec import _direct, _payload
 from cloudexec._errors import PayloadError
 from cloudexec._payload import CHUNK_BYTES, INLINE_BYTES, Parts
@@ -258,20 +256,22 @@ class Slot:
             self.send(Kind.READY)
 
     def _on_function(self, number: int, body: bytes) -> None:
-        self._functions[number] = _Pickled([body])
+        self._functions[number] = _Pickled([body[1:]], fresh=bool(body[0]))
 
     def _on_function_stream(self, number: int, body: bytes) -> None:
         self._in_stream = True
         chunks = []
         while (chunk := self._next_chunk()) is not None:
             chunks.append(chunk)
-        self._functions[number] = _Pickled(chunks, streamed=True)
+        self._functions[number] = _Pickled(chunks, fresh=bool(body[0]), streamed=True)
 
     def _function(self, number: int) -> Callable[..., Any]:
         """Return a callable, unpickled under the first task that names it: it may do anything."""
         fn = self._functions[number]
         if type(fn) is _Pickled:
-            fn = self._functions[number] = fn.load()
+            pickled, fn = fn, fn.load()
+            if not pickled.fresh:
+                self._functions[number] = fn
         return fn
 
     def _on_forget(self, number: int, body: bytes) -> None:
@@ -428,7 +428,7 @@ class Slot:
             if type(value) in _payload._ATOMS:
                 self._put(lease, seconds, frames.OK, pickle.dumps(value, 5))
                 return
-            cloudpickle.Pickler(writer, protocol=5, buffer_callback=writer.take_buffer).dump(value)
+            _payload.Pickler(writer, protocol=5, buffer_callback=writer.take_buffer).dump(value)
             del value
             writer.close()
         except BaseException as exc:
@@ -443,9 +443,10 @@ class Slot:
 
 
 class _Pickled:
-    """Stands for a callable until a task names it."""
+    """Stands for a callable until a task names it; a fresh one is loaded anew for each task."""
 
-    def __init__(self, chunks: list[bytes], *, streamed: bool = False) -> None:
+    def __init__(self, chunks: list[bytes], *, fresh: bool, streamed: bool = False) -> None:
+        self.fresh = fresh
         self._chunks = chunks
         self._streamed = streamed
 

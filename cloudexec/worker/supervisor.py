@@ -124,6 +124,7 @@ class _Function:
     """A callable's pickle, whole or in chunks; neither: still to be fetched."""
 
     pickle: bytes
+    fresh: bool
     chunks: list[bytes | memoryview] | None = None
 
 
@@ -179,9 +180,9 @@ class SlotPool:
         for _ in range(min(self._settings.min_slots, self._settings.slots)):
             self._fork()
 
-    def add_function(self, number: int, pickle: bytes, *, streamed: bool) -> None:
+    def add_function(self, number: int, pickle: bytes, *, streamed: bool, fresh: bool) -> None:
         """Learn a callable that tasks will name."""
-        self._functions[number] = _Function(b"" if streamed else pickle)
+        self._functions[number] = _Function(b"" if streamed else pickle, fresh)
 
     def forget_functions(self, numbers: list[int]) -> None:
         """Drop callables that no task will name again."""
@@ -459,15 +460,14 @@ class SlotPool:
     def _on_failed_start(self, code: int) -> None:
         self._failed_starts += 1
         if self._failed_starts >= _FAILED_STARTS:
-            import pickle
-
             from cloudexec._errors import InitializerError
+            from cloudexec._payload import dumps_exception
 
             error = InitializerError(
                 f"{_FAILED_STARTS} slots in a row ended before they were ready, the last one with "
                 f"exit code {code}; does the initializer end its process?"
             )
-            self._answers.initializer_failed(pickle.dumps((error, "", ""), 5))
+            self._answers.initializer_failed(dumps_exception(error))
 
     def _requeue(self, items: list[WorkItem]) -> None:
         """Put items that never began back at the head of the queue, or hand them back."""
@@ -592,11 +592,13 @@ class SlotPool:
     def _send_function(self, slot: Child, number: int, function: _Function) -> None:
         slot.functions.add(number)
         if function.chunks is not None:
-            self._write(slot, HEADER.pack(Kind.FUNCTION_STREAM, 0, number))
+            self._write(
+                slot, HEADER.pack(Kind.FUNCTION_STREAM, 1, number) + bytes((function.fresh,))
+            )
             self._write_chunks(slot, function.chunks)
         else:
-            header = HEADER.pack(Kind.FUNCTION, len(function.pickle), number)
-            self._write(slot, header + function.pickle)
+            header = HEADER.pack(Kind.FUNCTION, len(function.pickle) + 1, number)
+            self._write(slot, header + bytes((function.fresh,)) + function.pickle)
 
     def _write_chunks(self, slot: Child, chunks: list[bytes | memoryview]) -> None:
         for chunk in chunks:
@@ -698,6 +700,10 @@ class SlotPool:
     # Answers from slots.
 
     def _on_answers(self, slot: Child) -> None:
+        if not slot.raw_paused:
+            # What was printed before these answers belongs to their tasks.
+            self._on_raw_output(slot, slot.stdout_fd, 1)
+            self._on_raw_output(slot, slot.stderr_fd, 2)
         self._read_answers(slot, last=False)
         self.dispatch()
         self._answers.wake()

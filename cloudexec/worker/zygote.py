@@ -88,12 +88,12 @@ def run_zygote(connection: socket.socket, supervisor_pid: int) -> None:
                     children[pid] = number
                     _send(connection, STARTED, pid, 0, 0, number)
                 elif kind == KILL and pid in children:
-                    _kill_group(pid)
+                    _kill_slot(pid)
     except (ConnectionError, BrokenPipeError):
         pass  # the supervisor is gone
     finally:
         for pid in children:
-            _kill_group(pid)
+            _kill_slot(pid)
         os._exit(0)
 
 
@@ -114,14 +114,19 @@ def _reap(connection: socket.socket, children: dict[int, int]) -> None:
         _send(connection, EXITED, pid, status, usage.ru_maxrss * unit, number)
 
 
+def _kill_slot(pid: int) -> None:
+    _kill_group(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)  # it may not have made its group yet
+    except ProcessLookupError:
+        pass
+
+
 def _kill_group(pid: int) -> None:
     try:
         os.killpg(pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        pass
 
 
 def _fork_slot(fds: list[int], inherited: list[int], number: int) -> int:

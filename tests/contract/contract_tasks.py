@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from typing import Any
 
@@ -105,6 +106,10 @@ def count() -> tuple[int, int]:
 
 def count_once(number: int) -> tuple[int, int]:
     return count()
+
+
+def draw() -> float:
+    return random.random()
 
 
 def refuse(reason: str) -> None:

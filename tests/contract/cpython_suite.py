@@ -23,7 +23,7 @@ __all__ = ["HOW_TO_GET_IT", "Suite", "find_suites", "load"]
 
 HOW_TO_GET_IT = (
     "CPython's test.test_concurrent_futures is not installed: on Debian or Ubuntu it comes with "
-    "the package libpython3-testsuite (libpython3.X-testsuite for one version); builds from source, "
+    "the package libpython3-testsuite (or libpython3.X-testsuite); builds from source, "
     "pyenv's and python.org's have it; CLOUDEXEC_CPYTHON_LIB may name a CPython Lib directory"
 )
 _NAME = "test_concurrent_futures"

@@ -636,10 +636,24 @@ def test_cancelled_task_that_was_sent_ahead_never_runs(
     signals.wait()
     assert single.stats().tasks.sent > 0
     assert all(future.cancel() for future in futures)
+    until(lambda: single.stats().tasks.sent == 0)  # the worker has given them back
     signals.release()
     busy.result()
     single.submit(tasks.double, 1).result()
     assert not list(tmp_path.glob("never*"))
+
+
+def test_cancel_that_returns_true_is_true(executor: BatchExecutor, tmp_path: Path) -> None:
+    """While short tasks rush by, each one either ran or was cancelled, never both."""
+    list(executor.map(tasks.touch, [str(tmp_path / f"quick{n}") for n in range(300)]))
+    paths = [str(tmp_path / str(n)) for n in range(2000)]
+    futures = [executor.submit(tasks.touch, path) for path in paths]
+    futures[20].result()
+    cancelled = [future.cancel() for future in futures]
+    executor.shutdown()
+    assert any(cancelled)
+    assert [future.cancelled() for future in futures] == cancelled
+    assert [os.path.exists(path) for path in paths] == [not each for each in cancelled]
 
 
 def test_running_task_is_not_cancelled(single: BatchExecutor, signals: Signals) -> None:
@@ -1038,7 +1052,10 @@ _INTERRUPTED = {
     "main thread busy": "submit()\nwhile True: pass",
     "asyncio": """
 async def main():
-    await asyncio.get_running_loop().run_in_executor(executor, tasks.hold, told, gate)
+    loop = asyncio.get_running_loop()
+    await asyncio.gather(
+        *(loop.run_in_executor(executor, tasks.hold, told, gate) for _ in range(3))
+    )
 asyncio.run(main())
 """,
 }
@@ -1277,7 +1294,7 @@ def use():
         list(executor.map(tasks.double, range(100)))
         executor.submit(len, bytes(1_000_000)).result()
         during = look()
-        executor.submit(os.abort).exception()
+        executor.submit(tasks.leave, 3).exception()
     return during
 during = use()
 after = look()
@@ -1307,10 +1324,10 @@ def test_seeded_program_draws_the_same_numbers(executor: BatchExecutor) -> None:
     assert found == expected
 
 
-def test_workers_do_not_share_random_numbers(signals: Signals) -> None:
+def test_workers_do_not_share_random_numbers() -> None:
     """Two processes draw different numbers, although both come from one template."""
     with BatchExecutor(2, max_tasks_per_child=1) as executor:
-        futures = [executor.submit(random.random) for _ in range(6)]
+        futures = [executor.submit(tasks.draw) for _ in range(6)]
         assert len({future.result() for future in futures}) == 6
 
 
