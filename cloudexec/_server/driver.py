@@ -307,6 +307,8 @@ class Driver:
 
     def _resolve(self, command: commands.ResolveTasks) -> None:
         worker = command.worker
+        session = self.sessions.get(worker)
+        printed: set[int] = session.printed if session is not None else set()
         for task, result, seconds in zip(
             command.tasks, command.results, command.seconds, strict=True
         ):
@@ -314,11 +316,23 @@ class Driver:
             future._worker_id = worker
             future._run_time = seconds
             future._attempts = task.lost + 1
-            if type(result) is bytes:
-                done = future._finish(result, None, _decode_result)
+            if printed and task.lease in printed:
+                printed.discard(task.lease)
+                self._after_output(self._give_result, task, future, result)
             else:
-                done = future._finish(result.value, result.error, None)
-            self._let_go(task, future, done)
+                self._give_result(task, future, result)
+
+    def _give_result(self, task: Any, future: BatchFuture[Any], result: Any) -> None:
+        if type(result) is bytes:
+            done = future._finish(result, None, _decode_result)
+        else:
+            done = future._finish(result.value, result.error, None)
+        self._let_go(task, future, done)
+
+    def _after_output(self, call: Callable[..., object], *args: object) -> None:
+        """Call something on the loop once all that was printed so far has been shown."""
+        assert self.output is not None
+        self.output.after(lambda: self.portal.post(call, *args))
 
     def _let_go(self, task: Any, future: BatchFuture[Any], done: bool) -> None:
         task.payload = task.function = task.handle = None
@@ -338,19 +352,25 @@ class Driver:
         future = task.handle
         future._worker_id = command.worker
         future._attempts = task.lost if failure.kind in _LOSSES else task.lost + 1
-        detail = failure.detail
         if failure.kind is not FailureKind.WORKER_LOST:
-            future._run_time = detail.seconds
-            future._output = detail.output
-            if detail.payload:
-                done = future._finish(detail.payload, None, _decode_exception, failed=True)
-                self._let_go(task, future, done)
+            future._run_time = failure.detail.seconds
+            future._output = failure.detail.output
+            if failure.detail.output and self.output is not None:
+                self._after_output(self._give_failure, command.worker, task, failure)
                 return
-        if failure.kind is FailureKind.KILLED:
+        self._give_failure(command.worker, task, failure)
+
+    def _give_failure(self, worker: str, task: Any, failure: Failure) -> None:
+        future = task.handle
+        detail = failure.detail
+        if failure.kind is not FailureKind.WORKER_LOST and detail.payload:
+            done = future._finish(detail.payload, None, _decode_exception, failed=True)
+            self._let_go(task, future, done)
+        elif failure.kind is FailureKind.KILLED:
             future.cancel(running=True)
             self._let_go(task, future, True)
-            return
-        self._set_exception(task, _error_of(command.worker, task, failure))
+        else:
+            self._set_exception(task, _error_of(worker, task, failure))
 
     def _fail_unlaunched(self, command: commands.FailTasksUnlaunched) -> None:
         error_text = f"no worker could be started ({self._launcher.describe()}): {command.reason}"
@@ -564,6 +584,9 @@ class Driver:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
         if self.output is not None:
+            shown = asyncio.Event()
+            self._after_output(shown.set)
+            await shown.wait()
             self.output.stop()
         self.callbacks.stop()
         self.portal.loop.call_soon(self._closed)

@@ -27,7 +27,9 @@ class OutputThread:
 
     def __init__(self, mode: str) -> None:
         self._mode = mode
-        self._queue: queue.SimpleQueue[tuple[str, int, int, bytes, Taken] | None]
+        self._queue: queue.SimpleQueue[
+            tuple[str, int, int, bytes, Taken] | Callable[[], object] | None
+        ]
         self._queue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._partial: dict[tuple[str, int, int], bytes] = {}
@@ -41,8 +43,18 @@ class OutputThread:
             self._thread.start()
         self._queue.put((worker, number, stream, data, taken))
 
+    def after(self, call: Callable[[], object]) -> None:
+        """Call this, in the thread, once all that was put has been shown."""
+        if self._thread is None:
+            call()
+        else:
+            self._queue.put(call)
+
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
+            if not isinstance(item, tuple):
+                item()
+                continue
             worker, number, stream, data, taken = item
             try:
                 self._show(worker, number, stream, data)

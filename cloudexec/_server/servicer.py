@@ -54,6 +54,7 @@ class _Session:
         self.functions: dict[int, Function] = {}
         self.delivered: dict[int, Delivered] = {}
         self.slot_groups: list[int] = []
+        self.printed: set[int] = set()  # leases whose task has printed
         self._driver = driver
         self._context = context
         self._wanted = asyncio.Event()
@@ -233,6 +234,7 @@ class _Session:
             for output in message.output:
                 driver.bytes_received += len(output.data)
                 if driver.output is not None:
+                    self.printed.add(output.lease)
                     driver.output.put(
                         worker, output.number, output.stream, output.data, self.output_taken
                     )
