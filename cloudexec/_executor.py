@@ -336,7 +336,7 @@ class BatchExecutor(_Base):
             driver = self._start()
         elif self._shut_down or self._forked or _exiting or driver.broken is not None:
             self._check_open()
-        future: BatchFuture[T] = BatchFuture(driver.cancelled)
+        future: BatchFuture[T] = BatchFuture(driver)
         table = self._table
         assert table is not None
         try:
@@ -375,7 +375,6 @@ class BatchExecutor(_Base):
         submission = _submission()
         retries, timeout, numbers = options.retries, options.timeout, self._numbers
         dumps_arguments = _payload.dumps_arguments
-        on_cancel = driver.cancelled
 
         def submit(calls: Iterable[tuple[Any, ...]]) -> list[BatchFuture[T]]:
             futures: list[BatchFuture[T]] = []
@@ -389,7 +388,7 @@ class BatchExecutor(_Base):
                 tasks.clear()
 
             for args in calls:
-                future: BatchFuture[T] = BatchFuture(on_cancel)
+                future: BatchFuture[T] = BatchFuture(driver)
                 futures.append(future)
                 if error is not None:
                     future.set_exception(error)

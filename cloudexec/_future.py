@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 __all__ = ["BatchFuture"]
 
@@ -24,6 +24,16 @@ RUNNING = "RUNNING"
 CANCELLED_AND_NOTIFIED = "CANCELLED_AND_NOTIFIED"
 FINISHED = "FINISHED"
 _DONE = frozenset({CANCELLED_AND_NOTIFIED, FINISHED})
+
+
+class Owner(Protocol):
+    """Whoever has a future's task run."""
+
+    def recall(self, future: BatchFuture[Any]) -> None:
+        """Have the task back if it was sent to a worker and has not begun; wait to know."""
+
+    def cancelled(self, future: BatchFuture[Any], was_running: bool) -> None:
+        """The future was cancelled by its user."""
 
 
 class BatchFuture(Future[T]):
@@ -41,8 +51,8 @@ class BatchFuture(Future[T]):
         "_done_callbacks_made",
         "_exception",
         "_lock",
-        "_on_cancel",
         "_output",
+        "_owner",
         "_result",
         "_run_time",
         "_state",
@@ -51,7 +61,7 @@ class BatchFuture(Future[T]):
         "_worker_id",
     )
 
-    def __init__(self, on_cancel: Callable[[BatchFuture[Any], bool], None] | None = None) -> None:
+    def __init__(self, owner: Owner | None = None) -> None:
         # The base class's __init__ is left out on purpose: it would make what this class avoids.
         self._lock = threading.RLock()
         self._state = PENDING
@@ -61,7 +71,7 @@ class BatchFuture(Future[T]):
         self._condition_made: threading.Condition | None = None
         self._waiters_made: list[Any] | None = None
         self._done_callbacks_made: list[Callable[[Future[T]], object]] | None = None
-        self._on_cancel = on_cancel
+        self._owner = owner
         self._task: Any = None
         self._worker_id: str | None = None
         self._run_time: float | None = None
@@ -207,6 +217,9 @@ class BatchFuture(Future[T]):
         Returns:
             False if the task is running (and ``running`` is false) or has finished, else True.
         """
+        owner = self._owner
+        if owner is not None and not running and self._state == PENDING:
+            owner.recall(self)
         with self._lock:
             if self._state == CANCELLED_AND_NOTIFIED:
                 return True
@@ -216,8 +229,8 @@ class BatchFuture(Future[T]):
             if was_running and not running:
                 return False
             self._conclude(CANCELLED_AND_NOTIFIED, "add_cancelled")
-        if self._on_cancel is not None:
-            self._on_cancel(self, was_running)
+        if owner is not None:
+            owner.cancelled(self, was_running)
         self._invoke_callbacks()
         return True
 

@@ -20,6 +20,7 @@ __all__ = [
     "ResultsReceived",
     "ShutdownRequested",
     "TasksCancelled",
+    "TasksRecalled",
     "TasksStarted",
     "TasksSubmitted",
     "WorkerConnected",
@@ -63,6 +64,13 @@ class TasksCancelled:
 
     tasks: Sequence[Task]
     kill: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TasksRecalled:
+    """Somebody wants to cancel tasks that were sent ahead, and to know whether they had begun."""
+
+    tasks: Sequence[Task]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +185,7 @@ class DeadlinePassed:
 Event = (
     TasksSubmitted
     | TasksCancelled
+    | TasksRecalled
     | WorkerConnected
     | WorkerHeard
     | WorkerReady

@@ -36,6 +36,7 @@ from cloudexec._core.events import (
     ResultsReceived,
     ShutdownRequested,
     TasksCancelled,
+    TasksRecalled,
     TasksStarted,
     TasksSubmitted,
     WorkerConnected,
@@ -56,6 +57,8 @@ _RUNNING, _DONE = TaskState.RUNNING, TaskState.DONE
 
 _REBALANCE_AFTER = 0.1
 """Seconds between looks at whether one worker sits on tasks that another could run."""
+_CANCEL_PAUSE = 0.05
+"""Seconds after a cancellation in which a worker gets nothing ahead of need."""
 _SUSPICIONS = 10
 """Workers that may be lost before they were ready, under a task that they were to begin with,
 before each further one costs it an attempt: a task whose mere presence kills workers comes to an
@@ -97,6 +100,7 @@ class Machine:
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             TasksSubmitted: self._on_submitted,
             TasksCancelled: self._on_cancelled,
+            TasksRecalled: self._on_recalled,
             WorkerConnected: self._on_connected,
             WorkerHeard: self._on_heard,
             WorkerReady: self._on_ready,
@@ -124,7 +128,7 @@ class Machine:
         self._events += 1
         self._handlers[type(event)](event, now)
         if self.queue and self._hungry:
-            self._assign()
+            self._assign(now)
         self._scale(now)
         # Handed over: the commands hold results, which are not ours to keep alive.
         out, self._out = self._out, []
@@ -161,6 +165,19 @@ class Machine:
         for worker, numbers in leases.items():
             command = KillTasks if event.kill else RecallTasks
             self._out.append(command(worker, numbers, self._events))
+
+    def _on_recalled(self, event: TasksRecalled, now: float) -> None:
+        # Whoever cancels one task often cancels more: all that were sent ahead come back, and for
+        # a moment none is sent ahead, so that the others can be cancelled here.
+        for name in {task.worker for task in event.tasks if task.state is _SENT}:
+            worker = self.workers.get(name or "")
+            if worker is None:
+                continue
+            if now >= worker.paused_until:
+                sent = [lease for lease, task in worker.leases.items() if task.state is _SENT]
+                self._out.append(RecallTasks(worker.id, sent, self._events))
+            worker.paused_until = now + _CANCEL_PAUSE
+            self._remind(worker.paused_until)
 
     def _close(self, task: Task, how: str) -> None:
         if task.state is _WAITING:
@@ -482,6 +499,13 @@ class Machine:
                 self._lose_worker(worker, silent, now)
                 continue
             self._remind(worker.heard_at + config.lease_timeout)
+            if worker.paused_until:
+                if now < worker.paused_until:
+                    self._remind(worker.paused_until)
+                else:
+                    worker.paused_until = 0.0
+                    if worker.state is WorkerState.ACTIVE:
+                        self._hungry[worker.id] = None
             if worker.idle_since is None or worker.state is not WorkerState.ACTIVE:
                 continue
             if scaling.idle_timeout is None or active - worker.slots < scaling.min_slots:
@@ -517,14 +541,14 @@ class Machine:
             if free <= 0:
                 break
 
-    def _assign(self) -> None:
+    def _assign(self, now: float) -> None:
         sending = self.config.sending
         for name in list(self._hungry):
             if not self._waiting:
                 break
             worker = self.workers[name]
             share = max(worker.slots, -(-self._waiting // len(self._hungry)))
-            tasks, starting = take_tasks(self.queue, worker, sending, self._leases, share)
+            tasks, starting = take_tasks(self.queue, worker, sending, self._leases, share, now)
             self._waiting -= len(tasks)
             if tasks:
                 if starting:

@@ -20,6 +20,7 @@ def take_tasks(
     policy: SendingPolicy,
     leases: Iterator[int],
     share: int,
+    now: float = 0.0,
 ) -> tuple[list[Task], int]:
     """Move tasks from the head of the queue to a worker.
 
@@ -34,6 +35,7 @@ def take_tasks(
         policy: How far ahead.
         leases: Where new lease numbers come from.
         share: Most tasks to take, so that others get theirs.
+        now: The time, in seconds.
 
     Returns:
         The tasks, and how many of them (the first ones) begin at once in a free slot.
@@ -46,6 +48,8 @@ def take_tasks(
     budget = policy.lookahead * slots
     cap = policy.max_lookahead * slots
     in_flight = len(held)
+    if now < worker.paused_until:
+        cap = slots
     if in_flight >= slots and (2 * load > budget or 2 * in_flight > cap):
         # Well supplied. Topping up for each result that comes would make messages of a few tasks.
         return [], 0

@@ -26,6 +26,7 @@ class Worker:
         leases: Lease -> task, in the order sent; cancelled tasks stay until the worker answers.
         load: Estimated seconds of work behind those leases.
         ready: Whether it may have begun any of its tasks.
+        paused_until: Until then it gets nothing ahead of need.
         completed: Tasks it has answered for.
         idle_since: When its last lease went; ``None`` while it has one.
         heard_at: When it was last heard of.
@@ -39,6 +40,7 @@ class Worker:
         "launch",
         "leases",
         "load",
+        "paused_until",
         "ready",
         "slots",
         "state",
@@ -52,6 +54,7 @@ class Worker:
         self.leases: dict[int, Task] = {}
         self.load = 0.0
         self.ready = False
+        self.paused_until = 0.0
         self.completed = 0
         self.idle_since: float | None = now
         self.heard_at = now

@@ -47,6 +47,8 @@ __all__ = ["Driver", "Setup", "Submission"]
 _logger = logging.getLogger("cloudexec")
 _LAST_WORDS = 0.1
 """Seconds that a worker's process has, after its stream ended, to end and say why."""
+_RECALL_TIMEOUT = 1.0
+"""Seconds that ``cancel()`` waits for a worker to say whether a task had begun."""
 _END_GRACE = 5.0
 """Seconds that workers have to end by themselves when the executor does."""
 _MOST_STALL = 2.0
@@ -189,6 +191,16 @@ class Driver:
         task = future._task
         if task is not None:
             self.post(events.TasksCancelled((task,), kill=was_running))
+
+    def recall(self, future: BatchFuture[Any]) -> None:
+        """Have a task back that was sent ahead; return when it is known whether it had begun."""
+        task = future._task
+        if task is None or task.state is not TaskState.SENT or self.portal.is_this_thread:
+            return
+        self.post(events.TasksRecalled((task,)))
+        deadline = time.monotonic() + _RECALL_TIMEOUT
+        while task.state is TaskState.SENT and time.monotonic() < deadline:
+            time.sleep(0.0005)
 
     async def start(self) -> None:
         """Listen, then wait for work.
@@ -337,7 +349,7 @@ class Driver:
     def _let_go(self, task: Any, future: BatchFuture[Any], done: bool) -> None:
         task.payload = task.function = task.handle = None
         future._task = None
-        future._on_cancel = None
+        future._owner = None
         if done and future._has_callbacks():
             self.callbacks.put(future)
 
@@ -380,7 +392,7 @@ class Driver:
     def _cancel(self, command: commands.CancelTasks) -> None:
         for task in command.tasks:
             future = task.handle
-            future._on_cancel = None
+            future._owner = None
             with future._lock:
                 if not future.done():
                     future._conclude("CANCELLED_AND_NOTIFIED", "add_cancelled")

@@ -155,6 +155,7 @@ class _Session:
         payloads: list[bytes] = []
         estimates: list[float] = []
         numbers: list[int] = []
+        timeouts: list[float] = []
         streamed: list[int] = []
         timed = False
         size = 0
@@ -164,8 +165,9 @@ class _Session:
                 break
             taken += 1
             payload = task.payload
-            if payload is None:
-                continue  # cancelled or answered meanwhile
+            future = task.handle
+            if payload is None or future is None or future.done():
+                continue  # cancelled meanwhile; the worker will hand back what it never had
             function = task.function
             if function is None:
                 functions.append(0)
@@ -181,12 +183,11 @@ class _Session:
             payloads.append(payload)
             estimates.append(task.kind.seconds)
             numbers.append(task.number)
+            timeouts.append(task.timeout or 0.0)
             timed = timed or task.timeout is not None
             size += len(payload)
         if timed:
-            message.tasks.timeouts.extend(
-                task.timeout or 0.0 for task in tasks[:taken] if task.payload is not None
-            )
+            message.tasks.timeouts.extend(timeouts)
         del tasks[:taken]
         if tasks:
             self._wanted.set()

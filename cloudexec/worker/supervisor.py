@@ -206,6 +206,11 @@ class SlotPool:
     def recall(self, leases: list[int]) -> None:
         """Hand these back unless they have begun."""
         wanted = set(leases)
+        unknown = wanted - {item.lease for item in self._queue}
+        for slot in self._slots.values():
+            unknown -= slot.held.keys()
+        for lease in unknown:
+            self._answers.returned(lease)  # never sent, or answered already
         if any(item.lease in wanted for item in self._queue):
             kept: deque[WorkItem] = deque()
             for item in self._queue:
