@@ -181,6 +181,7 @@ class RemoteTraceback(Exception):
     def __init__(self, traceback: str = "", output: str = "") -> None:
         super().__init__(traceback, output)
         self.traceback = traceback
+        self.tb = traceback  # as concurrent.futures.process has it
         self.output = output
 
     def __str__(self) -> str:

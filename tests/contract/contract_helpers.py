@@ -15,7 +15,7 @@ import psutil
 
 import cloudexec
 
-__all__ = ["PATIENCE", "Client", "Signals", "assert_gone", "descendants", "until"]
+__all__ = ["PATIENCE", "Client", "Signals", "assert_gone", "descendants", "settle", "until"]
 
 PATIENCE = 20.0
 """Seconds after which what was to happen counts as never happening."""
@@ -66,6 +66,11 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not so after {PATIENCE} s"
         pause.wait(0.005)
+
+
+def settle() -> None:
+    """Let what was told to a worker arrive there; it tells nobody that it did."""
+    threading.Event().wait(0.3)
 
 
 def descendants(pid: int | None = None) -> list[psutil.Process]:

