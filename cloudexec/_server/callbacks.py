@@ -12,19 +12,16 @@ __all__ = ["CallbackThread"]
 
 
 class CallbackThread:
-    """Started with the first callback; one at a time, in the order in which tasks finish."""
+    """Runs one callback at a time, in the order in which tasks finish."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[BatchFuture[Any] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        # Started now: at the end of the interpreter, when there may be use for it, none can be.
+        self._thread = threading.Thread(target=self._run, name="cloudexec-callbacks", daemon=True)
+        self._thread.start()
 
     def put(self, future: BatchFuture[Any]) -> None:
         """Run the callbacks of a future that is done."""
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._run, name="cloudexec-callbacks", daemon=True
-            )
-            self._thread.start()
         self._queue.put(future)
 
     def _run(self) -> None:
@@ -34,11 +31,9 @@ class CallbackThread:
 
     def stop(self) -> None:
         """End the thread once all that was put has run."""
-        if self._thread is not None:
-            self._queue.put(None)
+        self._queue.put(None)
 
     def join(self) -> None:
         """Wait for the end, unless a callback is what asks."""
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if self._thread is not threading.current_thread():
+            self._thread.join()

@@ -1,10 +1,11 @@
-"""The client's end of the direct channel: one thread per transfer, none when there is none."""
+"""The client's end of the direct channel: one thread per transfer at once, at least one."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import queue
 import socket
 import threading
 from collections.abc import Callable
@@ -69,8 +70,11 @@ class DirectChannel:
         self._expects = expects
         self._deliver = deliver
         self._connections: set[socket.socket] = set()
-        self._threads: set[threading.Thread] = set()
+        self._waiting: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
+        # One is there from the start: at the end of the interpreter no thread can be started.
+        self._start_thread()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.setblocking(False)
         self._listener.bind(path)
@@ -86,13 +90,24 @@ class DirectChannel:
         if len(self._connections) >= _MOST_CONNECTIONS:
             connection.close()
             return
-        thread = threading.Thread(
-            target=self._serve, args=(connection,), name="cloudexec-direct", daemon=True
-        )
         with self._lock:
             self._connections.add(connection)
-            self._threads.add(thread)
-        thread.start()
+            busy = len(self._connections)
+        self._waiting.put(connection)
+        if busy > len(self._threads):
+            self._start_thread()
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._run, name="cloudexec-direct", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return  # too late for a new one: the transfer waits for one that is there
+        self._threads.append(thread)
+
+    def _run(self) -> None:
+        while (connection := self._waiting.get()) is not None:
+            self._serve(connection)
 
     def _on_loop(self, fn: Callable[..., Any], *args: object) -> Any:
         async def call() -> Any:
@@ -118,7 +133,6 @@ class DirectChannel:
         finally:
             with self._lock:
                 self._connections.discard(connection)
-                self._threads.discard(threading.current_thread())
 
     def _send(self, connection: socket.socket, token: bytes, lease: int) -> None:
         payload = self._on_loop(self._payload_of, token, lease)
@@ -151,10 +165,10 @@ class DirectChannel:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
+        for _ in self._threads:
+            self._waiting.put(None)
 
     def join(self) -> None:
         """Wait, after ``close``, for the threads; not on the loop thread."""
-        with self._lock:
-            threads = list(self._threads)
-        for thread in threads:
+        for thread in self._threads:
             thread.join()

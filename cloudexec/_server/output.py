@@ -31,24 +31,20 @@ class OutputThread:
             tuple[str, int, int, bytes, Taken] | Callable[[], object] | None
         ]
         self._queue = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
         self._partial: dict[tuple[str, int, int], bytes] = {}
         self._decoders: dict[tuple[str, int, int], codecs.IncrementalDecoder] = {}
         self._logger = logging.getLogger("cloudexec.output")
+        # Started now: at the end of the interpreter, when there may be use for it, none can be.
+        self._thread = threading.Thread(target=self._run, name="cloudexec-output", daemon=True)
+        self._thread.start()
 
     def put(self, worker: str, number: int, stream: int, data: bytes, taken: Taken) -> None:
         """Show what a task printed, then call ``taken`` with its size in bytes."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="cloudexec-output", daemon=True)
-            self._thread.start()
         self._queue.put((worker, number, stream, data, taken))
 
     def after(self, call: Callable[[], object]) -> None:
         """Call this, in the thread, once all that was put has been shown."""
-        if self._thread is None:
-            call()
-        else:
-            self._queue.put(call)
+        self._queue.put(call)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -112,13 +108,11 @@ class OutputThread:
 
     def stop(self) -> None:
         """End the thread once all that was put has been shown."""
-        if self._thread is not None:
-            self._queue.put(None)
+        self._queue.put(None)
 
     def join(self) -> None:
         """Wait for the end."""
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        self._thread.join()
 
 
 def _is_terminal(stream: object) -> bool:

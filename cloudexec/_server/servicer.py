@@ -472,15 +472,23 @@ class _Arrival:
         self._complete = False
         self._done: asyncio.Future[Delivered] = self._loop.create_future()
         thread = threading.Thread(target=self._run, name="cloudexec-result", daemon=True)
-        thread.start()
+        self._threaded = True
+        try:
+            thread.start()
+        except RuntimeError:
+            # The interpreter is ending and starts no thread: gather it all, unpickle it at the end.
+            self._threaded = False
 
     async def put(self, chunk: memoryview) -> None:
-        await self._room.acquire()
+        if self._threaded:
+            await self._room.acquire()
         self._chunks.put(chunk)
 
     async def end(self, *, complete: bool) -> Delivered:
         self._complete = complete
         self._chunks.put(None)
+        if not self._threaded:
+            self._run()
         return await asyncio.shield(self._done)
 
     def _next_chunk(self) -> memoryview | None:
