@@ -208,11 +208,6 @@ class Driver:
         Raises:
             LaunchError: If the server cannot listen where it was told to.
         """
-        with _quiet_grpc():
-            from cloudexec._server.servicer import start_server, warm_up
-
-            warm_up()
-
         listen = self.setup.listen
         if listen is None and not self._launcher.needs_network() and hasattr(os, "fork"):
             self._directory = _private_directory()
@@ -222,7 +217,11 @@ class Driver:
             self._direct = DirectChannel(
                 self.direct_path, self._payload_of, self._expects, self._deliver
             )
-        self._server, target, sha256 = await start_server(self, listen or "127.0.0.1:0")
+        with _quiet_grpc():
+            from cloudexec._server.servicer import start_server
+
+            started = await start_server(self, listen or "127.0.0.1:0")
+        self._server, target, sha256 = started
         self.contact = Contact(target, self.executor_id, self.key, sha256)
         self._looked_at = time.monotonic()
         if self.machine.config.scaling.min_slots:
@@ -618,7 +617,7 @@ class Driver:
 
 @contextlib.contextmanager
 def _quiet_grpc() -> Iterator[None]:
-    """Let gRPC read its settings, once: no handlers around ``os.fork()``, no log on stderr.
+    """Let gRPC read its settings as it starts: no handlers around ``os.fork()``, no log on stderr.
 
     Its handlers around fork() find our threads at work, print that, and do nothing.
     """

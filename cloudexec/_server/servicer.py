@@ -521,11 +521,6 @@ class _Arrival:
         self._loop.call_soon_threadsafe(resolve, outcome)
 
 
-def warm_up() -> None:
-    """Have gRPC initialise itself."""
-    grpc.aio.init_grpc_aio()
-
-
 async def start_server(driver: Driver, listen: str) -> tuple[grpc.aio.Server, str, str]:
     """Start to listen.
 

@@ -705,10 +705,6 @@ class SlotPool:
     # Answers from slots.
 
     def _on_answers(self, slot: Child) -> None:
-        if not slot.raw_paused:
-            # What was printed before these answers belongs to their tasks.
-            self._on_raw_output(slot, slot.stdout_fd, 1)
-            self._on_raw_output(slot, slot.stderr_fd, 2)
         self._read_answers(slot, last=False)
         self.dispatch()
         self._answers.wake()
@@ -747,6 +743,11 @@ class SlotPool:
                 break
             at += HEADER.size
             if kind == Kind.RESULTS:
+                if not slot.raw_paused:
+                    # What was printed before this is of one of these tasks, not of the next.
+                    lease = RESULT.unpack_from(data, at)[0]
+                    self._on_raw_output(slot, slot.stdout_fd, 1, lease=lease)
+                    self._on_raw_output(slot, slot.stderr_fd, 2, lease=lease)
                 self._take_results(slot, data, at, at + length)
             else:
                 self._take_frame(slot, kind, number, data[at : at + length])
@@ -890,7 +891,9 @@ class SlotPool:
                 self._loop.remove_reader(slot.stdout_fd)
                 self._loop.remove_reader(slot.stderr_fd)
 
-    def _on_raw_output(self, slot: Child, fd: int, stream: int, *, last: bool = False) -> None:
+    def _on_raw_output(
+        self, slot: Child, fd: int, stream: int, *, last: bool = False, lease: int = 0
+    ) -> None:
         """Output that did not go through ``sys.stdout``: from C, or from a task's children."""
         while True:
             try:
@@ -903,7 +906,7 @@ class SlotPool:
                 if not last:
                     self._loop.remove_reader(fd)
                 return
-            self._take_output(slot, slot.cells[CURRENT], stream, data)
+            self._take_output(slot, lease or slot.cells[CURRENT], stream, data)
             self._answers.wake()
             if not last:
                 return
