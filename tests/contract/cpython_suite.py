@@ -8,9 +8,11 @@ interpreter's own ``test.support`` (an older suite asks for nothing that a newer
 from __future__ import annotations
 
 import ast
+import atexit
 import importlib
 import os
 import re
+import shutil
 import sys
 import sysconfig
 import tempfile
@@ -147,14 +149,17 @@ def _forget_test_package(shim: list[str]) -> None:
 
 def _shim(path: Path) -> str:
     """Make a directory whose package ``test`` is the interpreter's own, and the suite."""
-    directory = tempfile.TemporaryDirectory(prefix="cpython-suite-")
-    _kept.append(directory)
-    package = Path(directory.name, "test")
+    directory = tempfile.mkdtemp(prefix="cpython-suite-")
+    # By this process alone: tests fork, and a child's end is not the suite's.
+    atexit.register(_remove, directory, os.getpid())
+    package = Path(directory, "test")
     package.mkdir()
     own = Path(sysconfig.get_path("stdlib"), "test")
     package.joinpath("__init__.py").write_text(f"__path__.append({str(own)!r})\n")
     package.joinpath(path.name).symlink_to(path)
-    return directory.name
+    return directory
 
 
-_kept: list[tempfile.TemporaryDirectory[str]] = []
+def _remove(directory: str, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(directory, ignore_errors=True)
