@@ -81,7 +81,7 @@ class _Base(Executor):
 
         Returns:
             An iterator that raises what a call raised when its turn comes, and ``TimeoutError``
-            when the time is up. Closing it cancels what has not begun.
+            when the time is up. Closing it, once it has been read from, cancels what has not begun.
 
         Raises:
             ValueError: If ``chunksize`` or ``buffersize`` is less than 1.
