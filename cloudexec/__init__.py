@@ -5,7 +5,9 @@ as subprocesses of this machine by default, and in containers elsewhere with a l
 """
 
 from cloudexec._errors import (
+    AwsError,
     BrokenBatchExecutor,
+    BudgetExceededError,
     CloudexecError,
     ConfigError,
     InitializerError,
@@ -23,9 +25,11 @@ from cloudexec._launchers.local import Local
 from cloudexec._stats import ExecutorStats, TaskCounts, WorkerCounts
 
 __all__ = [
+    "AwsError",
     "BatchExecutor",
     "BatchFuture",
     "BrokenBatchExecutor",
+    "BudgetExceededError",
     "CloudexecError",
     "ConfigError",
     "ExecutorStats",

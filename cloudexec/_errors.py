@@ -3,6 +3,8 @@
 CloudexecError
 ├── ConfigError (also ValueError)        your settings
 ├── LaunchError                          workers could not be started, or never dialed back
+│   └── BudgetExceededError              ... or would cost more than max_cost_usd
+├── AwsError                             AWS refused a request, or could not be reached
 ├── WorkerLostError                      whatever ran the task died; its attempts are used up
 ├── TaskTimeoutError (also TimeoutError) the task ran past its own time limit
 ├── PayloadError (also PicklingError)    could not pickle or unpickle
@@ -22,7 +24,9 @@ from concurrent.futures import BrokenExecutor
 from typing import Any
 
 __all__ = [
+    "AwsError",
     "BrokenBatchExecutor",
+    "BudgetExceededError",
     "CloudexecError",
     "ConfigError",
     "InitializerError",
@@ -75,6 +79,53 @@ class LaunchError(CloudexecError):
     def __init__(self, message: str = "", *, reason: str = "") -> None:
         super().__init__(message, reason=reason)
         self.reason = reason
+
+
+class BudgetExceededError(LaunchError):
+    """Going on would cost more than ``max_cost_usd``.
+
+    Attributes:
+        cost_usd: What has been spent, as estimated.
+        max_cost_usd: The ceiling.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        cost_usd: float | None = None,
+        max_cost_usd: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.cost_usd = cost_usd
+        self.max_cost_usd = max_cost_usd
+
+
+class AwsError(CloudexecError):
+    """AWS refused a request, or could not be reached.
+
+    Attributes:
+        code: AWS's own error code, such as ``"AccessDeniedException"``; ``"Unreachable"`` and
+            ``"NoCredentials"`` are ours.
+        operation: Which call, as IAM names it: ``"batch:SubmitJob"``.
+        transient: Whether the same call may succeed a little later.
+        expired: Whether fresh credentials are needed.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        code: str = "",
+        operation: str = "",
+        transient: bool = False,
+        expired: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.operation = operation
+        self.transient = transient
+        self.expired = expired
 
 
 class WorkerLostError(CloudexecError):

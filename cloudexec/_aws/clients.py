@@ -1,0 +1,234 @@
+"""The seam to the AWS SDK: clients made when first used, retries, errors in our own words."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any
+
+import botocore.exceptions
+from aiobotocore.config import AioConfig
+from aiobotocore.session import get_session
+
+from cloudexec._errors import AwsError, ConfigError
+
+__all__ = ["AwsClients", "Recorder"]
+
+Recorder = Callable[[str, str, Mapping[str, Any]], None]
+"""Told of each call: service, operation as the API names it, parameters."""
+
+_CONNECT_TIMEOUT = 10.0
+_READ_TIMEOUT = 60.0
+_MAX_CONNECTIONS = 25
+_ATTEMPTS = 6
+"""Tries of one call on throttling, connection errors and 5xx; botocore backs off in between."""
+_THROTTLES = (
+    "TooManyRequestsException",
+    "ThrottlingException",
+    "Throttling",
+    "RequestLimitExceeded",
+    "SlowDown",
+)
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
+_DENIED = (
+    "AccessDenied",
+    "AccessDeniedException",
+    "UnauthorizedOperation",
+    "AuthFailure",
+    "InvalidClientTokenId",
+    "UnrecognizedClientException",
+    "SignatureDoesNotMatch",
+    "InvalidSignatureException",
+)
+_SERVER = ("InternalFailure", "InternalServerError", "ServiceUnavailable", "ServerException")
+
+
+class AwsClients:
+    """Calls to AWS in one region, on one event loop.
+
+    Credentials come from where the AWS SDKs look: environment, configuration files, roles. An
+    endpoint may be set with ``AWS_ENDPOINT_URL``. Use as ``async with``.
+
+    Args:
+        region: Such as ``"eu-central-1"``; ``None``: the SDK's default.
+        recorder: Told of each call, before it is made.
+
+    Raises:
+        ConfigError: If no region is given or configured.
+    """
+
+    def __init__(self, region: str | None = None, *, recorder: Recorder | None = None) -> None:
+        self._session = get_session()
+        self._recorder = recorder
+        found = region or self._session.get_config_variable("region")
+        if not found:
+            raise ConfigError(
+                "no AWS region: give region=, set AWS_DEFAULT_REGION, or run `aws configure`"
+            )
+        self.region: str = found
+        self._clients: dict[tuple[str, str, bool], Any] = {}
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> AwsClients:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        self._clients.clear()
+        await self._stack.aclose()
+
+    @property
+    def endpoint(self) -> str:
+        """Where calls go if not to AWS itself (``AWS_ENDPOINT_URL``), or an empty string."""
+        import os
+
+        return os.environ.get("AWS_ENDPOINT_URL", "")
+
+    async def client(self, service: str, *, region: str = "", once: bool = False) -> Any:
+        """Return a client, made on first use; for what ``call`` and ``pages`` cannot do.
+
+        Args:
+            service: As botocore names it.
+            region: Another region than the usual one.
+            once: Whether it makes each request once only: for calls that must not happen twice.
+        """
+        key = (service, region or self.region, once)
+        client = self._clients.get(key)
+        if client is None:
+            config = AioConfig(
+                connect_timeout=_CONNECT_TIMEOUT,
+                read_timeout=_READ_TIMEOUT,
+                max_pool_connections=_MAX_CONNECTIONS,
+                retries={"total_max_attempts": 1 if once else _ATTEMPTS, "mode": "standard"},
+                user_agent_extra="cloudexec",
+            )
+            with translated(service, "CreateClient"):
+                client = await self._stack.enter_async_context(
+                    self._session.create_client(service, region_name=key[1], config=config)
+                )
+            self._clients[key] = client
+        return client
+
+    async def call(
+        self,
+        service: str,
+        operation: str,
+        /,
+        *,
+        region: str = "",
+        once: bool = False,
+        **parameters: Any,
+    ) -> Any:
+        """Make one call.
+
+        Args:
+            service: As botocore names it, such as ``"batch"``.
+            operation: As botocore's methods are named, such as ``"submit_job"``.
+            region: Another region than the usual one.
+            once: Do not retry: for calls that must not happen twice.
+            parameters: As the API names them.
+
+        Returns:
+            The response's members, without ``ResponseMetadata``.
+
+        Raises:
+            AwsError: If AWS refuses, or cannot be reached.
+        """
+        client = await self.client(service, region=region, once=once)
+        name: str = client.meta.method_to_api_mapping[operation]
+        if self._recorder is not None:
+            self._recorder(service, name, parameters)
+        with translated(service, name):
+            response = await getattr(client, operation)(**parameters)
+        response.pop("ResponseMetadata", None)
+        return response
+
+    async def pages(
+        self, service: str, operation: str, key: str, /, **parameters: Any
+    ) -> AsyncIterator[Any]:
+        """Yield the items of a paginated call, page after page.
+
+        Args:
+            service: As for ``call``.
+            operation: As for ``call``.
+            key: Member of the response that lists the items.
+            parameters: As for ``call``.
+
+        Raises:
+            AwsError: If AWS refuses, or cannot be reached.
+        """
+        client = await self.client(service)
+        name: str = client.meta.method_to_api_mapping[operation]
+        if self._recorder is not None:
+            self._recorder(service, name, parameters)
+        pages = aiter(client.get_paginator(operation).paginate(**parameters))
+        while True:
+            with translated(service, name):
+                page = await anext(pages, None)
+            if page is None:
+                return
+            for item in page.get(key, ()):
+                yield item
+
+
+@contextlib.contextmanager
+def translated(service: str, operation: str) -> Iterator[None]:
+    """Turn what botocore raises into ``AwsError``."""
+    what = f"{service}:{operation}"
+    try:
+        yield
+    except botocore.exceptions.ClientError as exc:
+        details = exc.response.get("Error", {})
+        metadata: Mapping[str, Any] = exc.response.get("ResponseMetadata", {})
+        code = str(details.get("Code", "?"))
+        status = metadata.get("HTTPStatusCode", 0)
+        message = f"{what} failed: {code}: {details.get('Message') or '(AWS gave no message)'}"
+        remedy = _remedy(code, what)
+        raise AwsError(
+            message + (f"; {remedy}" if remedy else ""),
+            code=code,
+            operation=what,
+            transient=code in _THROTTLES or code in _SERVER or status >= 500 or status == 429,
+            expired=code in _EXPIRED,
+        ) from exc
+    except (
+        botocore.exceptions.NoCredentialsError,
+        botocore.exceptions.PartialCredentialsError,
+        botocore.exceptions.CredentialRetrievalError,
+        botocore.exceptions.ProfileNotFound,
+        botocore.exceptions.TokenRetrievalError,
+        botocore.exceptions.SSOTokenLoadError,
+        botocore.exceptions.UnauthorizedSSOTokenError,
+    ) as exc:
+        raise AwsError(
+            f"{what}: no usable AWS credentials ({exc}); "
+            f"log in (`aws sso login`, `aws configure`) or set AWS_PROFILE",
+            code="NoCredentials",
+            operation=what,
+            expired=True,
+        ) from exc
+    except botocore.exceptions.ParamValidationError as exc:
+        raise AwsError(f"{what}: {exc}", code="ParamValidation", operation=what) from exc
+    except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as exc:
+        raise AwsError(
+            f"{what}: AWS cannot be reached: {exc}; check the network, proxies and the region",
+            code="Unreachable",
+            operation=what,
+            transient=True,
+        ) from exc
+    except botocore.exceptions.BotoCoreError as exc:
+        raise AwsError(f"{what}: {exc}", code=type(exc).__name__, operation=what) from exc
+
+
+def _remedy(code: str, what: str) -> str:
+    if code in _EXPIRED:
+        return "the AWS credentials have expired: renew them (`aws sso login`); they are read again"
+    if code in _DENIED:
+        return (
+            f"these credentials may not call {what}: `cloudexec policy` prints what is needed, "
+            f"`aws sts get-caller-identity` says who you are"
+        )
+    return ""

@@ -1,0 +1,163 @@
+"""What AWS allows: sizes of workers and of requests, checked before anything is sent."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from cloudexec._errors import ConfigError
+
+__all__ = [
+    "ARRAY_LARGEST",
+    "DEFINITION_BYTES",
+    "DESCRIBE_JOBS",
+    "LEAST_ATTEMPT_SECONDS",
+    "OVERRIDE_CHARACTERS",
+    "SUBMIT_BYTES",
+    "TAGS",
+    "WorkerSize",
+    "array_sizes",
+    "fargate_memories",
+    "fargate_size",
+    "parse_memory",
+]
+
+ARRAY_LARGEST = 10_000
+"""Children of one array job. AWS Batch User Guide, "Array jobs"."""
+SUBMIT_BYTES = 30 * 1024
+"""Size of one SubmitJob request. AWS Batch User Guide, "Service quotas"."""
+DEFINITION_BYTES = 24 * 1024
+"""Size of one job definition. AWS Batch User Guide, "Service quotas"."""
+OVERRIDE_CHARACTERS = 8192
+"""Overrides as Amazon ECS takes them, as JSON; what Batch adds counts too."""
+DESCRIBE_JOBS = 100
+"""Job ids in one DescribeJobs call. AWS Batch API Reference."""
+LEAST_ATTEMPT_SECONDS = 60
+"""Least ``attemptDurationSeconds``. AWS Batch User Guide, "Job timeouts"."""
+TAGS = 50
+
+_GIB = 1024
+# vCPU -> memory in MiB. AWS Batch API Reference, "ResourceRequirement".
+_FARGATE: dict[float, tuple[int, ...]] = {
+    0.25: (512, 1 * _GIB, 2 * _GIB),
+    0.5: tuple(gib * _GIB for gib in range(1, 5)),
+    1: tuple(gib * _GIB for gib in range(2, 9)),
+    2: tuple(gib * _GIB for gib in range(4, 17)),
+    4: tuple(gib * _GIB for gib in range(8, 31)),
+    8: tuple(gib * _GIB for gib in range(16, 61, 4)),
+    16: tuple(gib * _GIB for gib in range(32, 121, 8)),
+    32: (60 * _GIB, 120 * _GIB, 244 * _GIB),
+}
+_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(k|m|g|t)i?b?\s*", re.IGNORECASE)
+_MIB_PER = {"k": 1 / 1024, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class WorkerSize:
+    """What one worker has."""
+
+    memory_mib: int
+    vcpus: float
+
+    def __str__(self) -> str:
+        return f"{self.vcpus:g} vCPU with {format_memory(self.memory_mib)}"
+
+
+def format_memory(mib: int) -> str:
+    """Write memory as people do."""
+    return f"{mib / _GIB:g} GiB" if mib >= _GIB and mib % 256 == 0 else f"{mib} MiB"
+
+
+def parse_memory(memory: str | int) -> int:
+    """Read an amount of memory.
+
+    Args:
+        memory: ``"2GiB"``, ``"512 MiB"``, ``"2g"``; units count in powers of 1024. An integer is
+            MiB, as in AWS Batch.
+
+    Returns:
+        MiB, rounded up.
+
+    Raises:
+        ConfigError: If it cannot be read, or is not positive.
+    """
+    if isinstance(memory, int) and not isinstance(memory, bool):
+        mib = memory
+    else:
+        found = _MEMORY.fullmatch(memory) if isinstance(memory, str) else None
+        if found is None:
+            raise ConfigError(f"memory must be like '2GiB' or '512MiB', not {memory!r}")
+        mib = math.ceil(float(found[1]) * _MIB_PER[found[2].lower()])
+    if mib <= 0:
+        raise ConfigError(f"memory must be more than nothing, not {memory!r}")
+    return mib
+
+
+def fargate_memories(vcpus: float) -> tuple[int, ...]:
+    """Return what memory, in MiB, Fargate offers with so many vCPUs; nothing if there is no such
+    size."""
+    return _FARGATE.get(vcpus, ())
+
+
+def fargate_size(vcpus: float, memory: str | int) -> WorkerSize:
+    """Check a size that Fargate must offer exactly.
+
+    Args:
+        vcpus: 0.25, 0.5, 1, 2, 4, 8, 16 or 32.
+        memory: As ``parse_memory`` takes it.
+
+    Raises:
+        ConfigError: Naming the nearest sizes that there are.
+
+    References:
+        AWS Batch API Reference, "ResourceRequirement".
+    """
+    mib = parse_memory(memory)
+    if isinstance(vcpus, bool) or not isinstance(vcpus, (int, float)) or not vcpus > 0:
+        raise ConfigError(f"vcpus must be a positive number, not {vcpus!r}")
+    if mib in _FARGATE.get(vcpus, ()):
+        return WorkerSize(memory_mib=mib, vcpus=vcpus)
+    every = [
+        WorkerSize(memory_mib=offered, vcpus=cpus)
+        for cpus, memories in _FARGATE.items()
+        for offered in memories
+    ]
+    enough = [size for size in every if size.vcpus >= vcpus and size.memory_mib >= mib]
+    nearest: list[WorkerSize] = []
+    if vcpus in _FARGATE:
+        same = _FARGATE[vcpus]
+        below = [offered for offered in same if offered < mib]
+        above = [offered for offered in same if offered > mib]
+        nearest += [WorkerSize(memory_mib=m, vcpus=vcpus) for m in below[-1:] + above[:1]]
+    if enough:
+        least = min(enough, key=lambda size: (size.vcpus, size.memory_mib))
+        if least not in nearest:
+            nearest.append(least)
+    if not nearest:
+        nearest.append(every[-1])
+    names = ", or ".join(map(str, nearest))
+    raise ConfigError(
+        f"Fargate has no size of {vcpus:g} vCPU with {format_memory(mib)}; the nearest: {names}"
+    )
+
+
+def array_sizes(workers: int) -> list[int]:
+    """Split a launch into array-job sizes, one SubmitJob request each.
+
+    Args:
+        workers: Workers to launch, zero or more.
+
+    Returns:
+        One size per request, in order, summing to ``workers``. A size of 1 is a plain job.
+
+    Raises:
+        ValueError: If ``workers`` is negative.
+
+    References:
+        Array size 2 to 10,000: AWS Batch User Guide, "Array jobs".
+    """
+    if workers < 0:
+        raise ValueError(f"workers must be 0 or more, not {workers}")
+    full, rest = divmod(workers, ARRAY_LARGEST)
+    return [ARRAY_LARGEST] * full + ([rest] if rest else [])

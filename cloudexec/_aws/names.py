@@ -1,0 +1,59 @@
+"""Names that both sides of AWS must agree on: tags, stacks, jobs, definitions, variables."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = [
+    "DEFINITION_PREFIX",
+    "JOB_PREFIX",
+    "TAG_EXECUTOR",
+    "TAG_EXPIRES",
+    "TAG_PROJECT",
+    "TAG_STACK",
+    "TAG_USER",
+    "definition_name",
+    "job_name",
+    "stack_name",
+]
+
+TAG_EXECUTOR = "cloudexec:executor"
+TAG_USER = "cloudexec:user"
+TAG_PROJECT = "cloudexec:project"
+TAG_EXPIRES = "cloudexec:expires"
+"""When the job's time limit ends it at the latest, in UTC, ISO 8601."""
+TAG_STACK = "cloudexec:stack"
+"""On everything that ``cloudexec up`` makes: the stack's name."""
+
+JOB_PREFIX = "cloudexec-"
+DEFINITION_PREFIX = "cloudexec-"
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
+
+
+def stack_name(name: str) -> str:
+    """Return the CloudFormation stack of a set-up.
+
+    Args:
+        name: As given to ``cloudexec up --name``: lower-case letters, digits and hyphens.
+
+    Raises:
+        ConfigError: If the name cannot be one.
+    """
+    if not _NAME.fullmatch(name):
+        from cloudexec._errors import ConfigError
+
+        raise ConfigError(
+            f"a name is 1 to 32 lower-case letters, digits and hyphens, beginning with a letter, "
+            f"not {name!r}"
+        )
+    return f"cloudexec-{name}"
+
+
+def job_name(executor_id: str, launch: str) -> str:
+    """Return the name of the job that starts with this launch: unique, so that it can be found."""
+    return f"{JOB_PREFIX}{executor_id}-{launch}"
+
+
+def definition_name(content_hash: str) -> str:
+    """Return the name of the job definition with this content."""
+    return f"{DEFINITION_PREFIX}{content_hash[:16]}"

@@ -1,0 +1,140 @@
+"""A profile: where to launch, as ``cloudexec up`` found or made it, in a file of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cloudexec._errors import ConfigError
+
+__all__ = ["Profile", "profile_directory"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What an executor must know of an account to launch workers in it. Holds no secret."""
+
+    name: str
+    region: str
+    stack: str = ""
+    """CloudFormation stack; empty where things were given by hand."""
+    queues: Mapping[str, str] = field(default_factory=dict)
+    """ARN or name of the job queue for ``"fargate"``, ``"fargate_spot"``, ``"ec2"``,
+    ``"ec2_spot"``; those that exist."""
+    job_role: str = ""
+    """ARN of the role that tasks have."""
+    execution_role: str = ""
+    """ARN of the role that pulls the image and reads the key."""
+    key_secret: str = ""
+    """ARN of the secret that holds the stack's key; workers and executors read it."""
+    log_group: str = ""
+    bucket: str = ""
+    repository: str = ""
+    """URI of the image repository."""
+    images: Mapping[str, str] = field(default_factory=dict)
+    """Image, pinned by digest, by Python version and platform: ``"3.11-linux/amd64"``."""
+    security_group: str = ""
+    """Joined by the client's machine, in the same VPC, it lets workers in."""
+    vpc: str = ""
+    subnets: tuple[str, ...] = ()
+    assign_public_ip: bool = True
+    """Whether workers get a public address: needed in public subnets to reach anything."""
+    advertise: str = ""
+    """Host or ``host:port`` at which workers reach the client; empty: found by itself."""
+    project: str = ""
+    """Goes into a tag of every job."""
+
+    def image(self, python: str, platform: str) -> str:
+        """Return the image for a Python version and platform, or an empty string."""
+        return self.images.get(f"{python}-{platform}", "")
+
+    def with_image(self, python: str, platform: str, uri: str) -> Profile:
+        """Return the profile with one image more or another."""
+        return replace(self, images={**self.images, f"{python}-{platform}": uri})
+
+    @classmethod
+    def path(cls, name: str) -> Path:
+        """Return the file of a profile.
+
+        Raises:
+            ConfigError: If the name cannot be one.
+        """
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"the name of a profile is letters, digits, '-', '_' and '.', not {name!r}"
+            )
+        return profile_directory() / f"{name}.json"
+
+    @classmethod
+    def load(cls, name: str) -> Profile:
+        """Read a profile.
+
+        Raises:
+            ConfigError: If there is none of that name, or its file cannot be understood.
+        """
+        path = cls.path(name)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            others = ", ".join(cls.names()) or "none"
+            raise ConfigError(
+                f"there is no profile {name!r} ({path}); profiles here: {others}. "
+                f"`cloudexec up --name {name}` makes one"
+            ) from None
+        except (OSError, ValueError) as exc:
+            raise ConfigError(f"the profile {path} cannot be read: {exc}") from exc
+        return cls._of(data, path)
+
+    @classmethod
+    def _of(cls, data: Any, path: Path) -> Profile:
+        known = {each.name for each in fields(cls)}
+        if not isinstance(data, dict) or not {"name", "region"} <= data.keys():
+            raise ConfigError(f"the profile {path} is not one: it has no name and region")
+        # A newer release may have written more than we know.
+        values = {key: value for key, value in data.items() if key in known}
+        values["subnets"] = tuple(values.get("subnets", ()))
+        return cls(**values)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of all profiles, sorted."""
+        try:
+            return sorted(path.stem for path in profile_directory().glob("*.json"))
+        except OSError:
+            return []
+
+    def save(self) -> Path:
+        """Write the profile, in one step, readable by this user only."""
+        path = self.path(self.name)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_suffix(f".{os.getpid()}.tmp")
+        text = json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(draft, path)
+        return path
+
+    def delete(self) -> None:
+        """Remove the profile's file; nothing happens if there is none."""
+        self.path(self.name).unlink(missing_ok=True)
+
+
+def profile_directory() -> Path:
+    """Return where profiles are: ``$CLOUDEXEC_CONFIG_DIR``, or ``cloudexec`` in the user's
+    configuration directory."""
+    own = os.environ.get("CLOUDEXEC_CONFIG_DIR")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return Path(base) / "cloudexec"
+
+
+Profile.__module__ = "cloudexec.aws"
