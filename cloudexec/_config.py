@@ -75,6 +75,12 @@ class ScalingPolicy:
     """Seconds after which a worker without work is stopped; ``None``: never."""
     launch_timeout: float = 60.0
     """Seconds in which a launched worker must have dialed back."""
+    max_tasks_per_worker: int | None = None
+    """Tasks after which a worker is replaced; ``None``: no limit."""
+    max_worker_lifetime: float | None = None
+    """Seconds after which a worker is replaced; ``None``: no limit."""
+    rungs: int = 1
+    """Worker sizes to climb when a task was lost to memory, from 0."""
 
     def __post_init__(self) -> None:
         check_count("max_workers", self.max_slots, least=1)
@@ -82,6 +88,10 @@ class ScalingPolicy:
         check_count("slots_per_worker", self.slots_per_worker, least=1)
         check_positive("idle_timeout", self.idle_timeout, zero=True)
         check_positive("launch_timeout", self.launch_timeout)
+        if self.max_tasks_per_worker is not None:
+            check_count("max_tasks_per_worker", self.max_tasks_per_worker, least=1)
+        check_positive("max_worker_lifetime", self.max_worker_lifetime)
+        check_count("rungs", self.rungs, least=1)
         if self.min_slots > self.max_slots:
             raise ConfigError(
                 f"min_workers must not exceed max_workers ({self.max_slots}), not {self.min_slots}"

@@ -102,11 +102,12 @@ class KillTasks:
 
 @dataclass(frozen=True, slots=True)
 class LaunchWorker:
-    """Ask the launcher for a worker."""
+    """Ask the launcher for a worker of a size; those of one answer go in one request."""
 
     launch: str
     slots: int
     cause: int = 0
+    rung: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ __all__ = [
     "FailureKind",
     "FailuresReceived",
     "LaunchFailed",
+    "LaunchesRefused",
     "LeasesReturned",
     "ResultsReceived",
     "ShutdownRequested",
@@ -41,6 +42,8 @@ class FailureKind(enum.Enum):
     TIMED_OUT = "timed out"
     KILLED = "killed"
     WORKER_LOST = "worker lost"
+    RECLAIMED = "reclaimed"
+    """The platform wanted the worker back, and the task did not finish in the time it gave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Failure:
 
     kind: FailureKind
     detail: Any = None
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +113,16 @@ class WorkerLost:
 
     Attributes:
         detail: The shell's evidence.
+        reclaimed: Its platform took it back: no fault of any task.
+        out_of_memory: It was killed as a whole for want of memory.
+        relaunched: Its platform starts it again, under the same launch.
     """
 
     worker: str
     detail: Any = None
+    reclaimed: bool = False
+    out_of_memory: bool = False
+    relaunched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +175,13 @@ class LaunchFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class LaunchesRefused:
+    """Launches that were not made, and none will be from now on: the budget is used up."""
+
+    launches: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownRequested:
     """The executor takes no more tasks.
 
@@ -196,6 +213,7 @@ Event = (
     | TasksStarted
     | LeasesReturned
     | LaunchFailed
+    | LaunchesRefused
     | ShutdownRequested
     | DeadlinePassed
 )

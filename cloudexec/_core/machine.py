@@ -31,6 +31,7 @@ from cloudexec._core.events import (
     Failure,
     FailureKind,
     FailuresReceived,
+    LaunchesRefused,
     LaunchFailed,
     LeasesReturned,
     ResultsReceived,
@@ -76,7 +77,8 @@ class Machine:
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
-        self.queue: deque[Task] = deque()
+        self.queues: list[deque[Task]] = [deque() for _ in range(config.scaling.rungs)]
+        """Waiting tasks, by the least size of worker that they need."""
         self.workers: dict[str, Worker] = {}
         self.launches: dict[str, Launch] = {}
         self.counts: Counter[str] = Counter()
@@ -85,6 +87,9 @@ class Machine:
         self.shutting_down = False
         self.killing = False
         self.finished = False
+        self.refusing = False
+        """Whether no worker may be launched any more."""
+        self._open_by_rung = [0] * config.scaling.rungs  # kept where there is more than one
         self._waiting = 0
         self._active_slots = 0  # of launches and active workers
         self._total_slots = 0  # the same and of draining workers
@@ -111,6 +116,7 @@ class Machine:
             TasksStarted: self._on_started,
             LeasesReturned: self._on_returned,
             LaunchFailed: self._on_launch_failed,
+            LaunchesRefused: self._on_launches_refused,
             ShutdownRequested: self._on_shutdown,
             DeadlinePassed: self._on_deadline,
         }
@@ -127,7 +133,7 @@ class Machine:
         """
         self._events += 1
         self._handlers[type(event)](event, now)
-        if self.queue and self._hungry:
+        if self._waiting and self._hungry:
             self._assign(now)
         self._scale(now)
         # Handed over: the commands hold results, which are not ours to keep alive.
@@ -146,7 +152,12 @@ class Machine:
     # Tasks come and go.
 
     def _on_submitted(self, event: TasksSubmitted, now: float) -> None:
-        self.queue.extend(event.tasks)
+        if len(self.queues) == 1:
+            self.queues[0].extend(event.tasks)
+        else:
+            for task in event.tasks:
+                self._enter(task)
+                self.queues[task.rung].append(task)
         count = len(event.tasks)
         self._waiting += count
         self.open_tasks += count
@@ -161,7 +172,7 @@ class Machine:
                 leases.setdefault(task.worker, []).append(task.lease)
             self._close(task, "cancelled")
         if not self._waiting:
-            self.queue.clear()
+            self._clear_queues()
         for worker, numbers in leases.items():
             command = KillTasks if event.kill else RecallTasks
             self._out.append(command(worker, numbers, self._events))
@@ -179,9 +190,43 @@ class Machine:
             worker.paused_until = now + _CANCEL_PAUSE
             self._remind(worker.paused_until)
 
+    def _enter(self, task: Task) -> None:
+        """Count an open task under the size of worker that it needs."""
+        task.rung = min(max(task.rung, task.kind.rung), len(self.queues) - 1)
+        self._open_by_rung[task.rung] += 1
+
+    def _climb(self, task: Task, rung: int) -> None:
+        """Have a task that ran out of memory on workers of this size go to larger ones."""
+        kind = task.kind
+        before = kind.rung
+        kind.outgrew(rung)
+        self._open_by_rung[task.rung] -= 1
+        task.rung = rung + 1
+        self._enter(task)
+        if kind.rung > before and before < len(self.queues) - 1:
+            moving = [task for task in self.queues[before] if task.kind is kind]
+            if moving:
+                rest = [task for task in self.queues[before] if task.kind is not kind]
+                self.queues[before] = deque(rest)
+                for other in moving:
+                    if other.state is _WAITING:
+                        self._open_by_rung[other.rung] -= 1
+                        self._enter(other)
+                        self.queues[other.rung].append(other)
+
+    def waiting_tasks(self) -> list[Task]:
+        """Tasks that no worker has."""
+        return [task for queue in self.queues for task in queue if task.state is _WAITING]
+
+    def _clear_queues(self) -> None:
+        for queue in self.queues:
+            queue.clear()
+
     def _close(self, task: Task, how: str) -> None:
         if task.state is _WAITING:
             self._waiting -= 1
+        if len(self.queues) > 1:
+            self._open_by_rung[task.rung] -= 1
         task.state = _DONE
         self.open_tasks -= 1
         self.counts[how] += 1
@@ -204,7 +249,11 @@ class Machine:
             if self.config.scaling.idle_timeout is not None:
                 self._remind(now + self.config.scaling.idle_timeout)
         if worker.state is WorkerState.ACTIVE:
-            self._hungry[worker.id] = None
+            most = self.config.scaling.max_tasks_per_worker
+            if most is not None and worker.completed >= most:
+                self._retire(worker)
+            else:
+                self._hungry[worker.id] = None
         if len(self.workers) > 1 and self.open_tasks:
             self._remind(now + _REBALANCE_AFTER)
 
@@ -237,6 +286,9 @@ class Machine:
         worker.completed += len(event.leases)
         self._failed_launches = self._killed_launches = 0
         if tasks:
+            if len(self.queues) > 1:
+                for task in tasks:
+                    self._open_by_rung[task.rung] -= 1
             self.open_tasks -= len(tasks)
             self.counts["succeeded"] += len(tasks)
             self._out.append(ResolveTasks(worker.id, tasks, results, times, self._events))
@@ -255,6 +307,9 @@ class Machine:
             elif task.state is not _DONE:
                 if failure.kind is FailureKind.SLOT_LOST:
                     self._lose_attempt(worker, task, failure)
+                elif failure.kind is FailureKind.RECLAIMED and task.retries:
+                    self.counts["reclaimed"] += 1
+                    self._requeue([task])
                 else:
                     self._fail(worker, task, failure)
         worker.completed += len(event.failures)
@@ -267,6 +322,11 @@ class Machine:
     def _lose_attempt(self, worker: Worker, task: Task, failure: Failure) -> None:
         task.lost += 1
         self.counts["lost_attempts"] += 1
+        if failure.out_of_memory and worker.rung + 1 < len(self.queues) and task.retries:
+            # A larger worker is another try, not one more of the same.
+            task.retries += 1
+            self.counts["out_of_memory"] += 1
+            self._climb(task, max(worker.rung, task.rung))
         if task.lost > task.retries or self.killing:
             self._fail(worker, task, failure)
         else:
@@ -280,7 +340,11 @@ class Machine:
             task.state = _WAITING
             task.worker = None
             task.lease = 0
-        self.queue.extendleft(reversed(back))
+        if len(self.queues) == 1:
+            self.queues[0].extendleft(reversed(back))
+        else:
+            for task in reversed(back):
+                self.queues[task.rung].appendleft(task)
         self._waiting += len(back)
 
     def _on_started(self, event: TasksStarted, now: float) -> None:
@@ -309,8 +373,10 @@ class Machine:
     # Workers come and go.
 
     def _on_connected(self, event: WorkerConnected, now: float) -> None:
+        launch = self.launches.get(event.launch)
         self._end_launch(event.launch)
-        worker = Worker(event.worker, event.slots, event.launch, now)
+        rung = 0 if launch is None else launch.rung
+        worker = Worker(event.worker, event.slots, event.launch, now, rung)
         self.workers[event.worker] = worker
         self._active_slots += worker.slots
         self._total_slots += worker.slots
@@ -318,6 +384,8 @@ class Machine:
         self._failed_launches = 0
         self._hungry[worker.id] = None
         self._remind(now + self.config.lease_timeout)
+        if self.config.scaling.max_worker_lifetime is not None:
+            self._remind(now + self.config.scaling.max_worker_lifetime)
         self._settle(worker, now)
         if self.killing:
             self._out.append(TerminateWorker(worker.id, self._events))
@@ -344,6 +412,12 @@ class Machine:
             self._active_slots -= worker.slots
             self._hungry.pop(worker.id, None)
 
+    def _retire(self, worker: Worker) -> None:
+        """Have a worker finish what it has; another takes its place when there is need."""
+        if worker.state is WorkerState.ACTIVE:
+            self._drain(worker)
+            self._out.append(DrainWorker(worker.id, self._events))
+
     def _end_launch(self, launch_id: str) -> bool:
         launch = self.launches.pop(launch_id, None)
         if launch is None:
@@ -355,16 +429,19 @@ class Machine:
     def _on_lost(self, event: WorkerLost, now: float) -> None:
         worker = self.workers.get(event.worker)
         if worker is not None:
-            self._lose_worker(worker, event.detail, now)
+            self._lose_worker(worker, event, now)
 
-    def _lose_worker(self, worker: Worker, detail: Any, now: float) -> None:
+    def _lose_worker(self, worker: Worker, event: WorkerLost, now: float) -> None:
         expected = worker.state is WorkerState.DRAINING and not worker.leases
         self._drain(worker)
         del self.workers[worker.id]
         self._total_slots -= worker.slots
         if not expected:
             self.counts["workers_lost"] += 1
-        failure = Failure(FailureKind.WORKER_LOST, detail)
+        if event.reclaimed:
+            self.counts["workers_reclaimed"] += 1
+        detail = event.detail
+        failure = Failure(FailureKind.WORKER_LOST, detail, event.out_of_memory)
         unblamed: list[Task] = []
         # Slots take tasks in the order sent: whatever else was known to have begun, the first
         # ones may have.
@@ -377,18 +454,32 @@ class Machine:
             task.lease = 0
             # Without retries, whatever the worker may have begun counts as begun.
             begun = worker.ready and (may_have_run or not task.retries)
-            if begun or task.suspected > _SUSPICIONS:
+            if event.reclaimed and task.retries:
+                self.counts["reclaimed"] += begun
+                unblamed.append(task)
+            elif begun or task.suspected > _SUSPICIONS:
                 self._lose_attempt(worker, task, failure)
             else:
                 unblamed.append(task)
         worker.leases.clear()
         self._requeue(unblamed)
-        if not expected and not worker.completed:
+        if event.relaunched and not self.shutting_down:
+            launch = Launch(worker.launch, worker.slots, now, worker.rung)
+            self.launches[launch.id] = launch
+            self._active_slots += launch.slots
+            self._total_slots += launch.slots
+            self._remind(now + self.config.scaling.launch_timeout)
+        if not expected and not worker.completed and not event.reclaimed:
             self._count_failed_launch(str(detail), now, fatal=False, killed=True)
 
     def _on_launch_failed(self, event: LaunchFailed, now: float) -> None:
         if self._end_launch(event.launch):
             self._count_failed_launch(event.reason, now, fatal=event.fatal, killed=event.killed)
+
+    def _on_launches_refused(self, event: LaunchesRefused, now: float) -> None:
+        self.refusing = True
+        for launch in event.launches:
+            self._end_launch(launch)
 
     def _count_failed_launch(self, reason: str, now: float, *, fatal: bool, killed: bool) -> None:
         self.counts["launch_failures"] += 1
@@ -406,8 +497,8 @@ class Machine:
             self._remind(self._launch_not_before)
             return
         self._failed_launches = self._killed_launches = 0
-        tasks = [task for task in self.queue if task.state is _WAITING]
-        self.queue.clear()
+        tasks = self.waiting_tasks()
+        self._clear_queues()
         for task in tasks:
             self._close(task, "failed")
         if tasks:
@@ -417,20 +508,57 @@ class Machine:
         if self.shutting_down and (self.killing or not self.open_tasks):
             self._wind_down()
             return
-        if now < self._launch_not_before:
+        if now < self._launch_not_before or self.refusing:
             return
         policy = self.config.scaling
+        if len(self.queues) > 1:
+            self._scale_rungs(now)
+            return
         active, total = self._active_slots, self._total_slots
         if active >= policy.max_slots or (active >= self.open_tasks and active >= policy.min_slots):
             return
         for slots in sizes_to_launch(policy, demand=self.open_tasks, active=active, total=total):
-            launch = Launch(str(next(self._launch_numbers)), slots, now)
-            self.launches[launch.id] = launch
-            self._active_slots += slots
-            self._total_slots += slots
-            self.counts["launches"] += 1
-            self._remind(now + policy.launch_timeout)
-            self._out.append(LaunchWorker(launch.id, slots, self._events))
+            self._launch(slots, 0, now)
+
+    def _scale_rungs(self, now: float) -> None:
+        """Scale each size of worker to the tasks that need it, the largest first."""
+        policy = self.config.scaling
+        active = [0] * len(self.queues)
+        for launch in self.launches.values():
+            active[launch.rung] += launch.slots
+        for worker in self.workers.values():
+            if worker.state is WorkerState.ACTIVE:
+                active[worker.rung] += worker.slots
+        spare = 0
+        for rung in reversed(range(len(self.queues))):
+            demand = self._open_by_rung[rung]
+            if rung == 0:
+                demand = max(demand, policy.min_slots - sum(active[1:]))
+            # A large worker serves small tasks too, once it has nothing else to do.
+            have = active[rung] + spare
+            for slots in sizes_to_launch(
+                policy, demand=demand, active=have, total=self._total_slots
+            ):
+                self._launch(slots, rung, now)
+                have += slots
+            if demand > have and rung:
+                self._make_room(rung)
+            spare = max(0, have - demand)
+
+    def _make_room(self, rung: int) -> None:
+        """Drain a smaller worker that has nothing to do, for one that tasks wait for."""
+        for worker in self.workers.values():
+            if worker.rung < rung and not worker.leases and not self.queues[worker.rung]:
+                self._retire(worker)
+
+    def _launch(self, slots: int, rung: int, now: float) -> None:
+        launch = Launch(str(next(self._launch_numbers)), slots, now, rung)
+        self.launches[launch.id] = launch
+        self._active_slots += slots
+        self._total_slots += slots
+        self.counts["launches"] += 1
+        self._remind(now + self.config.scaling.launch_timeout)
+        self._out.append(LaunchWorker(launch.id, slots, self._events, rung))
 
     # The end.
 
@@ -439,8 +567,8 @@ class Machine:
         if not (event.cancel or event.kill):
             return
         self.killing = self.killing or event.kill
-        dropped = [task for task in self.queue if task.state is _WAITING]
-        self.queue.clear()
+        dropped = self.waiting_tasks()
+        self._clear_queues()
         recalls: dict[str, list[int]] = {}
         for worker in self.workers.values():
             for lease, task in worker.leases.items():
@@ -496,9 +624,16 @@ class Machine:
             if now >= worker.heard_at + config.lease_timeout:
                 self._out.append(TerminateWorker(worker.id, self._events))
                 silent = f"it was silent for {config.lease_timeout:g} s"
-                self._lose_worker(worker, silent, now)
+                self._lose_worker(worker, WorkerLost(worker.id, silent), now)
                 continue
             self._remind(worker.heard_at + config.lease_timeout)
+            if scaling.max_worker_lifetime is not None and worker.state is WorkerState.ACTIVE:
+                end_of_life = worker.connected_at + scaling.max_worker_lifetime
+                if now >= end_of_life:
+                    active -= worker.slots
+                    self._retire(worker)
+                    continue
+                self._remind(end_of_life)
             if worker.paused_until:
                 if now < worker.paused_until:
                     self._remind(worker.paused_until)
@@ -512,8 +647,7 @@ class Machine:
                 continue
             if now >= worker.idle_since + scaling.idle_timeout:
                 active -= worker.slots
-                self._drain(worker)
-                self._out.append(DrainWorker(worker.id, self._events))
+                self._retire(worker)
             else:
                 self._remind(worker.idle_since + scaling.idle_timeout)
         self._rebalance(now)
@@ -548,13 +682,22 @@ class Machine:
                 break
             worker = self.workers[name]
             share = max(worker.slots, -(-self._waiting // len(self._hungry)))
-            tasks, starting = take_tasks(self.queue, worker, sending, self._leases, share, now)
+            most = self.config.scaling.max_tasks_per_worker
+            if most is not None:
+                share = min(share, most - worker.completed - len(worker.leases))
+                if share <= 0:
+                    del self._hungry[name]
+                    continue
+            queue = self.queues[worker.rung]
+            if worker.rung and not queue:
+                queue = next((q for q in reversed(self.queues[: worker.rung]) if q), queue)
+            tasks, starting = take_tasks(queue, worker, sending, self._leases, share, now)
             self._waiting -= len(tasks)
             if tasks:
                 if starting:
                     self._out.append(MarkRunning(tasks[:starting], self._events))
                 self._out.append(SendTasks(name, tasks, self._events))
-            if len(tasks) < share and self._waiting:
+            if len(tasks) < share and self._waiting and worker.leases:
                 # It took less than it might have: it is full until it answers.
                 del self._hungry[name]
 
@@ -566,7 +709,7 @@ class Machine:
         Raises:
             AssertionError: Naming the one that does not hold.
         """
-        waiting = [task for task in self.queue if task.state is _WAITING]
+        waiting = self.waiting_tasks()
         assert len(waiting) == self._waiting, "the count of waiting tasks is off"
         assert len(set(map(id, waiting))) == len(waiting), "a task waits twice"
         held: set[int] = set()
@@ -588,6 +731,11 @@ class Machine:
                 assert task.lost <= task.retries, "a task has more attempts than it may"
         assert not held & set(map(id, waiting)), "a task is both waiting and leased"
         assert self.open_tasks == len(waiting) + open_held, "open tasks are in neither place"
+        if len(self.queues) > 1:
+            assert sum(self._open_by_rung) == self.open_tasks, "open tasks by size are off"
+            for rung, queue in enumerate(self.queues):
+                misplaced = [t for t in queue if t.state is _WAITING and t.rung != rung]
+                assert not misplaced, "a task waits for another size than it needs"
         for name in self._hungry:
             assert self.workers[name].state is WorkerState.ACTIVE, "a draining worker is hungry"
         active = sum(w.slots for w in self.workers.values() if w.state is WorkerState.ACTIVE)

@@ -36,18 +36,22 @@ TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
 
 
 class Kind:
-    """Tasks of one function: how long they take.
+    """Tasks of one function: how long they take, and what size of worker they need.
 
     Attributes:
         seconds: Estimate of one task's run time, a moving average that follows slow ones fast.
         samples: Tasks seen to finish; look-ahead grows with it.
+        rung: The size of worker that new tasks are sent to.
     """
 
-    __slots__ = ("samples", "seconds")
+    __slots__ = ("_fitted_before", "_too_large", "rung", "samples", "seconds")
 
     def __init__(self) -> None:
         self.seconds = UNKNOWN_SECONDS
         self.samples = 0
+        self.rung = 0
+        self._too_large = 0
+        self._fitted_before = 0
 
     def learn(self, seconds: float) -> None:
         """Take in the run time of one task that finished."""
@@ -59,6 +63,21 @@ class Kind:
         else:
             self.seconds = seconds
             self.samples = 1
+
+
+    def outgrew(self, rung: int) -> None:
+        """Take in that a task ran out of memory on a worker of this size.
+
+        Once more of them did than finished on that size, the next size is where others begin: one
+        outlier does not move the rest.
+        """
+        if rung != self.rung:
+            return
+        self._too_large += 1
+        if self._too_large > self.samples - self._fitted_before:
+            self.rung += 1
+            self._too_large = 0
+            self._fitted_before = self.samples
 
 
 class Task:
@@ -74,6 +93,7 @@ class Task:
         worker: The worker that holds the lease.
         cost: Estimated seconds that it was sent with.
         lost: Attempts lost so far.
+        rung: The smallest size of worker that it may be sent to.
         suspected: Workers lost, before they were ready, that were to begin with it.
     """
 
@@ -85,6 +105,7 @@ class Task:
         "lost",
         "number",
         "retries",
+        "rung",
         "state",
         "suspected",
         "worker",
@@ -101,6 +122,7 @@ class Task:
         self.cost = 0.0
         self.lost = 0
         self.suspected = 0
+        self.rung = 0
 
     def __repr__(self) -> str:
         return f"<Task {self.number} {self.state.value}>"

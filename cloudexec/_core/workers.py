@@ -26,6 +26,8 @@ class Worker:
         leases: Lease -> task, in the order sent; cancelled tasks stay until the worker answers.
         load: Estimated seconds of work behind those leases.
         ready: Whether it may have begun any of its tasks.
+        rung: Which size it has, from 0.
+        connected_at: When it dialed back.
         paused_until: Until then it gets nothing ahead of need.
         completed: Tasks it has answered for.
         idle_since: When its last lease went; ``None`` while it has one.
@@ -34,6 +36,7 @@ class Worker:
 
     __slots__ = (
         "completed",
+        "connected_at",
         "heard_at",
         "id",
         "idle_since",
@@ -42,12 +45,17 @@ class Worker:
         "load",
         "paused_until",
         "ready",
+        "rung",
         "slots",
         "state",
     )
 
-    def __init__(self, worker_id: str, slots: int, launch: str, now: float) -> None:
+    def __init__(
+        self, worker_id: str, slots: int, launch: str, now: float, rung: int = 0
+    ) -> None:
         self.id = worker_id
+        self.rung = rung
+        self.connected_at = now
         self.slots = slots
         self.launch = launch
         self.state = WorkerState.ACTIVE
@@ -63,9 +71,10 @@ class Worker:
 class Launch:
     """A worker that was asked for and has not dialed back."""
 
-    __slots__ = ("id", "slots", "started_at")
+    __slots__ = ("id", "rung", "slots", "started_at")
 
-    def __init__(self, launch_id: str, slots: int, now: float) -> None:
+    def __init__(self, launch_id: str, slots: int, now: float, rung: int = 0) -> None:
         self.id = launch_id
         self.slots = slots
+        self.rung = rung
         self.started_at = now

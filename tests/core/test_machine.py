@@ -31,6 +31,7 @@ from cloudexec._core.events import (
     Failure,
     FailureKind,
     FailuresReceived,
+    LaunchesRefused,
     LaunchFailed,
     LeasesReturned,
     ResultsReceived,
@@ -173,7 +174,7 @@ def test_a_lost_worker_costs_an_attempt_only_what_may_have_run() -> None:
     commands = machine.handle(WorkerLost("w", "gone"), 1.0)
     assert [task.lost for task in batch] == [1, 1, 0, 0, 1, 0, 0, 0, 0, 0]
     assert len(only(commands, LaunchWorker)) == 1
-    assert sorted(task.number for task in machine.queue) == list(range(1, 11))
+    assert sorted(task.number for task in machine.queues[0]) == list(range(1, 11))
     machine.validate()
 
 
@@ -342,15 +343,23 @@ class _World:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.machine = make(max_slots=self.random.randint(1, 9), slots_per_worker=2)
+        self.machine = make(
+            max_slots=self.random.randint(1, 9),
+            slots_per_worker=2,
+            rungs=self.random.choice([1, 1, 3]),
+            max_tasks_per_worker=self.random.choice([None, None, 7]),
+            max_worker_lifetime=self.random.choice([None, None, 20.0]),
+        )
         self.now = 0.0
         self.number = 0
+        self.number_of_workers = 0
         self.submitted: list[Task] = []
         self.outcomes: dict[int, str] = {}
         self.launched: list[tuple[str, int]] = []
         self.workers: dict[str, dict[int, Task]] = {}
         self.old: list[tuple[str, int]] = []
         self.finished = 0
+        self.drained: set[str] = set()
         self.kinds = [Kind(), quick()]
 
     def tell(self, event: Event) -> None:
@@ -378,6 +387,8 @@ class _World:
             self.launched.append((command.launch, command.slots))
         elif isinstance(command, TerminateLaunch):
             self.launched = [entry for entry in self.launched if entry[0] != command.launch]
+        elif isinstance(command, DrainWorker):
+            self.drained.add(command.worker)
         elif isinstance(command, Finish):
             self.finished += 1
 
@@ -403,10 +414,12 @@ class _World:
             self.tell(TasksCancelled(open_ones, kill=r.random() < 0.3))
         elif choice <= 4 and self.launched:
             launch, slots = self.launched.pop(0)
-            self.workers[f"w{launch}"] = {}
-            self.tell(WorkerConnected(f"w{launch}", slots, launch))
+            self.number_of_workers += 1
+            worker = f"w{launch}+{self.number_of_workers}"
+            self.workers[worker] = {}
+            self.tell(WorkerConnected(worker, slots, launch))
             if r.random() < 0.8:
-                self.tell(WorkerReady(f"w{launch}"))
+                self.tell(WorkerReady(worker))
         elif choice <= 7 and some:
             for lease in some:
                 del held[lease]
@@ -416,8 +429,14 @@ class _World:
         elif choice == 8 and some:
             for lease in some:
                 del held[lease]
-            kinds = [FailureKind.SLOT_LOST, FailureKind.RAISED, FailureKind.KILLED]
-            self.tell(FailuresReceived(worker, [(n, Failure(r.choice(kinds))) for n in some]))
+            kinds = [
+                FailureKind.SLOT_LOST,
+                FailureKind.RAISED,
+                FailureKind.KILLED,
+                FailureKind.RECLAIMED,
+            ]
+            failures = [(n, Failure(r.choice(kinds), None, r.random() < 0.3)) for n in some]
+            self.tell(FailuresReceived(worker, failures))
         elif choice == 9 and some:
             if r.random() < 0.5:
                 self.tell(TasksStarted(worker, some))
@@ -427,10 +446,15 @@ class _World:
                 self.tell(LeasesReturned(worker, some))
         elif choice == 10 and worker and r.random() < 0.3:
             if r.random() < 0.5:
+                self.drained.add(worker)
                 self.tell(WorkerDraining(worker))
             else:
                 del self.workers[worker]
-                self.tell(WorkerLost(worker, "gone"))
+                launch, slots = worker[1:].partition("+")[0], self.machine.workers[worker].slots
+                again = r.random() < 0.3 and not self.machine.shutting_down
+                if again:
+                    self.launched.append((launch, slots))
+                self.tell(WorkerLost(worker, "gone", r.random() < 0.5, r.random() < 0.3, again))
         elif self.old and r.random() < 0.5:
             name, lease = r.choice(self.old)
             self.tell(ResultsReceived(name, [lease], [b""], [0.1]))
@@ -462,7 +486,7 @@ def test_any_history_resolves_every_task_exactly_once(seed: int) -> None:
             if leases:
                 answers = ResultsReceived(name, leases, [b""] * len(leases), [0.1] * len(leases))
                 world.tell(answers)
-            elif world.machine.open_tasks == 0:
+            elif world.machine.open_tasks == 0 or name in world.drained:
                 del world.workers[name]
                 world.tell(WorkerLost(name, "ended"))
         while world.launched:
@@ -473,6 +497,145 @@ def test_any_history_resolves_every_task_exactly_once(seed: int) -> None:
         world.tell(DeadlinePassed())
     assert world.finished == 1
     assert sorted(world.outcomes) == [task.number for task in world.submitted]
+
+
+def ladder(rungs: int = 3, max_slots: int = 2) -> Machine:
+    return make(max_slots=max_slots, slots_per_worker=1, rungs=rungs)
+
+
+def out_of_memory(machine: Machine, worker: str, task: Task) -> list[Any]:
+    failure = Failure(FailureKind.SLOT_LOST, "killed", out_of_memory=True)
+    return machine.handle(FailuresReceived(worker, [(task.lease, failure)]), 1.0)
+
+
+def test_a_task_lost_to_memory_runs_again_on_the_next_larger_size() -> None:
+    """Its worker makes room when nothing else waits for it, and a larger one is launched."""
+    machine = ladder(max_slots=1)
+    (task,) = tasks(1)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("small", 1, "1"), 0.0)
+    machine.handle(WorkerReady("small"), 0.0)
+    commands = out_of_memory(machine, "small", task)
+    assert only(commands, DrainWorker) == [DrainWorker("small", 4)]
+    machine.validate()
+    (launch,) = only(machine.handle(WorkerLost("small", "ended"), 2.0), LaunchWorker)
+    assert launch.rung == 1
+    (sent,) = only(machine.handle(WorkerConnected("large", 1, launch.launch), 3.0), SendTasks)
+    assert sent.tasks == [task]
+    machine.validate()
+
+
+def test_climbing_costs_no_attempt_and_the_largest_size_is_the_last() -> None:
+    """A task with one retry climbs two sizes, and is run twice on the largest."""
+    machine = ladder(rungs=3, max_slots=5)
+    (task,) = tasks(1, retries=1)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    rungs = []
+    launch = "1"
+    for number in range(4):
+        worker = f"w{number}"
+        machine.handle(WorkerConnected(worker, 1, launch), 0.0)
+        machine.handle(WorkerReady(worker), 0.0)
+        if task.worker is None:
+            break
+        rungs.append(machine.workers[task.worker].rung)
+        commands = out_of_memory(machine, task.worker, task)
+        machine.validate()
+        launches = only(commands, LaunchWorker)
+        launch = launches[0].launch if launches else launch
+    assert rungs == [0, 1, 2, 2]
+    assert len(only(commands, FailTask)) == 1
+
+
+def test_what_was_enough_for_a_function_is_remembered() -> None:
+    """Waiting tasks of a function that outgrew a size, and new ones, go to the next at once."""
+    machine = ladder(max_slots=1)
+    kind = Kind()
+    batch = tasks(3, kind)
+    machine.handle(TasksSubmitted(batch), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    machine.handle(WorkerReady("w"), 0.0)
+    out_of_memory(machine, "w", batch[0])
+    assert [task.rung for task in batch] == [1, 1, 1]
+    other, later = tasks(1)[0], tasks(1, kind)[0]
+    machine.handle(TasksSubmitted([other, later]), 2.0)
+    assert (other.rung, later.rung) == (0, 1)
+    machine.validate()
+
+
+def test_one_outlier_does_not_move_the_others_to_larger_workers() -> None:
+    """A size is left behind only once more tasks outgrew it than finished on it."""
+    machine = ladder(max_slots=1)
+    kind = quick()
+    batch = tasks(3, kind)
+    machine.handle(TasksSubmitted(batch), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    machine.handle(WorkerReady("w"), 0.0)
+    out_of_memory(machine, "w", batch[0])
+    assert [task.rung for task in batch] == [1, 0, 0]
+    machine.validate()
+
+
+def test_a_reclaimed_worker_costs_its_tasks_no_attempt() -> None:
+    """Tasks of a worker that its platform took back run again, and the launch is awaited again."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    (task,) = tasks(1, retries=1)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("a", 1, "1"), 0.0)
+    machine.handle(WorkerReady("a"), 0.0)
+    commands = machine.handle(WorkerLost("a", "spot", reclaimed=True, relaunched=True), 1.0)
+    assert only(commands, LaunchWorker) == []
+    assert task.lost == 0
+    (sent,) = only(machine.handle(WorkerConnected("b", 1, "1"), 2.0), SendTasks)
+    assert sent.tasks == [task]
+    machine.validate()
+
+
+def test_a_task_without_retries_is_not_run_again_after_a_reclaim() -> None:
+    """At most once means at most once, whoever took the worker."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    (task,) = tasks(1, retries=0)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("a", 1, "1"), 0.0)
+    machine.handle(WorkerReady("a"), 0.0)
+    assert only(machine.handle(WorkerLost("a", "spot", reclaimed=True), 1.0), FailTask)
+
+
+def test_a_worker_is_replaced_after_so_many_tasks() -> None:
+    """``max_tasks_per_worker`` bounds what is sent to it, too."""
+    machine = make(max_slots=1, slots_per_worker=1, max_tasks_per_worker=3)
+    batch = tasks(5, quick())
+    machine.handle(TasksSubmitted(batch), 0.0)
+    (sent,) = only(machine.handle(WorkerConnected("a", 1, "1"), 0.0), SendTasks)
+    assert len(sent.tasks) == 3
+    leases = [task.lease for task in sent.tasks]
+    answers = ResultsReceived("a", leases, [b""] * 3, [0.1] * 3)
+    assert only(machine.handle(answers, 1.0), DrainWorker) == [DrainWorker("a", 3)]
+    assert len(only(machine.handle(WorkerLost("a", "ended"), 1.0), LaunchWorker)) == 1
+    machine.validate()
+
+
+def test_a_worker_is_replaced_when_it_is_too_old() -> None:
+    """``max_worker_lifetime`` drains it: what it has, it finishes."""
+    machine = make(max_slots=1, slots_per_worker=1, max_worker_lifetime=10.0)
+    machine.handle(TasksSubmitted(tasks(1)), 0.0)
+    machine.handle(WorkerConnected("a", 1, "1"), 1.0)
+    machine.handle(WorkerHeard("a"), 10.5)
+    assert only(machine.handle(DeadlinePassed(), 10.9), DrainWorker) == []
+    assert only(machine.handle(DeadlinePassed(), 11.0), DrainWorker) == [DrainWorker("a", 5)]
+    machine.validate()
+
+
+def test_nothing_is_launched_any_more_once_the_budget_is_used_up() -> None:
+    """Workers that are there go on; refused launches are forgotten."""
+    machine = make(max_slots=4, slots_per_worker=1)
+    machine.handle(TasksSubmitted(tasks(10)), 0.0)
+    machine.handle(WorkerConnected("a", 1, "1"), 0.0)
+    commands = machine.handle(LaunchesRefused(["2", "3", "4"]), 0.0)
+    assert only(commands, LaunchWorker) == []
+    assert not machine.launches
+    machine.handle(WorkerHeard("a"), 5.0)
+    machine.validate()
 
 
 @pytest.mark.parametrize("state", list(TaskState))
