@@ -21,20 +21,25 @@ from cloudexec._errors import (
 )
 from cloudexec._executor import BatchExecutor, OptionsView
 from cloudexec._future import BatchFuture
+from cloudexec._launchers.base import Cost, LaunchTimes
+from cloudexec._launchers.batch import Batch
 from cloudexec._launchers.local import Local
 from cloudexec._stats import ExecutorStats, TaskCounts, WorkerCounts
 
 __all__ = [
     "AwsError",
+    "Batch",
     "BatchExecutor",
     "BatchFuture",
     "BrokenBatchExecutor",
     "BudgetExceededError",
     "CloudexecError",
     "ConfigError",
+    "Cost",
     "ExecutorStats",
     "InitializerError",
     "LaunchError",
+    "LaunchTimes",
     "Local",
     "OptionsView",
     "PayloadError",

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 from types import TracebackType
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, check_count, check_positive
 from cloudexec._errors import BrokenBatchExecutor, ConfigError, PayloadError
 from cloudexec._future import BatchFuture
+from cloudexec._launchers.base import Cost
 from cloudexec._stats import ExecutorStats
 
 if TYPE_CHECKING:
@@ -193,7 +194,8 @@ class BatchExecutor(_Base):
         initializer: Called once in each process that runs tasks, before its first task.
         initargs: Its arguments.
         max_tasks_per_child: Tasks after which a process is replaced by a fresh one.
-        launcher: Starts the workers; by default subprocesses on this machine.
+        launcher: Starts the workers; by default subprocesses on this machine, or, where the
+            environment variable ``CLOUDEXEC_PROFILE`` names a profile, ``Batch()``.
         min_workers: How many to start at once, and to keep when there is nothing to do.
         idle_timeout: Seconds after which what has nothing to do is stopped; ``None``: never.
         retries: How often a task is run again when the process or worker that ran it died. An
@@ -201,9 +203,18 @@ class BatchExecutor(_Base):
         task_timeout: Seconds that a task may run before the process that runs it is killed.
         output: What tasks print: ``"inherit"`` shows it here as it comes, ``"logging"`` logs it to
             ``cloudexec.output``, ``"off"`` drops it. A failed task's last lines are kept anyway.
-        listen: Where workers connect, as ``host:port``, with TLS; by default a private Unix socket.
-        launch_timeout: Seconds in which a worker must have connected.
+        listen: Where workers connect, as ``host:port``, with TLS; by default a private Unix socket,
+            or any free port for workers elsewhere.
+        advertise: Host, or ``host:port``, at which workers reach this process; by default found by
+            itself.
+        launch_timeout: Seconds in which a worker must have connected; by default 60 here, and what
+            the launcher thinks fit elsewhere.
         orphan_timeout: Seconds after which workers whose client vanished end.
+        max_tasks_per_worker: Tasks after which a worker, with all its processes, is replaced.
+        max_worker_lifetime: Seconds after which a worker is replaced; it finishes what it has.
+        max_cost_usd: Ceiling for what the workers may cost, as estimated: no worker is launched
+            that would exceed it, and before it is reached all end, and what is not done fails with
+            ``BudgetExceededError``.
 
     Raises:
         ValueError: If an argument is out of its range (a ``ConfigError`` that names it).
@@ -224,8 +235,12 @@ class BatchExecutor(_Base):
         task_timeout: float | None = None,
         output: str = "inherit",
         listen: str | None = None,
-        launch_timeout: float = 60.0,
+        advertise: str | None = None,
+        launch_timeout: float | None = None,
         orphan_timeout: float = 30.0,
+        max_tasks_per_worker: int | None = None,
+        max_worker_lifetime: float | None = None,
+        max_cost_usd: float | None = None,
     ) -> None:
         if max_workers is None:
             max_workers = _usable_cpus()
@@ -245,16 +260,22 @@ class BatchExecutor(_Base):
         if listen is not None and (not isinstance(listen, str) or ":" not in listen):
             raise ConfigError(f"listen must be 'host:port', such as '127.0.0.1:0', not {listen!r}")
         check_positive("orphan_timeout", orphan_timeout)
+        check_positive("max_cost_usd", max_cost_usd)
+        if advertise is not None and (not isinstance(advertise, str) or not advertise.strip()):
+            raise ConfigError(
+                f"advertise must be a host or 'host:port' that workers can dial, not {advertise!r}"
+            )
         if launcher is None:
-            from cloudexec._launchers.local import Local
-
-            launcher = Local()
+            launcher = _default_launcher()
         scaling = ScalingPolicy(
             max_slots=max_workers,
             min_slots=min_workers,
             slots_per_worker=launcher.slots_per_worker(max_workers),
             idle_timeout=idle_timeout,
-            launch_timeout=launch_timeout,
+            launch_timeout=(launcher.launch_timeout if launch_timeout is None else launch_timeout),
+            max_tasks_per_worker=max_tasks_per_worker,
+            max_worker_lifetime=max_worker_lifetime,
+            rungs=launcher.rungs,
         )
         self._max_workers = max_workers  # libraries read this name to size their chunks
         self._launcher = launcher
@@ -268,6 +289,8 @@ class BatchExecutor(_Base):
             "max_tasks_per_child": max_tasks_per_child or 0,
             "output": output,
             "listen": listen,
+            "advertise": advertise or "",
+            "max_cost_usd": max_cost_usd,
             "orphan_timeout": orphan_timeout,
         }
         self._initializer = (initializer, initargs) if initializer is not None else None
@@ -303,7 +326,12 @@ class BatchExecutor(_Base):
             setup["sys_path"] = tuple(path or setup["cwd"] for path in sys.path)
             setup["argv"] = tuple(sys.argv)
             driver = Driver(self._config, Setup(**setup), self._launcher)
-            driver.portal.run(driver.start()).result()
+            try:
+                driver.portal.run(driver.start()).result()
+            except BaseException:
+                driver.portal.run(driver.abandon()).result()
+                driver.join()
+                raise
             self._table = FunctionTable(driver.post)
             _drivers[driver] = None
             # Once nobody can submit any more, what was submitted is finished and workers stop.
@@ -430,18 +458,25 @@ class BatchExecutor(_Base):
         """Return a snapshot: tasks and workers by state, bytes, retries."""
         driver = self._driver
         if driver is None or driver.finished.is_set() or self._forked:
-            machine = None if driver is None else driver.machine
-            if machine is None or driver is None:
-                return ExecutorStats()
-            return ExecutorStats.of(machine, driver.bytes_sent, driver.bytes_received)
+            return ExecutorStats() if driver is None else ExecutorStats.of(driver)
 
         async def look() -> ExecutorStats:
             assert driver is not None
-            return ExecutorStats.of(driver.machine, driver.bytes_sent, driver.bytes_received)
+            return ExecutorStats.of(driver)
 
-        if driver.portal.is_this_thread:
-            return ExecutorStats.of(driver.machine, driver.bytes_sent, driver.bytes_received)
-        return driver.portal.run(look()).result()
+        return ExecutorStats.of(driver) if driver.portal.is_this_thread else _run(driver, look())
+
+    def cost(self) -> Cost:
+        """Return what the workers have cost so far, estimated from list prices; local ones cost
+        nothing."""
+        driver = self._driver
+        if driver is None or driver.finished.is_set() or self._forked:
+            return Cost() if driver is None else self._launcher.cost()
+
+        async def look() -> Cost:
+            return self._launcher.cost()
+
+        return self._launcher.cost() if driver.portal.is_this_thread else _run(driver, look())
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks; finish those submitted and stop the workers.
@@ -545,6 +580,21 @@ def _name(what: object) -> str:
         return f"{getattr(what, '__module__', '?')}.{name}"
     text = repr(what)
     return text if len(text) < 100 else f"{text[:97]}..."
+
+
+def _run(driver: Driver, work: Coroutine[Any, Any, T]) -> T:
+    return driver.portal.run(work).result()
+
+
+def _default_launcher() -> Launcher:
+    """Return what ``CLOUDEXEC_PROFILE`` names, or subprocesses on this machine."""
+    if os.environ.get("CLOUDEXEC_PROFILE", "local") not in ("", "local"):
+        from cloudexec._launchers.batch import Batch
+
+        return Batch()
+    from cloudexec._launchers.local import Local
+
+    return Local()
 
 
 def _submission() -> Any:

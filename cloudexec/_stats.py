@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cloudexec._launchers.base import LaunchTimes
+
 if TYPE_CHECKING:
-    from cloudexec._core.machine import Machine
+    from cloudexec._server.driver import Driver
 
 __all__ = ["ExecutorStats", "TaskCounts", "WorkerCounts"]
 
@@ -36,6 +38,10 @@ class WorkerCounts:
     draining: int = 0
     lost: int = 0
     """Since the start."""
+    reclaimed: int = 0
+    """Of these, how many their platform took back."""
+    launched: int = 0
+    """Asked for since the start."""
     slots: int = 0
     """Tasks that the connected workers may run at once."""
 
@@ -56,15 +62,16 @@ class ExecutorStats:
     """Of these, how many were run again."""
     duplicates: int = 0
     """Results that came too late, and were dropped."""
-    launches: int = 0
-    """Workers asked for since the start."""
+    launches: tuple[LaunchTimes, ...] = ()
+    """Of each worker asked for: where the time went until its first result."""
 
     @classmethod
-    def of(cls, machine: Machine, bytes_sent: int, bytes_received: int) -> ExecutorStats:
-        """Read a machine, on its own thread."""
+    def of(cls, driver: Driver) -> ExecutorStats:
+        """Read a driver, on its own thread."""
         from cloudexec._core.tasks import TaskState
         from cloudexec._core.workers import WorkerState
 
+        machine = driver.machine
         counts = machine.counts
         sent = running = idle = busy = draining = slots = 0
         for worker in machine.workers.values():
@@ -93,14 +100,16 @@ class ExecutorStats:
                 busy=busy,
                 draining=draining,
                 lost=counts["workers_lost"],
+                reclaimed=counts["workers_reclaimed"],
+                launched=counts["launches"],
                 slots=slots,
             ),
-            bytes_sent=bytes_sent,
-            bytes_received=bytes_received,
+            bytes_sent=driver.bytes_sent,
+            bytes_received=driver.bytes_received,
             lost_attempts=counts["lost_attempts"],
             retries=counts["retries"],
             duplicates=counts["duplicates"],
-            launches=counts["launches"],
+            launches=driver.launch_times(),
         )
 
 

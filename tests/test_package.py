@@ -32,7 +32,8 @@ MAY_IMPORT = {
         "_proto",
         "_wire",
     },
-    "_launchers": {"_config"},
+    "_launchers": {"_aws", "_config", "_enrolment"},
+    "_aws": {"_config", "_enrolment"},
     "worker": {"_direct", "_enrolment", "_payload", "_proto", "_wire"},
     "_payload": set(),
     "_functions": {"_payload", "_core"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "_direct": set(),
     "_wire": {"_proto"},
     "_progress": {"_future"},
-    "_stats": {"_core"},
+    "_stats": {"_core", "_launchers"},
 }
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "TAGS",
     "WorkerSize",
     "array_sizes",
+    "default_memory",
     "fargate_memories",
     "fargate_size",
     "parse_memory",
@@ -140,6 +141,14 @@ def fargate_size(vcpus: float, memory: str | int) -> WorkerSize:
     raise ConfigError(
         f"Fargate has no size of {vcpus:g} vCPU with {format_memory(mib)}; the nearest: {names}"
     )
+
+
+def default_memory(vcpus: float, compute: str) -> int:
+    """Return the MiB that a worker gets if none are asked for: 2 GiB per vCPU or a little more."""
+    wanted = math.ceil(2 * _GIB * vcpus)
+    if compute == "ec2":
+        return wanted
+    return next((mib for mib in fargate_memories(vcpus) if mib >= wanted), wanted)
 
 
 def array_sizes(workers: int) -> list[int]:

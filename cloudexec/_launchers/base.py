@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Contact", "LaunchEnd", "Launcher"]
+__all__ = [
+    "Arrival",
+    "Contact",
+    "Cost",
+    "LaunchEnd",
+    "LaunchRequest",
+    "LaunchTimes",
+    "Launcher",
+    "Network",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchEnd:
-    """How a launched worker's process ended.
+    """How a launched worker ended.
 
     Attributes:
-        reason: For people: exit code or signal, and the last lines it printed.
+        reason: For people: exit code or signal, the platform's words, the last lines it printed.
         killed: Whether it was killed from outside.
         fatal: Whether trying again cannot help.
+        reclaimed: Whether its platform took it back, as with a Spot interruption.
+        out_of_memory: Whether it was killed as a whole for want of memory.
+        relaunched: Whether its platform starts it again, under the same launch.
     """
 
     reason: str
     killed: bool = False
     fatal: bool = False
+    reclaimed: bool = False
+    out_of_memory: bool = False
+    relaunched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,29 +59,198 @@ class Contact:
         return f"Contact(target={self.target!r}, executor_id={self.executor_id!r})"
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """One worker to start.
+
+    Attributes:
+        launch_id: Its number, as a string; those of one request count up by one.
+        slots: Tasks that it is to run at once.
+        rung: Which of the launcher's sizes, from 0.
+    """
+
+    launch_id: str
+    slots: int
+    rung: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Where the executor listens for workers.
+
+    Attributes:
+        listen: ``host:port`` (port 0: any free one); empty: a private Unix socket.
+        advertise: Host, or ``host:port``, that workers dial; empty: the one listened on.
+        key: Secret that workers have already; empty: the executor makes one up.
+    """
+
+    listen: str = ""
+    advertise: str = ""
+    key: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"Network(listen={self.listen!r}, advertise={self.advertise!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What a worker said of its own start when it dialed back.
+
+    Attributes:
+        job_id: Its platform's name for it.
+        boot: Seconds from the start of its process to its first message.
+        pull: Seconds that its image took to arrive; ``None``: unknown.
+    """
+
+    job_id: str = ""
+    boot: float | None = None
+    pull: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchTimes:
+    """Where the time went between asking for a worker and its first result, in seconds.
+
+    ``None`` where it has not happened yet or cannot be known.
+    """
+
+    launch: str
+    """Number of the launch."""
+    worker_id: str = ""
+    job_id: str = ""
+    api: float | None = None
+    """Until the platform had accepted the request."""
+    place: float | None = None
+    """Until a place was found and the container was being started."""
+    pull: float | None = None
+    """Fetching the image."""
+    boot: float | None = None
+    """From the start of the process to its first message."""
+    dial_in: float | None = None
+    """Enrolment."""
+    first_task: float | None = None
+    """From then to the first result."""
+    total: float | None = None
+    """All of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What an executor's workers cost, estimated from list prices."""
+
+    accrued_usd: float = 0.0
+    """For the time that workers have run."""
+    committed_usd: float = 0.0
+    """What it takes at least to let those that run or start now come to their end."""
+    per_hour_usd: float = 0.0
+    """At the rate of the workers that run now."""
+    note: str = ""
+    """What the estimate rests on."""
+
+
 class Launcher(Protocol):
-    """Starts and stops workers. All methods are called on the executor's loop thread."""
+    """Starts and stops workers. All methods are called on the executor's loop thread.
+
+    Derive from it: what a launcher does not need has a default.
+    """
+
+    launch_timeout: float = 60.0
+    """Seconds in which a worker must have dialed back, unless the executor was told."""
+    linger: float = 0.0
+    """Seconds to wait for more workers to be asked for, so that one request serves them all."""
+    last_words: float = 0.1
+    """Seconds, after a worker's connection was lost, in which ``on_end`` may say why."""
+    ends_are_seen: bool = True
+    """Whether ``on_end`` is called for every launch, soon: the executor waits for that."""
+    rungs: int = 1
+    """Sizes of worker that it can start; a task lost to memory goes to the next one."""
 
     def slots_per_worker(self, max_workers: int) -> int:
         """Say how many slots one worker has, of ``max_workers`` in all."""
+        return 1
 
     def needs_network(self) -> bool:
         """Say whether workers are elsewhere, so that a Unix socket will not do."""
+        return False
 
-    def launch(
-        self, contact: Contact, launch_id: str, slots: int, on_end: Callable[[LaunchEnd], None]
-    ) -> None:
-        """Start one worker; ``on_end`` is called once, when its process has ended.
+    async def start(self, executor_id: str, listen: str, advertise: str) -> Network:
+        """Prepare; called once, before anything else.
+
+        Args:
+            executor_id: Whose launcher this now is.
+            listen: What the user wants to be listened on, or an empty string.
+            advertise: What the user wants workers to dial, or an empty string.
 
         Raises:
-            LaunchError: If it cannot be started at all.
+            CloudexecError: If nothing could be launched.
+        """
+        if not listen and self.needs_network():
+            listen = "127.0.0.1:0"
+        return Network(listen, advertise)
+
+    def launch(
+        self,
+        contact: Contact,
+        requests: Sequence[LaunchRequest],
+        on_end: Callable[[str, LaunchEnd], None],
+    ) -> None:
+        """Start workers, all with the same slots and size.
+
+        ``on_end`` is called with the launch id when a worker has ended, or could not be started.
+
+        Raises:
+            CloudexecError: If none of them can be started.
         """
 
-    def terminate(self, launch_id: str) -> None:
-        """Stop a worker's process at once; nothing happens if it has ended."""
+    def terminate(self, launch_ids: Sequence[str]) -> None:
+        """Stop workers at once; nothing happens to those that have ended."""
+
+    def key_of(self, launch_id: str) -> bytes | None:
+        """Return the key that this launch has; ``None``: the executor's."""
+        return None
+
+    def connected(self, launch_id: str, arrival: Arrival) -> None:
+        """A worker has dialed back."""
+        return
+
+    def disconnected(self, launch_id: str, *, orderly: bool, reclaimed: bool) -> None:
+        """A worker's session ended.
+
+        Args:
+            launch_id: Which.
+            orderly: It was told to, and had nothing left to do: it ends by itself.
+            reclaimed: It was its platform that told it to.
+        """
+        return
+
+    def times(self, launch_id: str) -> LaunchTimes | None:
+        """Say what is known of how a launch went."""
+        return None
 
     def clean_up(self, slot_groups: list[int]) -> None:
         """End what is left of a worker's process groups, if they are on this machine."""
+        return
+
+    def explain(self) -> str:
+        """Say why workers that were asked for are not there; empty: nothing is known."""
+        return ""
+
+    def cost(self) -> Cost:
+        """Say what the workers have cost, and will at least."""
+        return Cost()
+
+    def affordable(self, requests: Sequence[LaunchRequest], max_cost_usd: float) -> int:
+        """Say how many of these workers (the first ones) can be had for that much in all."""
+        return len(requests)
+
+    async def close(self) -> None:
+        """End whatever still runs, and let go of everything; called once, at the end."""
+        return
 
     def describe(self) -> str:
         """Say in a few words what this launches."""
+        return type(self).__name__
+
+
+for _class in (Cost, LaunchTimes):
+    _class.__module__ = "cloudexec"

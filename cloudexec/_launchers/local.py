@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cloudexec._config import check_count
 from cloudexec._errors import LaunchError
-from cloudexec._launchers.base import Contact, LaunchEnd
+from cloudexec._launchers.base import Contact, LaunchEnd, Launcher, LaunchRequest
 
 if TYPE_CHECKING:
     import subprocess
@@ -25,7 +25,7 @@ _BOOT = (
 _TAIL_BYTES = 8192
 
 
-class Local:
+class Local(Launcher):
     """Runs workers as subprocesses on this machine; the default.
 
     Args:
@@ -50,13 +50,25 @@ class Local:
         return False
 
     def launch(
-        self, contact: Contact, launch_id: str, slots: int, on_end: Callable[[LaunchEnd], None]
+        self,
+        contact: Contact,
+        requests: Sequence[LaunchRequest],
+        on_end: Callable[[str, LaunchEnd], None],
     ) -> None:
-        """Start one supervisor process.
+        """Start one supervisor process for each."""
+        for request in requests:
+            try:
+                self._launch(contact, request.launch_id, request.slots, on_end)
+            except LaunchError as exc:
+                on_end(request.launch_id, LaunchEnd(str(exc)))
 
-        Raises:
-            LaunchError: If the process cannot be started.
-        """
+    def _launch(
+        self,
+        contact: Contact,
+        launch_id: str,
+        slots: int,
+        on_end: Callable[[str, LaunchEnd], None],
+    ) -> None:
         bootstrap = {
             "target": contact.target,
             "executor_id": contact.executor_id,
@@ -89,15 +101,15 @@ class Local:
 
         def ended(end: LaunchEnd) -> None:
             self._processes.pop(key, None)
-            on_end(end)
+            on_end(launch_id, end)
 
         key = f"{contact.executor_id}/{launch_id}"
         self._processes[key] = _Process(popen, ended)
 
-    def terminate(self, launch_id: str) -> None:
-        """Kill a worker: its zygote notices and takes the slots along."""
+    def terminate(self, launch_ids: Sequence[str]) -> None:
+        """Kill workers: their zygotes notice and take the slots along."""
         for key, process in self._processes.items():
-            if key.rpartition("/")[2] == launch_id:
+            if key.rpartition("/")[2] in launch_ids:
                 process.kill()
 
     def clean_up(self, slot_groups: list[int]) -> None:

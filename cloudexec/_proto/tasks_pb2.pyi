@@ -111,6 +111,10 @@ class Hello(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    BOOT_SECONDS_FIELD_NUMBER: _builtins.int
+    PULL_SECONDS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     wire_version: _builtins.int
     executor_id: _builtins.str
     identity: _builtins.str
@@ -122,6 +126,15 @@ class Hello(_message.Message):
     slots: _builtins.int
     pid: _builtins.int
     host: _builtins.str
+    job_id: _builtins.str
+    """The platform's name for the worker, such as a job id."""
+    boot_seconds: _builtins.float
+    """Seconds from the start of the worker's process to this message, and those that its image took
+    to arrive; 0: unknown.
+    """
+    pull_seconds: _builtins.float
+    attempt: _builtins.int
+    """Which run of the launch this is, from 1: a platform may start a worker again by itself."""
     def __init__(
         self,
         *,
@@ -135,10 +148,14 @@ class Hello(_message.Message):
         slots: _builtins.int = ...,
         pid: _builtins.int = ...,
         host: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        boot_seconds: _builtins.float = ...,
+        pull_seconds: _builtins.float = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cloudexec_version", b"cloudexec_version", "cloudpickle_version", b"cloudpickle_version", "executor_id", b"executor_id", "host", b"host", "identity", b"identity", "nonce", b"nonce", "pid", b"pid", "python_version", b"python_version", "slots", b"slots", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "boot_seconds", b"boot_seconds", "cloudexec_version", b"cloudexec_version", "cloudpickle_version", b"cloudpickle_version", "executor_id", b"executor_id", "host", b"host", "identity", b"identity", "job_id", b"job_id", "nonce", b"nonce", "pid", b"pid", "pull_seconds", b"pull_seconds", "python_version", b"python_version", "slots", b"slots", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -491,6 +508,8 @@ class Failure(_message.Message):
         """its time limit passed and the child was killed"""
         KILLED: Failure._Kind.ValueType  # 6
         """killed on request"""
+        RECLAIMED: Failure._Kind.ValueType  # 7
+        """did not finish in the time that the platform gave the worker to end"""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     UNKNOWN: Failure.Kind.ValueType  # 0
@@ -506,6 +525,8 @@ class Failure(_message.Message):
     """its time limit passed and the child was killed"""
     KILLED: Failure.Kind.ValueType  # 6
     """killed on request"""
+    RECLAIMED: Failure.Kind.ValueType  # 7
+    """did not finish in the time that the platform gave the worker to end"""
 
     LEASE_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cloudexec import _payload
@@ -23,8 +23,10 @@ from cloudexec._core import commands, events
 from cloudexec._core.events import Event, Failure, FailureKind
 from cloudexec._core.machine import Machine
 from cloudexec._core.tasks import Kind, Task, TaskState
+from cloudexec._core.workers import WorkerState
 from cloudexec._errors import (
     BrokenBatchExecutor,
+    BudgetExceededError,
     CloudexecError,
     InitializerError,
     LaunchError,
@@ -35,7 +37,14 @@ from cloudexec._errors import (
 )
 from cloudexec._functions import Function
 from cloudexec._future import BatchFuture
-from cloudexec._launchers.base import Contact, LaunchEnd, Launcher
+from cloudexec._launchers.base import (
+    Arrival,
+    Contact,
+    LaunchEnd,
+    Launcher,
+    LaunchRequest,
+    LaunchTimes,
+)
 from cloudexec._payload import Parts, Payload
 from cloudexec._server.callbacks import CallbackThread
 from cloudexec._server.direct import Delivered, DirectChannel
@@ -45,12 +54,14 @@ from cloudexec._server.portal import Portal
 __all__ = ["Driver", "Setup", "Submission"]
 
 _logger = logging.getLogger("cloudexec")
-_LAST_WORDS = 0.1
-"""Seconds that a worker's process has, after its stream ended, to end and say why."""
 _RECALL_TIMEOUT = 1.0
 """Seconds that ``cancel()`` waits for a worker to say whether a task had begun."""
 _END_GRACE = 5.0
 """Seconds that workers have to end by themselves when the executor does."""
+_BUDGET_CHECK = 1.0
+"""Seconds between looks at what the workers have cost, where that is limited."""
+_EXPLAIN_AFTER = 20.0
+"""Seconds that work may wait for its first worker before we say why."""
 _MOST_STALL = 2.0
 """Seconds that the machine's clock moves at most between two looks: while this process was stopped
 or its main thread held the GIL, workers were silent through no fault of theirs."""
@@ -82,6 +93,7 @@ class Submission(Task):
         self.cost = 0.0
         self.lost = 0
         self.suspected = 0
+        self.rung = 0
         self.function = function
         self.payload: Payload | None = payload
         self.timeout = timeout
@@ -100,6 +112,8 @@ class Setup:
     max_tasks_per_child: int = 0
     output: str = "inherit"
     listen: str | None = None
+    advertise: str = ""
+    max_cost_usd: float | None = None
     orphan_timeout: float = 30.0
     idle_timeout: float | None = 60.0
     cwd: str = ""
@@ -141,6 +155,13 @@ class Driver:
         self._timer_at = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._running: set[str] = set()  # launches whose process has not ended
+        self._wanted: list[LaunchRequest] = []
+        self._times: dict[str, LaunchTimes] = {}
+        self._asked_at: dict[str, float] = {}
+        self._connected_at: dict[str, float] = {}  # workers that have returned no result yet
+        self._explained = ""
+        self._prepared = False
+        self.started_at = time.monotonic()
         self._all_ended = asyncio.Event()
         self._last_words: dict[str, LaunchEnd] = {}
         self._expected_ends: dict[str, asyncio.TimerHandle] = {}
@@ -208,8 +229,12 @@ class Driver:
         Raises:
             LaunchError: If the server cannot listen where it was told to.
         """
-        listen = self.setup.listen
-        if listen is None and not self._launcher.needs_network() and hasattr(os, "fork"):
+        setup = self.setup
+        self._prepared = True
+        network = await self._launcher.start(self.executor_id, setup.listen or "", setup.advertise)
+        self.key = network.key or self.key
+        listen = network.listen
+        if not listen and hasattr(os, "fork"):
             self._directory = _private_directory()
             listen = f"unix:{self._directory}/s"
         if self._directory is not None:
@@ -220,12 +245,29 @@ class Driver:
         with _quiet_grpc():
             from cloudexec._server.servicer import start_server
 
-            started = await start_server(self, listen or "127.0.0.1:0")
+            started = await start_server(self, listen or "127.0.0.1:0", network.advertise)
         self._server, target, sha256 = started
         self.contact = Contact(target, self.executor_id, self.key, sha256)
         self._looked_at = time.monotonic()
         if self.machine.config.scaling.min_slots:
             self.feed(events.DeadlinePassed())
+        if setup.max_cost_usd is not None:
+            self.create_task(self._watch_cost(setup.max_cost_usd))
+        self.create_task(self._watch_start())
+
+    async def abandon(self) -> None:
+        """Let go of everything after ``start()`` failed."""
+        self._closing = True
+        if self._prepared:
+            await self._launcher.close()
+        if self._direct is not None:
+            self._direct.close()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        if self.output is not None:
+            self.output.stop()
+        self.callbacks.stop()
+        self.portal.loop.call_soon(self._closed)
 
     # On the loop thread.
 
@@ -327,6 +369,8 @@ class Driver:
             future._worker_id = worker
             future._run_time = seconds
             future._attempts = task.lost + 1
+            if worker in self._connected_at:
+                self._first_result(worker)
             if printed and task.lease in printed:
                 printed.discard(task.lease)
                 self._after_output(self._give_result, task, future, result)
@@ -385,8 +429,11 @@ class Driver:
 
     def _fail_unlaunched(self, command: commands.FailTasksUnlaunched) -> None:
         error_text = f"no worker could be started ({self._launcher.describe()}): {command.reason}"
+        why = self._launcher.explain()
+        if why and why not in error_text:
+            error_text += f"\n{why}"
         for task in command.tasks:
-            self._set_exception(task, LaunchError(error_text, reason=command.reason))
+            self._set_exception(task, LaunchError(error_text, reason=why or command.reason))
 
     def _cancel(self, command: commands.CancelTasks) -> None:
         for task in command.tasks:
@@ -410,26 +457,114 @@ class Driver:
     # Commands about workers.
 
     def _launch(self, command: commands.LaunchWorker) -> None:
-        # Not from within the machine's answer: a failure is an event of its own.
-        self.portal.loop.call_soon(self._launch_now, command.launch, command.slots)
+        if not self._wanted:
+            # Not from within the machine's answer: a failure is an event of its own.
+            self.portal.loop.call_later(self._launcher.linger, self._launch_now)
+        self._wanted.append(LaunchRequest(command.launch, command.slots, command.rung))
+        self._asked_at[command.launch] = time.monotonic()
 
-    def _launch_now(self, launch: str, slots: int) -> None:
-        if launch not in self.machine.launches:
-            return
+    def _launch_now(self) -> None:
+        wanted = [request for request in self._wanted if request.launch_id in self.machine.launches]
+        self._wanted.clear()
+        ceiling = self.setup.max_cost_usd
+        if wanted and ceiling is not None:
+            affordable = self._launcher.affordable(wanted, ceiling)
+            if affordable < len(wanted):
+                self._refuse_launches(wanted[affordable:], ceiling)
+                wanted = wanted[:affordable]
         assert self.contact is not None
+        while wanted:
+            # Requests of one size whose numbers follow one another go together.
+            first = wanted[0]
+            count = 1
+            while count < len(wanted) and wanted[count] == LaunchRequest(
+                str(int(first.launch_id) + count), first.slots, first.rung
+            ):
+                count += 1
+            together, wanted = wanted[:count], wanted[count:]
+            self._running.update(request.launch_id for request in together)
+            try:
+                self._launcher.launch(self.contact, together, self._on_launch_end)
+            except CloudexecError as exc:
+                for request in together:
+                    self._running.discard(request.launch_id)
+                    self.feed(events.LaunchFailed(request.launch_id, str(exc)))
 
-        def ended(end: LaunchEnd) -> None:
-            self._on_launch_end(launch, end)
+    def _refuse_launches(self, refused: list[LaunchRequest], ceiling: float) -> None:
+        _logger.warning(
+            "max_cost_usd=%g: %s not launched, and none will be from now on; what runs goes on",
+            ceiling,
+            _count(len(refused), "worker"),
+        )
+        self.feed(events.LaunchesRefused([request.launch_id for request in refused]))
+        self._check_budget(ceiling)
 
-        self._running.add(launch)
-        try:
-            self._launcher.launch(self.contact, launch, slots, ended)
-        except CloudexecError as exc:
-            self._running.discard(launch)
-            self.feed(events.LaunchFailed(launch, str(exc)))
+    def _check_budget(self, ceiling: float) -> None:
+        """Stop everything once the ceiling is reached, or nobody is left to do the work."""
+        if self.broken is not None or self.machine.finished:
+            return
+        cost = self._launcher.cost()
+        at_end = cost.accrued_usd + cost.committed_usd >= ceiling and bool(self._running)
+        alone = self.machine.refusing and not self.machine.workers and not self.machine.launches
+        if at_end or (alone and self.machine.open_tasks):
+            self.break_down(
+                BudgetExceededError(
+                    f"the workers have cost about ${cost.accrued_usd:.4f}, and going on would "
+                    f"exceed max_cost_usd=${ceiling:g}; they were stopped. Raise the ceiling, or "
+                    f"use fewer or smaller workers",
+                    cost_usd=cost.accrued_usd,
+                    max_cost_usd=ceiling,
+                )
+            )
+
+    async def _watch_cost(self, ceiling: float) -> None:
+        while not self._closing:
+            await asyncio.sleep(_BUDGET_CHECK)
+            self._check_budget(ceiling)
+
+    async def _watch_start(self) -> None:
+        """While work waits and no worker comes, say why: once for each reason."""
+        while not self._closing:
+            await asyncio.sleep(1.0)
+            launches = self.machine.launches
+            if not launches or not self.machine.waiting:
+                continue
+            oldest = min(launch.started_at for launch in launches.values())
+            waited = self._now - oldest
+            limit = self.machine.config.scaling.launch_timeout
+            if waited < min(_EXPLAIN_AFTER, limit / 3):
+                continue
+            why = self._launcher.explain()
+            if why and why != self._explained:
+                self._explained = why
+                _logger.warning(
+                    "%s waiting since %.0f s for %s: %s",
+                    _count(self.machine.waiting, "task"),
+                    waited,
+                    _count(len(launches), "worker"),
+                    why,
+                )
+
+    def _first_result(self, worker: str) -> None:
+        since = time.monotonic() - self._connected_at.pop(worker)
+        session = self.sessions.get(worker)
+        if session is not None:
+            times = self._times[session.identity]
+            total = (times.total or 0.0) + since
+            self._times[session.identity] = replace(times, first_task=since, total=total)
+
+    def launch_times(self) -> tuple[LaunchTimes, ...]:
+        """Say of each launch where its time went, in the order they were asked for."""
+        waiting = [
+            self._launcher.times(launch) or LaunchTimes(launch=launch)
+            for launch in self.machine.launches
+            if launch not in self._times
+        ]
+        return (*self._times.values(), *waiting)
 
     def _on_launch_end(self, launch: str, end: LaunchEnd) -> None:
-        self._running.discard(launch)
+        if not end.relaunched:
+            self._running.discard(launch)
         session = self._identities.get(launch)
         worker = None if session is None else session.worker_id
         if worker is not None:
@@ -437,12 +572,13 @@ class Driver:
             self._last_words[worker] = end
             if launch in self._expected_ends:
                 self._lost(self.sessions[worker], end.reason)
-        self.feed(events.LaunchFailed(launch, end.reason, end.fatal, end.killed))
+        elif not end.relaunched:
+            self.feed(events.LaunchFailed(launch, end.reason, end.fatal, end.killed))
         if not self._running:
             self._all_ended.set()
 
     def _terminate_launch(self, command: commands.TerminateLaunch) -> None:
-        self._launcher.terminate(command.launch)
+        self._launcher.terminate([command.launch])
 
     def _drain_worker(self, command: commands.DrainWorker) -> None:
         session = self.sessions.get(command.worker)
@@ -454,9 +590,13 @@ class Driver:
         if session is not None:
             session.terminate()
             # It has had its chance to end by itself.
-            self.portal.loop.call_later(2.0, self._launcher.terminate, session.identity)
+            self.portal.loop.call_later(2.0, self._launcher.terminate, [session.identity])
 
     # What the servicer reports.
+
+    def key_of(self, identity: str) -> bytes:
+        """Return the key that a worker with this identity must know."""
+        return self._launcher.key_of(identity) or self.key
 
     def admit(self, identity: str) -> str | None:
         """Say why a worker with this identity may not connect; ``None`` if it may."""
@@ -497,23 +637,54 @@ class Driver:
             self._refused_at = now
             _logger.warning("connection refused (%d so far): %s", self.refusals, what)
 
-    def connected(self, session: Any, slots: int) -> None:
-        """A worker has proved who it is."""
+    def draining(self, session: Any) -> None:
+        """A worker takes nothing new: unless we told it to, its platform did."""
+        worker = self.machine.workers.get(session.worker_id)
+        if worker is not None and worker.state is WorkerState.ACTIVE:
+            session.reclaimed = True
+        self.feed(events.WorkerDraining(session.worker_id))
+
+    def connected(self, session: Any, slots: int, arrival: Arrival, dial_in: float) -> None:
+        """A worker has proved who it is; ``dial_in`` is how long that took it."""
         self.sessions[session.worker_id] = session
         self._identities[session.identity] = session
+        self._launcher.connected(session.identity, arrival)
+        self._note_arrival(session, arrival, dial_in)
         self._tokens[session.token] = session
         launched = self.machine.launches[session.identity].slots
         self.feed(events.WorkerConnected(session.worker_id, min(slots, launched), session.identity))
 
+    def _note_arrival(self, session: Any, arrival: Arrival, dial_in: float) -> None:
+        launch, now = session.identity, time.monotonic()
+        total = now - self._asked_at.pop(launch, now)
+        times = self._launcher.times(launch) or LaunchTimes(launch=launch)
+        known = (times.api or 0.0) + (arrival.pull or 0.0) + (arrival.boot or 0.0) + dial_in
+        self._times[launch] = replace(
+            times,
+            worker_id=session.worker_id,
+            job_id=arrival.job_id,
+            place=max(0.0, total - known),
+            pull=arrival.pull,
+            boot=arrival.boot,
+            dial_in=dial_in,
+            total=total,
+        )
+        self._connected_at[session.worker_id] = now
+
     def disconnected(self, session: Any, reason: str) -> None:
         """A worker's stream has ended."""
         worker, identity = session.worker_id, session.identity
-        if self.sessions.get(worker) is not session:
+        if worker not in self.sessions or self.sessions[worker] is not session:
             return
+        known = self.machine.workers.get(worker)
+        orderly = known is not None and not known.leases and known.state is WorkerState.DRAINING
+        self._launcher.disconnected(identity, orderly=orderly, reclaimed=session.reclaimed)
         if worker not in self._last_words and identity in self._running and not self._closing:
             # Its process is about to end, and how it ended is worth a moment.
+            hurry = orderly or self.machine.killing
+            patience = 0.1 if hurry else self._launcher.last_words
             self._expected_ends[identity] = self.portal.loop.call_later(
-                _LAST_WORDS, self._lost, session, reason
+                patience, self._lost, session, reason
             )
             return
         self._lost(session, reason)
@@ -529,9 +700,20 @@ class Driver:
         session.close()
         del self._identities[session.identity], self._tokens[session.token]
         self._launcher.clean_up(session.slot_groups)
-        if session.identity in self._running:
-            self.portal.loop.call_later(2.0, self._launcher.terminate, session.identity)
-        self.feed(events.WorkerLost(worker, end.reason if end else reason))
+        self._connected_at.pop(worker, None)
+        if end is None:
+            end = LaunchEnd(reason, reclaimed=bool(session.reclaimed))
+        if session.identity in self._running and not end.relaunched:
+            self.portal.loop.call_later(2.0, self._launcher.terminate, [session.identity])
+        self.feed(
+            events.WorkerLost(
+                worker,
+                end.reason,
+                reclaimed=end.reclaimed,
+                out_of_memory=end.out_of_memory,
+                relaunched=end.relaunched,
+            )
+        )
 
     def initializer_failed(self, payload: bytes) -> None:
         """The initializer raised in a worker: nothing can be run, and all that waits fails."""
@@ -551,7 +733,7 @@ class Driver:
             return
         self.broken = error
         machine = self.machine
-        tasks: list[Any] = [task for task in machine.queue if task.handle is not None]
+        tasks: list[Any] = [task for task in machine.waiting_tasks() if task.handle is not None]
         for worker in machine.workers.values():
             tasks.extend(task for task in worker.leases.values() if task.handle is not None)
         for task in tasks:
@@ -576,16 +758,18 @@ class Driver:
 
     async def _close(self) -> None:
         """Let the workers' processes end, then close the server and everything else."""
-        while self._running:
+        while self._running and self._launcher.ends_are_seen:
             # They end by themselves once their streams have; the rest is for those that do not.
             self._all_ended.clear()
             try:
                 async with asyncio.timeout(_END_GRACE):
                     await self._all_ended.wait()
             except TimeoutError:
-                for launch in list(self._running):
-                    self._launcher.terminate(launch)
+                self._launcher.terminate(list(self._running))
         self._closing = True
+        await self._launcher.close()
+        for task in list(self._tasks - {asyncio.current_task()}):
+            task.cancel()
         if self._timer is not None:
             self._timer.cancel()
         if self._direct is not None:
@@ -667,6 +851,15 @@ def _error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
             f"{worker}, which ran the task, was lost ({_count(task.lost, 'attempt')}): {detail}",
             worker_id=worker,
             attempts=task.lost,
+            out_of_memory=failure.out_of_memory,
+        )
+    if failure.kind is FailureKind.RECLAIMED:
+        return WorkerLostError(
+            f"{worker} was taken back by its platform while the task ran, and with retries=0 it is "
+            f"not run again",
+            worker_id=worker,
+            attempts=1,
+            output=detail.output,
         )
     if failure.kind is FailureKind.TIMED_OUT:
         return TaskTimeoutError(

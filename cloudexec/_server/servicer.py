@@ -6,6 +6,7 @@ import asyncio
 import queue
 import secrets
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from cloudexec._core import events
 from cloudexec._core.events import FailureKind
 from cloudexec._errors import LaunchError, PayloadError
 from cloudexec._functions import Function
+from cloudexec._launchers.base import Arrival
 from cloudexec._payload import Parts, Payload
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server.direct import Delivered, unpickle_result
@@ -40,6 +42,7 @@ _KINDS = {
     pb.Failure.SLOT_LOST: FailureKind.SLOT_LOST,
     pb.Failure.TIMED_OUT: FailureKind.TIMED_OUT,
     pb.Failure.KILLED: FailureKind.KILLED,
+    pb.Failure.RECLAIMED: FailureKind.RECLAIMED,
 }
 
 
@@ -55,6 +58,7 @@ class _Session:
         self.delivered: dict[int, Delivered] = {}
         self.slot_groups: list[int] = []
         self.printed: set[int] = set()  # leases whose task has printed
+        self.reclaimed = False  # its platform told it to end
         self._driver = driver
         self._context = context
         self._wanted = asyncio.Event()
@@ -268,7 +272,8 @@ class _Session:
             for failure in message.failures:
                 self.payloads.pop(failure.lease, None)
                 kind = _KINDS.get(failure.kind, FailureKind.SLOT_LOST)
-                failures.append((failure.lease, events.Failure(kind, failure)))
+                lost = events.Failure(kind, failure, failure.out_of_memory)
+                failures.append((failure.lease, lost))
             driver.feed(events.FailuresReceived(worker, failures))
             heard = False
         if message.returned:
@@ -277,7 +282,7 @@ class _Session:
             driver.feed(events.LeasesReturned(worker, list(message.returned)))
             heard = False
         if message.draining:
-            driver.feed(events.WorkerDraining(worker))
+            driver.draining(self)
             heard = False
         if message.initializer_failed:
             driver.initializer_failed(message.initializer_failed)
@@ -348,6 +353,7 @@ class _Servicer:
 
     async def _enrol(self, context: Any) -> _Session | None:
         driver = self._driver
+        heard_at = time.monotonic()
         message = await context.read()
         if message is grpc.aio.EOF or not message.HasField("hello"):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "say hello first")
@@ -355,11 +361,12 @@ class _Servicer:
         if len(hello.identity) > 1024 or len(hello.nonce) != _enrolment.NONCE_BYTES:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "malformed hello")
         nonce = _enrolment.make_nonce()
+        key = driver.key_of(hello.identity)
         parts = (driver.executor_id, hello.identity, hello.nonce, nonce)
-        mac = _enrolment.proof(driver.key, "server", *parts)
+        mac = _enrolment.proof(key, "server", *parts)
         await context.write(pb.ServerMessage(challenge=pb.Challenge(nonce=nonce, mac=mac)))
         message = await context.read()
-        expected = _enrolment.proof(driver.key, "worker", *parts)
+        expected = _enrolment.proof(key, "worker", *parts)
         if (
             message is grpc.aio.EOF
             or hello.executor_id != driver.executor_id
@@ -401,7 +408,9 @@ class _Servicer:
         # Nothing is awaited between the check above and here but that write: check once more.
         if driver.admit(hello.identity) is not None:
             return None
-        driver.connected(session, hello.slots)
+        pull = hello.pull_seconds or None
+        arrival = Arrival(hello.job_id[:256], hello.boot_seconds, pull)
+        driver.connected(session, hello.slots, arrival, time.monotonic() - heard_at)
         return session
 
     def _session_of(self, context: Any) -> _Session | None:
@@ -521,12 +530,15 @@ class _Arrival:
         self._loop.call_soon_threadsafe(resolve, outcome)
 
 
-async def start_server(driver: Driver, listen: str) -> tuple[grpc.aio.Server, str, str]:
+async def start_server(
+    driver: Driver, listen: str, advertise: str
+) -> tuple[grpc.aio.Server, str, str]:
     """Start to listen.
 
     Args:
         driver: Whose server it is.
         listen: ``unix:/path``, or ``host:port`` (port 0: any free one), which is TLS.
+        advertise: Host, or ``host:port``, that workers dial; empty: what is listened on.
 
     Returns:
         The server, the target that workers dial, and the certificate's SHA-256 in hex (empty for a
@@ -550,6 +562,9 @@ async def start_server(driver: Driver, listen: str) -> tuple[grpc.aio.Server, st
             credentials = grpc.ssl_server_credentials([(certificate.key_pem, certificate.pem)])
             port = server.add_secure_port(listen, credentials)
             target = f"{listen.rpartition(':')[0]}:{port}"
+            if advertise:
+                alone = ":" not in advertise or advertise.endswith("]")
+                target = f"{advertise}:{port}" if alone else advertise
     except RuntimeError as exc:
         raise LaunchError(f"cannot listen on {listen}: {exc}; is the address taken?") from exc
     await server.start()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cloudexec._config import check_count
 from cloudexec._errors import LaunchError
-from cloudexec._launchers.base import Contact, LaunchEnd
+from cloudexec._launchers.base import Contact, LaunchEnd, Launcher, LaunchRequest
 
 __all__ = ["ManualLaunch", "ManualLauncher"]
 
@@ -29,7 +29,7 @@ class ManualLaunch:
     contact: Contact
 
 
-class ManualLauncher:
+class ManualLauncher(Launcher):
     """Starts nothing. Whoever holds it connects workers, or does not, and says how they ended.
 
     One launcher serves one executor. The executor calls it on its loop thread; ``wait()`` and
@@ -67,7 +67,7 @@ class ManualLauncher:
         self._loop: asyncio.AbstractEventLoop | None = None
         # Guards the three below, and is notified of each launch.
         self._changed = threading.Condition()
-        self._on_end: dict[str, Callable[[LaunchEnd], None] | None] = {}  # None: it ended
+        self._on_end: dict[str, Callable[[str, LaunchEnd], None] | None] = {}  # None: it ended
         self._executor_id: str | None = None
 
     def slots_per_worker(self, max_workers: int) -> int:
@@ -79,9 +79,12 @@ class ManualLauncher:
         return self._needs_network
 
     def launch(
-        self, contact: Contact, launch_id: str, slots: int, on_end: Callable[[LaunchEnd], None]
+        self,
+        contact: Contact,
+        requests: Sequence[LaunchRequest],
+        on_end: Callable[[str, LaunchEnd], None],
     ) -> None:
-        """Record that a worker was asked for.
+        """Record that workers were asked for.
 
         Raises:
             LaunchError: If another executor uses this launcher already.
@@ -91,15 +94,18 @@ class ManualLauncher:
                 raise LaunchError("a ManualLauncher serves one executor, and has one already")
             self._executor_id = contact.executor_id
             self._loop = asyncio.get_running_loop()
-            self._on_end[launch_id] = on_end
-            self.launches.append(ManualLaunch(launch_id, slots, contact))
+            for request in requests:
+                self._on_end[request.launch_id] = on_end
+                launch = ManualLaunch(request.launch_id, request.slots, contact)
+                self.launches.append(launch)
             self._changed.notify_all()
 
-    def terminate(self, launch_id: str) -> None:
-        """Record that a worker was to be stopped; it ends if that was agreed."""
-        self.terminated.append(launch_id)
-        if self._ends_when_terminated:
-            self.end(launch_id, "it was terminated", killed=True)
+    def terminate(self, launch_ids: Sequence[str]) -> None:
+        """Record that workers were to be stopped; they end if that was agreed."""
+        for launch_id in launch_ids:
+            self.terminated.append(launch_id)
+            if self._ends_when_terminated:
+                self.end(launch_id, "it was terminated", killed=True)
 
     def clean_up(self, slot_groups: list[int]) -> None:
         """Do nothing: no process here is this launcher's."""
@@ -168,7 +174,7 @@ class ManualLauncher:
             return
         assert loop is not None
         try:
-            loop.call_soon_threadsafe(on_end, LaunchEnd(reason, killed, fatal))
+            loop.call_soon_threadsafe(on_end, launch_id, LaunchEnd(reason, killed, fatal))
         except RuntimeError:
             pass  # the executor is gone, and its loop with it
 

@@ -1,7 +1,10 @@
 """``python -m cloudexec.worker``: start one worker.
 
 It learns whom to dial from one line of JSON on its standard input (the local launcher, which so
-keeps the key out of environment and process list), or from the environment (containers).
+keeps the key out of environment and process list), or from the environment (containers): the
+variables ``CLOUDEXEC_TARGET``, ``_EXECUTOR_ID``, ``_SLOTS``, ``_KEY``, ``_CERTIFICATE_SHA256``,
+``_MEMORY_MIB``, and ``_IDENTITY`` or, under AWS Batch, ``_LAUNCH`` (the number of the job's first
+worker, to which the index in an array job is added).
 """
 
 from __future__ import annotations
@@ -12,10 +15,16 @@ import socket
 import sys
 from typing import Any
 
-__all__ = ["EXIT_REFUSED", "main"]
+__all__ = ["EXIT_RECLAIMED", "EXIT_REFUSED", "main"]
 
 EXIT_REFUSED = 3
 """Exit code where either side refused the other: to try again is no use."""
+EXIT_RECLAIMED = 128 + 15
+"""Exit code after SIGTERM: a platform that wants its machine back is to start the worker again
+elsewhere, which AWS Batch does only for a job that failed."""
+_DRAIN_GRACE = 20.0
+"""Seconds after SIGTERM in which tasks may finish: AWS sends SIGKILL after 30, and handing back
+takes a moment."""
 
 
 def main(bootstrap: dict[str, Any] | None = None) -> int:
@@ -50,24 +59,45 @@ def main(bootstrap: dict[str, Any] | None = None) -> int:
         key=bytes.fromhex(bootstrap["key"]),
         slots=int(bootstrap["slots"]),
         certificate_sha256=bootstrap.get("certificate_sha256", ""),
+        job_id=bootstrap.get("job_id", ""),
+        attempt=int(bootstrap.get("attempt") or 1),
+        memory_mib=int(bootstrap.get("memory_mib") or 0),
+        drain_grace=bootstrap.get("drain_grace"),
     )
     try:
-        asyncio.run(run_worker(address, ours))
+        reclaimed = asyncio.run(run_worker(address, ours))
     except ProtocolError as exc:
         print(f"cloudexec worker: {exc}", file=sys.stderr)
         return EXIT_REFUSED
     except CloudexecError as exc:
         print(f"cloudexec worker: {exc}", file=sys.stderr)
         return 1
-    return 0
+    return EXIT_RECLAIMED if reclaimed else 0
 
 
 def _from_environment() -> dict[str, Any]:
-    names = ("target", "executor_id", "identity", "key", "slots", "certificate_sha256")
-    found = {name: os.environ.get(f"CLOUDEXEC_{name.upper()}", "") for name in names}
-    missing = [f"CLOUDEXEC_{name.upper()}" for name in names[:5] if not found[name]]
+    environ = os.environ
+    who = "identity" if "CLOUDEXEC_IDENTITY" in environ else "launch"
+    needed = ("target", "executor_id", who, "key", "slots")
+    names = (*needed, "certificate_sha256", "memory_mib")
+    # Taken out: what tasks start does not inherit the key.
+    found: dict[str, Any] = {name: environ.pop(f"CLOUDEXEC_{name.upper()}", "") for name in names}
+    missing = [f"CLOUDEXEC_{name.upper()}" for name in needed if not found[name]]
     if missing:
-        raise SystemExit(f"cloudexec worker: not set: {', '.join(missing)}")
+        raise SystemExit(
+            f"cloudexec worker: not set: {', '.join(missing)}. This is the worker of a "
+            f"cloudexec.BatchExecutor, which sets them when it starts one; alone it does nothing"
+        )
+    for name in {"slots", who} - {"identity"}:
+        if not found[name].isdigit():
+            raise SystemExit(f"cloudexec worker: CLOUDEXEC_{name.upper()} must be a whole number")
+    if who == "launch":
+        # All children of an array job have the same environment, but for their index.
+        index = environ.get("AWS_BATCH_JOB_ARRAY_INDEX", "0")
+        found["identity"] = str(int(found["launch"]) + int(index))
+    found["job_id"] = environ.get("AWS_BATCH_JOB_ID", "")
+    found["attempt"] = environ.get("AWS_BATCH_JOB_ATTEMPT", "1")
+    found["drain_grace"] = float(environ.pop("CLOUDEXEC_DRAIN_GRACE", _DRAIN_GRACE))
     return found
 
 

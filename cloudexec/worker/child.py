@@ -125,10 +125,21 @@ def _widen(fd: int) -> None:
         pass  # not Linux, or over the user's limit: a smaller pipe is only slower
 
 
-def oom_kills() -> int:
-    """How often the kernel has killed for want of memory, as far as can be seen from here."""
+_CONTAINER_EVENTS = (
+    "/sys/fs/cgroup/memory.events",  # version 2
+    "/sys/fs/cgroup/memory/memory.oom_control",  # version 1
+)
+
+
+def oom_kills(*, alone: bool) -> int:
+    """How often the kernel has killed for want of memory, as far as can be seen from here.
+
+    Args:
+        alone: Whether this is a container with a limit of its own: what happens on the rest of
+            the machine says nothing then.
+    """
     count = 0
-    for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+    for path in _CONTAINER_EVENTS if alone else (*_CONTAINER_EVENTS[:1], "/proc/vmstat"):
         try:
             with open(path) as file:
                 for line in file:

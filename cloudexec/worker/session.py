@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import socket
+import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine
@@ -22,6 +23,7 @@ from cloudexec import _enrolment
 from cloudexec._errors import LaunchError, ProtocolError
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._wire import CHANNEL_OPTIONS, LEASE_KEY, TOKEN_KEY, pack_chunk, unpack_chunk
+from cloudexec.worker.birth import pull_seconds, seconds_since_start
 from cloudexec.worker.supervisor import KILLED, Failure, Settings, SlotPool, WorkItem
 
 __all__ = ["Address", "Session", "run_worker"]
@@ -44,6 +46,10 @@ class Address:
         key: Shared with the executor.
         slots: Tasks to run at once.
         certificate_sha256: Of the server's certificate, in hex; empty for a Unix socket.
+        job_id: The platform's name for this worker.
+        attempt: Which run of the launch this is, from 1.
+        memory_mib: What this worker's container may use; 0: unknown.
+        drain_grace: Seconds after SIGTERM in which tasks may finish; ``None``: no limit.
     """
 
     target: str
@@ -52,12 +58,22 @@ class Address:
     key: bytes
     slots: int
     certificate_sha256: str = ""
+    job_id: str = ""
+    attempt: int = 1
+    memory_mib: int = 0
+    drain_grace: float | None = None
 
     def __repr__(self) -> str:
         return f"Address(target={self.target!r}, identity={self.identity!r})"
 
 
-def _channel(address: Address) -> grpc.aio.Channel:
+async def _channel(address: Address) -> grpc.aio.Channel:
+    """Open a channel.
+
+    Raises:
+        LaunchError: If the client cannot be reached.
+        ProtocolError: If something else answers there.
+    """
     if not address.certificate_sha256:
         return grpc.aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
     # Whoever answers may send any certificate: the pinned fingerprint says which one is right,
@@ -66,7 +82,23 @@ def _channel(address: Address) -> grpc.aio.Channel:
     import ssl
 
     host, _, port = address.target.rpartition(":")
-    pem = ssl.get_server_certificate((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT)
+    deadline = time.monotonic() + _CONNECT_TIMEOUT
+    pause = 0.1
+    while True:
+        left = max(deadline - time.monotonic(), 1.0)
+        try:
+            pem = await asyncio.to_thread(
+                ssl.get_server_certificate, (host.strip("[]"), int(port)), timeout=left
+            )
+            break
+        except OSError as exc:
+            if time.monotonic() + pause > deadline:
+                raise LaunchError(
+                    f"cannot reach the client at {address.target} within {_CONNECT_TIMEOUT:g} s: "
+                    f"{exc}; is it reachable from this network, and its port open?"
+                ) from exc
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, 5.0)
     found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
     if found != address.certificate_sha256:
         raise ProtocolError(
@@ -130,6 +162,7 @@ class Session:
         address = self._address
         self._call = self._session()
         nonce = _enrolment.make_nonce()
+        pull = await asyncio.to_thread(pull_seconds) if address.job_id else 0.0
         hello = pb.Hello(
             wire_version=_enrolment.WIRE_VERSION,
             executor_id=address.executor_id,
@@ -141,6 +174,10 @@ class Session:
             slots=address.slots,
             pid=os.getpid(),
             host=socket.gethostname(),
+            job_id=address.job_id,
+            attempt=address.attempt,
+            boot_seconds=seconds_since_start(),
+            pull_seconds=pull,
         )
         await self._call.write(pb.WorkerMessage(hello=hello))
         challenge = await self._expect("challenge")
@@ -416,15 +453,18 @@ def _version() -> str:
         return "unknown"
 
 
-async def run_worker(address: Address, zygote: socket.socket) -> None:
+async def run_worker(address: Address, zygote: socket.socket) -> bool:
     """Dial back and serve until told to stop, or until the client is gone.
+
+    Returns:
+        Whether it was the platform, not the client, that wanted it to stop (SIGTERM).
 
     Raises:
         LaunchError: If the client cannot be reached.
         ProtocolError: If either side refuses the other.
     """
     loop = asyncio.get_running_loop()
-    channel = _channel(address)
+    channel = await _channel(address)
     session = Session(address, channel)
     parent = os.getppid()
     ends: asyncio.Queue[str] = asyncio.Queue()
@@ -438,7 +478,13 @@ async def run_worker(address: Address, zygote: socket.socket) -> None:
         _settings(session.welcome, address), session, zygote, lambda: ends.put_nowait("zygote")
     )
     session.pool = pool
-    loop.add_signal_handler(signal.SIGTERM, ends.put_nowait, "drain")
+
+    def on_sigterm() -> None:
+        ends.put_nowait("sigterm")
+        if address.drain_grace is not None:
+            loop.call_later(address.drain_grace, pool.reclaim)
+
+    loop.add_signal_handler(signal.SIGTERM, on_sigterm)
 
     def on_bug(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         # A callback failed: nobody knows what was left undone. The client runs the tasks elsewhere.
@@ -471,12 +517,13 @@ async def run_worker(address: Address, zygote: socket.socket) -> None:
         loop.create_task(session.beat()),
         loop.create_task(watch_parent()),
     ]
-    asked = False
+    asked = reclaimed = False
     try:
         await pool.start()
         why = await ends.get()
-        asked = why in ("drain", "terminate")
-        if why == "drain":
+        asked = why in ("drain", "sigterm", "terminate")
+        reclaimed = why == "sigterm"
+        if why in ("drain", "sigterm"):
             session.start_draining()
             pool.drain()
             why = await _first(pool.idle, ends)
@@ -510,6 +557,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> None:
                     shutil.rmtree(os.path.dirname(path), ignore_errors=True)
                     break
                 await asyncio.sleep(0.05)
+    return reclaimed
 
 
 async def _first(event: asyncio.Event, ends: asyncio.Queue[str]) -> str:
@@ -521,7 +569,7 @@ async def _first(event: asyncio.Event, ends: asyncio.Queue[str]) -> str:
             await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
             if ending.done():
                 why = ending.result()
-                if why != "drain":
+                if why not in ("drain", "sigterm"):
                     return why
                 ending = asyncio.ensure_future(ends.get())
             if waiting.done():
@@ -545,4 +593,5 @@ def _settings(welcome: pb.Welcome, address: Address) -> Settings:
         direct_path=welcome.direct_path,
         token=welcome.session_token,
         authkey=welcome.authkey,
+        memory_mib=address.memory_mib,
     )

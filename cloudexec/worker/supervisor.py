@@ -41,11 +41,13 @@ _TAIL_BYTES = 8 * 1024
 _READ_BYTES = 64 * 1024
 _STOP_GRACE = 5.0
 """Seconds that a slot told to stop may take for its exit handlers."""
+_FULL = 0.8
+"""Part of its share of the container's memory past which a slot that was killed filled it."""
 _FAILED_STARTS = 3
 _SPARED = 5
 """Slots that may die before they begin a task that was sent to them, before it is to blame."""
 
-SLOT_LOST, TIMED_OUT, KILLED = 4, 5, 6
+SLOT_LOST, TIMED_OUT, KILLED, RECLAIMED = 4, 5, 6, 7
 """``Failure.Kind`` of the wire, where the slot itself cannot say what happened."""
 
 
@@ -80,6 +82,7 @@ class Settings:
     direct_path: str = ""
     token: bytes = b""
     authkey: bytes = b""
+    memory_mib: int = 0
 
 
 class Answers(Protocol):
@@ -160,7 +163,7 @@ class SlotPool:
         self._tick_handle: asyncio.TimerHandle | None = None
         self._trim_handle: asyncio.TimerHandle | None = None
         self._failed_starts = 0
-        self._oom_kills = oom_kills()
+        self._oom_kills = oom_kills(alone=settings.memory_mib > 0)
         self._draining = False
         self._announced = False
         self._input = b""
@@ -250,6 +253,13 @@ class SlotPool:
                 self._take_back(slot)
         self._note_idle()
         self._answers.wake()
+
+    def reclaim(self) -> None:
+        """Hand back, unfinished, what runs: the platform gives no more time."""
+        for slot in list(self._slots.values()):
+            current = slot.cells[CURRENT]
+            if slot.held:
+                self.kill([current if current in slot.held else next(iter(slot.held))], RECLAIMED)
 
     def _note_idle(self) -> None:
         if self._draining and not any(slot.held for slot in self._slots.values()):
@@ -442,7 +452,7 @@ class SlotPool:
             if first.spared > _SPARED:
                 guilty = slot.held.pop(first.lease)
         if guilty is not None:
-            kills = oom_kills()
+            kills = oom_kills(alone=self._settings.memory_mib > 0)
             killed_us = slot.kill_reason and slot.kill_lease == guilty.lease
             self._answers.failure(
                 Failure(
@@ -452,12 +462,22 @@ class SlotPool:
                     exit_code=code,
                     peak_memory_bytes=peak,
                     seconds=time.monotonic() - slot.progress_at,
-                    out_of_memory=code == -signal.SIGKILL and kills > self._oom_kills,
+                    out_of_memory=code == -signal.SIGKILL
+                    and not slot.kill_reason
+                    and (kills > self._oom_kills or self._filled_memory(peak)),
                 )
             )
             self._oom_kills = kills
         self._requeue(list(slot.held.values()))
         slot.held.clear()
+
+    def _filled_memory(self, peak: int) -> bool:
+        """Whether a slot that somebody killed had its share of the container's memory in use.
+
+        Where the container's own counters cannot be read, that is the evidence there is.
+        """
+        share = self._settings.memory_mib * 2**20 / self._settings.slots
+        return 0 < _FULL * share <= peak
 
     def _tail(self, slot: Child, lease: int) -> str:
         return bytes(slot.tail.get(lease, b"")).decode("utf-8", "replace")

@@ -1,0 +1,87 @@
+"""Job definitions: registered once for each content, found again by name, pinned by revision."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.names import DEFINITION_PREFIX
+from cloudexec._aws.requests import DefinitionSpec, definition_request
+
+__all__ = [
+    "DefinitionSpec",
+    "definition_request",
+    "deregister",
+    "ensure_definition",
+    "list_definitions",
+    "pin_image",
+]
+
+_ECR = re.compile(
+    r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/"
+    r"(?P<repository>[^:@]+)(?::(?P<tag>[^@]+))?"
+)
+
+
+async def ensure_definition(clients: AwsClients, request: Mapping[str, Any]) -> str:
+    """Return the ARN, with revision, of the definition with this content; register it if needed.
+
+    Args:
+        clients: Where.
+        request: From ``definition_request``.
+
+    Raises:
+        AwsError: If AWS refuses.
+    """
+    found = await list_definitions(clients, request["jobDefinitionName"])
+    if found:
+        return str(max(found, key=lambda each: int(each["revision"]))["jobDefinitionArn"])
+    registered = await clients.call("batch", "register_job_definition", **request)
+    return str(registered["jobDefinitionArn"])
+
+
+async def list_definitions(clients: AwsClients, name: str = "") -> list[dict[str, Any]]:
+    """Return our active definitions, or the active revisions of one.
+
+    Raises:
+        AwsError: If AWS refuses.
+    """
+    parameters: dict[str, Any] = {"status": "ACTIVE"}
+    if name:
+        parameters["jobDefinitionName"] = name
+    pages = clients.pages("batch", "describe_job_definitions", "jobDefinitions", **parameters)
+    return [each async for each in pages if each["jobDefinitionName"].startswith(DEFINITION_PREFIX)]
+
+
+async def deregister(clients: AwsClients, arn: str) -> None:
+    """Deregister one revision; jobs that were submitted with it go on.
+
+    Raises:
+        AwsError: If AWS refuses.
+    """
+    await clients.call("batch", "deregister_job_definition", jobDefinition=arn)
+
+
+async def pin_image(clients: AwsClients, image: str) -> str:
+    """Replace the tag of an image in Amazon ECR by its digest: what it names cannot change then.
+
+    Other images, and those pinned already, are returned as they are.
+
+    Raises:
+        AwsError: If the repository has no such image, or AWS refuses.
+    """
+    found = _ECR.fullmatch(image)
+    if found is None or "@" in image:
+        return image
+    details = await clients.call(
+        "ecr",
+        "describe_images",
+        region=found["region"],
+        registryId=found["account"],
+        repositoryName=found["repository"],
+        imageIds=[{"imageTag": found["tag"] or "latest"}],
+    )
+    digest = details["imageDetails"][0]["imageDigest"]
+    return f"{image.partition(':')[0] if found['tag'] else image}@{digest}"

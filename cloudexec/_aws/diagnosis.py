@@ -1,0 +1,298 @@
+"""Why workers do not come, or ended: AWS's words turned into a cause and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cloudexec._aws.requests import RECLAIM_REASONS
+
+__all__ = ["Cause", "JobEnd", "Situation", "cause_of_end", "cause_of_waiting"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """Why, and what to do.
+
+    Attributes:
+        text: What happened, with AWS's own words.
+        remedy: What to do about it.
+        fatal: Whether trying again cannot help.
+    """
+
+    text: str
+    remedy: str = ""
+    fatal: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.remedy}" if self.remedy else self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEnd:
+    """How an attempt of a job ended, as DescribeJobs has it.
+
+    Attributes:
+        status_reason: The job's.
+        container_reason: The container's.
+        exit_code: The container's, or ``None``.
+        log_tail: The last lines it wrote.
+    """
+
+    status_reason: str = ""
+    container_reason: str = ""
+    exit_code: int | None = None
+    log_tail: str = ""
+
+    @property
+    def reclaimed(self) -> bool:
+        """Whether AWS took the machine back."""
+        return self.status_reason.startswith(RECLAIM_REASONS)
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the container as a whole was killed for want of memory."""
+        return self.container_reason.lower().startswith(("outofmemory", "container killed due"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """What is known while workers are waited for."""
+
+    statuses: Mapping[str, int] = field(default_factory=dict)
+    """How many workers are in which of AWS Batch's states."""
+    reasons: Sequence[str] = ()
+    """What jobs that wait say of themselves (``statusReason``)."""
+    ends: Sequence[JobEnd] = ()
+    """Attempts that ended before they dialed back, the newest last."""
+    queue: str = ""
+    queue_state: str = ""
+    queue_status: str = ""
+    queue_reason: str = ""
+    environments: Sequence[Mapping[str, object]] = ()
+    """As DescribeComputeEnvironments has them, in the queue's order."""
+    ahead: int = 0
+    """Jobs of others that wait before ours."""
+    vcpus: float = 0.0
+    """What one worker asks for."""
+    quota_vcpus: float | None = None
+    """The account's limit for such workers, where it could be read."""
+    waited: float = 0.0
+    """Seconds since the oldest was asked for."""
+
+
+_QUOTA = re.compile(r"limit on the number of vCPUs|vCPU limit|MaxSpotInstanceCountExceeded", re.I)
+_ACCESS = re.compile(r"not authorized to perform|AccessDenied|is not authorized", re.I)
+_TIMED_OUT = re.compile(r"i/o timeout|dial tcp|context deadline exceeded|connection issue", re.I)
+
+
+def cause_of_end(end: JobEnd) -> Cause:
+    """Say why a worker ended before it had dialed back, or under its tasks.
+
+    References:
+        AWS Batch User Guide, "Troubleshooting"; Amazon ECS Developer Guide, "Stopped tasks error
+        messages".
+    """
+    said = " | ".join(filter(None, (end.status_reason, end.container_reason)))
+    if "Container Overrides length" in said:
+        return Cause(
+            text=f"AWS refused the worker's settings: {said}",
+            remedy="environment= of the launcher is too long: send data as arguments instead",
+            fatal=True,
+        )
+    if "CannotPullContainer" in said:
+        if _TIMED_OUT.search(said):
+            return _no_route(said)
+        return Cause(
+            text=f"the worker's image cannot be pulled: {said}",
+            remedy=(
+                "`cloudexec image push` puts one where it belongs; `cloudexec doctor` checks that "
+                "it is there, and that the execution role may pull it"
+            ),
+            fatal=True,
+        )
+    if "ResourceInitializationError" in said:
+        if _TIMED_OUT.search(said):
+            return _no_route(said)
+        if _ACCESS.search(said) or "secret" in said.lower():
+            return Cause(
+                text=f"the worker's key could not be read: {said}",
+                remedy=(
+                    "the execution role needs secretsmanager:GetSecretValue on the stack's secret: "
+                    "`cloudexec up` repairs it, `cloudexec doctor` checks it"
+                ),
+                fatal=True,
+            )
+        return Cause(text=f"AWS could not set the worker up: {said}", remedy="it is tried again")
+    if re.search(r"role", said, re.I) and (_ACCESS.search(said) or "assume" in said.lower()):
+        return Cause(
+            text=f"a role is missing or cannot be used: {said}",
+            remedy="`cloudexec up` makes the roles anew, `cloudexec doctor` checks them",
+            fatal=True,
+        )
+    if end.reclaimed:
+        return Cause(
+            text=f"AWS took the machine back: {said}",
+            remedy="it is replaced; spot=False or spot='prefer' avoids it",
+        )
+    if _QUOTA.search(said):
+        return _quota(said)
+    if end.out_of_memory:
+        return Cause(
+            text=f"the worker ran out of memory: {said}",
+            remedy="give memory= a larger size, or several to climb: memory=('4GiB', '8GiB')",
+        )
+    if "exceeded timeout" in said:
+        return Cause(text=f"the worker reached its time limit: {said}", remedy="raise max_runtime=")
+    words = f"\n{end.log_tail.strip()}" if end.log_tail.strip() else ""
+    how = f" with exit code {end.exit_code}" if end.exit_code is not None else ""
+    if end.exit_code == 3:
+        return Cause(
+            text=f"worker and client refused each other (exit code 3){words}",
+            remedy="where it is about versions, `cloudexec image push` makes an image that fits",
+            fatal=True,
+        )
+    if end.exit_code == 1 and "cannot reach the client" in end.log_tail:
+        return Cause(
+            text=f"the worker started, and could not reach this process{words}",
+            remedy=(
+                "advertise= must name an address that workers can reach, and listen= a port that "
+                "security groups and firewalls let through; `cloudexec doctor` tries it"
+            ),
+        )
+    return Cause(text=f"the worker ended{how}: {said or 'AWS gives no reason'}{words}")
+
+
+def cause_of_waiting(situation: Situation) -> Cause | None:
+    """Say why workers that were asked for are not there; ``None``: nothing is known to be wrong.
+
+    References:
+        AWS Batch User Guide, "Jobs stuck in RUNNABLE status".
+    """
+    if situation.queue_state == "DISABLED":
+        return Cause(
+            text=f"the job queue {situation.queue} is disabled",
+            remedy="enable it (`cloudexec up` does), or use another",
+            fatal=True,
+        )
+    if situation.queue_status == "INVALID":
+        return Cause(
+            text=f"the job queue {situation.queue} is invalid: {situation.queue_reason}",
+            remedy="`cloudexec up` repairs it",
+            fatal=True,
+        )
+    for end in reversed(situation.ends):
+        if not end.reclaimed:
+            return cause_of_end(end)
+    broken = [e for e in situation.environments if e.get("status") == "INVALID"]
+    if broken and len(broken) == len(situation.environments):
+        why = broken[0].get("statusReason", "")
+        return Cause(
+            text=f"no compute environment of {situation.queue} is valid: {why}",
+            remedy="usually a role is missing or changed: `cloudexec up` repairs it",
+            fatal=True,
+        )
+    off = [e for e in situation.environments if e.get("state") == "DISABLED"]
+    if off and len(off) == len(situation.environments):
+        return Cause(
+            text=f"every compute environment of {situation.queue} is disabled",
+            remedy="enable one (`cloudexec up` does)",
+            fatal=True,
+        )
+    for reason in situation.reasons:
+        found = _cause_of_reason(reason, situation)
+        if found is not None:
+            return found
+    statuses = situation.statuses
+    if statuses.get("RUNNABLE"):
+        most = sum(_max_vcpus(e) for e in situation.environments)
+        if situation.quota_vcpus is not None and situation.quota_vcpus < situation.vcpus:
+            return _quota(f"the account may run {situation.quota_vcpus:g} vCPUs at once")
+        if 0 < most < situation.vcpus:
+            return Cause(
+                text=(
+                    f"a worker asks for {situation.vcpus:g} vCPUs, and the queue's compute "
+                    f"environments have {most:g} in all"
+                ),
+                remedy="ask for less (vcpus=), or `cloudexec up --max-vcpus`",
+                fatal=True,
+            )
+        ahead = f", {situation.ahead} jobs before them" if situation.ahead else ""
+        limit = ""
+        if situation.quota_vcpus is not None:
+            limit = f"; the account may run {situation.quota_vcpus:g} vCPUs of this kind at once"
+        return Cause(
+            text=(
+                f"{statuses['RUNNABLE']} workers wait for capacity (RUNNABLE){ahead}: the compute "
+                f"environments allow {most:g} vCPUs in all{limit}"
+            ),
+            remedy=(
+                "others may use them (`cloudexec ps`), or AWS has none of this kind left: "
+                "spot=False or spot='prefer', another size, or waiting"
+            ),
+        )
+    if statuses.get("STARTING"):
+        return Cause(
+            text=f"{statuses['STARTING']} workers have a place and start (the image is pulled)"
+        )
+    if statuses.get("RUNNING"):
+        return Cause(
+            text=f"{statuses['RUNNING']} workers run, and have not dialed back yet",
+            remedy=(
+                "if that lasts, they cannot reach this process: see advertise= and listen=, and "
+                "`cloudexec logs` for what they say"
+            ),
+        )
+    return None
+
+
+def _cause_of_reason(reason: str, situation: Situation) -> Cause | None:
+    if not reason:
+        return None
+    if "MAX_RESOURCE" in reason or "JOB_RESOURCE_REQUIREMENT" in reason:
+        return Cause(
+            text=f"no compute environment can hold such a worker: {reason}",
+            remedy="ask for a smaller size, or `cloudexec up --max-vcpus`",
+            fatal=True,
+        )
+    if "INSUFFICIENT_INSTANCE_CAPACITY" in reason:
+        return Cause(
+            text=f"AWS has no capacity of this kind: {reason}",
+            remedy="spot=False or spot='prefer', another size, more subnets, or waiting",
+        )
+    if "SERVICE_ROLE_PERMISSIONS" in reason or _ACCESS.search(reason):
+        return Cause(
+            text=f"AWS Batch lacks a permission: {reason}",
+            remedy="`cloudexec up` makes the roles anew",
+            fatal=True,
+        )
+    if _QUOTA.search(reason):
+        return _quota(reason)
+    if reason.startswith(RECLAIM_REASONS):
+        return None  # it is being placed again
+    return Cause(text=f"AWS Batch says: {reason}")
+
+
+def _no_route(said: str) -> Cause:
+    return Cause(
+        text=f"workers cannot reach AWS's own services from their subnet: {said}",
+        remedy=(
+            "public subnets need assign_public_ip (`cloudexec up` without --no-public-ip); private "
+            "ones a NAT gateway, or endpoints for ECR, S3, CloudWatch Logs and Secrets Manager"
+        ),
+        fatal=True,
+    )
+
+
+def _quota(said: str) -> Cause:
+    return Cause(
+        text=f"the account's vCPU quota is used up: {said}",
+        remedy="ask for more in the Service Quotas console, or use fewer or smaller workers",
+    )
+
+
+def _max_vcpus(environment: Mapping[str, object]) -> float:
+    resources = environment.get("computeResources")
+    value = resources.get("maxvCpus", 0) if isinstance(resources, dict) else 0
+    return float(value)

@@ -1,0 +1,249 @@
+"""The AWS Batch launcher: what workers to run there. The running of them is ``_fleet``'s."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from cloudexec._aws.limits import WorkerSize, default_memory, fargate_size, parse_memory
+from cloudexec._config import check_count, check_positive
+from cloudexec._errors import ConfigError
+from cloudexec._launchers.base import (
+    Arrival,
+    Contact,
+    Cost,
+    LaunchEnd,
+    Launcher,
+    LaunchRequest,
+    LaunchTimes,
+    Network,
+)
+
+if TYPE_CHECKING:
+    from cloudexec._launchers.fleet import Fleet
+
+__all__ = ["Batch"]
+
+_DAY = 86400.0
+_FARGATE_TIMEOUT = 600.0
+_EC2_TIMEOUT = 1200.0
+"""A first instance takes minutes. AWS Batch User Guide, "AWS Batch on Fargate"."""
+
+
+class Batch(Launcher):
+    """Runs workers as AWS Batch jobs, on Fargate or EC2, on demand or Spot.
+
+    What it needs in the account comes from a profile, which ``cloudexec up`` writes, or from
+    ``queue``, ``execution_role``, ``job_role`` and ``image``. One launcher serves one
+    executor at a time.
+
+    Args:
+        vcpus: Of each worker. Fargate: 0.25, 0.5, 1, 2, 4, 8, 16 or 32.
+        memory: Of each worker: ``"2GiB"``, or MiB as an integer; by default the least there is of
+            2 GiB per vCPU or more. Several sizes are a ladder: a task lost to memory runs again
+            on the next larger one, ``("4GiB", "8GiB", "16GiB")``.
+        spot: Whether workers run on spare capacity, cheaper, which AWS takes back at will:
+            ``"prefer"`` goes on demand after repeated reclaims or when there is none.
+        compute: ``"fargate"`` or ``"ec2"``.
+        arch: ``"x86_64"`` or ``"arm64"``.
+        slots_per_worker: Tasks that one worker runs at once; by default one per whole vCPU.
+        profile: Name of a profile; by default what ``CLOUDEXEC_PROFILE`` says, or ``"default"``
+            unless ``queue`` is given.
+        queue: Name or ARN of a job queue, instead of the profile's.
+        definition: Name or ARN of a job definition to use as it is, instead of one of ours.
+        image: Image of the workers, instead of the profile's.
+        job_role: ARN of the role that tasks have, instead of the profile's.
+        execution_role: ARN of the role that pulls the image, instead of the profile's.
+        region: AWS region, instead of the profile's or the SDK's.
+        assign_public_ip: Whether workers get a public address, instead of what the profile says.
+        ephemeral_gib: Disk of each Fargate worker, 21 to 200; by default 20.
+        environment: Variables that every worker has. They can be read by whoever may describe
+            jobs: no place for secrets.
+        tags: Put on every job, besides ours.
+        project: Goes into a tag, for ``cloudexec ps`` and the bill.
+        max_runtime: Seconds after which AWS ends a worker, whatever became of this process.
+
+    Raises:
+        ConfigError: If a setting is out of its range; wrong sizes name the nearest right ones.
+    """
+
+    linger = 0.25
+    last_words = 10.0
+    ends_are_seen = False
+
+    def __init__(
+        self,
+        *,
+        vcpus: float = 1,
+        memory: str | int | Sequence[str | int] | None = None,
+        spot: bool | str = False,
+        compute: str = "fargate",
+        arch: str = "x86_64",
+        slots_per_worker: int | None = None,
+        profile: str | None = None,
+        queue: str | None = None,
+        definition: str | None = None,
+        image: str | None = None,
+        job_role: str | None = None,
+        execution_role: str | None = None,
+        region: str | None = None,
+        assign_public_ip: bool | None = None,
+        ephemeral_gib: int | None = None,
+        environment: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        project: str = "",
+        max_runtime: float = _DAY,
+    ) -> None:
+        if compute not in ("fargate", "ec2"):
+            raise ConfigError(f"compute must be 'fargate' or 'ec2', not {compute!r}")
+        if arch not in ("x86_64", "arm64"):
+            raise ConfigError(f"arch must be 'x86_64' or 'arm64', not {arch!r}")
+        if spot not in (True, False, "prefer"):
+            raise ConfigError(f"spot must be True, False or 'prefer', not {spot!r}")
+        if slots_per_worker is not None:
+            check_count("slots_per_worker", slots_per_worker, least=1)
+        check_positive("vcpus", vcpus)
+        check_positive("max_runtime", max_runtime)
+        if ephemeral_gib is not None and not 21 <= ephemeral_gib <= 200:
+            raise ConfigError(f"ephemeral_gib must be 21 to 200 GiB, not {ephemeral_gib!r}")
+        for name, given in (("environment", environment), ("tags", tags)):
+            if not all(isinstance(part, str) for pair in (given or {}).items() for part in pair):
+                raise ConfigError(f"{name} must map strings to strings, not {given!r}")
+        self.sizes = _sizes(vcpus, memory, compute)
+        self.rungs = len(self.sizes)
+        self.launch_timeout = _FARGATE_TIMEOUT if compute == "fargate" else _EC2_TIMEOUT
+        self.spot = spot
+        self.compute = compute
+        self.arch = arch
+        if profile is None and queue is None:
+            named = os.environ.get("CLOUDEXEC_PROFILE", "")
+            profile = named if named not in ("", "local") else "default"
+        self.profile = profile
+        self.queue = queue
+        self.definition = definition
+        self.image = image
+        self.job_role = job_role
+        self.execution_role = execution_role
+        self.region = region
+        self.assign_public_ip = assign_public_ip
+        self.ephemeral_gib = ephemeral_gib
+        self.environment = dict(environment or {})
+        self.tags = dict(tags or {})
+        self.project = project
+        self.max_runtime = max_runtime
+        self._slots_per_worker = slots_per_worker or max(1, int(vcpus))
+        self._fleet: Fleet | None = None
+        self._last_cost = Cost()
+
+    def slots_per_worker(self, max_workers: int) -> int:
+        """Say how many slots one worker has."""
+        return min(self._slots_per_worker, max_workers)
+
+    def needs_network(self) -> bool:
+        """Workers are elsewhere."""
+        return True
+
+    async def start(self, executor_id: str, listen: str, advertise: str) -> Network:
+        """Read the profile and the key, and find the address that workers dial.
+
+        Raises:
+            ConfigError: If there is no such profile, or no address that workers can reach.
+            AwsError: If AWS refuses.
+            LaunchError: If another executor uses this launcher.
+        """
+        from cloudexec._launchers.fleet import Fleet
+
+        if self._fleet is not None and not self._fleet.closed:
+            from cloudexec._errors import LaunchError
+
+            raise LaunchError("this Batch(...) serves an executor already: make one for each")
+        self._fleet = Fleet(self, executor_id)
+        return await self._fleet.start(listen, advertise)
+
+    def launch(
+        self,
+        contact: Contact,
+        requests: Sequence[LaunchRequest],
+        on_end: Callable[[str, LaunchEnd], None],
+    ) -> None:
+        """Submit one job for all of them."""
+        self._running().launch(contact, requests, on_end)
+
+    def terminate(self, launch_ids: Sequence[str]) -> None:
+        """Terminate the jobs of workers."""
+        self._running().terminate(launch_ids)
+
+    def key_of(self, launch_id: str) -> bytes | None:
+        """Return the token that a job without a stack's key was given."""
+        return self._running().key_of(launch_id)
+
+    def connected(self, launch_id: str, arrival: Arrival) -> None:
+        """A worker has dialed back."""
+        self._running().connected(launch_id, arrival)
+
+    def disconnected(self, launch_id: str, *, orderly: bool, reclaimed: bool) -> None:
+        """A worker's session ended."""
+        self._running().disconnected(launch_id, orderly=orderly, reclaimed=reclaimed)
+
+    def times(self, launch_id: str) -> LaunchTimes | None:
+        """Say what is known of how a launch went."""
+        return None if self._fleet is None else self._fleet.times(launch_id)
+
+    def explain(self) -> str:
+        """Say why workers that were asked for are not there."""
+        return "" if self._fleet is None else self._fleet.explanation
+
+    def cost(self) -> Cost:
+        """Estimate what the workers have cost, and will at least."""
+        return self._last_cost if self._fleet is None else self._fleet.cost()
+
+    def affordable(self, requests: Sequence[LaunchRequest], max_cost_usd: float) -> int:
+        """Say how many of these workers can be had for that much in all."""
+        return self._running().affordable(requests, max_cost_usd)
+
+    async def close(self) -> None:
+        """Terminate what still runs, and close the connections to AWS."""
+        fleet = self._fleet
+        if fleet is not None:
+            await fleet.close()
+            self._last_cost = fleet.cost()
+
+    def describe(self) -> str:
+        """Say in a few words what this launches."""
+        sizes = " or ".join(map(str, self.sizes))
+        kind = "Fargate" if self.compute == "fargate" else "EC2"
+        return f"AWS Batch workers on {kind}{' Spot' if self.spot else ''}, {sizes}"
+
+    def __repr__(self) -> str:
+        where = f"profile={self.profile!r}" if self.queue is None else f"queue={self.queue!r}"
+        return f"Batch({where}, {self.describe()})"
+
+    def _running(self) -> Fleet:
+        assert self._fleet is not None, "start() comes first"
+        return self._fleet
+
+
+def _sizes(
+    vcpus: float, memory: str | int | Sequence[str | int] | None, compute: str
+) -> tuple[WorkerSize, ...]:
+    """Check the sizes of a ladder, one or several."""
+    if memory is None:
+        ladder: Sequence[str | int] = (default_memory(vcpus, compute),)
+    elif isinstance(memory, (str, int)):
+        ladder = (memory,)
+    else:
+        ladder = tuple(memory)
+    if not ladder:
+        raise ConfigError("memory must be a size, or several, not an empty sequence")
+    if compute == "ec2":
+        sizes = tuple(WorkerSize(memory_mib=parse_memory(each), vcpus=vcpus) for each in ladder)
+    else:
+        sizes = tuple(fargate_size(vcpus, each) for each in ladder)
+    if any(a.memory_mib >= b.memory_mib for a, b in itertools.pairwise(sizes)):
+        raise ConfigError(f"the sizes of memory= must grow, not {memory!r}")
+    return sizes
+
+
+Batch.__module__ = "cloudexec"

@@ -1,0 +1,884 @@
+"""A fleet: the AWS Batch jobs of one executor, from submission to the last one's end.
+
+Everything runs on the executor's loop thread. ``launch`` starts a task that submits; one more task
+watches: it asks AWS for the states of jobs that matter now, reports ends, and finds out why workers
+do not come. The connection of a worker is the sign that it lives; AWS is asked for the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import tenacity
+
+from cloudexec._aws import names
+from cloudexec._aws.address import advertised_address
+from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.definitions import ensure_definition, pin_image
+from cloudexec._aws.diagnosis import JobEnd, Situation, cause_of_end, cause_of_waiting
+from cloudexec._aws.limits import DESCRIBE_JOBS, WorkerSize, array_sizes
+from cloudexec._aws.prices import LEAST_SECONDS, PriceTable, WorkerPrice
+from cloudexec._aws.profile import Profile
+from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request, tag_value
+from cloudexec._enrolment import python_version
+from cloudexec._errors import AwsError, CloudexecError, ConfigError, LaunchError
+from cloudexec._launchers.base import (
+    Arrival,
+    Contact,
+    Cost,
+    LaunchEnd,
+    LaunchRequest,
+    LaunchTimes,
+    Network,
+)
+
+if TYPE_CHECKING:
+    from cloudexec._launchers.batch import Batch
+
+__all__ = ["Fleet"]
+
+_logger = logging.getLogger("cloudexec")
+
+_POLL_EVIDENCE = 0.5
+"""Seconds between looks at AWS while the end of a lost worker is to be explained."""
+_POLL_WAITING = 2.0
+_POLL_SLOWEST = 15.0
+_POLL_GROWTH = 1.25
+_EVIDENCE_TIME = 10.0
+_SUBMIT_PATIENCE = 300.0
+"""Seconds for which a submission that AWS cannot take now is tried again."""
+_TERMINATE_PATIENCE = 30.0
+_LOOK_UP_PAUSE = 1.0
+"""Seconds before a job whose submission went unanswered is looked up: lists lag a little."""
+_RECLAIMS_BEFORE_ON_DEMAND = 3
+_STOP_SECONDS = 30.0
+"""What it takes to stop a worker: the time between SIGTERM and SIGKILL."""
+_LOG_LINES = 20
+_DIAGNOSE_AFTER = 5.0
+_DIAGNOSE_EVERY = 5.0
+_CONCURRENT_CALLS = 8
+_BULK = 50
+"""Jobs in one TerminateJobs call. AWS Batch API Reference."""
+
+
+@dataclass(slots=True)
+class _Member:
+    """One worker of a job.
+
+    Attributes:
+        index: In the array.
+        on_end: Whom to tell of its end.
+        connected: Whether its session is open.
+        began: When it began to cost, on the monotonic clock; ``None``: not yet.
+        spent: Seconds that earlier attempts cost.
+        attempts: Attempts that have ended.
+        lost_at: When its session ended unexpectedly, and nobody knows why yet.
+        ended: Whether it is over.
+    """
+
+    index: int
+    on_end: Callable[[str, LaunchEnd], None]
+    connected: bool = False
+    began: float | None = None
+    spent: list[float] = field(default_factory=list)
+    attempts: int = 0
+    lost_at: float | None = None
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class _Job:
+    """One submission.
+
+    Attributes:
+        first: Number of its first worker.
+        name: Of the job.
+        queue: Name or ARN.
+        spot: Whether it runs on spare capacity.
+        size: Of each worker.
+        price: Of each worker.
+        asked_at: When it was asked for.
+        api: Seconds until AWS had accepted it.
+        id: AWS's; empty until then.
+        statuses: How many of its workers are in which state.
+        reason: What it says of itself while it waits.
+    """
+
+    first: int
+    name: str
+    queue: str
+    spot: bool
+    size: WorkerSize
+    price: WorkerPrice
+    members: dict[str, _Member]
+    asked_at: float
+    api: float | None = None
+    id: str = ""
+    statuses: Counter[str] = field(default_factory=Counter)
+    reason: str = ""
+    ends_seen: int = 0
+    terminated: bool = False
+
+    @property
+    def over(self) -> bool:
+        return all(member.ended for member in self.members.values())
+
+    def aws_id(self, member: _Member) -> str:
+        return self.id if len(self.members) == 1 else f"{self.id}:{member.index}"
+
+
+class Fleet:
+    """See the module. One serves one executor.
+
+    Args:
+        settings: What workers to run.
+        executor_id: Whose.
+    """
+
+    def __init__(self, settings: Batch, executor_id: str) -> None:
+        self.explanation = ""
+        self.closed = False
+        self._settings = settings
+        self._executor_id = executor_id
+        self._profile = Profile(name="", region=settings.region or "")
+        self._clients: AwsClients | None = None
+        self._secret = secrets.token_bytes(32)
+        self._definition = ""
+        self._defining = asyncio.Lock()
+        self._jobs: list[_Job] = []
+        self._job_of: dict[str, _Job] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._submitting: set[asyncio.Task[Any]] = set()
+        self._watcher: asyncio.Task[None] | None = None
+        self._look = asyncio.Event()
+        self._reclaims = 0
+        self._ends: list[JobEnd] = []
+        self._diagnosed_at = float("-inf")
+        self._unreachable = False
+        self._gate = asyncio.Semaphore(_CONCURRENT_CALLS)
+        self._prices = PriceTable.built_in()
+
+    # The start.
+
+    async def start(self, listen: str, advertise: str) -> Network:
+        settings = self._settings
+        if settings.profile is not None:
+            self._profile = await asyncio.to_thread(Profile.load, settings.profile)
+        self._clients = AwsClients(settings.region or self._profile.region or None)
+        self._prices = await asyncio.to_thread(PriceTable.load, self._clients.region)
+        self._queue(spot=bool(settings.spot))  # complains if there is none
+        key = b""
+        if self._keyed_by_stack:
+            secret = await self._call(
+                "secretsmanager", "get_secret_value", SecretId=self._profile.key_secret
+            )
+            try:
+                key = bytes.fromhex(secret["SecretString"])
+            except (KeyError, ValueError):
+                raise LaunchError(
+                    f"the stack's key cannot be used: {self._profile.key_secret} does not hold "
+                    f"hexadecimal digits; `cloudexec up` makes it anew"
+                ) from None
+        found = await advertised_address(
+            self._profile, advertise=advertise, endpoint=self._clients.endpoint
+        )
+        _logger.debug("workers dial %s: %s", found.address, found.how)
+        return Network(listen or f"{found.listen}:0", found.address, key)
+
+    @property
+    def _keyed_by_stack(self) -> bool:
+        return bool(self._profile.key_secret) and self._settings.definition is None
+
+    async def _call(self, service: str, operation: str, **parameters: Any) -> Any:
+        assert self._clients is not None
+        async with self._gate:
+            return await self._clients.call(service, operation, **parameters)
+
+    def _queue(self, *, spot: bool) -> str:
+        settings = self._settings
+        if settings.queue is not None:
+            return settings.queue
+        kind = settings.compute + ("_spot" if spot else "")
+        queue = self._profile.queues.get(kind, "")
+        if not queue:
+            there = ", ".join(sorted(self._profile.queues)) or "none"
+            hint = "; `cloudexec up --ec2` adds them" if settings.compute == "ec2" else ""
+            raise ConfigError(
+                f"the profile {self._profile.name!r} has no queue for {kind} (it has: {there})"
+                f"{hint}"
+            )
+        return queue
+
+    # Launching.
+
+    def launch(
+        self,
+        contact: Contact,
+        requests: Sequence[LaunchRequest],
+        on_end: Callable[[str, LaunchEnd], None],
+    ) -> None:
+        settings = self._settings
+        spot = bool(settings.spot) and not (
+            settings.spot == "prefer" and self._reclaims >= _RECLAIMS_BEFORE_ON_DEMAND
+        )
+        size = settings.sizes[requests[0].rung]
+        price = self._price(requests[0].rung, spot)
+        at = 0
+        for count in array_sizes(len(requests)):
+            some = requests[at : at + count]
+            at += count
+            first = some[0].launch_id
+            job = _Job(
+                first=int(first),
+                name=names.job_name(self._executor_id, first),
+                queue=self._queue(spot=spot),
+                spot=spot,
+                size=size,
+                price=price,
+                members={each.launch_id: _Member(index, on_end) for index, each in enumerate(some)},
+                asked_at=time.monotonic(),
+            )
+            self._jobs.append(job)
+            for launch_id in job.members:
+                self._job_of[launch_id] = job
+            task = self._spawn(self._submit(job, contact, some[0].slots))
+            self._submitting.add(task)
+            task.add_done_callback(self._submitting.discard)
+        _logger.info(
+            "launching %d workers (%s%s): about $%.2f an hour while they run (%s)",
+            len(requests),
+            size,
+            ", Spot" if spot else "",
+            len(requests) * price.per_hour,
+            price.table,
+        )
+
+    def _price(self, rung: int, spot: bool) -> WorkerPrice:
+        settings = self._settings
+        size = settings.sizes[rung]
+        return self._prices.worker(
+            vcpus=size.vcpus,
+            memory_mib=size.memory_mib,
+            arch=settings.arch,
+            compute=settings.compute,
+            spot=spot,
+            ephemeral_gib=settings.ephemeral_gib,
+            public_ip=self._public_ip,
+            region=self._clients.region if self._clients is not None else "",
+        )
+
+    @property
+    def _public_ip(self) -> bool:
+        given = self._settings.assign_public_ip
+        return self._profile.assign_public_ip if given is None else given
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _submit(self, job: _Job, contact: Contact, slots: int) -> None:
+        try:
+            definition = await self._persist(self._find_definition)
+            request = self._request(job, contact, slots, definition)
+            await self._persist(lambda: self._submit_once(job, request))
+        except CloudexecError as exc:
+            transient = isinstance(exc, AwsError) and (exc.transient or exc.expired)
+            self.explanation = f"AWS Batch took no jobs: {exc}"
+            for launch_id in list(job.members):
+                self._end(job, launch_id, LaunchEnd(str(exc), fatal=not transient))
+            return
+        job.api = time.monotonic() - job.asked_at
+        if job.terminated or self.closed:
+            await self._terminate_jobs([job.id], "it is not needed any more")
+        elif self._watcher is None:
+            self._watcher = self._spawn(self._watch())
+        self._look.set()
+
+    async def _persist(self, attempt: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Try again what AWS cannot answer now: throttled, unreachable, credentials expired."""
+
+        def worth_it(exc: BaseException) -> bool:
+            if not isinstance(exc, AwsError) or not (exc.transient or exc.expired) or self.closed:
+                return False
+            if str(exc) != self.explanation:
+                self.explanation = str(exc)
+                _logger.warning("trying again: %s", exc)
+            return True
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(worth_it),
+            wait=tenacity.wait_exponential_jitter(initial=0.5, max=15.0),
+            stop=tenacity.stop_after_delay(_SUBMIT_PATIENCE),
+            reraise=True,
+        )
+        async for one in retrying:
+            with one:
+                result = await attempt()
+                if self.explanation and self._unreachable is False and not self._ends:
+                    self.explanation = ""
+                return result
+        raise AssertionError("tenacity returned without a result")
+
+    async def _find_definition(self) -> str:
+        async with self._defining:
+            settings, profile = self._settings, self._profile
+            assert self._clients is not None
+            if not self._definition and settings.definition is not None:
+                self._definition = settings.definition
+            if not self._definition:
+                spec = DefinitionSpec(
+                    image=await pin_image(self._clients, self._image()),
+                    compute=settings.compute,
+                    arch=settings.arch,
+                    execution_role=settings.execution_role or profile.execution_role,
+                    job_role=settings.job_role or profile.job_role,
+                    key_secret=profile.key_secret,
+                    log_group=profile.log_group,
+                    region=self._clients.region,
+                    assign_public_ip=self._public_ip,
+                    ephemeral_gib=settings.ephemeral_gib,
+                    stack=profile.stack,
+                    size=settings.sizes[0],
+                )
+                self._definition = await ensure_definition(self._clients, definition_request(spec))
+            return self._definition
+
+    def _image(self) -> str:
+        platform = "linux/amd64" if self._settings.arch == "x86_64" else "linux/arm64"
+        python = python_version()
+        image = self._settings.image or self._profile.image(python, platform)
+        if not image:
+            named = f" --profile {self._profile.name}" if self._profile.name else ""
+            raise LaunchError(
+                f"there is no worker image for Python {python} on {platform}: "
+                f"`cloudexec image push{named}` builds one and puts it into the repository, or "
+                f"give Batch(image=...)"
+            )
+        return image
+
+    def _request(self, job: _Job, contact: Contact, slots: int, definition: str) -> dict[str, Any]:
+        settings = self._settings
+        environment = {
+            **settings.environment,
+            "CLOUDEXEC_TARGET": contact.target,
+            "CLOUDEXEC_EXECUTOR_ID": contact.executor_id,
+            "CLOUDEXEC_LAUNCH": str(job.first),
+            "CLOUDEXEC_SLOTS": str(slots),
+            "CLOUDEXEC_CERTIFICATE_SHA256": contact.certificate_sha256,
+            "CLOUDEXEC_MEMORY_MIB": str(job.size.memory_mib),
+        }
+        if not self._keyed_by_stack:
+            environment["CLOUDEXEC_KEY"] = self._token(job).hex()
+        longest = settings.launch_timeout + settings.max_runtime
+        expires = datetime.now(UTC) + timedelta(seconds=longest)
+        tags = {
+            **settings.tags,
+            names.TAG_EXECUTOR: self._executor_id,
+            names.TAG_USER: tag_value(_user()),
+            names.TAG_EXPIRES: expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        project = settings.project or self._profile.project
+        if project:
+            tags[names.TAG_PROJECT] = tag_value(project)
+        if self._profile.stack:
+            tags[names.TAG_STACK] = self._profile.stack
+        return submit_request(
+            name=job.name,
+            queue=job.queue,
+            definition=definition,
+            workers=len(job.members),
+            size=job.size,
+            environment=environment,
+            tags=tags,
+            attempt_seconds=int(settings.max_runtime),
+            retry_reclaimed=settings.spot != "prefer",
+        )
+
+    async def _submit_once(self, job: _Job, request: Mapping[str, Any]) -> None:
+        """Submit a job, or find out that it was, where an earlier answer got lost."""
+        if self.closed or job.terminated:
+            raise LaunchError("the executor has shut down")
+        assert self._clients is not None
+        if job.api is not None:  # an earlier try may have reached AWS
+            await asyncio.sleep(_LOOK_UP_PAUSE)
+            found = await self._find_job(job)
+            if found:
+                job.id = found
+                return
+        try:
+            answer = await self._clients.call("batch", "submit_job", once=True, **request)
+        except AwsError as exc:
+            if exc.transient and not exc.code.startswith(("TooMany", "Throttl")):
+                job.api = 0.0
+            raise
+        job.id = str(answer["jobId"])
+
+    async def _find_job(self, job: _Job) -> str:
+        listed = await self._call(
+            "batch",
+            "list_jobs",
+            jobQueue=job.queue,
+            filters=[{"name": "JOB_NAME", "values": [job.name]}],
+        )
+        for summary in listed.get("jobSummaryList", ()):
+            if summary["jobName"] == job.name:
+                return str(summary["jobId"])
+        return ""
+
+    def _token(self, job: _Job) -> bytes:
+        """The key of one job's workers: whoever reads it can pose as one of them, no more."""
+        return hmac.new(self._secret, f"launch {job.first}".encode(), hashlib.sha256).digest()
+
+    def key_of(self, launch_id: str) -> bytes | None:
+        if self._keyed_by_stack:
+            return None
+        job = self._job_of.get(launch_id)
+        return self._secret if job is None else self._token(job)
+
+    # Workers come and go.
+
+    def connected(self, launch_id: str, arrival: Arrival) -> None:
+        job = self._job_of[launch_id]
+        member = job.members[launch_id]
+        member.connected = True
+        member.lost_at = None
+        if member.began is None:
+            earlier = (arrival.boot or 0.0) + (arrival.pull or 0.0)
+            member.began = max(time.monotonic() - earlier, job.asked_at)
+
+    def disconnected(self, launch_id: str, *, orderly: bool, reclaimed: bool) -> None:
+        job = self._job_of[launch_id]
+        member = job.members[launch_id]
+        member.connected = False
+        if reclaimed:
+            self._reclaims += job.spot
+        if orderly and not reclaimed:
+            self._end(job, launch_id, LaunchEnd("it ended as it was told to"))
+        elif not member.ended:
+            member.lost_at = time.monotonic()
+            self._look.set()
+
+    def times(self, launch_id: str) -> LaunchTimes | None:
+        job = self._job_of.get(launch_id)
+        if job is None:
+            return None
+        job_id = job.aws_id(job.members[launch_id]) if job.id else ""
+        return LaunchTimes(launch=launch_id, job_id=job_id, api=job.api or None)
+
+    def _end(self, job: _Job, launch_id: str, end: LaunchEnd) -> None:
+        """Take in that an attempt of a worker ended, and tell."""
+        member = job.members[launch_id]
+        if member.ended:
+            return
+        if member.began is not None:
+            member.spent.append(time.monotonic() - member.began)
+            member.began = None
+        member.lost_at = None
+        member.connected = False
+        member.ended = not end.relaunched
+        member.on_end(launch_id, end)
+
+    # Watching.
+
+    async def _watch(self) -> None:
+        pause = _POLL_WAITING
+        while not self.closed:
+            alive = [job for job in self._jobs if job.id and not job.over]
+            now = time.monotonic()
+            wanted = [m for job in alive for m in job.members.values() if m.lost_at is not None]
+            waiting = [
+                m
+                for job in alive
+                for m in job.members.values()
+                if not m.connected and not m.ended and m.lost_at is None
+            ]
+            if wanted:
+                pause = _POLL_EVIDENCE
+            elif not waiting:
+                pause = _POLL_SLOWEST
+            elif pause < _POLL_WAITING:
+                pause = _POLL_WAITING
+            self._look.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), pause)
+                pause = min(pause, _POLL_WAITING)
+            try:
+                if alive:
+                    await self._inspect(alive)
+                await self._diagnose(alive, now)
+                self._unreachable = False
+            except AwsError as exc:
+                if not self._unreachable:
+                    self._unreachable = True
+                    _logger.warning("AWS Batch cannot be asked for the state of jobs now: %s", exc)
+            pause = min(pause * _POLL_GROWTH, _POLL_SLOWEST)
+
+    async def _inspect(self, jobs: list[_Job]) -> None:
+        """Ask for the states of jobs, and of those of their workers that matter."""
+        described = await self._describe([job.id for job in jobs])
+        for job in jobs:
+            details = described.get(job.id)
+            if details is None:
+                continue
+            if len(job.members) == 1:
+                (launch_id,) = job.members
+                job.statuses = Counter({details["status"]: 1})
+                job.reason = details.get("statusReason", "")
+                await self._take(job, launch_id, details)
+                continue
+            summary = details.get("arrayProperties", {}).get("statusSummary", {})
+            job.statuses = Counter({k: v for k, v in summary.items() if v})
+            job.reason = details.get("statusReason", "")
+            await self._inspect_array(job, details["status"])
+
+    async def _inspect_array(self, job: _Job, status: str) -> None:
+        by_index = {member.index: launch_id for launch_id, member in job.members.items()}
+        interesting = {
+            job.aws_id(member)
+            for member in job.members.values()
+            if member.lost_at is not None and not member.ended
+        }
+        ended = job.statuses["FAILED"] + job.statuses["SUCCEEDED"]
+        if ended > job.ends_seen or status in ("FAILED", "SUCCEEDED"):
+            assert self._clients is not None
+            job.ends_seen = ended
+            for state in ("FAILED", "SUCCEEDED"):
+                listed = self._clients.pages(
+                    "batch", "list_jobs", "jobSummaryList", arrayJobId=job.id, jobStatus=state
+                )
+                async for summary in listed:
+                    index = int(summary["jobId"].rpartition(":")[2])
+                    if not job.members[by_index[index]].ended:
+                        interesting.add(summary["jobId"])
+        if not interesting and self._waits_unexplained(job):
+            # Any one of those that wait says why they do.
+            waiting = (m for m in job.members.values() if not m.connected and not m.ended)
+            interesting = {job.aws_id(member) for member, _ in zip(waiting, range(3), strict=False)}
+        for child_id, details in (await self._describe(sorted(interesting))).items():
+            launch_id = by_index[int(child_id.rpartition(":")[2])]
+            await self._take(job, launch_id, details)
+
+    def _waits_unexplained(self, job: _Job) -> bool:
+        return (
+            any(not m.connected and not m.ended for m in job.members.values())
+            and time.monotonic() - job.asked_at > _DIAGNOSE_AFTER
+        )
+
+    async def _describe(self, ids: Sequence[str]) -> dict[str, Any]:
+        pages = [ids[at : at + DESCRIBE_JOBS] for at in range(0, len(ids), DESCRIBE_JOBS)]
+        answers = await asyncio.gather(
+            *(self._call("batch", "describe_jobs", jobs=page) for page in pages)
+        )
+        return {each["jobId"]: each for answer in answers for each in answer["jobs"]}
+
+    async def _take(self, job: _Job, launch_id: str, details: Mapping[str, Any]) -> None:
+        """Take in what AWS says of one worker."""
+        member = job.members[launch_id]
+        if member.ended:
+            return
+        attempts = details.get("attempts", ())
+        over = details["status"] in ("SUCCEEDED", "FAILED")
+        again = len(attempts) > member.attempts and not over
+        if not over and not again:
+            if not job.reason and details["status"] == "RUNNABLE":
+                job.reason = details.get("statusReason", "")
+            return
+        if member.connected:
+            # Its session will end in a moment, and what it still says counts more.
+            member.attempts = len(attempts) - 1 if again else member.attempts
+            return
+        member.attempts = len(attempts)
+        end = _end_of(details, attempts)
+        if not end.reclaimed and member.lost_at is None:
+            end = JobEnd(
+                status_reason=end.status_reason,
+                container_reason=end.container_reason,
+                exit_code=end.exit_code,
+                log_tail=await self._log_tail(details),
+            )
+            self._ends = [*self._ends[-4:], end]
+            self._diagnosed_at = float("-inf")
+        if end.reclaimed:
+            self._reclaims += job.spot
+        cause = cause_of_end(end)
+        if again and member.lost_at is None:
+            return  # it never dialed back, and AWS tries it once more
+        self._end(
+            job,
+            launch_id,
+            LaunchEnd(
+                str(cause),
+                killed=end.exit_code in (137, 143) and not end.out_of_memory,
+                fatal=cause.fatal and over,
+                reclaimed=end.reclaimed,
+                out_of_memory=end.out_of_memory,
+                relaunched=again,
+            ),
+        )
+
+    async def _log_tail(self, details: Mapping[str, Any]) -> str:
+        attempts = details.get("attempts") or [{}]
+        container = attempts[-1].get("container") or details.get("container") or {}
+        stream = container.get("logStreamName") or (details.get("container") or {}).get(
+            "logStreamName"
+        )
+        if not stream or not self._profile.log_group:
+            return ""
+        try:
+            page = await self._call(
+                "logs",
+                "get_log_events",
+                logGroupName=self._profile.log_group,
+                logStreamName=stream,
+                limit=_LOG_LINES,
+                startFromHead=False,
+            )
+        except AwsError:
+            return ""  # an aid, not a need
+        return "\n".join(event["message"].rstrip() for event in page.get("events", ()))
+
+    async def _diagnose(self, jobs: list[_Job], now: float) -> None:
+        """While workers are waited for, find out why."""
+        missing = [
+            job
+            for job in jobs
+            if any(not m.connected and not m.ended for m in job.members.values())
+        ]
+        if not missing:
+            if not any(member.connected for job in jobs for member in job.members.values()):
+                return
+            self.explanation = ""
+            self._ends.clear()
+            return
+        oldest = min(job.asked_at for job in missing)
+        news = bool(self._ends) and self._diagnosed_at == float("-inf")
+        early = now - oldest < _DIAGNOSE_AFTER or now - self._diagnosed_at < _DIAGNOSE_EVERY
+        if early and not news:
+            return
+        self._diagnosed_at = now
+        job = min(missing, key=lambda each: each.asked_at)
+        situation = await self._situation(job, missing, now - oldest)
+        cause = cause_of_waiting(situation)
+        self.explanation = str(cause) if cause is not None else ""
+
+    async def _situation(self, job: _Job, missing: list[_Job], waited: float) -> Situation:
+        queues = (await self._call("batch", "describe_job_queues", jobQueues=[job.queue])).get(
+            "jobQueues", ()
+        )
+        queue: Mapping[str, Any] = queues[0] if queues else {}
+        order = [e["computeEnvironment"] for e in queue.get("computeEnvironmentOrder", ())]
+        environments: Sequence[Mapping[str, Any]] = ()
+        if order:
+            environments = (
+                await self._call(
+                    "batch", "describe_compute_environments", computeEnvironments=order
+                )
+            )["computeEnvironments"]
+        statuses: Counter[str] = Counter()
+        for each in missing:
+            statuses.update(each.statuses)
+        quota = await self._quota(spot=job.spot) if statuses["RUNNABLE"] else None
+        return Situation(
+            statuses=statuses,
+            reasons=[each.reason for each in missing if each.reason],
+            ends=self._ends,
+            queue=job.queue.rpartition("/")[2],
+            queue_state=queue.get("state", ""),
+            queue_status=queue.get("status", ""),
+            queue_reason=queue.get("statusReason", ""),
+            environments=environments,
+            ahead=await self._ahead(job) if statuses["RUNNABLE"] else 0,
+            vcpus=job.size.vcpus,
+            quota_vcpus=quota,
+            waited=waited,
+        )
+
+    async def _ahead(self, job: _Job) -> int:
+        """Count jobs of others before ours in the queue, among the first that AWS shows."""
+        try:
+            snapshot = await self._call("batch", "get_job_queue_snapshot", jobQueue=job.queue)
+        except (AwsError, KeyError):
+            return 0  # not allowed, or an SDK that does not know of it: an aid, not a need
+        ahead = 0
+        for each in snapshot.get("frontOfQueue", {}).get("jobs", ()):
+            if each["jobArn"].partition("job/")[2].partition(":")[0] == job.id:
+                break
+            ahead += 1
+        return ahead
+
+    async def _quota(self, *, spot: bool) -> float | None:
+        if self._settings.compute != "fargate":
+            return None
+        wanted = "spot" if spot else "on-demand"
+        try:
+            listed = await self._call(
+                "service-quotas", "list_service_quotas", ServiceCode="fargate"
+            )
+        except AwsError:
+            return None  # an aid, not a need
+        for quota in listed.get("Quotas", ()):
+            if wanted in quota["QuotaName"].lower() and "vcpu" in quota["QuotaName"].lower():
+                return float(quota["Value"])
+        return None
+
+    # Money.
+
+    def cost(self) -> Cost:
+        now = time.monotonic()
+        accrued = committed = rate = 0.0
+        assumed = False
+        for job in self._jobs:
+            price = job.price
+            assumed = assumed or price.assumed
+            for member in job.members.values():
+                accrued += price.cost_of(member.spent)
+                if member.began is not None:
+                    seconds = now - member.began
+                    # The first minute is owed as soon as it begins.
+                    accrued += price.cost(seconds)
+                    rate += price.per_hour
+                    beyond = seconds + _STOP_SECONDS - max(seconds, LEAST_SECONDS)
+                    committed += max(0.0, beyond) * price.per_second
+                elif not member.ended:
+                    committed += price.cost(LEAST_SECONDS)
+        note = f"estimated from the {self._prices}"
+        return Cost(accrued_usd=accrued, committed_usd=committed, per_hour_usd=rate, note=note)
+
+    def affordable(self, requests: Sequence[LaunchRequest], max_cost_usd: float) -> int:
+        cost = self.cost()
+        left = max_cost_usd - cost.accrued_usd - cost.committed_usd
+        count = 0
+        for request in requests:
+            left -= self._price(request.rung, bool(self._settings.spot)).cost(LEAST_SECONDS)
+            if left < 0:
+                break
+            count += 1
+        return count
+
+    # The end.
+
+    def terminate(self, launch_ids: Sequence[str]) -> None:
+        wanted: dict[int, list[str]] = {}
+        for launch_id in launch_ids:
+            job = self._job_of.get(launch_id)
+            if job is not None and not job.members[launch_id].ended:
+                wanted.setdefault(job.first, []).append(launch_id)
+        ids: list[str] = []
+        for launches in wanted.values():
+            job = self._job_of[launches[0]]
+            left = [launch for launch, member in job.members.items() if not member.ended]
+            if job.spot and not any(job.members[each].connected for each in launches):
+                # Spare capacity did not come in time.
+                self._reclaims += 1
+            if not job.id:
+                job.terminated = True
+            elif len(left) == len(launches):
+                ids.append(job.id)
+            else:
+                ids += [job.aws_id(job.members[launch_id]) for launch_id in launches]
+            for launch_id in launches:
+                self._end(job, launch_id, LaunchEnd("it was terminated", killed=True))
+        if ids:
+            self._spawn(self._terminate_jobs(ids, "the executor does not need it any more"))
+
+    async def _terminate_jobs(self, ids: Sequence[str], why: str) -> None:
+        """Terminate jobs; what cannot be terminated is said loudly."""
+        assert self._clients is not None
+        reason = f"cloudexec: {why}"
+        client = await self._clients.client("batch")
+        bulk = len(ids) > 1 and hasattr(client, "terminate_jobs")
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(
+                lambda exc: isinstance(exc, AwsError) and (exc.transient or exc.expired)
+            ),
+            wait=tenacity.wait_exponential_jitter(initial=0.3, max=5.0),
+            stop=tenacity.stop_after_delay(_TERMINATE_PATIENCE),
+            reraise=True,
+        )
+
+        async def one(job_id: str) -> None:
+            await retrying(self._call, "batch", "terminate_job", jobId=job_id, reason=reason)
+
+        async def many(some: Sequence[str]) -> None:
+            try:
+                answer: Any = await retrying(
+                    self._call, "batch", "terminate_jobs", jobs=list(some), reason=reason
+                )
+            except AwsError as exc:
+                if exc.transient or exc.expired:
+                    raise
+                # An endpoint that does not know the newer call.
+                await asyncio.gather(*(one(job_id) for job_id in some))
+                return
+            for failed in answer.get("errors", ()):
+                await one(str(failed.get("jobId") or failed.get("job")))
+
+        try:
+            if bulk:
+                pages = [ids[at : at + _BULK] for at in range(0, len(ids), _BULK)]
+                await asyncio.gather(*(many(page) for page in pages))
+            else:
+                await asyncio.gather(*(one(job_id) for job_id in ids))
+        except AwsError as exc:
+            _logger.error(
+                "jobs could not be terminated (%s): %s. `cloudexec stop --executor %s` tries "
+                "again; workers that find nobody end by themselves",
+                ", ".join(ids),
+                exc,
+                self._executor_id,
+            )
+
+    async def close(self) -> None:
+        """Terminate whatever has not ended by itself, and let go of everything."""
+        self.closed = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._submitting:
+            # What is on its way to AWS has to be known, to be ended.
+            await asyncio.wait(self._submitting, timeout=_TERMINATE_PATIENCE)
+        left = [job for job in self._jobs if job.id and not job.over]
+        for job in left:
+            for launch_id in list(job.members):
+                self._end(job, launch_id, LaunchEnd("the executor has shut down", killed=True))
+        if left:
+            await self._terminate_jobs([job.id for job in left], "the executor has shut down")
+        pending = [task for task in self._tasks if task is not self._watcher]
+        if pending:
+            await asyncio.wait(pending, timeout=_TERMINATE_PATIENCE)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._clients is not None:
+            await self._clients.close()
+
+
+def _end_of(details: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) -> JobEnd:
+    """Read how the last attempt ended."""
+    last: Mapping[str, Any] = attempts[-1] if attempts else {}
+    container = last.get("container") or details.get("container") or {}
+    return JobEnd(
+        status_reason=last.get("statusReason") or details.get("statusReason", ""),
+        container_reason=container.get("reason", ""),
+        exit_code=container.get("exitCode"),
+    )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
