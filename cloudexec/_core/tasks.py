@@ -64,7 +64,6 @@ class Kind:
             self.seconds = seconds
             self.samples = 1
 
-
     def outgrew(self, rung: int) -> None:
         """Take in that a task ran out of memory on a worker of this size.
 

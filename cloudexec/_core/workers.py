@@ -50,9 +50,7 @@ class Worker:
         "state",
     )
 
-    def __init__(
-        self, worker_id: str, slots: int, launch: str, now: float, rung: int = 0
-    ) -> None:
+    def __init__(self, worker_id: str, slots: int, launch: str, now: float, rung: int = 0) -> None:
         self.id = worker_id
         self.rung = rung
         self.connected_at = now

@@ -98,11 +98,13 @@ class Arrival:
 
     Attributes:
         job_id: Its platform's name for it.
+        attempt: Which run of the launch this is, from 1.
         boot: Seconds from the start of its process to its first message.
         pull: Seconds that its image took to arrive; ``None``: unknown.
     """
 
     job_id: str = ""
+    attempt: int = 1
     boot: float | None = None
     pull: float | None = None
 

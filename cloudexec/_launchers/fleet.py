@@ -53,7 +53,8 @@ _logger = logging.getLogger("cloudexec")
 
 _POLL_EVIDENCE = 0.5
 """Seconds between looks at AWS while the end of a lost worker is to be explained."""
-_POLL_WAITING = 2.0
+_POLL_WAITING = 1.0
+_POLL_WAITING_LONG = 6.0
 _POLL_SLOWEST = 15.0
 _POLL_GROWTH = 1.25
 _EVIDENCE_TIME = 10.0
@@ -66,7 +67,7 @@ _RECLAIMS_BEFORE_ON_DEMAND = 3
 _STOP_SECONDS = 30.0
 """What it takes to stop a worker: the time between SIGTERM and SIGKILL."""
 _LOG_LINES = 20
-_DIAGNOSE_AFTER = 5.0
+_DIAGNOSE_AFTER = 2.0
 _DIAGNOSE_EVERY = 5.0
 _CONCURRENT_CALLS = 8
 _BULK = 50
@@ -295,7 +296,9 @@ class Fleet:
             definition = await self._persist(self._find_definition)
             request = self._request(job, contact, slots, definition)
             await self._persist(lambda: self._submit_once(job, request))
-        except CloudexecError as exc:
+        except Exception as exc:
+            if not isinstance(exc, CloudexecError):
+                _logger.exception("internal error while submitting jobs")
             transient = isinstance(exc, AwsError) and (exc.transient or exc.expired)
             self.explanation = f"AWS Batch took no jobs: {exc}"
             for launch_id in list(job.members):
@@ -321,7 +324,7 @@ class Fleet:
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(worth_it),
-            wait=tenacity.wait_exponential_jitter(initial=0.5, max=15.0),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=15.0),
             stop=tenacity.stop_after_delay(_SUBMIT_PATIENCE),
             reraise=True,
         )
@@ -456,6 +459,12 @@ class Fleet:
         member = job.members[launch_id]
         member.connected = True
         member.lost_at = None
+        if arrival.attempt > member.attempts + 1:
+            # AWS started it again before we had heard of the end.
+            member.attempts = arrival.attempt - 1
+            if member.began is not None:
+                member.spent.append(time.monotonic() - member.began)
+                member.began = None
         if member.began is None:
             earlier = (arrival.boot or 0.0) + (arrival.pull or 0.0)
             member.began = max(time.monotonic() - earlier, job.asked_at)
@@ -464,8 +473,6 @@ class Fleet:
         job = self._job_of[launch_id]
         member = job.members[launch_id]
         member.connected = False
-        if reclaimed:
-            self._reclaims += job.spot
         if orderly and not reclaimed:
             self._end(job, launch_id, LaunchEnd("it ended as it was told to"))
         elif not member.ended:
@@ -498,7 +505,6 @@ class Fleet:
         pause = _POLL_WAITING
         while not self.closed:
             alive = [job for job in self._jobs if job.id and not job.over]
-            now = time.monotonic()
             wanted = [m for job in alive for m in job.members.values() if m.lost_at is not None]
             waiting = [
                 m
@@ -510,21 +516,25 @@ class Fleet:
                 pause = _POLL_EVIDENCE
             elif not waiting:
                 pause = _POLL_SLOWEST
-            elif pause < _POLL_WAITING:
-                pause = _POLL_WAITING
-            self._look.clear()
+            else:
+                pause = min(max(pause, _POLL_WAITING), _POLL_WAITING_LONG)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._look.wait(), pause)
-                pause = min(pause, _POLL_WAITING)
+                pause = _POLL_WAITING
+            self._look.clear()
+            alive = [job for job in self._jobs if job.id and not job.over]
             try:
                 if alive:
                     await self._inspect(alive)
-                await self._diagnose(alive, now)
+                await self._diagnose(alive, time.monotonic())
                 self._unreachable = False
             except AwsError as exc:
                 if not self._unreachable:
                     self._unreachable = True
                     _logger.warning("AWS Batch cannot be asked for the state of jobs now: %s", exc)
+            except Exception:
+                # A bug of ours must not end the watch: nobody would learn why workers do not come.
+                _logger.exception("internal error while watching jobs")
             pause = min(pause * _POLL_GROWTH, _POLL_SLOWEST)
 
     async def _inspect(self, jobs: list[_Job]) -> None:
@@ -805,7 +815,7 @@ class Fleet:
             retry=tenacity.retry_if_exception(
                 lambda exc: isinstance(exc, AwsError) and (exc.transient or exc.expired)
             ),
-            wait=tenacity.wait_exponential_jitter(initial=0.3, max=5.0),
+            wait=tenacity.wait_random_exponential(multiplier=0.3, max=5.0),
             stop=tenacity.stop_after_delay(_TERMINATE_PATIENCE),
             reraise=True,
         )

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -598,6 +599,21 @@ class Driver:
         """Return the key that a worker with this identity must know."""
         return self._launcher.key_of(identity) or self.key
 
+    def returning(self, identity: str, attempt: int) -> None:
+        """A proven worker dials: if its platform has started it again, the one before is gone.
+
+        A platform does so by itself only after it took the machine back.
+        """
+        session = self._identities.get(identity)
+        if session is None or attempt <= session.attempt:
+            return
+        self._launcher.disconnected(identity, orderly=False, reclaimed=True)
+        worker = session.worker_id
+        if worker not in self._last_words:
+            why = "its machine was taken back, and it was started again on another"
+            self._last_words[worker] = LaunchEnd(why, reclaimed=True, relaunched=True)
+        self._lost(session, "")
+
     def admit(self, identity: str) -> str | None:
         """Say why a worker with this identity may not connect; ``None`` if it may."""
         if self._closing or self.machine.finished:
@@ -631,6 +647,8 @@ class Driver:
 
     def refused(self, what: str) -> None:
         """A peer failed to enrol: said once a second at most, however many they are."""
+        if self._closing or self.machine.finished:
+            return  # it came too late, that is all
         self.refusals += 1
         now = time.monotonic()
         if now - self._refused_at > 1.0:
@@ -681,7 +699,7 @@ class Driver:
         self._launcher.disconnected(identity, orderly=orderly, reclaimed=session.reclaimed)
         if worker not in self._last_words and identity in self._running and not self._closing:
             # Its process is about to end, and how it ended is worth a moment.
-            hurry = orderly or self.machine.killing
+            hurry = (orderly and not session.reclaimed) or self.machine.killing
             patience = 0.1 if hurry else self._launcher.last_words
             self._expected_ends[identity] = self.portal.loop.call_later(
                 patience, self._lost, session, reason
@@ -768,6 +786,7 @@ class Driver:
                 self._launcher.terminate(list(self._running))
         self._closing = True
         await self._launcher.close()
+        self._sum_up()
         for task in list(self._tasks - {asyncio.current_task()}):
             task.cancel()
         if self._timer is not None:
@@ -785,6 +804,23 @@ class Driver:
             self.output.stop()
         self.callbacks.stop()
         self.portal.loop.call_soon(self._closed)
+
+    def _sum_up(self) -> None:
+        """Where money was spent, say in one line for what."""
+        cost = self._launcher.cost()
+        if not cost.accrued_usd:
+            return
+        counts = self.machine.counts
+        done = counts["succeeded"] + counts["failed"]
+        minutes, seconds = divmod(round(time.monotonic() - self.started_at), 60)
+        line = (
+            f"{_count(done, 'task')} on {_count(counts['workers_connected'], 'worker')} in "
+            f"{minutes}:{seconds:02d}, about ${cost.accrued_usd:.4f} ({cost.note})"
+        )
+        if self.setup.output == "inherit":
+            print(f"cloudexec: {line}", file=sys.stderr)
+        else:
+            _logger.info("%s", line)
 
     def _closed(self) -> None:
         self.portal.release()

@@ -49,8 +49,9 @@ _KINDS = {
 class _Session:
     """One enrolled worker: what is on its way to it, and what it may fetch."""
 
-    def __init__(self, driver: Driver, identity: str, context: Any) -> None:
+    def __init__(self, driver: Driver, identity: str, attempt: int, context: Any) -> None:
         self.identity = identity
+        self.attempt = attempt  # which run of its launch this is, from 1
         self.worker_id = f"worker-{identity}"
         self.token = secrets.token_bytes(16)
         self.payloads: dict[int, Parts] = {}
@@ -377,13 +378,14 @@ class _Servicer:
         mismatch = _enrolment.versions_mismatch(
             wire=hello.wire_version, python=hello.python_version, pickle=hello.cloudpickle_version
         )
+        driver.returning(hello.identity, hello.attempt)
         refusal = driver.admit(hello.identity) or mismatch
         if refusal is not None:
             await context.write(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
             if mismatch is not None:
                 driver.feed(events.LaunchFailed(hello.identity, mismatch, fatal=True))
             return None
-        session = _Session(driver, hello.identity, context)
+        session = _Session(driver, hello.identity, hello.attempt, context)
         setup = driver.setup
         welcome = pb.Welcome(
             worker_id=session.worker_id,
@@ -409,7 +411,7 @@ class _Servicer:
         if driver.admit(hello.identity) is not None:
             return None
         pull = hello.pull_seconds or None
-        arrival = Arrival(hello.job_id[:256], hello.boot_seconds, pull)
+        arrival = Arrival(hello.job_id[:256], hello.attempt, hello.boot_seconds, pull)
         driver.connected(session, hello.slots, arrival, time.monotonic() - heard_at)
         return session
 

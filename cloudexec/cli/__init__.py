@@ -10,7 +10,19 @@ import sys
 
 import click
 
+from cloudexec.cli.cost import cost_command
+from cloudexec.cli.definitions import definitions_command
+from cloudexec.cli.doctor import doctor_command
+from cloudexec.cli.down import down_command
+from cloudexec.cli.image import image_command
+from cloudexec.cli.jobs import jobs_command
+from cloudexec.cli.logs import logs_command
 from cloudexec.cli.map import map_command
+from cloudexec.cli.policy import policy_command
+from cloudexec.cli.ps import ps_command
+from cloudexec.cli.stop import stop_command
+from cloudexec.cli.template import template_command
+from cloudexec.cli.up import up_command
 
 __all__ = ["main"]
 
@@ -23,7 +35,22 @@ def _group() -> None:
     """Run Python functions on many workers: on this machine or on AWS."""
 
 
-_group.add_command(map_command)
+for _command in (
+    cost_command,
+    definitions_command,
+    doctor_command,
+    down_command,
+    image_command,
+    jobs_command,
+    logs_command,
+    map_command,
+    policy_command,
+    ps_command,
+    stop_command,
+    template_command,
+    up_command,
+):
+    _group.add_command(_command)
 
 
 def main() -> None:

@@ -1,0 +1,498 @@
+"""Checks of a set-up, one after the other: what was found, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+from urllib.parse import unquote
+
+from cloudexec._aws.address import advertised_address
+from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.profile import Profile
+from cloudexec._aws.stack import find_stack
+from cloudexec._aws.template import TEMPLATE_VERSION
+from cloudexec._errors import AwsError, CloudexecError, ConfigError
+
+__all__ = ["Check", "Outcome", "Report", "examine", "probe"]
+
+Outcome: TypeAlias = Literal["ok", "warning", "failed", "skipped"]
+
+PROBE_TIMEOUT = 600.0
+"""Seconds for the probe worker to dial back: a cold Fargate worker takes one or two minutes, an
+EC2 instance several."""
+
+_ECR = re.compile(
+    r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/"
+    r"(?P<repository>[^:@]+)(?::(?P<tag>[^@]+))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
+)
+_STANDING = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IMPORT_COMPLETE")
+_FATAL = ("profile", "credentials", "queues", "compute environments", "image", "key")
+"""Checks without which a probe worker cannot succeed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    outcome: Outcome
+    found: str
+    """What there is."""
+    remedy: str = ""
+    """What to do; empty if nothing is."""
+
+
+Report: TypeAlias = Callable[[Check], None]
+"""Called with each check as soon as it is done."""
+
+
+@dataclass(slots=True)
+class _Examination:
+    """What later checks know from earlier ones."""
+
+    clients: AwsClients
+    profile: Profile
+    environments: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Compute environments as AWS describes them, by kind of queue."""
+
+
+async def examine(name: str, report: Report) -> tuple[Check, ...]:
+    """Check everything that can be looked at without starting anything.
+
+    Args:
+        name: Of the profile.
+        report: Told of each check.
+
+    Returns:
+        All checks, in order. Those that need what has failed are skipped.
+    """
+    checks: list[Check] = []
+
+    def add(check: Check) -> bool:
+        checks.append(check)
+        report(check)
+        return check.outcome != "failed"
+
+    try:
+        profile = Profile.load(name)
+        clients = AwsClients(profile.region)
+    except ConfigError as exc:
+        add(Check(name="profile", outcome="failed", found=str(exc), remedy=_up(name)))
+        return tuple(checks)
+    add(_profile(profile))
+    later: dict[str, Callable[[_Examination], Awaitable[Check]]] = {
+        "stack": _stack,
+        "queues": _queues,
+        "compute environments": _environments,
+        "vCPU quota": _quota,
+        "image": _image,
+        "roles": _roles,
+        "key": _key,
+        "log group": _log_group,
+        "address": _address,
+    }
+    async with clients:
+        examination = _Examination(clients=clients, profile=profile)
+        is_let_in = add(await _carefully("credentials", _credentials, examination))
+        add(_region(clients))
+        for each, look in later.items():
+            if is_let_in:
+                add(await _carefully(each, look, examination))
+            else:
+                add(Check(name=each, outcome="skipped", found="no usable credentials"))
+    return tuple(checks)
+
+
+def probe(name: str, checks: tuple[Check, ...], *, timeout: float = PROBE_TIMEOUT) -> Check:
+    """Start one worker, let it run a task, and say where the time went.
+
+    Blocks, so that an interrupt ends the executor as anywhere else.
+
+    Args:
+        name: Of the profile.
+        checks: Those done before: the probe is skipped where it cannot succeed.
+        timeout: Seconds for the worker to dial back.
+    """
+    failed = [each.name for each in checks if each.outcome == "failed" and each.name in _FATAL]
+    if failed:
+        found = f"cannot succeed before this is mended: {', '.join(failed)}"
+        return Check(name="probe worker", outcome="skipped", found=found)
+    from cloudexec import BatchExecutor
+    from cloudexec.aws import Batch
+
+    started = time.monotonic()
+    try:
+        with BatchExecutor(1, launcher=Batch(profile=name), launch_timeout=timeout) as executor:
+            # A builtin: the image need not have what this module imports.
+            executor.submit(max, 1, 2).result()
+            seconds = time.monotonic() - started
+            launches = executor.stats().launches
+    except CloudexecError as exc:
+        return Check(
+            name="probe worker",
+            outcome="failed",
+            found=f"{type(exc).__name__}: {exc}",
+            remedy=(
+                "workers must reach the address above: from within the VPC, put this machine into "
+                "the stack's security group; from elsewhere, forward a port and give advertise="
+            ),
+        )
+    parts = []
+    if launches:
+        for label, value in (
+            ("request", launches[0].api),
+            ("place", launches[0].place),
+            ("image", launches[0].pull),
+            ("boot", launches[0].boot),
+            ("dial-in", launches[0].dial_in),
+            ("first task", launches[0].first_task),
+        ):
+            if value is not None:
+                parts.append(f"{label} {value:.1f} s")
+    found = f"dialed back and ran a task in {seconds:.1f} s"
+    if parts:
+        found += f": {', '.join(parts)}"
+    return Check(name="probe worker", outcome="ok", found=found)
+
+
+async def _carefully(
+    name: str, look: Callable[[_Examination], Awaitable[Check]], examination: _Examination
+) -> Check:
+    try:
+        return await look(examination)
+    except AwsError as exc:
+        if exc.code == "NoCredentials" or exc.expired:
+            remedy = "log in, for example with `aws sso login` or `aws configure`"
+            return Check(name=name, outcome="failed", found=str(exc), remedy=remedy)
+        if "Denied" in exc.code or "Unauthorized" in exc.code:
+            # Whoever runs executors need not be allowed to look at everything.
+            return Check(name=name, outcome="skipped", found=str(exc))
+        return Check(name=name, outcome="failed", found=str(exc), remedy="see the message of AWS")
+
+
+def _up(name: str) -> str:
+    return f"`cloudexec up --name {name}`"
+
+
+def _profile(profile: Profile) -> Check:
+    stack = f"stack {profile.stack}" if profile.stack else "no stack"
+    found = f"{Profile.path(profile.name)}: {stack}, {len(profile.queues)} queues"
+    if not profile.queues:
+        return Check(
+            name="profile",
+            outcome="failed",
+            found=f"{found}; nothing to launch with",
+            remedy=_up(profile.name),
+        )
+    return Check(name="profile", outcome="ok", found=found)
+
+
+async def _credentials(examination: _Examination) -> Check:
+    identity = await examination.clients.call("sts", "get_caller_identity")
+    accounts = {each.split(":")[4] for each in examination.profile.queues.values() if ":" in each}
+    found = f"account {identity['Account']} as {identity['Arn']}"
+    if accounts - {identity["Account"]}:
+        return Check(
+            name="credentials",
+            outcome="failed",
+            found=f"{found}, but the profile is of account {', '.join(sorted(accounts))}",
+            remedy="log in to that account (AWS_PROFILE), or choose another --profile",
+        )
+    return Check(name="credentials", outcome="ok", found=found)
+
+
+def _region(clients: AwsClients) -> Check:
+    found = f"{clients.region}, as the profile says"
+    if clients.endpoint:
+        found += f"; calls go to {clients.endpoint} (AWS_ENDPOINT_URL)"
+    return Check(name="region", outcome="ok", found=found)
+
+
+async def _stack(examination: _Examination) -> Check:
+    profile = examination.profile
+    if not profile.stack:
+        return Check(name="stack", outcome="skipped", found="the profile has none")
+    stack = await find_stack(examination.clients, profile.stack)
+    if stack is None or stack.status not in _STANDING:
+        state = (
+            "does not exist" if stack is None else f"is in {stack.status} {stack.reason}".strip()
+        )
+        return Check(
+            name="stack",
+            outcome="failed",
+            found=f"{profile.stack} {state}",
+            remedy=_up(profile.name),
+        )
+    version = stack.outputs.get("Version", "?")
+    found = f"{stack.name}: {stack.status}, template version {version}"
+    if version != TEMPLATE_VERSION:
+        newer = version.isdecimal() and int(version) > int(TEMPLATE_VERSION)
+        return Check(
+            name="stack",
+            outcome="warning",
+            found=f"{found}, while this cloudexec has {TEMPLATE_VERSION}",
+            remedy="upgrade cloudexec" if newer else _up(profile.name),
+        )
+    said = {profile.queues.get("fargate"), profile.key_secret, profile.repository}
+    if not said <= set(stack.outputs.values()):
+        return Check(
+            name="stack",
+            outcome="warning",
+            found=f"{found}; the profile says otherwise than its outputs",
+            remedy=f"{_up(profile.name)} writes the profile anew",
+        )
+    return Check(name="stack", outcome="ok", found=found)
+
+
+async def _queues(examination: _Examination) -> Check:
+    profile, clients = examination.profile, examination.clients
+    answer = await clients.call(
+        "batch", "describe_job_queues", jobQueues=list(profile.queues.values())
+    )
+    found = {each["jobQueueArn"]: each for each in answer["jobQueues"]}
+    found |= {each["jobQueueName"]: each for each in answer["jobQueues"]}
+    wrong: list[str] = []
+    for kind, queue in profile.queues.items():
+        if queue not in found:
+            wrong.append(f"{kind}: {queue} does not exist")
+            continue
+        wrong += _wrong(kind, found[queue])
+        order = sorted(found[queue]["computeEnvironmentOrder"], key=lambda each: each["order"])
+        names = [each["computeEnvironment"] for each in order]
+        answer = await clients.call(
+            "batch", "describe_compute_environments", computeEnvironments=names
+        )
+        for environment in answer["computeEnvironments"][:1]:
+            examination.environments[kind] = environment
+    return _verdict("queues", wrong, ", ".join(profile.queues), profile)
+
+
+async def _environments(examination: _Examination) -> Check:
+    wrong: list[str] = []
+    sizes: list[str] = []
+    for kind in examination.profile.queues:
+        environment = examination.environments.get(kind)
+        if environment is None:
+            wrong.append(f"{kind}: its queue has none")
+            continue
+        wrong += _wrong(kind, environment)
+        sizes.append(f"{kind} up to {_max_vcpus(environment)} vCPUs")
+    return _verdict("compute environments", wrong, ", ".join(sizes), examination.profile)
+
+
+def _wrong(kind: str, each: Mapping[str, Any]) -> list[str]:
+    status, state = each.get("status", "VALID"), each.get("state", "ENABLED")
+    if status == "VALID" and state == "ENABLED":
+        return []
+    reason = each.get("statusReason", "")
+    return [f"{kind}: {status} and {state}" + (f" ({reason})" if reason else "")]
+
+
+def _verdict(name: str, wrong: list[str], right: str, profile: Profile) -> Check:
+    if not wrong:
+        return Check(name=name, outcome="ok", found=f"VALID and ENABLED: {right}")
+    remedy = f"{_up(profile.name)} enables what is disabled and makes anew what is missing"
+    if not profile.stack:
+        remedy = "mend or enable it in the AWS Batch console"
+    return Check(name=name, outcome="failed", found="; ".join(wrong), remedy=remedy)
+
+
+def _max_vcpus(environment: Mapping[str, Any]) -> int:
+    return int(environment.get("computeResources", {}).get("maxvCpus", 0))
+
+
+async def _quota(examination: _Examination) -> Check:
+    """Compare what the account may run with what the environments would start."""
+    name = "vCPU quota"
+    kinds = {kind: each for kind, each in examination.environments.items() if _max_vcpus(each) > 0}
+    services = sorted({"fargate" if kind.startswith("fargate") else "ec2" for kind in kinds})
+    quotas: dict[str, float] = {}
+    try:
+        for service in services:
+            async for each in examination.clients.pages(
+                "service-quotas", "list_service_quotas", "Quotas", ServiceCode=service
+            ):
+                kind = _kind_of_quota(each["QuotaName"])
+                if kind:
+                    quotas[kind] = each["Value"]
+    except AwsError as exc:
+        if exc.expired:
+            raise
+        return Check(name=name, outcome="skipped", found=f"the quotas cannot be read: {exc}")
+    if not quotas:
+        return Check(name=name, outcome="skipped", found="AWS lists no such quota")
+    found = ", ".join(f"{kind} {value:g}" for kind, value in sorted(quotas.items()))
+    short = [
+        f"{kind} {quotas[kind]:g} of {_max_vcpus(each)}"
+        for kind, each in kinds.items()
+        if kind in quotas and quotas[kind] < _max_vcpus(each)
+    ]
+    if short:
+        return Check(
+            name=name,
+            outcome="warning",
+            found=f"the account may run fewer vCPUs at once than the stack: {', '.join(short)}",
+            remedy="workers beyond that wait; ask for more in the console, under Service Quotas",
+        )
+    return Check(name=name, outcome="ok", found=f"{found} vCPUs at once")
+
+
+def _kind_of_quota(name: str) -> str:
+    """Return the kind of queue that a quota bounds; quotas are told by name."""
+    lower = name.lower()
+    if "fargate" in lower and "vcpu" in lower:
+        return "fargate_spot" if "spot" in lower else "fargate"
+    if lower.startswith("running on-demand standard"):
+        return "ec2"
+    if lower.startswith("all standard") and "spot" in lower:
+        return "ec2_spot"
+    return ""
+
+
+async def _image(examination: _Examination) -> Check:
+    profile = examination.profile
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    ours = {key: uri for key, uri in profile.images.items() if key.startswith(f"{python}-")}
+    push = f"`cloudexec image push --profile {profile.name}`"
+    if not ours:
+        others = ", ".join(sorted(profile.images)) or "none"
+        found = f"there is none for Python {python} in the profile; there are: {others}"
+        return Check(name="image", outcome="failed", found=found, remedy=push)
+    notes: list[str] = []
+    doubts: list[str] = []
+    for key, uri in sorted(ours.items()):
+        parts = _ECR.fullmatch(uri)
+        if "@sha256:" not in uri:
+            doubts.append(f"{key}: {uri} is not pinned by digest, so what it names may change")
+        if parts is None or parts["digest"] is None:
+            notes.append(f"{key}: {uri}")
+            continue
+        try:
+            answer = await examination.clients.call(
+                "ecr",
+                "describe_images",
+                region=parts["region"],
+                registryId=parts["account"],
+                repositoryName=parts["repository"],
+                imageIds=[{"imageDigest": parts["digest"]}],
+            )
+        except AwsError as exc:
+            if exc.code not in ("ImageNotFoundException", "RepositoryNotFoundException"):
+                raise
+            found = f"{key}: {uri} is not in the repository any more"
+            return Check(name="image", outcome="failed", found=found, remedy=push)
+        tags = answer["imageDetails"][0].get("imageTags", [])
+        if tags and not any(f"-py{python}-" in tag for tag in tags):
+            found = f"{key}: {uri} is tagged {', '.join(tags)}, which is for another Python"
+            return Check(name="image", outcome="failed", found=found, remedy=push)
+        version = _own_version()
+        if version and not any(tag.startswith(f"{version}-py") for tag in tags):
+            had = ", ".join(tags) or "without a tag"
+            doubts.append(f"{key}: {had}, while this is cloudexec {version}")
+        notes.append(f"{key}: {parts['repository']}, {', '.join(tags) or parts['digest'][:19]}")
+    if doubts:
+        return Check(name="image", outcome="warning", found="; ".join(doubts), remedy=push)
+    return Check(name="image", outcome="ok", found="; ".join(notes))
+
+
+def _own_version() -> str:
+    """Return our version as tags of images have it; empty where cloudexec is not installed."""
+    try:
+        version = importlib.metadata.version("cloudexec")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", version)
+
+
+async def _roles(examination: _Examination) -> Check:
+    profile = examination.profile
+    roles = {"execution role": profile.execution_role, "job role": profile.job_role}
+    if not profile.execution_role:
+        return Check(
+            name="roles",
+            outcome="failed",
+            found="the profile has no execution role, which Fargate needs to pull the image",
+            remedy=_up(profile.name),
+        )
+    wrong = []
+    for kind, arn in roles.items():
+        if not arn:
+            continue
+        name = arn.rpartition("/")[2]
+        try:
+            answer = await examination.clients.call("iam", "get_role", RoleName=name)
+        except AwsError as exc:
+            if exc.code != "NoSuchEntity":
+                raise
+            wrong.append(f"the {kind} {name} does not exist")
+            continue
+        document = answer["Role"].get("AssumeRolePolicyDocument", {})
+        if isinstance(document, str):
+            document = json.loads(unquote(document))
+        if "ecs-tasks.amazonaws.com" not in json.dumps(document):
+            wrong.append(f"the {kind} {name} does not trust ecs-tasks.amazonaws.com")
+    if wrong:
+        found = "; ".join(wrong)
+        return Check(name="roles", outcome="failed", found=found, remedy=_up(profile.name))
+    found = ", ".join(arn.rpartition("/")[2] for arn in roles.values() if arn)
+    return Check(name="roles", outcome="ok", found=found)
+
+
+async def _key(examination: _Examination) -> Check:
+    profile = examination.profile
+    if not profile.key_secret:
+        found = "the profile has no secret: each launch gets a token of its own"
+        return Check(name="key", outcome="skipped", found=found)
+    try:
+        answer = await examination.clients.call(
+            "secretsmanager", "get_secret_value", SecretId=profile.key_secret
+        )
+    except AwsError as exc:
+        if exc.code not in ("ResourceNotFoundException", "InvalidRequestException"):
+            raise
+        found = f"{profile.key_secret} does not exist"
+        return Check(name="key", outcome="failed", found=found, remedy=_up(profile.name))
+    if not re.fullmatch(r"[0-9a-f]{64}", answer.get("SecretString", "")):
+        return Check(
+            name="key",
+            outcome="failed",
+            found=f"{profile.key_secret} is not 64 hexadecimal digits",
+            remedy="put such a value into it, or `cloudexec down` and `cloudexec up`",
+        )
+    return Check(name="key", outcome="ok", found="can be read")
+
+
+async def _log_group(examination: _Examination) -> Check:
+    name = examination.profile.log_group
+    if not name:
+        found = "the profile has none: AWS Batch uses /aws/batch/job"
+        return Check(name="log group", outcome="ok", found=found)
+    async for each in examination.clients.pages(
+        "logs", "describe_log_groups", "logGroups", logGroupNamePrefix=name
+    ):
+        if each["logGroupName"] == name:
+            days = each.get("retentionInDays")
+            kept = f"kept for {days} days" if days else "kept for ever"
+            return Check(name="log group", outcome="ok", found=f"{name}, {kept}")
+    remedy = _up(examination.profile.name)
+    return Check(name="log group", outcome="failed", found=f"{name} does not exist", remedy=remedy)
+
+
+async def _address(examination: _Examination) -> Check:
+    try:
+        found = await advertised_address(examination.profile, endpoint=examination.clients.endpoint)
+    except ConfigError as exc:
+        return Check(
+            name="address",
+            outcome="failed",
+            found=str(exc),
+            remedy="set CLOUDEXEC_ADVERTISE to the address at which workers reach this machine",
+        )
+    dialed = f"workers are told to dial {found.address}: {found.how}"
+    return Check(name="address", outcome="ok", found=dialed)

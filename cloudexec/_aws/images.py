@@ -1,0 +1,306 @@
+"""The worker's image: built once and pushed once per content.
+
+The content is collected first, as plain data, and named by its hash; an image of that name is
+neither built nor pushed a second time, whoever built or pushed the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cloudexec._aws.image_contents import Contents, ImageSpec, collect
+from cloudexec._aws.image_engine import Engine, PushReport, Report, ignore_line, ignore_push
+from cloudexec._errors import AwsError, ConfigError, LaunchError
+
+if TYPE_CHECKING:
+    from cloudexec._aws.clients import AwsClients
+    from cloudexec._aws.profile import Profile
+
+__all__ = [
+    "LABELS",
+    "EcrRepository",
+    "Engine",
+    "ImageSpec",
+    "LocalImage",
+    "Planned",
+    "PushedImage",
+    "Repository",
+    "build",
+    "plan",
+    "push",
+    "push_to_profile",
+]
+
+LOCAL_NAME = "localhost/cloudexec-worker"
+"""Repository of images that were built and not pushed."""
+
+LABELS = ("cloudexec.version", "cloudexec.python", "cloudexec.platform", "cloudexec.content")
+"""Labels of each image: versions, as text; the platform; the hash that the tag ends with."""
+
+_DIGEST_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """An image that may exist here, in a repository, or nowhere yet."""
+
+    contents: Contents
+    base_id: str
+    """What the base image is at this time: a tag such as ``3.11-slim`` moves."""
+
+    @property
+    def content_hash(self) -> str:
+        """16 hex digits that differ when the image would."""
+        return self.contents.content_hash(self.base_id)
+
+    @property
+    def tag(self) -> str:
+        """The image's tag: readable to people, and unique to the content."""
+        spec = self.contents.spec
+        machine = spec.platform.rpartition("/")[2]
+        version = re.sub(r"[^A-Za-z0-9_.-]", "-", self.contents.version)
+        return f"{version}-py{spec.python}-{machine}-{self.content_hash}"
+
+    @property
+    def name(self) -> str:
+        """The image's name on this machine, with its tag."""
+        return f"{LOCAL_NAME}:{self.tag}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalImage:
+    """An image that the local engine has."""
+
+    name: str
+    """With its tag."""
+    image_id: str
+    size_bytes: int
+    was_built: bool
+    """Whether it was built just now; otherwise it was there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushedImage:
+    """An image that a repository has."""
+
+    uri: str
+    """Pinned by digest: ``repository@sha256:...``."""
+    tag: str
+    was_pushed: bool
+    """Whether it was pushed just now; otherwise it was there."""
+
+
+class Repository(Protocol):
+    """Where images go."""
+
+    async def digest(self, tag: str) -> str | None:
+        """Return the digest of the image with this tag, or ``None`` if there is none."""
+
+    async def login(self) -> tuple[str, Mapping[str, str] | None]:
+        """Return the name to push to, without a tag, and user name and password if needed."""
+
+
+class EcrRepository:
+    """A repository in the account's registry (Amazon ECR).
+
+    Args:
+        clients: Calls to AWS.
+        uri: ``<account>.dkr.ecr.<region>.amazonaws.com/<name>``.
+
+    Raises:
+        ConfigError: If ``uri`` is not of that form.
+    """
+
+    def __init__(self, clients: AwsClients, uri: str) -> None:
+        self._clients = clients
+        host, _, self._name = uri.partition("/")
+        parts = host.split(".")
+        if not self._name or len(parts) < 5 or parts[1:3] != ["dkr", "ecr"]:
+            raise ConfigError(
+                f"{uri!r} is not a repository of Amazon ECR; expected "
+                f"<account>.dkr.ecr.<region>.amazonaws.com/<name>"
+            )
+        self._account, self._region = parts[0], parts[3]
+
+    async def digest(self, tag: str) -> str | None:
+        """Return the digest of the image with this tag, or ``None`` if there is none."""
+        try:
+            found = await self._clients.call(
+                "ecr",
+                "describe_images",
+                region=self._region,
+                registryId=self._account,
+                repositoryName=self._name,
+                imageIds=[{"imageTag": tag}],
+            )
+        except AwsError as exc:
+            if exc.code == "ImageNotFoundException":
+                return None
+            if exc.code == "RepositoryNotFoundException":
+                raise ConfigError(
+                    f"there is no repository {self._name} in {self._region}: `cloudexec up` makes "
+                    f"one"
+                ) from exc
+            raise
+        return str(found["imageDetails"][0]["imageDigest"])
+
+    async def login(self) -> tuple[str, Mapping[str, str] | None]:
+        """Return the name to push to, and a password that holds for 12 hours."""
+        found = await self._clients.call("ecr", "get_authorization_token", region=self._region)
+        data = found["authorizationData"][0]
+        user, _, password = base64.b64decode(data["authorizationToken"]).decode().partition(":")
+        # The registry's own host in AWS; elsewhere whatever stands in for it.
+        host = str(data["proxyEndpoint"]).partition("://")[2].rstrip("/")
+        return f"{host}/{self._name}", {"username": user, "password": password}
+
+
+def plan(spec: ImageSpec, *, engine: Engine, pull: bool = True, refresh: bool = False) -> Planned:
+    """Find out what the image would be called, without building it.
+
+    Args:
+        spec: What is wanted.
+        engine: Has the base, or gets it: the image's name depends on it.
+        pull: Whether it may get the base if it has none.
+        refresh: Whether it looks for a newer base.
+
+    Returns:
+        The image's contents and name.
+
+    Raises:
+        ConfigError: If the requirements cannot be used in an image.
+        LaunchError: If the base cannot be pulled, or is not here and must not be.
+    """
+    contents = collect(spec)
+    if refresh:
+        engine.pull(spec.base_image, spec.platform)
+    base_id = engine.base_id(spec.base_image, spec.platform, pull=pull)
+    if not base_id:
+        raise LaunchError(
+            f"the base image {spec.base_image} is not here for {spec.platform}; "
+            f"`cloudexec image build` pulls it"
+        )
+    return Planned(contents=contents, base_id=base_id)
+
+
+def build(planned: Planned, *, engine: Engine, report: Report = ignore_line) -> LocalImage:
+    """Build an image, unless the engine has one of the same content.
+
+    Args:
+        planned: The image.
+        engine: Builds it.
+        report: Told each line of the build's log.
+
+    Returns:
+        The image.
+
+    Raises:
+        LaunchError: If the build fails.
+    """
+    spec, content_hash = planned.contents.spec, planned.content_hash
+    found = engine.find(planned.name)
+    was_built = found is None or _labels(found).get("cloudexec.content") != content_hash
+    if was_built:
+        values = (planned.contents.version, spec.python, spec.platform, content_hash)
+        labels = dict(zip(LABELS, values, strict=True))
+        engine.build(planned.name, planned.contents, labels=labels, report=report)
+        found = engine.find(planned.name)
+    if found is None:
+        raise LaunchError(f"the engine has no image {planned.name} although it built it")
+    return LocalImage(
+        name=planned.name,
+        image_id=str(found["Id"]),
+        size_bytes=int(found.get("Size", 0)),
+        was_built=was_built,
+    )
+
+
+def _labels(found: Mapping[str, Any]) -> Mapping[str, str]:
+    return (found.get("Config") or {}).get("Labels") or {}
+
+
+async def push(
+    planned: Planned,
+    repository: Repository,
+    *,
+    engine: Engine,
+    report: Report = ignore_line,
+    report_push: PushReport = ignore_push,
+) -> PushedImage:
+    """Push an image, built if need be, unless the repository has one of the same content.
+
+    Args:
+        planned: The image.
+        repository: Where it goes.
+        engine: Builds and pushes.
+        report: Told each line of a build's log, in another thread.
+        report_push: Told each event of the push, in another thread.
+
+    Returns:
+        The image in the repository.
+
+    Raises:
+        AwsError: If AWS refuses.
+        ConfigError: If there is no such repository.
+        LaunchError: If the build or the push fails.
+    """
+    name, credentials = await repository.login()
+    digest = await repository.digest(planned.tag)
+    if digest is not None:
+        return PushedImage(uri=f"{name}@{digest}", tag=planned.tag, was_pushed=False)
+    image = await asyncio.to_thread(build, planned, engine=engine, report=report)
+    digest = await asyncio.to_thread(
+        engine.push, image.name, name, planned.tag, credentials, report_push
+    )
+    for attempt in range(_DIGEST_ATTEMPTS):
+        if digest:
+            return PushedImage(uri=f"{name}@{digest}", tag=planned.tag, was_pushed=True)
+        # This engine did not say it; the registry knows, if not at once.
+        await asyncio.sleep(attempt)
+        digest = await repository.digest(planned.tag)
+    raise LaunchError(
+        f"{name}:{planned.tag} was pushed, but neither the engine nor the registry says under "
+        f"which digest; push again"
+    )
+
+
+async def push_to_profile(
+    planned: Planned,
+    profile: Profile,
+    clients: AwsClients,
+    *,
+    engine: Engine,
+    report: Report = ignore_line,
+    report_push: PushReport = ignore_push,
+) -> PushedImage:
+    """Push an image to the profile's repository and note it in the profile, pinned by digest.
+
+    Args:
+        planned: The image; built if need be.
+        profile: Names the repository; is saved.
+        clients: Calls to AWS, in the profile's region.
+        engine: Builds and pushes.
+        report: As for ``push``.
+        report_push: As for ``push``.
+
+    Returns:
+        The image in the repository.
+
+    Raises:
+        AwsError: If AWS refuses.
+        ConfigError: If the profile has no repository, or it is gone.
+        LaunchError: If the build or the push fails.
+    """
+    if not profile.repository:
+        raise ConfigError(
+            f"the profile {profile.name!r} names no image repository: `cloudexec up` makes one"
+        )
+    repository = EcrRepository(clients, profile.repository)
+    pushed = await push(planned, repository, engine=engine, report=report, report_push=report_push)
+    spec = planned.contents.spec
+    profile.with_image(spec.python, spec.platform, pushed.uri).save()
+    return pushed

@@ -1,0 +1,217 @@
+"""The minimal IAM policy of a person who runs executors, from a table of what is called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from cloudexec._aws.names import DEFINITION_PREFIX, TAG_STACK
+from cloudexec._aws.profile import Profile
+
+__all__ = ["CALLS", "Call", "Grant", "actions_for", "policy", "unknown_calls"]
+
+Call: TypeAlias = tuple[str, str]
+"""Service as botocore names it, and operation: ``("batch", "SubmitJob")``."""
+
+Resource: TypeAlias = Literal[
+    "any",
+    "definition",
+    "image",
+    "job",
+    "log_group",
+    "queue",
+    "role",
+    "secret",
+    "stack",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What must be allowed for one operation to succeed: a part of it."""
+
+    action: str
+    """As IAM names it: ``"batch:SubmitJob"``."""
+    resource: Resource
+    passed_to: str = ""
+    """For ``iam:PassRole``: the service that may be given the role."""
+
+
+def _any(*actions: str) -> tuple[Grant, ...]:
+    return tuple(Grant(action, "any") for action in actions)
+
+
+_TAG_JOB = Grant("batch:TagResource", "job")
+_TAG_DEFINITION = Grant("batch:TagResource", "definition")
+_PASS_ROLE = Grant("iam:PassRole", "role", passed_to="ecs-tasks.amazonaws.com")
+_PUSH = (
+    # `docker push` and its like talk to the registry with the token; these are what it checks.
+    Grant("ecr:BatchCheckLayerAvailability", "image"),
+    Grant("ecr:BatchGetImage", "image"),
+    Grant("ecr:CompleteLayerUpload", "image"),
+    Grant("ecr:GetDownloadUrlForLayer", "image"),
+    Grant("ecr:InitiateLayerUpload", "image"),
+    Grant("ecr:PutImage", "image"),
+    Grant("ecr:UploadLayerPart", "image"),
+)
+
+CALLS: Mapping[Call, tuple[Grant, ...]] = {
+    # Running and stopping. Which actions know resources: AWS Batch User Guide, "Supported
+    # resource-level permissions"; those that describe and list do not.
+    ("batch", "SubmitJob"): (
+        Grant("batch:SubmitJob", "queue"),
+        Grant("batch:SubmitJob", "definition"),
+        _TAG_JOB,
+    ),
+    ("batch", "RegisterJobDefinition"): (
+        Grant("batch:RegisterJobDefinition", "definition"),
+        _TAG_DEFINITION,
+        _PASS_ROLE,
+    ),
+    ("batch", "DeregisterJobDefinition"): (Grant("batch:DeregisterJobDefinition", "definition"),),
+    ("batch", "TerminateJob"): (Grant("batch:TerminateJob", "job"),),
+    ("batch", "TerminateJobs"): (Grant("batch:TerminateJob", "job"),),
+    # Seeing.
+    ("batch", "DescribeComputeEnvironments"): _any("batch:DescribeComputeEnvironments"),
+    ("batch", "DescribeJobDefinitions"): _any("batch:DescribeJobDefinitions"),
+    ("batch", "DescribeJobQueues"): _any("batch:DescribeJobQueues"),
+    ("batch", "DescribeJobs"): _any("batch:DescribeJobs"),
+    ("batch", "GetJobQueueSnapshot"): _any("batch:GetJobQueueSnapshot"),
+    ("batch", "ListJobs"): _any("batch:ListJobs"),
+    ("logs", "DescribeLogGroups"): _any("logs:DescribeLogGroups"),
+    ("logs", "GetLogEvents"): (Grant("logs:GetLogEvents", "log_group"),),
+    ("pricing", "GetProducts"): _any("pricing:GetProducts"),
+    ("service-quotas", "ListServiceQuotas"): _any("servicequotas:ListServiceQuotas"),
+    ("cloudformation", "DescribeStacks"): (Grant("cloudformation:DescribeStacks", "stack"),),
+    ("iam", "GetRole"): (Grant("iam:GetRole", "role"),),
+    # Letting workers in.
+    ("secretsmanager", "GetSecretValue"): (Grant("secretsmanager:GetSecretValue", "secret"),),
+    # Images.
+    ("ecr", "DescribeImages"): (Grant("ecr:DescribeImages", "image"),),
+    ("ecr", "GetAuthorizationToken"): (*_any("ecr:GetAuthorizationToken"), *_PUSH),
+    # Nobody can be denied this one.
+    ("sts", "GetCallerIdentity"): (),
+}
+"""Operation -> what must be allowed. Compared by a test with the calls that are made."""
+
+
+def policy(profile: Profile | None = None) -> dict[str, Any]:
+    """Return the policy for every call in the table.
+
+    Args:
+        profile: Name the resources of this set-up; ``None``: patterns for any of cloudexec's.
+    """
+    return actions_for(CALLS, profile)
+
+
+def unknown_calls(calls: Iterable[Call]) -> set[Call]:
+    """Return the calls that the table does not have."""
+    return set(calls) - CALLS.keys()
+
+
+def actions_for(calls: Iterable[Call], profile: Profile | None = None) -> dict[str, Any]:
+    """Return the policy that allows these calls, and nothing else.
+
+    Args:
+        calls: Such as those recorded in a run.
+        profile: As for ``policy``.
+
+    Raises:
+        ValueError: If the table lacks a call.
+    """
+    calls = set(calls)
+    if unknown := unknown_calls(calls):
+        names = ", ".join(sorted(f"{service}:{operation}" for service, operation in unknown))
+        raise ValueError(f"not in the table of calls: {names}")
+    grants = {grant for call in calls for grant in CALLS[call]}
+    statements: list[dict[str, Any]] = []
+    for resource, passed_to in sorted({(each.resource, each.passed_to) for each in grants}):
+        actions = sorted(
+            each.action
+            for each in grants
+            if (each.resource, each.passed_to) == (resource, passed_to)
+        )
+        arns, condition = _resources(resource, profile)
+        if passed_to:
+            condition = {"StringEquals": {"iam:PassedToService": passed_to}}
+        statement: dict[str, Any] = {
+            "Sid": ("Pass" if passed_to else "") + _SIDS[resource],
+            "Effect": "Allow",
+            "Action": actions,
+            "Resource": arns if len(arns) > 1 else arns[0],
+        }
+        if condition:
+            statement["Condition"] = condition
+        statements.append(statement)
+    return {"Version": "2012-10-17", "Statement": statements}
+
+
+_SIDS: dict[Resource, str] = {
+    "any": "WhatHasNoResources",
+    "definition": "JobDefinitions",
+    "image": "Images",
+    "job": "Jobs",
+    "log_group": "Logs",
+    "queue": "Queues",
+    "role": "Roles",
+    "secret": "Key",
+    "stack": "Stack",
+}
+
+
+def _resources(
+    resource: Resource, profile: Profile | None
+) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Return ARNs, or patterns of such, and a condition."""
+    partition, region, account = _place(profile)
+
+    def arn(service: str, name: str) -> str:
+        where = "" if service == "iam" else region
+        return f"arn:{partition}:{service}:{where}:{account}:{name}"
+
+    match resource:
+        case "queue":
+            queues = sorted(profile.queues.values()) if profile else ["cloudexec-*"]
+            return [
+                each if each.startswith("arn:") else arn("batch", f"job-queue/{each}")
+                for each in queues
+            ], {}
+        case "definition":
+            return [arn("batch", f"job-definition/{DEFINITION_PREFIX}*")], {}
+        case "job":
+            # Not by tag: whether children of an array carry their parent's is not documented.
+            return [arn("batch", "job/*")], {}
+        case "log_group":
+            group = profile.log_group or "/aws/batch/job" if profile else "/cloudexec/cloudexec-*"
+            return [arn("logs", f"log-group:{group}"), arn("logs", f"log-group:{group}:*")], {}
+        case "image":
+            repository = profile.repository.partition("/")[2] if profile else "cloudexec-*"
+            return [arn("ecr", f"repository/{repository or '*'}")], {}
+        case "role":
+            roles = [profile.execution_role, profile.job_role] if profile else []
+            return sorted(filter(None, roles)) or [arn("iam", "role/cloudexec-*")], {}
+        case "secret":
+            if profile and profile.key_secret:
+                return [profile.key_secret], {}
+            # CloudFormation names it, so the tag has to tell.
+            return [arn("secretsmanager", "secret:*")], {
+                "StringLike": {f"aws:ResourceTag/{TAG_STACK}": "cloudexec-*"}
+            }
+        case "stack":
+            stack = profile.stack or "cloudexec-*" if profile else "cloudexec-*"
+            return [arn("cloudformation", f"stack/{stack}/*")], {}
+        case _:
+            return ["*"], {}
+
+
+def _place(profile: Profile | None) -> tuple[str, str, str]:
+    """Return partition, region and account, as far as they are known."""
+    if profile is None:
+        return "aws", "*", "*"
+    for arn in (*profile.queues.values(), profile.execution_role, profile.key_secret):
+        found = re.match(r"arn:([^:]+):[^:]+:[^:]*:(\d+):", arn)
+        if found:
+            return found[1], profile.region, found[2]
+    return "aws", profile.region, "*"

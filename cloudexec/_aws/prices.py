@@ -1,0 +1,387 @@
+"""What workers cost: a dated table of list prices, and how to bring it up to date."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cloudexec._aws.profile import profile_directory
+from cloudexec._errors import AwsError, ConfigError
+
+if TYPE_CHECKING:
+    from cloudexec._aws.clients import AwsClients
+
+__all__ = ["LEAST_SECONDS", "InstancePrice", "PriceTable", "WorkerPrice", "format_usd", "refresh"]
+
+LEAST_SECONDS = 60
+"""What is paid for at least, each time a worker starts. AWS Fargate pricing, "one-minute minimum";
+Amazon EC2 bills Linux alike."""
+_HOUR = 3600.0
+_MIB_PER_GB = 1024
+"""Fargate's price list says GB where its sizes are GiB."""
+_FREE_EPHEMERAL_GB = 20
+"""AWS Fargate pricing: the first 20 GB of a task's storage are free."""
+_ARCHITECTURES = ("x86_64", "arm64")
+_BUILT_IN_REGION = "us-east-1"
+_PRICING_REGION = "us-east-1"
+"""AWS Billing User Guide, "Price List Query API": has an endpoint in a few regions only, which
+answer for all."""
+_FARGATE_USAGE = re.compile(
+    r"(?:[A-Z0-9]+-)?Fargate-(?:(ARM)-)?"
+    r"(vCPU-Hours:perCPU|GB-Hours|EphemeralStorage-GB-Hours)"
+)
+"""A region's prefix differs (``USE1-``, ``EUC1-``); Windows has other names, which do not match."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstancePrice:
+    """An EC2 instance type, of which a job takes a share."""
+
+    vcpus: int
+    memory_gib: float
+    arch: str
+    per_hour: float
+    """On demand, Linux, shared tenancy, in USD."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPrice:
+    """What one worker costs while it runs."""
+
+    per_second: float
+    """USD."""
+    assumed: bool = False
+    """Whether it is another region's price, for want of this one's."""
+    estimated: bool = False
+    """Whether it moves with supply (Spot), or depends on what instance is chosen (EC2)."""
+    table: str = ""
+    """Whose price it is and of when, for texts."""
+
+    @property
+    def per_hour(self) -> float:
+        """USD."""
+        return self.per_second * _HOUR
+
+    def cost(self, seconds: float) -> float:
+        """Return what one run of so long costs, in USD.
+
+        Args:
+            seconds: From the start of the image's download to the end. Nothing for a run that
+                never began; otherwise begun seconds count, and 60 of them at least.
+        """
+        if seconds <= 0:
+            return 0.0
+        return max(math.ceil(seconds), LEAST_SECONDS) * self.per_second
+
+    def cost_of(self, runs: Iterable[float]) -> float:
+        """Return what several runs cost together, in USD."""
+        return math.fsum(self.cost(seconds) for seconds in runs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceTable:
+    """List prices of one region, in USD, without taxes, free tiers and discounts."""
+
+    dated: date
+    """When they were put together."""
+    source: str
+    """Where."""
+    region: str = _BUILT_IN_REGION
+    note: str = ""
+    """Why these are not the freshest, if they might have been."""
+    vcpu_hour: Mapping[str, float] = field(
+        default_factory=lambda: {"x86_64": 0.04048, "arm64": 0.03238}
+    )
+    """Fargate, by architecture."""
+    gb_hour: Mapping[str, float] = field(
+        default_factory=lambda: {"x86_64": 0.004445, "arm64": 0.00356}
+    )
+    """Fargate, by architecture."""
+    ephemeral_gb_hour: float = 0.000111
+    """Fargate storage beyond 20 GB."""
+    spot_factor: float = 0.3
+    """Spot is "up to 70% off"; what it really costs moves, and no price list has it."""
+    public_ipv4_hour: float = 0.005
+    """Each worker with a public address pays for it."""
+    instances: Mapping[str, InstancePrice] = field(default_factory=lambda: dict(_INSTANCES))
+    """EC2, by instance type."""
+
+    @classmethod
+    def built_in(cls) -> PriceTable:
+        """Return the prices that this release knows."""
+        return _BUILT_IN
+
+    @classmethod
+    def load(cls, region: str) -> PriceTable:
+        """Return what was last learned for a region, or else the built-in table."""
+        try:
+            return _read(json.loads(_cache(region).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            # It can be had again, so a file that is damaged or of another release is none.
+            return _BUILT_IN
+
+    def __str__(self) -> str:
+        return f"{self.region} list price of {self.dated.isoformat()}"
+
+    def save(self) -> Path:
+        """Keep the table for ``load``."""
+        path = _cache(self.region)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(json.dumps(_write(self), indent=2, sort_keys=True) + "\n", "utf-8")
+        os.replace(draft, path)
+        return path
+
+    def worker(
+        self,
+        *,
+        vcpus: float,
+        memory_mib: int,
+        arch: str = "x86_64",
+        compute: str = "fargate",
+        spot: bool = False,
+        ephemeral_gib: float | None = None,
+        public_ip: bool = False,
+        region: str = "",
+    ) -> WorkerPrice:
+        """Return the price of one worker.
+
+        Args:
+            vcpus: What it asks for.
+            memory_mib: What it asks for.
+            arch: ``"x86_64"`` or ``"arm64"``.
+            compute: ``"fargate"`` or ``"ec2"``. A job on EC2 is priced as its share of the
+                instance type that holds it most cheaply, as if others filled the rest.
+            spot: Whether it runs on spare capacity.
+            ephemeral_gib: Its disk on Fargate; ``None``: the usual 20.
+            public_ip: Whether it has a public IPv4 address.
+            region: Where it runs; empty: the table's region.
+
+        Raises:
+            ConfigError: If there is no such architecture or compute.
+        """
+        if arch not in _ARCHITECTURES:
+            raise ConfigError(f"arch must be one of {', '.join(_ARCHITECTURES)}, not {arch!r}")
+        if compute == "fargate":
+            hourly = (
+                vcpus * self.vcpu_hour[arch] + memory_mib / _MIB_PER_GB * self.gb_hour[arch]
+            ) * (self.spot_factor if spot else 1.0)
+            extra_gib = max(0.0, (ephemeral_gib or 0.0) - _FREE_EPHEMERAL_GB)
+            hourly += extra_gib * self.ephemeral_gb_hour
+            address_share = 1.0
+        elif compute == "ec2":
+            hourly, address_share = self._share(vcpus, memory_mib, arch)
+            hourly *= self.spot_factor if spot else 1.0
+        else:
+            raise ConfigError(f"compute must be 'fargate' or 'ec2', not {compute!r}")
+        if public_ip:
+            hourly += address_share * self.public_ipv4_hour
+        return WorkerPrice(
+            per_second=hourly / _HOUR,
+            assumed=bool(region) and region != self.region,
+            estimated=spot or compute == "ec2",
+            table=str(self),
+        )
+
+    def _share(self, vcpus: float, memory_mib: int, arch: str) -> tuple[float, float]:
+        """Return USD per hour, and the share of one instance."""
+        shares = (
+            (max(vcpus / each.vcpus, memory_mib / _MIB_PER_GB / each.memory_gib), each.per_hour)
+            for each in self.instances.values()
+            if each.arch == arch
+        )
+        return min((share * per_hour, min(share, 1.0)) for share, per_hour in shares)
+
+
+def format_usd(usd: float) -> str:
+    """Write an amount: cents where it is dollars, four digits where it is less."""
+    if abs(usd) >= 1:
+        return f"${usd:,.2f}"
+    return "$0.00" if abs(usd) < 0.00005 else f"${usd:.4f}"
+
+
+async def refresh(clients: AwsClients, *, keep: bool = True) -> PriceTable:
+    """Look the prices of the clients' region up, and keep them.
+
+    Args:
+        clients: Whose region it is; they need ``pricing:GetProducts``.
+        keep: Whether to write them to the file from which ``PriceTable.load`` reads.
+
+    Returns:
+        A table of today; or, where that is not allowed or AWS cannot be reached, what was known,
+        with a note that says why.
+
+    References:
+        AWS Price List API, "GetProducts".
+    """
+    known = PriceTable.load(clients.region)
+    try:
+        # First alone: who may not, is told so once.
+        fargate = await _products(clients, "AmazonECS", {})
+        instances = await asyncio.gather(
+            *(_products(clients, "AmazonEC2", _instance_filters(each)) for each in _INSTANCES)
+        )
+    except AwsError as exc:
+        return replace(known, note=" ".join(f"prices could not be refreshed: {exc}".split()))
+    learned = _learned(clients.region, fargate, dict(zip(_INSTANCES, instances, strict=True)))
+    if learned is None:
+        return replace(known, note=f"the price list has no Fargate prices for {clients.region}")
+    if keep:
+        try:
+            learned.save()
+        except OSError as exc:
+            return replace(learned, note=f"prices could not be kept: {exc}")
+    return learned
+
+
+def _instance_filters(instance_type: str) -> dict[str, str]:
+    return {
+        "instanceType": instance_type,
+        "operatingSystem": "Linux",
+        "tenancy": "Shared",
+        "preInstalledSw": "NA",
+        "capacitystatus": "Used",
+    }
+
+
+async def _products(
+    clients: AwsClients, service: str, fields: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Return the products of the region that have these attributes."""
+    filters = [
+        {"Type": "TERM_MATCH", "Field": name, "Value": value}
+        for name, value in {"regionCode": clients.region, **fields}.items()
+    ]
+    found: list[dict[str, Any]] = []
+    token: dict[str, Any] = {}
+    while True:
+        page = await clients.call(
+            "pricing",
+            "get_products",
+            region=_PRICING_REGION,
+            ServiceCode=service,
+            Filters=filters,
+            MaxResults=100,
+            **token,
+        )
+        found += [json.loads(item) for item in page.get("PriceList", ())]
+        if not page.get("NextToken"):
+            return found
+        token = {"NextToken": page["NextToken"]}
+
+
+def _learned(
+    region: str,
+    fargate: Iterable[Mapping[str, Any]],
+    instances: Mapping[str, Iterable[Mapping[str, Any]]],
+) -> PriceTable | None:
+    """Return the table of today, or ``None`` if it would lack Fargate."""
+    vcpu_hour: dict[str, float] = {}
+    gb_hour: dict[str, float] = {}
+    ephemeral: list[float] = []
+    for product in fargate:
+        usage = _FARGATE_USAGE.fullmatch(product["product"]["attributes"].get("usagetype", ""))
+        price = _on_demand(product)
+        if usage is None or price is None:
+            continue
+        arch = "arm64" if usage[1] else "x86_64"
+        if usage[2].startswith("vCPU"):
+            vcpu_hour[arch] = price
+        elif usage[2].startswith("GB"):
+            gb_hour[arch] = price
+        else:
+            ephemeral.append(price)
+    if not {"x86_64"} <= vcpu_hour.keys() & gb_hour.keys():
+        return None
+    # A region without arm64 has no such workers to price; the other price is an upper bound.
+    for prices in (vcpu_hour, gb_hour):
+        prices.setdefault("arm64", prices["x86_64"])
+    learned: dict[str, InstancePrice] = {}
+    for instance_type, products in instances.items():
+        prices_found = [price for each in products if (price := _on_demand(each))]
+        if prices_found:
+            learned[instance_type] = replace(_INSTANCES[instance_type], per_hour=min(prices_found))
+    for arch in _ARCHITECTURES:
+        if not any(each.arch == arch for each in learned.values()):
+            learned |= {name: each for name, each in _INSTANCES.items() if each.arch == arch}
+    return PriceTable(
+        dated=date.today(),
+        source="AWS Price List API",
+        region=region,
+        vcpu_hour=vcpu_hour,
+        gb_hour=gb_hour,
+        ephemeral_gb_hour=max(ephemeral, default=_BUILT_IN.ephemeral_gb_hour),
+        instances=learned,
+    )
+
+
+def _on_demand(product: Mapping[str, Any]) -> float | None:
+    """Return the one price that is not zero: a product may list a free tier beside it."""
+    prices = [
+        float(dimension["pricePerUnit"]["USD"])
+        for term in product.get("terms", {}).get("OnDemand", {}).values()
+        for dimension in term["priceDimensions"].values()
+        if "USD" in dimension["pricePerUnit"]  # China's regions have CNY
+    ]
+    return max(prices, default=0.0) or None
+
+
+def _cache(region: str) -> Path:
+    # A folder of its own: every *.json beside it is a profile.
+    return profile_directory() / "prices" / f"{region}.json"
+
+
+def _write(table: PriceTable) -> dict[str, Any]:
+    return {
+        "dated": table.dated.isoformat(),
+        "source": table.source,
+        "region": table.region,
+        "vcpu_hour": dict(table.vcpu_hour),
+        "gb_hour": dict(table.gb_hour),
+        "ephemeral_gb_hour": table.ephemeral_gb_hour,
+        "instances": {name: each.per_hour for name, each in table.instances.items()},
+    }
+
+
+def _read(data: Mapping[str, Any]) -> PriceTable:
+    return PriceTable(
+        dated=date.fromisoformat(data["dated"]),
+        source=str(data["source"]),
+        region=str(data["region"]),
+        vcpu_hour={arch: float(data["vcpu_hour"][arch]) for arch in _ARCHITECTURES},
+        gb_hour={arch: float(data["gb_hour"][arch]) for arch in _ARCHITECTURES},
+        ephemeral_gb_hour=float(data["ephemeral_gb_hour"]),
+        instances={
+            name: replace(_INSTANCES[name], per_hour=float(per_hour))
+            for name, per_hour in data["instances"].items()
+            if name in _INSTANCES
+        },
+    )
+
+
+def _instance(vcpus: int, memory_gib: float, arch: str, per_hour: float) -> InstancePrice:
+    return InstancePrice(vcpus=vcpus, memory_gib=memory_gib, arch=arch, per_hour=per_hour)
+
+
+# What Batch chooses from by default: compute, general and memory families. Not the burstable
+# types, whose price is not that of a processor in full use.
+_INSTANCES: Mapping[str, InstancePrice] = {
+    "c6i.large": _instance(2, 4, "x86_64", 0.085),
+    "c7i.large": _instance(2, 4, "x86_64", 0.08925),
+    "c7i.xlarge": _instance(4, 8, "x86_64", 0.1785),
+    "m7i.large": _instance(2, 8, "x86_64", 0.1008),
+    "r6i.large": _instance(2, 16, "x86_64", 0.126),
+    "c7g.large": _instance(2, 4, "arm64", 0.0725),
+    "c7g.xlarge": _instance(4, 8, "arm64", 0.145),
+    "c8g.large": _instance(2, 4, "arm64", 0.07976),
+    "m7g.large": _instance(2, 8, "arm64", 0.0816),
+}
+_BUILT_IN = PriceTable(dated=date(2026, 11, 21), source="AWS price lists, as of this release")

@@ -1,0 +1,441 @@
+"""The CloudFormation template of a set-up, as data."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from cloudexec._aws.names import TAG_STACK
+
+__all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
+
+TEMPLATE_VERSION = "1"
+"""Raised when the template changes; ``cloudexec doctor`` compares it with the stack's output."""
+DATA_PREFIX = "data/"
+"""Keys of the bucket that tasks may read and write."""
+LOG_RETENTION_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827)
+"""What CloudWatch Logs offers. CloudWatch Logs API Reference, "PutRetentionPolicy"."""
+
+_IMAGES_KEPT = 20
+_STACK = {"Ref": "AWS::StackName"}
+
+Json = dict[str, Any]
+
+
+def template() -> Json:
+    """Return the template: parameters, resources and outputs.
+
+    No resource has a name that two stacks of one account and region could share: names begin with
+    the stack's, or are CloudFormation's own, so that a replacement can stand beside what it
+    replaces. The environments have no service role: AWS Batch then uses its service-linked role,
+    which it makes when first needed, and can be updated in place.
+    """
+    return {
+        "AWSTemplateFormatVersion": "2010-09-09",
+        "Description": f"cloudexec: workers on AWS Batch (template version {TEMPLATE_VERSION})",
+        "Metadata": {
+            "AWS::CloudFormation::Interface": {
+                "ParameterGroups": [
+                    {
+                        "Label": {"default": "Network"},
+                        "Parameters": ["VpcId", "SubnetIds", "AssignPublicIp"],
+                    },
+                    {"Label": {"default": "Capacity"}, "Parameters": ["MaxVcpus", "Ec2"]},
+                    {
+                        "Label": {"default": "Retention"},
+                        "Parameters": ["LogRetentionDays", "BucketExpireDays"],
+                    },
+                ]
+            }
+        },
+        "Parameters": _parameters(),
+        "Conditions": {"Ec2": {"Fn::Equals": [{"Ref": "Ec2"}, "true"]}},
+        "Resources": {
+            **_network(),
+            **_storage(),
+            **_roles(),
+            **_fargate(),
+            **_ec2(),
+        },
+        "Outputs": _outputs(),
+    }
+
+
+def template_text() -> str:
+    """Return the template as JSON text."""
+    return json.dumps(template(), indent=2) + "\n"
+
+
+def _parameters() -> Json:
+    return {
+        "VpcId": {
+            "Type": "AWS::EC2::VPC::Id",
+            "Description": "VPC in which workers run.",
+        },
+        "SubnetIds": {
+            "Type": "List<AWS::EC2::Subnet::Id>",
+            "Description": "Subnets of that VPC in which workers run, 16 at most.",
+        },
+        "AssignPublicIp": {
+            "Type": "String",
+            "AllowedValues": ["ENABLED", "DISABLED"],
+            "Default": "ENABLED",
+            "Description": (
+                "ENABLED in public subnets; DISABLED in private ones, which need a NAT gateway or "
+                "VPC endpoints."
+            ),
+        },
+        "MaxVcpus": {
+            "Type": "Number",
+            "MinValue": 1,
+            "Default": 256,
+            "Description": "Largest number of vCPUs at once, in each compute environment.",
+        },
+        "Ec2": {
+            "Type": "String",
+            "AllowedValues": ["true", "false"],
+            "Default": "false",
+            "Description": "Whether there are queues for EC2 instances too.",
+        },
+        "LogRetentionDays": {
+            "Type": "Number",
+            "AllowedValues": list(LOG_RETENTION_DAYS),
+            "Default": 30,
+            "Description": "Days for which what workers print is kept.",
+        },
+        "BucketExpireDays": {
+            "Type": "Number",
+            "MinValue": 1,
+            "Default": 7,
+            "Description": "Days after which objects in the bucket are deleted.",
+        },
+    }
+
+
+def _network() -> Json:
+    group = {"Fn::GetAtt": ["SecurityGroup", "GroupId"]}
+    return {
+        "SecurityGroup": {
+            "Type": "AWS::EC2::SecurityGroup",
+            "Properties": {
+                "GroupDescription": {
+                    "Fn::Sub": "Workers of ${AWS::StackName} and the machines they dial back to"
+                },
+                "VpcId": {"Ref": "VpcId"},
+                "Tags": _tags(),
+            },
+        },
+        # By itself, for a group cannot refer to itself.
+        "SecurityGroupIngress": {
+            "Type": "AWS::EC2::SecurityGroupIngress",
+            "Properties": {
+                "Description": "Whoever is in the group reaches whoever is in it",
+                "GroupId": group,
+                "SourceSecurityGroupId": group,
+                "IpProtocol": "tcp",
+                "FromPort": 0,
+                "ToPort": 65535,
+            },
+        },
+    }
+
+
+def _storage() -> Json:
+    expire = {"Ref": "BucketExpireDays"}
+    untagged = {
+        "rulePriority": 1,
+        "description": "what lost its tag",
+        "selection": {
+            "tagStatus": "untagged",
+            "countType": "sinceImagePushed",
+            "countUnit": "days",
+            "countNumber": 1,
+        },
+        "action": {"type": "expire"},
+    }
+    kept = {
+        "rulePriority": 2,
+        "description": f"the latest {_IMAGES_KEPT}",
+        "selection": {
+            "tagStatus": "any",
+            "countType": "imageCountMoreThan",
+            "countNumber": _IMAGES_KEPT,
+        },
+        "action": {"type": "expire"},
+    }
+    return {
+        "LogGroup": {
+            "Type": "AWS::Logs::LogGroup",
+            "DeletionPolicy": "Delete",
+            "UpdateReplacePolicy": "Delete",
+            "Properties": {
+                "LogGroupName": {"Fn::Sub": "/cloudexec/${AWS::StackName}"},
+                "RetentionInDays": {"Ref": "LogRetentionDays"},
+                "Tags": _tags(),
+            },
+        },
+        "Bucket": {
+            "Type": "AWS::S3::Bucket",
+            "DeletionPolicy": "Delete",
+            "UpdateReplacePolicy": "Delete",
+            "Properties": {
+                "BucketEncryption": {
+                    "ServerSideEncryptionConfiguration": [
+                        {"ServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}
+                    ]
+                },
+                "PublicAccessBlockConfiguration": {
+                    "BlockPublicAcls": True,
+                    "BlockPublicPolicy": True,
+                    "IgnorePublicAcls": True,
+                    "RestrictPublicBuckets": True,
+                },
+                "OwnershipControls": {"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]},
+                "LifecycleConfiguration": {
+                    "Rules": [
+                        {
+                            "Id": "expire",
+                            "Status": "Enabled",
+                            "ExpirationInDays": expire,
+                            "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 1},
+                        }
+                    ]
+                },
+                "Tags": _tags(),
+            },
+        },
+        "Repository": {
+            "Type": "AWS::ECR::Repository",
+            "DeletionPolicy": "Delete",
+            "UpdateReplacePolicy": "Delete",
+            "Properties": {
+                "RepositoryName": _STACK,
+                "ImageScanningConfiguration": {"ScanOnPush": True},
+                "LifecyclePolicy": {"LifecyclePolicyText": json.dumps({"rules": [untagged, kept]})},
+                "Tags": _tags(),
+            },
+        },
+        "KeySecret": {
+            "Type": "AWS::SecretsManager::Secret",
+            "DeletionPolicy": "Delete",
+            "UpdateReplacePolicy": "Delete",
+            "Properties": {
+                "Description": {"Fn::Sub": "Key by which workers of ${AWS::StackName} are let in"},
+                # 64 hexadecimal digits: what remains of letters and digits.
+                "GenerateSecretString": {
+                    "PasswordLength": 64,
+                    "ExcludePunctuation": True,
+                    "ExcludeUppercase": True,
+                    "ExcludeCharacters": "ghijklmnopqrstuvwxyz",
+                },
+                "Tags": _tags(),
+            },
+        },
+    }
+
+
+def _roles() -> Json:
+    return {
+        "JobRole": {
+            "Type": "AWS::IAM::Role",
+            "Properties": {
+                "Description": "What tasks may do",
+                "AssumeRolePolicyDocument": _trust_tasks(),
+                "Policies": [
+                    _policy(
+                        "data",
+                        {
+                            "Effect": "Allow",
+                            "Action": ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"],
+                            "Resource": {"Fn::Sub": "${Bucket.Arn}/" + DATA_PREFIX + "*"},
+                        },
+                    )
+                ],
+                "Tags": _tags(),
+            },
+        },
+        "ExecutionRole": {
+            "Type": "AWS::IAM::Role",
+            "Properties": {
+                "Description": "Starts workers: pulls the image, reads the key, writes the log",
+                "AssumeRolePolicyDocument": _trust_tasks(),
+                "Policies": [
+                    _policy(
+                        "start",
+                        {
+                            # There are no resources of this action to name.
+                            "Effect": "Allow",
+                            "Action": "ecr:GetAuthorizationToken",
+                            "Resource": "*",
+                        },
+                        {
+                            "Effect": "Allow",
+                            "Action": [
+                                "ecr:BatchCheckLayerAvailability",
+                                "ecr:BatchGetImage",
+                                "ecr:GetDownloadUrlForLayer",
+                            ],
+                            "Resource": {"Fn::GetAtt": ["Repository", "Arn"]},
+                        },
+                        {
+                            "Effect": "Allow",
+                            "Action": ["logs:CreateLogStream", "logs:PutLogEvents"],
+                            "Resource": {"Fn::GetAtt": ["LogGroup", "Arn"]},
+                        },
+                        {
+                            "Effect": "Allow",
+                            "Action": "secretsmanager:GetSecretValue",
+                            "Resource": {"Ref": "KeySecret"},
+                        },
+                    )
+                ],
+                "Tags": _tags(),
+            },
+        },
+    }
+
+
+def _fargate() -> Json:
+    resources = {
+        "MaxvCpus": {"Ref": "MaxVcpus"},
+        "Subnets": {"Ref": "SubnetIds"},
+        "SecurityGroupIds": [{"Fn::GetAtt": ["SecurityGroup", "GroupId"]}],
+    }
+    return {
+        "FargateEnvironment": _environment({"Type": "FARGATE", **resources}),
+        "FargateQueue": _queue("fargate", "FargateEnvironment"),
+        "FargateSpotEnvironment": _environment({"Type": "FARGATE_SPOT", **resources}),
+        "FargateSpotQueue": _queue("fargate-spot", "FargateSpotEnvironment"),
+    }
+
+
+def _ec2() -> Json:
+    resources = {
+        "MinvCpus": 0,
+        "MaxvCpus": {"Ref": "MaxVcpus"},
+        "InstanceTypes": ["optimal"],
+        "InstanceRole": {"Fn::GetAtt": ["InstanceProfile", "Arn"]},
+        "Subnets": {"Ref": "SubnetIds"},
+        "SecurityGroupIds": [{"Fn::GetAtt": ["SecurityGroup", "GroupId"]}],
+        "Tags": {TAG_STACK: _STACK, "Name": _STACK},
+    }
+    conditional: Json = {
+        "InstanceRole": {
+            "Type": "AWS::IAM::Role",
+            "Properties": {
+                "Description": "Lets instances join the cluster of their compute environment",
+                "AssumeRolePolicyDocument": _trust("ec2.amazonaws.com"),
+                "ManagedPolicyArns": [
+                    {
+                        "Fn::Sub": "arn:${AWS::Partition}:iam::aws:policy/service-role/"
+                        "AmazonEC2ContainerServiceforEC2Role"
+                    }
+                ],
+                "Tags": _tags(),
+            },
+        },
+        "InstanceProfile": {
+            "Type": "AWS::IAM::InstanceProfile",
+            "Properties": {"Roles": [{"Ref": "InstanceRole"}]},
+        },
+        "Ec2Environment": _environment(
+            {"Type": "EC2", "AllocationStrategy": "BEST_FIT_PROGRESSIVE", **resources}
+        ),
+        "Ec2Queue": _queue("ec2", "Ec2Environment"),
+        "Ec2SpotEnvironment": _environment(
+            {"Type": "SPOT", "AllocationStrategy": "SPOT_PRICE_CAPACITY_OPTIMIZED", **resources}
+        ),
+        "Ec2SpotQueue": _queue("ec2-spot", "Ec2SpotEnvironment"),
+    }
+    return {name: {"Condition": "Ec2", **each} for name, each in conditional.items()}
+
+
+def _outputs() -> Json:
+    def attribute(resource: str, name: str) -> Json:
+        return {"Fn::GetAtt": [resource, name]}
+
+    def reference(name: str) -> Json:
+        return {"Ref": name}
+
+    always: dict[str, tuple[str, Any]] = {
+        "FargateQueue": ("Queue of Fargate workers", reference("FargateQueue")),
+        "FargateSpotQueue": ("Queue of Fargate Spot workers", reference("FargateSpotQueue")),
+        "JobRole": ("Role of tasks", attribute("JobRole", "Arn")),
+        "ExecutionRole": ("Role that starts workers", attribute("ExecutionRole", "Arn")),
+        "KeySecret": ("Secret by which workers are let in", reference("KeySecret")),
+        "LogGroup": ("Where workers' output goes", reference("LogGroup")),
+        "Bucket": ("Bucket for data of tasks", reference("Bucket")),
+        "Repository": ("Repository of worker images", attribute("Repository", "RepositoryUri")),
+        "SecurityGroup": ("Group of workers and clients", attribute("SecurityGroup", "GroupId")),
+        "Subnets": ("Where workers run", {"Fn::Join": [",", {"Ref": "SubnetIds"}]}),
+        "Vpc": ("Where workers run", reference("VpcId")),
+        "AssignPublicIp": ("Whether workers have public addresses", reference("AssignPublicIp")),
+        "Version": ("Version of this template", TEMPLATE_VERSION),
+    }
+    conditional: dict[str, tuple[str, Any]] = {
+        "Ec2Queue": ("Queue of EC2 workers", reference("Ec2Queue")),
+        "Ec2SpotQueue": ("Queue of EC2 Spot workers", reference("Ec2SpotQueue")),
+    }
+    return {
+        **{key: {"Description": text, "Value": value} for key, (text, value) in always.items()},
+        **{
+            key: {"Condition": "Ec2", "Description": text, "Value": value}
+            for key, (text, value) in conditional.items()
+        },
+    }
+
+
+def _environment(resources: Json) -> Json:
+    return {
+        "Type": "AWS::Batch::ComputeEnvironment",
+        # The group's rule and the roles go after the environment: it may still run a worker.
+        "DependsOn": ["ExecutionRole", "JobRole", "SecurityGroupIngress"],
+        "Properties": {
+            "Type": "MANAGED",
+            "State": "ENABLED",
+            "ReplaceComputeEnvironment": False,
+            "ComputeResources": resources,
+            "Tags": {TAG_STACK: _STACK},
+        },
+    }
+
+
+def _queue(suffix: str, environment: str) -> Json:
+    return {
+        "Type": "AWS::Batch::JobQueue",
+        "Properties": {
+            "JobQueueName": {"Fn::Sub": "${AWS::StackName}-" + suffix},
+            "State": "ENABLED",
+            "Priority": 1,
+            "ComputeEnvironmentOrder": [{"Order": 1, "ComputeEnvironment": {"Ref": environment}}],
+            "Tags": {TAG_STACK: _STACK},
+        },
+    }
+
+
+def _trust_tasks() -> Json:
+    # Only on behalf of this account can ECS take the role on: against the confused deputy.
+    return _trust("ecs-tasks.amazonaws.com", account_only=True)
+
+
+def _trust(service: str, *, account_only: bool = False) -> Json:
+    statement: Json = {
+        "Effect": "Allow",
+        "Principal": {"Service": service},
+        "Action": "sts:AssumeRole",
+    }
+    if account_only:
+        account = {"Ref": "AWS::AccountId"}
+        statement["Condition"] = {"StringEquals": {"aws:SourceAccount": account}}
+    return {"Version": "2012-10-17", "Statement": [statement]}
+
+
+def _policy(name: str, *statements: Json) -> Json:
+    return {
+        "PolicyName": name,
+        "PolicyDocument": {"Version": "2012-10-17", "Statement": list(statements)},
+    }
+
+
+def _tags() -> list[Json]:
+    return [{"Key": TAG_STACK, "Value": _STACK}]

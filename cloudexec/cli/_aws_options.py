@@ -1,0 +1,81 @@
+"""What the commands that look into an account share: where to look, and how they end."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import click
+
+from cloudexec.cli._errors import CommandError
+
+_P = ParamSpec("_P")
+
+_READER_GONE = 141
+"""What a shell says of a command that SIGPIPE ended."""
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
+_SECONDS_PER = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def aws_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--profile``, ``--region`` and ``--json``."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs."),
+        click.option(
+            "--region", metavar="REGION", help="By default the profile's, or the AWS default."
+        ),
+        click.option(
+            "--profile",
+            metavar="NAME",
+            envvar="CLOUDEXEC_PROFILE",
+            help="Look at this profile's queues only; by default at all of the region."
+            "  [env: CLOUDEXEC_PROFILE]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def ends_well(function: Callable[_P, int | None]) -> Callable[_P, int]:
+    """Turn our errors into a line on standard error, and a reader that left into an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> int:
+        from cloudexec._errors import CloudexecError, ConfigError
+
+        try:
+            code = function(*args, **kwargs)
+            sys.stdout.flush()
+        except ConfigError as exc:
+            raise CommandError(str(exc)) from exc
+        except CloudexecError as exc:
+            raise click.ClickException(str(exc)) from exc
+        except BrokenPipeError:
+            # Python flushes standard output once more when it exits, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _READER_GONE
+        return code or 0
+
+    return run
+
+
+def echo_json(value: Any) -> None:
+    """Print a value as indented JSON."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def parse_duration(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> float | None:
+    """Read ``90``, ``90s``, ``30m``, ``2h`` or ``1d`` as seconds."""
+    if value is None:
+        return None
+    found = _DURATION.fullmatch(value.strip())
+    if found is None:
+        raise CommandError(f"{parameter.opts[0]} must be like 90s, 30m, 2h or 1d, not {value!r}")
+    return float(found[1]) * _SECONDS_PER[found[2]]

@@ -1,0 +1,94 @@
+"""``cloudexec doctor``: check a set-up, and say what to do about each thing that is wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from cloudexec._aws.doctor import Check
+
+_HELP = """Check a set-up: credentials, stack, queues, quotas, image, roles, key, network.
+
+Starts one worker, which dials back and runs a task, and shows where the time went; with --dry,
+nothing is started. For each thing that is wrong, it says what to do.
+"""
+
+_EPILOG = """\b
+Exit codes:
+  0    all is fine, or nearly: warnings do not count
+  1    something failed
+  130  interrupted by Ctrl-C
+"""
+
+_STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"}
+
+
+@click.command(
+    "doctor",
+    help=_HELP,
+    epilog=_EPILOG,
+    short_help="Check a set-up, and say what to do.",
+    context_settings={"max_content_width": 100},
+)
+@click.option(
+    "--profile",
+    "name",
+    default="default",
+    envvar="CLOUDEXEC_PROFILE",
+    show_default=True,
+    metavar="NAME",
+    help="Which set-up.",
+)
+@click.option("--dry", "is_dry", is_flag=True, help="Start nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time for the probe worker to dial back.",
+)
+def doctor_command(name: str, is_dry: bool, as_json: bool, timeout: float) -> int:
+    """Show each check as soon as it is done."""
+    from cloudexec._aws.doctor import Check, examine, probe
+    from cloudexec.cli._steps import run_or_explain
+
+    def show(check: Check) -> None:
+        if not as_json:
+            _show(check)
+
+    checks = run_or_explain(examine(name, show))
+    if is_dry:
+        last = Check(name="probe worker", outcome="skipped", found="--dry starts nothing")
+    else:
+        if not as_json:
+            click.echo("starting a probe worker, which may take minutes ...", err=True)
+        last = probe(name, checks, timeout=timeout)
+    show(last)
+    checks = (*checks, last)
+    failed = [each for each in checks if each.outcome == "failed"]
+    if as_json:
+        document = {
+            "profile": name,
+            "ok": not failed,
+            "checks": [asdict(each) for each in checks],
+        }
+        click.echo(json.dumps(document, indent=2))
+    elif failed:
+        click.echo(f"{len(failed)} of {len(checks)} checks failed.")
+    return 1 if failed else 0
+
+
+def _show(check: Check) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(f"{check.outcome:<8}", style=_STYLES[check.outcome], end="")
+    console.print(f"{check.name}: {check.found}", markup=False, soft_wrap=True)
+    if check.remedy:
+        console.print(f"        -> {check.remedy}", markup=False, soft_wrap=True)

@@ -1,0 +1,104 @@
+"""``cloudexec down``: remove what ``cloudexec up`` has set up, and see that nothing is left."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from cloudexec._aws.stack import Remnant, Stock
+
+_HELP = """Remove what `cloudexec up` has set up.
+
+Ends all jobs in its queues, empties the bucket and the image repository, deregisters job
+definitions, deletes the stack and the profile, and then asks AWS for everything that carries the
+stack's tag. It says first what would be lost.
+
+The same command again continues after an interruption; where there is nothing, it says so.
+"""
+
+_EPILOG = """\b
+Exit codes:
+  0    nothing is left
+  1    something is left: it is listed
+  2    the command line is wrong
+  3    AWS refused, or cannot be reached
+  130  interrupted by Ctrl-C: the same command continues
+"""
+
+
+@click.command(
+    "down",
+    help=_HELP,
+    epilog=_EPILOG,
+    short_help="Remove what `cloudexec up` has set up.",
+    context_settings={"max_content_width": 100},
+)
+@click.option(
+    "--name", default="default", show_default=True, metavar="NAME", help="Name of the profile."
+)
+@click.option(
+    "--region", metavar="REGION", help="By default the profile's, else that of the AWS SDK."
+)
+@click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
+def down_command(name: str, region: str | None, is_sure: bool) -> int:
+    """Say what would be lost, delete it, and list what is left."""
+    from cloudexec._aws.clients import AwsClients
+    from cloudexec._aws.names import stack_name
+    from cloudexec._aws.stack import down, take_stock
+    from cloudexec.cli._errors import CommandError
+    from cloudexec.cli._steps import INTERRUPTED, Steps, run_or_explain
+    from cloudexec.cli.up import region_of
+
+    async def work(steps: Steps) -> tuple[Remnant, ...]:
+        stack = stack_name(name)
+        async with AwsClients(region or region_of(name)) as clients:
+            if not is_sure:
+                stock = await take_stock(clients, name)
+                losses = _losses(stock)
+                if losses:
+                    steps.say(f"The stack {stack} in {clients.region} would be deleted, with:")
+                    for loss in losses:
+                        steps.say(f"  {loss}")
+                    if not sys.stdin.isatty():
+                        raise CommandError("nobody is there to confirm this: say --yes")
+                    if not click.confirm("Delete all this?", err=True):
+                        raise CommandError("not confirmed: nothing was deleted")
+            return await down(clients, name, steps.show)
+
+    with Steps() as steps:
+        try:
+            left = run_or_explain(work(steps))
+        except KeyboardInterrupt:
+            steps.say(
+                "Interrupted. What CloudFormation has begun goes on by itself: the same command "
+                "continues."
+            )
+            return INTERRUPTED
+        if left:
+            steps.say("Still there:", style="red")
+            for each in left:
+                steps.say(f"  {each.kind} {each.id}", style="red")
+            steps.say("Run the same command again; what stays then, delete in the AWS console.")
+            return 1
+        steps.say(f"Nothing of {stack_name(name)} is left.")
+    return 0
+
+
+def _losses(stock: Stock) -> list[str]:
+    """Say what cannot be had back; nothing if there is no stack."""
+    losses = []
+    if stock.jobs:
+        losses.append(f"{stock.jobs:,} jobs that have not finished; an array counts once")
+    if stock.objects:
+        more = " or more" if stock.has_more_objects else ""
+        losses.append(f"{stock.objects:,}{more} objects in its bucket")
+    if stock.images:
+        losses.append(f"{stock.images:,} images in its repository")
+    if stock.definitions:
+        losses.append(f"{stock.definitions:,} job definitions")
+    if stock.stack is not None:
+        losses.append("its queues, roles, logs, and the key by which workers are let in")
+    return losses

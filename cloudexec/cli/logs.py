@@ -1,0 +1,60 @@
+"""``cloudexec logs``: what a worker wrote."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from cloudexec.cli._aws_options import aws_options, ends_well
+
+
+@click.command("logs", short_help="Print what a worker wrote.")
+@click.argument("job", metavar="JOB|WORKER")
+@click.option(
+    "-f", "--follow", is_flag=True, help="Wait for what it writes next, until the job has ended."
+)
+@click.option(
+    "-n",
+    "--tail",
+    type=click.IntRange(min=0, max=10_000),
+    metavar="N",
+    help="Begin with the last N lines of the last attempt.",
+)
+@click.option("-t", "--timestamps", is_flag=True, help="Begin each line with its time, in UTC.")
+@aws_options
+@ends_well
+def logs_command(
+    job: str,
+    follow: bool,
+    tail: int | None,
+    timestamps: bool,
+    profile: str | None,
+    region: str | None,
+    as_json: bool,
+) -> None:
+    """Print what a worker wrote to CloudWatch Logs.
+
+    \b
+    JOB|WORKER is one of
+      a job's name or id          cloudexec-0f3a7c9912ab44de-1
+      a worker of an array        cloudexec-0f3a7c9912ab44de-1:7, ID:7
+      a worker as errors name it  worker-8, or 0f3a7c9912ab44de/worker-8
+
+    Of an array of up to 100 workers, all are printed, one after the other. With --json, each line
+    is an object.
+    """
+    from cloudexec._aws.monitor import Monitor
+
+    with Monitor(profile, region) as monitor:
+        shown: tuple[str, int] | None = None
+        for line in monitor.logs(job, follow=follow, tail=tail):
+            if as_json:
+                click.echo(json.dumps(line.to_dict()))
+                continue
+            source = (line.job_id, line.attempt)
+            if shown is not None and source != shown:
+                click.echo(f"--- {line.job_id}, attempt {line.attempt} ---", err=True)
+            shown = source
+            when = f"{line.time:%Y-%m-%dT%H:%M:%S}.{line.time.microsecond // 1000:03}Z "
+            click.echo((when if timestamps else "") + line.message)

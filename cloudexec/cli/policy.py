@@ -1,0 +1,36 @@
+"""``cloudexec policy``: print the IAM policy that a person needs who runs executors."""
+
+from __future__ import annotations
+
+import click
+
+_HELP = """Print the IAM policy that a person needs who runs executors, and no more than that.
+
+With a profile, it names the resources of its stack; without, it has patterns for any stack of
+cloudexec. Whoever runs `cloudexec up` or `down` needs more: to create and delete what is in
+`cloudexec template`.
+"""
+
+
+@click.command(
+    "policy",
+    help=_HELP,
+    short_help="Print the IAM policy of whoever runs executors.",
+    context_settings={"max_content_width": 100},
+)
+@click.option("--profile", "name", metavar="NAME", help="Name the resources of this set-up.")
+def policy_command(name: str | None) -> int:
+    """Print it as JSON."""
+    import json
+
+    from cloudexec._aws.policy import policy
+    from cloudexec._aws.profile import Profile
+    from cloudexec._errors import ConfigError
+    from cloudexec.cli._errors import CommandError
+
+    try:
+        document = policy(Profile.load(name) if name else None)
+    except ConfigError as exc:
+        raise CommandError(str(exc)) from exc
+    click.echo(json.dumps(document, indent=2))
+    return 0

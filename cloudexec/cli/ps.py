@@ -1,0 +1,59 @@
+"""``cloudexec ps``: executors that have workers in the cloud."""
+
+from __future__ import annotations
+
+import click
+
+from cloudexec.cli._aws_options import aws_options, echo_json, ends_well
+
+
+@click.command("ps", short_help="Show executors that have workers in the cloud.")
+@click.option("-a", "--all", "is_all", is_flag=True, help="Show those too whose jobs have ended.")
+@aws_options
+@ends_well
+def ps_command(is_all: bool, profile: str | None, region: str | None, as_json: bool) -> None:
+    """Show executors that have jobs in AWS Batch, whoever started them, on whatever machine.
+
+    COST is what their workers cost so far, by list prices; "~" marks an estimate. EXPIRES is when
+    time limits end the last of their workers at the latest.
+    """
+    from cloudexec._aws.monitor import Monitor
+    from cloudexec.cli._table import Column, memory, show, since, until, usd, workers
+
+    with Monitor(profile, region) as monitor:
+        executors = monitor.executors(active=None if is_all else True)
+    if as_json:
+        echo_json([each.to_dict() for each in executors])
+        return
+    if not executors:
+        click.echo("No executors." if is_all else "No executor has jobs that have not ended.")
+        return
+    show(
+        (
+            Column(title="EXECUTOR"),
+            Column(title="USER", least=8),
+            Column(title="PROJECT", leaves=6, least=8),
+            Column(title="AGE", right=True),
+            Column(title="WORKERS", least=12),
+            Column(title="VCPUS", right=True, leaves=1),
+            Column(title="MEMORY", right=True, leaves=4),
+            Column(title="COST", right=True),
+            Column(title="PER HOUR", right=True, leaves=2),
+            Column(title="EXPIRES", right=True, leaves=5),
+        ),
+        [
+            (
+                each.id,
+                each.user,
+                each.project,
+                since(each.created_at),
+                workers(dict(each.workers)),
+                f"{each.vcpus:,g}" if each.vcpus else "",
+                memory(each.memory_mib) if each.memory_mib else "",
+                usd(each.cost_usd, is_estimate=each.is_estimate),
+                usd(each.per_hour_usd, is_estimate=each.is_estimate) if each.per_hour_usd else "",
+                until(each.expires_at) if each.is_active else "",
+            )
+            for each in executors
+        ],
+    )

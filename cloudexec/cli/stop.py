@@ -1,0 +1,97 @@
+"""``cloudexec stop``: end jobs, whoever started them."""
+
+from __future__ import annotations
+
+import getpass
+
+import click
+
+from cloudexec.cli._aws_options import aws_options, echo_json, ends_well, parse_duration
+from cloudexec.cli._errors import CommandError
+
+
+@click.command("stop", short_help="Stop jobs and their workers.")
+@click.argument("targets", metavar="[JOB|WORKER]...", nargs=-1)
+@click.option("-e", "--executor", metavar="ID", help="Stop all jobs of this executor.")
+@click.option("--all", "is_all", is_flag=True, help="Stop the jobs of all executors.")
+@click.option(
+    "--older-than",
+    metavar="TIME",
+    callback=parse_duration,
+    help="Stop only jobs submitted so long ago or longer: 90s, 30m, 2h, 1d.",
+)
+@click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
+@aws_options
+@ends_well
+def stop_command(
+    targets: tuple[str, ...],
+    executor: str | None,
+    is_all: bool,
+    older_than: float | None,
+    is_sure: bool,
+    profile: str | None,
+    region: str | None,
+    as_json: bool,
+) -> None:
+    """Stop jobs in AWS Batch, and with them their workers, after showing which.
+
+    Workers get SIGTERM and have 30 seconds. An executor that is still running may start new ones:
+    end it where it runs, or stop its jobs again.
+
+    \b
+    Exit codes:
+      0  all were told to stop, or there was nothing to stop
+      1  AWS refused some, or you said no
+    """
+    from cloudexec._aws.monitor import Monitor
+    from cloudexec.cli.jobs import show_jobs
+
+    if not targets and executor is None and not is_all and older_than is None:
+        raise CommandError("say what to stop: a JOB, --executor ID, --older-than TIME or --all")
+    if is_all and (targets or executor is not None):
+        raise CommandError("--all stops everything: it goes with no JOB and no --executor")
+    with Monitor(profile, region) as monitor:
+        jobs = monitor.stoppable(
+            executor=executor, job=targets or None, everything=is_all, older_than=older_than
+        )
+        if jobs and not is_sure:
+            show_jobs(jobs, err=True)
+            count = sum(
+                number
+                for job in jobs
+                for state, number in job.workers.items()
+                if state not in ("SUCCEEDED", "FAILED")
+            )
+            click.confirm(
+                f"Stop {_count(len(jobs), 'job')} with {_count(count, 'worker')}?",
+                abort=True,
+                err=True,
+            )
+        # Exactly those that were shown, whatever has started since.
+        stopped = (
+            monitor.stop(
+                job=[job.id for job in jobs],
+                reason=f"stopped by {_user()} with `cloudexec stop`",
+            )
+            if jobs
+            else []
+        )
+    if as_json:
+        echo_json({"stopped": stopped})
+    elif not stopped:
+        click.echo("Nothing to stop: no such job is active.")
+    else:
+        for job in jobs:
+            if job.id in stopped:
+                click.echo(f"stopped {job.name if job.index is None else job.id}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user may have no name
+        return "somebody"

@@ -1,0 +1,31 @@
+"""``cloudexec template``: print the CloudFormation template that ``cloudexec up`` deploys."""
+
+from __future__ import annotations
+
+import click
+
+_HELP = """Print the CloudFormation template that `cloudexec up` deploys.
+
+For whoever must review it, or deploys it by hand. A stack that is called cloudexec-NAME is taken
+on by `cloudexec up --name NAME`, which then has nothing to change and writes the profile.
+
+\b
+Example:
+  cloudexec template > cloudexec.json
+  aws cloudformation deploy --template-file cloudexec.json --stack-name cloudexec-default \\
+      --capabilities CAPABILITY_IAM --parameter-overrides VpcId=vpc-1 SubnetIds=subnet-1,subnet-2
+"""
+
+
+@click.command(
+    "template",
+    help=_HELP,
+    short_help="Print the template that `cloudexec up` deploys.",
+    context_settings={"max_content_width": 100},
+)
+def template_command() -> int:
+    """Print it as JSON."""
+    from cloudexec._aws.template import template_text
+
+    click.echo(template_text(), nl=False)
+    return 0

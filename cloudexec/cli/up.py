@@ -1,0 +1,130 @@
+"""``cloudexec up``: set up what workers on AWS need."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+_HELP = """Set up what workers on AWS need, and write a profile for executors.
+
+One CloudFormation stack, cloudexec-NAME: queues and compute environments of AWS Batch for Fargate
+and Fargate Spot (and EC2, if asked for), roles, a security group, a bucket, an image repository,
+a log group, and the key by which workers are let in. None of it costs anything to speak of while
+no worker runs: the key's secret is the only thing with a price by the month.
+
+The same command again brings the stack up to date; options that are not given stay as they are.
+After an interruption, it goes on where things are by then. `cloudexec down` removes everything.
+"""
+
+_EPILOG = """\b
+Exit codes:
+  0    everything stands
+  2    the command line is wrong, or there is no network to use
+  3    AWS refused, or the stack failed: the reason of the first failure is shown
+  130  interrupted by Ctrl-C: the stack goes on by itself
+"""
+
+
+@click.command(
+    "up",
+    help=_HELP,
+    epilog=_EPILOG,
+    short_help="Set up what workers on AWS need.",
+    context_settings={"max_content_width": 100},
+)
+@click.option(
+    "--name", default="default", show_default=True, metavar="NAME", help="Name of the profile."
+)
+@click.option(
+    "--region", metavar="REGION", help="By default the profile's, else that of the AWS SDK."
+)
+@click.option("--vpc", default="", metavar="ID", help="By default the account's default VPC.")
+@click.option(
+    "--subnet",
+    "subnets",
+    multiple=True,
+    metavar="ID",
+    help="A subnet for workers; by default those of the VPC. Repeatable.",
+)
+@click.option(
+    "--max-vcpus",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Most vCPUs at once in each compute environment; at first 256.",
+)
+@click.option("--ec2/--no-ec2", default=None, help="With queues for EC2 instances, or without.")
+@click.option(
+    "--public-ip/--no-public-ip",
+    default=None,
+    help="Whether workers get public addresses: needed in public subnets, at first so.",
+)
+@click.option("--project", default="", metavar="NAME", help="Goes into a tag of every job.")
+@click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
+def up_command(
+    name: str,
+    region: str | None,
+    vpc: str,
+    subnets: tuple[str, ...],
+    max_vcpus: int | None,
+    ec2: bool | None,
+    public_ip: bool | None,
+    project: str,
+    is_sure: bool,
+) -> int:
+    """Deploy the stack, show each step, and say what comes next."""
+    from cloudexec._aws.clients import AwsClients
+    from cloudexec._aws.names import stack_name
+    from cloudexec._aws.profile import Profile
+    from cloudexec._aws.stack import SetupOptions, find_stack, up
+    from cloudexec.cli._errors import CommandError
+    from cloudexec.cli._steps import INTERRUPTED, Steps, run_or_explain
+
+    async def work(steps: Steps) -> Profile:
+        options = SetupOptions(
+            name=name,
+            vpc=vpc,
+            subnets=subnets,
+            max_vcpus=max_vcpus,
+            ec2=ec2,
+            public_ip=public_ip,
+            project=project,
+        )
+        async with AwsClients(region or region_of(name)) as clients:
+            if not is_sure and sys.stdin.isatty():
+                stack = await find_stack(clients, stack_name(name))
+                identity = await clients.call("sts", "get_caller_identity")
+                what = "Create the stack" if stack is None else "Bring up to date the stack"
+                where = f"account {identity['Account']}, {clients.region}"
+                question = f"{what} {stack_name(name)} in {where}?"
+                if not click.confirm(question, default=True, err=True):
+                    raise CommandError("not confirmed: nothing was changed")
+            return await up(clients, options, steps.show)
+
+    with Steps() as steps:
+        try:
+            profile = run_or_explain(work(steps))
+        except KeyboardInterrupt:
+            steps.say(
+                "Interrupted. What CloudFormation has begun goes on by itself: the same command "
+                "continues, `cloudexec down` removes it."
+            )
+            return INTERRUPTED
+        steps.say(f"Ready: profile {profile.name}, queues {', '.join(profile.queues)}.")
+        option = "" if name == "default" else f" --profile {name}"
+        if not profile.images:
+            steps.say(f"Next: `cloudexec image push{option}`, then `cloudexec doctor{option}`.")
+        else:
+            steps.say(f"Next: `cloudexec doctor{option}`.")
+    return 0
+
+
+def region_of(name: str) -> str | None:
+    """Return the region of a profile, if there is one."""
+    from cloudexec._aws.profile import Profile
+    from cloudexec._errors import ConfigError
+
+    try:
+        return Profile.load(name).region
+    except ConfigError:
+        return None

@@ -1,0 +1,1 @@
+"""The fake AWS; ``cloudexec.testing`` has its public names."""

@@ -1,0 +1,184 @@
+"""The runner that runs every attempt as a container of the local engine."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cloudexec.testing._aws.runners import Exit, Running, StartError, StartRequest
+
+__all__ = ["ContainerRunner", "engine_answers"]
+
+LABEL = "cloudexec.fake-aws"
+_TIMEOUT = 15 * 24 * 3600
+"""Seconds for which an answer of the engine is waited for: as long as a job may run."""
+
+
+def engine_answers() -> bool:
+    """Whether a container engine answers at ``DOCKER_HOST`` or its usual socket."""
+    try:
+        import docker
+    except ImportError:
+        return False
+    try:
+        client = docker.from_env(timeout=5)
+    except Exception:
+        return False
+    try:
+        return bool(client.ping())
+    except Exception:
+        return False
+    finally:
+        client.close()
+
+
+class ContainerRunner:
+    """Runs every attempt in a container with its own address and memory limit.
+
+    Only images that the engine has are run, and those of ``registry``: nothing else is pulled.
+
+    Args:
+        images: Image name or shell pattern to the name of the image to run instead.
+        registry: Registry that stands for ECR, ``host:port``, or ``None``.
+    """
+
+    def __init__(self, *, images: Mapping[str, str], registry: str | None) -> None:
+        import docker
+
+        self._images = dict(images)
+        self._registry = registry
+        self._id = uuid.uuid4().hex[:12]
+        self._client: Any = docker.from_env(timeout=_TIMEOUT, max_pool_size=256)
+        self._network, self.gateway = self._find_network()
+
+    def start(self, request: StartRequest, output: Callable[[bytes], None]) -> Running:
+        """Start one attempt."""
+        import docker.errors
+
+        image = self._image(request.image)
+        try:
+            container = self._create(image, request)
+        except docker.errors.ImageNotFound as exc:
+            raise StartError(
+                "CannotPullContainerError: pull image manifest has been retried 1 time(s): failed "
+                f"to resolve ref {request.image}: {request.image}: not found"
+            ) from exc
+        except docker.errors.APIError as exc:
+            raise StartError(f"CannotCreateContainerError: {exc.explanation}") from exc
+        try:
+            container.start()
+        except docker.errors.APIError as exc:
+            _remove(container)
+            raise StartError(
+                f"CannotStartContainerError: Error response from daemon: {exc.explanation}", 127
+            ) from exc
+        return _RunningContainer(container, output)
+
+    def close(self) -> None:
+        """Remove what is left, and let go of the engine."""
+        with contextlib.suppress(Exception):
+            left = self._client.api.containers(
+                all=True, quiet=True, filters={"label": f"{LABEL}={self._id}"}
+            )
+            for entry in left:
+                self._client.api.remove_container(entry["Id"], force=True)
+        self._client.close()
+
+    def _create(self, image: str, request: StartRequest) -> Any:
+        import docker.errors
+
+        options: dict[str, Any] = {
+            "command": list(request.command) or None,
+            "environment": dict(request.environment),
+            "name": f"fake-aws-{self._id}-{request.name}",
+            "labels": {LABEL: self._id},
+            "mem_limit": f"{request.memory_mib}m",
+            "network": self._network,
+        }
+        try:
+            return self._client.containers.create(image, **options)
+        except docker.errors.ImageNotFound:
+            if self._registry is None or not image.startswith(f"{self._registry}/"):
+                raise
+        self._client.images.pull(image)
+        return self._client.containers.create(image, **options)
+
+    def _image(self, name: str) -> str:
+        for pattern, image in self._images.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return image
+        host, _, rest = name.partition("/")
+        if self._registry is not None and ".dkr.ecr." in host:
+            return f"{self._registry}/{rest}"
+        return name
+
+    def _find_network(self) -> tuple[str, str]:
+        """The engine's default network and this machine's address in it."""
+        import docker.errors
+
+        for name in ("bridge", "podman"):
+            try:
+                found = self._client.networks.get(name)
+            except docker.errors.NotFound:
+                continue
+            for entry in found.attrs["IPAM"]["Config"] or ():
+                if "Gateway" in entry and ":" not in entry["Gateway"]:
+                    return name, str(entry["Gateway"])
+        raise RuntimeError("the container engine has no default network with a gateway")
+
+
+class _RunningContainer:
+    def __init__(self, container: Any, output: Callable[[bytes], None]) -> None:
+        self._container = container
+        self._output = output
+        self._killed = False
+        self._starved = False
+        self._reader = threading.Thread(
+            target=self._read, name=f"fake-aws-output-{container.short_id}", daemon=True
+        )
+        self._reader.start()
+
+    @property
+    def pid(self) -> int | None:
+        return None
+
+    def wait(self) -> Exit:
+        code = int(self._container.wait()["StatusCode"])
+        self._reader.join(timeout=10.0)
+        with contextlib.suppress(Exception):
+            self._container.reload()
+            self._starved |= bool(self._container.attrs["State"].get("OOMKilled"))
+        _remove(self._container)
+        # Podman on cgroups of version 1 does not say so: a kill that nobody sent was the kernel's.
+        starved = self._starved or (code == 137 and not self._killed)
+        return Exit(code=code, out_of_memory=starved and code == 137)
+
+    def terminate(self) -> None:
+        self._signal("SIGTERM")
+
+    def kill(self) -> None:
+        self._killed = True
+        self._signal("SIGKILL")
+
+    def out_of_memory(self) -> None:
+        self._starved = True
+        self._signal("SIGKILL")
+
+    def _signal(self, name: str) -> None:
+        # It may have ended, or been removed, in the meantime.
+        with contextlib.suppress(Exception):
+            self._container.kill(signal=name)
+
+    def _read(self) -> None:
+        with contextlib.suppress(Exception):
+            for data in self._container.logs(stream=True, follow=True):
+                self._output(data)
+
+
+def _remove(container: Any) -> None:
+    with contextlib.suppress(Exception):
+        container.remove(force=True)

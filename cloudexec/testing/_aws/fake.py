@@ -1,0 +1,270 @@
+"""A fake AWS that runs real workers."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from cloudexec.testing._aws.faults import Faults
+from cloudexec.testing._aws.records import JobRecord, Request
+
+if TYPE_CHECKING:
+    from cloudexec.testing._aws.session import Session
+
+__all__ = ["FakeAWS", "Setup"]
+
+Mode = Literal["process", "container", "auto"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What :meth:`FakeAWS.set_up` made."""
+
+    queue: str
+    """ARN of the job queue."""
+    compute_environments: tuple[str, ...]
+    """ARNs, in the queue's order."""
+    job_role: str
+    execution_role: str
+    subnets: tuple[str, ...]
+    security_group: str
+
+
+class FakeAWS:
+    """An AWS on this machine whose Batch jobs are real workers.
+
+    moto answers the API; jobs run as subprocesses of this process (or, in container mode, as
+    containers) with the environment, the limits, the states and the ends that AWS gives them.
+    While it is entered, ``os.environ`` holds its address and credentials, so that every AWS client
+    made in this process talks to it and none reaches the real AWS.
+
+    A test of your own sweep::
+
+        from cloudexec import BatchExecutor
+        from cloudexec.aws import Batch
+        from cloudexec.testing import FakeAWS
+
+
+        def test_the_sweep_survives_a_spot_reclaim():
+            with FakeAWS() as aws:
+                setup = aws.set_up(spot=True, max_vcpus=4)
+                batch = Batch(
+                    queue=setup.queue,
+                    job_role=setup.job_role,
+                    execution_role=setup.execution_role,
+                    image="sweep:1",
+                )
+                with BatchExecutor(max_workers=4, launcher=batch) as executor:
+                    futures = [executor.submit(pow, n, 2) for n in range(100)]
+                    futures[0].result(timeout=60)
+                    aws.faults.reclaim_fraction(0.5)
+                    assert [f.result(timeout=60) for f in futures] == [n * n for n in range(100)]
+                assert aws.jobs()[0].tags["cloudexec:executor"]
+
+    As a pytest fixture it is called ``fake_aws``.
+
+    moto's state belongs to the process, so one FakeAWS can be entered at a time. Leaving it kills
+    what still runs and leaves no thread, socket, process, container or file.
+
+    Args:
+        mode: ``"process"``, ``"container"`` (an engine must answer at ``DOCKER_HOST``) or
+            ``"auto"``: containers where an engine answers.
+        region: Region that clients are told to use. Every Region works.
+        python: Interpreter that stands for the worker image; ``None``: the one of this process.
+        images: In process mode image name (or shell pattern) to the interpreter that stands for
+            it; in container mode to the name of the image to run instead.
+        step: Seconds from one job state to the next where nothing is waited for.
+        grace: Seconds from SIGTERM to SIGKILL. AWS's are 30.
+        speed: AWS's seconds per real second, for attempt timeouts and queue time limits, which
+            AWS allows from 60 and 600 seconds on.
+        calls_per_second: Batch calls before the next is refused as one too many.
+        max_running: Attempts that run at a time at most, however much capacity the compute
+            environments have: this machine has to run them.
+        job_environment: Variables that every job gets besides those that AWS sets, such as
+            ``aws.environment`` where tasks call AWS themselves.
+        stack_seconds: How long CloudFormation takes to create or delete a stack.
+        registry: Registry on this machine, ``host:port`` over plain HTTP, that stands for ECR: what
+            is pushed there appears in ECR, and containers are run from there.
+    """
+
+    _entered: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(
+        self,
+        *,
+        mode: Mode = "process",
+        region: str = "us-east-1",
+        python: str | None = None,
+        images: Mapping[str, str] | None = None,
+        step: float = 0.02,
+        grace: float = 30.0,
+        speed: float = 1.0,
+        calls_per_second: float = 50.0,
+        max_running: int = 64,
+        job_environment: Mapping[str, str] | None = None,
+        stack_seconds: float = 0.2,
+        registry: str | None = None,
+    ) -> None:
+        self.region = region
+        self.faults = Faults(self._renewed)
+        self.step = step
+        self.grace = grace
+        self.speed = speed
+        self.calls_per_second = calls_per_second
+        self.max_running = max_running
+        self.stack_seconds = stack_seconds
+        self.registry = registry
+        self.python = python or sys.executable
+        self.images = dict(images or {})
+        self.job_environment = dict(job_environment or {})
+        self.environment: dict[str, str] = {}
+        """Variables that an AWS client needs, and where jobs reach this machine."""
+        self._wanted_mode: Mode = mode
+        self.mode: Mode = mode
+        """After entering, ``"process"`` or ``"container"``."""
+        self._session: Session | None = None
+        self._saved: dict[str, str | None] = {}
+        self._directory: Path | None = None
+
+    def __enter__(self) -> FakeAWS:
+        """Start it and point this process's AWS clients at it.
+
+        Raises:
+            RuntimeError: If another one is entered.
+        """
+        if not FakeAWS._entered.acquire(blocking=False):
+            raise RuntimeError("a FakeAWS is entered already: moto's state belongs to the process")
+        try:
+            from cloudexec.testing._aws.session import Session
+
+            # Thousands of images in every Region's back end would cost 0.2 seconds each.
+            self._saved["MOTO_EC2_LOAD_DEFAULT_AMIS"] = os.environ.get("MOTO_EC2_LOAD_DEFAULT_AMIS")
+            os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
+            self._directory = Path(tempfile.mkdtemp(prefix="fake-aws-"))
+            self.mode = self._wanted_mode
+            self._session = Session(self, self._directory)
+            self._set_environment()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop it and undo what entering it did."""
+        self._leave()
+
+    @property
+    def endpoint_url(self) -> str:
+        """Where the API answers."""
+        return self._required_session().endpoint_url
+
+    @property
+    def requests(self) -> list[Request]:
+        """Every API call so far."""
+        return self._required_session().gateway.requests
+
+    def clear_requests(self) -> None:
+        """Forget the API calls so far."""
+        self._required_session().gateway.clear_requests()
+
+    def jobs(self) -> list[JobRecord]:
+        """Every job so far, array children included, in the order of submission."""
+        engine = self._required_session().engine
+        with engine.lock:
+            return [job.record() for job in engine.jobs.values()]
+
+    def job(self, job_id: str) -> JobRecord:
+        """One job.
+
+        Raises:
+            KeyError: If there is none with this id.
+        """
+        engine = self._required_session().engine
+        with engine.lock:
+            return engine.jobs[job_id].record()
+
+    def set_up(
+        self,
+        name: str = "test",
+        *,
+        kinds: tuple[str, ...] | None = None,
+        spot: bool = False,
+        max_vcpus: int = 16,
+        time_limits: tuple[tuple[str, int], ...] = (),
+    ) -> Setup:
+        """Make a job queue with all that it needs, without a stack.
+
+        Args:
+            name: Of the queue; the rest is named after it.
+            kinds: Types of the compute environments in the queue's order; ``None``: Fargate.
+            spot: Without ``kinds``, Fargate Spot.
+            max_vcpus: Of each compute environment.
+            time_limits: Reason and AWS seconds at the head of the queue, after which a job is
+                cancelled.
+        """
+        kinds = kinds or (("FARGATE_SPOT",) if spot else ("FARGATE",))
+        return self._required_session().set_up(name, kinds, max_vcpus, time_limits)
+
+    def logs(self, job_id: str) -> list[str]:
+        """Lines that a job has written, all its attempts one after another."""
+        return self._required_session().job_lines(job_id)
+
+    def _required_session(self) -> Session:
+        if self._session is None:
+            raise RuntimeError("the FakeAWS has not been entered")
+        return self._session
+
+    def _set_environment(self) -> None:
+        session = self._required_session()
+        self.environment = {
+            "AWS_ENDPOINT_URL": session.endpoint_url,
+            "AWS_ACCESS_KEY_ID": "AKIAFAKEFAKEFAKEFAKE",
+            "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
+            "AWS_SESSION_TOKEN": self.faults.token,
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_REGION": self.region,
+            "CLOUDEXEC_ADVERTISE": session.host_for_jobs,
+        }
+        for name in ("AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            self._saved[name] = os.environ.get(name)
+        for name in self.environment:
+            self._saved[name] = os.environ.get(name)
+        os.environ.pop("AWS_PROFILE", None)
+        # The user's own profiles must not decide what a test does.
+        os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
+        os.environ.update(self.environment)
+
+    def _renewed(self, token: str) -> None:
+        self.environment["AWS_SESSION_TOKEN"] = token
+        os.environ["AWS_SESSION_TOKEN"] = token
+
+    def _leave(self) -> None:
+        try:
+            if self._session is not None:
+                self._session.close()
+                self._session = None
+            if self._directory is not None:
+                shutil.rmtree(self._directory, ignore_errors=True)
+                self._directory = None
+        finally:
+            for name, value in self._saved.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+            self._saved.clear()
+            FakeAWS._entered.release()

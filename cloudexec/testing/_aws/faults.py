@@ -1,0 +1,333 @@
+"""What can go wrong, on request."""
+
+from __future__ import annotations
+
+import fnmatch
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cloudexec.testing._aws.engine import Engine
+
+__all__ = ["Faults"]
+
+
+class Faults:
+    """Faults of a FakeAWS; every method may be called from any thread, at any time.
+
+    What a fault does lasts until :meth:`clear`, unless it takes a count or a number of seconds.
+    """
+
+    def __init__(self, renewed: Callable[[str], None]) -> None:
+        self._lock = threading.RLock()
+        self._renewed = renewed
+        self._engine: Engine | None = None
+        self._expired: set[str] = set()
+        self._token_number = 0
+        self.token = "fake-session-token-0"
+        self._reset()
+
+    def _reset(self) -> None:
+        self._no_capacity: set[str] = set()
+        self._broken_roles: set[str] = set()
+        self._slow_start = 0.0
+        self._pulls: list[list[object]] = []
+        self._start_errors: list[list[object]] = []
+        self._throttles: list[list[object]] = []
+        self._losses: list[list[object]] = []
+        self._denied: list[list[object]] = []
+        self._failing_resources: dict[str, str] = {}
+        self._quota: dict[str, float] = {}
+        self._unreachable_until = 0.0
+
+    # Work that does not start.
+
+    def no_capacity(self, target: str | None = None) -> None:
+        """Let nothing be placed: jobs stay RUNNABLE and say so.
+
+        Args:
+            target: Name or ARN of a queue or compute environment, or a type of compute
+                environment (``"FARGATE"``, ``"FARGATE_SPOT"``, ``"EC2"``, ``"SPOT"``); ``None``:
+                everywhere.
+        """
+        with self._lock:
+            self._no_capacity.add(target or "*")
+        self._poke()
+
+    def capacity_returns(self, target: str | None = None) -> None:
+        """Undo :meth:`no_capacity` for the same target; ``None``: for all."""
+        with self._lock:
+            if target is None:
+                self._no_capacity.clear()
+            else:
+                self._no_capacity.discard(target)
+        self._poke()
+
+    def slow_start(self, seconds: float) -> None:
+        """Keep every job in STARTING for so long, as a large image does. 0 undoes it."""
+        with self._lock:
+            self._slow_start = seconds
+
+    def image_pull_fails(self, image: str = "*", count: int | None = None) -> None:
+        """Let images that fit a shell pattern fail to be pulled.
+
+        Args:
+            image: Shell pattern of image names.
+            count: How many pulls fail; ``None``: all.
+        """
+        with self._lock:
+            self._pulls.append([image, count])
+
+    def no_route(self, count: int | None = None) -> None:
+        """Let tasks find no way to the registry, as in a subnet without NAT or public address."""
+        self._start_fails(
+            "ResourceInitializationError: unable to pull secrets or registry auth: The task cannot "
+            "pull registry auth from Amazon ECR: There is a connection issue between the task and "
+            "Amazon ECR. Check your task network configuration. RequestError: send request failed "
+            'caused by: Post "https://api.ecr.us-east-1.amazonaws.com/": dial tcp 10.0.0.1:443: '
+            "i/o timeout",
+            count,
+        )
+
+    def missing_execution_role(self, count: int | None = None) -> None:
+        """Let the execution role be one that ECS cannot assume."""
+        self._start_fails(
+            "ECS was unable to assume the role 'arn:aws:iam::123456789012:role/execution' that was "
+            "provided for this task. Please verify that the role being passed has the proper trust "
+            "relationship and permissions and that your IAM user has permissions to pass this "
+            "role.",
+            count,
+        )
+
+    def _start_fails(self, reason: str, count: int | None) -> None:
+        with self._lock:
+            self._start_errors.append([reason, count])
+
+    def service_role_broken(self, environment: str | None = None) -> None:
+        """Make compute environments INVALID, as a wrong service role does.
+
+        Args:
+            environment: Name or ARN of one, ``None``: all.
+        """
+        with self._lock:
+            self._broken_roles.add(environment or "*")
+        self._poke()
+
+    def vcpu_quota(self, vcpus: float | None, *, spot: bool = False) -> None:
+        """Set the account's quota of Fargate vCPUs; ``None`` takes the limit away."""
+        with self._lock:
+            name = "spot" if spot else "on-demand"
+            if vcpus is None:
+                self._quota.pop(name, None)
+            else:
+                self._quota[name] = vcpus
+        self._poke()
+
+    def resource_fails(self, logical_id: str, reason: str = "Resource creation failed") -> None:
+        """Let CloudFormation fail to create a resource: the stack rolls back.
+
+        Args:
+            logical_id: The resource's name in the template.
+            reason: What the stack's event says.
+        """
+        with self._lock:
+            self._failing_resources[logical_id] = reason
+
+    # Work that is lost.
+
+    def reclaim(self, job_id: str, *, notice: float = 0.0, grace: float | None = None) -> None:
+        """Take a spot job's machine back: SIGTERM, then SIGKILL.
+
+        Args:
+            job_id: Job that is STARTING or RUNNING.
+            notice: Seconds until SIGTERM is sent.
+            grace: Seconds from SIGTERM to SIGKILL; ``None``: those of the FakeAWS.
+
+        Raises:
+            ValueError: If the job does not run.
+        """
+        self._required_engine().reclaim(job_id, notice=notice, grace=grace)
+
+    def reclaim_fraction(
+        self, fraction: float, *, notice: float = 0.0, grace: float | None = None
+    ) -> list[str]:
+        """Reclaim a part of the spot jobs that are RUNNING now, the oldest first.
+
+        Args:
+            fraction: Above 0, at most 1; at least one job where any runs.
+            notice: As in :meth:`reclaim`.
+            grace: As in :meth:`reclaim`.
+
+        Returns:
+            Job ids of those reclaimed.
+        """
+        return self._required_engine().reclaim_fraction(fraction, notice=notice, grace=grace)
+
+    def out_of_memory(self, job_id: str) -> None:
+        """Kill all of a running job as the kernel does where memory runs out."""
+        self._required_engine().out_of_memory(job_id)
+
+    def kill_instance(self, job_id: str) -> None:
+        """Let the machine under a running job vanish without a notice."""
+        self._required_engine().kill_instance(job_id)
+
+    # The API.
+
+    def throttle(self, operation: str | None = None, count: int = 1) -> None:
+        """Refuse the next calls as too many.
+
+        Args:
+            operation: Such as ``"SubmitJob"``; ``None``: any of Batch.
+            count: How many calls.
+        """
+        with self._lock:
+            self._throttles.append([operation, count])
+
+    def lose_response(self, operation: str, count: int = 1) -> None:
+        """Carry the next calls out and close their connection without an answer."""
+        with self._lock:
+            self._losses.append([operation, count])
+
+    def deny(self, operation: str, count: int | None = None) -> None:
+        """Refuse an operation for want of permission.
+
+        Args:
+            operation: Such as ``"SubmitJob"`` or ``"batch:SubmitJob"``.
+            count: How many calls; ``None``: all.
+        """
+        with self._lock:
+            self._denied.append([operation, count])
+
+    def unreachable(self, seconds: float) -> None:
+        """Close every connection at once for so long. 0 ends it."""
+        with self._lock:
+            self._unreachable_until = time.monotonic() + seconds
+
+    def expire_credentials(self) -> None:
+        """Let the credentials of now be expired until :meth:`renew_credentials`."""
+        with self._lock:
+            self._expired.add(self.token)
+
+    def renew_credentials(self, *, same: bool = False) -> None:
+        """Hand out credentials that work, in ``FakeAWS.environment`` and ``os.environ``.
+
+        Args:
+            same: Let the expired ones work again too.
+        """
+        with self._lock:
+            if same:
+                self._expired.clear()
+            else:
+                self._token_number += 1
+                self.token = f"fake-session-token-{self._token_number}"
+            token = self.token
+        self._renewed(token)
+
+    def clear(self) -> None:
+        """Undo every fault that lasts."""
+        with self._lock:
+            self._reset()
+            self._expired.clear()
+        self._poke()
+
+    # What the rest of the package asks.
+
+    def attach(self, engine: Engine) -> None:
+        """Say which engine's jobs the faults are about."""
+        self._engine = engine
+
+    def has_capacity(self, *names: str) -> bool:
+        """Whether a place known by any of these names takes jobs."""
+        with self._lock:
+            return not self._no_capacity.intersection((*names, "*"))
+
+    def role_is_broken(self, *names: str) -> bool:
+        """Whether the environment known by these names is INVALID."""
+        with self._lock:
+            return bool(self._broken_roles.intersection((*names, "*")))
+
+    def quota(self, *, spot: bool) -> float | None:
+        """The Fargate vCPU quota, ``None`` where nothing limits."""
+        with self._lock:
+            return self._quota.get("spot" if spot else "on-demand")
+
+    def start_delay(self) -> float:
+        """Extra seconds in STARTING."""
+        with self._lock:
+            return self._slow_start
+
+    def pull_fails(self, image: str) -> bool:
+        """Whether this pull fails; counts it."""
+        with self._lock:
+            return _take(self._pulls, lambda pattern: fnmatch.fnmatchcase(image, str(pattern)))
+
+    def start_error(self) -> str | None:
+        """Why this start fails, if it does; counts it."""
+        with self._lock:
+            for entry in self._start_errors:
+                reason = str(entry[0])
+                if _take([entry], lambda _: True):
+                    if entry[1] == 0:
+                        self._start_errors.remove(entry)
+                    return reason
+            return None
+
+    def throttled(self, service: str, operation: str) -> bool:
+        """Whether this call is refused as one too many; counts it."""
+        with self._lock:
+            return _take(
+                self._throttles,
+                lambda wanted: service == "batch" if wanted is None else wanted == operation,
+            )
+
+    def loses(self, operation: str) -> bool:
+        """Whether this call's answer is lost; counts it."""
+        with self._lock:
+            return _take(self._losses, lambda wanted: wanted == operation)
+
+    def denies(self, service: str, operation: str) -> bool:
+        """Whether this call is not permitted; counts it."""
+        with self._lock:
+            return _take(
+                self._denied, lambda wanted: wanted in (operation, f"{service}:{operation}")
+            )
+
+    def is_unreachable(self) -> bool:
+        """Whether connections are closed at once."""
+        with self._lock:
+            return time.monotonic() < self._unreachable_until
+
+    def has_expired(self, token: str) -> bool:
+        """Whether a session token is an expired one."""
+        with self._lock:
+            return token in self._expired
+
+    def resource_failure(self, logical_id: str) -> str | None:
+        """Why CloudFormation fails to create a resource, if it does."""
+        with self._lock:
+            return self._failing_resources.get(logical_id)
+
+    def _required_engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("the FakeAWS has not been entered")
+        return self._engine
+
+    def _poke(self) -> None:
+        if self._engine is not None:
+            self._engine.poke()
+
+
+def _take(entries: list[list[object]], fits: Callable[[object], bool]) -> bool:
+    """Use one of the counted entries that fits; drop it where none is left of it."""
+    for entry in entries:
+        if fits(entry[0]):
+            if isinstance(entry[1], int):
+                if entry[1] <= 0:
+                    continue
+                entry[1] -= 1
+                if entry[1] == 0:
+                    entries.remove(entry)
+            return True
+    return False

@@ -1,0 +1,312 @@
+"""The front door: every request is identified, checked and recorded here, then answered.
+
+Calls about Batch, prices and quotas are answered by this package; all others go on to moto.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from cloudexec.testing._aws.faults import Faults
+from cloudexec.testing._aws.limits import ClientError
+from cloudexec.testing._aws.records import Request
+from cloudexec.testing._aws.wire import (
+    Call,
+    Response,
+    UnknownCallError,
+    error_response,
+    json_response,
+    problems,
+    read_call,
+)
+
+__all__ = ["Gateway"]
+
+StartResponse = Callable[..., Any]
+Application = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
+Handler = Callable[[Call, int], Mapping[str, Any] | Response | None]
+"""Answers a call (given its body's length); ``None`` leaves it to moto."""
+
+_THROTTLED = {
+    "batch": ("TooManyRequestsException", "Too Many Requests", 429),
+    "ec2": ("RequestLimitExceeded", "Request limit exceeded.", 503),
+    "s3": ("SlowDown", "Please reduce your request rate.", 503),
+    "cloudformation": ("Throttling", "Rate exceeded", 400),
+    "iam": ("Throttling", "Rate exceeded", 400),
+}
+_DENIED = {"ec2": "UnauthorizedOperation"}
+_EXPIRED = {"ec2": "RequestExpired", "s3": "ExpiredToken", "cloudformation": "ExpiredToken"}
+
+
+class Gateway:
+    """A WSGI application in front of moto's.
+
+    Args:
+        moto: moto's application.
+        handlers: By service, what answers instead of moto.
+        faults: What goes wrong.
+        calls_per_second: How many Batch calls are taken; also how many at once after a pause.
+        metadata: Answers ``/v4/<task id>...``.
+    """
+
+    def __init__(
+        self,
+        moto: Application,
+        *,
+        handlers: Mapping[str, Handler],
+        faults: Faults,
+        calls_per_second: float,
+        metadata: Callable[[str], Mapping[str, Any] | None],
+    ) -> None:
+        self._moto = moto
+        self._handlers = handlers
+        self._faults = faults
+        self._metadata = metadata
+        self._bucket = _Bucket(calls_per_second)
+        self._lock = threading.Lock()
+        # moto's back ends take no locks; a server with many threads would lose updates.
+        self.moto_lock = threading.RLock()
+        self._requests: list[Request] = []
+        self._in_flight = 0
+        self._idle = threading.Condition(self._lock)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Every request so far, in the order of arrival of the answers."""
+        with self._lock:
+            return list(self._requests)
+
+    def clear_requests(self) -> None:
+        """Forget the requests so far."""
+        with self._lock:
+            self._requests.clear()
+
+    def wait_idle(self, timeout: float) -> None:
+        """Wait until no request is being answered."""
+        with self._lock:
+            self._idle.wait_for(lambda: self._in_flight == 0, timeout)
+
+    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        """Answer one request."""
+        with self._lock:
+            self._in_flight += 1
+        try:
+            return self._answer(environ, start_response)
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+                self._idle.notify_all()
+
+    def _answer(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        if self._faults.is_unreachable():
+            return _drop(environ, start_response)
+        body = _body(environ)
+        path = environ.get("RAW_URI") or environ.get("REQUEST_URI") or environ["PATH_INFO"]
+        path = path.split("?", 1)[0]
+        if path.startswith("/v4/"):
+            return self._task_metadata(path, start_response)
+        if path.startswith("/moto-api"):
+            return self._moto(environ, start_response)
+        headers = {
+            name[5:].replace("_", "-").lower(): str(value)
+            for name, value in environ.items()
+            if name.startswith("HTTP_")
+        }
+        try:
+            call = read_call(
+                method=environ["REQUEST_METHOD"],
+                path=path,
+                query=environ.get("QUERY_STRING", ""),
+                headers=headers,
+                body=body,
+            )
+        except (UnknownCallError, ValueError) as exc:
+            self._record("unknown", f"{environ['REQUEST_METHOD']} {path}", {}, 404, "Unknown")
+            text = f"FakeAWS: {exc}".encode()
+            start_response("404 Not Found", [("Content-Type", "text/plain")])
+            return [text]
+        response = self._refusal(call, headers)
+        if response is None:
+            response = self._carry_out(call, environ, body)
+        lost = response.status < 300 and self._faults.loses(call.operation)
+        self._record(
+            call.service,
+            call.operation,
+            call.parameters,
+            0 if lost else response.status,
+            response.error,
+            _message(response) if response.error else None,
+        )
+        if lost:
+            return _drop(environ, start_response)
+        start_response(
+            f"{response.status} {'OK' if response.status < 300 else 'Refused'}",
+            [*response.headers.items()],
+        )
+        return [response.body]
+
+    def _refusal(self, call: Call, headers: Mapping[str, str]) -> Response | None:
+        if self._faults.has_expired(headers.get("x-amz-security-token", "")):
+            code = _EXPIRED.get(call.service, "ExpiredTokenException")
+            message = "The security token included in the request is expired"
+            return error_response(call, code, message, 403)
+        if self._faults.denies(call.service, call.operation):
+            denied = "AccessDeniedException" if _is_json(call) else "AccessDenied"
+            code = _DENIED.get(call.service, denied)
+            message = (
+                "User: arn:aws:iam::123456789012:user/tester is not authorized to perform: "
+                f"{call.service}:{call.operation} because no identity-based policy allows the "
+                f"{call.service}:{call.operation} action"
+            )
+            return error_response(call, code, message, 403)
+        over = call.service == "batch" and not self._bucket.take()
+        if over or self._faults.throttled(call.service, call.operation):
+            throttled = ("ThrottlingException", "Rate exceeded", 400)
+            return error_response(call, *_THROTTLED.get(call.service, throttled))
+        found = problems(call)
+        if found:
+            code = "ClientException" if call.service == "batch" else "ValidationException"
+            return error_response(call, code, "; ".join(found), 400)
+        return None
+
+    def _carry_out(self, call: Call, environ: dict[str, Any], body: bytes) -> Response:
+        handler = self._handlers.get(call.service)
+        try:
+            with self.moto_lock:
+                payload = handler(call, len(body)) if handler is not None else None
+        except ClientError as exc:
+            return error_response(call, exc.code, str(exc), exc.status)
+        if isinstance(payload, Response):
+            return payload
+        if payload is not None:
+            return json_response(payload)
+        return self._from_moto(call, environ)
+
+    def _from_moto(self, call: Call, environ: dict[str, Any]) -> Response:
+        head: list[Any] = []
+
+        def start_response(status: str, headers: list[tuple[str, str]], *_: Any) -> None:
+            head[:] = [status, headers]
+
+        with self.moto_lock:
+            result = self._moto(environ, start_response)
+            try:
+                body = b"".join(result)
+            finally:
+                close = getattr(result, "close", None)
+                if close is not None:
+                    close()
+        status = int(head[0].split()[0])
+        return Response(
+            status=status,
+            body=body,
+            headers=dict(head[1]),
+            error=_error_code(dict(head[1]), body) if status >= 400 else None,
+        )
+
+    def _task_metadata(self, path: str, start_response: StartResponse) -> Iterable[bytes]:
+        found = self._metadata(path.split("/")[2])
+        if found is None:
+            start_response("404 Not Found", [("Content-Type", "text/plain")])
+            return [b"no such task"]
+        shown = found if path.rstrip("/").endswith("/task") else found["Containers"][0]
+        start_response("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps(shown).encode()]
+
+    def _record(
+        self,
+        service: str,
+        operation: str,
+        parameters: dict[str, Any],
+        status: int,
+        error: str | None,
+        message: str | None = None,
+    ) -> None:
+        request = Request(
+            service=service,
+            operation=operation,
+            parameters=parameters,
+            status=status,
+            error=error,
+            message=message,
+            at=time.time(),
+        )
+        with self._lock:
+            self._requests.append(request)
+
+
+class _Bucket:
+    """A token bucket that holds one second's worth."""
+
+    def __init__(self, per_second: float) -> None:
+        self._rate = per_second
+        self._tokens = per_second
+        self._at = time.monotonic()
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        with self._lock:
+            now = time.monotonic()
+            self._tokens = min(self._rate, self._tokens + (now - self._at) * self._rate)
+            self._at = now
+            if self._tokens < 1:
+                return False
+            self._tokens -= 1
+            return True
+
+
+def _body(environ: dict[str, Any]) -> bytes:
+    stream = environ["wsgi.input"]
+    if environ.get("wsgi.input_terminated"):
+        body: bytes = stream.read()
+        environ.pop("HTTP_TRANSFER_ENCODING", None)
+        environ["wsgi.input_terminated"] = False
+    else:
+        body = stream.read(int(environ.get("CONTENT_LENGTH") or 0))
+    environ["CONTENT_LENGTH"] = str(len(body))
+    environ["wsgi.input"] = io.BytesIO(body)
+    return body
+
+
+def _drop(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    """Close the connection without an answer."""
+    try:
+        environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    start_response("503 Gone", [])
+    return []
+
+
+def _is_json(call: Call) -> bool:
+    return "json" in str(call.model.service_model.metadata["protocol"])
+
+
+def _error_code(headers: Mapping[str, str], body: bytes) -> str:
+    kind = headers.get("x-amzn-errortype") or headers.get("x-amzn-ErrorType")
+    text = body.decode("utf-8", "replace")
+    if kind is None and "<Code>" in text:
+        kind = text.partition("<Code>")[2].partition("</Code>")[0]
+    if kind is None:
+        try:
+            kind = str(json.loads(text).get("__type", "Unknown"))
+        except ValueError:
+            kind = "Unknown"
+    return kind.rpartition("#")[2]
+
+
+def _message(response: Response) -> str:
+    text = response.body.decode("utf-8", "replace")
+    if "<Message>" in text:
+        return text.partition("<Message>")[2].partition("</Message>")[0]
+    try:
+        found = json.loads(text)
+        return str(found.get("message") or found.get("Message") or "")
+    except ValueError:
+        return text

@@ -1,0 +1,322 @@
+"""A Batch job as the engine keeps it: what was asked for, and what has become of it."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cloudexec.testing._aws.records import AttemptRecord, JobRecord
+from cloudexec.testing._aws.runners import Running
+
+__all__ = ["ENDED", "STATES", "Attempt", "Job", "JobSpec", "RetryRule", "matches"]
+
+STATES = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING", "SUCCEEDED", "FAILED")
+ENDED = ("SUCCEEDED", "FAILED")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryRule:
+    """One rule of ``evaluateOnExit``."""
+
+    action: str
+    on_status_reason: str | None
+    on_reason: str | None
+    on_exit_code: str | None
+
+    def fits(self, attempt: Attempt) -> bool:
+        """Whether every condition that the rule states holds of an attempt."""
+        code = "" if attempt.exit_code is None else str(attempt.exit_code)
+        return (
+            matches(self.on_status_reason, attempt.status_reason or "")
+            and matches(self.on_reason, attempt.reason or "")
+            and matches(self.on_exit_code, code)
+        )
+
+
+def matches(pattern: str | None, text: str) -> bool:
+    """Whether a pattern of a retry rule fits: exact, or any ending where it ends in ``*``."""
+    if pattern is None:
+        return True
+    return text.startswith(pattern[:-1]) if pattern.endswith("*") else text == pattern
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """What SubmitJob and the job definition say together; shared by the children of an array."""
+
+    name: str
+    region: str
+    queue_arn: str
+    queue_name: str
+    definition_arn: str
+    definition_name: str
+    revision: int
+    image: str
+    command: tuple[str, ...]
+    """With parameters substituted; empty where the image's entry point runs alone."""
+    parameters: Mapping[str, str]
+    environment: Mapping[str, str]
+    secrets: Mapping[str, str]
+    """Environment name to ``valueFrom``."""
+    vcpus: float
+    memory_mib: int
+    attempts: int
+    rules: tuple[RetryRule, ...]
+    timeout: float | None
+    """Seconds per attempt."""
+    execution_role: str | None
+    log_group: str
+    log_prefix: str
+    log_create: bool
+    overrides_length: int
+    """Characters of what Batch hands to ECS as container overrides."""
+    container: Mapping[str, Any]
+    """What DescribeJobs shows of the container before it runs."""
+    tags: Mapping[str, str]
+    extra: Mapping[str, Any]
+    """Members of the job detail that are shown as they were given."""
+    fargate: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class Attempt:
+    """One attempt that has ended."""
+
+    exit_code: int | None
+    reason: str | None
+    status_reason: str | None
+    task_arn: str | None
+    log_stream: str | None
+    instance_arn: str | None
+    started_at: float | None
+    stopped_at: float | None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """One job: plain, array parent or child. Every field belongs to the engine's lock."""
+
+    spec: JobSpec
+    job_id: str
+    created_at: float
+    parent: Job | None = None
+    index: int | None = None
+    children: list[Job] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    status: str = "SUBMITTED"
+    status_reason: str | None = None
+    waits: set[str] = field(default_factory=set)
+    depends_on: list[dict[str, str]] = field(default_factory=list)
+    runnable_at: float | None = None
+    head_since: float | None = None
+    started_at: float | None = None
+    stopped_at: float | None = None
+    attempts: list[Attempt] = field(default_factory=list)
+    environment_arn: str | None = None
+    """Compute environment that holds capacity for the present attempt."""
+    environment_name: str | None = None
+    environment_type: str | None = None
+    task_id: str | None = None
+    instance_id: str | None = None
+    log_stream: str | None = None
+    exit_code: int | None = None
+    reason: str | None = None
+    running: Running | None = None
+    launching: bool = False
+    stop_reason: str | None = None
+    """Why it is being stopped; ``None`` while nobody has asked for that."""
+    stop_kind: str | None = None
+    """Who stops it: ``terminate``, ``timeout``, ``reclaim`` or ``instance``."""
+    stop_grace: float | None = None
+    cancelled: bool = False
+    terminated: bool = False
+
+    @property
+    def arn(self) -> str:
+        """The job's ARN."""
+        head = self.spec.queue_arn.split(":job-queue/")[0]
+        return f"{head}:job/{self.job_id}"
+
+    @property
+    def is_parent(self) -> bool:
+        """Whether this is an array job's parent."""
+        return bool(self.children)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is SUCCEEDED or FAILED."""
+        return self.status in ENDED
+
+    @property
+    def task_arn(self) -> str | None:
+        """ARN of the ECS task of the present attempt."""
+        if self.task_id is None:
+            return None
+        account = self.spec.queue_arn.split(":")[4]
+        cluster = f"AWSBatch-{self.environment_name}"
+        return f"arn:aws:ecs:{self.spec.region}:{account}:task/{cluster}/{self.task_id}"
+
+    @property
+    def instance_arn(self) -> str | None:
+        """ARN of the container instance, where the attempt runs on EC2."""
+        if self.instance_id is None:
+            return None
+        account = self.spec.queue_arn.split(":")[4]
+        return f"arn:aws:ecs:{self.spec.region}:{account}:container-instance/{self.instance_id}"
+
+    @property
+    def spot(self) -> bool:
+        """Whether the attempt runs in a spot environment."""
+        return self.environment_type in ("SPOT", "FARGATE_SPOT")
+
+    def image_fits(self, pattern: str) -> bool:
+        """Whether the image's name fits a shell pattern."""
+        return fnmatch.fnmatchcase(self.spec.image, pattern)
+
+    def record(self) -> JobRecord:
+        """What a test sees of it."""
+        spec = self.spec
+        return JobRecord(
+            job_id=self.job_id,
+            name=spec.name,
+            queue=spec.queue_name,
+            definition=f"{spec.definition_name}:{spec.revision}",
+            status=self.status,
+            status_reason=self.status_reason,
+            parent=self.parent.job_id if self.parent else None,
+            index=self.index,
+            size=len(self.children) or None,
+            attempts=tuple(
+                AttemptRecord(
+                    exit_code=attempt.exit_code,
+                    reason=attempt.reason,
+                    status_reason=attempt.status_reason,
+                    started_at=attempt.started_at,
+                    stopped_at=attempt.stopped_at,
+                    log_stream=attempt.log_stream,
+                )
+                for attempt in self.attempts
+            ),
+            attempt=len(self.attempts) + (self.status in ("STARTING", "RUNNING")),
+            exit_code=self.exit_code,
+            pid=self.running.pid if self.running else None,
+            log_stream=self.log_stream,
+            compute_environment=self.environment_name,
+            spot=self.spot,
+            vcpus=spec.vcpus,
+            memory_mib=spec.memory_mib,
+            tags=dict(spec.tags),
+            environment=dict(spec.environment),
+            created_at=self.created_at,
+            started_at=self.started_at,
+            stopped_at=self.stopped_at,
+        )
+
+    def detail(self) -> dict[str, Any]:
+        """The job as DescribeJobs shows it."""
+        spec = self.spec
+        container = dict(spec.container)
+        shown = {
+            "exitCode": self.exit_code,
+            "reason": self.reason,
+            "taskArn": self.task_arn,
+            "logStreamName": self.log_stream,
+            "containerInstanceArn": self.instance_arn,
+        }
+        container.update({key: value for key, value in shown.items() if value is not None})
+        found: dict[str, Any] = {
+            **self.summary(),
+            "jobQueue": spec.queue_arn,
+            "attempts": [_attempt_detail(attempt) for attempt in self.attempts],
+            "dependsOn": self.depends_on,
+            "jobDefinition": spec.definition_arn,
+            "parameters": dict(spec.parameters),
+            "container": container,
+            "tags": dict(spec.tags),
+            "retryStrategy": spec.extra["retryStrategy"],
+            "platformCapabilities": ["FARGATE" if spec.fargate else "EC2"],
+            "startedAt": _ms(self.started_at) or 0,
+            "isCancelled": self.cancelled,
+            "isTerminated": self.terminated,
+            "propagateTags": bool(spec.extra.get("propagateTags")),
+        }
+        if self.status in ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING"):
+            del found["startedAt"]
+        for name in ("timeout", "shareIdentifier", "schedulingPriority"):
+            if spec.extra.get(name) is not None:
+                found[name] = spec.extra[name]
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """The job as ListJobs shows it."""
+        found: dict[str, Any] = {
+            "jobArn": self.arn,
+            "jobId": self.job_id,
+            "jobName": self.spec.name,
+            "jobDefinition": self.spec.definition_arn,
+            "createdAt": _ms(self.created_at),
+            "status": self.status,
+        }
+        if self.status_reason is not None:
+            found["statusReason"] = self.status_reason
+        if self.started_at is not None:
+            found["startedAt"] = _ms(self.started_at)
+        if self.stopped_at is not None:
+            found["stoppedAt"] = _ms(self.stopped_at)
+        if self.exit_code is not None or self.reason is not None:
+            found["container"] = {
+                key: value
+                for key, value in (("exitCode", self.exit_code), ("reason", self.reason))
+                if value is not None
+            }
+        if self.children:
+            found["arrayProperties"] = {
+                "size": len(self.children),
+                "statusSummary": {state: self.counts[state] for state in STATES},
+                "statusSummaryLastUpdatedAt": _ms(time.time()),
+            }
+        elif self.index is not None:
+            found["arrayProperties"] = {"index": self.index}
+        return found
+
+
+def substituted(command: list[str], parameters: Mapping[str, str]) -> tuple[str, ...]:
+    """A command with ``Ref::name`` replaced where the parameter has a value."""
+    return tuple(
+        re.sub(
+            r"Ref::([A-Za-z0-9_.-]+)",
+            lambda found: parameters.get(found.group(1), found.group(0)),
+            word,
+        )
+        for word in command
+    )
+
+
+def _ms(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1000)
+
+
+def _attempt_detail(attempt: Attempt) -> dict[str, Any]:
+    container = {
+        "exitCode": attempt.exit_code,
+        "reason": attempt.reason,
+        "taskArn": attempt.task_arn,
+        "logStreamName": attempt.log_stream,
+        "containerInstanceArn": attempt.instance_arn,
+    }
+    found: dict[str, Any] = {
+        "container": {key: value for key, value in container.items() if value is not None}
+    }
+    for name, value in (
+        ("startedAt", _ms(attempt.started_at)),
+        ("stoppedAt", _ms(attempt.stopped_at)),
+        ("statusReason", attempt.status_reason),
+    ):
+        if value is not None:
+            found[name] = value
+    return found

@@ -1,0 +1,98 @@
+"""The output of jobs on its way to CloudWatch Logs, line by line while they run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from cloudexec.testing._aws.runners import StartError
+
+__all__ = ["LogWriter"]
+
+DEFAULT_GROUP = "/aws/batch/job"
+INTERVAL = 0.2
+"""Seconds between two writes."""
+LINE_MAX = 256 * 1024 - 26
+"""Bytes of one event. Quota "Event size", Amazon CloudWatch Logs User Guide."""
+
+
+class LogWriter:
+    """Writes to moto's log streams from one thread.
+
+    Args:
+        backend: Gives moto's logs backend of a Region.
+    """
+
+    def __init__(self, backend: Callable[[str], Any]) -> None:
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._parts: dict[tuple[str, str, str], bytes] = defaultdict(bytes)
+        self._events: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fake-aws-logs", daemon=True)
+        self._thread.start()
+
+    def open(
+        self, region: str, group: str, stream: str, *, create: bool
+    ) -> Callable[[bytes], None]:
+        """Make a stream; the answer takes what is to be written to it.
+
+        Raises:
+            StartError: If there is no such group.
+        """
+        backend = self._backend(region)
+        if create or group == DEFAULT_GROUP:
+            backend.ensure_log_group(group)
+        if group not in backend.groups:
+            raise StartError(
+                "ResourceInitializationError: failed to validate logger args: create stream has "
+                "been retried 1 times: failed to create Cloudwatch log stream: "
+                "ResourceNotFoundException: The specified log group does not exist. : exit status 1"
+            )
+        backend.ensure_log_stream(group, stream)
+        key = (region, group, stream)
+        return lambda data: self._take(key, data)
+
+    def finish(self, region: str, group: str, stream: str) -> None:
+        """Write all that a stream has got, a last line without an end included."""
+        key = (region, group, stream)
+        with self._lock:
+            if rest := self._parts.pop(key, b""):
+                self._add(key, rest)
+        self._write()
+
+    def close(self) -> None:
+        """Write what is left and end the thread."""
+        self._closed.set()
+        self._thread.join()
+        self._write()
+
+    def _take(self, key: tuple[str, str, str], data: bytes) -> None:
+        with self._lock:
+            *lines, rest = (self._parts[key] + data).split(b"\n")
+            self._parts[key] = rest
+            for line in lines:
+                self._add(key, line)
+
+    def _add(self, key: tuple[str, str, str], line: bytes) -> None:
+        text = line.rstrip(b"\r")[:LINE_MAX].decode("utf-8", "replace")
+        # CloudWatch refuses empty messages; the awslogs driver sends a blank.
+        self._events[key].append({"timestamp": int(time.time() * 1000), "message": text or " "})
+
+    def _run(self) -> None:
+        while not self._closed.wait(INTERVAL):
+            self._write()
+
+    def _write(self) -> None:
+        # One writer at a time: moto's streams take no lock, and lines must keep their order.
+        with self._writing:
+            with self._lock:
+                events, self._events = self._events, defaultdict(list)
+            for (region, group, stream), lines in events.items():
+                found = self._backend(region).groups.get(group)
+                if found is not None and stream in found.streams:
+                    found.put_log_events(stream, lines)

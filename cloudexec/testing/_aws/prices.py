@@ -1,0 +1,125 @@
+"""Price lists and quotas, as much of them as concerns Fargate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cloudexec.testing._aws.faults import Faults
+from cloudexec.testing._aws.limits import ClientError
+
+__all__ = ["FARGATE_PRICES", "products", "quota_response"]
+
+FARGATE_PRICES = {
+    "Fargate-vCPU-Hours:perCPU": ("vCPU-Hours", 0.04048),
+    "Fargate-GB-Hours": ("GB-Hours", 0.004445),
+    "Fargate-ARM-vCPU-Hours:perCPU": ("vCPU-Hours", 0.03238),
+    "Fargate-ARM-GB-Hours": ("GB-Hours", 0.00356),
+    "Fargate-EphemeralStorage-GB-Hours": ("GB-Hours", 0.000111),
+}
+"""Usage type (without the Region's prefix) to unit and USD, us-east-1."""
+
+_REGIONS = {"us-east-1": "USE1", "us-west-2": "USW2", "eu-west-1": "EU", "eu-central-1": "EUC1"}
+
+_QUOTAS = {
+    "L-3032A538": ("Fargate On-Demand vCPU resource count", False),
+    "L-36FBB829": ("Fargate Spot vCPU resource count", True),
+}
+_DEFAULT_QUOTA = 4000.0
+
+
+def products(operation: str, parameters: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Answer the Pricing API: GetProducts of Fargate."""
+    if operation != "GetProducts":
+        return None
+    found = []
+    if parameters.get("ServiceCode") == "AmazonECS":
+        for region, prefix in _REGIONS.items():
+            for usage, (unit, price) in FARGATE_PRICES.items():
+                attributes = {
+                    "servicecode": "AmazonECS",
+                    "regionCode": region,
+                    "usagetype": f"{prefix}-{usage}",
+                    "locationType": "AWS Region",
+                }
+                if all(_fits(entry, attributes) for entry in parameters.get("Filters", [])):
+                    found.append(_product(attributes, unit, price))
+    size = min(parameters.get("MaxResults") or 100, 100)
+    start = int(parameters.get("NextToken") or 0)
+    page: dict[str, Any] = {"FormatVersion": "aws_v1", "PriceList": found[start : start + size]}
+    if start + size < len(found):
+        page["NextToken"] = str(start + size)
+    return page
+
+
+def _fits(entry: Mapping[str, str], attributes: Mapping[str, str]) -> bool:
+    value, wanted = attributes.get(entry["Field"], ""), entry["Value"]
+    kind = entry["Type"]
+    if kind == "CONTAINS":
+        return wanted in value
+    if kind == "ANY_OF":
+        return value in wanted.split(",")
+    if kind == "NONE_OF":
+        return value not in wanted.split(",")
+    return value == wanted
+
+
+def _product(attributes: Mapping[str, str], unit: str, price: float) -> str:
+    sku = attributes["usagetype"].upper().replace("-", "").replace(":", "")[:16]
+    return json.dumps(
+        {
+            "product": {"productFamily": "Compute", "attributes": attributes, "sku": sku},
+            "serviceCode": "AmazonECS",
+            "terms": {
+                "OnDemand": {
+                    f"{sku}.JRTCKXETXF": {
+                        "priceDimensions": {
+                            f"{sku}.JRTCKXETXF.6YS6EN2CT7": {
+                                "unit": unit,
+                                "beginRange": "0",
+                                "endRange": "Inf",
+                                "pricePerUnit": {"USD": f"{price:.10f}"},
+                            }
+                        },
+                        "sku": sku,
+                        "effectiveDate": "2026-01-01T00:00:00Z",
+                        "offerTermCode": "JRTCKXETXF",
+                    }
+                }
+            },
+            "version": "20260101000000",
+        }
+    )
+
+
+def quota_response(
+    operation: str, parameters: Mapping[str, Any], faults: Faults
+) -> Mapping[str, Any] | None:
+    """Answer Service Quotas for Fargate's vCPUs."""
+    if parameters.get("ServiceCode") != "fargate":
+        return None
+    quotas = {code: _quota(code, faults) for code in _QUOTAS}
+    if operation in ("ListServiceQuotas", "ListAWSDefaultServiceQuotas"):
+        return {"Quotas": list(quotas.values())}
+    if operation in ("GetServiceQuota", "GetAWSDefaultServiceQuota"):
+        if parameters["QuotaCode"] not in quotas:
+            raise ClientError("The quota does not exist.", "NoSuchResourceException")
+        return {"Quota": quotas[parameters["QuotaCode"]]}
+    return None
+
+
+def _quota(code: str, faults: Faults) -> dict[str, Any]:
+    name, spot = _QUOTAS[code]
+    limit = faults.quota(spot=spot)
+    return {
+        "ServiceCode": "fargate",
+        "ServiceName": "AWS Fargate",
+        "QuotaArn": f"arn:aws:servicequotas:us-east-1:123456789012:fargate/{code}",
+        "QuotaCode": code,
+        "QuotaName": name,
+        "Value": _DEFAULT_QUOTA if limit is None else limit,
+        "Unit": "None",
+        "Adjustable": True,
+        "GlobalQuota": False,
+    }

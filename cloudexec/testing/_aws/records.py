@@ -1,0 +1,82 @@
+"""What a test reads of the fake AWS: the requests that came in, the jobs that were run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["AttemptRecord", "JobRecord", "Request"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One API call, as it arrived and as it was answered."""
+
+    service: str
+    """botocore's name of the service, such as ``"batch"``."""
+    operation: str
+    """Such as ``"SubmitJob"``."""
+    parameters: dict[str, Any]
+    """As the client passed them."""
+    status: int
+    """HTTP status of the answer; 0 where the connection was closed without one."""
+    error: str | None
+    """AWS's error code, ``None`` where the call succeeded."""
+    message: str | None = None
+    """AWS's sentence with the error code."""
+    at: float = 0.0
+    """When it arrived, in seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRecord:
+    """One attempt of a job that has ended."""
+
+    exit_code: int | None
+    reason: str | None
+    """The container's reason, such as an out-of-memory kill."""
+    status_reason: str | None
+    started_at: float | None
+    """Seconds since the epoch."""
+    stopped_at: float | None
+    """Seconds since the epoch."""
+    log_stream: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """One job as it is now: a plain job, an array parent, or a child of one."""
+
+    job_id: str
+    name: str
+    queue: str
+    """Name of the job queue."""
+    definition: str
+    """``name:revision``."""
+    status: str
+    status_reason: str | None
+    parent: str | None
+    """Job id of the array parent."""
+    index: int | None
+    """Place within the array."""
+    size: int | None
+    """Number of children of an array parent, else ``None``."""
+    attempts: tuple[AttemptRecord, ...]
+    attempt: int
+    """Number of the latest attempt, from 1; 0 before the first."""
+    exit_code: int | None
+    pid: int | None
+    """Process id of the running main process, in process mode."""
+    log_stream: str | None
+    compute_environment: str | None
+    """Name of the one it was placed in."""
+    spot: bool
+    """Whether that environment is a spot one."""
+    vcpus: float
+    memory_mib: int
+    tags: dict[str, str]
+    environment: dict[str, str]
+    """Of the definition and the overrides, without injected secrets."""
+    created_at: float
+    started_at: float | None
+    stopped_at: float | None

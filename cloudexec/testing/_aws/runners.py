@@ -1,0 +1,218 @@
+"""How an attempt of a job is run: the protocol, and the runner that uses plain processes."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from cloudexec.testing._aws.memory import MemoryWatcher
+
+__all__ = ["Exit", "ProcessRunner", "Runner", "Running", "StartError", "StartRequest"]
+
+
+class StartError(Exception):
+    """A container that could not be started; the text is the container's reason."""
+
+    def __init__(self, reason: str, exit_code: int | None = None) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartRequest:
+    """One attempt to start."""
+
+    name: str
+    """Unique among the attempts of one FakeAWS."""
+    image: str
+    command: tuple[str, ...]
+    """Empty: the image's entry point alone."""
+    environment: Mapping[str, str]
+    vcpus: float
+    memory_mib: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exit:
+    """How the main process of an attempt ended."""
+
+    code: int | None
+    """As a container shows it: 128 + signal number where a signal ended it."""
+    out_of_memory: bool
+
+
+class Running(Protocol):
+    """One attempt that runs. Every method may be called from any thread."""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the main process on this machine, where it has one."""
+
+    def wait(self) -> Exit:
+        """Block until it has ended and nothing of it is left."""
+
+    def terminate(self) -> None:
+        """Send SIGTERM to the main process."""
+
+    def kill(self) -> None:
+        """End all of it at once."""
+
+    def out_of_memory(self) -> None:
+        """End all of it as the kernel does where memory runs out."""
+
+
+class Runner(Protocol):
+    """Starts attempts."""
+
+    def start(self, request: StartRequest, output: Callable[[bytes], None]) -> Running:
+        """Start one attempt.
+
+        Args:
+            request: What to run.
+            output: Takes stdout and stderr as they come, from one thread, in whole or part lines.
+
+        Raises:
+            StartError: If it cannot be started.
+        """
+
+    def close(self) -> None:
+        """Free what the runner holds; every attempt has ended."""
+
+
+class ProcessRunner:
+    """Runs every attempt as a subprocess, in a session of its own.
+
+    Args:
+        directory: Where attempts get their home and temporary directories.
+        python: Interpreter that stands for the worker image.
+        images: Image name or shell pattern to the interpreter that stands for it.
+    """
+
+    def __init__(self, directory: Path, *, python: str, images: Mapping[str, str]) -> None:
+        self._directory = directory
+        self._python = python
+        self._images = dict(images)
+        self._memory = MemoryWatcher()
+
+    def start(self, request: StartRequest, output: Callable[[bytes], None]) -> Running:
+        """Start one attempt."""
+        interpreter = self._interpreter(request.image)
+        home = self._directory / request.name
+        home.mkdir()
+        environment = {
+            "PATH": os.pathsep.join(
+                [os.path.dirname(interpreter), "/usr/local/bin", "/usr/bin", "/bin"]
+            ),
+            "HOME": str(home),
+            "TMPDIR": str(home),
+            "LANG": "C.UTF-8",
+            "PYTHONPATH": str(Path(__file__).resolve().parents[3]),
+            "HOSTNAME": request.name,
+            **request.environment,
+        }
+        command = list(request.command) or [interpreter, "-m", "cloudexec.worker"]
+        try:
+            found = shutil.which(command[0], path=environment["PATH"]) or command[0]
+            process = subprocess.Popen(
+                [found, *command[1:]],
+                cwd=home,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as exc:
+            shutil.rmtree(home, ignore_errors=True)
+            raise StartError(
+                "CannotStartContainerError: Error response from daemon: failed to create task for "
+                f'container: exec: "{command[0]}": {exc.strerror}',
+                127,
+            ) from exc
+        running = _RunningProcess(process, home, output, self._memory)
+        self._memory.watch(running.tree, request.memory_mib * 1024 * 1024)
+        return running
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._memory.close()
+
+    def _interpreter(self, image: str) -> str:
+        for pattern, interpreter in self._images.items():
+            if fnmatch.fnmatchcase(image, pattern):
+                return interpreter
+        return self._python
+
+
+class _RunningProcess:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        home: Path,
+        output: Callable[[bytes], None],
+        memory: MemoryWatcher,
+    ) -> None:
+        from cloudexec.testing._aws.memory import Tree
+
+        self.tree = Tree(process.pid)
+        self._process = process
+        self._home = home
+        self._output = output
+        self._memory = memory
+        self._starved = False
+        self._reader = threading.Thread(
+            target=self._read, name=f"fake-aws-output-{process.pid}", daemon=True
+        )
+        self._reader.start()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def wait(self) -> Exit:
+        code = self._process.wait()
+        # A container ends with its main process: whatever that leaves behind goes too.
+        self._memory.forget(self.tree)
+        self.tree.kill()
+        self._reader.join(timeout=5.0)
+        shutil.rmtree(self._home, ignore_errors=True)
+        starved = self._starved or self.tree.main_was_starved
+        return Exit(code=128 - code if code < 0 else code, out_of_memory=starved and code == -9)
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.tree.kill()
+        self._signal(signal.SIGKILL)
+
+    def out_of_memory(self) -> None:
+        self._starved = True
+        self.kill()
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            self._process.send_signal(number)
+        except ProcessLookupError:
+            pass
+
+    def _read(self) -> None:
+        stream = self._process.stdout
+        assert stream is not None
+        with stream:
+            while data := os.read(stream.fileno(), 65536):
+                self._output(data)
+
+
+def default_python() -> str:
+    """The interpreter that runs this process."""
+    return sys.executable

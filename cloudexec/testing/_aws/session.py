@@ -1,0 +1,294 @@
+"""One stretch of a FakeAWS from entering to leaving: server, engine and moto's state together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moto.core.base_backend import BackendDict
+from moto.core.model_instances import reset_model_data
+from moto.moto_server.werkzeug_app import (
+    DomainDispatcherApplication,
+    MotoRequestHandler,
+    create_backend_app,
+)
+from werkzeug.serving import make_server
+
+from cloudexec.testing._aws.batch_jobs import BatchJobs
+from cloudexec.testing._aws.batch_resources import BatchResources
+from cloudexec.testing._aws.cloudformation import CloudFormation
+from cloudexec.testing._aws.containers import ContainerRunner, engine_answers
+from cloudexec.testing._aws.engine import Engine, Timing
+from cloudexec.testing._aws.gateway import Gateway
+from cloudexec.testing._aws.logs import LogWriter
+from cloudexec.testing._aws.prices import products, quota_response
+from cloudexec.testing._aws.registry import RegistryMirror
+from cloudexec.testing._aws.resources import ACCOUNT, MotoPlatform, logs_backend
+from cloudexec.testing._aws.runners import ProcessRunner, Runner
+from cloudexec.testing._aws.stack_resources import StackResources
+from cloudexec.testing._aws.wire import Call
+
+if TYPE_CHECKING:
+    from cloudexec.testing._aws.fake import FakeAWS, Setup
+
+__all__ = ["Session"]
+
+
+class _Handler(MotoRequestHandler):
+    """moto's, without a line on stderr per request."""
+
+    def log(self, type: str, message: str, *args: object) -> None:  # noqa: A002
+        """Nothing."""
+
+
+class Session:
+    """Starts everything; :meth:`close` ends it.
+
+    Args:
+        owner: The FakeAWS with its settings.
+        directory: Empty, for jobs' files.
+    """
+
+    def __init__(self, owner: FakeAWS, directory: Path) -> None:
+        self._owner = owner
+        self._closers: list[Any] = []
+        self.host_for_jobs = "127.0.0.1"
+        try:
+            self._start(directory)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, directory: Path) -> None:
+        owner = self._owner
+        reset_moto()
+        self._closers.append(reset_moto)
+        runner = self._runner(directory)
+        self._closers.append(runner.close)
+        logs = LogWriter(logs_backend)
+        self._closers.append(logs.close)
+        # The socket is bound first: jobs are told the address.
+        self._server = make_server(
+            self._listen_host(),
+            0,
+            lambda environ, start: self.gateway(environ, start),
+            threaded=True,
+            request_handler=_Handler,
+        )
+        self._closers.append(self._server.server_close)
+        port = self._server.server_port
+        self.endpoint_url = f"http://127.0.0.1:{port}"
+        platform = MotoPlatform(
+            owner.faults,
+            metadata_url=f"http://{self.host_for_jobs}:{port}",
+            job_environment=owner.job_environment,
+        )
+        self.engine = Engine(
+            platform=platform,
+            runner=runner,
+            logs=logs,
+            faults=owner.faults,
+            timing=Timing(step=owner.step, grace=owner.grace, speed=owner.speed),
+            max_running=owner.max_running,
+        )
+        owner.faults.attach(self.engine)
+        self._closers.append(self.engine.close)
+        self.resources = BatchResources(self.engine, owner.faults)
+        self._jobs = BatchJobs(self.engine)
+        mirror = RegistryMirror(owner.registry) if owner.registry else None
+        self.gateway = Gateway(
+            DomainDispatcherApplication(create_backend_app),
+            handlers={
+                "ecr": lambda call, _: mirror.answer(call) if mirror else None,
+                "batch": self._batch,
+                "pricing": lambda call, _: products(call.operation, call.parameters),
+                "service-quotas": lambda call, _: quota_response(
+                    call.operation, call.parameters, owner.faults
+                ),
+                "cloudformation": lambda call, _: self._stacks.answer(call),
+            },
+            faults=owner.faults,
+            calls_per_second=owner.calls_per_second,
+            metadata=self._metadata,
+        )
+        self._stacks = CloudFormation(
+            StackResources(self.resources, self.engine),
+            owner.faults,
+            self.gateway.moto_lock,
+            owner.stack_seconds,
+        )
+        self._closers.append(self._stacks.close)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), name="fake-aws-server", daemon=True
+        )
+        self._thread.start()
+        self._closers.append(self._stop_server)
+
+    def close(self) -> None:
+        """End everything, the last started first."""
+        while self._closers:
+            self._closers.pop()()
+
+    def _stop_server(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self.gateway.wait_idle(5.0)
+
+    def _runner(self, directory: Path) -> Runner:
+        owner = self._owner
+        if owner.mode == "container" or (owner.mode == "auto" and engine_answers()):
+            if not engine_answers():
+                raise RuntimeError("mode='container', but no container engine answers")
+            containers = ContainerRunner(images=owner.images, registry=owner.registry)
+            owner.mode = "container"
+            self.host_for_jobs = containers.gateway
+            return containers
+        owner.mode = "process"
+        return ProcessRunner(directory, python=owner.python, images=owner.images)
+
+    def _listen_host(self) -> str:
+        # The bridge, and so its address, may not exist before the first container does.
+        return "127.0.0.1" if self._owner.mode == "process" else "0.0.0.0"
+
+    def _batch(self, call: Call, length: int) -> Mapping[str, Any] | None:
+        if call.operation == "SubmitJob":
+            return self._jobs.submit(call.region, call.parameters, length)
+        handler = self._jobs.handlers.get(call.operation)
+        handler = handler or self.resources.handlers.get(call.operation)
+        return None if handler is None else handler(call.region, call.parameters)
+
+    def _metadata(self, task_id: str) -> Mapping[str, Any] | None:
+        with self.engine.lock:
+            for job in self.engine.jobs.values():
+                if job.task_id == task_id and job.status in ("STARTING", "RUNNING"):
+                    return {
+                        "Cluster": f"AWSBatch-{job.environment_name}",
+                        "TaskARN": job.task_arn,
+                        "Family": job.spec.definition_name,
+                        "Revision": str(job.spec.revision),
+                        "DesiredStatus": "RUNNING",
+                        "KnownStatus": "RUNNING",
+                        "Limits": {"CPU": job.spec.vcpus, "Memory": job.spec.memory_mib},
+                        "AvailabilityZone": f"{job.spec.region}a",
+                        "LaunchType": "FARGATE" if job.spec.fargate else "EC2",
+                        "Containers": [
+                            {
+                                "DockerId": task_id,
+                                "Name": "default",
+                                "Image": job.spec.image,
+                                "ContainerARN": f"{job.task_arn}/default",
+                                "Limits": {"CPU": job.spec.vcpus, "Memory": job.spec.memory_mib},
+                            }
+                        ],
+                    }
+        return None
+
+    def job_lines(self, job_id: str) -> list[str]:
+        """Lines that a job has written."""
+        with self.engine.lock:
+            job = self.engine.jobs[job_id]
+            streams = [attempt.log_stream for attempt in job.attempts]
+            if not job.ended:
+                streams.append(job.log_stream)
+            spec = job.spec
+        group = logs_backend(spec.region).groups.get(spec.log_group)
+        if group is None:
+            return []
+        return [
+            event.message
+            for stream in streams
+            if stream is not None and stream in group.streams
+            for event in list(group.streams[stream].events)
+        ]
+
+    def set_up(
+        self,
+        name: str,
+        kinds: tuple[str, ...],
+        max_vcpus: int,
+        time_limits: tuple[tuple[str, int], ...],
+    ) -> Setup:
+        """See ``FakeAWS.set_up``."""
+        from moto.ec2.models import ec2_backends
+        from moto.iam.models import iam_backends
+
+        from cloudexec.testing._aws.fake import Setup
+
+        region = self._owner.region
+        ec2: Any = ec2_backends[ACCOUNT][region]
+        vpc = next(vpc for vpc in ec2.vpcs.values() if vpc.is_default)
+        subnets = tuple(
+            subnet.id
+            for zone in ec2.subnets.values()
+            for subnet in zone.values()
+            if subnet.vpc_id == vpc.id
+        )
+        group = ec2.get_security_group_from_name("default", vpc.id).id
+        iam = iam_backends[ACCOUNT]["aws"]
+        roles = {role.name: role.arn for role in iam.roles.values()}
+        for role in ("job", "execution", "instance"):
+            role_name = f"{name}-{role}"
+            if role_name not in roles:
+                roles[role_name] = iam.create_role(role_name, "{}", "/", None, "", [], None).arn
+        environments = []
+        for number, kind in enumerate(kinds, 1):
+            resources: dict[str, Any] = {
+                "type": kind,
+                "maxvCpus": max_vcpus,
+                "subnets": list(subnets),
+                "securityGroupIds": [group],
+            }
+            if not kind.startswith("FARGATE"):
+                profile = f"{name}-{kind.lower()}"
+                iam.create_instance_profile(profile, "/", [], None)
+                resources["instanceRole"] = profile
+                resources["instanceTypes"] = ["optimal"]
+                resources["allocationStrategy"] = (
+                    "SPOT_PRICE_CAPACITY_OPTIMIZED" if kind == "SPOT" else "BEST_FIT_PROGRESSIVE"
+                )
+            environments.append(
+                self.resources.create_environment(
+                    region,
+                    {
+                        "computeEnvironmentName": f"{name}-{number}",
+                        "type": "MANAGED",
+                        "computeResources": resources,
+                    },
+                )["computeEnvironmentArn"]
+            )
+        queue = self.resources.create_queue(
+            region,
+            {
+                "jobQueueName": name,
+                "priority": 1,
+                "computeEnvironmentOrder": [
+                    {"order": number, "computeEnvironment": arn}
+                    for number, arn in enumerate(environments, 1)
+                ],
+                "jobStateTimeLimitActions": [
+                    {
+                        "reason": reason,
+                        "state": "RUNNABLE",
+                        "maxTimeSeconds": seconds,
+                        "action": "CANCEL",
+                    }
+                    for reason, seconds in time_limits
+                ],
+            },
+        )
+        return Setup(
+            queue=queue["jobQueueArn"],
+            compute_environments=tuple(environments),
+            job_role=roles[f"{name}-job"],
+            execution_role=roles[f"{name}-execution"],
+            subnets=subnets,
+            security_group=group,
+        )
+
+
+def reset_moto() -> None:
+    """Empty every back end that has been loaded."""
+    BackendDict.reset()
+    reset_model_data()

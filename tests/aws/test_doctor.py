@@ -1,0 +1,322 @@
+"""The checks of ``cloudexec doctor``: each thing that can be wrong is named, with what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloudexec._aws import doctor
+from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.doctor import Check, examine, probe
+from cloudexec._aws.profile import Profile
+from cloudexec._aws.stack import SetupOptions, up
+from cloudexec.testing import FakeAWS
+
+pytestmark = pytest.mark.timeout(60)
+
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+PLATFORM = "linux/amd64"
+
+
+@pytest.fixture
+def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
+    """AWS, and no profiles."""
+    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path / "profiles"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3")
+    with FakeAWS(grace=0.5, calls_per_second=1000, stack_seconds=0.0) as fake:
+        yield fake
+
+
+@pytest.fixture
+def profile(aws: FakeAWS) -> Profile:
+    """A set-up that stands, with an image for this Python."""
+
+    async def main() -> Profile:
+        async with AwsClients() as clients:
+            options = SetupOptions(max_vcpus=4)
+            return await up(clients, options, lambda event: None, interval=0.01)
+
+    profile = asyncio.run(main())
+    profile = _with_image(profile, tag=f"1.2.3-py{PYTHON}-amd64-0123456789abcdef")
+    aws.clear_requests()
+    return profile
+
+
+def _call(service: str, operation: str, **parameters: Any) -> Any:
+    async def main() -> Any:
+        async with AwsClients() as clients:
+            return await clients.call(service, operation, **parameters)
+
+    return asyncio.run(main())
+
+
+def _with_image(profile: Profile, *, tag: str) -> Profile:
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+        "config": {"digest": f"sha256:{'a' * 64}", "size": 1, "mediaType": "x"},
+        "layers": [],
+        "annotations": {"tag": tag},
+    }
+    answer = _call(
+        "ecr",
+        "put_image",
+        repositoryName=profile.repository.partition("/")[2],
+        imageManifest=json.dumps(manifest),
+        imageTag=tag,
+    )
+    digest = answer["image"]["imageId"]["imageDigest"]
+    profile = profile.with_image(PYTHON, PLATFORM, f"{profile.repository}@{digest}")
+    profile.save()
+    return profile
+
+
+def _examine(name: str = "default") -> dict[str, Check]:
+    reported: list[Check] = []
+    checks = asyncio.run(examine(name, reported.append))
+    assert list(checks) == reported
+    for check in checks:
+        assert check.found, check
+        assert check.remedy or check.outcome in ("ok", "skipped"), check
+    return {each.name: each for each in checks}
+
+
+def test_a_set_up_that_stands_has_nothing_wrong(aws: FakeAWS, profile: Profile) -> None:
+    checks = _examine()
+    wrong = {name: each for name, each in checks.items() if each.outcome in ("failed", "warning")}
+    assert not wrong
+    assert set(checks) == {
+        "address",
+        "compute environments",
+        "credentials",
+        "image",
+        "key",
+        "log group",
+        "profile",
+        "queues",
+        "region",
+        "roles",
+        "stack",
+        "vCPU quota",
+    }
+
+
+def test_looking_changes_nothing(aws: FakeAWS, profile: Profile) -> None:
+    """What ``doctor --dry`` calls only reads."""
+    _examine()
+    assert aws.requests
+    for each in aws.requests:
+        assert each.operation.startswith(("Describe", "Get", "List")), each.operation
+
+
+def test_without_a_profile_the_remedy_is_up(aws: FakeAWS) -> None:
+    checks = _examine("absent")
+    assert set(checks) == {"profile"}
+    assert checks["profile"].outcome == "failed"
+    assert checks["profile"].remedy == "`cloudexec up --name absent`"
+
+
+def test_expired_credentials_fail_and_the_rest_is_skipped(aws: FakeAWS, profile: Profile) -> None:
+    aws.faults.expire_credentials()
+    checks = _examine()
+    assert checks["credentials"].outcome == "failed"
+    assert "aws sso login" in checks["credentials"].remedy
+    assert checks["queues"].outcome == "skipped"
+
+
+def test_profile_of_another_account_is_found_out(aws: FakeAWS, profile: Profile) -> None:
+    queues = {"fargate": "arn:aws:batch:us-east-1:999999999999:job-queue/q"}
+    dataclasses.replace(profile, queues=queues).save()
+    check = _examine()["credentials"]
+    assert check.outcome == "failed"
+    assert "999999999999" in check.found
+
+
+def test_stack_that_is_gone(aws: FakeAWS, profile: Profile) -> None:
+    dataclasses.replace(profile, stack="cloudexec-gone").save()
+    check = _examine()["stack"]
+    assert (check.outcome, check.found) == ("failed", "cloudexec-gone does not exist")
+
+
+def test_stack_with_an_older_template(
+    aws: FakeAWS, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "TEMPLATE_VERSION", "2")
+    check = _examine()["stack"]
+    assert check.outcome == "warning"
+    assert check.remedy == "`cloudexec up --name default`"
+
+
+def test_profile_that_does_not_fit_its_stack(aws: FakeAWS, profile: Profile) -> None:
+    dataclasses.replace(profile, repository="elsewhere/x").save()
+    assert _examine()["stack"].outcome == "warning"
+
+
+def test_disabled_queue(aws: FakeAWS, profile: Profile) -> None:
+    _call("batch", "update_job_queue", jobQueue=profile.queues["fargate"], state="DISABLED")
+    check = _examine()["queues"]
+    assert check.outcome == "failed"
+    assert "fargate: VALID and DISABLED" in check.found
+
+
+def test_queue_that_does_not_exist(aws: FakeAWS, profile: Profile) -> None:
+    queues = {**profile.queues, "ec2": "cloudexec-default-ec2"}
+    dataclasses.replace(profile, queues=queues).save()
+    checks = _examine()
+    assert "cloudexec-default-ec2 does not exist" in checks["queues"].found
+    assert "ec2: its queue has none" in checks["compute environments"].found
+
+
+def test_invalid_environment_is_shown_with_its_reason(aws: FakeAWS, profile: Profile) -> None:
+    answer = _call("batch", "describe_compute_environments")
+    name = next(
+        each["computeEnvironmentName"]
+        for each in answer["computeEnvironments"]
+        if each["computeResources"]["type"] == "FARGATE"
+    )
+    aws.faults.service_role_broken(name)
+    check = _examine()["compute environments"]
+    assert check.outcome == "failed"
+    assert "INVALID" in check.found
+    assert "sts:AssumeRole" in check.found
+
+
+def test_quota_below_what_the_stack_may_start_is_a_warning(aws: FakeAWS, profile: Profile) -> None:
+    aws.faults.vcpu_quota(2)
+    check = _examine()["vCPU quota"]
+    assert check.outcome == "warning"
+    assert "fargate 2 of 4" in check.found
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Fargate On-Demand vCPU resource count", "fargate"),
+        ("Fargate Spot vCPU resource count", "fargate_spot"),
+        ("Running On-Demand Standard (A, C, D, H, I, M, R, T, Z) instances", "ec2"),
+        ("All Standard (A, C, D, H, I, M, R, T, Z) Spot Instance Requests", "ec2_spot"),
+        ("Running On-Demand P instances", ""),
+    ],
+)
+def test_quotas_are_told_by_name(name: str, kind: str) -> None:
+    assert doctor._kind_of_quota(name) == kind
+
+
+def test_no_image_for_this_python(aws: FakeAWS, profile: Profile) -> None:
+    dataclasses.replace(profile, images={"2.7-linux/amd64": "x@sha256:1"}).save()
+    check = _examine()["image"]
+    assert check.outcome == "failed"
+    assert "2.7-linux/amd64" in check.found
+    assert check.remedy == "`cloudexec image push --profile default`"
+
+
+def test_image_that_is_not_in_the_repository(aws: FakeAWS, profile: Profile) -> None:
+    profile.with_image(PYTHON, PLATFORM, f"{profile.repository}@sha256:{'0' * 64}").save()
+    check = _examine()["image"]
+    assert check.outcome == "failed"
+    assert "not in the repository" in check.found
+
+
+def test_image_that_was_made_for_another_python(aws: FakeAWS, profile: Profile) -> None:
+    repository = profile.repository.partition("/")[2]
+    tag = {"imageTag": f"1.2.3-py{PYTHON}-amd64-0123456789abcdef"}
+    _call("ecr", "batch_delete_image", repositoryName=repository, imageIds=[tag])
+    _with_image(profile, tag="1.2.3-py2.7-amd64-0123456789abcdef")
+    check = _examine()["image"]
+    assert check.outcome == "failed"
+    assert "another Python" in check.found
+
+
+def test_image_of_another_release_is_a_warning(
+    aws: FakeAWS, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.3.0")
+    check = _examine()["image"]
+    assert check.outcome == "warning"
+    assert "while this is cloudexec 1.3.0" in check.found
+
+
+def test_image_that_is_not_pinned_is_a_warning(aws: FakeAWS, profile: Profile) -> None:
+    profile.with_image(PYTHON, PLATFORM, "registry.example/worker:latest").save()
+    assert "not pinned" in _examine()["image"].found
+
+
+def test_role_that_does_not_exist(aws: FakeAWS, profile: Profile) -> None:
+    dataclasses.replace(profile, execution_role="arn:aws:iam::123456789012:role/gone").save()
+    check = _examine()["roles"]
+    assert (check.outcome, check.found) == ("failed", "the execution role gone does not exist")
+
+
+def test_role_that_ecs_cannot_take_on(aws: FakeAWS, profile: Profile) -> None:
+    _call("iam", "create_role", RoleName="other", AssumeRolePolicyDocument="{}")
+    dataclasses.replace(profile, job_role="arn:aws:iam::123456789012:role/other").save()
+    assert "does not trust ecs-tasks" in _examine()["roles"].found
+
+
+def test_what_may_not_be_looked_at_is_skipped(aws: FakeAWS, profile: Profile) -> None:
+    """Whoever runs executors need not be allowed to read roles."""
+    aws.faults.deny("GetRole")
+    check = _examine()["roles"]
+    assert check.outcome == "skipped"
+    assert "iam:GetRole" in check.found
+
+
+def test_key_that_is_gone(aws: FakeAWS, profile: Profile) -> None:
+    _call(
+        "secretsmanager",
+        "delete_secret",
+        SecretId=profile.key_secret,
+        ForceDeleteWithoutRecovery=True,
+    )
+    assert _examine()["key"].outcome == "failed"
+
+
+def test_key_that_is_none(aws: FakeAWS, profile: Profile) -> None:
+    secret = {"SecretId": profile.key_secret, "SecretString": "not a key"}
+    _call("secretsmanager", "put_secret_value", **secret)
+    assert "not 64 hexadecimal digits" in _examine()["key"].found
+
+
+def test_log_group_that_is_gone(aws: FakeAWS, profile: Profile) -> None:
+    _call("logs", "delete_log_group", logGroupName=profile.log_group)
+    assert _examine()["log group"].outcome == "failed"
+
+
+def test_queues_without_a_stack_can_be_checked(aws: FakeAWS) -> None:
+    theirs = aws.set_up("theirs")
+    Profile(
+        name="by-hand",
+        region=aws.region,
+        queues={"fargate": theirs.queue},
+        execution_role=theirs.execution_role,
+        images={f"{PYTHON}-{PLATFORM}": f"registry.example/worker@sha256:{'0' * 64}"},
+    ).save()
+    checks = _examine("by-hand")
+    assert checks["stack"].outcome == "skipped"
+    assert checks["key"].outcome == "skipped"
+    assert checks["queues"].outcome == checks["compute environments"].outcome == "ok"
+
+
+def test_probe_is_not_tried_where_it_cannot_succeed(aws: FakeAWS) -> None:
+    failed = Check(name="image", outcome="failed", found="there is none", remedy="push one")
+    check = probe("default", (failed,))
+    assert (check.outcome, check.found) == (
+        "skipped",
+        "cannot succeed before this is mended: image",
+    )
+    assert not aws.jobs()
+
+
+def test_probe_worker_dials_back(aws: FakeAWS, profile: Profile) -> None:
+    check = probe("default", (), timeout=30)
+    assert check.outcome == "ok", check.found
+    assert "ran a task" in check.found
+    assert len(aws.jobs()) == 1

@@ -1,0 +1,197 @@
+"""The CloudFormation template: correct by AWS's own schemas, least privilege, no shared names."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloudexec._aws.template import TEMPLATE_VERSION, template, template_text
+
+RESOURCES: dict[str, Any] = template()["Resources"]
+UNTAGGED = {
+    "AWS::EC2::SecurityGroupIngress",  # has no tags in CloudFormation
+    "AWS::IAM::InstanceProfile",  # likewise
+}
+
+
+def _of_type(kind: str) -> dict[str, Any]:
+    return {name: each for name, each in RESOURCES.items() if each["Type"] == kind}
+
+
+def _statements(role: str) -> list[dict[str, Any]]:
+    policies = RESOURCES[role]["Properties"]["Policies"]
+    return [each for one in policies for each in one["PolicyDocument"]["Statement"]]
+
+
+def test_cfn_lint_finds_nothing(tmp_path: Path) -> None:
+    """cfn-lint knows the schema of every resource type."""
+    path = tmp_path / "template.json"
+    path.write_text(template_text(), encoding="utf-8")
+    main = "from cfnlint.runner import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", main, "--regions", "us-east-1", "eu-central-1", "--", path],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr
+
+
+def test_text_is_the_template() -> None:
+    assert json.loads(template_text()) == template()
+
+
+def test_template_fits_into_a_request() -> None:
+    """51,200 bytes at most. AWS CloudFormation User Guide, "CloudFormation quotas"."""
+    assert len(json.dumps(template()).encode()) < 51_200
+
+
+def test_outputs_are_those_that_a_profile_is_made_of() -> None:
+    outputs = template()["Outputs"]
+    assert set(outputs) == {
+        "AssignPublicIp",
+        "Bucket",
+        "Ec2Queue",
+        "Ec2SpotQueue",
+        "ExecutionRole",
+        "FargateQueue",
+        "FargateSpotQueue",
+        "JobRole",
+        "KeySecret",
+        "LogGroup",
+        "Repository",
+        "SecurityGroup",
+        "Subnets",
+        "Version",
+        "Vpc",
+    }
+    assert outputs["Version"]["Value"] == TEMPLATE_VERSION
+    conditional = {name for name, each in outputs.items() if each.get("Condition") == "Ec2"}
+    assert conditional == {"Ec2Queue", "Ec2SpotQueue"}
+
+
+def test_everything_that_can_be_tagged_carries_the_stacks_tag() -> None:
+    for name, each in RESOURCES.items():
+        if each["Type"] in UNTAGGED:
+            continue
+        tags = each["Properties"]["Tags"]
+        if isinstance(tags, list):
+            tags = {tag["Key"]: tag["Value"] for tag in tags}
+        assert tags["cloudexec:stack"] == {"Ref": "AWS::StackName"}, name
+
+
+def test_every_name_has_the_stacks_name_in_it() -> None:
+    """Two set-ups can stand in one account and region."""
+    for name, each in RESOURCES.items():
+        for key, value in each["Properties"].items():
+            if key.endswith("Name"):
+                assert "AWS::StackName" in json.dumps(value), f"{name}.{key}"
+
+
+def test_fargate_environments_have_nothing_that_fargate_refuses() -> None:
+    """AWS Batch API Reference, "ComputeResource"."""
+    for name in ("FargateEnvironment", "FargateSpotEnvironment"):
+        resources = RESOURCES[name]["Properties"]["ComputeResources"]
+        assert set(resources) == {"Type", "MaxvCpus", "Subnets", "SecurityGroupIds"}
+        assert "Condition" not in RESOURCES[name]
+
+
+def test_ec2_environments_do_not_wait_for_one_type_of_instance() -> None:
+    strategies = {
+        each["Properties"]["ComputeResources"]["Type"]: each["Properties"]["ComputeResources"].get(
+            "AllocationStrategy"
+        )
+        for each in _of_type("AWS::Batch::ComputeEnvironment").values()
+    }
+    assert strategies == {
+        "FARGATE": None,
+        "FARGATE_SPOT": None,
+        "EC2": "BEST_FIT_PROGRESSIVE",
+        "SPOT": "SPOT_PRICE_CAPACITY_OPTIMIZED",
+    }
+
+
+def test_ec2_resources_exist_only_on_request() -> None:
+    conditional = {name for name, each in RESOURCES.items() if each.get("Condition") == "Ec2"}
+    assert conditional == {
+        "Ec2Environment",
+        "Ec2Queue",
+        "Ec2SpotEnvironment",
+        "Ec2SpotQueue",
+        "InstanceProfile",
+        "InstanceRole",
+    }
+
+
+def test_only_this_account_can_have_ecs_take_on_the_roles() -> None:
+    for name in ("JobRole", "ExecutionRole"):
+        (statement,) = RESOURCES[name]["Properties"]["AssumeRolePolicyDocument"]["Statement"]
+        assert statement["Principal"] == {"Service": "ecs-tasks.amazonaws.com"}
+        assert statement["Condition"] == {
+            "StringEquals": {"aws:SourceAccount": {"Ref": "AWS::AccountId"}}
+        }
+
+
+def test_tasks_may_use_only_their_part_of_the_bucket() -> None:
+    (statement,) = _statements("JobRole")
+    assert statement["Resource"] == {"Fn::Sub": "${Bucket.Arn}/data/*"}
+    assert all(action.startswith("s3:") for action in statement["Action"])
+
+
+def test_execution_role_has_no_wildcard_but_for_the_registry_token() -> None:
+    for statement in _statements("ExecutionRole"):
+        if statement["Resource"] == "*":
+            assert statement["Action"] == "ecr:GetAuthorizationToken"
+        assert "*" not in statement["Action"]
+
+
+def test_security_group_lets_in_only_itself() -> None:
+    assert "SecurityGroupIngress" not in RESOURCES["SecurityGroup"]["Properties"]
+    (rule,) = _of_type("AWS::EC2::SecurityGroupIngress").values()
+    properties = rule["Properties"]
+    assert properties["SourceSecurityGroupId"] == properties["GroupId"]
+    assert not {"CidrIp", "CidrIpv6", "SourcePrefixListId"} & properties.keys()
+
+
+def test_key_is_64_hexadecimal_digits() -> None:
+    generate = RESOURCES["KeySecret"]["Properties"]["GenerateSecretString"]
+    letters = set("abcdefghijklmnopqrstuvwxyz") - set(generate["ExcludeCharacters"])
+    assert letters == set("abcdef")
+    assert generate["ExcludePunctuation"]
+    assert generate["ExcludeUppercase"]
+    assert generate["PasswordLength"] == 64
+
+
+def test_bucket_is_private_encrypted_and_empties_itself() -> None:
+    properties = RESOURCES["Bucket"]["Properties"]
+    assert all(properties["PublicAccessBlockConfiguration"].values())
+    assert len(properties["PublicAccessBlockConfiguration"]) == 4
+    assert "BucketEncryption" in properties
+    (rule,) = properties["LifecycleConfiguration"]["Rules"]
+    assert rule["ExpirationInDays"] == {"Ref": "BucketExpireDays"}
+    assert rule["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 1}
+
+
+def test_repository_keeps_twenty_images() -> None:
+    properties = RESOURCES["Repository"]["Properties"]
+    rules = json.loads(properties["LifecyclePolicy"]["LifecyclePolicyText"])["rules"]
+    counts = {each["selection"]["tagStatus"]: each["selection"]["countNumber"] for each in rules}
+    assert counts == {"untagged": 1, "any": 20}
+    assert properties["ImageScanningConfiguration"] == {"ScanOnPush": True}
+
+
+def test_nothing_outlives_the_stack() -> None:
+    for name, each in RESOURCES.items():
+        assert each.get("DeletionPolicy", "Delete") == "Delete", name
+
+
+@pytest.mark.parametrize("name", sorted(_of_type("AWS::Batch::ComputeEnvironment")))
+def test_roles_and_rules_go_after_the_environments(name: str) -> None:
+    """A worker may still run when the stack is being deleted."""
+    assert {"ExecutionRole", "JobRole"} <= set(RESOURCES[name]["DependsOn"])

@@ -1,0 +1,158 @@
+"""``cloudexec up``, ``down``, ``template``, ``policy`` and ``doctor`` as processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import botocore.session
+import pytest
+
+from cloudexec._aws.profile import Profile
+from cloudexec._aws.template import template
+from cloudexec.testing import FakeAWS
+
+pytestmark = pytest.mark.timeout(90)
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+@pytest.fixture
+def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
+    """AWS, and no profiles. Asked for before ``run``, whose processes then find it."""
+    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path / "profiles"))
+    monkeypatch.delenv("CLOUDEXEC_PROFILE", raising=False)
+    with FakeAWS(grace=0.5, calls_per_second=1000, stack_seconds=0.1) as fake:
+        yield fake
+
+
+def test_template_is_printed(run: Run) -> None:
+    done = run("template")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == template()
+
+
+def test_policy_is_printed(run: Run) -> None:
+    done = run("policy")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["Version"] == "2012-10-17"
+
+
+def test_policy_of_a_profile_that_is_not_there(aws: FakeAWS, run: Run) -> None:
+    done = run("policy", "--profile", "absent")
+    assert done.returncode == 2
+    assert "there is no profile 'absent'" in done.stderr
+
+
+def test_from_up_to_down(aws: FakeAWS, run: Run) -> None:
+    """Set up, check, set up again, print the policy, and remove it all."""
+    done = run("up", "--max-vcpus", "4", "--project", "sweeps")
+    assert done.returncode == 0, done.stderr
+    for line in ("Credentials: account", "FargateQueue (Batch::JobQueue) CREATE_COMPLETE"):
+        assert line in done.stderr
+    assert "Next: `cloudexec image push`, then `cloudexec doctor`." in done.stderr
+    profile = Profile.load("default")
+    assert profile.project == "sweeps"
+
+    done = run("up")
+    assert done.returncode == 0, done.stderr
+    assert "nothing to change" in done.stderr
+
+    done = run("policy", "--profile", "default")
+    assert profile.key_secret in done.stdout
+
+    done = run("doctor", "--dry")
+    assert done.returncode == 1
+    assert "failed  image: there is none for Python" in done.stdout
+    assert "-> `cloudexec image push --profile default`" in done.stdout
+    assert "1 of 13 checks failed." in done.stdout
+
+    profile.with_image(PYTHON, "linux/amd64", f"registry.example/w@sha256:{'0' * 64}").save()
+    done = run("doctor", "--dry", "--json")
+    assert done.returncode == 0, done.stdout
+    document = json.loads(done.stdout)
+    assert document["ok"]
+    assert {each["name"] for each in document["checks"]} >= {"stack", "queues", "probe worker"}
+    assert not aws.jobs()
+
+    done = run("down")
+    assert done.returncode == 2
+    assert "its queues, roles, logs" in done.stderr
+    assert "say --yes" in done.stderr
+
+    done = run("down", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "Nothing of cloudexec-default is left." in done.stderr
+    assert Profile.names() == []
+
+    done = run("down")
+    assert done.returncode == 0, done.stderr
+    assert "there is no stack cloudexec-default" in done.stderr
+
+
+def test_doctor_starts_a_probe_worker(aws: FakeAWS, run: Run) -> None:
+    assert run("up").returncode == 0
+    profile = Profile.load("default")
+    profile.with_image(PYTHON, "linux/amd64", f"registry.example/w@sha256:{'0' * 64}").save()
+    done = run("doctor", "--timeout", "30")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "probe worker: dialed back and ran a task" in done.stdout
+
+
+def test_first_failure_of_the_stack_is_shown(aws: FakeAWS, run: Run) -> None:
+    aws.faults.resource_fails("Bucket", "too many buckets")
+    done = run("up")
+    assert done.returncode == 3
+    assert "Bucket (AWS::S3::Bucket): too many buckets" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("up", "--name", "Bad_Name"), ("down", "--name", "9")])
+def test_wrong_names_are_refused(aws: FakeAWS, run: Run, arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "lower-case letters" in done.stderr
+
+
+def test_refusal_of_aws_is_one_line(aws: FakeAWS, run: Run) -> None:
+    aws.faults.expire_credentials()
+    for command in ("up", "down"):
+        done = run(command, "--yes")
+        assert done.returncode == 3
+        assert "credentials have expired" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_what_is_left_makes_down_fail(aws: FakeAWS, run: Run) -> None:
+    """Something else in the account carries the stack's tag."""
+    client = botocore.session.get_session().create_client("ec2")
+    tag = {"Key": "cloudexec:stack", "Value": "cloudexec-default"}
+    group = client.create_security_group(
+        GroupName="by-hand",
+        Description="by hand",
+        TagSpecifications=[{"ResourceType": "security-group", "Tags": [tag]}],
+    )
+    done = run("down", "--yes")
+    assert done.returncode == 1, done.stderr
+    assert f"Still there:\n  security group {group['GroupId']}" in done.stderr
+
+
+def test_interrupted_up_says_how_to_continue(
+    aws: FakeAWS, start: Callable[..., subprocess.Popen[str]], run: Run
+) -> None:
+    process = start("up")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "Creating the stack" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=30) == 130
+    assert "the same command continues" in rest
+    assert run("up").returncode == 0

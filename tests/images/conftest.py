@@ -1,0 +1,202 @@
+"""What the tests of images share: an engine, a base image, wheels, and a registry to push to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloudexec import BatchExecutor
+from cloudexec._aws.image_contents import ImageSpec, worker_pins
+from cloudexec._aws.images import Engine
+from cloudexec._errors import ConfigError
+from cloudexec.testing import ManualLauncher
+
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+BASE = os.environ.get("CLOUDEXEC_TEST_BASE", f"localhost/python-base:{PYTHON}")
+
+
+PASSWORD_HASH = "$2b$04$NsjTVJVqaZ0nU.wlZ9jJqOTmm8qqWXneLsqRgtrRVDurvwz7ChkEu"
+
+
+@pytest.fixture(scope="session")
+def password() -> str:
+    """What the registry wants from the user ``AWS``."""
+    return "a password of twelve hours"
+
+
+class TidyEngine(Engine):
+    """Removes at the end the names that it gave; layers stay, so that the next run is fast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: set[str] = set()
+
+    def build(self, name: str, *args: Any, **options: Any) -> str:
+        self._names.add(name)
+        return super().build(name, *args, **options)
+
+    def push(self, image: str, repository: str, tag: str, *args: Any) -> str:
+        self._names.add(f"{repository}:{tag}")
+        return super().push(image, repository, tag, *args)
+
+    def close(self) -> None:
+        for name in self._names:
+            if self.find(name) is not None:
+                self.client.images.remove(name, force=True)
+        super().close()
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """A container engine that has a base image with this Python."""
+    pytest.importorskip("docker", reason="docker is not installed: no images")
+    try:
+        found = TidyEngine()
+    except ConfigError as exc:
+        pytest.skip(f"no images: {exc}")
+    with found:
+        if found.find(BASE) is None:
+            pytest.skip(
+                f"no base image {BASE} here (.ci/containers makes one, or name another in "
+                f"CLOUDEXEC_TEST_BASE)"
+            )
+        yield found
+
+
+@pytest.fixture(scope="session")
+def download(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Fetches the wheels of a worker into a new directory, with more options of pip."""
+
+    def fetch(*options: str) -> Path:
+        target = tmp_path_factory.mktemp("wheels")
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(target)]
+        subprocess.run([*command, *options, *worker_pins()], check=True, timeout=100)
+        return target
+
+    return fetch
+
+
+@pytest.fixture(scope="session")
+def wheelhouse(download: Callable[..., Path]) -> Path:
+    """The wheels of a worker: nothing in these tests depends on a network within containers."""
+    return download()
+
+
+@pytest.fixture(scope="session")
+def spec(wheelhouse: Path) -> ImageSpec:
+    """The image that the tests use."""
+    return ImageSpec(base=BASE, wheelhouse=wheelhouse)
+
+
+@contextmanager
+def serving(directory: Path, *, users: str = "") -> Iterator[str]:
+    """Run a registry on the loopback; yield its address."""
+    program = shutil.which("docker-registry")
+    if program is None:
+        pytest.skip("no docker-registry here (Debian's package has it): nowhere to push to")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = (
+        f"version: 0.1\n"
+        f"storage: {{filesystem: {{rootdirectory: {directory}/data}}}}\n"
+        f"http: {{addr: '127.0.0.1:{port}'}}\n"
+    )
+    if users:
+        (directory / "users").write_text(users)
+        config += f"auth: {{htpasswd: {{realm: tests, path: {directory}/users}}}}\n"
+    (directory / "config.yml").write_text(config)
+    with open(directory / "log", "wb") as log:
+        process = subprocess.Popen(
+            [program, "serve", str(directory / "config.yml")], stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry on the loopback that wants a password: its address."""
+    directory = tmp_path_factory.mktemp("registry")
+    with serving(directory, users=f"AWS:{PASSWORD_HASH}\n") as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def open_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry on the loopback for everybody: its address."""
+    with serving(tmp_path_factory.mktemp("open-registry")) as address:
+        yield address
+
+
+def gateway(client: Any) -> str:
+    """Return the address at which containers reach this machine."""
+    for network in client.networks.list():
+        if network.name in ("podman", "bridge"):
+            return str(network.attrs["IPAM"]["Config"][0]["Gateway"])
+    raise LookupError("the engine has no default network")
+
+
+@pytest.fixture
+def worker(engine: Engine) -> Callable[..., AbstractContextManager[tuple[BatchExecutor, Any]]]:
+    """Runs an executor and its one worker, in a container with the environment of a platform.
+
+    Takes the name of the image and options of ``containers.run``; gives the executor and the
+    container.
+    """
+
+    @contextmanager
+    def run(image: str, **options: Any) -> Iterator[tuple[BatchExecutor, Any]]:
+        launcher = ManualLauncher(needs_network=True)
+        executor = BatchExecutor(
+            max_workers=1,
+            launcher=launcher,
+            listen="0.0.0.0:0",
+            advertise=gateway(engine.client),
+        )
+        container = None
+        try:
+            executor.submit(int)
+            (launch,) = launcher.wait(1, timeout=20)
+            container = engine.client.containers.run(
+                image,
+                environment={
+                    "CLOUDEXEC_TARGET": launch.contact.target,
+                    "CLOUDEXEC_EXECUTOR_ID": launch.contact.executor_id,
+                    "CLOUDEXEC_LAUNCH": launch.launch_id,
+                    "CLOUDEXEC_KEY": launch.contact.key.hex(),
+                    "CLOUDEXEC_SLOTS": str(launch.slots),
+                    "CLOUDEXEC_CERTIFICATE_SHA256": launch.contact.certificate_sha256,
+                },
+                detach=True,
+                **options,
+            )
+            yield executor, container
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+            launcher.end_all()
+            if container is not None:
+                container.remove(force=True)
+            executor.shutdown()
+
+    return run

@@ -1,0 +1,39 @@
+"""An emulated AWS with one queue, and launchers for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from cloudexec import Batch
+from cloudexec.testing import FakeAWS
+
+
+@pytest.fixture
+def aws() -> Iterator[Any]:
+    """An emulated AWS whose containers have two seconds between SIGTERM and SIGKILL."""
+    with FakeAWS(grace=2.0, calls_per_second=1000) as fake:
+        yield fake
+
+
+@pytest.fixture
+def launcher(aws: Any) -> Callable[..., Batch]:
+    """Make a launcher for a queue of its own."""
+
+    def make(
+        *, max_vcpus: int = 16, kinds: tuple[str, ...] | None = None, **settings: Any
+    ) -> Batch:
+        spot = bool(settings.get("spot", False))
+        options: dict[str, Any] = {"spot": spot} if kinds is None else {"kinds": kinds}
+        made = aws.set_up("queue", max_vcpus=max_vcpus, **options)
+        return Batch(
+            queue=made.queue,
+            job_role=made.job_role,
+            execution_role=made.execution_role,
+            region=aws.region,
+            **{"image": "example.com/worker:1", **settings},
+        )
+
+    return make

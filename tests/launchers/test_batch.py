@@ -1,0 +1,351 @@
+"""The Batch launcher against an emulated AWS that runs real workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from concurrent.futures import wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launcher_helpers import eventually
+
+from cloudexec import (
+    Batch,
+    BatchExecutor,
+    BudgetExceededError,
+    ConfigError,
+    LaunchError,
+    WorkerLostError,
+)
+
+Make = Callable[..., Batch]
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def submits(aws: Any) -> list[dict[str, Any]]:
+    return [r.parameters for r in aws.requests if r.operation == "SubmitJob" and r.status == 200]
+
+
+def unfinished(aws: Any) -> list[Any]:
+    return [job for job in aws.jobs() if job.status not in ("SUCCEEDED", "FAILED")]
+
+
+def test_a_map_runs_on_one_array_job(aws: Any, launcher: Make) -> None:
+    """All workers of a round come from one job, whose children find their own number."""
+    with BatchExecutor(6, launcher=launcher()) as executor:
+        assert list(executor.map(square, range(500))) == [n * n for n in range(500)]
+        eventually(lambda: executor.stats().workers.slots == 6)
+    (request,) = submits(aws)
+    assert request["arrayProperties"] == {"size": 6}
+    assert request["timeout"]["attemptDurationSeconds"] == 86400
+    assert {"cloudexec:executor", "cloudexec:user", "cloudexec:expires"} <= request["tags"].keys()
+    eventually(lambda: not unfinished(aws))
+
+
+def test_a_single_worker_is_a_plain_job(aws: Any, launcher: Make) -> None:
+    """An array of one is not allowed."""
+    with BatchExecutor(1, launcher=launcher()) as executor:
+        assert executor.submit(square, 7).result() == 49
+    (request,) = submits(aws)
+    assert "arrayProperties" not in request
+    eventually(lambda: not unfinished(aws))
+    (job,) = aws.jobs()
+    assert (job.status, job.exit_code) == ("SUCCEEDED", 0)
+
+
+def test_a_definition_is_registered_once(aws: Any, launcher: Make) -> None:
+    """Executors with the same image and roles share a definition, pinned by its revision."""
+    batch = launcher()
+    for _ in range(2):
+        with BatchExecutor(1, launcher=batch) as executor:
+            assert executor.submit(square, 2).result() == 4
+    registered = [r for r in aws.requests if r.operation == "RegisterJobDefinition"]
+    assert len(registered) == 1
+    first, second = submits(aws)
+    assert first["jobDefinition"] == second["jobDefinition"]
+    assert first["jobDefinition"].endswith(":1")
+
+
+def test_where_the_time_of_a_start_went_is_told(aws: Any, launcher: Make) -> None:
+    """Every part of a cold start is there, and they add up."""
+    with BatchExecutor(1, launcher=launcher()) as executor:
+        executor.submit(square, 2).result()
+        (times,) = executor.stats().launches
+    parts = [times.api, times.place, times.boot, times.dial_in, times.first_task]
+    assert all(part is not None and part >= 0 for part in parts)
+    assert times.total == pytest.approx(sum(parts) + (times.pull or 0.0), abs=0.05)
+    assert times.job_id == aws.jobs()[0].job_id
+
+
+def test_a_lost_answer_does_not_launch_twice(aws: Any, launcher: Make) -> None:
+    """A submission whose response got lost is found again by its name."""
+    aws.faults.lose_response("SubmitJob")
+    with BatchExecutor(3, launcher=launcher()) as executor:
+        assert sum(executor.map(square, range(100))) == sum(n * n for n in range(100))
+    parents = [job for job in aws.jobs() if job.parent is None]
+    assert len(parents) == 1
+
+
+def test_a_throttled_submission_is_tried_again(aws: Any, launcher: Make) -> None:
+    """Too many requests is not an error of the user's."""
+    aws.faults.throttle("SubmitJob", 3)
+    with BatchExecutor(1, launcher=launcher()) as executor:
+        assert executor.submit(square, 3).result() == 9
+    assert len(submits(aws)) == 1
+
+
+def test_nothing_runs_after_shutdown_even_what_never_started(aws: Any, launcher: Make) -> None:
+    """Jobs that wait for capacity are terminated with the executor."""
+    with BatchExecutor(40, launcher=launcher(max_vcpus=2)) as executor:
+        assert sum(executor.map(square, range(200))) == sum(n * n for n in range(200))
+    eventually(lambda: not unfinished(aws), timeout=5.0)
+
+
+def test_the_key_is_not_in_the_environment_of_tasks(aws: Any, launcher: Make) -> None:
+    """What a task starts inherits nothing that would let it pose as a worker."""
+    with BatchExecutor(1, launcher=launcher()) as executor:
+        names = executor.submit(lambda: list(os.environ)).result()
+    assert not [name for name in names if name.startswith("CLOUDEXEC_")]
+
+
+def test_a_worker_whose_machine_dies_costs_no_task(aws: Any, launcher: Make) -> None:
+    """Without a notice, AWS says afterwards what it was: the task runs again, unblamed."""
+    with BatchExecutor(1, launcher=launcher(), retries=1) as executor:
+        future = executor.submit(wait_for_file_or_die, "")
+        job = eventually(lambda: [j for j in aws.jobs() if j.status == "RUNNING"])[0]
+        eventually(lambda: executor.stats().tasks.running == 1)
+        aws.faults.kill_instance(job.job_id)
+        assert future.result(timeout=60) == "second"
+        stats = executor.stats()
+    assert stats.lost_attempts == 0
+    assert stats.workers.reclaimed == 1
+
+
+def wait_for_file_or_die(_: str) -> str:
+    """Block in the first attempt of a worker's job, return in the second."""
+    if os.environ["AWS_BATCH_JOB_ATTEMPT"] == "1":
+        time.sleep(60)
+    return "second"
+
+
+def test_a_spot_notice_hands_tasks_back_within_the_grace(
+    aws: Any, launcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not finish in time runs again on the worker that AWS starts in its place."""
+    batch = launcher(spot=True, environment={"CLOUDEXEC_DRAIN_GRACE": "0.5"})
+    with BatchExecutor(1, launcher=batch, retries=1) as executor:
+        future = executor.submit(wait_for_file_or_die, "")
+        job = eventually(lambda: [j for j in aws.jobs() if j.status == "RUNNING"])[0]
+        eventually(lambda: executor.stats().tasks.running == 1)
+        aws.faults.reclaim(job.job_id)
+        assert future.result(timeout=60) == "second"
+        stats = executor.stats()
+    assert stats.lost_attempts == 0
+    assert len(submits(aws)) == 1, "AWS starts it again by itself"
+
+
+def test_a_third_of_the_workers_is_reclaimed_in_mid_run(aws: Any, launcher: Make) -> None:
+    """Nothing is lost, nothing fails, and no attempt is counted against a task."""
+    batch = launcher(spot=True, environment={"CLOUDEXEC_DRAIN_GRACE": "0.5"})
+    with BatchExecutor(6, launcher=batch) as executor:
+        futures = [executor.submit(slow_square, n) for n in range(300)]
+        eventually(lambda: executor.stats().workers.slots == 6)
+        aws.faults.reclaim_fraction(1 / 3)
+        assert [f.result(timeout=60) for f in futures] == [n * n for n in range(300)]
+        stats = executor.stats()
+    assert stats.lost_attempts == 0
+    assert stats.tasks.failed == 0
+
+
+def slow_square(number: int) -> int:
+    time.sleep(0.05)
+    return number * number
+
+
+def test_a_task_that_outgrows_its_worker_climbs_the_ladder(aws: Any, launcher: Make) -> None:
+    """It is run on the next larger size, and what was enough is remembered."""
+    batch = launcher(vcpus=0.25, memory=("512MiB", "1GiB"))
+    with BatchExecutor(1, launcher=batch) as executor:
+        assert executor.submit(fill, 700).result(timeout=60) == 700
+        assert executor.submit(fill, 700).result(timeout=60) == 700
+        lost = executor.stats().lost_attempts
+    assert lost == 1
+    memories = [r["containerOverrides"]["resourceRequirements"][1]["value"] for r in submits(aws)]
+    assert memories == ["512", "1024"]
+
+
+def fill(mib: int) -> int:
+    block = bytearray(mib * 2**20)
+    for at in range(0, len(block), 4096):
+        block[at] = 1
+    time.sleep(0.5)
+    return len(block) // 2**20
+
+
+def test_a_task_too_large_for_every_size_says_so(aws: Any, launcher: Make) -> None:
+    """The error tells memory from other deaths, with the peak."""
+    batch = launcher(vcpus=0.25, memory="512MiB")
+    with BatchExecutor(1, launcher=batch, retries=0) as executor:
+        with pytest.raises(WorkerLostError, match="ran out of memory") as caught:
+            executor.submit(fill, 700).result(timeout=60)
+    assert caught.value.out_of_memory
+    assert (caught.value.peak_memory_bytes or 0) > 300 * 2**20
+
+
+def test_an_image_that_cannot_be_pulled_fails_the_tasks_with_the_remedy(
+    aws: Any, launcher: Make
+) -> None:
+    """The user reads AWS's words and what to do."""
+    aws.faults.image_pull_fails()
+    with BatchExecutor(2, launcher=launcher()) as executor:
+        future = executor.submit(square, 1)
+        with pytest.raises(LaunchError, match=r"CannotPullContainer.*cloudexec image push"):
+            future.result(timeout=60)
+
+
+def test_waiting_for_capacity_is_explained_first_and_an_error_later(
+    aws: Any, launcher: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning while it lasts, then a LaunchError with the same reason."""
+    batch = launcher()
+    aws.faults.no_capacity()
+    with caplog.at_level(logging.WARNING, logger="cloudexec"):
+        with BatchExecutor(1, launcher=batch, launch_timeout=9.0) as executor:
+            future = executor.submit(square, 1)
+            eventually(lambda: "has no capacity of this kind" in caplog.text)
+            aws.faults.capacity_returns()
+            assert future.result(timeout=60) == 1
+
+
+def test_capacity_that_never_comes_is_a_launch_error_with_the_reason(
+    aws: Any, launcher: Make
+) -> None:
+    """Bounded in time, and it says what AWS said and what to do."""
+    batch = launcher()
+    aws.faults.no_capacity()
+    with BatchExecutor(1, launcher=batch, launch_timeout=5.0) as executor:
+        with pytest.raises(LaunchError, match=r"capacity.*CAPACITY.*spot=False") as caught:
+            executor.submit(square, 1).result(timeout=60)
+    assert caught.value.reason
+    eventually(lambda: not unfinished(aws))
+
+
+def test_the_budget_is_a_ceiling(aws: Any, launcher: Make) -> None:
+    """Workers that cannot be paid for are not launched; when nobody can be, tasks fail."""
+    with BatchExecutor(4, launcher=launcher(), max_cost_usd=0.0000001) as executor:
+        with pytest.raises(BudgetExceededError, match="max_cost_usd"):
+            executor.submit(square, 1).result(timeout=30)
+    assert not submits(aws)
+
+
+def test_no_more_workers_than_the_budget_allows(aws: Any, launcher: Make) -> None:
+    """The first minute of each is what it costs at least."""
+    # A worker of 1 vCPU with 2 GiB and a public address: about 0.0543 USD an hour.
+    with BatchExecutor(8, launcher=launcher(), max_cost_usd=0.004) as executor:
+        assert sum(executor.map(square, range(100))) == sum(n * n for n in range(100))
+        cost = executor.cost()
+    assert 0 < cost.accrued_usd <= 0.004
+    (request,) = submits(aws)
+    assert request["arrayProperties"]["size"] == 4
+
+
+def test_credentials_that_expire_in_mid_run_stop_no_work(aws: Any, launcher: Make) -> None:
+    """Workers that are there go on; launching waits for fresh ones."""
+    with BatchExecutor(2, launcher=launcher()) as executor:
+        assert executor.submit(square, 3).result() == 9
+        aws.faults.expire_credentials()
+        assert sum(executor.map(square, range(50))) == sum(n * n for n in range(50))
+        aws.faults.renew_credentials(same=True)
+    eventually(lambda: not unfinished(aws))
+
+
+def test_an_unreachable_api_stops_no_work(aws: Any, launcher: Make) -> None:
+    """Workers need AWS's API only to be born."""
+    with BatchExecutor(2, launcher=launcher()) as executor:
+        assert executor.submit(square, 3).result() == 9
+        aws.faults.unreachable(2.0)
+        assert sum(executor.map(square, range(50))) == sum(n * n for n in range(50))
+    eventually(lambda: not unfinished(aws))
+
+
+def test_a_client_that_is_killed_leaves_nothing_running(
+    aws: Any, launcher: Make, tmp_path: Path
+) -> None:
+    """Workers notice by themselves."""
+    batch = launcher()
+    script = textwrap.dedent(
+        f"""
+        import sys, time
+        from cloudexec import Batch, BatchExecutor
+        if __name__ == "__main__":
+            batch = Batch(queue={batch.queue!r}, job_role={batch.job_role!r}, image="x",
+                          execution_role={batch.execution_role!r}, region={batch.region!r})
+            executor = BatchExecutor(3, launcher=batch, min_workers=3)
+            futures = [executor.submit(time.sleep, 60) for _ in range(3)]
+            while executor.stats().tasks.running < 3:
+                time.sleep(0.05)
+            print("running", flush=True)
+            time.sleep(60)
+        """
+    )
+    path = tmp_path / "client.py"
+    path.write_text(script)
+    client = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    try:
+        assert client.stdout.readline() == "running\n"
+    finally:
+        client.send_signal(signal.SIGKILL)
+        client.wait()
+        client.stdout.close()
+    eventually(lambda: not unfinished(aws), timeout=30.0)
+
+
+def test_ctrl_c_leaves_nothing_running(aws: Any, launcher: Make) -> None:
+    """Leaving the with-block with KeyboardInterrupt ends every job."""
+
+    def interrupted() -> None:
+        with BatchExecutor(3, launcher=launcher(max_vcpus=2)) as executor:
+            futures = [executor.submit(time.sleep, 60) for _ in range(3)]
+            eventually(lambda: executor.stats().tasks.running == 2)
+            assert not wait(futures, timeout=0).done
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - began < 30
+    eventually(lambda: not unfinished(aws), timeout=10.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"vcpus": 3}, "nearest: 4 vCPU with 8 GiB"),
+        ({"vcpus": 1, "memory": "9GiB"}, "1 vCPU with 8 GiB, or 2 vCPU with 9 GiB"),
+        ({"vcpus": 1, "memory": "lots"}, "'2GiB'"),
+        ({"memory": ("8GiB", "4GiB")}, "must grow"),
+        ({"spot": "maybe"}, "'prefer'"),
+        ({"arch": "mips"}, "arm64"),
+        ({"compute": "lambda"}, "ec2"),
+        ({"ephemeral_gib": 5}, "21 to 200"),
+        ({"environment": {"A": 1}}, "strings"),
+    ],
+)
+def test_wrong_settings_are_refused_with_the_right_ones_named(
+    settings: dict[str, Any], words: str
+) -> None:
+    """Before anything is sent to AWS."""
+    with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
+        Batch(**{"queue": "q", **settings})

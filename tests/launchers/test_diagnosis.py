@@ -1,0 +1,166 @@
+"""AWS's words, turned into a cause and a remedy."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from cloudexec._aws.diagnosis import JobEnd, Situation, cause_of_end, cause_of_waiting
+
+ENVIRONMENT: dict[str, Any] = {
+    "state": "ENABLED",
+    "status": "VALID",
+    "computeResources": {"maxvCpus": 16},
+}
+
+
+@pytest.mark.parametrize(
+    ("end", "words", "fatal"),
+    [
+        (
+            JobEnd(status_reason="Container Overrides length must be at most 8192"),
+            "environment= of the launcher is too long",
+            True,
+        ),
+        (
+            JobEnd(
+                status_reason="Task failed to start",
+                container_reason="CannotPullContainerError: pull access denied",
+            ),
+            "cloudexec image push",
+            True,
+        ),
+        (
+            JobEnd(
+                status_reason="Task failed to start",
+                container_reason="CannotPullContainerError: dial tcp 1.2.3.4:443: i/o timeout",
+            ),
+            "NAT gateway",
+            True,
+        ),
+        (
+            JobEnd(
+                status_reason="ResourceInitializationError: unable to pull secrets: AccessDenied"
+            ),
+            "GetSecretValue",
+            True,
+        ),
+        (
+            JobEnd(status_reason="ECS was unable to assume the role 'x' that was provided"),
+            "cloudexec up",
+            True,
+        ),
+        (JobEnd(status_reason="Your Spot Task was interrupted.", exit_code=143), "spot=", False),
+        (JobEnd(status_reason="Host EC2 (instance i-1) terminated."), "spot=", False),
+        (
+            JobEnd(
+                status_reason="Essential container in task exited",
+                container_reason="OutOfMemoryError: Container killed due to memory usage",
+                exit_code=137,
+            ),
+            "memory=",
+            False,
+        ),
+        (JobEnd(status_reason="Job attempt duration exceeded timeout"), "max_runtime=", False),
+        (
+            JobEnd(status_reason="Essential container in task exited", exit_code=3, log_tail="Py"),
+            "image that fits",
+            True,
+        ),
+        (
+            JobEnd(
+                status_reason="Essential container in task exited",
+                exit_code=1,
+                log_tail="cloudexec worker: cannot reach the client at 10.0.0.1:5",
+            ),
+            "advertise=",
+            False,
+        ),
+        (
+            JobEnd(
+                status_reason="You've reached the limit on the number of vCPUs you can run "
+                "concurrently"
+            ),
+            "Service Quotas",
+            False,
+        ),
+        (JobEnd(exit_code=9, log_tail="boom"), "exit code 9.*AWS gives no reason\nboom", False),
+    ],
+)
+def test_the_end_of_a_worker(end: JobEnd, words: str, fatal: bool) -> None:
+    """Cause and remedy, and whether trying again can help."""
+    cause = cause_of_end(end)
+    assert re.search(words, str(cause)), str(cause)
+    assert cause.fatal is fatal
+
+
+@pytest.mark.parametrize(
+    ("situation", "words", "fatal"),
+    [
+        (Situation(queue="q", queue_state="DISABLED"), "queue q is disabled", True),
+        (
+            Situation(queue="q", queue_status="INVALID", queue_reason="why"),
+            "q is invalid: why",
+            True,
+        ),
+        (
+            Situation(
+                environments=[{**ENVIRONMENT, "status": "INVALID", "statusReason": "no role"}]
+            ),
+            "no role.*cloudexec up",
+            True,
+        ),
+        (Situation(environments=[{**ENVIRONMENT, "state": "DISABLED"}]), "disabled", True),
+        (
+            Situation(reasons=["MISCONFIGURATION:COMPUTE_ENVIRONMENT_MAX_RESOURCE - x"]),
+            "smaller size",
+            True,
+        ),
+        (Situation(reasons=["CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY - x"]), "spot=False", False),
+        (
+            Situation(reasons=["MISCONFIGURATION:SERVICE_ROLE_PERMISSIONS - x"]),
+            "lacks a permission",
+            True,
+        ),
+        (
+            Situation(statuses={"RUNNABLE": 3}, environments=[ENVIRONMENT], vcpus=32),
+            "asks for 32 vCPUs.*16 in all",
+            True,
+        ),
+        (
+            Situation(statuses={"RUNNABLE": 3}, vcpus=4, quota_vcpus=2),
+            "Service Quotas",
+            False,
+        ),
+        (
+            Situation(statuses={"RUNNABLE": 3}, environments=[ENVIRONMENT], vcpus=1, ahead=7),
+            "3 workers wait for capacity.*7 jobs before them",
+            False,
+        ),
+        (Situation(statuses={"STARTING": 2}), "image is pulled", False),
+        (Situation(statuses={"RUNNING": 2}), "advertise=", False),
+    ],
+)
+def test_why_workers_do_not_come(situation: Situation, words: str, fatal: bool) -> None:
+    """The first cause that is known to be one."""
+    cause = cause_of_waiting(situation)
+    assert cause is not None
+    assert re.search(words, str(cause)), str(cause)
+    assert cause.fatal is fatal
+
+
+def test_a_worker_that_failed_outweighs_those_that_wait() -> None:
+    """What ended last says more than a state; a reclaim says nothing about the rest."""
+    pulled = JobEnd(container_reason="CannotPullContainerError: no such image")
+    reclaimed = JobEnd(status_reason="Your Spot Task was interrupted.")
+    waiting = Situation(statuses={"RUNNABLE": 1}, ends=[pulled, reclaimed])
+    cause = cause_of_waiting(waiting)
+    assert cause is not None
+    assert "cannot be pulled" in str(cause)
+
+
+def test_nothing_known_is_nothing_said() -> None:
+    """A job that was just submitted is no problem."""
+    assert cause_of_waiting(Situation(statuses={"SUBMITTED": 1})) is None

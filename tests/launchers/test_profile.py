@@ -1,0 +1,209 @@
+"""Launching from a profile: queues, key and image of a set-up."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from launcher_helpers import eventually
+
+from cloudexec import Batch, BatchExecutor, ConfigError, LaunchError, Local
+from cloudexec._enrolment import python_version
+from cloudexec.aws import Profile
+from cloudexec.testing import FakeAWS
+
+KEY = "5a" * 32
+
+
+@pytest.fixture
+def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own, empty directory for profiles."""
+    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path / "config"))
+    return tmp_path / "config"
+
+
+@pytest.fixture
+def aws(tmp_path: Path) -> Iterator[Any]:
+    """An emulated AWS, where one image has another Python."""
+    program = (
+        "import runpy, cloudexec._enrolment as enrolment; "
+        "enrolment.python_version = lambda: '3.99'; "
+        "runpy.run_module('cloudexec.worker', run_name='__main__')"
+    )
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{program}"\n')
+    other.chmod(0o755)
+    images = {"example.com/old:1": str(other)}
+    with FakeAWS(grace=2.0, calls_per_second=1000, images=images) as fake:
+        yield fake
+
+
+@pytest.fixture
+def profile(aws: Any, configured: Path) -> Profile:
+    """A profile with a queue of each kind on Fargate, and the stack's key."""
+    on_demand = aws.set_up("ondemand", max_vcpus=8)
+    spot = aws.set_up("spot", spot=True, max_vcpus=8)
+    secret = boto3.client("secretsmanager").create_secret(Name="key", SecretString=KEY)
+    profile = Profile(
+        name="team",
+        region=aws.region,
+        stack="cloudexec-team",
+        queues={"fargate": on_demand.queue, "fargate_spot": spot.queue},
+        job_role=on_demand.job_role,
+        execution_role=on_demand.execution_role,
+        key_secret=secret["ARN"],
+        images={f"{python_version()}-linux/amd64": "example.com/worker:1"},
+        project="sweep",
+    )
+    profile.save()
+    return profile
+
+
+def submits(aws: Any) -> list[dict[str, Any]]:
+    return [r.parameters for r in aws.requests if r.operation == "SubmitJob" and r.status == 200]
+
+
+def test_the_same_script_runs_here_and_there(aws: Any, profile: Profile, tmp_path: Path) -> None:
+    """``CLOUDEXEC_PROFILE`` alone sends it to the cloud."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os
+            from cloudexec import BatchExecutor
+
+            def where(_):
+                return os.environ.get("AWS_BATCH_JQ_NAME", "here")
+
+            if __name__ == "__main__":
+                with BatchExecutor(2) as executor:
+                    print(*set(executor.map(where, range(20))))
+            """
+        )
+    )
+
+    def run(**environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(script)],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    here, there = run(), run(CLOUDEXEC_PROFILE="team")
+    assert here.stdout == "here\n", here.stderr
+    assert there.stdout.startswith("ondemand"), there.stderr
+    (line,) = there.stderr.splitlines()
+    assert re.match(r"cloudexec: 20 tasks on [12] workers? in 0:\d\d, about \$0\.00", line)
+    assert here.stderr == ""
+
+
+def test_the_key_of_the_stack_never_stands_in_a_request(aws: Any, profile: Profile) -> None:
+    """It reaches workers through the definition's secrets alone."""
+    with BatchExecutor(1, launcher=Batch(profile="team")) as executor:
+        assert executor.submit(len, "abc").result() == 3
+    requests = [r.parameters for r in aws.requests if r.operation != "CreateSecret"]
+    assert KEY not in repr(requests)
+    (request,) = submits(aws)
+    names = [each["name"] for each in request["containerOverrides"]["environment"]]
+    assert "CLOUDEXEC_KEY" not in names
+    assert request["tags"]["cloudexec:project"] == "sweep"
+    assert request["tags"]["cloudexec:stack"] == "cloudexec-team"
+
+
+def test_spot_prefer_goes_on_demand_after_repeated_reclaims(aws: Any, profile: Profile) -> None:
+    """The executor itself replaces what was reclaimed, and in the end elsewhere."""
+    batch = Batch(profile="team", spot="prefer", environment={"CLOUDEXEC_DRAIN_GRACE": "0.2"})
+    with BatchExecutor(1, launcher=batch, retries=1) as executor:
+        future = executor.submit(wait_on_spot)
+        for reclaims in range(3):
+            (job,) = eventually(lambda: [j for j in aws.jobs() if j.status == "RUNNING"])
+            eventually(lambda: executor.stats().tasks.running == 1)
+            aws.faults.reclaim(job.job_id)
+            eventually(lambda n=reclaims: executor.stats().workers.reclaimed == n + 1)
+        assert future.result(timeout=60).startswith("ondemand")
+        assert executor.stats().lost_attempts == 0
+    queues = [request["jobQueue"] for request in submits(aws)]
+    assert queues == [profile.queues["fargate_spot"]] * 3 + [profile.queues["fargate"]]
+
+
+def wait_on_spot() -> str:
+    queue = os.environ["AWS_BATCH_JQ_NAME"]
+    if queue.startswith("spot"):
+        __import__("time").sleep(60)
+    return queue
+
+
+def test_a_wrong_python_in_the_image_is_named(aws: Any, profile: Profile, tmp_path: Path) -> None:
+    """No unpickling mystery: the error names both versions and the remedy."""
+    batch = Batch(profile="team", image="example.com/old:1")
+    with BatchExecutor(2, launcher=batch) as executor:
+        future = executor.submit(len, "abc")
+        with pytest.raises(LaunchError, match=rf"Python 3\.99.*Python {python_version()}"):
+            future.result(timeout=60)
+
+
+def test_a_profile_without_an_image_says_how_to_get_one(aws: Any, profile: Profile) -> None:
+    """Before any job is submitted."""
+    with BatchExecutor(1, launcher=Batch(profile="team", arch="arm64")) as executor:
+        with pytest.raises(LaunchError, match="cloudexec image push --profile team"):
+            executor.submit(len, "abc").result(timeout=30)
+    assert not submits(aws)
+
+
+def test_a_profile_that_is_not_there(configured: Path) -> None:
+    """The error names the file, the profiles there are, and the command that makes one."""
+    executor = BatchExecutor(1, launcher=Batch(profile="nowhere"))
+    with pytest.raises(ConfigError, match=r"nowhere\.json.*cloudexec up --name nowhere"):
+        executor.submit(len, "abc")
+    executor.shutdown()
+
+
+def test_a_queue_that_the_profile_has_not(aws: Any, profile: Profile) -> None:
+    """The error names those there are."""
+    executor = BatchExecutor(1, launcher=Batch(profile="team", compute="ec2"))
+    with pytest.raises(ConfigError, match=r"no queue for ec2 .*fargate, fargate_spot.*--ec2"):
+        executor.submit(len, "abc")
+    executor.shutdown()
+
+
+def test_a_profile_survives_being_written_and_read(configured: Path) -> None:
+    """It is its user's alone, and what a newer release adds is ignored."""
+    profile = Profile(name="a", region="eu-central-1", subnets=("s1", "s2"))
+    path = profile.save()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert Profile.load("a") == profile
+    text = path.read_text().replace('"name"', '"something_new": 1, "name"')
+    path.write_text(text)
+    assert Profile.load("a") == profile
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Profile.load("a")
+    assert Profile.names() == ["a"]
+    profile.delete()
+    assert Profile.names() == []
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "-a", "x" * 65])
+def test_a_name_that_cannot_be_a_file(name: str, configured: Path) -> None:
+    """Nothing is read or written outside of the directory of profiles."""
+    with pytest.raises(ConfigError, match="name of a profile"):
+        Profile.path(name)
+
+
+@pytest.mark.parametrize("value", ["", "local"])
+def test_the_local_profile_is_this_machine(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a script can be brought home by the same variable."""
+    monkeypatch.setenv("CLOUDEXEC_PROFILE", value)
+    assert isinstance(BatchExecutor(1)._launcher, Local)
