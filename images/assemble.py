@@ -118,7 +118,11 @@ def pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--python", str(PYTHON), "install"]
     command += ["--no-compile", "--no-cache-dir", "--disable-pip-version-check"]
     command += ["--root-user-action=ignore", "--no-warn-script-location", *arguments]
-    if subprocess.run(command, check=False).returncode:
+    environment = dict(os.environ)
+    certificates = CONTEXT / "requirements" / "certificates.pem"
+    if certificates.exists():
+        environment["PIP_CERT"] = str(certificates)
+    if subprocess.run(command, check=False, env=environment).returncode:
         fail("pip could not install the requirements; what it says is above")
 
 

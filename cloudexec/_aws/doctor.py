@@ -19,7 +19,7 @@ from cloudexec._aws.stack import find_stack
 from cloudexec._aws.template import TEMPLATE_VERSION
 from cloudexec._errors import AwsError, CloudexecError, ConfigError
 
-__all__ = ["Check", "Outcome", "Report", "examine", "probe"]
+__all__ = ["Check", "Outcome", "Report", "examine", "prevents_probe", "probe"]
 
 Outcome: TypeAlias = Literal["ok", "warning", "failed", "skipped"]
 
@@ -32,8 +32,7 @@ _ECR = re.compile(
     r"(?P<repository>[^:@]+)(?::(?P<tag>[^@]+))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
 _STANDING = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IMPORT_COMPLETE")
-_FATAL = ("profile", "credentials", "queues", "compute environments", "image", "key")
-"""Checks without which a probe worker cannot succeed."""
+_FATAL = ("profile", "credentials", "queues", "compute environments", "image", "key", "address")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +108,11 @@ async def examine(name: str, report: Report) -> tuple[Check, ...]:
     return tuple(checks)
 
 
+def prevents_probe(checks: tuple[Check, ...]) -> list[str]:
+    """Return the names of failed checks without which a probe worker cannot succeed."""
+    return [each.name for each in checks if each.outcome == "failed" and each.name in _FATAL]
+
+
 def probe(name: str, checks: tuple[Check, ...], *, timeout: float = PROBE_TIMEOUT) -> Check:
     """Start one worker, let it run a task, and say where the time went.
 
@@ -119,8 +123,7 @@ def probe(name: str, checks: tuple[Check, ...], *, timeout: float = PROBE_TIMEOU
         checks: Those done before: the probe is skipped where it cannot succeed.
         timeout: Seconds for the worker to dial back.
     """
-    failed = [each.name for each in checks if each.outcome == "failed" and each.name in _FATAL]
-    if failed:
+    if failed := prevents_probe(checks):
         found = f"cannot succeed before this is mended: {', '.join(failed)}"
         return Check(name="probe worker", outcome="skipped", found=found)
     from cloudexec import BatchExecutor
@@ -362,7 +365,7 @@ async def _image(examination: _Examination) -> Check:
     push = f"`cloudexec image push --profile {profile.name}`"
     if not ours:
         others = ", ".join(sorted(profile.images)) or "none"
-        found = f"there is none for Python {python} in the profile; there are: {others}"
+        found = f"there is none for Python {python} in the profile, which has: {others}"
         return Check(name="image", outcome="failed", found=found, remedy=push)
     notes: list[str] = []
     doubts: list[str] = []

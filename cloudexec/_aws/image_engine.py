@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from cloudexec._errors import ConfigError, LaunchError
 __all__ = ["Engine", "PushReport", "Report", "ignore_line", "ignore_push"]
 
 _PIP_VARIABLES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST")
+_CERTIFICATES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 _LOG_LINES = 25
 _ENGINE_TIMEOUT = 1800
@@ -124,19 +126,21 @@ class Engine:
             "BASE": spec.base_image,
             "BUILDER": spec.builder or spec.base_image,
             "BUILDER_PLATFORM": own if own in PLATFORMS else spec.platform,
-            "PLATFORM": spec.platform,
-            "PYTHON": spec.python,
             "PACKAGES": " ".join(sorted(spec.packages)),
+            **{name.rpartition(".")[2].upper(): value for name, value in labels.items()},
             **{key: os.environ[key] for key in (*_PIP_VARIABLES, *_PROXIES) if key in os.environ},
         }
         error = ""
         tail: deque[str] = deque(maxlen=_LOG_LINES)
         with contents.directory() as directory, self._translated("build the image", tail):
+            # Behind a proxy that inspects TLS, pip needs in there what it needs here. The image
+            # is the same with or without it, so it is no part of the contents.
+            if certificates := _certificates():
+                shutil.copyfile(certificates, directory / "requirements" / "certificates.pem")
             for event in self._client.api.build(
                 path=str(directory),
                 tag=name,
                 buildargs=arguments,
-                labels=dict(labels),
                 platform=spec.platform,
                 target="worker-with-packages" if spec.packages else "worker",
                 rm=True,
@@ -249,6 +253,14 @@ class Engine:
                 f"the container engine went away while it was to {what}: {exc}",
                 reason="\n".join(tail),
             ) from exc
+
+
+def _certificates() -> Path | None:
+    for name in _CERTIFICATES:
+        path = Path(os.environ.get(name) or "/nowhere")
+        if path.is_file():
+            return path
+    return None
 
 
 def _connect() -> Any:

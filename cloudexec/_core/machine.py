@@ -64,6 +64,8 @@ _SUSPICIONS = 10
 """Workers that may be lost before they were ready, under a task that they were to begin with,
 before each further one costs it an attempt: a task whose mere presence kills workers comes to an
 end all the same."""
+_LATER = 60.0
+"""Seconds until workers are launched again after launches failed while others are at work."""
 _KILLED_LAUNCHES = 20
 """Workers that may be killed from outside in a row, with no task done, before we give up."""
 
@@ -496,9 +498,18 @@ class Machine:
             self._launch_not_before = now + pause
             self._remind(self._launch_not_before)
             return
+        # What workers that are there can do is not given up.
+        active = [w.rung for w in self.workers.values() if w.state is WorkerState.ACTIVE]
+        served = max(active, default=-1) + 1
+        hopeless = self.queues[served:]
+        tasks = [task for queue in hopeless for task in queue if task.state is _WAITING]
+        if active and not tasks:
+            self._launch_not_before = now + _LATER
+            self._remind(self._launch_not_before)
+            return
         self._failed_launches = self._killed_launches = 0
-        tasks = self.waiting_tasks()
-        self._clear_queues()
+        for queue in hopeless:
+            queue.clear()
         for task in tasks:
             self._close(task, "failed")
         if tasks:
@@ -536,17 +547,21 @@ class Machine:
                 demand = max(demand, policy.min_slots - sum(active[1:]))
             # A large worker serves small tasks too, once it has nothing else to do.
             have = active[rung] + spare
+            if rung and demand > have and self._total_slots >= policy.max_slots:
+                self._make_room(rung)
             for slots in sizes_to_launch(
                 policy, demand=demand, active=have, total=self._total_slots
             ):
                 self._launch(slots, rung, now)
                 have += slots
-            if demand > have and rung:
-                self._make_room(rung)
             spare = max(0, have - demand)
 
     def _make_room(self, rung: int) -> None:
-        """Drain a smaller worker that has nothing to do, for one that tasks wait for."""
+        """Give up smaller workers that have nothing to do, for larger ones that tasks wait for."""
+        for launch in list(self.launches.values()):
+            if launch.rung < rung and not self._open_by_rung[launch.rung]:
+                self._end_launch(launch.id)
+                self._out.append(TerminateLaunch(launch.id, self._events))
         for worker in self.workers.values():
             if worker.rung < rung and not worker.leases and not self.queues[worker.rung]:
                 self._retire(worker)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Batch"]
 
 _DAY = 86400.0
-_FARGATE_TIMEOUT = 600.0
-_EC2_TIMEOUT = 1200.0
+_FARGATE_TIMEOUT = 300.0
+_EC2_TIMEOUT = 900.0
 """A first instance takes minutes. AWS Batch User Guide, "AWS Batch on Fargate"."""
 
 

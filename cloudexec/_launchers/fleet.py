@@ -683,7 +683,18 @@ class Fleet:
         job = min(missing, key=lambda each: each.asked_at)
         situation = await self._situation(job, missing, now - oldest)
         cause = cause_of_waiting(situation)
-        self.explanation = str(cause) if cause is not None else ""
+        before, self.explanation = self.explanation, str(cause) if cause is not None else ""
+        if cause is not None and cause.fatal and before != self.explanation:
+            self._diagnosed_at -= _DIAGNOSE_EVERY - 1.0  # look again soon
+        elif cause is not None and cause.fatal:
+            # Seen twice, and waiting does not change it.
+            waiting = [
+                launch_id
+                for each in missing
+                for launch_id, member in each.members.items()
+                if not member.connected and not member.ended
+            ]
+            self.terminate(waiting, LaunchEnd(self.explanation, fatal=True))
 
     async def _situation(self, job: _Job, missing: list[_Job], waited: float) -> Situation:
         queues = (await self._call("batch", "describe_job_queues", jobQueues=[job.queue])).get(
@@ -781,7 +792,9 @@ class Fleet:
 
     # The end.
 
-    def terminate(self, launch_ids: Sequence[str]) -> None:
+    def terminate(self, launch_ids: Sequence[str], end: LaunchEnd | None = None) -> None:
+        if end is None:
+            end = LaunchEnd("it was terminated", killed=True)
         wanted: dict[int, list[str]] = {}
         for launch_id in launch_ids:
             job = self._job_of.get(launch_id)
@@ -801,7 +814,7 @@ class Fleet:
             else:
                 ids += [job.aws_id(job.members[launch_id]) for launch_id in launches]
             for launch_id in launches:
-                self._end(job, launch_id, LaunchEnd("it was terminated", killed=True))
+                self._end(job, launch_id, end)
         if ids:
             self._spawn(self._terminate_jobs(ids, "the executor does not need it any more"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import os
 import secrets
@@ -765,7 +766,7 @@ class Driver:
     def _broken_error(self) -> BaseException:
         broken = self.broken
         assert broken is not None
-        error = type(broken)(str(broken))
+        error = copy.copy(broken)  # each future's traceback is its own
         error.__cause__ = broken.__cause__
         return error
 

@@ -12,7 +12,7 @@ from cloudexec.cli._errors import CommandError, RunError
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from cloudexec._aws.stack import Event
+    from cloudexec._aws.steps import Event
 
 __all__ = ["INTERRUPTED", "Steps", "run_or_explain"]
 
@@ -57,7 +57,7 @@ class Steps:
 
     def show(self, event: Event) -> None:
         """Show an event of set-up or teardown."""
-        from cloudexec._aws.stack import Noted, ResourceChanged, StepFinished, StepStarted
+        from cloudexec._aws.steps import Noted, ResourceChanged, StepFinished, StepStarted
 
         match event:
             case StepStarted():

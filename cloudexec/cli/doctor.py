@@ -55,7 +55,7 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"
 )
 def doctor_command(name: str, is_dry: bool, as_json: bool, timeout: float) -> int:
     """Show each check as soon as it is done."""
-    from cloudexec._aws.doctor import Check, examine, probe
+    from cloudexec._aws.doctor import Check, examine, prevents_probe, probe
     from cloudexec.cli._steps import run_or_explain
 
     def show(check: Check) -> None:
@@ -66,7 +66,7 @@ def doctor_command(name: str, is_dry: bool, as_json: bool, timeout: float) -> in
     if is_dry:
         last = Check(name="probe worker", outcome="skipped", found="--dry starts nothing")
     else:
-        if not as_json:
+        if not as_json and not prevents_probe(checks):
             click.echo("starting a probe worker, which may take minutes ...", err=True)
         last = probe(name, checks, timeout=timeout)
     show(last)

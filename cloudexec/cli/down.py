@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from cloudexec._aws.stack import Remnant, Stock
+    from cloudexec._aws.remnants import Remnant
+    from cloudexec._aws.teardown import Stock
 
 _HELP = """Remove what `cloudexec up` has set up.
 
@@ -47,7 +48,7 @@ def down_command(name: str, region: str | None, is_sure: bool) -> int:
     """Say what would be lost, delete it, and list what is left."""
     from cloudexec._aws.clients import AwsClients
     from cloudexec._aws.names import stack_name
-    from cloudexec._aws.stack import down, take_stock
+    from cloudexec._aws.teardown import down, take_stock
     from cloudexec.cli._errors import CommandError
     from cloudexec.cli._steps import INTERRUPTED, Steps, run_or_explain
     from cloudexec.cli.up import region_of
@@ -89,16 +90,18 @@ def down_command(name: str, region: str | None, is_sure: bool) -> int:
 
 def _losses(stock: Stock) -> list[str]:
     """Say what cannot be had back; nothing if there is no stack."""
+    from cloudexec._aws.steps import counted
+
     losses = []
     if stock.jobs:
-        losses.append(f"{stock.jobs:,} jobs that have not finished; an array counts once")
+        losses.append(f"{counted(stock.jobs, 'job')} not finished (an array counts once)")
     if stock.objects:
         more = " or more" if stock.has_more_objects else ""
-        losses.append(f"{stock.objects:,}{more} objects in its bucket")
+        losses.append(f"{counted(stock.objects, 'object')}{more} in its bucket")
     if stock.images:
-        losses.append(f"{stock.images:,} images in its repository")
+        losses.append(f"{counted(stock.images, 'image')} in its repository")
     if stock.definitions:
-        losses.append(f"{stock.definitions:,} job definitions")
+        losses.append(counted(stock.definitions, "job definition"))
     if stock.stack is not None:
         losses.append("its queues, roles, logs, and the key by which workers are let in")
     return losses

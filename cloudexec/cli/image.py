@@ -104,6 +104,9 @@ def image_command() -> None:
     It has cloudexec, in the version that runs here, and what your functions require. Its tag is a
     hash of all that goes in: what exists is neither built nor pushed again. Docker or Podman must
     be running, at DOCKER_HOST or where they usually listen.
+
+    The build uses PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_TRUSTED_HOST, PIP_CERT and the variables
+    of proxies as they are set here; none of them is in the image.
     """
 
 

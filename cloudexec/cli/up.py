@@ -76,7 +76,8 @@ def up_command(
     from cloudexec._aws.clients import AwsClients
     from cloudexec._aws.names import stack_name
     from cloudexec._aws.profile import Profile
-    from cloudexec._aws.stack import SetupOptions, find_stack, up
+    from cloudexec._aws.setup import SetupOptions, up
+    from cloudexec._aws.stack import find_stack
     from cloudexec.cli._errors import CommandError
     from cloudexec.cli._steps import INTERRUPTED, Steps, run_or_explain
 

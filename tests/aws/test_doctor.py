@@ -17,7 +17,7 @@ from cloudexec._aws import doctor
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.doctor import Check, examine, probe
 from cloudexec._aws.profile import Profile
-from cloudexec._aws.stack import SetupOptions, up
+from cloudexec._aws.setup import SetupOptions, up
 from cloudexec.testing import FakeAWS
 
 pytestmark = pytest.mark.timeout(60)

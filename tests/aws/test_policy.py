@@ -18,7 +18,7 @@ from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.doctor import examine, probe
 from cloudexec._aws.policy import CALLS, Call, actions_for, policy, unknown_calls
 from cloudexec._aws.profile import Profile
-from cloudexec._aws.stack import SetupOptions, up
+from cloudexec._aws.setup import SetupOptions, up
 from cloudexec.testing import FakeAWS
 
 ACCOUNT = "123456789012"

@@ -15,19 +15,11 @@ import pytest
 from cloudexec import AwsError, ConfigError
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.profile import Profile
-from cloudexec._aws.stack import (
-    Event,
-    Noted,
-    Remnant,
-    ResourceChanged,
-    SetupOptions,
-    StepFinished,
-    StepStarted,
-    down,
-    find_stack,
-    take_stock,
-    up,
-)
+from cloudexec._aws.remnants import Remnant
+from cloudexec._aws.setup import SetupOptions, up
+from cloudexec._aws.stack import find_stack
+from cloudexec._aws.steps import Event, Noted, ResourceChanged, StepFinished, StepStarted
+from cloudexec._aws.teardown import down, take_stock
 from cloudexec._aws.template import template
 from cloudexec.testing import FakeAWS
 

@@ -626,6 +626,38 @@ def test_a_worker_is_replaced_when_it_is_too_old() -> None:
     machine.validate()
 
 
+def test_launches_that_fail_do_not_fail_what_other_workers_can_do() -> None:
+    """With a worker at work, tasks wait for it, and launching pauses."""
+    machine = make(max_slots=2, slots_per_worker=1)
+    batch = tasks(5)
+    machine.handle(TasksSubmitted(batch), 0.0)
+    machine.handle(WorkerConnected("a", 1, "1"), 0.0)
+    commands = machine.handle(LaunchFailed("2", "no image", fatal=True), 1.0)
+    assert commands == []
+    assert only(machine.handle(WorkerHeard("a"), 30.0), LaunchWorker) == []
+    assert len(only(machine.handle(WorkerHeard("a"), 62.0), LaunchWorker)) == 1
+    machine.validate()
+
+
+def test_tasks_that_need_a_larger_worker_fail_when_none_can_be_had() -> None:
+    """Smaller workers are no help to them; the others go on."""
+    machine = ladder(max_slots=2)
+    kind = quick()
+    batch = tasks(4, kind)
+    machine.handle(TasksSubmitted([*batch, *tasks(1)]), 0.0)
+    machine.handle(WorkerConnected("a", 1, "1"), 0.0)
+    machine.handle(WorkerReady("a"), 0.0)
+    machine.handle(LaunchFailed("2", "killed", killed=True), 0.0)
+    out_of_memory(machine, "a", batch[0])
+    commands = machine.handle(LaunchFailed("3", "killed", killed=True), 1.0)
+    (launch,) = only(commands, LaunchWorker)
+    assert launch.rung == 1
+    commands = machine.handle(LaunchFailed(launch.launch, "no such size", fatal=True), 2.0)
+    (failed,) = only(commands, FailTasksUnlaunched)
+    assert failed.tasks == [batch[0]]
+    machine.validate()
+
+
 def test_nothing_is_launched_any_more_once_the_budget_is_used_up() -> None:
     """Workers that are there go on; refused launches are forgotten."""
     machine = make(max_slots=4, slots_per_worker=1)

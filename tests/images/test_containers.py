@@ -184,6 +184,21 @@ def test_second_build_asks_the_engine_for_nothing(engine: Engine, spec: ImageSpe
     assert log == []
 
 
+def test_same_layers_under_another_name_have_labels_of_their_own(
+    engine: Engine, spec: ImageSpec, image: LocalImage
+) -> None:
+    """A cache that took the other image as it is would have it built again each time."""
+    name, _, tag = spec.base.rpartition(":")
+    engine.client.images.get(spec.base).tag(f"{name}-again", tag)
+    planned = plan(dataclasses.replace(spec, base=f"{name}-again:{tag}"), engine=engine)
+    try:
+        assert build(planned, engine=engine).was_built
+        assert not build(planned, engine=engine).was_built
+        assert not build(plan(spec, engine=engine), engine=engine).was_built
+    finally:
+        engine.client.images.remove(f"{name}-again:{tag}")
+
+
 def wheel_of(directory: Path, name: str, code: str) -> None:
     """Write a wheel with one module."""
     import zipfile

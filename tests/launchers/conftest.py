@@ -19,21 +19,32 @@ def aws() -> Iterator[Any]:
 
 
 @pytest.fixture
-def launcher(aws: Any) -> Callable[..., Batch]:
+def launcher_factory() -> Callable[[Any], Callable[..., Batch]]:
+    """Make what makes launchers for a queue of an emulated AWS."""
+
+    def of(aws: Any) -> Callable[..., Batch]:
+        def make(
+            *, max_vcpus: int = 16, kinds: tuple[str, ...] | None = None, **settings: Any
+        ) -> Batch:
+            spot = bool(settings.get("spot", False))
+            options: dict[str, Any] = {"spot": spot} if kinds is None else {"kinds": kinds}
+            made = aws.set_up("queue", max_vcpus=max_vcpus, **options)
+            return Batch(
+                queue=made.queue,
+                job_role=made.job_role,
+                execution_role=made.execution_role,
+                region=aws.region,
+                **{"image": "example.com/worker:1", **settings},
+            )
+
+        return make
+
+    return of
+
+
+@pytest.fixture
+def launcher(
+    aws: Any, launcher_factory: Callable[[Any], Callable[..., Batch]]
+) -> Callable[..., Batch]:
     """Make a launcher for a queue of its own."""
-
-    def make(
-        *, max_vcpus: int = 16, kinds: tuple[str, ...] | None = None, **settings: Any
-    ) -> Batch:
-        spot = bool(settings.get("spot", False))
-        options: dict[str, Any] = {"spot": spot} if kinds is None else {"kinds": kinds}
-        made = aws.set_up("queue", max_vcpus=max_vcpus, **options)
-        return Batch(
-            queue=made.queue,
-            job_role=made.job_role,
-            execution_role=made.execution_role,
-            region=aws.region,
-            **{"image": "example.com/worker:1", **settings},
-        )
-
-    return make
+    return launcher_factory(aws)

@@ -49,6 +49,7 @@ def refused(account: Account, code: str = "ClientException") -> Any:
         {"jobQueue": "nowhere"},
         {"jobDefinition": "nothing"},
         {"dependsOn": [{"jobId": "nobody"}]},
+        {"shareIdentifier": "mine"},
     ],
     ids=lambda parameters: next(iter(parameters)),
 )
@@ -288,6 +289,21 @@ def test_aiobotocore_works(account: Account) -> None:
         return account.ended(answer["jobId"])
 
     assert asyncio.run(run()).status == "SUCCEEDED"
+
+
+def test_jobs_can_call_the_same_aws() -> None:
+    with FakeAWS(step=0.005, aws_in_jobs=True) as aws:
+        account = Account(aws)
+        script = 'python -c \'import boto3; boto3.client("s3").create_bucket(Bucket="mine")\''
+        assert account.ended(account.submit(script), timeout=30).status == "SUCCEEDED"
+        assert account.s3.list_buckets()["Buckets"][0]["Name"] == "mine"
+        account.close()
+
+
+def test_tags_of_a_job_can_be_listed(account: Account) -> None:
+    job_id = account.submit("exit 0", tags={"a": "b"})
+    arn = account.detail(job_id)["jobArn"]
+    assert account.batch.list_tags_for_resource(resourceArn=arn)["tags"] == {"a": "b"}
 
 
 def test_fargate_prices_can_be_asked_for(account: Account) -> None:

@@ -23,8 +23,9 @@ SMALL = [{"type": "VCPU", "value": "0.25"}, {"type": "MEMORY", "value": "512"}]
 LOOP = "while :; do sleep 0.05; done"
 
 
-@pytest.fixture
-def account() -> Iterator[Account]:
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Any]:
+    """A client of a container engine that has the base image."""
     docker = pytest.importorskip("docker", reason="docker is not installed: no containers")
     from cloudexec.testing._aws.containers import engine_answers
 
@@ -34,12 +35,22 @@ def account() -> Iterator[Account]:
     try:
         client.images.get(BASE)
     except docker.errors.ImageNotFound:
-        pytest.skip(f"no base image {BASE} here (name another in CLOUDEXEC_TEST_BASE)")
-    finally:
         client.close()
-    with FakeAWS(
-        mode="container", grace=1.0, calls_per_second=1000.0, images={"worker:*": BASE}
-    ) as aws:
+        pytest.skip(f"no base image {BASE} here (name another in CLOUDEXEC_TEST_BASE)")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def containers(engine: Any) -> FakeAWS:
+    """Not entered yet."""
+    images = {"worker:*": BASE}
+    return FakeAWS(mode="container", grace=1.0, calls_per_second=1000.0, images=images)
+
+
+@pytest.fixture
+def account(containers: FakeAWS) -> Iterator[Account]:
+    with containers as aws:
         account = Account(aws)
         yield account
         account.close()
@@ -88,18 +99,15 @@ def test_image_that_the_engine_does_not_have_cannot_be_pulled(account: Account) 
     assert (job.attempts[0].reason or "").startswith("CannotPullContainerError")
 
 
-def test_leaving_removes_containers(account: Account) -> None:
-    import docker
-
-    job_id = account.submit(f"trap '' TERM; echo up; {LOOP}", arrayProperties={"size": 2})
-    for index in range(2):
-        account.prints(f"{job_id}:{index}", "up")
-    account.aws.__exit__(None, None, None)
-    client = docker.from_env()
-    left = client.api.containers(all=True, filters={"label": "cloudexec.fake-aws"})
-    client.close()
+def test_leaving_removes_containers(containers: FakeAWS, engine: Any) -> None:
+    with containers as aws:
+        account = Account(aws)
+        job_id = account.submit(f"trap '' TERM; echo up; {LOOP}", arrayProperties={"size": 2})
+        for index in range(2):
+            account.prints(f"{job_id}:{index}", "up")
+        account.close()
+    left = engine.api.containers(all=True, filters={"label": "cloudexec.fake-aws"})
     assert not [entry for entry in left if job_id in str(entry["Names"])]
-    account.aws.__enter__()
 
 
 class Registry(http.server.BaseHTTPRequestHandler):

@@ -50,6 +50,11 @@ class BatchJobs:
             raise ClientError(
                 f"Error executing request, Exception : JobQueue {queue.name} is DISABLED."
             )
+        if bool(parameters.get("shareIdentifier")) != bool(queue.schedule_policy):
+            raise ClientError(
+                "Error executing request, Exception : shareIdentifier is required for a fair share "
+                "queue, and for no other."
+            )
         definition = find_definition(region, parameters["jobDefinition"])
         if definition is None or definition.status != "ACTIVE":
             raise ClientError(
@@ -63,6 +68,13 @@ class BatchJobs:
                 raise ClientError(f"Job {entry['jobId']} does not exist")
         job = self._engine.submit(spec, size, depends_on)
         return {"jobArn": job.arn, "jobName": spec.name, "jobId": job.job_id}
+
+    def tags(self, arn: str) -> dict[str, Any]:
+        """ListTagsForResource of a job."""
+        job = self._find(arn)
+        if job is None:
+            raise ClientError(f"{arn} does not exist")
+        return {"tags": dict(job.spec.tags)}
 
     def _describe(self, region: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         wanted = parameters["jobs"]

@@ -321,9 +321,20 @@ class Engine:
             while not self._closing:
                 now = time.monotonic()
                 if self._timers and self._timers[0][0] <= now:
-                    heapq.heappop(self._timers)[2]()
+                    self._carry_out(heapq.heappop(self._timers)[2])
                     continue
                 self._changed.wait(self._timers[0][0] - now if self._timers else None)
+
+    @staticmethod
+    def _carry_out(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as exc:
+            # Shown as any thread's, but the others' jobs go on.
+            kind, trace = type(exc), exc.__traceback__
+            threading.excepthook(
+                threading.ExceptHookArgs((kind, exc, trace, threading.current_thread()))
+            )
 
     def _later(self, seconds: float, action: Callable[[], None]) -> None:
         with self.lock:

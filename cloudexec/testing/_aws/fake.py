@@ -89,8 +89,9 @@ class FakeAWS:
         calls_per_second: Batch calls before the next is refused as one too many.
         max_running: Attempts that run at a time at most, however much capacity the compute
             environments have: this machine has to run them.
-        job_environment: Variables that every job gets besides those that AWS sets, such as
-            ``aws.environment`` where tasks call AWS themselves.
+        aws_in_jobs: Whether jobs get this AWS's address and credentials too, for tasks that call
+            AWS themselves.
+        job_environment: Variables that every job gets besides those that AWS sets.
         stack_seconds: How long CloudFormation takes to create or delete a stack.
         registry: Registry on this machine, ``host:port`` over plain HTTP, that stands for ECR: what
             is pushed there appears in ECR, and containers are run from there.
@@ -110,6 +111,7 @@ class FakeAWS:
         speed: float = 1.0,
         calls_per_second: float = 50.0,
         max_running: int = 64,
+        aws_in_jobs: bool = False,
         job_environment: Mapping[str, str] | None = None,
         stack_seconds: float = 0.2,
         registry: str | None = None,
@@ -125,6 +127,7 @@ class FakeAWS:
         self.registry = registry
         self.python = python or sys.executable
         self.images = dict(images or {})
+        self.aws_in_jobs = aws_in_jobs
         self.job_environment = dict(job_environment or {})
         self.environment: dict[str, str] = {}
         """Variables that an AWS client needs, and where jobs reach this machine."""

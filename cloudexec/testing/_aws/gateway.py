@@ -10,6 +10,7 @@ import json
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -180,13 +181,16 @@ class Gateway:
         try:
             with self.moto_lock:
                 payload = handler(call, len(body)) if handler is not None else None
+            if payload is None:
+                return self._from_moto(call, environ)
         except ClientError as exc:
             return error_response(call, exc.code, str(exc), exc.status)
+        except Exception as exc:  # the client is told, and the request recorded, whatever happens
+            traceback.print_exc()
+            return error_response(call, "InternalFailure", f"FakeAWS failed: {exc!r}", 500)
         if isinstance(payload, Response):
             return payload
-        if payload is not None:
-            return json_response(payload)
-        return self._from_moto(call, environ)
+        return json_response(payload)
 
     def _from_moto(self, call: Call, environ: dict[str, Any]) -> Response:
         head: list[Any] = []
@@ -194,14 +198,13 @@ class Gateway:
         def start_response(status: str, headers: list[tuple[str, str]], *_: Any) -> None:
             head[:] = [status, headers]
 
-        with self.moto_lock:
-            result = self._moto(environ, start_response)
-            try:
-                body = b"".join(result)
-            finally:
-                close = getattr(result, "close", None)
-                if close is not None:
-                    close()
+        result = self._moto(environ, start_response)
+        try:
+            body = b"".join(result)
+        finally:
+            close = getattr(result, "close", None)
+            if close is not None:
+                close()
         status = int(head[0].split()[0])
         return Response(
             status=status,

@@ -83,7 +83,7 @@ class Session:
         platform = MotoPlatform(
             owner.faults,
             metadata_url=f"http://{self.host_for_jobs}:{port}",
-            job_environment=owner.job_environment,
+            job_environment=self._job_environment(port),
         )
         self.engine = Engine(
             platform=platform,
@@ -152,9 +152,25 @@ class Session:
         # The bridge, and so its address, may not exist before the first container does.
         return "127.0.0.1" if self._owner.mode == "process" else "0.0.0.0"
 
+    def _job_environment(self, port: int) -> dict[str, str]:
+        owner = self._owner
+        found = {}
+        if owner.aws_in_jobs:
+            found = {
+                "AWS_ENDPOINT_URL": f"http://{self.host_for_jobs}:{port}",
+                "AWS_ACCESS_KEY_ID": "AKIAFAKEFAKEFAKEJOBS",
+                "AWS_SECRET_ACCESS_KEY": "fake",
+                "AWS_DEFAULT_REGION": owner.region,
+                "AWS_REGION": owner.region,
+            }
+        return {**found, **owner.job_environment}
+
     def _batch(self, call: Call, length: int) -> Mapping[str, Any] | None:
         if call.operation == "SubmitJob":
             return self._jobs.submit(call.region, call.parameters, length)
+        arn = call.parameters.get("resourceArn", "")
+        if call.operation == "ListTagsForResource" and ":job/" in arn:
+            return self._jobs.tags(arn)
         handler = self._jobs.handlers.get(call.operation)
         handler = handler or self.resources.handlers.get(call.operation)
         return None if handler is None else handler(call.region, call.parameters)

@@ -1,0 +1,193 @@
+"""What is left of a stack: each service is asked for what carries the stack's tag."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.names import TAG_STACK
+from cloudexec._aws.stack import find_stack
+from cloudexec._aws.steps import Noted, Report
+from cloudexec._errors import AwsError
+
+__all__ = ["Remnant", "find_remnants", "tagged_secrets"]
+
+_TYPES_SEEN_DIRECTLY = ("batch", "cloudformation", "ecr", "iam", "logs", "s3", "secretsmanager")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remnant:
+    """Something of the stack that is still there after teardown."""
+
+    kind: str
+    id: str
+
+
+async def find_remnants(clients: AwsClients, stack: str, report: Report) -> tuple[Remnant, ...]:
+    """Ask each service for what carries the stack's tag, then the tagging service for the rest."""
+    finders: dict[str, Callable[[AwsClients, str], AsyncIterator[str]]] = {
+        "stack": _left_stack,
+        "job queue": _left_queues,
+        "compute environment": _left_environments,
+        "job definition": _left_definitions,
+        "bucket": _left_buckets,
+        "repository": _left_repositories,
+        "log group": _left_log_groups,
+        "secret": _left_secrets,
+        "security group": _left_groups,
+        "instance": _left_instances,
+        "role": _left_roles,
+        "tagged resource": _left_elsewhere,
+    }
+    remnants: list[Remnant] = []
+    for kind, find in finders.items():
+        try:
+            remnants += [Remnant(kind=kind, id=each) async for each in find(clients, stack)]
+        except AwsError as exc:
+            if exc.transient or exc.expired:
+                raise
+            report(Noted(text=f"could not look for a {kind}: {exc}"))
+    return tuple(remnants)
+
+
+async def _left_stack(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    found = await find_stack(clients, stack)
+    if found is not None and found.status != "DELETE_COMPLETE":
+        yield f"{found.name} ({found.status})"
+
+
+async def _left_queues(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    async for each in clients.pages("batch", "describe_job_queues", "jobQueues"):
+        if each.get("tags", {}).get(TAG_STACK) == stack and each.get("status") != "DELETED":
+            yield each["jobQueueName"]
+
+
+async def _left_environments(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    async for each in clients.pages(
+        "batch", "describe_compute_environments", "computeEnvironments"
+    ):
+        if each.get("tags", {}).get(TAG_STACK) == stack and each.get("status") != "DELETED":
+            yield each["computeEnvironmentName"]
+
+
+async def _left_definitions(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    async for each in clients.pages(
+        "batch", "describe_job_definitions", "jobDefinitions", status="ACTIVE"
+    ):
+        if each.get("tags", {}).get(TAG_STACK) == stack and each.get("status") != "INACTIVE":
+            yield each["jobDefinitionArn"]
+
+
+async def _left_buckets(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    answer = await clients.call("s3", "list_buckets")
+    for each in answer.get("Buckets", ()):
+        if each["Name"].startswith(_beginning(stack)):
+            try:
+                tagging = await clients.call("s3", "get_bucket_tagging", Bucket=each["Name"])
+            except AwsError as exc:
+                if exc.code in ("NoSuchBucket", "NoSuchTagSet"):
+                    continue
+                raise
+            if _has_tag(tagging.get("TagSet", ()), stack):
+                yield each["Name"]
+
+
+async def _left_repositories(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    async for each in clients.pages("ecr", "describe_repositories", "repositories"):
+        if each["repositoryName"] == stack:
+            tags = await clients.call(
+                "ecr", "list_tags_for_resource", resourceArn=each["repositoryArn"]
+            )
+            if _has_tag(tags.get("tags", ()), stack):
+                yield each["repositoryName"]
+
+
+async def _left_log_groups(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    name = f"/cloudexec/{stack}"
+    async for each in clients.pages(
+        "logs", "describe_log_groups", "logGroups", logGroupNamePrefix=name
+    ):
+        if each["logGroupName"] == name:
+            yield name
+
+
+async def tagged_secrets(
+    clients: AwsClients, stack: str, *, planned: bool = False
+) -> AsyncIterator[Any]:
+    async for each in clients.pages(
+        "secretsmanager",
+        "list_secrets",
+        "SecretList",
+        Filters=[{"Key": "tag-key", "Values": [TAG_STACK]}],
+        IncludePlannedDeletion=planned,
+    ):
+        if _has_tag(each.get("Tags", ()), stack):
+            yield each
+
+
+async def _left_secrets(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    async for each in tagged_secrets(clients, stack):
+        yield each["ARN"]
+
+
+async def _left_groups(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    async for each in clients.pages(
+        "ec2",
+        "describe_security_groups",
+        "SecurityGroups",
+        Filters=[{"Name": f"tag:{TAG_STACK}", "Values": [stack]}],
+    ):
+        yield each["GroupId"]
+
+
+async def _left_instances(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    states = ["pending", "running", "stopping", "stopped"]
+    async for each in clients.pages(
+        "ec2",
+        "describe_instances",
+        "Reservations",
+        Filters=[
+            {"Name": f"tag:{TAG_STACK}", "Values": [stack]},
+            {"Name": "instance-state-name", "Values": states},
+        ],
+    ):
+        for instance in each["Instances"]:
+            yield instance["InstanceId"]
+
+
+async def _left_roles(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    async for each in clients.pages("iam", "list_roles", "Roles"):
+        if each["RoleName"].startswith(_beginning(stack)):
+            tags = await clients.call("iam", "list_role_tags", RoleName=each["RoleName"])
+            if _has_tag(tags.get("Tags", ()), stack):
+                yield each["RoleName"]
+
+
+async def _left_elsewhere(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    async for each in clients.pages(
+        "resourcegroupstaggingapi",
+        "get_resources",
+        "ResourceTagMappingList",
+        TagFilters=[{"Key": TAG_STACK, "Values": [stack]}],
+    ):
+        arn = each["ResourceARN"]
+        service, resource = arn.split(":")[2], arn.split(":", 5)[5]
+        # This service lags behind: what was asked for directly is not asked for twice. Jobs that
+        # have ended and definitions that are deregistered stay listed for a time, as AWS has it.
+        is_known = service == "ec2" and resource.startswith(("security-group", "instance"))
+        if service not in _TYPES_SEEN_DIRECTLY and not is_known:
+            yield arn
+
+
+def _beginning(stack: str) -> str:
+    """Return how names begin that CloudFormation made: tags are read only of these.
+
+    It shortens the stack's name to fit, for roles to 64 characters in all.
+    """
+    return stack[:20]
+
+
+def _has_tag(tags: Iterable[Mapping[str, str]], stack: str) -> bool:
+    return any(each.get("Key") == TAG_STACK and each.get("Value") == stack for each in tags)

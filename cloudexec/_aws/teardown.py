@@ -1,0 +1,365 @@
+"""Teardown: jobs are ended, what CloudFormation leaves is deleted, then the stack itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+
+from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.names import DEFINITION_PREFIX, TAG_STACK, stack_name
+from cloudexec._aws.profile import Profile
+from cloudexec._aws.remnants import Remnant, find_remnants, tagged_secrets
+from cloudexec._aws.stack import Stack, event_ids, find_stack, follow
+from cloudexec._aws.steps import Noted, Report, counted, stepping
+from cloudexec._errors import AwsError, ConfigError
+
+__all__ = ["Stock", "down", "take_stock"]
+
+_INTERVAL = 2.0
+_JOBS_END_WITHIN = 180.0
+"""Seconds for terminated jobs to end. SIGKILL follows SIGTERM after 30 s: AWS Batch User Guide,
+"Job timeouts"; the rest is AWS's own delay."""
+_CALLS_AT_ONCE = 10
+_ACTIVE = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING")
+"""In the order in which jobs pass through them: one that moves on meanwhile is met again."""
+_DELETE_BATCH = 1000
+"""Objects in one DeleteObjects call. Amazon S3 API Reference."""
+_IMAGE_BATCH = 100
+"""Images in one BatchDeleteImage call. Amazon ECR API Reference."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stock:
+    """What ``down`` would end or delete for good."""
+
+    stack: Stack | None
+    jobs: int
+    """Jobs that have not finished; an array counts once."""
+    objects: int
+    """Objects in the bucket, as far as counted: see ``has_more_objects``."""
+    has_more_objects: bool
+    images: int
+    """Images in the repository."""
+    definitions: int
+    """Active revisions of job definitions."""
+
+
+async def take_stock(clients: AwsClients, name: str) -> Stock:
+    """Say what ``down`` would end and delete.
+
+    Raises:
+        AwsError: If AWS refuses, or cannot be reached.
+    """
+    stack = await find_stack(clients, stack_name(name))
+    resources = await _resources(clients, stack)
+    jobs: set[str] = set()
+    for queue in resources.get("AWS::Batch::JobQueue", ()):
+        jobs |= await _active_jobs(clients, queue)
+    objects, has_more = 0, False
+    for bucket in resources.get("AWS::S3::Bucket", ()):
+        try:
+            page = await clients.call(
+                "s3", "list_object_versions", Bucket=bucket, MaxKeys=_DELETE_BATCH
+            )
+        except AwsError as exc:
+            if exc.code != "NoSuchBucket":
+                raise
+            continue
+        objects += len(page.get("Versions", ())) + len(page.get("DeleteMarkers", ()))
+        has_more = has_more or bool(page.get("IsTruncated"))
+    images = 0
+    for repository in resources.get("AWS::ECR::Repository", ()):
+        images += len(await _digests(clients, repository))
+    roles = resources.get("AWS::IAM::Role", ())
+    definitions = [each async for each in _definitions(clients, stack_name(name), roles)]
+    return Stock(
+        stack=stack,
+        jobs=len(jobs),
+        objects=objects,
+        has_more_objects=has_more,
+        images=images,
+        definitions=len(definitions),
+    )
+
+
+async def down(
+    clients: AwsClients,
+    name: str,
+    report: Report,
+    *,
+    interval: float = _INTERVAL,
+    jobs_end_within: float = _JOBS_END_WITHIN,
+) -> tuple[Remnant, ...]:
+    """End the stack's jobs, delete all that it holds, the stack and the profile; then look.
+
+    May be repeated, also after an interruption; where nothing is, nothing happens.
+
+    Args:
+        clients: Account and region of the stack.
+        name: Of the profile; the stack is ``cloudexec-NAME``.
+        report: Told of each step.
+        interval: Seconds between two looks.
+        jobs_end_within: Seconds to wait for terminated jobs to end; AWS Batch deletes queues
+            with jobs too, but its Fargate environments may then get stuck.
+
+    Returns:
+        What is left: nothing, if all went well.
+
+    Raises:
+        AwsError: If AWS refuses, or cannot be reached.
+    """
+    stack_of = stack_name(name)
+    with stepping(report, "Credentials") as step:
+        identity = await clients.call("sts", "get_caller_identity")
+        step.found = f"account {identity['Account']}, {clients.region}, as {identity['Arn']}"
+    stack = await find_stack(clients, stack_of)
+    resources = await _resources(clients, stack)
+    queues = resources.get("AWS::Batch::JobQueue", ())
+    if queues:
+        with stepping(report, "Jobs") as step:
+            for queue in queues:
+                await _disable_queue(clients, queue)
+            ended, running = await _end_jobs(clients, queues, interval, jobs_end_within)
+            step.found = f"{counted(ended, 'job')} terminated" if ended else "none was active"
+        if running:
+            text = f"{counted(running, 'job')} still ending after {jobs_end_within:.0f} s: going on"
+            report(Noted(text=text))
+    with stepping(report, "Job definitions") as step:
+        count = 0
+        roles = resources.get("AWS::IAM::Role", ())
+        arns = [each async for each in _definitions(clients, stack_of, roles)]
+        for arn in arns:
+            await clients.call("batch", "deregister_job_definition", jobDefinition=arn)
+            count += 1
+        step.found = f"{count:,} deregistered" if count else "there was none"
+    if stack is None:
+        report(Noted(text=f"there is no stack {stack_of} in {clients.region}"))
+    else:
+        await _empty(clients, resources, report)
+        stack = await _delete(clients, stack, resources, report, interval)
+    await _purge_secrets(clients, stack_of)
+    if stack is None:
+        _delete_profile(name, stack_of, clients.region, report)
+    with stepping(report, "Looking for what is left") as step:
+        remnants = await find_remnants(clients, stack_of, report)
+        step.found = f"{counted(len(remnants), 'thing')}" if remnants else "nothing"
+    return remnants
+
+
+def _delete_profile(name: str, stack: str, region: str, report: Report) -> None:
+    """Delete the profile, if it is of this stack."""
+    try:
+        profile = Profile.load(name)
+    except ConfigError:
+        return
+    if (profile.stack, profile.region) == (stack, region):
+        profile.delete()
+        report(Noted(text=f"profile {name} deleted"))
+
+
+async def _resources(clients: AwsClients, stack: Stack | None) -> dict[str, tuple[str, ...]]:
+    """Return physical ids of the stack's resources that exist, by type."""
+    found: dict[str, tuple[str, ...]] = {}
+    if stack is None or stack.status == "DELETE_COMPLETE":
+        return found
+    answer = await clients.call("cloudformation", "describe_stack_resources", StackName=stack.id)
+    for each in answer["StackResources"]:
+        physical = each.get("PhysicalResourceId")
+        if physical and each.get("ResourceStatus") != "DELETE_COMPLETE":
+            kind = each["ResourceType"]
+            found[kind] = (*found.get(kind, ()), physical)
+    return found
+
+
+async def _active_jobs(clients: AwsClients, queue: str) -> set[str]:
+    """Return ids of jobs that have not finished; of arrays, the parent's."""
+    found: set[str] = set()
+    try:
+        for status in _ACTIVE:
+            async for each in clients.pages(
+                "batch", "list_jobs", "jobSummaryList", jobQueue=queue, jobStatus=status
+            ):
+                if each.get("status", status) == status:
+                    found.add(each["jobId"].partition(":")[0])
+    except AwsError as exc:
+        if exc.code != "ClientException":  # the queue is gone
+            raise
+    return found
+
+
+async def _disable_queue(clients: AwsClients, queue: str) -> None:
+    try:
+        await clients.call("batch", "update_job_queue", jobQueue=queue, state="DISABLED")
+    except AwsError as exc:
+        # It may be gone, or on its way: a deletion that was interrupted goes on.
+        if exc.transient or exc.code != "ClientException":
+            raise
+
+
+async def _end_jobs(
+    clients: AwsClients, queues: Iterable[str], interval: float, within: float
+) -> tuple[int, int]:
+    """Terminate jobs until none is active; return how many were, and how many still are."""
+    gate = asyncio.Semaphore(_CALLS_AT_ONCE)
+
+    async def terminate(job: str) -> None:
+        async with gate:
+            await clients.call(
+                "batch", "terminate_job", jobId=job, reason="cloudexec down: the stack is deleted"
+            )
+
+    ended: set[str] = set()
+    started = time.monotonic()
+    while True:
+        active: set[str] = set()
+        for queue in queues:
+            active |= await _active_jobs(clients, queue)
+        await asyncio.gather(*(terminate(job) for job in active - ended))
+        ended |= active
+        if not active or time.monotonic() - started > within:
+            return len(ended), len(active)
+        await asyncio.sleep(interval)
+
+
+async def _definitions(clients: AwsClients, stack: str, roles: Iterable[str]) -> AsyncIterator[str]:
+    """Yield ARNs of the active job definitions that were registered for the stack: by their tag,
+    or by our name together with the stack's roles."""
+    names = set(roles)
+    async for each in clients.pages(
+        "batch", "describe_job_definitions", "jobDefinitions", status="ACTIVE"
+    ):
+        if each.get("status", "ACTIVE") != "ACTIVE":
+            continue
+        container = each.get("containerProperties") or {}
+        used = {
+            container.get(key, "").rpartition("/")[2] for key in ("jobRoleArn", "executionRoleArn")
+        }
+        is_ours = each["jobDefinitionName"].startswith(DEFINITION_PREFIX) and used & names
+        if each.get("tags", {}).get(TAG_STACK) == stack or is_ours:
+            yield each["jobDefinitionArn"]
+
+
+async def _empty(
+    clients: AwsClients, resources: Mapping[str, tuple[str, ...]], report: Report
+) -> None:
+    """Delete what CloudFormation does not: objects and images."""
+    for bucket in resources.get("AWS::S3::Bucket", ()):
+        with stepping(report, f"Bucket {bucket}") as step:
+            count = await _empty_bucket(clients, bucket)
+            step.found = f"{counted(count, 'object')} deleted" if count else "was empty"
+    for repository in resources.get("AWS::ECR::Repository", ()):
+        with stepping(report, f"Repository {repository}") as step:
+            count = await _empty_repository(clients, repository)
+            step.found = f"{counted(count, 'image')} deleted" if count else "was empty"
+
+
+async def _empty_bucket(clients: AwsClients, bucket: str) -> int:
+    count = 0
+    try:
+        while True:
+            page = await clients.call(
+                "s3", "list_object_versions", Bucket=bucket, MaxKeys=_DELETE_BATCH
+            )
+            objects = [
+                {"Key": each["Key"], "VersionId": each["VersionId"]}
+                for each in (*page.get("Versions", ()), *page.get("DeleteMarkers", ()))
+            ]
+            if not objects:
+                break
+            answer = await clients.call(
+                "s3", "delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True}
+            )
+            if answer.get("Errors"):
+                first = answer["Errors"][0]
+                raise AwsError(
+                    f"{first.get('Key')} in {bucket} cannot be deleted: {first.get('Message')}",
+                    code=first.get("Code", ""),
+                    operation="s3:DeleteObjects",
+                )
+            count += len(objects)
+        async for each in clients.pages("s3", "list_multipart_uploads", "Uploads", Bucket=bucket):
+            await clients.call(
+                "s3",
+                "abort_multipart_upload",
+                Bucket=bucket,
+                Key=each["Key"],
+                UploadId=each["UploadId"],
+            )
+    except AwsError as exc:
+        if exc.code != "NoSuchBucket":
+            raise
+    return count
+
+
+async def _digests(clients: AwsClients, repository: str) -> set[str]:
+    try:
+        return {
+            each["imageDigest"]
+            async for each in clients.pages(
+                "ecr", "list_images", "imageIds", repositoryName=repository
+            )
+        }
+    except AwsError as exc:
+        if exc.code == "RepositoryNotFoundException":
+            return set()
+        raise
+
+
+async def _empty_repository(clients: AwsClients, repository: str) -> int:
+    count, before = 0, set[str]()
+    # An index goes before the images that it lists, so more than one pass may be needed.
+    while (digests := await _digests(clients, repository)) and digests != before:
+        ordered = sorted(digests)
+        for start in range(0, len(ordered), _IMAGE_BATCH):
+            chunk = [{"imageDigest": each} for each in ordered[start : start + _IMAGE_BATCH]]
+            answer = await clients.call(
+                "ecr", "batch_delete_image", repositoryName=repository, imageIds=chunk
+            )
+            count += len({each["imageDigest"] for each in answer.get("imageIds", ())})
+        before = digests
+    return count
+
+
+async def _delete(
+    clients: AwsClients,
+    stack: Stack,
+    resources: Mapping[str, tuple[str, ...]],
+    report: Report,
+    interval: float,
+) -> Stack | None:
+    """Delete the stack, a second time if the first fails; return it if it is still there."""
+    for is_last in (False, True):
+        with stepping(report, f"Deleting the stack {stack.name}") as step:
+            seen = await event_ids(clients, stack)
+            await clients.call("cloudformation", "delete_stack", StackName=stack.id)
+            done, failures = await follow(clients, stack, seen, report, interval)
+            if done is None or done.status == "DELETE_COMPLETE":
+                step.found = "DELETE_COMPLETE"
+                return None
+            step.found = done.status
+        reasons = "; ".join(f"{each.resource}: {each.reason}" for each in failures)
+        text = f"the stack could not be deleted: {reasons or done.reason or 'no reason given'}"
+        if "depend" in text:
+            # "resource sg-... has a dependent object": a machine of the user's is in the group.
+            text += (
+                "; something still uses it: take your machines out of the stack's security group"
+            )
+        report(Noted(text=text if is_last else f"{text}; trying once more"))
+        if not is_last:
+            # Somebody may have written into them meanwhile.
+            await _empty(clients, resources, report)
+    return done
+
+
+async def _purge_secrets(clients: AwsClients, stack: str) -> None:
+    """Delete for good what is only scheduled for deletion."""
+    async for each in tagged_secrets(clients, stack, planned=True):
+        if each.get("DeletedDate"):
+            await clients.call(
+                "secretsmanager",
+                "delete_secret",
+                SecretId=each["ARN"],
+                ForceDeleteWithoutRecovery=True,
+            )

@@ -1,0 +1,106 @@
+"""Why nothing runs: each cause that AWS has, produced, and what the user reads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from launcher_helpers import eventually
+
+from cloudexec import Batch, BatchExecutor, BudgetExceededError, ConfigError, LaunchError
+from cloudexec._launchers import fleet
+from cloudexec.testing import FakeAWS
+
+Make = Callable[..., Batch]
+
+
+def no_route(aws: Any) -> None:
+    aws.faults.no_route()
+
+
+def missing_role(aws: Any) -> None:
+    aws.faults.missing_execution_role()
+
+
+def refused(aws: Any) -> None:
+    aws.faults.deny("SubmitJob", 100)
+
+
+def quota(aws: Any) -> None:
+    aws.faults.vcpu_quota(0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "settings", "words"),
+    [
+        (no_route, {}, r"cannot reach AWS's own services.*NAT gateway"),
+        (missing_role, {}, r"role.*cloudexec up"),
+        (refused, {}, r"AccessDenied.*cloudexec policy"),
+        (quota, {}, r"quota.*Service Quotas"),
+        (lambda aws: None, {"vcpus": 4, "max_vcpus": 2}, r"smaller size|asks for 4 vCPUs"),
+    ],
+    ids=["no route", "missing role", "not allowed", "quota", "size too large"],
+)
+def test_a_cause_is_named_with_its_remedy(
+    aws: Any, launcher: Make, fault: Callable[[Any], None], settings: dict[str, Any], words: str
+) -> None:
+    """Within a bounded time the futures fail with AWS's reason and what to do about it."""
+    batch = launcher(**settings)
+    fault(aws)
+    with BatchExecutor(1, launcher=batch, launch_timeout=6.0) as executor:
+        with pytest.raises(LaunchError, match=f"(?s){words}"):
+            executor.submit(len, "abc").result(timeout=60)
+    eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))
+
+
+def test_an_environment_that_aws_would_choke_on_is_refused_before(aws: Any, launcher: Make) -> None:
+    """8192 characters: AWS would take it, and let the job fail."""
+    batch = launcher(environment={"DATA": "x" * 8000})
+    with BatchExecutor(1, launcher=batch) as executor:
+        with pytest.raises(LaunchError, match="'DATA'"):
+            executor.submit(len, "abc").result(timeout=30)
+    assert not aws.jobs()
+
+
+def test_a_user_cannot_overwrite_what_workers_need(aws: Any, launcher: Make) -> None:
+    """Our own variables win over those of ``environment=``."""
+    batch = launcher(environment={"CLOUDEXEC_SLOTS": "none"})
+    with BatchExecutor(1, launcher=batch) as executor:
+        assert executor.submit(len, "abc").result(timeout=60) == 3
+
+
+def test_work_is_throttled_and_done(launcher_factory: Callable[[Any], Make]) -> None:
+    """Five calls a second for the whole account slow nothing but the start."""
+    with FakeAWS(grace=2.0, calls_per_second=5) as aws:
+        with BatchExecutor(6, launcher=launcher_factory(aws)()) as executor:
+            assert sum(executor.map(abs, range(2000))) == 1999000
+            eventually(lambda: executor.stats().workers.slots == 6)
+        eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))
+
+
+def test_the_ceiling_is_kept_in_mid_run(
+    aws: Any, launcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is reached, workers end, and what is not done fails with a typed error."""
+    # Each second is paid as it comes, so that the test need not run for minutes.
+    monkeypatch.setattr(fleet, "LEAST_SECONDS", 1)
+    monkeypatch.setattr(fleet, "_STOP_SECONDS", 1.0)
+    monkeypatch.setattr("cloudexec._aws.prices.LEAST_SECONDS", 1)
+    a_second = 0.05437 / 3600
+    with BatchExecutor(1, launcher=launcher(), max_cost_usd=6 * a_second) as executor:
+        with pytest.raises(BudgetExceededError, match="max_cost_usd") as caught:
+            executor.submit(time.sleep, 60).result(timeout=30)
+        with pytest.raises(BudgetExceededError):
+            executor.submit(len, "abc")
+    assert 0 < (caught.value.cost_usd or 0.0) <= 6 * a_second
+    assert executor.cost().accrued_usd <= 7 * a_second
+    eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))
+
+
+@pytest.mark.parametrize("value", [0, -1, "5", float("nan")])
+def test_a_ceiling_is_a_positive_number(value: Any) -> None:
+    """Anything else is refused at once."""
+    with pytest.raises(ConfigError, match="max_cost_usd"):
+        BatchExecutor(1, max_cost_usd=value)
