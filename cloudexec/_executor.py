@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from types import TracebackType
@@ -322,9 +322,12 @@ class BatchExecutor(_Base):
             setup = dict(self._setup)
             if self._initializer is not None:
                 setup["initializer"] = _payload.dumps(self._initializer)
-            setup["cwd"] = _working_directory()
-            setup["sys_path"] = tuple(path or setup["cwd"] for path in sys.path)
             setup["argv"] = tuple(sys.argv)
+            if self._launcher.needs_network():
+                setup["modules"] = _modules_for(self._launcher.modules)
+            else:
+                setup["cwd"] = _working_directory()
+                setup["sys_path"] = tuple(path or setup["cwd"] for path in sys.path)
             driver = Driver(self._config, Setup(**setup), self._launcher)
             try:
                 driver.portal.run(driver.start()).result()
@@ -608,6 +611,15 @@ def _usable_cpus() -> int:
         return len(os.sched_getaffinity(0)) or 1
     except AttributeError:
         return os.cpu_count() or 1
+
+
+def _modules_for(wanted: bool | Sequence[str]) -> bytes:
+    """Pack what workers elsewhere have to import from here."""
+    if not wanted:
+        return b""
+    from cloudexec._modules import local_modules, pack_modules
+
+    return pack_modules(local_modules(None if wanted is True else frozenset(wanted)))
 
 
 def _working_directory() -> str:

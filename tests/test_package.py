@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "_functions": {"_payload", "_core"},
     "_future": set(),
     "_config": set(),
+    "_modules": set(),
     "_errors": set(),
     "_enrolment": set(),
     "_direct": set(),

@@ -9,6 +9,7 @@ from typing import Any
 
 import botocore.exceptions
 import botocore.loaders
+import botocore.parsers
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 
@@ -226,6 +227,13 @@ def translated(service: str, operation: str) -> Iterator[None]:
         raise AwsError(
             f"{what}: AWS cannot be reached: {exc}; check the network, proxies and the region",
             code="Unreachable",
+            operation=what,
+            transient=True,
+        ) from exc
+    except botocore.parsers.ResponseParserError as exc:
+        raise AwsError(
+            f"{what}: what answered is not AWS, such as a proxy on the way: {exc}",
+            code="Unreadable",
             operation=what,
             transient=True,
         ) from exc

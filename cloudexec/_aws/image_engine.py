@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -126,13 +127,17 @@ class Engine:
             "BASE": spec.base_image,
             "BUILDER": spec.builder or spec.base_image,
             "BUILDER_PLATFORM": own if own in PLATFORMS else spec.platform,
+            "PLATFORM": spec.platform,
+            "PYTHON": spec.python,
             "PACKAGES": " ".join(sorted(spec.packages)),
-            **{name.rpartition(".")[2].upper(): value for name, value in labels.items()},
             **{key: os.environ[key] for key in (*_PIP_VARIABLES, *_PROXIES) if key in os.environ},
         }
         error = ""
         tail: deque[str] = deque(maxlen=_LOG_LINES)
         with contents.directory() as directory, self._translated("build the image", tail):
+            (directory / "about.json").write_text(
+                json.dumps(dict(labels), indent=2, sort_keys=True)
+            )
             # Behind a proxy that inspects TLS, pip needs in there what it needs here. The image
             # is the same with or without it, so it is no part of the contents.
             if certificates := _certificates():
@@ -141,6 +146,7 @@ class Engine:
                 path=str(directory),
                 tag=name,
                 buildargs=arguments,
+                labels=dict(labels),
                 platform=spec.platform,
                 target="worker-with-packages" if spec.packages else "worker",
                 rm=True,

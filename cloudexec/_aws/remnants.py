@@ -23,10 +23,18 @@ class Remnant:
 
     kind: str
     id: str
+    """Name, id or ARN; or why it is not known whether there is one."""
 
 
 async def find_remnants(clients: AwsClients, stack: str, report: Report) -> tuple[Remnant, ...]:
-    """Ask each service for what carries the stack's tag, then the tagging service for the rest."""
+    """Ask each service for what carries the stack's tag, then the tagging service for the rest.
+
+    What cannot be looked for counts as left, for nothing shows that it is gone. Only the tagging
+    service may be missing: it sees what no stack of ours makes.
+
+    Raises:
+        AwsError: If AWS cannot be reached, or fresh credentials are needed.
+    """
     finders: dict[str, Callable[[AwsClients, str], AsyncIterator[str]]] = {
         "stack": _left_stack,
         "job queue": _left_queues,
@@ -48,7 +56,10 @@ async def find_remnants(clients: AwsClients, stack: str, report: Report) -> tupl
         except AwsError as exc:
             if exc.transient or exc.expired:
                 raise
-            report(Noted(text=f"could not look for a {kind}: {exc}"))
+            if find is _left_elsewhere:
+                report(Noted(text=f"the tagging service could not be asked: {exc}"))
+            else:
+                remnants.append(Remnant(kind=kind, id=f"could not be looked for: {exc}"))
     return tuple(remnants)
 
 
@@ -116,6 +127,13 @@ async def _left_log_groups(clients: AwsClients, stack: str) -> AsyncIterator[str
 async def tagged_secrets(
     clients: AwsClients, stack: str, *, planned: bool = False
 ) -> AsyncIterator[Any]:
+    """Yield the stack's secrets as AWS describes them.
+
+    Args:
+        clients: Where to look.
+        stack: Value of the tag.
+        planned: Also those that are scheduled for deletion.
+    """
     async for each in clients.pages(
         "secretsmanager",
         "list_secrets",

@@ -102,14 +102,13 @@ async def up(
     return profile
 
 
-def _earlier_profile(name: str, report: Report | None = None) -> Profile | None:
+def _earlier_profile(name: str, report: Report) -> Profile | None:
     if not Profile.path(name).exists():
         return None
     try:
         return Profile.load(name)
     except ConfigError as exc:
-        if report is not None:
-            report(Noted(text=f"{exc}; it is written anew"))
+        report(Noted(text=f"{exc}; it is written anew"))
         return None
 
 
@@ -294,7 +293,8 @@ async def _await_valid(clients: AwsClients, queues: Sequence[str], interval: flo
         answer = await clients.call(
             "batch", "describe_compute_environments", computeEnvironments=names
         )
-        waiting = [f"{missing} does not exist" for missing in queues[len(found) :]]
+        arns = {each["jobQueueArn"] for each in found}
+        waiting = [f"{queue} does not exist" for queue in queues if queue not in arns]
         for kind, each in [
             *(("queue", q) for q in found),
             *(("compute environment", c) for c in answer["computeEnvironments"]),

@@ -70,8 +70,14 @@ async def follow(
     """Report what happens until the stack rests; return it, and what failed, first things first.
 
     Args:
+        clients: Where it is.
         stack: Is looked up by its id, which stays when it is deleted.
         seen: Ids of events that are known.
+        report: Told of each new event of a resource.
+        interval: Seconds between two looks.
+
+    Raises:
+        AwsError: If AWS refuses, or cannot be reached.
     """
     failures: list[ResourceChanged] = []
     while True:
@@ -110,12 +116,14 @@ async def _new_events(clients: AwsClients, stack: Stack, seen: set[str]) -> list
 
 
 async def event_ids(clients: AwsClients, stack: Stack) -> set[str]:
+    """Return the ids of what has happened to the stack so far, for ``follow``."""
     seen: set[str] = set()
     await _new_events(clients, stack, seen)
     return seen
 
 
 def stack_failure(stack: Stack, failures: Sequence[ResourceChanged]) -> AwsError:
+    """Return the error that names the first failure, from which the others follow."""
     if failures:
         first = failures[0]
         why = f"{first.resource} ({first.kind}): {first.reason or 'no reason given'}"
@@ -123,7 +131,7 @@ def stack_failure(stack: Stack, failures: Sequence[ResourceChanged]) -> AwsError
         why = stack.reason or "no reason given"
     return AwsError(
         f"the stack {stack.name} failed ({stack.status}): {why}; once that is mended, run "
-        f"`cloudexec up` again, which removes what is left and begins anew",
+        f"`cloudexec up` again",
         code=stack.status,
         operation="cloudformation",
     )

@@ -139,7 +139,7 @@ async def down(
     else:
         await _empty(clients, resources, report)
         stack = await _delete(clients, stack, resources, report, interval)
-    await _purge_secrets(clients, stack_of)
+    await _purge_secrets(clients, stack_of, report)
     if stack is None:
         _delete_profile(name, stack_of, clients.region, report)
     with stepping(report, "Looking for what is left") as step:
@@ -353,13 +353,19 @@ async def _delete(
     return done
 
 
-async def _purge_secrets(clients: AwsClients, stack: str) -> None:
+async def _purge_secrets(clients: AwsClients, stack: str, report: Report) -> None:
     """Delete for good what is only scheduled for deletion."""
-    async for each in tagged_secrets(clients, stack, planned=True):
-        if each.get("DeletedDate"):
-            await clients.call(
-                "secretsmanager",
-                "delete_secret",
-                SecretId=each["ARN"],
-                ForceDeleteWithoutRecovery=True,
-            )
+    try:
+        async for each in tagged_secrets(clients, stack, planned=True):
+            if each.get("DeletedDate"):
+                await clients.call(
+                    "secretsmanager",
+                    "delete_secret",
+                    SecretId=each["ARN"],
+                    ForceDeleteWithoutRecovery=True,
+                )
+    except AwsError as exc:
+        if exc.transient or exc.expired:
+            raise
+        # It goes in some days, and costs nothing until then.
+        report(Noted(text=f"the key's secret may only be scheduled for deletion: {exc}"))

@@ -164,6 +164,9 @@ class Launcher(Protocol):
     """Seconds, after a worker's connection was lost, in which ``on_end`` may say why."""
     ends_are_seen: bool = True
     """Whether ``on_end`` is called for every launch, soon: the executor waits for that."""
+    modules: bool | Sequence[str] = True
+    """Where workers are on other machines: whether the user's own modules, those that are imported
+    and not installed, are sent along; or the top-level names of those that are."""
     rungs: int = 1
     """Sizes of worker that it can start; a task lost to memory goes to the next one."""
 

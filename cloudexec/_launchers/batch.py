@@ -62,6 +62,8 @@ class Batch(Launcher):
         environment: Variables that every worker has. They can be read by whoever may describe
             jobs: no place for secrets.
         tags: Put on every job, besides ours.
+        modules: Whether your own modules, those that are imported and not installed, are sent to
+            the workers; or the names of the top-level ones that are.
         project: Goes into a tag, for ``cloudexec ps`` and the bill.
         max_runtime: Seconds after which AWS ends a worker, whatever became of this process.
 
@@ -93,6 +95,7 @@ class Batch(Launcher):
         ephemeral_gib: int | None = None,
         environment: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
+        modules: bool | Sequence[str] = True,
         project: str = "",
         max_runtime: float = _DAY,
     ) -> None:
@@ -132,6 +135,7 @@ class Batch(Launcher):
         self.environment = dict(environment or {})
         self.tags = dict(tags or {})
         self.project = project
+        self.modules = (modules,) if isinstance(modules, str) else modules
         self.max_runtime = max_runtime
         self._slots_per_worker = slots_per_worker or max(1, int(vcpus))
         self._fleet: Fleet | None = None

@@ -288,6 +288,7 @@ class Welcome(_message.Message):
     IDLE_TIMEOUT_FIELD_NUMBER: _builtins.int
     DIRECT_PATH_FIELD_NUMBER: _builtins.int
     AUTHKEY_FIELD_NUMBER: _builtins.int
+    MODULES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     session_token: _builtins.bytes
     """Bearer of the Fetch and Deliver calls of this session."""
@@ -310,6 +311,8 @@ class Welcome(_message.Message):
     """
     authkey: _builtins.bytes
     """On the client's own machine: multiprocessing's key, for proxies of the client's managers."""
+    modules: _builtins.bool
+    """The user's own modules are to be fetched, as a zip archive."""
     @_builtins.property
     def sys_path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -332,10 +335,11 @@ class Welcome(_message.Message):
         idle_timeout: _builtins.float = ...,
         direct_path: _builtins.str = ...,
         authkey: _builtins.bytes = ...,
+        modules: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "capture_output", b"capture_output", "cwd", b"cwd", "direct_path", b"direct_path", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "initializer", b"initializer", "initializer_streamed", b"initializer_streamed", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "orphan_timeout", b"orphan_timeout", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "capture_output", b"capture_output", "cwd", b"cwd", "direct_path", b"direct_path", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "initializer", b"initializer", "initializer_streamed", b"initializer_streamed", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -629,18 +633,22 @@ class FetchRequest(_message.Message):
 
     LEASE_FIELD_NUMBER: _builtins.int
     FUNCTION_FIELD_NUMBER: _builtins.int
+    MODULES_FIELD_NUMBER: _builtins.int
     lease: _builtins.int
     function: _builtins.int
     """With lease 0: a function's number; with neither: the initializer."""
+    modules: _builtins.bool
+    """With neither: the user's modules instead of the initializer."""
     def __init__(
         self,
         *,
         lease: _builtins.int = ...,
         function: _builtins.int = ...,
+        modules: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "lease", b"lease"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "lease", b"lease", "modules", b"modules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -121,6 +121,7 @@ class Setup:
     cwd: str = ""
     sys_path: tuple[str, ...] = ()
     argv: tuple[str, ...] = ()
+    modules: bytes = b""
 
 
 class Driver:

@@ -19,7 +19,7 @@ from cloudexec._core.events import FailureKind
 from cloudexec._errors import LaunchError, PayloadError
 from cloudexec._functions import Function
 from cloudexec._launchers.base import Arrival
-from cloudexec._payload import Parts, Payload
+from cloudexec._payload import CHUNK_BYTES, Parts, Payload
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server.direct import Delivered, unpickle_result
 from cloudexec._server.driver import Driver
@@ -401,6 +401,7 @@ class _Servicer:
             idle_timeout=-1.0 if setup.idle_timeout is None else setup.idle_timeout,
             direct_path=driver.direct_path,
             authkey=_authkey() if driver.direct_path else b"",
+            modules=bool(setup.modules),
         )
         if isinstance(setup.initializer, bytes):
             welcome.initializer = setup.initializer
@@ -427,6 +428,11 @@ class _Servicer:
         session = self._session_of(context)
         if session is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
+            return
+        if request.modules:
+            archive = memoryview(self._driver.setup.modules)
+            for at in range(0, len(archive), CHUNK_BYTES):
+                yield archive[at : at + CHUNK_BYTES]
             return
         payload: Payload | None
         if request.lease:

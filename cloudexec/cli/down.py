@@ -79,9 +79,9 @@ def down_command(name: str, region: str | None, is_sure: bool) -> int:
             )
             return INTERRUPTED
         if left:
-            steps.say("Still there:", style="red")
+            steps.say("Still there, or not known to be gone:", style="red")
             for each in left:
-                steps.say(f"  {each.kind} {each.id}", style="red")
+                steps.say(f"  {each.kind}: {each.id}", style="red")
             steps.say("Run the same command again; what stays then, delete in the AWS console.")
             return 1
         steps.say(f"Nothing of {stack_name(name)} is left.")

@@ -8,8 +8,10 @@ import resource
 import shutil
 import signal
 import socket
+import tempfile
 import time
 import traceback
+import zipfile
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
@@ -240,6 +242,17 @@ class Session:
         request = pb.FetchRequest(lease=lease, function=function)
         async for chunk in self._fetch(request, metadata=((TOKEN_KEY, self._token),)):
             yield chunk
+
+    async def fetch_modules(self) -> str:
+        """Fetch the user's own modules; return the directory they are in now."""
+        request = pb.FetchRequest(modules=True)
+        with tempfile.TemporaryFile() as file:
+            async for chunk in self._fetch(request, metadata=((TOKEN_KEY, self._token),)):
+                file.write(chunk)
+            directory = tempfile.mkdtemp(prefix="cloudexec-modules-")
+            with zipfile.ZipFile(file) as archive:
+                archive.extractall(directory)
+        return directory
 
     def deliver(self, lease: int, seconds: float, chunks: AsyncIterator[bytes]) -> None:
         task = asyncio.get_running_loop().create_task(self._deliver_all(lease, seconds, chunks))
@@ -474,8 +487,18 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     except (TimeoutError, grpc.aio.AioRpcError) as exc:
         await channel.close()
         raise LaunchError(f"cannot reach the client at {address.target}: {exc}") from exc
+    modules = ""
+    if session.welcome.modules:
+        try:
+            modules = await session.fetch_modules()
+        except grpc.aio.AioRpcError as exc:
+            await channel.close()
+            raise LaunchError(f"the client's modules could not be fetched: {exc}") from exc
     pool = SlotPool(
-        _settings(session.welcome, address), session, zygote, lambda: ends.put_nowait("zygote")
+        _settings(session.welcome, address, modules),
+        session,
+        zygote,
+        lambda: ends.put_nowait("zygote"),
     )
     session.pool = pool
 
@@ -548,6 +571,8 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         await asyncio.gather(*background, return_exceptions=True)
         pool.close()
         await channel.close()
+        if modules:
+            shutil.rmtree(modules, ignore_errors=True)
         if address.target.startswith("unix:") and not asked:
             # A client that was killed cannot remove its socket's directory. Its connections end
             # an instant before its children are handed to another parent.
@@ -579,7 +604,7 @@ async def _first(event: asyncio.Event, ends: asyncio.Queue[str]) -> str:
         ending.cancel()
 
 
-def _settings(welcome: pb.Welcome, address: Address) -> Settings:
+def _settings(welcome: pb.Welcome, address: Address, modules: str) -> Settings:
     return Settings(
         slots=address.slots,
         cwd=welcome.cwd,
@@ -594,4 +619,5 @@ def _settings(welcome: pb.Welcome, address: Address) -> Settings:
         token=welcome.session_token,
         authkey=welcome.authkey,
         memory_mib=address.memory_mib,
+        modules=modules,
     )

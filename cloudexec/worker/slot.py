@@ -220,6 +220,9 @@ class Slot:
         setup = json.loads(body)
         if setup["sys_path"]:
             sys.path[:] = setup["sys_path"]
+        if setup["modules"]:
+            # Where a script's own directory would be.
+            sys.path.insert(0, setup["modules"])
         sys.argv[:] = setup["argv"]
         if setup["authkey"]:
             # As in a process pool's workers: proxies of the client's managers work here.

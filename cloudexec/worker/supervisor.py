@@ -83,6 +83,7 @@ class Settings:
     token: bytes = b""
     authkey: bytes = b""
     memory_mib: int = 0
+    modules: str = ""
 
 
 class Answers(Protocol):
@@ -341,6 +342,7 @@ class SlotPool:
         setup = {
             "cwd": settings.cwd,
             "sys_path": list(settings.sys_path),
+            "modules": settings.modules,
             "argv": list(settings.argv),
             "direct_path": settings.direct_path,
             "token": settings.token.hex(),

@@ -438,6 +438,32 @@ def test_what_is_left_is_found_by_its_tag(aws: FakeAWS) -> None:
     assert left == (Remnant(kind="security group", id=answer["GroupId"]),)
 
 
+def test_secret_that_is_scheduled_for_deletion_is_deleted_for_good(aws: FakeAWS) -> None:
+    tag = {"Key": "cloudexec:stack", "Value": "cloudexec-default"}
+    secret = _call("secretsmanager", "create_secret", Name="key", SecretString="x", Tags=[tag])
+    _call("secretsmanager", "delete_secret", SecretId=secret["ARN"], RecoveryWindowInDays=7)
+    assert _down() == ()
+    listed = _call("secretsmanager", "list_secrets", IncludePlannedDeletion=True)
+    assert listed["SecretList"] == []
+
+
+def test_what_only_the_tagging_service_knows_is_found(aws: FakeAWS) -> None:
+    tags = [{"Key": "cloudexec:stack", "Value": "cloudexec-default"}]
+    specification = [{"ResourceType": "vpc", "Tags": tags}]
+    answer = _call("ec2", "create_vpc", CidrBlock="10.9.0.0/16", TagSpecifications=specification)
+    (left,) = _down()
+    assert left.kind == "tagged resource"
+    assert left.id.endswith(f"vpc/{answer['Vpc']['VpcId']}")
+
+
+def test_what_may_not_be_looked_for_counts_as_left(aws: FakeAWS) -> None:
+    _up()
+    aws.faults.deny("ListRoles")
+    (left,) = _down()
+    assert left.kind == "role"
+    assert "iam:ListRoles" in left.id
+
+
 def test_definitions_and_queues_of_others_stay(aws: FakeAWS) -> None:
     theirs = aws.set_up("theirs")
     other = Profile(

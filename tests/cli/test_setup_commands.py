@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import botocore.session
 import pytest
@@ -131,7 +132,7 @@ def test_refusal_of_aws_is_one_line(aws: FakeAWS, run: Run) -> None:
 
 def test_what_is_left_makes_down_fail(aws: FakeAWS, run: Run) -> None:
     """Something else in the account carries the stack's tag."""
-    client = botocore.session.get_session().create_client("ec2")
+    client: Any = botocore.session.get_session().create_client("ec2")
     tag = {"Key": "cloudexec:stack", "Value": "cloudexec-default"}
     group = client.create_security_group(
         GroupName="by-hand",
@@ -140,7 +141,7 @@ def test_what_is_left_makes_down_fail(aws: FakeAWS, run: Run) -> None:
     )
     done = run("down", "--yes")
     assert done.returncode == 1, done.stderr
-    assert f"Still there:\n  security group {group['GroupId']}" in done.stderr
+    assert f"not known to be gone:\n  security group: {group['GroupId']}" in done.stderr
 
 
 def test_interrupted_up_says_how_to_continue(

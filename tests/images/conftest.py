@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from cloudexec import BatchExecutor
+from cloudexec._aws import image_contents
 from cloudexec._aws.image_contents import ImageSpec, worker_pins
 from cloudexec._aws.images import Engine
 from cloudexec._errors import ConfigError
@@ -50,14 +52,25 @@ class TidyEngine(Engine):
         return super().push(image, repository, tag, *args)
 
     def close(self) -> None:
-        for name in self._names:
-            if self.find(name) is not None:
-                self.client.images.remove(name, force=True)
+        # Those too that the command gave: their tags end with the same hashes.
+        tags = {name.rpartition(":")[2] for name in self._names}
+        for image in self.client.images.list():
+            for name in image.tags:
+                if name in self._names or name.rpartition(":")[2] in tags:
+                    self.client.images.remove(name, force=True)
         super().close()
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[Engine]:
+def frozen_code() -> Iterator[None]:
+    """Who edits the code while these tests run does not change the image between two builds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_contents, "_own_wheel", functools.cache(image_contents._own_wheel))
+        yield
+
+
+@pytest.fixture(scope="session")
+def engine(frozen_code: None) -> Iterator[Engine]:
     """A container engine that has a base image with this Python."""
     pytest.importorskip("docker", reason="docker is not installed: no images")
     try:

@@ -226,6 +226,7 @@ def test_requests_are_recorded_as_they_were_made(account: Account) -> None:
     account.iam.list_roles()
     account.sts.get_caller_identity()
     account.batch.list_tags_for_resource(resourceArn=account.setup.queue)
+    account.resourcegroupstaggingapi.get_resources()
     seen = {request.operation: request for request in account.aws.requests}
     assert [request.service for request in account.aws.requests] == [
         "s3",
@@ -234,6 +235,7 @@ def test_requests_are_recorded_as_they_were_made(account: Account) -> None:
         "iam",
         "sts",
         "batch",
+        "resourcegroupstaggingapi",
     ]
     assert seen["PutObject"].parameters["Key"] == "a/b"
     assert seen["DescribeSubnets"].parameters == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from typing import Any
@@ -365,6 +366,29 @@ def test_job_waits_for_those_that_it_depends_on(account: Account) -> None:
     failed = account.submit("exit 1")
     after = account.submit("exit 0", dependsOn=[{"jobId": failed}])
     assert account.ended(after).status == "FAILED"
+
+
+def test_children_wait_for_their_like_or_for_the_one_before(account: Account) -> None:
+    """N_TO_N pairs children by index, SEQUENTIAL runs them one after another."""
+    first = account.submit(
+        "[ $AWS_BATCH_JOB_ARRAY_INDEX = 0 ] || exec sleep 60", arrayProperties={"size": 2}
+    )
+    second = account.submit(
+        "exit 0",
+        arrayProperties={"size": 2},
+        dependsOn=[{"jobId": first, "type": "N_TO_N"}],
+    )
+    assert account.ended(f"{second}:0").status == "SUCCEEDED"
+    assert account.aws.job(f"{second}:1").status == "PENDING"
+    account.batch.terminate_job(jobId=first, reason="enough")
+    assert account.ended(second).status == "FAILED"
+    third = account.submit(
+        "exit 0", arrayProperties={"size": 3}, dependsOn=[{"type": "SEQUENTIAL"}]
+    )
+    assert account.ended(third).status == "SUCCEEDED"
+    times = [account.aws.job(f"{third}:{index}") for index in range(3)]
+    for before, after in itertools.pairwise(times):
+        assert (before.stopped_at or 0) <= (after.started_at or 0)
 
 
 def test_ten_thousand_children_start_only_as_capacity_allows(account: Account) -> None:

@@ -77,7 +77,8 @@ class FakeAWS:
 
     Args:
         mode: ``"process"``, ``"container"`` (an engine must answer at ``DOCKER_HOST``) or
-            ``"auto"``: containers where an engine answers.
+            ``"auto"``: containers where an engine answers. With containers the API listens on all
+            addresses of this machine, so that they reach it.
         region: Region that clients are told to use. Every Region works.
         python: Interpreter that stands for the worker image; ``None``: the one of this process.
         images: In process mode image name (or shell pattern) to the interpreter that stands for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -247,7 +248,8 @@ class Session:
         for role in ("job", "execution", "instance"):
             role_name = f"{name}-{role}"
             if role_name not in roles:
-                roles[role_name] = iam.create_role(role_name, "{}", "/", None, "", [], None).arn
+                trust = _trust("ec2" if role == "instance" else "ecs-tasks")
+                roles[role_name] = iam.create_role(role_name, trust, "/", None, "", [], None).arn
         environments = []
         for number, kind in enumerate(kinds, 1):
             resources: dict[str, Any] = {
@@ -302,6 +304,15 @@ class Session:
             subnets=subnets,
             security_group=group,
         )
+
+
+def _trust(service: str) -> str:
+    statement = {
+        "Effect": "Allow",
+        "Principal": {"Service": f"{service}.amazonaws.com"},
+        "Action": "sts:AssumeRole",
+    }
+    return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
 
 
 def reset_moto() -> None:

@@ -32,7 +32,11 @@ __all__ = [
     "read_call",
 ]
 
-SIGNING_NAMES = {"servicequotas": "service-quotas", "monitoring": "cloudwatch"}
+SIGNING_NAMES = {
+    "monitoring": "cloudwatch",
+    "servicequotas": "service-quotas",
+    "tagging": "resourcegroupstaggingapi",
+}
 """Signing names that are not the names of botocore's models."""
 
 _CREDENTIAL = re.compile(r"Credential=([^/]+)/\d{8}/([^/]+)/([^/]+)/aws4_request")
