@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import re
 import sys
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -17,15 +16,11 @@ from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.stack import find_stack
 from cloudexec._aws.template import TEMPLATE_VERSION
-from cloudexec._errors import AwsError, CloudexecError, ConfigError
+from cloudexec._errors import AwsError, ConfigError
 
-__all__ = ["Check", "Outcome", "Report", "examine", "prevents_probe", "probe"]
+__all__ = ["Check", "Outcome", "Report", "examine", "prevents_probe"]
 
 Outcome: TypeAlias = Literal["ok", "warning", "failed", "skipped"]
-
-PROBE_TIMEOUT = 600.0
-"""Seconds for the probe worker to dial back: a cold Fargate worker takes one or two minutes, an
-EC2 instance several."""
 
 _ECR = re.compile(
     r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/"
@@ -111,57 +106,6 @@ async def examine(name: str, report: Report) -> tuple[Check, ...]:
 def prevents_probe(checks: tuple[Check, ...]) -> list[str]:
     """Return the names of failed checks without which a probe worker cannot succeed."""
     return [each.name for each in checks if each.outcome == "failed" and each.name in _FATAL]
-
-
-def probe(name: str, checks: tuple[Check, ...], *, timeout: float = PROBE_TIMEOUT) -> Check:
-    """Start one worker, let it run a task, and say where the time went.
-
-    Blocks, so that an interrupt ends the executor as anywhere else.
-
-    Args:
-        name: Of the profile.
-        checks: Those done before: the probe is skipped where it cannot succeed.
-        timeout: Seconds for the worker to dial back.
-    """
-    if failed := prevents_probe(checks):
-        found = f"cannot succeed before this is mended: {', '.join(failed)}"
-        return Check(name="probe worker", outcome="skipped", found=found)
-    from cloudexec import BatchExecutor
-    from cloudexec.aws import Batch
-
-    started = time.monotonic()
-    try:
-        with BatchExecutor(1, launcher=Batch(profile=name), launch_timeout=timeout) as executor:
-            # A builtin: the image need not have what this module imports.
-            executor.submit(max, 1, 2).result()
-            seconds = time.monotonic() - started
-            launches = executor.stats().launches
-    except CloudexecError as exc:
-        return Check(
-            name="probe worker",
-            outcome="failed",
-            found=f"{type(exc).__name__}: {exc}",
-            remedy=(
-                "workers must reach the address above: from within the VPC, put this machine into "
-                "the stack's security group; from elsewhere, forward a port and give advertise="
-            ),
-        )
-    parts = []
-    if launches:
-        for label, value in (
-            ("request", launches[0].api),
-            ("place", launches[0].place),
-            ("image", launches[0].pull),
-            ("boot", launches[0].boot),
-            ("dial-in", launches[0].dial_in),
-            ("first task", launches[0].first_task),
-        ):
-            if value is not None:
-                parts.append(f"{label} {value:.1f} s")
-    found = f"dialed back and ran a task in {seconds:.1f} s"
-    if parts:
-        found += f": {', '.join(parts)}"
-    return Check(name="probe worker", outcome="ok", found=found)
 
 
 async def _carefully(

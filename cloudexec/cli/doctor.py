@@ -51,11 +51,12 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="Time for the probe worker to dial back.",
+    help="Time for the probe worker to dial back: a cold one may take minutes.",
 )
 def doctor_command(name: str, is_dry: bool, as_json: bool, timeout: float) -> int:
     """Show each check as soon as it is done."""
-    from cloudexec._aws.doctor import Check, examine, prevents_probe, probe
+    from cloudexec._aws.doctor import Check, examine, prevents_probe
+    from cloudexec.cli._probe import probe
     from cloudexec.cli._steps import run_or_explain
 
     def show(check: Check) -> None:

@@ -63,6 +63,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> int:
         attempt=int(bootstrap.get("attempt") or 1),
         memory_mib=int(bootstrap.get("memory_mib") or 0),
         drain_grace=bootstrap.get("drain_grace"),
+        log=bootstrap.get("log", False),
     )
     try:
         reclaimed = asyncio.run(run_worker(address, ours))
@@ -97,6 +98,7 @@ def _from_environment() -> dict[str, Any]:
         found["identity"] = str(int(found["launch"]) + int(index))
     found["job_id"] = environ.get("AWS_BATCH_JOB_ID", "")
     found["attempt"] = environ.get("AWS_BATCH_JOB_ATTEMPT", "1")
+    found["log"] = True
     found["drain_grace"] = float(environ.pop("CLOUDEXEC_DRAIN_GRACE", _DRAIN_GRACE))
     return found
 

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -33,6 +34,16 @@ __all__ = ["Address", "Session", "run_worker"]
 _CONNECT_TIMEOUT = 30.0
 _BATCH_RESULTS = 2048
 _BATCH_BYTES = 512 * 1024
+_WHY = {
+    "drain": "the client told it to, when it is done",
+    "terminate": "the client told it to, at once",
+    "sigterm": "its platform told it to (SIGTERM); what does not finish in time is handed back",
+    "closed": "the client closed the connection",
+    "disconnected": "the connection to the client was lost",
+    "orphaned": "the client is gone",
+    "zygote": "the process that forks its slots was killed",
+    "bug": "an internal error",
+}
 _OUTPUT_CREDIT = 1024 * 1024
 """Bytes of output that may be on their way to the client, per worker."""
 
@@ -52,6 +63,7 @@ class Address:
         attempt: Which run of the launch this is, from 1.
         memory_mib: What this worker's container may use; 0: unknown.
         drain_grace: Seconds after SIGTERM in which tasks may finish; ``None``: no limit.
+        log: Whether to say on stderr what happens: where a platform keeps that.
     """
 
     target: str
@@ -64,6 +76,12 @@ class Address:
     attempt: int = 1
     memory_mib: int = 0
     drain_grace: float | None = None
+    log: bool = False
+
+    def say(self, text: str) -> None:
+        """Write a line to the log, if there is one."""
+        if self.log:
+            print(f"cloudexec worker {self.identity}: {text}", file=sys.stderr, flush=True)
 
     def __repr__(self) -> str:
         return f"Address(target={self.target!r}, identity={self.identity!r})"
@@ -477,6 +495,10 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         ProtocolError: If either side refuses the other.
     """
     loop = asyncio.get_running_loop()
+    address.say(
+        f"cloudexec {_version()}, Python {_enrolment.python_version()}, "
+        f"{address.slots} slots; dialing {address.target}"
+    )
     channel = await _channel(address)
     session = Session(address, channel)
     parent = os.getppid()
@@ -487,6 +509,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     except (TimeoutError, grpc.aio.AioRpcError) as exc:
         await channel.close()
         raise LaunchError(f"cannot reach the client at {address.target}: {exc}") from exc
+    address.say(f"enrolled as {session.welcome.worker_id}")
     modules = ""
     if session.welcome.modules:
         try:
@@ -544,6 +567,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     try:
         await pool.start()
         why = await ends.get()
+        address.say(f"ends: {_WHY.get(why, why)}")
         asked = why in ("drain", "sigterm", "terminate")
         reclaimed = why == "sigterm"
         if why in ("drain", "sigterm"):

@@ -15,9 +15,10 @@ import pytest
 
 from cloudexec._aws import doctor
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.doctor import Check, examine, probe
+from cloudexec._aws.doctor import Check, examine
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.setup import SetupOptions, up
+from cloudexec.cli._probe import probe
 from cloudexec.testing import FakeAWS
 
 pytestmark = pytest.mark.timeout(60)
@@ -307,7 +308,7 @@ def test_queues_without_a_stack_can_be_checked(aws: FakeAWS) -> None:
 
 def test_probe_is_not_tried_where_it_cannot_succeed(aws: FakeAWS) -> None:
     failed = Check(name="image", outcome="failed", found="there is none", remedy="push one")
-    check = probe("default", (failed,))
+    check = probe("default", (failed,), timeout=30)
     assert (check.outcome, check.found) == (
         "skipped",
         "cannot succeed before this is mended: image",

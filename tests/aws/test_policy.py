@@ -15,10 +15,11 @@ from botocore import xform_name
 
 import cloudexec
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.doctor import examine, probe
+from cloudexec._aws.doctor import examine
 from cloudexec._aws.policy import CALLS, Call, actions_for, policy, unknown_calls
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.setup import SetupOptions, up
+from cloudexec.cli._probe import probe
 from cloudexec.testing import FakeAWS
 
 ACCOUNT = "123456789012"

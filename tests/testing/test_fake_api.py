@@ -13,6 +13,7 @@ import pytest
 from botocore.exceptions import ClientError
 from fake_helpers import Account, eventually
 
+from cloudexec import ConfigError
 from cloudexec.testing import FakeAWS, JobRecord
 
 
@@ -367,6 +368,15 @@ def test_secret_that_cannot_be_read_keeps_the_job_from_starting(
 def test_only_one_can_be_entered(aws: FakeAWS) -> None:
     with pytest.raises(RuntimeError, match="entered already"), FakeAWS():
         pass
+
+
+def test_container_mode_needs_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """``auto`` then runs processes; after a refusal the next one can be entered."""
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    with pytest.raises(ConfigError, match="no container engine answers"):
+        FakeAWS(mode="container").__enter__()
+    with FakeAWS(mode="auto") as aws:
+        assert aws.mode == "process"
 
 
 def test_state_is_empty_on_entering_and_environment_is_restored(

@@ -33,6 +33,15 @@ def test_without_capacity_jobs_wait_and_say_why(account: Account, target: str | 
     assert account.ended(job_id).status == "SUCCEEDED"
 
 
+def test_without_fitting_instances_jobs_wait_and_say_why(account: Account) -> None:
+    account.aws.faults.no_fitting_instance()
+    job_id = account.submit("exit 0")
+    reason = eventually(lambda: account.aws.job(job_id).status_reason)
+    assert reason.startswith("MISCONFIGURATION:JOB_RESOURCE_REQUIREMENT")
+    account.aws.faults.capacity_returns()
+    assert account.ended(job_id).status == "SUCCEEDED"
+
+
 def test_job_larger_than_every_environment_says_so(account: Account) -> None:
     requirements = [{"type": "VCPU", "value": "32"}, {"type": "MEMORY", "value": "61440"}]
     definition = account.define("exit 0", resourceRequirements=requirements)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import os
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cloudexec._errors import ConfigError
 from cloudexec.testing._aws.runners import Exit, Running, StartError, StartRequest
 
 __all__ = ["ContainerRunner", "engine_answers"]
@@ -23,6 +26,10 @@ def engine_answers() -> bool:
     try:
         import docker
     except ImportError:
+        return False
+    # Asked by ourselves first: docker-py leaves its socket open where nobody listens.
+    kind, _, path = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").partition("://")
+    if kind == "unix" and not _listens(path):
         return False
     try:
         client = docker.from_env(timeout=5)
@@ -128,7 +135,7 @@ class ContainerRunner:
             for entry in found.attrs["IPAM"]["Config"] or ():
                 if "Gateway" in entry and ":" not in entry["Gateway"]:
                     return name, str(entry["Gateway"])
-        raise RuntimeError("the container engine has no default network with a gateway")
+        raise ConfigError("the container engine has no default network with a gateway")
 
 
 class _RunningContainer:
@@ -177,6 +184,16 @@ class _RunningContainer:
         with contextlib.suppress(Exception):
             for data in self._container.logs(stream=True, follow=True):
                 self._output(data)
+
+
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(5.0)
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True
 
 
 def _remove(container: Any) -> None:

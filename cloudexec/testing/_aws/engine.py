@@ -15,6 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.jobs import Attempt, Job, JobSpec
@@ -37,6 +38,10 @@ INSUFFICIENT = (
 TOO_LARGE = (
     "MISCONFIGURATION:COMPUTE_ENVIRONMENT_MAX_RESOURCE - All compute environments have a maxVcpu "
     "setting that is smaller than the job requirements."
+)
+NO_INSTANCE = (
+    "MISCONFIGURATION:JOB_RESOURCE_REQUIREMENT - All compute environments have no connected "
+    "instances that meet the job requirements."
 )
 ROLE_BROKEN = (
     "MISCONFIGURATION:SERVICE_ROLE_PERMISSIONS - All compute environments have problems with the "
@@ -74,22 +79,19 @@ class QueueView:
     arn: str
     name: str
     priority: int
-    enabled: bool
     environments: tuple[EnvironmentView, ...]
     time_limits: tuple[tuple[str, float], ...]
     """Reason and AWS seconds at the head of the queue, after which a job is cancelled."""
 
 
-class Platform:
+class Platform(Protocol):
     """What the engine asks of the rest of AWS; see ``resources.MotoPlatform``."""
 
     def queue(self, arn: str) -> QueueView | None:
         """The queue, ``None`` where it has been deleted."""
-        raise NotImplementedError
 
     def task_environment(self, job: Job) -> Mapping[str, str]:
         """Variables that the task's agent sets."""
-        raise NotImplementedError
 
     def secrets(self, spec: JobSpec) -> Mapping[str, str]:
         """The values of the definition's secrets.
@@ -97,7 +99,6 @@ class Platform:
         Raises:
             StartError: If one cannot be read; the text is the job's status reason.
         """
-        raise NotImplementedError
 
 
 class Engine:
@@ -434,9 +435,9 @@ class Engine:
                 reasons.add(ROLE_BROKEN)
             elif vcpus > environment.max_vcpus:
                 reasons.add(TOO_LARGE)
-            elif not self._faults.has_capacity(
-                view.arn, view.name, environment.arn, environment.name, environment.kind
-            ):
+            elif not self._faults.has_instances(*_names(view, environment)):
+                reasons.add(NO_INSTANCE)
+            elif not self._faults.has_capacity(*_names(view, environment)):
                 reasons.add(INSUFFICIENT)
             elif self._has_room(environment, vcpus):
                 return environment, None
@@ -720,3 +721,8 @@ class Engine:
         if job is None or job.status not in ("STARTING", "RUNNING"):
             raise ValueError(f"job {job_id} is neither STARTING nor RUNNING")
         return job
+
+
+def _names(queue: QueueView, environment: EnvironmentView) -> tuple[str, ...]:
+    """Names by which a fault may mean a place."""
+    return (queue.arn, queue.name, environment.arn, environment.name, environment.kind)

@@ -143,6 +143,7 @@ class FakeAWS:
         """Start it and point this process's AWS clients at it.
 
         Raises:
+            ConfigError: If containers are wanted and no engine answers.
             RuntimeError: If another one is entered.
         """
         if not FakeAWS._entered.acquire(blocking=False):

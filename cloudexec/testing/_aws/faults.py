@@ -31,6 +31,7 @@ class Faults:
 
     def _reset(self) -> None:
         self._no_capacity: set[str] = set()
+        self._no_instance: set[str] = set()
         self._broken_roles: set[str] = set()
         self._slow_start = 0.0
         self._pulls: list[list[object]] = []
@@ -56,13 +57,24 @@ class Faults:
             self._no_capacity.add(target or "*")
         self._poke()
 
-    def capacity_returns(self, target: str | None = None) -> None:
-        """Undo :meth:`no_capacity` for the same target; ``None``: for all."""
+    def no_fitting_instance(self, target: str | None = None) -> None:
+        """Let no instance be large enough: jobs stay RUNNABLE and say so.
+
+        Args:
+            target: As in :meth:`no_capacity`.
+        """
         with self._lock:
-            if target is None:
-                self._no_capacity.clear()
-            else:
-                self._no_capacity.discard(target)
+            self._no_instance.add(target or "*")
+        self._poke()
+
+    def capacity_returns(self, target: str | None = None) -> None:
+        """Undo both of the above for the same target; ``None``: for all."""
+        with self._lock:
+            for places in (self._no_capacity, self._no_instance):
+                if target is None:
+                    places.clear()
+                else:
+                    places.discard(target)
         self._poke()
 
     def slow_start(self, seconds: float) -> None:
@@ -242,6 +254,11 @@ class Faults:
         """Whether a place known by any of these names takes jobs."""
         with self._lock:
             return not self._no_capacity.intersection((*names, "*"))
+
+    def has_instances(self, *names: str) -> bool:
+        """Whether a place known by any of these names has instances that are large enough."""
+        with self._lock:
+            return not self._no_instance.intersection((*names, "*"))
 
     def role_is_broken(self, *names: str) -> bool:
         """Whether the environment known by these names is INVALID."""

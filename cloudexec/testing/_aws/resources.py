@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from cloudexec.testing._aws.engine import EnvironmentView, Platform, QueueView
+from cloudexec.testing._aws.engine import EnvironmentView, QueueView
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.jobs import Job, JobSpec
 from cloudexec.testing._aws.runners import StartError
@@ -31,7 +31,7 @@ def logs_backend(region: str) -> Any:
     return logs_backends[ACCOUNT][region]
 
 
-class MotoPlatform(Platform):
+class MotoPlatform:
     """Answers the engine out of moto's state.
 
     Args:
@@ -64,7 +64,6 @@ class MotoPlatform(Platform):
             arn=queue.arn,
             name=queue.name,
             priority=int(queue.priority),
-            enabled=queue.state == "ENABLED",
             environments=tuple(
                 EnvironmentView(
                     arn=environment.arn,

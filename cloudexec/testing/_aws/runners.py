@@ -7,14 +7,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from cloudexec.testing._aws.memory import MemoryWatcher
+from cloudexec.testing._aws.memory import MemoryWatcher, Tree
 
 __all__ = ["Exit", "ProcessRunner", "Runner", "Running", "StartError", "StartRequest"]
 
@@ -161,8 +160,6 @@ class _RunningProcess:
         output: Callable[[bytes], None],
         memory: MemoryWatcher,
     ) -> None:
-        from cloudexec.testing._aws.memory import Tree
-
         self.tree = Tree(process.pid)
         self._process = process
         self._home = home
@@ -211,8 +208,3 @@ class _RunningProcess:
         with stream:
             while data := os.read(stream.fileno(), 65536):
                 self._output(data)
-
-
-def default_python() -> str:
-    """The interpreter that runs this process."""
-    return sys.executable

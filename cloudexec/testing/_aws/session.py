@@ -17,6 +17,7 @@ from moto.moto_server.werkzeug_app import (
 )
 from werkzeug.serving import make_server
 
+from cloudexec._errors import ConfigError
 from cloudexec.testing._aws.batch_jobs import BatchJobs
 from cloudexec.testing._aws.batch_resources import BatchResources
 from cloudexec.testing._aws.cloudformation import CloudFormation
@@ -141,7 +142,10 @@ class Session:
         owner = self._owner
         if owner.mode == "container" or (owner.mode == "auto" and engine_answers()):
             if not engine_answers():
-                raise RuntimeError("mode='container', but no container engine answers")
+                raise ConfigError(
+                    "mode='container', but no container engine answers: start one, or set "
+                    "DOCKER_HOST to where it listens"
+                )
             containers = ContainerRunner(images=owner.images, registry=owner.registry)
             owner.mode = "container"
             self.host_for_jobs = containers.gateway

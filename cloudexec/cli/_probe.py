@@ -1,0 +1,61 @@
+"""The last check of ``cloudexec doctor``: a worker is started, dials back, and runs a task."""
+
+from __future__ import annotations
+
+import time
+
+from cloudexec._aws.doctor import Check, prevents_probe
+from cloudexec._errors import CloudexecError
+
+__all__ = ["probe"]
+
+
+def probe(name: str, checks: tuple[Check, ...], *, timeout: float) -> Check:
+    """Start one worker, let it run a task, and say where the time went.
+
+    Blocks, so that an interrupt ends the executor as anywhere else.
+
+    Args:
+        name: Of the profile.
+        checks: Those done before: the probe is skipped where it cannot succeed.
+        timeout: Seconds for the worker to dial back.
+    """
+    if failed := prevents_probe(checks):
+        found = f"cannot succeed before this is mended: {', '.join(failed)}"
+        return Check(name="probe worker", outcome="skipped", found=found)
+    from cloudexec import BatchExecutor
+    from cloudexec.aws import Batch
+
+    started = time.monotonic()
+    try:
+        with BatchExecutor(1, launcher=Batch(profile=name), launch_timeout=timeout) as executor:
+            # A builtin: the image need not have what this module imports.
+            executor.submit(max, 1, 2).result()
+            seconds = time.monotonic() - started
+            launches = executor.stats().launches
+    except CloudexecError as exc:
+        return Check(
+            name="probe worker",
+            outcome="failed",
+            found=f"{type(exc).__name__}: {exc}",
+            remedy=(
+                "workers must reach the address above: from within the VPC, put this machine into "
+                "the stack's security group; from elsewhere, forward a port and give advertise="
+            ),
+        )
+    parts = []
+    if launches:
+        for label, value in (
+            ("request", launches[0].api),
+            ("place", launches[0].place),
+            ("image", launches[0].pull),
+            ("boot", launches[0].boot),
+            ("dial-in", launches[0].dial_in),
+            ("first task", launches[0].first_task),
+        ):
+            if value is not None:
+                parts.append(f"{label} {value:.1f} s")
+    found = f"dialed back and ran a task in {seconds:.1f} s"
+    if parts:
+        found += f": {', '.join(parts)}"
+    return Check(name="probe worker", outcome="ok", found=found)

@@ -1,0 +1,46 @@
+"""``python -m cloudexec.testing``: an emulated AWS in a shell of its own, until Ctrl-C.
+
+Prints the variables that send the commands and executors of another shell to it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import click
+
+from cloudexec._errors import CloudexecError
+from cloudexec.testing import FakeAWS
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--mode",
+    type=click.Choice(["process", "container", "auto"]),
+    default="process",
+    show_default=True,
+    help="Whether jobs are processes, or containers of the engine at DOCKER_HOST.",
+)
+@click.option("--region", default="us-east-1", show_default=True, help="The region it plays.")
+@click.option(
+    "--capacity", type=int, default=64, show_default=True, help="Jobs that may run at once."
+)
+def main(mode: str, region: str, capacity: int) -> None:
+    """Run an emulated AWS with real workers, for trying things out."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        with FakeAWS(mode=mode, region=region, max_running=capacity) as aws:
+            for name, value in aws.environment.items():
+                click.echo(f"export {name}={value}")
+            click.echo("Running; Ctrl-C ends it, and every job in it.", err=True)
+            sys.stdout.flush()
+            signal.pause()
+    except KeyboardInterrupt:
+        pass
+    except CloudexecError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+if __name__ == "__main__":
+    main()
