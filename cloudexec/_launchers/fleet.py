@@ -129,7 +129,6 @@ class _Job:
     id: str = ""
     statuses: Counter[str] = field(default_factory=Counter)
     reason: str = ""
-    ends_seen: int = 0
     terminated: bool = False
 
     @property
@@ -563,9 +562,9 @@ class Fleet:
             if member.lost_at is not None and not member.ended
         }
         ended = job.statuses["FAILED"] + job.statuses["SUCCEEDED"]
-        if ended > job.ends_seen or status in ("FAILED", "SUCCEEDED"):
+        known = sum(member.ended for member in job.members.values())
+        if ended > known or status in ("FAILED", "SUCCEEDED"):
             assert self._clients is not None
-            job.ends_seen = ended
             for state in ("FAILED", "SUCCEEDED"):
                 listed = self._clients.pages(
                     "batch", "list_jobs", "jobSummaryList", arrayJobId=job.id, jobStatus=state

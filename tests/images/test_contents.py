@@ -129,16 +129,13 @@ import cloudexec.worker.slot, cloudexec.worker.zygote
 
 def test_wheel_is_the_running_code_and_requires_nothing(tmp_path: Path) -> None:
     """pip installs it without an index, and what it installs is this very code."""
-    files = collect(ImageSpec()).files
-    (name,) = (name for name in files if name.startswith("cloudexec/"))
-    wheel = tmp_path / Path(name).name
-    content = files[name]
-    assert isinstance(content, bytes)
+    package = Path(image_contents.__file__).parents[1]
+    name, content = inspect.unwrap(image_contents._own_wheel)(package, "1.0")
+    wheel = tmp_path / name
     wheel.write_bytes(content)
     target = tmp_path / "target"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-compile"]
     subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, timeout=60)
-    package = Path(image_contents.__file__).parents[1]
     for path in package.rglob("*.py"):
         assert (target / path.relative_to(package.parent)).read_bytes() == path.read_bytes()
     assert not list(target.rglob("*.pyc"))
