@@ -10,17 +10,20 @@ from cloudexec._errors import (
     BudgetExceededError,
     CloudexecError,
     ConfigError,
+    DependencyError,
     InitializerError,
     LaunchError,
     PayloadError,
     PayloadTooLargeError,
     ProtocolError,
     RemoteTraceback,
+    StageError,
     TaskTimeoutError,
     WorkerLostError,
 )
 from cloudexec._executor import BatchExecutor, OptionsView
 from cloudexec._future import BatchFuture
+from cloudexec._graph import Graph, Node, Stage, run, stage
 from cloudexec._launchers.base import Cost, LaunchTimes
 from cloudexec._launchers.batch import Batch
 from cloudexec._launchers.local import Local
@@ -36,18 +39,25 @@ __all__ = [
     "CloudexecError",
     "ConfigError",
     "Cost",
+    "DependencyError",
     "ExecutorStats",
+    "Graph",
     "InitializerError",
     "LaunchError",
     "LaunchTimes",
     "Local",
+    "Node",
     "OptionsView",
     "PayloadError",
     "PayloadTooLargeError",
     "ProtocolError",
     "RemoteTraceback",
+    "Stage",
+    "StageError",
     "TaskCounts",
     "TaskTimeoutError",
     "WorkerCounts",
     "WorkerLostError",
+    "run",
+    "stage",
 ]

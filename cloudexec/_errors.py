@@ -7,6 +7,8 @@ CloudexecError
 ├── AwsError                             AWS refused a request, or could not be reached
 ├── WorkerLostError                      whatever ran the task died; its attempts are used up
 ├── TaskTimeoutError (also TimeoutError) the task ran past its own time limit
+├── DependencyError                      a call that this one waits for failed: it was not run
+├── StageError                           a stage of a graph failed
 ├── PayloadError (also PicklingError)    could not pickle or unpickle
 │   └── PayloadTooLargeError             ... or too large
 ├── ProtocolError                        the two sides disagree, e.g. on versions
@@ -29,12 +31,14 @@ __all__ = [
     "BudgetExceededError",
     "CloudexecError",
     "ConfigError",
+    "DependencyError",
     "InitializerError",
     "LaunchError",
     "PayloadError",
     "PayloadTooLargeError",
     "ProtocolError",
     "RemoteTraceback",
+    "StageError",
     "TaskTimeoutError",
     "WorkerLostError",
 ]
@@ -184,6 +188,35 @@ class TaskTimeoutError(CloudexecError, TimeoutError):
         self.worker_id = worker_id
         self.seconds = seconds
         self.output = output
+
+
+class DependencyError(CloudexecError):
+    """A future among the arguments of a call failed, so the call was not run.
+
+    What failed in the first place is the ``__cause__``, however many calls lie between.
+
+    Attributes:
+        dependency: Where among the call's arguments the future stands: ``"argument 0"``,
+            ``"argument 1, item 7"``, ``"keyword 'scale'"``.
+        stage: The name of the stage that failed, where that is one of a graph.
+    """
+
+    def __init__(self, message: str = "", *, dependency: str = "", stage: str = "") -> None:
+        super().__init__(message)
+        self.dependency = dependency
+        self.stage = stage
+
+
+class StageError(CloudexecError):
+    """A stage of a graph failed; what it raised is the ``__cause__``.
+
+    Attributes:
+        stage: Its name.
+    """
+
+    def __init__(self, message: str = "", *, stage: str = "") -> None:
+        super().__init__(message)
+        self.stage = stage
 
 
 class PayloadError(CloudexecError, pickle.PicklingError):

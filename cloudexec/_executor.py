@@ -22,10 +22,10 @@ from cloudexec._launchers.base import Cost
 from cloudexec._stats import ExecutorStats
 
 if TYPE_CHECKING:
-    from cloudexec._functions import FunctionTable
+    from cloudexec._functions import Function, FunctionTable
     from cloudexec._launchers.base import Launcher
     from cloudexec._progress import ProgressBar
-    from cloudexec._server.driver import Driver
+    from cloudexec._server.driver import Driver, Submission
 
 __all__ = ["BatchExecutor"]
 
@@ -56,6 +56,27 @@ class _Base(Executor):
             BrokenBatchExecutor: If the executor is broken.
         """
         return self._executor._submit(fn, args, kwargs, self._options)
+
+    def _prepare(self, fn: Callable[..., T]) -> Callable[..., BatchFuture[T]]:
+        """Pickle a callable once, and return what submits calls of it; for graphs.
+
+        Returns:
+            Takes the arguments, the keyword arguments, and a label for the future.
+        """
+        executor, options = self._executor, self._options
+        if executor._driver is None:
+            executor._start()
+        executor._check_open()
+        assert executor._table is not None
+        try:
+            function = executor._table.numbered(fn)
+        except Exception as exc:
+            raise _pickling_error(fn, exc) from exc
+
+        def submit(args: tuple[Any, ...], kwargs: Mapping[str, Any], label: str) -> BatchFuture[T]:
+            return executor._submit(fn, args, kwargs, options, function, label)
+
+        return submit
 
     def map(
         self,
@@ -361,6 +382,8 @@ class BatchExecutor(_Base):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         options: TaskOptions,
+        function: Function | None = None,
+        label: str = "",
     ) -> BatchFuture[T]:
         driver = self._driver
         if driver is None:
@@ -370,8 +393,13 @@ class BatchExecutor(_Base):
         future: BatchFuture[T] = BatchFuture(driver)
         table = self._table
         assert table is not None
+        if label:
+            future._label = label
         try:
-            function, kind, payload = table.call(fn, args, kwargs)  # type: ignore[arg-type]
+            if function is None:
+                function, kind, payload = table.call(fn, args, kwargs)  # type: ignore[arg-type]
+            else:
+                kind, payload = function.kind, _dumps_arguments(args, kwargs)
         except Exception as exc:
             future.set_exception(_pickling_error(fn, exc))
             return future
@@ -379,10 +407,14 @@ class BatchExecutor(_Base):
             next(self._numbers), kind, future, function, payload, options.retries, options.timeout
         )
         future._task = task
+        if type(payload) is not bytes:
+            _hold_back(task, fn, args, kwargs)
         with self._lock:
             # Under the lock: nothing may come into the inbox behind the request to shut down.
             if self._shut_down:
                 self._check_open()
+            if task.needs is not None:
+                driver.dependencies.prepare()
             driver.post(task)
         return future
 
@@ -433,6 +465,8 @@ class BatchExecutor(_Base):
                     next(numbers), function.kind, future, function, payload, retries, timeout
                 )
                 future._task = task
+                if type(payload) is not bytes and _hold_back(task, fn, args, {}):
+                    driver.dependencies.prepare()
                 tasks.append(task)
                 if len(tasks) >= 256:
                     flush()
@@ -606,6 +640,26 @@ def _submission() -> Any:
     return Submission
 
 
+def _dumps_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    from cloudexec import _payload
+
+    return _payload.dumps_arguments(args, dict(kwargs))
+
+
+def _hold_back(
+    task: Submission, fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Make a task wait for the futures among its arguments, if there are any."""
+    from cloudexec._payload import Unfinished
+    from cloudexec._server.dependencies import hold_back
+
+    payload: Any = task.payload
+    if type(payload) is not Unfinished:
+        return False  # it is just large
+    hold_back(task, payload, _name(fn), args, kwargs)
+    return True
+
+
 def _usable_cpus() -> int:
     try:
         return len(os.sched_getaffinity(0)) or 1
@@ -649,10 +703,12 @@ def _kill(driver: Driver) -> None:
     driver.post(ShutdownRequested(cancel=True, kill=True))
 
 
-def _wait_for_end(driver: Driver) -> None:
+def _wait_for_end(driver: Driver, *, at_exit: bool = False) -> None:
     if driver.portal.is_this_thread:
         return
     try:
+        if at_exit:
+            _outlast(driver)
         driver.finished.wait()
     except BaseException:
         _kill(driver)
@@ -660,6 +716,34 @@ def _wait_for_end(driver: Driver) -> None:
         raise
     driver.join()
     _drivers.pop(driver, None)
+
+
+def _outlast(driver: Driver) -> None:
+    """Wait for the end, but not for futures that nobody is left to complete."""
+    waited = 0.0
+    while not driver.finished.wait(_EXIT_LOOK):
+        foreign = list(driver.dependencies.foreign)
+        if not foreign or driver.machine.open_tasks:
+            waited = 0.0
+            continue
+        waited += _EXIT_LOOK
+        main = threading.main_thread()
+        alone = not any(driver.machine.open_tasks for driver in _drivers) and all(
+            thread.daemon or thread is main for thread in threading.enumerate()
+        )
+        if not alone and any(future.running() for future in foreign):
+            continue
+        if waited >= (_EXIT_ALONE if alone else _EXIT_PATIENCE):
+            driver.portal.post(driver.dependencies.give_up_foreign)
+            waited = 0.0
+
+
+_EXIT_LOOK = 0.25
+"""Seconds between two looks at what the interpreter's end still waits for."""
+_EXIT_ALONE = 1.0
+"""Seconds in which a future of somebody else must be done once all other work is."""
+_EXIT_PATIENCE = 30.0
+"""The same while other threads are there, which may be about to begin with it."""
 
 
 def _at_exit() -> None:
@@ -673,7 +757,7 @@ def _at_exit() -> None:
         else:
             _collected(driver)
     for driver in list(_drivers):
-        _wait_for_end(driver)
+        _wait_for_end(driver, at_exit=True)
 
 
 def _forget_after_fork() -> None:

@@ -24,7 +24,7 @@ import cloudpickle
 
 from cloudexec import _payload
 from cloudexec._core.tasks import Kind
-from cloudexec._payload import Parts, Payload
+from cloudexec._payload import Parts, Payload, Unfinished
 
 __all__ = ["Function", "FunctionTable"]
 
@@ -201,12 +201,13 @@ class FunctionTable:
 
     def call(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Function | None, Kind, Payload]:
+    ) -> tuple[Function | None, Kind, Payload | Unfinished]:
         """Pickle a call.
 
         Returns:
             The function if it is numbered, the kind of task, and the payload: of the arguments, or
-            where the function is ``None`` of callable and arguments together.
+            where the function is ``None`` of callable and arguments together; unfinished if there
+            are futures in it.
 
         Raises:
             BaseException: Whatever pickling raises.

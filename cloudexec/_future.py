@@ -61,6 +61,9 @@ class BatchFuture(Future[T]):
         "_worker_id",
     )
 
+    _label = ""
+    """The name of the stage that it stands for, in a graph: set on few, so not in a slot."""
+
     def __init__(self, owner: Owner | None = None) -> None:
         # The base class's __init__ is left out on purpose: it would make what this class avoids.
         self._lock = threading.RLock()

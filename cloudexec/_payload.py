@@ -18,14 +18,25 @@ import struct
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from types import NoneType
 from typing import Any
 
 import cloudpickle
 
+from cloudexec import _inputs
 from cloudexec._errors import PayloadError, RemoteTraceback
 
-__all__ = ["CHUNK_BYTES", "INLINE_BYTES", "Parts", "Payload", "dumps", "dumps_call", "load_chunks"]
+__all__ = [
+    "CHUNK_BYTES",
+    "INLINE_BYTES",
+    "Parts",
+    "Payload",
+    "Unfinished",
+    "dumps",
+    "dumps_call",
+    "load_chunks",
+]
 
 INLINE_BYTES = 64 * 1024
 """Largest payload that travels inside a control message (gRPC moves small messages whole)."""
@@ -81,15 +92,52 @@ class Parts:
 Payload = bytes | Parts
 
 
+class Unfinished:
+    """A call that was pickled with placeholders for the futures among its arguments.
+
+    Attributes:
+        payload: The pickle; it cannot be unpickled alone.
+        futures: Whose results belong in the placeholders, by index. Each stands here once, however
+            often it stands among the arguments.
+    """
+
+    __slots__ = ("futures", "payload")
+
+    def __init__(self, payload: Payload, futures: list[Future[Any]]) -> None:
+        self.payload = payload
+        self.futures = futures
+
+
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle's, but arrays arrive writeable, as they do through a process pool."""
 
+    futures: list[Future[Any]] | None = None
+    """Those met so far, where futures may be arguments; ``None``: they may not."""
+
     def reducer_override(self, obj: Any) -> Any:
-        if type(obj).__module__ == "numpy" and type(obj).__name__ == "ndarray":
+        kind = type(obj)
+        if kind.__module__ == "numpy" and kind.__name__ == "ndarray":
             if not obj.flags.writeable:
                 return obj.copy().__reduce_ex__(5)
             return NotImplemented
+        if issubclass(kind, Future):
+            return self._place(obj)
         return super().reducer_override(obj)
+
+    def _place(self, future: Future[Any]) -> Any:
+        """Pickle a future: as its value, if that is at hand, or as a placeholder."""
+        futures = self.futures
+        if futures is None:
+            raise TypeError(
+                "a future cannot be sent: pass it as an argument of submit(), and the call gets "
+                "its value, or pass its result()"
+            )
+        # Bytes that nobody has decoded yet are better passed on as they are.
+        decoded = getattr(future, "_decode", None) is None
+        if future.done() and decoded and not future.cancelled() and future.exception() is None:
+            return _inputs.same, (future.result(),)
+        futures.append(future)
+        return _inputs.take, (len(futures) - 1,)
 
 
 class _Collector:
@@ -161,21 +209,33 @@ def _is_plain(values: tuple[Any, ...]) -> bool:
     return True
 
 
-def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Payload:
+def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Payload | Unfinished:
     """Pickle a call's arguments: a tuple, or a list of tuple and dict where there are keywords."""
     if not kwargs:
         if _is_plain(args):
             return pickle.dumps(args, 5)
-        return dumps(args)
-    return dumps([args, kwargs])
+        return _dumps_unfinished(args)
+    return _dumps_unfinished([args, kwargs])
+
+
+def _dumps_unfinished(obj: object) -> Payload | Unfinished:
+    """Pickle what may have futures in it: the pickler comes by every object anyway."""
+    collector = _Collector()
+    pickler = Pickler(collector, protocol=5, buffer_callback=collector.take_buffer)
+    futures: list[Future[Any]] = []
+    pickler.futures = futures
+    pickler.dump(obj)
+    return Unfinished(collector.payload(), futures) if futures else collector.payload()
 
 
 _TOGETHER = struct.Struct("<I")
 
 
-def dumps_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
+def dumps_call(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Payload | Unfinished:
     """Pickle a whole call together, so that what callable and arguments share stays shared."""
-    return dumps((fn, args, kwargs))
+    return _dumps_unfinished((fn, args, kwargs))
 
 
 class _RecordReader:

@@ -1,17 +1,26 @@
-"""A progress bar over futures, drawn by rich."""
+"""Progress bars over futures, drawn by rich."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from cloudexec._future import BatchFuture
 
-__all__ = ["ProgressBar"]
+__all__ = ["ProgressBar", "StageBars"]
 
 
 class ProgressBar:
@@ -49,4 +58,45 @@ class ProgressBar:
 
     def close(self) -> None:
         """Draw it for the last time."""
+        self._progress.stop()
+
+
+class StageBars:
+    """Counts the calls of a graph as they finish: one bar for each stage, on standard error.
+
+    Args:
+        totals: Calls of each stage, by name.
+    """
+
+    def __init__(self, totals: Mapping[str, int]) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._bars = {
+            name: self._progress.add_task(escape(name), total=total)
+            for name, total in totals.items()
+        }
+        self._progress.start()
+
+    def watch(self, stage: str, future: BatchFuture[Any]) -> None:
+        """Count a call when it is done."""
+        future.add_done_callback(partial(self._on_done, self._bars[stage]))
+
+    def _on_done(self, bar: TaskID, future: object) -> None:
+        # Not asked how it ended: that would unpickle results that only other calls need.
+        self._progress.advance(bar)
+
+    def close(self, *, complete: bool) -> None:
+        """Draw them for the last time.
+
+        Args:
+            complete: All calls are done: the last ones may not have been counted yet.
+        """
+        if complete:
+            for bar in self._progress.tasks:
+                self._progress.update(bar.id, completed=bar.total)
         self._progress.stop()

@@ -17,6 +17,8 @@ __all__ = ["ExecutorStats", "TaskCounts", "WorkerCounts"]
 class TaskCounts:
     """Tasks by state; a task is in one of them."""
 
+    held: int = 0
+    """Waiting for the results of others, which are among their arguments."""
     waiting: int = 0
     """Not sent to a worker yet."""
     sent: int = 0
@@ -39,7 +41,7 @@ class WorkerCounts:
     lost: int = 0
     """Since the start."""
     reclaimed: int = 0
-    """Of these, how many their platform took back."""
+    """Taken back by their platform, since the start; those that handed all back are not lost."""
     launched: int = 0
     """Asked for since the start."""
     slots: int = 0
@@ -87,6 +89,7 @@ class ExecutorStats:
                 running += task.state is TaskState.RUNNING
         return cls(
             tasks=TaskCounts(
+                held=len(machine.held),
                 waiting=machine.waiting,
                 sent=sent,
                 running=running,

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -35,7 +36,9 @@ MAY_IMPORT = {
     "_launchers": {"_aws", "_config", "_enrolment"},
     "_aws": {"_config", "_enrolment"},
     "worker": {"_direct", "_enrolment", "_payload", "_proto", "_wire"},
-    "_payload": set(),
+    "_graph": {"_config", "_executor", "_future", "_progress"},
+    "_inputs": set(),
+    "_payload": {"_inputs"},
     "_functions": {"_payload", "_core"},
     "_future": set(),
     "_config": set(),
@@ -90,7 +93,7 @@ def test_what_is_exported_is_listed_sorted_and_named_after_the_package() -> None
     public = {
         name
         for name, value in vars(cloudexec).items()
-        if not name.startswith("_") and isinstance(value, type)
+        if not name.startswith("_") and isinstance(value, type | FunctionType)
     }
     assert list(cloudexec.__all__) == sorted(cloudexec.__all__)
     assert public == set(cloudexec.__all__)
@@ -98,9 +101,13 @@ def test_what_is_exported_is_listed_sorted_and_named_after_the_package() -> None
         assert getattr(cloudexec, name).__module__ == "cloudexec", name
 
 
+def _is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseException)
+
+
 @pytest.mark.parametrize(
     "name",
-    [n for n in cloudexec.__all__ if issubclass(getattr(cloudexec, n), BaseException)],
+    [name for name in cloudexec.__all__ if _is_error(getattr(cloudexec, name))],
 )
 def test_errors_survive_pickling(name: str) -> None:
     """Every error comes back with its type, its words and its attributes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cloudexec._aws.requests import RECLAIM_REASONS
 
@@ -38,12 +38,14 @@ class JobEnd:
         container_reason: The container's.
         exit_code: The container's, or ``None``.
         log_tail: The last lines it wrote.
+        retried: Whether AWS starts it again by itself.
     """
 
     status_reason: str = ""
     container_reason: str = ""
     exit_code: int | None = None
     log_tail: str = ""
+    retried: bool = False
 
     @property
     def reclaimed(self) -> bool:
@@ -94,6 +96,13 @@ def cause_of_end(end: JobEnd) -> Cause:
         AWS Batch User Guide, "Troubleshooting"; Amazon ECS Developer Guide, "Stopped tasks error
         messages".
     """
+    cause = _cause_of_end(end)
+    if end.retried:
+        return replace(cause, text=f"{cause.text} (AWS tries it again)", fatal=False)
+    return cause
+
+
+def _cause_of_end(end: JobEnd) -> Cause:
     said = " | ".join(filter(None, (end.status_reason, end.container_reason)))
     if "Container Overrides length" in said:
         return Cause(
@@ -236,7 +245,7 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
         return Cause(
             text=f"{statuses['STARTING']} workers have a place and start (the image is pulled)"
         )
-    if statuses.get("RUNNING"):
+    if statuses.get("RUNNING", 0) > 0:
         return Cause(
             text=f"{statuses['RUNNING']} workers run, and have not dialed back yet",
             remedy=(

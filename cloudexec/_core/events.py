@@ -21,7 +21,10 @@ __all__ = [
     "ResultsReceived",
     "ShutdownRequested",
     "TasksCancelled",
+    "TasksDropped",
+    "TasksHeld",
     "TasksRecalled",
+    "TasksReleased",
     "TasksStarted",
     "TasksSubmitted",
     "WorkerConnected",
@@ -58,6 +61,27 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class TasksSubmitted:
     """Somebody submitted tasks."""
+
+    tasks: Sequence[Task]
+
+
+@dataclass(frozen=True, slots=True)
+class TasksHeld:
+    """Somebody submitted tasks that depend on what is not there yet; their state says so."""
+
+    tasks: Sequence[Task]
+
+
+@dataclass(frozen=True, slots=True)
+class TasksReleased:
+    """What held tasks depend on is there."""
+
+    tasks: Sequence[Task]
+
+
+@dataclass(frozen=True, slots=True)
+class TasksDropped:
+    """What held tasks depend on will never be there: they have failed."""
 
     tasks: Sequence[Task]
 
@@ -166,12 +190,14 @@ class LaunchFailed:
     Attributes:
         fatal: Trying again cannot help.
         killed: It was killed from outside, which says nothing about the settings.
+        reclaimed: Its platform had no place for it, and it may have one elsewhere.
     """
 
     launch: str
     reason: str
     fatal: bool = False
     killed: bool = False
+    reclaimed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +227,9 @@ class DeadlinePassed:
 
 Event = (
     TasksSubmitted
+    | TasksHeld
+    | TasksReleased
+    | TasksDropped
     | TasksCancelled
     | TasksRecalled
     | WorkerConnected

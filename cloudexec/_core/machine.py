@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from cloudexec._config import ServerConfig
@@ -37,7 +37,10 @@ from cloudexec._core.events import (
     ResultsReceived,
     ShutdownRequested,
     TasksCancelled,
+    TasksDropped,
+    TasksHeld,
     TasksRecalled,
+    TasksReleased,
     TasksStarted,
     TasksSubmitted,
     WorkerConnected,
@@ -55,6 +58,7 @@ __all__ = ["Machine"]
 
 _WAITING, _SENT = TaskState.WAITING, TaskState.SENT
 _RUNNING, _DONE = TaskState.RUNNING, TaskState.DONE
+_HELD = TaskState.HELD
 
 _REBALANCE_AFTER = 0.1
 """Seconds between looks at whether one worker sits on tasks that another could run."""
@@ -85,7 +89,9 @@ class Machine:
         self.launches: dict[str, Launch] = {}
         self.counts: Counter[str] = Counter()
         self.open_tasks = 0
-        """Tasks that are not done: waiting, sent or running."""
+        """Tasks that are not done, nor held: waiting, sent or running."""
+        self.held: dict[Task, None] = {}
+        """Tasks that wait for what they depend on: no demand, but they are to be finished."""
         self.shutting_down = False
         self.killing = False
         self.finished = False
@@ -106,6 +112,9 @@ class Machine:
         self._out: list[Command] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             TasksSubmitted: self._on_submitted,
+            TasksHeld: self._on_held,
+            TasksReleased: self._on_released,
+            TasksDropped: self._on_dropped,
             TasksCancelled: self._on_cancelled,
             TasksRecalled: self._on_recalled,
             WorkerConnected: self._on_connected,
@@ -154,16 +163,34 @@ class Machine:
     # Tasks come and go.
 
     def _on_submitted(self, event: TasksSubmitted, now: float) -> None:
+        self.counts["submitted"] += len(event.tasks)
+        self._enqueue(event.tasks)
+
+    def _on_held(self, event: TasksHeld, now: float) -> None:
+        self.counts["submitted"] += len(event.tasks)
+        self.held.update(dict.fromkeys(event.tasks))
+
+    def _on_released(self, event: TasksReleased, now: float) -> None:
+        released = [task for task in event.tasks if task.state is _HELD]
+        for task in released:
+            del self.held[task]
+            task.state = _WAITING
+        self._enqueue(released)
+
+    def _on_dropped(self, event: TasksDropped, now: float) -> None:
+        for task in event.tasks:
+            if task.state is not _DONE:
+                self._close(task, "failed")
+
+    def _enqueue(self, tasks: Sequence[Task]) -> None:
         if len(self.queues) == 1:
-            self.queues[0].extend(event.tasks)
+            self.queues[0].extend(tasks)
         else:
-            for task in event.tasks:
+            for task in tasks:
                 self._enter(task)
                 self.queues[task.rung].append(task)
-        count = len(event.tasks)
-        self._waiting += count
-        self.open_tasks += count
-        self.counts["submitted"] += count
+        self._waiting += len(tasks)
+        self.open_tasks += len(tasks)
 
     def _on_cancelled(self, event: TasksCancelled, now: float) -> None:
         leases: dict[str, list[int]] = {}
@@ -225,6 +252,11 @@ class Machine:
             queue.clear()
 
     def _close(self, task: Task, how: str) -> None:
+        if task.state is _HELD:
+            del self.held[task]
+            task.state = _DONE
+            self.counts[how] += 1
+            return
         if task.state is _WAITING:
             self._waiting -= 1
         if len(self.queues) > 1:
@@ -475,7 +507,7 @@ class Machine:
             self._count_failed_launch(str(detail), now, fatal=False, killed=True)
 
     def _on_launch_failed(self, event: LaunchFailed, now: float) -> None:
-        if self._end_launch(event.launch):
+        if self._end_launch(event.launch) and not event.reclaimed:
             self._count_failed_launch(event.reason, now, fatal=event.fatal, killed=event.killed)
 
     def _on_launches_refused(self, event: LaunchesRefused, now: float) -> None:
@@ -498,12 +530,13 @@ class Machine:
             self._launch_not_before = now + pause
             self._remind(self._launch_not_before)
             return
-        # What workers that are there can do is not given up.
-        active = [w.rung for w in self.workers.values() if w.state is WorkerState.ACTIVE]
-        served = max(active, default=-1) + 1
+        # What workers that are there, or may still come, can do is not given up.
+        rungs = [w.rung for w in self.workers.values() if w.state is WorkerState.ACTIVE]
+        rungs += [launch.rung for launch in self.launches.values()]
+        served = max(rungs, default=-1) + 1
         hopeless = self.queues[served:]
         tasks = [task for queue in hopeless for task in queue if task.state is _WAITING]
-        if active and not tasks:
+        if served and not tasks:
             self._launch_not_before = now + _LATER
             self._remind(self._launch_not_before)
             return
@@ -516,7 +549,7 @@ class Machine:
             self._out.append(FailTasksUnlaunched(tasks, reason, self._events))
 
     def _scale(self, now: float) -> None:
-        if self.shutting_down and (self.killing or not self.open_tasks):
+        if self.shutting_down and (self.killing or not (self.open_tasks or self.held)):
             self._wind_down()
             return
         if now < self._launch_not_before or self.refusing:
@@ -582,7 +615,7 @@ class Machine:
         if not (event.cancel or event.kill):
             return
         self.killing = self.killing or event.kill
-        dropped = self.waiting_tasks()
+        dropped = [*self.waiting_tasks(), *self.held]
         self._clear_queues()
         recalls: dict[str, list[int]] = {}
         for worker in self.workers.values():
@@ -610,7 +643,7 @@ class Machine:
                 self._out.append(command(worker.id, self._events))
             elif self.killing and worker.leases:
                 self._out.append(TerminateWorker(worker.id, self._events))
-        if not self.workers and not self.open_tasks and not self.finished:
+        if not (self.workers or self.open_tasks or self.held or self.finished):
             self.finished = True
             self._out.append(Finish(self._events))
 
@@ -759,6 +792,8 @@ class Machine:
         assert self._active_slots == active + starting, "the count of active slots is off"
         assert self._total_slots == total, "the count of slots is off"
         assert total <= self.config.scaling.max_slots, "more slots than max_workers"
+        assert all(task.state is _HELD for task in self.held), "a held task is in another state"
         if self.finished:
             assert not self.open_tasks, "finished with tasks left"
+            assert not self.held, "finished with held tasks left"
             assert not self.workers, "finished with workers left"

@@ -16,6 +16,8 @@ LEAST_SECONDS = 10e-6
 class TaskState(enum.Enum):
     """Where a task is. One of its states, always."""
 
+    HELD = "held"
+    """Waits for what it depends on; not in the queue."""
     WAITING = "waiting"
     """In the queue."""
     SENT = "sent"
@@ -27,6 +29,7 @@ class TaskState(enum.Enum):
 
 
 TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
+    TaskState.HELD: frozenset({TaskState.WAITING, TaskState.DONE}),
     TaskState.WAITING: frozenset({TaskState.SENT, TaskState.RUNNING, TaskState.DONE}),
     TaskState.SENT: frozenset({TaskState.WAITING, TaskState.RUNNING, TaskState.DONE}),
     TaskState.RUNNING: frozenset({TaskState.WAITING, TaskState.DONE}),

@@ -178,13 +178,16 @@ class Launcher(Protocol):
         """Say whether workers are elsewhere, so that a Unix socket will not do."""
         return False
 
-    async def start(self, executor_id: str, listen: str, advertise: str) -> Network:
-        """Prepare; called once, before anything else.
+    async def start(
+        self, executor_id: str, listen: str, advertise: str, launch_timeout: float
+    ) -> Network:
+        """Prepare; called once, before anything else. If it raises, ``close`` is not called.
 
         Args:
             executor_id: Whose launcher this now is.
             listen: What the user wants to be listened on, or an empty string.
             advertise: What the user wants workers to dial, or an empty string.
+            launch_timeout: Seconds in which a worker has to dial back.
 
         Raises:
             CloudexecError: If nothing could be launched.
@@ -208,7 +211,7 @@ class Launcher(Protocol):
         """
 
     def terminate(self, launch_ids: Sequence[str]) -> None:
-        """Stop workers at once; nothing happens to those that have ended."""
+        """Stop workers at once, those of one decision together; some may have ended."""
 
     def key_of(self, launch_id: str) -> bytes | None:
         """Return the key that this launch has; ``None``: the executor's."""

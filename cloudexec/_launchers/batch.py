@@ -149,7 +149,9 @@ class Batch(Launcher):
         """Workers are elsewhere."""
         return True
 
-    async def start(self, executor_id: str, listen: str, advertise: str) -> Network:
+    async def start(
+        self, executor_id: str, listen: str, advertise: str, launch_timeout: float
+    ) -> Network:
         """Read the profile and the key, and find the address that workers dial.
 
         Raises:
@@ -163,8 +165,14 @@ class Batch(Launcher):
             from cloudexec._errors import LaunchError
 
             raise LaunchError("this Batch(...) serves an executor already: make one for each")
-        self._fleet = Fleet(self, executor_id)
-        return await self._fleet.start(listen, advertise)
+        fleet = Fleet(self, executor_id)
+        try:
+            network = await fleet.start(listen, advertise, launch_timeout)
+        except BaseException:
+            await fleet.close()
+            raise
+        self._fleet = fleet
+        return network
 
     def launch(
         self,

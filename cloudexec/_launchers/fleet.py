@@ -64,6 +64,12 @@ _TERMINATE_PATIENCE = 30.0
 _LOOK_UP_PAUSE = 1.0
 """Seconds before a job whose submission went unanswered is looked up: lists lag a little."""
 _RECLAIMS_BEFORE_ON_DEMAND = 3
+_RECLAIMED_SHARE = 0.25
+"""Of all Spot workers launched so far: one wave among many is no reason to leave."""
+_SPOT_PATIENCE = 60.0
+"""Seconds for which ``spot="prefer"`` waits for spare capacity, or a third of ``launch_timeout``"""
+_SPOT_PAUSE = 600.0
+"""Seconds in which it is not asked for again."""
 _STOP_SECONDS = 30.0
 """What it takes to stop a worker: the time between SIGTERM and SIGKILL."""
 _LOG_LINES = 20
@@ -86,7 +92,8 @@ class _Member:
         spent: Seconds that earlier attempts cost.
         attempts: Attempts that have ended.
         lost_at: When its session ended unexpectedly, and nobody knows why yet.
-        ended: Whether it is over.
+        ended: Whether it is over for the executor.
+        gone: Whether it is over for AWS too, as far as that can be known.
     """
 
     index: int
@@ -97,6 +104,7 @@ class _Member:
     attempts: int = 0
     lost_at: float | None = None
     ended: bool = False
+    gone: bool = False
 
 
 @dataclass(slots=True)
@@ -115,6 +123,8 @@ class _Job:
         id: AWS's; empty until then.
         statuses: How many of its workers are in which state.
         reason: What it says of itself while it waits.
+        unanswered: Whether a submission may have reached AWS whose answer never came.
+        terminated: Whether it is not needed any more.
     """
 
     first: int
@@ -129,6 +139,7 @@ class _Job:
     id: str = ""
     statuses: Counter[str] = field(default_factory=Counter)
     reason: str = ""
+    unanswered: bool = False
     terminated: bool = False
 
     @property
@@ -163,7 +174,10 @@ class Fleet:
         self._submitting: set[asyncio.Task[Any]] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._launch_timeout = settings.launch_timeout
         self._reclaims = 0
+        self._no_spot_until = float("-inf")
         self._ends: list[JobEnd] = []
         self._diagnosed_at = float("-inf")
         self._unreachable = False
@@ -172,7 +186,8 @@ class Fleet:
 
     # The start.
 
-    async def start(self, listen: str, advertise: str) -> Network:
+    async def start(self, listen: str, advertise: str, launch_timeout: float) -> Network:
+        self._launch_timeout = launch_timeout
         settings = self._settings
         if settings.profile is not None:
             self._profile = await asyncio.to_thread(Profile.load, settings.profile)
@@ -230,9 +245,7 @@ class Fleet:
         on_end: Callable[[str, LaunchEnd], None],
     ) -> None:
         settings = self._settings
-        spot = bool(settings.spot) and not (
-            settings.spot == "prefer" and self._reclaims >= _RECLAIMS_BEFORE_ON_DEMAND
-        )
+        spot = bool(settings.spot) and not (settings.spot == "prefer" and self._spot_is_scarce)
         size = settings.sizes[requests[0].rung]
         price = self._price(requests[0].rung, spot)
         at = 0
@@ -264,6 +277,14 @@ class Fleet:
             len(requests) * price.per_hour,
             price.table,
         )
+
+    @property
+    def _spot_is_scarce(self) -> bool:
+        """Whether spare capacity did not come, or was taken back more often than it is worth."""
+        if time.monotonic() < self._no_spot_until:
+            return True
+        workers = sum(len(job.members) for job in self._jobs if job.spot)
+        return self._reclaims >= max(_RECLAIMS_BEFORE_ON_DEMAND, workers * _RECLAIMED_SHARE)
 
     def _price(self, rung: int, spot: bool) -> WorkerPrice:
         settings = self._settings
@@ -298,6 +319,8 @@ class Fleet:
         except Exception as exc:
             if not isinstance(exc, CloudexecError):
                 _logger.exception("internal error while submitting jobs")
+            if job.unanswered and not job.id:
+                await self._terminate_unanswered(job)
             transient = isinstance(exc, AwsError) and (exc.transient or exc.expired)
             self.explanation = f"AWS Batch took no jobs: {exc}"
             for launch_id in list(job.members):
@@ -305,7 +328,7 @@ class Fleet:
             return
         job.api = time.monotonic() - job.asked_at
         if job.terminated or self.closed:
-            await self._terminate_jobs([job.id], "it is not needed any more")
+            await self._terminate_whole([job], "it is not needed any more")
         elif self._watcher is None:
             self._watcher = self._spawn(self._watch())
         self._look.set()
@@ -325,6 +348,7 @@ class Fleet:
             retry=tenacity.retry_if_exception(worth_it),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=15.0),
             stop=tenacity.stop_after_delay(_SUBMIT_PATIENCE),
+            sleep=self._nap,
             reraise=True,
         )
         async for one in retrying:
@@ -334,6 +358,11 @@ class Fleet:
                     self.explanation = ""
                 return result
         raise AssertionError("tenacity returned without a result")
+
+    async def _nap(self, seconds: float) -> None:
+        """Sleep, but not past the end."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), seconds)
 
     async def _find_definition(self) -> str:
         async with self._defining:
@@ -415,7 +444,7 @@ class Fleet:
         if self.closed or job.terminated:
             raise LaunchError("the executor has shut down")
         assert self._clients is not None
-        if job.api is not None:  # an earlier try may have reached AWS
+        if job.unanswered:
             await asyncio.sleep(_LOOK_UP_PAUSE)
             found = await self._find_job(job)
             if found:
@@ -425,7 +454,7 @@ class Fleet:
             answer = await self._clients.call("batch", "submit_job", once=True, **request)
         except AwsError as exc:
             if exc.transient and not exc.code.startswith(("TooMany", "Throttl")):
-                job.api = 0.0
+                job.unanswered = True
             raise
         job.id = str(answer["jobId"])
 
@@ -440,6 +469,22 @@ class Fleet:
             if summary["jobName"] == job.name:
                 return str(summary["jobId"])
         return ""
+
+    async def _terminate_unanswered(self, job: _Job) -> None:
+        """Find a job that nobody needs any more, if AWS has it, and end it."""
+        try:
+            await asyncio.sleep(_LOOK_UP_PAUSE)
+            job.id = await self._ending(self._find_job, job)
+        except AwsError as exc:
+            _logger.error(
+                "the job %s may have been submitted, and cannot be looked for: %s. `cloudexec stop "
+                "--executor %s` ends it if it is there",
+                job.name,
+                exc,
+                self._executor_id,
+            )
+        if job.id:
+            await self._terminate_whole([job], "it is not needed any more")
 
     def _token(self, job: _Job) -> bytes:
         """The key of one job's workers: whoever reads it can pose as one of them, no more."""
@@ -473,6 +518,7 @@ class Fleet:
         member = job.members[launch_id]
         member.connected = False
         if orderly and not reclaimed:
+            member.gone = True
             self._end(job, launch_id, LaunchEnd("it ended as it was told to"))
         elif not member.ended:
             member.lost_at = time.monotonic()
@@ -516,7 +562,8 @@ class Fleet:
             elif not waiting:
                 pause = _POLL_SLOWEST
             else:
-                pause = min(max(pause, _POLL_WAITING), _POLL_WAITING_LONG)
+                slowest = min(_POLL_WAITING_LONG, self._launch_timeout / 6)
+                pause = min(max(pause, _POLL_WAITING), slowest)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._look.wait(), pause)
                 pause = _POLL_WAITING
@@ -525,6 +572,7 @@ class Fleet:
             try:
                 if alive:
                     await self._inspect(alive)
+                self._leave_spot(alive, time.monotonic())
                 await self._diagnose(alive, time.monotonic())
                 self._unreachable = False
             except AwsError as exc:
@@ -618,14 +666,16 @@ class Fleet:
                 container_reason=end.container_reason,
                 exit_code=end.exit_code,
                 log_tail=await self._log_tail(details),
+                retried=again,
             )
             self._ends = [*self._ends[-4:], end]
             self._diagnosed_at = float("-inf")
-        if end.reclaimed:
-            self._reclaims += job.spot
+        if end.reclaimed and job.spot:
+            self._reclaims += 1
         cause = cause_of_end(end)
         if again and member.lost_at is None:
             return  # it never dialed back, and AWS tries it once more
+        member.gone = over
         self._end(
             job,
             launch_id,
@@ -683,9 +733,11 @@ class Fleet:
         situation = await self._situation(job, missing, now - oldest)
         cause = cause_of_waiting(situation)
         before, self.explanation = self.explanation, str(cause) if cause is not None else ""
-        if cause is not None and cause.fatal and before != self.explanation:
+        if cause is None or not cause.fatal or situation.ends:
+            return  # a worker that ended fails its own launch, and not those that may do better
+        if before != self.explanation:
             self._diagnosed_at -= _DIAGNOSE_EVERY - 1.0  # look again soon
-        elif cause is not None and cause.fatal:
+        else:
             # Seen twice, and waiting does not change it.
             waiting = [
                 launch_id
@@ -694,6 +746,26 @@ class Fleet:
                 if not member.connected and not member.ended
             ]
             self.terminate(waiting, LaunchEnd(self.explanation, fatal=True))
+
+    def _leave_spot(self, jobs: list[_Job], now: float) -> None:
+        """Where it is only preferred, have on demand what waits for spare capacity too long."""
+        for job in jobs:
+            if self._waits_for_spot_in_vain(job, now):
+                _logger.info("no Spot capacity in %.0f s: going on demand", now - job.asked_at)
+                self._no_spot_until = now + _SPOT_PAUSE
+                waiting = [
+                    launch_id
+                    for launch_id, member in job.members.items()
+                    if not member.connected and not member.ended
+                ]
+                self.terminate(waiting, LaunchEnd("there was no Spot capacity", reclaimed=True))
+
+    def _waits_for_spot_in_vain(self, job: _Job, now: float) -> bool:
+        if not job.spot or job.over or self._settings.spot != "prefer":
+            return False
+        waiting = sum(job.statuses[state] for state in ("SUBMITTED", "PENDING", "RUNNABLE"))
+        patience = min(_SPOT_PATIENCE, self._launch_timeout / 3)
+        return waiting > 0 and now - job.asked_at > patience
 
     async def _situation(self, job: _Job, missing: list[_Job], waited: float) -> Situation:
         queues = (await self._call("batch", "describe_job_queues", jobQueues=[job.queue])).get(
@@ -711,6 +783,7 @@ class Fleet:
         statuses: Counter[str] = Counter()
         for each in missing:
             statuses.update(each.statuses)
+        statuses["RUNNING"] -= sum(m.connected for each in missing for m in each.members.values())
         quota = await self._quota(spot=job.spot) if statuses["RUNNABLE"] else None
         return Situation(
             statuses=statuses,
@@ -799,30 +872,38 @@ class Fleet:
             job = self._job_of.get(launch_id)
             if job is not None and not job.members[launch_id].ended:
                 wanted.setdefault(job.first, []).append(launch_id)
-        ids: list[str] = []
+        why = "the executor does not need it any more"
+        whole: list[_Job] = []
         for launches in wanted.values():
             job = self._job_of[launches[0]]
-            left = [launch for launch, member in job.members.items() if not member.ended]
-            if job.spot and not any(job.members[each].connected for each in launches):
-                # Spare capacity did not come in time.
-                self._reclaims += 1
-            if not job.id:
+            members = [job.members[launch_id] for launch_id in launches]
+            left = sum(not member.ended for member in job.members.values())
+            if len(members) >= left:
                 job.terminated = True
-            elif len(left) == len(launches):
-                ids.append(job.id)
-            else:
-                ids += [job.aws_id(job.members[launch_id]) for launch_id in launches]
+                if job.id:
+                    whole.append(job)
+            elif job.id:
+                self._spawn(self._terminate_members(job, members, why))
             for launch_id in launches:
                 self._end(job, launch_id, end)
-        if ids:
-            self._spawn(self._terminate_jobs(ids, "the executor does not need it any more"))
+        if whole:
+            self._spawn(self._terminate_whole(whole, why))
 
-    async def _terminate_jobs(self, ids: Sequence[str], why: str) -> None:
-        """Terminate jobs; what cannot be terminated is said loudly."""
-        assert self._clients is not None
-        reason = f"cloudexec: {why}"
-        client = await self._clients.client("batch")
-        bulk = len(ids) > 1 and hasattr(client, "terminate_jobs")
+    async def _terminate_whole(self, jobs: Sequence[_Job], why: str) -> None:
+        """Terminate jobs with all their workers: one request for each, however large it is."""
+        if await self._terminate_jobs([job.id for job in jobs], why):
+            for job in jobs:
+                for member in job.members.values():
+                    member.gone = True
+
+    async def _terminate_members(self, job: _Job, members: Sequence[_Member], why: str) -> None:
+        """Terminate some workers of a job that goes on."""
+        if await self._terminate_jobs([job.aws_id(member) for member in members], why):
+            for member in members:
+                member.gone = True
+
+    async def _ending(self, call: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
+        """Make a call that serves to end something, and try for a while if it has to be."""
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(
                 lambda exc: isinstance(exc, AwsError) and (exc.transient or exc.expired)
@@ -831,14 +912,31 @@ class Fleet:
             stop=tenacity.stop_after_delay(_TERMINATE_PATIENCE),
             reraise=True,
         )
+        async for attempt in retrying:
+            with attempt:
+                return await call(*args)
+        raise AssertionError("tenacity returned without a result")
+
+    async def _terminate_jobs(self, ids: Sequence[str], why: str) -> bool:
+        """Terminate jobs; what cannot be terminated is said loudly.
+
+        Returns:
+            Whether AWS took it all.
+        """
+        assert self._clients is not None
+        reason = f"cloudexec: {why}"
+        client = await self._clients.client("batch")
+        bulk = len(ids) > 1 and hasattr(client, "terminate_jobs")
 
         async def one(job_id: str) -> None:
-            await retrying(self._call, "batch", "terminate_job", jobId=job_id, reason=reason)
+            await self._ending(
+                lambda: self._call("batch", "terminate_job", jobId=job_id, reason=reason)
+            )
 
         async def many(some: Sequence[str]) -> None:
             try:
-                answer: Any = await retrying(
-                    self._call, "batch", "terminate_jobs", jobs=list(some), reason=reason
+                answer = await self._ending(
+                    lambda: self._call("batch", "terminate_jobs", jobs=list(some), reason=reason)
                 )
             except AwsError as exc:
                 if exc.transient or exc.expired:
@@ -859,28 +957,35 @@ class Fleet:
             _logger.error(
                 "jobs could not be terminated (%s): %s. `cloudexec stop --executor %s` tries "
                 "again; workers that find nobody end by themselves",
-                ", ".join(ids),
+                ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else ""),
                 exc,
                 self._executor_id,
             )
+            return False
+        return True
 
     async def close(self) -> None:
         """Terminate whatever has not ended by itself, and let go of everything."""
         self.closed = True
+        self._closing.set()
         if self._watcher is not None:
             self._watcher.cancel()
         if self._submitting:
             # What is on its way to AWS has to be known, to be ended.
             await asyncio.wait(self._submitting, timeout=_TERMINATE_PATIENCE)
-        left = [job for job in self._jobs if job.id and not job.over]
-        for job in left:
+        for job in self._jobs:
             for launch_id in list(job.members):
                 self._end(job, launch_id, LaunchEnd("the executor has shut down", killed=True))
-        if left:
-            await self._terminate_jobs([job.id for job in left], "the executor has shut down")
         pending = [task for task in self._tasks if task is not self._watcher]
         if pending:
             await asyncio.wait(pending, timeout=_TERMINATE_PATIENCE)
+        left = [
+            job
+            for job in self._jobs
+            if job.id and not all(member.gone for member in job.members.values())
+        ]
+        if left:
+            await self._terminate_whole(left, "the executor has shut down")
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -49,9 +49,11 @@ from cloudexec._launchers.base import (
 )
 from cloudexec._payload import Parts, Payload
 from cloudexec._server.callbacks import CallbackThread
+from cloudexec._server.dependencies import Dependencies, Needs
 from cloudexec._server.direct import Delivered, DirectChannel
 from cloudexec._server.output import OutputThread
 from cloudexec._server.portal import Portal
+from cloudexec._server.splicing import Spliced
 
 __all__ = ["Driver", "Setup", "Submission"]
 
@@ -72,7 +74,7 @@ or its main thread held the GIL, workers were silent through no fault of theirs.
 class Submission(Task):
     """A task with what it takes to send it; ``handle`` is its future."""
 
-    __slots__ = ("function", "payload", "timeout")
+    __slots__ = ("dependents", "function", "needs", "payload", "timeout")
 
     def __init__(
         self,
@@ -97,8 +99,10 @@ class Submission(Task):
         self.suspected = 0
         self.rung = 0
         self.function = function
-        self.payload: Payload | None = payload
+        self.payload: Payload | Spliced | None = payload
         self.timeout = timeout
+        self.needs: Needs | None = None  # what it waits for, if it does
+        self.dependents: list[tuple[Submission, int]] | None = None  # who waits for its result
 
 
 _WAITING = TaskState.WAITING
@@ -159,6 +163,7 @@ class Driver:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._running: set[str] = set()  # launches whose process has not ended
         self._wanted: list[LaunchRequest] = []
+        self._unwanted: list[str] = []
         self._times: dict[str, LaunchTimes] = {}
         self._asked_at: dict[str, float] = {}
         self._connected_at: dict[str, float] = {}  # workers that have returned no result yet
@@ -174,6 +179,7 @@ class Driver:
         self._server: Any = None
         self._closing = False
         self.callbacks = CallbackThread()
+        self.dependencies = Dependencies(self, _decode_result)
         self.output = OutputThread(setup.output) if setup.output != "off" else None
         self._carry_out: dict[type, Callable[[Any], None]] = {
             commands.SendTasks: self._send,
@@ -233,8 +239,13 @@ class Driver:
             LaunchError: If the server cannot listen where it was told to.
         """
         setup = self.setup
+        network = await self._launcher.start(
+            self.executor_id,
+            setup.listen or "",
+            setup.advertise,
+            self.machine.config.scaling.launch_timeout,
+        )
         self._prepared = True
-        network = await self._launcher.start(self.executor_id, setup.listen or "", setup.advertise)
         self.key = network.key or self.key
         listen = network.listen
         if not listen and hasattr(os, "fork"):
@@ -269,6 +280,7 @@ class Driver:
             shutil.rmtree(self._directory, ignore_errors=True)
         if self.output is not None:
             self.output.stop()
+        self.dependencies.stop()
         self.callbacks.stop()
         self.portal.loop.call_soon(self._closed)
 
@@ -278,30 +290,36 @@ class Driver:
         self._woken = False
         inbox = self.inbox
         tasks: list[Submission] = []
+        held: list[Submission] = []
         ended: list[int] = []
         for _ in range(len(inbox)):
             item = inbox.popleft()
             if isinstance(item, Submission):
-                tasks.append(item)
+                (tasks if item.needs is None else held).append(item)
             elif isinstance(item, int):
                 ended.append(item)
             else:
-                if tasks:
-                    self._submitted(tasks)
-                    tasks = []
+                if tasks or held:
+                    self._submitted(tasks, held)
+                    tasks, held = [], []
+                if type(item) is events.TasksCancelled:
+                    self.dependencies.cancelled(item.tasks)  # type: ignore[arg-type]
                 self.feed(item)
-        if tasks:
-            self._submitted(tasks)
+        if tasks or held:
+            self._submitted(tasks, held)
         if ended:
             for session in self.sessions.values():
                 session.forget_functions(ended)
 
-    def _submitted(self, tasks: list[Submission]) -> None:
+    def _submitted(self, tasks: list[Submission], held: list[Submission]) -> None:
         if self.broken is not None:
-            for task in tasks:
+            for task in (*tasks, *held):
                 self._set_exception(task, self._broken_error())
-        else:
+            return
+        if tasks:
             self.feed(events.TasksSubmitted(tasks))
+        if held:
+            self.dependencies.hold(held)
 
     def feed(self, event: Event) -> None:
         """Tell the machine what happened, and do what it says."""
@@ -327,6 +345,8 @@ class Driver:
             # Not in one go past a stall: the clock of the machine may then be behind.
             pause = min(max(deadline - self._now, 0.001), 1.0)
             self._timer = self.portal.loop.call_later(pause, self._on_timer)
+        if self.dependencies.concluded:
+            self.dependencies.settle()
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -385,19 +405,30 @@ class Driver:
             done = future._finish(result, None, _decode_result)
         else:
             done = future._finish(result.value, result.error, None)
-        self._let_go(task, future, done)
+        self._let_go(task, future, done, result)
 
     def _after_output(self, call: Callable[..., object], *args: object) -> None:
         """Call something on the loop once all that was printed so far has been shown."""
         assert self.output is not None
-        self.output.after(lambda: self.portal.post(call, *args))
 
-    def _let_go(self, task: Any, future: BatchFuture[Any], done: bool) -> None:
+        def carry_on() -> None:
+            call(*args)
+            if self.dependencies.concluded:
+                self.dependencies.settle()
+
+        self.output.after(lambda: self.portal.post(carry_on))
+
+    def _let_go(
+        self, task: Any, future: BatchFuture[Any], done: bool, result: object = None
+    ) -> None:
         task.payload = task.function = task.handle = None
         future._task = None
         future._owner = None
         if done and future._has_callbacks():
             self.callbacks.put(future)
+        if task.dependents is not None:
+            dependents, task.dependents = task.dependents, None
+            self.dependencies.conclude(dependents, future, result if done else None)
 
     def _set_exception(self, task: Any, error: BaseException) -> None:
         future = task.handle
@@ -530,7 +561,9 @@ class Driver:
         while not self._closing:
             await asyncio.sleep(1.0)
             launches = self.machine.launches
-            if not launches or not self.machine.waiting:
+            # A few stragglers among many are no reason to worry anybody.
+            few = len(launches) * 10 < len(self.machine.workers)
+            if not launches or not self.machine.waiting or few:
                 continue
             oldest = min(launch.started_at for launch in launches.values())
             waited = self._now - oldest
@@ -541,7 +574,7 @@ class Driver:
             if why and why != self._explained:
                 self._explained = why
                 _logger.warning(
-                    "%s waiting since %.0f s for %s: %s",
+                    "%s waiting, since %.0f s for %s: %s",
                     _count(self.machine.waiting, "task"),
                     waited,
                     _count(len(launches), "worker"),
@@ -576,12 +609,19 @@ class Driver:
             if launch in self._expected_ends:
                 self._lost(self.sessions[worker], end.reason)
         elif not end.relaunched:
-            self.feed(events.LaunchFailed(launch, end.reason, end.fatal, end.killed))
+            self.feed(events.LaunchFailed(launch, end.reason, end.fatal, end.killed, end.reclaimed))
         if not self._running:
             self._all_ended.set()
 
     def _terminate_launch(self, command: commands.TerminateLaunch) -> None:
-        self._launcher.terminate([command.launch])
+        # Those of one answer together: a launcher may end them all with one request.
+        if not self._unwanted:
+            self.portal.loop.call_soon(self._terminate_now)
+        self._unwanted.append(command.launch)
+
+    def _terminate_now(self) -> None:
+        unwanted, self._unwanted = self._unwanted, []
+        self._launcher.terminate(unwanted)
 
     def _drain_worker(self, command: commands.DrainWorker) -> None:
         session = self.sessions.get(command.worker)
@@ -753,7 +793,8 @@ class Driver:
             return
         self.broken = error
         machine = self.machine
-        tasks: list[Any] = [task for task in machine.waiting_tasks() if task.handle is not None]
+        waiting = [*machine.waiting_tasks(), *machine.held]
+        tasks: list[Any] = [task for task in waiting if task.handle is not None]
         for worker in machine.workers.values():
             tasks.extend(task for task in worker.leases.values() if task.handle is not None)
         for task in tasks:
@@ -787,6 +828,8 @@ class Driver:
             except TimeoutError:
                 self._launcher.terminate(list(self._running))
         self._closing = True
+        if self._unwanted:
+            self._terminate_now()
         await self._launcher.close()
         self._sum_up()
         for task in list(self._tasks - {asyncio.current_task()}):
@@ -804,6 +847,7 @@ class Driver:
             self._after_output(shown.set)
             await shown.wait()
             self.output.stop()
+        self.dependencies.stop()
         self.callbacks.stop()
         self.portal.loop.call_soon(self._closed)
 
@@ -834,6 +878,7 @@ class Driver:
             self._direct.join()
         if self.output is not None:
             self.output.join()
+        self.dependencies.join()
         self.callbacks.join()
 
 

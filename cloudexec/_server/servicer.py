@@ -23,6 +23,7 @@ from cloudexec._payload import CHUNK_BYTES, Parts, Payload
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server.direct import Delivered, unpickle_result
 from cloudexec._server.driver import Driver
+from cloudexec._server.splicing import Spliced
 from cloudexec._wire import CHANNEL_OPTIONS, LEASE_KEY, TOKEN_KEY, pack_chunk, unpack_chunk
 
 __all__ = ["start_server"]
@@ -180,6 +181,8 @@ class _Session:
                 functions.append(function.number)
                 if function.number not in self._known:
                     size += self._introduce(message, function)
+            if type(payload) is Spliced:
+                payload = payload.join()
             if type(payload) is not bytes:
                 streamed.append(len(leases))
                 self.payloads[task.lease] = payload

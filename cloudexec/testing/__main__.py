@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from typing import Any
 
 import click
 
@@ -26,11 +27,17 @@ from cloudexec.testing import FakeAWS
 @click.option(
     "--capacity", type=int, default=64, show_default=True, help="Jobs that may run at once."
 )
-def main(mode: str, region: str, capacity: int) -> None:
+@click.option(
+    "--registry",
+    metavar="HOST:PORT",
+    help="A registry on this machine, over plain HTTP, that stands for Amazon ECR.",
+)
+def main(mode: str, region: str, capacity: int, registry: str | None) -> None:
     """Run an emulated AWS with real workers, for trying things out."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        with FakeAWS(mode=mode, region=region, max_running=capacity) as aws:
+        settings: dict[str, Any] = {"mode": mode, "region": region, "registry": registry}
+        with FakeAWS(max_running=capacity, **settings) as aws:
             for name, value in aws.environment.items():
                 click.echo(f"export {name}={value}")
             click.echo("Running; Ctrl-C ends it, and every job in it.", err=True)

@@ -32,6 +32,14 @@ from cloudexec.worker.supervisor import KILLED, Failure, Settings, SlotPool, Wor
 __all__ = ["Address", "Session", "run_worker"]
 
 _CONNECT_TIMEOUT = 30.0
+"""Seconds for which a client elsewhere is dialed: no longer than workers may outlive it."""
+_TRY_TIMEOUT = 10.0
+_RETRIED = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+"""What a busy client or network answers, other than one that does not want us."""
 _BATCH_RESULTS = 2048
 _BATCH_BYTES = 512 * 1024
 _WHY = {
@@ -87,11 +95,11 @@ class Address:
         return f"Address(target={self.target!r}, identity={self.identity!r})"
 
 
-async def _channel(address: Address) -> grpc.aio.Channel:
+async def _channel(address: Address, patience: float) -> grpc.aio.Channel:
     """Open a channel.
 
     Raises:
-        LaunchError: If the client cannot be reached.
+        OSError: If the client cannot be reached.
         ProtocolError: If something else answers there.
     """
     if not address.certificate_sha256:
@@ -102,23 +110,9 @@ async def _channel(address: Address) -> grpc.aio.Channel:
     import ssl
 
     host, _, port = address.target.rpartition(":")
-    deadline = time.monotonic() + _CONNECT_TIMEOUT
-    pause = 0.1
-    while True:
-        left = max(deadline - time.monotonic(), 1.0)
-        try:
-            pem = await asyncio.to_thread(
-                ssl.get_server_certificate, (host.strip("[]"), int(port)), timeout=left
-            )
-            break
-        except OSError as exc:
-            if time.monotonic() + pause > deadline:
-                raise LaunchError(
-                    f"cannot reach the client at {address.target} within {_CONNECT_TIMEOUT:g} s: "
-                    f"{exc}; is it reachable from this network, and its port open?"
-                ) from exc
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, 5.0)
+    pem = await asyncio.to_thread(
+        ssl.get_server_certificate, (host.strip("[]"), int(port)), timeout=patience
+    )
     found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
     if found != address.certificate_sha256:
         raise ProtocolError(
@@ -128,6 +122,44 @@ async def _channel(address: Address) -> grpc.aio.Channel:
     credentials = grpc.ssl_channel_credentials(root_certificates=pem.encode())
     options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", "cloudexec")]
     return grpc.aio.secure_channel(address.target, credentials, options=options)
+
+
+async def _dial(address: Address) -> Session:
+    """Connect and enrol; what the network does not carry at once is tried again for a while.
+
+    Raises:
+        LaunchError: If the client cannot be reached.
+        ProtocolError: If either side refuses the other.
+    """
+    deadline = time.monotonic() + _CONNECT_TIMEOUT
+    pause = 0.1
+    while True:
+        channel = None
+        try:
+            channel = await _channel(address, _TRY_TIMEOUT)
+            session = Session(address, channel)
+            async with asyncio.timeout(_TRY_TIMEOUT):
+                await session.enrol()
+            return session
+        except (OSError, grpc.aio.AioRpcError) as exc:  # a TimeoutError is an OSError
+            reason = exc.details() if isinstance(exc, grpc.aio.AioRpcError) else str(exc)
+            if channel is not None:
+                await channel.close()
+            refused = isinstance(exc, grpc.aio.AioRpcError) and exc.code() not in _RETRIED
+            # On this machine nothing stands between us: who does not answer is not there.
+            near = not address.certificate_sha256
+            if refused or near or time.monotonic() + pause > deadline:
+                raise LaunchError(
+                    f"cannot reach the client at {address.target}: {reason or 'no answer'}; is it "
+                    f"still there, reachable from this network, and its port open?"
+                ) from exc
+        except BaseException:
+            if channel is not None:
+                await channel.close()
+            raise
+        # Not all at once, where hundreds of workers start together.
+        await asyncio.sleep(pause * (0.5 + int.from_bytes(os.urandom(2)) / 65535))
+        pause = min(2 * pause, 4.0)
 
 
 class Session:
@@ -449,6 +481,10 @@ class Session:
             if message.drain:
                 ends.put_nowait("drain")
 
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._channel.close()
+
     def start_draining(self) -> None:
         """Tell the client to send nothing more."""
         self._draining = True
@@ -499,24 +535,19 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         f"cloudexec {_version()}, Python {_enrolment.python_version()}, "
         f"{address.slots} slots; dialing {address.target}"
     )
-    channel = await _channel(address)
-    session = Session(address, channel)
+    session = await _dial(address)
     parent = os.getppid()
     ends: asyncio.Queue[str] = asyncio.Queue()
-    try:
-        async with asyncio.timeout(_CONNECT_TIMEOUT):
-            await session.enrol()
-    except (TimeoutError, grpc.aio.AioRpcError) as exc:
-        await channel.close()
-        raise LaunchError(f"cannot reach the client at {address.target}: {exc}") from exc
     address.say(f"enrolled as {session.welcome.worker_id}")
     modules = ""
     if session.welcome.modules:
         try:
             modules = await session.fetch_modules()
         except grpc.aio.AioRpcError as exc:
-            await channel.close()
-            raise LaunchError(f"the client's modules could not be fetched: {exc}") from exc
+            await session.close()
+            raise LaunchError(
+                f"the client's modules could not be fetched: {exc.details()}"
+            ) from exc
     pool = SlotPool(
         _settings(session.welcome, address, modules),
         session,
@@ -594,7 +625,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
         pool.close()
-        await channel.close()
+        await session.close()
         if modules:
             shutil.rmtree(modules, ignore_errors=True)
         if address.target.startswith("unix:") and not asked:

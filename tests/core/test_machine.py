@@ -37,6 +37,8 @@ from cloudexec._core.events import (
     ResultsReceived,
     ShutdownRequested,
     TasksCancelled,
+    TasksDropped,
+    TasksHeld,
     TasksStarted,
     TasksSubmitted,
     WorkerConnected,
@@ -303,6 +305,55 @@ def test_shutdown_waits_for_tasks_and_finishes_when_the_last_worker_is_gone() ->
     assert machine.handle(DeadlinePassed(), 3.0) == []
 
 
+def held(count: int) -> list[Task]:
+    batch = tasks(count)
+    for task in batch:
+        task.state = TaskState.HELD
+    return batch
+
+
+def test_a_held_task_is_no_demand_until_it_is_released() -> None:
+    """No worker is launched for what cannot begin."""
+    machine = make(max_slots=4, slots_per_worker=1)
+    batch = held(2)
+    assert machine.handle(TasksHeld(batch), 0.0) == []
+    assert machine.open_tasks == 0
+    commands = machine.handle(TasksReleased(batch[:1]), 1.0)
+    assert commands == [LaunchWorker("1", 1, 2)]
+    assert machine.waiting_tasks() == batch[:1]
+    machine.validate()
+
+
+def test_shutdown_waits_for_held_tasks() -> None:
+    """The last result of others and the release of what waited for it are two events."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    (task,), (dependent,) = tasks(1), held(1)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(TasksHeld([dependent]), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    machine.handle(ShutdownRequested(), 0.0)
+    commands = machine.handle(ResultsReceived("w", [task.lease], [b""], [0.0]), 1.0)
+    assert only(commands, DrainWorker) == []
+    commands = machine.handle(TasksReleased([dependent]), 1.0)
+    assert [list(command.tasks) for command in only(commands, SendTasks)] == [[dependent]]
+    commands = machine.handle(ResultsReceived("w", [dependent.lease], [b""], [0.0]), 2.0)
+    assert len(only(commands, DrainWorker)) == 1
+
+
+def test_held_tasks_fail_or_are_cancelled_where_they_are() -> None:
+    """Dropped, cancelled by their user, and cancelled with the executor."""
+    machine = make()
+    batch = held(3)
+    machine.handle(TasksHeld(batch), 0.0)
+    assert machine.handle(TasksDropped(batch[:1]), 0.0) == []
+    assert machine.handle(TasksCancelled(batch[1:2]), 0.0) == []
+    commands = machine.handle(ShutdownRequested(cancel=True), 0.0)
+    assert [list(command.tasks) for command in only(commands, CancelTasks)] == [batch[2:]]
+    assert (machine.counts["failed"], machine.counts["cancelled"]) == (1, 2)
+    assert machine.handle(TasksReleased(batch), 1.0) == []
+    machine.validate()
+
+
 def test_shutdown_with_cancel_keeps_only_what_runs() -> None:
     """Waiting and sent-ahead tasks are cancelled; the running one is waited for."""
     machine = make(max_slots=1, slots_per_worker=1)
@@ -405,7 +456,20 @@ class _World:
                 self.number += 1
                 batch.append(Task(self.number, r.choice(self.kinds), retries=r.randint(0, 2)))
             self.submitted += batch
-            self.tell(TasksSubmitted(batch))
+            if r.random() < 0.3:
+                for task in batch:
+                    task.state = TaskState.HELD
+                self.tell(TasksHeld(batch))
+            else:
+                self.tell(TasksSubmitted(batch))
+        elif choice == 1 and self.machine.held:
+            ready = r.sample(list(self.machine.held), r.randint(1, len(self.machine.held)))
+            if r.random() < 0.7:
+                self.tell(TasksReleased(ready))
+            else:
+                for task in ready:
+                    self.outcome(task, "dropped")
+                self.tell(TasksDropped(ready))
         elif choice == 2 and self.submitted:
             cancelled = r.sample(self.submitted, min(3, len(self.submitted)))
             open_ones = [task for task in cancelled if task.state is not TaskState.DONE]
@@ -486,7 +550,7 @@ def test_any_history_resolves_every_task_exactly_once(seed: int) -> None:
             if leases:
                 answers = ResultsReceived(name, leases, [b""] * len(leases), [0.1] * len(leases))
                 world.tell(answers)
-            elif world.machine.open_tasks == 0 or name in world.drained:
+            elif not (world.machine.open_tasks or world.machine.held) or name in world.drained:
                 del world.workers[name]
                 world.tell(WorkerLost(name, "ended"))
         while world.launched:
@@ -494,6 +558,8 @@ def test_any_history_resolves_every_task_exactly_once(seed: int) -> None:
             world.workers[f"w{launch}"] = {}
             world.tell(WorkerConnected(f"w{launch}", slots, launch))
         world.now += 1.0
+        if world.machine.held:
+            world.tell(TasksReleased(list(world.machine.held)))
         world.tell(DeadlinePassed())
     assert world.finished == 1
     assert sorted(world.outcomes) == [task.number for task in world.submitted]

@@ -349,3 +349,43 @@ def test_wrong_settings_are_refused_with_the_right_ones_named(
     """Before anything is sent to AWS."""
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
         Batch(**{"queue": "q", **settings})
+
+
+def test_a_launcher_that_is_in_use_is_refused_without_harm(aws: Any, launcher: Make) -> None:
+    """The second executor says so, and the first one's workers go on."""
+    batch = launcher()
+    with BatchExecutor(2, launcher=batch) as first:
+        futures = [first.submit(slow_square, n) for n in range(40)]
+        second = BatchExecutor(1, launcher=batch)
+        with pytest.raises(LaunchError, match="serves an executor already"):
+            second.submit(square, 1)
+        second.shutdown()
+        assert [f.result(timeout=60) for f in futures] == [n * n for n in range(40)]
+    with BatchExecutor(1, launcher=batch) as third:
+        assert third.submit(square, 4).result() == 16
+
+
+def test_thousands_of_waiting_workers_end_with_one_request(aws: Any, launcher: Make) -> None:
+    """Children of an array are ended through their parent."""
+    batch = launcher()
+    aws.faults.no_capacity()
+    with BatchExecutor(3000, launcher=batch) as executor:
+        futures = list(map(executor.submit, [square] * 3000, range(3000)))
+        eventually(lambda: len(aws.jobs()) == 3001)
+        executor.shutdown(wait=True, cancel_futures=True)
+        assert all(future.cancelled() for future in futures)
+    assert not unfinished(aws)
+    ends = [r for r in aws.requests if r.operation in ("TerminateJob", "TerminateJobs")]
+    assert len(ends) == 1
+
+
+def test_a_lost_answer_before_the_shutdown_leaves_no_job(aws: Any, launcher: Make) -> None:
+    """What may be there is looked for and ended."""
+    batch = launcher()
+    aws.faults.no_capacity()
+    aws.faults.lose_response("SubmitJob")
+    executor = BatchExecutor(3, launcher=batch)
+    executor.submit(square, 1)
+    eventually(aws.jobs)
+    executor.shutdown(wait=True, cancel_futures=True)
+    assert not unfinished(aws)

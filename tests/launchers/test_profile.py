@@ -207,3 +207,13 @@ def test_the_local_profile_is_this_machine(value: str, monkeypatch: pytest.Monke
     """So that a script can be brought home by the same variable."""
     monkeypatch.setenv("CLOUDEXEC_PROFILE", value)
     assert isinstance(BatchExecutor(1)._launcher, Local)
+
+
+def test_spot_prefer_goes_on_demand_when_there_is_none(aws: Any, profile: Profile) -> None:
+    """Long before the launch counts as failed."""
+    aws.faults.no_capacity(profile.queues["fargate_spot"])
+    batch = Batch(profile="team", spot="prefer")
+    with BatchExecutor(3, launcher=batch, launch_timeout=9.0) as executor:
+        where = executor.submit(lambda: os.environ["AWS_BATCH_JQ_NAME"])
+        assert where.result(timeout=30).startswith("ondemand")
+    eventually(lambda: all(job.status in ("SUCCEEDED", "FAILED") for job in aws.jobs()))

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Executor, as_completed
 
-from cloudexec import BatchExecutor, BatchFuture, ExecutorStats, Local, OptionsView
+from cloudexec import (
+    BatchExecutor,
+    BatchFuture,
+    ExecutorStats,
+    Graph,
+    Local,
+    Node,
+    OptionsView,
+    Stage,
+    run,
+    stage,
+)
 
 
 def area(width: float, height: float = 1.0) -> float:
@@ -28,3 +39,27 @@ def use() -> None:
         executor.submit(area, "wide")  # type: ignore[arg-type]
         executor.submit(area, 1.0, depth=2.0)  # type: ignore[call-arg]
     print(base, list(results), waiting, cancelled)
+
+
+@stage
+def read(path: str) -> list[int]:
+    return [len(path)]
+
+
+@stage(name="sum", timeout=5.0, retries=0)
+def total(values: list[int]) -> int:
+    return sum(values)
+
+
+def use_graph(executor: BatchExecutor) -> None:
+    plain: Stage[[str], list[int]] = read
+    values: Node[list[int]] = read("path")
+    node: Node[int] = total(values)
+    number: int = node.run(executor, progress=True)
+    again: int = run(node, executor.with_options(retries=1))
+    graph = Graph({"sum": node, "all": [values]})
+    everything = graph.run(executor, return_exceptions=True)
+    direct: list[int] = read.function("path")
+    names: list[str] = [each.stage.name for each in graph.nodes]
+    stage(read, timeout=1.0)  # type: ignore[call-overload]
+    print(plain, number, again, everything, direct, names, graph.to_dot(by_stage=True))

@@ -1,0 +1,40 @@
+"""The worker's end of dependencies: results of other calls, put in the place of their futures.
+
+A call that takes futures is pickled when it is submitted, with a placeholder for each of them.
+When their results have come, the client writes a few opcodes in front of that pickle, which call
+``hold()`` with the results as the bytes that they arrived in; unpickling a placeholder calls
+``take()``. So the client neither decodes a result nor encodes it again, and pickles no argument
+twice.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+__all__ = ["hold", "same", "take"]
+
+_loads = pickle.loads
+_held: list[Any] = []  # of the call that is being unpickled; a slot unpickles one at a time
+
+
+def hold(*pickled: Any) -> None:
+    """Keep the results that the call behind this one in the stream is about to ask for.
+
+    Args:
+        *pickled: Of each result its pickle, or a tuple of its pickle and its buffers.
+    """
+    _held[:] = pickled
+
+
+def take(index: int) -> Any:
+    """Unpickle one of the results; each is asked for once, the pickler sees to that."""
+    pickled, _held[index] = _held[index], None
+    if type(pickled) is tuple:
+        return _loads(pickled[0], buffers=pickled[1:])
+    return _loads(pickled)
+
+
+def same(value: Any) -> Any:
+    """Stand for the value of a future that was done, and read, when it was submitted."""
+    return value

@@ -1,0 +1,343 @@
+"""Which tasks wait for which futures, and what becomes of them when those are done.
+
+A task that depends on futures is held until the last of them is there. For a future of the same
+executor the task stands in a list of the task that brings it, so that the bytes of a result go into
+the next call as they came. For any other future it stands in a table here. Nothing recurses along
+a chain: what has an outcome is put into a queue, and one loop empties it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from cloudexec import _payload
+from cloudexec._core import commands, events
+from cloudexec._core.tasks import TaskState
+from cloudexec._errors import DependencyError, PayloadError
+from cloudexec._future import BatchFuture
+from cloudexec._payload import Payload, Unfinished
+from cloudexec._server.splicing import Spliced
+
+if TYPE_CHECKING:
+    from cloudexec._server.driver import Driver, Submission
+
+__all__ = ["Dependencies", "Needs", "hold_back"]
+
+_CANCELLED = object()
+_Place = tuple["Submission", int]
+"""A held task, and which of its dependencies."""
+
+
+class Needs:
+    """What a held task waits for.
+
+    Attributes:
+        name: The function's, for messages.
+        futures: Its dependencies, until it stands in their lists.
+        inputs: Their pickled values, as they come.
+        missing: How many have not come.
+        places: Where among the arguments each stands; see ``_places``.
+    """
+
+    __slots__ = ("futures", "inputs", "missing", "name", "places")
+
+    def __init__(self, name: str, futures: list[Future[Any]], places: list[Any]) -> None:
+        self.name = name
+        self.futures: list[Future[Any]] = futures
+        self.inputs: list[Any] = [None] * len(futures)
+        self.missing = len(futures)
+        self.places = places
+
+
+def hold_back(
+    task: Submission,
+    unfinished: Unfinished,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Make a task one that waits for the futures among its arguments."""
+    futures = unfinished.futures
+    task.state = TaskState.HELD
+    task.payload = unfinished.payload
+    task.needs = Needs(name, futures, _places(futures, args, kwargs))
+
+
+def _places(
+    futures: list[Future[Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """Find where each future stands: an argument, or an item of one; ``None`` if further down."""
+    found: dict[int, Any] = {}
+    for where, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Future):
+            found.setdefault(id(value), where)
+        elif type(value) in (list, tuple):
+            for position, item in enumerate(value):
+                if isinstance(item, Future):
+                    found.setdefault(id(item), (where, position))
+        elif type(value) is dict:
+            for key, item in value.items():
+                if isinstance(item, Future):
+                    found.setdefault(id(item), (where, key))
+    return [found.get(id(future)) for future in futures]
+
+
+def _spell_out(place: Any, index: int, count: int) -> str:
+    if place is None:
+        return f"dependency {index + 1} of {count}"
+    where, *item = place if type(place) is tuple else (place,)
+    argument = f"argument {where}" if type(where) is int else f"keyword {where!r}"
+    return f"{argument}, item {item[0]!r}" if item else argument
+
+
+class _Failed:
+    """Why a task is not run; put into words when somebody asks."""
+
+    __slots__ = ("dependency", "direct", "name", "origin", "stage")
+
+    def __init__(
+        self, name: str, dependency: str, origin: Any, *, direct: bool, stage: str = ""
+    ) -> None:
+        self.name = name
+        self.dependency = dependency
+        self.origin = origin  # the future that failed, or the exception
+        self.direct = direct
+        self.stage = stage
+
+
+def _decode_failed(future: BatchFuture[Any]) -> None:
+    failed: _Failed = future._result
+    origin = failed.origin
+    cause = origin.exception() if isinstance(origin, Future) else origin
+    what = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
+    stage = f"stage {failed.stage!r} " if failed.stage else ""
+    if failed.direct:
+        why = f"its {failed.dependency} {f'({stage.strip()}) ' if stage else ''}failed: {what}"
+    else:
+        why = f"its {failed.dependency} was not run either, because {stage or 'a call '}"
+        why += f"that it depends on failed: {what}"
+    error = DependencyError(
+        f"{failed.name} was not run: {why}", dependency=failed.dependency, stage=failed.stage
+    )
+    error.__cause__ = cause
+    future._result = None
+    future._exception = error
+
+
+class Dependencies:
+    """The held tasks of one driver; everything here happens on its loop thread.
+
+    Args:
+        driver: Whose.
+        decode_result: How it marks a future whose result is still bytes.
+    """
+
+    def __init__(self, driver: Driver, decode_result: Callable[[BatchFuture[Any]], None]) -> None:
+        self._driver = driver
+        self._decode_result = decode_result
+        self.concluded: deque[tuple[list[_Place], Any]] = deque()
+        """Those who waited for a future, and its outcome: not carried out yet."""
+        self.foreign: dict[Future[Any], list[_Place]] = {}
+        """Futures that others complete, and who waits for them."""
+        self._values: queue.SimpleQueue[tuple[list[_Place], Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._thread: threading.Thread | None = None
+
+    def prepare(self) -> None:
+        """Have a thread for values that must be pickled; under the executor's lock, any thread.
+
+        When a value comes it may be too late: at the interpreter's end no thread can be started.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._pickle_values, name="cloudexec-values", daemon=True
+            )
+            self._thread.start()
+
+    # Tasks come.
+
+    def hold(self, tasks: list[Submission]) -> None:
+        """Take in new tasks that wait for others."""
+        self._driver.feed(events.TasksHeld(tasks))
+        for task in tasks:
+            needs = task.needs
+            if needs is None or task.handle is None or task.handle.done():
+                continue  # cancelled already, which is about to be said
+            futures, needs.futures = needs.futures, []
+            for index, future in enumerate(futures):
+                self._wait_for(future, (task, index))
+        self.settle()
+
+    def _wait_for(self, future: Future[Any], place: _Place) -> None:
+        if isinstance(future, BatchFuture):
+            producer = future._task
+            if producer is not None and future._owner is self._driver and not future.done():
+                if producer.dependents is None:
+                    producer.dependents = []
+                producer.dependents.append(place)
+                return
+        if future.done():
+            self.conclude([place], future, None)
+        elif future in self.foreign:
+            self.foreign[future].append(place)
+        else:
+            self.foreign[future] = [place]
+            future.add_done_callback(self._on_foreign)
+
+    def _on_foreign(self, future: Future[Any]) -> None:
+        """Somebody else's future is done; called in whatever thread completed it."""
+        try:
+            self._driver.portal.post(self._take_foreign, future)
+        except RuntimeError:
+            pass  # the loop has closed: nobody waits any more
+
+    def _take_foreign(self, future: Future[Any]) -> None:
+        places = self.foreign.pop(future, None)
+        if places:
+            self.conclude(places, future, None)
+            self.settle()
+
+    # Outcomes.
+
+    def conclude(self, places: list[_Place], future: Future[Any], result: object) -> None:
+        """Note that a future is done; ``settle`` does what follows.
+
+        Args:
+            places: Who waits for it.
+            future: The future.
+            result: Its pickled result, or anything else: then the future is asked.
+        """
+        if type(result) is not bytes:
+            result = self._look(future)
+            if result is None:
+                self._values.put((places, future))
+                return
+        self.concluded.append((places, result))
+
+    def _look(self, future: Future[Any]) -> Any:
+        """Return a future's outcome; ``None`` for a value that is to be pickled."""
+        if future.cancelled():
+            return _CANCELLED
+        if isinstance(future, BatchFuture):
+            with future._lock:
+                decode = future._decode
+                if decode is self._decode_result:
+                    return future._result
+                if decode is _decode_failed:
+                    failed: _Failed = future._result
+                    return _Failed("", "", failed.origin, direct=False, stage=failed.stage)
+                if decode is not None:
+                    return _Failed("", "", future, direct=True, stage=future._label)
+        error = future.exception()
+        if error is None:
+            return None
+        if isinstance(error, DependencyError) and error.__cause__ is not None:
+            return _Failed("", "", error.__cause__, direct=False, stage=error.stage)
+        label = future._label if isinstance(future, BatchFuture) else ""
+        return _Failed("", "", error, direct=True, stage=label)
+
+    def settle(self) -> None:
+        """Carry out what has been concluded, and all that follows from it."""
+        released: list[Submission] = []
+        dropped: list[Submission] = []
+        cancelled: list[Submission] = []
+        while self.concluded:
+            places, outcome = self.concluded.popleft()
+            for task, index in places:
+                needs = task.needs
+                if needs is None or task.handle is None:
+                    continue  # it has its outcome
+                if outcome is _CANCELLED:
+                    task.needs = None
+                    cancelled.append(task)
+                    self._driver._cancel(commands.CancelTasks([task], 0))
+                elif type(outcome) is _Failed:
+                    task.needs = None
+                    dropped.append(task)
+                    self._fail(task, needs, index, outcome)
+                else:
+                    needs.inputs[index] = outcome
+                    needs.missing -= 1
+                    if not needs.missing:
+                        task.needs = None
+                        assert task.payload is not None
+                        task.payload = Spliced(task.payload, needs.inputs)  # type: ignore[arg-type]
+                        released.append(task)
+        feed = self._driver.feed
+        if dropped:
+            feed(events.TasksDropped(dropped))
+        if cancelled:
+            feed(events.TasksCancelled(cancelled))
+        if released:
+            feed(events.TasksReleased(released))
+
+    def _fail(self, task: Submission, needs: Needs, index: int, failed: _Failed) -> None:
+        future: BatchFuture[Any] | None = task.handle
+        if future is None:
+            return
+        dependency = _spell_out(needs.places[index], index, len(needs.places))
+        why = _Failed(
+            needs.name, dependency, failed.origin, direct=failed.direct, stage=failed.stage
+        )
+        done = future._finish(why, None, _decode_failed, failed=True)
+        self._driver._let_go(task, future, done)
+
+    def cancelled(self, tasks: list[Submission]) -> None:
+        """Tasks were cancelled by their user: so is what waits for them."""
+        for task in tasks:
+            task.needs = None
+            future = task.handle
+            if task.dependents is not None and future is not None:
+                places, task.dependents = task.dependents, None
+                self.concluded.append((places, _CANCELLED))
+            if task.state is TaskState.HELD:
+                task.payload = None
+                if future is not None:
+                    future._owner = None
+
+    def give_up_foreign(self) -> None:
+        """Cancel what waits for futures that nobody is left to complete."""
+        foreign, self.foreign = self.foreign, {}
+        for places in foreign.values():
+            self.concluded.append((places, _CANCELLED))
+        self.settle()
+
+    # Values.
+
+    def _pickle_values(self) -> None:
+        """Pickle values that are objects here: large results, and those of other executors."""
+        while (wanted := self._values.get()) is not None:
+            places, future = wanted
+            outcome: Payload | _Failed
+            try:
+                outcome = _payload.dumps(future.result())
+            except BaseException as exc:
+                error = PayloadError(
+                    f"the value of a dependency could not be pickled ({type(exc).__name__}: {exc})"
+                )
+                error.__cause__ = exc
+                outcome = _Failed("", "", error, direct=True)
+            try:
+                self._driver.portal.post(self._take_value, places, outcome)
+            except RuntimeError:
+                pass  # the loop has closed
+            del wanted, places, future, outcome
+
+    def _take_value(self, places: list[_Place], outcome: Payload | _Failed) -> None:
+        self.concluded.append((places, outcome))
+        self.settle()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._values.put(None)
+
+    def join(self) -> None:
+        """Wait for the thread, after ``stop``."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()

@@ -1,0 +1,67 @@
+"""Which address workers are told to dial."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import pytest
+
+from cloudexec import ConfigError
+from cloudexec._aws import address
+from cloudexec._aws.address import advertised_address
+from cloudexec._aws.profile import Profile
+
+PROFILE = Profile(name="p", region="r", vpc="vpc-1", advertise="profile.example:99")
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of this machine's environment counts."""
+    for name in ("CLOUDEXEC_ADVERTISE", "ECS_CONTAINER_METADATA_URI_V4"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def find(*args: Any, **kwargs: Any) -> address.Advertised:
+    return asyncio.run(advertised_address(*args, **kwargs))
+
+
+def test_what_is_given_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the environment, then the profile."""
+    monkeypatch.setenv("CLOUDEXEC_ADVERTISE", "10.1.2.3")
+    assert find(PROFILE, advertise="given.example").address == "given.example"
+    assert find(PROFILE).address == "10.1.2.3"
+    monkeypatch.delenv("CLOUDEXEC_ADVERTISE")
+    assert find(PROFILE).address == "profile.example:99"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_an_emulated_aws_has_its_workers_here(host: str) -> None:
+    """Nobody else can connect then."""
+    found = find(None, endpoint=f"http://{host}:5000")
+    assert (found.address, found.listen) == ("127.0.0.1", "127.0.0.1")
+
+
+def test_a_task_of_ecs_is_in_the_vpc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own address is what others there dial."""
+    monkeypatch.setenv("ECS_CONTAINER_METADATA_URI_V4", "http://169.254.170.2/v4/x")
+    monkeypatch.setattr(address, "_outward_address", lambda: "10.0.0.7")
+    assert find(None).address == "10.0.0.7"
+
+
+def test_a_public_address_is_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has one of its own."""
+    monkeypatch.setattr(address, "_is_ec2_instance", lambda: False)
+    monkeypatch.setattr(address, "_outward_address", lambda: "8.8.4.4")
+    assert find(None).address == "8.8.4.4"
+
+
+@pytest.mark.parametrize("own", ["192.168.1.5", "10.0.0.3", ""])
+def test_a_private_network_is_not(monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+    """The error says every way out, before anything is launched."""
+    monkeypatch.setattr(address, "_is_ec2_instance", lambda: False)
+    monkeypatch.setattr(address, "_outward_address", lambda: own)
+    with pytest.raises(ConfigError, match=r"advertise='HOST:PORT'.*listen=") as caught:
+        find(None)
+    assert re.search("VPC", str(caught.value))
