@@ -12,6 +12,11 @@ def noop(value: object = None) -> None:
     """Do nothing, with any argument or none."""
 
 
+def total(*values: int) -> int:
+    """Take the results of other tasks."""
+    return sum(values)
+
+
 def sleep(seconds: float) -> float:
     """Sleep, or do nothing for 0; return when it was done, by the clock that processes share."""
     if seconds:

@@ -22,6 +22,7 @@ _SCRIPTS: list[list[str]] = [
     ["workers.py"],
     ["startup.py"],
     ["batching.py"],
+    ["graph.py"],
 ]
 _COLUMNS = ("what", "ours", "peer", "theirs", "ratio", "budget", "verdict")
 _HEADINGS = ("what", "cloudexec", "beside", "its number", "ratio", "budget", "")

@@ -48,6 +48,11 @@ class _Base(Executor):
         Callable and arguments are pickled now, in this thread; changing them afterwards changes
         nothing. What cannot be pickled fails the future, not this call.
 
+        A future among the arguments, however deep in them, is a dependency: the call waits for it,
+        takes no slot meanwhile, and gets its value in its place. Any ``concurrent.futures.Future``
+        will do, of this executor or not. If it fails, the call is not run and fails with
+        ``DependencyError``; if it is cancelled, so is the call.
+
         Returns:
             A future for the call.
 
@@ -407,14 +412,12 @@ class BatchExecutor(_Base):
             next(self._numbers), kind, future, function, payload, options.retries, options.timeout
         )
         future._task = task
-        if type(payload) is not bytes:
-            _hold_back(task, fn, args, kwargs)
+        if type(payload) is not bytes and _hold_back(task, fn, args, kwargs):
+            driver.dependencies.prepare()
         with self._lock:
             # Under the lock: nothing may come into the inbox behind the request to shut down.
             if self._shut_down:
                 self._check_open()
-            if task.needs is not None:
-                driver.dependencies.prepare()
             driver.post(task)
         return future
 

@@ -42,6 +42,7 @@ __all__ = ["Graph", "Node", "Stage", "run", "stage"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_NOTHING: dict[str, Any] = {}  # the keyword arguments of most calls
 _ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None)})
 
 
@@ -72,7 +73,9 @@ class Stage(Generic[P, T]):
         """
         found: dict[Node[Any], None] = {}
         taken = tuple([_template(value, found) for value in args])
-        named = {name: _template(value, found) for name, value in kwargs.items()}
+        named = _NOTHING
+        if kwargs:
+            named = {name: _template(value, found) for name, value in kwargs.items()}
         return Node(self, taken, named, tuple(found))
 
     def __repr__(self) -> str:
@@ -367,7 +370,9 @@ class Graph:
                 view = executor.with_options(**stage._options)
                 submit = submits[stage] = view._prepare(stage._sent())
             args = tuple([_filled(value, futures) for value in node._args])
-            kwargs = {name: _filled(value, futures) for name, value in node._kwargs.items()}
+            kwargs = _NOTHING
+            if node._kwargs:
+                kwargs = {name: _filled(value, futures) for name, value in node._kwargs.items()}
             future = futures[node] = submit(args, kwargs, stage.name)
             started.append(weakref.ref(future))
             if bars is not None:

@@ -61,9 +61,7 @@ class AwsClients:
     """
 
     def __init__(self, region: str | None = None, *, recorder: Recorder | None = None) -> None:
-        self._session = get_session()
-        data_path = self._session.get_config_variable("data_path")
-        self._session.register_component("data_loader", _loader(data_path))
+        self._session = _new_session()
         self._recorder = recorder
         found = region or self._session.get_config_variable("region")
         if not found:
@@ -84,6 +82,24 @@ class AwsClients:
         """Close every connection."""
         self._clients.clear()
         await self._stack.aclose()
+
+    @contextlib.contextmanager
+    def _renewing(self, client: Any) -> Iterator[None]:
+        """Where credentials have expired, let whoever tries again have those that are there then."""
+        try:
+            yield
+        except AwsError as exc:
+            if exc.expired and client in self._clients.values():
+                self.renew()
+            raise
+
+    def renew(self) -> None:
+        """Read credentials anew: those in the environment or a file are read once a session.
+
+        Clients in use stay open until ``close``; those made from now on have the new ones.
+        """
+        self._session = _new_session()
+        self._clients.clear()
 
     @property
     def endpoint(self) -> str:
@@ -146,7 +162,7 @@ class AwsClients:
         name: str = client.meta.method_to_api_mapping[operation]
         if self._recorder is not None:
             self._recorder(service, name, parameters)
-        with translated(service, name):
+        with self._renewing(client), translated(service, name):
             response = await getattr(client, operation)(**parameters)
         response.pop("ResponseMetadata", None)
         return response
@@ -171,7 +187,7 @@ class AwsClients:
             self._recorder(service, name, parameters)
         pages = aiter(client.get_paginator(operation).paginate(**parameters))
         while True:
-            with translated(service, name):
+            with self._renewing(client), translated(service, name):
                 page = await anext(pages, None)
             if page is None:
                 return
@@ -183,6 +199,13 @@ class AwsClients:
 def _loader(data_path: str | None) -> Any:
     """Read endpoints and service models once in a process instead of once per session: 0.3 s."""
     return botocore.loaders.create_loader(data_path)
+
+
+def _new_session() -> Any:
+    session = get_session()
+    data_path = session.get_config_variable("data_path")
+    session.register_component("data_loader", _loader(data_path))
+    return session
 
 
 @contextlib.contextmanager

@@ -100,6 +100,7 @@ class Machine:
         self._open_by_rung = [0] * config.scaling.rungs  # kept where there is more than one
         self._waiting = 0
         self._active_slots = 0  # of launches and active workers
+        self._active_by_rung = [0] * config.scaling.rungs
         self._total_slots = 0  # the same and of draining workers
         self._hungry: dict[str, None] = {}
         self._leases = itertools.count(1)
@@ -412,7 +413,7 @@ class Machine:
         rung = 0 if launch is None else launch.rung
         worker = Worker(event.worker, event.slots, event.launch, now, rung)
         self.workers[event.worker] = worker
-        self._active_slots += worker.slots
+        self._count_active(worker.slots, worker.rung)
         self._total_slots += worker.slots
         self.counts["workers_connected"] += 1
         self._failed_launches = 0
@@ -440,10 +441,14 @@ class Machine:
         if worker is not None:
             self._drain(worker)
 
+    def _count_active(self, slots: int, rung: int) -> None:
+        self._active_slots += slots
+        self._active_by_rung[rung] += slots
+
     def _drain(self, worker: Worker) -> None:
         if worker.state is WorkerState.ACTIVE:
             worker.state = WorkerState.DRAINING
-            self._active_slots -= worker.slots
+            self._count_active(-worker.slots, worker.rung)
             self._hungry.pop(worker.id, None)
 
     def _retire(self, worker: Worker) -> None:
@@ -456,7 +461,7 @@ class Machine:
         launch = self.launches.pop(launch_id, None)
         if launch is None:
             return False
-        self._active_slots -= launch.slots
+        self._count_active(-launch.slots, launch.rung)
         self._total_slots -= launch.slots
         return True
 
@@ -494,13 +499,17 @@ class Machine:
             elif begun or task.suspected > _SUSPICIONS:
                 self._lose_attempt(worker, task, failure)
             else:
+                larger = worker.rung + 1 < len(self.queues)
+                if event.out_of_memory and larger and position < worker.slots:
+                    # It had no slot ready: what the tasks need before they begin is too much.
+                    self._climb(task, max(worker.rung, task.rung))
                 unblamed.append(task)
         worker.leases.clear()
         self._requeue(unblamed)
         if event.relaunched and not self.shutting_down:
             launch = Launch(worker.launch, worker.slots, now, worker.rung)
             self.launches[launch.id] = launch
-            self._active_slots += launch.slots
+            self._count_active(launch.slots, launch.rung)
             self._total_slots += launch.slots
             self._remind(now + self.config.scaling.launch_timeout)
         if not expected and not worker.completed and not event.reclaimed:
@@ -567,12 +576,7 @@ class Machine:
     def _scale_rungs(self, now: float) -> None:
         """Scale each size of worker to the tasks that need it, the largest first."""
         policy = self.config.scaling
-        active = [0] * len(self.queues)
-        for launch in self.launches.values():
-            active[launch.rung] += launch.slots
-        for worker in self.workers.values():
-            if worker.state is WorkerState.ACTIVE:
-                active[worker.rung] += worker.slots
+        active = self._active_by_rung
         spare = 0
         for rung in reversed(range(len(self.queues))):
             demand = self._open_by_rung[rung]
@@ -602,7 +606,7 @@ class Machine:
     def _launch(self, slots: int, rung: int, now: float) -> None:
         launch = Launch(str(next(self._launch_numbers)), slots, now, rung)
         self.launches[launch.id] = launch
-        self._active_slots += slots
+        self._count_active(slots, rung)
         self._total_slots += slots
         self.counts["launches"] += 1
         self._remind(now + self.config.scaling.launch_timeout)
@@ -790,6 +794,7 @@ class Machine:
         starting = sum(launch.slots for launch in self.launches.values())
         total = sum(w.slots for w in self.workers.values()) + starting
         assert self._active_slots == active + starting, "the count of active slots is off"
+        assert self._active_slots == sum(self._active_by_rung), "active slots by size are off"
         assert self._total_slots == total, "the count of slots is off"
         assert total <= self.config.scaling.max_slots, "more slots than max_workers"
         assert all(task.state is _HELD for task in self.held), "a held task is in another state"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Batch"]
 
 _DAY = 86400.0
+_LONGEST = 14 * _DAY
+"""Fargate promises no more. AWS Batch User Guide, "Job timeouts"."""
 _FARGATE_TIMEOUT = 300.0
 _EC2_TIMEOUT = 900.0
 """A first instance takes minutes. AWS Batch User Guide, "AWS Batch on Fargate"."""
@@ -109,8 +111,12 @@ class Batch(Launcher):
             check_count("slots_per_worker", slots_per_worker, least=1)
         check_positive("vcpus", vcpus)
         check_positive("max_runtime", max_runtime)
-        if ephemeral_gib is not None and not 21 <= ephemeral_gib <= 200:
-            raise ConfigError(f"ephemeral_gib must be 21 to 200 GiB, not {ephemeral_gib!r}")
+        if max_runtime > _LONGEST:
+            raise ConfigError(f"max_runtime must be {_LONGEST:.0f} s or less, not {max_runtime!r}")
+        if ephemeral_gib is not None:
+            check_count("ephemeral_gib", ephemeral_gib, least=21)
+            if ephemeral_gib > 200:
+                raise ConfigError(f"ephemeral_gib must be 200 or less, not {ephemeral_gib!r}")
         for name, given in (("environment", environment), ("tags", tags)):
             if not all(isinstance(part, str) for pair in (given or {}).items() for part in pair):
                 raise ConfigError(f"{name} must map strings to strings, not {given!r}")

@@ -60,7 +60,8 @@ _POLL_GROWTH = 1.25
 _EVIDENCE_TIME = 10.0
 _SUBMIT_PATIENCE = 300.0
 """Seconds for which a submission that AWS cannot take now is tried again."""
-_TERMINATE_PATIENCE = 30.0
+_TERMINATE_PATIENCE = 20.0
+"""Seconds for which AWS is asked to end a job, and then as long at the end of the executor."""
 _LOOK_UP_PAUSE = 1.0
 """Seconds before a job whose submission went unanswered is looked up: lists lag a little."""
 _RECLAIMS_BEFORE_ON_DEMAND = 3
@@ -167,6 +168,7 @@ class Fleet:
         self._clients: AwsClients | None = None
         self._secret = secrets.token_bytes(32)
         self._definition = ""
+        self._keyed_by_stack = False
         self._defining = asyncio.Lock()
         self._jobs: list[_Job] = []
         self._job_of: dict[str, _Job] = {}
@@ -194,6 +196,9 @@ class Fleet:
         self._clients = AwsClients(settings.region or self._profile.region or None)
         self._prices = await asyncio.to_thread(PriceTable.load, self._clients.region)
         self._queue(spot=bool(settings.spot))  # complains if there is none
+        self._keyed_by_stack = bool(self._profile.key_secret)
+        if settings.definition is not None:
+            await self._check_definition(settings.definition)
         key = b""
         if self._keyed_by_stack:
             secret = await self._call(
@@ -212,9 +217,26 @@ class Fleet:
         _logger.debug("workers dial %s: %s", found.address, found.how)
         return Network(listen or f"{found.listen}:0", found.address, key)
 
-    @property
-    def _keyed_by_stack(self) -> bool:
-        return bool(self._profile.key_secret) and self._settings.definition is None
+    async def _check_definition(self, name: str) -> None:
+        """Look at a definition that the user wants: whether it is there, and whose key it has."""
+        parameters: dict[str, Any] = {"jobDefinitions": [name]}
+        if ":" not in name:
+            parameters = {"jobDefinitionName": name, "status": "ACTIVE"}
+        found = await self._call("batch", "describe_job_definitions", **parameters)
+        if not found["jobDefinitions"]:
+            raise ConfigError(
+                f"there is no job definition {name!r}; `cloudexec definitions list` shows ours"
+            )
+        newest = max(found["jobDefinitions"], key=lambda each: int(each["revision"]))
+        self._definition = newest["jobDefinitionArn"]
+        secrets_ = newest.get("containerProperties", {}).get("secrets", ())
+        keys = [each["valueFrom"] for each in secrets_ if each["name"] == "CLOUDEXEC_KEY"]
+        if keys and keys[0] != self._profile.key_secret:
+            raise ConfigError(
+                f"the job definition {name!r} gives workers another key ({keys[0]}) than the one "
+                f"of the profile {self._profile.name!r}: use the profile of its stack"
+            )
+        self._keyed_by_stack = bool(keys)
 
     async def _call(self, service: str, operation: str, **parameters: Any) -> Any:
         assert self._clients is not None
@@ -322,7 +344,7 @@ class Fleet:
             if job.unanswered and not job.id:
                 await self._terminate_unanswered(job)
             transient = isinstance(exc, AwsError) and (exc.transient or exc.expired)
-            self.explanation = f"AWS Batch took no jobs: {exc}"
+            self.explanation = str(exc)
             for launch_id in list(job.members):
                 self._end(job, launch_id, LaunchEnd(str(exc), fatal=not transient))
             return
@@ -368,8 +390,6 @@ class Fleet:
         async with self._defining:
             settings, profile = self._settings, self._profile
             assert self._clients is not None
-            if not self._definition and settings.definition is not None:
-                self._definition = settings.definition
             if not self._definition:
                 spec = DefinitionSpec(
                     image=await pin_image(self._clients, self._image()),
@@ -948,17 +968,18 @@ class Fleet:
                 await one(str(failed.get("jobId") or failed.get("job")))
 
         try:
-            if bulk:
-                pages = [ids[at : at + _BULK] for at in range(0, len(ids), _BULK)]
-                await asyncio.gather(*(many(page) for page in pages))
-            else:
-                await asyncio.gather(*(one(job_id) for job_id in ids))
-        except AwsError as exc:
+            async with asyncio.timeout(_TERMINATE_PATIENCE):
+                if bulk:
+                    pages = [ids[at : at + _BULK] for at in range(0, len(ids), _BULK)]
+                    await asyncio.gather(*(many(page) for page in pages))
+                else:
+                    await asyncio.gather(*(one(job_id) for job_id in ids))
+        except (AwsError, TimeoutError) as exc:
             _logger.error(
                 "jobs could not be terminated (%s): %s. `cloudexec stop --executor %s` tries "
                 "again; workers that find nobody end by themselves",
                 ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else ""),
-                exc,
+                str(exc) or self.explanation or "AWS does not answer",
                 self._executor_id,
             )
             return False
@@ -976,9 +997,10 @@ class Fleet:
         for job in self._jobs:
             for launch_id in list(job.members):
                 self._end(job, launch_id, LaunchEnd("the executor has shut down", killed=True))
-        pending = [task for task in self._tasks if task is not self._watcher]
-        if pending:
-            await asyncio.wait(pending, timeout=_TERMINATE_PATIENCE)
+        await asyncio.sleep(0)
+        for task in list(self._tasks):
+            task.cancel()  # what was being ended is ended below
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         left = [
             job
             for job in self._jobs
@@ -986,9 +1008,6 @@ class Fleet:
         ]
         if left:
             await self._terminate_whole(left, "the executor has shut down")
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._clients is not None:
             await self._clients.close()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["Dependencies", "Needs", "hold_back"]
 
 _CANCELLED = object()
-_Place = tuple["Submission", int]
-"""A held task, and which of its dependencies."""
+_Waiting = list[Any]
+"""Held tasks, each followed by the index of the dependency that it waits for. Flat, as much here is:
+each object that the garbage collector must visit is felt in a graph of 100,000 tasks."""
 
 
 class Needs:
@@ -46,9 +47,9 @@ class Needs:
 
     __slots__ = ("futures", "inputs", "missing", "name", "places")
 
-    def __init__(self, name: str, futures: list[Future[Any]], places: list[Any]) -> None:
+    def __init__(self, name: str, futures: list[Future[Any]], places: tuple[Any, ...]) -> None:
         self.name = name
-        self.futures: list[Future[Any]] = futures
+        self.futures: Sequence[Future[Any]] = futures
         self.inputs: list[Any] = [None] * len(futures)
         self.missing = len(futures)
         self.places = places
@@ -70,7 +71,7 @@ def hold_back(
 
 def _places(
     futures: list[Future[Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[Any]:
+) -> tuple[Any, ...]:
     """Find where each future stands: an argument, or an item of one; ``None`` if further down."""
     found: dict[int, Any] = {}
     for where, value in (*enumerate(args), *kwargs.items()):
@@ -84,7 +85,7 @@ def _places(
             for key, item in value.items():
                 if isinstance(item, Future):
                     found.setdefault(id(item), (where, key))
-    return [found.get(id(future)) for future in futures]
+    return tuple([found.get(id(future)) for future in futures])
 
 
 def _spell_out(place: Any, index: int, count: int) -> str:
@@ -140,25 +141,25 @@ class Dependencies:
     def __init__(self, driver: Driver, decode_result: Callable[[BatchFuture[Any]], None]) -> None:
         self._driver = driver
         self._decode_result = decode_result
-        self.concluded: deque[tuple[list[_Place], Any]] = deque()
+        self.concluded: deque[tuple[_Waiting, Any]] = deque()
         """Those who waited for a future, and its outcome: not carried out yet."""
-        self.foreign: dict[Future[Any], list[_Place]] = {}
+        self.foreign: dict[Future[Any], _Waiting] = {}
         """Futures that others complete, and who waits for them."""
-        self._values: queue.SimpleQueue[tuple[list[_Place], Future[Any]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._values: queue.SimpleQueue[tuple[_Waiting, Future[Any]] | None] = queue.SimpleQueue()
+        self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def prepare(self) -> None:
-        """Have a thread for values that must be pickled; under the executor's lock, any thread.
+        """Have a thread for values that must be pickled; any thread may ask.
 
         When a value comes it may be too late: at the interpreter's end no thread can be started.
         """
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._pickle_values, name="cloudexec-values", daemon=True
-            )
-            self._thread.start()
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._pickle_values, name="cloudexec-values", daemon=True
+                )
+                self._thread.start()
 
     # Tasks come.
 
@@ -169,25 +170,26 @@ class Dependencies:
             needs = task.needs
             if needs is None or task.handle is None or task.handle.done():
                 continue  # cancelled already, which is about to be said
-            futures, needs.futures = needs.futures, []
+            futures, needs.futures = needs.futures, ()
             for index, future in enumerate(futures):
-                self._wait_for(future, (task, index))
+                self._wait_for(future, task, index)
         self.settle()
 
-    def _wait_for(self, future: Future[Any], place: _Place) -> None:
+    def _wait_for(self, future: Future[Any], task: Submission, index: int) -> None:
         if isinstance(future, BatchFuture):
             producer = future._task
             if producer is not None and future._owner is self._driver and not future.done():
                 if producer.dependents is None:
-                    producer.dependents = []
-                producer.dependents.append(place)
+                    producer.dependents = [task, index]
+                else:
+                    producer.dependents += (task, index)
                 return
         if future.done():
-            self.conclude([place], future, None)
+            self.conclude([task, index], future, None)
         elif future in self.foreign:
-            self.foreign[future].append(place)
+            self.foreign[future] += (task, index)
         else:
-            self.foreign[future] = [place]
+            self.foreign[future] = [task, index]
             future.add_done_callback(self._on_foreign)
 
     def _on_foreign(self, future: Future[Any]) -> None:
@@ -198,34 +200,38 @@ class Dependencies:
             pass  # the loop has closed: nobody waits any more
 
     def _take_foreign(self, future: Future[Any]) -> None:
-        places = self.foreign.pop(future, None)
-        if places:
-            self.conclude(places, future, None)
+        waiting = self.foreign.pop(future, None)
+        if waiting:
+            self.conclude(waiting, future, None)
             self.settle()
 
     # Outcomes.
 
-    def conclude(self, places: list[_Place], future: Future[Any], result: object) -> None:
+    def conclude(self, waiting: _Waiting, future: Future[Any], result: object) -> None:
         """Note that a future is done; ``settle`` does what follows.
 
         Args:
-            places: Who waits for it.
+            waiting: Who waits for it.
             future: The future.
             result: Its pickled result, or anything else: then the future is asked.
         """
         if type(result) is not bytes:
             result = self._look(future)
             if result is None:
-                self._values.put((places, future))
+                self._values.put((waiting, future))
                 return
-        self.concluded.append((places, result))
+        self.concluded.append((waiting, result))
 
     def _look(self, future: Future[Any]) -> Any:
-        """Return a future's outcome; ``None`` for a value that is to be pickled."""
+        """Return a future's outcome; ``None`` if the other thread is to look at it."""
         if future.cancelled():
             return _CANCELLED
         if isinstance(future, BatchFuture):
-            with future._lock:
+            # Whoever unpickles it has its lock, and the user's code runs in that: nothing for the
+            # loop to wait for.
+            if not future._lock.acquire(blocking=False):
+                return None
+            try:
                 decode = future._decode
                 if decode is self._decode_result:
                     return future._result
@@ -234,9 +240,12 @@ class Dependencies:
                     return _Failed("", "", failed.origin, direct=False, stage=failed.stage)
                 if decode is not None:
                     return _Failed("", "", future, direct=True, stage=future._label)
+            finally:
+                future._lock.release()
         error = future.exception()
-        if error is None:
-            return None
+        return None if error is None else self._failed_with(future, error)
+
+    def _failed_with(self, future: Future[Any], error: BaseException) -> _Failed:
         if isinstance(error, DependencyError) and error.__cause__ is not None:
             return _Failed("", "", error.__cause__, direct=False, stage=error.stage)
         label = future._label if isinstance(future, BatchFuture) else ""
@@ -248,8 +257,8 @@ class Dependencies:
         dropped: list[Submission] = []
         cancelled: list[Submission] = []
         while self.concluded:
-            places, outcome = self.concluded.popleft()
-            for task, index in places:
+            waiting, outcome = self.concluded.popleft()
+            for task, index in zip(waiting[::2], waiting[1::2], strict=True):
                 needs = task.needs
                 if needs is None or task.handle is None:
                     continue  # it has its outcome
@@ -294,8 +303,8 @@ class Dependencies:
             task.needs = None
             future = task.handle
             if task.dependents is not None and future is not None:
-                places, task.dependents = task.dependents, None
-                self.concluded.append((places, _CANCELLED))
+                waiting, task.dependents = task.dependents, None
+                self.concluded.append((waiting, _CANCELLED))
             if task.state is TaskState.HELD:
                 task.payload = None
                 if future is not None:
@@ -304,8 +313,8 @@ class Dependencies:
     def give_up_foreign(self) -> None:
         """Cancel what waits for futures that nobody is left to complete."""
         foreign, self.foreign = self.foreign, {}
-        for places in foreign.values():
-            self.concluded.append((places, _CANCELLED))
+        for waiting in foreign.values():
+            self.concluded.append((waiting, _CANCELLED))
         self.settle()
 
     # Values.
@@ -313,10 +322,14 @@ class Dependencies:
     def _pickle_values(self) -> None:
         """Pickle values that are objects here: large results, and those of other executors."""
         while (wanted := self._values.get()) is not None:
-            places, future = wanted
+            waiting, future = wanted
             outcome: Payload | _Failed
             try:
-                outcome = _payload.dumps(future.result())
+                failure = future.exception()
+                if failure is None:
+                    outcome = _payload.dumps(future.result())
+                else:
+                    outcome = self._failed_with(future, failure)
             except BaseException as exc:
                 error = PayloadError(
                     f"the value of a dependency could not be pickled ({type(exc).__name__}: {exc})"
@@ -324,13 +337,13 @@ class Dependencies:
                 error.__cause__ = exc
                 outcome = _Failed("", "", error, direct=True)
             try:
-                self._driver.portal.post(self._take_value, places, outcome)
+                self._driver.portal.post(self._take_value, waiting, outcome)
             except RuntimeError:
                 pass  # the loop has closed
-            del wanted, places, future, outcome
+            del wanted, waiting, future, outcome
 
-    def _take_value(self, places: list[_Place], outcome: Payload | _Failed) -> None:
-        self.concluded.append((places, outcome))
+    def _take_value(self, waiting: _Waiting, outcome: Payload | _Failed) -> None:
+        self.concluded.append((waiting, outcome))
         self.settle()
 
     def stop(self) -> None:

@@ -64,6 +64,8 @@ _END_GRACE = 5.0
 """Seconds that workers have to end by themselves when the executor does."""
 _BUDGET_CHECK = 1.0
 """Seconds between looks at what the workers have cost, where that is limited."""
+_LINGER_TIMES = 8
+"""How often a launcher's wait for more launches is prolonged while they still come in."""
 _EXPLAIN_AFTER = 20.0
 """Seconds that work may wait for its first worker before we say why."""
 _MOST_STALL = 2.0
@@ -102,7 +104,7 @@ class Submission(Task):
         self.payload: Payload | Spliced | None = payload
         self.timeout = timeout
         self.needs: Needs | None = None  # what it waits for, if it does
-        self.dependents: list[tuple[Submission, int]] | None = None  # who waits for its result
+        self.dependents: list[Any] | None = None  # who waits for its result; see Dependencies
 
 
 _WAITING = TaskState.WAITING
@@ -493,9 +495,17 @@ class Driver:
     def _launch(self, command: commands.LaunchWorker) -> None:
         if not self._wanted:
             # Not from within the machine's answer: a failure is an event of its own.
-            self.portal.loop.call_later(self._launcher.linger, self._launch_now)
+            self.portal.loop.call_later(self._launcher.linger, self._launch_soon, 0, 0)
         self._wanted.append(LaunchRequest(command.launch, command.slots, command.rung))
         self._asked_at[command.launch] = time.monotonic()
+
+    def _launch_soon(self, seen: int, times: int) -> None:
+        """Launch what is wanted; where one request serves many, wait while more of it comes in."""
+        count, linger = len(self._wanted), self._launcher.linger
+        if linger and seen < count > 1 and times < _LINGER_TIMES:
+            self.portal.loop.call_later(linger, self._launch_soon, count, times + 1)
+        else:
+            self._launch_now()
 
     def _launch_now(self) -> None:
         wanted = [request for request in self._wanted if request.launch_id in self.machine.launches]

@@ -81,7 +81,9 @@ def _from_environment() -> dict[str, Any]:
     who = "identity" if "CLOUDEXEC_IDENTITY" in environ else "launch"
     needed = ("target", "executor_id", who, "key", "slots")
     names = (*needed, "certificate_sha256", "memory_mib")
-    # Taken out: what tasks start does not inherit the key.
+    # Taken out: what tasks start does not inherit the key, and what they print of themselves does
+    # not show it.
+    _blank("CLOUDEXEC_KEY")
     found: dict[str, Any] = {name: environ.pop(f"CLOUDEXEC_{name.upper()}", "") for name in names}
     missing = [f"CLOUDEXEC_{name.upper()}" for name in needed if not found[name]]
     if missing:
@@ -101,6 +103,20 @@ def _from_environment() -> dict[str, Any]:
     found["log"] = True
     found["drain_grace"] = float(environ.pop("CLOUDEXEC_DRAIN_GRACE", _DRAIN_GRACE))
     return found
+
+
+def _blank(name: str) -> None:
+    """Overwrite a variable in the memory that the system shows as this process's environment."""
+    value = os.environ.get(name)
+    if value is None:
+        return
+    import ctypes
+
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_void_p
+    where = getenv(name.encode())
+    if where:
+        ctypes.memset(where, ord("-"), len(os.fsencode(value)))
 
 
 def main_from_stdin() -> int:

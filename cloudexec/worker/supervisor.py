@@ -490,9 +490,15 @@ class SlotPool:
             from cloudexec._errors import InitializerError
             from cloudexec._payload import dumps_exception
 
+            why = f"with exit code {code}; does the initializer end its process?"
+            memory = self._settings.memory_mib
+            if code == -signal.SIGKILL and memory:
+                why = (
+                    f"killed; this worker has {memory} MiB for {self._settings.slots} slots: if the "
+                    f"initializer needs more, give memory= a larger size"
+                )
             error = InitializerError(
-                f"{_FAILED_STARTS} slots in a row ended before they were ready, the last one with "
-                f"exit code {code}; does the initializer end its process?"
+                f"{_FAILED_STARTS} slots in a row ended before they were ready, the last one {why}"
             )
             self._answers.initializer_failed(dumps_exception(error))
 

@@ -39,6 +39,7 @@ from cloudexec._core.events import (
     TasksCancelled,
     TasksDropped,
     TasksHeld,
+    TasksReleased,
     TasksStarted,
     TasksSubmitted,
     WorkerConnected,
@@ -514,8 +515,9 @@ class _World:
                 self.tell(WorkerDraining(worker))
             else:
                 del self.workers[worker]
-                launch, slots = worker[1:].partition("+")[0], self.machine.workers[worker].slots
-                again = r.random() < 0.3 and not self.machine.shutting_down
+                known = self.machine.workers.get(worker)
+                launch, slots = worker[1:].partition("+")[0], known.slots if known else 0
+                again = r.random() < 0.3 and bool(known) and not self.machine.shutting_down
                 if again:
                     self.launched.append((launch, slots))
                 self.tell(WorkerLost(worker, "gone", r.random() < 0.5, r.random() < 0.3, again))
@@ -639,6 +641,18 @@ def test_one_outlier_does_not_move_the_others_to_larger_workers() -> None:
     machine.handle(WorkerReady("w"), 0.0)
     out_of_memory(machine, "w", batch[0])
     assert [task.rung for task in batch] == [1, 0, 0]
+    machine.validate()
+
+
+def test_a_worker_that_ran_out_of_memory_before_it_was_ready_is_followed_by_a_larger_one() -> None:
+    """Whatever its tasks need before they begin did not fit; that costs them no attempt."""
+    machine = ladder(max_slots=1)
+    (task,) = tasks(1)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("a", 1, "1"), 0.0)
+    commands = machine.handle(WorkerLost("a", "killed", out_of_memory=True), 1.0)
+    assert [launch.rung for launch in only(commands, LaunchWorker)] == [1]
+    assert (task.rung, task.lost) == (1, 0)
     machine.validate()
 
 

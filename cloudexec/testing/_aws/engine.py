@@ -261,7 +261,12 @@ class Engine:
             attempt = len(job.attempts)
 
             def stop() -> None:
-                if job.status in ("STARTING", "RUNNING") and len(job.attempts) == attempt:
+                if len(job.attempts) != attempt:
+                    return
+                if job.status == "STARTING":
+                    # Its process is being made: there is nothing to tell yet.
+                    self._later(0.02, stop)
+                elif job.status == "RUNNING":
                     self._stop(job, "reclaim", reason, grace)
 
             if notice > 0:

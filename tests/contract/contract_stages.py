@@ -1,0 +1,47 @@
+"""Stages that the graph tests run; in a module that workers import."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from contract_tasks import append, hold
+
+from cloudexec import stage
+
+LOCK = threading.Lock()  # cannot be pickled: these functions travel by name
+
+
+@stage
+def value(x: Any, log: str = "") -> Any:
+    with LOCK:
+        if log:
+            append(log, "ran")
+        return x
+
+
+@stage(name="sum", timeout=30.0)
+def total(*values: Any) -> Any:
+    flat = values[0] if len(values) == 1 else values
+    return sum(flat)
+
+
+@stage(retries=0)
+def divide(x: float, y: float) -> float:
+    return x / y
+
+
+@stage
+def wait_at_gate(told: str, gate: str, word: str = "begun") -> str:
+    hold(told, gate)
+    return word
+
+
+class Stages:
+    """A namespace, such as a user may keep stages in."""
+
+    @stage
+    @staticmethod
+    def length(x: Any) -> int:
+        with LOCK:
+            return len(x)
