@@ -99,6 +99,9 @@ class Profile:
             raise ConfigError(f"the profile {path} is not one: it has no name and region")
         # A newer release may have written more than we know.
         values = {key: value for key, value in data.items() if key in known}
+        for key, value in values.items():
+            if not _fits(key, value):
+                raise ConfigError(f"the profile {path} has {key}={value!r}, which cannot be")
         values["subnets"] = tuple(values.get("subnets", ()))
         return cls(**values)
 
@@ -125,6 +128,15 @@ class Profile:
     def delete(self) -> None:
         """Remove the profile's file; nothing happens if there is none."""
         self.path(self.name).unlink(missing_ok=True)
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a member of the file has the type that it must have."""
+    if key in ("queues", "images"):
+        return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+    if key == "subnets":
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return isinstance(value, bool if key == "assign_public_ip" else str)
 
 
 def profile_directory() -> Path:

@@ -124,6 +124,7 @@ class _Job:
         id: AWS's; empty until then.
         statuses: How many of its workers are in which state.
         reason: What it says of itself while it waits.
+        sent: Whether a submission was ever tried.
         unanswered: Whether a submission may have reached AWS whose answer never came.
         terminated: Whether it is not needed any more.
     """
@@ -140,6 +141,7 @@ class _Job:
     id: str = ""
     statuses: Counter[str] = field(default_factory=Counter)
     reason: str = ""
+    sent: bool = False
     unanswered: bool = False
     terminated: bool = False
 
@@ -173,7 +175,7 @@ class Fleet:
         self._jobs: list[_Job] = []
         self._job_of: dict[str, _Job] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._submitting: set[asyncio.Task[Any]] = set()
+        self._submitting: dict[asyncio.Task[Any], _Job] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
         self._closing = asyncio.Event()
@@ -267,7 +269,7 @@ class Fleet:
         on_end: Callable[[str, LaunchEnd], None],
     ) -> None:
         settings = self._settings
-        spot = bool(settings.spot) and not (settings.spot == "prefer" and self._spot_is_scarce)
+        spot = self._on_spot
         size = settings.sizes[requests[0].rung]
         price = self._price(requests[0].rung, spot)
         at = 0
@@ -289,8 +291,8 @@ class Fleet:
             for launch_id in job.members:
                 self._job_of[launch_id] = job
             task = self._spawn(self._submit(job, contact, some[0].slots))
-            self._submitting.add(task)
-            task.add_done_callback(self._submitting.discard)
+            self._submitting[task] = job
+            task.add_done_callback(lambda done: self._submitting.pop(done, None))
         _logger.info(
             "launching %d workers (%s%s): about $%.2f an hour while they run (%s)",
             len(requests),
@@ -299,6 +301,12 @@ class Fleet:
             len(requests) * price.per_hour,
             price.table,
         )
+
+    @property
+    def _on_spot(self) -> bool:
+        """Whether workers that are launched now run on spare capacity."""
+        wanted = self._settings.spot
+        return bool(wanted) and not (wanted == "prefer" and self._spot_is_scarce)
 
     @property
     def _spot_is_scarce(self) -> bool:
@@ -470,6 +478,7 @@ class Fleet:
             if found:
                 job.id = found
                 return
+        job.sent = True
         try:
             answer = await self._clients.call("batch", "submit_job", once=True, **request)
         except AwsError as exc:
@@ -529,9 +538,9 @@ class Fleet:
             if member.began is not None:
                 member.spent.append(time.monotonic() - member.began)
                 member.began = None
-        if member.began is None:
-            earlier = (arrival.boot or 0.0) + (arrival.pull or 0.0)
-            member.began = max(time.monotonic() - earlier, job.asked_at)
+        earlier = (arrival.boot or 0.0) + (arrival.pull or 0.0)
+        began = max(time.monotonic() - earlier, job.asked_at)
+        member.began = began if member.began is None else min(began, member.began)
 
     def disconnected(self, launch_id: str, *, orderly: bool, reclaimed: bool) -> None:
         job = self._job_of[launch_id]
@@ -615,11 +624,13 @@ class Fleet:
                 (launch_id,) = job.members
                 job.statuses = Counter({details["status"]: 1})
                 job.reason = details.get("statusReason", "")
+                self._note_begun(job)
                 await self._take(job, launch_id, details)
                 continue
             summary = details.get("arrayProperties", {}).get("statusSummary", {})
             job.statuses = Counter({k: v for k, v in summary.items() if v})
             job.reason = details.get("statusReason", "")
+            self._note_begun(job)
             await self._inspect_array(job, details["status"])
 
     async def _inspect_array(self, job: _Job, status: str) -> None:
@@ -648,6 +659,19 @@ class Fleet:
         for child_id, details in (await self._describe(sorted(interesting))).items():
             launch_id = by_index[int(child_id.rpartition(":")[2])]
             await self._take(job, launch_id, details)
+
+    def _note_begun(self, job: _Job) -> None:
+        """Count as paid for what has a place, also before it dials back, or if it never does."""
+        placed = job.statuses["STARTING"] + job.statuses["RUNNING"]
+        members = [member for member in job.members.values() if not member.ended]
+        missing = placed - sum(member.began is not None for member in members)
+        for member in members:
+            if missing <= 0:
+                break
+            if member.began is None:
+                # Which of them it is, AWS does not say, and it does not matter.
+                member.began = time.monotonic()
+                missing -= 1
 
     def _waits_unexplained(self, job: _Job) -> bool:
         return (
@@ -678,6 +702,9 @@ class Fleet:
             # Its session will end in a moment, and what it still says counts more.
             member.attempts = len(attempts) - 1 if again else member.attempts
             return
+        if member.began is None:
+            # It came and went between two looks.
+            member.spent += [_seconds(each) for each in attempts[member.attempts :]]
         member.attempts = len(attempts)
         end = _end_of(details, attempts)
         if not end.reclaimed and member.lost_at is None:
@@ -876,7 +903,7 @@ class Fleet:
         left = max_cost_usd - cost.accrued_usd - cost.committed_usd
         count = 0
         for request in requests:
-            left -= self._price(request.rung, bool(self._settings.spot)).cost(LEAST_SECONDS)
+            left -= self._price(request.rung, self._on_spot).cost(LEAST_SECONDS)
             if left < 0:
                 break
             count += 1
@@ -991,9 +1018,12 @@ class Fleet:
         self._closing.set()
         if self._watcher is not None:
             self._watcher.cancel()
+        for task, job in list(self._submitting.items()):
+            if not job.sent:
+                task.cancel()
         if self._submitting:
             # What is on its way to AWS has to be known, to be ended.
-            await asyncio.wait(self._submitting, timeout=_TERMINATE_PATIENCE)
+            await asyncio.wait(list(self._submitting), timeout=_TERMINATE_PATIENCE)
         for job in self._jobs:
             for launch_id in list(job.members):
                 self._end(job, launch_id, LaunchEnd("the executor has shut down", killed=True))
@@ -1021,6 +1051,12 @@ def _end_of(details: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) -
         container_reason=container.get("reason", ""),
         exit_code=container.get("exitCode"),
     )
+
+
+def _seconds(attempt: Mapping[str, Any]) -> float:
+    """Read how long an attempt ran; AWS counts in milliseconds."""
+    began, ended = attempt.get("startedAt"), attempt.get("stoppedAt")
+    return max(0.0, (ended - began) / 1000) if began and ended else 0.0
 
 
 def _user() -> str:

@@ -30,8 +30,8 @@ __all__ = ["Dependencies", "Needs", "hold_back"]
 
 _CANCELLED = object()
 _Waiting = list[Any]
-"""Held tasks, each followed by the index of the dependency that it waits for. Flat, as much here is:
-each object that the garbage collector must visit is felt in a graph of 100,000 tasks."""
+"""Held tasks, each followed by the index of the dependency that it waits for. Flat: every object
+that the garbage collector must visit is felt in a graph of 100,000 tasks."""
 
 
 class Needs:
@@ -276,7 +276,7 @@ class Dependencies:
                     if not needs.missing:
                         task.needs = None
                         assert task.payload is not None
-                        task.payload = Spliced(task.payload, needs.inputs)  # type: ignore[arg-type]
+                        task.payload = Spliced(task.payload, needs.inputs)
                         released.append(task)
         feed = self._driver.feed
         if dropped:

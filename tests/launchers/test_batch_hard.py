@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def test_thousands_that_wait_end_with_the_executor(launcher_factory: Callable[[A
         executor.shutdown(cancel_futures=True)
         assert time.monotonic() - began < 5
         eventually(lambda: none_left(aws), timeout=5.0)
-    assert len(requests(aws, "TerminateJob")) == 1
+        assert len(requests(aws, "TerminateJob")) == 1
 
 
 def test_twenty_thousand_workers_are_two_jobs(aws: Any, launcher: Make) -> None:
@@ -134,7 +135,8 @@ def test_all_workers_are_reclaimed_twice(aws: Any, launcher: Make) -> None:
         for wave in (1, 2):
             eventually(lambda: executor.stats().workers.slots == 3)
             aws.faults.reclaim_fraction(1.0)
-            eventually(lambda wave=wave: executor.stats().workers.reclaimed >= 3 * wave)
+            least = 3 * wave
+            eventually(lambda: executor.stats().workers.reclaimed >= least)  # noqa: B023
         assert [f.result(timeout=30) for f in futures] == [n * n for n in range(120)]
         assert executor.stats().lost_attempts == 0
     assert len(requests(aws, "SubmitJob")) == 1
@@ -224,6 +226,28 @@ def test_scale_in_and_out_again(aws: Any, launcher: Make) -> None:
     assert len({each.job_id for each in launches}) == 4
 
 
+def test_spot_that_does_not_come_is_bought_on_demand(
+    aws: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``spot="prefer"`` waits for spare capacity for a while only."""
+    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path))
+    plain = aws.set_up("plain", spot=False, max_vcpus=8)
+    spot = aws.set_up("spot", spot=True, max_vcpus=8)
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    Profile(
+        name="default",
+        region=aws.region,
+        queues={"fargate": plain.queue, "fargate_spot": spot.queue},
+        execution_role=plain.execution_role,
+    ).with_image(version, "linux/amd64", "example.com/worker:1").save()
+    aws.faults.no_capacity(spot.compute_environments[0])
+    with BatchExecutor(3, launcher=Batch(spot="prefer"), launch_timeout=6.0) as executor:
+        assert list(executor.map(square, range(6), timeout=30)) == [0, 1, 4, 9, 16, 25]
+    queues = [each["jobQueue"] for each in requests(aws, "SubmitJob")]
+    assert queues == [spot.queue, plain.queue]
+    eventually(lambda: none_left(aws))
+
+
 def test_a_worker_is_replaced_after_its_tasks(aws: Any, launcher: Make) -> None:
     """``max_tasks_per_worker`` holds for containers."""
     with BatchExecutor(1, launcher=launcher(), max_tasks_per_worker=5) as executor:
@@ -258,8 +282,9 @@ def test_an_existing_definition_is_used_as_it_is(aws: Any, launcher: Make) -> No
         assert list(executor.map(square, range(5))) == [0, 1, 4, 9, 16]
     assert not requests(aws, "RegisterJobDefinition")
     (request,) = requests(aws, "SubmitJob")
-    assert request["jobDefinition"].startswith("mine") or ":job-definition/mine" in (
-        request["jobDefinition"]
+    assert (
+        request["jobDefinition"].startswith("mine")
+        or ":job-definition/mine" in (request["jobDefinition"])
     )
 
 
@@ -267,9 +292,7 @@ def test_an_existing_definition_is_used_as_it_is(aws: Any, launcher: Make) -> No
 def test_workers_on_instances(aws: Any, launcher: Make, spot: bool) -> None:
     """EC2 has sizes of its own; slots follow the vCPUs."""
     kinds = ("SPOT",) if spot else ("EC2",)
-    batch = launcher(
-        kinds=kinds, compute="ec2", vcpus=2, memory="3GiB", spot=spot
-    )
+    batch = launcher(kinds=kinds, compute="ec2", vcpus=2, memory="3GiB", spot=spot)
     with BatchExecutor(4, launcher=batch) as executor:
         assert list(executor.map(square, range(5))) == [0, 1, 4, 9, 16]
         eventually(lambda: executor.stats().workers.slots == 4)
@@ -298,7 +321,7 @@ def test_the_stacks_key_is_in_no_request_process_list_or_repr(
         key_secret=secret,
         project="Größe* <x>\n",
     )
-    version = f"{os.sys.version_info.major}.{os.sys.version_info.minor}"  # type: ignore[attr-defined]
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
     profile.with_image(version, "linux/amd64", "example.com/worker:1").save()
     aws.clear_requests()
     with BatchExecutor(2) as executor:

@@ -104,3 +104,18 @@ def test_a_ceiling_is_a_positive_number(value: Any) -> None:
     """Anything else is refused at once."""
     with pytest.raises(ConfigError, match="max_cost_usd"):
         BatchExecutor(1, max_cost_usd=value)
+
+
+def test_workers_that_never_dial_back_are_paid_for_too(
+    aws: Any, launcher: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They run, so they cost; and the warning says what may be wrong."""
+    batch = launcher()
+    executor = BatchExecutor(2, launcher=batch, advertise="127.0.0.1:1", launch_timeout=9.0)
+    executor.submit(len, "abc")
+    executor.submit(len, "abc")
+    eventually(lambda: executor.cost().accrued_usd >= 2 * 60 * 0.05437 / 3600 - 1e-9)
+    eventually(lambda: "advertise=" in caplog.text)
+    executor.shutdown(wait=True, cancel_futures=True)
+    assert executor.cost().accrued_usd > 0
+    eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))

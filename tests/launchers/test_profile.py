@@ -204,6 +204,9 @@ def test_a_profile_survives_being_written_and_read(configured: Path) -> None:
     path.write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         Profile.load("a")
+    path.write_text('{"name": "a", "region": "r", "images": null}')
+    with pytest.raises(ConfigError, match="images=None"):
+        Profile.load("a")
     assert Profile.names() == ["a"]
     profile.delete()
     assert Profile.names() == []
