@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import ipaddress
 import os
+import re
 import socket
 import urllib.parse
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from cloudexec._errors import ConfigError
 
 __all__ = ["Advertised", "advertised_address"]
 
+_ADDRESS = re.compile(
+    r"(?P<host>[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?"
+)
 _METADATA_HOST = "169.254.169.254"
 _METADATA_TIMEOUT = 1.0
 _VENDOR_FILE = "/sys/class/dmi/id/sys_vendor"
@@ -55,13 +59,15 @@ async def advertised_address(
     Raises:
         ConfigError: If workers cannot reach this machine, saying what to do.
     """
-    if advertise:
-        return Advertised(advertise, "given as advertise=")
     named = os.environ.get("CLOUDEXEC_ADVERTISE", "")
+    if advertise:
+        return Advertised(_checked(advertise, "advertise="), "given as advertise=")
     if named:
-        return Advertised(named, "from CLOUDEXEC_ADVERTISE", _listen_for(named))
+        how = "from CLOUDEXEC_ADVERTISE"
+        return Advertised(_checked(named, how), how, _listen_for(named))
     if profile is not None and profile.advertise:
-        return Advertised(profile.advertise, f"from the profile {profile.name!r}")
+        how = f"from the profile {profile.name!r}"
+        return Advertised(_checked(profile.advertise, how), how)
     host = urllib.parse.urlsplit(endpoint).hostname or ""
     if host == "localhost" or (host and _is_loopback(host)):
         return Advertised(
@@ -78,6 +84,16 @@ async def advertised_address(
         f"advertise='HOST:PORT' and listen='0.0.0.0:PORT'; or, where a VPN or Direct Connect leads "
         f"here, advertise={own or 'ADDRESS'!r}"
     )
+
+
+def _checked(address: str, origin: str) -> str:
+    """Refuse what nobody can dial, before workers are paid for trying it."""
+    found = _ADDRESS.fullmatch(address)
+    if found is None or (found["port"] and not 0 < int(found["port"]) < 65536):
+        raise ConfigError(
+            f"workers cannot dial {address!r} ({origin}): it must be a host or 'host:port'"
+        )
+    return address
 
 
 def _listen_for(address: str) -> str:

@@ -85,7 +85,7 @@ class AwsClients:
 
     @contextlib.contextmanager
     def _renewing(self, client: Any) -> Iterator[None]:
-        """Where credentials have expired, let whoever tries again have those that are there then."""
+        """Where credentials have expired, let whoever tries again have those of then."""
         try:
             yield
         except AwsError as exc:

@@ -80,8 +80,8 @@ class Situation:
     """What one worker asks for."""
     quota_vcpus: float | None = None
     """The account's limit for such workers, where it could be read."""
-    waited: float = 0.0
-    """Seconds since the oldest was asked for."""
+    advertised: str = ""
+    """Where workers were told to dial, and why there."""
 
 
 _QUOTA = re.compile(r"limit on the number of vCPUs|vCPU limit|MaxSpotInstanceCountExceeded", re.I)
@@ -233,8 +233,8 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
             limit = f"; the account may run {situation.quota_vcpus:g} vCPUs of this kind at once"
         return Cause(
             text=(
-                f"{statuses['RUNNABLE']} workers wait for capacity (RUNNABLE){ahead}: the compute "
-                f"environments allow {most:g} vCPUs in all{limit}"
+                f"{_workers(statuses['RUNNABLE'], 'waits', 'wait')} for capacity (RUNNABLE)"
+                f"{ahead}: the compute environments allow {most:g} vCPUs in all{limit}"
             ),
             remedy=(
                 "others may use them (`cloudexec ps`), or AWS has none of this kind left: "
@@ -243,11 +243,14 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
         )
     if statuses.get("STARTING"):
         return Cause(
-            text=f"{statuses['STARTING']} workers have a place and start (the image is pulled)"
+            text=_workers(statuses["STARTING"], "starts", "start") + " (the image is pulled)"
         )
     if statuses.get("RUNNING", 0) > 0:
         return Cause(
-            text=f"{statuses['RUNNING']} workers run, and have not dialed back yet",
+            text=(
+                f"{_workers(statuses['RUNNING'], 'runs', 'run')}, and did not dial back yet"
+                f"{f'; they were told to dial {situation.advertised}' * bool(situation.advertised)}"
+            ),
             remedy=(
                 "if that lasts, they cannot reach this process: see advertise= and listen=, and "
                 "`cloudexec logs` for what they say"
@@ -281,6 +284,10 @@ def _cause_of_reason(reason: str, situation: Situation) -> Cause | None:
     if reason.startswith(RECLAIM_REASONS):
         return None  # it is being placed again
     return Cause(text=f"AWS Batch says: {reason}")
+
+
+def _workers(count: int, one: str, several: str) -> str:
+    return f"1 worker {one}" if count == 1 else f"{count} workers {several}"
 
 
 def _no_route(said: str) -> Cause:

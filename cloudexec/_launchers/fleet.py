@@ -74,6 +74,8 @@ _SPOT_PAUSE = 600.0
 _STOP_SECONDS = 30.0
 """What it takes to stop a worker: the time between SIGTERM and SIGKILL."""
 _LOG_LINES = 20
+_DEFAULT_LOG_GROUP = "/aws/batch/job"
+"""Where jobs log that were told nothing. AWS Batch User Guide, "Using CloudWatch Logs"."""
 _DIAGNOSE_AFTER = 2.0
 _DIAGNOSE_EVERY = 5.0
 _CONCURRENT_CALLS = 8
@@ -171,6 +173,8 @@ class Fleet:
         self._secret = secrets.token_bytes(32)
         self._definition = ""
         self._keyed_by_stack = False
+        self._log_group = _DEFAULT_LOG_GROUP
+        self._advertised = ""
         self._defining = asyncio.Lock()
         self._jobs: list[_Job] = []
         self._job_of: dict[str, _Job] = {}
@@ -199,6 +203,7 @@ class Fleet:
         self._prices = await asyncio.to_thread(PriceTable.load, self._clients.region)
         self._queue(spot=bool(settings.spot))  # complains if there is none
         self._keyed_by_stack = bool(self._profile.key_secret)
+        self._log_group = self._profile.log_group or _DEFAULT_LOG_GROUP
         if settings.definition is not None:
             await self._check_definition(settings.definition)
         key = b""
@@ -216,7 +221,7 @@ class Fleet:
         found = await advertised_address(
             self._profile, advertise=advertise, endpoint=self._clients.endpoint
         )
-        _logger.debug("workers dial %s: %s", found.address, found.how)
+        self._advertised = f"{found.address} ({found.how})"
         return Network(listen or f"{found.listen}:0", found.address, key)
 
     async def _check_definition(self, name: str) -> None:
@@ -231,7 +236,10 @@ class Fleet:
             )
         newest = max(found["jobDefinitions"], key=lambda each: int(each["revision"]))
         self._definition = newest["jobDefinitionArn"]
-        secrets_ = newest.get("containerProperties", {}).get("secrets", ())
+        container = newest.get("containerProperties", {})
+        options = container.get("logConfiguration", {}).get("options", {})
+        self._log_group = options.get("awslogs-group", _DEFAULT_LOG_GROUP)
+        secrets_ = container.get("secrets", ())
         keys = [each["valueFrom"] for each in secrets_ if each["name"] == "CLOUDEXEC_KEY"]
         if keys and keys[0] != self._profile.key_secret:
             raise ConfigError(
@@ -294,8 +302,8 @@ class Fleet:
             self._submitting[task] = job
             task.add_done_callback(lambda done: self._submitting.pop(done, None))
         _logger.info(
-            "launching %d workers (%s%s): about $%.2f an hour while they run (%s)",
-            len(requests),
+            "launching %s (%s%s): about $%.2f an hour while they run (%s)",
+            "1 worker" if len(requests) == 1 else f"{len(requests)} workers",
             size,
             ", Spot" if spot else "",
             len(requests) * price.per_hour,
@@ -742,13 +750,13 @@ class Fleet:
         stream = container.get("logStreamName") or (details.get("container") or {}).get(
             "logStreamName"
         )
-        if not stream or not self._profile.log_group:
+        if not stream:
             return ""
         try:
             page = await self._call(
                 "logs",
                 "get_log_events",
-                logGroupName=self._profile.log_group,
+                logGroupName=self._log_group,
                 logStreamName=stream,
                 limit=_LOG_LINES,
                 startFromHead=False,
@@ -777,7 +785,7 @@ class Fleet:
             return
         self._diagnosed_at = now
         job = min(missing, key=lambda each: each.asked_at)
-        situation = await self._situation(job, missing, now - oldest)
+        situation = await self._situation(job, missing)
         cause = cause_of_waiting(situation)
         before, self.explanation = self.explanation, str(cause) if cause is not None else ""
         if cause is None or not cause.fatal or situation.ends:
@@ -814,7 +822,7 @@ class Fleet:
         patience = min(_SPOT_PATIENCE, self._launch_timeout / 3)
         return waiting > 0 and now - job.asked_at > patience
 
-    async def _situation(self, job: _Job, missing: list[_Job], waited: float) -> Situation:
+    async def _situation(self, job: _Job, missing: list[_Job]) -> Situation:
         queues = (await self._call("batch", "describe_job_queues", jobQueues=[job.queue])).get(
             "jobQueues", ()
         )
@@ -844,7 +852,7 @@ class Fleet:
             ahead=await self._ahead(job) if statuses["RUNNABLE"] else 0,
             vcpus=job.size.vcpus,
             quota_vcpus=quota,
-            waited=waited,
+            advertised=self._advertised,
         )
 
     async def _ahead(self, job: _Job) -> int:

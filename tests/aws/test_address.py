@@ -65,3 +65,21 @@ def test_a_private_network_is_not(monkeypatch: pytest.MonkeyPatch, own: str) -> 
     with pytest.raises(ConfigError, match=r"advertise='HOST:PORT'.*listen=") as caught:
         find(None)
     assert re.search("VPC", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "value", ["127.0.0.1:", "http://127.0.0.1", " ", "a b", "host:0", "host:70000", "host:x", "-a"]
+)
+def test_what_nobody_can_dial_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before workers are paid for trying; the error says where it came from."""
+    with pytest.raises(ConfigError, match="advertise="):
+        find(None, advertise=value)
+    monkeypatch.setenv("CLOUDEXEC_ADVERTISE", value)
+    with pytest.raises(ConfigError, match="CLOUDEXEC_ADVERTISE"):
+        find(None)
+
+
+@pytest.mark.parametrize("value", ["10.0.0.1", "host.example:99", "[fe80::1]", "[::1]:5", "a"])
+def test_what_can_be_dialed(value: str) -> None:
+    """Hosts and addresses, with and without a port."""
+    assert find(None, advertise=value).address == value

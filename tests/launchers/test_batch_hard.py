@@ -147,7 +147,7 @@ def test_several_machines_die_at_once(aws: Any, launcher: Make) -> None:
     """Without retries only what ran there fails, and says so; the rest is done."""
     with BatchExecutor(4, launcher=launcher(), retries=0) as executor:
         assert sum(executor.map(slow_square, range(8))) == 140
-        futures = [executor.submit(slow_square, n, 0.2) for n in range(40)]
+        futures = [executor.submit(slow_square, n, 0.2) for n in range(20)]
         eventually(lambda: executor.stats().tasks.running == 4)
         alive = [job for job in aws.jobs() if job.status == "RUNNING" and job.parent]
         for job in alive[:3]:
@@ -206,8 +206,8 @@ def test_workers_that_end_at_once(tmp_path: Path, code: int) -> None:
 def test_half_of_the_workers_do_all_of_the_work(aws: Any, launcher: Make) -> None:
     """Those that never come are given up; what runs is not disturbed."""
     with BatchExecutor(4, launcher=launcher(max_vcpus=2), launch_timeout=2.0) as executor:
-        futures = [executor.submit(slow_square, n, 0.2) for n in range(40)]
-        assert [f.result(timeout=30) for f in futures] == [n * n for n in range(40)]
+        futures = [executor.submit(slow_square, n, 0.2) for n in range(24)]
+        assert [f.result(timeout=30) for f in futures] == [n * n for n in range(24)]
         stats = executor.stats()
     assert (stats.workers.lost, stats.tasks.failed) == (0, 0)
     eventually(lambda: none_left(aws))
