@@ -171,6 +171,7 @@ class Driver:
         self._connected_at: dict[str, float] = {}  # workers that have returned no result yet
         self._explained = ""
         self._prepared = False
+        self._starting: asyncio.Task[Any] | None = None
         self.started_at = time.monotonic()
         self._all_ended = asyncio.Event()
         self._last_words: dict[str, LaunchEnd] = {}
@@ -241,6 +242,7 @@ class Driver:
             LaunchError: If the server cannot listen where it was told to.
         """
         setup = self.setup
+        self._starting = asyncio.current_task()
         network = await self._launcher.start(
             self.executor_id,
             setup.listen or "",
@@ -274,6 +276,9 @@ class Driver:
     async def abandon(self) -> None:
         """Let go of everything after ``start()`` failed."""
         self._closing = True
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()  # interrupted in the middle of it
+            await asyncio.gather(self._starting, return_exceptions=True)
         if self._prepared:
             await self._launcher.close()
         if self._direct is not None:

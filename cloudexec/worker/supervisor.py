@@ -494,8 +494,8 @@ class SlotPool:
             memory = self._settings.memory_mib
             if code == -signal.SIGKILL and memory:
                 why = (
-                    f"killed; this worker has {memory} MiB for {self._settings.slots} slots: if the "
-                    f"initializer needs more, give memory= a larger size"
+                    f"killed; this worker has {memory} MiB for {self._settings.slots} slots: "
+                    f"if the initializer needs more, give memory= a larger size"
                 )
             error = InitializerError(
                 f"{_FAILED_STARTS} slots in a row ended before they were ready, the last one {why}"
