@@ -228,6 +228,47 @@ class Batch(Launcher):
             await fleet.close()
             self._last_cost = fleet.cost()
 
+    def estimate(self, workers: int, seconds: float) -> Cost:
+        """Estimate what workers would cost, before any is launched.
+
+        Args:
+            workers: How many, of the first size.
+            seconds: How long each runs, from the start of its image's download; a minute at least.
+
+        Returns:
+            The cost as ``accrued_usd``, and ``per_hour_usd`` of all of them.
+
+        Raises:
+            ConfigError: If there is no such profile.
+        """
+        from cloudexec._aws.prices import PriceTable
+        from cloudexec._aws.profile import Profile
+
+        check_count("workers", workers, least=0)
+        check_positive("seconds", seconds, zero=True)
+        profile = Profile.load(self.profile) if self.profile is not None else None
+        region = self.region or (profile.region if profile is not None else "")
+        prices = PriceTable.load(region) if region else PriceTable.built_in()
+        public_ip = self.assign_public_ip
+        if public_ip is None:
+            public_ip = profile is None or profile.assign_public_ip
+        size = self.sizes[0]
+        price = prices.worker(
+            vcpus=size.vcpus,
+            memory_mib=size.memory_mib,
+            arch=self.arch,
+            compute=self.compute,
+            spot=bool(self.spot),
+            ephemeral_gib=self.ephemeral_gib,
+            public_ip=public_ip,
+            region=region,
+        )
+        return Cost(
+            accrued_usd=workers * price.cost(seconds),
+            per_hour_usd=workers * price.per_hour,
+            note=f"estimated from the {prices}",
+        )
+
     def describe(self) -> str:
         """Say in a few words what this launches."""
         sizes = " or ".join(map(str, self.sizes))

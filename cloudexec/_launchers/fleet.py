@@ -17,7 +17,6 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +26,14 @@ from cloudexec._aws import names
 from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.definitions import ensure_definition, pin_image
-from cloudexec._aws.diagnosis import JobEnd, Situation, cause_of_end, cause_of_waiting
-from cloudexec._aws.limits import DESCRIBE_JOBS, WorkerSize, array_sizes
+from cloudexec._aws.diagnosis import JobEnd, cause_of_end, cause_of_waiting
+from cloudexec._aws.limits import DESCRIBE_JOBS, array_sizes
 from cloudexec._aws.prices import LEAST_SECONDS, PriceTable, WorkerPrice
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request, tag_value
 from cloudexec._enrolment import python_version
 from cloudexec._errors import AwsError, CloudexecError, ConfigError, LaunchError
+from cloudexec._launchers import ending
 from cloudexec._launchers.base import (
     Arrival,
     Contact,
@@ -43,6 +43,9 @@ from cloudexec._launchers.base import (
     LaunchTimes,
     Network,
 )
+from cloudexec._launchers.ending import Terminator
+from cloudexec._launchers.inquiry import DEFAULT_LOG_GROUP, Inquiry
+from cloudexec._launchers.jobs import Job, Member, end_of, seconds_of
 
 if TYPE_CHECKING:
     from cloudexec._launchers.batch import Batch
@@ -57,11 +60,8 @@ _POLL_WAITING = 1.0
 _POLL_WAITING_LONG = 6.0
 _POLL_SLOWEST = 15.0
 _POLL_GROWTH = 1.25
-_EVIDENCE_TIME = 10.0
 _SUBMIT_PATIENCE = 300.0
 """Seconds for which a submission that AWS cannot take now is tried again."""
-_TERMINATE_PATIENCE = 20.0
-"""Seconds for which AWS is asked to end a job, and then as long at the end of the executor."""
 _LOOK_UP_PAUSE = 1.0
 """Seconds before a job whose submission went unanswered is looked up: lists lag a little."""
 _RECLAIMS_BEFORE_ON_DEMAND = 3
@@ -73,86 +73,9 @@ _SPOT_PAUSE = 600.0
 """Seconds in which it is not asked for again."""
 _STOP_SECONDS = 30.0
 """What it takes to stop a worker: the time between SIGTERM and SIGKILL."""
-_LOG_LINES = 20
-_DEFAULT_LOG_GROUP = "/aws/batch/job"
-"""Where jobs log that were told nothing. AWS Batch User Guide, "Using CloudWatch Logs"."""
 _DIAGNOSE_AFTER = 2.0
 _DIAGNOSE_EVERY = 5.0
 _CONCURRENT_CALLS = 8
-_BULK = 50
-"""Jobs in one TerminateJobs call. AWS Batch API Reference."""
-
-
-@dataclass(slots=True)
-class _Member:
-    """One worker of a job.
-
-    Attributes:
-        index: In the array.
-        on_end: Whom to tell of its end.
-        connected: Whether its session is open.
-        began: When it began to cost, on the monotonic clock; ``None``: not yet.
-        spent: Seconds that earlier attempts cost.
-        attempts: Attempts that have ended.
-        lost_at: When its session ended unexpectedly, and nobody knows why yet.
-        ended: Whether it is over for the executor.
-        gone: Whether it is over for AWS too, as far as that can be known.
-    """
-
-    index: int
-    on_end: Callable[[str, LaunchEnd], None]
-    connected: bool = False
-    began: float | None = None
-    spent: list[float] = field(default_factory=list)
-    attempts: int = 0
-    lost_at: float | None = None
-    ended: bool = False
-    gone: bool = False
-
-
-@dataclass(slots=True)
-class _Job:
-    """One submission.
-
-    Attributes:
-        first: Number of its first worker.
-        name: Of the job.
-        queue: Name or ARN.
-        spot: Whether it runs on spare capacity.
-        size: Of each worker.
-        price: Of each worker.
-        asked_at: When it was asked for.
-        api: Seconds until AWS had accepted it.
-        id: AWS's; empty until then.
-        statuses: How many of its workers are in which state.
-        reason: What it says of itself while it waits.
-        sent: Whether a submission was ever tried.
-        unanswered: Whether a submission may have reached AWS whose answer never came.
-        terminated: Whether it is not needed any more.
-    """
-
-    first: int
-    name: str
-    queue: str
-    spot: bool
-    size: WorkerSize
-    price: WorkerPrice
-    members: dict[str, _Member]
-    asked_at: float
-    api: float | None = None
-    id: str = ""
-    statuses: Counter[str] = field(default_factory=Counter)
-    reason: str = ""
-    sent: bool = False
-    unanswered: bool = False
-    terminated: bool = False
-
-    @property
-    def over(self) -> bool:
-        return all(member.ended for member in self.members.values())
-
-    def aws_id(self, member: _Member) -> str:
-        return self.id if len(self.members) == 1 else f"{self.id}:{member.index}"
 
 
 class Fleet:
@@ -173,13 +96,13 @@ class Fleet:
         self._secret = secrets.token_bytes(32)
         self._definition = ""
         self._keyed_by_stack = False
-        self._log_group = _DEFAULT_LOG_GROUP
-        self._advertised = ""
+        self._inquiry = Inquiry(self._call, settings.compute)
+        self._terminator = Terminator(self._call, self._batch_client, executor_id)
         self._defining = asyncio.Lock()
-        self._jobs: list[_Job] = []
-        self._job_of: dict[str, _Job] = {}
+        self._jobs: list[Job] = []
+        self._job_of: dict[str, Job] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._submitting: dict[asyncio.Task[Any], _Job] = {}
+        self._submitting: dict[asyncio.Task[Any], Job] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
         self._closing = asyncio.Event()
@@ -203,7 +126,7 @@ class Fleet:
         self._prices = await asyncio.to_thread(PriceTable.load, self._clients.region)
         self._queue(spot=bool(settings.spot))  # complains if there is none
         self._keyed_by_stack = bool(self._profile.key_secret)
-        self._log_group = self._profile.log_group or _DEFAULT_LOG_GROUP
+        self._inquiry.log_group = self._profile.log_group or DEFAULT_LOG_GROUP
         if settings.definition is not None:
             await self._check_definition(settings.definition)
         key = b""
@@ -221,7 +144,7 @@ class Fleet:
         found = await advertised_address(
             self._profile, advertise=advertise, endpoint=self._clients.endpoint
         )
-        self._advertised = f"{found.address} ({found.how})"
+        self._inquiry.advertised = f"{found.address} ({found.how})"
         return Network(listen or f"{found.listen}:0", found.address, key)
 
     async def _check_definition(self, name: str) -> None:
@@ -238,7 +161,7 @@ class Fleet:
         self._definition = newest["jobDefinitionArn"]
         container = newest.get("containerProperties", {})
         options = container.get("logConfiguration", {}).get("options", {})
-        self._log_group = options.get("awslogs-group", _DEFAULT_LOG_GROUP)
+        self._inquiry.log_group = options.get("awslogs-group", DEFAULT_LOG_GROUP)
         secrets_ = container.get("secrets", ())
         keys = [each["valueFrom"] for each in secrets_ if each["name"] == "CLOUDEXEC_KEY"]
         if keys and keys[0] != self._profile.key_secret:
@@ -252,6 +175,10 @@ class Fleet:
         assert self._clients is not None
         async with self._gate:
             return await self._clients.call(service, operation, **parameters)
+
+    async def _batch_client(self) -> Any:
+        assert self._clients is not None
+        return await self._clients.client("batch")
 
     def _queue(self, *, spot: bool) -> str:
         settings = self._settings
@@ -285,14 +212,14 @@ class Fleet:
             some = requests[at : at + count]
             at += count
             first = some[0].launch_id
-            job = _Job(
+            job = Job(
                 first=int(first),
                 name=names.job_name(self._executor_id, first),
                 queue=self._queue(spot=spot),
                 spot=spot,
                 size=size,
                 price=price,
-                members={each.launch_id: _Member(index, on_end) for index, each in enumerate(some)},
+                members={each.launch_id: Member(index, on_end) for index, each in enumerate(some)},
                 asked_at=time.monotonic(),
             )
             self._jobs.append(job)
@@ -349,7 +276,7 @@ class Fleet:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _submit(self, job: _Job, contact: Contact, slots: int) -> None:
+    async def _submit(self, job: Job, contact: Contact, slots: int) -> None:
         try:
             definition = await self._persist(self._find_definition)
             request = self._request(job, contact, slots, definition)
@@ -437,7 +364,7 @@ class Fleet:
             )
         return image
 
-    def _request(self, job: _Job, contact: Contact, slots: int, definition: str) -> dict[str, Any]:
+    def _request(self, job: Job, contact: Contact, slots: int, definition: str) -> dict[str, Any]:
         settings = self._settings
         environment = {
             **settings.environment,
@@ -475,7 +402,7 @@ class Fleet:
             retry_reclaimed=settings.spot != "prefer",
         )
 
-    async def _submit_once(self, job: _Job, request: Mapping[str, Any]) -> None:
+    async def _submit_once(self, job: Job, request: Mapping[str, Any]) -> None:
         """Submit a job, or find out that it was, where an earlier answer got lost."""
         if self.closed or job.terminated:
             raise LaunchError("the executor has shut down")
@@ -495,7 +422,7 @@ class Fleet:
             raise
         job.id = str(answer["jobId"])
 
-    async def _find_job(self, job: _Job) -> str:
+    async def _find_job(self, job: Job) -> str:
         listed = await self._call(
             "batch",
             "list_jobs",
@@ -507,11 +434,11 @@ class Fleet:
                 return str(summary["jobId"])
         return ""
 
-    async def _terminate_unanswered(self, job: _Job) -> None:
+    async def _terminate_unanswered(self, job: Job) -> None:
         """Find a job that nobody needs any more, if AWS has it, and end it."""
         try:
             await asyncio.sleep(_LOOK_UP_PAUSE)
-            job.id = await self._ending(self._find_job, job)
+            job.id = await self._terminator.insist(self._find_job, job)
         except AwsError as exc:
             _logger.error(
                 "the job %s may have been submitted, and cannot be looked for: %s. `cloudexec stop "
@@ -523,7 +450,7 @@ class Fleet:
         if job.id:
             await self._terminate_whole([job], "it is not needed any more")
 
-    def _token(self, job: _Job) -> bytes:
+    def _token(self, job: Job) -> bytes:
         """The key of one job's workers: whoever reads it can pose as one of them, no more."""
         return hmac.new(self._secret, f"launch {job.first}".encode(), hashlib.sha256).digest()
 
@@ -568,7 +495,7 @@ class Fleet:
         job_id = job.aws_id(job.members[launch_id]) if job.id else ""
         return LaunchTimes(launch=launch_id, job_id=job_id, api=job.api or None)
 
-    def _end(self, job: _Job, launch_id: str, end: LaunchEnd) -> None:
+    def _end(self, job: Job, launch_id: str, end: LaunchEnd) -> None:
         """Take in that an attempt of a worker ended, and tell."""
         member = job.members[launch_id]
         if member.ended:
@@ -621,7 +548,7 @@ class Fleet:
                 _logger.exception("internal error while watching jobs")
             pause = min(pause * _POLL_GROWTH, _POLL_SLOWEST)
 
-    async def _inspect(self, jobs: list[_Job]) -> None:
+    async def _inspect(self, jobs: list[Job]) -> None:
         """Ask for the states of jobs, and of those of their workers that matter."""
         described = await self._describe([job.id for job in jobs])
         for job in jobs:
@@ -641,7 +568,7 @@ class Fleet:
             self._note_begun(job)
             await self._inspect_array(job, details["status"])
 
-    async def _inspect_array(self, job: _Job, status: str) -> None:
+    async def _inspect_array(self, job: Job, status: str) -> None:
         by_index = {member.index: launch_id for launch_id, member in job.members.items()}
         interesting = {
             job.aws_id(member)
@@ -668,7 +595,7 @@ class Fleet:
             launch_id = by_index[int(child_id.rpartition(":")[2])]
             await self._take(job, launch_id, details)
 
-    def _note_begun(self, job: _Job) -> None:
+    def _note_begun(self, job: Job) -> None:
         """Count as paid for what has a place, also before it dials back, or if it never does."""
         placed = job.statuses["STARTING"] + job.statuses["RUNNING"]
         members = [member for member in job.members.values() if not member.ended]
@@ -681,7 +608,7 @@ class Fleet:
                 member.began = time.monotonic()
                 missing -= 1
 
-    def _waits_unexplained(self, job: _Job) -> bool:
+    def _waits_unexplained(self, job: Job) -> bool:
         return (
             any(not m.connected and not m.ended for m in job.members.values())
             and time.monotonic() - job.asked_at > _DIAGNOSE_AFTER
@@ -694,7 +621,7 @@ class Fleet:
         )
         return {each["jobId"]: each for answer in answers for each in answer["jobs"]}
 
-    async def _take(self, job: _Job, launch_id: str, details: Mapping[str, Any]) -> None:
+    async def _take(self, job: Job, launch_id: str, details: Mapping[str, Any]) -> None:
         """Take in what AWS says of one worker."""
         member = job.members[launch_id]
         if member.ended:
@@ -712,15 +639,15 @@ class Fleet:
             return
         if member.began is None:
             # It came and went between two looks.
-            member.spent += [_seconds(each) for each in attempts[member.attempts :]]
+            member.spent += [seconds_of(each) for each in attempts[member.attempts :]]
         member.attempts = len(attempts)
-        end = _end_of(details, attempts)
+        end = end_of(details, attempts)
         if not end.reclaimed and member.lost_at is None:
             end = JobEnd(
                 status_reason=end.status_reason,
                 container_reason=end.container_reason,
                 exit_code=end.exit_code,
-                log_tail=await self._log_tail(details),
+                log_tail=await self._inquiry.log_tail(details),
                 retried=again,
             )
             self._ends = [*self._ends[-4:], end]
@@ -744,28 +671,7 @@ class Fleet:
             ),
         )
 
-    async def _log_tail(self, details: Mapping[str, Any]) -> str:
-        attempts = details.get("attempts") or [{}]
-        container = attempts[-1].get("container") or details.get("container") or {}
-        stream = container.get("logStreamName") or (details.get("container") or {}).get(
-            "logStreamName"
-        )
-        if not stream:
-            return ""
-        try:
-            page = await self._call(
-                "logs",
-                "get_log_events",
-                logGroupName=self._log_group,
-                logStreamName=stream,
-                limit=_LOG_LINES,
-                startFromHead=False,
-            )
-        except AwsError:
-            return ""  # an aid, not a need
-        return "\n".join(event["message"].rstrip() for event in page.get("events", ()))
-
-    async def _diagnose(self, jobs: list[_Job], now: float) -> None:
+    async def _diagnose(self, jobs: list[Job], now: float) -> None:
         """While workers are waited for, find out why."""
         missing = [
             job
@@ -785,7 +691,7 @@ class Fleet:
             return
         self._diagnosed_at = now
         job = min(missing, key=lambda each: each.asked_at)
-        situation = await self._situation(job, missing)
+        situation = await self._inquiry.situation(job, missing, self._ends)
         cause = cause_of_waiting(situation)
         before, self.explanation = self.explanation, str(cause) if cause is not None else ""
         if cause is None or not cause.fatal or situation.ends:
@@ -802,7 +708,7 @@ class Fleet:
             ]
             self.terminate(waiting, LaunchEnd(self.explanation, fatal=True))
 
-    def _leave_spot(self, jobs: list[_Job], now: float) -> None:
+    def _leave_spot(self, jobs: list[Job], now: float) -> None:
         """Where it is only preferred, have on demand what waits for spare capacity too long."""
         for job in jobs:
             if self._waits_for_spot_in_vain(job, now):
@@ -815,73 +721,12 @@ class Fleet:
                 ]
                 self.terminate(waiting, LaunchEnd("there was no Spot capacity", reclaimed=True))
 
-    def _waits_for_spot_in_vain(self, job: _Job, now: float) -> bool:
+    def _waits_for_spot_in_vain(self, job: Job, now: float) -> bool:
         if not job.spot or job.over or self._settings.spot != "prefer":
             return False
         waiting = sum(job.statuses[state] for state in ("SUBMITTED", "PENDING", "RUNNABLE"))
         patience = min(_SPOT_PATIENCE, self._launch_timeout / 3)
         return waiting > 0 and now - job.asked_at > patience
-
-    async def _situation(self, job: _Job, missing: list[_Job]) -> Situation:
-        queues = (await self._call("batch", "describe_job_queues", jobQueues=[job.queue])).get(
-            "jobQueues", ()
-        )
-        queue: Mapping[str, Any] = queues[0] if queues else {}
-        order = [e["computeEnvironment"] for e in queue.get("computeEnvironmentOrder", ())]
-        environments: Sequence[Mapping[str, Any]] = ()
-        if order:
-            environments = (
-                await self._call(
-                    "batch", "describe_compute_environments", computeEnvironments=order
-                )
-            )["computeEnvironments"]
-        statuses: Counter[str] = Counter()
-        for each in missing:
-            statuses.update(each.statuses)
-        statuses["RUNNING"] -= sum(m.connected for each in missing for m in each.members.values())
-        quota = await self._quota(spot=job.spot) if statuses["RUNNABLE"] else None
-        return Situation(
-            statuses=statuses,
-            reasons=[each.reason for each in missing if each.reason],
-            ends=self._ends,
-            queue=job.queue.rpartition("/")[2],
-            queue_state=queue.get("state", ""),
-            queue_status=queue.get("status", ""),
-            queue_reason=queue.get("statusReason", ""),
-            environments=environments,
-            ahead=await self._ahead(job) if statuses["RUNNABLE"] else 0,
-            vcpus=job.size.vcpus,
-            quota_vcpus=quota,
-            advertised=self._advertised,
-        )
-
-    async def _ahead(self, job: _Job) -> int:
-        """Count jobs of others before ours in the queue, among the first that AWS shows."""
-        try:
-            snapshot = await self._call("batch", "get_job_queue_snapshot", jobQueue=job.queue)
-        except (AwsError, KeyError):
-            return 0  # not allowed, or an SDK that does not know of it: an aid, not a need
-        ahead = 0
-        for each in snapshot.get("frontOfQueue", {}).get("jobs", ()):
-            if each["jobArn"].partition("job/")[2].partition(":")[0] == job.id:
-                break
-            ahead += 1
-        return ahead
-
-    async def _quota(self, *, spot: bool) -> float | None:
-        if self._settings.compute != "fargate":
-            return None
-        wanted = "spot" if spot else "on-demand"
-        try:
-            listed = await self._call(
-                "service-quotas", "list_service_quotas", ServiceCode="fargate"
-            )
-        except AwsError:
-            return None  # an aid, not a need
-        for quota in listed.get("Quotas", ()):
-            if wanted in quota["QuotaName"].lower() and "vcpu" in quota["QuotaName"].lower():
-                return float(quota["Value"])
-        return None
 
     # Money.
 
@@ -928,7 +773,7 @@ class Fleet:
             if job is not None and not job.members[launch_id].ended:
                 wanted.setdefault(job.first, []).append(launch_id)
         why = "the executor does not need it any more"
-        whole: list[_Job] = []
+        whole: list[Job] = []
         for launches in wanted.values():
             job = self._job_of[launches[0]]
             members = [job.members[launch_id] for launch_id in launches]
@@ -944,81 +789,18 @@ class Fleet:
         if whole:
             self._spawn(self._terminate_whole(whole, why))
 
-    async def _terminate_whole(self, jobs: Sequence[_Job], why: str) -> None:
+    async def _terminate_whole(self, jobs: Sequence[Job], why: str) -> None:
         """Terminate jobs with all their workers: one request for each, however large it is."""
-        if await self._terminate_jobs([job.id for job in jobs], why):
+        if await self._terminator.terminate([job.id for job in jobs], why):
             for job in jobs:
                 for member in job.members.values():
                     member.gone = True
 
-    async def _terminate_members(self, job: _Job, members: Sequence[_Member], why: str) -> None:
+    async def _terminate_members(self, job: Job, members: Sequence[Member], why: str) -> None:
         """Terminate some workers of a job that goes on."""
-        if await self._terminate_jobs([job.aws_id(member) for member in members], why):
+        if await self._terminator.terminate([job.aws_id(member) for member in members], why):
             for member in members:
                 member.gone = True
-
-    async def _ending(self, call: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
-        """Make a call that serves to end something, and try for a while if it has to be."""
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(
-                lambda exc: isinstance(exc, AwsError) and (exc.transient or exc.expired)
-            ),
-            wait=tenacity.wait_random_exponential(multiplier=0.3, max=5.0),
-            stop=tenacity.stop_after_delay(_TERMINATE_PATIENCE),
-            reraise=True,
-        )
-        async for attempt in retrying:
-            with attempt:
-                return await call(*args)
-        raise AssertionError("tenacity returned without a result")
-
-    async def _terminate_jobs(self, ids: Sequence[str], why: str) -> bool:
-        """Terminate jobs; what cannot be terminated is said loudly.
-
-        Returns:
-            Whether AWS took it all.
-        """
-        assert self._clients is not None
-        reason = f"cloudexec: {why}"
-        client = await self._clients.client("batch")
-        bulk = len(ids) > 1 and hasattr(client, "terminate_jobs")
-
-        async def one(job_id: str) -> None:
-            await self._ending(
-                lambda: self._call("batch", "terminate_job", jobId=job_id, reason=reason)
-            )
-
-        async def many(some: Sequence[str]) -> None:
-            try:
-                answer = await self._ending(
-                    lambda: self._call("batch", "terminate_jobs", jobs=list(some), reason=reason)
-                )
-            except AwsError as exc:
-                if exc.transient or exc.expired:
-                    raise
-                # An endpoint that does not know the newer call.
-                await asyncio.gather(*(one(job_id) for job_id in some))
-                return
-            for failed in answer.get("errors", ()):
-                await one(str(failed.get("jobId") or failed.get("job")))
-
-        try:
-            async with asyncio.timeout(_TERMINATE_PATIENCE):
-                if bulk:
-                    pages = [ids[at : at + _BULK] for at in range(0, len(ids), _BULK)]
-                    await asyncio.gather(*(many(page) for page in pages))
-                else:
-                    await asyncio.gather(*(one(job_id) for job_id in ids))
-        except (AwsError, TimeoutError) as exc:
-            _logger.error(
-                "jobs could not be terminated (%s): %s. `cloudexec stop --executor %s` tries "
-                "again; workers that find nobody end by themselves",
-                ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else ""),
-                str(exc) or self.explanation or "AWS does not answer",
-                self._executor_id,
-            )
-            return False
-        return True
 
     async def close(self) -> None:
         """Terminate whatever has not ended by itself, and let go of everything."""
@@ -1031,7 +813,7 @@ class Fleet:
                 task.cancel()
         if self._submitting:
             # What is on its way to AWS has to be known, to be ended.
-            await asyncio.wait(list(self._submitting), timeout=_TERMINATE_PATIENCE)
+            await asyncio.wait(list(self._submitting), timeout=ending.PATIENCE)
         for job in self._jobs:
             for launch_id in list(job.members):
                 self._end(job, launch_id, LaunchEnd("the executor has shut down", killed=True))
@@ -1048,23 +830,6 @@ class Fleet:
             await self._terminate_whole(left, "the executor has shut down")
         if self._clients is not None:
             await self._clients.close()
-
-
-def _end_of(details: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) -> JobEnd:
-    """Read how the last attempt ended."""
-    last: Mapping[str, Any] = attempts[-1] if attempts else {}
-    container = last.get("container") or details.get("container") or {}
-    return JobEnd(
-        status_reason=last.get("statusReason") or details.get("statusReason", ""),
-        container_reason=container.get("reason", ""),
-        exit_code=container.get("exitCode"),
-    )
-
-
-def _seconds(attempt: Mapping[str, Any]) -> float:
-    """Read how long an attempt ran; AWS counts in milliseconds."""
-    began, ended = attempt.get("startedAt"), attempt.get("stoppedAt")
-    return max(0.0, (ended - began) / 1000) if began and ended else 0.0
 
 
 def _user() -> str:

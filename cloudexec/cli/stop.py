@@ -62,11 +62,10 @@ def stop_command(
                 for state, number in job.workers.items()
                 if state not in ("SUCCEEDED", "FAILED")
             )
-            click.confirm(
-                f"Stop {_count(len(jobs), 'job')} with {_count(count, 'worker')}?",
-                abort=True,
-                err=True,
-            )
+            question = f"Stop {_count(len(jobs), 'job')} with {_count(count, 'worker')}?"
+            if not click.confirm(question, err=True):
+                click.echo("Nothing was stopped.", err=True)
+                click.get_current_context().exit(1)
         # Exactly those that were shown, whatever has started since.
         stopped = (
             monitor.stop(

@@ -413,7 +413,7 @@ def test_what_cannot_be_ended_is_said(
     aws: Any, launcher: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With credentials that expired, the shutdown is bounded, and names the jobs and the remedy."""
-    monkeypatch.setattr("cloudexec._launchers.fleet._TERMINATE_PATIENCE", 2.0)
+    monkeypatch.setattr("cloudexec._launchers.ending.PATIENCE", 2.0)
     batch = launcher()
     aws.faults.no_capacity()
     executor = BatchExecutor(2, launcher=batch)

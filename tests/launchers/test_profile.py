@@ -234,3 +234,16 @@ def test_spot_prefer_goes_on_demand_when_there_is_none(aws: Any, profile: Profil
         where = executor.submit(lambda: os.environ["AWS_BATCH_JQ_NAME"])
         assert where.result(timeout=30).startswith("ondemand")
     eventually(lambda: all(job.status in ("SUCCEEDED", "FAILED") for job in aws.jobs()))
+
+
+def test_an_estimate_before_anything_is_launched(configured: Path) -> None:
+    """Fargate's list price, a minute at least, and about a third of it on Spot."""
+    Profile(name="team", region="us-east-1", assign_public_ip=False).save()
+    hour = Batch(profile="team", vcpus=1, memory="2GiB").estimate(10, 3600)
+    assert hour.accrued_usd == pytest.approx(10 * (0.04048 + 2 * 0.004445))
+    assert hour.per_hour_usd == hour.accrued_usd
+    assert Batch(profile="team").estimate(10, 1).accrued_usd == pytest.approx(hour.accrued_usd / 60)
+    spot = Batch(profile="team", spot=True).estimate(10, 3600)
+    assert 0.2 < spot.accrued_usd / hour.accrued_usd < 0.5
+    with pytest.raises(ConfigError, match="seconds"):
+        Batch(profile="team").estimate(1, -1)

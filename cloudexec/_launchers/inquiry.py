@@ -1,0 +1,131 @@
+"""Asking AWS why workers are not there: queue, environments, quotas, logs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from cloudexec._aws.diagnosis import JobEnd, Situation
+from cloudexec._errors import AwsError
+from cloudexec._launchers.jobs import Job
+
+__all__ = ["DEFAULT_LOG_GROUP", "Inquiry"]
+
+DEFAULT_LOG_GROUP = "/aws/batch/job"
+"""Where jobs log that were told nothing. AWS Batch User Guide, "Using CloudWatch Logs"."""
+_LOG_LINES = 20
+
+
+class Inquiry:
+    """Looks things up for a diagnosis. What it may not look up is left out.
+
+    Args:
+        call: Makes a call to AWS: service, operation, parameters.
+        compute: ``"fargate"`` or ``"ec2"``.
+
+    Attributes:
+        log_group: Where workers log.
+        advertised: Where workers were told to dial, and why there.
+    """
+
+    def __init__(self, call: Callable[..., Awaitable[Any]], compute: str) -> None:
+        self.log_group = DEFAULT_LOG_GROUP
+        self.advertised = ""
+        self._call = call
+        self._compute = compute
+
+    async def log_tail(self, details: Mapping[str, Any]) -> str:
+        """Return the last lines that a worker wrote, or nothing."""
+        attempts = details.get("attempts") or [{}]
+        container = attempts[-1].get("container") or details.get("container") or {}
+        stream = container.get("logStreamName") or (details.get("container") or {}).get(
+            "logStreamName"
+        )
+        if not stream:
+            return ""
+        try:
+            page = await self._call(
+                "logs",
+                "get_log_events",
+                logGroupName=self.log_group,
+                logStreamName=stream,
+                limit=_LOG_LINES,
+                startFromHead=False,
+            )
+        except AwsError:
+            return ""  # an aid, not a need
+        return "\n".join(event["message"].rstrip() for event in page.get("events", ()))
+
+    async def situation(
+        self, job: Job, missing: Sequence[Job], ends: Sequence[JobEnd]
+    ) -> Situation:
+        """Gather what is known while workers are waited for.
+
+        Args:
+            job: The one that waits longest.
+            missing: All that wait.
+            ends: Attempts that ended before they dialed back.
+
+        Raises:
+            AwsError: If AWS refuses, or cannot be reached.
+        """
+        queues = (await self._call("batch", "describe_job_queues", jobQueues=[job.queue])).get(
+            "jobQueues", ()
+        )
+        queue: Mapping[str, Any] = queues[0] if queues else {}
+        order = [e["computeEnvironment"] for e in queue.get("computeEnvironmentOrder", ())]
+        environments: Sequence[Mapping[str, Any]] = ()
+        if order:
+            environments = (
+                await self._call(
+                    "batch", "describe_compute_environments", computeEnvironments=order
+                )
+            )["computeEnvironments"]
+        statuses: Counter[str] = Counter()
+        for each in missing:
+            statuses.update(each.statuses)
+        statuses["RUNNING"] -= sum(m.connected for each in missing for m in each.members.values())
+        quota = await self._quota(spot=job.spot) if statuses["RUNNABLE"] else None
+        return Situation(
+            statuses=statuses,
+            reasons=[each.reason for each in missing if each.reason],
+            ends=ends,
+            queue=job.queue.rpartition("/")[2],
+            queue_state=queue.get("state", ""),
+            queue_status=queue.get("status", ""),
+            queue_reason=queue.get("statusReason", ""),
+            environments=environments,
+            ahead=await self._ahead(job) if statuses["RUNNABLE"] else 0,
+            vcpus=job.size.vcpus,
+            quota_vcpus=quota,
+            advertised=self.advertised,
+        )
+
+    async def _ahead(self, job: Job) -> int:
+        """Count jobs of others before ours in the queue, among the first that AWS shows."""
+        try:
+            snapshot = await self._call("batch", "get_job_queue_snapshot", jobQueue=job.queue)
+        except (AwsError, KeyError):
+            return 0  # not allowed, or an SDK that does not know of it: an aid, not a need
+        ahead = 0
+        for each in snapshot.get("frontOfQueue", {}).get("jobs", ()):
+            if each["jobArn"].partition("job/")[2].partition(":")[0] == job.id:
+                break
+            ahead += 1
+        return ahead
+
+    async def _quota(self, *, spot: bool) -> float | None:
+        if self._compute != "fargate":
+            return None
+        wanted = "spot" if spot else "on-demand"
+        try:
+            listed = await self._call(
+                "service-quotas", "list_service_quotas", ServiceCode="fargate"
+            )
+        except AwsError:
+            return None  # an aid, not a need
+        for quota in listed.get("Quotas", ()):
+            if wanted in quota["QuotaName"].lower() and "vcpu" in quota["QuotaName"].lower():
+                return float(quota["Value"])
+        return None
