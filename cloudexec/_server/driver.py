@@ -302,7 +302,10 @@ class Driver:
         for _ in range(len(inbox)):
             item = inbox.popleft()
             if isinstance(item, Submission):
-                (tasks if item.needs is None else held).append(item)
+                if item.needs is None:
+                    tasks.append(item)
+                else:
+                    held.append(item)
             elif isinstance(item, int):
                 ended.append(item)
             else:

@@ -11,7 +11,7 @@ from cloudexec.cli._aws_options import aws_options, echo_json, ends_well
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cloudexec._aws.monitor import JobInfo
+    from cloudexec._aws.records import JobInfo
 
 _STATES = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING", "SUCCEEDED", "FAILED")
 

@@ -15,8 +15,9 @@ import boto3
 import pytest
 
 from cloudexec import AwsError, ConfigError
+from cloudexec._aws.account import AsyncMonitor
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.monitor import AsyncMonitor, Monitor
+from cloudexec._aws.monitor import Monitor
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
 from cloudexec.testing import FakeAWS
