@@ -217,6 +217,8 @@ class BatchExecutor(_Base):
 
     Args:
         max_workers: Tasks that may run at once; by default the processors this process may use.
+        mp_context: Taken for the sake of programs that give one, and not used: how processes start
+            is the same everywhere.
         initializer: Called once in each process that runs tasks, before its first task.
         initargs: Its arguments.
         max_tasks_per_child: Tasks after which a process is replaced by a fresh one.
@@ -250,9 +252,10 @@ class BatchExecutor(_Base):
     def __init__(
         self,
         max_workers: int | None = None,
-        *,
+        mp_context: object = None,
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
+        *,
         max_tasks_per_child: int | None = None,
         launcher: Launcher | None = None,
         min_workers: int = 0,

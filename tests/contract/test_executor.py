@@ -1408,3 +1408,14 @@ def test_python_is_new_enough() -> None:
     """These tests use what Python 3.11 has."""
     assert sys.version_info >= (3, 11)
     assert psutil.Process().is_running()
+
+
+def test_arguments_may_stand_where_a_process_pool_has_them() -> None:
+    """``ProcessPoolExecutor(2, context, initializer, initargs)`` works with the other name."""
+    context = multiprocessing.get_context("spawn")
+
+    def greet(greeting: str) -> None:
+        os.environ["GREETING"] = greeting
+
+    with BatchExecutor(1, context, greet, ("hello",)) as executor:
+        assert executor.submit(lambda: os.environ["GREETING"]).result(PATIENCE) == "hello"
