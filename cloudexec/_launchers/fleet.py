@@ -377,7 +377,7 @@ class Fleet:
         }
         if not self._keyed_by_stack:
             environment["CLOUDEXEC_KEY"] = self._token(job).hex()
-        longest = settings.launch_timeout + settings.max_runtime
+        longest = self._launch_timeout + settings.max_runtime
         expires = datetime.now(UTC) + timedelta(seconds=longest)
         tags = {
             **settings.tags,
@@ -733,10 +733,8 @@ class Fleet:
     def cost(self) -> Cost:
         now = time.monotonic()
         accrued = committed = rate = 0.0
-        assumed = False
         for job in self._jobs:
             price = job.price
-            assumed = assumed or price.assumed
             for member in job.members.values():
                 accrued += price.cost_of(member.spent)
                 if member.began is not None:
@@ -749,6 +747,8 @@ class Fleet:
                 elif not member.ended:
                     committed += price.cost(LEAST_SECONDS)
         note = f"estimated from the {self._prices}"
+        if any(job.spot for job in self._jobs):
+            note += f", Spot at {self._prices.spot_factor:.0%} of it"
         return Cost(accrued_usd=accrued, committed_usd=committed, per_hour_usd=rate, note=note)
 
     def affordable(self, requests: Sequence[LaunchRequest], max_cost_usd: float) -> int:
