@@ -533,7 +533,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     loop = asyncio.get_running_loop()
     address.say(
         f"cloudexec {_version()}, Python {_enrolment.python_version()}, "
-        f"{address.slots} slots; dialing {address.target}"
+        f"{address.slots} slot{'s' * (address.slots != 1)}; dialing {address.target}"
     )
     session = await _dial(address)
     parent = os.getppid()
