@@ -614,7 +614,7 @@ class Driver:
             for launch in self.machine.launches
             if launch not in self._times
         ]
-        return (*self._times.values(), *waiting)
+        return tuple(sorted((*self._times.values(), *waiting), key=lambda each: int(each.launch)))
 
     def _on_launch_end(self, launch: str, end: LaunchEnd) -> None:
         if not end.relaunched:
