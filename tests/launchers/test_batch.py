@@ -238,7 +238,7 @@ def test_capacity_that_never_comes_is_a_launch_error_with_the_reason(
     """Bounded in time, and it says what AWS said and what to do."""
     batch = launcher()
     aws.faults.no_capacity()
-    with BatchExecutor(1, launcher=batch, launch_timeout=5.0) as executor:
+    with BatchExecutor(1, launcher=batch, launch_timeout=4.0) as executor:
         with pytest.raises(LaunchError, match=r"capacity.*CAPACITY.*spot=False") as caught:
             executor.submit(square, 1).result(timeout=60)
     assert caught.value.reason

@@ -49,7 +49,7 @@ def test_a_cause_is_named_with_its_remedy(
     """Within a bounded time the futures fail with AWS's reason and what to do about it."""
     batch = launcher(**settings)
     fault(aws)
-    with BatchExecutor(1, launcher=batch, launch_timeout=6.0) as executor:
+    with BatchExecutor(1, launcher=batch, launch_timeout=4.0) as executor:
         with pytest.raises(LaunchError, match=f"(?s){words}"):
             executor.submit(len, "abc").result(timeout=60)
     eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))
