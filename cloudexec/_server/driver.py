@@ -242,6 +242,8 @@ class Driver:
             LaunchError: If the server cannot listen where it was told to.
         """
         setup = self.setup
+        if self._launcher.needs_network():
+            self.portal.outlast_main_thread()
         self._starting = asyncio.current_task()
         network = await self._launcher.start(
             self.executor_id,

@@ -9,6 +9,8 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from cloudexec._server.blocking import BlockingThreads
+
 __all__ = ["Portal"]
 
 T = TypeVar("T")
@@ -23,6 +25,7 @@ class Portal:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self._users = 0
+        self._blocking: BlockingThreads | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self.thread = threading.Thread(target=self._run, name="cloudexec", daemon=True)
         self.thread.start()
@@ -47,6 +50,15 @@ class Portal:
                 Portal._current = None
         self.loop.call_soon_threadsafe(self.loop.stop)
 
+    def outlast_main_thread(self) -> None:
+        """Let what the loop does in threads go on after the main thread has ended.
+
+        Called on the loop thread.
+        """
+        if self._blocking is None:
+            self._blocking = BlockingThreads()
+            self.loop.set_default_executor(self._blocking)
+
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.set_exception_handler(_handle)
@@ -61,6 +73,8 @@ class Portal:
                 self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
         finally:
             asyncio.set_event_loop(None)
+            if self._blocking is not None:
+                self._blocking.shutdown()
             self.loop.close()
 
     def post(self, fn: Callable[..., object], *args: object) -> None:

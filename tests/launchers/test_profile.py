@@ -247,3 +247,44 @@ def test_an_estimate_before_anything_is_launched(configured: Path) -> None:
     assert 0.2 < spot.accrued_usd / hour.accrued_usd < 0.5
     with pytest.raises(ConfigError, match="seconds"):
         Batch(profile="team").estimate(1, -1)
+
+
+def test_what_is_pending_at_the_end_of_a_script_is_run(
+    aws: Any, profile: Profile, tmp_path: Path
+) -> None:
+    """As with a process pool: although AWS has yet to be talked to, and names to be looked up."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import time
+            from cloudexec import BatchExecutor
+
+            def late(number):
+                time.sleep(0.2)
+                return number
+
+            if __name__ == "__main__":
+                executor = BatchExecutor(2)
+                for number in range(4):
+                    executor.submit(late, number).add_done_callback(
+                        lambda future: print("result", future.result(), flush=True)
+                    )
+                print("main ends", flush=True)
+            """
+        )
+    )
+    endpoint = aws.endpoint_url.replace("127.0.0.1", "localhost")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "CLOUDEXEC_PROFILE": "team", "AWS_ENDPOINT_URL": endpoint},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == "main ends", done.stderr
+    assert sorted(lines[1:]) == [f"result {number}" for number in range(4)], done.stderr
+    assert "4 tasks on" in done.stderr
+    eventually(lambda: all(job.status in ("SUCCEEDED", "FAILED") for job in aws.jobs()))
