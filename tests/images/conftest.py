@@ -147,7 +147,7 @@ def serving(directory: Path, *, users: str = "") -> Iterator[str]:
         process.wait(20)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A registry on the loopback that wants a password: its address."""
     directory = tmp_path_factory.mktemp("registry")
@@ -155,7 +155,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def open_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A registry on the loopback for everybody: its address."""
     with serving(tmp_path_factory.mktemp("open-registry")) as address:

@@ -99,20 +99,19 @@ def test_an_unmodified_script_runs_10000_tasks(aws: Any, ready: None, tmp_path: 
     script = tmp_path / "sweep.py"
     script.write_text(f"WORKERS = {WORKERS}\n" + textwrap.dedent(SWEEP))
     assert "dialed back" in cloudexec("doctor").stdout
-    run = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "CLOUDEXEC_PROFILE": "default", "PYTHONPATH": str(ROOT)},
-    )
-    try:
-        eventually(lambda: sum(job.status == "RUNNING" and job.size is None for job in aws.jobs()))
-        (shown,) = json.loads(cloudexec("ps", "--json").stdout)
-        assert shown["vcpus"] > 0
-        out, err = run.communicate(timeout=200)
-    finally:
-        run.kill()
+    ) as run:
+        try:
+            (shown,) = eventually(lambda: json.loads(cloudexec("ps", "--json").stdout))
+            assert sum(shown["workers"].values()) == WORKERS
+            out, err = run.communicate(timeout=200)
+        finally:
+            run.kill()
     assert out == f"10000 [10001] {sum(round(n**0.5) for n in range(10_000))}\n", err
     assert "10000 tasks on" in err
     job = max(aws.jobs(), key=lambda job: job.created_at if job.index is None else 0)
