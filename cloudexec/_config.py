@@ -18,7 +18,13 @@ def check_positive(name: str, value: float | None, *, zero: bool = False) -> Non
     """
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name} must be a number, not {value!r}")
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ConfigError(f"{name} must be a number that a float can hold") from None
+    if math.isnan(value):
         raise ConfigError(f"{name} must be a number, not {value!r}")
     if value < 0 or (value == 0 and not zero):
         bound = "0 or more" if zero else "greater than 0"

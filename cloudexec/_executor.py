@@ -296,6 +296,8 @@ class BatchExecutor(_Base):
             )
         if launcher is None:
             launcher = _default_launcher()
+        elif isinstance(launcher, type) or not hasattr(launcher, "slots_per_worker"):
+            raise TypeError(f"launcher must be one such as Local() or Batch(), not {launcher!r}")
         scaling = ScalingPolicy(
             max_slots=max_workers,
             min_slots=min_workers,

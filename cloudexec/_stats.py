@@ -41,7 +41,8 @@ class WorkerCounts:
     lost: int = 0
     """Since the start."""
     reclaimed: int = 0
-    """Taken back by their platform, since the start; those that handed all back are not lost."""
+    """Of those that had dialed back, how many their platform took back since the start. One that
+    could hand back all it had is not lost."""
     launched: int = 0
     """Asked for since the start."""
     slots: int = 0

@@ -66,7 +66,8 @@ class AwsClients:
         found = region or self._session.get_config_variable("region")
         if not found:
             raise ConfigError(
-                "no AWS region: give region=, set AWS_DEFAULT_REGION, or run `aws configure`"
+                "no AWS region: give one (region=, in the shell --region), set "
+                "AWS_DEFAULT_REGION, or run `aws configure`"
             )
         self.region: str = found
         self._clients: dict[tuple[str, str, bool], Any] = {}

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cloudexec._aws.image_contents import Contents, ImageSpec, collect
 from cloudexec._aws.image_engine import Engine, PushReport, Report, ignore_line, ignore_push
@@ -35,6 +37,8 @@ __all__ = [
     "push",
     "push_to_profile",
 ]
+
+T = TypeVar("T")
 
 LOCAL_NAME = "localhost/cloudexec-worker"
 """Repository of images that were built and not pushed."""
@@ -252,9 +256,9 @@ async def push(
     digest = await repository.digest(planned.tag)
     if digest is not None:
         return PushedImage(uri=f"{name}@{digest}", tag=planned.tag, was_pushed=False)
-    image = await asyncio.to_thread(build, planned, engine=engine, report=report)
-    digest = await asyncio.to_thread(
-        engine.push, image.name, name, planned.tag, credentials, report_push
+    image = await _in_thread(lambda: build(planned, engine=engine, report=report))
+    digest = await _in_thread(
+        lambda: engine.push(image.name, name, planned.tag, credentials, report_push)
     )
     for attempt in range(_DIGEST_ATTEMPTS):
         if digest:
@@ -266,6 +270,23 @@ async def push(
         f"{name}:{planned.tag} was pushed, but neither the engine nor the registry says under "
         f"which digest; push again"
     )
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Make a call in a thread that nobody waits for if Ctrl-C comes first.
+
+    The engine stops what it does when the connection ends, with the process.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as exc:
+            future.set_exception(exc)
+
+    threading.Thread(target=run, name="cloudexec-image", daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 async def push_to_profile(

@@ -50,6 +50,8 @@ _FARGATE: dict[float, tuple[int, ...]] = {
     16: tuple(gib * _GIB for gib in range(32, 121, 8)),
     32: (60 * _GIB, 120 * _GIB, 244 * _GIB),
 }
+_MOST_MIB = 32 * 1024 * 1024
+"""More than any machine that AWS has."""
 _MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(k|m|g|t)i?b?\s*", re.IGNORECASE)
 _MIB_PER = {"k": 1 / 1024, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}
 
@@ -92,6 +94,8 @@ def parse_memory(memory: str | int) -> int:
         mib = math.ceil(float(found[1]) * _MIB_PER[found[2].lower()])
     if mib <= 0:
         raise ConfigError(f"memory must be more than nothing, not {memory!r}")
+    if mib > _MOST_MIB:
+        raise ConfigError(f"memory must be {_MOST_MIB} MiB or less: no worker has more")
     return mib
 
 

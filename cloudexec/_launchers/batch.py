@@ -105,8 +105,30 @@ class Batch(Launcher):
             raise ConfigError(f"compute must be 'fargate' or 'ec2', not {compute!r}")
         if arch not in ("x86_64", "arm64"):
             raise ConfigError(f"arch must be 'x86_64' or 'arm64', not {arch!r}")
-        if spot not in (True, False, "prefer"):
+        if not isinstance(spot, bool) and not (isinstance(spot, str) and spot == "prefer"):
             raise ConfigError(f"spot must be True, False or 'prefer', not {spot!r}")
+        texts = {
+            "profile": profile,
+            "queue": queue,
+            "definition": definition,
+            "image": image,
+            "job_role": job_role,
+            "execution_role": execution_role,
+            "region": region,
+        }
+        for name, text in texts.items():
+            if text is not None and (not isinstance(text, str) or not text.strip()):
+                raise ConfigError(f"{name} must be a string that is not empty, not {text!r}")
+        if not isinstance(project, str):
+            raise ConfigError(f"project must be a string, not {project!r}")
+        if assign_public_ip is not None and not isinstance(assign_public_ip, bool):
+            raise ConfigError(f"assign_public_ip must be True or False, not {assign_public_ip!r}")
+        several = (modules,) if isinstance(modules, str) else modules
+        if not isinstance(several, bool) and not (
+            isinstance(several, (list, tuple, set, frozenset))
+            and all(isinstance(name, str) for name in several)
+        ):
+            raise ConfigError(f"modules must be True, False or names of modules, not {modules!r}")
         if slots_per_worker is not None:
             check_count("slots_per_worker", slots_per_worker, least=1)
         check_positive("vcpus", vcpus)
@@ -118,7 +140,11 @@ class Batch(Launcher):
             if ephemeral_gib > 200:
                 raise ConfigError(f"ephemeral_gib must be 200 or less, not {ephemeral_gib!r}")
         for name, given in (("environment", environment), ("tags", tags)):
-            if not all(isinstance(part, str) for pair in (given or {}).items() for part in pair):
+            if given is None:
+                continue
+            if not isinstance(given, Mapping) or not all(
+                isinstance(part, str) for pair in given.items() for part in pair
+            ):
                 raise ConfigError(f"{name} must map strings to strings, not {given!r}")
         self.sizes = _sizes(vcpus, memory, compute)
         self.rungs = len(self.sizes)
@@ -141,7 +167,7 @@ class Batch(Launcher):
         self.environment = dict(environment or {})
         self.tags = dict(tags or {})
         self.project = project
-        self.modules = (modules,) if isinstance(modules, str) else modules
+        self.modules = several if isinstance(several, bool) else tuple(several)
         self.max_runtime = max_runtime
         self._slots_per_worker = slots_per_worker or max(1, int(vcpus))
         self._fleet: Fleet | None = None

@@ -357,6 +357,8 @@ class Fleet:
         image = self._settings.image or self._profile.image(python, platform)
         if not image:
             named = f" --profile {self._profile.name}" if self._profile.name else ""
+            if self._settings.arch != "x86_64":
+                named += f" --platform {platform}"
             raise LaunchError(
                 f"there is no worker image for Python {python} on {platform}: "
                 f"`cloudexec image push{named}` builds one and puts it into the repository, or "

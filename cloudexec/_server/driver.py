@@ -878,9 +878,13 @@ class Driver:
             return
         counts = self.machine.counts
         done = counts["succeeded"] + counts["failed"]
+        connected, launched = counts["workers_connected"], counts["launches"]
+        workers = _count(launched, "worker")
+        if connected < launched:
+            workers = f"{connected} of {workers}"
         minutes, seconds = divmod(round(time.monotonic() - self.started_at), 60)
         line = (
-            f"{_count(done, 'task')} on {_count(counts['workers_connected'], 'worker')} in "
+            f"{_count(done, 'task')} on {workers} in "
             f"{minutes}:{seconds:02d}, about ${cost.accrued_usd:.4f} ({cost.note})"
         )
         if self.setup.output == "inherit":

@@ -345,6 +345,16 @@ def test_ctrl_c_leaves_nothing_running(aws: Any, launcher: Make) -> None:
         ({"compute": "lambda"}, "ec2"),
         ({"ephemeral_gib": 5}, "must be 21 or more"),
         ({"environment": {"A": 1}}, "strings"),
+        ({"environment": "A=1"}, "strings"),
+        ({"tags": []}, "strings"),
+        ({"image": 5}, "image must be a string"),
+        ({"profile": ""}, "profile must be a string"),
+        ({"assign_public_ip": "no"}, "True or False"),
+        ({"modules": 5}, "names of modules"),
+        ({"max_runtime": 10**400}, "max_runtime"),
+        ({"max_runtime": float("inf")}, "max_runtime"),
+        ({"memory": 10**400}, "no worker has more"),
+        ({"spot": 1.0}, "'prefer'"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_right_ones_named(
@@ -456,3 +466,10 @@ def test_workers_asked_for_one_by_one_share_a_job(aws: Any, launcher: Make) -> N
         executor.shutdown(wait=True, cancel_futures=True)
     assert request["arrayProperties"]["size"] == 2000
     assert len(submits(aws)) == 1
+
+
+@pytest.mark.parametrize("launcher", [Batch, "batch", 5, False])
+def test_what_is_no_launcher_is_refused(launcher: Any) -> None:
+    """The class instead of an object of it is an easy mistake."""
+    with pytest.raises(TypeError, match=r"launcher must be one such as Local\(\) or Batch\(\)"):
+        BatchExecutor(1, launcher=launcher)

@@ -148,7 +148,8 @@ class Gateway:
             return _drop(environ, start_response)
         start_response(
             f"{response.status} {'OK' if response.status < 300 else 'Refused'}",
-            [*response.headers.items()],
+            # The server names itself; twice is once too often for strict clients.
+            [header for header in response.headers.items() if header[0].lower() != "server"],
         )
         return [response.body]
 
