@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cloudexec._errors import DependencyError
 from cloudexec._future import BatchFuture
 
 __all__ = ["ProgressBar", "StageBars"]
@@ -86,9 +87,11 @@ class StageBars:
         """Count a call when it is done."""
         future.add_done_callback(partial(self._on_done, self._bars[stage]))
 
-    def _on_done(self, bar: TaskID, future: object) -> None:
-        # Not asked how it ended: that would unpickle results that only other calls need.
-        self._progress.advance(bar)
+    def _on_done(self, bar: TaskID, future: BatchFuture[Any]) -> None:
+        # Not asked for its exception: that would unpickle what only other calls need. What never
+        # ran has one that was made here.
+        if not future.cancelled() and not isinstance(future._exception, DependencyError):
+            self._progress.advance(bar)
 
     def close(self, *, complete: bool) -> None:
         """Draw them for the last time.

@@ -57,7 +57,7 @@ class AwsClients:
         recorder: Told of each call, before it is made.
 
     Raises:
-        ConfigError: If no region is given or configured.
+        ConfigError: If no region is given or configured, or the AWS configuration is unusable.
     """
 
     def __init__(self, region: str | None = None, *, recorder: Recorder | None = None) -> None:
@@ -204,7 +204,12 @@ def _loader(data_path: str | None) -> Any:
 
 def _new_session() -> Any:
     session = get_session()
-    data_path = session.get_config_variable("data_path")
+    try:
+        data_path = session.get_config_variable("data_path")
+    except botocore.exceptions.BotoCoreError as exc:
+        raise ConfigError(
+            f"the AWS configuration cannot be used: {exc}; see AWS_PROFILE and ~/.aws/config"
+        ) from exc
     session.register_component("data_loader", _loader(data_path))
     return session
 

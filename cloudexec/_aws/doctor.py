@@ -75,11 +75,16 @@ async def examine(name: str, report: Report) -> tuple[Check, ...]:
 
     try:
         profile = Profile.load(name)
-        clients = AwsClients(profile.region)
     except ConfigError as exc:
         add(Check(name="profile", outcome="failed", found=str(exc), remedy=_up(name)))
         return tuple(checks)
     add(_profile(profile))
+    try:
+        clients = AwsClients(profile.region)
+    except ConfigError as exc:
+        remedy = "set AWS_PROFILE to one that is there, or unset it"
+        add(Check(name="credentials", outcome="failed", found=str(exc), remedy=remedy))
+        return tuple(checks)
     later: dict[str, Callable[[_Examination], Awaitable[Check]]] = {
         "stack": _stack,
         "queues": _queues,

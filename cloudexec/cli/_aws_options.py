@@ -22,9 +22,13 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
 _SECONDS_PER = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def aws_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--profile``, ``--region`` and ``--json``."""
-    for option in (
+def aws_options_for(profile: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what adds ``--profile``, ``--region`` and ``--json``.
+
+    Args:
+        profile: What a profile is for in this command.
+    """
+    options = (
         click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs."),
         click.option(
             "--region", metavar="REGION", help="By default the profile's, or the AWS default."
@@ -33,12 +37,21 @@ def aws_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--profile",
             metavar="NAME",
             envvar="CLOUDEXEC_PROFILE",
-            help="Look at this profile's queues only; by default at all of the region."
-            "  [env: CLOUDEXEC_PROFILE]",
+            help=f"{profile}  [env: CLOUDEXEC_PROFILE]",
         ),
-    ):
-        function = option(function)
-    return function
+    )
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in options:
+            function = option(function)
+        return function
+
+    return add
+
+
+aws_options = aws_options_for(
+    "Look at this profile's queues only; by default at all of the region."
+)
 
 
 def ends_well(function: Callable[_P, int | None]) -> Callable[_P, int]:
@@ -62,6 +75,21 @@ def ends_well(function: Callable[_P, int | None]) -> Callable[_P, int]:
         return code or 0
 
     return run
+
+
+def confirmed(question: str) -> bool:
+    """Ask on standard error; an answer may come from a pipe.
+
+    Raises:
+        CommandError: If nobody is there to answer.
+    """
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort as exc:
+        if sys.stdin.isatty() or not isinstance(exc.__context__, EOFError):
+            raise
+        click.echo(err=True)
+        raise CommandError("nobody is there to confirm this: say --yes") from None
 
 
 def echo_json(value: Any) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cloudexec.cli._aws_options import aws_options, echo_json, ends_well
+from cloudexec.cli._aws_options import aws_options_for, confirmed, echo_json, ends_well
 from cloudexec.cli._errors import CommandError
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _Definition = Mapping[str, Any]
 _NAME = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_-]{0,127})(?::(?P<revision>\d+))?")
+
+
+_options = aws_options_for("Look into the region of this profile.")
 
 
 @click.group("definitions", short_help="List, describe, register and remove job definitions.")
@@ -31,9 +34,9 @@ def definitions_command() -> None:
     """
 
 
-@definitions_command.command("list")
+@definitions_command.command("list", short_help="List job definitions.")
 @click.option("--all", "is_all", is_flag=True, help="List removed ones too, which AWS still has.")
-@aws_options
+@_options
 @ends_well
 def list_command(is_all: bool, profile: str | None, region: str | None, as_json: bool) -> None:
     """List job definitions, by name and revision."""
@@ -71,9 +74,9 @@ def list_command(is_all: bool, profile: str | None, region: str | None, as_json:
     )
 
 
-@definitions_command.command("describe")
+@definitions_command.command("describe", short_help="Print a definition as JSON.")
 @click.argument("definition", metavar="NAME[:REVISION]")
-@aws_options
+@_options
 @ends_well
 def describe_command(
     definition: str, profile: str | None, region: str | None, as_json: bool
@@ -95,7 +98,7 @@ def describe_command(
     echo_json(dict((active or found)[-1]))
 
 
-@definitions_command.command("register")
+@definitions_command.command("register", short_help="Register a definition and print its ARN.")
 @click.option(
     "--image",
     metavar="IMAGE",
@@ -127,7 +130,7 @@ def describe_command(
     default=None,
     help="Whether workers get a public address. By default as the profile says, else yes.",
 )
-@aws_options
+@aws_options_for("Take its region, and what is not given, from this profile.")
 @ends_well
 def register_command(
     image: str | None,
@@ -200,11 +203,11 @@ def register_command(
         click.echo(arn)
 
 
-@definitions_command.command("deregister")
+@definitions_command.command("deregister", short_help="Remove definitions.")
 @click.argument("definitions", metavar="[NAME[:REVISION]]...", nargs=-1)
 @click.option("--all", "is_all", is_flag=True, help="Remove all of cloudexec's.")
 @click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
-@aws_options
+@_options
 @ends_well
 def deregister_command(
     definitions: tuple[str, ...],
@@ -241,7 +244,9 @@ def deregister_command(
         for each in chosen:
             click.echo(_label(each), err=True)
         noun = "definition" if len(chosen) == 1 else "definitions"
-        click.confirm(f"Remove {len(chosen)} job {noun}?", abort=True, err=True)
+        if not confirmed(f"Remove {len(chosen)} job {noun}?"):
+            click.echo("Nothing was removed.", err=True)
+            return 1
     removed, refused = _run(profile, region, lambda clients: _deregister(clients, chosen))
     if as_json:
         echo_json({"deregistered": removed})

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cloudexec.cli._aws_options import ends_well
+
 if TYPE_CHECKING:
     from cloudexec._aws.doctor import Check
 
@@ -21,6 +23,7 @@ _EPILOG = """\b
 Exit codes:
   0    all is fine, or nearly: warnings do not count
   1    something failed
+  2    the command line is wrong
   130  interrupted by Ctrl-C
 """
 
@@ -48,11 +51,12 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
-    default=600.0,
+    default=600,
     show_default=True,
     metavar="SECONDS",
     help="Time for the probe worker to dial back: a cold one may take minutes.",
 )
+@ends_well
 def doctor_command(name: str, is_dry: bool, as_json: bool, timeout: float) -> int:
     """Show each check as soon as it is done."""
     from cloudexec._aws.doctor import Check, examine, prevents_probe
@@ -89,7 +93,10 @@ def _show(check: Check) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(f"{check.outcome:<8}", style=_STYLES[check.outcome], end="")
-    console.print(f"{check.name}: {check.found}", markup=False, soft_wrap=True)
-    if check.remedy:
-        console.print(f"        -> {check.remedy}", markup=False, soft_wrap=True)
+    # Not printed by rich, which has its own way to end a program whose reader went away.
+    with console.capture() as capture:
+        console.print(f"{check.outcome:<8}", style=_STYLES[check.outcome], end="")
+        console.print(f"{check.name}: {check.found}", markup=False, soft_wrap=True)
+        if check.remedy:
+            console.print(f"        -> {check.remedy}", markup=False, soft_wrap=True)
+    click.echo(capture.get(), nl=False)

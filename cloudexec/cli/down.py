@@ -53,23 +53,26 @@ def down_command(name: str, region: str | None, is_sure: bool) -> int:
     from cloudexec.cli._steps import INTERRUPTED, Steps, run_or_explain
     from cloudexec.cli.up import region_of
 
-    async def work(steps: Steps) -> tuple[Remnant, ...]:
-        stack = stack_name(name)
+    async def look() -> tuple[str, list[str]]:
         async with AwsClients(region or region_of(name)) as clients:
-            if not is_sure:
-                stock = await take_stock(clients, name)
-                losses = _losses(stock)
-                if losses:
-                    steps.say(f"The stack {stack} in {clients.region} would be deleted, with:")
-                    for loss in losses:
-                        steps.say(f"  {loss}")
-                    if not sys.stdin.isatty():
-                        raise CommandError("nobody is there to confirm this: say --yes")
-                    if not click.confirm("Delete all this?", err=True):
-                        raise CommandError("not confirmed: nothing was deleted")
+            return clients.region, _losses(await take_stock(clients, name))
+
+    async def work(steps: Steps) -> tuple[Remnant, ...]:
+        async with AwsClients(region or region_of(name)) as clients:
             return await down(clients, name, steps.show)
 
     with Steps() as steps:
+        if not is_sure:
+            # Asked outside of the event loop, where an interrupt would not end the question.
+            where, losses = run_or_explain(look())
+            if losses:
+                steps.say(f"The stack {stack_name(name)} in {where} would be deleted, with:")
+                for loss in losses:
+                    steps.say(f"  {loss}")
+                if not sys.stdin.isatty():
+                    raise CommandError("nobody is there to confirm this: say --yes")
+                if not click.confirm("Delete all this?", err=True):
+                    raise CommandError("not confirmed: nothing was deleted")
         try:
             left = run_or_explain(work(steps))
         except KeyboardInterrupt:

@@ -110,7 +110,7 @@ def image_command() -> None:
     """
 
 
-@image_command.command("build", epilog=_EPILOG)
+@image_command.command("build", short_help="Build the image on this machine.", epilog=_EPILOG)
 @_image_options
 @_building_options
 @ends_well
@@ -129,7 +129,7 @@ def build_command(refresh: bool, is_verbose: bool, **options: Any) -> None:
     click.echo(image.name)
 
 
-@image_command.command("push", epilog=_EPILOG)
+@image_command.command("push", short_help="Push the image, built first if need be.", epilog=_EPILOG)
 @_image_options
 @_building_options
 @_profile_option("Whose repository the image goes to, and which notes it.")
@@ -169,7 +169,9 @@ def push_command(refresh: bool, is_verbose: bool, profile: str, **options: Any) 
     click.echo(pushed.uri)
 
 
-@image_command.command("show", epilog=_EPILOG)
+@image_command.command(
+    "show", short_help="Show what would be built, and what is in use.", epilog=_EPILOG
+)
 @_image_options
 @_profile_option("Whose images to show.")
 @ends_well

@@ -33,7 +33,9 @@ def logs_command(
     region: str | None,
     as_json: bool,
 ) -> None:
-    """Print what a worker wrote to CloudWatch Logs.
+    """Print what a worker wrote to CloudWatch Logs: how it started, and why it ended.
+
+    What tasks print is not there: it goes to the process that submitted them.
 
     \b
     JOB|WORKER is one of

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from cloudexec.cli._aws_options import ends_well
+
 _HELP = """Print the IAM policy that a person needs who runs executors, and no more than that.
 
 With a profile, it names the resources of its stack; without, it has patterns for any stack of
@@ -19,6 +21,7 @@ cloudexec. Whoever runs `cloudexec up` or `down` needs more: to create and delet
     context_settings={"max_content_width": 100},
 )
 @click.option("--profile", "name", metavar="NAME", help="Name the resources of this set-up.")
+@ends_well
 def policy_command(name: str | None) -> int:
     """Print it as JSON."""
     import json

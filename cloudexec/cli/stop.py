@@ -6,11 +6,25 @@ import getpass
 
 import click
 
-from cloudexec.cli._aws_options import aws_options, echo_json, ends_well, parse_duration
+from cloudexec.cli._aws_options import (
+    aws_options,
+    confirmed,
+    echo_json,
+    ends_well,
+    parse_duration,
+)
 from cloudexec.cli._errors import CommandError
 
+_EPILOG = """\b
+Exit codes:
+  0    all were told to stop, or there was nothing to stop
+  1    AWS refused some, or you said no
+  2    the command line is wrong, or nobody is there to confirm
+  130  interrupted by Ctrl-C
+"""
 
-@click.command("stop", short_help="Stop jobs and their workers.")
+
+@click.command("stop", short_help="Stop jobs and their workers.", epilog=_EPILOG)
 @click.argument("targets", metavar="[JOB|WORKER]...", nargs=-1)
 @click.option("-e", "--executor", metavar="ID", help="Stop all jobs of this executor.")
 @click.option("--all", "is_all", is_flag=True, help="Stop the jobs of all executors.")
@@ -37,11 +51,6 @@ def stop_command(
 
     Workers get SIGTERM and have 30 seconds. An executor that is still running may start new ones:
     end it where it runs, or stop its jobs again.
-
-    \b
-    Exit codes:
-      0  all were told to stop, or there was nothing to stop
-      1  AWS refused some, or you said no
     """
     from cloudexec._aws.monitor import Monitor
     from cloudexec.cli.jobs import show_jobs
@@ -63,7 +72,7 @@ def stop_command(
                 if state not in ("SUCCEEDED", "FAILED")
             )
             question = f"Stop {_count(len(jobs), 'job')} with {_count(count, 'worker')}?"
-            if not click.confirm(question, err=True):
+            if not confirmed(question):
                 click.echo("Nothing was stopped.", err=True)
                 click.get_current_context().exit(1)
         # Exactly those that were shown, whatever has started since.

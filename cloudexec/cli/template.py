@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from cloudexec.cli._aws_options import ends_well
+
 _HELP = """Print the CloudFormation template that `cloudexec up` deploys.
 
 For whoever must review it, or deploys it by hand. A stack that is called cloudexec-NAME is taken
@@ -23,6 +25,7 @@ Example:
     short_help="Print the template that `cloudexec up` deploys.",
     context_settings={"max_content_width": 100},
 )
+@ends_well
 def template_command() -> int:
     """Print it as JSON."""
     from cloudexec._aws.template import template_text

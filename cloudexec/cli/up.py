@@ -92,16 +92,23 @@ def up_command(
             project=project,
         )
         async with AwsClients(region or region_of(name)) as clients:
-            if not is_sure and sys.stdin.isatty():
-                stack = await find_stack(clients, stack_name(name))
-                identity = await clients.call("sts", "get_caller_identity")
-                what = "Create the stack" if stack is None else "Bring up to date the stack"
-                where = f"account {identity['Account']}, {clients.region}"
-                question = f"{what} {stack_name(name)} in {where}?"
-                if not click.confirm(question, default=True, err=True):
-                    raise CommandError("not confirmed: nothing was changed")
             return await up(clients, options, steps.show)
 
+    async def question() -> str:
+        stack_id = stack_name(name)
+        async with AwsClients(region or region_of(name)) as clients:
+            stack = await find_stack(clients, stack_id)
+            identity = await clients.call("sts", "get_caller_identity")
+            what = "Create the stack" if stack is None else "Bring up to date the stack"
+            return f"{what} {stack_id} in account {identity['Account']}, {clients.region}?"
+
+    # Asked outside of the event loop, where an interrupt would not end the question.
+    if (
+        not is_sure
+        and sys.stdin.isatty()
+        and not click.confirm(run_or_explain(question()), default=True, err=True)
+    ):
+        raise CommandError("not confirmed: nothing was changed")
     with Steps() as steps:
         try:
             profile = run_or_explain(work(steps))

@@ -18,6 +18,7 @@ from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.doctor import Check, examine
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.setup import SetupOptions, up
+from cloudexec._errors import ConfigError
 from cloudexec.cli._probe import probe
 from cloudexec.testing import FakeAWS
 
@@ -321,3 +322,13 @@ def test_probe_worker_dials_back(aws: FakeAWS, profile: Profile) -> None:
     assert check.outcome == "ok", check.found
     assert "ran a task" in check.found
     assert len(aws.jobs()) == 1
+
+
+def test_an_aws_profile_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No traceback of the SDK's."""
+    monkeypatch.setenv("AWS_PROFILE", "nothere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"nothere.*AWS_PROFILE"):
+        AwsClients("us-east-1")

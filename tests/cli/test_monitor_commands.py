@@ -256,7 +256,9 @@ class TestStop:
 
     def test_without_an_answer_nothing_is_stopped(self, account: Account, run: Run) -> None:
         job = account.running(account.submit(SLEEP))
-        assert run("stop", job).returncode != 0
+        done = run("stop", job)
+        assert done.returncode == 2
+        assert done.stderr.endswith("Error: nobody is there to confirm this: say --yes\n")
         assert account.aws.job(job).status == "RUNNING"
 
     def test_stops_without_asking_when_told(self, account: Account, run: Run) -> None:
@@ -326,7 +328,8 @@ class TestDefinitions:
 
         no = run("definitions", "deregister", "--all", stdin="n\n")
         assert "Remove 3 job definitions?" in no.stderr
-        assert no.returncode != 0
+        assert (no.returncode, no.stdout) == (1, "")
+        assert no.stderr.endswith("Nothing was removed.\n")
         one = run("definitions", "deregister", "cloudexec-0123456789abcdef:1", "--yes")
         assert one.stdout == "deregistered cloudexec-0123456789abcdef:1\n"
         rest = run("definitions", "deregister", "--all", "--yes", "--json")

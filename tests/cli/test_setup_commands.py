@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -157,3 +159,46 @@ def test_interrupted_up_says_how_to_continue(
     assert process.wait(timeout=30) == 130
     assert "the same command continues" in rest
     assert run("up").returncode == 0
+
+
+@pytest.mark.parametrize("command", ["up", "down"])
+def test_interrupt_ends_the_question(
+    aws: FakeAWS, run: Run, environment: dict[str, str], command: str
+) -> None:
+    """On a terminal, where Ctrl-C comes while an answer is waited for."""
+    if command == "down":
+        assert run("up").returncode == 0
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cloudexec.cli", command],
+        env=environment,
+        stdin=inside,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    os.close(inside)
+    assert process.stderr is not None
+    shown = b""
+    while not shown.endswith((b"[Y/n]:", b"[y/N]:")):
+        byte = os.read(process.stderr.fileno(), 1)
+        assert byte, shown
+        shown += byte
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=30)
+    os.close(terminal)
+    assert process.returncode == 130
+    assert rest.decode().split() == ["Interrupted."]
+    assert not any(each.operation == "DeleteStack" for each in aws.requests)
+    assert ("default" in Profile.names()) == (command == "down")
+
+
+def test_doctor_ends_when_its_reader_is_gone(
+    aws: FakeAWS, start: Callable[..., subprocess.Popen[str]], run: Run
+) -> None:
+    assert run("up").returncode == 0
+    process = start("doctor", "--dry")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=30) == 141
