@@ -237,7 +237,7 @@ class BatchExecutor(_Base):
             itself.
         launch_timeout: Seconds in which a worker must have connected; by default 60 here, and what
             the launcher thinks fit elsewhere.
-        orphan_timeout: Seconds after which workers whose client vanished end.
+        orphan_timeout: Not used yet: workers end when their connection to the client does.
         max_tasks_per_worker: Tasks after which a worker, with all its processes, is replaced.
         max_worker_lifetime: Seconds after which a worker is replaced; it finishes what it has.
         max_cost_usd: Ceiling for what the workers may cost, as estimated: no worker is launched

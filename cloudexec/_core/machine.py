@@ -107,6 +107,7 @@ class Machine:
         self._launch_numbers = itertools.count(1)
         self._events = 0
         self._failed_launches = 0
+        self._surplus_since: float | None = None
         self._killed_launches = 0
         self._launch_not_before = 0.0
         self._deadline: float | None = None
@@ -561,6 +562,8 @@ class Machine:
         if self.shutting_down and (self.killing or not (self.open_tasks or self.held)):
             self._wind_down()
             return
+        if self.launches:
+            self._withdraw_surplus(now)
         if now < self._launch_not_before or self.refusing:
             return
         policy = self.config.scaling
@@ -572,6 +575,38 @@ class Machine:
             return
         for slots in sizes_to_launch(policy, demand=self.open_tasks, active=active, total=total):
             self._launch(slots, 0, now)
+
+    def _withdraw_surplus(self, now: float) -> None:
+        """Give up workers that have not come, once nothing has waited for them for a while.
+
+        As long as an idle worker would be kept: what is asked for next may need them.
+        """
+        scaling = self.config.scaling
+        surplus = self._active_slots - max(self.open_tasks, scaling.min_slots)
+        at_once = self.shutting_down and not self._waiting and not self.held
+        if surplus <= 0 and not at_once:
+            self._surplus_since = None
+            return
+        if not at_once:
+            if scaling.idle_timeout is None:
+                return
+            if self._surplus_since is None:
+                self._surplus_since = now
+            until = self._surplus_since + scaling.idle_timeout
+            if now < until:
+                self._remind(until)
+                return
+        for launch in reversed(list(self.launches.values())):
+            rung = launch.rung
+            needed = len(self.queues) > 1 and (
+                self._active_by_rung[rung] - launch.slots < self._open_by_rung[rung]
+            )
+            if not at_once and (surplus < launch.slots or needed):
+                continue
+            surplus -= launch.slots
+            self._end_launch(launch.id)
+            self._out.append(TerminateLaunch(launch.id, self._events))
+        self._surplus_since = None
 
     def _scale_rungs(self, now: float) -> None:
         """Scale each size of worker to the tasks that need it, the largest first."""

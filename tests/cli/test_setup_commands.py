@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,8 @@ def test_interrupt_ends_the_question(
         byte = os.read(process.stderr.fileno(), 1)
         assert byte, shown
         shown += byte
+    # It has asked, but may not wait for the answer yet.
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=30)
     os.close(terminal)

@@ -738,6 +738,35 @@ def test_tasks_that_need_a_larger_worker_fail_when_none_can_be_had() -> None:
     machine.validate()
 
 
+def test_workers_that_nobody_waits_for_any_more_are_withdrawn() -> None:
+    """After as long as an idle worker would be kept, and not before; those needed stay."""
+    machine = make(max_slots=4, slots_per_worker=1, idle_timeout=10.0)
+    batch = tasks(4)
+    machine.handle(TasksSubmitted(batch), 0.0)
+    machine.handle(WorkerConnected("a", 1, "1"), 1.0)
+    for number in range(3):
+        leases = [task.lease for task in batch if task.state is TaskState.RUNNING]
+        answers = ResultsReceived("a", leases[:1], [b""], [9.0])
+        assert only(machine.handle(answers, 2.0 + number), TerminateLaunch) == []
+    assert machine.open_tasks == 1
+    assert only(machine.handle(DeadlinePassed(), 11.0), TerminateLaunch) == []
+    commands = machine.handle(DeadlinePassed(), 12.1)
+    assert [each.launch for each in only(commands, TerminateLaunch)] == ["4", "3", "2"]
+    assert only(machine.handle(WorkerHeard("a"), 13.0), LaunchWorker) == []
+    machine.validate()
+
+
+def test_a_shutdown_withdraws_what_only_cancelled_tasks_were_waiting_for() -> None:
+    """What runs is waited for, and nobody else comes."""
+    machine = make(max_slots=3, slots_per_worker=1)
+    machine.handle(TasksSubmitted(tasks(3)), 0.0)
+    machine.handle(WorkerConnected("a", 1, "1"), 1.0)
+    commands = machine.handle(ShutdownRequested(cancel=True), 2.0)
+    assert sorted(each.launch for each in only(commands, TerminateLaunch)) == ["2", "3"]
+    assert machine.open_tasks == 1
+    machine.validate()
+
+
 def test_nothing_is_launched_any_more_once_the_budget_is_used_up() -> None:
     """Workers that are there go on; refused launches are forgotten."""
     machine = make(max_slots=4, slots_per_worker=1)
