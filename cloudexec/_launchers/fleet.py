@@ -17,6 +17,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -644,14 +645,10 @@ class Fleet:
             member.spent += [seconds_of(each) for each in attempts[member.attempts :]]
         member.attempts = len(attempts)
         end = end_of(details, attempts)
+        if not end.reclaimed:
+            tail = await self._inquiry.log_tail(details)
+            end = replace(end, log_tail=tail, retried=again)
         if not end.reclaimed and member.lost_at is None:
-            end = JobEnd(
-                status_reason=end.status_reason,
-                container_reason=end.container_reason,
-                exit_code=end.exit_code,
-                log_tail=await self._inquiry.log_tail(details),
-                retried=again,
-            )
             self._ends = [*self._ends[-4:], end]
             self._diagnosed_at = float("-inf")
         if end.reclaimed and job.spot:

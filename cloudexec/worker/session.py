@@ -594,7 +594,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         loop.create_task(session.beat()),
         loop.create_task(watch_parent()),
     ]
-    asked = reclaimed = False
+    asked = reclaimed = lost = False
     try:
         await pool.start()
         why = await ends.get()
@@ -613,6 +613,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             await session.flush()
         else:
             pool.stop(kill=True)
+            lost = why == "disconnected" and not asked
             if why == "zygote":
                 pool.kill_groups()
                 raise LaunchError("the process that forks the slots was killed")
@@ -637,6 +638,8 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
                     shutil.rmtree(os.path.dirname(path), ignore_errors=True)
                     break
                 await asyncio.sleep(0.05)
+    if lost:
+        raise LaunchError("the connection to the client was lost")
     return reclaimed
 
 
