@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -156,7 +157,8 @@ def test_several_machines_die_at_once(aws: Any, launcher: Make) -> None:
         assert 1 <= len(lost) <= 3
         for future in lost:
             assert isinstance(future.exception(), WorkerLostError)
-            assert "Host EC2" in str(future.exception())
+            # AWS's words, or what the worker's second start says where that is heard first.
+            assert re.search("Host EC2|machine was taken back", str(future.exception()))
     eventually(lambda: none_left(aws))
 
 

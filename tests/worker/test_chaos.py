@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
+from descendants import descendants
 
 from cloudexec import BatchExecutor
 from cloudexec._launchers.local import Local
@@ -58,7 +59,8 @@ class Chaos:
         while not self._stopped.wait(self._period):
             draw = self._random.random()
             kind = "slot" if draw < 0.85 else "supervisor" if draw < 0.95 else "zygote"
-            supervisors = children(psutil.Process())
+            below = set(descendants())
+            supervisors = [child for child in children(psutil.Process()) if child in below]
             zygotes = [z for s in supervisors for z in children(s)]
             slots = [c for z in zygotes for c in children(z)]
             among = {"slot": slots, "zygote": zygotes, "supervisor": supervisors}[kind]
@@ -124,7 +126,7 @@ def play(
     # Leaving the executor waits for its callbacks too.
     assert outcomes == Counter(range(tasks))
     assert chaos.kills["slot"] > 0
-    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)
+    _, alive = psutil.wait_procs(descendants(), timeout=10)
     assert not alive
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+from descendants import descendants
 
 import cloudexec
 from cloudexec import (
@@ -48,7 +49,7 @@ def executor() -> Iterator[BatchExecutor]:
 
 
 def assert_no_descendants() -> None:
-    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)
+    _, alive = psutil.wait_procs(descendants(), timeout=10)
     assert not alive
 
 
