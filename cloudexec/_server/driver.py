@@ -64,6 +64,8 @@ _END_GRACE = 5.0
 """Seconds that workers have to end by themselves when the executor does."""
 _BUDGET_CHECK = 1.0
 """Seconds between looks at what the workers have cost, where that is limited."""
+_MOST_TIMES = 50_000
+"""Launches whose times are kept; the oldest are forgotten."""
 _LINGER_TIMES = 8
 """How often a launcher's wait for more launches is prolonged while they still come in."""
 _EXPLAIN_AFTER = 20.0
@@ -273,7 +275,8 @@ class Driver:
             self.feed(events.DeadlinePassed())
         if setup.max_cost_usd is not None:
             self.create_task(self._watch_cost(setup.max_cost_usd))
-        self.create_task(self._watch_start())
+        if self._launcher.needs_network():  # what starts here says at once why it does not
+            self.create_task(self._watch_start())
 
     async def abandon(self) -> None:
         """Let go of everything after ``start()`` failed."""
@@ -604,7 +607,7 @@ class Driver:
     def _first_result(self, worker: str) -> None:
         since = time.monotonic() - self._connected_at.pop(worker)
         session = self.sessions.get(worker)
-        if session is not None:
+        if session is not None and session.identity in self._times:
             times = self._times[session.identity]
             total = (times.total or 0.0) + since
             self._times[session.identity] = replace(times, first_task=since, total=total)
@@ -750,6 +753,8 @@ class Driver:
             total=total,
         )
         self._connected_at[session.worker_id] = now
+        if len(self._times) > _MOST_TIMES:
+            del self._times[next(iter(self._times))]  # workers that are replaced add up
 
     def disconnected(self, session: Any, reason: str) -> None:
         """A worker's stream has ended."""
