@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from cloudexec._errors import ConfigError
 
-__all__ = ["RetryPolicy", "ScalingPolicy", "SendingPolicy", "ServerConfig", "TaskOptions"]
+__all__ = [
+    "RetryPolicy",
+    "ScalingPolicy",
+    "SendingPolicy",
+    "ServerConfig",
+    "TaskOptions",
+    "WorkerCapacity",
+    "format_bytes",
+    "parse_bytes",
+]
+
+_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(k|m|g|t)i?b?\s*", re.IGNORECASE)
+_BYTES_PER = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_MOST_BYTES = 1 << 60
 
 
 def check_positive(name: str, value: float | None, *, zero: bool = False) -> None:
@@ -43,6 +59,32 @@ def check_count(name: str, value: int, *, least: int) -> None:
         raise ConfigError(f"{name} must be {least} or more, not {value!r}")
 
 
+def parse_bytes(memory: object) -> int:
+    """Read an amount of memory as people write it: ``"2GiB"``, ``"512 MiB"``, ``"2g"``.
+
+    Returns:
+        Bytes, rounded up; units count in powers of 1024.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    found = _MEMORY.fullmatch(memory) if isinstance(memory, str) else None
+    if found is None:
+        raise ConfigError(f"memory must be like '2GiB' or '512MiB', not {memory!r}")
+    return math.ceil(float(found[1]) * _BYTES_PER[found[2].lower()])
+
+
+def format_bytes(size: float) -> str:
+    """Write an amount of memory as people do."""
+    if size >= 2**30:
+        return f"{size / 2**30:.4g} GiB"
+    return f"{size / 2**20:.4g} MiB"
+
+
+Judge = Callable[[BaseException], object]
+"""Says of an exception whether the task that raised it is to be run again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskOptions:
     """What holds for one task; ``BatchExecutor.with_options()`` changes it for a view."""
@@ -51,10 +93,119 @@ class TaskOptions:
     """Seconds a task may run before its slot is killed; ``None``: no limit."""
     retries: int = 2
     """How often a task is run again after an attempt was lost. 0: at most once."""
+    cpus: float | None = None
+    """Processors that it needs; ``None``: one slot's share."""
+    memory: int | str | None = None
+    """Memory that it needs, and may use: kept as bytes; ``None``: one slot's share, no limit."""
+    gpus: int | None = None
+    """GPUs that it needs."""
+    retry_on: tuple[type[BaseException], ...] | Judge | None = None
+    """Exceptions that are a reason to run it again."""
+    name: str | None = None
+    """What people call it."""
+    priority: int = 0
+    """Higher ones are sent first."""
+    env: Mapping[str, str] | None = None
+    """Environment variables that it has while it runs."""
 
     def __post_init__(self) -> None:
         check_positive("timeout", self.timeout)
         check_count("retries", self.retries, least=0)
+        check_positive("cpus", self.cpus)
+        if self.cpus is not None and math.isinf(self.cpus):
+            raise ConfigError("cpus must be finite")
+        if self.memory is not None:
+            object.__setattr__(self, "memory", _task_memory(self.memory))
+        if self.gpus is not None:
+            check_count("gpus", self.gpus, least=0)
+        object.__setattr__(self, "retry_on", _retry_on(self.retry_on))
+        if self.name is not None:
+            _check_name(self.name)
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise ConfigError(f"priority must be an integer, not {self.priority!r}")
+        if self.env is not None:
+            object.__setattr__(self, "env", _task_env(self.env))
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Memory that the task may use, in bytes; ``None``: no limit of its own."""
+        return self.memory if isinstance(self.memory, int) else None
+
+    def changed(self, changes: Mapping[str, Any]) -> TaskOptions:
+        """Return these options with some of them changed; variables are added to those there are.
+
+        Raises:
+            ConfigError: If an option is out of its range.
+        """
+        options = replace(self, **changes)
+        if changes.get("env") is not None and self.env:
+            options = replace(options, env={**self.env, **(options.env or {})})
+        return options
+
+
+def _task_memory(memory: object) -> int:
+    if isinstance(memory, bool) or not isinstance(memory, (int, str)):
+        raise ConfigError(f"memory must be bytes or like '2GiB', not {memory!r}")
+    size = memory if isinstance(memory, int) else parse_bytes(memory)
+    if size <= 0:
+        raise ConfigError(f"memory must be more than nothing, not {memory!r}")
+    if size > _MOST_BYTES:
+        raise ConfigError(f"memory must be less than {memory!r}: no machine has that much")
+    return size
+
+
+def _retry_on(given: object) -> tuple[type[BaseException], ...] | Judge | None:
+    if given is None:
+        return None
+    if isinstance(given, type):
+        given = (given,)
+    if isinstance(given, (tuple, list, set, frozenset)):
+        for each in given:
+            if not (isinstance(each, type) and issubclass(each, BaseException)):
+                raise ConfigError(f"retry_on must hold types of exceptions, not {each!r}")
+        return tuple(given) or None
+    if callable(given):
+        return given
+    raise ConfigError(
+        f"retry_on must be types of exceptions, or a function that takes one, not {given!r}"
+    )
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"name must be a string that is not empty, not {name!r}")
+    if len(name) > 200 or not name.isprintable():
+        raise ConfigError(f"name must be one line of up to 200 characters, not {name[:50]!r}...")
+
+
+def _task_env(env: object) -> dict[str, str]:
+    if not isinstance(env, Mapping):
+        raise ConfigError(f"env must map names of variables to their values, not {env!r}")
+    for name, value in env.items():
+        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
+            raise ConfigError(
+                f"env must have names that are not empty and without '=', not {name!r}"
+            )
+        if not isinstance(value, str) or "\0" in value:
+            raise ConfigError(f"env must have strings as values; that of {name} is {value!r}")
+        for text in (name, value):
+            try:
+                text.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:
+                raise ConfigError(f"env has text that no environment can hold: {name!r}") from None
+    return dict(env)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerCapacity:
+    """What one worker has for its tasks, or all workers of a machine together."""
+
+    cpus: float
+    memory: int = 0
+    """Bytes; 0: not known."""
+    gpus: int = 0
+    gpu_ids: tuple[str, ...] = ()
+    """What ``CUDA_VISIBLE_DEVICES`` calls them; empty: by their numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +216,10 @@ class RetryPolicy:
     """Launches that may fail in a row before waiting tasks fail with ``LaunchError``."""
     backoff: float = 0.5
     """Seconds before the launch after the first failure; doubled for each further one."""
+    task_backoff: float = 0.1
+    """Seconds before a task that raised what ``retry_on`` names is run again; doubled each time."""
+    longest_backoff: float = 10.0
+    """Most seconds of that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +242,10 @@ class ScalingPolicy:
     """Seconds after which a worker is replaced; ``None``: no limit."""
     rungs: int = 1
     """Worker sizes to climb when a task was lost to memory, from 0."""
+    sizes: tuple[WorkerCapacity, ...] = ()
+    """What a worker of each of these has; empty: nothing is known."""
+    one_machine: bool = False
+    """Whether all workers share what the first size says."""
 
     def __post_init__(self) -> None:
         check_count("max_workers", self.max_slots, least=1)

@@ -1,10 +1,10 @@
 """The direct channel: large payloads between client and slot on one machine, past gRPC.
 
 Workers on the client's own machine reach it through a Unix socket in a private directory. Beside
-that one lies a second socket for large payloads: a slot connects, names the session's token and the
-lease, and then bytes flow between the user's object in the one process and the object being made in
-the other, with the kernel's copy in and out as the only ones. gRPC moves about 0.9 GiB/s through
-four copies; and it is the supervisor's hop less.
+that one lies a second socket for what is best not left in a file: a slot connects, names the
+session's token and a blob, or the lease of a result, and then bytes flow between the user's object
+in the one process and the object being made in the other, with the kernel's copy in and out as the
+only ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import struct
 __all__ = ["ACCEPTED", "DELIVER", "FETCH", "REQUEST", "fill_from", "receive_exactly"]
 
 REQUEST = struct.Struct("<16sBQ")
-"""Token of the session, what is wanted, lease."""
+"""Token of the session, what is wanted, and of which blob, or which lease's result."""
 FETCH, DELIVER = 1, 2
 ACCEPTED = b"\x06"
 BUFFER_BYTES = 4 * 1024 * 1024
@@ -44,7 +44,7 @@ def receive_exactly(connection: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def connect(path: str, token: bytes, wanted: int, lease: int) -> socket.socket:
+def connect(path: str, token: bytes, wanted: int, number: int) -> socket.socket:
     """Connect to the client's direct channel and say what for.
 
     Raises:
@@ -55,7 +55,7 @@ def connect(path: str, token: bytes, wanted: int, lease: int) -> socket.socket:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connection.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
         connection.connect(path)
-        connection.sendall(REQUEST.pack(token, wanted, lease))
+        connection.sendall(REQUEST.pack(token, wanted, number))
     except OSError:
         connection.close()
         raise

@@ -11,19 +11,22 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, check_count, check_positive
 from cloudexec._errors import BrokenBatchExecutor, ConfigError, PayloadError
 from cloudexec._future import BatchFuture
 from cloudexec._launchers.base import Cost
+from cloudexec._launchers.sizing import ladder_of, terms_of
+from cloudexec._objects.options import ObjectOptions
 from cloudexec._stats import ExecutorStats
 
 if TYPE_CHECKING:
+    from cloudexec._core.claims import Terms
     from cloudexec._functions import Function, FunctionTable
     from cloudexec._launchers.base import Launcher
+    from cloudexec._objects.store import BlobStore
     from cloudexec._progress import ProgressBar
     from cloudexec._server.driver import Driver, Submission
 
@@ -32,6 +35,9 @@ __all__ = ["BatchExecutor"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
+RetryOn: TypeAlias = (
+    "type[BaseException] | Sequence[type[BaseException]] | Callable[[BaseException], object] | None"
+)
 _UNSET: Any = object()
 _OUTPUT_MODES = ("inherit", "logging", "off")
 
@@ -40,6 +46,7 @@ class _Base(Executor):
     """What the executor and its views share: submitting with the options of the one at hand."""
 
     _options: TaskOptions
+    _terms: Terms | None
     _executor: BatchExecutor
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> BatchFuture[T]:
@@ -60,7 +67,7 @@ class _Base(Executor):
             RuntimeError: After ``shutdown()``, at the end of the interpreter, or in a forked child.
             BrokenBatchExecutor: If the executor is broken.
         """
-        return self._executor._submit(fn, args, kwargs, self._options)
+        return self._executor._submit(fn, args, kwargs, self._options, self._terms)
 
     def _prepare(self, fn: Callable[..., T]) -> Callable[..., BatchFuture[T]]:
         """Pickle a callable once, and return what submits calls of it; for graphs.
@@ -68,7 +75,7 @@ class _Base(Executor):
         Returns:
             Takes the arguments, the keyword arguments, and a label for the future.
         """
-        executor, options = self._executor, self._options
+        executor, options, terms = self._executor, self._options, self._terms
         if executor._driver is None:
             executor._start()
         executor._check_open()
@@ -79,7 +86,7 @@ class _Base(Executor):
             raise _pickling_error(fn, exc) from exc
 
         def submit(args: tuple[Any, ...], kwargs: Mapping[str, Any], label: str) -> BatchFuture[T]:
-            return executor._submit(fn, args, kwargs, options, function, label)
+            return executor._submit(fn, args, kwargs, options, terms, function, label)
 
         return submit
 
@@ -128,6 +135,64 @@ class _Base(Executor):
             return _flatten(many)
         return self._map(fn, calls, timeout, buffersize, progress)
 
+    def with_options(
+        self,
+        *,
+        timeout: float | None = _UNSET,
+        retries: int = _UNSET,
+        retry_on: RetryOn = _UNSET,
+        cpus: float | None = _UNSET,
+        memory: int | str | None = _UNSET,
+        gpus: int | None = _UNSET,
+        name: str | None = _UNSET,
+        priority: int = _UNSET,
+        env: Mapping[str, str] | None = _UNSET,
+    ) -> OptionsView:
+        """Return a view of this executor whose tasks have other options.
+
+        The view is an ``Executor`` itself, so that it can be handed to a library; it shares the
+        workers. Shutting it down does nothing. What is not given stays as it is here.
+
+        ``max_workers`` goes on to count tasks: one with ``cpus=4`` is one of them, and takes one
+        slot, but is sent only where four processors are free, and nothing else is sent there that
+        would need them. One that needs more than any worker of the usual size has is sent to
+        larger ones, which are launched for it. On this machine all tasks share its processors and
+        memory. It is a matter of accounting: nobody keeps a task from starting more threads.
+
+        Args:
+            timeout: Seconds that a task may run before its process is killed; ``None``: no limit.
+            retries: How often a task is run again after an attempt was lost; 0: at most once.
+            retry_on: What a task may raise and is then run again, as often as ``retries`` says and
+                after a pause that grows from a tenth of a second: types of exceptions, or a
+                function that takes the exception and says whether. It is called here, in a thread
+                of its own. ``TaskTimeoutError`` counts as raised. By default nothing does.
+            cpus: Processors that each task needs, such as 0.5 or 4; ``None``: one slot's share of
+                its worker.
+            memory: Memory that each task needs: bytes, or ``"2GiB"``. Past it the task is killed
+                and fails with ``WorkerLostError`` (``out_of_memory``), or, where the launcher has
+                a ladder of sizes, goes to the next one. What counts is what the task's processes
+                have taken since it began, not what they share. It is looked at many times a
+                second: a task may exceed it for a moment. ``None``: one slot's share is reserved,
+                and nothing is enforced but what the machine does.
+            gpus: GPUs that each task needs. It alone has them: ``CUDA_VISIBLE_DEVICES`` says
+                which.
+            name: What people call these tasks: in log lines, error messages and before what they
+                print.
+            priority: Tasks with a higher one are sent first; 0 by default. What was sent goes on.
+            env: Variables that are in ``os.environ`` while the task runs, and as they were after
+                it; added to those of this view. Libraries that read theirs when they are imported
+                do so once per process. None is set by itself, not even ``OMP_NUM_THREADS`` where
+                ``cpus`` is given, for that reason: what the first task brought would hold for
+                those after it.
+
+        Raises:
+            ConfigError: If an option is out of its range, or no worker can have that much; what
+                comes nearest is named.
+        """
+        given = {name: value for name, value in locals().items() if value is not _UNSET}
+        del given["self"]
+        return OptionsView(self._executor, self._options.changed(given))
+
     def _map(
         self,
         fn: Callable[..., T],
@@ -137,7 +202,7 @@ class _Base(Executor):
         progress: bool,
     ) -> Iterator[T]:
         deadline = None if timeout is None else time.monotonic() + timeout
-        submit = self._executor._prepare_map(fn, self._options)
+        submit = self._executor._prepare_map(fn, self._options, self._terms)
         futures: deque[BatchFuture[T]]
         futures = deque(
             submit(calls if buffersize is None else itertools.islice(calls, buffersize))
@@ -243,6 +308,7 @@ class BatchExecutor(_Base):
         max_cost_usd: Ceiling for what the workers may cost, as estimated: no worker is launched
             that would exceed it, and before it is reached all end, and what is not done fails with
             ``BudgetExceededError``.
+        objects: How large arguments and results are kept and moved.
 
     Raises:
         ValueError: If an argument is out of its range (a ``ConfigError`` that names it).
@@ -270,7 +336,12 @@ class BatchExecutor(_Base):
         max_tasks_per_worker: int | None = None,
         max_worker_lifetime: float | None = None,
         max_cost_usd: float | None = None,
+        objects: ObjectOptions | None = None,
     ) -> None:
+        if objects is None:
+            objects = ObjectOptions()
+        elif not isinstance(objects, ObjectOptions):
+            raise TypeError(f"objects must be ObjectOptions(...), not {objects!r}")
         if max_workers is None:
             max_workers = _usable_cpus()
         if isinstance(max_workers, int) and max_workers <= 0:
@@ -307,11 +378,14 @@ class BatchExecutor(_Base):
             max_tasks_per_worker=max_tasks_per_worker,
             max_worker_lifetime=max_worker_lifetime,
             rungs=launcher.rungs,
+            sizes=ladder_of(launcher),
+            one_machine=launcher.one_machine,
         )
         self._max_workers = max_workers  # libraries read this name to size their chunks
         self._launcher = launcher
         self._config = ServerConfig(scaling=scaling)
         self._options = TaskOptions(timeout=task_timeout, retries=retries)
+        self._terms = terms_of(self._options, launcher, scaling)
         self._executor = self
         self._setup: dict[str, Any] = {
             "max_workers": max_workers,
@@ -323,6 +397,7 @@ class BatchExecutor(_Base):
             "advertise": advertise or "",
             "max_cost_usd": max_cost_usd,
             "orphan_timeout": orphan_timeout,
+            "objects": objects,
         }
         self._initializer = (initializer, initargs) if initializer is not None else None
         self._lock = threading.Lock()
@@ -348,25 +423,28 @@ class BatchExecutor(_Base):
                 )
             from cloudexec import _payload
             from cloudexec._functions import FunctionTable
+            from cloudexec._objects.store import BlobStore
             from cloudexec._server.driver import Driver, Setup
 
             setup = dict(self._setup)
+            near = not self._launcher.needs_network() and setup["listen"] is None
+            store = BlobStore(setup["objects"].limits(), shared=near)
             if self._initializer is not None:
-                setup["initializer"] = _payload.dumps(self._initializer)
+                setup["initializer"] = _payload.dumps(self._initializer, store)
             setup["argv"] = tuple(sys.argv)
             if self._launcher.needs_network():
                 setup["modules"] = _modules_for(self._launcher.modules)
             else:
                 setup["cwd"] = _working_directory()
                 setup["sys_path"] = tuple(path or setup["cwd"] for path in sys.path)
-            driver = Driver(self._config, Setup(**setup), self._launcher)
+            driver = Driver(self._config, Setup(**setup), self._launcher, store)
             try:
                 driver.portal.run(driver.start()).result()
             except BaseException:
                 driver.portal.run(driver.abandon()).result()
                 driver.join()
                 raise
-            self._table = FunctionTable(driver.post)
+            self._table = FunctionTable(driver.post, store)
             _drivers[driver] = None
             # Once nobody can submit any more, what was submitted is finished and workers stop.
             weakref.finalize(self, _collected, driver).atexit = False
@@ -392,6 +470,7 @@ class BatchExecutor(_Base):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         options: TaskOptions,
+        terms: Terms | None,
         function: Function | None = None,
         label: str = "",
     ) -> BatchFuture[T]:
@@ -409,12 +488,15 @@ class BatchExecutor(_Base):
             if function is None:
                 function, kind, payload = table.call(fn, args, kwargs)  # type: ignore[arg-type]
             else:
-                kind, payload = function.kind, _dumps_arguments(args, kwargs)
+                payload = _dumps_arguments(args, kwargs, driver.store)
+                kind = function.kind
         except Exception as exc:
             future.set_exception(_pickling_error(fn, exc))
             return future
+        if terms is not None and terms.judged:
+            driver.judge.prepare()
         task = _submission()(
-            next(self._numbers), kind, future, function, payload, options.retries, options.timeout
+            next(self._numbers), kind, future, function, payload, options.retries, terms
         )
         future._task = task
         if type(payload) is not bytes and _hold_back(task, fn, args, kwargs):
@@ -427,7 +509,7 @@ class BatchExecutor(_Base):
         return future
 
     def _prepare_map(
-        self, fn: Callable[..., T], options: TaskOptions
+        self, fn: Callable[..., T], options: TaskOptions, terms: Terms | None
     ) -> Callable[[Iterable[tuple[Any, ...]]], list[BatchFuture[T]]]:
         """Pickle the callable once and return what submits calls of it."""
         driver = self._driver
@@ -443,9 +525,11 @@ class BatchExecutor(_Base):
             function = table.numbered(fn)
         except Exception as exc:
             error = _pickling_error(fn, exc)
+        if terms is not None and terms.judged:
+            driver.judge.prepare()
         submission = _submission()
-        retries, timeout, numbers = options.retries, options.timeout, self._numbers
-        dumps_arguments = _payload.dumps_arguments
+        retries, numbers = options.retries, self._numbers
+        dumps_arguments, store = _payload.dumps_arguments, driver.store
 
         def submit(calls: Iterable[tuple[Any, ...]]) -> list[BatchFuture[T]]:
             futures: list[BatchFuture[T]] = []
@@ -465,12 +549,12 @@ class BatchExecutor(_Base):
                     future.set_exception(error)
                     continue
                 try:
-                    payload = dumps_arguments(args, None)
+                    payload = dumps_arguments(args, None, store)
                 except Exception as exc:
                     future.set_exception(_pickling_error(args, exc))
                     continue
                 task = submission(
-                    next(numbers), function.kind, future, function, payload, retries, timeout
+                    next(numbers), function.kind, future, function, payload, retries, terms
                 )
                 future._task = task
                 if type(payload) is not bytes and _hold_back(task, fn, args, {}):
@@ -483,21 +567,6 @@ class BatchExecutor(_Base):
             return futures
 
         return submit
-
-    def with_options(self, *, timeout: float | None = _UNSET, retries: int = _UNSET) -> OptionsView:
-        """Return a view of this executor whose tasks have other options.
-
-        The view is an ``Executor`` itself, so that it can be handed to a library; it shares the
-        workers. Shutting it down does nothing.
-
-        Args:
-            timeout: Seconds that a task may run before its process is killed; ``None``: no limit.
-            retries: How often a task is run again after an attempt was lost; 0: at most once.
-
-        Raises:
-            ConfigError: If an option is out of its range.
-        """
-        return OptionsView(self, _changed(self._options, timeout, retries))
 
     def stats(self) -> ExecutorStats:
         """Return a snapshot: tasks and workers by state, bytes, retries."""
@@ -595,19 +664,11 @@ class OptionsView(_Base):
     def __init__(self, executor: BatchExecutor, options: TaskOptions) -> None:
         self._executor = executor
         self._options = options
+        self._terms = terms_of(options, executor._launcher, executor._config.scaling)
         self._max_workers = executor._max_workers
-
-    def with_options(self, *, timeout: float | None = _UNSET, retries: int = _UNSET) -> OptionsView:
-        """Return a view with these options changed once more."""
-        return OptionsView(self._executor, _changed(self._options, timeout, retries))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Do nothing: the workers belong to the executor, which is shut down on its own."""
-
-
-def _changed(options: TaskOptions, timeout: Any, retries: Any) -> TaskOptions:
-    changes = {"timeout": timeout, "retries": retries}
-    return replace(options, **{k: v for k, v in changes.items() if v is not _UNSET})
 
 
 def _pickling_error(what: object, exc: BaseException) -> PayloadError:
@@ -648,10 +709,10 @@ def _submission() -> Any:
     return Submission
 
 
-def _dumps_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _dumps_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], store: BlobStore) -> Any:
     from cloudexec import _payload
 
-    return _payload.dumps_arguments(args, dict(kwargs))
+    return _payload.dumps_arguments(args, dict(kwargs), store)
 
 
 def _hold_back(

@@ -24,7 +24,8 @@ import cloudpickle
 
 from cloudexec import _payload
 from cloudexec._core.tasks import Kind
-from cloudexec._payload import Parts, Payload, Unfinished
+from cloudexec._objects.store import BlobStore
+from cloudexec._payload import Composed, Payload, Unfinished
 
 __all__ = ["Function", "FunctionTable"]
 
@@ -179,9 +180,11 @@ class FunctionTable:
     Args:
         on_end: Called with the number of a function that no task and no table holds any more, in
             whatever thread dropped it.
+        store: Where large pieces of callables and arguments go.
     """
 
-    def __init__(self, on_end: Callable[[int], None]) -> None:
+    def __init__(self, on_end: Callable[[int], None], store: BlobStore) -> None:
+        self._store = store
         self._on_end = on_end
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -197,7 +200,9 @@ class FunctionTable:
             BaseException: Whatever pickling raises.
         """
         function = self._recall(fn)
-        return function if function is not None else self._number(fn, _payload.dumps(fn))
+        return (
+            function if function is not None else self._number(fn, _payload.dumps(fn, self._store))
+        )
 
     def call(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -216,14 +221,14 @@ class FunctionTable:
         if function is None:
             function = self._remember(fn)
         if function is not None:
-            return function, function.kind, _payload.dumps_arguments(args, kwargs)
+            return function, function.kind, _payload.dumps_arguments(args, kwargs, self._store)
         if type(fn) is FunctionType:
-            pickled = _payload.dumps(fn)
+            pickled = _payload.dumps(fn, self._store)
             if len(pickled) >= _NUMBERED_FROM:
                 function = self._number(fn, pickled, fresh=True)
-                return function, function.kind, _payload.dumps_arguments(args, kwargs)
+                return function, function.kind, _payload.dumps_arguments(args, kwargs, self._store)
         # Together, so that what a method's object and the arguments share stays shared.
-        return None, self._kind(fn), _payload.dumps_call(fn, args, kwargs)
+        return None, self._kind(fn), _payload.dumps_call(fn, args, kwargs, self._store)
 
     def _recall(self, fn: Callable[..., Any]) -> Function | None:
         known = self._known.get(id(fn))
@@ -249,8 +254,8 @@ class FunctionTable:
         by_value = cloudpickle.list_registry_pickle_by_value()
         fingerprint: _Fingerprint | None = None
         if _lookup(fn) is fn:
-            pickled = _payload.dumps(fn)
-            if isinstance(pickled, Parts) or pickled != _plain(fn):
+            pickled = _payload.dumps(fn, self._store)
+            if isinstance(pickled, Composed) or pickled != _plain(fn):
                 return None  # by value, although it can be imported: cloudpickle was told so
         elif kind is FunctionType:
             try:
@@ -263,7 +268,7 @@ class FunctionTable:
                 if code is not None:
                     self._unstable[code] = self._unstable.get(code, 0) + 1
                 return None
-            pickled = _payload.dumps(fn)
+            pickled = _payload.dumps(fn, self._store)
         else:
             return None
         if len(pickled) > _REMEMBERED_BYTES:
@@ -278,8 +283,8 @@ class FunctionTable:
 
     def _number(self, fn: Callable[..., Any], pickled: Payload, *, fresh: bool = False) -> Function:
         digest = hashlib.sha256(b"fresh" if fresh else b"")
-        for piece in [pickled] if isinstance(pickled, bytes) else pickled.pieces:
-            digest.update(piece)
+        # A head names blobs, and the same content has the same number for as long as it lives.
+        digest.update(pickled if isinstance(pickled, bytes) else pickled.head)
         sha256 = digest.digest()
         with self._lock:
             function = self._by_content.get(sha256)

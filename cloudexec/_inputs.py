@@ -12,7 +12,7 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-__all__ = ["hold", "same", "take"]
+__all__ = ["hold", "same", "take", "writeable"]
 
 _loads = pickle.loads
 _held: list[Any] = []  # of the call that is being unpickled; a slot unpickles one at a time
@@ -22,7 +22,8 @@ def hold(*pickled: Any) -> None:
     """Keep the results that the call behind this one in the stream is about to ask for.
 
     Args:
-        *pickled: Of each result its pickle, or a tuple of its pickle and its buffers.
+        *pickled: Of each result its pickle, or a tuple of its head, the numbers of the blobs that
+            this refers to, and their contents.
     """
     _held[:] = pickled
 
@@ -31,8 +32,22 @@ def take(index: int) -> Any:
     """Unpickle one of the results; each is asked for once, the pickler sees to that."""
     pickled, _held[index] = _held[index], None
     if type(pickled) is tuple:
-        return _loads(pickled[0], buffers=pickled[1:])
+        from cloudexec._payload import load_nested
+
+        return load_nested(pickled[0], pickled[1], pickled[2:])
     return _loads(pickled)
+
+
+def writeable(buffer: Any, dtype: Any, shape: tuple[int, ...], order: str) -> Any:
+    """Make an array over a buffer that came read-only, and is nobody else's."""
+    import numpy
+
+    if type(buffer) is memoryview and buffer.readonly:
+        whole = buffer.obj
+        buffer = whole if len(memoryview(whole).cast("B")) == buffer.nbytes else bytearray(buffer)
+    elif type(buffer) is bytes:
+        buffer = bytearray(buffer)
+    return numpy.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)  # type: ignore[call-overload]
 
 
 def same(value: Any) -> Any:

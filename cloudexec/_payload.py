@@ -1,14 +1,13 @@
 """Callables, arguments, results and exceptions <-> cloudpickle bytes.
 
-A payload is plain ``bytes`` as long as it is small. A large one is :class:`Parts`: the pieces that
-the pickler wrote, large ``bytes`` objects among them by reference and large writeable buffers as
-one copy, so that it can be sent in chunks, and unpickled while the chunks arrive, with no second
-copy of the whole on either side.
+A payload is plain ``bytes`` as long as it is small. A large one is :class:`Composed`: a head, which
+is small, and the blobs that it refers to: large ``bytes`` objects, by reference, and the buffers of
+arrays and the like. The head travels as small payloads do; each worker receives each blob once.
 
-The chunks of a large payload join to a sequence of records: one byte of type, eight of length
-(little-endian), then as many bytes. Type 0 is the next piece of the pickle, type 1 the next
-out-of-band buffer (before the piece that refers to it), type 2 the same but read-only; type 3 ends
-the payload.
+A head is a sequence of records: one byte of type, eight of length or of a blob's number
+(little-endian), then as many bytes. 0 is the next piece of the pickle, 1 the next out-of-band
+buffer (before the piece that refers to it), 2 the same but read-only, 3 ends the payload; 4, 5 and
+6 are like 0, 1 and 2, but the content is that of a blob; 7: all the records are in this blob.
 """
 
 from __future__ import annotations
@@ -20,28 +19,34 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import cloudpickle
 
 from cloudexec import _inputs
 from cloudexec._errors import PayloadError, RemoteTraceback
 
+if TYPE_CHECKING:
+    from cloudexec._objects.store import Blob, BlobStore
+
 __all__ = [
     "CHUNK_BYTES",
     "INLINE_BYTES",
-    "Parts",
+    "Composed",
     "Payload",
+    "Source",
     "Unfinished",
     "dumps",
     "dumps_call",
-    "load_chunks",
+    "load_composed",
 ]
 
 INLINE_BYTES = 64 * 1024
 """Largest payload that travels inside a control message (gRPC moves small messages whole)."""
 CHUNK_BYTES = 1024 * 1024
-"""Bytes per chunk of a large payload: gRPC moves these 30 times faster than one of 256 MiB."""
+"""Bytes per chunk of a blob on the wire: gRPC moves these 30 times faster than one of 256 MiB."""
+_REFERENCED_BYTES = 256 * 1024
+"""Pieces of a pickle from this size on are objects of the user's, not frames of the pickler's."""
 
 EXCEPTION_BYTES = 4 * 1024 * 1024
 """Largest exception that travels as itself: it rides in a control message."""
@@ -49,47 +54,68 @@ _TEXT_KEPT = 16 * 1024
 _TRACEBACK_KEPT = 128 * 1024
 
 _RECORD = struct.Struct("<BQ")
+_NUMBER = struct.Struct("<Q")
 _IN_BAND, _BUFFER, _READONLY_BUFFER, _END = 0, 1, 2, 3
+_IN_BAND_BLOB, _BUFFER_BLOB, _READONLY_BLOB, _HEAD_BLOB = 4, 5, 6, 7
 END_RECORD = _RECORD.pack(_END, 0)
 _ATOMS = frozenset({int, float, complex, bool, NoneType})
 _loads = pickle.loads
 
 
-class Parts:
-    """A large payload in pieces."""
+class Composed:
+    """A large payload: a small head, and the blobs it refers to.
 
-    __slots__ = ("pieces", "size")
+    Attributes:
+        head: Records; see the module.
+        blobs: Each blob once.
+        numbers: What the head calls them; their own numbers, but in results.
+        shared: Whether something else than the future it belongs to may still load it.
+    """
 
-    def __init__(self, pieces: list[bytes | memoryview], size: int) -> None:
-        self.pieces = pieces
-        self.size = size
+    __slots__ = ("blobs", "head", "numbers", "shared")
+
+    def __init__(
+        self, head: bytes, blobs: tuple[Blob, ...], numbers: tuple[int, ...] | None = None
+    ) -> None:
+        self.head = head
+        self.blobs = blobs
+        self.numbers = tuple([blob.id for blob in blobs]) if numbers is None else numbers
+        self.shared = False
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.head) + sum([blob.size for blob in self.blobs])
 
-    def chunks(self, size: int = CHUNK_BYTES) -> Iterator[bytes | memoryview]:
-        """Cut the payload into chunks of at most ``size`` bytes; large pieces are not copied."""
-        small: list[bytes | memoryview] = []
-        pending = 0
-        for piece in self.pieces:
-            if len(piece) + pending <= size:
-                small.append(piece)
-                pending += len(piece)
-                continue
-            if small:
-                yield b"".join(small)
-                small, pending = [], 0
-            view = memoryview(piece)
-            whole = len(view) - len(view) % size
-            for start in range(0, whole, size):
-                yield view[start : start + size]
-            if whole < len(view):
-                small, pending = [view[whole:]], len(view) - whole
-        if small:
-            yield b"".join(small)
+    def load(self) -> Any:
+        """Unpickle it, here.
+
+        Raises:
+            BaseException: Whatever unpickling raises.
+        """
+        blobs: dict[int, Any] = dict(zip(self.numbers, self.blobs, strict=True))
+        if not self.shared:
+            # Nobody else will: what came as an object of our own need not be copied.
+            for number, blob in blobs.items():
+                if blob.segment is None and type(blob.content) is not bytes:
+                    blobs[number] = _Held(blob.content)
+        return load_composed(self.head, blobs.__getitem__)
 
 
-Payload = bytes | Parts
+Payload = bytes | Composed
+
+
+class Source(Protocol):
+    """Where the content of one blob is to be had."""
+
+    size: int
+
+    def view(self) -> memoryview | None:
+        """Return the bytes, to read, if they are at hand."""
+
+    def buffer(self) -> Any:
+        """Return a writeable copy of one's own."""
+
+    def reader(self) -> Callable[[memoryview], None]:
+        """Return what fills buffers with the bytes, one after the other."""
 
 
 class Unfinished:
@@ -118,7 +144,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         kind = type(obj)
         if kind.__module__ == "numpy" and kind.__name__ == "ndarray":
             if not obj.flags.writeable:
-                return obj.copy().__reduce_ex__(5)
+                return _reduce_readonly(obj)
             return NotImplemented
         if issubclass(kind, Future):
             return self._place(obj)
@@ -140,18 +166,40 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return _inputs.take, (len(futures) - 1,)
 
 
-class _Collector:
-    """A file for the pickler: large bytes objects reach ``write`` themselves, not as copies."""
+def _reduce_readonly(array: Any) -> Any:
+    """Pickle an array that cannot be written to so that it can be where it arrives."""
+    flags = array.flags
+    if array.dtype.hasobject or not (flags.c_contiguous or flags.f_contiguous):
+        return array.copy().__reduce_ex__(5)
+    order = "C" if flags.c_contiguous else "F"
+    try:
+        buffer = pickle.PickleBuffer(array)
+    except (ValueError, BufferError):
+        return array.copy().__reduce_ex__(5)  # a type that has no buffer, such as datetime64
+    return _inputs.writeable, (buffer, array.dtype, array.shape, order)
 
-    def __init__(self) -> None:
-        self.records: list[tuple[int, bytes | memoryview]] = []
-        self.size = 0
+
+class _Collector:
+    """A file for the pickler: large bytes objects reach ``write`` themselves, not as copies.
+
+    Args:
+        store: Where large pieces go.
+    """
+
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+        self._pieces: list[bytes] = []  # of the pickle, since the last blob
+        self._head: list[bytes] = []
+        self._blobs: dict[int, Blob] = {}
 
     def write(self, data: Any) -> int:
         if type(data) is not bytes:
             data = bytes(data)
-        self.records.append((_IN_BAND, data))
-        self.size += len(data)
+        if len(data) >= _REFERENCED_BYTES:
+            self._flush()
+            self._refer(_IN_BAND_BLOB, data)
+        else:
+            self._pieces.append(data)
         return len(data)
 
     def take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
@@ -163,26 +211,43 @@ class _Collector:
             return True
         # A snapshot now: the caller may change a writeable buffer as soon as submit() returns.
         # Only bytes never change; a read-only view may show what others write.
-        data = raw if type(raw.obj) is bytes else memoryview(bytes(raw))
-        self.records.append((_READONLY_BUFFER if raw.readonly else _BUFFER, data))
-        self.size += raw.nbytes
+        self._refer(_READONLY_BLOB if raw.readonly else _BUFFER_BLOB, raw)
         return False
 
+    def _refer(self, kind: int, data: bytes | memoryview) -> None:
+        blob = self._store.intern(data)
+        self._blobs[blob.id] = blob
+        self._head.append(_RECORD.pack(kind, blob.id))
+
+    def _flush(self) -> None:
+        """Turn the pieces of the pickle so far into a record."""
+        pieces, self._pieces = self._pieces, []
+        if pieces:
+            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if len(data) > INLINE_BYTES:
+                self._refer(_IN_BAND_BLOB, data)
+            else:
+                self._head += (_RECORD.pack(_IN_BAND, len(data)), data)
+
     def payload(self) -> Payload:
-        in_band_only = all(kind == _IN_BAND for kind, _ in self.records)
-        if in_band_only and self.size <= INLINE_BYTES:
-            if len(self.records) == 1:
-                return self.records[0][1]  # type: ignore[return-value]
-            return b"".join(data for _, data in self.records)
-        pieces: list[bytes | memoryview] = []
-        for kind, data in self.records:
-            pieces.append(_RECORD.pack(kind, len(data)))
-            pieces.append(data)
-        pieces.append(END_RECORD)
-        return Parts(pieces, sum(map(len, pieces)))
+        pieces = self._pieces
+        if not self._head and sum(map(len, pieces)) <= INLINE_BYTES:
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._flush()
+        return compose(self._head, self._blobs, self._store)
 
 
-def dumps(obj: object) -> Payload:
+def compose(records: list[bytes], blobs: dict[int, Blob], store: BlobStore) -> Composed:
+    """Join records to a payload; where they are many, they are a blob themselves."""
+    head = b"".join((*records, END_RECORD))
+    if len(head) > INLINE_BYTES:
+        blob = store.intern(head)
+        blobs[blob.id] = blob
+        head = _RECORD.pack(_HEAD_BLOB, blob.id)
+    return Composed(head, tuple(blobs.values()))
+
+
+def dumps(obj: object, store: BlobStore) -> Payload:
     """Pickle one object, by value what cannot be imported elsewhere.
 
     Raises:
@@ -190,7 +255,7 @@ def dumps(obj: object) -> Payload:
     """
     if type(obj) in _ATOMS:
         return pickle.dumps(obj, 5)
-    collector = _Collector()
+    collector = _Collector(store)
     Pickler(collector, protocol=5, buffer_callback=collector.take_buffer).dump(obj)
     return collector.payload()
 
@@ -209,18 +274,20 @@ def _is_plain(values: tuple[Any, ...]) -> bool:
     return True
 
 
-def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Payload | Unfinished:
+def dumps_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any] | None, store: BlobStore
+) -> Payload | Unfinished:
     """Pickle a call's arguments: a tuple, or a list of tuple and dict where there are keywords."""
     if not kwargs:
         if _is_plain(args):
             return pickle.dumps(args, 5)
-        return _dumps_unfinished(args)
-    return _dumps_unfinished([args, kwargs])
+        return _dumps_unfinished(args, store)
+    return _dumps_unfinished([args, kwargs], store)
 
 
-def _dumps_unfinished(obj: object) -> Payload | Unfinished:
+def _dumps_unfinished(obj: object, store: BlobStore) -> Payload | Unfinished:
     """Pickle what may have futures in it: the pickler comes by every object anyway."""
-    collector = _Collector()
+    collector = _Collector(store)
     pickler = Pickler(collector, protocol=5, buffer_callback=collector.take_buffer)
     futures: list[Future[Any]] = []
     pickler.futures = futures
@@ -228,14 +295,11 @@ def _dumps_unfinished(obj: object) -> Payload | Unfinished:
     return Unfinished(collector.payload(), futures) if futures else collector.payload()
 
 
-_TOGETHER = struct.Struct("<I")
-
-
 def dumps_call(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], store: BlobStore
 ) -> Payload | Unfinished:
     """Pickle a whole call together, so that what callable and arguments share stays shared."""
-    return _dumps_unfinished((fn, args, kwargs))
+    return _dumps_unfinished((fn, args, kwargs), store)
 
 
 class _RecordReader:
@@ -322,46 +386,173 @@ def load_records(fill: Callable[[memoryview], None]) -> Any:
     return value
 
 
-def load_chunks(next_chunk: Callable[[], bytes | memoryview | None]) -> Any:
-    """Unpickle a large payload while its chunks arrive.
-
-    Args:
-        next_chunk: Returns the next chunk, waiting for it if need be, or ``None`` at the end.
-
-    Raises:
-        EOFError: If the chunks end early.
-        BaseException: Whatever ``next_chunk`` or unpickling raises.
-    """
-    chunk = memoryview(b"")
-
-    def fill(target: memoryview) -> None:
-        nonlocal chunk
-        at = 0
-        while at < len(target):
-            if not len(chunk):
-                following = next_chunk()
-                if following is None:
-                    raise EOFError("the payload ended early")
-                chunk = memoryview(following)
-            n = min(len(target) - at, len(chunk))
-            target[at : at + n] = chunk[:n]
-            chunk = chunk[n:]
-            at += n
-
-    return load_records(fill)
-
-
 def record(kind: int, size: int) -> bytes:
     """Return the header of one record."""
     return _RECORD.pack(kind, size)
 
 
+def buffer_record(blob: Blob) -> bytes:
+    """Return the record of a buffer that is a blob."""
+    return _RECORD.pack(_BUFFER_BLOB, blob.id)
+
+
+def in_band_record(blob: Blob) -> bytes:
+    """Return the record of a piece of pickle that is a blob."""
+    return _RECORD.pack(_IN_BAND_BLOB, blob.id)
+
+
+def without_end(payload: Composed, blobs: dict[int, Blob]) -> bytes:
+    """Return a payload's records, to be followed by others; its blobs are among ``blobs``."""
+    head = payload.head
+    kind, number = _RECORD.unpack_from(head)
+    if kind == _HEAD_BLOB:
+        head = bytes(blobs[number].view())
+    return head[: -_RECORD.size]
+
+
+class _Pieces:
+    """A file for the unpickler: pieces in band one after the other, wherever each of them is."""
+
+    def __init__(self, pieces: list[Any]) -> None:
+        self._pieces = deque(pieces)
+        self._left = 0
+        self._fill: Callable[[memoryview], None] = lambda target: None
+
+    def readinto(self, target: Any) -> int:
+        view = memoryview(target).cast("B")
+        at = 0
+        while at < len(view):
+            if not self._left:
+                if not self._pieces:
+                    break
+                piece = self._pieces.popleft()
+                if isinstance(piece, (bytes, memoryview)):
+                    self._left, self._fill = len(piece), _filler(memoryview(piece))
+                else:
+                    self._left, self._fill = piece.size, piece.reader()
+                continue
+            n = min(len(view) - at, self._left)
+            self._fill(view[at : at + n])
+            self._left -= n
+            at += n
+        return at
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            raise pickle.UnpicklingError("unbounded read of a payload")
+        data = bytearray(size)
+        n = self.readinto(data)
+        return bytes(data[:n])
+
+    def readline(self) -> bytes:
+        line = bytearray()
+        while byte := self.read(1):
+            line += byte
+            if byte == b"\n":
+                break
+        return bytes(line)
+
+
+def _filler(view: memoryview) -> Callable[[memoryview], None]:
+    at = 0
+
+    def fill(target: memoryview) -> None:
+        nonlocal at
+        target[:] = view[at : at + len(target)]
+        at += len(target)
+
+    return fill
+
+
+def load_composed(head: bytes | memoryview, source: Callable[[int], Any]) -> Any:
+    """Unpickle a large payload.
+
+    Args:
+        head: Its records.
+        source: From a blob's number to its :class:`Source`.
+
+    Raises:
+        BaseException: Whatever a source or unpickling raises.
+    """
+    pieces: list[Any] = []
+    buffers: list[Any] = []
+    at = 0
+    while at < len(head):
+        kind, number = _RECORD.unpack_from(head, at)
+        at += _RECORD.size
+        if kind < _END:
+            data = head[at : at + number]
+            at += number
+            if kind == _IN_BAND:
+                pieces.append(data)
+            else:
+                buffers.append(bytearray(data) if kind == _BUFFER else memoryview(data))
+        elif kind == _END:
+            break
+        elif kind == _IN_BAND_BLOB:
+            pieces.append(source(number))
+        elif kind == _BUFFER_BLOB:
+            buffers.append(source(number).buffer())
+        elif kind == _READONLY_BLOB:
+            buffers.append(memoryview(source(number).buffer()).toreadonly())
+        elif kind == _HEAD_BLOB:
+            records = bytearray(source(number).size)
+            source(number).reader()(memoryview(records))
+            return load_composed(bytes(records), source)
+        else:
+            raise pickle.UnpicklingError(f"unknown record type {kind} in a payload")
+    if len(pieces) == 1:
+        piece = pieces[0]
+        if not isinstance(piece, (bytes, memoryview)):
+            piece = piece.view()
+        if piece is not None:
+            return _loads(piece, buffers=buffers)
+    return pickle.Unpickler(_Pieces(pieces), buffers=buffers).load()
+
+
+class _Held:
+    """A blob whose content was loaded as a buffer of its own."""
+
+    def __init__(self, buffer: Any) -> None:
+        self._buffer = buffer
+        self.size = memoryview(buffer).nbytes
+
+    def view(self) -> memoryview:
+        return memoryview(self._buffer).cast("B")
+
+    def buffer(self) -> Any:
+        return self._buffer
+
+    def reader(self) -> Callable[[memoryview], None]:
+        return _filler(self.view())
+
+
+def load_nested(head: bytes, numbers: bytes, buffers: tuple[Any, ...]) -> Any:
+    """Unpickle a large payload that came inside another.
+
+    Args:
+        head: Its records.
+        numbers: Those of its blobs, 8 bytes each.
+        buffers: Their contents.
+
+    Raises:
+        BaseException: Whatever unpickling raises.
+    """
+    held = {
+        number: _Held(buffer)
+        for (number,), buffer in zip(_NUMBER.iter_unpack(numbers), buffers, strict=True)
+    }
+    return load_composed(head, held.__getitem__)
+
+
+def pack_numbers(payload: Composed) -> bytes:
+    """Return what a payload's head calls its blobs, as ``load_nested`` takes it."""
+    return b"".join(map(_NUMBER.pack, payload.numbers))
+
+
 def loads_payload(payload: Payload) -> Any:
-    """Unpickle a payload that is here as a whole."""
-    if isinstance(payload, bytes):
-        return _loads(payload)
-    chunks = payload.chunks()
-    return load_chunks(lambda: next(chunks, None))
+    """Unpickle a payload."""
+    return _loads(payload) if isinstance(payload, bytes) else payload.load()
 
 
 def dumps_exception(exc: BaseException) -> bytes:

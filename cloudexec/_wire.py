@@ -7,9 +7,10 @@ from typing import Any
 from cloudexec._proto.tasks_pb2 import Chunk
 
 __all__ = [
+    "BLOB_KEY",
     "CHANNEL_OPTIONS",
-    "LEASE_KEY",
     "MAX_MESSAGE_BYTES",
+    "SIZE_KEY",
     "TOKEN_KEY",
     "pack_chunk",
     "unpack_chunk",
@@ -18,7 +19,8 @@ __all__ = [
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 """Largest message either side accepts; batches stay far below it."""
 TOKEN_KEY = "cloudexec-token-bin"
-LEASE_KEY = "cloudexec-lease"
+BLOB_KEY = "cloudexec-blob"
+SIZE_KEY = "cloudexec-size"
 
 # Liveness is HTTP/2 pings: gRPC's own threads answer them, so that a client whose main thread
 # holds the GIL for minutes is alive to its workers.
@@ -37,8 +39,10 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
-def pack_chunk(data: bytes | memoryview) -> bytes:
-    """Serialize ``Chunk(data=...)`` with one copy instead of two."""
+def pack_chunk(data: bytes | memoryview | Chunk) -> bytes:
+    """Serialize a chunk; data alone with one copy instead of two."""
+    if type(data) is Chunk:
+        return data.SerializeToString()
     size = len(data)
     header = bytearray(b"\x0a")  # field 1, length-delimited
     while size > 0x7F:
@@ -48,8 +52,8 @@ def pack_chunk(data: bytes | memoryview) -> bytes:
     return b"".join((header, data))
 
 
-def unpack_chunk(message: bytes) -> memoryview:
-    """Parse a ``Chunk`` without copying it; anything unusual goes the ordinary way."""
+def unpack_chunk(message: bytes) -> memoryview | Chunk:
+    """Parse a chunk: data alone without copying it, anything else the ordinary way."""
     if message[:1] == b"\x0a":
         size = shift = 0
         for at in range(1, min(len(message), 6)):
@@ -60,4 +64,4 @@ def unpack_chunk(message: bytes) -> memoryview:
                 if at + 1 + size == len(message):
                     return memoryview(message)[at + 1 :]
                 break
-    return memoryview(Chunk.FromString(message).data)
+    return Chunk.FromString(message)

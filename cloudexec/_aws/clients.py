@@ -20,6 +20,15 @@ __all__ = ["AwsClients", "Recorder"]
 Recorder = Callable[[str, str, Mapping[str, Any]], None]
 """Told of each call: service, operation as the API names it, parameters."""
 
+_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    # Version 4 for signed URLs too, where botocore still prefers version 2 in some regions: it
+    # alone covers headers and encrypted buckets. Checksums are those that we give.
+    "s3": {
+        "signature_version": "s3v4",
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
+}
 _CONNECT_TIMEOUT = 10.0
 _READ_TIMEOUT = 60.0
 _MAX_CONNECTIONS = 25
@@ -102,6 +111,17 @@ class AwsClients:
         self._session = _new_session()
         self._clients.clear()
 
+    async def credentials_expire_at(self) -> float | None:
+        """Return until when the credentials in use are good, Unix time.
+
+        ``None``: for ever, or nobody knows: of those in the environment or a file nothing says.
+        """
+        with translated("sts", "Credentials"):
+            credentials = await self._session.get_credentials()
+        # botocore has no public name for it, and no other way to tell.
+        expiry = getattr(credentials, "_expiry_time", None)
+        return float(expiry.timestamp()) if expiry is not None else None
+
     @property
     def endpoint(self) -> str:
         """Where calls go if not to AWS itself (``AWS_ENDPOINT_URL``), or an empty string."""
@@ -126,6 +146,7 @@ class AwsClients:
                 max_pool_connections=_MAX_CONNECTIONS,
                 retries={"total_max_attempts": 1 if once else _ATTEMPTS, "mode": "standard"},
                 user_agent_extra="cloudexec",
+                **_SETTINGS.get(service, {}),
             )
             with translated(service, "CreateClient"):
                 client = await self._stack.enter_async_context(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
+from cloudexec._config import parse_bytes
 from cloudexec._errors import ConfigError
 
 __all__ = [
@@ -21,6 +21,9 @@ __all__ = [
     "default_memory",
     "fargate_memories",
     "fargate_size",
+    "fargate_size_for",
+    "format_memory",
+    "instance_size_for",
     "parse_memory",
 ]
 
@@ -52,8 +55,11 @@ _FARGATE: dict[float, tuple[int, ...]] = {
 }
 _MOST_MIB = 32 * 1024 * 1024
 """More than any machine that AWS has."""
-_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(k|m|g|t)i?b?\s*", re.IGNORECASE)
-_MIB_PER = {"k": 1 / 1024, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}
+_MOST_VCPUS = 1920
+_MOST_GPUS = 16
+"""Of one instance. Amazon EC2, "Instance types": u7inh-32tb.480xlarge and p2.16xlarge."""
+_LEAST_MIB = 256
+"""What a worker needs for itself, and a little more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -62,9 +68,11 @@ class WorkerSize:
 
     memory_mib: int
     vcpus: float
+    gpus: int = 0
 
     def __str__(self) -> str:
-        return f"{self.vcpus:g} vCPU with {format_memory(self.memory_mib)}"
+        gpus = f" and {self.gpus} GPU{'s' * (self.gpus != 1)}" if self.gpus else ""
+        return f"{self.vcpus:g} vCPU with {format_memory(self.memory_mib)}{gpus}"
 
 
 def format_memory(mib: int) -> str:
@@ -88,10 +96,7 @@ def parse_memory(memory: str | int) -> int:
     if isinstance(memory, int) and not isinstance(memory, bool):
         mib = memory
     else:
-        found = _MEMORY.fullmatch(memory) if isinstance(memory, str) else None
-        if found is None:
-            raise ConfigError(f"memory must be like '2GiB' or '512MiB', not {memory!r}")
-        mib = math.ceil(float(found[1]) * _MIB_PER[found[2].lower()])
+        mib = -(-parse_bytes(memory) // 2**20)
     if mib <= 0:
         raise ConfigError(f"memory must be more than nothing, not {memory!r}")
     if mib > _MOST_MIB:
@@ -144,6 +149,49 @@ def fargate_size(vcpus: float, memory: str | int) -> WorkerSize:
     names = ", or ".join(map(str, nearest))
     raise ConfigError(
         f"Fargate has no size of {vcpus:g} vCPU with {format_memory(mib)}; the nearest: {names}"
+    )
+
+
+def fargate_size_for(cpus: float, memory_mib: int) -> WorkerSize:
+    """Return the smallest size of Fargate that has so much.
+
+    Raises:
+        ConfigError: If there is none; it names the largest ones, and where there is more.
+    """
+    enough = [
+        WorkerSize(memory_mib=mib, vcpus=vcpus)
+        for vcpus, memories in _FARGATE.items()
+        for mib in memories
+        if vcpus >= cpus - 1e-9 and mib >= memory_mib
+    ]
+    if not enough:
+        most_cpus, most_memory = max(_FARGATE), max(max(each) for each in _FARGATE.values())
+        nearest = WorkerSize(memory_mib=most_memory, vcpus=most_cpus)
+        raise ConfigError(
+            f"Fargate has no worker for a task with cpus={cpus:g} and "
+            f"memory={format_memory(memory_mib)!r}; the nearest, and its largest, is {nearest}. "
+            f"Batch(compute='ec2') has more"
+        )
+    return min(enough, key=lambda size: (size.vcpus, size.memory_mib))
+
+
+def instance_size_for(cpus: float, memory_mib: int, gpus: int) -> WorkerSize:
+    """Return the size of a worker on EC2 that has so much: whole vCPUs, any memory.
+
+    Raises:
+        ConfigError: If no instance of AWS has that.
+
+    References:
+        AWS Batch API Reference, "ResourceRequirement": VCPU is a whole number on EC2.
+    """
+    if cpus > _MOST_VCPUS or memory_mib > _MOST_MIB or gpus > _MOST_GPUS:
+        raise ConfigError(
+            f"no EC2 instance holds a task with cpus={cpus:g}, "
+            f"memory={format_memory(memory_mib)!r} and gpus={gpus}: the most there is are "
+            f"{_MOST_VCPUS} vCPUs, {format_memory(_MOST_MIB)} and {_MOST_GPUS} GPUs"
+        )
+    return WorkerSize(
+        memory_mib=max(memory_mib, _LEAST_MIB), vcpus=max(1, math.ceil(cpus - 1e-9)), gpus=gpus
     )
 
 

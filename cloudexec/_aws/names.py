@@ -7,6 +7,7 @@ import re
 __all__ = [
     "DEFINITION_PREFIX",
     "JOB_PREFIX",
+    "OBJECTS_PREFIX",
     "TAG_EXECUTOR",
     "TAG_EXPIRES",
     "TAG_PROJECT",
@@ -14,6 +15,7 @@ __all__ = [
     "TAG_USER",
     "definition_name",
     "job_name",
+    "object_prefix",
     "stack_name",
 ]
 
@@ -27,6 +29,8 @@ TAG_STACK = "cloudexec:stack"
 
 JOB_PREFIX = "cloudexec-"
 DEFINITION_PREFIX = "cloudexec-"
+OBJECTS_PREFIX = "cloudexec/"
+"""Keys of the bucket that executors use: apart from those of tasks, which may not touch them."""
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 
@@ -57,3 +61,8 @@ def job_name(executor_id: str, launch: str) -> str:
 def definition_name(content_hash: str) -> str:
     """Return the name of the job definition with this content."""
     return f"{DEFINITION_PREFIX}{content_hash[:16]}"
+
+
+def object_prefix(executor_id: str) -> str:
+    """Return what the keys of an executor's objects begin with."""
+    return f"{OBJECTS_PREFIX}{executor_id}/"

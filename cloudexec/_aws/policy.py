@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from cloudexec._aws.names import DEFINITION_PREFIX, TAG_STACK
+from cloudexec._aws.names import DEFINITION_PREFIX, OBJECTS_PREFIX, TAG_STACK
 from cloudexec._aws.profile import Profile
 
 __all__ = ["CALLS", "Call", "Grant", "actions_for", "policy", "unknown_calls"]
@@ -17,10 +17,12 @@ Call: TypeAlias = tuple[str, str]
 
 Resource: TypeAlias = Literal[
     "any",
+    "bucket",
     "definition",
     "image",
     "job",
     "log_group",
+    "object",
     "queue",
     "role",
     "secret",
@@ -88,6 +90,18 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("iam", "GetRole"): (Grant("iam:GetRole", "role"),),
     # Letting workers in.
     ("secretsmanager", "GetSecretValue"): (Grant("secretsmanager:GetSecretValue", "secret"),),
+    # Objects in the bucket; workers use URLs signed by whoever has these rights.
+    ("s3", "HeadBucket"): (Grant("s3:ListBucket", "bucket"),),
+    ("s3", "ListObjectsV2"): (Grant("s3:ListBucket", "bucket"),),
+    ("s3", "ListMultipartUploads"): (Grant("s3:ListBucketMultipartUploads", "bucket"),),
+    ("s3", "PutObject"): (Grant("s3:PutObject", "object"),),
+    ("s3", "CreateMultipartUpload"): (Grant("s3:PutObject", "object"),),
+    ("s3", "UploadPart"): (Grant("s3:PutObject", "object"),),
+    ("s3", "CompleteMultipartUpload"): (Grant("s3:PutObject", "object"),),
+    ("s3", "AbortMultipartUpload"): (Grant("s3:AbortMultipartUpload", "object"),),
+    ("s3", "GetObject"): (Grant("s3:GetObject", "object"),),
+    ("s3", "HeadObject"): (Grant("s3:GetObject", "object"),),
+    ("s3", "DeleteObjects"): (Grant("s3:DeleteObject", "object"),),
     # Images.
     ("ecr", "DescribeImages"): (Grant("ecr:DescribeImages", "image"),),
     ("ecr", "GetAuthorizationToken"): (*_any("ecr:GetAuthorizationToken"), *_PUSH),
@@ -150,10 +164,12 @@ def actions_for(calls: Iterable[Call], profile: Profile | None = None) -> dict[s
 
 _SIDS: dict[Resource, str] = {
     "any": "WhatHasNoResources",
+    "bucket": "Bucket",
     "definition": "JobDefinitions",
     "image": "Images",
     "job": "Jobs",
     "log_group": "Logs",
+    "object": "Objects",
     "queue": "Queues",
     "role": "Roles",
     "secret": "Key",
@@ -186,6 +202,11 @@ def _resources(
         case "log_group":
             group = profile.log_group or "/aws/batch/job" if profile else "/cloudexec/cloudexec-*"
             return [arn("logs", f"log-group:{group}"), arn("logs", f"log-group:{group}:*")], {}
+        case "bucket" | "object":
+            # Buckets of other accounts have names too, but let in only whom they name.
+            bucket = (profile.bucket if profile else "") or "cloudexec-*"
+            keys = f"/{OBJECTS_PREFIX}*" if resource == "object" else ""
+            return [f"arn:{partition}:s3:::{bucket}{keys}"], {}
         case "image":
             repository = profile.repository.partition("/")[2] if profile else "cloudexec-*"
             return [arn("ecr", f"repository/{repository or '*'}")], {}

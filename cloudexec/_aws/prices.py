@@ -50,6 +50,7 @@ class InstancePrice:
     arch: str
     per_hour: float
     """On demand, Linux, shared tenancy, in USD."""
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +146,7 @@ class PriceTable:
         *,
         vcpus: float,
         memory_mib: int,
+        gpus: int = 0,
         arch: str = "x86_64",
         compute: str = "fargate",
         spot: bool = False,
@@ -157,6 +159,7 @@ class PriceTable:
         Args:
             vcpus: What it asks for.
             memory_mib: What it asks for.
+            gpus: What it asks for, on EC2.
             arch: ``"x86_64"`` or ``"arm64"``.
             compute: ``"fargate"`` or ``"ec2"``. A job on EC2 is priced as its share of the
                 instance type that holds it most cheaply, as if others filled the rest.
@@ -178,7 +181,7 @@ class PriceTable:
             hourly += extra_gib * self.ephemeral_gb_hour
             address_share = 1.0
         elif compute == "ec2":
-            hourly, address_share = self._share(vcpus, memory_mib, arch)
+            hourly, address_share = self._share(vcpus, memory_mib, gpus, arch)
             hourly *= self.spot_factor if spot else 1.0
         else:
             raise ConfigError(f"compute must be 'fargate' or 'ec2', not {compute!r}")
@@ -191,12 +194,22 @@ class PriceTable:
             table=str(self),
         )
 
-    def _share(self, vcpus: float, memory_mib: int, arch: str) -> tuple[float, float]:
+    def _share(self, vcpus: float, memory_mib: int, gpus: int, arch: str) -> tuple[float, float]:
         """Return USD per hour, and the share of one instance."""
+        known = [each for each in self.instances.values() if bool(each.gpus) == bool(gpus)]
+        known = known or [each for each in _INSTANCES.values() if each.gpus]
+        # GPUs of another architecture are the better guess where there are none of this one.
+        same = [each for each in known if each.arch == arch] or known
         shares = (
-            (max(vcpus / each.vcpus, memory_mib / _MIB_PER_GB / each.memory_gib), each.per_hour)
-            for each in self.instances.values()
-            if each.arch == arch
+            (
+                max(
+                    vcpus / each.vcpus,
+                    memory_mib / _MIB_PER_GB / each.memory_gib,
+                    gpus / each.gpus if each.gpus else 0.0,
+                ),
+                each.per_hour,
+            )
+            for each in same
         )
         return min((share * per_hour, min(share, 1.0)) for share, per_hour in shares)
 
@@ -310,7 +323,7 @@ def _learned(
         if prices_found:
             learned[instance_type] = replace(_INSTANCES[instance_type], per_hour=min(prices_found))
     for arch in _ARCHITECTURES:
-        if not any(each.arch == arch for each in learned.values()):
+        if not any(each.arch == arch and not each.gpus for each in learned.values()):
             learned |= {name: each for name, each in _INSTANCES.items() if each.arch == arch}
     return PriceTable(
         dated=date.today(),
@@ -367,8 +380,12 @@ def _read(data: Mapping[str, Any]) -> PriceTable:
     )
 
 
-def _instance(vcpus: int, memory_gib: float, arch: str, per_hour: float) -> InstancePrice:
-    return InstancePrice(vcpus=vcpus, memory_gib=memory_gib, arch=arch, per_hour=per_hour)
+def _instance(
+    vcpus: int, memory_gib: float, arch: str, per_hour: float, gpus: int = 0
+) -> InstancePrice:
+    return InstancePrice(
+        vcpus=vcpus, memory_gib=memory_gib, arch=arch, per_hour=per_hour, gpus=gpus
+    )
 
 
 # What Batch chooses from by default: compute, general and memory families. Not the burstable
@@ -383,5 +400,11 @@ _INSTANCES: Mapping[str, InstancePrice] = {
     "c7g.xlarge": _instance(4, 8, "arm64", 0.145),
     "c8g.large": _instance(2, 4, "arm64", 0.07976),
     "m7g.large": _instance(2, 8, "arm64", 0.0816),
+    # Workers with GPUs are priced by the cheapest of these; which one it becomes, the compute
+    # environment says.
+    "g4dn.xlarge": _instance(4, 16, "x86_64", 0.526, gpus=1),
+    "g6.xlarge": _instance(4, 16, "x86_64", 0.8048, gpus=1),
+    "g5.xlarge": _instance(4, 16, "x86_64", 1.006, gpus=1),
+    "g5g.xlarge": _instance(4, 8, "arm64", 0.42, gpus=1),
 }
 _BUILT_IN = PriceTable(dated=date(2026, 11, 21), source="AWS price lists, as of this release")

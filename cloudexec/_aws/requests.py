@@ -125,10 +125,13 @@ def definition_request(spec: DefinitionSpec) -> dict[str, Any]:
 
 
 def _requirements(size: WorkerSize) -> list[dict[str, str]]:
-    return [
+    needs = [
         {"type": "VCPU", "value": f"{size.vcpus:g}"},
         {"type": "MEMORY", "value": str(size.memory_mib)},
     ]
+    if size.gpus:
+        needs.append({"type": "GPU", "value": str(size.gpus)})
+    return needs
 
 
 def submit_request(

@@ -16,6 +16,7 @@ __all__ = [
     "FailTask",
     "FailTasksUnlaunched",
     "Finish",
+    "JudgeFailure",
     "KillTasks",
     "LaunchWorker",
     "MarkRunning",
@@ -58,6 +59,16 @@ class ResolveTasks:
 @dataclass(frozen=True, slots=True)
 class FailTask:
     """Give a future its exception."""
+
+    worker: str
+    task: Task
+    failure: Failure
+    cause: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeFailure:
+    """Find out whether a task that failed like this is to be run again; ``FailureJudged`` says."""
 
     worker: str
     task: Task
@@ -146,6 +157,7 @@ Command = (
     | MarkRunning
     | ResolveTasks
     | FailTask
+    | JudgeFailure
     | FailTasksUnlaunched
     | CancelTasks
     | RecallTasks

@@ -13,6 +13,7 @@ __all__ = [
     "DeadlinePassed",
     "Event",
     "Failure",
+    "FailureJudged",
     "FailureKind",
     "FailuresReceived",
     "LaunchFailed",
@@ -47,6 +48,8 @@ class FailureKind(enum.Enum):
     WORKER_LOST = "worker lost"
     RECLAIMED = "reclaimed"
     """The platform wanted the worker back, and the task did not finish in the time it gave."""
+    OUTGREW = "outgrew"
+    """It took more memory than it had asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,16 @@ class Failure:
     kind: FailureKind
     detail: Any = None
     out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FailureJudged:
+    """Somebody looked at what a task raised, and says whether it is worth another attempt."""
+
+    worker: str
+    task: Task
+    failure: Failure
+    again: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +252,7 @@ Event = (
     | WorkerLost
     | ResultsReceived
     | FailuresReceived
+    | FailureJudged
     | TasksStarted
     | LeasesReturned
     | LaunchFailed

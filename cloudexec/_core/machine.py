@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
+import operator
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from cloudexec._config import ServerConfig
+from cloudexec._config import ServerConfig, WorkerCapacity
+from cloudexec._core.claims import Claim, Resources
 from cloudexec._core.commands import (
     CancelTasks,
     Command,
@@ -16,6 +19,7 @@ from cloudexec._core.commands import (
     FailTask,
     FailTasksUnlaunched,
     Finish,
+    JudgeFailure,
     KillTasks,
     LaunchWorker,
     MarkRunning,
@@ -29,6 +33,7 @@ from cloudexec._core.events import (
     DeadlinePassed,
     Event,
     Failure,
+    FailureJudged,
     FailureKind,
     FailuresReceived,
     LaunchesRefused,
@@ -50,15 +55,25 @@ from cloudexec._core.events import (
     WorkerReady,
 )
 from cloudexec._core.scaling import sizes_to_launch
-from cloudexec._core.scheduling import take_tasks
-from cloudexec._core.tasks import Task, TaskState
-from cloudexec._core.workers import Launch, Worker, WorkerState
+from cloudexec._core.scheduling import (
+    Line,
+    best_holder,
+    give,
+    in_order,
+    room_left,
+    take_fitting,
+    take_tasks,
+)
+from cloudexec._core.tasks import Kind, Task, TaskState
+from cloudexec._core.workers import Account, Launch, Worker, WorkerState
 
 __all__ = ["Machine"]
 
 _WAITING, _SENT = TaskState.WAITING, TaskState.SENT
 _RUNNING, _DONE = TaskState.RUNNING, TaskState.DONE
-_HELD = TaskState.HELD
+_HELD, _RESTING = TaskState.HELD, TaskState.RESTING
+_terms_of = operator.attrgetter("terms")
+_inputs_of = operator.attrgetter("inputs")
 
 _REBALANCE_AFTER = 0.1
 """Seconds between looks at whether one worker sits on tasks that another could run."""
@@ -72,6 +87,12 @@ _LATER = 60.0
 """Seconds until workers are launched again after launches failed while others are at work."""
 _KILLED_LAUNCHES = 20
 """Workers that may be killed from outside in a row, with no task done, before we give up."""
+_WINDOW = 64
+"""Tasks, beyond those that free slots are there for, among which a worker finds those whose inputs
+it has."""
+_OVERTAKEN = 64
+"""Tasks that may go before the first in line because their inputs are where there is room."""
+_JUDGED = (FailureKind.RAISED, FailureKind.TIMED_OUT)
 
 
 class Machine:
@@ -83,8 +104,28 @@ class Machine:
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
-        self.queues: list[deque[Task]] = [deque() for _ in range(config.scaling.rungs)]
-        """Waiting tasks, by the least size of worker that they need."""
+        scaling = config.scaling
+        self._wholes = [Resources.had_by(each) for each in scaling.sizes or _unknown(scaling.rungs)]
+        self._gpu_ids = scaling.sizes[0].gpu_ids if scaling.sizes else ()
+        self._plain_claims = [
+            Claim(
+                need=whole.share(max(scaling.slots_per_worker, self._sharing(whole))),
+                rung=rung,
+                whole=whole,
+                slots=scaling.slots_per_worker,
+                # On a ladder, the whole worker counts: with a share of more it may do worse.
+                floor=whole._replace(gpus=0) if rung else whole.share(scaling.max_slots),
+            )
+            for rung, whole in enumerate(self._wholes)
+        ]
+        self._plain = Line(None, 0, self._plain_claims[0])
+        self._lines: dict[object, Line] = {None: self._plain}
+        """Waiting tasks, by what they wait for; lines without open tasks are dropped."""
+        self._near: set[Line] = set()  # lines that have, or had, tasks with inputs
+        self._passed: tuple[int, int] = (0, 0)  # who was overtaken last, and how often
+        self._machine_account: Account | None = None  # where workers share one
+        self._resting: dict[Task, float] = {}  # until when; infinite: not known yet
+        self._awakenings: list[tuple[float, int, Task]] = []
         self.workers: dict[str, Worker] = {}
         self.launches: dict[str, Launch] = {}
         self.counts: Counter[str] = Counter()
@@ -97,10 +138,10 @@ class Machine:
         self.finished = False
         self.refusing = False
         """Whether no worker may be launched any more."""
-        self._open_by_rung = [0] * config.scaling.rungs  # kept where there is more than one
         self._waiting = 0
         self._active_slots = 0  # of launches and active workers
-        self._active_by_rung = [0] * config.scaling.rungs
+        self._active_pools: dict[tuple[int, int], int] = {}  # the same by size and slots
+        self._odd = 0  # how many of these pools are not the plain one
         self._total_slots = 0  # the same and of draining workers
         self._hungry: dict[str, None] = {}
         self._leases = itertools.count(1)
@@ -126,6 +167,7 @@ class Machine:
             WorkerLost: self._on_lost,
             ResultsReceived: self._on_results,
             FailuresReceived: self._on_failures,
+            FailureJudged: self._on_judged,
             TasksStarted: self._on_started,
             LeasesReturned: self._on_returned,
             LaunchFailed: self._on_launch_failed,
@@ -185,14 +227,67 @@ class Machine:
                 self._close(task, "failed")
 
     def _enqueue(self, tasks: Sequence[Task]) -> None:
-        if len(self.queues) == 1:
-            self.queues[0].extend(tasks)
+        if len(self._wholes) == 1 and not any(map(_terms_of, tasks)):
+            self._plain.tasks.extend(tasks)
         else:
             for task in tasks:
-                self._enter(task)
-                self.queues[task.rung].append(task)
+                self._enter(task).tasks.append(task)
+        if any(map(_inputs_of, tasks)):
+            self._near.update(self._line_of(task) for task in tasks if task.inputs)
         self._waiting += len(tasks)
         self.open_tasks += len(tasks)
+
+    # Lines: which tasks wait for the same.
+
+    def _sharing(self, whole: Resources) -> int:
+        """Among how many slots what there is is shared: on one machine, those of all workers."""
+        scaling = self.config.scaling
+        return scaling.max_slots if scaling.one_machine else scaling.slots_per_worker
+
+    def claim_of(self, task: Task) -> Claim:
+        """Return what a task claims of the worker that it runs on."""
+        terms = task.terms
+        if terms is not None and terms.claims:
+            return terms.claims[min(task.rung, len(terms.claims) - 1)]
+        return self._plain_claims[task.rung]
+
+    def _line_of(self, task: Task) -> Line:
+        """Return the line of a task, a new one if there is none."""
+        terms = task.terms
+        if terms is None and not task.rung:
+            return self._plain
+        claim = self.claim_of(task)
+        priority = 0 if terms is None else terms.priority
+        if not priority and claim is self._plain_claims[0]:
+            return self._plain
+        key = (priority, claim)
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = Line(key, priority, claim)
+        return line
+
+    def _enter(self, task: Task) -> Line:
+        """Count an open task where it belongs, and return its line."""
+        terms = task.terms
+        if terms is None or not terms.claims:
+            task.rung = min(max(task.rung, task.kind.rung), len(self._wholes) - 1)
+        line = self._line_of(task)
+        line.open += line is not self._plain
+        return line
+
+    def _leave(self, task: Task) -> None:
+        """Count an open task no more."""
+        line = self._line_of(task)
+        if line is not self._plain:
+            line.open -= 1
+            if line.open <= 0:
+                del self._lines[line.key]
+                self._near.discard(line)
+
+    def _open_of(self, line: Line) -> int:
+        if line is not self._plain:
+            return line.open
+        return self.open_tasks - sum(each.open for each in self._lines.values())
 
     def _on_cancelled(self, event: TasksCancelled, now: float) -> None:
         leases: dict[str, list[int]] = {}
@@ -221,37 +316,53 @@ class Machine:
             worker.paused_until = now + _CANCEL_PAUSE
             self._remind(worker.paused_until)
 
-    def _enter(self, task: Task) -> None:
-        """Count an open task under the size of worker that it needs."""
-        task.rung = min(max(task.rung, task.kind.rung), len(self.queues) - 1)
-        self._open_by_rung[task.rung] += 1
-
     def _climb(self, task: Task, rung: int) -> None:
         """Have a task that ran out of memory on workers of this size go to larger ones."""
+        self._leave(task)
+        task.rung = rung + 1
+        if task.terms is not None and task.terms.claims:
+            self._enter(task)
+            return
         kind = task.kind
         before = kind.rung
         kind.outgrew(rung)
-        self._open_by_rung[task.rung] -= 1
-        task.rung = rung + 1
         self._enter(task)
-        if kind.rung > before and before < len(self.queues) - 1:
-            moving = [task for task in self.queues[before] if task.kind is kind]
-            if moving:
-                rest = [task for task in self.queues[before] if task.kind is not kind]
-                self.queues[before] = deque(rest)
-                for other in moving:
-                    if other.state is _WAITING:
-                        self._open_by_rung[other.rung] -= 1
-                        self._enter(other)
-                        self.queues[other.rung].append(other)
+        if kind.rung > before and before < len(self._wholes) - 1:
+            for line in list(self._lines.values()):
+                if line.claim is self._plain_claims[before]:
+                    self._move_on(line, kind)
+
+    def _move_on(self, line: Line, kind: Kind) -> None:
+        """Have the waiting tasks of a function go where its new ones go."""
+        moving = [task for task in line.tasks if task.kind is kind and task.state is _WAITING]
+        if moving:
+            rest = [task for task in line.tasks if task.kind is not kind]
+            line.tasks = deque(rest)
+            for task in moving:
+                self._leave(task)
+                self._enter(task).tasks.append(task)
 
     def waiting_tasks(self) -> list[Task]:
         """Tasks that no worker has."""
-        return [task for queue in self.queues for task in queue if task.state is _WAITING]
+        lines = self._lines.values()
+        return [task for line in lines for task in line.tasks if task.state is _WAITING]
+
+    def resting_tasks(self) -> list[Task]:
+        """Tasks between two attempts."""
+        return list(self._resting)
+
+    def waiting_by_claim(self) -> list[tuple[int, Claim, int]]:
+        """Say of each line with tasks in it: its priority, its claim, and how many wait."""
+        found = []
+        for line in self._lines.values():
+            count = sum(task.state is _WAITING for task in line.tasks)
+            if count:
+                found.append((line.priority, line.claim, count))
+        return found
 
     def _clear_queues(self) -> None:
-        for queue in self.queues:
-            queue.clear()
+        for line in self._lines.values():
+            line.tasks.clear()
 
     def _close(self, task: Task, how: str) -> None:
         if task.state is _HELD:
@@ -261,9 +372,11 @@ class Machine:
             return
         if task.state is _WAITING:
             self._waiting -= 1
-        if len(self.queues) > 1:
-            self._open_by_rung[task.rung] -= 1
+        elif task.state is _RESTING:
+            del self._resting[task]
         task.state = _DONE
+        if len(self._lines) > 1:
+            self._leave(task)
         self.open_tasks -= 1
         self.counts[how] += 1
 
@@ -271,6 +384,7 @@ class Machine:
         """Take a lease back from a worker; ``None`` if it has no such lease (any more)."""
         task = worker.leases.pop(lease, None)
         if task is not None:
+            worker.account.heavy.pop(lease, None)
             worker.load -= task.cost
             if task.lease == lease:
                 task.worker = None
@@ -319,12 +433,17 @@ class Machine:
             results.append(result)
             times.append(seconds)
         worker.load -= released
+        heavy = worker.account.heavy
+        if heavy:
+            for lease in event.leases:
+                heavy.pop(lease, None)
         worker.completed += len(event.leases)
         self._failed_launches = self._killed_launches = 0
         if tasks:
-            if len(self.queues) > 1:
+            if len(self._lines) > 1:
                 for task in tasks:
-                    self._open_by_rung[task.rung] -= 1
+                    if task.terms is not None or task.rung:
+                        self._leave(task)
             self.open_tasks -= len(tasks)
             self.counts["succeeded"] += len(tasks)
             self._out.append(ResolveTasks(worker.id, tasks, results, times, self._events))
@@ -346,25 +465,91 @@ class Machine:
                 elif failure.kind is FailureKind.RECLAIMED and task.retries:
                     self.counts["reclaimed"] += 1
                     self._requeue([task])
+                elif failure.kind is FailureKind.OUTGREW and self._may_climb(worker, task):
+                    task.lost += 1
+                    self._lose_to_memory(worker, task)
+                    self._requeue([task])
+                elif self._is_judged(task, failure):
+                    task.state = _RESTING
+                    self._resting[task] = math.inf
+                    self._out.append(JudgeFailure(worker.id, task, failure, self._events))
                 else:
-                    self._fail(worker, task, failure)
+                    self._fail(worker.id, task, failure)
         worker.completed += len(event.failures)
         self._settle(worker, now)
 
-    def _fail(self, worker: Worker, task: Task, failure: Failure) -> None:
+    def _is_judged(self, task: Task, failure: Failure) -> bool:
+        terms = task.terms
+        return (
+            terms is not None
+            and terms.judged
+            and failure.kind in _JUDGED
+            and task.lost < task.retries
+            and not self.killing
+        )
+
+    def _on_judged(self, event: FailureJudged, now: float) -> None:
+        task = event.task
+        if task.state is not _RESTING:
+            return
+        if not event.again or self.killing:
+            self._fail(event.worker, task, event.failure)
+            return
+        policy = self.config.retry
+        # Spread a little, by number: what failed together does not come back together.
+        spread = 1.0 + task.number * 7 % 16 / 32
+        pause = min(policy.task_backoff * 2.0 ** min(task.lost, 30), policy.longest_backoff)
+        task.lost += 1
+        self.counts["retried_errors"] += 1
+        due = now + pause * spread
+        self._resting[task] = due
+        heapq.heappush(self._awakenings, (due, task.number, task))
+        self._remind(due)
+
+    def _awake(self, now: float) -> None:
+        """Put back into their lines the tasks that have rested long enough."""
+        awakenings = self._awakenings
+        ready = []
+        while awakenings and awakenings[0][0] <= now:
+            due, _, task = heapq.heappop(awakenings)
+            if self._resting.get(task) == due:
+                del self._resting[task]
+                ready.append(task)
+        if awakenings:
+            self._remind(awakenings[0][0])
+        if ready:
+            self._requeue(ready)
+
+    def _fail(self, worker: str, task: Task, failure: Failure) -> None:
         self._close(task, "failed")
-        self._out.append(FailTask(worker.id, task, failure, self._events))
+        self._out.append(FailTask(worker, task, failure, self._events))
+
+    def _may_climb(self, worker: Worker, task: Task) -> bool:
+        """Say whether there is a larger size for a task that ran out of memory on this worker."""
+        terms = task.terms
+        if terms is not None and terms.claims:
+            return task.rung + 1 < len(terms.claims) and task.retries > 0
+        return self._rung_of(worker, task) + 1 < len(self._wholes) and task.retries > 0
+
+    def _rung_of(self, worker: Worker, task: Task) -> int:
+        """Return the size of the ladder that a task ran out of memory on."""
+        if (task.terms is not None and task.terms.claims) or worker.rung >= len(self._wholes):
+            return task.rung
+        return max(worker.rung, task.rung)
+
+    def _lose_to_memory(self, worker: Worker, task: Task) -> None:
+        """Have a task try a larger size: another try, not one more of the same."""
+        task.retries += 1
+        self.counts["out_of_memory"] += 1
+        self._climb(task, self._rung_of(worker, task))
 
     def _lose_attempt(self, worker: Worker, task: Task, failure: Failure) -> None:
         task.lost += 1
         self.counts["lost_attempts"] += 1
-        if failure.out_of_memory and worker.rung + 1 < len(self.queues) and task.retries:
-            # A larger worker is another try, not one more of the same.
-            task.retries += 1
-            self.counts["out_of_memory"] += 1
-            self._climb(task, max(worker.rung, task.rung))
+        if failure.out_of_memory and self._may_climb(worker, task):
+            self._lose_to_memory(worker, task)
         if task.lost > task.retries or self.killing:
-            self._fail(worker, task, failure)
+            self._fail(worker.id, task, failure)
         else:
             self.counts["retries"] += 1
             self._requeue([task])
@@ -376,11 +561,11 @@ class Machine:
             task.state = _WAITING
             task.worker = None
             task.lease = 0
-        if len(self.queues) == 1:
-            self.queues[0].extendleft(reversed(back))
-        else:
-            for task in reversed(back):
-                self.queues[task.rung].appendleft(task)
+        for task in reversed(back):
+            line = self._line_of(task)
+            line.tasks.appendleft(task)
+            if task.inputs:
+                self._near.add(line)
         self._waiting += len(back)
 
     def _on_started(self, event: TasksStarted, now: float) -> None:
@@ -411,10 +596,13 @@ class Machine:
     def _on_connected(self, event: WorkerConnected, now: float) -> None:
         launch = self.launches.get(event.launch)
         self._end_launch(event.launch)
-        rung = 0 if launch is None else launch.rung
-        worker = Worker(event.worker, event.slots, event.launch, now, rung)
+        pool = self._plain_pool if launch is None else launch.pool
+        capacity = self._wholes[0] if launch is None else launch.capacity
+        account = self._account(capacity, event.slots)
+        worker = Worker(event.worker, event.slots, event.launch, now, pool, account)
+        account.workers[worker.id] = worker
         self.workers[event.worker] = worker
-        self._count_active(worker.slots, worker.rung)
+        self._count_active(worker.slots, pool)
         self._total_slots += worker.slots
         self.counts["workers_connected"] += 1
         self._failed_launches = 0
@@ -442,14 +630,32 @@ class Machine:
         if worker is not None:
             self._drain(worker)
 
-    def _count_active(self, slots: int, rung: int) -> None:
+    @property
+    def _plain_pool(self) -> tuple[int, int]:
+        return 0, self.config.scaling.slots_per_worker
+
+    def _account(self, capacity: Resources, slots: int) -> Account:
+        plain = self._plain_claims[0]
+        scaling = self.config.scaling
+        if not scaling.one_machine:
+            return Account(capacity, slots, plain)
+        if self._machine_account is None:
+            self._machine_account = Account(capacity, scaling.max_slots, plain, self._gpu_ids)
+        return self._machine_account
+
+    def _count_active(self, slots: int, pool: tuple[int, int]) -> None:
         self._active_slots += slots
-        self._active_by_rung[rung] += slots
+        active = self._active_pools.get(pool, 0) + slots
+        if active:
+            self._active_pools[pool] = active
+        else:
+            self._active_pools.pop(pool, None)
+        self._odd = len(self._active_pools) - (self._plain_pool in self._active_pools)
 
     def _drain(self, worker: Worker) -> None:
         if worker.state is WorkerState.ACTIVE:
             worker.state = WorkerState.DRAINING
-            self._count_active(-worker.slots, worker.rung)
+            self._count_active(-worker.slots, worker.pool)
             self._hungry.pop(worker.id, None)
 
     def _retire(self, worker: Worker) -> None:
@@ -462,7 +668,7 @@ class Machine:
         launch = self.launches.pop(launch_id, None)
         if launch is None:
             return False
-        self._count_active(-launch.slots, launch.rung)
+        self._count_active(-launch.slots, launch.pool)
         self._total_slots -= launch.slots
         return True
 
@@ -475,6 +681,10 @@ class Machine:
         expected = worker.state is WorkerState.DRAINING and not worker.leases
         self._drain(worker)
         del self.workers[worker.id]
+        account = worker.account
+        account.workers.pop(worker.id, None)
+        for lease in worker.leases:
+            account.heavy.pop(lease, None)
         self._total_slots -= worker.slots
         if not expected:
             self.counts["workers_lost"] += 1
@@ -500,17 +710,17 @@ class Machine:
             elif begun or task.suspected > _SUSPICIONS:
                 self._lose_attempt(worker, task, failure)
             else:
-                larger = worker.rung + 1 < len(self.queues)
+                larger = self._may_climb(worker, task)
                 if event.out_of_memory and larger and position < worker.slots:
                     # It had no slot ready: what the tasks need before they begin is too much.
-                    self._climb(task, max(worker.rung, task.rung))
+                    self._climb(task, self._rung_of(worker, task))
                 unblamed.append(task)
         worker.leases.clear()
         self._requeue(unblamed)
         if event.relaunched and not self.shutting_down:
-            launch = Launch(worker.launch, worker.slots, now, worker.rung)
+            launch = Launch(worker.launch, worker.slots, now, worker.pool, account.capacity)
             self.launches[launch.id] = launch
-            self._count_active(launch.slots, launch.rung)
+            self._count_active(launch.slots, launch.pool)
             self._total_slots += launch.slots
             self._remind(now + self.config.scaling.launch_timeout)
         if not expected and not worker.completed and not event.reclaimed:
@@ -541,18 +751,22 @@ class Machine:
             self._remind(self._launch_not_before)
             return
         # What workers that are there, or may still come, can do is not given up.
-        rungs = [w.rung for w in self.workers.values() if w.state is WorkerState.ACTIVE]
-        rungs += [launch.rung for launch in self.launches.values()]
-        served = max(rungs, default=-1) + 1
-        hopeless = self.queues[served:]
-        tasks = [task for queue in hopeless for task in queue if task.state is _WAITING]
+        active = [w for w in self.workers.values() if w.state is WorkerState.ACTIVE]
+        served = {worker.account.capacity for worker in active}
+        served |= {launch.capacity for launch in self.launches.values()}
+        hopeless = [
+            line
+            for line in self._lines.values()
+            if not any(line.claim.floor.within(capacity) for capacity in served)
+        ]
+        tasks = [task for line in hopeless for task in line.tasks if task.state is _WAITING]
         if served and not tasks:
             self._launch_not_before = now + _LATER
             self._remind(self._launch_not_before)
             return
         self._failed_launches = self._killed_launches = 0
-        for queue in hopeless:
-            queue.clear()
+        for line in hopeless:
+            line.tasks.clear()
         for task in tasks:
             self._close(task, "failed")
         if tasks:
@@ -567,14 +781,16 @@ class Machine:
         if now < self._launch_not_before or self.refusing:
             return
         policy = self.config.scaling
-        if len(self.queues) > 1:
-            self._scale_rungs(now)
+        if len(self._lines) > 1 or self._odd:
+            self._scale_pools(now)
             return
         active, total = self._active_slots, self._total_slots
         if active >= policy.max_slots or (active >= self.open_tasks and active >= policy.min_slots):
             return
-        for slots in sizes_to_launch(policy, demand=self.open_tasks, active=active, total=total):
-            self._launch(slots, 0, now)
+        wanted = min(policy.max_slots, max(self.open_tasks, policy.min_slots))
+        room = policy.max_slots - total
+        for slots in sizes_to_launch(wanted - active, room, policy.slots_per_worker):
+            self._launch(slots, self._plain.claim, now)
 
     def _withdraw_surplus(self, now: float) -> None:
         """Give up workers that have not come, once nothing has waited for them for a while.
@@ -596,56 +812,134 @@ class Machine:
             if now < until:
                 self._remind(until)
                 return
+        demand = self._demand() if len(self._lines) > 1 or self._odd else {}
         for launch in reversed(list(self.launches.values())):
-            rung = launch.rung
-            needed = len(self.queues) > 1 and (
-                self._active_by_rung[rung] - launch.slots < self._open_by_rung[rung]
-            )
+            pool = launch.pool
+            needed = self._active_pools.get(pool, 0) - launch.slots < demand.get(pool, 0)
             if not at_once and (surplus < launch.slots or needed):
                 continue
             surplus -= launch.slots
-            self._end_launch(launch.id)
-            self._out.append(TerminateLaunch(launch.id, self._events))
+            self._withdraw(launch)
         self._surplus_since = None
 
-    def _scale_rungs(self, now: float) -> None:
+    def _demand(self) -> dict[tuple[int, int], int]:
+        """Return how many tasks there are for each pool of workers, waiting or not."""
+        demand: dict[tuple[int, int], int] = {}
+        shared = self.config.scaling.one_machine
+        for line in self._lines.values():
+            count = self._open_of(line)
+            if count:
+                if shared:
+                    count = min(count, line.claim.need.times_in(line.claim.whole))
+                demand[line.claim.pool] = demand.get(line.claim.pool, 0) + count
+        return demand
+
+    def _scale_pools(self, now: float) -> None:
         """Scale each size of worker to the tasks that need it, the largest first."""
         policy = self.config.scaling
-        active = self._active_by_rung
-        spare = 0
-        for rung in reversed(range(len(self.queues))):
-            demand = self._open_by_rung[rung]
-            if rung == 0:
-                demand = max(demand, policy.min_slots - sum(active[1:]))
+        demand = self._demand()
+        plain = self._plain_pool
+        others = sum(slots for pool, slots in self._active_pools.items() if pool != plain)
+        demand[plain] = max(demand.get(plain, 0), policy.min_slots - others)
+        lines: dict[tuple[int, int], Line] = {plain: self._plain}
+        for line in self._lines.values():
+            best = lines.get(line.claim.pool)
+            if best is None or line.priority > best.priority:
+                lines[line.claim.pool] = line
+
+        def rank(line: Line) -> tuple[int, ...]:
+            whole = line.claim.whole
+            return -line.priority, -whole.gpus, -whole.memory, -whole.cpus
+
+        spare: list[list[Any]] = []  # capacity, and slots that have nothing to do there
+        for pool, slots in self._active_pools.items():
+            if pool not in lines:
+                spare.append([self._capacity_of(pool), slots])
+        for pool, line in sorted(lines.items(), key=lambda item: rank(item[1])):
+            claim = line.claim
+            wanted, have = demand[pool], self._active_pools.get(pool, 0)
             # A large worker serves small tasks too, once it has nothing else to do.
-            have = active[rung] + spare
-            if rung and demand > have and self._total_slots >= policy.max_slots:
-                self._make_room(rung)
-            for slots in sizes_to_launch(
-                policy, demand=demand, active=have, total=self._total_slots
-            ):
-                self._launch(slots, rung, now)
+            for entry in spare:
+                if have < wanted and entry[1] and claim.floor.within(entry[0]):
+                    lent = min(entry[1], wanted - have)
+                    entry[1] -= lent
+                    have += lent
+            if wanted > have and self._total_slots >= policy.max_slots:
+                self._make_room(line, wanted - have, alone=not have)
+            room = policy.max_slots - self._total_slots
+            for slots in sizes_to_launch(wanted - have, room, claim.slots):
+                self._launch(slots, claim, now)
                 have += slots
-            spare = max(0, have - demand)
+            if have > wanted:
+                spare.append([claim.whole, have - wanted])
 
-    def _make_room(self, rung: int) -> None:
-        """Give up smaller workers that have nothing to do, for larger ones that tasks wait for."""
-        for launch in list(self.launches.values()):
-            if launch.rung < rung and not self._open_by_rung[launch.rung]:
-                self._end_launch(launch.id)
-                self._out.append(TerminateLaunch(launch.id, self._events))
+    def _capacity_of(self, pool: tuple[int, int]) -> Resources:
+        """Return what workers of a pool have of which there is at least one."""
         for worker in self.workers.values():
-            if worker.rung < rung and not worker.leases and not self.queues[worker.rung]:
-                self._retire(worker)
+            if worker.pool == pool:
+                return worker.account.capacity
+        return next(each.capacity for each in self.launches.values() if each.pool == pool)
 
-    def _launch(self, slots: int, rung: int, now: float) -> None:
-        launch = Launch(str(next(self._launch_numbers)), slots, now, rung)
+    def _make_room(self, line: Line, missing: int, *, alone: bool) -> None:
+        """Give up workers that are of no use for a line, for those that it waits for.
+
+        First those that nobody has a use for. If none at all serves the line, and it is its turn,
+        one that others have a use for, too: or it would wait for as long as others have work.
+
+        Args:
+            line: What waits.
+            missing: Slots that it could use.
+            alone: Whether no worker serves it, nor will.
+        """
+        floor = line.claim.floor
+        demand = self._demand()
+        for launch in reversed(list(self.launches.values())):
+            if missing > 0 and not demand.get(launch.pool) and not floor.within(launch.capacity):
+                missing -= launch.slots
+                self._withdraw(launch)
+        drained = sum(w.slots for w in self.workers.values() if w.state is not WorkerState.ACTIVE)
+        missing -= drained
+        # Whoever is idle now had its chance: what waits is not for it.
+        for worker in list(self.workers.values()):
+            if (
+                missing > 0
+                and worker.state is WorkerState.ACTIVE
+                and not worker.leases
+                and not floor.within(worker.account.capacity)
+            ):
+                missing -= worker.slots
+                drained += worker.slots
+                self._retire(worker)
+        room = self.config.scaling.max_slots - self._total_slots
+        head = line.head()
+        if not alone or drained or room > 0 or head is None:
+            return
+        for other in self._lines.values():
+            first = other.head()
+            if other is not line and first is not None:
+                if (-other.priority, first.number) < (-line.priority, head.number):
+                    return
+        for launch in reversed(list(self.launches.values())):
+            if not floor.within(launch.capacity):
+                self._withdraw(launch)
+                return
+        busy = [w for w in self.workers.values() if not floor.within(w.account.capacity)]
+        if busy:
+            self._retire(min(busy, key=lambda worker: worker.load))
+
+    def _withdraw(self, launch: Launch) -> None:
+        """Give up a worker that has not come."""
+        self._end_launch(launch.id)
+        self._out.append(TerminateLaunch(launch.id, self._events))
+
+    def _launch(self, slots: int, claim: Claim, now: float) -> None:
+        launch = Launch(str(next(self._launch_numbers)), slots, now, claim.pool, claim.whole)
         self.launches[launch.id] = launch
-        self._count_active(slots, rung)
+        self._count_active(slots, claim.pool)
         self._total_slots += slots
         self.counts["launches"] += 1
         self._remind(now + self.config.scaling.launch_timeout)
-        self._out.append(LaunchWorker(launch.id, slots, self._events, rung))
+        self._out.append(LaunchWorker(launch.id, slots, self._events, claim.rung))
 
     # The end.
 
@@ -654,7 +948,7 @@ class Machine:
         if not (event.cancel or event.kill):
             return
         self.killing = self.killing or event.kill
-        dropped = [*self.waiting_tasks(), *self.held]
+        dropped = [*self.waiting_tasks(), *self.held, *self._resting]
         self._clear_queues()
         recalls: dict[str, list[int]] = {}
         for worker in self.workers.values():
@@ -672,9 +966,8 @@ class Machine:
 
     def _wind_down(self) -> None:
         """Stop whatever still runs; once it is all gone, finish."""
-        for launch in list(self.launches):
-            self._end_launch(launch)
-            self._out.append(TerminateLaunch(launch, self._events))
+        for launch in list(self.launches.values()):
+            self._withdraw(launch)
         for worker in self.workers.values():
             if worker.state is WorkerState.ACTIVE:
                 self._drain(worker)
@@ -698,14 +991,15 @@ class Machine:
         self._deadline = None
         for launch in list(self.launches.values()):
             if now >= launch.started_at + scaling.launch_timeout:
-                self._end_launch(launch.id)
-                self._out.append(TerminateLaunch(launch.id, self._events))
+                self._withdraw(launch)
                 reason = f"no worker dialed back within {scaling.launch_timeout:g} s"
                 self._count_failed_launch(reason, now, fatal=False, killed=False)
             else:
                 self._remind(launch.started_at + scaling.launch_timeout)
         if now < self._launch_not_before:
             self._remind(self._launch_not_before)
+        if self._awakenings:
+            self._awake(now)
         active = sum(w.slots for w in self.workers.values() if w.state is WorkerState.ACTIVE)
         for worker in list(self.workers.values()):
             if now >= worker.heard_at + config.lease_timeout:
@@ -764,6 +1058,9 @@ class Machine:
 
     def _assign(self, now: float) -> None:
         sending = self.config.sending
+        near = self._near and self._assign_near(now)
+        simple = len(self._lines) == 1 and not near
+        plain = self._plain.tasks
         for name in list(self._hungry):
             if not self._waiting:
                 break
@@ -775,10 +1072,11 @@ class Machine:
                 if share <= 0:
                     del self._hungry[name]
                     continue
-            queue = self.queues[worker.rung]
-            if worker.rung and not queue:
-                queue = next((q for q in reversed(self.queues[: worker.rung]) if q), queue)
-            tasks, starting = take_tasks(queue, worker, sending, self._leases, share, now)
+            account = worker.account
+            if not simple or account.heavy or account.tight:
+                self._serve_lines(worker, share, now)
+                continue
+            tasks, starting = take_tasks(plain, worker, sending, self._leases, share, now)
             self._waiting -= len(tasks)
             if tasks:
                 if starting:
@@ -787,6 +1085,141 @@ class Machine:
             if len(tasks) < share and self._waiting and worker.leases:
                 # It took less than it might have: it is full until it answers.
                 del self._hungry[name]
+
+    def _serve_lines(self, worker: Worker, share: int, now: float) -> None:
+        """Send a worker what it has room for, from one line or several.
+
+        A line whose first task does not fit yet is not passed by: the worker takes nothing from
+        those behind it, until it does. One worker is held for each task that waits like that.
+        """
+        account = worker.account
+        taken: list[Task] = []
+        held_for: Line | None = None
+        for line in in_order(self._lines.values(), worker):
+            if share <= 0:
+                break
+            if account.is_light(line.claim) and not account.heavy and not account.tight:
+                ahead = share
+                if line in self._near:
+                    ahead = min(share, worker.slots - len(worker.leases))
+                if ahead > 0:
+                    some, _ = take_tasks(
+                        line.tasks, worker, self.config.sending, self._leases, ahead, now
+                    )
+                    taken += some
+                    share -= len(some)
+                if len(worker.leases) >= worker.slots:
+                    break
+                continue
+            room = room_left(account, self.claim_of)
+            if room is not None:
+                some, room = take_fitting(line, worker, self._leases, share, room)
+                taken += some
+                share -= len(some)
+            if line.head() is None:
+                continue
+            if room is not None and len(worker.leases) >= worker.slots:
+                break
+            if account.held_for is line or self._holders(line) < len(line.tasks):
+                held_for = line
+                break
+        account.held_for = held_for
+        self._waiting -= len(taken)
+        if taken:
+            begun = [task for task in taken if task.state is _RUNNING]
+            if begun:
+                self._out.append(MarkRunning(begun, self._events))
+            self._out.append(SendTasks(worker.id, taken, self._events))
+        if len(worker.leases) >= worker.slots:
+            self._hungry.pop(worker.id, None)
+
+    def _holders(self, line: Line) -> int:
+        """How many workers, or machines, take nothing until a task of this line fits."""
+        accounts = {id(w.account): w.account for w in self.workers.values()}
+        return sum(account.held_for is line for account in accounts.values())
+
+    def _assign_near(self, now: float) -> bool:
+        """Send tasks to workers that have their inputs.
+
+        Only where there is a free slot: a task whose holder is full goes to whoever is idle, at
+        once, because moving the bytes begins then, and nobody knows how long the holder takes. Only
+        when no slot is free anywhere are tasks sent ahead, to their holders.
+
+        Returns:
+            Whether there are tasks left that would rather go elsewhere than just anywhere.
+        """
+        left = False
+        for line in list(self._near):
+            if line.head() is None:
+                self._near.discard(line)
+            elif self._place(line, now):
+                left = True
+        return left
+
+    def _place(self, line: Line, now: float) -> bool:
+        hungry = [self.workers[name] for name in self._hungry]
+        workers = [w for w in hungry if self._takes_freely(w, line)]
+        free = sum(max(0, worker.slots - len(worker.leases)) for worker in workers)
+        head = line.head()
+        assert head is not None
+        passed = self._passed[1] if self._passed[0] == head.number else 0
+        most = free + (_WINDOW if passed < _OVERTAKEN else 0)
+        window = [task for task in itertools.islice(line.tasks, most) if task.state is _WAITING]
+        given: dict[str, list[Task]] = {}
+        picky = False
+        for task in window:
+            if not task.inputs:
+                continue
+            room = [w for w in workers if len(w.leases) < w.slots]
+            holder = best_holder(task.inputs, room)
+            if holder is None and not free:
+                holder = best_holder(
+                    task.inputs, [w for w in workers if self._takes_ahead(w, task)]
+                )
+            if holder is None:
+                picky = picky or any(each.workers for each in task.inputs)
+                continue
+            begins = len(holder.leases) < holder.slots
+            free -= begins
+            give(task, holder, self._leases)
+            task.state = _RUNNING if begins else _SENT
+            given.setdefault(holder.id, []).append(task)
+        if given:
+            first = line.tasks[0]
+            line.tasks = deque(task for task in line.tasks if task.state is _WAITING)
+            if line.tasks and line.tasks[0] is first:
+                self._passed = (first.number, passed + sum(map(len, given.values())))
+        for name, tasks in given.items():
+            self._waiting -= len(tasks)
+            begun = [task for task in tasks if task.state is _RUNNING]
+            if begun:
+                self._out.append(MarkRunning(begun, self._events))
+            self._out.append(SendTasks(name, tasks, self._events))
+        if not any(task.inputs for task in window):
+            return False
+        return picky
+
+    def _takes_freely(self, worker: Worker, line: Line) -> bool:
+        """Say whether a task of this line may have any free slot of a worker."""
+        account, claim = worker.account, line.claim
+        most = self.config.scaling.max_tasks_per_worker
+        if most is not None and worker.completed + len(worker.leases) >= most:
+            return False
+        return (
+            claim.floor.within(account.capacity)
+            and account.is_light(claim)
+            and not (account.heavy or account.tight)
+            and account.held_for in (None, line)
+        )
+
+    def _takes_ahead(self, worker: Worker, task: Task) -> bool:
+        """Say whether a worker may have a task before it has a free slot for it; as elsewhere."""
+        sending, slots, kind = self.config.sending, worker.slots, task.kind
+        return (
+            worker.load + kind.seconds <= sending.lookahead * slots
+            and len(worker.leases) < min(sending.max_lookahead * slots, slots + 2 * kind.samples)
+            and not worker.paused_until
+        )
 
     # For tests and for people.
 
@@ -817,19 +1250,29 @@ class Machine:
                 assert task.state in (_SENT, _RUNNING), "a leased task is neither sent nor running"
                 assert task.lost <= task.retries, "a task has more attempts than it may"
         assert not held & set(map(id, waiting)), "a task is both waiting and leased"
-        assert self.open_tasks == len(waiting) + open_held, "open tasks are in neither place"
-        if len(self.queues) > 1:
-            assert sum(self._open_by_rung) == self.open_tasks, "open tasks by size are off"
-            for rung, queue in enumerate(self.queues):
-                misplaced = [t for t in queue if t.state is _WAITING and t.rung != rung]
-                assert not misplaced, "a task waits for another size than it needs"
+        resting = len(self._resting)
+        assert all(task.state is _RESTING for task in self._resting), "a task rests elsewhere"
+        assert self.open_tasks == len(waiting) + open_held + resting, "open tasks are nowhere"
+        opened = Counter(id(self._line_of(task)) for task in waiting)
+        opened.update(id(self._line_of(task)) for task in self._resting)
+        for worker in self.workers.values():
+            alive = [task for task in worker.leases.values() if task.state is not _DONE]
+            opened.update(id(self._line_of(task)) for task in alive)
+        for line in self._lines.values():
+            assert self._open_of(line) == opened[id(line)], "open tasks by line are off"
+            assert line is self._plain or line.open, "a line without tasks is kept"
+            misplaced = [
+                t for t in line.tasks if t.state is _WAITING and self._line_of(t) is not line
+            ]
+            assert not misplaced, "a task waits in another line than its own"
+        self._validate_accounts()
         for name in self._hungry:
             assert self.workers[name].state is WorkerState.ACTIVE, "a draining worker is hungry"
         active = sum(w.slots for w in self.workers.values() if w.state is WorkerState.ACTIVE)
         starting = sum(launch.slots for launch in self.launches.values())
         total = sum(w.slots for w in self.workers.values()) + starting
         assert self._active_slots == active + starting, "the count of active slots is off"
-        assert self._active_slots == sum(self._active_by_rung), "active slots by size are off"
+        assert self._active_slots == sum(self._active_pools.values()), "slots by pool are off"
         assert self._total_slots == total, "the count of slots is off"
         assert total <= self.config.scaling.max_slots, "more slots than max_workers"
         assert all(task.state is _HELD for task in self.held), "a held task is in another state"
@@ -837,3 +1280,31 @@ class Machine:
             assert not self.open_tasks, "finished with tasks left"
             assert not self.held, "finished with held tasks left"
             assert not self.workers, "finished with workers left"
+
+    def _validate_accounts(self) -> None:
+        accounts = {id(w.account): w.account for w in self.workers.values()}
+        for account in accounts.values():
+            leases = {
+                lease: task for w in account.workers.values() for lease, task in w.leases.items()
+            }
+            assert account.heavy.keys() <= leases.keys(), "room is kept for a task that is gone"
+            gpus = [each for ids in account.heavy.values() for each in ids]
+            assert len(set(gpus)) == len(gpus), "two tasks have one GPU"
+            for worker in account.workers.values():
+                assert self.workers.get(worker.id) is worker, "an account of a worker that is gone"
+                for lease, task in worker.leases.items():
+                    claim = self.claim_of(task)
+                    if task.state is _RUNNING:
+                        assert claim.floor.within(account.capacity), "a task where it cannot be"
+                        assert account.is_light(claim) or lease in account.heavy, "not counted"
+                        wanted = claim.need.gpus
+                        assert len(account.heavy.get(lease, ())) == wanted, "GPUs are off"
+            if account.heavy:
+                room = room_left(account, self.claim_of)
+                assert room is not None, "tasks were sent ahead beside one with more than its share"
+                assert min(room) >= 0, "more is taken of a worker than it has"
+
+
+def _unknown(rungs: int) -> list[WorkerCapacity]:
+    """Stand for sizes of which nothing is known but that each has more memory than the last."""
+    return [WorkerCapacity(cpus=1e6, memory=(rung + 1) << 60) for rung in range(rungs)]

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from cloudexec._config import ScalingPolicy
-
 __all__ = ["sizes_to_launch"]
 
 
-def sizes_to_launch(policy: ScalingPolicy, *, demand: int, active: int, total: int) -> list[int]:
+def sizes_to_launch(missing: int, room: int, slots_per_worker: int) -> list[int]:
     """Say which workers to launch, as slots each.
 
     Args:
-        policy: The limits.
-        demand: Tasks waiting or running.
-        active: Slots that take tasks, those starting included.
-        total: The same plus slots of workers that drain: together they stay within ``max_slots``.
+        missing: Slots that tasks would have use for, beyond those there are or that start.
+        room: Slots that may be added: all together, those that drain included, stay within
+            ``max_slots``.
+        slots_per_worker: Of one worker.
 
     Returns:
-        Slots of each worker to launch, ``policy.slots_per_worker`` or the rest up to the limit.
+        Slots of each worker to launch, ``slots_per_worker`` or the rest up to the limit.
     """
-    wanted = min(policy.max_slots, max(demand, policy.min_slots))
-    room = policy.max_slots - total
-    missing = wanted - active
     sizes = []
     while missing > 0 and room > 0:
-        size = min(policy.slots_per_worker, room)
+        size = min(slots_per_worker, room)
         sizes.append(size)
         missing -= size
         room -= size

@@ -3,15 +3,161 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from cloudexec._config import SendingPolicy
-from cloudexec._core.tasks import Task, TaskState
-from cloudexec._core.workers import Worker
+from cloudexec._core.claims import Claim, Resources
+from cloudexec._core.tasks import Input, Task, TaskState
+from cloudexec._core.workers import Account, Worker
 
-__all__ = ["take_tasks"]
+__all__ = [
+    "Line",
+    "best_holder",
+    "bytes_held",
+    "in_order",
+    "room_left",
+    "take_fitting",
+    "take_tasks",
+]
 
 _WAITING, _SENT, _RUNNING = TaskState.WAITING, TaskState.SENT, TaskState.RUNNING
+
+
+class Line:
+    """Tasks that wait for the same: with one priority and one claim.
+
+    Attributes:
+        key: What the machine finds it by.
+        priority: Higher ones go first.
+        claim: Of each of its tasks.
+        tasks: Those that wait, in the order they came; some may have been cancelled meanwhile.
+        open: Its tasks that are not done, waiting or not. Not kept for plain tasks.
+    """
+
+    __slots__ = ("claim", "key", "open", "priority", "tasks")
+
+    def __init__(self, key: object, priority: int, claim: Claim) -> None:
+        self.key = key
+        self.priority = priority
+        self.claim = claim
+        self.tasks: deque[Task] = deque()
+        self.open = 0
+
+    def head(self) -> Task | None:
+        """Return the first task that still waits; those cancelled before it are dropped."""
+        tasks = self.tasks
+        while tasks:
+            if tasks[0].state is _WAITING:
+                return tasks[0]
+            tasks.popleft()
+        return None
+
+
+def in_order(lines: Iterable[Line], worker: Worker) -> list[Line]:
+    """Return the lines that a worker may serve, in the order in which it should.
+
+    Higher priorities first; then what this size of worker was launched for, so that larger ones
+    serve small tasks only when they have nothing else to do; then the largest size; then who came
+    first.
+    """
+    found = []
+    capacity, rung = worker.account.capacity, worker.rung
+    for line in lines:
+        claim = line.claim
+        head = line.head()
+        if head is not None and claim.floor.within(capacity):
+            stranger = claim.rung != rung
+            least = -claim.whole.memory if stranger else 0
+            found.append(((-line.priority, stranger, least, head.number), line))
+    found.sort(key=lambda entry: entry[0])
+    return [line for _, line in found]
+
+
+def room_left(account: Account, claim_of: Callable[[Task], Claim]) -> Resources | None:
+    """Return what the tasks at hand leave; ``None`` while some were sent ahead of need.
+
+    Those wait on their worker for a slot: when they begin is for the worker to say.
+    """
+    cpus, memory, gpus = account.capacity
+    for worker in account.workers.values():
+        if len(worker.leases) > worker.slots:
+            return None
+        for task in worker.leases.values():
+            need = claim_of(task).need
+            cpus -= need.cpus
+            memory -= need.memory
+            gpus -= need.gpus
+    return Resources(cpus, memory, gpus)
+
+
+def take_fitting(
+    line: Line, worker: Worker, leases: Iterator[int], share: int, room: Resources
+) -> tuple[list[Task], Resources]:
+    """Move tasks from the head of a line to free slots of a worker, as many as fit; none ahead.
+
+    Args:
+        line: Whose tasks.
+        worker: Who has free slots.
+        leases: Where new lease numbers come from.
+        share: Most tasks to take.
+        room: What its account has left.
+
+    Returns:
+        The tasks, which begin at once, and what is left then.
+    """
+    taken: list[Task] = []
+    claim, account = line.claim, worker.account
+    need = claim.need
+    light = account.is_light(claim)
+    while len(taken) < share and len(worker.leases) < worker.slots and need.within(room):
+        task = line.head()
+        if task is None:
+            break
+        line.tasks.popleft()
+        lease = give(task, worker, leases)
+        task.state = _RUNNING
+        if not light:
+            account.heavy[lease] = account.free_gpus(need.gpus) if need.gpus else ()
+        room = Resources(room.cpus - need.cpus, room.memory - need.memory, room.gpus - need.gpus)
+        taken.append(task)
+    return taken, room
+
+
+def give(task: Task, worker: Worker, leases: Iterator[int]) -> int:
+    """Give a task's lease to a worker, and return the lease; its state is for the caller to set."""
+    task.lease = lease = next(leases)
+    task.worker = worker.id
+    task.cost = task.kind.seconds
+    worker.load += task.cost
+    worker.leases[lease] = task
+    worker.idle_since = None
+    return lease
+
+
+def bytes_held(inputs: Iterable[Input], worker: str) -> int:
+    """Return how many bytes of a task's inputs a worker has already."""
+    return sum(each.size for each in inputs if worker in each.workers)
+
+
+def best_holder(inputs: Iterable[Input], workers: Iterable[Worker]) -> Worker | None:
+    """Return the worker that has most of a task's inputs; ``None`` if none of them has any.
+
+    Among equals the one with the least to do. The size of the machine does not matter: only those
+    that hold something are looked at.
+
+    Args:
+        inputs: Of the task.
+        workers: Those that may have it, in the order in which equals are preferred.
+    """
+    held: dict[str, int] = {}
+    for each in inputs:
+        if each.size > 0:
+            for name in each.workers:
+                held[name] = held.get(name, 0) + each.size
+    if not held:
+        return None
+    holders = [worker for worker in workers if worker.id in held]
+    return max(holders, key=lambda w: (held[w.id], -len(w.leases)), default=None)
 
 
 def take_tasks(

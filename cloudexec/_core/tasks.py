@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["UNKNOWN_SECONDS", "Kind", "Task", "TaskState", "TRANSITIONS"]
+from cloudexec._core.claims import Terms
+
+__all__ = ["UNKNOWN_SECONDS", "Input", "Kind", "Task", "TaskState", "TRANSITIONS"]
 
 UNKNOWN_SECONDS = 3600.0
 """Estimate for a kind of task that has not been seen to finish: long, so never sent ahead."""
@@ -24,6 +26,8 @@ class TaskState(enum.Enum):
     """On a worker, not known to have begun."""
     RUNNING = "running"
     """On a worker, in a slot."""
+    RESTING = "resting"
+    """Between two attempts, because it raised what is worth another: not in the queue."""
     DONE = "done"
     """Resolved or cancelled."""
 
@@ -31,8 +35,11 @@ class TaskState(enum.Enum):
 TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
     TaskState.HELD: frozenset({TaskState.WAITING, TaskState.DONE}),
     TaskState.WAITING: frozenset({TaskState.SENT, TaskState.RUNNING, TaskState.DONE}),
-    TaskState.SENT: frozenset({TaskState.WAITING, TaskState.RUNNING, TaskState.DONE}),
-    TaskState.RUNNING: frozenset({TaskState.WAITING, TaskState.DONE}),
+    TaskState.SENT: frozenset(
+        {TaskState.WAITING, TaskState.RUNNING, TaskState.RESTING, TaskState.DONE}
+    ),
+    TaskState.RUNNING: frozenset({TaskState.WAITING, TaskState.RESTING, TaskState.DONE}),
+    TaskState.RESTING: frozenset({TaskState.WAITING, TaskState.DONE}),
     TaskState.DONE: frozenset(),
 }
 """From a state to those that may follow: sent tasks come back, finished ones never do."""
@@ -82,6 +89,15 @@ class Kind:
             self._fitted_before = self.samples
 
 
+class Input(Protocol):
+    """A large thing that a task needs where it runs."""
+
+    size: int
+    """Bytes."""
+    workers: set[str]
+    """Ids of the workers that have it already."""
+
+
 class Task:
     """One submitted call. An attempt is one run of it on one worker.
 
@@ -95,13 +111,17 @@ class Task:
         worker: The worker that holds the lease.
         cost: Estimated seconds that it was sent with.
         lost: Attempts lost so far.
-        rung: The smallest size of worker that it may be sent to.
+        rung: How often it climbed: the smallest size of worker that it may be sent to, or which of
+            its claims counts.
         suspected: Workers lost, before they were ready, that were to begin with it.
+        terms: What was said about it; ``None``: nothing.
+        inputs: What it would rather not have sent.
     """
 
     __slots__ = (
         "cost",
         "handle",
+        "inputs",
         "kind",
         "lease",
         "lost",
@@ -110,10 +130,20 @@ class Task:
         "rung",
         "state",
         "suspected",
+        "terms",
         "worker",
     )
 
-    def __init__(self, number: int, kind: Kind, *, retries: int = 2, handle: Any = None) -> None:
+    def __init__(
+        self,
+        number: int,
+        kind: Kind,
+        *,
+        retries: int = 2,
+        handle: Any = None,
+        terms: Terms | None = None,
+        inputs: tuple[Input, ...] = (),
+    ) -> None:
         self.number = number
         self.kind = kind
         self.retries = retries
@@ -125,6 +155,8 @@ class Task:
         self.lost = 0
         self.suspected = 0
         self.rung = 0
+        self.terms = terms
+        self.inputs = inputs
 
     def __repr__(self) -> str:
         return f"<Task {self.number} {self.state.value}>"

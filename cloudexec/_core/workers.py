@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+from typing import Any
 
+from cloudexec._core.claims import Claim, Resources
 from cloudexec._core.tasks import Task
 
-__all__ = ["Launch", "Worker", "WorkerState"]
+__all__ = ["Account", "Launch", "Worker", "WorkerState"]
 
 
 class WorkerState(enum.Enum):
@@ -15,6 +17,54 @@ class WorkerState(enum.Enum):
     ACTIVE = "active"
     DRAINING = "draining"
     """Finishes what it has, gets nothing new."""
+
+
+class Account:
+    """What a worker, or a machine with several, has for tasks.
+
+    Most tasks claim no more than one slot's share: any of them fit, as many as there are slots, and
+    nothing is counted. Only while a heavier one is there, all are.
+
+    Attributes:
+        capacity: What there is.
+        slots: Among how many slots.
+        tight: Whether tasks that claim nothing do not fit into all of its slots.
+        workers: Whose it is.
+        heavy: Leases of tasks with more than a slot's share, each with the GPUs that are its.
+        held_for: The line whose first task waits for room here; nothing behind it is sent.
+    """
+
+    __slots__ = ("_light", "capacity", "gpu_ids", "heavy", "held_for", "slots", "tight", "workers")
+
+    def __init__(
+        self, capacity: Resources, slots: int, plain: Claim, gpu_ids: tuple[str, ...] = ()
+    ) -> None:
+        self.capacity = capacity
+        self.slots = slots
+        self.gpu_ids = gpu_ids or tuple(map(str, range(capacity.gpus)))
+        self.workers: dict[str, Worker] = {}
+        self.heavy: dict[int, tuple[str, ...]] = {}
+        self.held_for: Any = None
+        self._light: dict[Claim, bool] = {}
+        self.tight = not self.is_light(plain)
+
+    def is_light(self, claim: Claim) -> bool:
+        """Say whether a claim is no more than one slot's share."""
+        known = self._light.get(claim)
+        if known is None:
+            need, have, slots = claim.need, self.capacity, self.slots
+            known = not need.gpus and (
+                need.cpus * slots <= have.cpus and need.memory * slots <= have.memory
+            )
+            if len(self._light) > 1000:
+                self._light.clear()
+            self._light[claim] = known
+        return known
+
+    def free_gpus(self, count: int) -> tuple[str, ...]:
+        """Return the first GPUs that no task has."""
+        taken = {each for ids in self.heavy.values() for each in ids}
+        return tuple([each for each in self.gpu_ids if each not in taken][:count])
 
 
 class Worker:
@@ -27,6 +77,8 @@ class Worker:
         load: Estimated seconds of work behind those leases.
         ready: Whether it may have begun any of its tasks.
         rung: Which size it has, from 0.
+        pool: Size and slots that it was launched with: those alike serve the same tasks.
+        account: What it has for tasks, and who uses it.
         connected_at: When it dialed back.
         paused_until: Until then it gets nothing ahead of need.
         completed: Tasks it has answered for.
@@ -35,6 +87,7 @@ class Worker:
     """
 
     __slots__ = (
+        "account",
         "completed",
         "connected_at",
         "heard_at",
@@ -44,15 +97,26 @@ class Worker:
         "leases",
         "load",
         "paused_until",
+        "pool",
         "ready",
         "rung",
         "slots",
         "state",
     )
 
-    def __init__(self, worker_id: str, slots: int, launch: str, now: float, rung: int = 0) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        slots: int,
+        launch: str,
+        now: float,
+        pool: tuple[int, int],
+        account: Account,
+    ) -> None:
         self.id = worker_id
-        self.rung = rung
+        self.pool = pool
+        self.rung = pool[0]
+        self.account = account
         self.connected_at = now
         self.slots = slots
         self.launch = launch
@@ -69,10 +133,14 @@ class Worker:
 class Launch:
     """A worker that was asked for and has not dialed back."""
 
-    __slots__ = ("id", "rung", "slots", "started_at")
+    __slots__ = ("capacity", "id", "pool", "rung", "slots", "started_at")
 
-    def __init__(self, launch_id: str, slots: int, now: float, rung: int = 0) -> None:
+    def __init__(
+        self, launch_id: str, slots: int, now: float, pool: tuple[int, int], capacity: Resources
+    ) -> None:
         self.id = launch_id
         self.slots = slots
-        self.rung = rung
+        self.pool = pool
+        self.rung = pool[0]
+        self.capacity = capacity
         self.started_at = now

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from cloudexec._config import WorkerCapacity, format_bytes
+from cloudexec._errors import ConfigError
+
 __all__ = [
     "Arrival",
     "Contact",
@@ -15,6 +18,7 @@ __all__ = [
     "LaunchTimes",
     "Launcher",
     "Network",
+    "WorkerCapacity",
 ]
 
 
@@ -66,7 +70,7 @@ class LaunchRequest:
     Attributes:
         launch_id: Its number, as a string; those of one request count up by one.
         slots: Tasks that it is to run at once.
-        rung: Which of the launcher's sizes, from 0.
+        rung: Which of the launcher's sizes, from 0: one of its own, or one that ``size_for`` named.
     """
 
     launch_id: str
@@ -169,10 +173,54 @@ class Launcher(Protocol):
     and not installed, are sent along; or the top-level names of those that are."""
     rungs: int = 1
     """Sizes of worker that it can start; a task lost to memory goes to the next one."""
+    one_machine: bool = False
+    """Whether all workers are on one machine, and share what ``capacity(0)`` says."""
 
     def slots_per_worker(self, max_workers: int) -> int:
         """Say how many slots one worker has, of ``max_workers`` in all."""
         return 1
+
+    def capacity(self, size: int) -> WorkerCapacity | None:
+        """Say what a worker of a size has: one of its own, or one that ``size_for`` named.
+
+        ``None``: that is not known, and tasks cannot ask for processors, memory or GPUs.
+        """
+        return None
+
+    def most_slots(self, size: int) -> int:
+        """Say how many tasks a worker of a size may run at once, however small they are."""
+        return 256
+
+    def size_for(self, cpus: float, memory: int, gpus: int) -> int:
+        """Find the size of worker for a task; called in any thread, whenever a view is made.
+
+        Args:
+            cpus: Processors that it needs.
+            memory: Bytes that it needs.
+            gpus: GPUs that it needs.
+
+        Returns:
+            A number for ``LaunchRequest.rung``: that of the smallest size that will do.
+
+        Raises:
+            ConfigError: If there is none; it names the nearest.
+        """
+        raise ConfigError(
+            f"tasks cannot ask for cpus, memory or gpus here: {self.describe()} has workers of one "
+            f"size, and does not say what they have"
+        )
+
+    def size_name(self, size: int) -> str:
+        """Say in a few words what a worker of a size has."""
+        capacity = self.capacity(size)
+        if capacity is None:
+            return "the usual size" if not size else f"size {size}"
+        name = f"{capacity.cpus:g} CPU{'s' * (capacity.cpus != 1)}"
+        if capacity.memory:
+            name += f" with {format_bytes(capacity.memory)}"
+        if capacity.gpus:
+            name += f" and {capacity.gpus} GPU{'s' * (capacity.gpus != 1)}"
+        return name
 
     def needs_network(self) -> bool:
         """Say whether workers are elsewhere, so that a Unix socket will not do."""
@@ -260,5 +308,5 @@ class Launcher(Protocol):
         return type(self).__name__
 
 
-for _class in (Cost, LaunchTimes):
+for _class in (Cost, LaunchTimes, WorkerCapacity):
     _class.__module__ = "cloudexec"

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cloudexec._aws.limits import WorkerSize, default_memory, fargate_size, parse_memory
-from cloudexec._config import check_count, check_positive
+from cloudexec._aws.limits import (
+    WorkerSize,
+    default_memory,
+    fargate_size,
+    fargate_size_for,
+    instance_size_for,
+    parse_memory,
+)
+from cloudexec._config import WorkerCapacity, check_count, check_positive
 from cloudexec._errors import ConfigError
 from cloudexec._launchers.base import (
     Arrival,
@@ -148,6 +156,8 @@ class Batch(Launcher):
                 raise ConfigError(f"{name} must map strings to strings, not {given!r}")
         self.sizes = _sizes(vcpus, memory, compute)
         self.rungs = len(self.sizes)
+        self._catalogue = list(self.sizes)  # and sizes that tasks asked for; only added to
+        self._adding = threading.Lock()
         self.launch_timeout = _FARGATE_TIMEOUT if compute == "fargate" else _EC2_TIMEOUT
         self.spot = spot
         self.compute = compute
@@ -170,12 +180,54 @@ class Batch(Launcher):
         self.modules = several if isinstance(several, bool) else tuple(several)
         self.max_runtime = max_runtime
         self._slots_per_worker = slots_per_worker or max(1, int(vcpus))
+        self._most_slots = slots_per_worker
         self._fleet: Fleet | None = None
         self._last_cost = Cost()
 
     def slots_per_worker(self, max_workers: int) -> int:
         """Say how many slots one worker has."""
         return min(self._slots_per_worker, max_workers)
+
+    def size_of(self, rung: int) -> WorkerSize:
+        """Return a size: of the ladder, or one that tasks asked for."""
+        return self._catalogue[rung]
+
+    def capacity(self, size: int) -> WorkerCapacity:
+        """Say what a worker of a size has."""
+        found = self._catalogue[size]
+        return WorkerCapacity(cpus=found.vcpus, memory=found.memory_mib * 2**20, gpus=found.gpus)
+
+    def most_slots(self, size: int) -> int:
+        """Say how many tasks a worker may run at once: what was given, or as many as fit."""
+        return self._most_slots or super().most_slots(size)
+
+    def size_for(self, cpus: float, memory: int, gpus: int) -> int:
+        """Find the smallest size for a task: of the ladder, or else the least that AWS has.
+
+        Raises:
+            ConfigError: If there is none; it names the nearest.
+        """
+        if gpus and self.compute == "fargate":
+            raise ConfigError(
+                f"gpus={gpus} cannot be had on Fargate, which has no GPUs: "
+                f"Batch(compute='ec2') has them"
+            )
+        mib = -(-memory // 2**20)
+        with self._adding:
+            for rung, size in enumerate(self.sizes):
+                if size.vcpus >= cpus - 1e-9 and size.memory_mib >= mib and not gpus:
+                    return rung
+            if self.compute == "fargate":
+                needed = fargate_size_for(cpus, mib)
+            else:
+                needed = instance_size_for(cpus, mib, gpus)
+            if needed not in self._catalogue:
+                self._catalogue.append(needed)
+            return self._catalogue.index(needed)
+
+    def size_name(self, size: int) -> str:
+        """Say in a few words what a worker of a size has."""
+        return str(self._catalogue[size])
 
     def needs_network(self) -> bool:
         """Workers are elsewhere."""

@@ -206,7 +206,7 @@ class Fleet:
     ) -> None:
         settings = self._settings
         spot = self._on_spot
-        size = settings.sizes[requests[0].rung]
+        size = settings.size_of(requests[0].rung)
         price = self._price(requests[0].rung, spot)
         at = 0
         for count in array_sizes(len(requests)):
@@ -254,10 +254,11 @@ class Fleet:
 
     def _price(self, rung: int, spot: bool) -> WorkerPrice:
         settings = self._settings
-        size = settings.sizes[rung]
+        size = settings.size_of(rung)
         return self._prices.worker(
             vcpus=size.vcpus,
             memory_mib=size.memory_mib,
+            gpus=size.gpus,
             arch=settings.arch,
             compute=settings.compute,
             spot=spot,

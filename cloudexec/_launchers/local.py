@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cloudexec._config import check_count
-from cloudexec._errors import LaunchError
+from cloudexec._config import WorkerCapacity, check_count, format_bytes
+from cloudexec._errors import ConfigError, LaunchError
 from cloudexec._launchers.base import Contact, LaunchEnd, Launcher, LaunchRequest
 
 if TYPE_CHECKING:
@@ -35,15 +35,51 @@ class Local(Launcher):
         ConfigError: If ``slots_per_worker`` is not a positive integer.
     """
 
+    one_machine = True
+
     def __init__(self, *, slots_per_worker: int | None = None) -> None:
         if slots_per_worker is not None:
             check_count("slots_per_worker", slots_per_worker, least=1)
         self._slots_per_worker = slots_per_worker
         self._processes: dict[str, _Process] = {}
+        self._machine: WorkerCapacity | None = None
 
     def slots_per_worker(self, max_workers: int) -> int:
         """Say how many slots one worker has."""
         return min(self._slots_per_worker or max_workers, max_workers)
+
+    def capacity(self, size: int) -> WorkerCapacity:
+        """Say what this machine has for all workers together: there is one size."""
+        if self._machine is None:
+            from cloudexec._launchers.machine import this_machine
+
+            self._machine = this_machine()
+        return self._machine
+
+    def size_for(self, cpus: float, memory: int, gpus: int) -> int:
+        """Say that a task fits here.
+
+        Raises:
+            ConfigError: If it never will; the most there is is named.
+        """
+        most = self.capacity(0)
+        if gpus > most.gpus:
+            has = f"{most.gpus} GPU{'s' * (most.gpus != 1)}" if most.gpus else "no NVIDIA GPU"
+            raise ConfigError(
+                f"gpus={gpus} is more than there is: this machine has {has}; "
+                f"Batch(compute='ec2') launches workers with them"
+            )
+        if cpus > most.cpus + 1e-9:
+            raise ConfigError(
+                f"cpus={cpus:g} is more than there is: the most that a task can have on this "
+                f"machine is cpus={most.cpus:g}"
+            )
+        if memory > most.memory > 0:
+            raise ConfigError(
+                f"memory={format_bytes(memory)!r} is more than there is: the most that a task can "
+                f"have on this machine is {format_bytes(most.memory)}"
+            )
+        return 0
 
     def needs_network(self) -> bool:
         """Local workers use a Unix socket where there is one."""

@@ -195,6 +195,10 @@ class ServerMessage(_message.Message):
     DRAIN_FIELD_NUMBER: _builtins.int
     OUTPUT_CREDIT_FIELD_NUMBER: _builtins.int
     TERMINATE_FIELD_NUMBER: _builtins.int
+    BLOBS_FIELD_NUMBER: _builtins.int
+    FORGET_BLOBS_FIELD_NUMBER: _builtins.int
+    TAKEN_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
     drain: _builtins.bool
     """Finish what runs, hand back the rest, end."""
     output_credit: _builtins.int
@@ -223,6 +227,22 @@ class ServerMessage(_message.Message):
     def kill(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Kill the slot that runs this lease."""
 
+    @_builtins.property
+    def blobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Blob]:
+        """Blobs that functions and tasks, of this message or later ones, refer to."""
+
+    @_builtins.property
+    def forget_blobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blobs that nothing will refer to any more."""
+
+    @_builtins.property
+    def taken(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blobs of results that the client has taken: the worker may let go of them."""
+
+    @_builtins.property
+    def wanted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blobs that the worker keeps and the client wants: Deliver them."""
+
     def __init__(
         self,
         *,
@@ -237,10 +257,14 @@ class ServerMessage(_message.Message):
         drain: _builtins.bool = ...,
         output_credit: _builtins.int = ...,
         terminate: _builtins.bool = ...,
+        blobs: _abc.Iterable[Global___Blob] | None = ...,
+        forget_blobs: _abc.Iterable[_builtins.int] | None = ...,
+        taken: _abc.Iterable[_builtins.int] | None = ...,
+        wanted: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "refusal", b"refusal", "tasks", b"tasks", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "drain", b"drain", "forget_functions", b"forget_functions", "functions", b"functions", "kill", b"kill", "output_credit", b"output_credit", "recall", b"recall", "refusal", b"refusal", "tasks", b"tasks", "terminate", b"terminate", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "challenge", b"challenge", "drain", b"drain", "forget_blobs", b"forget_blobs", "forget_functions", b"forget_functions", "functions", b"functions", "kill", b"kill", "output_credit", b"output_credit", "recall", b"recall", "refusal", b"refusal", "taken", b"taken", "tasks", b"tasks", "terminate", b"terminate", "wanted", b"wanted", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -282,7 +306,9 @@ class Welcome(_message.Message):
     ORPHAN_TIMEOUT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
     CAPTURE_OUTPUT_FIELD_NUMBER: _builtins.int
-    INITIALIZER_STREAMED_FIELD_NUMBER: _builtins.int
+    INITIALIZER_BLOBS_FIELD_NUMBER: _builtins.int
+    FIRST_BLOB_FIELD_NUMBER: _builtins.int
+    BLOB_MEMORY_FIELD_NUMBER: _builtins.int
     ARGV_FIELD_NUMBER: _builtins.int
     MIN_SLOTS_FIELD_NUMBER: _builtins.int
     IDLE_TIMEOUT_FIELD_NUMBER: _builtins.int
@@ -298,8 +324,10 @@ class Welcome(_message.Message):
     orphan_timeout: _builtins.float
     heartbeat_interval: _builtins.float
     capture_output: _builtins.bool
-    initializer_streamed: _builtins.bool
-    """True when the initializer is too large to stand here: Fetch it under lease 0."""
+    first_blob: _builtins.int
+    """Numbers from here on are this worker's own to give to blobs."""
+    blob_memory: _builtins.int
+    """Bytes of blobs that the worker holds in memory at most; 0: a share of what it has."""
     min_slots: _builtins.int
     """Slots that are kept although they have nothing to do, and after how many seconds of that the
     others end; a negative time: never.
@@ -316,6 +344,10 @@ class Welcome(_message.Message):
     @_builtins.property
     def sys_path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
+    def initializer_blobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Blob]:
+        """Blobs that the initializer refers to: it is the head of a composed payload."""
+
+    @_builtins.property
     def argv(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
@@ -329,7 +361,9 @@ class Welcome(_message.Message):
         orphan_timeout: _builtins.float = ...,
         heartbeat_interval: _builtins.float = ...,
         capture_output: _builtins.bool = ...,
-        initializer_streamed: _builtins.bool = ...,
+        initializer_blobs: _abc.Iterable[Global___Blob] | None = ...,
+        first_blob: _builtins.int = ...,
+        blob_memory: _builtins.int = ...,
         argv: _abc.Iterable[_builtins.str] | None = ...,
         min_slots: _builtins.int = ...,
         idle_timeout: _builtins.float = ...,
@@ -339,7 +373,7 @@ class Welcome(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "capture_output", b"capture_output", "cwd", b"cwd", "direct_path", b"direct_path", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "initializer", b"initializer", "initializer_streamed", b"initializer_streamed", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "capture_output", b"capture_output", "cwd", b"cwd", "direct_path", b"direct_path", "first_blob", b"first_blob", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -372,9 +406,13 @@ class Tasks(_message.Message):
     FUNCTIONS_FIELD_NUMBER: _builtins.int
     PAYLOADS_FIELD_NUMBER: _builtins.int
     TIMEOUTS_FIELD_NUMBER: _builtins.int
-    STREAMED_FIELD_NUMBER: _builtins.int
     NUMBERS_FIELD_NUMBER: _builtins.int
     ESTIMATES_FIELD_NUMBER: _builtins.int
+    TERMS_FIELD_NUMBER: _builtins.int
+    COMPOSED_FIELD_NUMBER: _builtins.int
+    BLOB_COUNTS_FIELD_NUMBER: _builtins.int
+    BLOBS_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def leases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -390,16 +428,30 @@ class Tasks(_message.Message):
         """Seconds that a task may run; absent column or 0: no limit."""
 
     @_builtins.property
-    def streamed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Indexes (into the columns) of tasks whose payload is to be fetched."""
-
-    @_builtins.property
     def numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Task numbers, for people: output prefixes and logs."""
 
     @_builtins.property
     def estimates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Estimated run time of each task in seconds: short ones are handed to slots in batches."""
+
+    @_builtins.property
+    def terms(self) -> _containers.RepeatedCompositeFieldContainer[Global___Terms]:
+        """Of the few about which there is more to say."""
+
+    @_builtins.property
+    def composed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indexes (into the columns) of tasks whose payload is the head of a composed one, to how many
+        blobs each of them refers, and to which, one task's behind the other's.
+        """
+
+    @_builtins.property
+    def blob_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def blobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indexes of tasks whose result is to stay on the worker until it is asked for."""
 
     def __init__(
         self,
@@ -408,17 +460,75 @@ class Tasks(_message.Message):
         functions: _abc.Iterable[_builtins.int] | None = ...,
         payloads: _abc.Iterable[_builtins.bytes] | None = ...,
         timeouts: _abc.Iterable[_builtins.float] | None = ...,
-        streamed: _abc.Iterable[_builtins.int] | None = ...,
         numbers: _abc.Iterable[_builtins.int] | None = ...,
         estimates: _abc.Iterable[_builtins.float] | None = ...,
+        terms: _abc.Iterable[Global___Terms] | None = ...,
+        composed: _abc.Iterable[_builtins.int] | None = ...,
+        blob_counts: _abc.Iterable[_builtins.int] | None = ...,
+        blobs: _abc.Iterable[_builtins.int] | None = ...,
+        kept: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimates", b"estimates", "functions", b"functions", "leases", b"leases", "numbers", b"numbers", "payloads", b"payloads", "streamed", b"streamed", "timeouts", b"timeouts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_counts", b"blob_counts", "blobs", b"blobs", "composed", b"composed", "estimates", b"estimates", "functions", b"functions", "kept", b"kept", "leases", b"leases", "numbers", b"numbers", "payloads", b"payloads", "terms", b"terms", "timeouts", b"timeouts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Tasks: _TypeAlias = Tasks  # noqa: Y015
+
+@_typing.final
+class Terms(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EnvEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    ENV_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Into the columns."""
+    memory_bytes: _builtins.int
+    """What its processes may take; 0: no limit."""
+    last: _builtins.bool
+    """Its slot ends with it: what it did to its process is not for others."""
+    @_builtins.property
+    def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """In os.environ while the task runs."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        memory_bytes: _builtins.int = ...,
+        last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["env", b"env", "index", b"index", "last", b"last", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Terms: _TypeAlias = Terms  # noqa: Y015
 
 @_typing.final
 class Function(_message.Message):
@@ -427,31 +537,82 @@ class Function(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     PICKLE_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
-    STREAMED_FIELD_NUMBER: _builtins.int
     FRESH_FIELD_NUMBER: _builtins.int
+    BLOBS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     pickle: _builtins.bytes
     sha256: _builtins.bytes
-    streamed: _builtins.bool
-    """True when the pickle is too large to stand here: Fetch it."""
     fresh: _builtins.bool
     """True when it is to be unpickled for each task: what one changes in it is not seen by others."""
+    @_builtins.property
+    def blobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where there are any, the pickle is the head of a composed payload."""
+
     def __init__(
         self,
         *,
         number: _builtins.int = ...,
         pickle: _builtins.bytes = ...,
         sha256: _builtins.bytes = ...,
-        streamed: _builtins.bool = ...,
         fresh: _builtins.bool = ...,
+        blobs: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fresh", b"fresh", "number", b"number", "pickle", b"pickle", "sha256", b"sha256", "streamed", b"streamed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "fresh", b"fresh", "number", b"number", "pickle", b"pickle", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Function: _TypeAlias = Function  # noqa: Y015
+
+@_typing.final
+class Blob(_message.Message):
+    """A piece of data that never changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    MAPPABLE_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    URL_EXPIRES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    size: _builtins.int
+    path: _builtins.str
+    """On the client's own machine: the file it is in, and where; empty: to be asked for."""
+    offset: _builtins.int
+    mappable: _builtins.bool
+    """That part of the file never changes, so that it can be mapped."""
+    url: _builtins.str
+    """Where it can be downloaded, until when (seconds since 1970), and what must come."""
+    url_expires: _builtins.float
+    sha256: _builtins.bytes
+    number: _builtins.int
+    """Of a part of a result: the number that its head calls it by."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        size: _builtins.int = ...,
+        path: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        mappable: _builtins.bool = ...,
+        url: _builtins.str = ...,
+        url_expires: _builtins.float = ...,
+        sha256: _builtins.bytes = ...,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "mappable", b"mappable", "number", b"number", "offset", b"offset", "path", b"path", "sha256", b"sha256", "size", b"size", "url", b"url", "url_expires", b"url_expires"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Blob: _TypeAlias = Blob  # noqa: Y015
 
 @_typing.final
 class Results(_message.Message):
@@ -460,7 +621,10 @@ class Results(_message.Message):
     LEASES_FIELD_NUMBER: _builtins.int
     PAYLOADS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
-    STREAMED_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
+    COMPOSED_FIELD_NUMBER: _builtins.int
+    BLOB_COUNTS_FIELD_NUMBER: _builtins.int
+    BLOBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def leases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -470,20 +634,33 @@ class Results(_message.Message):
         """Seconds that each call ran."""
 
     @_builtins.property
-    def streamed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Indexes of results that arrived through Deliver."""
+    def direct(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indexes of results that went through the direct channel."""
 
+    @_builtins.property
+    def composed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indexes of results that are the head of a composed payload, to how many blobs each of them
+        refers, and these, one result's behind the other's: files, or delivered before.
+        """
+
+    @_builtins.property
+    def blob_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def blobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Blob]: ...
     def __init__(
         self,
         *,
         leases: _abc.Iterable[_builtins.int] | None = ...,
         payloads: _abc.Iterable[_builtins.bytes] | None = ...,
         seconds: _abc.Iterable[_builtins.float] | None = ...,
-        streamed: _abc.Iterable[_builtins.int] | None = ...,
+        direct: _abc.Iterable[_builtins.int] | None = ...,
+        composed: _abc.Iterable[_builtins.int] | None = ...,
+        blob_counts: _abc.Iterable[_builtins.int] | None = ...,
+        blobs: _abc.Iterable[Global___Blob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases", "payloads", b"payloads", "seconds", b"seconds", "streamed", b"streamed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_counts", b"blob_counts", "blobs", b"blobs", "composed", b"composed", "direct", b"direct", "leases", b"leases", "payloads", b"payloads", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -514,6 +691,8 @@ class Failure(_message.Message):
         """killed on request"""
         RECLAIMED: Failure._Kind.ValueType  # 7
         """did not finish in the time that the platform gave the worker to end"""
+        OUTGREW: Failure._Kind.ValueType  # 8
+        """took more memory than it may, and the child was killed"""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     UNKNOWN: Failure.Kind.ValueType  # 0
@@ -531,6 +710,8 @@ class Failure(_message.Message):
     """killed on request"""
     RECLAIMED: Failure.Kind.ValueType  # 7
     """did not finish in the time that the platform gave the worker to end"""
+    OUTGREW: Failure.Kind.ValueType  # 8
+    """took more memory than it may, and the child was killed"""
 
     LEASE_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
@@ -631,24 +812,24 @@ Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
 class FetchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    LEASE_FIELD_NUMBER: _builtins.int
-    FUNCTION_FIELD_NUMBER: _builtins.int
     MODULES_FIELD_NUMBER: _builtins.int
-    lease: _builtins.int
-    function: _builtins.int
-    """With lease 0: a function's number; with neither: the initializer."""
+    BLOB_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
     modules: _builtins.bool
-    """With neither: the user's modules instead of the initializer."""
+    """The user's modules, as a zip archive."""
+    blob: _builtins.int
+    """Number of a blob, and how much of it is there already."""
+    offset: _builtins.int
     def __init__(
         self,
         *,
-        lease: _builtins.int = ...,
-        function: _builtins.int = ...,
         modules: _builtins.bool = ...,
+        blob: _builtins.int = ...,
+        offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "lease", b"lease", "modules", b"modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "modules", b"modules", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -659,15 +840,23 @@ class Chunk(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DATA_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    DEFLATED_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
+    sha256: _builtins.bytes
+    """The last one: of the whole, data is empty."""
+    deflated: _builtins.bool
+    """The data is compressed with zlib."""
     def __init__(
         self,
         *,
         data: _builtins.bytes = ...,
+        sha256: _builtins.bytes = ...,
+        deflated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "deflated", b"deflated", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,7 +20,7 @@ from cloudexec._core import commands, events
 from cloudexec._core.tasks import TaskState
 from cloudexec._errors import DependencyError, PayloadError
 from cloudexec._future import BatchFuture
-from cloudexec._payload import Payload, Unfinished
+from cloudexec._payload import Composed, Payload, Unfinished
 from cloudexec._server.splicing import Spliced
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class Dependencies:
             future: The future.
             result: Its pickled result, or anything else: then the future is asked.
         """
-        if type(result) is not bytes:
+        if type(result) is not bytes and type(result) is not Composed:
             result = self._look(future)
             if result is None:
                 self._values.put((waiting, future))
@@ -234,6 +234,8 @@ class Dependencies:
             try:
                 decode = future._decode
                 if decode is self._decode_result:
+                    if type(future._result) is Composed:
+                        future._result.shared = True
                     return future._result
                 if decode is _decode_failed:
                     failed: _Failed = future._result
@@ -327,7 +329,7 @@ class Dependencies:
             try:
                 failure = future.exception()
                 if failure is None:
-                    outcome = _payload.dumps(future.result())
+                    outcome = _payload.dumps(future.result(), self._driver.store)
                 else:
                     outcome = self._failed_with(future, failure)
             except BaseException as exc:

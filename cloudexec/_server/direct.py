@@ -13,7 +13,7 @@ from typing import Any
 
 from cloudexec import _direct, _payload
 from cloudexec._errors import PayloadError
-from cloudexec._payload import Parts
+from cloudexec._objects.store import Blob
 
 __all__ = ["DirectChannel", "Delivered", "unpickle_result"]
 
@@ -51,7 +51,7 @@ class DirectChannel:
 
     Args:
         path: Of the socket, in a directory that only this user can enter.
-        payload_of: Token and lease -> the argument to be fetched, or ``None``.
+        blob_of: Token and number -> the blob to be fetched, or ``None``.
         expects: Whether a result under token and lease is waited for.
         deliver: Takes a result that has arrived.
 
@@ -61,12 +61,12 @@ class DirectChannel:
     def __init__(
         self,
         path: str,
-        payload_of: Callable[[bytes, int], Parts | None],
+        blob_of: Callable[[bytes, int], Blob | None],
         expects: Callable[[bytes, int], bool],
         deliver: Callable[[bytes, int, Delivered], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._payload_of = payload_of
+        self._blob_of = blob_of
         self._expects = expects
         self._deliver = deliver
         self._connections: set[socket.socket] = set()
@@ -122,24 +122,23 @@ class DirectChannel:
                     connection.setsockopt(socket.SOL_SOCKET, option, _direct.BUFFER_BYTES)
                 connection.settimeout(_REQUEST_TIMEOUT)
                 request = _direct.receive_exactly(connection, _direct.REQUEST.size)
-                token, wanted, lease = _direct.REQUEST.unpack(request)
+                token, wanted, number = _direct.REQUEST.unpack(request)
                 connection.settimeout(None)
                 if wanted == _direct.FETCH:
-                    self._send(connection, token, lease)
-                elif wanted == _direct.DELIVER and self._on_loop(self._expects, token, lease):
-                    self._receive(connection, token, lease)
+                    self._send(connection, token, number)
+                elif wanted == _direct.DELIVER and self._on_loop(self._expects, token, number):
+                    self._receive(connection, token, number)
         except (EOFError, OSError, RuntimeError):
             pass  # the slot died, which is reported on its own, or the executor has ended
         finally:
             with self._lock:
                 self._connections.discard(connection)
 
-    def _send(self, connection: socket.socket, token: bytes, lease: int) -> None:
-        payload = self._on_loop(self._payload_of, token, lease)
-        if payload is not None:
+    def _send(self, connection: socket.socket, token: bytes, number: int) -> None:
+        blob = self._on_loop(self._blob_of, token, number)
+        if blob is not None:
             connection.sendall(_direct.ACCEPTED)
-            for piece in payload.pieces:
-                connection.sendall(piece)
+            connection.sendall(blob.view())
 
     def _receive(self, connection: socket.socket, token: bytes, lease: int) -> None:
         connection.sendall(_direct.ACCEPTED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import itertools
 import logging
 import os
 import secrets
@@ -16,12 +17,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cloudexec import _payload
-from cloudexec._config import ServerConfig
+from cloudexec._config import ServerConfig, format_bytes
 from cloudexec._core import commands, events
+from cloudexec._core.claims import Terms
 from cloudexec._core.events import Event, Failure, FailureKind
 from cloudexec._core.machine import Machine
 from cloudexec._core.tasks import Kind, Task, TaskState
@@ -47,12 +49,15 @@ from cloudexec._launchers.base import (
     LaunchRequest,
     LaunchTimes,
 )
-from cloudexec._payload import Parts, Payload
+from cloudexec._objects.options import ObjectOptions
+from cloudexec._objects.store import Blob, BlobStore
+from cloudexec._payload import Composed, Payload
 from cloudexec._server.callbacks import CallbackThread
 from cloudexec._server.dependencies import Dependencies, Needs
 from cloudexec._server.direct import Delivered, DirectChannel
 from cloudexec._server.output import OutputThread
 from cloudexec._server.portal import Portal
+from cloudexec._server.retrying import Judge
 from cloudexec._server.splicing import Spliced
 
 __all__ = ["Driver", "Setup", "Submission"]
@@ -78,7 +83,7 @@ or its main thread held the GIL, workers were silent through no fault of theirs.
 class Submission(Task):
     """A task with what it takes to send it; ``handle`` is its future."""
 
-    __slots__ = ("dependents", "function", "needs", "payload", "timeout")
+    __slots__ = ("dependents", "function", "needs", "payload")
 
     def __init__(
         self,
@@ -88,7 +93,7 @@ class Submission(Task):
         function: Function | None,
         payload: Payload,
         retries: int,
-        timeout: float | None,
+        terms: Terms | None = None,
     ) -> None:
         # Written out: this runs once per task, in the caller's thread.
         self.number = number
@@ -104,9 +109,15 @@ class Submission(Task):
         self.rung = 0
         self.function = function
         self.payload: Payload | Spliced | None = payload
-        self.timeout = timeout
+        self.terms = terms
+        self.inputs = ()
         self.needs: Needs | None = None  # what it waits for, if it does
         self.dependents: list[Any] | None = None  # who waits for its result; see Dependencies
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that it may run; ``None``: no limit."""
+        return None if self.terms is None else self.terms.options.timeout
 
 
 _WAITING = TaskState.WAITING
@@ -130,6 +141,7 @@ class Setup:
     sys_path: tuple[str, ...] = ()
     argv: tuple[str, ...] = ()
     modules: bytes = b""
+    objects: ObjectOptions = field(default_factory=ObjectOptions)
 
 
 class Driver:
@@ -139,10 +151,16 @@ class Driver:
         config: For the machine.
         setup: For workers and server.
         launcher: Starts workers.
+        store: Where large pieces of arguments and results are.
     """
 
-    def __init__(self, config: ServerConfig, setup: Setup, launcher: Launcher) -> None:
+    def __init__(
+        self, config: ServerConfig, setup: Setup, launcher: Launcher, store: BlobStore
+    ) -> None:
         self.setup = setup
+        self.store = store
+        store.on_end = self._blob_ended
+        self.blob_ranges = itertools.count(1)
         self.executor_id = secrets.token_hex(8)
         self.key = secrets.token_bytes(32)
         self.portal = Portal.acquire()
@@ -184,6 +202,7 @@ class Driver:
         self._server: Any = None
         self._closing = False
         self.callbacks = CallbackThread()
+        self.judge = Judge(self.portal.post)
         self.dependencies = Dependencies(self, _decode_result)
         self.output = OutputThread(setup.output) if setup.output != "off" else None
         self._carry_out: dict[type, Callable[[Any], None]] = {
@@ -191,6 +210,7 @@ class Driver:
             commands.MarkRunning: self._mark_running,
             commands.ResolveTasks: self._resolve,
             commands.FailTask: self._fail,
+            commands.JudgeFailure: self._judge_failure,
             commands.FailTasksUnlaunched: self._fail_unlaunched,
             commands.CancelTasks: self._cancel,
             commands.RecallTasks: self._recall,
@@ -262,7 +282,7 @@ class Driver:
         if self._directory is not None:
             self.direct_path = f"{self._directory}/d"
             self._direct = DirectChannel(
-                self.direct_path, self._payload_of, self._expects, self._deliver
+                self.direct_path, self._blob_of, self._expects, self._deliver
             )
         with _quiet_grpc():
             from cloudexec._server.servicer import start_server
@@ -293,6 +313,7 @@ class Driver:
         if self.output is not None:
             self.output.stop()
         self.dependencies.stop()
+        self.judge.stop()
         self.callbacks.stop()
         self.portal.loop.call_soon(self._closed)
 
@@ -323,8 +344,20 @@ class Driver:
         if tasks or held:
             self._submitted(tasks, held)
         if ended:
-            for session in self.sessions.values():
-                session.forget_functions(ended)
+            self._forget(ended)
+
+    def _blob_ended(self, number: int) -> None:
+        self.post(-number)
+
+    def _forget(self, ended: list[int]) -> None:
+        """Tell workers of functions and, as negative numbers, of blobs that have ended."""
+        functions = [number for number in ended if number > 0]
+        blobs = [-number for number in ended if number < 0]
+        for session in self.sessions.values():
+            session.forget_functions(functions)
+            session.forget_blobs(blobs)
+        if blobs:
+            self.store.sweep()
 
     def _submitted(self, tasks: list[Submission], held: list[Submission]) -> None:
         if self.broken is not None:
@@ -416,7 +449,11 @@ class Driver:
                 self._give_result(task, future, result)
 
     def _give_result(self, task: Any, future: BatchFuture[Any], result: Any) -> None:
-        if type(result) is bytes:
+        kind = type(result)
+        if kind is bytes:
+            done = future._finish(result, None, _decode_result)
+        elif kind is Composed:
+            result.shared = task.dependents is not None
             done = future._finish(result, None, _decode_result)
         else:
             done = future._finish(result.value, result.error, None)
@@ -463,6 +500,48 @@ class Driver:
                 self._after_output(self._give_failure, command.worker, task, failure)
                 return
         self._give_failure(command.worker, task, failure)
+
+    def _judge_failure(self, command: commands.JudgeFailure) -> None:
+        worker, failure = command.worker, command.failure
+        task: Any = command.task
+
+        def error() -> BaseException:
+            payload = failure.detail.payload
+            return (
+                _payload.loads_exception(payload) if payload else _error_of(worker, task, failure)
+            )
+
+        def verdict(again: bool) -> None:
+            if again:
+                _logger.debug("%s is run again: it raised what retry_on names", _who(task))
+            self.feed(events.FailureJudged(worker, task, failure, again))
+
+        assert task.terms is not None
+        self.judge.ask(task.terms.options.retry_on, error, verdict)
+
+    def terms_of(self, worker: str, task: Task) -> tuple[dict[str, str], int, bool]:
+        """Say what a worker must know of a task beyond the usual.
+
+        Returns:
+            Variables, bytes of memory that it may take (0: no limit), and whether its process is to
+            end with it.
+        """
+        terms, known = task.terms, self.machine.workers.get(worker)
+        assert terms is not None
+        options = terms.options
+        env = dict(options.env or {})
+        gpus = () if known is None else known.account.heavy.get(task.lease, ())
+        if gpus:
+            env.setdefault("CUDA_VISIBLE_DEVICES", ",".join(gpus))
+        # Who climbed a ladder may have all that a worker of the next size has.
+        memory = options.memory_bytes or 0
+        return env, memory if not task.rung else 0, bool(gpus)
+
+    def name_of(self, worker: str, lease: int) -> str:
+        """Return what people call the task of a lease, or an empty string."""
+        known = self.machine.workers.get(worker)
+        task = None if known is None else known.leases.get(lease)
+        return "" if task is None else _name_of(task)
 
     def _give_failure(self, worker: str, task: Any, failure: Failure) -> None:
         future = task.handle
@@ -694,12 +773,16 @@ class Driver:
         # A hash table gives away less by its timing than it takes to guess 16 random bytes.
         return self._tokens.get(token)
 
-    def _payload_of(self, token: bytes, lease: int) -> Parts | None:
+    def _blob_of(self, token: bytes, number: int) -> Blob | None:
         session = self.session_of(token)
-        payload: Parts | None = None if session is None else session.payloads.get(lease)
-        if payload is not None:
-            self.bytes_sent += len(payload)
-        return payload
+        blob: Blob | None = None if session is None else session.blob(number)
+        if blob is not None:
+            self.bytes_sent += blob.size
+        return blob
+
+    def transfer_failed(self, session: Any, error: BaseException) -> None:
+        """A part of a result could not be taken: say so; what it belongs to is run again."""
+        _logger.warning("a result from %s could not be taken: %s", session.worker_id, error)
 
     def _expects(self, token: bytes, lease: int) -> bool:
         session = self.session_of(token)
@@ -818,7 +901,7 @@ class Driver:
             return
         self.broken = error
         machine = self.machine
-        waiting = [*machine.waiting_tasks(), *machine.held]
+        waiting = [*machine.waiting_tasks(), *machine.held, *machine.resting_tasks()]
         tasks: list[Any] = [task for task in waiting if task.handle is not None]
         for worker in machine.workers.values():
             tasks.extend(task for task in worker.leases.values() if task.handle is not None)
@@ -873,6 +956,7 @@ class Driver:
             await shown.wait()
             self.output.stop()
         self.dependencies.stop()
+        self.judge.stop()
         self.callbacks.stop()
         self.portal.loop.call_soon(self._closed)
 
@@ -908,6 +992,7 @@ class Driver:
         if self.output is not None:
             self.output.join()
         self.dependencies.join()
+        self.judge.join()
         self.callbacks.join()
 
 
@@ -933,7 +1018,7 @@ _LOSSES = (FailureKind.SLOT_LOST, FailureKind.WORKER_LOST)
 def _decode_result(future: BatchFuture[Any]) -> None:
     data = future._result
     try:
-        future._result = _payload._loads(data)
+        future._result = _payload._loads(data) if type(data) is bytes else data.load()
     except KeyboardInterrupt:
         raise
     except BaseException as exc:
@@ -958,16 +1043,17 @@ def _decode_exception(future: BatchFuture[Any]) -> None:
 def _error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
     """Say what became of a task that has no exception of its own."""
     detail = failure.detail
+    who = _who(task)
     if failure.kind is FailureKind.WORKER_LOST:
         return WorkerLostError(
-            f"{worker}, which ran the task, was lost ({_count(task.lost, 'attempt')}): {detail}",
+            f"{worker}, which ran {who}, was lost ({_count(task.lost, 'attempt')}): {detail}",
             worker_id=worker,
             attempts=task.lost,
             out_of_memory=failure.out_of_memory,
         )
     if failure.kind is FailureKind.RECLAIMED:
         return WorkerLostError(
-            f"{worker} was taken back by its platform while the task ran, and with retries=0 it is "
+            f"{worker} was taken back by its platform while {who} ran, and with retries=0 it is "
             f"not run again",
             worker_id=worker,
             attempts=1,
@@ -975,18 +1061,20 @@ def _error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
         )
     if failure.kind is FailureKind.TIMED_OUT:
         return TaskTimeoutError(
-            f"the task ran past its timeout on {worker}; killed after {detail.seconds:.3g} s",
+            f"{who} ran past its timeout on {worker}; killed after {detail.seconds:.3g} s",
             worker_id=worker,
             seconds=detail.seconds,
             output=detail.output,
         )
+    if failure.kind is FailureKind.OUTGREW:
+        return _outgrew(worker, task, detail)
     code = detail.exit_code
     peak = detail.peak_memory_bytes
     how = f"was killed by {_signal(-code)}" if code < 0 else f"exited with code {code}"
     if detail.out_of_memory:
         how += ", because the machine or container ran out of memory"
     message = (
-        f"the process that ran the task on {worker} {how} "
+        f"the process that ran {who} on {worker} {how} "
         f"({_count(task.lost, 'attempt')}; peak memory {peak / 2**20:.0f} MiB)"
     )
     if detail.output:
@@ -1001,6 +1089,32 @@ def _error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
         out_of_memory=detail.out_of_memory,
         output=detail.output,
     )
+
+
+def _outgrew(worker: str, task: Task, detail: Any) -> WorkerLostError:
+    assert task.terms is not None
+    limit = task.terms.options.memory_bytes or 0
+    taken = int(detail.message or 0)
+    return WorkerLostError(
+        f"{_who(task)} took more memory than it had asked for, and was killed on {worker}: "
+        f"{format_bytes(taken)}, of {format_bytes(limit)} (memory={format_bytes(limit)!r}); give "
+        f"with_options(memory=) more",
+        worker_id=worker,
+        attempts=task.lost + 1,
+        signal=int(signal.SIGKILL),
+        peak_memory_bytes=max(detail.peak_memory_bytes, taken),
+        out_of_memory=True,
+        output=detail.output,
+    )
+
+
+def _name_of(task: Task) -> str:
+    return "" if task.terms is None else task.terms.options.name or ""
+
+
+def _who(task: Task) -> str:
+    name = _name_of(task)
+    return f"task {task.number} ({name})" if name else "the task"
 
 
 def _count(number: int, noun: str) -> str:

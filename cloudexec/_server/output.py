@@ -28,19 +28,22 @@ class OutputThread:
     def __init__(self, mode: str) -> None:
         self._mode = mode
         self._queue: queue.SimpleQueue[
-            tuple[str, int, int, bytes, Taken] | Callable[[], object] | None
+            tuple[str, int, int, bytes, Taken, str] | Callable[[], object] | None
         ]
         self._queue = queue.SimpleQueue()
         self._partial: dict[tuple[str, int, int], bytes] = {}
+        self._names: dict[int, str] = {}
         self._decoders: dict[tuple[str, int, int], codecs.IncrementalDecoder] = {}
         self._logger = logging.getLogger("cloudexec.output")
         # Started now: at the end of the interpreter, when there may be use for it, none can be.
         self._thread = threading.Thread(target=self._run, name="cloudexec-output", daemon=True)
         self._thread.start()
 
-    def put(self, worker: str, number: int, stream: int, data: bytes, taken: Taken) -> None:
+    def put(
+        self, worker: str, number: int, stream: int, data: bytes, taken: Taken, name: str = ""
+    ) -> None:
         """Show what a task printed, then call ``taken`` with its size in bytes."""
-        self._queue.put((worker, number, stream, data, taken))
+        self._queue.put((worker, number, stream, data, taken, name))
 
     def after(self, call: Callable[[], object]) -> None:
         """Call this, in the thread, once all that was put has been shown."""
@@ -51,7 +54,11 @@ class OutputThread:
             if not isinstance(item, tuple):
                 item()
                 continue
-            worker, number, stream, data, taken = item
+            worker, number, stream, data, taken, name = item
+            if name:
+                if len(self._names) > _MOST_PARTIAL:
+                    self._names.clear()
+                self._names[number] = name
             try:
                 self._show(worker, number, stream, data)
             except (OSError, ValueError):
@@ -86,10 +93,13 @@ class OutputThread:
 
     def _write_lines(self, worker: str, number: int, stream: int, data: bytes) -> None:
         where = f"{worker} task {number}" if number else worker
+        name = self._names.get(number, "")
+        if name:
+            where += f" ({name})"
         lines = data.decode("utf-8", "replace").split("\n")
         if self._mode == "logging":
             level = logging.INFO if stream == 1 else logging.WARNING
-            extra = {"worker": worker, "task": number}
+            extra = {"worker": worker, "task": number, "task_name": name}
             for line in lines:
                 self._logger.log(level, "%s: %s", where, line, extra=extra)
         else:

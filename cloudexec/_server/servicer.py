@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import queue
+import os
 import secrets
-import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from cloudexec import _enrolment, _payload
+from cloudexec import _enrolment
 from cloudexec._core import events
 from cloudexec._core.events import FailureKind
 from cloudexec._errors import LaunchError, PayloadError
 from cloudexec._functions import Function
 from cloudexec._launchers.base import Arrival
-from cloudexec._payload import CHUNK_BYTES, Parts, Payload
+from cloudexec._objects.store import Blob
+from cloudexec._objects.transfer import Incoming, stream_view
+from cloudexec._payload import CHUNK_BYTES, Composed
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._server.direct import Delivered, unpickle_result
+from cloudexec._server.direct import Delivered
 from cloudexec._server.driver import Driver
 from cloudexec._server.splicing import Spliced
-from cloudexec._wire import CHANNEL_OPTIONS, LEASE_KEY, TOKEN_KEY, pack_chunk, unpack_chunk
+from cloudexec._wire import (
+    BLOB_KEY,
+    CHANNEL_OPTIONS,
+    SIZE_KEY,
+    TOKEN_KEY,
+    pack_chunk,
+    unpack_chunk,
+)
 
 __all__ = ["start_server"]
 
@@ -34,7 +43,8 @@ _UNPROVEN_PEERS = 256
 """Peers that may be in the middle of enrolment at once; more are turned away."""
 _BATCH_TASKS = 2048
 _BATCH_BYTES = 512 * 1024
-_DELIVERY_CHUNKS = 2
+_OWN_BLOBS = 1 << 40
+"""Numbers that each worker may give to blobs."""
 
 _KINDS = {
     pb.Failure.RAISED: FailureKind.RAISED,
@@ -44,6 +54,7 @@ _KINDS = {
     pb.Failure.TIMED_OUT: FailureKind.TIMED_OUT,
     pb.Failure.KILLED: FailureKind.KILLED,
     pb.Failure.RECLAIMED: FailureKind.RECLAIMED,
+    pb.Failure.OUTGREW: FailureKind.OUTGREW,
 }
 
 
@@ -55,9 +66,15 @@ class _Session:
         self.attempt = attempt  # which run of its launch this is, from 1
         self.worker_id = f"worker-{identity}"
         self.token = secrets.token_bytes(16)
-        self.payloads: dict[int, Parts] = {}
+        self.payloads: dict[int, Composed] = {}  # by lease: what a worker may still read
         self.functions: dict[int, Function] = {}
         self.delivered: dict[int, Delivered] = {}
+        self.arrived: dict[int, Blob] = {}  # parts of results that are not complete yet
+        self.first_blob = next(driver.blob_ranges) * _OWN_BLOBS
+        self._known_blobs: set[int] = set()
+        self._blobs: weakref.WeakValueDictionary[int, Blob] = weakref.WeakValueDictionary()
+        self._forget_blobs: list[int] = []
+        self._taken: list[int] = []
         self.slot_groups: list[int] = []
         self.printed: set[int] = set()  # leases whose task has printed
         self.reclaimed = False  # its platform told it to end
@@ -90,9 +107,18 @@ class _Session:
 
     def forget_functions(self, numbers: Sequence[int]) -> None:
         known = [number for number in numbers if number in self._known]
+        for number in known:
+            self.functions.pop(number, None)
         if known:
             self._known.difference_update(known)
             self._forget.extend(known)
+            self._wanted.set()
+
+    def forget_blobs(self, numbers: Sequence[int]) -> None:
+        known = self._known_blobs.intersection(numbers)
+        if known:
+            self._known_blobs -= known
+            self._forget_blobs.extend(known)
             self._wanted.set()
 
     def drain(self) -> None:
@@ -132,6 +158,14 @@ class _Session:
             message.forget_functions.extend(self._forget)
             self._forget.clear()
             some = True
+        if self._forget_blobs:
+            message.forget_blobs.extend(self._forget_blobs)
+            self._forget_blobs.clear()
+            some = True
+        if self._taken:
+            message.taken.extend(self._taken)
+            self._taken.clear()
+            some = True
         if self._recall:
             message.recall.extend(self._recall)
             self._recall.clear()
@@ -161,9 +195,8 @@ class _Session:
         payloads: list[bytes] = []
         estimates: list[float] = []
         numbers: list[int] = []
-        timeouts: list[float] = []
-        streamed: list[int] = []
-        timed = False
+        timeouts: dict[int, float] = {}
+        columns = message.tasks
         size = 0
         taken = 0
         for task in tasks:
@@ -181,49 +214,83 @@ class _Session:
                 functions.append(function.number)
                 if function.number not in self._known:
                     size += self._introduce(message, function)
-            if type(payload) is Spliced:
-                payload = payload.join()
             if type(payload) is not bytes:
-                streamed.append(len(leases))
-                self.payloads[task.lease] = payload
-                payload = b""
+                if type(payload) is Spliced:
+                    payload = payload.join(self._driver.store)
+                if type(payload) is Composed:
+                    columns.composed.append(len(leases))
+                    columns.blob_counts.append(len(payload.blobs))
+                    columns.blobs.extend([self._introduce_blob(b, message) for b in payload.blobs])
+                    size += 64 * len(payload.blobs)
+                    self.payloads[task.lease] = payload
+                    payload = payload.head
+            if task.terms is not None:
+                self._state_terms(message, len(leases), task, timeouts)
             leases.append(task.lease)
             payloads.append(payload)
             estimates.append(task.kind.seconds)
             numbers.append(task.number)
-            timeouts.append(task.timeout or 0.0)
-            timed = timed or task.timeout is not None
             size += len(payload)
-        if timed:
-            message.tasks.timeouts.extend(timeouts)
+        if timeouts:
+            message.tasks.timeouts.extend(timeouts.get(i, 0.0) for i in range(len(leases)))
         del tasks[:taken]
         if tasks:
             self._wanted.set()
-        columns = message.tasks
         columns.leases.extend(leases)
         columns.functions.extend(functions)
         columns.payloads.extend(payloads)
         columns.estimates.extend(estimates)
         columns.numbers.extend(numbers)
-        columns.streamed.extend(streamed)
         self._driver.bytes_sent += size
+
+    def _state_terms(
+        self, message: pb.ServerMessage, index: int, task: Any, timeouts: dict[int, float]
+    ) -> None:
+        options = task.terms.options
+        if options.timeout is not None:
+            timeouts[index] = options.timeout
+        env, memory, last = self._driver.terms_of(self.worker_id, task)
+        if env or memory or last:
+            message.tasks.terms.add(index=index, env=env, memory_bytes=memory, last=last)
 
     def _introduce(self, message: pb.ServerMessage, function: Function) -> int:
         self._known.add(function.number)
         pickled = function.pickle
-        if isinstance(pickled, bytes):
-            message.functions.add(
-                number=function.number,
-                pickle=pickled,
-                sha256=function.sha256,
-                fresh=function.fresh,
-            )
-            return len(pickled)
-        self.functions[function.number] = function
+        blobs: list[int] = []
+        if type(pickled) is Composed:
+            self.functions[function.number] = function
+            blobs = [self._introduce_blob(blob, message) for blob in pickled.blobs]
+            pickled = pickled.head
+        assert type(pickled) is bytes
         message.functions.add(
-            number=function.number, sha256=function.sha256, streamed=True, fresh=function.fresh
+            number=function.number,
+            pickle=pickled,
+            sha256=function.sha256,
+            fresh=function.fresh,
+            blobs=blobs,
         )
-        return 0
+        return len(pickled)
+
+    def _introduce_blob(self, blob: Blob, message: pb.ServerMessage) -> int:
+        if blob.id not in self._known_blobs:
+            message.blobs.append(self.describe(blob))
+        return blob.id
+
+    def describe(self, blob: Blob) -> pb.Blob:
+        """Say of a blob what its worker must know, who now may ask for it."""
+        self._known_blobs.add(blob.id)
+        self._blobs[blob.id] = blob
+        blob.workers.add(self.worker_id)
+        described = pb.Blob(id=blob.id, size=blob.size)
+        if self._driver.direct_path and blob.segment is not None:
+            described.path = blob.segment.path
+            described.offset = blob.offset
+            described.mappable = blob.mappable
+        return described
+
+    def blob(self, number: int) -> Blob | None:
+        """Return a blob that the worker may ask for."""
+        return self._blobs.get(number)
 
     async def send(self) -> None:
         """Send what is wanted, in batches as large as the stream makes them."""
@@ -245,7 +312,12 @@ class _Session:
                 if driver.output is not None:
                     self.printed.add(output.lease)
                     driver.output.put(
-                        worker, output.number, output.stream, output.data, self.output_taken
+                        worker,
+                        output.number,
+                        output.stream,
+                        output.data,
+                        self.output_taken,
+                        driver.name_of(worker, output.lease),
                     )
         if message.slot_groups:
             self.slot_groups = list(message.slot_groups)
@@ -262,13 +334,18 @@ class _Session:
             seconds = list(columns.seconds)
             if not len(leases) == len(results) == len(seconds):
                 raise ValueError("columns of different length")
-            for index in columns.streamed:
+            for index in columns.direct:
                 lease = leases[index]
                 missing = Delivered(None, PayloadError("the result announced never arrived"))
                 results[index] = self.delivered.pop(lease, missing)
+            vanished: list[int] = []
+            if columns.composed:
+                vanished = self._take_composed(columns, results)
             if self.payloads:
                 for lease in leases:
                     self.payloads.pop(lease, None)
+            if vanished:
+                self._lose_results(vanished, leases, results, seconds)
             driver.feed(events.ResultsReceived(worker, leases, results, seconds))
             heard = False
         if message.failures:
@@ -292,6 +369,55 @@ class _Session:
             driver.initializer_failed(message.initializer_failed)
         if heard:
             driver.feed(events.WorkerHeard(worker))
+
+    def _take_composed(self, columns: pb.Results, results: list[Any]) -> list[int]:
+        """Take hold of the parts of large results; return the indexes of those that are gone."""
+        at = 0
+        vanished: list[int] = []
+        for index, count in zip(columns.composed, columns.blob_counts, strict=True):
+            parts = columns.blobs[at : at + count]
+            at += count
+            try:
+                blobs = tuple([self._take_blob(part) for part in parts])
+            except PayloadError as exc:
+                results[index] = Delivered(None, exc)
+            except OSError:
+                vanished.append(index)
+            else:
+                numbers = tuple([part.number for part in parts])
+                results[index] = Composed(results[index], blobs, numbers)
+            self._taken.extend([part.id for part in parts if part.path])
+        self._wanted.set()
+        return vanished
+
+    def _lose_results(self, indexes: list[int], *columns: list[Any]) -> None:
+        """Count results whose files are gone, as their worker is, as attempts that were lost."""
+        failures = []
+        for index in reversed(indexes):
+            lease, _, seconds = [column.pop(index) for column in columns]
+            detail = pb.Failure(lease=lease, seconds=seconds)
+            failures.append((lease, events.Failure(FailureKind.SLOT_LOST, detail)))
+        self._driver.feed(events.FailuresReceived(self.worker_id, failures))
+
+    def _take_blob(self, described: pb.Blob) -> Blob:
+        store = self._driver.store
+        number, size = described.id, described.size
+        if not described.path or not self._driver.direct_path:
+            blob = self.arrived.pop(number, None)
+            if blob is None or blob.size != size:
+                raise PayloadError("a part of the result never arrived")
+            return blob
+        fd = os.open(described.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._driver.bytes_received += size
+        if described.mappable:
+            return store.take_over(size, fd=fd)
+        data = bytearray(size)
+        try:
+            if os.preadv(fd, [data], described.offset) != size:
+                raise PayloadError("a part of the result is shorter than announced")
+        finally:
+            os.close(fd)
+        return store.take_over(size, content=data)
 
 
 class _Servicer:
@@ -405,11 +531,15 @@ class _Servicer:
             direct_path=driver.direct_path,
             authkey=_authkey() if driver.direct_path else b"",
             modules=bool(setup.modules),
+            first_blob=session.first_blob,
+            blob_memory=setup.objects.worker_memory or 0,  # type: ignore[arg-type]
         )
-        if isinstance(setup.initializer, bytes):
-            welcome.initializer = setup.initializer
-        else:
-            welcome.initializer_streamed = True
+        initializer = setup.initializer
+        if type(initializer) is Composed:
+            welcome.initializer_blobs.extend(map(session.describe, initializer.blobs))
+            initializer = initializer.head
+        assert type(initializer) is bytes
+        welcome.initializer = initializer
         await context.write(pb.ServerMessage(welcome=welcome))
         # Nothing is awaited between the check above and here but that write: check once more.
         if driver.admit(hello.identity) is not None:
@@ -424,55 +554,52 @@ class _Servicer:
         token = metadata.get(TOKEN_KEY, b"")
         return self._driver.session_of(token) if isinstance(token, bytes) else None
 
-    async def Fetch(
-        self, request: pb.FetchRequest, context: Any
-    ) -> AsyncIterator[bytes | memoryview]:
-        """Stream a large argument, callable or initializer to the worker it was promised to."""
+    async def Fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[Any]:
+        """Stream a blob to a worker that was told of it, or the user's modules."""
         session = self._session_of(context)
         if session is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
             return
+        driver = self._driver
         if request.modules:
-            archive = memoryview(self._driver.setup.modules)
+            archive = memoryview(driver.setup.modules)
             for at in range(0, len(archive), CHUNK_BYTES):
                 yield archive[at : at + CHUNK_BYTES]
             return
-        payload: Payload | None
-        if request.lease:
-            payload = session.payloads.get(request.lease)
-        elif request.function:
-            function = session.functions.get(request.function)
-            payload = function.pickle if function is not None else None
-        else:
-            payload = self._driver.setup.initializer
-        if not isinstance(payload, Parts):
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no such payload")
+        blob = session.blob(request.blob)
+        if blob is None or request.offset > blob.size:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such blob")
             return
-        for chunk in payload.chunks():
-            self._driver.bytes_sent += len(chunk)
+        async for chunk in stream_view(blob, request.offset):
+            if not isinstance(chunk, pb.Chunk):
+                driver.bytes_sent += len(chunk)
             yield chunk
 
-    async def Deliver(self, requests: AsyncIterator[memoryview], context: Any) -> pb.DeliverReply:
-        """Unpickle a large result, in a thread, while it arrives."""
+    async def Deliver(self, requests: AsyncIterator[Any], context: Any) -> pb.DeliverReply:
+        """Take a part of a result."""
         session = self._session_of(context)
         metadata = dict(context.invocation_metadata() or ())
-        lease = str(metadata.get(LEASE_KEY, ""))
-        driver = self._driver
-        worker = None if session is None else driver.machine.workers.get(session.worker_id)
-        task = worker.leases.get(int(lease)) if worker and lease.isdigit() else None
-        if session is None or task is None:
+        number, size = str(metadata.get(BLOB_KEY, "")), str(metadata.get(SIZE_KEY, ""))
+        if (
+            session is None
+            or not (number.isdigit() and size.isdigit())
+            or not session.first_blob < int(number) < session.first_blob + _OWN_BLOBS
+        ):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "nobody waits for this")
-        arrival = _Arrival(driver)
-        complete = False
+            return pb.DeliverReply()
+        driver = self._driver
         try:
+            blob = driver.store.new(int(size))
+            incoming = Incoming(blob)
             async for chunk in requests:
-                driver.bytes_received += len(chunk)
-                await arrival.put(chunk)
-            complete = True
-        finally:
-            outcome = await arrival.end(complete=complete)
-        assert session is not None
-        session.delivered[int(lease)] = outcome
+                await incoming.take(chunk)
+        except (PayloadError, OSError) as exc:
+            driver.transfer_failed(session, exc)
+            await context.abort(grpc.StatusCode.DATA_LOSS, str(exc)[:1000])
+        if not incoming.complete:
+            return pb.DeliverReply(accepted=False)
+        driver.bytes_received += blob.size
+        session.arrived[int(number)] = blob
         return pb.DeliverReply(accepted=True)
 
 
@@ -480,65 +607,6 @@ def _authkey() -> bytes:
     import multiprocessing
 
     return bytes(multiprocessing.current_process().authkey)
-
-
-class _Arrival:
-    """A large result between the loop, where chunks arrive, and the thread that unpickles them."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._loop = driver.portal.loop
-        self._chunks: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
-        self._room = asyncio.Semaphore(_DELIVERY_CHUNKS)
-        self._complete = False
-        self._done: asyncio.Future[Delivered] = self._loop.create_future()
-        thread = threading.Thread(target=self._run, name="cloudexec-result", daemon=True)
-        self._threaded = True
-        try:
-            thread.start()
-        except RuntimeError:
-            # The interpreter is ending and starts no thread: gather it all, unpickle it at the end.
-            self._threaded = False
-
-    async def put(self, chunk: memoryview) -> None:
-        if self._threaded:
-            await self._room.acquire()
-        self._chunks.put(chunk)
-
-    async def end(self, *, complete: bool) -> Delivered:
-        self._complete = complete
-        self._chunks.put(None)
-        if not self._threaded:
-            self._run()
-        return await asyncio.shield(self._done)
-
-    def _next_chunk(self) -> memoryview | None:
-        chunk = self._chunks.get()
-        self._loop.call_soon_threadsafe(self._room.release)
-        if chunk is None and not self._complete:
-            raise ConnectionAbortedError("the result was cut off")
-        return chunk
-
-    def _run(self) -> None:
-        ended = False
-
-        def next_chunk() -> memoryview | None:
-            nonlocal ended
-            chunk = None if ended else self._next_chunk()
-            ended = ended or chunk is None
-            return chunk
-
-        try:
-            outcome = unpickle_result(lambda: _payload.load_chunks(next_chunk))
-            while next_chunk() is not None:
-                pass
-        except (EOFError, OSError) as exc:
-            outcome = Delivered(None, exc)  # cut off: whoever sent it is gone, or tries again
-
-        def resolve(outcome: Delivered) -> None:
-            if not self._done.done():
-                self._done.set_result(outcome)
-
-        self._loop.call_soon_threadsafe(resolve, outcome)
 
 
 async def start_server(

@@ -6,7 +6,8 @@ import struct
 from collections.abc import Sequence
 
 from cloudexec import _payload
-from cloudexec._payload import INLINE_BYTES, Parts, Payload
+from cloudexec._objects.store import Blob, BlobStore
+from cloudexec._payload import INLINE_BYTES, Composed, Payload
 
 __all__ = ["Spliced"]
 
@@ -28,55 +29,53 @@ class Spliced:
         inputs: What goes into them.
     """
 
-    __slots__ = ("_inputs", "_payload")
+    __slots__ = ("_payload", "inputs")
 
     def __init__(self, payload: Payload, inputs: Sequence[Payload]) -> None:
         self._payload = payload
-        self._inputs = inputs
+        self.inputs = inputs
 
-    def join(self) -> Payload:
-        """Return the payload: bytes if it is small, else parts that share the large inputs."""
+    def blobs(self) -> list[Blob]:
+        """Return the blobs that it will refer to."""
+        found: dict[int, Blob] = {}
+        for payload in (self._payload, *self.inputs):
+            if type(payload) is Composed:
+                found.update((blob.id, blob) for blob in payload.blobs)
+        return list(found.values())
+
+    def join(self, store: BlobStore) -> Payload:
+        """Return the payload: bytes if it is small, else composed, of the same blobs."""
         ops = [_HOLD]
-        buffers: list[bytes | memoryview] = []
-        for pickled in self._inputs:
+        records: list[bytes] = []
+        for pickled in self.inputs:
             if type(pickled) is bytes:
-                ops.append(_BINBYTES.pack(b"B", len(pickled)))
-                ops.append(pickled)
+                ops += (_BINBYTES.pack(b"B", len(pickled)), pickled)
             else:
-                assert isinstance(pickled, Parts)
-                ops.append(_with_buffers(pickled, buffers))
+                assert isinstance(pickled, Composed)
+                numbers = _payload.pack_numbers(pickled)
+                ops.append(_MARK)
+                for data in (pickled.head, numbers):
+                    ops += (_BINBYTES.pack(b"B", len(data)), data)
+                ops += (_NEXT_BUFFER * len(pickled.blobs), _TUPLE)
+                records += [_payload.buffer_record(blob) for blob in pickled.blobs]
         ops.append(_CALL)
         size = sum(map(len, ops))
         payload = self._payload
-        if type(payload) is bytes and not buffers and size + len(payload) < INLINE_BYTES:
+        if type(payload) is bytes and not records and size + len(payload) < INLINE_BYTES:
             return b"".join((_PROTO, *ops, payload))
         # Framed: the unpickler of a stream asks for every opcode otherwise.
         head = _FRAME.pack(b"\x95", size) if size <= _LARGEST_FRAME else b""
         call = b"".join((_PROTO, head, *ops))
-        pieces = [*buffers, _payload.record(_payload._IN_BAND, len(call)), call]
-        if isinstance(payload, Parts):
-            pieces += payload.pieces
+        blobs = {blob.id: blob for blob in self.blobs()}
+        if len(call) > INLINE_BYTES:
+            blob = store.intern(call)
+            blobs[blob.id] = blob
+            records.append(_payload.in_band_record(blob))
         else:
-            pieces += [_payload.record(_payload._IN_BAND, len(payload)), payload]
-            pieces.append(_payload.END_RECORD)
-        return Parts(pieces, sum(map(len, pieces)))
-
-
-def _with_buffers(pickled: Parts, buffers: list[bytes | memoryview]) -> bytes:
-    """Let a large input travel beside the call's own pickle, uncopied: its pickle is a buffer too.
-
-    Returns:
-        Opcodes that make a tuple of its pickle and its buffers.
-    """
-    in_band: list[bytes | memoryview] = []
-    out_of_band: list[bytes | memoryview] = []
-    count = 1
-    for header, data in zip(pickled.pieces[:-1:2], pickled.pieces[1::2], strict=True):
-        if header[0] == _payload._IN_BAND:
-            in_band.append(data)
+            records += (_payload.record(0, len(call)), call)
+        if type(payload) is bytes:
+            records += (_payload.record(0, len(payload)), payload)
         else:
-            out_of_band += (header, data)
-            count += 1
-    size = sum(map(len, in_band))
-    buffers += (_payload.record(_payload._READONLY_BUFFER, size), *in_band, *out_of_band)
-    return _MARK + _NEXT_BUFFER * count + _TUPLE
+            assert isinstance(payload, Composed)
+            records.append(_payload.without_end(payload, blobs))
+        return _payload.compose(records, blobs, store)

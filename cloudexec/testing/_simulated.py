@@ -170,12 +170,13 @@ class SimulatedWorker:
                 return "drained"
 
     async def _answer_all(self, tasks: pb.Tasks) -> None:
-        streamed = set(tasks.streamed)
+        composed = dict(zip(tasks.composed, tasks.blob_counts, strict=True))
+        blobs = iter(tasks.blobs)
         reply = pb.WorkerMessage()
         size = 0
         for index, (lease, payload) in enumerate(zip(tasks.leases, tasks.payloads, strict=True)):
-            if index in streamed:
-                payload = await self._fetched(lease)
+            for _ in range(composed.get(index, 0)):
+                payload += await self._fetched(next(blobs))
             result = self._answer(lease, payload)
             if len(result) > _LARGEST_RESULT:
                 raise ValueError(
@@ -196,11 +197,12 @@ class SimulatedWorker:
         await self._write(reply)
         self.answered += len(reply.results.leases)
 
-    async def _fetched(self, lease: int) -> bytes:
-        """Fetch an argument that is too large to come along with its task."""
-        request = pb.FetchRequest(lease=lease)
+    async def _fetched(self, number: int) -> bytes:
+        """Fetch a part of an argument that is too large to come along with its task."""
+        request = pb.FetchRequest(blob=number)
         metadata = ((TOKEN_KEY, self._welcome.session_token),)
-        return b"".join([chunk async for chunk in self._fetch(request, metadata=metadata)])
+        chunks = [chunk async for chunk in self._fetch(request, metadata=metadata)]
+        return b"".join([chunk for chunk in chunks if isinstance(chunk, memoryview)])
 
     async def _beat(self) -> None:
         interval = self._welcome.heartbeat_interval or 10.0

@@ -6,15 +6,29 @@ import asyncio
 import os
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from mmap import mmap
 
 from cloudexec.worker.frames import CURRENT, PAGE_BYTES, RESULTS_AT
 
-__all__ = ["PIPE_BYTES", "Child", "Delivery", "WorkItem", "oom_kills"]
+__all__ = ["PIPE_BYTES", "Child", "Terms", "WorkItem", "oom_kills"]
 
 PIPE_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What few tasks have.
+
+    Attributes:
+        env: Variables that it has while it runs.
+        memory: Bytes that its processes may take; 0: no limit.
+        last: Whether its slot ends with it.
+    """
+
+    env: dict[str, str]
+    memory: int = 0
+    last: bool = False
 
 
 @dataclass(slots=True)
@@ -27,29 +41,11 @@ class WorkItem:
     number: int
     seconds: float
     timeout: float = 0.0
-    streamed: bool = False
+    blobs: tuple[int, ...] | None = None  # of a composed payload
+    keep: bool = False
     epoch: int = 0
     spared: int = 0
-
-
-class Delivery:
-    """A large result on its way from a slot to the client, at most a few chunks of it here."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.chunks: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self.cut = False
-        self.on_taken: Callable[[], None] = lambda: None
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while True:
-            chunk = await self.chunks.get()
-            if chunk is None:
-                break
-            yield chunk
-            self.on_taken()
-        if self.cut:
-            raise ConnectionAbortedError("the slot died while it sent a result")
+    terms: Terms | None = None
 
 
 class Child:
@@ -64,6 +60,10 @@ class Child:
         self.exited = False
         self.kill_reason = 0  # a Failure kind, when we killed it
         self.kill_lease = 0
+        self.kill_message = ""
+        self.limit = 0  # bytes that its task may take; 0: no limit
+        self.taken_before = 0  # bytes that it had when the task came
+        self.ends = False  # after its task
         self.held: dict[int, WorkItem] = {}  # what it was sent and has not answered, in order
         self.seconds = 0.0  # estimated, of that
         self.sent = 0
@@ -78,12 +78,11 @@ class Child:
         self.tail: dict[int, bytearray] = {}
         self.timer: asyncio.TimerHandle | None = None
         self.stop_timer: asyncio.TimerHandle | None = None
-        self.feeding: asyncio.Task[None] | None = None
-        self.delivery: Delivery | None = None
+        self.arena = -1  # the file with its small results
+        self.small = 0  # of these, those that have not been taken
         self.paused = False  # its answers are not read
         self.raw_paused = False  # nor what it prints past sys.stdout
         self.out: deque[memoryview] = deque()
-        self.drained: asyncio.Event | None = None
         self.input = bytearray()
 
         tasks_read, self.tasks_fd = os.pipe()
@@ -101,6 +100,11 @@ class Child:
 
     def fds(self) -> list[int]:
         return [self.tasks_fd, self.results_fd, self.stdout_fd, self.stderr_fd]
+
+    def close_arena(self) -> None:
+        if self.arena >= 0:
+            os.close(self.arena)
+            self.arena = -1
 
     def running(self) -> WorkItem | None:
         return self.held.get(self.cells[CURRENT])

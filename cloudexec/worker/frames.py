@@ -1,12 +1,13 @@
 """How supervisor and slot talk: frames over two pipes, and a shared page of memory.
 
-A frame is a header (kind, length of the body, a number) and its body. The shared page has three
+A frame is a header (kind, length of the body, a number) and its body. The shared page has four
 cells of eight bytes, then a buffer for results:
 
 * ``CURRENT``: the lease that the slot runs, written by the slot before it begins.
 * ``EPOCH``: written by the supervisor to take back what the slot has not begun: a slot compares
   it, after it wrote ``CURRENT``, with the epoch of the batch at hand, and drops the rest if they
   differ.
+* ``SPILL``: written by the supervisor: whether large results go to disk rather than memory.
 * ``USED``: bytes of finished results in the buffer that have not been written to the pipe yet.
 
 So whatever becomes of a slot - killed, or deep in a call that holds the GIL for minutes - the
@@ -20,12 +21,16 @@ import os
 import struct
 
 __all__ = [
+    "COMPOSED",
     "CURRENT",
     "EPOCH",
+    "FUNCTION_NUMBER",
     "HEADER",
+    "KEPT",
     "PAGE_BYTES",
     "RESULT",
     "RESULTS_AT",
+    "SPILL",
     "USED",
     "Kind",
     "write_all",
@@ -35,9 +40,13 @@ HEADER = struct.Struct("<BIQ")
 RESULT = struct.Struct("<QfBI")
 """One result: lease, seconds, status, length of the payload that follows."""
 
-CURRENT, EPOCH, USED = 0, 1, 2
+CURRENT, EPOCH, USED, SPILL = 0, 1, 2, 3
 RESULTS_AT = 64
 PAGE_BYTES = 256 * 1024
+
+COMPOSED, KEPT = 0x80000000, 0x40000000
+"""A task's payload is places and the head of a composed one; its result is to stay here."""
+FUNCTION_NUMBER = 0x3FFFFFFF
 
 OK, RAISED, UNPICKLE_FAILED, PICKLE_FAILED, DELIVERED = 0, 1, 2, 3, 4
 """Status of a result; ``DELIVERED``: it went through the direct channel."""
@@ -50,31 +59,27 @@ class Kind(enum.IntEnum):
     SETUP = 1
     """JSON: working directory, sys.path, argv."""
     INITIALIZER = 2
-    """Payload of (initializer, initargs); CHUNK frames follow if the number is 1."""
+    """Payload of (initializer, initargs); composed if the number is 1, none if it is 2."""
     FUNCTION = 3
-    """A callable's pickle (number of the function)."""
-    FUNCTION_STREAM = 4
-    """The same in CHUNK frames."""
+    """A callable (number of the function): two flags, whether each task is to have a copy of its
+    own and whether it is composed, then its pickle."""
     FORGET = 5
     """Drop a callable (number of the function)."""
     BATCH = 6
-    """Tasks (epoch): count, then columns of leases, functions, sizes, then payloads."""
-    TASK_STREAM = 7
-    """One task (lease): function and epoch; its arguments follow in CHUNK frames."""
-    CHUNK = 8
-    """A piece of a large payload; an empty one ends it."""
-    ABORT = 9
-    """The large payload ends early."""
-    STOP = 10
+    """Tasks (epoch): count, then columns of leases, functions, sizes, then payloads. Flags in the
+    column of functions: ``COMPOSED``, ``KEPT``."""
+    STOP = 7
     """End."""
-    TASK_DIRECT = 11
-    """One task (lease): function and epoch; its arguments come through the direct channel."""
+    RELEASE = 8
+    """What a result left in a file has been taken (number of the result's blob)."""
+    ENVIRONMENT = 9
+    """JSON: variables for one task (lease), which comes next."""
 
     # From the slot.
     READY = 20
     RESULTS = 21
-    RESULT_STREAM = 22
-    """A large result begins (lease): seconds; CHUNK frames follow."""
+    RESULT_COMPOSED = 22
+    """A large result (lease): seconds, whether it is to be kept, places of blobs, and its head."""
     FAILURE = 23
     """A failure too large for the buffer (lease): seconds, status and the exception."""
     OUTPUT = 24

@@ -14,7 +14,7 @@ import time
 import traceback
 import zipfile
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,10 +24,29 @@ import grpc.aio
 
 from cloudexec import _enrolment
 from cloudexec._errors import LaunchError, ProtocolError
+from cloudexec._objects.places import Place
+from cloudexec._objects.store import Blob
+from cloudexec._objects.transfer import fetch_into, stream_file
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._wire import CHANNEL_OPTIONS, LEASE_KEY, TOKEN_KEY, pack_chunk, unpack_chunk
+from cloudexec._wire import (
+    BLOB_KEY,
+    CHANNEL_OPTIONS,
+    SIZE_KEY,
+    TOKEN_KEY,
+    pack_chunk,
+    unpack_chunk,
+)
 from cloudexec.worker.birth import pull_seconds, seconds_since_start
-from cloudexec.worker.supervisor import KILLED, Failure, Settings, SlotPool, WorkItem
+from cloudexec.worker.blobs import BlobCache, Known, room
+from cloudexec.worker.child import Terms
+from cloudexec.worker.supervisor import (
+    KILLED,
+    Failure,
+    ResultBlob,
+    Settings,
+    SlotPool,
+    WorkItem,
+)
 
 __all__ = ["Address", "Session", "run_worker"]
 
@@ -189,7 +208,10 @@ class Session:
         self._leases: list[int] = []
         self._payloads: list[bytes] = []
         self._seconds: list[float] = []
-        self._streamed: list[int] = []
+        self._direct: list[int] = []
+        self._composed: dict[int, Sequence[pb.Blob]] = {}  # index in the columns -> blobs
+        self._taken_here: dict[int, ResultBlob] = {}  # files that the client is to take
+        self._own_blobs = 0
         self._bytes = 0
         self._failures: deque[Failure] = deque()
         self._returned: list[int] = []
@@ -203,6 +225,7 @@ class Session:
         self._drain_said = False
         self._deliveries: set[asyncio.Task[None]] = set()
         self.pool: SlotPool | None = None
+        self.blobs: BlobCache | None = None
         self.welcome = pb.Welcome()
 
     async def enrol(self) -> None:
@@ -261,8 +284,65 @@ class Session:
         self._bytes += len(payload)
 
     def delivered(self, lease: int, seconds: float) -> None:
-        self._streamed.append(len(self._leases))
+        self._direct.append(len(self._leases))
         self.result(lease, b"", seconds)
+
+    def composed(
+        self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob], *, keep: bool
+    ) -> None:
+        if keep:
+            self._report(lease, seconds, head, [self._keep(blob) for blob in blobs])
+        elif self.welcome.direct_path:
+            self._report(lease, seconds, head, [self._offer(blob) for blob in blobs])
+        else:
+            work = self._deliver_all(lease, seconds, head, blobs)
+            task = asyncio.get_running_loop().create_task(work)
+            self._deliveries.add(task)
+            task.add_done_callback(self._deliveries.discard)
+
+    def _report(self, lease: int, seconds: float, head: bytes, blobs: Sequence[pb.Blob]) -> None:
+        self._composed[len(self._leases)] = blobs
+        self.result(lease, head, seconds)
+
+    def _number(self) -> int:
+        self._own_blobs += 1
+        return self.welcome.first_blob + self._own_blobs
+
+    def _offer(self, blob: ResultBlob) -> pb.Blob:
+        """Leave a part of a result for the client to open, on the machine that we share."""
+        number = self._number()
+        self._taken_here[number] = blob
+        place = blob.place
+        return pb.Blob(
+            id=number,
+            number=place.number,
+            size=place.size,
+            path=place.shared_path(blob.fd),
+            offset=place.offset,
+            mappable=place.mappable,
+        )
+
+    def _keep(self, blob: ResultBlob) -> pb.Blob:
+        """Keep a part of a result until somebody asks for it, or nobody can any more."""
+        assert self.blobs is not None
+        number = self._number()
+        kept = self.blobs.keep(number, blob.fd, blob.place)
+        if blob.owner is not None or not kept.mappable:
+            self._let_go(blob)
+        place = self.blobs.place(number)
+        shared = bool(self.welcome.direct_path)
+        return pb.Blob(
+            id=number,
+            number=blob.place.number,
+            size=place.size,
+            path=place.path if shared else "",
+            offset=place.offset,
+            mappable=place.mappable,
+        )
+
+    def _let_go(self, blob: ResultBlob) -> None:
+        assert self.pool is not None
+        self.pool.let_go(blob)
 
     def failure(self, failure: Failure) -> None:
         self._failures.append(failure)
@@ -288,46 +368,84 @@ class Session:
         self._initializer_failed = payload
         self.wake()
 
-    async def fetch(self, lease: int, function: int) -> AsyncIterator[bytes | memoryview]:
-        request = pb.FetchRequest(lease=lease, function=function)
-        async for chunk in self._fetch(request, metadata=((TOKEN_KEY, self._token),)):
-            yield chunk
+    async def load_blob(self, number: int, known: Known, blob: Blob) -> None:
+        """Fetch a blob of the client's into a file.
+
+        Raises:
+            PayloadError: If it arrived other than it was sent.
+            grpc.aio.AioRpcError: If the connection fails.
+        """
+
+        def chunks(offset: int) -> Any:
+            request = pb.FetchRequest(blob=number, offset=offset)
+            return self._fetch(request, metadata=((TOKEN_KEY, self._token),))
+
+        await fetch_into(blob, chunks)
 
     async def fetch_modules(self) -> str:
         """Fetch the user's own modules; return the directory they are in now."""
         request = pb.FetchRequest(modules=True)
         with tempfile.TemporaryFile() as file:
             async for chunk in self._fetch(request, metadata=((TOKEN_KEY, self._token),)):
-                file.write(chunk)
+                file.write(cast("memoryview", chunk))
             directory = tempfile.mkdtemp(prefix="cloudexec-modules-")
             with zipfile.ZipFile(file) as archive:
                 archive.extractall(directory)
         return directory
 
-    def deliver(self, lease: int, seconds: float, chunks: AsyncIterator[bytes]) -> None:
-        task = asyncio.get_running_loop().create_task(self._deliver_all(lease, seconds, chunks))
+    async def _deliver_all(
+        self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob]
+    ) -> None:
+        """Send the parts of a result, then report it."""
+        sent = []
+        try:
+            for blob in blobs:
+                number = self._number()
+                if not await self._deliver_one(number, blob.fd, blob.place):
+                    return  # nobody waits for it, or the connection is gone
+                place = blob.place
+                sent.append(pb.Blob(id=number, number=place.number, size=place.size))
+        finally:
+            for blob in blobs:
+                self._let_go(blob)
+        self._report(lease, seconds, head, sent)
+        self.wake()
+
+    async def _deliver_one(self, number: int, fd: int, place: Place) -> bool:
+        metadata = (
+            (TOKEN_KEY, self._token),
+            (BLOB_KEY, str(number)),
+            (SIZE_KEY, str(place.size)),
+        )
+        call = self._deliver(metadata=metadata)
+        try:
+            await stream_file(fd, place.offset, place.size, call.write)
+            await call.done_writing()
+            reply = await call
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return False
+        return bool(reply.accepted)
+
+    def deliver_kept(self, numbers: Sequence[int]) -> None:
+        """Send blobs that are kept here and that the client wants."""
+
+        async def send() -> None:
+            assert self.blobs is not None
+            for number in numbers:
+                kept = self.blobs.kept(number)
+                if kept is not None and kept.segment is not None:
+                    await self._deliver_one(number, kept.segment.fd, self.blobs.place(number))
+
+        task = asyncio.get_running_loop().create_task(send())
         self._deliveries.add(task)
         task.add_done_callback(self._deliveries.discard)
 
-    async def _deliver_all(self, lease: int, seconds: float, chunks: AsyncIterator[bytes]) -> None:
-        metadata = ((TOKEN_KEY, self._token), (LEASE_KEY, str(lease)))
-        call = self._deliver(metadata=metadata)
-        try:
-            async for chunk in chunks:
-                await call.write(chunk)
-            await call.done_writing()
-            reply = await call
-        except ConnectionAbortedError:
-            call.cancel()  # the slot died; its end is reported on its own
-            return
-        except grpc.aio.AioRpcError:
-            # Nobody waits for it, or the connection is gone. Read on, so that the slot can.
-            async for _ in chunks:
-                pass
-            return
-        if reply.accepted:
-            self.delivered(lease, seconds)
-            self.wake()
+    def taken(self, numbers: Sequence[int]) -> None:
+        """The client has taken parts of results."""
+        for number in numbers:
+            blob = self._taken_here.pop(number, None)
+            if blob is not None:
+                self._let_go(blob)
 
     def wake(self) -> None:
         self._wanted.set()
@@ -360,9 +478,19 @@ class Session:
             results.leases.extend(self._leases[:count])
             results.payloads.extend(self._payloads[:count])
             results.seconds.extend(self._seconds[:count])
-            if self._streamed:
-                results.streamed.extend(i for i in self._streamed if i < count)
-                self._streamed = [i - count for i in self._streamed if i >= count]
+            if self._direct:
+                results.direct.extend(i for i in self._direct if i < count)
+                self._direct = [i - count for i in self._direct if i >= count]
+            if self._composed:
+                later = {}
+                for index, blobs in self._composed.items():
+                    if index < count:
+                        results.composed.append(index)
+                        results.blob_counts.append(len(blobs))
+                        results.blobs.extend(blobs)
+                    else:
+                        later[index - count] = blobs
+                self._composed = later
             del self._leases[:count], self._payloads[:count], self._seconds[:count]
             some = True
         size = 0
@@ -449,20 +577,23 @@ class Session:
         Args:
             ends: Where a request to drain goes: the session goes on until that is done.
         """
-        pool = self.pool
+        pool, blobs = self.pool, self.blobs
         assert pool is not None
+        assert blobs is not None
         call = self._call
         while True:
             message = await call.read()
             if message is grpc.aio.EOF:
                 return "closed"
+            if message.blobs:
+                introduce(blobs, message.blobs)
             if message.functions:
                 for function in message.functions:
                     pool.add_function(
                         function.number,
                         function.pickle,
-                        streamed=function.streamed,
                         fresh=function.fresh,
+                        blobs=tuple(function.blobs),
                     )
             if message.HasField("tasks"):
                 pool.add(_items(message.tasks))
@@ -472,6 +603,12 @@ class Session:
                 pool.kill(list(message.kill), KILLED)
             if message.forget_functions:
                 pool.forget_functions(list(message.forget_functions))
+            if message.forget_blobs:
+                blobs.forget(message.forget_blobs)
+            if message.taken:
+                self.taken(message.taken)
+            if message.wanted:
+                self.deliver_kept(list(message.wanted))
             if message.output_credit:
                 self._credit += message.output_credit
                 if self._credit > 0:
@@ -506,9 +643,31 @@ def _items(tasks: pb.Tasks) -> list[WorkItem]:
     if tasks.timeouts:
         for item, timeout in zip(items, tasks.timeouts, strict=True):
             item.timeout = timeout
-    for index in tasks.streamed:
-        items[index].streamed = True
+    at = 0
+    for index, count in zip(tasks.composed, tasks.blob_counts, strict=True):
+        items[index].blobs = tuple(tasks.blobs[at : at + count])
+        at += count
+    for index in tasks.kept:
+        items[index].keep = True
+    for terms in tasks.terms:
+        items[terms.index].terms = Terms(dict(terms.env), terms.memory_bytes, terms.last)
     return items
+
+
+def introduce(cache: BlobCache, blobs: Sequence[pb.Blob]) -> None:
+    """Tell the cache of blobs that the client announced."""
+    for blob in blobs:
+        place = None
+        if blob.path:
+            place = Place(blob.id, blob.size, blob.path, blob.offset, mappable=blob.mappable)
+        cache.introduce(
+            blob.id,
+            blob.size,
+            place,
+            url=blob.url,
+            expires=blob.url_expires,
+            sha256=blob.sha256,
+        )
 
 
 def _version() -> str:
@@ -548,13 +707,23 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             raise LaunchError(
                 f"the client's modules could not be fetched: {exc.details()}"
             ) from exc
+    welcome = session.welcome
+    blobs = BlobCache(
+        session.load_blob,
+        room(address.memory_mib, welcome.blob_memory),
+        lambda: pool.blobs_in_use(),
+        direct=bool(welcome.direct_path),
+    )
+    session.blobs = blobs
     pool = SlotPool(
-        _settings(session.welcome, address, modules),
+        _settings(welcome, address, modules),
         session,
         zygote,
         lambda: ends.put_nowait("zygote"),
+        blobs,
     )
     session.pool = pool
+    introduce(blobs, welcome.initializer_blobs)
 
     def on_sigterm() -> None:
         ends.put_nowait("sigterm")
@@ -586,7 +755,12 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             traceback.print_exc()
             ends.put_nowait("bug")
 
-    receiving = loop.create_task(serve(session.receive(ends)))
+    async def receive() -> str | None:
+        await blobs.ready([blob.id for blob in welcome.initializer_blobs])
+        pool.start()
+        return await session.receive(ends)
+
+    receiving = loop.create_task(serve(receive()))
     sending = loop.create_task(serve(session.send()))
     background = [
         receiving,
@@ -596,7 +770,6 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     ]
     asked = reclaimed = lost = False
     try:
-        await pool.start()
         why = await ends.get()
         address.say(f"ends: {_WHY.get(why, why)}")
         asked = why in ("drain", "sigterm", "terminate")
@@ -626,6 +799,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
         pool.close()
+        blobs.close()
         await session.close()
         if modules:
             shutil.rmtree(modules, ignore_errors=True)
@@ -669,7 +843,7 @@ def _settings(welcome: pb.Welcome, address: Address, modules: str) -> Settings:
         sys_path=tuple(welcome.sys_path),
         argv=tuple(welcome.argv),
         initializer=welcome.initializer,
-        initializer_streamed=welcome.initializer_streamed,
+        initializer_blobs=tuple(blob.id for blob in welcome.initializer_blobs),
         max_tasks_per_child=welcome.max_tasks_per_child,
         min_slots=welcome.min_slots,
         idle_timeout=welcome.idle_timeout,

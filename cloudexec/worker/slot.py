@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import mmap
@@ -12,18 +13,23 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cloudexec import _direct, _payload
 from cloudexec._errors import PayloadError
-from cloudexec._payload import CHUNK_BYTES, INLINE_BYTES, Parts
+from cloudexec._objects.places import DirectSource, FileSource, Place, unpack_places
+from cloudexec._payload import INLINE_BYTES
 from cloudexec.worker import frames
 from cloudexec.worker.frames import (
+    COMPOSED,
     CURRENT,
     EPOCH,
+    FUNCTION_NUMBER,
     HEADER,
+    KEPT,
     PAGE_BYTES,
     RESULT,
     RESULTS_AT,
@@ -31,6 +37,9 @@ from cloudexec.worker.frames import (
     Kind,
     write_all,
 )
+
+if TYPE_CHECKING:
+    from cloudexec.worker.results import ResultFiles
 
 __all__ = ["Slot"]
 
@@ -89,7 +98,9 @@ class Slot:
         self._input = bytearray()
         self._at = 0
         self._functions: dict[int, Callable[..., Any]] = {}
-        self._in_stream = False
+        self._variables: tuple[int, dict[str, str]] | None = None  # of the task that comes next
+        self._stash: deque[tuple[int, int, bytes]] = deque()
+        self._results: ResultFiles | None = None
         self.direct_path = ""
         self.token = b""
         self.forked = False
@@ -132,25 +143,14 @@ class Slot:
         self._at += length
         return kind, number, body
 
-    def _next_chunk(self) -> bytes | None:
-        if not self._in_stream:
-            return None
-        kind, _, body = self._next_frame()
-        if kind == Kind.ABORT:
-            self._in_stream = False
-            raise ConnectionAbortedError("the payload was cut off")
-        if not body:
-            self._in_stream = False
-            return None
-        return body
-
-    def _skip_chunks(self) -> None:
-        """Read up to the end of a large payload, so that its rest is not taken for frames."""
-        try:
-            while self._next_chunk() is not None:
-                pass
-        except ConnectionAbortedError:
-            pass
+    def await_release(self) -> None:
+        """Read frames until one of them is a release; the others keep their order."""
+        while True:
+            frame = self._next_frame()
+            if frame[0] == Kind.RELEASE:
+                self._on_release(frame[1], frame[2])
+                return
+            self._stash.append(frame)
 
     # Writing.
 
@@ -201,20 +201,43 @@ class Slot:
             Kind.SETUP: self._on_setup,
             Kind.INITIALIZER: self._on_initializer,
             Kind.FUNCTION: self._on_function,
-            Kind.FUNCTION_STREAM: self._on_function_stream,
             Kind.FORGET: self._on_forget,
             Kind.BATCH: self._on_batch,
-            Kind.TASK_STREAM: self._on_task_stream,
-            Kind.TASK_DIRECT: self._on_task_direct,
+            Kind.RELEASE: self._on_release,
         }
+        stash = self._stash
         while True:
             if len(self._input) == self._at:
                 self._flush()
-            kind, number, body = self._next_frame()
+            kind, number, body = stash.popleft() if stash else self._next_frame()
             if kind == Kind.STOP:
                 self._flush()
                 return
-            handlers[kind](number, body)
+            if kind == Kind.ENVIRONMENT:
+                self._variables = number, json.loads(body)
+            elif kind == Kind.BATCH and self._variables is not None:
+                with self._environment(struct.unpack_from("<Q", body, 4)[0]):
+                    handlers[kind](number, body)
+            else:
+                handlers[kind](number, body)
+
+    @contextlib.contextmanager
+    def _environment(self, lease: int) -> Iterator[None]:
+        """Have the variables of one task in ``os.environ``, and afterwards what was there."""
+        assert self._variables is not None
+        (whose, variables), self._variables = self._variables, None
+        if whose != lease:
+            variables = {}  # their task was taken back before it came
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
     def _on_setup(self, number: int, body: bytes) -> None:
         setup = json.loads(body)
@@ -246,11 +269,7 @@ class Slot:
             self.send(Kind.READY)
             return
         try:
-            if number == 1:
-                self._in_stream = True
-                initializer, initargs = _payload.load_chunks(self._next_chunk)
-            else:
-                initializer, initargs = _loads(body)
+            initializer, initargs = self._load_composed(body) if number == 1 else _loads(body)
             initializer(*initargs)
         except BaseException as exc:
             self._flush_output()
@@ -259,14 +278,41 @@ class Slot:
             self.send(Kind.READY)
 
     def _on_function(self, number: int, body: bytes) -> None:
-        self._functions[number] = _Pickled([body[1:]], fresh=bool(body[0]))
+        load = self._load_composed if body[1] else _loads
+        self._functions[number] = _Pickled(body[2:], load, fresh=bool(body[0]))
 
-    def _on_function_stream(self, number: int, body: bytes) -> None:
-        self._in_stream = True
-        chunks = []
-        while (chunk := self._next_chunk()) is not None:
-            chunks.append(chunk)
-        self._functions[number] = _Pickled(chunks, fresh=bool(body[0]), streamed=True)
+    # Large payloads.
+
+    def _load_composed(self, data: bytes | memoryview) -> Any:
+        """Unpickle places of blobs and the head that refers to them.
+
+        Raises:
+            ConnectionAbortedError: If whoever held them is gone.
+            BaseException: Whatever unpickling raises.
+        """
+        places, at = unpack_places(data)
+        found = {place.number: place for place in places}
+        return _payload.load_composed(data[at:], lambda number: self._source(found[number]))
+
+    def _source(self, place: Place) -> Any:
+        if not place.path:
+            return DirectSource(place, self.direct_path, self.token)
+        try:
+            return FileSource(place)
+        except FileNotFoundError as exc:
+            raise ConnectionAbortedError("whoever held this payload is gone") from exc
+
+    def result_files(self) -> ResultFiles:
+        """Return where large results are left to be fetched."""
+        if self._results is None:
+            from cloudexec.worker.results import ResultFiles
+
+            self._results = ResultFiles(self._cells)
+        return self._results
+
+    def _on_release(self, number: int, body: bytes) -> None:
+        if self._results is not None:
+            self._results.release(number)
 
     def _function(self, number: int) -> Callable[..., Any]:
         """Return a callable, unpickled under the first task that names it: it may do anything."""
@@ -298,20 +344,28 @@ class Slot:
             end = at + columns[2 * count + i]
             payload = view[at:end]
             at = end
+            number = columns[count + i]
+            flags = 0
             try:
-                number = columns[count + i]
+                if number > FUNCTION_NUMBER:
+                    flags = number
+                    number &= FUNCTION_NUMBER
+                load = self._load_composed if flags & COMPOSED else _loads
                 if number:
                     fn = functions[number]
                     if type(fn) is _Pickled:
                         fn = self._function(number)
-                    args = _loads(payload)
+                    args = load(payload)
                     kwargs: dict[str, Any] = {}
                     if type(args) is list:
                         args, kwargs = args
                 else:
-                    fn, args, kwargs = _loads(payload)
+                    fn, args, kwargs = load(payload)
             except BaseException as exc:
                 ended = perf_counter()
+                if type(exc) is ConnectionAbortedError and flags & COMPOSED:
+                    self.send(Kind.DROPPED, lease, struct.pack("<Q", epoch))
+                    continue
                 self._fail_unpickling(lease, ended - began, exc)
                 began = ended
                 continue
@@ -325,7 +379,10 @@ class Slot:
             else:
                 if self.forked:
                     self._leave_if_forked()
-                if value is None:
+                if flags & KEPT:
+                    ended = perf_counter()
+                    self._answer(lease, ended - began, value, keep=True)
+                elif value is None:
                     self._flush_stdout()
                     ended = perf_counter()
                     self._put(lease, ended - began, frames.OK, b"N.")
@@ -339,62 +396,6 @@ class Slot:
             began = ended
         cells[CURRENT] = 0
         body = b""
-        self._flush()
-
-    def _on_task_stream(self, lease: int, body: bytes) -> None:
-        self._in_stream = True
-        try:
-            self._run_large(lease, body, lambda: _payload.load_chunks(self._next_chunk))
-        finally:
-            self._skip_chunks()
-
-    def _on_task_direct(self, lease: int, body: bytes) -> None:
-        def load() -> Any:
-            try:
-                with _direct.connect(self.direct_path, self.token, _direct.FETCH, lease) as source:
-                    _direct.receive_exactly(source, 1)
-                    return _payload.load_records(lambda view: _direct.fill_from(source, view))
-            except (EOFError, OSError) as exc:
-                raise ConnectionAbortedError("the payload was cut off") from exc
-
-        self._run_large(lease, body, load)
-
-    def _run_large(self, lease: int, body: bytes, load: Callable[[], Any]) -> None:
-        """Run one task whose payload is large, and comes apart from it."""
-        number, epoch = struct.unpack("<IQ", body)
-        began = perf_counter()
-        self._cells[CURRENT] = lease
-        try:
-            if self._cells[EPOCH] != epoch:
-                raise ConnectionAbortedError("it was taken back")
-            args = load()
-            kwargs: dict[str, Any] = {}
-            if number:
-                fn = self._function(number)
-                if type(args) is list:
-                    args, kwargs = args
-            else:
-                fn, args, kwargs = args
-        except ConnectionAbortedError:
-            self._cells[CURRENT] = 0
-            self.send(Kind.DROPPED, lease, struct.pack("<Q", epoch))
-            return
-        except BaseException as exc:
-            self._skip_chunks()
-            self._fail_unpickling(lease, perf_counter() - began, exc)
-        else:
-            self._skip_chunks()
-            try:
-                value = fn(*args, **kwargs)
-                del fn, args, kwargs
-                self._leave_if_forked()
-            except BaseException as exc:
-                self._leave_if_forked()
-                self._fail(lease, perf_counter() - began, exc)
-            else:
-                self._answer(lease, perf_counter() - began, value)
-                del value
-        self._cells[CURRENT] = 0
         self._flush()
 
     def _flush_stdout(self) -> None:
@@ -423,12 +424,12 @@ class Slot:
         self._flush_output()
         self._put(lease, seconds, frames.UNPICKLE_FAILED, _payload.dumps_exception(error))
 
-    def _answer(self, lease: int, seconds: float, value: Any) -> None:
-        """Pickle a result and put it into the buffer, or stream it if it is large."""
+    def _answer(self, lease: int, seconds: float, value: Any, *, keep: bool = False) -> None:
+        """Pickle a result and put it into the buffer, or where large ones go."""
         self._flush_stdout()
-        writer = _ResultWriter(self, lease, seconds)
+        writer = _ResultWriter(self, lease, seconds, keep=keep)
         try:
-            if type(value) in _payload._ATOMS:
+            if type(value) in _payload._ATOMS and not keep:
                 self._put(lease, seconds, frames.OK, pickle.dumps(value, 5))
                 return
             _payload.Pickler(writer, protocol=5, buffer_callback=writer.take_buffer).dump(value)
@@ -448,38 +449,61 @@ class Slot:
 class _Pickled:
     """Stands for a callable until a task names it; a fresh one is loaded anew for each task."""
 
-    def __init__(self, chunks: list[bytes], *, fresh: bool, streamed: bool = False) -> None:
+    def __init__(self, pickled: bytes, load: Callable[[bytes], Any], *, fresh: bool) -> None:
         self.fresh = fresh
-        self._chunks = chunks
-        self._streamed = streamed
+        self._pickled = pickled
+        self._load = load
 
     def load(self) -> Callable[..., Any]:
-        if self._streamed:
-            chunks = iter(self._chunks)
-            return _payload.load_chunks(lambda: next(chunks, None))  # type: ignore[no-any-return]
-        return _loads(self._chunks[0])  # type: ignore[no-any-return]
+        return self._load(self._pickled)  # type: ignore[no-any-return]
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("a callable that was not unpickled")
 
 
 class _ResultWriter:
-    """A file for the pickler that keeps a small result and sends a large one as it grows."""
+    """A file for the pickler that keeps a small result, and brings a large one on its way.
 
-    def __init__(self, slot: Slot, lease: int, seconds: float) -> None:
+    Arrays and other buffers are left in files that the supervisor, or the client on the same
+    machine, opens. A large pickle that has none goes straight to such a client while it grows.
+    """
+
+    def __init__(self, slot: Slot, lease: int, seconds: float, *, keep: bool) -> None:
         self._slot = slot
         self._lease = lease
         self._seconds = seconds
-        self._small: list[tuple[int, bytes | memoryview]] = []
+        self._keep = keep
+        self._pieces: list[bytes] = []
         self._size = 0
         self._direct: socket.socket | None = None
-        self.streaming = False
+        self._records: list[bytes] = []
+        self._places: list[Place] = []
 
     def write(self, data: Any) -> int:
         if type(data) is not bytes:
             data = bytes(data)
-        self._add(0, data)
+        if self._direct is not None:
+            self._direct.sendall(_payload.record(0, len(data)))
+            self._direct.sendall(data)
+            return len(data)
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size > INLINE_BYTES and not self._places:
+            slot = self._slot
+            if slot.direct_path and not self._keep:
+                self._go_direct()
         return len(data)
+
+    def _go_direct(self) -> None:
+        slot = self._slot
+        slot._flush()
+        direct = _direct.connect(slot.direct_path, slot.token, _direct.DELIVER, self._lease)
+        _direct.receive_exactly(direct, 1)
+        pieces, self._pieces = self._pieces, []
+        for piece in pieces:
+            direct.sendall(_payload.record(0, len(piece)))
+            direct.sendall(piece)
+        self._direct = direct
 
     def take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         try:
@@ -489,67 +513,47 @@ class _ResultWriter:
         if raw.nbytes <= INLINE_BYTES:
             return True
         # Results are writeable copies, read-only buffers included, as through a process pool.
-        self._add(1, raw)
+        if self._direct is not None:
+            self._direct.sendall(_payload.record(1, raw.nbytes))
+            self._direct.sendall(raw)
+        else:
+            self._leave(5, [raw], raw.nbytes)
         return False
 
-    def _add(self, kind: int, data: bytes | memoryview) -> None:
-        if self.streaming:
-            self._send_record(kind, data)
-            return
-        self._small.append((kind, data))
-        self._size += len(data)
-        if self._size > INLINE_BYTES or kind:
-            self._begin()
-            small, self._small = self._small, []
-            for held_kind, held in small:
-                self._send_record(held_kind, held)
-
-    def _begin(self) -> None:
-        slot = self._slot
-        if slot.direct_path:
-            slot._flush()
-            path, token = slot.direct_path, slot.token
-            self._direct = _direct.connect(path, token, _direct.DELIVER, self._lease)
-            _direct.receive_exactly(self._direct, 1)
-        else:
-            slot.send(Kind.RESULT_STREAM, self._lease, struct.pack("<f", self._seconds))
-        self.streaming = True
-
-    def _send_record(self, kind: int, data: bytes | memoryview) -> None:
-        header = _payload.record(kind, len(data))
-        if self._direct is not None:
-            self._direct.sendall(header)
-            self._direct.sendall(data)
-            return
-        slot = self._slot
-        for chunk in Parts([header, data], 0).chunks(CHUNK_BYTES):
-            with slot._lock:
-                write_all(slot._results_fd, HEADER.pack(Kind.CHUNK, len(chunk), self._lease))
-                write_all(slot._results_fd, chunk)
+    def _leave(self, kind: int, pieces: list[Any], size: int) -> None:
+        place = self._slot.result_files().put(pieces, size)
+        self._places.append(place)
+        self._records.append(_payload.record(kind, place.number))
 
     def close(self) -> None:
         """Bring the result to its end, and report it."""
         slot = self._slot
-        if not self.streaming:
-            payload = b"".join(data for _, data in self._small)
-            slot._put(self._lease, self._seconds, frames.OK, payload)
-        elif self._direct is None:
-            self._send_record(3, b"")
-            slot.send(Kind.CHUNK, self._lease)
-        else:
+        if self._direct is not None:
             with self._direct as connection:
                 connection.sendall(_payload.END_RECORD)
                 connection.shutdown(socket.SHUT_WR)
                 _direct.receive_exactly(connection, 1)
             slot._put(self._lease, self._seconds, frames.DELIVERED, b"")
+            return
+        if not self._places and self._size <= INLINE_BYTES and not self._keep:
+            slot._put(self._lease, self._seconds, frames.OK, b"".join(self._pieces))
+            return
+        if self._size > INLINE_BYTES:
+            self._leave(4, self._pieces, self._size)
+        else:
+            pickled = b"".join(self._pieces)
+            self._records += (_payload.record(0, len(pickled)), pickled)
+        head = b"".join((*self._records, _payload.END_RECORD))
+        if len(head) > INLINE_BYTES:
+            self._records.clear()
+            self._leave(7, [head], len(head))
+            head = self._records[0]
+        slot.result_files().send(slot, self._lease, self._seconds, self._places, head, self._keep)
 
     def abandon(self, error: bytes) -> None:
         """Report that the result could not be pickled to its end."""
-        slot = self._slot
         if self._direct is not None:
             self._direct.close()
-        if self.streaming and self._direct is None:
-            body = _FAILURE.pack(self._seconds, frames.PICKLE_FAILED) + error
-            slot.send(Kind.FAILURE, self._lease, body)
-        else:
-            slot._put(self._lease, self._seconds, frames.PICKLE_FAILED, error)
+        if self._places:
+            self._slot.result_files().drop(self._places)
+        self._slot._put(self._lease, self._seconds, frames.PICKLE_FAILED, error)

@@ -10,24 +10,30 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from cloudexec._objects.places import Place, unpack_places
 from cloudexec.worker import frames
-from cloudexec.worker.child import PIPE_BYTES, Child, Delivery, WorkItem, oom_kills
+from cloudexec.worker.blobs import BlobCache
+from cloudexec.worker.child import PIPE_BYTES, Child, WorkItem, oom_kills
+from cloudexec.worker.footprint import memory_taken
 from cloudexec.worker.frames import (
+    COMPOSED,
     CURRENT,
     EPOCH,
     HEADER,
+    KEPT,
     RESULT,
     RESULTS_AT,
+    SPILL,
     USED,
     Kind,
 )
 from cloudexec.worker.zygote import EXITED, FORK, KILL, MESSAGE, STARTED
 
-__all__ = ["KILLED", "Answers", "Failure", "Settings", "SlotPool", "WorkItem"]
+__all__ = ["KILLED", "Answers", "Failure", "ResultBlob", "Settings", "SlotPool", "WorkItem"]
 
 _BATCH_SECONDS = 0.002
 """Estimated work that a slot holds: enough to hide a wake-up, too little to miss."""
@@ -43,11 +49,15 @@ _STOP_GRACE = 5.0
 """Seconds that a slot told to stop may take for its exit handlers."""
 _FULL = 0.8
 """Part of its share of the container's memory past which a slot that was killed filled it."""
+_MEMORY_TICK = 0.02
+"""Seconds between looks at what tasks with a limit have taken."""
 _FAILED_STARTS = 3
+_COMPOSED_RESULT = struct.Struct("<f?")
 _SPARED = 5
 """Slots that may die before they begin a task that was sent to them, before it is to blame."""
 
-SLOT_LOST, TIMED_OUT, KILLED, RECLAIMED = 4, 5, 6, 7
+UNPICKLE_FAILED = 2
+SLOT_LOST, TIMED_OUT, KILLED, RECLAIMED, OUTGREW = 4, 5, 6, 7, 8
 """``Failure.Kind`` of the wire, where the slot itself cannot say what happened."""
 
 
@@ -75,7 +85,7 @@ class Settings:
     sys_path: tuple[str, ...] = ()
     argv: tuple[str, ...] = ()
     initializer: bytes = b""
-    initializer_streamed: bool = False
+    initializer_blobs: tuple[int, ...] = ()
     max_tasks_per_child: int = 0
     min_slots: int = 0
     idle_timeout: float = -1.0
@@ -113,11 +123,10 @@ class Answers(Protocol):
     def initializer_failed(self, payload: bytes) -> None:
         """The initializer raised, or killed its slot time and again."""
 
-    def fetch(self, lease: int, function: int) -> AsyncIterator[bytes | memoryview]:
-        """The chunks of a large payload of the client's."""
-
-    def deliver(self, lease: int, seconds: float, chunks: AsyncIterator[bytes]) -> None:
-        """Send a large result, and report it once it has arrived."""
+    def composed(
+        self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob], *, keep: bool
+    ) -> None:
+        """A task returned something large, which is in files; it is to be kept here, or sent."""
 
     def wake(self) -> None:
         """There is something to send."""
@@ -125,11 +134,26 @@ class Answers(Protocol):
 
 @dataclass(slots=True)
 class _Function:
-    """A callable's pickle, whole or in chunks; neither: still to be fetched."""
+    """A callable's pickle, or the head of it and the blobs that this refers to."""
 
     pickle: bytes
     fresh: bool
-    chunks: list[bytes | memoryview] | None = None
+    blobs: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class ResultBlob:
+    """A part of a result, in a file that is open here.
+
+    Attributes:
+        fd: Of the file.
+        place: Where in it.
+        owner: The slot that wants to know when it has been taken; ``None``: the file is ours.
+    """
+
+    fd: int
+    place: Place
+    owner: Child | None = None
 
 
 class SlotPool:
@@ -140,6 +164,7 @@ class SlotPool:
         answers: Where answers go.
         zygote: Socket to the zygote.
         on_zygote_gone: Called when the zygote died: the worker cannot go on.
+        blobs: What tasks and callables refer to.
     """
 
     def __init__(
@@ -148,7 +173,9 @@ class SlotPool:
         answers: Answers,
         zygote: socket.socket,
         on_zygote_gone: Callable[[], None],
+        blobs: BlobCache,
     ) -> None:
+        self._blobs = blobs
         self._settings = settings
         self._answers = answers
         self._zygote = zygote
@@ -159,10 +186,11 @@ class SlotPool:
         self._numbers = 0
         self._forking: deque[Child] = deque()
         self._functions: dict[int, _Function] = {}
-        self._initializer: list[bytes | memoryview] | None = None
+        self._parked: dict[int, WorkItem] = {}  # their blobs are on the way
         self._recalled: set[int] = set()
         self._tick_handle: asyncio.TimerHandle | None = None
         self._trim_handle: asyncio.TimerHandle | None = None
+        self._memory_handle: asyncio.TimerHandle | None = None
         self._failed_starts = 0
         self._oom_kills = oom_kills(alone=settings.memory_mib > 0)
         self._draining = False
@@ -177,16 +205,16 @@ class SlotPool:
 
     # What the client asks.
 
-    async def start(self) -> None:
-        """Fetch a large initializer and start the slots that are to be kept warm."""
-        if self._settings.initializer_streamed:
-            self._initializer = [chunk async for chunk in self._answers.fetch(0, 0)]
+    def start(self) -> None:
+        """Start the slots that are to be kept warm."""
         for _ in range(min(self._settings.min_slots, self._settings.slots)):
             self._fork()
 
-    def add_function(self, number: int, pickle: bytes, *, streamed: bool, fresh: bool) -> None:
+    def add_function(
+        self, number: int, pickle: bytes, *, fresh: bool, blobs: tuple[int, ...] = ()
+    ) -> None:
         """Learn a callable that tasks will name."""
-        self._functions[number] = _Function(b"" if streamed else pickle, fresh)
+        self._functions[number] = _Function(pickle, fresh, blobs)
 
     def forget_functions(self, numbers: list[int]) -> None:
         """Drop callables that no task will name again."""
@@ -198,9 +226,60 @@ class SlotPool:
                     self._write(slot, HEADER.pack(Kind.FORGET, 0, number))
 
     def add(self, items: list[WorkItem]) -> None:
-        """Take tasks, in order."""
-        self._queue.extend(items)
+        """Take tasks, in order; those whose blobs are still to come wait for these."""
+        for item in items:
+            if item.blobs is None and not item.function:
+                self._queue.append(item)
+                continue
+            function = self._functions.get(item.function)
+            needs = item.blobs or ()
+            if function is not None and function.blobs:
+                needs += function.blobs
+            if needs and self._blobs.missing(needs):
+                self._park(item, needs)
+            else:
+                self._queue.append(item)
         self.dispatch()
+
+    def _park(self, item: WorkItem, needs: tuple[int, ...]) -> None:
+        self._parked[item.lease] = item
+
+        def ready(error: BaseException | None) -> None:
+            if self._parked.pop(item.lease, None) is None:
+                return  # it was taken back
+            if error is None:
+                self._queue.append(item)
+                self.dispatch()
+                return
+            self._refuse(item, error)
+            self._answers.wake()
+
+        self._blobs.when_ready(needs, ready)
+
+    def _refuse(self, item: WorkItem, error: BaseException) -> None:
+        """Answer for a task whose blobs cannot be had."""
+        from cloudexec._errors import PayloadError
+        from cloudexec._payload import dumps_exception
+
+        if isinstance(error, PayloadError):
+            payload = dumps_exception(error)
+            self._answers.failure(Failure(item.lease, UNPICKLE_FAILED, payload))
+        else:
+            self._answers.returned(item.lease)  # the connection failed: tried again
+
+    def blobs_in_use(self) -> set[int]:
+        """Return the blobs that tasks which are here, or callables, refer to."""
+        used = set(self._settings.initializer_blobs)
+        for function in self._functions.values():
+            used.update(function.blobs)
+        for item in self._parked.values():
+            used.update(item.blobs or ())
+        for item in self._queue:
+            used.update(item.blobs or ())
+        for slot in self._slots.values():
+            for item in slot.held.values():
+                used.update(item.blobs or ())
+        return used
 
     def announced(self) -> None:
         """The client has been told that tasks may begin here: begin."""
@@ -210,6 +289,8 @@ class SlotPool:
     def recall(self, leases: list[int]) -> None:
         """Hand these back unless they have begun."""
         wanted = set(leases)
+        for lease in leases:
+            self._parked.pop(lease, None)  # and so it is unknown
         unknown = wanted - {item.lease for item in self._queue}
         for slot in self._slots.values():
             unknown -= slot.held.keys()
@@ -245,8 +326,9 @@ class SlotPool:
     def drain(self) -> None:
         """Hand back what has not begun, and take nothing more."""
         self._draining = True
-        for item in self._queue:
+        for item in (*self._parked.values(), *self._queue):
             self._answers.returned(item.lease)
+        self._parked.clear()
         self._queue.clear()
         for slot in self._slots.values():
             if len(slot.held) > 1:
@@ -274,7 +356,7 @@ class SlotPool:
     @property
     def queued(self) -> int:
         """Tasks that wait here for a slot."""
-        return len(self._queue)
+        return len(self._queue) + len(self._parked)
 
     def started(self) -> list[int]:
         """Leases that run, and were not reported as running before."""
@@ -350,16 +432,15 @@ class SlotPool:
         }
         body = json.dumps(setup).encode()
         data = HEADER.pack(Kind.SETUP, len(body), 0) + body
-        if self._initializer is not None:
-            data += HEADER.pack(Kind.INITIALIZER, 0, 1)
+        if settings.initializer_blobs:
+            body = self._blobs.places(settings.initializer_blobs) + settings.initializer
+            data += HEADER.pack(Kind.INITIALIZER, len(body), 1) + body
         elif settings.initializer:
             data += HEADER.pack(Kind.INITIALIZER, len(settings.initializer), 0)
             data += settings.initializer
         else:
             data += HEADER.pack(Kind.INITIALIZER, 0, 2)
         self._write(slot, data)
-        if self._initializer is not None:
-            self._write_chunks(slot, self._initializer)
         self._loop.add_reader(slot.results_fd, self._on_answers, slot)
         self._watch_raw_output(slot)
 
@@ -419,20 +500,15 @@ class SlotPool:
             self._on_raw_output(slot, fd, stream, last=True)
         slot.dead = True
         del self._slots[slot.number]
-        if slot.feeding is not None:
-            slot.feeding.cancel()
         for timer in (slot.timer, slot.stop_timer):
             if timer is not None:
                 timer.cancel()
-        if slot.drained is not None:
-            slot.drained.set()
-        if slot.delivery is not None:
-            slot.delivery.cut = True
-            slot.delivery.chunks.put_nowait(None)
         for fd in slot.fds():
             self._loop.remove_reader(fd)
             self._loop.remove_writer(fd)
             os.close(fd)
+        if not slot.small:
+            slot.close_arena()
         code = os.waitstatus_to_exitcode(status)
         self._blame(slot, code, peak)
         if not slot.ready and not slot.stopping and not slot.kill_reason:
@@ -460,6 +536,7 @@ class SlotPool:
                 Failure(
                     guilty.lease,
                     slot.kill_reason if killed_us else SLOT_LOST,
+                    message=slot.kill_message,
                     output=self._tail(slot, guilty.lease),
                     exit_code=code,
                     peak_memory_bytes=peak,
@@ -575,7 +652,8 @@ class SlotPool:
         while queue and len(leases) < most:
             item = queue[0]
             function = self._functions.get(item.function) if item.function else None
-            alone = item.streamed or item.timeout > 0 or item.seconds > _BATCH_SECONDS
+            terms = item.terms
+            alone = item.timeout > 0 or item.seconds > _BATCH_SECONDS or terms is not None
             if held and (alone or seconds + item.seconds > _BATCH_SECONDS):
                 break
             if size and size + len(item.payload) > _BATCH_BYTES:
@@ -584,23 +662,22 @@ class SlotPool:
                 if leases:
                     self._write_batch(slot, leases, functions, payloads)
                     leases, functions, payloads = [], [], []
-                if not function.pickle and function.chunks is None:
-                    if held:
-                        break
-                    queue.popleft()
-                    self._feed(slot, item)
-                    return
                 self._send_function(slot, item.function, function)
             queue.popleft()
-            if item.streamed:
-                self._feed(slot, item)
-                return
+            if alone:
+                self._apply_terms(slot, item)
+            number, payload = item.function, item.payload
+            if item.blobs is not None:
+                number |= COMPOSED
+                payload = self._blobs.places(item.blobs) + payload
+            if item.keep:
+                number |= KEPT
             item.epoch = slot.epoch
             held[item.lease] = item
             leases.append(item.lease)
-            functions.append(item.function)
-            payloads.append(item.payload)
-            size += len(item.payload)
+            functions.append(number)
+            payloads.append(payload)
+            size += len(payload)
             seconds += item.seconds
             slot.sent += 1
             if alone:
@@ -611,6 +688,36 @@ class SlotPool:
         slot.seconds = seconds
         if leases:
             self._write_batch(slot, leases, functions, payloads)
+
+    def _apply_terms(self, slot: Child, item: WorkItem) -> None:
+        """Prepare a slot that has nothing to do for what was said about its next task."""
+        terms = item.terms
+        slot.limit = 0
+        if terms is None:
+            return
+        if terms.env:
+            body = json.dumps(terms.env).encode()
+            self._write(slot, HEADER.pack(Kind.ENVIRONMENT, len(body), item.lease) + body)
+        if terms.memory:
+            slot.limit = terms.memory
+            slot.taken_before = memory_taken(slot.pid, terms.memory)
+            if self._memory_handle is None:
+                self._memory_handle = self._loop.call_later(_MEMORY_TICK, self._look_at_memory)
+        slot.ends = terms.last
+
+    def _look_at_memory(self) -> None:
+        """Kill the slots whose tasks have taken more than they may."""
+        self._memory_handle = None
+        for slot in list(self._slots.values()):
+            lease = slot.cells[CURRENT]
+            if not slot.limit or lease not in slot.held or slot.dead:
+                continue
+            taken = memory_taken(slot.pid, slot.limit + slot.taken_before) - slot.taken_before
+            if taken > slot.limit:
+                slot.kill_message = str(taken)
+                self.kill([lease], OUTGREW)
+        if any(slot.limit and slot.held for slot in self._slots.values()):
+            self._memory_handle = self._loop.call_later(_MEMORY_TICK, self._look_at_memory)
 
     def _write_batch(
         self, slot: Child, leases: list[int], functions: list[int], payloads: list[bytes]
@@ -624,78 +731,14 @@ class SlotPool:
 
     def _send_function(self, slot: Child, number: int, function: _Function) -> None:
         slot.functions.add(number)
-        if function.chunks is not None:
-            self._write(
-                slot, HEADER.pack(Kind.FUNCTION_STREAM, 1, number) + bytes((function.fresh,))
-            )
-            self._write_chunks(slot, function.chunks)
-        else:
-            header = HEADER.pack(Kind.FUNCTION, len(function.pickle) + 1, number)
-            self._write(slot, header + bytes((function.fresh,)) + function.pickle)
-
-    def _write_chunks(self, slot: Child, chunks: list[bytes | memoryview]) -> None:
-        for chunk in chunks:
-            self._write(slot, HEADER.pack(Kind.CHUNK, len(chunk), 0))
-            self._write(slot, chunk)
-        self._write(slot, HEADER.pack(Kind.CHUNK, 0, 0))
+        pickle = function.pickle
+        if function.blobs:
+            pickle = self._blobs.places(function.blobs) + pickle
+        header = HEADER.pack(Kind.FUNCTION, len(pickle) + 2, number)
+        self._write(slot, header + bytes((function.fresh, bool(function.blobs))) + pickle)
 
     def _start_timer(self, slot: Child, item: WorkItem) -> None:
         slot.timer = self._loop.call_later(item.timeout, self.kill, [item.lease], TIMED_OUT)
-
-    def _feed(self, slot: Child, item: WorkItem) -> None:
-        """Bring a large payload to a slot, a chunk at a time."""
-        item.epoch = slot.epoch
-        slot.held[item.lease] = item
-        slot.exclusive = True
-        slot.sent += 1
-        known = not item.function or item.function in slot.functions
-        if known and self._settings.direct_path:
-            if item.timeout > 0:
-                self._start_timer(slot, item)
-            self._write_direct(slot, item)
-            return
-        slot.feeding = self._loop.create_task(self._feed_chunks(slot, item))
-
-    def _write_direct(self, slot: Child, item: WorkItem) -> None:
-        body = struct.pack("<IQ", item.function, slot.epoch)
-        self._write(slot, HEADER.pack(Kind.TASK_DIRECT, len(body), item.lease) + body)
-
-    async def _feed_chunks(self, slot: Child, item: WorkItem) -> None:
-        try:
-            if item.function and item.function not in slot.functions:
-                function = self._functions[item.function]
-                if not function.pickle and function.chunks is None:
-                    function.chunks = [c async for c in self._answers.fetch(0, item.function)]
-                self._send_function(slot, item.function, function)
-            if item.timeout > 0:
-                self._start_timer(slot, item)
-            if not item.streamed:
-                self._write_batch(slot, [item.lease], [item.function], [item.payload])
-                return
-            if self._settings.direct_path:
-                self._write_direct(slot, item)
-                return
-            body = struct.pack("<IQ", item.function, slot.epoch)
-            self._write(slot, HEADER.pack(Kind.TASK_STREAM, len(body), item.lease) + body)
-            try:
-                async for chunk in self._answers.fetch(item.lease, 0):
-                    self._write(slot, HEADER.pack(Kind.CHUNK, len(chunk), 0))
-                    self._write(slot, chunk)
-                    while slot.out and not slot.dead:
-                        slot.drained = asyncio.Event()
-                        await slot.drained.wait()
-                self._write(slot, HEADER.pack(Kind.CHUNK, 0, 0))
-            except Exception:
-                # The slot answers with DROPPED, and the task is handed back.
-                self._recalled.add(item.lease)
-                self._write(slot, HEADER.pack(Kind.ABORT, 0, 0))
-        except Exception:
-            if slot.held.pop(item.lease, None) is not None:
-                slot.exclusive = False
-                self._answers.returned(item.lease)
-                self._answers.wake()
-        finally:
-            slot.feeding = None
 
     def _write(self, slot: Child, data: bytes | memoryview) -> None:
         if slot.dead:
@@ -727,8 +770,6 @@ class SlotPool:
         except OSError:
             slot.out.clear()
         self._loop.remove_writer(slot.tasks_fd)
-        if slot.drained is not None:
-            slot.drained.set()
 
     # Answers from slots.
 
@@ -821,24 +862,15 @@ class SlotPool:
             slot.tail.clear()
             self._note_idle()
             most = self._settings.max_tasks_per_child
-            if most and slot.sent >= most and not slot.stopping:
+            if ((most and slot.sent >= most) or slot.ends) and not slot.stopping:
                 self._stop_slot(slot)
 
     def _take_frame(self, slot: Child, kind: int, number: int, body: bytes) -> None:
         if kind == Kind.OUTPUT:
             self._take_output(slot, number, body[0], body[1:])
-        elif kind == Kind.CHUNK:
-            self._take_chunk(slot, number, body)
-        elif kind == Kind.RESULT_STREAM:
-            (seconds,) = struct.unpack("<f", body)
-            delivery = slot.delivery = Delivery(seconds)
-            delivery.on_taken = lambda: self._resume(slot)
-            self._answers.deliver(number, seconds, aiter(delivery))
+        elif kind == Kind.RESULT_COMPOSED:
+            self._take_composed(slot, number, body)
         elif kind == Kind.FAILURE:
-            unfinished, slot.delivery = slot.delivery, None
-            if unfinished is not None:
-                unfinished.cut = True
-                unfinished.chunks.put_nowait(None)
             item = slot.held.pop(number, None)
             if item is not None:
                 slot.seconds -= item.seconds
@@ -866,20 +898,56 @@ class SlotPool:
             self._kill(slot)
             self._answers.initializer_failed(body)
 
-    def _take_chunk(self, slot: Child, lease: int, body: bytes) -> None:
-        delivery = slot.delivery
-        if delivery is None:
-            return
-        if body:
-            delivery.chunks.put_nowait(body)
-            if delivery.chunks.qsize() >= 2 and not slot.exited:
-                slot.paused = True
-                self._loop.remove_reader(slot.results_fd)
-            return
-        delivery.chunks.put_nowait(None)
-        slot.delivery = None
-        slot.held.pop(lease, None)
+    def _take_composed(self, slot: Child, lease: int, body: bytes) -> None:
+        """Take hold of the files that a large result is in."""
+        seconds, keep = _COMPOSED_RESULT.unpack_from(body)
+        places, at = unpack_places(memoryview(body)[_COMPOSED_RESULT.size :])
+        head = body[_COMPOSED_RESULT.size + at :]
+        blobs: list[ResultBlob] = []
+        try:
+            for place in places:
+                if place.mappable:
+                    fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+                    blobs.append(ResultBlob(fd, place))
+                    continue
+                if slot.arena < 0:
+                    slot.arena = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+                slot.small += 1
+                blobs.append(ResultBlob(slot.arena, place, slot))
+        except OSError:
+            for blob in blobs:
+                self.let_go(blob)
+            if not slot.exited:
+                self._kill(slot)  # it cannot be read, and it waits for us
+            return  # the slot has died: its end tells the rest
+        for blob in blobs:
+            if blob.owner is None:
+                self._write(slot, HEADER.pack(Kind.RELEASE, 0, blob.place.number))
+        item = slot.held.pop(lease, None)
+        if item is None:
+            for blob in blobs:
+                self.let_go(blob)
+        else:
+            slot.seconds -= item.seconds
+            self._answers.composed(lease, seconds, head, blobs, keep=keep)
         self._after_answer(slot)
+
+    def let_go(self, blob: ResultBlob) -> None:
+        """A part of a result has been taken, or nobody wants it."""
+        slot = blob.owner
+        if slot is None:
+            os.close(blob.fd)
+            return
+        slot.small -= 1
+        if not slot.exited:
+            self._write(slot, HEADER.pack(Kind.RELEASE, 0, blob.place.number))
+        elif not slot.small:
+            slot.close_arena()
+
+    def spill(self, *, on: bool) -> None:
+        """Say whether large results are to go to disk."""
+        for slot in self._slots.values():
+            slot.cells[SPILL] = on
 
     def _resume(self, slot: Child) -> None:
         if slot.paused and not slot.exited:
@@ -897,8 +965,7 @@ class SlotPool:
             if slot.raw_paused and not slot.exited:
                 slot.raw_paused = False
                 self._watch_raw_output(slot)
-            if slot.delivery is None:
-                self._resume(slot)
+            self._resume(slot)
 
     def _take_output(self, slot: Child, lease: int, stream: int, data: bytes) -> None:
         item = slot.held.get(lease)

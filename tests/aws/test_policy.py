@@ -35,6 +35,7 @@ PROFILE = Profile(
     execution_role=f"arn:aws:iam::{ACCOUNT}:role/execution",
     key_secret=f"arn:aws:secretsmanager:eu-central-1:{ACCOUNT}:secret:KeySecret-abc",
     log_group="/cloudexec/cloudexec-default",
+    bucket="cloudexec-default-bucket-abc",
     repository=f"{ACCOUNT}.dkr.ecr.eu-central-1.amazonaws.com/cloudexec-default",
 )
 
@@ -175,5 +176,16 @@ def test_without_a_profile_the_key_is_told_by_its_tag() -> None:
 
 
 def test_nobody_is_let_delete_or_create_what_costs() -> None:
+    """But for the objects that executors make, and delete."""
     actions = {action for each in policy()["Statement"] for action in each["Action"]}
-    assert not [each for each in actions if each.partition(":")[2].startswith(("Delete", "Create"))]
+    found = [each for each in actions if each.partition(":")[2].startswith(("Delete", "Create"))]
+    assert found == ["s3:DeleteObject"]
+
+
+def test_objects_are_those_of_executors_only() -> None:
+    """Not what tasks keep in the same bucket, and nothing in another."""
+    statements = _statements(policy(PROFILE))
+    bucket = f"arn:aws:s3:::{PROFILE.bucket}"
+    assert statements["Objects"]["Resource"] == f"{bucket}/cloudexec/*"
+    assert statements["Bucket"]["Resource"] == bucket
+    assert _statements(policy())["Objects"]["Resource"] == "arn:aws:s3:::cloudexec-*/cloudexec/*"

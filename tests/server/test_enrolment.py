@@ -20,7 +20,7 @@ import pytest
 
 from cloudexec import BatchExecutor, LaunchError, Local, _enrolment
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._wire import LEASE_KEY, TOKEN_KEY
+from cloudexec._wire import BLOB_KEY, SIZE_KEY, TOKEN_KEY
 from cloudexec.testing import ManualLauncher
 
 pytestmark = pytest.mark.timeout(60)
@@ -205,9 +205,9 @@ def test_payload_calls_without_a_session_reach_no_unpickling(
     deliver = channel.stream_unary("/cloudexec.v1.TaskServer/Deliver")
     trap = pb.Chunk(data=pickle.dumps(_Trap(tmp_path / "sprung"))).SerializeToString()
     for token in (b"", b"0" * 16):
-        metadata = ((TOKEN_KEY, token), (LEASE_KEY, "1"))
+        metadata = ((TOKEN_KEY, token), (BLOB_KEY, "1"), (SIZE_KEY, "9"))
         with pytest.raises(grpc.RpcError) as caught:
-            list(fetch(pb.FetchRequest(lease=1).SerializeToString(), metadata=metadata, timeout=20))
+            list(fetch(pb.FetchRequest(blob=1).SerializeToString(), metadata=metadata, timeout=20))
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         with pytest.raises(grpc.RpcError) as caught:
             deliver(iter([trap]), metadata=metadata, timeout=20)

@@ -27,9 +27,13 @@ class Faults:
         self._expired: set[str] = set()
         self._token_number = 0
         self.token = "fake-session-token-0"
+        self._ended = threading.Event()
         self._reset()
 
     def _reset(self) -> None:
+        # Who waits because of a fault that has been undone waits no longer.
+        self._ended.set()
+        self._ended = threading.Event()
         self._no_capacity: set[str] = set()
         self._no_instance: set[str] = set()
         self._broken_roles: set[str] = set()
@@ -38,6 +42,9 @@ class Faults:
         self._start_errors: list[list[object]] = []
         self._throttles: list[list[object]] = []
         self._losses: list[list[object]] = []
+        self._slow: list[list[object]] = []
+        self._cuts: list[list[object]] = []
+        self._corrupted: list[list[object]] = []
         self._denied: list[list[object]] = []
         self._failing_resources: dict[str, str] = {}
         self._quota: dict[str, float] = {}
@@ -202,6 +209,37 @@ class Faults:
         with self._lock:
             self._losses.append([operation, count])
 
+    def cut_response(self, operation: str, count: int = 1) -> None:
+        """Send the next answers by half, and close their connection: a broken download.
+
+        Args:
+            operation: Such as ``"GetObject"``.
+            count: How many answers.
+        """
+        with self._lock:
+            self._cuts.append([operation, count])
+
+    def corrupt_response(self, operation: str, count: int = 1) -> None:
+        """Change a byte in the next answers.
+
+        Args:
+            operation: Such as ``"GetObject"``.
+            count: How many answers.
+        """
+        with self._lock:
+            self._corrupted.append([operation, count])
+
+    def slow_response(self, operation: str, seconds: float, count: int | None = None) -> None:
+        """Think for a while before answers; refusals too.
+
+        Args:
+            operation: Such as ``"GetObject"``.
+            seconds: How long.
+            count: How many answers; ``None``: all.
+        """
+        with self._lock:
+            self._slow.append([(operation, seconds), count])
+
     def deny(self, operation: str, count: int | None = None) -> None:
         """Refuse an operation for want of permission.
 
@@ -303,6 +341,33 @@ class Faults:
         """Whether this call's answer is lost; counts it."""
         with self._lock:
             return _take(self._losses, lambda wanted: wanted == operation)
+
+    def cuts(self, operation: str) -> bool:
+        """Whether this call's answer is cut; counts it."""
+        with self._lock:
+            return _take(self._cuts, lambda wanted: wanted == operation)
+
+    def corrupts(self, operation: str) -> bool:
+        """Whether this call's answer is changed; counts it."""
+        with self._lock:
+            return _take(self._corrupted, lambda wanted: wanted == operation)
+
+    def wait_before(self, operation: str) -> None:
+        """Wait as long as this call's answer is to take; counts it."""
+        wait = 0.0
+
+        def fits(wanted: object) -> bool:
+            nonlocal wait
+            assert isinstance(wanted, tuple)
+            if wanted[0] == operation:
+                wait = float(wanted[1])
+            return bool(wanted[0] == operation)
+
+        with self._lock:
+            _take(self._slow, fits)
+            ended = self._ended
+        if wait:
+            ended.wait(wait)
 
     def denies(self, service: str, operation: str) -> bool:
         """Whether this call is not permitted; counts it."""

@@ -13,9 +13,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.limits import ClientError
+from cloudexec.testing._aws.object_requests import (
+    path_style,
+    query_credential,
+    query_token,
+    refusal,
+)
 from cloudexec.testing._aws.records import Request
 from cloudexec.testing._aws.wire import (
     Call,
@@ -54,6 +61,7 @@ class Gateway:
         faults: What goes wrong.
         calls_per_second: How many Batch calls are taken; also how many at once after a pause.
         metadata: Answers ``/v4/<task id>...``.
+        secret: Of an access key, where it is known: signed URLs are checked with it.
     """
 
     def __init__(
@@ -64,11 +72,13 @@ class Gateway:
         faults: Faults,
         calls_per_second: float,
         metadata: Callable[[str], Mapping[str, Any] | None],
+        secret: Callable[[str], str | None] = lambda key: None,
     ) -> None:
         self._moto = moto
         self._handlers = handlers
         self._faults = faults
         self._metadata = metadata
+        self._secret = secret
         self._bucket = _Bucket(calls_per_second)
         self._lock = threading.Lock()
         # moto's back ends take no locks; a server with many threads would lose updates.
@@ -119,11 +129,20 @@ class Gateway:
             for name, value in environ.items()
             if name.startswith("HTTP_")
         }
+        if "content-type" not in headers and environ.get("CONTENT_TYPE"):
+            headers["content-type"] = environ["CONTENT_TYPE"]
+        query = environ.get("QUERY_STRING", "")
+        sent = path
+        if query_credential(query):
+            headers.setdefault("authorization", query_credential(query))
+        if "/s3/aws4_request" in headers.get("authorization", ""):
+            path = path_style(headers.get("host", ""), path)
+            _use_path_style(environ, path, query)
         try:
             call = read_call(
                 method=environ["REQUEST_METHOD"],
                 path=path,
-                query=environ.get("QUERY_STRING", ""),
+                query=query,
                 headers=headers,
                 body=body,
             )
@@ -132,7 +151,18 @@ class Gateway:
             text = f"FakeAWS: {exc}".encode()
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [text]
-        response = self._refusal(call, headers)
+        self._faults.wait_before(call.operation)
+        response = self._refusal(call, headers, query)
+        if response is None and call.service == "s3":
+            found = refusal(
+                method=environ["REQUEST_METHOD"],
+                path=sent,
+                query=query,
+                headers=headers,
+                body=body,
+                secret=self._secret,
+            )
+            response = error_response(call, *found) if found is not None else None
         if response is None:
             response = self._carry_out(call, environ, body)
         lost = response.status < 300 and self._faults.loses(call.operation)
@@ -146,18 +176,24 @@ class Gateway:
         )
         if lost:
             return _drop(environ, start_response)
+        answer = response.body
+        if response.status < 300 and answer and self._faults.corrupts(call.operation):
+            answer = bytes([answer[0] ^ 1]) + answer[1:]
         start_response(
             f"{response.status} {'OK' if response.status < 300 else 'Refused'}",
             # The server names itself; twice is once too often for strict clients.
             [header for header in response.headers.items() if header[0].lower() != "server"],
         )
-        return [response.body]
+        if response.status < 300 and answer and self._faults.cuts(call.operation):
+            return _cut(environ, answer)
+        return [answer]
 
-    def _refusal(self, call: Call, headers: Mapping[str, str]) -> Response | None:
-        if self._faults.has_expired(headers.get("x-amz-security-token", "")):
+    def _refusal(self, call: Call, headers: Mapping[str, str], query: str) -> Response | None:
+        token = headers.get("x-amz-security-token", "") or query_token(query)
+        if self._faults.has_expired(token):
             code = _EXPIRED.get(call.service, "ExpiredTokenException")
             message = "The security token included in the request is expired"
-            return error_response(call, code, message, 403)
+            return error_response(call, code, message, 400 if call.service == "s3" else 403)
         if self._faults.denies(call.service, call.operation):
             denied = "AccessDeniedException" if _is_json(call) else "AccessDenied"
             code = _DENIED.get(call.service, denied)
@@ -286,6 +322,22 @@ def _drop(environ: dict[str, Any], start_response: StartResponse) -> Iterable[by
         pass
     start_response("503 Gone", [])
     return []
+
+
+def _cut(environ: dict[str, Any], answer: bytes) -> Iterable[bytes]:
+    """Close the connection in the middle of an answer."""
+    yield answer[: len(answer) // 2]
+    try:
+        environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+
+
+def _use_path_style(environ: dict[str, Any], path: str, query: str) -> None:
+    """Let moto see a request with the bucket in its path, and look for none in the host."""
+    environ["HTTP_HOST"] = f"127.0.0.1:{environ['SERVER_PORT']}"
+    environ["PATH_INFO"] = unquote(path)
+    environ["RAW_URI"] = environ["REQUEST_URI"] = f"{path}?{query}" if query else path
 
 
 def _is_json(call: Call) -> bool:

@@ -114,6 +114,11 @@ class Session:
             faults=owner.faults,
             calls_per_second=owner.calls_per_second,
             metadata=self._metadata,
+            secret=lambda key: (
+                owner.environment.get("AWS_SECRET_ACCESS_KEY")
+                if key == owner.environment.get("AWS_ACCESS_KEY_ID")
+                else None
+            ),
         )
         self._stacks = CloudFormation(
             StackResources(self.resources, self.engine),

@@ -1,0 +1,113 @@
+"""What this machine has for tasks: its processors, memory and GPUs, or the share we may use."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+
+from cloudexec._config import WorkerCapacity
+
+__all__ = ["this_machine"]
+
+_NVIDIA = re.compile(r"nvidia(\d+)")
+
+
+def this_machine(root: str = "/") -> WorkerCapacity:
+    """Return what processes of this one may use together.
+
+    Args:
+        root: Where the system's files are, for tests.
+    """
+    base = Path(root)
+    groups = _groups(base)
+    gpu_ids = _gpus(base)
+    return WorkerCapacity(
+        cpus=_cpus(groups), memory=_memory(base, groups), gpus=len(gpu_ids), gpu_ids=gpu_ids
+    )
+
+
+def _cpus(groups: list[Path]) -> float:
+    try:
+        count = float(len(os.sched_getaffinity(0)) or 1)
+    except AttributeError:  # not Linux
+        count = float(os.cpu_count() or 1)
+    for group in groups:
+        quota, period = _numbers(group / "cpu.max") or (0, 0)
+        if not period:
+            first = _numbers(group / "cpu.cfs_quota_us")
+            second = _numbers(group / "cpu.cfs_period_us")
+            quota, period = (first[0], second[0]) if first and second else (0, 0)
+        if quota > 0 and period > 0:
+            count = min(count, max(quota / period, 0.01))
+    return count
+
+
+def _memory(base: Path, groups: list[Path]) -> int:
+    """Return bytes; 0 if that cannot be known."""
+    total = 0
+    try:
+        if base == Path("/"):
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        else:
+            line = (base / "proc/meminfo").read_text().partition("\n")[0]
+            total = int(line.split()[1]) * 1024
+    except (AttributeError, ValueError, OSError, IndexError):
+        pass
+    for group in groups:
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            found = _numbers(group / name)
+            # Version 1 says "no limit" with a number that no machine has.
+            if found and 0 < found[0] < 1 << 60:
+                total = min(total or found[0], found[0])
+    return total
+
+
+def _groups(base: Path) -> list[Path]:
+    """Return the control groups that this process is in, of either version, with those above."""
+    mount = base / "sys/fs/cgroup"
+    found: list[Path] = []
+    try:
+        lines = (base / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, names, path = (line.split(":", 2) + ["", ""])[:3]
+        top = mount if not names else mount / names
+        group = top / path.strip("/")
+        # In a container the path is often that of the host: what is mounted is the group itself.
+        while group != top and top in group.parents:
+            found.append(group)
+            group = group.parent
+        found.append(top)
+    return found or [mount]
+
+
+def _numbers(path: Path) -> list[int] | None:
+    try:
+        return [math.floor(float(word)) for word in path.read_text().split()]
+    except (OSError, ValueError, OverflowError):
+        return None  # not there, or "max"
+
+
+def _gpus(base: Path) -> tuple[str, ...]:
+    """Return the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` calls them."""
+    try:
+        names = sorted(
+            int(found[1])
+            for each in (base / "dev").iterdir()
+            if (found := _NVIDIA.fullmatch(each.name))
+        )
+    except OSError:
+        return ()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not names:
+        return tuple(map(str, range(len(names))))
+    chosen: list[str] = []
+    for word in visible.split(","):
+        word = word.strip()
+        if not word or word.startswith("-"):
+            break  # as CUDA reads it: what is behind an invalid one does not count
+        chosen.append(word)
+    return tuple(chosen)

@@ -1,0 +1,58 @@
+"""Which size of worker a task needs, as its launcher says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cloudexec._config import ScalingPolicy, TaskOptions, WorkerCapacity
+
+if TYPE_CHECKING:
+    from cloudexec._core.claims import Terms
+    from cloudexec._launchers.base import Launcher
+
+__all__ = ["ladder_of", "terms_of"]
+
+
+def ladder_of(launcher: Launcher) -> tuple[WorkerCapacity, ...]:
+    """Return what workers of the launcher's own sizes have; nothing if it does not say."""
+    found = [launcher.capacity(rung) for rung in range(launcher.rungs)]
+    sizes = tuple(capacity for capacity in found if capacity is not None)
+    return sizes if len(sizes) == len(found) else ()
+
+
+def terms_of(options: TaskOptions, launcher: Launcher, scaling: ScalingPolicy) -> Terms | None:
+    """Return what the scheduler must know of tasks with these options; ``None``: nothing.
+
+    Raises:
+        ConfigError: If the launcher has no workers that could run them.
+    """
+    if options == TaskOptions(retries=options.retries):
+        return None  # tasks that nothing was said about cost nothing more
+    from cloudexec._core.claims import Claim, Resources, Terms
+
+    claims: list[Claim] = []
+    if not (options.cpus is None and options.memory is None and not options.gpus):
+        gpus = options.gpus or 0
+        share = WorkerCapacity(cpus=1.0)
+        if scaling.sizes:
+            base = scaling.sizes[0]
+            slots = scaling.max_slots if scaling.one_machine else scaling.slots_per_worker
+            share = WorkerCapacity(cpus=base.cpus / slots, memory=base.memory // slots)
+        cpus = share.cpus if options.cpus is None else options.cpus
+        memory = options.memory_bytes or share.memory
+
+        def claim(memory: int) -> Claim:
+            rung = launcher.size_for(cpus, memory, gpus)
+            capacity = launcher.capacity(rung) or WorkerCapacity(cpus=cpus, memory=memory)
+            need, whole = Resources.of(cpus, memory, gpus), Resources.had_by(capacity)
+            fitting = max(1, min(need.times_in(whole), launcher.most_slots(rung)))
+            if scaling.one_machine or (rung == 0 and fitting >= scaling.slots_per_worker):
+                fitting = scaling.slots_per_worker  # those that are launched anyway will do
+            return Claim(need, rung, whole, fitting, need)
+
+        claims.append(claim(memory))
+        # A ladder goes on from there: past what was asked for, all that a larger worker has.
+        for larger in scaling.sizes[1:]:
+            if larger.memory > claims[-1].whole.memory:
+                claims.append(claim(larger.memory))
+    return Terms(options, tuple(claims), options.priority, options.retry_on is not None)

@@ -1,0 +1,1 @@
+"""Large objects: blobs, where they are kept, and handles to them."""

@@ -1,0 +1,153 @@
+"""Where blobs are, as processes of one machine tell each other."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from cloudexec import _direct
+from cloudexec._objects.segments import PROC, map_private
+
+__all__ = ["DirectSource", "FileSource", "Place", "pack_places", "unpack_places"]
+
+_COUNT = struct.Struct("<I")
+_PLACE = struct.Struct("<QQQBH")
+
+
+class Place(NamedTuple):
+    """Where one blob is.
+
+    Attributes:
+        number: The blob's.
+        size: Bytes.
+        path: Of the file; empty: the client is to be asked through the direct channel.
+        offset: Where in the file.
+        mappable: Whether that part of the file never changes.
+    """
+
+    number: int
+    size: int
+    path: str
+    offset: int
+    mappable: bool
+
+    def shared_path(self, fd: int) -> str:
+        """Return the path under which others open the file that is open here as ``fd``."""
+        return f"/proc/{os.getpid()}/fd/{fd}" if PROC else self.path
+
+
+def pack_places(places: Sequence[Place]) -> bytes:
+    """Return places as bytes; a head may follow."""
+    parts = [_COUNT.pack(len(places))]
+    for number, size, path, offset, mappable in places:
+        encoded = path.encode()
+        parts += (_PLACE.pack(number, size, offset, mappable, len(encoded)), encoded)
+    return b"".join(parts)
+
+
+def unpack_places(data: bytes | memoryview) -> tuple[list[Place], int]:
+    """Return the places, and where behind them something else begins."""
+    (count,) = _COUNT.unpack_from(data)
+    at = _COUNT.size
+    places = []
+    for _ in range(count):
+        number, size, offset, mappable, length = _PLACE.unpack_from(data, at)
+        at += _PLACE.size
+        path = bytes(data[at : at + length]).decode()
+        at += length
+        places.append(Place(number, size, path, offset, bool(mappable)))
+    return places, at
+
+
+class FileSource:
+    """A blob in a file of another process.
+
+    Args:
+        place: Where.
+
+    Raises:
+        OSError: If the file cannot be opened: the process is gone.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.size = place.size
+        self._place = place
+        self.fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def view(self) -> memoryview | None:
+        if not self._place.mappable:
+            return memoryview(self.buffer())
+        mapped = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ, offset=self._place.offset)
+        return memoryview(mapped)
+
+    def buffer(self) -> Any:
+        if self._place.mappable:
+            return map_private(self.fd, self.size, self._place.offset)
+        data = bytearray(self.size)
+        self.reader()(memoryview(data))
+        return data
+
+    def reader(self) -> Callable[[memoryview], None]:
+        at = self._place.offset
+
+        def fill(target: memoryview) -> None:
+            nonlocal at
+            done = 0
+            while done < len(target):
+                n = os.preadv(self.fd, [target[done:]], at)
+                if not n:
+                    raise EOFError("a blob's file ended early")
+                done += n
+                at += n
+
+        return fill
+
+    def close(self) -> None:
+        """Close the file; what is mapped stays."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class DirectSource:
+    """A blob that the client holds as an object, streamed into the place where it is wanted."""
+
+    def __init__(self, place: Place, path: str, token: bytes) -> None:
+        self.size = place.size
+        self._number = place.number
+        self._path = path
+        self._token = token
+
+    def view(self) -> memoryview | None:
+        return None
+
+    def buffer(self) -> Any:
+        data = bytearray(self.size)
+        self.reader()(memoryview(data))
+        return data
+
+    def reader(self) -> Callable[[memoryview], None]:
+        try:
+            connection = _direct.connect(self._path, self._token, _direct.FETCH, self._number)
+            _direct.receive_exactly(connection, 1)
+        except (EOFError, OSError) as exc:
+            raise ConnectionAbortedError("the client no longer has this payload") from exc
+        left = self.size
+
+        def fill(target: memoryview) -> None:
+            nonlocal left
+            try:
+                _direct.fill_from(connection, target)
+            except (EOFError, OSError) as exc:
+                raise ConnectionAbortedError("the payload was cut off") from exc
+            left -= len(target)
+            if left <= 0:
+                connection.close()
+
+        return fill

@@ -1,0 +1,894 @@
+"""Objects in a bucket, under an executor's own prefix: up, down, and URLs for workers.
+
+Who calls what, in which order. All coroutines run on the executor's event loop; ``source`` and
+``sink`` are called on the loop's threads for what blocks, never on the loop.
+
+1. ``Bucket(clients, name, object_prefix(executor_id))`` makes no call. ``open()`` asks once whether
+   the bucket is there; whatever needs it does so by itself, so calling it is for those who want to
+   know early.
+2. An argument: ``upload()`` as soon as the first worker needs it, then ``download_url()`` for each
+   worker that asks: signing makes no call. The worker runs ``worker.s3.fetch``, whose ``ask`` is an
+   RPC to here. It asks again when S3 refuses a URL, and then says whether that was before
+   ``expires_at``: pass it on as ``renew``.
+3. A result: the worker computes ``worker.s3.digests(fd, size, part_bytes=...)`` with the client's
+   ``part_bytes``, sends size and digests, and gets ``upload_urls()``. Each URL takes nothing but
+   the bytes with that digest. It runs ``worker.s3.store`` (``ask`` again an RPC, with the upload's
+   id and the numbers of the parts that are missing), and sends the ETags. ``complete_upload()``
+   then makes the object; an attempt that was lost gets ``abort_upload()``. The client reads it with
+   ``download()``, or hands out ``download_url()``.
+4. ``delete()`` when the last reference is gone; ``close()`` at shutdown, after the workers have
+   been told to end and before ``clients.close()``: it empties the prefix. A URL that a worker still
+   holds may put an object there afterwards; the bucket's lifecycle rule removes it.
+
+Names are anything that is unique in the executor; digests, in practice: uploading the same name
+twice is harmless where it has the same content.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import time
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Sequence,
+)
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import aiohttp
+import tenacity
+
+from cloudexec._aws.clients import AwsClients, translated
+from cloudexec._errors import AwsError, ConfigError
+from cloudexec._transfer import PART_BYTES, Part, SignedRequest, part_length, parts_of
+
+__all__ = ["Bucket", "SignedUpload"]
+
+T = TypeVar("T")
+
+Source: TypeAlias = Callable[[int, int], "bytes | bytearray | memoryview"]
+"""Offset and length to content; may block; is called again where a request is repeated."""
+Sink: TypeAlias = Callable[[int, bytes], object]
+"""Takes content at an offset; may block; not in order, several at a time."""
+
+_CHUNK = 1024 * 1024
+_RANGE = 8 * 1024 * 1024
+_DELETE_BATCH = 1000
+_REQUESTS = 20
+"""Requests at a time, for all transfers: fewer than the client has connections for."""
+_PATIENCE = 60.0
+_STALL = 60.0
+_ABORT_TIMEOUT = 10.0
+_RENEW_INTERVAL = 30.0
+_URL_SECONDS = 12 * 3600.0
+_LONGEST_URL = 7 * 24 * 3600.0
+"""Amazon S3 User Guide, "Download and upload objects with presigned URLs"."""
+_EXPIRED_TRIES = 2
+_HEADERS = {
+    "ChecksumSHA256": "x-amz-checksum-sha256",
+    "ServerSideEncryption": "x-amz-server-side-encryption",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SignedUpload:
+    """What a worker needs to send an object.
+
+    Attributes:
+        upload_id: For ``complete_upload`` and ``abort_upload``; empty where one PUT does it all.
+        part_bytes: How the object is cut.
+        requests: By part number.
+    """
+
+    upload_id: str
+    part_bytes: int
+    requests: dict[int, SignedRequest]
+
+
+class Bucket:
+    """An executor's part of a bucket.
+
+    Every method that makes calls raises ``AwsError``, which names the object and what to do. What
+    may pass (throttling, 5xx, lost connections, expired credentials) is tried again before, with
+    growing pauses.
+
+    Args:
+        clients: Stay the caller's to close.
+        name: Of the bucket.
+        prefix: What every key begins with.
+        part_bytes: Larger objects go in parts of this, in parallel.
+        parallel: Requests at a time of one transfer.
+        encryption: ``"AES256"``, ``"aws:kms"`` (with the account's key for S3), or an empty
+            string: as the bucket does by itself.
+        patience: Seconds for which a request that fails is tried again.
+        stall: Seconds for which a request may stand still before it counts as failed.
+
+    Raises:
+        ConfigError: If a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        clients: AwsClients,
+        name: str,
+        prefix: str,
+        *,
+        part_bytes: int = PART_BYTES,
+        parallel: int = 4,
+        encryption: Literal["AES256", "aws:kms", ""] = "AES256",
+        patience: float = _PATIENCE,
+        stall: float = _STALL,
+    ) -> None:
+        if not prefix.endswith("/") or prefix.startswith("/"):
+            # Without the slash, close() would empty the prefixes of others too.
+            raise ConfigError(f"a prefix of keys is like 'cloudexec/<id>/', not {prefix!r}")
+        if parallel < 1:
+            raise ConfigError(f"parallel must be at least 1, not {parallel}")
+        try:
+            part_length(0, part_bytes)
+        except ValueError as exc:
+            raise ConfigError(f"part_bytes: {exc}") from exc
+        self.name = name
+        self.prefix = prefix
+        self.part_bytes = part_bytes
+        self._clients = clients
+        self._parallel = parallel
+        self._encryption = encryption
+        self._patience = patience
+        self._stall = stall
+        self._region = ""
+        self._opening: asyncio.Lock = asyncio.Lock()
+        self._requests = asyncio.Semaphore(_REQUESTS)
+        self._renewed_at = float("-inf")
+        self._used = False
+        self._closed = False
+
+    async def open(self) -> None:
+        """See that the bucket is there, and find out its region. Done once.
+
+        Raises:
+            AwsError: If it is not, or not for these credentials.
+        """
+        async with self._opening:
+            if self._region:
+                return
+            try:
+                try:
+                    answer = await self._call("", "head_bucket")
+                except AwsError as exc:
+                    # The answer to a HEAD has a status and no reason. With 400 S3 refuses
+                    # credentials that have expired.
+                    if exc.code != "400":
+                        raise
+                    self._clients.renew()
+                    answer = await self._call("", "head_bucket")
+            except AwsError as exc:
+                code = {"403": "AccessDenied", "404": "NoSuchBucket", "400": "ExpiredToken"}.get(
+                    exc.code, exc.code
+                )
+                if code == exc.code:
+                    raise
+                error = AwsError(
+                    f"{exc.operation} failed: {code}",
+                    code=code,
+                    operation=exc.operation,
+                    expired=code == "ExpiredToken",
+                )
+                raise self._explained(error, "") from exc
+            self._region = answer.get("BucketRegion") or self._clients.region
+
+    async def upload(self, name: str, source: Source, size: int, sha256: bytes) -> None:
+        """Make an object.
+
+        Args:
+            name: Behind the prefix.
+            source: Gives the content.
+            size: Bytes.
+            sha256: Digest of the content; S3 refuses anything else.
+
+        Raises:
+            AwsError: If S3 does not take it; nothing of it is left there then.
+        """
+        await self._ready()
+        self._used = True
+        if size <= self.part_bytes:
+            await self._send(
+                name, "put_object", source, 0, size, sha256, **self._put_parameters(sha256)
+            )
+            return
+        upload_id = await self._create_upload(name)
+        try:
+            parts = parts_of(size, self.part_bytes)
+            etags: dict[int, tuple[str, bytes]] = {}
+
+            async def send(part: Part) -> None:
+                digest = await asyncio.to_thread(_digest, source, part.offset, part.length)
+                answer = await self._send(
+                    name,
+                    "upload_part",
+                    source,
+                    part.offset,
+                    part.length,
+                    digest,
+                    UploadId=upload_id,
+                    PartNumber=part.number,
+                    ChecksumSHA256=_base64(digest),
+                )
+                etags[part.number] = (str(answer["ETag"]), digest)
+
+            await _each(self._parallel, parts, send)
+            await self._complete(name, upload_id, [etags[part.number] for part in parts], size)
+        except BaseException:
+            await self._abort_quietly(name, upload_id)
+            raise
+
+    async def download_url(
+        self, name: str, expires: float = _URL_SECONDS, *, renew: bool = False
+    ) -> SignedRequest:
+        """Sign a request for an object, whole or in ranges. Makes no call.
+
+        Args:
+            name: Behind the prefix.
+            expires: Seconds for which it is wanted; the credentials may end before.
+            renew: S3 refused one that had not expired: read the credentials anew.
+
+        Raises:
+            AwsError: If there are no credentials.
+        """
+        await self._ready()
+        self._renew(renew)
+        return await self._sign("get_object", name, expires)
+
+    async def upload_urls(
+        self,
+        name: str,
+        size: int,
+        sha256: bytes,
+        part_sha256: Sequence[bytes] = (),
+        *,
+        upload_id: str = "",
+        numbers: Collection[int] | None = None,
+        expires: float = _URL_SECONDS,
+        renew: bool = False,
+    ) -> SignedUpload:
+        """Sign the requests by which a worker makes an object of its own.
+
+        Makes one call for an object in parts, none for another and for fresh URLs.
+
+        Args:
+            name: Behind the prefix.
+            size: Bytes.
+            sha256: Digest of the whole.
+            part_sha256: Of each part, as ``worker.s3.digests`` has them; may be left out where
+                there is but one.
+            upload_id: Of the upload that goes on; empty: a new one.
+            numbers: Sign for these parts only; ``None``: all.
+            expires: As for ``download_url``.
+            renew: As for ``download_url``.
+
+        Raises:
+            AwsError: If S3 does not begin an upload, or there are no credentials.
+            ValueError: If there is not one digest for each part.
+        """
+        await self._ready()
+        self._renew(renew)
+        self._used = True
+        length = part_length(size, self.part_bytes)
+        parts = parts_of(size, self.part_bytes)
+        if len(parts) == 1:
+            request = await self._sign("put_object", name, expires, **self._put_parameters(sha256))
+            return SignedUpload("", length, {1: request})
+        if len(part_sha256) != len(parts):
+            raise ValueError(f"{len(parts)} parts of {name}, and {len(part_sha256)} digests")
+        begun = not upload_id
+        if begun:
+            upload_id = await self._create_upload(name)
+        try:
+            requests = {
+                part.number: await self._sign(
+                    "upload_part",
+                    name,
+                    expires,
+                    UploadId=upload_id,
+                    PartNumber=part.number,
+                    ChecksumSHA256=_base64(digest),
+                )
+                for part, digest in zip(parts, part_sha256, strict=True)
+                if numbers is None or part.number in numbers
+            }
+        except BaseException:
+            if begun:
+                await self._abort_quietly(name, upload_id)
+            raise
+        return SignedUpload(upload_id, length, requests)
+
+    async def complete_upload(
+        self,
+        name: str,
+        upload_id: str,
+        etags: Sequence[str],
+        size: int,
+        part_sha256: Sequence[bytes] = (),
+    ) -> None:
+        """Make the object out of the parts that a worker has sent.
+
+        Args:
+            name: As given to ``upload_urls``.
+            upload_id: As ``upload_urls`` returned it; where it is empty there is nothing to do.
+            etags: Of the parts, in order.
+            size: As given to ``upload_urls``.
+            part_sha256: As given to ``upload_urls``.
+
+        Raises:
+            AwsError: If a part is not there, or the upload has been ended.
+        """
+        if upload_id:
+            await self._complete(name, upload_id, list(zip(etags, part_sha256, strict=True)), size)
+
+    async def abort_upload(self, name: str, upload_id: str) -> None:
+        """Give up an upload in parts; one that is not there any more will do.
+
+        Raises:
+            AwsError: If S3 cannot be told.
+        """
+        if not upload_id:
+            return
+        try:
+            await self._call(name, "abort_multipart_upload", UploadId=upload_id)
+        except AwsError as exc:
+            if exc.code != "NoSuchUpload":
+                raise
+
+    async def download(self, name: str, sink: Sink, size: int, sha256: bytes) -> None:
+        """Read an object.
+
+        Up to ``parallel`` times 8 MiB are held at a time.
+
+        Args:
+            name: Behind the prefix.
+            sink: Takes the content, before it is verified.
+            size: Bytes.
+            sha256: Digest of the content.
+
+        Raises:
+            AwsError: If it is not to be had; with the code ``"BadDigest"``, if it is another.
+        """
+        await self._ready()
+        check = _InOrder()
+
+        async def read(start: int) -> None:
+            await self._read(name, start, min(start + _RANGE, size), size, sink, check)
+
+        await _each(self._parallel, range(0, size, _RANGE), read)
+        found = check.digest()
+        if found != sha256:
+            raise self._explained(
+                AwsError(
+                    f"s3:GetObject: the content is not what was sent: SHA-256 {found.hex()} "
+                    f"instead of {sha256.hex()}",
+                    code="BadDigest",
+                    operation="s3:GetObject",
+                ),
+                name,
+            )
+
+    async def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; those that are not there will do.
+
+        Raises:
+            AwsError: If some are left, with the first one's reason; the others are deleted.
+        """
+        keys = [self._key(name) for name in names]
+        await self._delete_keys(keys)
+
+    async def close(self, seconds: float = 30.0) -> None:
+        """Delete everything under the prefix, and end every upload. Not without having been used.
+
+        Args:
+            seconds: How long it may take.
+
+        Raises:
+            AwsError: If something may be left, which the bucket's lifecycle rule removes: worth a
+                warning. A bucket that ``cloudexec up`` made has such a rule.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if not self._used:
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                # Uploads first: one that were completed meanwhile would be an object again.
+                await self._end_uploads()
+                await self._delete_keys([key async for key in self._keys()])
+        except TimeoutError:
+            error = AwsError(
+                f"not everything could be deleted in {seconds:g} s", code="Timeout", transient=True
+            )
+            raise self._left(error) from None
+        except AwsError as exc:
+            raise self._left(exc) from exc
+
+    def _left(self, exc: AwsError) -> AwsError:
+        return AwsError(
+            f"objects are left at s3://{self.name}/{self.prefix}: {exc}; the bucket's lifecycle "
+            "rule deletes them, if it has one, as buckets of `cloudexec up` do",
+            code=exc.code,
+            operation=exc.operation,
+            transient=exc.transient,
+            expired=exc.expired,
+        )
+
+    def _key(self, name: str) -> str:
+        return self.prefix + name
+
+    def _put_parameters(self, sha256: bytes) -> dict[str, str]:
+        return {"ChecksumSHA256": _base64(sha256), **self._encrypted()}
+
+    def _encrypted(self) -> dict[str, str]:
+        return {"ServerSideEncryption": self._encryption} if self._encryption else {}
+
+    async def _ready(self) -> None:
+        if self._closed:
+            raise AwsError(
+                f"the executor's part of the bucket, s3://{self.name}/{self.prefix}, is closed",
+                code="Closed",
+            )
+        if not self._region:
+            await self.open()
+
+    def _renew(self, wanted: bool) -> None:
+        # A thousand workers are refused at the same time, and one look is enough.
+        if wanted and time.monotonic() - self._renewed_at > _RENEW_INTERVAL:
+            self._renewed_at = time.monotonic()
+            self._clients.renew()
+
+    async def _sign(
+        self, operation: str, name: str, expires: float, **parameters: Any
+    ) -> SignedRequest:
+        seconds = max(1, round(min(expires, _LONGEST_URL)))
+        client = await self._clients.client("s3", region=self._region, once=True)
+        began = time.time()
+        with translated("s3", client.meta.method_to_api_mapping[operation]):
+            url = await client.generate_presigned_url(
+                operation,
+                Params={"Bucket": self.name, "Key": self._key(name), **parameters},
+                ExpiresIn=seconds,
+            )
+        # Asked afterwards: signing renews credentials that are about to end.
+        credentials_end = await self._clients.credentials_expire_at()
+        expires_at = began + seconds
+        if credentials_end is not None:
+            expires_at = min(expires_at, credentials_end)
+        return SignedRequest(url, _headers_of(parameters), expires_at)
+
+    async def _create_upload(self, name: str) -> str:
+        answer = await self._call(
+            name, "create_multipart_upload", ChecksumAlgorithm="SHA256", **self._encrypted()
+        )
+        return str(answer["UploadId"])
+
+    async def _complete(
+        self, name: str, upload_id: str, parts: Sequence[tuple[str, bytes]], size: int
+    ) -> None:
+        described = [
+            {"PartNumber": number, "ETag": etag, "ChecksumSHA256": _base64(digest)}
+            for number, (etag, digest) in enumerate(parts, 1)
+        ]
+        try:
+            await self._call(
+                name,
+                "complete_multipart_upload",
+                UploadId=upload_id,
+                MultipartUpload={"Parts": described},
+            )
+        except AwsError as exc:
+            if exc.code != "NoSuchUpload":
+                raise
+            # The answer to an earlier try may have been lost: then the object is there.
+            try:
+                found = await self._call(name, "head_object")
+            except AwsError:
+                raise exc from None
+            if found.get("ContentLength") != size:
+                raise
+
+    async def _abort_quietly(self, name: str, upload_id: str) -> None:
+        """Give up an upload though we are failing, or cancelled, ourselves."""
+        try:
+            async with asyncio.timeout(_ABORT_TIMEOUT):
+                await self.abort_upload(name, upload_id)
+        except (AwsError, TimeoutError):
+            pass  # close() ends it, or the lifecycle rule
+
+    async def _end_uploads(self) -> None:
+        found = [
+            (each["Key"], each["UploadId"])
+            async for each in self._clients.pages(
+                "s3", "list_multipart_uploads", "Uploads", Bucket=self.name, Prefix=self.prefix
+            )
+        ]
+
+        async def end(upload: tuple[str, str]) -> None:
+            await self.abort_upload(upload[0].removeprefix(self.prefix), upload[1])
+
+        await _each(self._parallel, found, end)
+
+    async def _keys(self) -> AsyncIterator[str]:
+        async for each in self._clients.pages(
+            "s3", "list_objects_v2", "Contents", Bucket=self.name, Prefix=self.prefix
+        ):
+            yield each["Key"]
+
+    async def _delete_keys(self, keys: Sequence[str]) -> None:
+        refused: list[dict[str, str]] = []
+
+        async def delete(start: int) -> None:
+            batch = [{"Key": key} for key in keys[start : start + _DELETE_BATCH]]
+            answer = await self._call(
+                "", "delete_objects", Delete={"Objects": batch, "Quiet": True}
+            )
+            refused.extend(answer.get("Errors", ()))
+
+        await _each(self._parallel, range(0, len(keys), _DELETE_BATCH), delete)
+        if refused:
+            first = refused[0]
+            error = AwsError(
+                f"s3:DeleteObjects failed for {len(refused)} objects: {first.get('Code')}: "
+                f"{first.get('Message')}",
+                code=str(first.get("Code")),
+                operation="s3:DeleteObjects",
+            )
+            raise self._explained(error, str(first.get("Key", "")).removeprefix(self.prefix))
+
+    async def _call(self, name: str, operation: str, **parameters: Any) -> Any:
+        """Make a call about an object, or about the bucket, until it succeeds or patience ends."""
+        if name:
+            parameters["Key"] = self._key(name)
+
+        async def once() -> Any:
+            async with self._requests, asyncio.timeout(2 * self._stall):
+                return await self._clients.call(
+                    "s3",
+                    operation,
+                    region=self._region,
+                    once=True,
+                    Bucket=self.name,
+                    **parameters,
+                )
+
+        return await self._insist(name, once)
+
+    async def _send(
+        self,
+        name: str,
+        operation: str,
+        source: Source,
+        offset: int,
+        length: int,
+        digest: bytes,
+        **parameters: Any,
+    ) -> Any:
+        """Make a call that carries content."""
+
+        async def once() -> Any:
+            body = _Body(source, offset, length)
+            try:
+                async with self._requests, _moving(body, self._stall):
+                    return await self._clients.call(
+                        "s3",
+                        operation,
+                        region=self._region,
+                        once=True,
+                        Bucket=self.name,
+                        Key=self._key(name),
+                        Body=body,
+                        ContentLength=length,
+                        **parameters,
+                    )
+            except AwsError:
+                # The SDK takes what the source raises for a broken connection.
+                if body.error is not None:
+                    raise body.error from None
+                raise
+
+        return await self._insist(name, once)
+
+    async def _read(
+        self, name: str, start: int, end: int, size: int, sink: Sink, check: _InOrder
+    ) -> None:
+        at = start
+
+        async def rest() -> None:
+            nonlocal at
+            watch = _Watch()
+            async with self._requests, _moving(watch, self._stall):
+                answer = await self._clients.call(
+                    "s3",
+                    "get_object",
+                    region=self._region,
+                    once=True,
+                    Bucket=self.name,
+                    Key=self._key(name),
+                    Range=f"bytes={at}-{end - 1}",
+                )
+                total = str(answer.get("ContentRange", "")).rpartition("/")[2]
+                body = answer["Body"]
+                try:
+                    if total.isdigit() and int(total) != size:
+                        raise AwsError(
+                            f"s3:GetObject: the object has {total} bytes, not {size}",
+                            code="BadDigest",
+                            operation="s3:GetObject",
+                        )
+                    while at < end:
+                        data = await _chunk(body, min(_CHUNK, end - at))
+                        watch.moved()
+                        await asyncio.to_thread(sink, at, data)
+                        await check.add(at, data)
+                        at += len(data)
+                finally:
+                    body.close()
+
+        while True:
+
+            def has_moved(before: int = at) -> bool:
+                return at > before
+
+            try:
+                return await self._insist(name, rest, keep_on=has_moved)
+            except _MovedError:
+                continue
+
+    async def _insist(
+        self,
+        name: str,
+        once: Callable[[], Awaitable[T]],
+        *,
+        keep_on: Callable[[], bool] = lambda: False,
+    ) -> T:
+        """Do something until it succeeds or patience ends.
+
+        Raises:
+            AwsError: If it does not succeed.
+            _MovedError: Where it failed, but ``keep_on``: patience begins anew.
+        """
+        expired = 0
+
+        def worth_it(exc: BaseException) -> bool:
+            nonlocal expired
+            if not isinstance(exc, AwsError):
+                return False
+            expired += exc.expired
+            return exc.transient or (exc.expired and expired <= _EXPIRED_TRIES)
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(worth_it),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=10.0),
+            stop=tenacity.stop_after_delay(self._patience),
+            reraise=True,
+        )
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    try:
+                        return await once()
+                    except TimeoutError as exc:
+                        raise AwsError(
+                            f"s3: nothing has moved for {self._stall:g} s; check the network and "
+                            "proxies",
+                            code="Unreachable",
+                            operation="s3",
+                            transient=True,
+                        ) from exc
+                    except AwsError as exc:
+                        if exc.transient and keep_on():
+                            raise _MovedError from exc
+                        raise
+        except AwsError as exc:
+            raise self._explained(exc, name) from exc
+        raise AssertionError("tenacity returned without a result")
+
+    def _explained(self, exc: AwsError, name: str) -> AwsError:
+        """Return the error with the place, and what helps where the SDK's seam cannot know."""
+        place = f"s3://{self.name}/{self._key(name) if name else ''}"
+        remedy = {
+            "NoSuchBucket": "the bucket does not exist: `cloudexec up` makes one, or name another",
+            "AccessDenied": (
+                "these credentials need s3:GetObject, s3:PutObject, s3:DeleteObject and "
+                f"s3:AbortMultipartUpload on {self.name}/{self.prefix}*, s3:ListBucket and "
+                f"s3:ListBucketMultipartUploads on {self.name}"
+            ),
+            "ExpiredToken": "renew the AWS credentials (`aws sso login`); they are read again",
+            "NoSuchKey": "it has been deleted, or was never sent",
+            "NoSuchUpload": "the upload has been ended",
+            "BadDigest": "it was changed on the way, or while it was sent",
+            "SlowDown": f"S3 has asked to slow down for {self._patience:g} s: it recovers by itself"
+            ", and fewer transfers at once help",
+        }.get(exc.code, "")
+        return AwsError(
+            f"{place}: {exc}" + (f"; {remedy}" if remedy else ""),
+            code=exc.code,
+            operation=exc.operation,
+            transient=exc.transient,
+            expired=exc.expired,
+        )
+
+
+class _MovedError(Exception):
+    """A request failed, but not before it had brought something."""
+
+
+class _Watch:
+    """When something last moved."""
+
+    def __init__(self) -> None:
+        self.at = time.monotonic()
+
+    def moved(self) -> None:
+        self.at = time.monotonic()
+
+
+class _Body(io.RawIOBase):
+    """A stretch of a source as the file that the SDK sends from, on threads of the loop."""
+
+    def __init__(self, source: Source, offset: int, length: int) -> None:
+        super().__init__()
+        self._source = source
+        self._offset = offset
+        self._length = length
+        self._position = 0
+        self.at = time.monotonic()
+        self.error: Exception | None = None
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a position."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return as much as is wanted and there; what ``readinto`` would copy once more."""
+        left = max(0, self._length - self._position)
+        count = left if size is None or size < 0 else min(size, left)
+        try:
+            data = bytes(self._source(self._offset + self._position, count)) if count else b""
+            if len(data) != count:
+                raise OSError(f"{count} bytes were asked of a source, and it gave {len(data)}")
+        except Exception as exc:
+            self.error = exc
+            raise
+        self._position += count
+        self.at = time.monotonic()
+        return data
+
+
+class _InOrder:
+    """A digest of content that comes out of order: what is ahead waits."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._next = 0
+        self._waiting: dict[int, bytes] = {}
+        self._lock = asyncio.Lock()
+
+    async def add(self, offset: int, data: bytes) -> None:
+        """Take a stretch; each comes once."""
+        self._waiting[offset] = data
+        async with self._lock:
+            while (ready := self._waiting.pop(self._next, None)) is not None:
+                await asyncio.to_thread(self._hash.update, ready)
+                self._next += len(ready)
+
+    def digest(self) -> bytes:
+        """Return the digest of what has come."""
+        return self._hash.digest()
+
+
+@asynccontextmanager
+async def _moving(watch: _Watch | _Body, stall: float) -> AsyncIterator[None]:
+    """Raise TimeoutError once nothing has moved for so many seconds."""
+    loop = asyncio.get_running_loop()
+    watch.at = time.monotonic()
+    handle: asyncio.TimerHandle | None = None
+    async with asyncio.timeout(None) as scope:
+
+        def look() -> None:
+            nonlocal handle
+            left = watch.at + stall - time.monotonic()
+            if left <= 0:
+                if not scope.expired():
+                    scope.reschedule(loop.time())
+            else:
+                handle = loop.call_later(left, look)
+
+        handle = loop.call_later(stall, look)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.cancel()
+
+
+async def _chunk(body: Any, length: int) -> bytes:
+    """Read so many bytes of an answer."""
+    pieces = []
+    while length:
+        try:
+            with translated("s3", "GetObject"):
+                data: bytes = await body.read(length)
+        except aiohttp.ClientError as exc:
+            # What the SDK leaves as it is.
+            raise AwsError(
+                f"s3:GetObject: the answer broke off: {exc}; check the network and proxies",
+                code="Unreachable",
+                operation="s3:GetObject",
+                transient=True,
+            ) from exc
+        if not data:
+            raise AwsError(
+                f"s3:GetObject: the answer ended {length} bytes early",
+                code="Short",
+                operation="s3:GetObject",
+                transient=True,
+            )
+        pieces.append(data)
+        length -= len(data)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+async def _each(
+    parallel: int, items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]]
+) -> None:
+    """Do something for each item, so many at a time; the first error ends it, as itself."""
+    todo = iter(items)
+
+    async def take() -> None:
+        for item in todo:
+            await work(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(parallel):
+                group.create_task(take())
+    except BaseExceptionGroup as exc:
+        raise exc.exceptions[0] from exc.exceptions[0].__cause__
+
+
+def _digest(source: Source, offset: int, length: int) -> bytes:
+    found = hashlib.sha256()
+    for at in range(offset, offset + length, _CHUNK):
+        found.update(source(at, min(_CHUNK, offset + length - at)))
+    return found.digest()
+
+
+def _base64(digest: bytes) -> str:
+    return base64.b64encode(digest).decode()
+
+
+def _headers_of(parameters: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return the headers that these parameters of a signed request are sent as."""
+    return tuple(
+        (_HEADERS[key], str(value)) for key, value in parameters.items() if key in _HEADERS
+    )

@@ -1,0 +1,187 @@
+"""Blobs between client and worker: chunks to and from files, checked by digest."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from cloudexec._errors import PayloadError
+from cloudexec._objects.store import Blob
+from cloudexec._payload import CHUNK_BYTES
+from cloudexec._proto.tasks_pb2 import Chunk
+
+__all__ = ["Incoming", "fetch_into", "stream_file", "stream_view"]
+
+_TRIES = 4
+"""Times that a transfer which was cut off is gone on with, while its session lives."""
+
+
+class Incoming:
+    """A blob while it arrives.
+
+    Args:
+        blob: In whose file there is room for it.
+    """
+
+    def __init__(self, blob: Blob) -> None:
+        self.at = 0
+        """Bytes that have come."""
+        self.complete = False
+        self._blob = blob
+        self._digest = hashlib.sha256()
+        self._writing: asyncio.Future[None] | None = None
+
+    async def take(self, chunk: memoryview | Chunk) -> None:
+        """Take in one chunk.
+
+        Raises:
+            PayloadError: If more, or something else, came than was announced.
+            OSError: If there is no room for it.
+        """
+        if isinstance(chunk, Chunk):
+            if chunk.sha256:
+                await self._finish(chunk.sha256)
+                return
+            data: bytes | memoryview = _inflate(chunk.data) if chunk.deflated else chunk.data
+        else:
+            data = chunk
+        blob = self._blob
+        if self.at + len(data) > blob.size:
+            raise PayloadError(f"more than the announced {blob.size} bytes arrived")
+        await self.settle()
+        # In a thread: the next chunk arrives meanwhile, and control messages pass.
+        writing = asyncio.to_thread(self._write, data, blob.offset + self.at)
+        self._writing = asyncio.ensure_future(writing)
+        self.at += len(data)
+
+    def _write(self, data: bytes | memoryview, where: int) -> None:
+        segment = self._blob.segment
+        assert segment is not None
+        segment.write(data, where)
+        self._digest.update(data)
+
+    async def settle(self) -> None:
+        """Wait until what has come is written; the errors are those of ``take``."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
+
+    async def _finish(self, sha256: bytes) -> None:
+        await self.settle()
+        blob = self._blob
+        if self.at != blob.size or self._digest.digest() != sha256:
+            raise PayloadError(
+                f"{blob.size} bytes arrived other than they were sent (their SHA-256 differs): "
+                f"is the network, or the memory of a machine, faulty?"
+            )
+        blob.sha256 = sha256
+        self.complete = True
+
+
+def _inflate(data: bytes) -> bytes:
+    inflater = zlib.decompressobj()
+    # A chunk is small whatever it claims to hold.
+    inflated = inflater.decompress(data, CHUNK_BYTES)
+    if inflater.unconsumed_tail:
+        raise PayloadError("a compressed chunk holds more than a chunk may")
+    return inflated
+
+
+async def fetch_into(blob: Blob, chunks: Callable[[int], AsyncIterator[Any]]) -> None:
+    """Fetch a blob, going on where it was cut off.
+
+    Args:
+        blob: In whose file there is room for it.
+        chunks: From an offset to the chunks from there on; the last one is the digest of it all.
+
+    Raises:
+        PayloadError: If it arrived other than it was sent.
+        OSError: If there is no room for it.
+        grpc.aio.AioRpcError: If it could not be fetched.
+    """
+    incoming = Incoming(blob)
+    for attempt in range(_TRIES):
+        try:
+            async for chunk in chunks(incoming.at):
+                await incoming.take(chunk)
+        except grpc.aio.AioRpcError:
+            await incoming.settle()
+            if attempt + 1 == _TRIES:
+                raise
+            await asyncio.sleep(0.1 * 2**attempt)
+            continue
+        if not incoming.complete:
+            raise PayloadError(f"only {incoming.at} of {blob.size} bytes arrived")
+        return
+
+
+async def stream_file(
+    fd: int, offset: int, size: int, write: Callable[[Any], Awaitable[Any]]
+) -> None:
+    """Send part of a file, and its digest behind it.
+
+    Args:
+        fd: The file.
+        offset: Where the part begins.
+        size: Bytes.
+        write: Sends one chunk.
+
+    Raises:
+        OSError: If it cannot be read.
+        grpc.aio.AioRpcError: If the connection fails.
+    """
+
+    def read(at: int, length: int) -> bytes:
+        return os.pread(fd, length, offset + at)
+
+    async for chunk in _chunks(read, size, 0):
+        await write(chunk)
+
+
+def stream_view(blob: Blob, offset: int) -> AsyncIterator[Any]:
+    """Return the chunks of a blob from an offset on, and the digest of it all behind them."""
+    view = blob.view()
+    return _chunks(lambda at, length: view[at : at + length], blob.size, offset, blob)
+
+
+async def _chunks(
+    read: Callable[[int, int], bytes | memoryview], size: int, offset: int, blob: Blob | None = None
+) -> AsyncIterator[Any]:
+    """Cut into chunks, the digest being taken meanwhile, unless it is known."""
+    known = b"" if blob is None else blob.sha256
+    digest = hashlib.sha256()
+
+    def piece(at: int) -> bytes | memoryview:
+        data = read(at, min(CHUNK_BYTES, size - at))
+        if not known:
+            digest.update(data)
+        return data
+
+    at = 0
+    while at < offset and not known:  # what the other side has belongs to the digest
+        at += len(await asyncio.to_thread(piece, at))
+    at = offset
+    following = asyncio.ensure_future(asyncio.to_thread(piece, at)) if at < size else None
+    try:
+        while following is not None:
+            data = await following
+            at += len(data)
+            following = None
+            if at < size and data:
+                following = asyncio.ensure_future(asyncio.to_thread(piece, at))
+            yield data
+    finally:
+        if following is not None:
+            await asyncio.wait([following])
+    if not known:
+        known = digest.digest()
+        if blob is not None:
+            blob.sha256 = known
+    yield Chunk(sha256=known)

@@ -1,0 +1,252 @@
+"""The worker's blobs: fetched once, shared by its slots, given up when room is needed.
+
+On the client's own machine a blob is a file that the slots open; this only remembers where it is.
+Elsewhere it is fetched when the first task needs it, into a file of the supervisor's, which the
+slots open in the same way. And here are the results on their way to the client, and those that stay
+until somebody asks for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
+
+from cloudexec._errors import PayloadError
+from cloudexec._objects.options import memory_of_machine
+from cloudexec._objects.places import Place, pack_places
+from cloudexec._objects.store import Blob, BlobStore, Limits
+
+__all__ = ["BlobCache", "Known", "room"]
+
+
+class Known:
+    """A blob that the client has told of."""
+
+    __slots__ = (
+        "blob",
+        "expires",
+        "loading",
+        "own",
+        "place",
+        "sha256",
+        "size",
+        "url",
+        "used",
+        "waiting",
+    )
+
+    def __init__(self, number: int, size: int, place: Place | None) -> None:
+        self.size = size
+        self.place = place
+        self.blob: Blob | None = None
+        self.loading: asyncio.Task[None] | None = None
+        self.waiting: list[Callable[[BaseException | None], None]] = []
+        self.used = 0
+        self.own = False  # made here: it cannot be fetched again
+        self.url = ""
+        self.expires = 0.0
+        self.sha256 = b""
+
+
+class BlobCache:
+    """All blobs of one worker; on its event loop.
+
+    Args:
+        load: Fetches a blob's content into the file of the one given.
+        limits: How much may be held.
+        in_use: Says which blobs waiting and running tasks need.
+        direct: Whether slots can ask the client itself for what is in no file.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[int, Known, Blob], Coroutine[Any, Any, None]],
+        limits: Limits,
+        in_use: Callable[[], set[int]],
+        *,
+        direct: bool,
+    ) -> None:
+        self._load = load
+        self._in_use = in_use
+        self._direct = direct
+        self._known: dict[int, Known] = {}
+        self._clock = 0
+        self.store = BlobStore(limits, shared=True)
+
+    def introduce(
+        self,
+        number: int,
+        size: int,
+        place: Place | None,
+        *,
+        url: str = "",
+        expires: float = 0.0,
+        sha256: bytes = b"",
+    ) -> None:
+        """Learn of a blob; ``place`` is where it is on this machine."""
+        known = self._known.get(number)
+        if known is None:
+            known = self._known[number] = Known(number, size, place)
+        elif place is not None:
+            known.place = place
+        known.url, known.expires, known.sha256 = url, expires, sha256
+
+    def keep(self, number: int, fd: int, place: Place) -> Blob:
+        """Hold a part of a result until the client forgets it.
+
+        Args:
+            number: Its number.
+            fd: The file that it is in; taken over where nothing else is in it.
+            place: Where in it.
+        """
+        if place.mappable:
+            blob = self.store.take_over(place.size, fd=fd)
+        else:
+            blob = self.store.new(place.size)
+            assert blob.segment is not None
+            blob.segment.write(os.pread(fd, place.size, place.offset), blob.offset)
+        known = self._known[number] = Known(number, blob.size, _place_of(number, blob))
+        known.blob = blob
+        known.own = True
+        return blob
+
+    def place(self, number: int) -> Place:
+        """Return where a blob is that is held here."""
+        place = self._known[number].place
+        assert place is not None
+        return place
+
+    def kept(self, number: int) -> Blob | None:
+        """Return what is held here of a blob."""
+        known = self._known.get(number)
+        return None if known is None else known.blob
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Drop blobs that nothing will refer to any more."""
+        for number in numbers:
+            known = self._known.pop(number, None)
+            if known is not None and known.loading is not None:
+                known.loading.cancel()
+        self.store.sweep()
+
+    def missing(self, numbers: Iterable[int]) -> list[int]:
+        """Say which of these are not at hand."""
+        return [n for n in numbers if (k := self._known.get(n)) is None or k.place is None]
+
+    def when_ready(
+        self, numbers: Iterable[int], then: Callable[[BaseException | None], None]
+    ) -> None:
+        """Fetch blobs that are not at hand; call ``then`` once they are, or cannot be had."""
+        missing = self.missing(numbers)
+        left = len(missing)
+        if not left:
+            then(None)
+            return
+
+        def one(error: BaseException | None) -> None:
+            nonlocal left
+            if left <= 0:
+                return
+            left = 0 if error is not None else left - 1
+            if not left:
+                then(error)
+
+        for number in missing:
+            known = self._known.get(number)
+            if known is None:
+                one(PayloadError(f"blob {number} was never announced: a bug of cloudexec's"))
+                continue
+            known.waiting.append(one)
+            if known.loading is None:
+                known.loading = asyncio.get_running_loop().create_task(self._bring(number, known))
+
+    async def ready(self, numbers: Sequence[int]) -> None:
+        """Wait until blobs are at hand.
+
+        Raises:
+            Exception: Whatever keeps one from being had.
+        """
+        done = asyncio.get_running_loop().create_future()
+
+        def ready(error: BaseException | None) -> None:
+            if done.done():
+                return
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        self.when_ready(numbers, ready)
+        await done
+
+    async def _bring(self, number: int, known: Known) -> None:
+        error: BaseException | None = None
+        try:
+            if self._direct:
+                known.place = Place(number, known.size, "", 0, mappable=False)
+            else:
+                blob = self._room_for(known.size)
+                await self._load(number, known, blob)
+                known.blob, known.place = blob, _place_of(number, blob)
+        except Exception as exc:
+            error = exc
+        finally:
+            known.loading = None
+        waiting, known.waiting = known.waiting, []
+        for then in waiting:
+            then(error)
+
+    def _room_for(self, size: int) -> Blob:
+        """Make a blob's file, giving up others that no task needs, those unused longest first."""
+        over = self.store.memory + size - self.store.limits.memory
+        if over > 0:
+            in_use = self._in_use()
+            idle = [
+                (known.used, number)
+                for number, known in self._known.items()
+                if known.blob is not None and number not in in_use and not known.own
+            ]
+            for _, number in sorted(idle):
+                known = self._known[number]
+                over -= known.size
+                known.blob = known.place = None
+                if over <= 0:
+                    break
+        return self.store.new(size)
+
+    def places(self, numbers: Iterable[int]) -> bytes:
+        """Return, for a slot, where blobs are; they must be at hand."""
+        self._clock += 1
+        found = []
+        for number in numbers:
+            known = self._known[number]
+            known.used = self._clock
+            assert known.place is not None
+            found.append(known.place)
+        return pack_places(found)
+
+    def close(self) -> None:
+        """Stop fetching."""
+        for known in self._known.values():
+            if known.loading is not None:
+                known.loading.cancel()
+        self._known.clear()
+        self.store.close()
+
+
+def _place_of(number: int, blob: Blob) -> Place:
+    assert blob.segment is not None
+    return Place(number, blob.size, blob.segment.path, blob.offset, mappable=blob.mappable)
+
+
+def room(memory_mib: int, wanted: int) -> Limits:
+    """Say how many blobs a worker may hold in memory; what is more goes to disk.
+
+    Args:
+        memory_mib: Its container's memory; 0: the machine's.
+        wanted: What the client says, in bytes; 0: a quarter.
+    """
+    total = memory_mib * 2**20 or memory_of_machine()
+    return Limits(memory=wanted or total // 4, cache=0)

@@ -1,0 +1,790 @@
+"""Objects between a file of this worker and S3, by requests that the client has signed.
+
+A worker needs neither the AWS SDK nor a right of its own: a signed URL carries the client's. Such a
+URL ends: with its own time, or with the credentials that signed it. S3 then refuses it, which is
+:class:`UrlRefusedError`; a :class:`Download` or :class:`Upload` keeps what it has done, and goes on
+with fresh URLs when it is run again. :func:`fetch` and :func:`store` do all that, given a way to
+ask for URLs. Everything else blocks, and uses threads of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import functools
+import hashlib
+import http.client
+import os
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from cloudexec._errors import CloudexecError
+from cloudexec._transfer import PART_BYTES, Part, SignedRequest, parts_of
+
+__all__ = [
+    "Digests",
+    "Download",
+    "S3DigestError",
+    "S3TransferError",
+    "Upload",
+    "UrlRefusedError",
+    "digests",
+    "fetch",
+    "store",
+]
+
+_CHUNK = 1024 * 1024
+_SEND = 256 * 1024
+"""Bytes per send: each has the whole socket timeout, so this is what a slow link must manage."""
+_RANGE = 8 * 1024 * 1024
+_PARALLEL = 4
+_CONNECT_TIMEOUT = 10.0
+_TIMEOUT = 30.0
+_PATIENCE = 60.0
+_FEWEST_TRIES = 3
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 5.0
+_ERROR_BYTES = 64 * 1024
+_REFUSALS_IN_A_ROW = 3
+_RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_RETRIED_CODE = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable"})
+_REFUSING_CODE = frozenset(
+    {"AccessDenied", "ExpiredToken", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
+)
+"""S3 says of some of these 400. Amazon S3 API Reference, "Error responses"."""
+
+
+class S3TransferError(CloudexecError):
+    """An object could not be moved to or from S3.
+
+    Attributes:
+        status: S3's HTTP status, 0 where there was no answer.
+        code: S3's word for it, such as ``"NoSuchKey"``; ``"Unreachable"`` is ours.
+        transient: Whether it may work later.
+    """
+
+    def __init__(
+        self, message: str = "", *, status: int = 0, code: str = "", transient: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.transient = transient
+
+
+class UrlRefusedError(S3TransferError):
+    """S3 does not take this URL, or does not any more: a fresh one may work."""
+
+
+class S3DigestError(S3TransferError):
+    """What came, or was sent, is not what was announced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """What S3 checks an upload by.
+
+    Attributes:
+        sha256: Of the whole.
+        parts: Of each part; of one that is the whole, the same.
+    """
+
+    sha256: bytes
+    parts: tuple[bytes, ...]
+
+
+def digests(
+    fd: int, size: int, *, offset: int = 0, part_bytes: int = PART_BYTES, sha256: bytes = b""
+) -> Digests:
+    """Read a stretch of a file and return its digests.
+
+    Args:
+        fd: Open for reading.
+        size: Bytes.
+        offset: Where they begin.
+        part_bytes: As for ``parts_of``.
+        sha256: Of the whole, where it is known already: saves half of the work, or all.
+
+    Raises:
+        OSError: If the file cannot be read, or is shorter.
+    """
+    parts = parts_of(size, part_bytes)
+    if sha256 and len(parts) == 1:
+        return Digests(sha256, (sha256,))
+    whole = hashlib.sha256()
+    found = []
+    for part in parts:
+        of_part = hashlib.sha256()
+        at, end = offset + part.offset, offset + part.offset + part.length
+        while at < end:
+            data = _read(fd, min(_CHUNK, end - at), at)
+            of_part.update(data)
+            if not sha256 and len(parts) > 1:
+                whole.update(data)
+            at += len(data)
+        found.append(of_part.digest())
+    return Digests(sha256 or (whole.digest() if len(parts) > 1 else found[0]), tuple(found))
+
+
+async def fetch(download: Download, ask: Callable[[bool], Awaitable[SignedRequest]]) -> None:
+    """Run a download, on threads, with as many URLs as it takes.
+
+    Once it is cancelled, nothing more is written into the file.
+
+    Args:
+        download: What to fetch.
+        ask: Returns a URL. Told whether the one before was refused though it had not expired:
+            then the client should read its credentials anew.
+
+    Raises:
+        S3TransferError: If it is not to be had.
+        OSError: If the file cannot be written.
+    """
+    refused = False
+    failures = 0
+    while True:
+        request = await ask(refused)
+        done = download.done_bytes
+        try:
+            await _on_thread(functools.partial(download.run, request), download)
+            return
+        except UrlRefusedError:
+            failures = failures + 1 if download.done_bytes == done else 1
+            if failures == _REFUSALS_IN_A_ROW:
+                raise
+            refused = time.time() < request.expires_at
+
+
+async def store(
+    upload: Upload, ask: Callable[[Sequence[int], bool], Awaitable[Mapping[int, SignedRequest]]]
+) -> list[str]:
+    """Run an upload, on threads, with as many URLs as it takes.
+
+    Args:
+        upload: What to send.
+        ask: Returns URLs for these parts, by number. Told too whether those before were refused
+            though they had not expired: then the client should read its credentials anew.
+
+    Returns:
+        The parts' ETags in order, for the client to complete the upload with.
+
+    Raises:
+        S3TransferError: If S3 does not take it.
+        OSError: If the file cannot be read.
+    """
+    refused = False
+    failures = 0
+    while missing := upload.missing:
+        requests = await ask(missing, refused)
+        try:
+            await _on_thread(functools.partial(upload.run, requests), upload)
+        except UrlRefusedError:
+            failures = failures + 1 if upload.missing == missing else 1
+            if failures == _REFUSALS_IN_A_ROW:
+                raise
+            refused = all(time.time() < each.expires_at for each in requests.values())
+    return upload.etags
+
+
+async def _on_thread(run: Callable[[], None], transfer: _Transfer) -> None:
+    running = asyncio.ensure_future(asyncio.to_thread(run))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        # The thread cannot be cancelled, but its sockets can be closed under it. It must be seen
+        # to the end: whoever cancels may use the file for something else.
+        transfer.cancel()
+        while not running.done():
+            try:
+                await asyncio.wait([running])
+            except asyncio.CancelledError:
+                pass  # raised below
+        running.exception()
+        raise
+
+
+class _LocalError(Exception):
+    """Keeps what our own file raises apart from what sockets raise: all of it is ``OSError``."""
+
+
+class _AgainError(Exception):
+    """The request may succeed if it is made again."""
+
+    def __init__(self, why: str, *, status: int = 0, code: str = "") -> None:
+        super().__init__(why)
+        self.status = status
+        self.code = code
+
+
+class _HaltError(Exception):
+    """The transfer has stopped meanwhile, for a reason of its own."""
+
+
+class _Transfer:
+    """What both directions share: threads that take pieces of work until none is left."""
+
+    _verb = ""
+
+    def __init__(self, *, parallel: int, timeout: float, patience: float) -> None:
+        self._parallel = parallel
+        self._timeout = timeout
+        self._patience = patience
+        self._changed = threading.Condition()
+        # All below: under that lock.
+        self._todo: list[Any] = []
+        self._running = 0
+        self._in_file = 0
+        self._halted = False
+        self._cancelled = False
+        self._error: BaseException | None = None
+        self._links: set[_Link] = set()
+        self._progress_at = 0.0
+        # Not the module's own numbers: a program's seeds are its own.
+        self._random = random.Random()
+
+    def cancel(self) -> None:
+        """Stop at once and for good, from any thread; ``run`` raises ``S3TransferError``."""
+        with self._changed:
+            self._cancelled = True
+        self._stop(S3TransferError(f"the {self._verb} was cancelled", code="Cancelled"))
+
+    def _stop(self, error: BaseException) -> None:
+        with self._changed:
+            if self._error is None:
+                self._error = error
+            self._halted = True
+            links = list(self._links)
+            self._changed.notify_all()
+        for link in links:
+            link.interrupt()
+
+    def _start(self) -> list[threading.Thread]:
+        with self._changed:
+            if not self._cancelled:
+                self._error = None
+                self._halted = False
+            self._progress_at = time.monotonic()
+            self._running = 0 if self._cancelled else min(self._parallel, len(self._todo))
+            count = self._running
+        threads = [
+            threading.Thread(target=self._work, name=f"cloudexec-s3-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _finish(self, threads: Sequence[threading.Thread]) -> None:
+        with self._changed:
+            # Those that wait for a connection see for themselves that it was cancelled.
+            self._changed.wait_for(
+                lambda: not self._running or (self._cancelled and not self._in_file)
+            )
+            cancelled = self._cancelled
+        if not cancelled:
+            for thread in threads:
+                thread.join()
+        with self._changed:
+            error = self._error
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+
+    def _work(self) -> None:
+        link = _Link(self._timeout)
+        with self._changed:
+            self._links.add(link)
+        try:
+            while True:
+                with self._changed:
+                    if self._halted or not self._todo:
+                        return
+                    item = self._todo.pop(0)
+                self._insist(link, item)
+        except _HaltError:
+            pass
+        except _LocalError as exc:
+            self._stop(exc.__cause__ or exc)
+        except BaseException as exc:
+            self._stop(exc)
+        finally:
+            link.close()
+            with self._changed:
+                self._links.discard(link)
+                self._running -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def _file(self) -> Iterator[None]:
+        """While the file is used: not any more once the transfer has stopped."""
+        with self._changed:
+            if self._halted:
+                raise _HaltError
+            self._in_file += 1
+        try:
+            yield
+        except OSError as exc:
+            raise _LocalError from exc
+        finally:
+            with self._changed:
+                self._in_file -= 1
+                self._changed.notify_all()
+
+    def _insist(self, link: _Link, item: Any) -> None:
+        """Make a request until it succeeds, or nothing has moved for too long."""
+        pause = _FIRST_PAUSE
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                return self._do(link, item)
+            except _AgainError as exc:
+                failure = exc
+            except ssl.SSLCertVerificationError as exc:
+                raise S3TransferError(
+                    f"{self._verb}: whoever answers at {link.place} is not who it should be: "
+                    f"{exc}; behind a proxy that opens TLS, AWS_CA_BUNDLE or SSL_CERT_FILE must "
+                    "name its certificate",
+                    code="Untrusted",
+                ) from exc
+            except (OSError, http.client.HTTPException) as exc:
+                failure = _AgainError(f"{type(exc).__name__}: {exc}", code="Unreachable")
+            link.close()
+            with self._changed:
+                quiet = time.monotonic() - self._progress_at
+            if quiet >= self._patience and tries >= _FEWEST_TRIES:
+                raise S3TransferError(
+                    f"{self._verb} of {link.place}: nothing has moved for {quiet:.0f} s, after "
+                    f"{tries} tries; the last said: {failure}; check the way from the worker to S3 "
+                    "(NAT gateway or S3 endpoint of its subnet, proxies), or, where S3 asks to "
+                    "slow down, use fewer workers at once",
+                    status=failure.status,
+                    code=failure.code,
+                    transient=True,
+                ) from failure
+            with self._changed:
+                wait = pause * self._random.uniform(0.5, 1.0)
+                if self._changed.wait_for(lambda: self._halted, wait):
+                    raise _HaltError
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def _do(self, link: _Link, item: Any) -> None:
+        raise NotImplementedError
+
+    def _refusal(self, link: _Link, response: http.client.HTTPResponse) -> Exception:
+        """Turn an answer that is none of the expected into what to raise."""
+        body = response.read(_ERROR_BYTES).decode("utf-8", "replace")
+        code = _tag(body, "Code")
+        said = f"{response.status} {code}: {_tag(body, 'Message') or response.reason}"
+        what = f"{self._verb} of {link.place}"
+        if response.status in _RETRIED_STATUS or code in _RETRIED_CODE:
+            return _AgainError(said, status=response.status, code=code)
+        if response.status == 403 or code in _REFUSING_CODE:
+            return UrlRefusedError(
+                f"{what}: S3 refuses the URL: {said}; it has expired, or the credentials that "
+                "signed it have, or they may not do this (`cloudexec policy`), or this machine's "
+                "clock is wrong",
+                status=response.status,
+                code=code,
+            )
+        if code in ("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"):
+            return S3DigestError(
+                f"{what}: what arrived is not what was announced: {said}",
+                status=response.status,
+                code=code,
+            )
+        remedy = {
+            "NoSuchKey": "; it has been deleted, or was never sent",
+            "NoSuchBucket": "; the bucket does not exist (any more)",
+            "NoSuchUpload": "; the upload was ended, or its executor has shut down",
+        }.get(code, "")
+        if 300 <= response.status < 400:
+            remedy = "; the bucket is in another region than the URL says"
+        if response.status == 407:
+            remedy = "; the proxy wants a password: https_proxy=http://user:password@host:port"
+        return S3TransferError(
+            f"{what} failed: {said}{remedy}", status=response.status, code=code or "?"
+        )
+
+
+class Download(_Transfer):
+    """One object into a file, by ranges in parallel, checked against its digest.
+
+    Args:
+        fd: Open for reading and writing.
+        size: Of the object.
+        sha256: Of the object.
+        offset: Where in the file it goes.
+        parallel: Requests at a time.
+        range_bytes: Bytes of one request.
+        timeout: Seconds for which one send or receive may stand still.
+        patience: Seconds without a byte from any request after which it has failed.
+    """
+
+    _verb = "download"
+
+    def __init__(
+        self,
+        fd: int,
+        size: int,
+        sha256: bytes,
+        *,
+        offset: int = 0,
+        parallel: int = _PARALLEL,
+        range_bytes: int = _RANGE,
+        timeout: float = _TIMEOUT,
+        patience: float = _PATIENCE,
+    ) -> None:
+        super().__init__(parallel=parallel, timeout=timeout, patience=patience)
+        self._fd = fd
+        self._size = size
+        self._sha256 = sha256
+        self._base = offset
+        self._request: SignedRequest | None = None
+        self._ranges = [
+            [start, min(start + range_bytes, size)] for start in range(0, size, range_bytes)
+        ]
+        """First byte that is not here yet, and end, of each."""
+        self._front = 0
+        """Which of them is the first with something missing."""
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes that are in the file."""
+        with self._changed:
+            return self._size - sum(end - start for start, end in self._ranges)
+
+    def run(self, request: SignedRequest) -> None:
+        """Fetch what is missing, and check the whole.
+
+        Args:
+            request: Signed by the client. Not to be used by two runs at the same time.
+
+        Raises:
+            UrlRefusedError: If a fresh URL is needed; what has come is kept for the next run.
+            S3DigestError: If the object is another.
+            S3TransferError: If it is not to be had.
+            OSError: If the file cannot be written.
+        """
+        self._request = request
+        self._todo = [each for each in self._ranges if each[0] < each[1]]
+        threads = self._start()
+        # Hashed in order, out of the page cache, while the rest still comes.
+        try:
+            while self._hashed < self._size:
+                with self._changed:
+                    self._changed.wait_for(
+                        lambda: (
+                            self._error is not None
+                            or self._ready() > self._hashed
+                            or not self._running
+                        )
+                    )
+                    ready = self._ready()
+                    if self._error is not None or ready == self._hashed:
+                        break
+                self._hash_to(ready)
+        except BaseException as exc:
+            self._stop(exc)
+        self._finish(threads)
+        found = self._hash.digest()
+        if found != self._sha256:
+            raise S3DigestError(
+                f"download: {self._size} bytes came, and they are not those that were sent: "
+                f"SHA-256 {found.hex()} instead of {self._sha256.hex()}",
+                code="BadDigest",
+            )
+
+    def _ready(self) -> int:
+        """Return up to where nothing is missing; under the lock."""
+        ranges = self._ranges
+        while self._front < len(ranges) and ranges[self._front][0] == ranges[self._front][1]:
+            self._front += 1
+        return ranges[self._front][0] if self._front < len(ranges) else self._size
+
+    def _hash_to(self, end: int) -> None:
+        while self._hashed < end:
+            data = _read(self._fd, min(_CHUNK, end - self._hashed), self._base + self._hashed)
+            self._hash.update(data)
+            self._hashed += len(data)
+
+    def _do(self, link: _Link, item: Any) -> None:
+        assert self._request is not None
+        piece: list[int] = item
+        first, end = piece
+        headers = [*self._request.headers, ("Range", f"bytes={first}-{end - 1}")]
+        response = link.request("GET", self._request.url, headers)
+        if response.status not in (200, 206):
+            raise self._refusal(link, response)
+        total = _total(response)
+        if total is not None and total != self._size:
+            raise S3DigestError(
+                f"download of {link.place}: the object has {total} bytes, not {self._size}",
+                status=response.status,
+                code="BadDigest",
+            )
+        if response.status == 200 and (first > 0 or response.length != end):
+            raise S3TransferError(
+                f"download of {link.place}: what answers does not know ranges; a proxy on the way "
+                "may be the cause",
+                status=200,
+                code="NoRanges",
+            )
+        buffer = memoryview(bytearray(min(_CHUNK, end - first)))
+        while piece[0] < end:
+            count = response.readinto(buffer[: end - piece[0]])
+            if not count:
+                raise _AgainError(f"the answer ended {end - piece[0]} bytes early", code="Short")
+            with self._file():
+                _write(self._fd, buffer[:count], self._base + piece[0])
+            with self._changed:
+                piece[0] += count
+                self._progress_at = time.monotonic()
+                self._changed.notify_all()
+
+
+class Upload(_Transfer):
+    """A stretch of a file to S3, its parts in parallel.
+
+    Args:
+        fd: Open for reading.
+        size: Bytes.
+        offset: Where in the file they begin.
+        part_bytes: As the client has it.
+        parallel: Requests at a time.
+        timeout: Seconds for which one send or receive may stand still.
+        patience: Seconds without a byte from any request after which it has failed.
+    """
+
+    _verb = "upload"
+
+    def __init__(
+        self,
+        fd: int,
+        size: int,
+        *,
+        offset: int = 0,
+        part_bytes: int = PART_BYTES,
+        parallel: int = _PARALLEL,
+        timeout: float = _TIMEOUT,
+        patience: float = _PATIENCE,
+    ) -> None:
+        super().__init__(parallel=parallel, timeout=timeout, patience=patience)
+        self._fd = fd
+        self._base = offset
+        self._parts = parts_of(size, part_bytes)
+        self._etags: dict[int, str] = {}
+        self._sent: dict[int, int] = {}
+        """By part, how far it was sent at best: sending the same once more is no progress."""
+        self._requests: Mapping[int, SignedRequest] = {}
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the parts that S3 does not have yet."""
+        with self._changed:
+            return [part.number for part in self._parts if part.number not in self._etags]
+
+    @property
+    def etags(self) -> list[str]:
+        """What S3 called the parts, in their order; complete when none is missing."""
+        with self._changed:
+            return [self._etags[number] for number in sorted(self._etags)]
+
+    def run(self, requests: Mapping[int, SignedRequest]) -> None:
+        """Send the parts that are missing and for which there is a URL.
+
+        Args:
+            requests: By part number. One part: the PUT of the whole.
+
+        Raises:
+            UrlRefusedError: If fresh URLs are needed, for those that are ``missing`` then.
+            S3TransferError: If S3 does not take it.
+            OSError: If the file cannot be read.
+        """
+        missing = set(self.missing)
+        self._requests = requests
+        self._todo = [
+            part for part in self._parts if part.number in missing and part.number in requests
+        ]
+        self._finish(self._start())
+
+    def _do(self, link: _Link, item: Any) -> None:
+        part: Part = item
+        request = self._requests[part.number]
+        headers = [*request.headers, ("Content-Length", str(part.length))]
+        response = link.request("PUT", request.url, headers, self._pieces(part))
+        if response.status != 200:
+            raise self._refusal(link, response)
+        response.read()
+        etag = response.headers.get("ETag", "")
+        if not etag:
+            raise _AgainError("the answer has no ETag: it may not be S3's", status=200)
+        with self._changed:
+            self._etags[part.number] = etag
+            self._progress_at = time.monotonic()
+
+    def _pieces(self, part: Part) -> Callable[[], bytes]:
+        at, end = self._base + part.offset, self._base + part.offset + part.length
+
+        def piece() -> bytes:
+            nonlocal at
+            if at == end:
+                return b""
+            with self._file():
+                data = _read(self._fd, min(_SEND, end - at), at)
+            at += len(data)
+            with self._changed:
+                if at > self._sent.get(part.number, 0):
+                    self._sent[part.number] = at
+                    self._progress_at = time.monotonic()
+            return data
+
+        return piece
+
+
+class _Link:
+    """One connection at a time to wherever a URL points, kept for the next request."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._connection: http.client.HTTPConnection | None = None
+        self._response: http.client.HTTPResponse | None = None
+        self._key: tuple[str, str] = ("", "")
+        self._proxied = False
+        self.place = "S3"
+        """What the last request was about, without the signature."""
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        headers: Sequence[tuple[str, str]],
+        body: Callable[[], bytes] | None = None,
+    ) -> http.client.HTTPResponse:
+        """Make a request; the caller reads the answer to its end before the next."""
+        split = urlsplit(url)
+        self.place = f"{split.netloc}{unquote(split.path)}"
+        if self._connection is None or self._key != (split.scheme, split.netloc):
+            self.close()
+            self._connection, self._proxied = _connect(split.scheme, split.netloc)
+            self._key = (split.scheme, split.netloc)
+            self._connection.connect()
+            self._connection.sock.settimeout(self._timeout)
+        connection = self._connection
+        target = url if self._proxied else f"{split.path or '/'}?{split.query}"
+        connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
+        connection.putheader("Host", split.netloc)
+        for name, value in headers:
+            connection.putheader(name, value)
+        sent: OSError | None = None
+        try:
+            connection.endheaders()
+            while body is not None and (data := body()):
+                connection.send(data)
+        except (BrokenPipeError, ConnectionResetError) as exc:
+            # A server that has seen enough answers before it has read all: why, is in the answer.
+            sent = exc
+        try:
+            response = self._response = connection.getresponse()
+        except (OSError, http.client.HTTPException):
+            if sent is not None:
+                raise sent from None
+            raise
+        if sent is not None and response.status < 300:
+            raise sent
+        return response
+
+    def interrupt(self) -> None:
+        """Let whichever thread uses the connection fail at once."""
+        connection = self._connection
+        sock = connection.sock if connection is not None else None
+        if sock is not None:
+            try:
+                # Not a TLS socket's own: that one is for its user to call.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        """Close the connection; the next request makes a new one."""
+        response, self._response = self._response, None
+        if response is not None:
+            response.close()  # it may have taken the socket over
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+@functools.lru_cache(maxsize=2)
+def _tls(authorities: str | None) -> ssl.SSLContext:
+    """Made once: reading the authorities takes longer than a request."""
+    return ssl.create_default_context(cafile=authorities)
+
+
+def _connect(scheme: str, netloc: str) -> tuple[http.client.HTTPConnection, bool]:
+    """Return a connection not made yet, and whether requests on it name the whole URL.
+
+    Goes through the proxy that the environment names for it (``https_proxy``, ``no_proxy``).
+    """
+    proxy = urllib.request.getproxies_environment().get(scheme, "")
+    trust = _tls(os.environ.get("AWS_CA_BUNDLE") or None) if scheme == "https" else None
+    # typeshed does not know it.
+    if proxy and urllib.request.proxy_bypass_environment(netloc):  # type: ignore[attr-defined]
+        proxy = ""
+    if not proxy:
+        if scheme == "https":
+            return http.client.HTTPSConnection(
+                netloc, timeout=_CONNECT_TIMEOUT, context=trust
+            ), False
+        return http.client.HTTPConnection(netloc, timeout=_CONNECT_TIMEOUT), False
+    split = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    where = f"{split.hostname}:{split.port or 80}"
+    auth = {}
+    if split.username is not None:
+        pair = f"{unquote(split.username)}:{unquote(split.password or '')}"
+        auth["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    if scheme == "https":
+        secure = http.client.HTTPSConnection(where, timeout=_CONNECT_TIMEOUT, context=trust)
+        secure.set_tunnel(netloc, headers=auth)
+        return secure, False
+    return http.client.HTTPConnection(where, timeout=_CONNECT_TIMEOUT), True
+
+
+def _read(fd: int, length: int, offset: int) -> bytes:
+    data = os.pread(fd, length, offset)
+    if not data:
+        raise OSError(f"the file ends at {offset}, and {length} bytes more were announced")
+    return data
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data = data[done:]
+        offset += done
+
+
+def _total(response: http.client.HTTPResponse) -> int | None:
+    """Return how long the whole object is, as the answer has it."""
+    if response.status == 200:
+        return response.length
+    found = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", ""))
+    return int(found[1]) if found else None
+
+
+def _tag(text: str, name: str) -> str:
+    return text.partition(f"<{name}>")[2].partition(f"</{name}>")[0]

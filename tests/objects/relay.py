@@ -1,0 +1,135 @@
+"""A relay between clients and a server that breaks connections on request."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+import threading
+
+
+class Relay:
+    """Passes bytes on, both ways; use as a context manager.
+
+    Args:
+        port: Of the server, on this machine.
+        tls: Speak TLS with clients.
+        tunnel: Be a proxy that is told ``CONNECT`` first; wherever to, it leads to the server.
+    """
+
+    def __init__(
+        self, port: int, *, tls: ssl.SSLContext | None = None, tunnel: bool = False
+    ) -> None:
+        self._target = port
+        self._tls = tls
+        self._tunnel = tunnel
+        self._lock = threading.Lock()
+        self._cuts: dict[str, list[int]] = {"up": [], "down": []}
+        self._sockets: list[socket.socket] = []
+        self.connects: list[str] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+
+    def __enter__(self) -> Relay:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.refuse()
+
+    def cut_up(self, *after: int) -> None:
+        """Reset the next connections that send so many bytes."""
+        with self._lock:
+            self._cuts["up"].extend(after)
+
+    def cut_down(self, *after: int) -> None:
+        """Reset the next connections that receive so many bytes."""
+        with self._lock:
+            self._cuts["down"].extend(after)
+
+    @property
+    def cuts_left(self) -> int:
+        """How many of those have not happened yet."""
+        with self._lock:
+            return len(self._cuts["up"]) + len(self._cuts["down"])
+
+    def refuse(self) -> None:
+        """Take no connection any more, and end those there are."""
+        try:
+            self._listener.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._listener.close()
+        self._thread.join()
+        with self._lock:
+            sockets = list(self._sockets)
+        for each in sockets:
+            _reset(each)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            if self._tunnel:
+                head = b""
+                while b"\r\n\r\n" not in head:
+                    head += client.recv(1)
+                self.connects.append(head.decode().split("\r\n")[0])
+                client.sendall(b"HTTP/1.1 200 Go on\r\n\r\n")
+            if self._tls is not None:
+                client = self._tls.wrap_socket(client, server_side=True)
+            server = socket.create_connection(("127.0.0.1", self._target))
+        except OSError:
+            client.close()
+            return
+        with self._lock:
+            self._sockets += [client, server]
+        up = threading.Thread(target=self._pass_on, args=(client, server, "up"), daemon=True)
+        up.start()
+        self._pass_on(server, client, "down")
+        up.join()
+        for each in (client, server):
+            each.close()
+        with self._lock:
+            self._sockets = [each for each in self._sockets if each not in (client, server)]
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+        passed = 0
+        while True:
+            try:
+                data = source.recv(65536)
+            except OSError:
+                data = b""
+            passed += len(data)
+            with self._lock:
+                cut = next((each for each in self._cuts[way] if passed >= each), None)
+                if cut is not None:
+                    self._cuts[way].remove(cut)
+            if cut is not None:
+                _reset(source)
+                _reset(sink)
+                return
+            try:
+                if not data:
+                    socket.socket.shutdown(sink, socket.SHUT_WR)
+                    return
+                sink.sendall(data)
+            except OSError:
+                _reset(source)
+                return
+
+
+def _reset(each: socket.socket) -> None:
+    try:
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        socket.socket.shutdown(each, socket.SHUT_RDWR)
+    except OSError:
+        pass
