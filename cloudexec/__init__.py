@@ -16,6 +16,7 @@ from cloudexec._errors import (
     PayloadError,
     PayloadTooLargeError,
     ProtocolError,
+    RefLostError,
     RemoteTraceback,
     StageError,
     TaskTimeoutError,
@@ -23,11 +24,13 @@ from cloudexec._errors import (
 )
 from cloudexec._executor import BatchExecutor, OptionsView
 from cloudexec._future import BatchFuture
-from cloudexec._graph import Graph, Node, Stage, run, stage
-from cloudexec._launchers.base import Cost, LaunchTimes
+from cloudexec._graph import Graph, Node, Stage, StageReport, run, stage
+from cloudexec._launchers.base import Cost, LaunchTimes, WorkerCapacity
 from cloudexec._launchers.batch import Batch
 from cloudexec._launchers.local import Local
-from cloudexec._stats import ExecutorStats, TaskCounts, WorkerCounts
+from cloudexec._objects.options import ObjectOptions
+from cloudexec._objects.ref import Ref
+from cloudexec._stats import ExecutorStats, SizeCounts, TaskCounts, WorkerCounts
 
 __all__ = [
     "AwsError",
@@ -47,15 +50,21 @@ __all__ = [
     "LaunchTimes",
     "Local",
     "Node",
+    "ObjectOptions",
     "OptionsView",
     "PayloadError",
     "PayloadTooLargeError",
     "ProtocolError",
+    "Ref",
+    "RefLostError",
     "RemoteTraceback",
+    "SizeCounts",
     "Stage",
     "StageError",
+    "StageReport",
     "TaskCounts",
     "TaskTimeoutError",
+    "WorkerCapacity",
     "WorkerCounts",
     "WorkerLostError",
     "run",

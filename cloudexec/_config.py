@@ -107,6 +107,10 @@ class TaskOptions:
     """Higher ones are sent first."""
     env: Mapping[str, str] | None = None
     """Environment variables that it has while it runs."""
+    keep: bool = False
+    """Whether its result stays on the worker, and the future's result is a handle to it."""
+    on_loss: str = "recompute"
+    """What to do when a kept result is lost with its worker: ``"recompute"`` or ``"raise"``."""
 
     def __post_init__(self) -> None:
         check_positive("timeout", self.timeout)
@@ -125,6 +129,10 @@ class TaskOptions:
             raise ConfigError(f"priority must be an integer, not {self.priority!r}")
         if self.env is not None:
             object.__setattr__(self, "env", _task_env(self.env))
+        if not isinstance(self.keep, bool):
+            raise ConfigError(f"keep must be True or False, not {self.keep!r}")
+        if self.on_loss not in ("recompute", "raise"):
+            raise ConfigError(f"on_loss must be 'recompute' or 'raise', not {self.on_loss!r}")
 
     @property
     def memory_bytes(self) -> int | None:

@@ -11,6 +11,7 @@ CloudexecError
 ├── StageError                           a stage of a graph failed
 ├── PayloadError (also PicklingError)    could not pickle or unpickle
 │   └── PayloadTooLargeError             ... or too large
+├── RefLostError                         the worker that kept a result is gone
 ├── ProtocolError                        the two sides disagree, e.g. on versions
 └── BrokenBatchExecutor                  (also concurrent.futures.BrokenExecutor)
     └── InitializerError                 the initializer raised in a worker
@@ -37,6 +38,7 @@ __all__ = [
     "PayloadError",
     "PayloadTooLargeError",
     "ProtocolError",
+    "RefLostError",
     "RemoteTraceback",
     "StageError",
     "TaskTimeoutError",
@@ -240,6 +242,10 @@ class PayloadTooLargeError(PayloadError):
         super().__init__(message)
         self.size_bytes = size_bytes
         self.limit_bytes = limit_bytes
+
+
+class RefLostError(CloudexecError):
+    """What a ``Ref`` stands for is gone, with the worker that kept it."""
 
 
 class ProtocolError(CloudexecError):

@@ -15,10 +15,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, check_count, check_positive
-from cloudexec._errors import BrokenBatchExecutor, ConfigError, PayloadError
+from cloudexec._errors import (
+    BrokenBatchExecutor,
+    ConfigError,
+    PayloadError,
+    PayloadTooLargeError,
+)
 from cloudexec._future import BatchFuture
 from cloudexec._launchers.base import Cost
-from cloudexec._launchers.sizing import ladder_of, terms_of
+from cloudexec._sizing import ladder_of, terms_of
 from cloudexec._objects.options import ObjectOptions
 from cloudexec._stats import ExecutorStats
 
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
     from cloudexec._core.claims import Terms
     from cloudexec._functions import Function, FunctionTable
     from cloudexec._launchers.base import Launcher
+    from cloudexec._objects.ref import Ref
     from cloudexec._objects.store import BlobStore
     from cloudexec._progress import ProgressBar
     from cloudexec._server.driver import Driver, Submission
@@ -73,7 +79,8 @@ class _Base(Executor):
         """Pickle a callable once, and return what submits calls of it; for graphs.
 
         Returns:
-            Takes the arguments, the keyword arguments, and a label for the future.
+            Takes the arguments, the keyword arguments, a label for the future, and what is to be
+            called with its outcome.
         """
         executor, options, terms = self._executor, self._options, self._terms
         if executor._driver is None:
@@ -85,8 +92,10 @@ class _Base(Executor):
         except Exception as exc:
             raise _pickling_error(fn, exc) from exc
 
-        def submit(args: tuple[Any, ...], kwargs: Mapping[str, Any], label: str) -> BatchFuture[T]:
-            return executor._submit(fn, args, kwargs, options, terms, function, label)
+        def submit(
+            args: tuple[Any, ...], kwargs: Mapping[str, Any], label: str, on_end: Any
+        ) -> BatchFuture[T]:
+            return executor._submit(fn, args, kwargs, options, terms, function, label, on_end)
 
         return submit
 
@@ -147,6 +156,8 @@ class _Base(Executor):
         name: str | None = _UNSET,
         priority: int = _UNSET,
         env: Mapping[str, str] | None = _UNSET,
+        keep: bool = _UNSET,
+        on_loss: str = _UNSET,
     ) -> OptionsView:
         """Return a view of this executor whose tasks have other options.
 
@@ -184,6 +195,11 @@ class _Base(Executor):
                 do so once per process. None is set by itself, not even ``OMP_NUM_THREADS`` where
                 ``cpus`` is given, for that reason: what the first task brought would hold for
                 those after it.
+            keep: Whether results stay on the worker that made them: the result of a future is then
+                a ``Ref``, to be passed to other calls, which prefer to run where it is, or
+                ``get()`` from.
+            on_loss: What to do when a kept result is lost with its worker: ``"recompute"`` runs its
+                task again when it is needed, ``"raise"`` fails with ``RefLostError``.
 
         Raises:
             ConfigError: If an option is out of its range, or no worker can have that much; what
@@ -444,6 +460,7 @@ class BatchExecutor(_Base):
                 driver.portal.run(driver.abandon()).result()
                 driver.join()
                 raise
+            driver.numbers = self._numbers
             self._table = FunctionTable(driver.post, store)
             _drivers[driver] = None
             # Once nobody can submit any more, what was submitted is finished and workers stop.
@@ -473,6 +490,7 @@ class BatchExecutor(_Base):
         terms: Terms | None,
         function: Function | None = None,
         label: str = "",
+        on_end: Any = None,
     ) -> BatchFuture[T]:
         driver = self._driver
         if driver is None:
@@ -484,6 +502,7 @@ class BatchExecutor(_Base):
         assert table is not None
         if label:
             future._label = label
+            future._on_end = on_end
         try:
             if function is None:
                 function, kind, payload = table.call(fn, args, kwargs)  # type: ignore[arg-type]
@@ -567,6 +586,41 @@ class BatchExecutor(_Base):
             return futures
 
         return submit
+
+    def put(self, value: T) -> Ref[T]:
+        """Put a value where workers have it from, once each, and return a handle to it.
+
+        Pass the handle as an argument, alone or deep in others, and the call receives the value.
+        Worth it for what many calls take: it is pickled and looked at only once. (An array that is
+        passed plainly is sent once per worker too, but compared with what was sent, each time.)
+
+        Raises:
+            PayloadError: If it cannot be pickled.
+            PayloadTooLargeError: If there is no room for it, in memory or on disk.
+            RuntimeError: As with ``submit()``.
+        """
+        driver = self._driver
+        if driver is None:
+            driver = self._start()
+        self._check_open()
+        from cloudexec import _payload
+        from cloudexec._objects.ref import Ref
+
+        try:
+            payload = _payload.dumps(value, driver.store)
+            if not isinstance(payload, bytes):
+                for blob in payload.blobs:
+                    driver.store.share(blob)
+        except PayloadError:
+            raise
+        except Exception as exc:
+            error = PayloadError(
+                f"{_name(value)} could not be pickled ({type(exc).__name__}: {exc})"
+            )
+            raise error from exc
+        if not isinstance(payload, bytes):
+            payload.shared = True
+        return Ref(payload, driver.keeper)
 
     def stats(self) -> ExecutorStats:
         """Return a snapshot: tasks and workers by state, bytes, retries."""
@@ -672,6 +726,8 @@ class OptionsView(_Base):
 
 
 def _pickling_error(what: object, exc: BaseException) -> PayloadError:
+    if isinstance(exc, PayloadTooLargeError):
+        return exc
     error = PayloadError(
         f"{type(what).__name__} {_name(what)} or its arguments could not be pickled "
         f"({type(exc).__name__}: {exc})"
@@ -726,7 +782,7 @@ def _hold_back(
     if type(payload) is not Unfinished:
         return False  # it is just large
     hold_back(task, payload, _name(fn), args, kwargs)
-    return True
+    return task.needs is not None
 
 
 def _usable_cpus() -> int:

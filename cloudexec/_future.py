@@ -63,6 +63,11 @@ class BatchFuture(Future[T]):
 
     _label = ""
     """The name of the stage that it stands for, in a graph: set on few, so not in a slot."""
+    _has_result = False
+    """Whether it is known to have a result, which need not be unpickled for that; by graphs."""
+    _on_end: Callable[[BatchFuture[Any], bool], None] | None = None
+    """Called on the loop thread with the outcome of its task, and whether that is a result; by
+    graphs."""
 
     def __init__(self, owner: Owner | None = None) -> None:
         # The base class's __init__ is left out on purpose: it would make what this class avoids.

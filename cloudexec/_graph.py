@@ -19,7 +19,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,17 +29,18 @@ from cloudexec._config import TaskOptions
 from cloudexec._errors import (
     BrokenBatchExecutor,
     CloudexecError,
+    ConfigError,
     DependencyError,
     LaunchError,
     StageError,
 )
-from cloudexec._executor import BatchExecutor, OptionsView
+from cloudexec._executor import BatchExecutor, OptionsView, RetryOn
 from cloudexec._future import BatchFuture
 
 if TYPE_CHECKING:
     from cloudexec._progress import StageBars
 
-__all__ = ["Graph", "Node", "Stage", "run", "stage"]
+__all__ = ["Graph", "Node", "Stage", "StageReport", "run", "stage"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -125,7 +126,16 @@ def _function_of(module: str, name: str) -> Callable[..., Any]:
 def stage(function: Callable[P, T], /) -> Stage[P, T]: ...
 @overload
 def stage(
-    *, name: str | None = None, timeout: float | None = None, retries: int | None = None
+    *,
+    name: str | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+    retry_on: RetryOn = None,
+    cpus: float | None = None,
+    memory: int | str | None = None,
+    gpus: int | None = None,
+    priority: int | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[P, T]], Stage[P, T]]: ...
 def stage(
     function: Callable[..., Any] | None = None,
@@ -134,23 +144,41 @@ def stage(
     name: str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    retry_on: RetryOn = None,
+    cpus: float | None = None,
+    memory: int | str | None = None,
+    gpus: int | None = None,
+    priority: int | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Any:
-    """Turn a function into a stage: ``@stage``, or ``@stage(timeout=60)``.
+    """Turn a function into a stage: ``@stage``, or ``@stage(cpus=2, memory="4GiB")``.
+
+    The options are those of ``BatchExecutor.with_options()``, for the calls of this stage; those
+    that are ``None`` are as the executor has them.
 
     Args:
         function: The function.
         name: What progress, drawings and errors call it; by default the function's name.
-        timeout: Seconds that a call may run; ``None``: what the executor says.
-        retries: How often a call is run again after an attempt was lost; ``None``: what the
-            executor says.
+        timeout: Seconds that a call may run.
+        retries: How often a call is run again after an attempt was lost.
+        retry_on: What a call may raise and is then run again.
+        cpus: Processors that each call needs.
+        memory: Memory that each call needs, and may take.
+        gpus: GPUs that each call needs.
+        priority: Calls with a higher one are sent first.
+        env: Environment variables that a call has.
 
     Raises:
-        ConfigError: If an option is out of its range.
+        ConfigError: If an option is out of its range. Whether an executor has workers with that
+            much turns out when the graph is run, before any of it is.
         TypeError: If it is no function.
     """
-    options: dict[str, Any] = {"timeout": timeout, "retries": retries}
-    options = {option: value for option, value in options.items() if value is not None}
-    replace(TaskOptions(), **options)  # checks them where they are written, not where they are used
+    given = {option: value for option, value in locals().items() if value is not None}
+    options = {option: given[option] for option in given.keys() - {"function", "name"}}
+    try:
+        replace(TaskOptions(), **options)  # checked where they are written, not where they are used
+    except ConfigError as exc:
+        raise ConfigError(f"stage {name!r}: {exc}" if name else str(exc)) from None
 
     def make(function: Callable[..., Any]) -> Stage[..., Any]:
         if not callable(function):
@@ -261,6 +289,64 @@ def _make_dataclass(like: Any, names: list[str], values: list[Any]) -> Any:
     return made
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
+    """What became of the calls of one stage when a graph was run."""
+
+    stage: str
+    tasks: int
+    """Calls that ended: with a result, or without."""
+    failed: int
+    """Of these, those without."""
+    resumed: int
+    """Calls that were not run, because an earlier run had their results."""
+    seconds: float
+    """That its calls ran in slots, those of the last attempt of each."""
+    cost_usd: float
+    """Its share of what the executor's workers cost meanwhile, idle ones included: by these
+    seconds, and by the processors that its calls asked for."""
+
+
+class _Tally:
+    """Counts the calls of one stage; touched by the loop thread alone while they run."""
+
+    __slots__ = ("failed", "resumed", "seconds", "tasks", "weight")
+
+    def __init__(self) -> None:
+        self.tasks = self.failed = self.resumed = 0
+        self.seconds = 0.0
+        self.weight = 1.0
+
+
+class _Call:
+    """Holds what one call takes its values from until it has succeeded.
+
+    So the results of finished calls live for as long as one that is not finished needs them, and
+    no longer; those of calls that fail are put aside, for another run of the graph.
+    """
+
+    __slots__ = ("_aside", "_inputs", "_tally")
+
+    def __init__(
+        self,
+        tally: _Tally,
+        inputs: tuple[BatchFuture[Any], ...],
+        aside: list[BatchFuture[Any]],
+    ) -> None:
+        self._tally = tally
+        self._inputs = inputs
+        self._aside = aside
+
+    def __call__(self, future: BatchFuture[Any], succeeded: bool) -> None:
+        future._has_result = succeeded
+        tally = self._tally
+        tally.tasks += 1
+        tally.seconds += future._run_time or 0.0
+        if not succeeded:
+            tally.failed += 1
+            self._aside.extend(self._inputs)
+
+
 class Graph:
     """Nodes to be run together, and all that they depend on.
 
@@ -269,6 +355,7 @@ class Graph:
 
     Attributes:
         nodes: All nodes, each behind those that it depends on.
+        report: Of each stage, what became of its calls in the last run.
 
     Raises:
         TypeError: If there is no node among them.
@@ -280,7 +367,9 @@ class Graph:
         if not found:
             raise TypeError(f"there is no node of a graph in {type(nodes).__name__} {nodes!r:.80}")
         self._targets = tuple(found)
-        self.nodes = tuple(_in_order(self._targets))
+        self.nodes = tuple(_in_order(self._targets, {}))
+        self.report: tuple[StageReport, ...] = ()
+        self._kept: dict[Node[Any], BatchFuture[Any]] = {}  # of a run that did not end well
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -297,7 +386,9 @@ class Graph:
     ) -> Any:
         """Run every node once, as soon as what it depends on is there.
 
-        Values that only other nodes need are not kept, nor unpickled in this process.
+        Values that only other nodes need are not unpickled in this process, and are dropped once
+        these are done. If a call fails, or Ctrl-C is pressed, what the rest needs is kept: run the
+        graph again, and only what is missing is run. After a run that succeeded nothing is kept.
 
         Args:
             executor: Runs them.
@@ -313,6 +404,7 @@ class Graph:
             concurrent.futures.CancelledError: If the executor was shut down meanwhile.
             BrokenBatchExecutor: If the executor is broken.
             LaunchError: If no worker could be started.
+            ConfigError: If the executor has no workers with what a stage needs.
             TypeError: If the executor is not one of ours.
         """
         if not isinstance(executor, BatchExecutor | OptionsView):
@@ -320,64 +412,105 @@ class Graph:
                 f"a graph is run by a BatchExecutor, not by a {type(executor).__name__}, which "
                 f"does not wait for futures among the arguments"
             )
+        kept = {node: future for node, future in self._kept.items() if _is_usable(future)}
+        missing = list(_in_order(self._targets, kept))
+        tallies = {node.stage.name: _Tally() for node in self.nodes}
+        views = {node.stage: _view(executor, node.stage) for node in missing}
+        for stage, view in views.items():
+            if view._options.cpus is not None:
+                tallies[stage.name].weight = view._options.cpus
+        for node in {*self.nodes} - {*missing}:
+            tallies[node.stage.name].resumed += 1
+        base = executor._executor
+        spent_before = base.cost().accrued_usd
         bars = None
         if progress:
             from cloudexec._progress import StageBars
 
-            bars = StageBars(Counter(node.stage.name for node in self.nodes))
-        started: list[weakref.ref[BatchFuture[Any]]] = []
+            bars = StageBars(
+                Counter(node.stage.name for node in self.nodes),
+                {name: tally.resumed for name, tally in tallies.items()},
+            )
+        started: list[tuple[Node[Any], weakref.ref[BatchFuture[Any]]]] = []
+        aside: list[BatchFuture[Any]] = []
         complete = False
         try:
             with _no_garbage_collection():
-                futures = self._submit(executor, started, bars)
+                futures = self._submit(missing, views, kept, tallies, aside, started, bars)
             if not return_exceptions:
                 wait(futures.values(), return_when=FIRST_EXCEPTION)
                 for node, future in futures.items():
                     if future.done():
                         _check(node, future)
             outcomes = {node: _outcome(node, future) for node, future in futures.items()}
-            complete = True
-            return _filled(self._wanted, outcomes)
+            complete = not any(isinstance(each, StageError) for each in outcomes.values())
+            result = _filled(self._wanted, outcomes)
+            if not complete:
+                self._keep(kept, started)
+            return result
         except BaseException:
-            for reference in reversed(started):
-                future_or_none = reference()
-                if future_or_none is not None:
-                    future_or_none.cancel()
+            alive = self._keep(kept, started)
+            for each in reversed(alive):
+                each.cancel()
             raise
         finally:
+            if complete:
+                self._kept = {}
+            self.report = _report(tallies, base.cost().accrued_usd - spent_before)
             if bars is not None:
-                bars.close(complete=complete)
+                bars.close(self.report, complete=complete)
+
+    def _keep(
+        self,
+        kept: dict[Node[Any], BatchFuture[Any]],
+        started: list[tuple[Node[Any], weakref.ref[BatchFuture[Any]]]],
+    ) -> list[BatchFuture[Any]]:
+        """Keep what has not been dropped, for another run; return the futures of this one."""
+        found = {node: future for node, reference in started if (future := reference()) is not None}
+        self._kept = {**kept, **found}
+        return list(found.values())
 
     def _submit(
         self,
-        executor: BatchExecutor | OptionsView,
-        started: list[weakref.ref[BatchFuture[Any]]],
+        nodes: list[Node[Any]],
+        views: dict[Stage[..., Any], OptionsView],
+        kept: dict[Node[Any], BatchFuture[Any]],
+        tallies: dict[str, _Tally],
+        aside: list[BatchFuture[Any]],
+        started: list[tuple[Node[Any], weakref.ref[BatchFuture[Any]]]],
         bars: StageBars | None,
     ) -> dict[Node[Any], BatchFuture[Any]]:
-        """Submit every node; return the futures of those whose values were asked for.
+        """Submit nodes; return the futures of those whose values were asked for.
 
         Args:
-            executor: Where to.
+            nodes: Those that are missing, each behind those that it depends on.
+            views: The executor, for each of their stages.
+            kept: Futures of others, from an earlier run.
+            tallies: Count calls, by the name of their stage.
+            aside: Takes the inputs of calls that fail.
             started: Takes all futures.
             bars: Counts them.
         """
-        uses = Counter(dependency for node in self.nodes for dependency in node.dependencies)
+        uses = Counter(dependency for node in nodes for dependency in node.dependencies)
         uses.update(self._targets)
         submits: dict[Stage[..., Any], Callable[..., BatchFuture[Any]]] = {}
-        futures: dict[Node[Any], BatchFuture[Any]] = {}
-        for node in self.nodes:
+        futures: dict[Node[Any], BatchFuture[Any]] = {
+            node: future for node, future in kept.items() if uses[node]
+        }
+        for node in nodes:
             stage = node.stage
             submit = submits.get(stage)
             if submit is None:
                 # The function is pickled once, as map() does it.
-                view = executor.with_options(**stage._options)
-                submit = submits[stage] = view._prepare(stage._sent())
+                submit = submits[stage] = views[stage]._prepare(stage._sent())
             args = tuple([_filled(value, futures) for value in node._args])
             kwargs = _NOTHING
             if node._kwargs:
                 kwargs = {name: _filled(value, futures) for name, value in node._kwargs.items()}
-            future = futures[node] = submit(args, kwargs, stage.name)
-            started.append(weakref.ref(future))
+            inputs = tuple([futures[dependency] for dependency in node.dependencies])
+            call = _Call(tallies[stage.name], inputs, aside)
+            future = futures[node] = submit(args, kwargs, stage.name, call)
+            started.append((node, weakref.ref(future)))
             if bars is not None:
                 bars.watch(stage.name, future)
             for dependency in node.dependencies:
@@ -482,24 +615,61 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _in_order(targets: Iterable[Node[Any]]) -> Iterator[Node[Any]]:
-    """Yield nodes and all that they depend on, each once, behind its dependencies."""
+def _in_order(
+    targets: Iterable[Node[Any]], kept: Mapping[Node[Any], object]
+) -> Iterator[Node[Any]]:
+    """Yield nodes and all that they depend on, each once, behind its dependencies.
+
+    Args:
+        targets: The nodes.
+        kept: Nodes that are left out, with what only they depend on.
+    """
     seen: set[Node[Any]] = set()
     for target in targets:
-        if target in seen:
+        if target in seen or target in kept:
             continue
         seen.add(target)
         open_nodes = [(target, iter(target.dependencies))]
         while open_nodes:
             node, rest = open_nodes[-1]
             for dependency in rest:
-                if dependency not in seen:
+                if dependency not in seen and dependency not in kept:
                     seen.add(dependency)
                     open_nodes.append((dependency, iter(dependency.dependencies)))
                     break
             else:
                 open_nodes.pop()
                 yield node
+
+
+def _is_usable(future: BatchFuture[Any]) -> bool:
+    """Say whether a future has a result, or may yet have one; without unpickling it."""
+    if not future.done():
+        return future._owner is not None
+    return future._has_result and not future.cancelled() and future._exception is None
+
+
+def _view(executor: BatchExecutor | OptionsView, stage: Stage[..., Any]) -> OptionsView:
+    try:
+        return executor.with_options(**stage._options)
+    except ConfigError as exc:
+        raise ConfigError(f"stage {stage.name!r}: {exc}") from exc
+
+
+def _report(tallies: dict[str, _Tally], spent_usd: float) -> tuple[StageReport, ...]:
+    work = {name: tally.seconds * tally.weight for name, tally in tallies.items()}
+    total = sum(work.values()) or 1.0
+    return tuple(
+        StageReport(
+            stage=name,
+            tasks=tally.tasks,
+            failed=tally.failed,
+            resumed=tally.resumed,
+            seconds=tally.seconds,
+            cost_usd=max(0.0, spent_usd) * work[name] / total,
+        )
+        for name, tally in tallies.items()
+    )
 
 
 def _check(node: Node[Any], future: BatchFuture[Any]) -> None:
@@ -530,5 +700,5 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-for _class in (Graph, Node, Stage, run, stage):
+for _class in (Graph, Node, Stage, StageReport, run, stage):
     _class.__module__ = "cloudexec"

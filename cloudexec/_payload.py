@@ -25,9 +25,11 @@ import cloudpickle
 
 from cloudexec import _inputs
 from cloudexec._errors import PayloadError, RemoteTraceback
+from cloudexec._objects.ref import Ref
 
 if TYPE_CHECKING:
     from cloudexec._objects.store import Blob, BlobStore
+    from cloudexec._server.keeper import Recipe
 
 __all__ = [
     "CHUNK_BYTES",
@@ -70,9 +72,10 @@ class Composed:
         blobs: Each blob once.
         numbers: What the head calls them; their own numbers, but in results.
         shared: Whether something else than the future it belongs to may still load it.
+        recipe: How to make it again, should a worker that keeps it be lost.
     """
 
-    __slots__ = ("blobs", "head", "numbers", "shared")
+    __slots__ = ("blobs", "head", "numbers", "recipe", "shared")
 
     def __init__(
         self, head: bytes, blobs: tuple[Blob, ...], numbers: tuple[int, ...] | None = None
@@ -81,6 +84,7 @@ class Composed:
         self.blobs = blobs
         self.numbers = tuple([blob.id for blob in blobs]) if numbers is None else numbers
         self.shared = False
+        self.recipe: Recipe | None = None
 
     def __len__(self) -> int:
         return len(self.head) + sum([blob.size for blob in self.blobs])
@@ -118,18 +122,21 @@ class Source(Protocol):
         """Return what fills buffers with the bytes, one after the other."""
 
 
+Dependency = Future[Any] | Ref[Any]
+
+
 class Unfinished:
-    """A call that was pickled with placeholders for the futures among its arguments.
+    """A call that was pickled with placeholders for the futures and handles among its arguments.
 
     Attributes:
         payload: The pickle; it cannot be unpickled alone.
-        futures: Whose results belong in the placeholders, by index. Each stands here once, however
-            often it stands among the arguments.
+        futures: Whose results belong in the placeholders, by index, or handles to values. Each
+            stands here once, however often it stands among the arguments.
     """
 
     __slots__ = ("futures", "payload")
 
-    def __init__(self, payload: Payload, futures: list[Future[Any]]) -> None:
+    def __init__(self, payload: Payload, futures: list[Dependency]) -> None:
         self.payload = payload
         self.futures = futures
 
@@ -137,7 +144,7 @@ class Unfinished:
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle's, but arrays arrive writeable, as they do through a process pool."""
 
-    futures: list[Future[Any]] | None = None
+    futures: list[Dependency] | None = None
     """Those met so far, where futures may be arguments; ``None``: they may not."""
 
     def reducer_override(self, obj: Any) -> Any:
@@ -148,6 +155,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return NotImplemented
         if issubclass(kind, Future):
             return self._place(obj)
+        if kind is Ref and self.futures is not None:
+            self.futures.append(obj)
+            return _inputs.take, (len(self.futures) - 1,)
         return super().reducer_override(obj)
 
     def _place(self, future: Future[Any]) -> Any:
@@ -289,7 +299,7 @@ def _dumps_unfinished(obj: object, store: BlobStore) -> Payload | Unfinished:
     """Pickle what may have futures in it: the pickler comes by every object anyway."""
     collector = _Collector(store)
     pickler = Pickler(collector, protocol=5, buffer_callback=collector.take_buffer)
-    futures: list[Future[Any]] = []
+    futures: list[Dependency] = []
     pickler.futures = futures
     pickler.dump(obj)
     return Unfinished(collector.payload(), futures) if futures else collector.payload()

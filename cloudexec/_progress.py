@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +20,9 @@ from rich.progress import (
 
 from cloudexec._errors import DependencyError
 from cloudexec._future import BatchFuture
+
+if TYPE_CHECKING:
+    from cloudexec._graph import StageReport
 
 __all__ = ["ProgressBar", "StageBars"]
 
@@ -67,18 +70,22 @@ class StageBars:
 
     Args:
         totals: Calls of each stage, by name.
+        done: Of these, how many need not be run.
     """
 
-    def __init__(self, totals: Mapping[str, int]) -> None:
+    def __init__(self, totals: Mapping[str, int], done: Mapping[str, int]) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[spent]}"),
             console=Console(stderr=True),
         )
         self._bars = {
-            name: self._progress.add_task(escape(name), total=total)
+            name: self._progress.add_task(
+                escape(name), total=total, completed=done.get(name, 0), spent=""
+            )
             for name, total in totals.items()
         }
         self._progress.start()
@@ -93,12 +100,18 @@ class StageBars:
         if not future.cancelled() and not isinstance(future._exception, DependencyError):
             self._progress.advance(bar)
 
-    def close(self, *, complete: bool) -> None:
+    def close(self, report: Iterable[StageReport], *, complete: bool) -> None:
         """Draw them for the last time.
 
         Args:
+            report: What each stage took.
             complete: All calls are done: the last ones may not have been counted yet.
         """
+        for stage in report:
+            spent = f"{stage.seconds:.1f} s"
+            if stage.cost_usd:
+                spent += f", about ${stage.cost_usd:.4f}"
+            self._progress.update(self._bars[stage.stage], spent=spent)
         if complete:
             for bar in self._progress.tasks:
                 self._progress.update(bar.id, completed=bar.total)

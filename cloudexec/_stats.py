@@ -10,7 +10,7 @@ from cloudexec._launchers.base import LaunchTimes
 if TYPE_CHECKING:
     from cloudexec._server.driver import Driver
 
-__all__ = ["ExecutorStats", "TaskCounts", "WorkerCounts"]
+__all__ = ["ExecutorStats", "SizeCounts", "TaskCounts", "WorkerCounts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +19,8 @@ class TaskCounts:
 
     held: int = 0
     """Waiting for the results of others, which are among their arguments."""
+    resting: int = 0
+    """Between two attempts, because of what the last one raised."""
     waiting: int = 0
     """Not sent to a worker yet."""
     sent: int = 0
@@ -50,6 +52,23 @@ class WorkerCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SizeCounts:
+    """Workers of one size, and what waits for them."""
+
+    size: str
+    """Such as ``"4 vCPU with 16 GiB"``; what the machine has, where all workers are on one."""
+    starting: int = 0
+    """Launched, not connected yet."""
+    connected: int = 0
+    slots: int = 0
+    """Tasks that those connected may run at once."""
+    running: int = 0
+    """Tasks that they run."""
+    waiting: int = 0
+    """Tasks for which workers of this size are launched; a larger one may take them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorStats:
     """What ``BatchExecutor.stats()`` returns."""
 
@@ -63,8 +82,13 @@ class ExecutorStats:
     """Attempts whose process or worker died."""
     retries: int = 0
     """Of these, how many were run again."""
+    retried_errors: int = 0
+    """Attempts that raised what ``retry_on`` names, and were run again."""
     duplicates: int = 0
     """Results that came too late, and were dropped."""
+    sizes: tuple[SizeCounts, ...] = ()
+    """The same by size of worker, those of which there is none and that nobody waits for left out;
+    the launcher's own first."""
     launches: tuple[LaunchTimes, ...] = ()
     """Of each worker asked for: where the time went until its first result."""
 
@@ -77,20 +101,29 @@ class ExecutorStats:
         machine = driver.machine
         counts = machine.counts
         sent = running = idle = busy = draining = slots = 0
+        sizes: dict[int, list[int]] = {}
+        for launch in machine.launches.values():
+            sizes.setdefault(launch.rung, [0] * 5)[0] += 1
+        for rung, count in machine.waiting_by_size().items():
+            sizes.setdefault(rung, [0] * 5)[4] += count
         for worker in machine.workers.values():
             slots += worker.slots
+            begun = sum(task.state is TaskState.RUNNING for task in worker.leases.values())
+            size = sizes.setdefault(worker.rung, [0] * 5)
+            size[1:4] = size[1] + 1, size[2] + worker.slots, size[3] + begun
             if worker.state is WorkerState.DRAINING:
                 draining += 1
             elif worker.leases:
                 busy += 1
             else:
                 idle += 1
+            running += begun
             for task in worker.leases.values():
                 sent += task.state is TaskState.SENT
-                running += task.state is TaskState.RUNNING
         return cls(
             tasks=TaskCounts(
                 held=len(machine.held),
+                resting=len(machine.resting_tasks()),
                 waiting=machine.waiting,
                 sent=sent,
                 running=running,
@@ -112,10 +145,22 @@ class ExecutorStats:
             bytes_received=driver.bytes_received,
             lost_attempts=counts["lost_attempts"],
             retries=counts["retries"],
+            retried_errors=counts["retried_errors"],
             duplicates=counts["duplicates"],
+            sizes=tuple(
+                SizeCounts(
+                    size=driver.size_name(rung),
+                    starting=found[0],
+                    connected=found[1],
+                    slots=found[2],
+                    running=found[3],
+                    waiting=found[4],
+                )
+                for rung, found in sorted(sizes.items())
+            ),
             launches=driver.launch_times(),
         )
 
 
-for _class in (ExecutorStats, TaskCounts, WorkerCounts):
+for _class in (ExecutorStats, SizeCounts, TaskCounts, WorkerCounts):
     _class.__module__ = "cloudexec"

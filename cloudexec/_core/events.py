@@ -16,6 +16,7 @@ __all__ = [
     "FailureJudged",
     "FailureKind",
     "FailuresReceived",
+    "InputsRestored",
     "LaunchFailed",
     "LaunchesRefused",
     "LeasesReturned",
@@ -50,6 +51,8 @@ class FailureKind(enum.Enum):
     """The platform wanted the worker back, and the task did not finish in the time it gave."""
     OUTGREW = "outgrew"
     """It took more memory than it had asked for."""
+    INPUT_LOST = "input lost"
+    """What it takes is not where it could be had: it waits for ``InputsRestored``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,13 @@ class FailureJudged:
     task: Task
     failure: Failure
     again: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InputsRestored:
+    """What tasks take that had none of it is there again."""
+
+    tasks: Sequence[Task]
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +263,7 @@ Event = (
     | ResultsReceived
     | FailuresReceived
     | FailureJudged
+    | InputsRestored
     | TasksStarted
     | LeasesReturned
     | LaunchFailed

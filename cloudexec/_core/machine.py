@@ -36,6 +36,7 @@ from cloudexec._core.events import (
     FailureJudged,
     FailureKind,
     FailuresReceived,
+    InputsRestored,
     LaunchesRefused,
     LaunchFailed,
     LeasesReturned,
@@ -168,6 +169,7 @@ class Machine:
             ResultsReceived: self._on_results,
             FailuresReceived: self._on_failures,
             FailureJudged: self._on_judged,
+            InputsRestored: self._on_restored,
             TasksStarted: self._on_started,
             LeasesReturned: self._on_returned,
             LaunchFailed: self._on_launch_failed,
@@ -351,14 +353,14 @@ class Machine:
         """Tasks between two attempts."""
         return list(self._resting)
 
-    def waiting_by_claim(self) -> list[tuple[int, Claim, int]]:
-        """Say of each line with tasks in it: its priority, its claim, and how many wait."""
-        found = []
+    def waiting_by_size(self) -> dict[int, int]:
+        """Return how many tasks wait for each size of worker."""
+        found: Counter[int] = Counter()
         for line in self._lines.values():
-            count = sum(task.state is _WAITING for task in line.tasks)
-            if count:
-                found.append((line.priority, line.claim, count))
-        return found
+            if line is not self._plain:  # that one is long
+                found[line.claim.rung] += sum(task.state is _WAITING for task in line.tasks)
+        found[0] += self._waiting - found.total()
+        return +found
 
     def _clear_queues(self) -> None:
         for line in self._lines.values():
@@ -469,6 +471,9 @@ class Machine:
                     task.lost += 1
                     self._lose_to_memory(worker, task)
                     self._requeue([task])
+                elif failure.kind is FailureKind.INPUT_LOST and not self.killing:
+                    task.state = _RESTING
+                    self._resting[task] = math.inf
                 elif self._is_judged(task, failure):
                     task.state = _RESTING
                     self._resting[task] = math.inf
@@ -505,6 +510,12 @@ class Machine:
         self._resting[task] = due
         heapq.heappush(self._awakenings, (due, task.number, task))
         self._remind(due)
+
+    def _on_restored(self, event: InputsRestored, now: float) -> None:
+        ready = [task for task in event.tasks if self._resting.get(task) == math.inf]
+        for task in ready:
+            del self._resting[task]
+        self._requeue(ready)
 
     def _awake(self, now: float) -> None:
         """Put back into their lines the tasks that have rested long enough."""
@@ -839,8 +850,7 @@ class Machine:
         policy = self.config.scaling
         demand = self._demand()
         plain = self._plain_pool
-        others = sum(slots for pool, slots in self._active_pools.items() if pool != plain)
-        demand[plain] = max(demand.get(plain, 0), policy.min_slots - others)
+        demand.setdefault(plain, 0)
         lines: dict[tuple[int, int], Line] = {plain: self._plain}
         for line in self._lines.values():
             best = lines.get(line.claim.pool)
@@ -858,6 +868,8 @@ class Machine:
         for pool, line in sorted(lines.items(), key=lambda item: rank(item[1])):
             claim = line.claim
             wanted, have = demand[pool], self._active_pools.get(pool, 0)
+            if pool == plain:
+                wanted = max(wanted, policy.min_slots - (self._active_slots - have))
             # A large worker serves small tasks too, once it has nothing else to do.
             for entry in spare:
                 if have < wanted and entry[1] and claim.floor.within(entry[0]):
@@ -1085,6 +1097,20 @@ class Machine:
             if len(tasks) < share and self._waiting and worker.leases:
                 # It took less than it might have: it is full until it answers.
                 del self._hungry[name]
+        if near and self._waiting:
+            self._assign_near(now)  # whoever was idle has work now
+        if not simple:
+            for name in list(self._hungry):
+                worker = self.workers[name]
+                held_for = worker.account.held_for
+                if held_for is not None and held_for.head() is None:
+                    # Somebody else has taken what it was held for.
+                    worker.account.held_for = None
+                    share = worker.slots
+                    most = self.config.scaling.max_tasks_per_worker
+                    if most is not None:
+                        share = min(share, most - worker.completed - len(worker.leases))
+                    self._serve_lines(worker, share, now)
 
     def _serve_lines(self, worker: Worker, share: int, now: float) -> None:
         """Send a worker what it has room for, from one line or several.
@@ -1130,7 +1156,7 @@ class Machine:
             if begun:
                 self._out.append(MarkRunning(begun, self._events))
             self._out.append(SendTasks(worker.id, taken, self._events))
-        if len(worker.leases) >= worker.slots:
+        if len(worker.leases) >= worker.slots and not self._near:
             self._hungry.pop(worker.id, None)
 
     def _holders(self, line: Line) -> int:

@@ -7,9 +7,25 @@ from dataclasses import dataclass
 
 from cloudexec._config import check_count, parse_bytes
 from cloudexec._errors import ConfigError
-from cloudexec._objects.store import Limits
 
-__all__ = ["ObjectOptions"]
+__all__ = ["Limits", "ObjectOptions", "memory_of_machine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a store may hold.
+
+    Attributes:
+        memory: Bytes in memory; what is more goes to disk.
+        cache: Bytes of blobs that nobody uses any more, kept because they may come again.
+        directory: Where on disk; empty: the directory for temporary files; ``None``: nowhere.
+        disk: Bytes on disk; ``None``: as many as there is room for.
+    """
+
+    memory: int
+    cache: int
+    directory: str | None = ""
+    disk: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,6 +75,7 @@ class FileSource:
     def __init__(self, place: Place) -> None:
         self.size = place.size
         self._place = place
+        self.fd = -1
         self.fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
 
     def view(self) -> memoryview | None:

@@ -56,9 +56,11 @@ __all__ = ["Bucket", "SignedUpload"]
 T = TypeVar("T")
 
 Source: TypeAlias = Callable[[int, int], "bytes | bytearray | memoryview"]
-"""Offset and length to content; may block; is called again where a request is repeated."""
+"""Offset and length to content; may block; is called again where a request is repeated. A call may
+still run when an upload that failed or was cancelled has returned: it must do no harm then."""
 Sink: TypeAlias = Callable[[int, bytes], object]
-"""Takes content at an offset; may block; not in order, several at a time."""
+"""Takes content at an offset; may block; not in order, several at a time; never after the download
+has returned."""
 
 _CHUNK = 1024 * 1024
 _RANGE = 8 * 1024 * 1024
@@ -633,7 +635,7 @@ class Bucket:
                     while at < end:
                         data = await _chunk(body, min(_CHUNK, end - at))
                         watch.moved()
-                        await asyncio.to_thread(sink, at, data)
+                        await _to_the_end(sink, at, data)
                         await check.add(at, data)
                         at += len(data)
                 finally:
@@ -829,6 +831,22 @@ async def _moving(watch: _Watch | _Body, stall: float) -> AsyncIterator[None]:
         finally:
             if handle is not None:
                 handle.cancel()
+
+
+async def _to_the_end(sink: Sink, offset: int, data: bytes) -> None:
+    """Call a sink on a thread, and see it through even where we are cancelled meanwhile."""
+    running = asyncio.ensure_future(asyncio.to_thread(sink, offset, data))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            try:
+                await asyncio.wait([running])
+            except asyncio.CancelledError:
+                pass  # raised below
+        if not running.cancelled():
+            running.exception()
+        raise
 
 
 async def _chunk(body: Any, length: int) -> bytes:

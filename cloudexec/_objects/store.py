@@ -12,11 +12,12 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from cloudexec._errors import PayloadTooLargeError
+from cloudexec._objects.options import Limits
+from cloudexec._objects.places import Place
 from cloudexec._objects.segments import Arena, Segment, map_private, same_bytes
 
 __all__ = ["BLOB_BYTES", "MAPPED_BYTES", "Blob", "BlobStore", "Limits"]
@@ -32,23 +33,6 @@ _CACHED_SMALL = 64 * 1024 * 1024
 """Bytes of small blobs that nobody uses any more and that are kept, as they may come again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much a store may hold.
-
-    Attributes:
-        memory: Bytes in memory; what is more goes to disk.
-        cache: Bytes of blobs that nobody uses any more, kept because they may come again.
-        directory: Where on disk; empty: the directory for temporary files; ``None``: nowhere.
-        disk: Bytes on disk; ``None``: as many as there is room for.
-    """
-
-    memory: int
-    cache: int
-    directory: str | None = ""
-    disk: int | None = None
-
-
 class Blob:
     """A piece of data that never changes. Its end, when nobody refers to it, frees it everywhere.
 
@@ -61,6 +45,8 @@ class Blob:
         mappable: Whether that part of the file never changes, so that it can be mapped.
         workers: Names of the workers that hold it.
         origin: The worker that made it and alone has it; ``None``: it is here.
+        place: Where it is, if it is on a worker on this machine.
+        lost: Whether that worker is gone, and it with it.
         sha256: Digest, once it was needed.
     """
 
@@ -69,9 +55,11 @@ class Blob:
         "_store",
         "content",
         "id",
+        "lost",
         "mappable",
         "offset",
         "origin",
+        "place",
         "segment",
         "sha256",
         "size",
@@ -87,6 +75,8 @@ class Blob:
         self.mappable = False
         self.workers: set[str] = set()
         self.origin: str | None = None
+        self.place: Place | None = None
+        self.lost = False
         self.sha256 = b""
         self._store = store
 
@@ -148,7 +138,7 @@ class BlobStore:
         self.limits = limits
         self.on_end: Callable[[int], None] | None = None
         """Called with the number of a blob that ended, in whatever thread dropped it."""
-        self._shared = shared
+        self.shared = shared
         self._numbers = count(1)
         self._lock = threading.RLock()
         self._by_sample: weakref.WeakValueDictionary[Any, Blob] = weakref.WeakValueDictionary()
@@ -206,7 +196,7 @@ class BlobStore:
 
     def _again(self, blob: Blob) -> Blob:
         """A blob comes a second time: more than one reader is better served by a file."""
-        if self._shared and blob.segment is None and not self._closed:
+        if self.shared and blob.segment is None and not self._closed:
             content = blob.content
             assert content is not None
             try:
@@ -250,12 +240,30 @@ class BlobStore:
             self._count(size, in_memory=True)
             return blob
 
-    def remote(self, number: int, size: int, worker: str) -> Blob:
+    def remote(self, number: int, size: int, worker: str, place: Place | None) -> Blob:
         """Return a blob that is on a worker alone."""
         blob = Blob(number, size, self)
-        blob.origin = worker
+        blob.origin, blob.place = worker, place
         blob.workers.add(worker)
         return blob
+
+    def adopt(self, blob: Blob, other: Blob) -> None:
+        """Let a blob that was on a worker have the content of another, which nobody else has."""
+        with self._lock:
+            blob.content, blob.segment = other.content, other.segment
+            blob.offset, blob.mappable, blob.sha256 = other.offset, other.mappable, other.sha256
+            other.content = other.segment = None
+            blob.origin = blob.place = None
+
+    def share(self, blob: Blob) -> None:
+        """Put a blob into a file, if workers on this machine are to have it more than once.
+
+        Raises:
+            PayloadTooLargeError: If there is no room for it.
+        """
+        with self._lock:
+            if self.shared and blob.segment is None and type(blob.content) is bytes:
+                self._again(blob)
 
     # Room.
 

@@ -625,6 +625,7 @@ class Results(_message.Message):
     COMPOSED_FIELD_NUMBER: _builtins.int
     BLOB_COUNTS_FIELD_NUMBER: _builtins.int
     BLOBS_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def leases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -647,6 +648,10 @@ class Results(_message.Message):
     def blob_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def blobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Blob]: ...
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indexes of composed results that stay on the worker."""
+
     def __init__(
         self,
         *,
@@ -657,10 +662,11 @@ class Results(_message.Message):
         composed: _abc.Iterable[_builtins.int] | None = ...,
         blob_counts: _abc.Iterable[_builtins.int] | None = ...,
         blobs: _abc.Iterable[Global___Blob] | None = ...,
+        kept: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_counts", b"blob_counts", "blobs", b"blobs", "composed", b"composed", "direct", b"direct", "leases", b"leases", "payloads", b"payloads", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_counts", b"blob_counts", "blobs", b"blobs", "composed", b"composed", "direct", b"direct", "kept", b"kept", "leases", b"leases", "payloads", b"payloads", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

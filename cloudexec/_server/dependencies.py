@@ -20,6 +20,7 @@ from cloudexec._core import commands, events
 from cloudexec._core.tasks import TaskState
 from cloudexec._errors import DependencyError, PayloadError
 from cloudexec._future import BatchFuture
+from cloudexec._objects.ref import Ref
 from cloudexec._payload import Composed, Payload, Unfinished
 from cloudexec._server.splicing import Spliced
 
@@ -47,9 +48,11 @@ class Needs:
 
     __slots__ = ("futures", "inputs", "missing", "name", "places")
 
-    def __init__(self, name: str, futures: list[Future[Any]], places: tuple[Any, ...]) -> None:
+    def __init__(
+        self, name: str, futures: Sequence[Future[Any] | None], places: tuple[Any, ...]
+    ) -> None:
         self.name = name
-        self.futures: Sequence[Future[Any]] = futures
+        self.futures = futures
         self.inputs: list[Any] = [None] * len(futures)
         self.missing = len(futures)
         self.places = places
@@ -62,15 +65,26 @@ def hold_back(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> None:
-    """Make a task one that waits for the futures among its arguments."""
+    """Make a task one that waits for the futures among its arguments.
+
+    Handles are there already: where there are only these, it waits for nothing.
+    """
     futures = unfinished.futures
+    keeper = task.handle._owner.keeper
+    inputs: list[Any] = [keeper.payload_of(each) if type(each) is Ref else None for each in futures]
+    if None not in inputs:
+        task.payload = Spliced(unfinished.payload, inputs)
+        return
     task.state = TaskState.HELD
     task.payload = unfinished.payload
-    task.needs = Needs(name, futures, _places(futures, args, kwargs))
+    waiting = [None if isinstance(each, Ref) else each for each in futures]
+    needs = task.needs = Needs(name, waiting, _places(futures, args, kwargs))
+    needs.inputs = inputs
+    needs.missing = inputs.count(None)
 
 
 def _places(
-    futures: list[Future[Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    futures: Sequence[object], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
     """Find where each future stands: an argument, or an item of one; ``None`` if further down."""
     found: dict[int, Any] = {}
@@ -172,7 +186,8 @@ class Dependencies:
                 continue  # cancelled already, which is about to be said
             futures, needs.futures = needs.futures, ()
             for index, future in enumerate(futures):
-                self._wait_for(future, task, index)
+                if future is not None:
+                    self._wait_for(future, task, index)
         self.settle()
 
     def _wait_for(self, future: Future[Any], task: Submission, index: int) -> None:
@@ -215,7 +230,9 @@ class Dependencies:
             future: The future.
             result: Its pickled result, or anything else: then the future is asked.
         """
-        if type(result) is not bytes and type(result) is not Composed:
+        if type(result) is Ref:
+            result = result._payload
+        elif type(result) is not bytes and type(result) is not Composed:
             result = self._look(future)
             if result is None:
                 self._values.put((waiting, future))
@@ -242,6 +259,8 @@ class Dependencies:
                     return _Failed("", "", failed.origin, direct=False, stage=failed.stage)
                 if decode is not None:
                     return _Failed("", "", future, direct=True, stage=future._label)
+                if type(future._result) is Ref and future._result._keeper is self._driver.keeper:
+                    return future._result._payload
             finally:
                 future._lock.release()
         error = future.exception()
@@ -279,6 +298,7 @@ class Dependencies:
                         task.needs = None
                         assert task.payload is not None
                         task.payload = Spliced(task.payload, needs.inputs)
+                        self._driver.keeper.note_inputs(task)
                         released.append(task)
         feed = self._driver.feed
         if dropped:
@@ -329,7 +349,12 @@ class Dependencies:
             try:
                 failure = future.exception()
                 if failure is None:
-                    outcome = _payload.dumps(future.result(), self._driver.store)
+                    value = future.result()
+                    if type(value) is Ref:
+                        outcome = self._driver.keeper.payload_of(value)
+                    else:
+                        outcome = _payload.dumps(value, self._driver.store)
+                    del value
                 else:
                     outcome = self._failed_with(future, failure)
             except BaseException as exc:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,11 +50,13 @@ from cloudexec._launchers.base import (
     LaunchTimes,
 )
 from cloudexec._objects.options import ObjectOptions
+from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import Blob, BlobStore
 from cloudexec._payload import Composed, Payload
 from cloudexec._server.callbacks import CallbackThread
 from cloudexec._server.dependencies import Dependencies, Needs
 from cloudexec._server.direct import Delivered, DirectChannel
+from cloudexec._server.keeper import Keeper, Recipe
 from cloudexec._server.output import OutputThread
 from cloudexec._server.portal import Portal
 from cloudexec._server.retrying import Judge
@@ -204,6 +206,9 @@ class Driver:
         self.callbacks = CallbackThread()
         self.judge = Judge(self.portal.post)
         self.dependencies = Dependencies(self, _decode_result)
+        self.keeper = Keeper(self)
+        self.numbers = itertools.count(1)
+        """Of tasks."""
         self.output = OutputThread(setup.output) if setup.output != "off" else None
         self._carry_out: dict[type, Callable[[Any], None]] = {
             commands.SendTasks: self._send,
@@ -365,6 +370,9 @@ class Driver:
                 self._set_exception(task, self._broken_error())
             return
         if tasks:
+            for task in tasks:
+                if type(task.payload) is not bytes:
+                    self.keeper.note_inputs(task)
             self.feed(events.TasksSubmitted(tasks))
         if held:
             self.dependencies.hold(held)
@@ -453,8 +461,14 @@ class Driver:
         if kind is bytes:
             done = future._finish(result, None, _decode_result)
         elif kind is Composed:
-            result.shared = task.dependents is not None
-            done = future._finish(result, None, _decode_result)
+            if task.terms is not None and task.terms.options.keep:
+                if task.terms.options.on_loss == "recompute":
+                    result.recipe = Recipe(task)
+                result = Ref(result, self.keeper)
+                done = future._finish(result, None, None)
+            else:
+                result.shared = task.dependents is not None
+                done = future._finish(result, None, _decode_result)
         else:
             done = future._finish(result.value, result.error, None)
         self._let_go(task, future, done, result)
@@ -476,6 +490,9 @@ class Driver:
         task.payload = task.function = task.handle = None
         future._task = None
         future._owner = None
+        if future._on_end is not None:
+            on_end, future._on_end = future._on_end, None
+            on_end(future, result is not None)
         if done and future._has_callbacks():
             self.callbacks.put(future)
         if task.dependents is not None:
@@ -537,6 +554,10 @@ class Driver:
         memory = options.memory_bytes or 0
         return env, memory if not task.rung else 0, bool(gpus)
 
+    def size_name(self, rung: int) -> str:
+        """Say what a worker of a size has."""
+        return self._launcher.size_name(rung)
+
     def name_of(self, worker: str, lease: int) -> str:
         """Return what people call the task of a lease, or an empty string."""
         known = self.machine.workers.get(worker)
@@ -556,7 +577,11 @@ class Driver:
             self._set_exception(task, _error_of(worker, task, failure))
 
     def _fail_unlaunched(self, command: commands.FailTasksUnlaunched) -> None:
-        error_text = f"no worker could be started ({self._launcher.describe()}): {command.reason}"
+        rungs = sorted({self.machine.claim_of(task).rung for task in command.tasks})
+        what = self._launcher.describe()
+        if rungs != [0]:
+            what += f"; wanted: {' or '.join(map(self.size_name, rungs))}"
+        error_text = f"no worker could be started ({what}): {command.reason}"
         why = self._launcher.explain()
         if why and why not in error_text:
             error_text += f"\n{why}"
@@ -679,9 +704,19 @@ class Driver:
                     "%s waiting, since %.0f s for %s: %s",
                     _count(self.machine.waiting, "task"),
                     waited,
-                    _count(len(launches), "worker"),
+                    self._launches_in_words(),
                     why,
                 )
+
+    def _launches_in_words(self) -> str:
+        """Say how many workers were asked for and have not come: by size, if there are several."""
+        launches = self.machine.launches.values()
+        by_rung = Counter(launch.rung for launch in launches)
+        words = _count(len(launches), "worker")
+        if set(by_rung) <= {0}:
+            return words
+        each = [f"{count} of {self.size_name(rung)}" for rung, count in sorted(by_rung.items())]
+        return f"{words} ({', '.join(each)})"
 
     def _first_result(self, worker: str) -> None:
         since = time.monotonic() - self._connected_at.pop(worker)
@@ -728,7 +763,14 @@ class Driver:
     def _drain_worker(self, command: commands.DrainWorker) -> None:
         session = self.sessions.get(command.worker)
         if session is not None:
-            session.drain()
+            if session.kept_blobs() and not self.machine.shutting_down:
+                self.create_task(self._drain_later(session))
+            else:
+                session.drain()
+
+    async def _drain_later(self, session: Any) -> None:
+        await self.keeper.evacuate(session)
+        session.drain()
 
     def _terminate_worker(self, command: commands.TerminateWorker) -> None:
         session = self.sessions.get(command.worker)
@@ -808,6 +850,8 @@ class Driver:
         worker = self.machine.workers.get(session.worker_id)
         if worker is not None and worker.state is WorkerState.ACTIVE:
             session.reclaimed = True
+            if session.kept_blobs():
+                self.create_task(self.keeper.evacuate(session))
         self.feed(events.WorkerDraining(session.worker_id))
 
     def connected(self, session: Any, slots: int, arrival: Arrival, dial_in: float) -> None:
@@ -866,6 +910,7 @@ class Driver:
         if self.sessions.pop(worker, None) is None:
             return
         session.close()
+        self.keeper.worker_lost(worker, session.blobs())
         del self._identities[session.identity], self._tokens[session.token]
         self._launcher.clean_up(session.slot_groups)
         self._connected_at.pop(worker, None)
@@ -1109,7 +1154,9 @@ def _outgrew(worker: str, task: Task, detail: Any) -> WorkerLostError:
 
 
 def _name_of(task: Task) -> str:
-    return "" if task.terms is None else task.terms.options.name or ""
+    """Return what people call a task: its name, or that of its stage in a graph."""
+    name = "" if task.terms is None else task.terms.options.name
+    return name or (task.handle._label if task.handle is not None else "")
 
 
 def _who(task: Task) -> str:

@@ -19,6 +19,7 @@ from cloudexec._core.events import FailureKind
 from cloudexec._errors import LaunchError, PayloadError
 from cloudexec._functions import Function
 from cloudexec._launchers.base import Arrival
+from cloudexec._objects.places import Place
 from cloudexec._objects.store import Blob
 from cloudexec._objects.transfer import Incoming, stream_view
 from cloudexec._payload import CHUNK_BYTES, Composed
@@ -75,6 +76,7 @@ class _Session:
         self._blobs: weakref.WeakValueDictionary[int, Blob] = weakref.WeakValueDictionary()
         self._forget_blobs: list[int] = []
         self._taken: list[int] = []
+        self._want: list[int] = []
         self.slot_groups: list[int] = []
         self.printed: set[int] = set()  # leases whose task has printed
         self.reclaimed = False  # its platform told it to end
@@ -162,6 +164,10 @@ class _Session:
             message.forget_blobs.extend(self._forget_blobs)
             self._forget_blobs.clear()
             some = True
+        if self._want:
+            message.wanted.extend(self._want)
+            self._want.clear()
+            some = True
         if self._taken:
             message.taken.extend(self._taken)
             self._taken.clear()
@@ -199,6 +205,8 @@ class _Session:
         columns = message.tasks
         size = 0
         taken = 0
+        keeper = self._driver.keeper
+        missing: list[Any] = []
         for task in tasks:
             if len(leases) >= _BATCH_TASKS or size >= _BATCH_BYTES:
                 break
@@ -207,6 +215,9 @@ class _Session:
             future = task.handle
             if payload is None or future is None or future.done():
                 continue  # cancelled meanwhile; the worker will hand back what it never had
+            if task.inputs and not keeper.is_at_hand(payload, self.worker_id):
+                missing.append(task)
+                continue
             function = task.function
             if function is None:
                 functions.append(0)
@@ -236,6 +247,9 @@ class _Session:
         del tasks[:taken]
         if tasks:
             self._wanted.set()
+        for task in missing:
+            loop = self._driver.portal.loop
+            loop.call_soon(keeper.supply, task, self.worker_id, task.lease)
         columns.leases.extend(leases)
         columns.functions.extend(functions)
         columns.payloads.extend(payloads)
@@ -247,6 +261,8 @@ class _Session:
         self, message: pb.ServerMessage, index: int, task: Any, timeouts: dict[int, float]
     ) -> None:
         options = task.terms.options
+        if options.keep:
+            message.tasks.kept.append(index)
         if options.timeout is not None:
             timeouts[index] = options.timeout
         env, memory, last = self._driver.terms_of(self.worker_id, task)
@@ -282,7 +298,11 @@ class _Session:
         self._blobs[blob.id] = blob
         blob.workers.add(self.worker_id)
         described = pb.Blob(id=blob.id, size=blob.size)
-        if self._driver.direct_path and blob.segment is not None:
+        place = blob.place
+        if place is not None and blob.origin != self.worker_id:
+            described.path, described.offset = place.path, place.offset
+            described.mappable = place.mappable
+        elif self._driver.direct_path and blob.segment is not None:
             described.path = blob.segment.path
             described.offset = blob.offset
             described.mappable = blob.mappable
@@ -291,6 +311,19 @@ class _Session:
     def blob(self, number: int) -> Blob | None:
         """Return a blob that the worker may ask for."""
         return self._blobs.get(number)
+
+    def blobs(self) -> list[Blob]:
+        """Return the blobs that the worker was told of, or told of itself."""
+        return list(self._blobs.values())
+
+    def kept_blobs(self) -> list[Blob]:
+        """Return the blobs that this worker alone has."""
+        return [blob for blob in self._blobs.values() if blob.origin == self.worker_id]
+
+    def want(self, blob: Blob) -> None:
+        """Have the worker send a blob that it keeps."""
+        self._want.append(blob.id)
+        self._wanted.set()
 
     async def send(self) -> None:
         """Send what is wanted, in batches as large as the stream makes them."""
@@ -374,9 +407,16 @@ class _Session:
         """Take hold of the parts of large results; return the indexes of those that are gone."""
         at = 0
         vanished: list[int] = []
+        kept = set(columns.kept)
         for index, count in zip(columns.composed, columns.blob_counts, strict=True):
             parts = columns.blobs[at : at + count]
             at += count
+            numbers = tuple([part.number for part in parts])
+            if index in kept:
+                blobs = tuple([self._know_kept(part) for part in parts])
+                results[index] = Composed(results[index], blobs, numbers)
+                results[index].shared = True
+                continue
             try:
                 blobs = tuple([self._take_blob(part) for part in parts])
             except PayloadError as exc:
@@ -384,7 +424,6 @@ class _Session:
             except OSError:
                 vanished.append(index)
             else:
-                numbers = tuple([part.number for part in parts])
                 results[index] = Composed(results[index], blobs, numbers)
             self._taken.extend([part.id for part in parts if part.path])
         self._wanted.set()
@@ -398,6 +437,17 @@ class _Session:
             detail = pb.Failure(lease=lease, seconds=seconds)
             failures.append((lease, events.Failure(FailureKind.SLOT_LOST, detail)))
         self._driver.feed(events.FailuresReceived(self.worker_id, failures))
+
+    def _know_kept(self, described: pb.Blob) -> Blob:
+        """Note a part of a result that stays on the worker."""
+        place = None
+        if described.path and self._driver.direct_path:
+            number, size, path = described.id, described.size, described.path
+            place = Place(number, size, path, described.offset, described.mappable)
+        blob = self._driver.store.remote(described.id, described.size, self.worker_id, place)
+        self._known_blobs.add(blob.id)
+        self._blobs[blob.id] = blob
+        return blob
 
     def _take_blob(self, described: pb.Blob) -> Blob:
         store = self._driver.store
@@ -594,12 +644,15 @@ class _Servicer:
             async for chunk in requests:
                 await incoming.take(chunk)
         except (PayloadError, OSError) as exc:
+            driver.keeper.failed(int(number))
             driver.transfer_failed(session, exc)
             await context.abort(grpc.StatusCode.DATA_LOSS, str(exc)[:1000])
         if not incoming.complete:
+            driver.keeper.failed(int(number))
             return pb.DeliverReply(accepted=False)
         driver.bytes_received += blob.size
-        session.arrived[int(number)] = blob
+        if not driver.keeper.arrived(int(number), blob, session.blob(int(number))):
+            session.arrived[int(number)] = blob
         return pb.DeliverReply(accepted=True)
 
 

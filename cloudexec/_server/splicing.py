@@ -29,16 +29,16 @@ class Spliced:
         inputs: What goes into them.
     """
 
-    __slots__ = ("_payload", "inputs")
+    __slots__ = ("call", "inputs")
 
     def __init__(self, payload: Payload, inputs: Sequence[Payload]) -> None:
-        self._payload = payload
+        self.call = payload
         self.inputs = inputs
 
     def blobs(self) -> list[Blob]:
         """Return the blobs that it will refer to."""
         found: dict[int, Blob] = {}
-        for payload in (self._payload, *self.inputs):
+        for payload in (self.call, *self.inputs):
             if type(payload) is Composed:
                 found.update((blob.id, blob) for blob in payload.blobs)
         return list(found.values())
@@ -60,7 +60,7 @@ class Spliced:
                 records += [_payload.buffer_record(blob) for blob in pickled.blobs]
         ops.append(_CALL)
         size = sum(map(len, ops))
-        payload = self._payload
+        payload = self.call
         if type(payload) is bytes and not records and size + len(payload) < INLINE_BYTES:
             return b"".join((_PROTO, *ops, payload))
         # Framed: the unpickler of a stream asks for every opcode otherwise.

@@ -14,9 +14,9 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from cloudexec._errors import PayloadError
-from cloudexec._objects.options import memory_of_machine
+from cloudexec._objects.options import Limits, memory_of_machine
 from cloudexec._objects.places import Place, pack_places
-from cloudexec._objects.store import Blob, BlobStore, Limits
+from cloudexec._objects.store import Blob, BlobStore
 
 __all__ = ["BlobCache", "Known", "room"]
 

@@ -47,6 +47,8 @@ PAGE_BYTES = 256 * 1024
 COMPOSED, KEPT = 0x80000000, 0x40000000
 """A task's payload is places and the head of a composed one; its result is to stay here."""
 FUNCTION_NUMBER = 0x3FFFFFFF
+GONE = 0xFFFFFFFFFFFFFFFF
+"""In place of an epoch: what the task takes is not where it was said to be."""
 
 OK, RAISED, UNPICKLE_FAILED, PICKLE_FAILED, DELIVERED = 0, 1, 2, 3, 4
 """Status of a result; ``DELIVERED``: it went through the direct channel."""
@@ -85,7 +87,7 @@ class Kind(enum.IntEnum):
     OUTPUT = 24
     """What a task printed (lease): one byte of stream number, then the text."""
     DROPPED = 25
-    """The batch was taken back before this task began (lease)."""
+    """The batch was taken back before this task began (lease): its epoch; or ``GONE``."""
     INITIALIZER_FAILED = 26
 
 

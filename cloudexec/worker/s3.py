@@ -209,7 +209,8 @@ async def _on_thread(run: Callable[[], None], transfer: _Transfer) -> None:
                 await asyncio.wait([running])
             except asyncio.CancelledError:
                 pass  # raised below
-        running.exception()
+        if not running.cancelled():
+            running.exception()
         raise
 
 

@@ -212,6 +212,7 @@ class Session:
         self._composed: dict[int, Sequence[pb.Blob]] = {}  # index in the columns -> blobs
         self._taken_here: dict[int, ResultBlob] = {}  # files that the client is to take
         self._own_blobs = 0
+        self._kept: list[int] = []  # indexes, as above
         self._bytes = 0
         self._failures: deque[Failure] = deque()
         self._returned: list[int] = []
@@ -291,6 +292,7 @@ class Session:
         self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob], *, keep: bool
     ) -> None:
         if keep:
+            self._kept.append(len(self._leases))
             self._report(lease, seconds, head, [self._keep(blob) for blob in blobs])
         elif self.welcome.direct_path:
             self._report(lease, seconds, head, [self._offer(blob) for blob in blobs])
@@ -491,6 +493,8 @@ class Session:
                     else:
                         later[index - count] = blobs
                 self._composed = later
+                results.kept.extend(i for i in self._kept if i < count)
+                self._kept = [i - count for i in self._kept if i >= count]
             del self._leases[:count], self._payloads[:count], self._seconds[:count]
             some = True
         size = 0

@@ -364,7 +364,7 @@ class Slot:
             except BaseException as exc:
                 ended = perf_counter()
                 if type(exc) is ConnectionAbortedError and flags & COMPOSED:
-                    self.send(Kind.DROPPED, lease, struct.pack("<Q", epoch))
+                    self.send(Kind.DROPPED, lease, struct.pack("<Q", frames.GONE))
                     continue
                 self._fail_unpickling(lease, ended - began, exc)
                 began = ended

@@ -882,11 +882,15 @@ class SlotPool:
             self._after_answer(slot)
         elif kind == Kind.DROPPED:
             item = slot.held.get(number)
+            (epoch,) = struct.unpack("<Q", body)
             # A task that was taken back may have been sent here again meanwhile.
-            if item is not None and item.epoch == struct.unpack("<Q", body)[0]:
+            if item is not None and epoch in (item.epoch, frames.GONE):
                 del slot.held[number]
                 slot.seconds -= item.seconds
-                self._requeue([item])
+                if epoch == frames.GONE:
+                    self._answers.returned(number)  # the client knows where else to have it from
+                else:
+                    self._requeue([item])
                 self._after_answer(slot)
         elif kind == Kind.READY:
             slot.ready = True

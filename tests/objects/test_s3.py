@@ -23,8 +23,9 @@ from botocore.config import Config
 from relay import Relay
 from s3_helpers import MIB, NAME, PART, PREFIX, Scene, content, file_of, play, until
 
-from cloudexec import AwsError, ConfigError
+from cloudexec import AwsError, CloudexecError, ConfigError
 from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.policy import unknown_calls
 from cloudexec._aws.template import DATA_PREFIX, template
 from cloudexec._objects.s3 import Bucket
 from cloudexec._transfer import SignedRequest, part_length, parts_of
@@ -101,6 +102,8 @@ def test_objects_of_every_size_go_both_ways(aws: FakeAWS, size: int) -> None:
         assert sorted(await scene.keys()) == [f"{PREFIX}object", f"{PREFIX}result"]
 
     play(aws, scenario)
+    calls = {(each.service, each.operation) for each in aws.requests}
+    assert unknown_calls(calls) == {("s3", "CreateBucket")}
 
 
 def test_part_of_a_file_is_moved_where_it_belongs(aws: FakeAWS) -> None:
@@ -350,7 +353,7 @@ def test_answer_to_the_last_call_of_an_upload_is_lost(aws: FakeAWS) -> None:
 def test_s3_that_never_recovers_is_given_up_in_time(aws: FakeAWS, transfer: str) -> None:
     step, operation = TRANSFERS[transfer]
 
-    async def scenario(scene: Scene) -> AwsError | worker.S3TransferError:
+    async def scenario(scene: Scene) -> CloudexecError:
         await _prepared(scene)
         aws.faults.throttle(operation, count=1_000_000)
         began = time.monotonic()
@@ -358,14 +361,14 @@ def test_s3_that_never_recovers_is_given_up_in_time(aws: FakeAWS, transfer: str)
             await step(scene)
         assert time.monotonic() - began < 20
         assert not isinstance(caught.value, worker.UrlRefusedError)
-        error: AwsError | worker.S3TransferError = caught.value
         if transfer == "upload":
             aws.faults.clear()
             uploads = await scene.clients.call("s3", "list_multipart_uploads", Bucket=NAME)
             assert not uploads.get("Uploads")
-        return error
+        return caught.value
 
     error = play(aws, scenario)
+    assert isinstance(error, AwsError | worker.S3TransferError)
     assert error.code == "SlowDown"
     assert error.transient
     assert f"{NAME}/{PREFIX}" in str(error)
@@ -378,7 +381,7 @@ def test_s3_that_nobody_reaches_is_given_up_in_time(
 ) -> None:
     step, _ = TRANSFERS[transfer]
 
-    async def scenario(scene: Scene) -> AwsError | worker.S3TransferError:
+    async def scenario(scene: Scene) -> CloudexecError:
         await _prepared(scene)
         relay.refuse()
         with pytest.raises((AwsError, worker.S3TransferError)) as caught:
@@ -386,6 +389,7 @@ def test_s3_that_nobody_reaches_is_given_up_in_time(
         return caught.value
 
     error = play(aws, scenario, close=False)
+    assert isinstance(error, AwsError | worker.S3TransferError)
     assert error.code == "Unreachable"
     assert error.transient
     assert "prox" in str(error)
@@ -636,6 +640,35 @@ def test_cancelled_upload_leaves_nothing(aws: FakeAWS) -> None:
     play(aws, scenario)
 
 
+def test_cancelled_download_writes_nothing_afterwards(aws: FakeAWS) -> None:
+    """The sink's memory may be somebody else's then."""
+    size, sha256 = _known()
+    begun, go_on = threading.Event(), threading.Event()
+    ended = []
+
+    def sink(offset: int, data: bytes) -> None:
+        begun.set()
+        go_on.wait(20)
+        ended.append(offset)
+
+    async def scenario(scene: Scene) -> None:
+        await _prepared(scene)
+        task = asyncio.create_task(scene.bucket.download("object", sink, size, sha256))
+        await asyncio.to_thread(begun.wait, 20)
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        count = len(ended)
+        assert count > 0
+        await scene.keys()
+        assert len(ended) == count
+
+    play(aws, scenario)
+
+
 @pytest.mark.parametrize("transfer", ["fetch", "store"])
 def test_cancelled_worker_stops_at_once(aws: FakeAWS, transfer: str) -> None:
     """Though its requests stand still; nothing is written afterwards."""
@@ -646,7 +679,7 @@ def test_cancelled_worker_stops_at_once(aws: FakeAWS, transfer: str) -> None:
         aws.clear_requests()
         aws.faults.slow_response(operation, 50.0, count=2)
         threads = set(threading.enumerate())
-        task = asyncio.create_task(step(scene))  # type: ignore[arg-type]  # it is a coroutine
+        task = asyncio.ensure_future(step(scene))
         # One that is not slow has been answered.
 
         async def answered() -> bool:

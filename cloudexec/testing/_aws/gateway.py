@@ -176,7 +176,8 @@ class Gateway:
         )
         if lost:
             return _drop(environ, start_response)
-        answer = response.body
+        # What follows the answer to a HEAD would be taken for the next one on this connection.
+        answer = response.body if environ["REQUEST_METHOD"] != "HEAD" else b""
         if response.status < 300 and answer and self._faults.corrupts(call.operation):
             answer = bytes([answer[0] ^ 1]) + answer[1:]
         start_response(

@@ -1,0 +1,349 @@
+"""Results that stay on the workers that made them: brought when wanted, made again when lost."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from cloudexec import _payload
+from cloudexec._core import events
+from cloudexec._core.events import Failure, FailureKind
+from cloudexec._errors import RefLostError
+from cloudexec._future import BatchFuture
+from cloudexec._objects.places import FileSource
+from cloudexec._objects.ref import Ref
+from cloudexec._objects.store import Blob
+from cloudexec._payload import Composed, Payload
+from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._server.splicing import Spliced
+
+if TYPE_CHECKING:
+    from cloudexec._server.driver import Driver, Submission
+
+__all__ = ["Keeper", "Recipe"]
+
+_FAR_BYTES = 256 * 1024
+"""Blobs from this size on are worth a preference for workers that have them."""
+_EVACUATION = 30.0
+"""Seconds in which a worker that is to end hands over what it keeps."""
+
+
+class Recipe:
+    """How to make a kept result again.
+
+    Args:
+        task: That made it, while it still has its function and payload.
+    """
+
+    __slots__ = ("function", "kind", "payload", "retries", "terms")
+
+    def __init__(self, task: Submission) -> None:
+        self.function = task.function
+        self.kind = task.kind
+        self.payload: Any = task.payload
+        self.retries = task.retries
+        self.terms = task.terms
+
+
+class Keeper:
+    """What the workers of one driver keep. On its loop thread, but for what ``Ref`` calls.
+
+    Args:
+        driver: Whose.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self.is_far = not driver.store.shared
+        self._pulls: dict[int, asyncio.Future[None]] = {}
+        self._remaking: dict[Composed, asyncio.Future[None]] = {}
+        self.losses = False
+        """Whether anything was ever lost: until then nobody need look."""
+
+    # Called by Ref, in any thread.
+
+    def value_of(self, payload: Payload, timeout: float | None) -> Any:
+        """Load what a handle stands for; see ``Ref.get``."""
+        if type(payload) is bytes:
+            return _payload._loads(payload)
+        assert isinstance(payload, Composed)
+        if not any(blob.origin or blob.lost for blob in payload.blobs):
+            return payload.load()
+        if self._driver.portal.is_this_thread:
+            raise RuntimeError("Ref.get() would wait for the thread that it is called in")
+        try:
+            running = self._driver.portal.run(self._sources(payload))
+        except RuntimeError as exc:
+            raise self._gone() from exc
+        try:
+            sources = running.result(timeout)
+        except concurrent.futures.CancelledError as exc:
+            raise self._gone() from exc
+        except TimeoutError:
+            running.cancel()
+            raise
+        return _payload.load_composed(payload.head, sources.__getitem__)
+
+    def _gone(self) -> RefLostError:
+        return RefLostError(
+            "what the Ref stands for was kept on a worker, and the executor has shut down: call "
+            "get() before that"
+        )
+
+    def payload_of(self, ref: Ref[Any]) -> Payload:
+        """Return what stands for a handle's value among arguments.
+
+        Raises:
+            RefLostError: If it is another executor's, and lost.
+        """
+        payload = ref._payload
+        if ref._keeper is self:
+            return payload
+        store = self._driver.store
+        if ref._keeper is None:  # in a task, whose own executor this is
+            return _payload.dumps(ref.get(), store)
+        if type(payload) is bytes:
+            return payload
+        assert isinstance(payload, Composed)
+        _, _, views = ref._keeper.parts_of(payload)
+        return Composed(payload.head, tuple(map(store.intern, views)), payload.numbers)
+
+    def note_inputs(self, task: Any) -> None:
+        """Let the scheduler know which blobs a task takes that some workers have."""
+        blobs = [blob for blob in _blobs_of(task.payload) if blob.size >= _FAR_BYTES]
+        if blobs and (self.is_far or any(blob.origin for blob in blobs)):
+            task.inputs = tuple(blobs)
+
+    def parts_of(self, payload: Payload) -> tuple[bytes, bytes | None, list[Any]]:
+        """Return what a pickled handle takes along: head, numbers and contents of its blobs."""
+        if type(payload) is bytes:
+            return payload, None, []
+        assert isinstance(payload, Composed)
+        if any(blob.origin or blob.lost for blob in payload.blobs):
+            self._driver.portal.run(self._bring(payload)).result()
+        views = [blob.view() for blob in payload.blobs]
+        return payload.head, _payload.pack_numbers(payload), views
+
+    # On the loop thread.
+
+    async def _sources(self, payload: Composed) -> dict[int, Any]:
+        """Find the contents of a payload's blobs, which may stay where they are on this machine."""
+        while True:
+            sources: dict[int, Any] = {}
+            try:
+                for number, blob in zip(payload.numbers, payload.blobs, strict=True):
+                    if blob.lost:
+                        raise FileNotFoundError
+                    if blob.origin is None:
+                        sources[number] = blob
+                    elif blob.place is not None:
+                        sources[number] = FileSource(blob.place)
+                    else:
+                        await self.pull(blob)
+                        sources[number] = blob
+            except FileNotFoundError:
+                await self._make_again(payload)
+            else:
+                return sources
+
+    async def _bring(self, payload: Composed) -> None:
+        """Have all of a payload here."""
+        while True:
+            try:
+                for blob in payload.blobs:
+                    await self.pull(blob)
+            except FileNotFoundError:
+                await self._make_again(payload)
+            else:
+                return
+
+    def pull(self, blob: Blob) -> asyncio.Future[None]:
+        """Have a blob brought here from the worker that keeps it.
+
+        The future fails with ``FileNotFoundError`` if it is lost.
+        """
+        loop = self._driver.portal.loop
+        pulling = self._pulls.get(blob.id)
+        if pulling is not None and not pulling.done():
+            return pulling
+        pulling = loop.create_future()
+        # Whoever asked may have gone meanwhile.
+        pulling.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+        session = self._driver.sessions.get(blob.origin or "")
+        if blob.lost or (blob.origin is not None and session is None):
+            pulling.set_exception(FileNotFoundError())
+        elif blob.origin is None:
+            pulling.set_result(None)
+        elif blob.place is not None:
+            try:
+                self._open(blob)
+            except OSError:
+                pulling.set_exception(FileNotFoundError())
+            else:
+                pulling.set_result(None)
+        else:
+            self._pulls[blob.id] = pulling
+            assert session is not None
+            session.want(blob)
+        return pulling
+
+    def _open(self, blob: Blob) -> None:
+        """Take a blob over from a worker on this machine."""
+        place, store = blob.place, self._driver.store
+        assert place is not None
+        if place.mappable:
+            fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+            other = store.take_over(blob.size, fd=fd)
+        else:
+            other = store.take_over(blob.size, content=FileSource(place).buffer())
+        store.adopt(blob, other)
+
+    def arrived(self, number: int, content: Blob, blob: Blob | None) -> bool:
+        """A blob has come from a worker; return whether it is one that was wanted."""
+        pulling = self._pulls.pop(number, None)
+        if pulling is None:
+            return False
+        if blob is not None and blob.origin is not None:
+            self._driver.store.adopt(blob, content)
+        if not pulling.done():
+            pulling.set_result(None)
+        return True
+
+    def failed(self, number: int) -> None:
+        """A blob that was wanted did not come whole: whoever waits for it does without."""
+        pulling = self._pulls.pop(number, None)
+        if pulling is not None and not pulling.done():
+            pulling.set_exception(FileNotFoundError())
+
+    def worker_lost(self, worker: str, blobs: Iterable[Blob]) -> None:
+        """A worker is gone: what it alone had is lost."""
+        for blob in blobs:
+            blob.workers.discard(worker)
+            if blob.origin == worker:
+                blob.lost = self.losses = True
+                self.failed(blob.id)
+
+    async def evacuate(self, session: Any) -> None:
+        """Have a worker that is to end hand over what it keeps."""
+        kept = session.kept_blobs()
+        if kept:
+            done = asyncio.gather(*map(self.pull, kept), return_exceptions=True)
+            try:
+                async with asyncio.timeout(_EVACUATION):
+                    await done
+            except TimeoutError:
+                pass
+            session.forget_blobs([blob.id for blob in kept])
+
+    # Tasks that take what is lost.
+
+    def is_at_hand(self, payload: Payload | Spliced, worker: str) -> bool:
+        """Say whether a task can be sent to a worker, or must wait for what it takes."""
+        shared = bool(self._driver.direct_path)
+        for blob in _blobs_of(payload):
+            if blob.lost or (blob.origin not in (None, worker) and not shared):
+                return False
+        return True
+
+    def supply(self, task: Any, worker: str, lease: int) -> None:
+        """Have a task wait until what it takes is here."""
+        payload = task.payload
+        failure = Failure(FailureKind.INPUT_LOST, pb.Failure(lease=lease))
+        self._driver.feed(events.FailuresReceived(worker, [(lease, failure)]))
+        self._driver.create_task(self._supply(task, worker, payload, failure))
+
+    async def _supply(
+        self, task: Any, worker: str, payload: Payload | Spliced, failure: Failure
+    ) -> None:
+        try:
+            for part in _parts_of(payload):
+                await self._bring(part)
+        except BaseException as exc:
+            failure.detail.payload = _payload.dumps_exception(exc)
+            self._driver.feed(events.FailureJudged(worker, task, failure, again=False))
+            if not isinstance(exc, Exception):
+                raise
+        else:
+            self._driver.feed(events.InputsRestored([task]))
+
+    async def _make_again(self, payload: Composed) -> None:
+        """Run the task once more whose result was lost.
+
+        Raises:
+            RefLostError: If it is not to be.
+            Exception: Whatever the task raises this time.
+        """
+        remaking = self._remaking.get(payload)
+        if remaking is None:
+            recipe: Recipe | None = payload.recipe
+            if recipe is None or self._driver.machine.finished:
+                raise RefLostError(
+                    "a result was kept on a worker that is gone, and it is not made again "
+                    "(on_loss='raise', or it was not a task's)"
+                )
+            remaking = self._driver.portal.loop.create_future()
+            remaking.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._remaking[payload] = remaking
+            self._submit(payload, recipe)
+        await asyncio.shield(remaking)
+
+    def _submit(self, payload: Composed, recipe: Recipe) -> None:
+        from cloudexec._server.driver import Submission
+
+        driver = self._driver
+        future: BatchFuture[Any] = BatchFuture(driver)
+        task = Submission(
+            next(driver.numbers),
+            recipe.kind,
+            future,
+            recipe.function,
+            recipe.payload,
+            recipe.retries,
+            recipe.terms,
+        )
+        future._task = task
+
+        def done(_: Any) -> None:
+            try:
+                driver.portal.post(self._made_again, payload, future)
+            except RuntimeError:
+                pass  # the loop has closed
+
+        future.add_done_callback(done)
+        driver.feed(events.TasksSubmitted([task]))
+
+    def _made_again(self, payload: Composed, future: BatchFuture[Any]) -> None:
+        remaking = self._remaking.pop(payload)
+        if future.cancelled():
+            remaking.set_exception(RefLostError("the executor was shut down meanwhile"))
+            return
+        error = future.exception()
+        if error is not None:
+            remaking.set_exception(error)
+            return
+        ref: Ref[Any] = future.result()
+        new = ref._payload
+        assert isinstance(new, Composed)
+        # Whoever has the old one, has the new one now.
+        payload.head, payload.blobs, payload.numbers = new.head, new.blobs, new.numbers
+        remaking.set_result(None)
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        for waiting in (*self._pulls.values(), *self._remaking.values()):
+            waiting.cancel()
+        self._pulls.clear()
+
+
+def _parts_of(payload: Payload | Spliced) -> list[Composed]:
+    parts: list[Any] = [payload]
+    if isinstance(payload, Spliced):
+        parts = [payload.call, *payload.inputs]
+    return [part for part in parts if type(part) is Composed]
+
+
+def _blobs_of(payload: Payload | Spliced) -> list[Blob]:
+    return [blob for part in _parts_of(payload) for blob in part.blobs]
