@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 _blobs: dict[int, bytes] = {}
+_arrays: dict[int, Any] = {}
 
 
 def noop(value: object = None) -> None:
@@ -42,6 +44,31 @@ def blob(size: int) -> bytes:
         _blobs.clear()
         _blobs[size] = b"x" * size
     return _blobs[size]
+
+
+def double(array: Any) -> Any:
+    """Take an array, return another one of the same size."""
+    return array * 2
+
+
+def first(array: Any) -> float:
+    """Take an array, look at one page of it."""
+    return float(array[0])
+
+
+def add_up(array: Any) -> float:
+    """Take an array, look at all of it."""
+    return float(array.sum())
+
+
+def ones(count: int) -> Any:
+    """Take nothing, return an array; made once, so that only the way is measured."""
+    if count not in _arrays:
+        import numpy
+
+        _arrays.clear()
+        _arrays[count] = numpy.ones(count)
+    return _arrays[count]
 
 
 def wait_for_file(path: str, started: str) -> None:

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Figures = dict[str, float]
@@ -16,12 +17,15 @@ _TIMEOUT = 900.0
 """Seconds for one measurement; the slowest takes about a minute."""
 
 
-def measure(contender: str, *, pin: bool = False, **arguments: Any) -> Figures:
+def measure(
+    contender: str, *, pin: bool = False, prefix: Sequence[str] = (), **arguments: Any
+) -> Figures:
     """Run the calling script's ``measure(contender, **arguments)`` in a fresh interpreter.
 
     Args:
         contender: Whose turn it is.
         pin: Confine the interpreter and all that it starts to one core.
+        prefix: What starts the interpreter, if it is not to be started plainly.
         **arguments: Passed on, as JSON.
 
     Raises:
@@ -30,21 +34,20 @@ def measure(contender: str, *, pin: bool = False, **arguments: Any) -> Figures:
     script = sys.modules["__main__"].__file__
     assert script is not None
     request = json.dumps({"contender": contender, **arguments})
-    reading, writing = os.pipe()
-    command = [sys.executable, script, "--measure", request, str(writing)]
+    # A file, not a pipe: what stands between may not hand down descriptors.
+    reading, path = tempfile.mkstemp(prefix="benchmark-")
+    command = [*prefix, sys.executable, script, "--measure", request, path]
     core = min(os.sched_getaffinity(0)) if pin else None
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        pass_fds=[writing],
         start_new_session=True,
         preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
         text=True,
         errors="replace",
     )
-    os.close(writing)
     try:
         words, _ = process.communicate(timeout=_TIMEOUT)
     except BaseException:
@@ -54,6 +57,7 @@ def measure(contender: str, *, pin: bool = False, **arguments: Any) -> Figures:
     finally:
         with os.fdopen(reading) as answers:
             answer = answers.readline() if process.returncode == 0 else ""
+        os.unlink(path)
     if not answer:
         lines = "\n".join(words.strip().splitlines()[-15:])
         raise RuntimeError(f"{contender} failed with exit code {process.returncode}:\n{lines}")
@@ -65,9 +69,7 @@ def answer_if_asked(measure: Callable[..., Figures]) -> None:
     """In the fresh interpreter: measure, hand over the figures, and end."""
     if len(sys.argv) != 4 or sys.argv[1] != "--measure":
         return
-    writing = int(sys.argv[3])
-    os.set_inheritable(writing, False)
     figures = measure(**json.loads(sys.argv[2]))
-    with os.fdopen(writing, "w") as answers:
+    with open(sys.argv[3], "w") as answers:
         answers.write(json.dumps(figures) + "\n")
     sys.exit(0)

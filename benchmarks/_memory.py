@@ -18,6 +18,13 @@ def peak(pid: int | str = "self") -> int:
     return _field(pid, "VmHWM")
 
 
+def available() -> int:
+    """Return the bytes of memory that this machine has left."""
+    with open("/proc/meminfo") as file:
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", file.read(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
 def reset_peak(pid: int | str = "self") -> None:
     """Start to watch for the peak anew (proc(5), "clear_refs", value 5)."""
     with open(f"/proc/{pid}/clear_refs", "w") as file:

@@ -16,14 +16,16 @@ import _fresh
 from _report import Report
 
 OURS = "cloudexec"
+WIRE = "cloudexec (TLS)"
 POOL = "ProcessPoolExecutor"
 SPAWN = "ProcessPoolExecutor (spawn)"
 LOKY = "loky"
 DASK = "dask.distributed"
 RAY = "Ray"
 PARSL = "Parsl"
+MPI = "mpi4py.futures"
 
-_MODULES = {LOKY: "loky", DASK: "distributed", RAY: "ray", PARSL: "parsl"}
+_MODULES = {LOKY: "loky", DASK: "distributed", RAY: "ray", PARSL: "parsl", MPI: "mpi4py"}
 
 
 class Contender(Protocol):
@@ -44,6 +46,8 @@ class Contender(Protocol):
 
 def is_installed(name: str) -> bool:
     """Say whether a contender can run here."""
+    if name == MPI and shutil.which("mpiexec") is None:
+        return False
     return name not in _MODULES or importlib.util.find_spec(_MODULES[name]) is not None
 
 
@@ -87,10 +91,11 @@ def rounds(
         for name in names:
             if name in out:
                 continue
+            prefix = ["mpiexec", "-n", "1"] if name == MPI else []  # for MPI_Comm_spawn()
             try:
-                figure = _fresh.measure(name, pin=pin, **arguments(name))
+                figure = _fresh.measure(name, pin=pin, prefix=prefix, **arguments(name))
             except RuntimeError as exc:
-                if name in (OURS, POOL):
+                if name in (OURS, WIRE, POOL):
                     raise
                 report.say(str(exc))
                 report.missing(what, name, "failed")
@@ -122,6 +127,18 @@ def _open_ours(workers: int) -> Contender:
     from cloudexec import BatchExecutor
 
     return _OfExecutor(BatchExecutor(workers))
+
+
+def _open_wire(workers: int) -> Contender:
+    from cloudexec import BatchExecutor
+
+    return _OfExecutor(BatchExecutor(workers, listen="127.0.0.1:0"))
+
+
+def _open_mpi(workers: int) -> Contender:
+    from mpi4py.futures import MPIPoolExecutor
+
+    return _OfExecutor(MPIPoolExecutor(workers))
 
 
 def _open_pool(workers: int) -> Contender:
@@ -254,10 +271,12 @@ class _Parsl:
 
 _OPENERS: dict[str, Callable[[int], Contender]] = {
     OURS: _open_ours,
+    WIRE: _open_wire,
     POOL: _open_pool,
     SPAWN: _open_spawn,
     LOKY: _open_loky,
     DASK: _Dask,
     RAY: _Ray,
     PARSL: _Parsl,
+    MPI: _open_mpi,
 }

@@ -17,6 +17,8 @@ _SCRIPTS: list[list[str]] = [
     ["throughput.py", "--pin"],
     ["latency.py"],
     ["large.py"],
+    ["arrays.py"],
+    ["wire.py"],
     ["memory.py"],
     ["scale.py"],
     ["workers.py"],
@@ -26,7 +28,7 @@ _SCRIPTS: list[list[str]] = [
 ]
 _COLUMNS = ("what", "ours", "peer", "theirs", "ratio", "budget", "verdict")
 _HEADINGS = ("what", "cloudexec", "beside", "its number", "ratio", "budget", "")
-_VERSIONS = ("loky", "distributed", "ray", "parsl", "grpcio", "protobuf", "cloudpickle")
+_VERSIONS = ("loky", "distributed", "ray", "parsl", "mpi4py", "grpcio", "protobuf", "cloudpickle")
 
 
 def _run(script: list[str], *, quick: bool, quiet: bool) -> list[dict[str, str]] | None:
