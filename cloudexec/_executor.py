@@ -23,8 +23,8 @@ from cloudexec._errors import (
 )
 from cloudexec._future import BatchFuture
 from cloudexec._launchers.base import Cost
-from cloudexec._sizing import ladder_of, terms_of
 from cloudexec._objects.options import ObjectOptions
+from cloudexec._sizing import ladder_of, terms_of
 from cloudexec._stats import ExecutorStats
 
 if TYPE_CHECKING:

@@ -317,6 +317,14 @@ class _Tally:
         self.seconds = 0.0
         self.weight = 1.0
 
+    def __call__(self, future: BatchFuture[Any], succeeded: bool) -> None:
+        self.tasks += 1
+        self.seconds += future._run_time or 0.0
+        if succeeded:
+            future._has_result = True
+        else:
+            self.failed += 1
+
 
 class _Call:
     """Holds what one call takes its values from until it has succeeded.
@@ -329,7 +337,7 @@ class _Call:
 
     def __init__(
         self,
-        tally: _Tally,
+        tally: Callable[[BatchFuture[Any], bool], None],
         inputs: tuple[BatchFuture[Any], ...],
         aside: list[BatchFuture[Any]],
     ) -> None:
@@ -338,12 +346,8 @@ class _Call:
         self._aside = aside
 
     def __call__(self, future: BatchFuture[Any], succeeded: bool) -> None:
-        future._has_result = succeeded
-        tally = self._tally
-        tally.tasks += 1
-        tally.seconds += future._run_time or 0.0
+        self._tally(future, succeeded)
         if not succeeded:
-            tally.failed += 1
             self._aside.extend(self._inputs)
 
 
@@ -414,13 +418,15 @@ class Graph:
             )
         kept = {node: future for node, future in self._kept.items() if _is_usable(future)}
         missing = list(_in_order(self._targets, kept))
-        tallies = {node.stage.name: _Tally() for node in self.nodes}
-        views = {node.stage: _view(executor, node.stage) for node in missing}
+        stages = dict.fromkeys([node.stage for node in self.nodes])
+        tallies = {stage.name: _Tally() for stage in stages}
+        views = {stage: _view(executor, stage) for stage in stages}
         for stage, view in views.items():
             if view._options.cpus is not None:
                 tallies[stage.name].weight = view._options.cpus
-        for node in {*self.nodes} - {*missing}:
-            tallies[node.stage.name].resumed += 1
+        if kept:
+            for node in {*self.nodes} - {*missing}:
+                tallies[node.stage.name].resumed += 1
         base = executor._executor
         spent_before = base.cost().accrued_usd
         bars = None
@@ -507,9 +513,11 @@ class Graph:
             kwargs = _NOTHING
             if node._kwargs:
                 kwargs = {name: _filled(value, futures) for name, value in node._kwargs.items()}
-            inputs = tuple([futures[dependency] for dependency in node.dependencies])
-            call = _Call(tallies[stage.name], inputs, aside)
-            future = futures[node] = submit(args, kwargs, stage.name, call)
+            on_end: Callable[[BatchFuture[Any], bool], None] = tallies[stage.name]
+            if node.dependencies:
+                inputs = tuple([futures[dependency] for dependency in node.dependencies])
+                on_end = _Call(on_end, inputs, aside)
+            future = futures[node] = submit(args, kwargs, stage.name, on_end)
             started.append((node, weakref.ref(future)))
             if bars is not None:
                 bars.watch(stage.name, future)

@@ -44,7 +44,7 @@ def writeable(buffer: Any, dtype: Any, shape: tuple[int, ...], order: str) -> An
 
     if type(buffer) is memoryview and buffer.readonly:
         whole = buffer.obj
-        buffer = whole if len(memoryview(whole).cast("B")) == buffer.nbytes else bytearray(buffer)
+        buffer = whole if memoryview(whole).nbytes == buffer.nbytes else bytearray(buffer)
     elif type(buffer) is bytes:
         buffer = bytearray(buffer)
     return numpy.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)  # type: ignore[call-overload]

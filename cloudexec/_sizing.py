@@ -46,8 +46,8 @@ def terms_of(options: TaskOptions, launcher: Launcher, scaling: ScalingPolicy) -
             capacity = launcher.capacity(rung) or WorkerCapacity(cpus=cpus, memory=memory)
             need, whole = Resources.of(cpus, memory, gpus), Resources.had_by(capacity)
             fitting = max(1, min(need.times_in(whole), launcher.most_slots(rung)))
-            if scaling.one_machine or (rung == 0 and fitting >= scaling.slots_per_worker):
-                fitting = scaling.slots_per_worker  # those that are launched anyway will do
+            if scaling.one_machine:
+                fitting = scaling.slots_per_worker  # one worker has it all
             return Claim(need, rung, whole, fitting, need)
 
         claims.append(claim(memory))

@@ -78,6 +78,10 @@ class ExecutorStats:
     """Payload bytes of callables and arguments."""
     bytes_received: int = 0
     """Payload bytes of large results and of output."""
+    bytes_uploaded: int = 0
+    """Bytes that this process has put into its bucket, for workers."""
+    bytes_downloaded: int = 0
+    """Bytes that it has read from there."""
     lost_attempts: int = 0
     """Attempts whose process or worker died."""
     retries: int = 0
@@ -143,6 +147,8 @@ class ExecutorStats:
             ),
             bytes_sent=driver.bytes_sent,
             bytes_received=driver.bytes_received,
+            bytes_uploaded=0 if driver.depot is None else driver.depot.bytes_uploaded,
+            bytes_downloaded=0 if driver.depot is None else driver.depot.bytes_downloaded,
             lost_attempts=counts["lost_attempts"],
             retries=counts["retries"],
             retried_errors=counts["retried_errors"],

@@ -9,6 +9,8 @@ from cloudexec._proto.tasks_pb2 import Chunk
 __all__ = [
     "BLOB_KEY",
     "CHANNEL_OPTIONS",
+    "DELIVERY_TRIES",
+    "LEASE_KEY",
     "MAX_MESSAGE_BYTES",
     "SIZE_KEY",
     "TOKEN_KEY",
@@ -21,6 +23,9 @@ MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 TOKEN_KEY = "cloudexec-token-bin"
 BLOB_KEY = "cloudexec-blob"
 SIZE_KEY = "cloudexec-size"
+LEASE_KEY = "cloudexec-lease"
+DELIVERY_TRIES = 3
+"""Times that a part of a result is sent which arrives damaged."""
 
 # Liveness is HTTP/2 pings: gRPC's own threads answer them, so that a client whose main thread
 # holds the GIL for minutes is alive to its workers.

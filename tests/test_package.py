@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "_aws": {"_config", "_enrolment"},
     "worker": {"_direct", "_enrolment", "_payload", "_proto", "_transfer", "_wire"},
     "_graph": {"_config", "_executor", "_future", "_progress"},
+    "_sizing": {"_config", "_core", "_launchers"},
     "_inputs": set(),
     "_payload": {"_inputs"},
     "_functions": {"_payload", "_core"},

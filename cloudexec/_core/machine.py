@@ -926,11 +926,13 @@ class Machine:
         head = line.head()
         if not alone or drained or room > 0 or head is None:
             return
-        for other in self._lines.values():
-            first = other.head()
-            if other is not line and first is not None:
-                if (-other.priority, first.number) < (-line.priority, head.number):
-                    return
+        turns = [
+            (-each.priority, first.number)
+            for each in self._lines.values()
+            if (first := each.head()) is not None
+        ]
+        if min(turns) < (-line.priority, head.number):
+            return
         for launch in reversed(list(self.launches.values())):
             if not floor.within(launch.capacity):
                 self._withdraw(launch)

@@ -279,6 +279,13 @@ class Launcher(Protocol):
         """
         return
 
+    def bucket(self) -> tuple[str, str]:
+        """Say through which S3 bucket large objects may go, and its region; empty: through none.
+
+        Asked once, after ``start``.
+        """
+        return "", ""
+
     def times(self, launch_id: str) -> LaunchTimes | None:
         """Say what is known of how a launch went."""
         return None

@@ -58,7 +58,8 @@ class Batch(Launcher):
             ``"prefer"`` goes on demand after repeated reclaims or when there is none.
         compute: ``"fargate"`` or ``"ec2"``.
         arch: ``"x86_64"`` or ``"arm64"``.
-        slots_per_worker: Tasks that one worker runs at once; by default one per whole vCPU.
+        slots_per_worker: Tasks that one worker runs at once; by default one per whole vCPU, or, of
+            those that say what they need (``with_options(cpus=, memory=)``), as many as fit.
         profile: Name of a profile; by default what ``CLOUDEXEC_PROFILE`` says, or ``"default"``
             unless ``queue`` is given.
         queue: Name or ARN of a job queue, instead of the profile's.
@@ -282,6 +283,10 @@ class Batch(Launcher):
     def disconnected(self, launch_id: str, *, orderly: bool, reclaimed: bool) -> None:
         """A worker's session ended."""
         self._running().disconnected(launch_id, orderly=orderly, reclaimed=reclaimed)
+
+    def bucket(self) -> tuple[str, str]:
+        """Name the profile's bucket, and the region."""
+        return self._running().bucket()
 
     def times(self, launch_id: str) -> LaunchTimes | None:
         """Say what is known of how a launch went."""

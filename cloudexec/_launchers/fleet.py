@@ -492,6 +492,9 @@ class Fleet:
             member.lost_at = time.monotonic()
             self._look.set()
 
+    def bucket(self) -> tuple[str, str]:
+        return self._profile.bucket, self._profile.region
+
     def times(self, launch_id: str) -> LaunchTimes | None:
         job = self._job_of.get(launch_id)
         if job is None:

@@ -73,7 +73,7 @@ def _groups(base: Path) -> list[Path]:
     except OSError:
         lines = []
     for line in lines:
-        _, names, path = (line.split(":", 2) + ["", ""])[:3]
+        _, names, path = [*line.split(":", 2), "", ""][:3]
         top = mount if not names else mount / names
         group = top / path.strip("/")
         # In a container the path is often that of the host: what is mounted is the group itself.

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import mmap
 import os
+import stat
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cloudexec import _direct
-from cloudexec._objects.segments import PROC, map_private
+from cloudexec._errors import PayloadError
+from cloudexec._objects.segments import NAMED, PROC, map_file, map_private
 
-__all__ = ["DirectSource", "FileSource", "Place", "pack_places", "unpack_places"]
+__all__ = [
+    "BlobGoneError",
+    "DirectSource",
+    "FileSource",
+    "Place",
+    "is_path_of",
+    "open_shared",
+    "pack_places",
+    "unpack_places",
+]
 
 _COUNT = struct.Struct("<I")
 _PLACE = struct.Struct("<QQQBH")
@@ -62,6 +72,34 @@ def unpack_places(data: bytes | memoryview) -> tuple[list[Place], int]:
     return places, at
 
 
+class BlobGoneError(ConnectionAbortedError):
+    """Whoever held a blob has it no more, or is gone."""
+
+
+def is_path_of(pid: int, path: str) -> bool:
+    """Say whether a path that a process named is one of its own objects' files."""
+    if not PROC:
+        return os.path.basename(path).startswith(NAMED)
+    number = path.removeprefix(f"/proc/{pid}/fd/")
+    return number != path and number.isascii() and number.isdigit()
+
+
+def open_shared(place: Place) -> int:
+    """Open the file of another process that a blob is in.
+
+    Raises:
+        OSError: If it cannot be opened: the process is gone.
+        PayloadError: If it is no file, or too short.
+    """
+    # Not blocking: whatever it is, the caller is not to wait for somebody to write to it.
+    fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_size < place.offset + place.size:
+        os.close(fd)
+        raise PayloadError(f"{place.path} does not hold the {place.size} bytes that it should")
+    return fd
+
+
 class FileSource:
     """A blob in a file of another process.
 
@@ -70,19 +108,19 @@ class FileSource:
 
     Raises:
         OSError: If the file cannot be opened: the process is gone.
+        PayloadError: If it does not hold the blob.
     """
 
     def __init__(self, place: Place) -> None:
         self.size = place.size
         self._place = place
         self.fd = -1
-        self.fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_shared(place)
 
     def view(self) -> memoryview | None:
         if not self._place.mappable:
             return memoryview(self.buffer())
-        mapped = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ, offset=self._place.offset)
-        return memoryview(mapped)
+        return map_file(self.fd, self.size, self._place.offset)
 
     def buffer(self) -> Any:
         if self._place.mappable:
@@ -138,7 +176,7 @@ class DirectSource:
             connection = _direct.connect(self._path, self._token, _direct.FETCH, self._number)
             _direct.receive_exactly(connection, 1)
         except (EOFError, OSError) as exc:
-            raise ConnectionAbortedError("the client no longer has this payload") from exc
+            raise BlobGoneError("the client no longer has this payload") from exc
         left = self.size
 
         def fill(target: memoryview) -> None:
@@ -146,7 +184,7 @@ class DirectSource:
             try:
                 _direct.fill_from(connection, target)
             except (EOFError, OSError) as exc:
-                raise ConnectionAbortedError("the payload was cut off") from exc
+                raise BlobGoneError("the payload was cut off") from exc
             left -= len(target)
             if left <= 0:
                 connection.close()

@@ -409,9 +409,12 @@ class Bucket:
             return
         try:
             async with asyncio.timeout(seconds):
-                # Uploads first: one that were completed meanwhile would be an object again.
-                await self._end_uploads()
-                await self._delete_keys([key async for key in self._keys()])
+                try:
+                    await self._empty()
+                except AwsError as exc:
+                    if not exc.expired:
+                        raise
+                    await self._empty()  # with the credentials of now
         except TimeoutError:
             error = AwsError(
                 f"not everything could be deleted in {seconds:g} s", code="Timeout", transient=True
@@ -419,6 +422,11 @@ class Bucket:
             raise self._left(error) from None
         except AwsError as exc:
             raise self._left(exc) from exc
+
+    async def _empty(self) -> None:
+        # Uploads first: one that were completed meanwhile would be an object again.
+        await self._end_uploads()
+        await self._delete_keys([key async for key in self._keys()])
 
     def _left(self, exc: AwsError) -> AwsError:
         return AwsError(

@@ -8,20 +8,52 @@ directory.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import pickle
 import sys
 import tempfile
+import weakref
 from collections.abc import Sequence
 
-__all__ = ["BLOCK_BYTES", "PROC", "Arena", "Segment", "address_of", "map_private", "same_bytes"]
+__all__ = [
+    "BLOCK_BYTES",
+    "NAMED",
+    "PROC",
+    "Arena",
+    "Segment",
+    "address_of",
+    "block_size",
+    "map_file",
+    "map_private",
+    "same_bytes",
+]
 
 BLOCK_BYTES = 64 * 1024
 """Blocks of an arena are multiples of this."""
+NAMED = "cloudexec-object-"
+"""What the names of files begin with, where they have any."""
 PROC = sys.platform.startswith("linux") and os.path.isdir("/proc/self/fd")
 _WARM_BYTES = 64 * 1024 * 1024
 """What an arena keeps of its memory when nothing is in it."""
 _libc = ctypes.CDLL(None)
+_mmap, _munmap = ctypes.CDLL(None, use_errno=True).mmap, _libc.munmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_fallocate = getattr(_libc, "fallocate64", None) if sys.platform.startswith("linux") else None
+if _fallocate is not None:
+    _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _memcmp = _libc.memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
@@ -39,7 +71,7 @@ class Segment:
     __slots__ = ("__weakref__", "_mapping", "_named", "fd", "in_memory", "path")
 
     def __init__(self, directory: str | None = None) -> None:
-        self._mapping: mmap.mmap | None = None
+        self._mapping: memoryview | None = None
         self._named = ""
         self.fd = -1
         self.in_memory = directory is None
@@ -49,7 +81,7 @@ class Segment:
             with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
                 self.fd = os.dup(file.fileno())
         else:
-            self.fd, self._named = tempfile.mkstemp(prefix="cloudexec-object-", dir=directory)
+            self.fd, self._named = tempfile.mkstemp(prefix=NAMED, dir=directory)
         self.path = self._named or f"/proc/{os.getpid()}/fd/{self.fd}"
 
     @classmethod
@@ -59,7 +91,7 @@ class Segment:
         segment._mapping = None
         segment._named = ""
         segment.fd = fd
-        segment.in_memory = True
+        segment.in_memory = not _on_disk(fd)
         segment.path = f"/proc/{os.getpid()}/fd/{fd}" if PROC else ""
         return segment
 
@@ -81,11 +113,49 @@ class Segment:
             self.write(piece, offset)
             offset += len(piece)
 
+    def copy_from(self, fd: int, start: int, size: int, offset: int = 0) -> None:
+        """Write what is in a part of another file.
+
+        Raises:
+            OSError: If there is no room.
+        """
+        done = 0
+        while done < size:
+            data = os.pread(fd, min(size - done, 1024 * 1024), start + done)
+            if not data:
+                raise OSError(errno.EIO, "the file is shorter than it was")
+            self.write(data, offset + done)
+            done += len(data)
+
+    def reserve(self, size: int, offset: int = 0) -> None:
+        """Have room for ``size`` bytes, so that to write them later does not fail.
+
+        Raises:
+            OSError: If there is no room.
+        """
+        end = offset + size
+        if self.in_memory:
+            if os.fstat(self.fd).st_size < end:
+                os.ftruncate(self.fd, end)
+            return
+        # Asked first: a file system may fill itself up before it finds that it is too small.
+        room = os.fstatvfs(self.fd)
+        if size > room.f_bavail * room.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.posix_fallocate(self.fd, offset, size)
+
+    def punch(self, offset: int, size: int) -> None:
+        """Give back the memory, or the disk space, of a part that nobody will read again."""
+        if _fallocate is not None:
+            # Where it is not supported it fails, and the part is kept.
+            _fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, size)
+
     def view(self, size: int) -> memoryview:
         """Return the first ``size`` bytes, to read; mapped once."""
-        if self._mapping is None or len(self._mapping) < size:
-            self._mapping = mmap.mmap(self.fd, size, prot=mmap.PROT_READ)
-        return memoryview(self._mapping)[:size]
+        mapping = self._mapping
+        if mapping is None or len(mapping) < size:
+            mapping = self._mapping = map_file(self.fd, size)
+        return mapping[:size]
 
     def close(self) -> None:
         """Let go of the file; what is mapped stays mapped."""
@@ -110,8 +180,8 @@ class Arena:
     """Blocks of one segment: for what is too small, or too much, to have a file each.
 
     Blocks that are freed are used again, and writing into memory that is there already is several
-    times faster than into fresh pages. So whoever reads from a block copies it, and does not map
-    it. Not thread-safe.
+    times faster than into fresh pages. So some of them keep theirs; the system has back what is
+    more. Whoever reads from a block copies it, and does not map it. Not thread-safe.
 
     Args:
         directory: Where on disk; ``None``: in memory.
@@ -122,13 +192,20 @@ class Arena:
         self.used = 0
         """Bytes in blocks that are taken."""
         self._end = 0
-        self._free: dict[int, list[int]] = {}
+        self._warm: dict[int, list[int]] = {}  # free blocks by size: those that have their memory
+        self._warm_bytes = 0
+        self._cold: dict[int, list[int]] = {}  # and those that are holes
+        self._most_warm = _WARM_BYTES if self.segment.in_memory else 0
 
     def allocate(self, size: int) -> int:
         """Return the offset of a block of at least ``size`` bytes."""
-        rounded = _rounded(size)
+        rounded = block_size(size)
         self.used += rounded
-        free = self._free.get(rounded)
+        free = self._warm.get(rounded)
+        if free:
+            self._warm_bytes -= rounded
+            return free.pop()
+        free = self._cold.get(rounded)
         if free:
             return free.pop()
         offset = self._end
@@ -137,33 +214,78 @@ class Arena:
 
     def free(self, offset: int, size: int) -> None:
         """Take a block back."""
-        rounded = _rounded(size)
+        rounded = block_size(size)
         self.used -= rounded
-        self._free.setdefault(rounded, []).append(offset)
-        if not self.used and self._end > _WARM_BYTES:
-            self._free.clear()
+        if not self.used:
+            # All of it is free: begin again at the front, where the memory is.
+            self._warm.clear()
+            self._cold.clear()
+            self._warm_bytes = 0
+            if self._end > self._most_warm:
+                os.ftruncate(self.segment.fd, self._most_warm)
             self._end = 0
-            os.ftruncate(self.segment.fd, _WARM_BYTES if self.segment.in_memory else 0)
+        elif self._warm_bytes + rounded <= self._most_warm:
+            self._warm_bytes += rounded
+            self._warm.setdefault(rounded, []).append(offset)
+        else:
+            self.segment.punch(offset, rounded)
+            self._cold.setdefault(rounded, []).append(offset)
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Bytes of the file, holes included."""
         return self._end
 
 
-def _rounded(size: int) -> int:
+def block_size(size: int) -> int:
+    """Return the bytes that a block of an arena takes."""
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def map_private(fd: int, size: int, offset: int = 0) -> mmap.mmap:
+def map_file(fd: int, size: int, offset: int = 0, *, private: bool = False) -> memoryview:
+    """Map part of a file, to read; or so that it can be written to and nobody else sees that.
+
+    The file may be closed meanwhile. (Before Python 3.13 ``mmap.mmap`` keeps a descriptor of its
+    own, and who holds a thousand arrays would have none left.)
+
+    Raises:
+        OSError: If there is no room in the address space.
+    """
+    flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
+    prot = mmap.PROT_READ | mmap.PROT_WRITE if private else mmap.PROT_READ
+    if sys.version_info >= (3, 13):
+        mapped = mmap.mmap(fd, size, flags=flags, prot=prot, offset=offset, trackfd=False)
+        return memoryview(mapped)
+    if os.fstat(fd).st_size < offset + size:
+        raise ValueError("the file is shorter than what is to be mapped")  # as mmap.mmap says
+    address = _mmap(None, size, prot, flags, fd, offset)
+    if address == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(memory, _munmap, address, size).atexit = False
+    view = pickle.PickleBuffer(memory).raw()  # as plain bytes
+    return view if private else view.toreadonly()
+
+
+def map_private(fd: int, size: int, offset: int = 0) -> memoryview:
     """Map part of a file so that it can be written to, and nobody else sees what was written."""
-    return mmap.mmap(
-        fd,
-        size,
-        flags=mmap.MAP_PRIVATE,
-        prot=mmap.PROT_READ | mmap.PROT_WRITE,
-        offset=offset,
-    )
+    return map_file(fd, size, offset, private=True)
+
+
+def _on_disk(fd: int) -> bool:
+    """Say whether a file takes disk space rather than memory."""
+    global _memory_device
+    if not hasattr(os, "memfd_create"):
+        return True
+    if _memory_device < 0:
+        probe = os.memfd_create("cloudexec-objects", os.MFD_CLOEXEC)
+        _memory_device = os.fstat(probe).st_dev
+        os.close(probe)
+    return os.fstat(fd).st_dev != _memory_device
+
+
+_memory_device = -1  # that all anonymous files in memory are on, once it is known
 
 
 class _Buffer(ctypes.Structure):

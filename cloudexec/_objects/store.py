@@ -44,9 +44,10 @@ class Blob:
         offset: Where in that file.
         mappable: Whether that part of the file never changes, so that it can be mapped.
         workers: Names of the workers that hold it.
-        origin: The worker that made it and alone has it; ``None``: it is here.
+        origin: The worker that made it and has it; ``None``: it is here.
         place: Where it is, if it is on a worker on this machine.
         lost: Whether that worker is gone, and it with it.
+        stored: Whether it is in the bucket, too or instead.
         sha256: Digest, once it was needed.
     """
 
@@ -63,6 +64,7 @@ class Blob:
         "segment",
         "sha256",
         "size",
+        "stored",
         "workers",
     )
 
@@ -77,13 +79,15 @@ class Blob:
         self.origin: str | None = None
         self.place: Place | None = None
         self.lost = False
+        self.stored = False
         self.sha256 = b""
         self._store = store
 
     def view(self) -> memoryview:
         """Return the bytes, to read."""
-        if self.content is not None:
-            return memoryview(self.content)
+        content = self.content
+        if content is not None:
+            return memoryview(content)
         assert self.segment is not None
         return self.segment.view(self.offset + self.size)[self.offset :]
 
@@ -95,8 +99,7 @@ class Blob:
             data = bytearray(self.size)
             _read_into(self.segment.fd, memoryview(data), self.offset)
             return data
-        assert self.content is not None
-        return bytearray(self.content)
+        return bytearray(self.view())
 
     def reader(self) -> Callable[[memoryview], None]:
         """Return what fills buffers with the bytes, one after the other."""
@@ -132,10 +135,12 @@ class BlobStore:
     Args:
         limits: How much it may hold.
         shared: Whether workers on this machine open its files.
+        option: The setting that gives it more memory, for messages.
     """
 
-    def __init__(self, limits: Limits, *, shared: bool) -> None:
+    def __init__(self, limits: Limits, *, shared: bool, option: str = "memory") -> None:
         self.limits = limits
+        self.option = option
         self.on_end: Callable[[int], None] | None = None
         """Called with the number of a blob that ended, in whatever thread dropped it."""
         self.shared = shared
@@ -148,6 +153,7 @@ class BlobStore:
         self._cached_small = 0
         self._arenas: dict[bool, Arena] = {}
         self._freed: deque[tuple[Segment | None, int, int, int]] = deque()
+        self._moving: set[int] = set()  # blobs that are being put into a file
         self._files = 0
         self._most_files = _most_files()
         self.memory = 0
@@ -163,6 +169,8 @@ class BlobStore:
     def intern(self, data: bytes | memoryview) -> Blob:
         """Return the blob with this content, a new one if there is none.
 
+        Bytes are compared and copied outside the lock: others do not wait for that.
+
         Args:
             data: ``bytes`` are kept by reference; of anything else a snapshot is taken.
 
@@ -172,44 +180,70 @@ class BlobStore:
         whole = data if type(data) is bytes else None
         if type(data) is memoryview and type(data.obj) is bytes and len(data.obj) == data.nbytes:
             whole = data.obj
-        with self._lock:
-            self._sweep()
-            if whole is not None:
+        if whole is not None:
+            with self._lock:
                 found = self._by_identity.get(id(whole))
-                if found is not None and found.content is whole:
-                    return self._again(found)
-            view = memoryview(data).cast("B") if type(data) is memoryview else memoryview(data)
-            key = (len(view), _sample(view))
-            found = self._by_sample.get(key)
-            if found is not None and found.origin is None and same_bytes(view, found.view()):
+            if found is not None and found.content is whole:
                 return self._again(found)
-            blob = Blob(next(self._numbers), len(view), self)
-            if whole is not None and self.memory + len(whole) <= self.limits.memory:
-                blob.content = whole
-                self._by_identity[id(whole)] = blob
-                self._count(len(whole), in_memory=True)
+        view = memoryview(data).cast("B") if type(data) is memoryview else memoryview(data)
+        key = (len(view), _sample(view))
+        blob = other = None
+        while True:
+            with self._lock:
+                self._sweep()
+                found = self._by_sample.get(key)
+                if found is None or found is other:
+                    if blob is None and whole is not None and not self._reserve(len(view)):
+                        blob = Blob(next(self._numbers), len(view), self)
+                        blob.content = whole
+                        self._by_identity[id(whole)] = blob
+                    if blob is not None:
+                        self._by_sample[key] = blob
+                        self._cache(blob)
+                        return blob
+            if found is not None and found is not other:
+                if same_bytes(view, found.view()):
+                    return self._again(found)
+                other = found  # it has the same sample; look whether another came meanwhile
             else:
-                self._place(blob, view)
-            self._by_sample[key] = blob
-            self._cache(blob)
-            return blob
+                blob = self._snapshot(view)
+
+    def _snapshot(self, view: memoryview) -> Blob:
+        blob = Blob(next(self._numbers), len(view), self)
+        self._place(blob, view)
+        return blob
 
     def _again(self, blob: Blob) -> Blob:
         """A blob comes a second time: more than one reader is better served by a file."""
-        if self.shared and blob.segment is None and not self._closed:
-            content = blob.content
-            assert content is not None
-            try:
-                self._count(-blob.size, in_memory=True)
-                self._place(blob, memoryview(content))
-            except PayloadTooLargeError:
-                self._count(blob.size, in_memory=True)
-                blob.content = content
-        if blob.id in self._cached:
-            self._cached.move_to_end(blob.id)
-        else:
-            self._cache(blob)
+        self.share(blob)
+        with self._lock:
+            if blob.id in self._cached:
+                self._cached.move_to_end(blob.id)
+            else:
+                self._cache(blob)
         return blob
+
+    def share(self, blob: Blob) -> None:
+        """Put a blob into a file, if workers on this machine are to have it more than once."""
+        with self._lock:
+            content = blob.content
+            if (
+                not self.shared
+                or self._closed
+                or blob.segment is not None
+                or type(content) is not bytes
+                or blob.id in self._moving
+            ):
+                return
+            self._moving.add(blob.id)
+        try:
+            # It counts as before: the object that it was is the user's to keep.
+            segment, offset, own = self._write(blob.size, memoryview(content), in_memory=True)
+        except OSError:
+            return  # it stays what it is
+        finally:
+            self._moving.discard(blob.id)
+        self._settle(blob, segment, offset, own)
 
     def new(self, size: int) -> Blob:
         """Return a blob whose content is still to be written into its segment.
@@ -217,28 +251,61 @@ class BlobStore:
         Raises:
             PayloadTooLargeError: If there is no room for it.
         """
-        with self._lock:
-            self._sweep()
-            blob = Blob(next(self._numbers), size, self)
-            self._place(blob, None)
-            return blob
+        self.sweep()
+        blob = Blob(next(self._numbers), size, self)
+        self._place(blob, None)
+        return blob
 
-    def take_over(self, size: int, *, fd: int = -1, content: bytearray | None = None) -> Blob:
-        """Return a blob of what came from a worker: an open file that is mapped, or an object."""
+    def take_over(
+        self,
+        size: int,
+        *,
+        fd: int = -1,
+        content: bytearray | None = None,
+        spill: bool = False,
+    ) -> Blob:
+        """Return a blob of what came from a worker: an open file that is mapped, or an object.
+
+        Args:
+            size: Bytes.
+            fd: The file, which is closed in any case.
+            content: The object.
+            spill: Whether it is moved to disk where there is no room for it in memory.
+
+        Raises:
+            PayloadTooLargeError: If there is no room for it at all.
+        """
+        blob = Blob(next(self._numbers), size, self)
+        segment = None if content is not None else Segment.adopt(fd)
+        in_memory = segment is None or segment.in_memory
         with self._lock:
             self._sweep()
-            blob = Blob(next(self._numbers), size, self)
-            if content is not None:
-                blob.content = content
-            elif self._files < self._most_files:
-                blob.segment = Segment.adopt(fd)
-                blob.mappable = True
-                self._files += 1
-            else:
-                blob.content = memoryview(map_private(fd, size))
-                os.close(fd)
-            self._count(size, in_memory=True)
-            return blob
+            why = self._reserve(size) if spill and in_memory else ""
+            if not why:
+                if not (spill and in_memory):
+                    self._count(size, in_memory=in_memory)
+                if segment is None:
+                    blob.content = content
+                elif self._files < self._most_files:
+                    self._files += 1
+                    blob.mappable = True
+                    blob.segment = segment
+                else:
+                    blob.content = map_private(segment.fd, size)
+                return blob
+        if segment is not None:
+            self._place(blob, segment.view(size))
+        elif content is not None:
+            self._place(blob, memoryview(content))
+        return blob
+
+    def has_files(self) -> bool:
+        """Say whether another blob may have a file of its own."""
+        return self._files < self._most_files
+
+    def has_room(self, size: int) -> bool:
+        """Say whether so many bytes fit into memory as it is."""
+        return self.memory + size <= self.limits.memory
 
     def remote(self, number: int, size: int, worker: str, place: Place | None) -> Blob:
         """Return a blob that is on a worker alone."""
@@ -250,78 +317,111 @@ class BlobStore:
     def adopt(self, blob: Blob, other: Blob) -> None:
         """Let a blob that was on a worker have the content of another, which nobody else has."""
         with self._lock:
-            blob.content, blob.segment = other.content, other.segment
             blob.offset, blob.mappable, blob.sha256 = other.offset, other.mappable, other.sha256
+            # Last, where it is: other threads look at that first.
+            blob.content, blob.segment = other.content, other.segment
             other.content = other.segment = None
             blob.origin = blob.place = None
 
-    def share(self, blob: Blob) -> None:
-        """Put a blob into a file, if workers on this machine are to have it more than once.
-
-        Raises:
-            PayloadTooLargeError: If there is no room for it.
-        """
-        with self._lock:
-            if self.shared and blob.segment is None and type(blob.content) is bytes:
-                self._again(blob)
-
     # Room.
 
-    def _place(self, blob: Blob, view: memoryview | None) -> None:
-        size = blob.size
+    def _reserve(self, size: int) -> str:
+        """Count bytes in memory, if there is room; say why not, if not. Under the lock."""
+        if self.memory + size > self.limits.memory:
+            self._evict(self.memory + size - self.limits.memory)
+            if self.memory + size > self.limits.memory:
+                return f"{_mib(self.memory)} of the {_mib(self.limits.memory)} of memory are taken"
+        self._count(size, in_memory=True)
+        return ""
+
+    def _reserve_on_disk(self, size: int, why: str) -> None:
+        """Count bytes on disk. Under the lock.
+
+        Raises:
+            PayloadTooLargeError: If there may not be so many.
+        """
         limits = self.limits
-        if self.memory + size > limits.memory:
-            self._evict(self.memory + size - limits.memory)
-        if self.memory + size <= limits.memory:
-            try:
-                self._write(blob, view, in_memory=True)
-                return
-            except OSError as exc:
-                why = f"{exc.strerror} in memory"
-        else:
-            why = f"{_mib(self.memory)} of the {_mib(limits.memory)} of memory are taken"
         if limits.directory is None:
             raise self._too_large(size, why, "and there is no directory to spill to")
         if limits.disk is not None and self.disk + size > limits.disk:
             taken = f"{_mib(self.disk)} of {_mib(limits.disk)} on disk are taken too"
             raise self._too_large(size, why, taken)
+        self._count(size, in_memory=False)
+
+    def _place(self, blob: Blob, view: memoryview | None) -> None:
+        """Have a new blob in memory, or else on disk: its content, or room for that.
+
+        Raises:
+            PayloadTooLargeError: If there is no room for it.
+        """
+        size = blob.size
+        with self._lock:
+            why = self._reserve(size)
+        if not why:
+            try:
+                self._settle(blob, *self._write(size, view, in_memory=True))
+                return
+            except OSError as exc:
+                why = f"{exc.strerror} in memory"
+                with self._lock:
+                    self._count(-size, in_memory=True)
+        with self._lock:
+            self._reserve_on_disk(size, why)
         try:
-            self._write(blob, view, in_memory=False)
+            self._settle(blob, *self._write(size, view, in_memory=False))
         except OSError as exc:
-            where = limits.directory or "the directory for temporary files"
+            with self._lock:
+                self._count(-size, in_memory=False)
+            where = self.limits.directory or "the directory for temporary files"
             raise self._too_large(size, why, f"and {where} has no room: {exc.strerror}") from exc
 
-    def _write(self, blob: Blob, view: memoryview | None, *, in_memory: bool) -> None:
-        own = blob.size >= MAPPED_BYTES and self._files < self._most_files
-        directory = None if in_memory else (self.limits.directory or None)
-        if not in_memory and directory is None:
+    def _settle(self, blob: Blob, segment: Segment, offset: int, own: bool) -> None:
+        # In this order: other threads look for the segment, and for the content before that.
+        blob.offset, blob.mappable = offset, own
+        blob.segment = segment
+        blob.content = None
+
+    def _write(
+        self, size: int, view: memoryview | None, *, in_memory: bool
+    ) -> tuple[Segment, int, bool]:
+        """Write bytes into a file of their own, or a block; or have room for so many there.
+
+        Returns:
+            The file, where in it, and whether it is their own.
+
+        Raises:
+            OSError: If there is no room.
+        """
+        directory = None
+        if not in_memory:
             import tempfile
 
-            directory = tempfile.gettempdir()
-        if own:
-            segment, offset = Segment(directory), 0
-        else:
-            arena = self._arenas.get(in_memory)
-            if arena is None:
-                arena = self._arenas[in_memory] = Arena(directory)
-            segment, offset = arena.segment, arena.allocate(blob.size)
+            directory = self.limits.directory or tempfile.gettempdir()
+        arena: Arena | None = None
+        offset = 0
+        with self._lock:
+            own = size >= MAPPED_BYTES and self._files < self._most_files
+            if own:
+                self._files += 1
+            else:
+                arena = self._arenas.get(in_memory)
+                if arena is None:
+                    arena = self._arenas[in_memory] = Arena(directory)
+                offset = arena.allocate(size)
         try:
+            segment = Segment(directory) if arena is None else arena.segment
             if view is not None:
                 segment.write(view, offset)
-            elif not in_memory:
-                os.posix_fallocate(segment.fd, offset, blob.size)  # have the error now
             else:
-                end = offset + blob.size
-                if os.fstat(segment.fd).st_size < end:
-                    os.ftruncate(segment.fd, end)
-        except OSError:
-            if not own:
-                self._arenas[in_memory].free(offset, blob.size)
+                segment.reserve(size, offset)
+        except BaseException:
+            with self._lock:
+                if arena is None:
+                    self._files -= 1
+                else:
+                    arena.free(offset, size)
             raise
-        self._files += own
-        blob.segment, blob.offset, blob.mappable = segment, offset, own
-        blob.content = None
-        self._count(blob.size, in_memory=in_memory)
+        return segment, offset, own
 
     def _count(self, size: int, *, in_memory: bool) -> None:
         if in_memory:
@@ -334,7 +434,7 @@ class BlobStore:
         return PayloadTooLargeError(
             f"there is no room for {_mib(size)} more of arguments and results: {', '.join(why)}; "
             f"submit fewer at once (map(buffersize=...)), or raise "
-            f"BatchExecutor(objects=ObjectOptions(memory=...))",
+            f"BatchExecutor(objects=ObjectOptions({self.option}=...))",
             size_bytes=size,
             limit_bytes=self.limits.memory,
         )

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from cloudexec._errors import PayloadError
+from cloudexec._objects.link import Link
 from cloudexec._objects.store import Blob
 from cloudexec._payload import CHUNK_BYTES
 from cloudexec._proto.tasks_pb2 import Chunk
@@ -49,7 +50,9 @@ class Incoming:
             if chunk.sha256:
                 await self._finish(chunk.sha256)
                 return
-            data: bytes | memoryview = _inflate(chunk.data) if chunk.deflated else chunk.data
+            data: bytes | memoryview = chunk.data
+            if chunk.deflated:
+                data = await asyncio.to_thread(_inflate, chunk.data)
         else:
             data = chunk
         blob = self._blob
@@ -123,7 +126,7 @@ async def fetch_into(blob: Blob, chunks: Callable[[int], AsyncIterator[Any]]) ->
 
 
 async def stream_file(
-    fd: int, offset: int, size: int, write: Callable[[Any], Awaitable[Any]]
+    fd: int, offset: int, size: int, write: Callable[[Any], Awaitable[Any]], link: Link
 ) -> None:
     """Send part of a file, and its digest behind it.
 
@@ -132,6 +135,7 @@ async def stream_file(
         offset: Where the part begins.
         size: Bytes.
         write: Sends one chunk.
+        link: What it is sent over.
 
     Raises:
         OSError: If it cannot be read.
@@ -141,20 +145,46 @@ async def stream_file(
     def read(at: int, length: int) -> bytes:
         return os.pread(fd, length, offset + at)
 
-    async for chunk in _chunks(read, size, 0):
-        await write(chunk)
+    async for _, chunk in _chunks(read, size, 0, link):
+        link.begin()
+        try:
+            await write(chunk)
+        finally:
+            link.end(chunk)
 
 
-def stream_view(blob: Blob, offset: int) -> AsyncIterator[Any]:
-    """Return the chunks of a blob from an offset on, and the digest of it all behind them."""
+async def stream_view(
+    blob: Blob, offset: int, link: Link, sent: Callable[[int], object]
+) -> AsyncIterator[Any]:
+    """Yield the chunks of a blob from an offset on, and the digest of it all behind them.
+
+    Args:
+        blob: Which.
+        offset: What the other side has.
+        link: What it is sent over: whoever iterates sends each chunk before asking for the next.
+        sent: Told of bytes of content.
+    """
     view = blob.view()
-    return _chunks(lambda at, length: view[at : at + length], blob.size, offset, blob)
+    async for size, chunk in _chunks(
+        lambda at, length: view[at : at + length], blob.size, offset, link, blob
+    ):
+        sent(size)
+        link.begin()
+        try:
+            yield chunk
+        finally:
+            link.end(chunk)
 
 
 async def _chunks(
-    read: Callable[[int, int], bytes | memoryview], size: int, offset: int, blob: Blob | None = None
-) -> AsyncIterator[Any]:
-    """Cut into chunks, the digest being taken meanwhile, unless it is known."""
+    read: Callable[[int, int], bytes | memoryview],
+    size: int,
+    offset: int,
+    link: Link,
+    blob: Blob | None = None,
+) -> AsyncIterator[tuple[int, Any]]:
+    """Cut into chunks, each with its bytes of content; the digest being taken meanwhile, unless it
+    is known."""
     known = b"" if blob is None else blob.sha256
     digest = hashlib.sha256()
 
@@ -164,19 +194,23 @@ async def _chunks(
             digest.update(data)
         return data
 
+    def packed(at: int) -> tuple[int, Any]:
+        data = piece(at)
+        return len(data), link.pack(data)
+
     at = 0
     while at < offset and not known:  # what the other side has belongs to the digest
         at += len(await asyncio.to_thread(piece, at))
     at = offset
-    following = asyncio.ensure_future(asyncio.to_thread(piece, at)) if at < size else None
+    following = asyncio.ensure_future(asyncio.to_thread(packed, at)) if at < size else None
     try:
         while following is not None:
-            data = await following
-            at += len(data)
+            length, chunk = await following
+            at += length
             following = None
-            if at < size and data:
-                following = asyncio.ensure_future(asyncio.to_thread(piece, at))
-            yield data
+            if at < size and length:
+                following = asyncio.ensure_future(asyncio.to_thread(packed, at))
+            yield length, chunk
     finally:
         if following is not None:
             await asyncio.wait([following])
@@ -184,4 +218,4 @@ async def _chunks(
         known = digest.digest()
         if blob is not None:
             blob.sha256 = known
-    yield Chunk(sha256=known)
+    yield 0, Chunk(sha256=known)

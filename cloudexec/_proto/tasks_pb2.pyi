@@ -315,6 +315,9 @@ class Welcome(_message.Message):
     DIRECT_PATH_FIELD_NUMBER: _builtins.int
     AUTHKEY_FIELD_NUMBER: _builtins.int
     MODULES_FIELD_NUMBER: _builtins.int
+    COMPRESS_FIELD_NUMBER: _builtins.int
+    BUCKET_THRESHOLD_FIELD_NUMBER: _builtins.int
+    BUCKET_PART_BYTES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     session_token: _builtins.bytes
     """Bearer of the Fetch and Deliver calls of this session."""
@@ -341,6 +344,13 @@ class Welcome(_message.Message):
     """On the client's own machine: multiprocessing's key, for proxies of the client's managers."""
     modules: _builtins.bool
     """The user's own modules are to be fetched, as a zip archive."""
+    compress: _builtins.bool
+    """Chunks may be compressed."""
+    bucket_threshold: _builtins.int
+    """Bytes from which parts of results go through a bucket, 0: there is none; and how S3's parts
+    are cut.
+    """
+    bucket_part_bytes: _builtins.int
     @_builtins.property
     def sys_path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -370,10 +380,13 @@ class Welcome(_message.Message):
         direct_path: _builtins.str = ...,
         authkey: _builtins.bytes = ...,
         modules: _builtins.bool = ...,
+        compress: _builtins.bool = ...,
+        bucket_threshold: _builtins.int = ...,
+        bucket_part_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "capture_output", b"capture_output", "cwd", b"cwd", "direct_path", b"direct_path", "first_blob", b"first_blob", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "bucket_part_bytes", b"bucket_part_bytes", "bucket_threshold", b"bucket_threshold", "capture_output", b"capture_output", "compress", b"compress", "cwd", b"cwd", "direct_path", b"direct_path", "first_blob", b"first_blob", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -576,10 +589,8 @@ class Blob(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     MAPPABLE_FIELD_NUMBER: _builtins.int
-    URL_FIELD_NUMBER: _builtins.int
-    URL_EXPIRES_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
+    BUCKET_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     size: _builtins.int
     path: _builtins.str
@@ -587,12 +598,10 @@ class Blob(_message.Message):
     offset: _builtins.int
     mappable: _builtins.bool
     """That part of the file never changes, so that it can be mapped."""
-    url: _builtins.str
-    """Where it can be downloaded, until when (seconds since 1970), and what must come."""
-    url_expires: _builtins.float
-    sha256: _builtins.bytes
     number: _builtins.int
     """Of a part of a result: the number that its head calls it by."""
+    bucket: _builtins.bool
+    """To be located before it is fetched: it may be in the bucket."""
     def __init__(
         self,
         *,
@@ -601,14 +610,12 @@ class Blob(_message.Message):
         path: _builtins.str = ...,
         offset: _builtins.int = ...,
         mappable: _builtins.bool = ...,
-        url: _builtins.str = ...,
-        url_expires: _builtins.float = ...,
-        sha256: _builtins.bytes = ...,
         number: _builtins.int = ...,
+        bucket: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "mappable", b"mappable", "number", b"number", "offset", b"offset", "path", b"path", "sha256", b"sha256", "size", b"size", "url", b"url", "url_expires", b"url_expires"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket", b"bucket", "id", b"id", "mappable", b"mappable", "number", b"number", "offset", b"offset", "path", b"path", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -886,3 +893,178 @@ class DeliverReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeliverReply: _TypeAlias = DeliverReply  # noqa: Y015
+
+@_typing.final
+class Signed(_message.Message):
+    """A request to S3 that the client has signed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    HEADER_NAMES_FIELD_NUMBER: _builtins.int
+    HEADER_VALUES_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    expires_at: _builtins.float
+    """Seconds since 1970."""
+    part: _builtins.int
+    """Which part of an upload it is for."""
+    @_builtins.property
+    def header_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def header_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        header_names: _abc.Iterable[_builtins.str] | None = ...,
+        header_values: _abc.Iterable[_builtins.str] | None = ...,
+        expires_at: _builtins.float = ...,
+        part: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "header_names", b"header_names", "header_values", b"header_values", "part", b"part", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Signed: _TypeAlias = Signed  # noqa: Y015
+
+@_typing.final
+class LocateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOB_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    blob: _builtins.int
+    refused: _builtins.bool
+    """The request of the last answer was refused though it had not expired."""
+    failed: _builtins.str
+    """S3 could not be read, and why: nothing is asked."""
+    def __init__(
+        self,
+        *,
+        blob: _builtins.int = ...,
+        refused: _builtins.bool = ...,
+        failed: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "failed", b"failed", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocateRequest: _TypeAlias = LocateRequest  # noqa: Y015
+
+@_typing.final
+class Location(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.bytes
+    @_builtins.property
+    def request(self) -> Global___Signed:
+        """Absent: it is to be fetched from the client."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___Signed | None = ...,
+        sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Location: _TypeAlias = Location  # noqa: Y015
+
+@_typing.final
+class StoreRequest(_message.Message):
+    """In turn: without a digest, whether the blob is wanted in the bucket; with it, how to send it; with
+    ETags, that all of it is there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOB_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    PART_SHA256_FIELD_NUMBER: _builtins.int
+    UPLOAD_ID_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    ETAGS_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    blob: _builtins.int
+    size: _builtins.int
+    kept: _builtins.bool
+    """It stays on the worker; otherwise the client is to have it, and the answer to the last request
+    says whether it has.
+    """
+    sha256: _builtins.bytes
+    upload_id: _builtins.str
+    refused: _builtins.bool
+    failed: _builtins.str
+    """It could not be sent, and why."""
+    @_builtins.property
+    def part_sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The parts that are still to be sent."""
+
+    @_builtins.property
+    def etags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        blob: _builtins.int = ...,
+        size: _builtins.int = ...,
+        kept: _builtins.bool = ...,
+        sha256: _builtins.bytes = ...,
+        part_sha256: _abc.Iterable[_builtins.bytes] | None = ...,
+        upload_id: _builtins.str = ...,
+        parts: _abc.Iterable[_builtins.int] | None = ...,
+        refused: _builtins.bool = ...,
+        etags: _abc.Iterable[_builtins.str] | None = ...,
+        failed: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "etags", b"etags", "failed", b"failed", "kept", b"kept", "part_sha256", b"part_sha256", "parts", b"parts", "refused", b"refused", "sha256", b"sha256", "size", b"size", "upload_id", b"upload_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreRequest: _TypeAlias = StoreRequest  # noqa: Y015
+
+@_typing.final
+class StoreReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    UPLOAD_ID_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    accepted: _builtins.bool
+    """Yes, as far as this request goes; otherwise it goes the other way."""
+    upload_id: _builtins.str
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___Signed]: ...
+    def __init__(
+        self,
+        *,
+        accepted: _builtins.bool = ...,
+        upload_id: _builtins.str = ...,
+        requests: _abc.Iterable[Global___Signed] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "requests", b"requests", "upload_id", b"upload_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreReply: _TypeAlias = StoreReply  # noqa: Y015

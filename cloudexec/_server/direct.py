@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import queue
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from typing import Any
 
 from cloudexec import _direct, _payload
@@ -17,6 +19,7 @@ from cloudexec._objects.store import Blob
 
 __all__ = ["DirectChannel", "Delivered", "unpickle_result"]
 
+_logger = logging.getLogger("cloudexec")
 _REQUEST_TIMEOUT = 10.0
 """Seconds in which a peer must say who it is and what it wants."""
 _MOST_CONNECTIONS = 1024
@@ -128,8 +131,10 @@ class DirectChannel:
                     self._send(connection, token, number)
                 elif wanted == _direct.DELIVER and self._on_loop(self._expects, token, number):
                     self._receive(connection, token, number)
-        except (EOFError, OSError, RuntimeError):
+        except (EOFError, OSError, RuntimeError, CancelledError):
             pass  # the slot died, which is reported on its own, or the executor has ended
+        except Exception:
+            _logger.exception("internal error in a transfer")  # the slot sees it cut off
         finally:
             with self._lock:
                 self._connections.discard(connection)

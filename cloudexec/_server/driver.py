@@ -53,6 +53,7 @@ from cloudexec._objects.options import ObjectOptions
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import Blob, BlobStore
 from cloudexec._payload import Composed, Payload
+from cloudexec._server.bucket import Depot
 from cloudexec._server.callbacks import CallbackThread
 from cloudexec._server.dependencies import Dependencies, Needs
 from cloudexec._server.direct import Delivered, DirectChannel
@@ -200,6 +201,7 @@ class Driver:
         self._expected_ends: dict[str, asyncio.TimerHandle] = {}
         self._directory: str | None = None
         self.direct_path = ""
+        self.depot: Depot | None = None
         self._direct: DirectChannel | None = None
         self._server: Any = None
         self._closing = False
@@ -287,8 +289,10 @@ class Driver:
         if self._directory is not None:
             self.direct_path = f"{self._directory}/d"
             self._direct = DirectChannel(
-                self.direct_path, self._blob_of, self._expects, self._deliver
+                self.direct_path, self._blob_of, self.expects, self._deliver
             )
+        else:
+            self.depot = self._depot()
         with _quiet_grpc():
             from cloudexec._server.servicer import start_server
 
@@ -363,6 +367,8 @@ class Driver:
             session.forget_blobs(blobs)
         if blobs:
             self.store.sweep()
+            if self.depot is not None:
+                self.depot.forget(blobs)
 
     def _submitted(self, tasks: list[Submission], held: list[Submission]) -> None:
         if self.broken is not None:
@@ -763,14 +769,9 @@ class Driver:
     def _drain_worker(self, command: commands.DrainWorker) -> None:
         session = self.sessions.get(command.worker)
         if session is not None:
-            if session.kept_blobs() and not self.machine.shutting_down:
-                self.create_task(self._drain_later(session))
-            else:
-                session.drain()
-
-    async def _drain_later(self, session: Any) -> None:
-        await self.keeper.evacuate(session)
-        session.drain()
+            session.drain()
+            # It ends when what it has is done, and what it keeps has been taken.
+            self.create_task(self.keeper.evacuate(session))
 
     def _terminate_worker(self, command: commands.TerminateWorker) -> None:
         session = self.sessions.get(command.worker)
@@ -818,21 +819,42 @@ class Driver:
     def _blob_of(self, token: bytes, number: int) -> Blob | None:
         session = self.session_of(token)
         blob: Blob | None = None if session is None else session.blob(number)
-        if blob is not None:
-            self.bytes_sent += blob.size
+        if blob is None or blob.origin is not None:
+            return None  # who has it is no longer there
+        self.bytes_sent += blob.size
         return blob
 
-    def transfer_failed(self, session: Any, error: BaseException) -> None:
-        """A part of a result could not be taken: say so; what it belongs to is run again."""
-        _logger.warning("a result from %s could not be taken: %s", session.worker_id, error)
+    def _depot(self) -> Depot | None:
+        """Make what moves large blobs through the bucket that the user, or the launcher, names."""
+        objects = self.setup.objects
+        name, region = self._launcher.bucket()
+        if objects.bucket is not None:
+            name = str(objects.bucket or "")
+        threshold = objects.bucket_threshold
+        assert isinstance(threshold, int)
+        return Depot(self, name, region, threshold) if name else None
 
-    def _expects(self, token: bytes, lease: int) -> bool:
+    @property
+    def compresses(self) -> bool:
+        """Whether what goes to and from workers may be compressed."""
+        return self.setup.objects.compression and not self.direct_path
+
+    def count_sent(self, size: int) -> None:
+        """So many bytes of content have gone to a worker."""
+        self.bytes_sent += size
+
+    def transfer_failed(self, session: Any, error: BaseException) -> None:
+        """A part of a result has arrived damaged: say so; it is sent again."""
+        _logger.warning("a part of a result from %s: %s", session.worker_id, error)
+
+    def expects(self, token: bytes, lease: int) -> bool:
+        """Say whether a worker has a lease, so that a result of it is waited for."""
         session = self.session_of(token)
         worker = None if session is None else self.machine.workers.get(session.worker_id)
         return worker is not None and lease in worker.leases
 
     def _deliver(self, token: bytes, lease: int, delivered: Delivered) -> None:
-        if self._expects(token, lease):
+        if self.expects(token, lease):
             self.session_of(token).delivered[lease] = delivered
 
     def refused(self, what: str) -> None:
@@ -850,8 +872,7 @@ class Driver:
         worker = self.machine.workers.get(session.worker_id)
         if worker is not None and worker.state is WorkerState.ACTIVE:
             session.reclaimed = True
-            if session.kept_blobs():
-                self.create_task(self.keeper.evacuate(session))
+            self.create_task(self.keeper.evacuate(session))
         self.feed(events.WorkerDraining(session.worker_id))
 
     def connected(self, session: Any, slots: int, arrival: Arrival, dial_in: float) -> None:
@@ -911,6 +932,8 @@ class Driver:
             return
         session.close()
         self.keeper.worker_lost(worker, session.blobs())
+        if self.depot is not None:
+            self.depot.session_ended(session)
         del self._identities[session.identity], self._tokens[session.token]
         self._launcher.clean_up(session.slot_groups)
         self._connected_at.pop(worker, None)
@@ -984,11 +1007,14 @@ class Driver:
         if self._unwanted:
             self._terminate_now()
         await self._launcher.close()
+        if self.depot is not None:
+            await self.depot.close()
         self._sum_up()
         for task in list(self._tasks - {asyncio.current_task()}):
             task.cancel()
         if self._timer is not None:
             self._timer.cancel()
+        self.keeper.close()
         if self._direct is not None:
             self._direct.close()
         await self._server.stop(grace=None)
@@ -1003,6 +1029,7 @@ class Driver:
         self.dependencies.stop()
         self.judge.stop()
         self.callbacks.stop()
+        self.store.close()
         self.portal.loop.call_soon(self._closed)
 
     def _sum_up(self) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from cloudexec import _payload
 from cloudexec._core import events
 from cloudexec._core.events import Failure, FailureKind
-from cloudexec._errors import RefLostError
+from cloudexec._errors import CloudexecError, PayloadError, RefLostError
 from cloudexec._future import BatchFuture
-from cloudexec._objects.places import FileSource
+from cloudexec._objects.places import FileSource, open_shared
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import Blob
 from cloudexec._payload import Composed, Payload
@@ -27,6 +26,8 @@ __all__ = ["Keeper", "Recipe"]
 
 _FAR_BYTES = 256 * 1024
 """Blobs from this size on are worth a preference for workers that have them."""
+_NOWHERE = "bucket"
+"""Stands for the worker that has a blob, where only the bucket has it."""
 _EVACUATION = 30.0
 """Seconds in which a worker that is to end hands over what it keeps."""
 
@@ -60,6 +61,7 @@ class Keeper:
         self.is_far = not driver.store.shared
         self._pulls: dict[int, asyncio.Future[None]] = {}
         self._remaking: dict[Composed, asyncio.Future[None]] = {}
+        self._downloading: set[int] = set()
         self.losses = False
         """Whether anything was ever lost: until then nobody need look."""
 
@@ -79,13 +81,13 @@ class Keeper:
         except RuntimeError as exc:
             raise self._gone() from exc
         try:
-            sources = running.result(timeout)
+            head, sources = running.result(timeout)
         except concurrent.futures.CancelledError as exc:
             raise self._gone() from exc
         except TimeoutError:
             running.cancel()
             raise
-        return _payload.load_composed(payload.head, sources.__getitem__)
+        return _payload.load_composed(head, sources.__getitem__)
 
     def _gone(self) -> RefLostError:
         return RefLostError(
@@ -113,9 +115,14 @@ class Keeper:
 
     def note_inputs(self, task: Any) -> None:
         """Let the scheduler know which blobs a task takes that some workers have."""
-        blobs = [blob for blob in _blobs_of(task.payload) if blob.size >= _FAR_BYTES]
-        if blobs and (self.is_far or any(blob.origin for blob in blobs)):
-            task.inputs = tuple(blobs)
+        # Those that are on workers alone, however small: they may be lost, or have to be brought.
+        task.inputs = tuple(
+            [
+                blob
+                for blob in _blobs_of(task.payload)
+                if blob.origin or blob.lost or (self.is_far and blob.size >= _FAR_BYTES)
+            ]
+        )
 
     def parts_of(self, payload: Payload) -> tuple[bytes, bytes | None, list[Any]]:
         """Return what a pickled handle takes along: head, numbers and contents of its blobs."""
@@ -129,8 +136,8 @@ class Keeper:
 
     # On the loop thread.
 
-    async def _sources(self, payload: Composed) -> dict[int, Any]:
-        """Find the contents of a payload's blobs, which may stay where they are on this machine."""
+    async def _sources(self, payload: Composed) -> tuple[bytes, dict[int, Any]]:
+        """Return a payload's head, and the contents of its blobs, wherever on this machine."""
         while True:
             sources: dict[int, Any] = {}
             try:
@@ -147,7 +154,7 @@ class Keeper:
             except FileNotFoundError:
                 await self._make_again(payload)
             else:
-                return sources
+                return payload.head, sources
 
     async def _bring(self, payload: Composed) -> None:
         """Have all of a payload here."""
@@ -161,7 +168,7 @@ class Keeper:
                 return
 
     def pull(self, blob: Blob) -> asyncio.Future[None]:
-        """Have a blob brought here from the worker that keeps it.
+        """Have a blob brought here from the worker that keeps it, or from the bucket.
 
         The future fails with ``FileNotFoundError`` if it is lost.
         """
@@ -173,7 +180,10 @@ class Keeper:
         # Whoever asked may have gone meanwhile.
         pulling.add_done_callback(lambda done: None if done.cancelled() else done.exception())
         session = self._driver.sessions.get(blob.origin or "")
-        if blob.lost or (blob.origin is not None and session is None):
+        if blob.origin is not None and blob.stored and self._driver.depot is not None:
+            self._pulls[blob.id] = pulling
+            self._driver.create_task(self._download(blob))
+        elif blob.lost or (blob.origin is not None and session is None):
             pulling.set_exception(FileNotFoundError())
         elif blob.origin is None:
             pulling.set_result(None)
@@ -182,6 +192,8 @@ class Keeper:
                 self._open(blob)
             except OSError:
                 pulling.set_exception(FileNotFoundError())
+            except PayloadError as exc:
+                pulling.set_exception(exc)
             else:
                 pulling.set_result(None)
         else:
@@ -190,53 +202,98 @@ class Keeper:
             session.want(blob)
         return pulling
 
+    async def _download(self, blob: Blob) -> None:
+        """Bring a blob from the bucket; if it is not to be had there, from its worker."""
+        depot = self._driver.depot
+        assert depot is not None
+        if blob.id in self._downloading:
+            return
+        self._downloading.add(blob.id)
+        try:
+            content = await depot.download(blob)
+        except (PayloadError, OSError) as exc:
+            pulling = self._pulls.pop(blob.id, None)
+            if pulling is not None and not pulling.done():
+                pulling.set_exception(exc)
+        except CloudexecError as exc:
+            depot.lost(blob, exc)
+            session = self._driver.sessions.get(blob.origin or "")
+            if session is not None:
+                session.want(blob)
+            else:
+                blob.lost = self.losses = True
+                self.failed(blob.id)
+        else:
+            self.arrived(blob.id, content, blob)
+        finally:
+            self._downloading.discard(blob.id)
+
     def _open(self, blob: Blob) -> None:
         """Take a blob over from a worker on this machine."""
         place, store = blob.place, self._driver.store
         assert place is not None
         if place.mappable:
-            fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
-            other = store.take_over(blob.size, fd=fd)
+            other = store.take_over(blob.size, fd=open_shared(place), spill=True)
         else:
-            other = store.take_over(blob.size, content=FileSource(place).buffer())
-        store.adopt(blob, other)
+            other = store.take_over(blob.size, content=FileSource(place).buffer(), spill=True)
+        self._adopt(blob, other)
 
-    def arrived(self, number: int, content: Blob, blob: Blob | None) -> bool:
-        """A blob has come from a worker; return whether it is one that was wanted."""
+    def _adopt(self, blob: Blob, other: Blob) -> None:
+        self._driver.store.adopt(blob, other)
+        for session in self._driver.sessions.values():
+            session.moved(blob.id)
+
+    def waits_for(self, number: int, size: int, session: Any) -> bool:
+        """Say whether a worker was asked for a blob of this size."""
+        blob = session.blob(number)
+        return number in self._pulls and blob is not None and blob.size == size
+
+    def arrived(self, number: int, content: Blob, blob: Blob | None) -> None:
+        """A blob that was wanted has come."""
         pulling = self._pulls.pop(number, None)
         if pulling is None:
-            return False
+            return
         if blob is not None and blob.origin is not None:
-            self._driver.store.adopt(blob, content)
+            self._adopt(blob, content)
         if not pulling.done():
             pulling.set_result(None)
-        return True
 
-    def failed(self, number: int) -> None:
-        """A blob that was wanted did not come whole: whoever waits for it does without."""
+    def failed(self, number: int, error: BaseException | None = None) -> None:
+        """A blob that was wanted did not come; without an error, because it is lost."""
         pulling = self._pulls.pop(number, None)
         if pulling is not None and not pulling.done():
-            pulling.set_exception(FileNotFoundError())
+            pulling.set_exception(FileNotFoundError() if error is None else error)
 
     def worker_lost(self, worker: str, blobs: Iterable[Blob]) -> None:
         """A worker is gone: what it alone had is lost."""
         for blob in blobs:
             blob.workers.discard(worker)
-            if blob.origin == worker:
+            if blob.origin == worker and blob.stored:
+                blob.origin = _NOWHERE
+                if blob.id in self._pulls:
+                    self._driver.create_task(self._download(blob))
+            elif blob.origin == worker:
                 blob.lost = self.losses = True
                 self.failed(blob.id)
 
     async def evacuate(self, session: Any) -> None:
-        """Have a worker that is to end hand over what it keeps."""
+        """Have a worker that is to end hand over what it keeps, unless nobody can need it."""
+        session.ending = True
         kept = session.kept_blobs()
-        if kept:
-            done = asyncio.gather(*map(self.pull, kept), return_exceptions=True)
+        machine = self._driver.machine
+        if kept and (machine.open_tasks or machine.held or not machine.shutting_down):
+            pulls = [self.pull(blob) for blob in kept if not blob.stored]
+            done = asyncio.gather(*pulls, return_exceptions=True)
             try:
                 async with asyncio.timeout(_EVACUATION):
                     await done
             except TimeoutError:
                 pass
-            session.forget_blobs([blob.id for blob in kept])
+            for blob in kept:
+                if blob.origin is not None and blob.stored:
+                    blob.origin = _NOWHERE
+        # It ends once it has been told so of each; until then all stays where others look for it.
+        session.release(kept)
 
     # Tasks that take what is lost.
 
@@ -244,7 +301,8 @@ class Keeper:
         """Say whether a task can be sent to a worker, or must wait for what it takes."""
         shared = bool(self._driver.direct_path)
         for blob in _blobs_of(payload):
-            if blob.lost or (blob.origin not in (None, worker) and not shared):
+            near = blob.origin in (None, worker) or shared or blob.stored
+            if blob.lost or not near:
                 return False
         return True
 

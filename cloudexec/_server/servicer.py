@@ -13,13 +13,14 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from cloudexec import _enrolment
+from cloudexec import _enrolment, _payload
 from cloudexec._core import events
 from cloudexec._core.events import FailureKind
-from cloudexec._errors import LaunchError, PayloadError
+from cloudexec._errors import LaunchError, PayloadError, PayloadTooLargeError
 from cloudexec._functions import Function
 from cloudexec._launchers.base import Arrival
-from cloudexec._objects.places import Place
+from cloudexec._objects.link import Link
+from cloudexec._objects.places import Place, is_path_of, open_shared
 from cloudexec._objects.store import Blob
 from cloudexec._objects.transfer import Incoming, stream_view
 from cloudexec._payload import CHUNK_BYTES, Composed
@@ -30,6 +31,8 @@ from cloudexec._server.splicing import Spliced
 from cloudexec._wire import (
     BLOB_KEY,
     CHANNEL_OPTIONS,
+    DELIVERY_TRIES,
+    LEASE_KEY,
     SIZE_KEY,
     TOKEN_KEY,
     pack_chunk,
@@ -62,18 +65,26 @@ _KINDS = {
 class _Session:
     """One enrolled worker: what is on its way to it, and what it may fetch."""
 
-    def __init__(self, driver: Driver, identity: str, attempt: int, context: Any) -> None:
+    def __init__(self, driver: Driver, identity: str, attempt: int, pid: int, context: Any) -> None:
         self.identity = identity
+        self.pid = pid  # of its process, where that is on this machine
         self.attempt = attempt  # which run of its launch this is, from 1
         self.worker_id = f"worker-{identity}"
         self.token = secrets.token_bytes(16)
-        self.payloads: dict[int, Composed] = {}  # by lease: what a worker may still read
-        self.functions: dict[int, Function] = {}
+        # By lease: what a worker may still read.
+        self.payloads: dict[int, tuple[Composed | None, Function | None]] = {}
         self.delivered: dict[int, Delivered] = {}
-        self.arrived: dict[int, Blob] = {}  # parts of results that are not complete yet
+        self.arrived: dict[int, Blob | PayloadError] = {}  # parts of results that are not complete
+        self.parts: dict[int, list[int]] = {}  # by lease, which of these were delivered for it
+        self.damaged: dict[int, int] = {}  # how often a kept blob has arrived other than it was
+        self.ending = False  # what it keeps is to be brought here
+        self.uploads: dict[int, str] = {}  # ids of those that are on their way into the bucket
+        self.stored_ahead: dict[int, bytes] = {}  # digests of kept ones there, still to be reported
+        self.link = Link(enabled=driver.compresses)
         self.first_blob = next(driver.blob_ranges) * _OWN_BLOBS
         self._known_blobs: set[int] = set()
         self._blobs: weakref.WeakValueDictionary[int, Blob] = weakref.WeakValueDictionary()
+        self._moved: set[int] = set()  # known blobs that are somewhere else now
         self._forget_blobs: list[int] = []
         self._taken: list[int] = []
         self._want: list[int] = []
@@ -109,8 +120,6 @@ class _Session:
 
     def forget_functions(self, numbers: Sequence[int]) -> None:
         known = [number for number in numbers if number in self._known]
-        for number in known:
-            self.functions.pop(number, None)
         if known:
             self._known.difference_update(known)
             self._forget.extend(known)
@@ -120,7 +129,19 @@ class _Session:
         known = self._known_blobs.intersection(numbers)
         if known:
             self._known_blobs -= known
+            self._moved -= known
             self._forget_blobs.extend(known)
+            self._wanted.set()
+
+    def moved(self, number: int) -> None:
+        """A blob is not where its worker was told that it is."""
+        if number in self._known_blobs:
+            self._moved.add(number)
+
+    def release(self, blobs: Sequence[Blob]) -> None:
+        """Tell the worker that nobody needs any more that it keeps these."""
+        if blobs:
+            self._taken.extend([blob.id for blob in blobs])
             self._wanted.set()
 
     def drain(self) -> None:
@@ -218,6 +239,12 @@ class _Session:
             if task.inputs and not keeper.is_at_hand(payload, self.worker_id):
                 missing.append(task)
                 continue
+            if type(payload) is Spliced:
+                try:
+                    payload = payload.join(self._driver.store)
+                except PayloadError as exc:
+                    self._driver.portal.loop.call_soon(self._cannot_send, task.lease, exc)
+                    continue
             function = task.function
             if function is None:
                 functions.append(0)
@@ -225,16 +252,15 @@ class _Session:
                 functions.append(function.number)
                 if function.number not in self._known:
                     size += self._introduce(message, function)
-            if type(payload) is not bytes:
-                if type(payload) is Spliced:
-                    payload = payload.join(self._driver.store)
-                if type(payload) is Composed:
-                    columns.composed.append(len(leases))
-                    columns.blob_counts.append(len(payload.blobs))
-                    columns.blobs.extend([self._introduce_blob(b, message) for b in payload.blobs])
-                    size += 64 * len(payload.blobs)
-                    self.payloads[task.lease] = payload
-                    payload = payload.head
+            if function is not None and type(function.pickle) is Composed:
+                self.payloads[task.lease] = None, function
+            if type(payload) is Composed:
+                columns.composed.append(len(leases))
+                columns.blob_counts.append(len(payload.blobs))
+                columns.blobs.extend([self._introduce_blob(b, message) for b in payload.blobs])
+                size += 64 * len(payload.blobs)
+                self.payloads[task.lease] = payload, function
+                payload = payload.head
             if task.terms is not None:
                 self._state_terms(message, len(leases), task, timeouts)
             leases.append(task.lease)
@@ -257,6 +283,12 @@ class _Session:
         columns.numbers.extend(numbers)
         self._driver.bytes_sent += size
 
+    def _cannot_send(self, lease: int, error: PayloadError) -> None:
+        """There is no room for what a task takes: it fails."""
+        detail = pb.Failure(lease=lease, payload=_payload.dumps_exception(error))
+        failure = events.Failure(FailureKind.PICKLE_FAILED, detail)
+        self._driver.feed(events.FailuresReceived(self.worker_id, [(lease, failure)]))
+
     def _state_terms(
         self, message: pb.ServerMessage, index: int, task: Any, timeouts: dict[int, float]
     ) -> None:
@@ -274,7 +306,6 @@ class _Session:
         pickled = function.pickle
         blobs: list[int] = []
         if type(pickled) is Composed:
-            self.functions[function.number] = function
             blobs = [self._introduce_blob(blob, message) for blob in pickled.blobs]
             pickled = pickled.head
         assert type(pickled) is bytes
@@ -288,13 +319,14 @@ class _Session:
         return len(pickled)
 
     def _introduce_blob(self, blob: Blob, message: pb.ServerMessage) -> int:
-        if blob.id not in self._known_blobs:
+        if blob.id not in self._known_blobs or blob.id in self._moved:
             message.blobs.append(self.describe(blob))
         return blob.id
 
     def describe(self, blob: Blob) -> pb.Blob:
         """Say of a blob what its worker must know, who now may ask for it."""
         self._known_blobs.add(blob.id)
+        self._moved.discard(blob.id)
         self._blobs[blob.id] = blob
         blob.workers.add(self.worker_id)
         described = pb.Blob(id=blob.id, size=blob.size)
@@ -306,7 +338,14 @@ class _Session:
             described.path = blob.segment.path
             described.offset = blob.offset
             described.mappable = blob.mappable
+        else:
+            depot = self._driver.depot
+            described.bucket = depot is not None and (blob.stored or depot.takes(blob.size))
         return described
+
+    def owns(self, number: int) -> bool:
+        """Say whether a number is one that the worker may give to a blob."""
+        return self.first_blob < number < self.first_blob + _OWN_BLOBS
 
     def blob(self, number: int) -> Blob | None:
         """Return a blob that the worker may ask for."""
@@ -374,17 +413,19 @@ class _Session:
             vanished: list[int] = []
             if columns.composed:
                 vanished = self._take_composed(columns, results)
-            if self.payloads:
+            if self.payloads or self.parts:
                 for lease in leases:
-                    self.payloads.pop(lease, None)
+                    self._end_lease(lease)
             if vanished:
                 self._lose_results(vanished, leases, results, seconds)
             driver.feed(events.ResultsReceived(worker, leases, results, seconds))
+            if self.ending and columns.kept:
+                driver.create_task(driver.keeper.evacuate(self))
             heard = False
         if message.failures:
             failures = []
             for failure in message.failures:
-                self.payloads.pop(failure.lease, None)
+                self._end_lease(failure.lease)
                 kind = _KINDS.get(failure.kind, FailureKind.SLOT_LOST)
                 lost = events.Failure(kind, failure, failure.out_of_memory)
                 failures.append((failure.lease, lost))
@@ -392,7 +433,7 @@ class _Session:
             heard = False
         if message.returned:
             for lease in message.returned:
-                self.payloads.pop(lease, None)
+                self._end_lease(lease)
             driver.feed(events.LeasesReturned(worker, list(message.returned)))
             heard = False
         if message.draining:
@@ -402,6 +443,12 @@ class _Session:
             driver.initializer_failed(message.initializer_failed)
         if heard:
             driver.feed(events.WorkerHeard(worker))
+
+    def _end_lease(self, lease: int) -> None:
+        """Let go of what was for a task that the worker has no more."""
+        self.payloads.pop(lease, None)
+        for number in self.parts.pop(lease, ()):
+            self.arrived.pop(number, None)
 
     def _take_composed(self, columns: pb.Results, results: list[Any]) -> list[int]:
         """Take hold of the parts of large results; return the indexes of those that are gone."""
@@ -440,38 +487,76 @@ class _Session:
 
     def _know_kept(self, described: pb.Blob) -> Blob:
         """Note a part of a result that stays on the worker."""
+        if not self.owns(described.id):
+            raise ValueError(f"{described.id} is not its own to give to a blob")
         place = None
         if described.path and self._driver.direct_path:
-            number, size, path = described.id, described.size, described.path
-            place = Place(number, size, path, described.offset, described.mappable)
+            place = self._place_of(described)
         blob = self._driver.store.remote(described.id, described.size, self.worker_id, place)
+        sha256 = self.stored_ahead.pop(blob.id, b"")
+        if sha256:
+            blob.stored, blob.sha256 = True, sha256
         self._known_blobs.add(blob.id)
         self._blobs[blob.id] = blob
         return blob
 
+    def _place_of(self, described: pb.Blob) -> Place:
+        """Return where a worker on this machine says that a blob of its own is."""
+        path = described.path
+        if not is_path_of(self.pid, path):
+            raise ValueError(f"{path[:100]!r} is no file of its own")
+        mappable = described.mappable and not described.offset
+        return Place(described.id, described.size, path, described.offset, mappable)
+
     def _take_blob(self, described: pb.Blob) -> Blob:
-        store = self._driver.store
-        number, size = described.id, described.size
-        if not described.path or not self._driver.direct_path:
-            blob = self.arrived.pop(number, None)
-            if blob is None or blob.size != size:
-                raise PayloadError("a part of the result never arrived")
-            return blob
-        fd = os.open(described.path, os.O_RDONLY | os.O_CLOEXEC)
+        arrived = self.arrived.pop(described.id, None)
+        if arrived is None and described.path and self._driver.direct_path:
+            arrived = self._open_blob(self._place_of(described))
+        if isinstance(arrived, PayloadError):
+            raise arrived
+        if arrived is None or arrived.size != described.size:
+            raise PayloadError("a part of the result never arrived")
+        return arrived
+
+    def _open_blob(self, place: Place) -> Blob:
+        """Take over a part of a result from a file of a worker on this machine."""
+        store, size = self._driver.store, place.size
+        fd = open_shared(place)
         self._driver.bytes_received += size
-        if described.mappable:
-            return store.take_over(size, fd=fd)
+        if place.mappable:
+            return store.take_over(size, fd=fd, spill=True)
         data = bytearray(size)
         try:
-            if os.preadv(fd, [data], described.offset) != size:
+            if os.preadv(fd, [data], place.offset) != size:
                 raise PayloadError("a part of the result is shorter than announced")
         finally:
             os.close(fd)
-        return store.take_over(size, content=data)
+        return store.take_over(size, content=data, spill=True)
+
+    async def spill(self, message: pb.WorkerMessage) -> None:
+        """Move to disk the results that there is no room for in memory; in a thread."""
+        columns = message.results
+        store = self._driver.store
+        if not self._driver.direct_path or store.has_room(sum(b.size for b in columns.blobs)):
+            return
+        at = 0
+        for index, count in zip(columns.composed, columns.blob_counts, strict=True):
+            parts = columns.blobs[at : at + count]
+            at += count
+            if index in columns.kept:
+                continue
+            for part in parts:
+                try:
+                    place = self._place_of(part)
+                    self.arrived[part.id] = await asyncio.to_thread(self._open_blob, place)
+                except PayloadError as exc:
+                    self.arrived[part.id] = exc
+                except OSError:
+                    pass  # it is looked for once more
 
 
 class _Servicer:
-    """The three methods of the service."""
+    """The methods of the service."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -496,6 +581,16 @@ class _Servicer:
                     request_deserializer=unpack_chunk,
                     response_serializer=pb.DeliverReply.SerializeToString,
                 ),
+                "Locate": grpc.unary_unary_rpc_method_handler(
+                    self.Locate,
+                    request_deserializer=pb.LocateRequest.FromString,
+                    response_serializer=pb.Location.SerializeToString,
+                ),
+                "Store": grpc.unary_unary_rpc_method_handler(
+                    self.Store,
+                    request_deserializer=pb.StoreRequest.FromString,
+                    response_serializer=pb.StoreReply.SerializeToString,
+                ),
             },
         )
 
@@ -514,13 +609,19 @@ class _Servicer:
         if session is None:
             return
         driver = self._driver
+        reading = asyncio.current_task()
+        assert reading is not None
         sending = driver.portal.loop.create_task(session.send())
+        # Who is not sent anything any more is not to be waited for.
+        sending.add_done_callback(lambda done: done.cancelled() or reading.cancel())
         reason = "it closed its connection"
         try:
             while True:
                 message = await context.read()
                 if message is grpc.aio.EOF:
                     break
+                if message.HasField("results") and message.results.blobs:
+                    await session.spill(message)
                 session.take(message)
         except asyncio.CancelledError:
             reason = "its connection was cut"
@@ -564,7 +665,7 @@ class _Servicer:
             if mismatch is not None:
                 driver.feed(events.LaunchFailed(hello.identity, mismatch, fatal=True))
             return None
-        session = _Session(driver, hello.identity, hello.attempt, context)
+        session = _Session(driver, hello.identity, hello.attempt, hello.pid, context)
         setup = driver.setup
         welcome = pb.Welcome(
             worker_id=session.worker_id,
@@ -583,7 +684,11 @@ class _Servicer:
             modules=bool(setup.modules),
             first_blob=session.first_blob,
             blob_memory=setup.objects.worker_memory or 0,  # type: ignore[arg-type]
+            compress=driver.compresses,
         )
+        if driver.depot is not None:
+            welcome.bucket_threshold = driver.depot.threshold
+            welcome.bucket_part_bytes = driver.depot.part_bytes
         initializer = setup.initializer
         if type(initializer) is Composed:
             welcome.initializer_blobs.extend(map(session.describe, initializer.blobs))
@@ -620,40 +725,80 @@ class _Servicer:
         if blob is None or request.offset > blob.size:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such blob")
             return
-        async for chunk in stream_view(blob, request.offset):
-            if not isinstance(chunk, pb.Chunk):
-                driver.bytes_sent += len(chunk)
+        if blob.origin is not None:  # it is in the bucket, and the worker cannot read that
+            try:
+                await driver.keeper.pull(blob)
+            except (FileNotFoundError, PayloadError) as exc:
+                await context.abort(grpc.StatusCode.NOT_FOUND, f"it is lost: {exc}"[:1000])
+                return
+        async for chunk in stream_view(blob, request.offset, session.link, driver.count_sent):
             yield chunk
 
     async def Deliver(self, requests: AsyncIterator[Any], context: Any) -> pb.DeliverReply:
         """Take a part of a result."""
-        session = self._session_of(context)
+        session, driver = self._session_of(context), self._driver
         metadata = dict(context.invocation_metadata() or ())
-        number, size = str(metadata.get(BLOB_KEY, "")), str(metadata.get(SIZE_KEY, ""))
-        if (
-            session is None
-            or not (number.isdigit() and size.isdigit())
-            or not session.first_blob < int(number) < session.first_blob + _OWN_BLOBS
-        ):
+        number, size, lease = (
+            _natural(metadata.get(key)) for key in (BLOB_KEY, SIZE_KEY, LEASE_KEY)
+        )
+        if session is None or not session.owns(number) or size < 0:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "nobody waits for this")
             return pb.DeliverReply()
-        driver = self._driver
+        pulled = driver.keeper.waits_for(number, size, session)
+        if not (pulled or driver.expects(session.token, lease)):
+            return pb.DeliverReply(accepted=False)
         try:
-            blob = driver.store.new(int(size))
+            # In a thread: where it goes to disk, that may take its time.
+            blob = await asyncio.to_thread(driver.store.new, size)
             incoming = Incoming(blob)
             async for chunk in requests:
                 await incoming.take(chunk)
-        except (PayloadError, OSError) as exc:
-            driver.keeper.failed(int(number))
+            if not incoming.complete:
+                raise PayloadError(f"only {incoming.at} of {size} bytes arrived")
+        except (PayloadTooLargeError, OSError) as exc:
+            driver.keeper.failed(number, exc)
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(exc)[:1000])
+        except PayloadError as exc:
             driver.transfer_failed(session, exc)
+            if pulled:
+                session.damaged[number] = session.damaged.get(number, 0) + 1
+                if session.damaged[number] >= DELIVERY_TRIES:
+                    driver.keeper.failed(number, exc)
             await context.abort(grpc.StatusCode.DATA_LOSS, str(exc)[:1000])
-        if not incoming.complete:
-            driver.keeper.failed(int(number))
-            return pb.DeliverReply(accepted=False)
         driver.bytes_received += blob.size
-        if not driver.keeper.arrived(int(number), blob, session.blob(int(number))):
-            session.arrived[int(number)] = blob
+        if pulled:
+            driver.keeper.arrived(number, blob, session.blob(number))
+        elif driver.expects(session.token, lease):
+            session.arrived[number] = blob
+            session.parts.setdefault(lease, []).append(number)
         return pb.DeliverReply(accepted=True)
+
+    async def Locate(self, request: pb.LocateRequest, context: Any) -> pb.Location:
+        """Say where in the bucket a blob is."""
+        session, depot = self._session_of(context), self._driver.depot
+        if session is None or depot is None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
+            return pb.Location()
+        return await depot.locate(session, request)
+
+    async def Store(self, request: pb.StoreRequest, context: Any) -> pb.StoreReply:
+        """Let a worker put a blob into the bucket."""
+        session, depot = self._session_of(context), self._driver.depot
+        if session is None or depot is None or not session.owns(request.blob):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "nobody waits for this")
+            return pb.StoreReply()
+        try:
+            return await depot.take(session, request)
+        except ValueError as exc:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(exc)[:1000])
+            return pb.StoreReply()
+
+
+def _natural(text: object) -> int:
+    """Read a number that a peer wrote; what is none is -1."""
+    if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 20:
+        return int(text)
+    return -1
 
 
 def _authkey() -> bytes:

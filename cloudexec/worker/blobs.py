@@ -9,11 +9,10 @@ until somebody asks for them.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
-from cloudexec._errors import PayloadError
+from cloudexec._errors import PayloadError, PayloadTooLargeError
 from cloudexec._objects.options import Limits, memory_of_machine
 from cloudexec._objects.places import Place, pack_places
 from cloudexec._objects.store import Blob, BlobStore
@@ -26,13 +25,12 @@ class Known:
 
     __slots__ = (
         "blob",
-        "expires",
+        "bucket",
+        "claimed",
         "loading",
         "own",
         "place",
-        "sha256",
         "size",
-        "url",
         "used",
         "waiting",
     )
@@ -45,9 +43,8 @@ class Known:
         self.waiting: list[Callable[[BaseException | None], None]] = []
         self.used = 0
         self.own = False  # made here: it cannot be fetched again
-        self.url = ""
-        self.expires = 0.0
-        self.sha256 = b""
+        self.claimed = True  # if it is: the client has what it needs of it
+        self.bucket = False  # it may be in the bucket
 
 
 class BlobCache:
@@ -73,25 +70,22 @@ class BlobCache:
         self._direct = direct
         self._known: dict[int, Known] = {}
         self._clock = 0
-        self.store = BlobStore(limits, shared=True)
+        self.store = BlobStore(limits, shared=True, option="worker_memory")
+        self._unclaimed = 0
+        self.all_claimed = asyncio.Event()
+        """Set while nothing is kept here that is nowhere else and may be needed."""
+        self.all_claimed.set()
 
     def introduce(
-        self,
-        number: int,
-        size: int,
-        place: Place | None,
-        *,
-        url: str = "",
-        expires: float = 0.0,
-        sha256: bytes = b"",
+        self, number: int, size: int, place: Place | None, *, bucket: bool = False
     ) -> None:
         """Learn of a blob; ``place`` is where it is on this machine."""
         known = self._known.get(number)
         if known is None:
             known = self._known[number] = Known(number, size, place)
-        elif place is not None:
+        elif known.blob is None:
             known.place = place
-        known.url, known.expires, known.sha256 = url, expires, sha256
+        known.bucket = bucket
 
     def keep(self, number: int, fd: int, place: Place) -> Blob:
         """Hold a part of a result until the client forgets it.
@@ -100,17 +94,39 @@ class BlobCache:
             number: Its number.
             fd: The file that it is in; taken over where nothing else is in it.
             place: Where in it.
+
+        Raises:
+            PayloadTooLargeError: If there is no room for it.
+            OSError: If it cannot be read or written.
         """
-        if place.mappable:
+        if place.mappable and self.store.has_files():
             blob = self.store.take_over(place.size, fd=fd)
         else:
             blob = self.store.new(place.size)
             assert blob.segment is not None
-            blob.segment.write(os.pread(fd, place.size, place.offset), blob.offset)
+            blob.segment.copy_from(fd, place.offset, place.size, blob.offset)
         known = self._known[number] = Known(number, blob.size, _place_of(number, blob))
         known.blob = blob
         known.own = True
+        known.claimed = False
+        self._unclaimed += 1
+        self.all_claimed.clear()
         return blob
+
+    def claimed(self, numbers: Iterable[int]) -> None:
+        """The client has what it needs of these; they stay until they are forgotten."""
+        for number in numbers:
+            known = self._known.get(number)
+            if known is not None and not known.claimed:
+                known.claimed = True
+                self._unclaimed -= 1
+        if not self._unclaimed:
+            self.all_claimed.set()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more is held in memory than should be."""
+        return not self.store.has_room(0)
 
     def place(self, number: int) -> Place:
         """Return where a blob is that is held here."""
@@ -125,6 +141,8 @@ class BlobCache:
 
     def forget(self, numbers: Iterable[int]) -> None:
         """Drop blobs that nothing will refer to any more."""
+        numbers = list(numbers)
+        self.claimed(numbers)
         for number in numbers:
             known = self._known.pop(number, None)
             if known is not None and known.loading is not None:
@@ -190,6 +208,13 @@ class BlobCache:
                 blob = self._room_for(known.size)
                 await self._load(number, known, blob)
                 known.blob, known.place = blob, _place_of(number, blob)
+        except OSError as exc:
+            error = PayloadTooLargeError(
+                f"the worker has no room for {known.size} bytes of an argument ({exc.strerror}); "
+                f"give it more memory or disk",
+                size_bytes=known.size,
+            )
+            error.__cause__ = exc
         except Exception as exc:
             error = exc
         finally:

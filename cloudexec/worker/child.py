@@ -80,6 +80,8 @@ class Child:
         self.stop_timer: asyncio.TimerHandle | None = None
         self.arena = -1  # the file with its small results
         self.small = 0  # of these, those that have not been taken
+        self.small_bytes = 0
+        self.blocked = False  # it goes on when some of its results have been taken
         self.paused = False  # its answers are not read
         self.raw_paused = False  # nor what it prints past sys.stdout
         self.out: deque[memoryview] = deque()

@@ -18,9 +18,9 @@ from cloudexec.worker.frames import SPILL, Kind
 if TYPE_CHECKING:
     from cloudexec.worker.slot import Slot
 
-__all__ = ["ResultFiles"]
+__all__ = ["MOST_WAITING", "ResultFiles"]
 
-_MOST_WAITING = 32 * 1024 * 1024
+MOST_WAITING = 32 * 1024 * 1024
 """Bytes of small results that may wait to be taken."""
 _SECONDS = struct.Struct("<f?")
 
@@ -94,7 +94,7 @@ class ResultFiles:
             Kind.RESULT_COMPOSED, lease, _SECONDS.pack(seconds, keep) + pack_places(places) + head
         )
         while any(place.number in self._files for place in places) or (
-            self._arena is not None and self._arena.used > _MOST_WAITING
+            self._arena is not None and self._arena.used > MOST_WAITING
         ):
             slot.await_release()
 

@@ -16,21 +16,25 @@ import zipfile
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import cloudpickle
 import grpc
 import grpc.aio
 
 from cloudexec import _enrolment
-from cloudexec._errors import LaunchError, ProtocolError
+from cloudexec._errors import LaunchError, PayloadError, PayloadTooLargeError, ProtocolError
+from cloudexec._objects.link import Link
 from cloudexec._objects.places import Place
 from cloudexec._objects.store import Blob
 from cloudexec._objects.transfer import fetch_into, stream_file
+from cloudexec._payload import dumps_exception
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._wire import (
     BLOB_KEY,
     CHANNEL_OPTIONS,
+    DELIVERY_TRIES,
+    LEASE_KEY,
     SIZE_KEY,
     TOKEN_KEY,
     pack_chunk,
@@ -41,12 +45,16 @@ from cloudexec.worker.blobs import BlobCache, Known, room
 from cloudexec.worker.child import Terms
 from cloudexec.worker.supervisor import (
     KILLED,
+    PICKLE_FAILED,
     Failure,
     ResultBlob,
     Settings,
     SlotPool,
     WorkItem,
 )
+
+if TYPE_CHECKING:
+    from cloudexec.worker.bucket import BucketPath
 
 __all__ = ["Address", "Session", "run_worker"]
 
@@ -71,6 +79,8 @@ _WHY = {
     "zygote": "the process that forks its slots was killed",
     "bug": "an internal error",
 }
+_HAND_OVER = 30.0
+"""Seconds that a worker with nothing left to do waits until the client has taken what it keeps."""
 _OUTPUT_CREDIT = 1024 * 1024
 """Bytes of output that may be on their way to the client, per worker."""
 
@@ -202,6 +212,19 @@ class Session:
             request_serializer=pack_chunk,
             response_deserializer=pb.DeliverReply.FromString,
         )
+        self._locate = channel.unary_unary(
+            "/cloudexec.v1.TaskServer/Locate",
+            request_serializer=pb.LocateRequest.SerializeToString,
+            response_deserializer=pb.Location.FromString,
+        )
+        self._store = channel.unary_unary(
+            "/cloudexec.v1.TaskServer/Store",
+            request_serializer=pb.StoreRequest.SerializeToString,
+            response_deserializer=pb.StoreReply.FromString,
+        )
+        self._bucket: BucketPath | None = None
+        self._link = Link(enabled=False)
+        self._uploads: dict[int, asyncio.Task[None]] = {}  # of what is kept here
         self._call: Any = None
         self._token = b""
         self._wanted = asyncio.Event()
@@ -265,6 +288,18 @@ class Session:
         await self._call.write(pb.WorkerMessage(proof=pb.Proof(mac=mac)))
         self.welcome = (await self._expect("welcome")).welcome
         self._token = self.welcome.session_token
+        self._link = Link(enabled=self.welcome.compress)
+        threshold = self.welcome.bucket_threshold
+        if threshold:
+            from cloudexec.worker.bucket import BucketPath
+
+            metadata = ((TOKEN_KEY, self._token),)
+            self._bucket = BucketPath(
+                lambda request: self._locate(request, metadata=metadata),
+                lambda request: self._store(request, metadata=metadata),
+                threshold,
+                self.welcome.bucket_part_bytes,
+            )
 
     async def _expect(self, what: str) -> pb.ServerMessage:
         message = await self._call.read()
@@ -292,8 +327,12 @@ class Session:
         self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob], *, keep: bool
     ) -> None:
         if keep:
-            self._kept.append(len(self._leases))
-            self._report(lease, seconds, head, [self._keep(blob) for blob in blobs])
+            kept = self._keep_all(lease, seconds, blobs)
+            if kept is not None:
+                self._kept.append(len(self._leases))
+                self._report(lease, seconds, head, kept)
+                for each in kept:
+                    self._upload_kept(each.id)
         elif self.welcome.direct_path:
             self._report(lease, seconds, head, [self._offer(blob) for blob in blobs])
         else:
@@ -324,13 +363,44 @@ class Session:
             mappable=place.mappable,
         )
 
+    def _keep_all(
+        self, lease: int, seconds: float, blobs: Sequence[ResultBlob]
+    ) -> list[pb.Blob] | None:
+        """Keep a result; if there is no room for it, its task fails."""
+        assert self.blobs is not None
+        kept: list[pb.Blob] = []
+        try:
+            for blob in blobs:
+                kept.append(self._keep(blob))
+        except (PayloadError, OSError) as exc:
+            self.blobs.forget([each.id for each in kept])
+            for blob in blobs[len(kept) :]:
+                self._let_go(blob)
+            self._fail_result(lease, seconds, exc)
+            return None
+        self._mind_memory()
+        return kept
+
+    def _mind_memory(self) -> None:
+        """Have large results go to disk while too much is in memory."""
+        assert self.blobs is not None
+        assert self.pool is not None
+        self.pool.spill(on=self.blobs.is_full)
+
+    def _fail_result(self, lease: int, seconds: float, error: BaseException) -> None:
+        """A task's result cannot be had."""
+        if isinstance(error, OSError):
+            error = PayloadTooLargeError(f"the worker has no room for a result: {error.strerror}")
+        payload = dumps_exception(error)
+        self.failure(Failure(lease, PICKLE_FAILED, payload, seconds=seconds))
+        self.wake()
+
     def _keep(self, blob: ResultBlob) -> pb.Blob:
         """Keep a part of a result until somebody asks for it, or nobody can any more."""
         assert self.blobs is not None
         number = self._number()
         kept = self.blobs.keep(number, blob.fd, blob.place)
-        if blob.owner is not None or not kept.mappable:
-            self._let_go(blob)
+        self._let_go(blob, close=not kept.mappable)
         place = self.blobs.place(number)
         shared = bool(self.welcome.direct_path)
         return pb.Blob(
@@ -342,9 +412,9 @@ class Session:
             mappable=place.mappable,
         )
 
-    def _let_go(self, blob: ResultBlob) -> None:
+    def _let_go(self, blob: ResultBlob, *, close: bool = True) -> None:
         assert self.pool is not None
-        self.pool.let_go(blob)
+        self.pool.let_go(blob, close=close)
 
     def failure(self, failure: Failure) -> None:
         self._failures.append(failure)
@@ -371,12 +441,15 @@ class Session:
         self.wake()
 
     async def load_blob(self, number: int, known: Known, blob: Blob) -> None:
-        """Fetch a blob of the client's into a file.
+        """Fetch a blob of the client's into a file, from the bucket if it is there.
 
         Raises:
             PayloadError: If it arrived other than it was sent.
+            OSError: If there is no room for it.
             grpc.aio.AioRpcError: If the connection fails.
         """
+        if known.bucket and self._bucket is not None and await self._bucket.load(number, blob):
+            return
 
         def chunks(offset: int) -> Any:
             request = pb.FetchRequest(blob=number, offset=offset)
@@ -402,31 +475,58 @@ class Session:
         sent = []
         try:
             for blob in blobs:
-                number = self._number()
-                if not await self._deliver_one(number, blob.fd, blob.place):
-                    return  # nobody waits for it, or the connection is gone
-                place = blob.place
+                number, place = self._number(), blob.place
+                if not await self._deliver_one(number, blob.fd, place, lease):
+                    self.returned(lease)  # nobody waits for it
+                    break
                 sent.append(pb.Blob(id=number, number=place.number, size=place.size))
+            else:
+                self._report(lease, seconds, head, sent)
+        except PayloadError as exc:
+            self._fail_result(lease, seconds, exc)
         finally:
             for blob in blobs:
                 self._let_go(blob)
-        self._report(lease, seconds, head, sent)
         self.wake()
 
-    async def _deliver_one(self, number: int, fd: int, place: Place) -> bool:
+    async def _deliver_one(self, number: int, fd: int, place: Place, lease: int = 0) -> bool:
+        """Send a blob, more than once if it is damaged on the way; say whether it was wanted.
+
+        Raises:
+            PayloadTooLargeError: If the client has no room for it.
+            PayloadError: If it does not get there.
+        """
         metadata = (
             (TOKEN_KEY, self._token),
             (BLOB_KEY, str(number)),
             (SIZE_KEY, str(place.size)),
+            (LEASE_KEY, str(lease)),
         )
-        call = self._deliver(metadata=metadata)
-        try:
-            await stream_file(fd, place.offset, place.size, call.write)
-            await call.done_writing()
-            reply = await call
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            return False
-        return bool(reply.accepted)
+        # What is kept here goes to the bucket by itself: if it is wanted, that did not work out.
+        bucket, why = self._bucket if lease else None, ""
+        for attempt in range(DELIVERY_TRIES):
+            await asyncio.sleep(0.1 * attempt)
+            call = None
+            try:
+                if bucket is not None and await bucket.store(number, fd, place.offset, place.size):
+                    return True
+                call = self._deliver(metadata=metadata)
+                await stream_file(fd, place.offset, place.size, call.write, self._link)
+                await call.done_writing()
+                return bool((await call).accepted)
+            except OSError as exc:
+                why = f"it cannot be read: {exc.strerror}"
+                if call is not None:
+                    call.cancel()
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as exc:
+                why = str(exc)
+                if call is not None:
+                    code, why = await call.code(), await call.details()
+                    if code is grpc.StatusCode.UNAUTHENTICATED:
+                        return False
+                    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                        raise PayloadTooLargeError(why, size_bytes=place.size) from exc
+        raise PayloadError(f"a result of {place.size} bytes could not be delivered: {why}")
 
     def deliver_kept(self, numbers: Sequence[int]) -> None:
         """Send blobs that are kept here and that the client wants."""
@@ -436,18 +536,53 @@ class Session:
             for number in numbers:
                 kept = self.blobs.kept(number)
                 if kept is not None and kept.segment is not None:
-                    await self._deliver_one(number, kept.segment.fd, self.blobs.place(number))
+                    try:
+                        await self._deliver_one(number, kept.segment.fd, self.blobs.place(number))
+                    except PayloadError as exc:  # the client knows
+                        self._address.say(f"a kept result was not delivered: {exc}")
 
         task = asyncio.get_running_loop().create_task(send())
         self._deliveries.add(task)
         task.add_done_callback(self._deliveries.discard)
 
+    def _upload_kept(self, number: int) -> None:
+        """Put into the bucket what is kept here: there it outlives this worker."""
+        assert self.blobs is not None
+        bucket, kept = self._bucket, self.blobs.kept(number)
+        if bucket is None or kept is None or not bucket.takes(kept.size):
+            return
+
+        async def upload() -> None:
+            assert kept is not None
+            assert kept.segment is not None
+            try:
+                fd, offset = kept.segment.fd, kept.offset
+                await bucket.store(number, fd, offset, kept.size, kept=True)
+            except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                pass  # it is here as before
+
+        task = asyncio.get_running_loop().create_task(upload())
+        self._uploads[number] = task
+        task.add_done_callback(lambda _: self._uploads.pop(number, None))
+
+    def forget_blobs(self, numbers: Sequence[int]) -> None:
+        """The client needs blobs no more."""
+        assert self.blobs is not None
+        for number in numbers:
+            uploading = self._uploads.get(number)
+            if uploading is not None:
+                uploading.cancel()
+        self.blobs.forget(numbers)
+        self._mind_memory()
+
     def taken(self, numbers: Sequence[int]) -> None:
-        """The client has taken parts of results."""
+        """The client has taken parts of results, or needs no more of what is kept here."""
+        assert self.blobs is not None
         for number in numbers:
             blob = self._taken_here.pop(number, None)
             if blob is not None:
                 self._let_go(blob)
+        self.blobs.claimed(numbers)
 
     def wake(self) -> None:
         self._wanted.set()
@@ -608,7 +743,7 @@ class Session:
             if message.forget_functions:
                 pool.forget_functions(list(message.forget_functions))
             if message.forget_blobs:
-                blobs.forget(message.forget_blobs)
+                self.forget_blobs(message.forget_blobs)
             if message.taken:
                 self.taken(message.taken)
             if message.wanted:
@@ -624,6 +759,9 @@ class Session:
 
     async def close(self) -> None:
         """Close the connection."""
+        for task in self._uploads.values():
+            task.cancel()
+        await asyncio.gather(*list(self._uploads.values()), return_exceptions=True)
         await self._channel.close()
 
     def start_draining(self) -> None:
@@ -668,9 +806,7 @@ def introduce(cache: BlobCache, blobs: Sequence[pb.Blob]) -> None:
             blob.id,
             blob.size,
             place,
-            url=blob.url,
-            expires=blob.url_expires,
-            sha256=blob.sha256,
+            bucket=blob.bucket,
         )
 
 
@@ -783,6 +919,9 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             pool.drain()
             why = await _first(pool.idle, ends)
         if why == "idle":
+            # What is kept here, the client takes first.
+            why = await _first(blobs.all_claimed, ends, address.drain_grace or _HAND_OVER)
+        if why == "idle":
             pool.stop(kill=False)
             why = await _first(pool.stopped, ends)
         if why == "idle":
@@ -821,10 +960,14 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     return reclaimed
 
 
-async def _first(event: asyncio.Event, ends: asyncio.Queue[str]) -> str:
-    """Wait for the event ("idle") or for a reason to end at once."""
+async def _first(
+    event: asyncio.Event, ends: asyncio.Queue[str], most: float | None = None
+) -> str:
+    """Wait for the event, or until the time is up ("idle"), or for a reason to end at once."""
     waiting = asyncio.ensure_future(event.wait())
     ending = asyncio.ensure_future(ends.get())
+    loop = asyncio.get_running_loop()
+    timer = None if most is None else loop.call_later(most, waiting.cancel)
     try:
         while True:
             await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
@@ -836,6 +979,8 @@ async def _first(event: asyncio.Event, ends: asyncio.Queue[str]) -> str:
             if waiting.done():
                 return "idle"
     finally:
+        if timer is not None:
+            timer.cancel()
         waiting.cancel()
         ending.cancel()
 

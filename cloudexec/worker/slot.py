@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloudexec import _direct, _payload
 from cloudexec._errors import PayloadError
-from cloudexec._objects.places import DirectSource, FileSource, Place, unpack_places
+from cloudexec._objects.places import BlobGoneError, DirectSource, FileSource, Place, unpack_places
 from cloudexec._payload import INLINE_BYTES
 from cloudexec.worker import frames
 from cloudexec.worker.frames import (
@@ -287,7 +287,7 @@ class Slot:
         """Unpickle places of blobs and the head that refers to them.
 
         Raises:
-            ConnectionAbortedError: If whoever held them is gone.
+            BlobGoneError: If whoever held them is gone.
             BaseException: Whatever unpickling raises.
         """
         places, at = unpack_places(data)
@@ -299,8 +299,11 @@ class Slot:
             return DirectSource(place, self.direct_path, self.token)
         try:
             return FileSource(place)
-        except FileNotFoundError as exc:
-            raise ConnectionAbortedError("whoever held this payload is gone") from exc
+        except OSError as exc:
+            if self.direct_path:
+                # Gone, or not for us to open, as in some sandboxes: the client may have it.
+                return DirectSource(place, self.direct_path, self.token)
+            raise BlobGoneError("whoever held this payload is gone") from exc
 
     def result_files(self) -> ResultFiles:
         """Return where large results are left to be fetched."""
@@ -363,7 +366,7 @@ class Slot:
                     fn, args, kwargs = load(payload)
             except BaseException as exc:
                 ended = perf_counter()
-                if type(exc) is ConnectionAbortedError and flags & COMPOSED:
+                if type(exc) is BlobGoneError and flags & COMPOSED:
                     self.send(Kind.DROPPED, lease, struct.pack("<Q", frames.GONE))
                     continue
                 self._fail_unpickling(lease, ended - began, exc)

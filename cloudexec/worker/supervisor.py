@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cloudexec._objects.places import Place, unpack_places
+from cloudexec._objects.segments import block_size
 from cloudexec.worker import frames
 from cloudexec.worker.blobs import BlobCache
 from cloudexec.worker.child import PIPE_BYTES, Child, WorkItem, oom_kills
@@ -31,9 +32,19 @@ from cloudexec.worker.frames import (
     USED,
     Kind,
 )
+from cloudexec.worker.results import MOST_WAITING
 from cloudexec.worker.zygote import EXITED, FORK, KILL, MESSAGE, STARTED
 
-__all__ = ["KILLED", "Answers", "Failure", "ResultBlob", "Settings", "SlotPool", "WorkItem"]
+__all__ = [
+    "KILLED",
+    "PICKLE_FAILED",
+    "Answers",
+    "Failure",
+    "ResultBlob",
+    "Settings",
+    "SlotPool",
+    "WorkItem",
+]
 
 _BATCH_SECONDS = 0.002
 """Estimated work that a slot holds: enough to hide a wake-up, too little to miss."""
@@ -52,11 +63,13 @@ _FULL = 0.8
 _MEMORY_TICK = 0.02
 """Seconds between looks at what tasks with a limit have taken."""
 _FAILED_STARTS = 3
+_MOST_WAITING_FILES = 256
+"""Large results that may wait to be taken: each has a file that is open here."""
 _COMPOSED_RESULT = struct.Struct("<f?")
 _SPARED = 5
 """Slots that may die before they begin a task that was sent to them, before it is to blame."""
 
-UNPICKLE_FAILED = 2
+UNPICKLE_FAILED, PICKLE_FAILED = 2, 3
 SLOT_LOST, TIMED_OUT, KILLED, RECLAIMED, OUTGREW = 4, 5, 6, 7, 8
 """``Failure.Kind`` of the wire, where the slot itself cannot say what happened."""
 
@@ -178,6 +191,11 @@ class SlotPool:
         self._blobs = blobs
         self._settings = settings
         self._answers = answers
+        self._waiting_bytes = 0  # of results that have not been taken
+        self._waiting_files = 0
+        self._most_waiting = blobs.store.limits.memory
+        self._blocked: deque[tuple[Child, list[int]]] = deque()
+        self._spill = False
         self._zygote = zygote
         self._on_zygote_gone = on_zygote_gone
         self._loop = asyncio.get_running_loop()
@@ -404,6 +422,7 @@ class SlotPool:
         self._numbers += 1
         slot = Child(self._numbers)
         slot.idle_since = time.monotonic()
+        slot.cells[SPILL] = self._spill
         self._slots[slot.number] = slot
         self._forking.append(slot)
         if len(self._forking) == 1:
@@ -603,6 +622,8 @@ class SlotPool:
                 if slot.stopping or slot.dead:
                     continue
                 alive += 1
+                if slot.blocked:
+                    continue
                 if not slot.held:
                     idle.append(slot)
                 elif not (slot.exclusive or slot.taking_back or slot.straggling):
@@ -917,16 +938,23 @@ class SlotPool:
                 if slot.arena < 0:
                     slot.arena = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
                 slot.small += 1
+                slot.small_bytes += block_size(place.size)
                 blobs.append(ResultBlob(slot.arena, place, slot))
         except OSError:
             for blob in blobs:
-                self.let_go(blob)
+                self._drop(blob)
             if not slot.exited:
                 self._kill(slot)  # it cannot be read, and it waits for us
             return  # the slot has died: its end tells the rest
-        for blob in blobs:
-            if blob.owner is None:
-                self._write(slot, HEADER.pack(Kind.RELEASE, 0, blob.place.number))
+        files = [blob.place.number for blob in blobs if blob.owner is None]
+        self._waiting_files += len(files)
+        self._waiting_bytes += sum([blob.place.size for blob in blobs])
+        if files and self._is_full() and not keep:
+            # Its process waits, and with it what it would go on to make.
+            slot.blocked = True
+            self._blocked.append((slot, files))
+        else:
+            self._release(slot, files)
         item = slot.held.pop(lease, None)
         if item is None:
             for blob in blobs:
@@ -936,22 +964,59 @@ class SlotPool:
             self._answers.composed(lease, seconds, head, blobs, keep=keep)
         self._after_answer(slot)
 
-    def let_go(self, blob: ResultBlob) -> None:
-        """A part of a result has been taken, or nobody wants it."""
+    def _drop(self, blob: ResultBlob) -> None:
+        """Close a part of a result that was never counted."""
         slot = blob.owner
         if slot is None:
             os.close(blob.fd)
-            return
-        slot.small -= 1
+        else:
+            slot.small -= 1
+            slot.small_bytes -= block_size(blob.place.size)
+
+    def _release(self, slot: Child, files: Sequence[int]) -> None:
+        """Tell a slot that files of its results are open here."""
         if not slot.exited:
-            self._write(slot, HEADER.pack(Kind.RELEASE, 0, blob.place.number))
-        elif not slot.small:
-            slot.close_arena()
+            for number in files:
+                self._write(slot, HEADER.pack(Kind.RELEASE, 0, number))
+        slot.blocked = slot.small_bytes > MOST_WAITING or any(
+            each is slot for each, _ in self._blocked
+        )
+
+    def _is_full(self) -> bool:
+        waiting = self._waiting_bytes
+        return waiting > self._most_waiting or self._waiting_files > _MOST_WAITING_FILES
+
+    def let_go(self, blob: ResultBlob, *, close: bool = True) -> None:
+        """A part of a result has been taken, or nobody wants it.
+
+        Args:
+            blob: Which.
+            close: Whether to close its file, if it is the only one in it.
+        """
+        slot = blob.owner
+        self._waiting_bytes -= blob.place.size
+        if slot is None:
+            self._waiting_files -= 1
+            if close:
+                os.close(blob.fd)
+        else:
+            slot.small -= 1
+            slot.small_bytes -= block_size(blob.place.size)
+            if not slot.exited:
+                self._release(slot, [blob.place.number])
+            elif not slot.small:
+                slot.close_arena()
+        while self._blocked and not self._is_full():
+            self._release(*self._blocked.popleft())
+        if self._queue:
+            self._loop.call_soon(self.dispatch)
 
     def spill(self, *, on: bool) -> None:
         """Say whether large results are to go to disk."""
-        for slot in self._slots.values():
-            slot.cells[SPILL] = on
+        if on != self._spill:
+            self._spill = on
+            for slot in self._slots.values():
+                slot.cells[SPILL] = on
 
     def _resume(self, slot: Child) -> None:
         if slot.paused and not slot.exited:

@@ -147,3 +147,50 @@ def raise_needs_arguments() -> None:
 
 def put(queue: Any, value: Any) -> None:
     queue.put(value)
+
+
+def take_memory(mib: int, told: str = "", gate: str = "") -> int:
+    """Have so many MiB of memory, and use all of it; then say so, and wait."""
+    taken = bytearray(mib * 2**20)
+    for at in range(0, len(taken), 4096):
+        taken[at] = 1
+    if told:
+        hold(told, gate)
+    return len(taken)
+
+
+def take_memory_in_a_child(mib: int, told: str, gate: str) -> None:
+    child = os.fork()
+    if child == 0:
+        take_memory(mib, told, gate)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def map_much_memory(gib: int) -> int:
+    """Reserve memory without using it, as numerical libraries do."""
+    import mmap
+
+    with mmap.mmap(-1, gib * 2**30) as area:
+        area[0] = 1
+        return len(area)
+
+
+def variables(*names: str, raises: bool = False) -> dict[str, str | None]:
+    """Return environment variables, after changing one of them."""
+    found = {name: os.environ.get(name) for name in names}
+    if names:
+        os.environ[names[0]] = "changed by the task"
+    if raises:
+        raise ValueError(found)
+    return found
+
+
+def fail_at_first(path: str, times: int) -> int:
+    """Raise ConnectionError so many times, then return how often it was called."""
+    append(path, "called")
+    with open(path) as file:
+        calls = len(file.readlines())
+    if calls <= times:
+        raise ConnectionError(f"call {calls}")
+    return calls

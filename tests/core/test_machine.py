@@ -104,7 +104,7 @@ def claim(
     capacity = Resources.had_by(whole or machine.config.scaling.sizes[0])
     fitting = max(1, need.times_in(capacity))
     scaling = machine.config.scaling
-    if scaling.one_machine or (rung == 0 and fitting >= scaling.slots_per_worker):
+    if scaling.one_machine:
         fitting = scaling.slots_per_worker
     return Claim(need, rung, capacity, fitting, need)
 

@@ -1,4 +1,4 @@
-"""A relay between clients and a server that breaks connections on request."""
+"""A relay between clients and a server: slow, or breaking connections, on request."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 
 
 class Relay:
@@ -15,12 +16,23 @@ class Relay:
         port: Of the server, on this machine.
         tls: Speak TLS with clients.
         tunnel: Be a proxy that is told ``CONNECT`` first; wherever to, it leads to the server.
+        rate: Bytes per second that each direction of a connection lets through; 0: all there is.
+
+    Attributes:
+        passed: Bytes so far, towards the server (``"up"``) and from it (``"down"``).
     """
 
     def __init__(
-        self, port: int, *, tls: ssl.SSLContext | None = None, tunnel: bool = False
+        self,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        tunnel: bool = False,
+        rate: float = 0.0,
     ) -> None:
         self._target = port
+        self._rate = rate
+        self.passed = {"up": 0, "down": 0}
         self._tls = tls
         self._tunnel = tunnel
         self._lock = threading.Lock()
@@ -90,6 +102,9 @@ class Relay:
         except OSError:
             client.close()
             return
+        if self._rate:  # what lies in buffers is through already, as far as its sender can see
+            for each in (client, server):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 128 * 1024)
         with self._lock:
             self._sockets += [client, server]
         up = threading.Thread(target=self._pass_on, args=(client, server, "up"), daemon=True)
@@ -103,6 +118,7 @@ class Relay:
 
     def _pass_on(self, source: socket.socket, sink: socket.socket, way: str) -> None:
         passed = 0
+        free_at = time.monotonic()
         while True:
             try:
                 data = source.recv(65536)
@@ -110,6 +126,7 @@ class Relay:
                 data = b""
             passed += len(data)
             with self._lock:
+                self.passed[way] += len(data)
                 cut = next((each for each in self._cuts[way] if passed >= each), None)
                 if cut is not None:
                     self._cuts[way].remove(cut)
@@ -117,6 +134,9 @@ class Relay:
                 _reset(source)
                 _reset(sink)
                 return
+            if self._rate:
+                free_at = max(free_at, time.monotonic()) + len(data) / self._rate
+                time.sleep(max(0.0, free_at - time.monotonic()))
             try:
                 if not data:
                     socket.socket.shutdown(sink, socket.SHUT_WR)

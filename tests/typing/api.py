@@ -41,6 +41,24 @@ def use() -> None:
     print(base, list(results), waiting, cancelled)
 
 
+def use_needs(executor: BatchExecutor) -> None:
+    view = executor.with_options(cpus=2, memory="4GiB", gpus=0, priority=1, name="fit")
+    view = view.with_options(retry_on=ConnectionError, env={"A": "1"}).with_options(
+        retry_on=lambda exc: "again" in str(exc), memory=2**30
+    )
+    view.with_options(retry_on=(OSError, KeyError), retries=5)
+    result: float = view.submit(area, 1.0).result()
+    executor.with_options(cpus="2")  # type: ignore[arg-type]
+    executor.with_options(env={"A": 1})  # type: ignore[dict-item]
+    sizes: list[str] = [each.size for each in executor.stats().sizes]
+    print(result, sizes)
+
+
+@stage(cpus=2, memory="4GiB", retry_on=OSError)
+def load(path: str) -> list[int]:
+    return [len(path)]
+
+
 @stage
 def read(path: str) -> list[int]:
     return [len(path)]
@@ -62,4 +80,8 @@ def use_graph(executor: BatchExecutor) -> None:
     direct: list[int] = read.function("path")
     names: list[str] = [each.stage.name for each in graph.nodes]
     stage(read, timeout=1.0)  # type: ignore[call-overload]
-    print(plain, number, again, everything, direct, names, graph.to_dot(by_stage=True))
+    spent: float = sum(each.cost_usd for each in graph.report)
+    loaded: Node[list[int]] = load("path")
+    print(
+        spent, loaded, plain, number, again, everything, direct, names, graph.to_dot(by_stage=True)
+    )

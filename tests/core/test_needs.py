@@ -259,12 +259,7 @@ def test_a_large_worker_serves_small_tasks_when_it_has_nothing_else_to_do() -> N
 def test_small_claims_share_a_worker_of_the_usual_size() -> None:
     """A worker is launched with as many slots as fit, and plain tasks count for more there."""
     machine = fleet(max_slots=8)
-    batch = some(8, claim(machine, 0.5, 0.5))
-    launches = only(submit(machine, batch), LaunchWorker)
-    assert len(launches) == 8  # the usual ones will do, each with its slot
-    quarter = claim(machine, 0.5, 0.5)
-    packed = Claim(quarter.need, 0, quarter.whole, 4, quarter.floor)
-    machine = fleet(max_slots=8)
+    packed = claim(machine, 0.5, 0.5)
     (one, two) = only(submit(machine, some(8, packed)), LaunchWorker)
     assert (one.slots, two.slots) == (4, 4)
     assert len(sent(connect(machine, one))) == 4
@@ -297,7 +292,7 @@ def test_workers_that_have_not_come_make_way_first() -> None:
     machine = fleet(max_slots=2)
     first, second = only(submit(machine, tasks(2)), LaunchWorker)
     connect(machine, first)
-    machine.handle(TasksCancelled([task for task in machine.waiting_tasks()]), 1.0)
+    machine.handle(TasksCancelled(machine.waiting_tasks()), 1.0)
     (large,) = some(1, claim(machine, 6, 16, whole=LARGE, rung=1), first=50)
     commands = submit(machine, [large])
     assert [each.launch for each in only(commands, TerminateLaunch)] == [second.launch]
@@ -469,7 +464,8 @@ def test_a_task_that_raised_what_is_worth_it_rests_and_runs_again() -> None:
     machine.validate()
     assert machine.handle(FailureJudged("w", task, RAISED, again=True), 1.0) == []
     due = machine.next_deadline()
-    assert due is not None and 1.0 < due < 2.0
+    assert due is not None
+    assert 1.0 < due < 2.0
     assert sent(machine.handle(DeadlinePassed(), due)) == [task]
     assert task.lost == 1
     machine.validate()
@@ -602,9 +598,7 @@ def test_short_tasks_are_sent_ahead_to_holders_only() -> None:
     ),
     st.lists(st.sampled_from(["a", "b", "c"]), unique=True),
 )
-def test_the_best_holder_holds_most(
-    inputs: list[tuple[int, set[str]]], names: list[str]
-) -> None:
+def test_the_best_holder_holds_most(inputs: list[tuple[int, set[str]]], names: list[str]) -> None:
     """Nobody else among those that may have the task holds more; who holds nothing is not it."""
     held = [Held(size, workers) for size, workers in inputs]
     plain = Claim(Resources(1, 1), 0, Resources(1, 1), 1, Resources(1, 1))

@@ -1,0 +1,354 @@
+"""Blobs between the client and workers elsewhere, through a bucket.
+
+An argument is uploaded when the first worker asks where it is, and each worker then downloads it
+from there, so that the client's own line carries it once. It is not where only one worker is there,
+or on its way: that one has it from the client directly, without the detour. The same holds for
+results that the client is to have; the worker that made one holds it until it has arrived, so that
+a bucket that fails costs time and not the result. Results that are kept always go to the bucket, in
+the background: they outlive their worker there, and other workers download them.
+
+Nothing is imported, opened or called before the first blob that is large enough.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from cloudexec._aws.names import object_prefix
+from cloudexec._errors import AwsError, CloudexecError, PayloadError
+from cloudexec._objects.store import Blob
+from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._transfer import PART_BYTES, SignedRequest
+
+if TYPE_CHECKING:
+    from cloudexec._aws.clients import AwsClients
+    from cloudexec._objects.s3 import Bucket
+    from cloudexec._server.driver import Driver
+
+__all__ = ["Depot"]
+
+_logger = logging.getLogger("cloudexec")
+_PATIENCE = 20.0
+"""Seconds for which a request to S3 that fails is tried again: there is another way."""
+_REST = 300.0
+"""Seconds for which nothing is sent through a bucket that has failed."""
+_DELETE_PAUSE = 2.0
+"""Seconds in which objects to be deleted gather."""
+_MOST_UNWANTED = 1000
+_CLOSE = 30.0
+"""Seconds in which everything is to be deleted at the end; fewer, where the bucket has failed."""
+_CLOSE_DOWN = 5.0
+_DIGEST_BYTES = 1024 * 1024
+
+
+class Depot:
+    """What one driver has in its bucket. On its loop thread.
+
+    Args:
+        driver: Whose.
+        name: Of the bucket.
+        region: Of the AWS calls; empty: the SDK's default.
+        threshold: Bytes from which blobs go through the bucket.
+    """
+
+    def __init__(self, driver: Driver, name: str, region: str, threshold: int) -> None:
+        self.name = name
+        self.threshold = threshold
+        self.part_bytes = PART_BYTES
+        self.bytes_uploaded = 0
+        self.bytes_downloaded = 0
+        self._driver = driver
+        self._region = region
+        self._clients: AwsClients | None = None
+        self._bucket: Bucket | None = None
+        self._opening = asyncio.Lock()
+        self._closed = False
+        self._down_until = float("-inf")
+        self._warned_workers = False
+        self._uploads: dict[int, asyncio.Task[bool]] = {}
+        self._stored: set[int] = set()
+        self._unwanted: list[str] = []
+        self._deleting: asyncio.Task[None] | None = None
+
+    def takes(self, size: int) -> bool:
+        """Say whether a blob of this size may go through the bucket now."""
+        return size >= self.threshold and not self._closed and time.monotonic() >= self._down_until
+
+    # What workers ask.
+
+    async def locate(self, session: Any, request: pb.LocateRequest) -> pb.Location:
+        """Tell a worker where it can have a blob from, once it is there."""
+        if request.failed:
+            self._worker_failed(session, request.failed)
+            return pb.Location()
+        blob: Blob | None = session.blob(request.blob)
+        if blob is None or not (blob.stored or await self._put(blob)):
+            return pb.Location()
+        try:
+            bucket = await self._open()
+            signed = await bucket.download_url(str(blob.id), renew=request.refused)
+        except CloudexecError as exc:
+            self._failed(exc)
+            return pb.Location()
+        return pb.Location(request=_signed(signed), sha256=blob.sha256)
+
+    async def take(self, session: Any, request: pb.StoreRequest) -> pb.StoreReply:
+        """Let a worker put a blob of its own into the bucket; see ``StoreRequest``."""
+        number = request.blob
+        if request.failed:
+            self._worker_failed(session, request.failed)
+            session.uploads.pop(number, None)
+            await self._abort(number, request.upload_id)
+            return pb.StoreReply()
+        if not request.sha256:
+            wanted = self.takes(request.size) and (request.kept or not self._is_alone())
+            return pb.StoreReply(accepted=wanted)
+        try:
+            bucket = await self._open()
+            if not request.etags:
+                signed = await bucket.upload_urls(
+                    str(number),
+                    request.size,
+                    request.sha256,
+                    list(request.part_sha256),
+                    upload_id=request.upload_id,
+                    numbers=set(request.parts),
+                    renew=request.refused,
+                )
+                session.uploads[number] = signed.upload_id
+                requests = [_signed(each, part) for part, each in signed.requests.items()]
+                return pb.StoreReply(accepted=True, upload_id=signed.upload_id, requests=requests)
+            await bucket.complete_upload(
+                str(number),
+                request.upload_id,
+                list(request.etags),
+                request.size,
+                list(request.part_sha256),
+            )
+            session.uploads.pop(number, None)
+            self._stored.add(number)
+            if request.kept:
+                self._keep(session, number, request.sha256)
+                return pb.StoreReply(accepted=True)
+            return pb.StoreReply(accepted=await self._receive(session, request))
+        except CloudexecError as exc:
+            self._failed(exc)
+            return pb.StoreReply()
+
+    def _keep(self, session: Any, number: int, sha256: bytes) -> None:
+        blob: Blob | None = session.blob(number)
+        if blob is None:
+            session.stored_ahead[number] = sha256  # the result itself is still to come, or is gone
+        else:
+            blob.stored, blob.sha256 = True, sha256
+
+    async def _receive(self, session: Any, request: pb.StoreRequest) -> bool:
+        """Have a part of a result here, for which its worker waits."""
+        try:
+            blob = self._driver.store.new(request.size)
+            await self._read(str(request.blob), blob, request.sha256)
+        except (PayloadError, OSError):
+            return False  # whoever takes it on the other way says what is wrong
+        except AwsError as exc:
+            if exc.code != "BadDigest":
+                raise
+            _logger.warning("an object is not to be had from the bucket: %s", exc)
+            return False
+        finally:
+            self.forget([request.blob])
+        session.arrived[request.blob] = blob
+        self._driver.bytes_received += blob.size
+        return True
+
+    def session_ended(self, session: Any) -> None:
+        """A worker is gone: what it has begun to upload is given up."""
+        for number, upload_id in session.uploads.items():
+            if upload_id and not self._closed:
+                self._driver.create_task(self._abort(number, upload_id))
+        session.uploads.clear()
+
+    # Up and down.
+
+    async def _put(self, blob: Blob) -> bool:
+        """Have a blob of the client's in the bucket; say whether it is."""
+        if blob.origin is not None or not self.takes(blob.size):
+            return False
+        running = self._uploads.get(blob.id)
+        if running is None:
+            if self._is_alone():
+                return False
+            running = asyncio.get_running_loop().create_task(self._upload(blob))
+            self._uploads[blob.id] = running
+            number = blob.id
+            running.add_done_callback(lambda _: self._uploads.pop(number, None))
+        # Whoever asked may go, and others wait for it too.
+        return await asyncio.shield(running)
+
+    def _is_alone(self) -> bool:
+        return len(self._driver.sessions) + len(self._driver.machine.launches) <= 1
+
+    async def _upload(self, blob: Blob) -> bool:
+        view = blob.view()
+        try:
+            bucket = await self._open()
+            if not blob.sha256:
+                blob.sha256 = await asyncio.to_thread(_digest, view)
+            await bucket.upload(
+                str(blob.id), lambda at, n: view[at : at + n], blob.size, blob.sha256
+            )
+        except CloudexecError as exc:
+            self._failed(exc)
+            return False
+        blob.stored = True
+        self._stored.add(blob.id)
+        self.bytes_uploaded += blob.size
+        return True
+
+    async def download(self, blob: Blob) -> Blob:
+        """Return another blob with the content of one that is in the bucket.
+
+        Raises:
+            AwsError: If it is not to be had.
+            PayloadTooLargeError: If there is no room for it.
+            OSError: If it cannot be written.
+        """
+        content = self._driver.store.new(blob.size)
+        await self._read(str(blob.id), content, blob.sha256)
+        return content
+
+    async def _read(self, name: str, content: Blob, sha256: bytes) -> None:
+        segment, offset = content.segment, content.offset
+        assert segment is not None
+
+        def sink(at: int, data: bytes) -> None:
+            segment.write(data, offset + at)
+
+        bucket = await self._open()
+        await bucket.download(name, sink, content.size, sha256)
+        content.sha256 = sha256
+        self.bytes_downloaded += content.size
+
+    async def _open(self) -> Bucket:
+        async with self._opening:
+            if self._bucket is None:
+                # The SDK takes half a second to be imported.
+                clients_of, bucket_of = await asyncio.to_thread(_import)
+                self._clients = clients_of(self._region or None)
+                prefix = object_prefix(self._driver.executor_id)
+                self._bucket = bucket_of(self._clients, self.name, prefix, patience=_PATIENCE)
+        return self._bucket
+
+    # What goes wrong.
+
+    def _failed(self, error: CloudexecError) -> None:
+        if self._closed or time.monotonic() < self._down_until:
+            return
+        self._down_until = time.monotonic() + _REST
+        _logger.warning(
+            "the bucket %s cannot be used: %s; for %.0f minutes large arguments and results go "
+            "directly between this process and the workers, which is slower where these are many. "
+            "ObjectOptions(bucket=False) does without it",
+            self.name,
+            error,
+            _REST / 60,
+        )
+
+    def lost(self, blob: Blob, error: CloudexecError) -> None:
+        """What was in the bucket cannot be had from there."""
+        blob.stored = False
+        if not self._closed:
+            _logger.warning("an object is not to be had from the bucket: %s", error)
+
+    def _worker_failed(self, session: Any, why: str) -> None:
+        level = logging.DEBUG if self._warned_workers else logging.WARNING
+        self._warned_workers = True
+        _logger.log(
+            level,
+            "%s cannot use the bucket %s: %s; it exchanges large arguments and results with this "
+            "process directly. Said once, whichever workers it happens to",
+            session.worker_id,
+            self.name,
+            why,
+        )
+
+    async def _abort(self, number: int, upload_id: str) -> None:
+        if upload_id and self._bucket is not None:
+            try:
+                await self._bucket.abort_upload(str(number), upload_id)
+            except CloudexecError:
+                pass  # the end of the executor ends it, or the lifecycle rule
+
+    # What nobody needs any more.
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Delete, soon, those of these blobs that are in the bucket."""
+        gone = self._stored.intersection(numbers)
+        if not gone or self._closed:
+            return
+        self._stored -= gone
+        self._unwanted.extend(map(str, gone))
+        if self._deleting is None:
+            self._deleting = asyncio.get_running_loop().create_task(self._delete())
+
+    async def _delete(self) -> None:
+        try:
+            if len(self._unwanted) < _MOST_UNWANTED:
+                await asyncio.sleep(_DELETE_PAUSE)
+            names, self._unwanted = self._unwanted, []
+            await (await self._open()).delete(names)
+        except CloudexecError as exc:
+            _logger.debug("objects are deleted at the end: %s", exc)
+        finally:
+            self._deleting = None
+            if self._unwanted and not self._closed:
+                self._deleting = asyncio.get_running_loop().create_task(self._delete())
+
+    async def close(self) -> None:
+        """Delete everything that this executor has in the bucket; what fails is a warning."""
+        if self._closed:
+            return
+        self._closed = True
+        running: list[asyncio.Task[Any]] = list(self._uploads.values())
+        if self._deleting is not None:
+            running.append(self._deleting)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        try:
+            if self._bucket is not None:
+                down = time.monotonic() < self._down_until
+                await self._bucket.close(_CLOSE_DOWN if down else _CLOSE)
+        except CloudexecError as exc:
+            _logger.warning("%s", exc)
+        finally:
+            if self._clients is not None:
+                await self._clients.close()
+
+
+def _import() -> tuple[type[AwsClients], type[Bucket]]:
+    from cloudexec._aws.clients import AwsClients
+    from cloudexec._objects.s3 import Bucket
+
+    return AwsClients, Bucket
+
+
+def _digest(view: memoryview) -> bytes:
+    found = hashlib.sha256()
+    for at in range(0, len(view), _DIGEST_BYTES):
+        found.update(view[at : at + _DIGEST_BYTES])
+    return found.digest()
+
+
+def _signed(request: SignedRequest, part: int = 0) -> pb.Signed:
+    return pb.Signed(
+        url=request.url,
+        header_names=[name for name, _ in request.headers],
+        header_values=[value for _, value in request.headers],
+        expires_at=request.expires_at,
+        part=part,
+    )
