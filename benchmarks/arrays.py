@@ -86,7 +86,7 @@ def main(options: argparse.Namespace, report: _report.Report) -> None:
         "argument": ("an array of 256 MiB as argument", 256 // scale, None, 3.0),
         "result": ("an array of 256 MiB as result", 256 // scale, None, 3.0),
     }
-    for kind, (what, mib, counts, budget) in cases.items():
+    for kind, (what, mib, _, budget) in cases.items():
 
         def arguments(name: str, kind: str = kind, mib: int = mib) -> dict[str, object]:
             found = cases[kind][2]

@@ -1,7 +1,7 @@
 """How fast do large payloads travel over the wire (TLS), and do small ones wait behind them?
 
-One worker on this machine, connected as one elsewhere would be. Beside it: ProcessPoolExecutor, and a
-bare gRPC stream over TLS of chunks of the same size between two processes, which does nothing else.
+One worker on this machine, connected as one elsewhere would be. Beside it: ProcessPoolExecutor, and
+a bare gRPC stream over TLS, of chunks of the same size between two processes, that does nothing else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _bare_server(size: int, pipe: Any) -> None:
     from cloudexec._server.certificate import make_certificate
     from cloudexec._wire import CHANNEL_OPTIONS, pack_chunk, unpack_chunk
 
-    data = memoryview(bytes(size))
+    data = memoryview(b"x" * size)
 
     async def down(_: bytes, context: Any) -> Any:
         for at in range(0, size, MIB):
@@ -86,7 +86,7 @@ def _measure_bare(direction: str, size: int) -> _fresh.Figures:
         async with grpc.aio.secure_channel(target, credentials, options=options) as channel:
             down = channel.unary_stream("/Bare/Down", response_deserializer=unpack_chunk)
             up = channel.stream_unary("/Bare/Up", request_serializer=pack_chunk)
-            data = memoryview(bytes(size))
+            data = memoryview(b"x" * size)
             for _ in range(_TRANSFERS + 1):
                 begin = time.perf_counter()
                 if direction == "argument":

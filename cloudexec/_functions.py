@@ -15,6 +15,7 @@ import itertools
 import pickle
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType, NoneType
@@ -41,7 +42,7 @@ _NUMBERED_FROM = 1024
 class Function:
     """A callable that workers know by number. Ends when no task and no table holds it."""
 
-    __slots__ = ("_on_end", "fresh", "kind", "number", "pickle", "sha256")
+    __slots__ = ("__weakref__", "_on_end", "fresh", "kind", "number", "pickle", "sha256")
 
     def __init__(
         self, number: int, pickle: Payload, sha256: bytes, on_end: Callable[[int], None]
@@ -189,6 +190,8 @@ class FunctionTable:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._by_content: OrderedDict[bytes, Function] = OrderedDict()
+        # Those with large pieces end with their tasks: the store knows what to keep of these.
+        self._large: weakref.WeakValueDictionary[bytes, Function] = weakref.WeakValueDictionary()
         self._known: OrderedDict[int, tuple[Any, Function, Any, Any]] = OrderedDict()
         self._unstable: dict[CodeType, int] = {}
         self._kinds: dict[Any, Kind] = {}
@@ -287,23 +290,21 @@ class FunctionTable:
         digest.update(pickled if isinstance(pickled, bytes) else pickled.head)
         sha256 = digest.digest()
         with self._lock:
-            function = self._by_content.get(sha256)
+            function = self._by_content.get(sha256) or self._large.get(sha256)
             if function is None:
                 function = Function(next(self._numbers), pickled, sha256, self._on_end)
                 function.fresh = fresh
                 # All functions of one code share what is known of their run time.
                 function.kind = self._kind(fn)
+                if isinstance(pickled, Composed):
+                    self._large[sha256] = function
+                    return function
                 self._by_content[sha256] = function
-                while len(self._by_content) > _KEPT or (
-                    len(self._by_content) > 4 and self._size() > 256 * 1024 * 1024
-                ):
+                if len(self._by_content) > _KEPT:
                     self._by_content.popitem(last=False)
-            else:
+            elif sha256 in self._by_content:
                 self._by_content.move_to_end(sha256)
             return function
-
-    def _size(self) -> int:
-        return sum(len(function.pickle) for function in self._by_content.values())
 
     def _kind(self, fn: Callable[..., Any]) -> Kind:
         code = getattr(getattr(fn, "__func__", fn), "__code__", None)

@@ -609,9 +609,10 @@ def _without_links(exc: BaseException) -> BaseException:
 
 def loads_exception(data: bytes) -> BaseException:
     """Unpickle an exception; its remote traceback is its ``__cause__``."""
-    pickled, text = _loads(data)
     exc: BaseException
+    text = ""
     try:
+        pickled, text = _loads(data)
         loaded = _loads(pickled)
         if not isinstance(loaded, BaseException):
             raise TypeError(f"{type(loaded).__name__} is no exception")
@@ -623,5 +624,5 @@ def loads_exception(data: bytes) -> BaseException:
             f"the task raised an exception that cannot be unpickled here "
             f"({type(why).__name__}: {why}); is its module importable in the client?"
         )
-    exc.__cause__ = RemoteTraceback(text)
+    exc.__cause__ = RemoteTraceback(str(text))
     return exc

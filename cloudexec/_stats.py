@@ -75,7 +75,8 @@ class ExecutorStats:
     tasks: TaskCounts = field(default_factory=TaskCounts)
     workers: WorkerCounts = field(default_factory=WorkerCounts)
     bytes_sent: int = 0
-    """Payload bytes of callables and arguments."""
+    """Payload bytes of callables and arguments, before compression, that went to workers directly:
+    not through a bucket."""
     bytes_received: int = 0
     """Payload bytes of large results and of output."""
     bytes_uploaded: int = 0
@@ -90,6 +91,8 @@ class ExecutorStats:
     """Attempts that raised what ``retry_on`` names, and were run again."""
     duplicates: int = 0
     """Results that came too late, and were dropped."""
+    refused: int = 0
+    """Peers that were turned away, and messages that were: strangers, malformed or impostors'."""
     sizes: tuple[SizeCounts, ...] = ()
     """The same by size of worker, those of which there is none and that nobody waits for left out;
     the launcher's own first."""
@@ -153,6 +156,7 @@ class ExecutorStats:
             retries=counts["retries"],
             retried_errors=counts["retried_errors"],
             duplicates=counts["duplicates"],
+            refused=sum(driver.refusals.values()),
             sizes=tuple(
                 SizeCounts(
                     size=driver.size_name(rung),

@@ -10,6 +10,7 @@ __all__ = [
     "BLOB_KEY",
     "CHANNEL_OPTIONS",
     "DELIVERY_TRIES",
+    "GO_ON_KEY",
     "LEASE_KEY",
     "MAX_MESSAGE_BYTES",
     "SIZE_KEY",
@@ -24,8 +25,10 @@ TOKEN_KEY = "cloudexec-token-bin"
 BLOB_KEY = "cloudexec-blob"
 SIZE_KEY = "cloudexec-size"
 LEASE_KEY = "cloudexec-lease"
+GO_ON_KEY = "cloudexec-go-on"
+"""In the initial metadata of the answer to a Deliver call: there is room for it."""
 DELIVERY_TRIES = 3
-"""Times that a part of a result is sent which arrives damaged."""
+"""Times that a part of a result is sent which does not arrive as it should."""
 
 # Liveness is HTTP/2 pings: gRPC's own threads answer them, so that a client whose main thread
 # holds the GIL for minutes is alive to its workers.

@@ -54,12 +54,15 @@ class ObjectOptions:
     """Bytes of blobs in each worker's memory; what is more goes to its disk. ``None``: a quarter
     of what it has."""
     bucket: str | bool | None = None
-    """S3 bucket for blobs between this machine and workers elsewhere: each is uploaded once,
-    however many workers download it. ``None``: the profile's; ``False``: none."""
+    """S3 bucket for large blobs between this machine and workers elsewhere: an argument is uploaded
+    once, however many workers download it; results come back the same way, and kept ones outlive
+    their worker there. Where only one worker is there, or S3 fails, they go directly. ``None``: the
+    profile's; ``False``: none. Workers need no rights of their own. All is deleted at the end."""
     bucket_threshold: int | str = "8MiB"
     """Bytes from which a blob goes through the bucket."""
     compression: bool = True
-    """Whether what goes to workers elsewhere may be compressed, where that is faster."""
+    """Whether what goes to and from workers elsewhere directly may be compressed: done where the
+    link is measured to be slow (below 50 MB/s) and a sample shrinks."""
 
     def __post_init__(self) -> None:
         for name in ("memory", "disk", "cache", "worker_memory", "bucket_threshold"):

@@ -59,12 +59,20 @@ class Ref(Generic[T]):
         """Bytes that the value has when it is pickled."""
         return len(self._payload)
 
-    def __reduce__(self) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # With its value: whoever unpickles it need not know this executor.
         keeper = self._keeper
         if keeper is None:
-            return _remade, (self._load(),)
+            return _remade, (self._load(), len(self))
         head, numbers, views = keeper.parts_of(self._payload)
-        return _came, (head, numbers, len(self), *map(pickle.PickleBuffer, views))
+        hand_over: Any = pickle.PickleBuffer if protocol >= 5 else bytes
+        return _came, (head, numbers, len(self), *map(hand_over, views))
+
+    def __copy__(self) -> Ref[T]:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Ref[T]:
+        return self
 
     def __len__(self) -> int:
         return len(self._payload)
@@ -93,9 +101,9 @@ def _came(head: bytes, numbers: bytes | None, size: int, *buffers: Any) -> Ref[A
     return ref
 
 
-def _remade(value: Any) -> Ref[Any]:
+def _remade(value: Any, size: int = 0) -> Ref[Any]:
     """Make a handle of a value that was loaded already."""
-    ref: Ref[Any] = Ref(_Size(0), None)  # type: ignore[arg-type]
+    ref: Ref[Any] = Ref(_Size(size), None)  # type: ignore[arg-type]
     ref._value = [value]
     return ref
 

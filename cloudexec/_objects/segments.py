@@ -18,6 +18,8 @@ import weakref
 from collections.abc import Sequence
 
 __all__ = [
+    "copy_into",
+    "large_pages",
     "BLOCK_BYTES",
     "NAMED",
     "PROC",
@@ -286,6 +288,28 @@ def _on_disk(fd: int) -> bool:
 
 
 _memory_device = -1  # that all anonymous files in memory are on, once it is known
+
+
+def large_pages(size: int) -> mmap.mmap:
+    """Return memory of this process alone, in pages that are large where the system has such."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # the system has none
+    return memory
+
+
+def copy_into(target: mmap.mmap, at: int, data: bytes | memoryview) -> None:
+    """Copy bytes into memory, without the GIL."""
+    if at + len(data) > len(target):
+        raise ValueError("more bytes than there is room for")
+    _libc.memcpy(
+        ctypes.c_void_p(address_of(memoryview(target)) + at),
+        ctypes.c_void_p(address_of(data)),
+        ctypes.c_size_t(len(data)),
+    )
 
 
 class _Buffer(ctypes.Structure):

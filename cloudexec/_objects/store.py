@@ -18,7 +18,14 @@ from typing import Any
 from cloudexec._errors import PayloadTooLargeError
 from cloudexec._objects.options import Limits
 from cloudexec._objects.places import Place
-from cloudexec._objects.segments import Arena, Segment, map_private, same_bytes
+from cloudexec._objects.segments import (
+    Arena,
+    Segment,
+    copy_into,
+    large_pages,
+    map_private,
+    same_bytes,
+)
 
 __all__ = ["BLOB_BYTES", "MAPPED_BYTES", "Blob", "BlobStore", "Limits"]
 
@@ -49,12 +56,14 @@ class Blob:
         lost: Whether that worker is gone, and it with it.
         stored: Whether it is in the bucket, too or instead.
         sha256: Digest, once it was needed.
+        crc32: Checksum, once it was needed.
     """
 
     __slots__ = (
         "__weakref__",
         "_store",
         "content",
+        "crc32",
         "id",
         "lost",
         "mappable",
@@ -71,7 +80,7 @@ class Blob:
     def __init__(self, number: int, size: int, store: BlobStore) -> None:
         self.id = number
         self.size = size
-        self.content: bytes | bytearray | memoryview | None = None
+        self.content: Any = None
         self.segment: Segment | None = None
         self.offset = 0
         self.mappable = False
@@ -81,6 +90,7 @@ class Blob:
         self.lost = False
         self.stored = False
         self.sha256 = b""
+        self.crc32: int | None = None
         self._store = store
 
     def view(self) -> memoryview:
@@ -112,6 +122,17 @@ class Blob:
             at += len(target)
 
         return fill
+
+    def write(self, data: bytes | memoryview, at: int) -> None:
+        """Write part of the content of a new blob, for which there is room.
+
+        Raises:
+            OSError: If there is none after all.
+        """
+        if self.segment is not None:
+            self.segment.write(data, self.offset + at)
+        else:
+            copy_into(self.content, at, data)
 
     def __del__(self) -> None:
         self._store._ended(self)
@@ -357,6 +378,12 @@ class BlobStore:
         size = blob.size
         with self._lock:
             why = self._reserve(size)
+        if not why and not self.shared and size >= MAPPED_BYTES:
+            # Nobody opens it: in large pages, it is written several times faster than a file.
+            blob.content = large_pages(size)
+            if view is not None:
+                copy_into(blob.content, 0, view)
+            return
         if not why:
             try:
                 self._settle(blob, *self._write(size, view, in_memory=True))

@@ -1,12 +1,12 @@
-"""Blobs between client and worker: chunks to and from files, checked by digest."""
+"""Blobs between client and worker: chunks to and from files, and a checksum of the whole."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -36,7 +36,7 @@ class Incoming:
         """Bytes that have come."""
         self.complete = False
         self._blob = blob
-        self._digest = hashlib.sha256()
+        self._crc32 = 0
         self._writing: asyncio.Future[None] | None = None
 
     async def take(self, chunk: memoryview | Chunk) -> None:
@@ -47,8 +47,8 @@ class Incoming:
             OSError: If there is no room for it.
         """
         if isinstance(chunk, Chunk):
-            if chunk.sha256:
-                await self._finish(chunk.sha256)
+            if chunk.HasField("crc32"):
+                await self._finish(chunk.crc32)
                 return
             data: bytes | memoryview = chunk.data
             if chunk.deflated:
@@ -60,38 +60,42 @@ class Incoming:
             raise PayloadError(f"more than the announced {blob.size} bytes arrived")
         await self.settle()
         # In a thread: the next chunk arrives meanwhile, and control messages pass.
-        writing = asyncio.to_thread(self._write, data, blob.offset + self.at)
+        writing = asyncio.to_thread(self._write, data, self.at)
         self._writing = asyncio.ensure_future(writing)
         self.at += len(data)
 
-    def _write(self, data: bytes | memoryview, where: int) -> None:
-        segment = self._blob.segment
-        assert segment is not None
-        segment.write(data, where)
-        self._digest.update(data)
+    def _write(self, data: bytes | memoryview, at: int) -> None:
+        self._blob.write(data, at)
+        self._crc32 = zlib.crc32(data, self._crc32)
 
     async def settle(self) -> None:
         """Wait until what has come is written; the errors are those of ``take``."""
         writing, self._writing = self._writing, None
         if writing is not None:
-            await writing
+            try:
+                await writing
+            finally:
+                del writing  # what it raises refers to this call
 
-    async def _finish(self, sha256: bytes) -> None:
+    async def _finish(self, crc32: int) -> None:
         await self.settle()
         blob = self._blob
-        if self.at != blob.size or self._digest.digest() != sha256:
+        if self.at != blob.size or self._crc32 != crc32:
             raise PayloadError(
-                f"{blob.size} bytes arrived other than they were sent (their SHA-256 differs): "
+                f"{blob.size} bytes arrived other than they were sent (their CRC-32 differs): "
                 f"is the network, or the memory of a machine, faulty?"
             )
-        blob.sha256 = sha256
+        blob.crc32 = crc32
         self.complete = True
 
 
 def _inflate(data: bytes) -> bytes:
     inflater = zlib.decompressobj()
     # A chunk is small whatever it claims to hold.
-    inflated = inflater.decompress(data, CHUNK_BYTES)
+    try:
+        inflated = inflater.decompress(data, CHUNK_BYTES)
+    except zlib.error as exc:
+        raise PayloadError(f"a compressed chunk is damaged: {exc}") from None
     if inflater.unconsumed_tail:
         raise PayloadError("a compressed chunk holds more than a chunk may")
     return inflated
@@ -102,7 +106,7 @@ async def fetch_into(blob: Blob, chunks: Callable[[int], AsyncIterator[Any]]) ->
 
     Args:
         blob: In whose file there is room for it.
-        chunks: From an offset to the chunks from there on; the last one is the digest of it all.
+        chunks: From an offset to the chunks from there on; the last one is the checksum of it all.
 
     Raises:
         PayloadError: If it arrived other than it was sent.
@@ -128,7 +132,7 @@ async def fetch_into(blob: Blob, chunks: Callable[[int], AsyncIterator[Any]]) ->
 async def stream_file(
     fd: int, offset: int, size: int, write: Callable[[Any], Awaitable[Any]], link: Link
 ) -> None:
-    """Send part of a file, and its digest behind it.
+    """Send part of a file, and its checksum behind it.
 
     Args:
         fd: The file.
@@ -145,18 +149,19 @@ async def stream_file(
     def read(at: int, length: int) -> bytes:
         return os.pread(fd, length, offset + at)
 
-    async for _, chunk in _chunks(read, size, 0, link):
-        link.begin()
-        try:
-            await write(chunk)
-        finally:
-            link.end(chunk)
+    async with aclosing(_chunks(read, size, 0, link)) as chunks:
+        async for _, chunk in chunks:
+            link.begin()
+            try:
+                await write(chunk)
+            finally:
+                link.end(chunk)
 
 
 async def stream_view(
     blob: Blob, offset: int, link: Link, sent: Callable[[int], object]
-) -> AsyncIterator[Any]:
-    """Yield the chunks of a blob from an offset on, and the digest of it all behind them.
+) -> AsyncGenerator[Any, None]:
+    """Yield the chunks of a blob from an offset on, and the checksum of it all behind them.
 
     Args:
         blob: Which.
@@ -165,15 +170,15 @@ async def stream_view(
         sent: Told of bytes of content.
     """
     view = blob.view()
-    async for size, chunk in _chunks(
-        lambda at, length: view[at : at + length], blob.size, offset, link, blob
-    ):
-        sent(size)
-        link.begin()
-        try:
-            yield chunk
-        finally:
-            link.end(chunk)
+    work = _chunks(lambda at, length: view[at : at + length], blob.size, offset, link, blob)
+    async with aclosing(work) as chunks:
+        async for size, chunk in chunks:
+            sent(size)
+            link.begin()
+            try:
+                yield chunk
+            finally:
+                link.end(chunk)
 
 
 async def _chunks(
@@ -182,16 +187,16 @@ async def _chunks(
     offset: int,
     link: Link,
     blob: Blob | None = None,
-) -> AsyncIterator[tuple[int, Any]]:
-    """Cut into chunks, each with its bytes of content; the digest being taken meanwhile, unless it
-    is known."""
-    known = b"" if blob is None else blob.sha256
-    digest = hashlib.sha256()
+) -> AsyncGenerator[tuple[int, Any], None]:
+    """Cut into chunks, each with its bytes of content, and then the checksum of it all."""
+    known = None if blob is None else blob.crc32
+    crc32 = 0
 
     def piece(at: int) -> bytes | memoryview:
+        nonlocal crc32
         data = read(at, min(CHUNK_BYTES, size - at))
-        if not known:
-            digest.update(data)
+        if known is None:
+            crc32 = zlib.crc32(data, crc32)
         return data
 
     def packed(at: int) -> tuple[int, Any]:
@@ -199,7 +204,7 @@ async def _chunks(
         return len(data), link.pack(data)
 
     at = 0
-    while at < offset and not known:  # what the other side has belongs to the digest
+    while at < offset and known is None:  # what the other side has belongs to it
         at += len(await asyncio.to_thread(piece, at))
     at = offset
     following = asyncio.ensure_future(asyncio.to_thread(packed, at)) if at < size else None
@@ -212,10 +217,10 @@ async def _chunks(
                 following = asyncio.ensure_future(asyncio.to_thread(packed, at))
             yield length, chunk
     finally:
-        if following is not None:
-            await asyncio.wait([following])
-    if not known:
-        known = digest.digest()
+        if following is not None:  # nobody wants it, nor what may be wrong with it
+            await asyncio.gather(following, return_exceptions=True)
+    if known is None:
+        known = crc32
         if blob is not None:
-            blob.sha256 = known
-    yield 0, Chunk(sha256=known)
+            blob.crc32 = known
+    yield 0, Chunk(crc32=known)

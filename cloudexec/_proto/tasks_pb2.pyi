@@ -853,25 +853,29 @@ class Chunk(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DATA_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
     DEFLATED_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    sha256: _builtins.bytes
-    """The last one: of the whole, data is empty."""
+    crc32: _builtins.int
+    """The last one, whose data is empty: the CRC-32 of the whole, to tell that what came is what was
+    sent. That nobody changed it on the way is TLS's to see.
+    """
     deflated: _builtins.bool
     """The data is compressed with zlib."""
     def __init__(
         self,
         *,
         data: _builtins.bytes = ...,
-        sha256: _builtins.bytes = ...,
+        crc32: _builtins.int | None = ...,
         deflated: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "crc32", b"crc32"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "deflated", b"deflated", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "crc32", b"crc32", "data", b"data", "deflated", b"deflated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__crc32: _TypeAlias = _typing.Literal["crc32"]  # noqa: Y015
+    _WhichOneofArgType__crc32: _TypeAlias = _typing.Literal["_crc32", b"_crc32"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__crc32) -> _WhichOneofReturnType__crc32 | None: ...
 
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
 
@@ -1001,6 +1005,7 @@ class StoreRequest(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     ETAGS_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     blob: _builtins.int
     size: _builtins.int
     kept: _builtins.bool
@@ -1012,6 +1017,8 @@ class StoreRequest(_message.Message):
     refused: _builtins.bool
     failed: _builtins.str
     """It could not be sent, and why."""
+    lease: _builtins.int
+    """Of the task whose result it is, unless it is kept."""
     @_builtins.property
     def part_sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     @_builtins.property
@@ -1033,10 +1040,11 @@ class StoreRequest(_message.Message):
         refused: _builtins.bool = ...,
         etags: _abc.Iterable[_builtins.str] | None = ...,
         failed: _builtins.str = ...,
+        lease: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "etags", b"etags", "failed", b"failed", "kept", b"kept", "part_sha256", b"part_sha256", "parts", b"parts", "refused", b"refused", "sha256", b"sha256", "size", b"size", "upload_id", b"upload_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "etags", b"etags", "failed", b"failed", "kept", b"kept", "lease", b"lease", "part_sha256", b"part_sha256", "parts", b"parts", "refused", b"refused", "sha256", b"sha256", "size", b"size", "upload_id", b"upload_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

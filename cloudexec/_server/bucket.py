@@ -106,8 +106,8 @@ class Depot:
             await self._abort(number, request.upload_id)
             return pb.StoreReply()
         if not request.sha256:
-            wanted = self.takes(request.size) and (request.kept or not self._is_alone())
-            return pb.StoreReply(accepted=wanted)
+            wanted = request.kept or (self._expects(session, request) and not self._is_alone())
+            return pb.StoreReply(accepted=wanted and self.takes(request.size))
         try:
             bucket = await self._open()
             if not request.etags:
@@ -149,8 +149,11 @@ class Depot:
 
     async def _receive(self, session: Any, request: pb.StoreRequest) -> bool:
         """Have a part of a result here, for which its worker waits."""
+        if not self._expects(session, request):
+            self.forget([request.blob])
+            return False
         try:
-            blob = self._driver.store.new(request.size)
+            blob = await asyncio.to_thread(self._driver.store.new, request.size)
             await self._read(str(request.blob), blob, request.sha256)
         except (PayloadError, OSError):
             return False  # whoever takes it on the other way says what is wrong
@@ -161,9 +164,14 @@ class Depot:
             return False
         finally:
             self.forget([request.blob])
-        session.arrived[request.blob] = blob
         self._driver.bytes_received += blob.size
+        if self._expects(session, request):
+            session.arrived[request.blob] = blob
+            session.parts.setdefault(request.lease, []).append(request.blob)
         return True
+
+    def _expects(self, session: Any, request: pb.StoreRequest) -> bool:
+        return self._driver.expects(session.token, request.lease)
 
     def session_ended(self, session: Any) -> None:
         """A worker is gone: what it has begun to upload is given up."""
@@ -217,16 +225,13 @@ class Depot:
             PayloadTooLargeError: If there is no room for it.
             OSError: If it cannot be written.
         """
-        content = self._driver.store.new(blob.size)
+        content = await asyncio.to_thread(self._driver.store.new, blob.size)
         await self._read(str(blob.id), content, blob.sha256)
         return content
 
     async def _read(self, name: str, content: Blob, sha256: bytes) -> None:
-        segment, offset = content.segment, content.offset
-        assert segment is not None
-
         def sink(at: int, data: bytes) -> None:
-            segment.write(data, offset + at)
+            content.write(data, at)
 
         bucket = await self._open()
         await bucket.download(name, sink, content.size, sha256)

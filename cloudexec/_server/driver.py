@@ -7,6 +7,7 @@ import contextlib
 import copy
 import itertools
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -76,6 +77,8 @@ _MOST_TIMES = 50_000
 """Launches whose times are kept; the oldest are forgotten."""
 _LINGER_TIMES = 8
 """How often a launcher's wait for more launches is prolonged while they still come in."""
+_REFUSALS_PAUSE = 30.0
+"""Seconds in which peers that are turned away for the same reason are mentioned once."""
 _EXPLAIN_AFTER = 20.0
 """Seconds that work may wait for its first worker before we say why."""
 _MOST_STALL = 2.0
@@ -177,8 +180,9 @@ class Driver:
         self._tokens: dict[bytes, Any] = {}
         self.bytes_sent = 0
         self.bytes_received = 0
-        self.refusals = 0
-        self._refused_at = float("-inf")
+        self.refusals: Counter[str] = Counter()
+        """Of peers and of what they sent, by kind."""
+        self._refused_at: dict[str, float] = {}
         self._launcher = launcher
         self._woken = False
         self._now = 0.0
@@ -843,9 +847,9 @@ class Driver:
         """So many bytes of content have gone to a worker."""
         self.bytes_sent += size
 
-    def transfer_failed(self, session: Any, error: BaseException) -> None:
+    def transfer_failed(self, session: Any, why: str) -> None:
         """A part of a result has arrived damaged: say so; it is sent again."""
-        _logger.warning("a part of a result from %s: %s", session.worker_id, error)
+        _logger.warning("a part of a result from %s: %s", session.worker_id, why)
 
     def expects(self, token: bytes, lease: int) -> bool:
         """Say whether a worker has a lease, so that a result of it is waited for."""
@@ -857,15 +861,31 @@ class Driver:
         if self.expects(token, lease):
             self.session_of(token).delivered[lease] = delivered
 
-    def refused(self, what: str) -> None:
-        """A peer failed to enrol: said once a second at most, however many they are."""
+    def refused(self, kind: str, what: str) -> None:
+        """A peer, or what it sent, was turned away.
+
+        Counted, and said at the first of each kind and now and then of those that follow, however
+        many they are.
+
+        Args:
+            kind: Of what it did; one of a few.
+            what: What happened, with nothing in it that a peer may choose at will.
+        """
         if self._closing or self.machine.finished:
             return  # it came too late, that is all
-        self.refusals += 1
+        self.refusals[kind] += 1
         now = time.monotonic()
-        if now - self._refused_at > 1.0:
-            self._refused_at = now
-            _logger.warning("connection refused (%d so far): %s", self.refusals, what)
+        if now - self._refused_at.get(kind, -math.inf) > _REFUSALS_PAUSE:
+            self._refused_at[kind] = now
+            # A worker that was given up, and does not know it yet, is nothing to warn of.
+            late = kind == "no session" and bool(self.machine.counts["workers_connected"])
+            _logger.log(
+                logging.DEBUG if late else logging.WARNING,
+                "connection refused (%s, %d so far): %s",
+                kind,
+                self.refusals[kind],
+                what,
+            )
 
     def draining(self, session: Any) -> None:
         """A worker takes nothing new: unless we told it to, its platform did."""
@@ -1164,9 +1184,8 @@ def _error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
 
 
 def _outgrew(worker: str, task: Task, detail: Any) -> WorkerLostError:
-    assert task.terms is not None
-    limit = task.terms.options.memory_bytes or 0
-    taken = int(detail.message or 0)
+    limit = 0 if task.terms is None else task.terms.options.memory_bytes or 0
+    taken = int(detail.message) if detail.message.isdecimal() else 0
     return WorkerLostError(
         f"{_who(task)} took more memory than it had asked for, and was killed on {worker}: "
         f"{format_bytes(taken)}, of {format_bytes(limit)} (memory={format_bytes(limit)!r}); give "

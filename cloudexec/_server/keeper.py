@@ -239,6 +239,9 @@ class Keeper:
         self._adopt(blob, other)
 
     def _adopt(self, blob: Blob, other: Blob) -> None:
+        keeping = self._driver.sessions.get(blob.origin or "")
+        if keeping is not None:
+            keeping.release([blob])  # it need not wait with its end for this one
         self._driver.store.adopt(blob, other)
         for session in self._driver.sessions.values():
             session.moved(blob.id)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import secrets
 import time
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError, Message
 
 from cloudexec import _enrolment, _payload
 from cloudexec._core import events
@@ -27,11 +30,13 @@ from cloudexec._payload import CHUNK_BYTES, Composed
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server.direct import Delivered
 from cloudexec._server.driver import Driver
+from cloudexec._server.gate import Gate
 from cloudexec._server.splicing import Spliced
 from cloudexec._wire import (
     BLOB_KEY,
     CHANNEL_OPTIONS,
     DELIVERY_TRIES,
+    GO_ON_KEY,
     LEASE_KEY,
     SIZE_KEY,
     TOKEN_KEY,
@@ -41,10 +46,22 @@ from cloudexec._wire import (
 
 __all__ = ["start_server"]
 
+_logger = logging.getLogger("cloudexec")
 _ENROLMENT_TIMEOUT = 10.0
 """Seconds in which a peer must have proved who it is."""
 _UNPROVEN_PEERS = 256
-"""Peers that may be in the middle of enrolment at once; more are turned away."""
+"""Peers that may be in the middle of enrolment at once; see ``Gate`` for who has to go then."""
+_HELLO_BYTES = 16 * 1024
+"""Largest message of a peer that has not proved yet who it is. Nothing larger is parsed: a few
+megabytes of empty fields would take up hundreds of megabytes as objects."""
+_MOST_SLOTS = 65_536
+_MOST_OUTPUT = 256 * 1024 * 1024
+"""Bytes of output that a worker may have sent and we not shown; it is to stop long before."""
+_OUTPUT_ENTRY = 128
+"""Bytes that a piece of output counts beside its own: there may be many empty ones."""
+_LARGEST_BLOB = 1 << 48
+_LONGEST = 1e9
+"""Seconds that the tasks of one message may be said to have run."""
 _BATCH_TASKS = 2048
 _BATCH_BYTES = 512 * 1024
 _OWN_BLOBS = 1 << 40
@@ -90,6 +107,7 @@ class _Session:
         self._want: list[int] = []
         self.slot_groups: list[int] = []
         self.printed: set[int] = set()  # leases whose task has printed
+        self._unshown = 0  # bytes of output that came and were not shown yet
         self.reclaimed = False  # its platform told it to end
         self._driver = driver
         self._context = context
@@ -161,6 +179,7 @@ class _Session:
 
         def credit() -> None:
             self._credit += size
+            self._unshown -= size + _OUTPUT_ENTRY
             if self._credit > 65536 or not self._closed:
                 self._wanted.set()
 
@@ -382,7 +401,11 @@ class _Session:
             for output in message.output:
                 driver.bytes_received += len(output.data)
                 if driver.output is not None:
-                    self.printed.add(output.lease)
+                    if driver.expects(self.token, output.lease):
+                        self.printed.add(output.lease)
+                    self._unshown += len(output.data) + _OUTPUT_ENTRY
+                    if self._unshown > _MOST_OUTPUT:
+                        raise ValueError("more output than it may send ahead")
                     driver.output.put(
                         worker,
                         output.number,
@@ -392,7 +415,8 @@ class _Session:
                         driver.name_of(worker, output.lease),
                     )
         if message.slot_groups:
-            self.slot_groups = list(message.slot_groups)
+            # They are to be killed one day: 0 and 1 mean others than a group of theirs.
+            self.slot_groups = [each for each in message.slot_groups if 1 < each < 1 << 31]
         if message.ready:
             driver.feed(events.WorkerReady(worker))
             heard = False
@@ -406,6 +430,8 @@ class _Session:
             seconds = list(columns.seconds)
             if not len(leases) == len(results) == len(seconds):
                 raise ValueError("columns of different length")
+            if seconds and not (min(seconds) >= 0.0 and sum(seconds) < _LONGEST):
+                raise ValueError("run times that are none")
             for index in columns.direct:
                 lease = leases[index]
                 missing = Delivered(None, PayloadError("the result announced never arrived"))
@@ -426,6 +452,7 @@ class _Session:
             failures = []
             for failure in message.failures:
                 self._end_lease(failure.lease)
+                self.printed.discard(failure.lease)
                 kind = _KINDS.get(failure.kind, FailureKind.SLOT_LOST)
                 lost = events.Failure(kind, failure, failure.out_of_memory)
                 failures.append((failure.lease, lost))
@@ -489,6 +516,8 @@ class _Session:
         """Note a part of a result that stays on the worker."""
         if not self.owns(described.id):
             raise ValueError(f"{described.id} is not its own to give to a blob")
+        if described.size > _LARGEST_BLOB:
+            raise ValueError(f"{described.size} is no size of a blob")
         place = None
         if described.path and self._driver.direct_path:
             place = self._place_of(described)
@@ -555,25 +584,62 @@ class _Session:
                     pass  # it is looked for once more
 
 
+def _lenient(kind: type[Message]) -> Callable[[bytes], Message | None]:
+    """Return what parses a request; what is none becomes ``None``."""
+
+    def parse(data: bytes) -> Message | None:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            return None
+
+    return parse
+
+
+class _Methods(grpc.GenericRpcHandler):
+    """Finds the handler of a call, before anything of its request is read."""
+
+    def __init__(self, driver: Driver, handlers: grpc.GenericRpcHandler) -> None:
+        self._driver = driver
+        self._handlers = handlers
+        self._stranger: Any = grpc.stream_stream_rpc_method_handler(self._turn_away)
+
+    def service(self, details: Any) -> Any:
+        handler = self._handlers.service(details)
+        if handler is None:
+            self._driver.refused("unknown method", "a peer called a method that there is none of")
+            return None
+        if details.method.endswith("/Session"):
+            return handler
+        # Of a call without the token of a session not even its first message is taken.
+        token = dict(details.invocation_metadata or ()).get(TOKEN_KEY)
+        known = isinstance(token, bytes) and self._driver.session_of(token) is not None
+        return handler if known else self._stranger
+
+    async def _turn_away(self, _: Any, context: Any) -> None:
+        self._driver.refused("no session", f"{context.peer()} has no session, or has it no more")
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
+
+
 class _Servicer:
     """The methods of the service."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._unproven = 0
+        self._gate = Gate(_UNPROVEN_PEERS)
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        return grpc.method_handlers_generic_handler(
+        handlers = grpc.method_handlers_generic_handler(
             "cloudexec.v1.TaskServer",
             {
                 "Session": grpc.stream_stream_rpc_method_handler(
                     self.Session,
-                    request_deserializer=pb.WorkerMessage.FromString,
+                    # Parsed here: how much may be said depends on who says it.
                     response_serializer=pb.ServerMessage.SerializeToString,
                 ),
                 "Fetch": grpc.unary_stream_rpc_method_handler(
                     self.Fetch,
-                    request_deserializer=pb.FetchRequest.FromString,
+                    request_deserializer=_lenient(pb.FetchRequest),
                     response_serializer=pack_chunk,
                 ),
                 "Deliver": grpc.stream_unary_rpc_method_handler(
@@ -583,32 +649,39 @@ class _Servicer:
                 ),
                 "Locate": grpc.unary_unary_rpc_method_handler(
                     self.Locate,
-                    request_deserializer=pb.LocateRequest.FromString,
+                    request_deserializer=_lenient(pb.LocateRequest),
                     response_serializer=pb.Location.SerializeToString,
                 ),
                 "Store": grpc.unary_unary_rpc_method_handler(
                     self.Store,
-                    request_deserializer=pb.StoreRequest.FromString,
+                    request_deserializer=_lenient(pb.StoreRequest),
                     response_serializer=pb.StoreReply.SerializeToString,
                 ),
             },
         )
+        return _Methods(self._driver, handlers)
 
     async def Session(self, _: Any, context: Any) -> None:
         """Enrol a worker, then exchange messages with it until either side ends."""
-        if self._unproven >= _UNPROVEN_PEERS:
+        driver, peer = self._driver, context.peer()
+        guest = self._gate.enter(peer)
+        if guest is None:
+            driver.refused("too many at once", f"{peer} is one of too many that come at once")
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many peers at once")
-        self._unproven += 1
+            return
         try:
-            async with asyncio.timeout(_ENROLMENT_TIMEOUT):
+            async with asyncio.timeout(_ENROLMENT_TIMEOUT) as guest.timeout:
                 session = await self._enrol(context)
         except TimeoutError:
+            if guest.evicted:
+                driver.refused("too many at once", f"{peer} took its time, and others wait")
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many peers at once")
+            driver.refused("too slow", f"{peer} did not say in time who it is")
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "enrolment took too long")
         finally:
-            self._unproven -= 1
+            self._gate.leave(guest)
         if session is None:
             return
-        driver = self._driver
         reading = asyncio.current_task()
         assert reading is not None
         sending = driver.portal.loop.create_task(session.send())
@@ -617,16 +690,21 @@ class _Servicer:
         reason = "it closed its connection"
         try:
             while True:
-                message = await context.read()
-                if message is grpc.aio.EOF:
+                data = await context.read()
+                if data is grpc.aio.EOF:
                     break
+                message = pb.WorkerMessage.FromString(data)
                 if message.HasField("results") and message.results.blobs:
                     await session.spill(message)
                 session.take(message)
         except asyncio.CancelledError:
             reason = "its connection was cut"
-        except (ValueError, IndexError) as exc:
+        except (ValueError, IndexError, DecodeError) as exc:
             reason = f"it sent a malformed message: {exc}"
+            driver.refused("malformed message", f"{session.worker_id} is cut off: {reason}")
+        except Exception as exc:
+            reason = f"what it sent could not be taken ({type(exc).__name__}: {exc})"
+            _logger.exception("internal error with a message from %s", session.worker_id)
         finally:
             session.close()
             sending.cancel()
@@ -635,35 +713,44 @@ class _Servicer:
     async def _enrol(self, context: Any) -> _Session | None:
         driver = self._driver
         heard_at = time.monotonic()
-        message = await context.read()
-        if message is grpc.aio.EOF or not message.HasField("hello"):
+        message = await self._hear(context)
+        if message is None or not message.HasField("hello"):
+            driver.refused("no hello", f"{context.peer()} said something else than who it is")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "say hello first")
+            return None
         hello = message.hello
         if len(hello.identity) > 1024 or len(hello.nonce) != _enrolment.NONCE_BYTES:
+            driver.refused("malformed hello", f"{context.peer()} sent a malformed hello")
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "malformed hello")
         nonce = _enrolment.make_nonce()
         key = driver.key_of(hello.identity)
         parts = (driver.executor_id, hello.identity, hello.nonce, nonce)
         mac = _enrolment.proof(key, "server", *parts)
         await context.write(pb.ServerMessage(challenge=pb.Challenge(nonce=nonce, mac=mac)))
-        message = await context.read()
+        message = await self._hear(context)
         expected = _enrolment.proof(key, "worker", *parts)
         if (
-            message is grpc.aio.EOF
+            message is None
             or hello.executor_id != driver.executor_id
             or not _enrolment.proves(message.proof.mac, expected)
         ):
-            driver.refused(f"{context.peer()} could not prove that it knows the key")
+            who = f"{context.peer()} could not prove that it knows the key"
+            driver.refused("no proof", who)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "proof refused")
         mismatch = _enrolment.versions_mismatch(
             wire=hello.wire_version, python=hello.python_version, pickle=hello.cloudpickle_version
         )
+        if not 0 < hello.slots <= _MOST_SLOTS:
+            mismatch = f"a worker cannot have {hello.slots} slots"
         driver.returning(hello.identity, hello.attempt)
-        refusal = driver.admit(hello.identity) or mismatch
+        unwanted = driver.admit(hello.identity)
+        refusal = unwanted or mismatch
         if refusal is not None:
             await context.write(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
-            if mismatch is not None:
-                driver.feed(events.LaunchFailed(hello.identity, mismatch, fatal=True))
+            if unwanted is None:
+                driver.feed(events.LaunchFailed(hello.identity, refusal, fatal=True))
+            else:
+                driver.refused("not expected", f"{context.peer()} knows the key, but {unwanted}")
             return None
         session = _Session(driver, hello.identity, hello.attempt, hello.pid, context)
         setup = driver.setup
@@ -699,20 +786,30 @@ class _Servicer:
         # Nothing is awaited between the check above and here but that write: check once more.
         if driver.admit(hello.identity) is not None:
             return None
-        pull = hello.pull_seconds or None
-        arrival = Arrival(hello.job_id[:256], hello.attempt, hello.boot_seconds, pull)
+        pull, boot = _seconds(hello.pull_seconds) or None, _seconds(hello.boot_seconds)
+        arrival = Arrival(hello.job_id[:256], hello.attempt, boot, pull)
         driver.connected(session, hello.slots, arrival, time.monotonic() - heard_at)
         return session
+
+    async def _hear(self, context: Any) -> pb.WorkerMessage | None:
+        """Read a message of a peer that has not proved who it is; ``None``: it sent none."""
+        data = await context.read()
+        if data is grpc.aio.EOF or len(data) > _HELLO_BYTES:
+            return None
+        try:
+            return pb.WorkerMessage.FromString(data)
+        except DecodeError:
+            return None
 
     def _session_of(self, context: Any) -> _Session | None:
         metadata = dict(context.invocation_metadata() or ())
         token = metadata.get(TOKEN_KEY, b"")
         return self._driver.session_of(token) if isinstance(token, bytes) else None
 
-    async def Fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[Any]:
+    async def Fetch(self, request: pb.FetchRequest | None, context: Any) -> AsyncIterator[Any]:
         """Stream a blob to a worker that was told of it, or the user's modules."""
         session = self._session_of(context)
-        if session is None:
+        if session is None or request is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
             return
         driver = self._driver
@@ -731,8 +828,10 @@ class _Servicer:
             except (FileNotFoundError, PayloadError) as exc:
                 await context.abort(grpc.StatusCode.NOT_FOUND, f"it is lost: {exc}"[:1000])
                 return
-        async for chunk in stream_view(blob, request.offset, session.link, driver.count_sent):
-            yield chunk
+        sending = stream_view(blob, request.offset, session.link, driver.count_sent)
+        async with contextlib.aclosing(sending) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def Deliver(self, requests: AsyncIterator[Any], context: Any) -> pb.DeliverReply:
         """Take a part of a result."""
@@ -741,30 +840,32 @@ class _Servicer:
         number, size, lease = (
             _natural(metadata.get(key)) for key in (BLOB_KEY, SIZE_KEY, LEASE_KEY)
         )
-        if session is None or not session.owns(number) or size < 0:
+        if session is None or not session.owns(number) or not 0 <= size <= _LARGEST_BLOB:
+            driver.refused("foreign part", f"{context.peer()} sent a part of no result of its own")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "nobody waits for this")
             return pb.DeliverReply()
         pulled = driver.keeper.waits_for(number, size, session)
         if not (pulled or driver.expects(session.token, lease)):
             return pb.DeliverReply(accepted=False)
+        refusal, cut = grpc.StatusCode.OK, False
         try:
-            # In a thread: where it goes to disk, that may take its time.
-            blob = await asyncio.to_thread(driver.store.new, size)
-            incoming = Incoming(blob)
-            async for chunk in requests:
-                await incoming.take(chunk)
-            if not incoming.complete:
-                raise PayloadError(f"only {incoming.at} of {size} bytes arrived")
+            blob = await self._receive(requests, size, context)
         except (PayloadTooLargeError, OSError) as exc:
-            driver.keeper.failed(number, exc)
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(exc)[:1000])
-        except PayloadError as exc:
-            driver.transfer_failed(session, exc)
+            refusal, why = grpc.StatusCode.RESOURCE_EXHAUSTED, str(exc)
+            driver.keeper.failed(number, exc.with_traceback(None))
+        except (PayloadError, DecodeError) as exc:
+            refusal, why = grpc.StatusCode.DATA_LOSS, str(exc)
             if pulled:
                 session.damaged[number] = session.damaged.get(number, 0) + 1
                 if session.damaged[number] >= DELIVERY_TRIES:
-                    driver.keeper.failed(number, exc)
-            await context.abort(grpc.StatusCode.DATA_LOSS, str(exc)[:1000])
+                    driver.keeper.failed(number, exc.with_traceback(None))
+        except EOFError as exc:
+            refusal, why, cut = grpc.StatusCode.DATA_LOSS, str(exc), True
+        if refusal is not grpc.StatusCode.OK:
+            if refusal is grpc.StatusCode.DATA_LOSS and not cut:
+                driver.transfer_failed(session, why)
+            # Outside of the handlers above: nothing refers to what has come any more.
+            await context.abort(refusal, why[:1000])
         driver.bytes_received += blob.size
         if pulled:
             driver.keeper.arrived(number, blob, session.blob(number))
@@ -773,18 +874,46 @@ class _Servicer:
             session.parts.setdefault(lease, []).append(number)
         return pb.DeliverReply(accepted=True)
 
-    async def Locate(self, request: pb.LocateRequest, context: Any) -> pb.Location:
+    async def _receive(self, requests: AsyncIterator[Any], size: int, context: Any) -> Blob:
+        """Take in the content of a blob.
+
+        Raises:
+            PayloadTooLargeError: If there is no room for it.
+            OSError: If it cannot be written.
+            PayloadError: If it is not what was announced.
+            DecodeError: If it is not even a message.
+            EOFError: If it ended early.
+        """
+        # In a thread: where it goes to disk, that may take its time.
+        blob = await asyncio.to_thread(self._driver.store.new, size)
+        incoming = Incoming(blob)
+        await context.send_initial_metadata(((GO_ON_KEY, "1"),))
+        try:
+            async for chunk in requests:
+                await incoming.take(chunk)
+        finally:
+            await incoming.settle()
+        if not incoming.complete:
+            raise EOFError(f"only {incoming.at} of {size} bytes arrived, and not their digest")
+        return blob
+
+    async def Locate(self, request: pb.LocateRequest | None, context: Any) -> pb.Location:
         """Say where in the bucket a blob is."""
         session, depot = self._session_of(context), self._driver.depot
-        if session is None or depot is None:
+        if session is None or depot is None or request is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
             return pb.Location()
         return await depot.locate(session, request)
 
-    async def Store(self, request: pb.StoreRequest, context: Any) -> pb.StoreReply:
+    async def Store(self, request: pb.StoreRequest | None, context: Any) -> pb.StoreReply:
         """Let a worker put a blob into the bucket."""
         session, depot = self._session_of(context), self._driver.depot
-        if session is None or depot is None or not session.owns(request.blob):
+        if (
+            session is None
+            or depot is None
+            or request is None
+            or not session.owns(request.blob)
+        ):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "nobody waits for this")
             return pb.StoreReply()
         try:
@@ -792,6 +921,11 @@ class _Servicer:
         except ValueError as exc:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(exc)[:1000])
             return pb.StoreReply()
+
+
+def _seconds(value: float) -> float:
+    """Return how long something took, as a peer says; what is no such time is 0."""
+    return value if 0.0 <= value < _LONGEST else 0.0
 
 
 def _natural(text: object) -> int:
@@ -805,6 +939,34 @@ def _authkey() -> bytes:
     import multiprocessing
 
     return bytes(multiprocessing.current_process().authkey)
+
+
+def _most_connections() -> int:
+    """Leave some of the file descriptors that a process may have to the rest of the program."""
+    try:
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except (ImportError, OSError):
+        return 65_536
+    return 65_536 if soft < 0 else max(64, soft - max(256, soft // 8))
+
+
+def _server_options() -> dict[str, int]:
+    """Return what a server does not put up with; honest workers notice nothing of it."""
+    return {
+        "grpc.so_reuseport": 0,
+        "grpc.max_allowed_incoming_connections": _most_connections(),
+        "grpc.server_handshake_timeout_ms": 10_000,
+        "grpc.http2.settings_timeout": 10_000,
+        # Of connections without a call: a worker has its session open all the time.
+        "grpc.max_connection_idle_ms": 30_000,
+        "grpc.max_concurrent_streams": 4096,
+        "grpc.max_metadata_size": 8 * 1024,
+        "grpc.absolute_max_metadata_size": 16 * 1024,
+        # A worker's keepalive comes every 20 s; those count that come less than 10 s apart.
+        "grpc.http2.max_ping_strikes": 100,
+    }
 
 
 async def start_server(
@@ -824,7 +986,8 @@ async def start_server(
     Raises:
         LaunchError: If it cannot listen there.
     """
-    server = grpc.aio.server(options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])
+    options = {**dict(CHANNEL_OPTIONS), **_server_options()}
+    server = grpc.aio.server(options=list(options.items()))
     server.add_generic_rpc_handlers((_Servicer(driver).handlers(),))
     sha256 = ""
     try:
@@ -845,4 +1008,6 @@ async def start_server(
     except RuntimeError as exc:
         raise LaunchError(f"cannot listen on {listen}: {exc}; is the address taken?") from exc
     await server.start()
+    if listen.startswith("unix:"):
+        os.chmod(listen.removeprefix("unix:"), 0o600)
     return server, target, sha256

@@ -104,7 +104,8 @@ class ManualLauncher(Launcher):
         """Record that workers were to be stopped; they end if that was agreed."""
         for launch_id in launch_ids:
             self.terminated.append(launch_id)
-            if self._ends_when_terminated:
+            # One that was not launched yet is not heard of again.
+            if self._ends_when_terminated and launch_id in self._on_end:
                 self.end(launch_id, "it was terminated", killed=True)
 
     def clean_up(self, slot_groups: list[int]) -> None:

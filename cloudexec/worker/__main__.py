@@ -46,6 +46,9 @@ def main(bootstrap: dict[str, Any] | None = None) -> int:
     zygotes.close()
     # gRPC writes its own log to stderr otherwise. Set after the fork: tasks see the user's own.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # Suites of TLS 1.2, for a kind of key that the client's certificate does not have: the worker's
+    # own connection is TLS 1.3 or none.
+    os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
 
     import asyncio
 

@@ -108,9 +108,7 @@ class BucketPath:
         blob.sha256 = sha256
         return True
 
-    async def store(
-        self, number: int, fd: int, offset: int, size: int, *, kept: bool = False
-    ) -> bool:
+    async def store(self, number: int, fd: int, offset: int, size: int, lease: int = 0) -> bool:
         """Upload a part of a result.
 
         Args:
@@ -118,7 +116,7 @@ class BucketPath:
             fd: The file that it is in.
             offset: Where it begins.
             size: Bytes.
-            kept: Whether it stays here all the same.
+            lease: Of the task whose result it is; 0: it is kept here all the same.
 
         Returns:
             Whether it is in the bucket or, unless it is kept, has reached the client.
@@ -130,7 +128,9 @@ class BucketPath:
         if not self.takes(size):
             return False
         async with self._gate:
-            asked = await self._store(pb.StoreRequest(blob=number, size=size, kept=kept))
+            kept = not lease
+            question = pb.StoreRequest(blob=number, size=size, kept=kept, lease=lease)
+            asked = await self._store(question)
             if not asked.accepted:
                 return False
             found = await asyncio.to_thread(
@@ -140,6 +140,7 @@ class BucketPath:
                 blob=number,
                 size=size,
                 kept=kept,
+                lease=lease,
                 sha256=found.sha256,
                 part_sha256=found.parts,
             )

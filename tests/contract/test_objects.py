@@ -118,8 +118,6 @@ def test_the_same_content_reaches_each_worker_once(mode: str) -> None:
             sent = executor.stats().bytes_sent - before
             assert sent < (1.1 if mode == "wire" else 0.2) * array.nbytes, route
             del futures, fn, args
-            assert executor._table is not None
-            executor._table._by_content.clear()
         assert store_of(executor).high < 2.2 * array.nbytes
 
 
@@ -245,6 +243,9 @@ def _compare(value: Any, expected: Any) -> None:
         assert value == expected
 
 
+_BYTES = [n % 256 for n in range(1500)]
+
+
 def test_many_large_results_of_a_map_take_bounded_memory(mode: str) -> None:
     """With buffersize, what the client holds is that many results, not all of them."""
     resident = psutil.Process().memory_info().rss
@@ -267,14 +268,15 @@ def test_results_that_nobody_has_taken_yet_go_to_disk(mode: str) -> None:
     options = ObjectOptions(memory="16MiB", worker_memory="16MiB")
     with start(mode, objects=options) as executor:
         futures = [executor.submit(tasks.filled, 3 * MIB, value) for value in range(30)]
-        until(lambda: all(future.done() for future in futures))
+        until(lambda: all([each.done() for each in futures]))
         store = store_of(executor)
         assert store.high <= 17 * MIB
         assert store.disk >= 60 * MIB
         for value, future in enumerate(futures):
             result = future.result()
             assert result[0] == result[-1] == value
-        del futures, future, result
+        del future, result
+        futures.clear()
         settled(executor)
 
 
@@ -541,7 +543,6 @@ def test_nothing_is_left_after_many_tasks(mode: str) -> None:
 def test_functions_with_large_closures_are_forgotten(mode: str) -> None:
     """Each with another array: what they took is free when nobody calls them any more."""
     with start(mode, objects=ObjectOptions(cache=0)) as executor:
-        assert executor._driver is None
 
         def call(n: int) -> float:
             array = np.full(MIB, n, np.uint8)
@@ -549,12 +550,10 @@ def test_functions_with_large_closures_are_forgotten(mode: str) -> None:
 
         for n in range(100):
             assert call(n) == n
-        assert executor._table is not None
-        executor._table._by_content.clear()
-        executor._table._known.clear()
         settled(executor)
-        (session, *_) = executor._driver.sessions.values()  # type: ignore[attr-defined]
-        until(lambda: not session._known_blobs)
+        assert executor._driver is not None
+        sessions = executor._driver.sessions.values()
+        until(lambda: not any(session._known_blobs for session in sessions))
 
 
 def test_after_shutdown_nothing_is_held() -> None:

@@ -24,7 +24,7 @@ HARD = random.Random(1).randbytes(16 * MIB)
 
 
 def _length(data: bytes) -> tuple[int, int]:
-    return len(data), hash(data[: len(data) // 2]) and data[-1]
+    return len(data), data[-1]
 
 
 def _easy(size: int) -> bytes:

@@ -290,10 +290,13 @@ def _batch_executor(
 # What does not.
 
 
+def _throttled_for_a_while(aws: FakeAWS) -> None:
+    for each in ("UploadPart", "GetObject", "HeadBucket"):
+        aws.faults.throttle(each, 3)
+
+
 FAULTS: dict[str, Callable[[FakeAWS], None]] = {
-    "503 for a while": lambda aws: [
-        aws.faults.throttle(each, 3) for each in ("UploadPart", "GetObject", "HeadBucket")
-    ].clear(),
+    "503 for a while": _throttled_for_a_while,
     "cut": lambda aws: aws.faults.cut_response("GetObject", 3),
     "slow": lambda aws: aws.faults.slow_response("GetObject", 0.5, 4),
     "lost answers": lambda aws: aws.faults.lose_response("UploadPart", 2),
@@ -361,9 +364,7 @@ def test_s3_that_is_down_costs_one_warning(
         aws.faults.clear()
 
 
-def test_a_corrupted_object_is_not_taken(
-    aws: FakeAWS, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_corrupted_object_is_not_taken(aws: FakeAWS, caplog: pytest.LogCaptureFixture) -> None:
     """Neither by a worker nor by the client: both have it directly then."""
     data = _bytes(13)
     with _executor() as executor:

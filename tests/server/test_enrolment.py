@@ -30,18 +30,23 @@ PROXY_OFF = [("grpc.enable_http_proxy", 0)]
 class Peer:
     """Speaks the wire by hand."""
 
-    def __init__(self, target: str) -> None:
-        self.channel = grpc.insecure_channel(target, options=PROXY_OFF)
-        self._outgoing: queue.SimpleQueue[pb.WorkerMessage | None] = queue.SimpleQueue()
+    def __init__(self, target: str, channel: grpc.Channel | None = None) -> None:
+        self.channel = channel or grpc.insecure_channel(target, options=PROXY_OFF)
+        self._outgoing: queue.SimpleQueue[pb.WorkerMessage | bytes | None] = queue.SimpleQueue()
         call = self.channel.stream_stream(
             "/cloudexec.v1.TaskServer/Session",
-            request_serializer=pb.WorkerMessage.SerializeToString,
+            request_serializer=lambda said: (
+                said if isinstance(said, bytes) else said.SerializeToString()
+            ),
             response_deserializer=pb.ServerMessage.FromString,
         )
         self.answers: Any = call(iter(self._outgoing.get, None), timeout=20)
 
     def send(self, **parts: Any) -> None:
         self._outgoing.put(pb.WorkerMessage(**parts))
+
+    def send_raw(self, data: bytes) -> None:
+        self._outgoing.put(data)
 
     def hello(self, executor_id: str, identity: str, **changes: Any) -> tuple[bytes, bytes]:
         """Say hello; return both nonces."""
