@@ -51,9 +51,7 @@ def _bare_server(size: int, pipe: Any) -> None:
             "Down": grpc.unary_stream_rpc_method_handler(down, response_serializer=pack_chunk),
             "Up": grpc.stream_unary_rpc_method_handler(up, request_deserializer=unpack_chunk),
         }
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("Bare", handlers),)
-        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Bare", handlers),))
         certificate = make_certificate()
         credentials = grpc.ssl_server_credentials([(certificate.key_pem, certificate.pem)])
         port = server.add_secure_port("127.0.0.1:0", credentials)

@@ -137,8 +137,10 @@ class Segment:
         """
         end = offset + size
         if self.in_memory:
-            if os.fstat(self.fd).st_size < end:
-                os.ftruncate(self.fd, end)
+            if size and os.fstat(self.fd).st_size < end:
+                # Not by ftruncate(): another thread may have made the file longer meanwhile, and
+                # that would cut off what it has written there.
+                os.pwrite(self.fd, b"\0", end - 1)
             return
         # Asked first: a file system may fill itself up before it finds that it is too small.
         room = os.fstatvfs(self.fd)

@@ -908,12 +908,7 @@ class _Servicer:
     async def Store(self, request: pb.StoreRequest | None, context: Any) -> pb.StoreReply:
         """Let a worker put a blob into the bucket."""
         session, depot = self._session_of(context), self._driver.depot
-        if (
-            session is None
-            or depot is None
-            or request is None
-            or not session.owns(request.blob)
-        ):
+        if session is None or depot is None or request is None or not session.owns(request.blob):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "nobody waits for this")
             return pb.StoreReply()
         try:

@@ -980,9 +980,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     return reclaimed
 
 
-async def _first(
-    event: asyncio.Event, ends: asyncio.Queue[str], most: float | None = None
-) -> str:
+async def _first(event: asyncio.Event, ends: asyncio.Queue[str], most: float | None = None) -> str:
     """Wait for the event, or until the time is up ("idle"), or for a reason to end at once."""
     waiting = asyncio.ensure_future(event.wait())
     ending = asyncio.ensure_future(ends.get())

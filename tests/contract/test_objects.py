@@ -268,7 +268,7 @@ def test_results_that_nobody_has_taken_yet_go_to_disk(mode: str) -> None:
     options = ObjectOptions(memory="16MiB", worker_memory="16MiB")
     with start(mode, objects=options) as executor:
         futures = [executor.submit(tasks.filled, 3 * MIB, value) for value in range(30)]
-        until(lambda: all([each.done() for each in futures]))
+        until(lambda: all(each.done() for each in futures))
         store = store_of(executor)
         assert store.high <= 17 * MIB
         assert store.disk >= 60 * MIB

@@ -434,7 +434,7 @@ def test_shutdown_does_not_wait_for_what_is_kept(mode: str) -> None:
     with begin(mode) as executor:
         keep = executor.with_options(keep=True)
         refs = [keep.submit(tasks.filled, 3 * MIB) for _ in range(4)]
-        until(lambda: all([each.done() for each in refs]))
+        until(lambda: all(each.done() for each in refs))
         processes = descendants()
         executor.shutdown(wait=False)
         _, alive = psutil.wait_procs(processes, timeout=10)

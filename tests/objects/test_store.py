@@ -20,7 +20,7 @@ from cloudexec import ConfigError, ObjectOptions, PayloadTooLargeError, _payload
 from cloudexec._objects import segments
 from cloudexec._objects.options import Limits
 from cloudexec._objects.segments import Arena, Segment
-from cloudexec._objects.store import BLOB_BYTES, MAPPED_BYTES, BlobStore
+from cloudexec._objects.store import BLOB_BYTES, MAPPED_BYTES, Blob, BlobStore
 from cloudexec._payload import Composed, Payload, dumps
 
 pytestmark = pytest.mark.timeout(60)
@@ -448,6 +448,32 @@ def test_a_result_that_fits_nowhere_is_refused() -> None:
 
 
 # Threads.
+
+
+def test_room_made_in_one_thread_takes_nothing_from_another(store: BlobStore) -> None:
+    """Blocks are parts of one file: to lengthen it never cuts off what somebody else wrote."""
+    wrong: list[int] = []
+
+    def run(number: int) -> None:
+        for _ in range(400):
+            blob = store.new(100_000)
+            assert blob.segment is not None
+            content = bytes([number]) * blob.size
+            blob.segment.write(content, blob.offset)
+            if os.pread(blob.segment.fd, blob.size, blob.offset) != content:
+                wrong.append(number)
+            held.append(blob)
+
+    for _ in range(5):
+        held: list[Blob] = []
+        threads = [threading.Thread(target=run, args=(n,)) for n in range(1, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for blob in held:
+            assert blob.view()[0], "it was written, and is gone"
+    assert not wrong
 
 
 def test_many_threads_hand_in_the_same() -> None:
