@@ -1,7 +1,7 @@
 """How fast do large payloads travel over the wire (TLS), and do small ones wait behind them?
 
-One worker on this machine, connected as one elsewhere would be. Beside it: ProcessPoolExecutor, and
-a bare gRPC stream over TLS, of chunks of the same size between two processes, that does nothing else.
+One worker on this machine, connected as one elsewhere would be. Beside it: ProcessPoolExecutor,
+and a bare gRPC stream over TLS, of chunks of the same size between two processes.
 """
 
 from __future__ import annotations

@@ -374,6 +374,7 @@ class Keeper:
                 pass  # the loop has closed
 
         future.add_done_callback(done)
+        self.note_inputs(task)  # what it takes may be lost too
         driver.feed(events.TasksSubmitted([task]))
 
     def _made_again(self, payload: Composed, future: BatchFuture[Any]) -> None:
