@@ -12,6 +12,8 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+from cloudexec._records import load_nested
+
 __all__ = ["hold", "same", "take", "writeable"]
 
 _loads = pickle.loads
@@ -32,8 +34,6 @@ def take(index: int) -> Any:
     """Unpickle one of the results; each is asked for once, the pickler sees to that."""
     pickled, _held[index] = _held[index], None
     if type(pickled) is tuple:
-        from cloudexec._payload import load_nested
-
         return load_nested(pickled[0], pickled[1], pickled[2:])
     return _loads(pickled)
 

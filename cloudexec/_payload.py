@@ -3,50 +3,50 @@
 A payload is plain ``bytes`` as long as it is small. A large one is :class:`Composed`: a head, which
 is small, and the blobs that it refers to: large ``bytes`` objects, by reference, and the buffers of
 arrays and the like. The head travels as small payloads do; each worker receives each blob once.
-
-A head is a sequence of records: one byte of type, eight of length or of a blob's number
-(little-endian), then as many bytes. 0 is the next piece of the pickle, 1 the next out-of-band
-buffer (before the piece that refers to it), 2 the same but read-only, 3 ends the payload; 4, 5 and
-6 are like 0, 1 and 2, but the content is that of a blob; 7: all the records are in this blob.
 """
 
 from __future__ import annotations
 
 import pickle
-import struct
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
 from cloudexec import _inputs
 from cloudexec._errors import PayloadError, RemoteTraceback
 from cloudexec._objects.ref import Ref
+from cloudexec._records import (
+    BUFFER_BLOB,
+    END_RECORD,
+    HEAD_BLOB,
+    IN_BAND,
+    IN_BAND_BLOB,
+    NUMBER,
+    READONLY_BLOB,
+    RECORD,
+    Held,
+    load_composed,
+)
 
 if TYPE_CHECKING:
     from cloudexec._objects.store import Blob, BlobStore
     from cloudexec._server.keeper import Recipe
 
 __all__ = [
-    "CHUNK_BYTES",
     "INLINE_BYTES",
     "Composed",
     "Payload",
-    "Source",
     "Unfinished",
     "dumps",
     "dumps_call",
-    "load_composed",
 ]
 
 INLINE_BYTES = 64 * 1024
 """Largest payload that travels inside a control message (gRPC moves small messages whole)."""
-CHUNK_BYTES = 1024 * 1024
-"""Bytes per chunk of a blob on the wire: gRPC moves these 30 times faster than one of 256 MiB."""
 _REFERENCED_BYTES = 256 * 1024
 """Pieces of a pickle from this size on are objects of the user's, not frames of the pickler's."""
 
@@ -55,11 +55,6 @@ EXCEPTION_BYTES = 4 * 1024 * 1024
 _TEXT_KEPT = 16 * 1024
 _TRACEBACK_KEPT = 128 * 1024
 
-_RECORD = struct.Struct("<BQ")
-_NUMBER = struct.Struct("<Q")
-_IN_BAND, _BUFFER, _READONLY_BUFFER, _END = 0, 1, 2, 3
-_IN_BAND_BLOB, _BUFFER_BLOB, _READONLY_BLOB, _HEAD_BLOB = 4, 5, 6, 7
-END_RECORD = _RECORD.pack(_END, 0)
 _ATOMS = frozenset({int, float, complex, bool, NoneType})
 _loads = pickle.loads
 
@@ -68,7 +63,7 @@ class Composed:
     """A large payload: a small head, and the blobs it refers to.
 
     Attributes:
-        head: Records; see the module.
+        head: Records; see ``_records``.
         blobs: Each blob once.
         numbers: What the head calls them; their own numbers, but in results.
         shared: Whether something else than the future it belongs to may still load it.
@@ -100,26 +95,11 @@ class Composed:
             # Nobody else will: what came as an object of our own need not be copied.
             for number, blob in blobs.items():
                 if blob.segment is None and type(blob.content) is not bytes:
-                    blobs[number] = _Held(blob.content)
+                    blobs[number] = Held(blob.content)
         return load_composed(self.head, blobs.__getitem__)
 
 
 Payload = bytes | Composed
-
-
-class Source(Protocol):
-    """Where the content of one blob is to be had."""
-
-    size: int
-
-    def view(self) -> memoryview | None:
-        """Return the bytes, to read, if they are at hand."""
-
-    def buffer(self) -> Any:
-        """Return a writeable copy of one's own."""
-
-    def reader(self) -> Callable[[memoryview], None]:
-        """Return what fills buffers with the bytes, one after the other."""
 
 
 Dependency = Future[Any] | Ref[Any]
@@ -207,7 +187,7 @@ class _Collector:
             data = bytes(data)
         if len(data) >= _REFERENCED_BYTES:
             self._flush()
-            self._refer(_IN_BAND_BLOB, data)
+            self._refer(IN_BAND_BLOB, data)
         else:
             self._pieces.append(data)
         return len(data)
@@ -221,13 +201,13 @@ class _Collector:
             return True
         # A snapshot now: the caller may change a writeable buffer as soon as submit() returns.
         # Only bytes never change; a read-only view may show what others write.
-        self._refer(_READONLY_BLOB if raw.readonly else _BUFFER_BLOB, raw)
+        self._refer(READONLY_BLOB if raw.readonly else BUFFER_BLOB, raw)
         return False
 
     def _refer(self, kind: int, data: bytes | memoryview) -> None:
         blob = self._store.intern(data)
         self._blobs[blob.id] = blob
-        self._head.append(_RECORD.pack(kind, blob.id))
+        self._head.append(RECORD.pack(kind, blob.id))
 
     def _flush(self) -> None:
         """Turn the pieces of the pickle so far into a record."""
@@ -235,9 +215,9 @@ class _Collector:
         if pieces:
             data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             if len(data) > INLINE_BYTES:
-                self._refer(_IN_BAND_BLOB, data)
+                self._refer(IN_BAND_BLOB, data)
             else:
-                self._head += (_RECORD.pack(_IN_BAND, len(data)), data)
+                self._head += (RECORD.pack(IN_BAND, len(data)), data)
 
     def payload(self) -> Payload:
         pieces = self._pieces
@@ -253,7 +233,7 @@ def compose(records: list[bytes], blobs: dict[int, Blob], store: BlobStore) -> C
     if len(head) > INLINE_BYTES:
         blob = store.intern(head)
         blobs[blob.id] = blob
-        head = _RECORD.pack(_HEAD_BLOB, blob.id)
+        head = RECORD.pack(HEAD_BLOB, blob.id)
     return Composed(head, tuple(blobs.values()))
 
 
@@ -312,252 +292,18 @@ def dumps_call(
     return _dumps_unfinished((fn, args, kwargs), store)
 
 
-class _RecordReader:
-    """A file for the unpickler that keeps out-of-band buffers apart from the pickle."""
-
-    def __init__(self, fill: Callable[[memoryview], None]) -> None:
-        self._fill = fill
-        self._left = 0  # of the current in-band record
-        self._ended = False
-        self.buffers: deque[Any] = deque()
-
-    def _next_record(self) -> bool:
-        """Move on to the next piece of pickle, loading the buffers that stand before it."""
-        header = bytearray(_RECORD.size)
-        while not self._ended:
-            self._fill(memoryview(header))
-            kind, length = _RECORD.unpack(header)
-            if kind == _IN_BAND:
-                self._left = length
-                if length:
-                    return True
-            elif kind in (_BUFFER, _READONLY_BUFFER):
-                buffer = bytearray(length)
-                self._fill(memoryview(buffer))
-                self.buffers.append(
-                    memoryview(buffer).toreadonly() if kind == _READONLY_BUFFER else buffer
-                )
-            elif kind == _END:
-                self._ended = True
-            else:
-                raise pickle.UnpicklingError(f"unknown record type {kind} in a payload")
-        return False
-
-    def finish(self) -> None:
-        """Check that the payload ends where the pickle does."""
-        if self._left or self._next_record():
-            raise pickle.UnpicklingError("there is more after the end of the pickle")
-
-    def readinto(self, target: Any) -> int:
-        view = memoryview(target).cast("B")
-        at = 0
-        while at < len(view):
-            if not self._left and not self._next_record():
-                break
-            n = min(len(view) - at, self._left)
-            self._fill(view[at : at + n])
-            self._left -= n
-            at += n
-        return at
-
-    def read(self, size: int = -1) -> bytes:
-        if size < 0:
-            raise pickle.UnpicklingError("unbounded read of a payload")
-        data = bytearray(size)
-        n = self.readinto(data)
-        return bytes(data[:n]) if n < size else bytes(data)
-
-    def readline(self) -> bytes:
-        line = bytearray()
-        while byte := self.read(1):
-            line += byte
-            if byte == b"\n":
-                break
-        return bytes(line)
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            # A buffer stands before the piece of pickle that refers to it.
-            yield self.buffers.popleft()
-
-
-def load_records(fill: Callable[[memoryview], None]) -> Any:
-    """Unpickle a large payload while it arrives.
-
-    Args:
-        fill: Fills the whole of a buffer with the next bytes, waiting for them if need be.
-
-    Raises:
-        BaseException: Whatever ``fill`` or unpickling raises.
-    """
-    reader = _RecordReader(fill)
-    value = pickle.Unpickler(reader, buffers=iter(reader)).load()
-    reader.finish()
-    return value
-
-
-def record(kind: int, size: int) -> bytes:
-    """Return the header of one record."""
-    return _RECORD.pack(kind, size)
-
-
-def buffer_record(blob: Blob) -> bytes:
-    """Return the record of a buffer that is a blob."""
-    return _RECORD.pack(_BUFFER_BLOB, blob.id)
-
-
-def in_band_record(blob: Blob) -> bytes:
-    """Return the record of a piece of pickle that is a blob."""
-    return _RECORD.pack(_IN_BAND_BLOB, blob.id)
-
-
 def without_end(payload: Composed, blobs: dict[int, Blob]) -> bytes:
     """Return a payload's records, to be followed by others; its blobs are among ``blobs``."""
     head = payload.head
-    kind, number = _RECORD.unpack_from(head)
-    if kind == _HEAD_BLOB:
+    kind, number = RECORD.unpack_from(head)
+    if kind == HEAD_BLOB:
         head = bytes(blobs[number].view())
-    return head[: -_RECORD.size]
-
-
-class _Pieces:
-    """A file for the unpickler: pieces in band one after the other, wherever each of them is."""
-
-    def __init__(self, pieces: list[Any]) -> None:
-        self._pieces = deque(pieces)
-        self._left = 0
-        self._fill: Callable[[memoryview], None] = lambda target: None
-
-    def readinto(self, target: Any) -> int:
-        view = memoryview(target).cast("B")
-        at = 0
-        while at < len(view):
-            if not self._left:
-                if not self._pieces:
-                    break
-                piece = self._pieces.popleft()
-                if isinstance(piece, (bytes, memoryview)):
-                    self._left, self._fill = len(piece), _filler(memoryview(piece))
-                else:
-                    self._left, self._fill = piece.size, piece.reader()
-                continue
-            n = min(len(view) - at, self._left)
-            self._fill(view[at : at + n])
-            self._left -= n
-            at += n
-        return at
-
-    def read(self, size: int = -1) -> bytes:
-        if size < 0:
-            raise pickle.UnpicklingError("unbounded read of a payload")
-        data = bytearray(size)
-        n = self.readinto(data)
-        return bytes(data[:n])
-
-    def readline(self) -> bytes:
-        line = bytearray()
-        while byte := self.read(1):
-            line += byte
-            if byte == b"\n":
-                break
-        return bytes(line)
-
-
-def _filler(view: memoryview) -> Callable[[memoryview], None]:
-    at = 0
-
-    def fill(target: memoryview) -> None:
-        nonlocal at
-        target[:] = view[at : at + len(target)]
-        at += len(target)
-
-    return fill
-
-
-def load_composed(head: bytes | memoryview, source: Callable[[int], Any]) -> Any:
-    """Unpickle a large payload.
-
-    Args:
-        head: Its records.
-        source: From a blob's number to its :class:`Source`.
-
-    Raises:
-        BaseException: Whatever a source or unpickling raises.
-    """
-    pieces: list[Any] = []
-    buffers: list[Any] = []
-    at = 0
-    while at < len(head):
-        kind, number = _RECORD.unpack_from(head, at)
-        at += _RECORD.size
-        if kind < _END:
-            data = head[at : at + number]
-            at += number
-            if kind == _IN_BAND:
-                pieces.append(data)
-            else:
-                buffers.append(bytearray(data) if kind == _BUFFER else memoryview(data))
-        elif kind == _END:
-            break
-        elif kind == _IN_BAND_BLOB:
-            pieces.append(source(number))
-        elif kind == _BUFFER_BLOB:
-            buffers.append(source(number).buffer())
-        elif kind == _READONLY_BLOB:
-            buffers.append(memoryview(source(number).buffer()).toreadonly())
-        elif kind == _HEAD_BLOB:
-            records = bytearray(source(number).size)
-            source(number).reader()(memoryview(records))
-            return load_composed(bytes(records), source)
-        else:
-            raise pickle.UnpicklingError(f"unknown record type {kind} in a payload")
-    if len(pieces) == 1:
-        piece = pieces[0]
-        if not isinstance(piece, (bytes, memoryview)):
-            piece = piece.view()
-        if piece is not None:
-            return _loads(piece, buffers=buffers)
-    return pickle.Unpickler(_Pieces(pieces), buffers=buffers).load()
-
-
-class _Held:
-    """A blob whose content was loaded as a buffer of its own."""
-
-    def __init__(self, buffer: Any) -> None:
-        self._buffer = buffer
-        self.size = memoryview(buffer).nbytes
-
-    def view(self) -> memoryview:
-        return memoryview(self._buffer).cast("B")
-
-    def buffer(self) -> Any:
-        return self._buffer
-
-    def reader(self) -> Callable[[memoryview], None]:
-        return _filler(self.view())
-
-
-def load_nested(head: bytes, numbers: bytes, buffers: tuple[Any, ...]) -> Any:
-    """Unpickle a large payload that came inside another.
-
-    Args:
-        head: Its records.
-        numbers: Those of its blobs, 8 bytes each.
-        buffers: Their contents.
-
-    Raises:
-        BaseException: Whatever unpickling raises.
-    """
-    held = {
-        number: _Held(buffer)
-        for (number,), buffer in zip(_NUMBER.iter_unpack(numbers), buffers, strict=True)
-    }
-    return load_composed(head, held.__getitem__)
+    return head[: -RECORD.size]
 
 
 def pack_numbers(payload: Composed) -> bytes:
     """Return what a payload's head calls its blobs, as ``load_nested`` takes it."""
-    return b"".join(map(_NUMBER.pack, payload.numbers))
+    return b"".join(map(NUMBER.pack, payload.numbers))
 
 
 def loads_payload(payload: Payload) -> Any:

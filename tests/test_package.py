@@ -29,18 +29,34 @@ MAY_IMPORT = {
         "_functions",
         "_future",
         "_launchers",
+        "_objects",
         "_payload",
         "_proto",
+        "_records",
+        "_transfer",
         "_wire",
     },
+    "_server/bucket.py": {"_aws", "_objects", "_proto", "_transfer"},
+    "_objects": {"_config", "_direct", "_proto", "_records", "_wire"},
+    "_objects/s3.py": {"_aws", "_transfer"},
     "_launchers": {"_aws", "_config", "_enrolment"},
     "_aws": {"_config", "_enrolment"},
-    "worker": {"_direct", "_enrolment", "_payload", "_proto", "_transfer", "_wire"},
+    "worker": {
+        "_direct",
+        "_enrolment",
+        "_objects",
+        "_payload",
+        "_proto",
+        "_records",
+        "_transfer",
+        "_wire",
+    },
     "_graph": {"_config", "_executor", "_future", "_progress"},
     "_sizing": {"_config", "_core", "_launchers"},
-    "_inputs": set(),
-    "_payload": {"_inputs"},
-    "_functions": {"_payload", "_core"},
+    "_records": set(),
+    "_inputs": {"_records"},
+    "_payload": {"_inputs", "_objects", "_records"},
+    "_functions": {"_core", "_objects", "_payload"},
     "_future": set(),
     "_config": set(),
     "_modules": set(),
@@ -54,9 +70,8 @@ MAY_IMPORT = {
 }
 
 
-def _imports(path: Path) -> set[str]:
-    """Return which parts of cloudexec a file imports, lazily or not, but not for types alone."""
-    found: set[str] = set()
+def _import_nodes(path: Path) -> list[ast.AST]:
+    """Return what a file imports, lazily or not, but not for types alone."""
     tree = ast.parse(path.read_text())
     typing_only = {
         inner
@@ -64,9 +79,13 @@ def _imports(path: Path) -> set[str]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for inner in ast.walk(node)
     }
-    for node in ast.walk(tree):
-        if node in typing_only:
-            continue
+    return [node for node in ast.walk(tree) if node not in typing_only]
+
+
+def _imports(path: Path) -> set[str]:
+    """Return which parts of cloudexec a file imports."""
+    found: set[str] = set()
+    for node in _import_nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module]
             if node.module == "cloudexec":
@@ -84,10 +103,40 @@ def test_imports_point_inward(part: str) -> None:
     """No part of the package imports one that lies further out."""
     where = PACKAGE / part
     files = sorted(where.rglob("*.py")) if where.is_dir() else [where.with_suffix(".py")]
+    own = {PACKAGE / other for other in MAY_IMPORT if other != part}
+    files = [file for file in files if file not in own]
     assert files
     for file in files:
-        excess = _imports(file) - MAY_IMPORT[part] - {part, "_errors"}
+        excess = _imports(file) - MAY_IMPORT[part] - {part.partition("/")[0], "_errors"}
         assert not excess, f"{file.relative_to(ROOT)} imports {sorted(excess)}"
+
+
+def test_no_module_of_the_data_plane_imports_itself_by_a_detour() -> None:
+    """Each can be understood, and imported, with what lies below it alone."""
+    parts = ("_payload", "_records", "_inputs", "_functions", "_objects", "_direct", "_wire")
+    files = [f for part in parts for f in (PACKAGE / part).rglob("*.py")]
+    files += [(PACKAGE / part).with_suffix(".py") for part in parts if part != "_objects"]
+    graph = {_name_of(file): _modules_in(file) for file in files}
+    while graph:
+        free = [name for name, needs in graph.items() if not needs & graph.keys()]
+        assert free, f"these import each other: {sorted(graph)}"
+        for name in free:
+            del graph[name]
+
+
+def _name_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
+def _modules_in(file: Path) -> set[str]:
+    """Return the modules of cloudexec that a file imports, lazily or not."""
+    found: set[str] = set()
+    for node in _import_nodes(file):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found - {_name_of(file)}
 
 
 def test_what_is_exported_is_listed_sorted_and_named_after_the_package() -> None:
@@ -133,6 +182,7 @@ def _modules_after(code: str) -> set[str]:
 def test_importing_the_package_loads_nothing_heavy() -> None:
     """gRPC comes with the first executor, the rest with their first use."""
     heavy = {"grpc", "asyncio", "google.protobuf", "rich", "click", "aiobotocore", "cryptography"}
+    heavy |= {"ctypes", "mmap", "hashlib", "numpy", "cloudpickle"}
     assert not heavy & _modules_after("import cloudexec")
 
 

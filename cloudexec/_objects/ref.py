@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from cloudexec._records import load_nested
+
 if TYPE_CHECKING:
     from cloudexec._payload import Payload
     from cloudexec._server.keeper import Keeper
@@ -48,10 +50,8 @@ class Ref(Generic[T]):
         return keeper.value_of(self._payload, timeout)  # type: ignore[no-any-return]
 
     def _load(self) -> Any:
-        from cloudexec import _payload
-
         if type(self._value) is tuple:
-            self._value = [_payload.load_nested(*self._value)]
+            self._value = [load_nested(*self._value)]
         return self._value[0]
 
     @property

@@ -15,8 +15,8 @@ import grpc.aio
 from cloudexec._errors import PayloadError
 from cloudexec._objects.link import Link
 from cloudexec._objects.store import Blob
-from cloudexec._payload import CHUNK_BYTES
 from cloudexec._proto.tasks_pb2 import Chunk
+from cloudexec._wire import CHUNK_BYTES
 
 __all__ = ["Incoming", "fetch_into", "stream_file", "stream_view"]
 

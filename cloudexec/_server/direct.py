@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
-from cloudexec import _direct, _payload
+from cloudexec import _direct, _records
 from cloudexec._errors import PayloadError
 from cloudexec._objects.store import Blob
 
@@ -148,7 +148,7 @@ class DirectChannel:
     def _receive(self, connection: socket.socket, token: bytes, lease: int) -> None:
         connection.sendall(_direct.ACCEPTED)
         delivered = unpickle_result(
-            lambda: _payload.load_records(lambda view: _direct.fill_from(connection, view))
+            lambda: _records.load_records(lambda view: _direct.fill_from(connection, view))
         )
         if delivered.error is not None:
             # The slot is still sending; it is to get to its end.

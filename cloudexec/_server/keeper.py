@@ -7,7 +7,7 @@ import concurrent.futures
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from cloudexec import _payload
+from cloudexec import _payload, _records
 from cloudexec._core import events
 from cloudexec._core.events import Failure, FailureKind
 from cloudexec._errors import CloudexecError, PayloadError, RefLostError
@@ -87,7 +87,7 @@ class Keeper:
         except TimeoutError:
             running.cancel()
             raise
-        return _payload.load_composed(head, sources.__getitem__)
+        return _records.load_composed(head, sources.__getitem__)
 
     def _gone(self) -> RefLostError:
         return RefLostError(

@@ -26,7 +26,7 @@ from cloudexec._objects.link import Link
 from cloudexec._objects.places import Place, is_path_of, open_shared
 from cloudexec._objects.store import Blob
 from cloudexec._objects.transfer import Incoming, stream_view
-from cloudexec._payload import CHUNK_BYTES, Composed
+from cloudexec._payload import Composed
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server.direct import Delivered
 from cloudexec._server.driver import Driver
@@ -35,6 +35,7 @@ from cloudexec._server.splicing import Spliced
 from cloudexec._wire import (
     BLOB_KEY,
     CHANNEL_OPTIONS,
+    CHUNK_BYTES,
     DELIVERY_TRIES,
     GO_ON_KEY,
     LEASE_KEY,
@@ -55,9 +56,9 @@ _HELLO_BYTES = 16 * 1024
 """Largest message of a peer that has not proved yet who it is. Nothing larger is parsed: a few
 megabytes of empty fields would take up hundreds of megabytes as objects."""
 _MOST_SLOTS = 65_536
-_MOST_OUTPUT = 256 * 1024 * 1024
+_MOST_OUTPUT = 64 * 1024 * 1024
 """Bytes of output that a worker may have sent and we not shown; it is to stop long before."""
-_OUTPUT_ENTRY = 128
+_OUTPUT_ENTRY = 32
 """Bytes that a piece of output counts beside its own: there may be many empty ones."""
 _LARGEST_BLOB = 1 << 48
 _LONGEST = 1e9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from cloudexec import _payload
+from cloudexec import _payload, _records
 from cloudexec._objects.store import Blob, BlobStore
 from cloudexec._payload import INLINE_BYTES, Composed, Payload
 
@@ -57,7 +57,7 @@ class Spliced:
                 for data in (pickled.head, numbers):
                     ops += (_BINBYTES.pack(b"B", len(data)), data)
                 ops += (_NEXT_BUFFER * len(pickled.blobs), _TUPLE)
-                records += [_payload.buffer_record(blob) for blob in pickled.blobs]
+                records += [_records.buffer_record(blob) for blob in pickled.blobs]
         ops.append(_CALL)
         size = sum(map(len, ops))
         payload = self.call
@@ -70,11 +70,11 @@ class Spliced:
         if len(call) > INLINE_BYTES:
             blob = store.intern(call)
             blobs[blob.id] = blob
-            records.append(_payload.in_band_record(blob))
+            records.append(_records.in_band_record(blob))
         else:
-            records += (_payload.record(0, len(call)), call)
+            records += (_records.record(0, len(call)), call)
         if type(payload) is bytes:
-            records += (_payload.record(0, len(payload)), payload)
+            records += (_records.record(0, len(payload)), payload)
         else:
             assert isinstance(payload, Composed)
             records.append(_payload.without_end(payload, blobs))

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 __all__ = ["EXIT_RECLAIMED", "EXIT_REFUSED", "main"]
 
@@ -27,8 +27,8 @@ _DRAIN_GRACE = 20.0
 takes a moment."""
 
 
-def main(bootstrap: dict[str, Any] | None = None) -> int:
-    """Run one worker; return its exit code.
+def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
+    """Run one worker, and end this process with its exit code.
 
     Args:
         bootstrap: Where the client is and who this worker is; ``None``: read the environment.
@@ -69,14 +69,17 @@ def main(bootstrap: dict[str, Any] | None = None) -> int:
         log=bootstrap.get("log", False),
     )
     try:
-        reclaimed = asyncio.run(run_worker(address, ours))
+        code = EXIT_RECLAIMED if asyncio.run(run_worker(address, ours)) else 0
     except ProtocolError as exc:
         print(f"cloudexec worker: {exc}", file=sys.stderr)
-        return EXIT_REFUSED
+        code = EXIT_REFUSED
     except CloudexecError as exc:
         print(f"cloudexec worker: {exc}", file=sys.stderr)
-        return 1
-    return EXIT_RECLAIMED if reclaimed else 0
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # gRPC would wait for two seconds behind a TLS connection, and nothing is left to be done.
+    os._exit(code)
 
 
 def _from_environment() -> dict[str, Any]:
@@ -122,10 +125,10 @@ def _blank(name: str) -> None:
         ctypes.memset(where, ord("-"), len(os.fsencode(value)))
 
 
-def main_from_stdin() -> int:
+def main_from_stdin() -> NoReturn:
     """Run one worker that the local launcher started."""
-    return main(json.loads(sys.stdin.buffer.readline()))
+    main(json.loads(sys.stdin.buffer.readline()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -147,6 +147,7 @@ class BlobCache:
             known = self._known.pop(number, None)
             if known is not None and known.loading is not None:
                 known.loading.cancel()
+            del known  # and with it the blob, before its room is taken back
         self.store.sweep()
 
     def missing(self, numbers: Iterable[int]) -> list[int]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from cloudexec import _direct, _payload
+from cloudexec import _direct, _payload, _records
 from cloudexec._errors import PayloadError
 from cloudexec._objects.places import BlobGoneError, DirectSource, FileSource, Place, unpack_places
 from cloudexec._payload import INLINE_BYTES
@@ -292,7 +292,7 @@ class Slot:
         """
         places, at = unpack_places(data)
         found = {place.number: place for place in places}
-        return _payload.load_composed(data[at:], lambda number: self._source(found[number]))
+        return _records.load_composed(data[at:], lambda number: self._source(found[number]))
 
     def _source(self, place: Place) -> Any:
         if not place.path:
@@ -486,7 +486,7 @@ class _ResultWriter:
         if type(data) is not bytes:
             data = bytes(data)
         if self._direct is not None:
-            self._direct.sendall(_payload.record(0, len(data)))
+            self._direct.sendall(_records.record(0, len(data)))
             self._direct.sendall(data)
             return len(data)
         self._pieces.append(data)
@@ -504,7 +504,7 @@ class _ResultWriter:
         _direct.receive_exactly(direct, 1)
         pieces, self._pieces = self._pieces, []
         for piece in pieces:
-            direct.sendall(_payload.record(0, len(piece)))
+            direct.sendall(_records.record(0, len(piece)))
             direct.sendall(piece)
         self._direct = direct
 
@@ -517,7 +517,7 @@ class _ResultWriter:
             return True
         # Results are writeable copies, read-only buffers included, as through a process pool.
         if self._direct is not None:
-            self._direct.sendall(_payload.record(1, raw.nbytes))
+            self._direct.sendall(_records.record(1, raw.nbytes))
             self._direct.sendall(raw)
         else:
             self._leave(5, [raw], raw.nbytes)
@@ -526,14 +526,14 @@ class _ResultWriter:
     def _leave(self, kind: int, pieces: list[Any], size: int) -> None:
         place = self._slot.result_files().put(pieces, size)
         self._places.append(place)
-        self._records.append(_payload.record(kind, place.number))
+        self._records.append(_records.record(kind, place.number))
 
     def close(self) -> None:
         """Bring the result to its end, and report it."""
         slot = self._slot
         if self._direct is not None:
             with self._direct as connection:
-                connection.sendall(_payload.END_RECORD)
+                connection.sendall(_records.END_RECORD)
                 connection.shutdown(socket.SHUT_WR)
                 _direct.receive_exactly(connection, 1)
             slot._put(self._lease, self._seconds, frames.DELIVERED, b"")
@@ -545,8 +545,8 @@ class _ResultWriter:
             self._leave(4, self._pieces, self._size)
         else:
             pickled = b"".join(self._pieces)
-            self._records += (_payload.record(0, len(pickled)), pickled)
-        head = b"".join((*self._records, _payload.END_RECORD))
+            self._records += (_records.record(0, len(pickled)), pickled)
+        head = b"".join((*self._records, _records.END_RECORD))
         if len(head) > INLINE_BYTES:
             self._records.clear()
             self._leave(7, [head], len(head))

