@@ -136,6 +136,8 @@ def stage(
     gpus: int | None = None,
     priority: int | None = None,
     env: Mapping[str, str] | None = None,
+    keep: bool | None = None,
+    on_loss: str | None = None,
 ) -> Callable[[Callable[P, T]], Stage[P, T]]: ...
 def stage(
     function: Callable[..., Any] | None = None,
@@ -150,6 +152,8 @@ def stage(
     gpus: int | None = None,
     priority: int | None = None,
     env: Mapping[str, str] | None = None,
+    keep: bool | None = None,
+    on_loss: str | None = None,
 ) -> Any:
     """Turn a function into a stage: ``@stage``, or ``@stage(cpus=2, memory="4GiB")``.
 
@@ -167,6 +171,9 @@ def stage(
         gpus: GPUs that each call needs.
         priority: Calls with a higher one are sent first.
         env: Environment variables that a call has.
+        keep: Whether results stay on the worker that made them. Calls that take them run there if
+            they can; where one is asked of ``run()``, that returns a ``Ref``.
+        on_loss: What to do when a kept result is lost: ``"recompute"`` it, or ``"raise"``.
 
     Raises:
         ConfigError: If an option is out of its range. Whether an executor has workers with that

@@ -21,12 +21,12 @@ from test_objects import MIB, PATIENCE, settled, start, store_of, workers
 
 from cloudexec import (
     BatchExecutor,
-    Graph,
     Local,
     ObjectOptions,
     PayloadTooLargeError,
     Ref,
     RefLostError,
+    stage,
 )
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("nothing_left")]
@@ -139,13 +139,15 @@ def test_a_handle_in_the_executor_of_a_task() -> None:
 
 def test_in_a_graph_a_handle_is_its_value() -> None:
     """As an argument of stages, and as the result of those that keep theirs."""
+    grow, total = stage(tasks.grow), stage(tasks.total)
+    kept = stage(tasks.grow, keep=True)
     with begin("wire") as executor:
-        graph = Graph()
         ref = executor.put(np.ones(300_000))
-        one = graph.add(tasks.grow, ref) if hasattr(graph, "add") else None
-        if one is None:
-            future = executor.submit(tasks.grow, ref)
-            assert executor.submit(tasks.total, future).result(PATIENCE) == 600_000
+        assert total(grow(ref)).run(executor) == 600_000
+        assert total(kept(kept(ref))).run(executor) == 900_000
+        handle = kept(ref).run(executor)
+        assert isinstance(handle, Ref)
+        assert executor.submit(tasks.total, handle).result(PATIENCE) == 600_000
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
