@@ -440,7 +440,7 @@ def test_a_kept_blob_that_always_arrives_damaged_is_an_error(
     thread.join()
     (error,) = errors
     assert isinstance(error, PayloadError)
-    assert "SHA-256" in str(error)
+    assert "CRC-32" in str(error)
     worker.close()
 
 
