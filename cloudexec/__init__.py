@@ -12,10 +12,14 @@ from cloudexec._errors import (
     ConfigError,
     DependencyError,
     InitializerError,
+    JournalError,
+    JournalLockedError,
+    JournalVersionError,
     LaunchError,
     PayloadError,
     PayloadTooLargeError,
     ProtocolError,
+    QueueFullError,
     RefLostError,
     RemoteTraceback,
     StageError,
@@ -31,6 +35,7 @@ from cloudexec._launchers.local import Local
 from cloudexec._objects.options import ObjectOptions
 from cloudexec._objects.ref import Ref
 from cloudexec._stats import ExecutorStats, SizeCounts, TaskCounts, WorkerCounts
+from cloudexec._story import StoryEvent, TaskStory
 
 __all__ = [
     "AwsError",
@@ -46,6 +51,9 @@ __all__ = [
     "ExecutorStats",
     "Graph",
     "InitializerError",
+    "JournalError",
+    "JournalLockedError",
+    "JournalVersionError",
     "LaunchError",
     "LaunchTimes",
     "Local",
@@ -55,6 +63,7 @@ __all__ = [
     "PayloadError",
     "PayloadTooLargeError",
     "ProtocolError",
+    "QueueFullError",
     "Ref",
     "RefLostError",
     "RemoteTraceback",
@@ -62,7 +71,9 @@ __all__ = [
     "Stage",
     "StageError",
     "StageReport",
+    "StoryEvent",
     "TaskCounts",
+    "TaskStory",
     "TaskTimeoutError",
     "WorkerCapacity",
     "WorkerCounts",

@@ -111,6 +111,8 @@ class TaskOptions:
     """Whether its result stays on the worker, and the future's result is a handle to it."""
     on_loss: str = "recompute"
     """What to do when a kept result is lost with its worker: ``"recompute"`` or ``"raise"``."""
+    key: str | Callable[..., object] | None = None
+    """What a journal knows the call by, in the place of its arguments."""
 
     def __post_init__(self) -> None:
         check_positive("timeout", self.timeout)
@@ -133,6 +135,10 @@ class TaskOptions:
             raise ConfigError(f"keep must be True or False, not {self.keep!r}")
         if self.on_loss not in ("recompute", "raise"):
             raise ConfigError(f"on_loss must be 'recompute' or 'raise', not {self.on_loss!r}")
+        if self.key is not None and not isinstance(self.key, str) and not callable(self.key):
+            raise ConfigError(
+                f"key must be a string, or a function of the call's arguments, not {self.key!r}"
+            )
 
     @property
     def memory_bytes(self) -> int | None:
@@ -290,3 +296,8 @@ class ServerConfig:
     retry: RetryPolicy = RetryPolicy()
     lease_timeout: float = 60.0
     """Seconds of silence after which a connected worker counts as lost."""
+    reconnect_grace: float = 30.0
+    """Seconds that a worker whose connection was cut has to come back; 0: it is lost at once."""
+
+    def __post_init__(self) -> None:
+        check_positive("reconnect_grace", self.reconnect_grace, zero=True)

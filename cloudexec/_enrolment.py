@@ -14,7 +14,16 @@ import secrets
 
 import cloudpickle
 
-__all__ = ["WIRE_VERSION", "make_nonce", "proof", "proves", "python_version", "versions_mismatch"]
+__all__ = [
+    "WIRE_VERSION",
+    "make_nonce",
+    "proof",
+    "proves",
+    "python_version",
+    "session_key",
+    "session_name",
+    "versions_mismatch",
+]
 
 WIRE_VERSION = 1
 """Raised when a peer that does not know of a change would misunderstand the rest."""
@@ -56,6 +65,16 @@ def proof(
         mac.update(len(part).to_bytes(4, "little"))
         mac.update(part)
     return mac.digest()
+
+
+def session_name(token: bytes) -> bytes:
+    """Return what a session may be called where its token is not to be told."""
+    return hashlib.sha256(b"cloudexec session\0" + token).digest()
+
+
+def session_key(key: bytes, token: bytes) -> bytes:
+    """Return what both sides prove to know where a worker goes on with its session."""
+    return hmac.digest(key, b"cloudexec session\0" + token, "sha256")
 
 
 def proves(mac: bytes, expected: bytes) -> bool:

@@ -11,7 +11,11 @@ CloudexecError
 ├── StageError                           a stage of a graph failed
 ├── PayloadError (also PicklingError)    could not pickle or unpickle
 │   └── PayloadTooLargeError             ... or too large
+├── QueueFullError                       too much is submitted and not done
 ├── RefLostError                         the worker that kept a result is gone
+├── JournalError                         a journal cannot be opened, read or written
+│   ├── JournalLockedError               ... because another program has it
+│   └── JournalVersionError              ... because a newer version of cloudexec wrote it
 ├── ProtocolError                        the two sides disagree, e.g. on versions
 └── BrokenBatchExecutor                  (also concurrent.futures.BrokenExecutor)
     └── InitializerError                 the initializer raised in a worker
@@ -34,10 +38,14 @@ __all__ = [
     "ConfigError",
     "DependencyError",
     "InitializerError",
+    "JournalError",
+    "JournalLockedError",
+    "JournalVersionError",
     "LaunchError",
     "PayloadError",
     "PayloadTooLargeError",
     "ProtocolError",
+    "QueueFullError",
     "RefLostError",
     "RemoteTraceback",
     "StageError",
@@ -244,8 +252,67 @@ class PayloadTooLargeError(PayloadError):
         self.limit_bytes = limit_bytes
 
 
+class QueueFullError(CloudexecError):
+    """Too much is submitted and not done, and ``when_full="raise"`` says not to wait.
+
+    Attributes:
+        pending_tasks: Tasks that are submitted and not done.
+        max_pending_tasks: How many may be; ``None``: any number.
+        pending_bytes: Bytes of their pickled arguments, without large parts.
+        max_pending_bytes: How many may be; ``None``: any number.
+        size_bytes: Those of the call that there was no room for.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        pending_tasks: int = 0,
+        max_pending_tasks: int | None = None,
+        pending_bytes: int = 0,
+        max_pending_bytes: int | None = None,
+        size_bytes: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.pending_tasks = pending_tasks
+        self.max_pending_tasks = max_pending_tasks
+        self.pending_bytes = pending_bytes
+        self.max_pending_bytes = max_pending_bytes
+        self.size_bytes = size_bytes
+
+
 class RefLostError(CloudexecError):
     """What a ``Ref`` stands for is gone, with the worker that kept it."""
+
+
+class JournalError(CloudexecError):
+    """A journal cannot be opened, or what is in it cannot be read."""
+
+
+class JournalLockedError(JournalError):
+    """Another program has the journal; it is free as soon as that one ends, however it does.
+
+    Attributes:
+        pid: Its process, or ``None`` if that is not known.
+        host: Its machine.
+    """
+
+    def __init__(self, message: str = "", *, pid: int | None = None, host: str = "") -> None:
+        super().__init__(message)
+        self.pid = pid
+        self.host = host
+
+
+class JournalVersionError(JournalError):
+    """A newer version of cloudexec wrote the journal, and this one cannot read it.
+
+    Attributes:
+        version: Of the journal's format.
+    """
+
+    def __init__(self, message: str = "", *, version: int | None = None) -> None:
+        super().__init__(message)
+        self.version = version
 
 
 class ProtocolError(CloudexecError):

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
@@ -26,6 +26,7 @@ from cloudexec._launchers.base import Cost
 from cloudexec._objects.options import ObjectOptions
 from cloudexec._sizing import ladder_of, terms_of
 from cloudexec._stats import ExecutorStats
+from cloudexec._story import TaskStory
 
 if TYPE_CHECKING:
     from cloudexec._core.claims import Terms
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from cloudexec._objects.ref import Ref
     from cloudexec._objects.store import BlobStore
     from cloudexec._progress import ProgressBar
+    from cloudexec._server.budget import PendingBudget
     from cloudexec._server.driver import Driver, Submission
 
 __all__ = ["BatchExecutor"]
@@ -158,6 +160,7 @@ class _Base(Executor):
         env: Mapping[str, str] | None = _UNSET,
         keep: bool = _UNSET,
         on_loss: str = _UNSET,
+        key: str | Callable[..., object] | None = _UNSET,
     ) -> OptionsView:
         """Return a view of this executor whose tasks have other options.
 
@@ -200,6 +203,10 @@ class _Base(Executor):
                 ``get()`` from.
             on_loss: What to do when a kept result is lost with its worker: ``"recompute"`` runs its
                 task again when it is needed, ``"raise"`` fails with ``RefLostError``.
+            key: What the executor's journal knows a call by, in the place of its arguments and of
+                objects that are bound to its function: a string, or a function that takes the
+                call's arguments, here, and returns a string, a whole number or bytes. The
+                function's code counts all the same.
 
         Raises:
             ConfigError: If an option is out of its range, or no worker can have that much; what
@@ -208,6 +215,21 @@ class _Base(Executor):
         given = {name: value for name, value in locals().items() if value is not _UNSET}
         del given["self"]
         return OptionsView(self._executor, self._options.changed(given))
+
+    def explain(self, future: Future[Any]) -> TaskStory:
+        """Tell what became of a call: when it was submitted, where it was sent, why attempts of it
+        were lost, and how it ended; ``print()`` shows it.
+
+        For a future of this executor or of a view of it, whatever its state, and after
+        ``shutdown()`` too. It costs the tasks that nobody asks about nothing.
+
+        Raises:
+            TypeError: If it is not a future that ``submit()`` or a graph returned.
+            ValueError: If it belongs to another executor.
+        """
+        from cloudexec._server.chronicle import explain
+
+        return explain(self._executor._driver, future)
 
     def _map(
         self,
@@ -275,6 +297,10 @@ class _Chunk:
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._fn = fn
 
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self._fn
+
     def __call__(self, chunk: list[tuple[Any, ...]]) -> list[Any]:
         return [self._fn(*args) for args in chunk]
 
@@ -318,17 +344,33 @@ class BatchExecutor(_Base):
             itself.
         launch_timeout: Seconds in which a worker must have connected; by default 60 here, and what
             the launcher thinks fit elsewhere.
-        orphan_timeout: Not used yet: workers end when their connection to the client does.
+        reconnect_grace: Seconds for which a worker elsewhere whose connection was cut is waited for
+            before its tasks run on another one; 0: not at all. It works on meanwhile, and hands
+            over what it has done.
+        orphan_timeout: Seconds for which such a worker dials a client that does not answer before
+            it ends. Workers on this machine end with the client, at once.
         max_tasks_per_worker: Tasks after which a worker, with all its processes, is replaced.
         max_worker_lifetime: Seconds after which a worker is replaced; it finishes what it has.
         max_cost_usd: Ceiling for what the workers may cost, as estimated: no worker is launched
             that would exceed it, and before it is reached all end, and what is not done fails with
             ``BudgetExceededError``.
         objects: How large arguments and results are kept and moved.
+        journal: A file, or ``s3://bucket/prefix``, that has the result of each call as soon as it
+            is there: the same program run again, after whatever has ended it, gets these results
+            without running the calls again. A file belongs to this user alone, and to one program
+            at a time. See the README, "Resuming after a crash".
+        max_pending_bytes: Bytes, or ``"2GiB"``, of pickled arguments of calls that are submitted
+            and not done; their large parts are counted by ``objects``. ``None``: no limit.
+        max_pending_tasks: Calls that are submitted and not done; ``None``: no limit.
+        when_full: What ``submit()`` and ``map()`` do when such a limit is reached: ``"block"``
+            until there is room, or ``"raise"`` ``QueueFullError``. A call that a done-callback
+            submits never waits, as it would hold up what it waits for.
 
     Raises:
         ValueError: If an argument is out of its range (a ``ConfigError`` that names it).
         TypeError: If an argument is of the wrong type.
+        JournalError: If the journal cannot be used; ``JournalLockedError`` if another program has
+            it, ``JournalVersionError`` if a newer version wrote it.
     """
 
     def __init__(
@@ -348,12 +390,19 @@ class BatchExecutor(_Base):
         listen: str | None = None,
         advertise: str | None = None,
         launch_timeout: float | None = None,
-        orphan_timeout: float = 30.0,
+        reconnect_grace: float = 30.0,
+        orphan_timeout: float = 120.0,
         max_tasks_per_worker: int | None = None,
         max_worker_lifetime: float | None = None,
         max_cost_usd: float | None = None,
         objects: ObjectOptions | None = None,
+        journal: str | os.PathLike[str] | None = None,
+        max_pending_bytes: int | str | None = None,
+        max_pending_tasks: int | None = None,
+        when_full: str = "block",
     ) -> None:
+        if journal is not None and not isinstance(journal, str | os.PathLike):
+            raise TypeError(f"journal must be a path or 's3://bucket/prefix', not {journal!r}")
         if objects is None:
             objects = ObjectOptions()
         elif not isinstance(objects, ObjectOptions):
@@ -399,7 +448,7 @@ class BatchExecutor(_Base):
         )
         self._max_workers = max_workers  # libraries read this name to size their chunks
         self._launcher = launcher
-        self._config = ServerConfig(scaling=scaling)
+        self._config = ServerConfig(scaling=scaling, reconnect_grace=reconnect_grace)
         self._options = TaskOptions(timeout=task_timeout, retries=retries)
         self._terms = terms_of(self._options, launcher, scaling)
         self._executor = self
@@ -415,15 +464,22 @@ class BatchExecutor(_Base):
             "orphan_timeout": orphan_timeout,
             "objects": objects,
         }
+        self._budget: PendingBudget | None = None
+        if (max_pending_bytes, max_pending_tasks, when_full) != (None, None, "block"):
+            from cloudexec._server.budget import pending_budget
+
+            self._budget = pending_budget(max_pending_bytes, max_pending_tasks, when_full)
         self._initializer = (initializer, initargs) if initializer is not None else None
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._shut_down = False
         self._forked = False
         self._driver: Driver | None = None
+        self._on_submit: Callable[..., Terms | None] | None = None  # see cloudexec.tracing
         self._table: FunctionTable | None = None
+        self._journal = journal
         _executors.add(self)
-        if min_workers:
+        if min_workers or journal is not None:
             self._start()
 
     def _start(self) -> Driver:
@@ -443,8 +499,7 @@ class BatchExecutor(_Base):
             from cloudexec._server.driver import Driver, Setup
 
             setup = dict(self._setup)
-            near = not self._launcher.needs_network() and setup["listen"] is None
-            store = BlobStore(setup["objects"].limits(), shared=near)
+            store = BlobStore(setup["objects"].limits(), shared=not self._is_far)
             if self._initializer is not None:
                 setup["initializer"] = _payload.dumps(self._initializer, store)
             setup["argv"] = tuple(sys.argv)
@@ -455,18 +510,26 @@ class BatchExecutor(_Base):
                 setup["sys_path"] = tuple(path or setup["cwd"] for path in sys.path)
             driver = Driver(self._config, Setup(**setup), self._launcher, store)
             try:
+                if self._journal is not None:
+                    driver.open_journal(self._journal)
                 driver.portal.run(driver.start()).result()
             except BaseException:
                 driver.portal.run(driver.abandon()).result()
                 driver.join()
                 raise
             driver.numbers = self._numbers
+            driver.budget = self._budget
             self._table = FunctionTable(driver.post, store)
             _drivers[driver] = None
             # Once nobody can submit any more, what was submitted is finished and workers stop.
             weakref.finalize(self, _collected, driver).atexit = False
             self._driver = driver
             return driver
+
+    @property
+    def _is_far(self) -> bool:
+        """Whether workers are not known to be on this machine: they dial a network address."""
+        return self._launcher.needs_network() or self._setup["listen"] is not None
 
     def _check_open(self) -> None:
         if _exiting:
@@ -503,6 +566,8 @@ class BatchExecutor(_Base):
         if label:
             future._label = label
             future._on_end = on_end
+        if self._on_submit is not None:
+            terms = self._on_submit(future, fn, options, terms, driver)
         try:
             if function is None:
                 function, kind, payload = table.call(fn, args, kwargs)  # type: ignore[arg-type]
@@ -512,6 +577,13 @@ class BatchExecutor(_Base):
         except Exception as exc:
             future.set_exception(_pickling_error(fn, exc))
             return future
+        if driver.journal is not None:
+            identity = driver.journal.identify(fn, function, options)
+            pickled = None if function is None else payload
+            if identity is not None and driver.journal.resume(
+                future, identity, args, kwargs, pickled, options
+            ):
+                return future
         if terms is not None and terms.judged:
             driver.judge.prepare()
         task = _submission()(
@@ -520,9 +592,13 @@ class BatchExecutor(_Base):
         future._task = task
         if type(payload) is not bytes and _hold_back(task, fn, args, kwargs):
             driver.dependencies.prepare()
+        if driver.budget is not None:
+            driver.budget.take(task, driver, self._check_open)
         with self._lock:
             # Under the lock: nothing may come into the inbox behind the request to shut down.
             if self._shut_down:
+                if driver.budget is not None:
+                    driver.budget.give(task)
                 self._check_open()
             driver.post(task)
         return future
@@ -549,6 +625,12 @@ class BatchExecutor(_Base):
         submission = _submission()
         retries, numbers = options.retries, self._numbers
         dumps_arguments, store = _payload.dumps_arguments, driver.store
+        budget, on_submit = driver.budget, self._on_submit
+        journal, identity = driver.journal, None
+        if journal is not None and error is None:
+            if type(fn) is _Chunk and callable(options.key):
+                options = options.changed({"key": journal.key_of_chunks(options.key)})
+            identity = journal.identify(fn, function, options)
 
         def submit(calls: Iterable[tuple[Any, ...]]) -> list[BatchFuture[T]]:
             futures: list[BatchFuture[T]] = []
@@ -564,6 +646,9 @@ class BatchExecutor(_Base):
             for args in calls:
                 future: BatchFuture[T] = BatchFuture(driver)
                 futures.append(future)
+                of_task = terms
+                if on_submit is not None:
+                    of_task = on_submit(future, fn, options, terms, driver)
                 if error is not None:
                     future.set_exception(error)
                     continue
@@ -572,12 +657,28 @@ class BatchExecutor(_Base):
                 except Exception as exc:
                     future.set_exception(_pickling_error(args, exc))
                     continue
+                if (
+                    journal is not None
+                    and identity is not None
+                    and journal.resume(future, identity, args, {}, payload, options)
+                ):
+                    continue
                 task = submission(
-                    next(numbers), function.kind, future, function, payload, retries, terms
+                    next(numbers), function.kind, future, function, payload, retries, of_task
                 )
                 future._task = task
                 if type(payload) is not bytes and _hold_back(task, fn, args, {}):
                     driver.dependencies.prepare()
+                if budget is not None and not budget.try_take(task):
+                    if tasks:
+                        flush()  # or it would wait for these, too
+                    try:
+                        budget.take(task, driver, self._check_open)
+                    except BaseException:
+                        futures.pop()
+                        for each in futures:
+                            each.cancel()  # they are nobody's
+                        raise
                 tasks.append(task)
                 if len(tasks) >= 256:
                     flush()
@@ -662,6 +763,8 @@ class BatchExecutor(_Base):
             if driver is None or self._forked:
                 return
             driver.post(ShutdownRequested(cancel=cancel_futures))
+        if driver.budget is not None:
+            driver.budget.wake()  # who waits for room there will never have it
         if wait:
             _wait_for_end(driver)
 

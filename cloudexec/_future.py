@@ -49,10 +49,13 @@ class BatchFuture(Future[T]):
         "_condition_made",
         "_decode",
         "_done_callbacks_made",
+        "_ended",
         "_exception",
         "_lock",
+        "_number",
         "_output",
         "_owner",
+        "_released",
         "_result",
         "_run_time",
         "_state",
@@ -63,8 +66,20 @@ class BatchFuture(Future[T]):
 
     _label = ""
     """The name of the stage that it stands for, in a graph: set on few, so not in a slot."""
+    _journaled: Any = None
+    """What its call is in the journal, if there is one."""
+    _resumed = False
+    """Whether its result came from there."""
     _has_result = False
     """Whether it is known to have a result, which need not be unpickled for that; by graphs."""
+    if TYPE_CHECKING:
+        _number: int
+        _ended: tuple[float, float, str]
+        _released: tuple[float, float, str]
+    _notes: Any = None
+    """What happened to its task beyond the usual; see ``cloudexec._server.chronicle``. So are
+    ``_number``, ``_ended`` and ``_released``, slots that are empty until there is something to
+    say."""
     _on_end: Callable[[BatchFuture[Any], bool], None] | None = None
     """Called on the loop thread with the outcome of its task, and whether that is a result; by
     graphs."""

@@ -398,8 +398,11 @@ class Graph:
         """Run every node once, as soon as what it depends on is there.
 
         Values that only other nodes need are not unpickled in this process, and are dropped once
-        these are done. If a call fails, or Ctrl-C is pressed, what the rest needs is kept: run the
-        graph again, and only what is missing is run. After a run that succeeded nothing is kept.
+        these are done. Where workers are elsewhere, large ones of them stay on the worker that made
+        them, and are made again should it be lost; those of a stage with ``keep=False`` come here.
+
+        If a call fails, or Ctrl-C is pressed, what the rest needs is kept: run the graph again, and
+        only what is missing is run. After a run that succeeded nothing is kept.
 
         Args:
             executor: Runs them.
@@ -506,16 +509,21 @@ class Graph:
         """
         uses = Counter(dependency for node in nodes for dependency in node.dependencies)
         uses.update(self._targets)
-        submits: dict[Stage[..., Any], Callable[..., BatchFuture[Any]]] = {}
+        submits: dict[tuple[Stage[..., Any], bool], Callable[..., BatchFuture[Any]]] = {}
+        targets = frozenset(self._targets)
         futures: dict[Node[Any], BatchFuture[Any]] = {
             node: future for node, future in kept.items() if uses[node]
         }
         for node in nodes:
             stage = node.stage
-            submit = submits.get(stage)
+            is_inner = node not in targets
+            submit = submits.get((stage, is_inner))
             if submit is None:
+                view = views[stage]
+                if is_inner and view._executor._is_far and "keep" not in stage._options:
+                    view = view.with_options(keep=True)
                 # The function is pickled once, as map() does it.
-                submit = submits[stage] = views[stage]._prepare(stage._sent())
+                submit = submits[stage, is_inner] = view._prepare(stage._sent())
             args = tuple([_filled(value, futures) for value in node._args])
             kwargs = _NOTHING
             if node._kwargs:
@@ -525,6 +533,9 @@ class Graph:
                 inputs = tuple([futures[dependency] for dependency in node.dependencies])
                 on_end = _Call(on_end, inputs, aside)
             future = futures[node] = submit(args, kwargs, stage.name, on_end)
+            if future._resumed:
+                tallies[stage.name].resumed += 1
+                future._has_result = True
             started.append((node, weakref.ref(future)))
             if bars is not None:
                 bars.watch(stage.name, future)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
@@ -55,8 +56,9 @@ class Source(Protocol):
 class _RecordReader:
     """A file for the unpickler that keeps out-of-band buffers apart from the pickle."""
 
-    def __init__(self, fill: Callable[[memoryview], None]) -> None:
+    def __init__(self, fill: Callable[[memoryview], None], most: int) -> None:
         self._fill = fill
+        self._most = most
         self._left = 0  # of the current in-band record
         self._ended = False
         self.buffers: deque[Any] = deque()
@@ -72,7 +74,7 @@ class _RecordReader:
                 if length:
                     return True
             elif kind in (BUFFER, READONLY_BUFFER):
-                buffer = bytearray(length)
+                buffer = self._room(length)
                 self._fill(memoryview(buffer))
                 self.buffers.append(
                     memoryview(buffer).toreadonly() if kind == READONLY_BUFFER else buffer
@@ -103,9 +105,15 @@ class _RecordReader:
     def read(self, size: int = -1) -> bytes:
         if size < 0:
             raise pickle.UnpicklingError("unbounded read of a payload")
-        data = bytearray(size)
+        data = self._room(size)
         n = self.readinto(data)
         return bytes(data[:n]) if n < size else bytes(data)
+
+    def _room(self, size: int) -> bytearray:
+        if size > self._most:
+            # The unpickler takes an UnpicklingError, here, for the end of the file.
+            raise MemoryError(f"{size} bytes are more than a payload may have")
+        return bytearray(size)
 
     def readline(self) -> bytes:
         line = bytearray()
@@ -121,16 +129,17 @@ class _RecordReader:
             yield self.buffers.popleft()
 
 
-def load_records(fill: Callable[[memoryview], None]) -> Any:
+def load_records(fill: Callable[[memoryview], None], most: int = sys.maxsize) -> Any:
     """Unpickle a large payload while it arrives.
 
     Args:
         fill: Fills the whole of a buffer with the next bytes, waiting for them if need be.
+        most: Bytes that one piece may be said to have, before they have come.
 
     Raises:
         BaseException: Whatever ``fill`` or unpickling raises.
     """
-    reader = _RecordReader(fill)
+    reader = _RecordReader(fill, most)
     value = pickle.Unpickler(reader, buffers=iter(reader)).load()
     reader.finish()
     return value

@@ -26,7 +26,7 @@ def terms_of(options: TaskOptions, launcher: Launcher, scaling: ScalingPolicy) -
     Raises:
         ConfigError: If the launcher has no workers that could run them.
     """
-    if options == TaskOptions(retries=options.retries):
+    if options == TaskOptions(retries=options.retries, key=options.key):
         return None  # tasks that nothing was said about cost nothing more
     from cloudexec._core.claims import Claim, Resources, Terms
 

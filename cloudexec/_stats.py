@@ -29,6 +29,9 @@ class TaskCounts:
     succeeded: int = 0
     failed: int = 0
     cancelled: int = 0
+    resumed: int = 0
+    """Not run, and in none of the other states: an earlier run had left their results in the
+    journal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +43,15 @@ class WorkerCounts:
     idle: int = 0
     busy: int = 0
     draining: int = 0
+    cut: int = 0
+    """Of all these, how many have lost their connection and may come back."""
     lost: int = 0
     """Since the start."""
     reclaimed: int = 0
     """Of those that had dialed back, how many their platform took back since the start. One that
     could hand back all it had is not lost."""
+    reconnected: int = 0
+    """How often one came back over another connection, since the start."""
     launched: int = 0
     """Asked for since the start."""
     slots: int = 0
@@ -91,6 +98,11 @@ class ExecutorStats:
     """Attempts that raised what ``retry_on`` names, and were run again."""
     duplicates: int = 0
     """Results that came too late, and were dropped."""
+    pending_bytes: int = 0
+    """Of pickled arguments of tasks that are not done; counted where ``max_pending_bytes`` or
+    ``max_pending_tasks`` is given."""
+    launch_failures: int = 0
+    """Workers that could not be started, or ended before they did anything."""
     refused: int = 0
     """Peers that were turned away, and messages that were: strangers, malformed or impostors'."""
     sizes: tuple[SizeCounts, ...] = ()
@@ -137,14 +149,17 @@ class ExecutorStats:
                 succeeded=counts["succeeded"],
                 failed=counts["failed"],
                 cancelled=counts["cancelled"],
+                resumed=0 if driver.journal is None else driver.journal.resumed,
             ),
             workers=WorkerCounts(
                 starting=len(machine.launches),
                 idle=idle,
                 busy=busy,
                 draining=draining,
+                cut=sum(worker.cut_at is not None for worker in machine.workers.values()),
                 lost=counts["workers_lost"],
                 reclaimed=counts["workers_reclaimed"],
+                reconnected=counts["workers_back"],
                 launched=counts["launches"],
                 slots=slots,
             ),
@@ -156,6 +171,8 @@ class ExecutorStats:
             retries=counts["retries"],
             retried_errors=counts["retried_errors"],
             duplicates=counts["duplicates"],
+            pending_bytes=0 if driver.budget is None else driver.budget.bytes,
+            launch_failures=counts["launch_failures"],
             refused=sum(driver.refusals.values()),
             sizes=tuple(
                 SizeCounts(

@@ -69,6 +69,10 @@ class Claim:
     slots: int
     floor: Resources
 
+    def fits(self, capacity: Resources) -> bool:
+        """Say whether workers that have this in all may be sent such tasks."""
+        return self.floor.within(capacity)
+
     @property
     def pool(self) -> tuple[int, int]:
         """Workers that are launched alike: size and slots."""

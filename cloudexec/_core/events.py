@@ -29,7 +29,9 @@ __all__ = [
     "TasksReleased",
     "TasksStarted",
     "TasksSubmitted",
+    "WorkerBack",
     "WorkerConnected",
+    "WorkerCut",
     "WorkerDraining",
     "WorkerHeard",
     "WorkerLost",
@@ -57,11 +59,20 @@ class FailureKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One failed attempt, with the evidence that the shell will turn into an exception."""
+    """One failed attempt, with the evidence that the shell will turn into an exception.
+
+    Attributes:
+        kind: Why there is no result.
+        detail: The shell's evidence.
+        out_of_memory: Whether memory was what it died of.
+        suspects: Of a lost worker, tasks that may have been the cause, this one among them; 0: not
+            known, or none of them was.
+    """
 
     kind: FailureKind
     detail: Any = None
     out_of_memory: bool = False
+    suspects: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +142,20 @@ class WorkerConnected:
     worker: str
     slots: int
     launch: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCut:
+    """A worker's connection is gone; the worker may live, work on, and come back."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerBack:
+    """A worker whose connection was cut has another, and goes on as before."""
+
+    worker: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +281,8 @@ Event = (
     | TasksCancelled
     | TasksRecalled
     | WorkerConnected
+    | WorkerCut
+    | WorkerBack
     | WorkerHeard
     | WorkerReady
     | WorkerDraining

@@ -7,7 +7,7 @@ import itertools
 import math
 import operator
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from cloudexec._config import ServerConfig, WorkerCapacity
@@ -49,12 +49,15 @@ from cloudexec._core.events import (
     TasksReleased,
     TasksStarted,
     TasksSubmitted,
+    WorkerBack,
     WorkerConnected,
+    WorkerCut,
     WorkerDraining,
     WorkerHeard,
     WorkerLost,
     WorkerReady,
 )
+from cloudexec._core.quarantine import PARTS, Quarantine
 from cloudexec._core.scaling import sizes_to_launch
 from cloudexec._core.scheduling import (
     Line,
@@ -78,6 +81,11 @@ _inputs_of = operator.attrgetter("inputs")
 
 _REBALANCE_AFTER = 0.1
 """Seconds between looks at whether one worker sits on tasks that another could run."""
+_LOOK_PAUSE = 1e-5
+"""Seconds, for each worker there is or will be, between two looks at all of them: a look takes a
+small part of that, and the times at which thousands are due come as close as they like."""
+_SPARE = 16
+"""Hungry workers that are listed beyond as many as tasks wait: a few turn out to be full."""
 _CANCEL_PAUSE = 0.05
 """Seconds after a cancellation in which a worker gets nothing ahead of need."""
 _SUSPICIONS = 10
@@ -122,6 +130,7 @@ class Machine:
         self._plain = Line(None, 0, self._plain_claims[0])
         self._lines: dict[object, Line] = {None: self._plain}
         """Waiting tasks, by what they wait for; lines without open tasks are dropped."""
+        self._quarantine = Quarantine()
         self._near: set[Line] = set()  # lines that have, or had, tasks with inputs
         self._passed: tuple[int, int] = (0, 0)  # who was overtaken last, and how often
         self._machine_account: Account | None = None  # where workers share one
@@ -153,6 +162,8 @@ class Machine:
         self._killed_launches = 0
         self._launch_not_before = 0.0
         self._deadline: float | None = None
+        self._look_not_before = 0.0
+        self._to_wind_down = True
         self._out: list[Command] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             TasksSubmitted: self._on_submitted,
@@ -162,6 +173,8 @@ class Machine:
             TasksCancelled: self._on_cancelled,
             TasksRecalled: self._on_recalled,
             WorkerConnected: self._on_connected,
+            WorkerCut: self._on_cut,
+            WorkerBack: self._on_back,
             WorkerHeard: self._on_heard,
             WorkerReady: self._on_ready,
             WorkerDraining: self._on_draining,
@@ -256,16 +269,18 @@ class Machine:
     def _line_of(self, task: Task) -> Line:
         """Return the line of a task, a new one if there is none."""
         terms = task.terms
-        if terms is None and not task.rung:
+        suspects = self._quarantine.suspects
+        alone = bool(suspects) and task in suspects
+        if terms is None and not task.rung and not alone:
             return self._plain
         claim = self.claim_of(task)
         priority = 0 if terms is None else terms.priority
-        if not priority and claim is self._plain_claims[0]:
+        if not priority and claim is self._plain_claims[0] and not alone:
             return self._plain
-        key = (priority, claim)
+        key = (priority, claim, alone)
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = Line(key, priority, claim)
+            line = self._lines[key] = Line(key, priority, claim, alone=alone)
         return line
 
     def _enter(self, task: Task) -> Line:
@@ -353,6 +368,10 @@ class Machine:
         """Tasks between two attempts."""
         return list(self._resting)
 
+    def runs_apart(self, task: Task) -> bool:
+        """Say whether a task is among the suspects of a worker's death."""
+        return task in self._quarantine.suspects
+
     def waiting_by_size(self) -> dict[int, int]:
         """Return how many tasks wait for each size of worker."""
         found: Counter[int] = Counter()
@@ -379,6 +398,7 @@ class Machine:
         task.state = _DONE
         if len(self._lines) > 1:
             self._leave(task)
+            self._quarantine.suspects.pop(task, None)
         self.open_tasks -= 1
         self.counts[how] += 1
 
@@ -398,6 +418,8 @@ class Machine:
         if not worker.leases:
             worker.load = 0.0
             worker.idle_since = now
+            if self._quarantine.kept:
+                self._quarantine.kept.pop(worker.id, None)
             if self.config.scaling.idle_timeout is not None:
                 self._remind(now + self.config.scaling.idle_timeout)
         if worker.state is WorkerState.ACTIVE:
@@ -405,9 +427,16 @@ class Machine:
             if most is not None and worker.completed >= most:
                 self._retire(worker)
             else:
-                self._hungry[worker.id] = None
+                self._welcome(worker)
         if len(self.workers) > 1 and self.open_tasks:
             self._remind(now + _REBALANCE_AFTER)
+
+    def _welcome(self, worker: Worker) -> None:
+        """Have an active worker get tasks again, unless it is cut off, or kept for a suspect."""
+        if worker.cut_at is None:
+            kept = self._quarantine.kept
+            if not kept or worker.id not in kept:
+                self._hungry[worker.id] = None
 
     def _on_results(self, event: ResultsReceived, now: float) -> None:
         worker = self.workers.get(event.worker)
@@ -443,9 +472,11 @@ class Machine:
         self._failed_launches = self._killed_launches = 0
         if tasks:
             if len(self._lines) > 1:
+                suspects = self._quarantine.suspects
                 for task in tasks:
-                    if task.terms is not None or task.rung:
+                    if task.terms is not None or task.rung or task in suspects:
                         self._leave(task)
+                        suspects.pop(task, None)
             self.open_tasks -= len(tasks)
             self.counts["succeeded"] += len(tasks)
             self._out.append(ResolveTasks(worker.id, tasks, results, times, self._events))
@@ -575,7 +606,7 @@ class Machine:
         for task in reversed(back):
             line = self._line_of(task)
             line.tasks.appendleft(task)
-            if task.inputs:
+            if task.inputs and not line.alone:
                 self._near.add(line)
         self._waiting += len(back)
 
@@ -617,13 +648,51 @@ class Machine:
         self._total_slots += worker.slots
         self.counts["workers_connected"] += 1
         self._failed_launches = 0
-        self._hungry[worker.id] = None
         self._remind(now + self.config.lease_timeout)
         if self.config.scaling.max_worker_lifetime is not None:
             self._remind(now + self.config.scaling.max_worker_lifetime)
         self._settle(worker, now)
         if self.killing:
             self._out.append(TerminateWorker(worker.id, self._events))
+
+    def _on_cut(self, event: WorkerCut, now: float) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is None or worker.cut_at is not None:
+            return
+        self.counts["workers_cut"] += 1
+        self._to_wind_down = True
+        self._to_wind_down = True
+        worker.cut_at = now
+        self._hungry.pop(worker.id, None)
+        self._quarantine.release(worker)
+        self._unhold(worker.account)
+        if self.config.reconnect_grace:
+            self._remind(now + self.config.reconnect_grace)
+        else:
+            self._give_up(worker, now)
+
+    def _on_back(self, event: WorkerBack, now: float) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is None or worker.cut_at is None:
+            return
+        self.counts["workers_back"] += 1
+        worker.cut_at = None
+        worker.heard_at = now
+        self._remind(now + self.config.lease_timeout)
+        lifetime = self.config.scaling.max_worker_lifetime
+        if lifetime is not None:
+            self._remind(max(now, worker.connected_at + lifetime))
+        self._settle(worker, now)
+
+    def _give_up(self, worker: Worker, now: float) -> None:
+        """Lose a worker whose connection was cut, and that is not waited for any longer."""
+        assert worker.cut_at is not None
+        self._out.append(TerminateWorker(worker.id, self._events))
+        reason = (
+            f"its connection was cut, and it did not come back within "
+            f"{self.config.reconnect_grace:g} s (reconnect_grace)"
+        )
+        self._lose_worker(worker, WorkerLost(worker.id, reason), now)
 
     def _on_heard(self, event: WorkerHeard, now: float) -> None:
         worker = self.workers.get(event.worker)
@@ -668,6 +737,16 @@ class Machine:
             worker.state = WorkerState.DRAINING
             self._count_active(-worker.slots, worker.pool)
             self._hungry.pop(worker.id, None)
+            self._quarantine.release(worker)
+            self._unhold(worker.account)
+
+    def _unhold(self, account: Account) -> None:
+        """Hold nothing for tasks that wait for room where no worker takes any: others are held."""
+        if account.held_for is not None and not any(
+            each.state is WorkerState.ACTIVE and each.cut_at is None
+            for each in account.workers.values()
+        ):
+            account.held_for = None
 
     def _retire(self, worker: Worker) -> None:
         """Have a worker finish what it has; another takes its place when there is need."""
@@ -688,12 +767,16 @@ class Machine:
         if worker is not None:
             self._lose_worker(worker, event, now)
 
-    def _lose_worker(self, worker: Worker, event: WorkerLost, now: float) -> None:
+    def _lose_worker(
+        self, worker: Worker, event: WorkerLost, now: float, *, silent: bool = False
+    ) -> None:
+        unheard = silent or worker.cut_at is not None
         expected = worker.state is WorkerState.DRAINING and not worker.leases
         self._drain(worker)
         del self.workers[worker.id]
         account = worker.account
         account.workers.pop(worker.id, None)
+        self._unhold(account)
         for lease in worker.leases:
             account.heavy.pop(lease, None)
         self._total_slots -= worker.slots
@@ -702,30 +785,38 @@ class Machine:
         if event.reclaimed:
             self.counts["workers_reclaimed"] += 1
         detail = event.detail
-        failure = Failure(FailureKind.WORKER_LOST, detail, event.out_of_memory)
+        aboard = len(worker.leases)
+        suspects = 0 if event.reclaimed else aboard
+        failure = Failure(FailureKind.WORKER_LOST, detail, event.out_of_memory, suspects)
+        self._quarantine.kept.pop(worker.id, None)
         unblamed: list[Task] = []
-        # Slots take tasks in the order sent: whatever else was known to have begun, the first
-        # ones may have.
         for position, task in enumerate(list(worker.leases.values())):
             if task.state is _DONE:
                 continue
-            may_have_run = task.state is _RUNNING or position < worker.slots
-            task.suspected += may_have_run
+            # Slots take tasks in the order sent. One that was not ready may have died of what it
+            # does before it begins with the first.
+            first = task.state is _RUNNING or position < worker.slots
+            task.suspected += worker.ready or first
             task.worker = None
             task.lease = 0
-            # Without retries, whatever the worker may have begun counts as begun.
-            begun = worker.ready and (may_have_run or not task.retries)
+            # Without retries, whatever the worker may have begun counts as begun; and where the
+            # link failed, the news that it was ready may be what was lost.
+            begun = (worker.ready and first) or (not task.retries and (worker.ready or unheard))
             if event.reclaimed and task.retries:
                 self.counts["reclaimed"] += begun
                 unblamed.append(task)
-            elif begun or task.suspected > _SUSPICIONS:
+                continue
+            larger = event.out_of_memory and first and self._may_climb(worker, task)
+            exposed = worker.ready or task.suspected > _SUSPICIONS
+            if (exposed and aboard == 1) or (begun and (larger or not task.retries)):
                 self._lose_attempt(worker, task, failure)
-            else:
-                larger = self._may_climb(worker, task)
-                if event.out_of_memory and larger and position < worker.slots:
-                    # It had no slot ready: what the tasks need before they begin is too much.
-                    self._climb(task, self._rung_of(worker, task))
-                unblamed.append(task)
+                continue
+            if larger:
+                # It had no slot ready: what the tasks need before they begin is too much.
+                self._climb(task, self._rung_of(worker, task))
+            elif exposed and (aboard <= max(worker.slots, PARTS) or task.suspected > 1):
+                self._suspect(task, aboard, worker.slots)
+            unblamed.append(task)
         worker.leases.clear()
         self._requeue(unblamed)
         if event.relaunched and not self.shutting_down:
@@ -736,6 +827,16 @@ class Machine:
             self._remind(now + self.config.scaling.launch_timeout)
         if not expected and not worker.completed and not event.reclaimed:
             self._count_failed_launch(str(detail), now, fatal=False, killed=True)
+
+    def _suspect(self, task: Task, aboard: int, slots: int) -> None:
+        """Have a task run apart from now on: it was aboard, with others, when a worker died."""
+        if task in self._quarantine.suspects:
+            self._quarantine.narrow(task, aboard, slots)
+        else:
+            self.counts["suspects"] += 1
+            self._leave(task)
+            self._quarantine.narrow(task, aboard, slots)
+            self._enter(task)
 
     def _on_launch_failed(self, event: LaunchFailed, now: float) -> None:
         if self._end_launch(event.launch) and not event.reclaimed:
@@ -785,11 +886,11 @@ class Machine:
 
     def _scale(self, now: float) -> None:
         if self.shutting_down and (self.killing or not (self.open_tasks or self.held)):
-            self._wind_down()
+            self._wind_down(now)
             return
         if self.launches:
             self._withdraw_surplus(now)
-        if now < self._launch_not_before or self.refusing:
+        if now < self._launch_not_before or self.refusing or self._is_emptying():
             return
         policy = self.config.scaling
         if len(self._lines) > 1 or self._odd:
@@ -803,6 +904,10 @@ class Machine:
         for slots in sizes_to_launch(wanted - active, room, policy.slots_per_worker):
             self._launch(slots, self._plain.claim, now)
 
+    def _is_emptying(self) -> bool:
+        """Say whether all that is left to do is on workers, and no more will come."""
+        return self.shutting_down and not (self._waiting or self.held or self._resting)
+
     def _withdraw_surplus(self, now: float) -> None:
         """Give up workers that have not come, once nothing has waited for them for a while.
 
@@ -810,7 +915,7 @@ class Machine:
         """
         scaling = self.config.scaling
         surplus = self._active_slots - max(self.open_tasks, scaling.min_slots)
-        at_once = self.shutting_down and not self._waiting and not self.held
+        at_once = self._is_emptying()
         if surplus <= 0 and not at_once:
             self._surplus_since = None
             return
@@ -842,6 +947,8 @@ class Machine:
             if count:
                 if shared:
                     count = min(count, line.claim.need.times_in(line.claim.whole))
+                if line.alone:
+                    count *= line.claim.slots
                 demand[line.claim.pool] = demand.get(line.claim.pool, 0) + count
         return demand
 
@@ -917,6 +1024,7 @@ class Machine:
                 missing > 0
                 and worker.state is WorkerState.ACTIVE
                 and not worker.leases
+                and worker.cut_at is None
                 and not floor.within(worker.account.capacity)
             ):
                 missing -= worker.slots
@@ -937,7 +1045,11 @@ class Machine:
             if not floor.within(launch.capacity):
                 self._withdraw(launch)
                 return
-        busy = [w for w in self.workers.values() if not floor.within(w.account.capacity)]
+        busy = [
+            worker
+            for worker in self.workers.values()
+            if worker.cut_at is None and not floor.within(worker.account.capacity)
+        ]
         if busy:
             self._retire(min(busy, key=lambda worker: worker.load))
 
@@ -958,7 +1070,7 @@ class Machine:
     # The end.
 
     def _on_shutdown(self, event: ShutdownRequested, now: float) -> None:
-        self.shutting_down = True
+        self.shutting_down = self._to_wind_down = True
         if not (event.cancel or event.kill):
             return
         self.killing = self.killing or event.kill
@@ -978,17 +1090,27 @@ class Machine:
             for name, leases in recalls.items():
                 self._out.append(RecallTasks(name, leases, self._events))
 
-    def _wind_down(self) -> None:
+    def _wind_down(self, now: float) -> None:
         """Stop whatever still runs; once it is all gone, finish."""
-        for launch in list(self.launches.values()):
-            self._withdraw(launch)
-        for worker in self.workers.values():
-            if worker.state is WorkerState.ACTIVE:
-                self._drain(worker)
-                command = TerminateWorker if self.killing else DrainWorker
-                self._out.append(command(worker.id, self._events))
-            elif self.killing and worker.leases:
-                self._out.append(TerminateWorker(worker.id, self._events))
+        # Events come from each worker: of thousands, not all are looked at for each of them.
+        if self._to_wind_down or self._active_slots:
+            self._to_wind_down = False
+            for launch in list(self.launches.values()):
+                self._withdraw(launch)
+            for worker in list(self.workers.values()):
+                if worker.cut_at is not None:
+                    self._drain(worker)
+                    self._give_up(worker, now)  # nothing that it has is of use any more
+                elif worker.state is WorkerState.ACTIVE:
+                    self._drain(worker)
+                    if worker.leases and not self.killing:
+                        # Cancelled, all of them, and some may have begun before they knew.
+                        leases = list(worker.leases)
+                        self._out.append(KillTasks(worker.id, leases, self._events))
+                    command = TerminateWorker if self.killing else DrainWorker
+                    self._out.append(command(worker.id, self._events))
+                elif self.killing and worker.leases:
+                    self._out.append(TerminateWorker(worker.id, self._events))
         if not (self.workers or self.open_tasks or self.held or self.finished):
             self.finished = True
             self._out.append(Finish(self._events))
@@ -996,6 +1118,7 @@ class Machine:
     # Time.
 
     def _remind(self, at: float) -> None:
+        at = max(at, self._look_not_before)
         if self._deadline is None or at < self._deadline:
             self._deadline = at
 
@@ -1003,6 +1126,8 @@ class Machine:
         config = self.config
         scaling = config.scaling
         self._deadline = None
+        everybody = len(self.workers) + len(self.launches)
+        self._look_not_before = now + everybody * _LOOK_PAUSE
         for launch in list(self.launches.values()):
             if now >= launch.started_at + scaling.launch_timeout:
                 self._withdraw(launch)
@@ -1016,10 +1141,17 @@ class Machine:
             self._awake(now)
         active = sum(w.slots for w in self.workers.values() if w.state is WorkerState.ACTIVE)
         for worker in list(self.workers.values()):
+            if worker.cut_at is not None:
+                if now >= worker.cut_at + config.reconnect_grace:
+                    active -= worker.slots if worker.state is WorkerState.ACTIVE else 0
+                    self._give_up(worker, now)
+                else:
+                    self._remind(worker.cut_at + config.reconnect_grace)
+                continue
             if now >= worker.heard_at + config.lease_timeout:
                 self._out.append(TerminateWorker(worker.id, self._events))
-                silent = f"it was silent for {config.lease_timeout:g} s"
-                self._lose_worker(worker, WorkerLost(worker.id, silent), now)
+                reason = f"it was silent for {config.lease_timeout:g} s"
+                self._lose_worker(worker, WorkerLost(worker.id, reason), now, silent=True)
                 continue
             self._remind(worker.heard_at + config.lease_timeout)
             if scaling.max_worker_lifetime is not None and worker.state is WorkerState.ACTIVE:
@@ -1035,7 +1167,7 @@ class Machine:
                 else:
                     worker.paused_until = 0.0
                     if worker.state is WorkerState.ACTIVE:
-                        self._hungry[worker.id] = None
+                        self._welcome(worker)
             if worker.idle_since is None or worker.state is not WorkerState.ACTIVE:
                 continue
             if scaling.idle_timeout is None or active - worker.slots < scaling.min_slots:
@@ -1047,15 +1179,24 @@ class Machine:
                 self._remind(worker.idle_since + scaling.idle_timeout)
         self._rebalance(now)
 
+    def _in_turn(self) -> Iterator[str]:
+        """Go through the hungry workers: of thousands, no more are listed than may be needed."""
+        most = self._waiting + _SPARE
+        some = list(itertools.islice(self._hungry, most))
+        yield from some
+        if self._waiting and len(some) == most:
+            before = set(some)
+            yield from [name for name in self._hungry if name not in before]
+
     def _rebalance(self, now: float) -> None:
         """Recall what waits on one worker while another has a free slot."""
-        if self._waiting or len(self.workers) < 2:
+        if len(self.workers) < 2 or (self._waiting and self._others_wait()):
             return
         free = sum(
             max(0, self.workers[name].slots - len(self.workers[name].leases))
             for name in self._hungry
         )
-        crowded = [w for w in self.workers.values() if len(w.leases) > w.slots]
+        crowded = [w for w in self.workers.values() if len(w.leases) > w.slots and w.cut_at is None]
         if not crowded:
             return
         self._remind(now + _REBALANCE_AFTER)
@@ -1072,10 +1213,14 @@ class Machine:
 
     def _assign(self, now: float) -> None:
         sending = self.config.sending
+        if self._quarantine.suspects or self._quarantine.kept:
+            self._assign_suspects(now)
+            if not self._others_wait():
+                return
         near = self._near and self._assign_near(now)
         simple = len(self._lines) == 1 and not near
         plain = self._plain.tasks
-        for name in list(self._hungry):
+        for name in self._in_turn():
             if not self._waiting:
                 break
             worker = self.workers[name]
@@ -1126,6 +1271,8 @@ class Machine:
         for line in in_order(self._lines.values(), worker):
             if share <= 0:
                 break
+            if line.alone and (len(account.workers) == 1 or self._has_room(worker, line)):
+                continue  # it is for ``_assign_suspects`` to say who is to have it
             if account.is_light(line.claim) and not account.heavy and not account.tight:
                 ahead = share
                 if line in self._near:
@@ -1140,7 +1287,7 @@ class Machine:
                     break
                 continue
             room = room_left(account, self.claim_of)
-            if room is not None:
+            if room is not None and not line.alone:
                 some, room = take_fitting(line, worker, self._leases, share, room)
                 taken += some
                 share -= len(some)
@@ -1160,6 +1307,114 @@ class Machine:
             self._out.append(SendTasks(worker.id, taken, self._events))
         if len(worker.leases) >= worker.slots and not self._near:
             self._hungry.pop(worker.id, None)
+
+    def _has_room(self, worker: Worker, line: Line) -> bool:
+        """Say whether a task of a line fits beside all that is there, on this machine or worker."""
+        account, claim = worker.account, line.claim
+        if account.is_light(claim) and not (account.heavy or account.tight):
+            return True
+        if len(account.workers) == 1 and not worker.leases:
+            return True
+        room = room_left(account, self.claim_of)
+        return room is not None and claim.need.within(room)
+
+    def _others_wait(self) -> bool:
+        """Say whether tasks wait that are no suspects."""
+        return any(not line.alone and line.head() is not None for line in self._lines.values())
+
+    def _assign_suspects(self, now: float) -> None:
+        """Send suspects to workers of their own; keep workers for those that wait."""
+        quarantine = self._quarantine
+        lines = [line for line in self._lines.values() if line.alone and line.head() is not None]
+        lines.sort(key=lambda line: (-line.priority, line.tasks[0].number))
+        if lines:
+            for name, hosts in quarantine.kept.items():
+                if hosts:
+                    self._top_up(self.workers[name], now)
+        room = quarantine.room(self.workers.values(), shared=self._others_wait())
+        wanting: list[Line] = []  # one entry for each worker that is to be emptied
+        for line in lines:
+            while room > 0 and (task := line.head()) is not None:
+                able = [self.workers[name] for name in self._hungry]
+                able = [worker for worker in able if self._may_quarantine(worker, line)]
+                if not able:
+                    break
+                self._send_apart(line, best_holder(task.inputs, able) or able[0], now)
+                room -= 1
+            # Who comes has nothing to finish.
+            coming = [each for each in self.launches.values() if line.claim.fits(each.capacity)]
+            if line.head() is not None:
+                groups = -(-len(line.tasks) // quarantine.group(line))
+                wanting += [line] * (groups - len(coming))
+        del wanting[max(room, 0) :]
+        emptied = [self.workers[name] for name, hosts in quarantine.kept.items() if not hosts]
+        for worker in emptied[len(wanting) :]:
+            quarantine.release(worker)
+            self._welcome(worker)
+        for line in wanting[len(emptied) :]:
+            busy = [w for w in self.workers.values() if not self._outranked(w, line)]
+            chosen = quarantine.to_empty(line, busy)
+            if chosen is None:
+                continue
+            quarantine.kept[chosen.id] = False
+            self._hungry.pop(chosen.id, None)
+            sent = [lease for lease, task in chosen.leases.items() if task.state is _SENT]
+            if sent:
+                self._out.append(RecallTasks(chosen.id, sent, self._events))
+
+    def _may_quarantine(self, worker: Worker, line: Line) -> bool:
+        """Say whether a worker may be given a suspect now, to have it alone."""
+        most = self.config.scaling.max_tasks_per_worker
+        return (
+            not worker.leases
+            and (most is None or worker.completed < most)
+            and line.claim.fits(worker.account.capacity)
+            and self._has_room(worker, line)
+            and not self._outranked(worker, line)
+        )
+
+    def _outranked(self, worker: Worker, line: Line) -> bool:
+        """Say whether a worker could serve others that wait, and that go before this line."""
+        return any(
+            each.priority > line.priority
+            and each.head() is not None
+            and each.claim.fits(worker.account.capacity)
+            for each in self._lines.values()
+        )
+
+    def _send_apart(self, line: Line, worker: Worker, now: float) -> None:
+        """Send the first tasks of a line to a worker that has none but their like."""
+        size, account = self._quarantine.group(line, worker.leases.values()), worker.account
+        most = self.config.scaling.max_tasks_per_worker
+        if most is not None:
+            size = min(size, most - worker.completed - len(worker.leases))
+        if account.is_light(line.claim) and not (account.heavy or account.tight):
+            tasks, starting = take_tasks(
+                line.tasks, worker, self.config.sending, self._leases, size, now
+            )
+        elif not worker.leases:
+            tasks, _ = take_fitting(line, worker, self._leases, 1, line.claim.need)
+            starting = 1
+        else:
+            return
+        self._waiting -= len(tasks)
+        self._quarantine.kept[worker.id] = True
+        self._hungry.pop(worker.id, None)
+        if starting:
+            self._out.append(MarkRunning(tasks[:starting], self._events))
+        if tasks:
+            self._out.append(SendTasks(worker.id, tasks, self._events))
+
+    def _top_up(self, worker: Worker, now: float) -> None:
+        """Send a worker that has a group of suspects more of their kind, as room comes."""
+        if worker.cut_at is not None or worker.state is not WorkerState.ACTIVE:
+            return
+        some = next((task for task in worker.leases.values() if task.state is not _DONE), None)
+        if some is None or 2 * len(worker.leases) > self._quarantine.suspects[some]:
+            return
+        line = self._line_of(some)
+        if line.head() is not None and not self._outranked(worker, line):
+            self._send_apart(line, worker, now)
 
     def _holders(self, line: Line) -> int:
         """How many workers, or machines, take nothing until a task of this line fits."""
@@ -1296,6 +1551,9 @@ class Machine:
         self._validate_accounts()
         for name in self._hungry:
             assert self.workers[name].state is WorkerState.ACTIVE, "a draining worker is hungry"
+            assert self.workers[name].cut_at is None, "a worker that was cut off is hungry"
+        self._validate_cuts()
+        self._validate_quarantine()
         active = sum(w.slots for w in self.workers.values() if w.state is WorkerState.ACTIVE)
         starting = sum(launch.slots for launch in self.launches.values())
         total = sum(w.slots for w in self.workers.values()) + starting
@@ -1309,9 +1567,39 @@ class Machine:
             assert not self.held, "finished with held tasks left"
             assert not self.workers, "finished with workers left"
 
+    def _validate_cuts(self) -> None:
+        for worker in self.workers.values():
+            if worker.cut_at is None:
+                continue
+            until = max(worker.cut_at + self.config.reconnect_grace, self._look_not_before)
+            assert self._deadline is not None, "nobody looks after a worker that was cut off"
+            until = max(until, self._look_not_before)
+            assert self._deadline <= until, "a worker that was cut off is looked after too late"
+
+    def _validate_quarantine(self) -> None:
+        suspects, kept = self._quarantine.suspects, self._quarantine.kept
+        lines = [line for line in self._lines.values() if line.alone]
+        assert len(suspects) == sum(line.open for line in lines), "suspects are in other lines"
+        assert all(task.state is not _DONE for task in suspects), "a suspect is done"
+        assert not kept.keys() & self._hungry.keys(), "a worker that is kept gets tasks"
+        for worker in self.workers.values():
+            hosts = kept.get(worker.id, False)
+            alive = [task for task in worker.leases.values() if task.state is not _DONE]
+            if hosts or any(task in suspects for task in alive):
+                assert hosts, "a suspect is on a worker that is not kept for it"
+                most = min([suspects.get(task, 0) for task in alive], default=1)
+                assert len(alive) <= most, "a suspect is not alone"
+        for name in kept:
+            assert self.workers[name].leases, "a worker is kept for nothing"
+
     def _validate_accounts(self) -> None:
         accounts = {id(w.account): w.account for w in self.workers.values()}
         for account in accounts.values():
+            takes = any(
+                w.state is WorkerState.ACTIVE and w.cut_at is None
+                for w in account.workers.values()
+            )
+            assert takes or account.held_for is None, "held for tasks where no worker takes any"
             leases = {
                 lease: task for w in account.workers.values() for lease, task in w.leases.items()
             }

@@ -30,16 +30,18 @@ class Line:
         key: What the machine finds it by.
         priority: Higher ones go first.
         claim: Of each of its tasks.
+        alone: Whether each of its tasks is to have a worker to itself.
         tasks: Those that wait, in the order they came; some may have been cancelled meanwhile.
         open: Its tasks that are not done, waiting or not. Not kept for plain tasks.
     """
 
-    __slots__ = ("claim", "key", "open", "priority", "tasks")
+    __slots__ = ("alone", "claim", "key", "open", "priority", "tasks")
 
-    def __init__(self, key: object, priority: int, claim: Claim) -> None:
+    def __init__(self, key: object, priority: int, claim: Claim, *, alone: bool = False) -> None:
         self.key = key
         self.priority = priority
         self.claim = claim
+        self.alone = alone
         self.tasks: deque[Task] = deque()
         self.open = 0
 

@@ -113,7 +113,7 @@ class Task:
         lost: Attempts lost so far.
         rung: How often it climbed: the smallest size of worker that it may be sent to, or which of
             its claims counts.
-        suspected: Workers lost, before they were ready, that were to begin with it.
+        suspected: Workers lost that may have begun with it, or were to begin with it.
         terms: What was said about it; ``None``: nothing.
         inputs: What it would rather not have sent.
     """

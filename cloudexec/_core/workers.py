@@ -84,12 +84,14 @@ class Worker:
         completed: Tasks it has answered for.
         idle_since: When its last lease went; ``None`` while it has one.
         heard_at: When it was last heard of.
+        cut_at: When its connection was cut; ``None`` while it has one.
     """
 
     __slots__ = (
         "account",
         "completed",
         "connected_at",
+        "cut_at",
         "heard_at",
         "id",
         "idle_since",
@@ -128,6 +130,7 @@ class Worker:
         self.completed = 0
         self.idle_since: float | None = now
         self.heard_at = now
+        self.cut_at: float | None = None
 
 
 class Launch:

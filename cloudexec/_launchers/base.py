@@ -290,6 +290,10 @@ class Launcher(Protocol):
         """Say what is known of how a launch went."""
         return None
 
+    def pid_of(self, executor_id: str, launch_id: str) -> int:
+        """Return the process of a launch, where this process has started it; 0: it has not."""
+        return 0
+
     def clean_up(self, slot_groups: list[int]) -> None:
         """End what is left of a worker's process groups, if they are on this machine."""
         return

@@ -148,6 +148,11 @@ class Local(Launcher):
             if key.rpartition("/")[2] in launch_ids:
                 process.kill()
 
+    def pid_of(self, executor_id: str, launch_id: str) -> int:
+        """Return the process of a launch; 0: it has ended."""
+        process = self._processes.get(f"{executor_id}/{launch_id}")
+        return 0 if process is None else process.pid
+
     def clean_up(self, slot_groups: list[int]) -> None:
         """Kill what tasks started and nobody was left to end: the worker was killed as a whole."""
         for group in slot_groups:
@@ -170,6 +175,7 @@ class _Process:
     def __init__(self, popen: subprocess.Popen[bytes], on_end: Callable[[LaunchEnd], None]) -> None:
         assert popen.stderr is not None
         self._popen = popen
+        self.pid = popen.pid
         self._on_end = on_end
         self._tail = b""
         # Imported with the first launch: importing the package stays cheap.

@@ -17,6 +17,7 @@ __all__ = [
     "DirectSource",
     "FileSource",
     "Place",
+    "is_descendant",
     "is_path_of",
     "open_shared",
     "pack_places",
@@ -25,6 +26,7 @@ __all__ = [
 
 _COUNT = struct.Struct("<I")
 _PLACE = struct.Struct("<QQQBH")
+_GENERATIONS = 64
 
 
 class Place(NamedTuple):
@@ -82,6 +84,22 @@ def is_path_of(pid: int, path: str) -> bool:
         return os.path.basename(path).startswith(NAMED)
     number = path.removeprefix(f"/proc/{pid}/fd/")
     return number != path and number.isascii() and number.isdigit()
+
+
+def is_descendant(pid: int, ancestor: int) -> bool:
+    """Say whether a process is another one, or was started by it, however indirectly."""
+    if not PROC:
+        return pid == ancestor
+    for _ in range(_GENERATIONS):
+        if pid in (0, 1, ancestor):
+            break
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                # Behind the name, which may have anything in it: state, then the parent.
+                pid = int(file.read().rpartition(b")")[2].split()[1])
+        except OSError:
+            return False  # it has ended
+    return pid == ancestor
 
 
 def open_shared(place: Place) -> int:

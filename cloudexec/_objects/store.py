@@ -435,13 +435,18 @@ class BlobStore:
                 if arena is None:
                     arena = self._arenas[in_memory] = Arena(directory)
                 offset = arena.allocate(size)
+        segment: Segment | None = None if arena is None else arena.segment
         try:
-            segment = Segment(directory) if arena is None else arena.segment
+            if segment is None:
+                segment = Segment(directory)
             if view is not None:
                 segment.write(view, offset)
             else:
                 segment.reserve(size, offset)
         except BaseException:
+            if arena is None and segment is not None:
+                # The exception's traceback refers to it for as long as somebody has that.
+                segment.close()
             with self._lock:
                 if arena is None:
                     self._files -= 1

@@ -101,12 +101,17 @@ def _inflate(data: bytes) -> bytes:
     return inflated
 
 
-async def fetch_into(blob: Blob, chunks: Callable[[int], AsyncIterator[Any]]) -> None:
+async def fetch_into(
+    blob: Blob,
+    chunks: Callable[[int], AsyncIterator[Any]],
+    is_cut: Callable[[grpc.StatusCode], Awaitable[bool]],
+) -> None:
     """Fetch a blob, going on where it was cut off.
 
     Args:
         blob: In whose file there is room for it.
         chunks: From an offset to the chunks from there on; the last one is the checksum of it all.
+        is_cut: Says whether it was the connection that failed, once there is another one.
 
     Raises:
         PayloadError: If it arrived other than it was sent.
@@ -114,15 +119,19 @@ async def fetch_into(blob: Blob, chunks: Callable[[int], AsyncIterator[Any]]) ->
         grpc.aio.AioRpcError: If it could not be fetched.
     """
     incoming = Incoming(blob)
-    for attempt in range(_TRIES):
+    attempt = 0
+    while True:
         try:
             async for chunk in chunks(incoming.at):
                 await incoming.take(chunk)
-        except grpc.aio.AioRpcError:
+        except grpc.aio.AioRpcError as exc:
             await incoming.settle()
-            if attempt + 1 == _TRIES:
+            if await is_cut(exc.code()):
+                continue
+            attempt += 1
+            if attempt == _TRIES:
                 raise
-            await asyncio.sleep(0.1 * 2**attempt)
+            await asyncio.sleep(0.1 * 2 ** (attempt - 1))
             continue
         if not incoming.complete:
             raise PayloadError(f"only {incoming.at} of {blob.size} bytes arrived")

@@ -41,12 +41,23 @@ class WorkerMessage(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     SLOT_GROUPS_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    GOODBYE_FIELD_NUMBER: _builtins.int
     initializer_failed: _builtins.bytes
     """The initializer raised; the payload is the exception."""
     draining: _builtins.bool
     """The worker takes no more tasks and ends when those it has are done."""
     ready: _builtins.bool
     """A slot is ready. Until the worker has said so, it begins none of its tasks."""
+    number: _builtins.int
+    """Where a cut connection is replaced by another one: which message this is, from 1 on, of those
+    that must arrive, and how many of the other side's have arrived here. What has not arrived is
+    sent again over the new connection.
+    """
+    received: _builtins.int
+    goodbye: _builtins.bool
+    """Nothing comes behind this: who ends without it was cut off, and may dial again."""
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -88,10 +99,13 @@ class WorkerMessage(_message.Message):
         draining: _builtins.bool = ...,
         ready: _builtins.bool = ...,
         slot_groups: _abc.Iterable[_builtins.int] | None = ...,
+        number: _builtins.int = ...,
+        received: _builtins.int = ...,
+        goodbye: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "proof", b"proof", "results", b"results"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failures", b"failures", "heartbeat", b"heartbeat", "hello", b"hello", "initializer_failed", b"initializer_failed", "output", b"output", "proof", b"proof", "ready", b"ready", "results", b"results", "returned", b"returned", "slot_groups", b"slot_groups", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failures", b"failures", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "initializer_failed", b"initializer_failed", "number", b"number", "output", b"output", "proof", b"proof", "ready", b"ready", "received", b"received", "results", b"results", "returned", b"returned", "slot_groups", b"slot_groups", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -115,6 +129,7 @@ class Hello(_message.Message):
     BOOT_SECONDS_FIELD_NUMBER: _builtins.int
     PULL_SECONDS_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     wire_version: _builtins.int
     executor_id: _builtins.str
     identity: _builtins.str
@@ -135,6 +150,10 @@ class Hello(_message.Message):
     pull_seconds: _builtins.float
     attempt: _builtins.int
     """Which run of the launch this is, from 1: a platform may start a worker again by itself."""
+    resume: _builtins.bytes
+    """The session that this worker has already and goes on with: the SHA-256 of its token. Both sides
+    then prove that they know the token, too.
+    """
     def __init__(
         self,
         *,
@@ -152,10 +171,11 @@ class Hello(_message.Message):
         boot_seconds: _builtins.float = ...,
         pull_seconds: _builtins.float = ...,
         attempt: _builtins.int = ...,
+        resume: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "boot_seconds", b"boot_seconds", "cloudexec_version", b"cloudexec_version", "cloudpickle_version", b"cloudpickle_version", "executor_id", b"executor_id", "host", b"host", "identity", b"identity", "job_id", b"job_id", "nonce", b"nonce", "pid", b"pid", "pull_seconds", b"pull_seconds", "python_version", b"python_version", "slots", b"slots", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "boot_seconds", b"boot_seconds", "cloudexec_version", b"cloudexec_version", "cloudpickle_version", b"cloudpickle_version", "executor_id", b"executor_id", "host", b"host", "identity", b"identity", "job_id", b"job_id", "nonce", b"nonce", "pid", b"pid", "pull_seconds", b"pull_seconds", "python_version", b"python_version", "resume", b"resume", "slots", b"slots", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -166,15 +186,19 @@ class Proof(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MAC_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
     mac: _builtins.bytes
+    received: _builtins.int
+    """Of one that goes on with its session: how many of the client's messages have arrived."""
     def __init__(
         self,
         *,
         mac: _builtins.bytes = ...,
+        received: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mac", b"mac"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mac", b"mac", "received", b"received"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -199,12 +223,20 @@ class ServerMessage(_message.Message):
     FORGET_BLOBS_FIELD_NUMBER: _builtins.int
     TAKEN_FIELD_NUMBER: _builtins.int
     WANTED_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
     drain: _builtins.bool
     """Finish what runs, hand back the rest, end."""
     output_credit: _builtins.int
     """Bytes of output that the client has taken since the last message."""
     terminate: _builtins.bool
     """End now: slots are killed."""
+    number: _builtins.int
+    """As in WorkerMessage."""
+    received: _builtins.int
+    resumed: _builtins.bool
+    """Instead of a welcome, to a worker that goes on with its session; "received" says with what."""
     @_builtins.property
     def challenge(self) -> Global___Challenge: ...
     @_builtins.property
@@ -261,10 +293,13 @@ class ServerMessage(_message.Message):
         forget_blobs: _abc.Iterable[_builtins.int] | None = ...,
         taken: _abc.Iterable[_builtins.int] | None = ...,
         wanted: _abc.Iterable[_builtins.int] | None = ...,
+        number: _builtins.int = ...,
+        received: _builtins.int = ...,
+        resumed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "refusal", b"refusal", "tasks", b"tasks", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "challenge", b"challenge", "drain", b"drain", "forget_blobs", b"forget_blobs", "forget_functions", b"forget_functions", "functions", b"functions", "kill", b"kill", "output_credit", b"output_credit", "recall", b"recall", "refusal", b"refusal", "taken", b"taken", "tasks", b"tasks", "terminate", b"terminate", "wanted", b"wanted", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "challenge", b"challenge", "drain", b"drain", "forget_blobs", b"forget_blobs", "forget_functions", b"forget_functions", "functions", b"functions", "kill", b"kill", "number", b"number", "output_credit", b"output_credit", "recall", b"recall", "received", b"received", "refusal", b"refusal", "resumed", b"resumed", "taken", b"taken", "tasks", b"tasks", "terminate", b"terminate", "wanted", b"wanted", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -316,6 +351,7 @@ class Welcome(_message.Message):
     AUTHKEY_FIELD_NUMBER: _builtins.int
     MODULES_FIELD_NUMBER: _builtins.int
     COMPRESS_FIELD_NUMBER: _builtins.int
+    RESUMABLE_FIELD_NUMBER: _builtins.int
     BUCKET_THRESHOLD_FIELD_NUMBER: _builtins.int
     BUCKET_PART_BYTES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
@@ -346,6 +382,8 @@ class Welcome(_message.Message):
     """The user's own modules are to be fetched, as a zip archive."""
     compress: _builtins.bool
     """Chunks may be compressed."""
+    resumable: _builtins.bool
+    """A connection that is cut may be replaced by another one."""
     bucket_threshold: _builtins.int
     """Bytes from which parts of results go through a bucket, 0: there is none; and how S3's parts
     are cut.
@@ -381,12 +419,13 @@ class Welcome(_message.Message):
         authkey: _builtins.bytes = ...,
         modules: _builtins.bool = ...,
         compress: _builtins.bool = ...,
+        resumable: _builtins.bool = ...,
         bucket_threshold: _builtins.int = ...,
         bucket_part_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "bucket_part_bytes", b"bucket_part_bytes", "bucket_threshold", b"bucket_threshold", "capture_output", b"capture_output", "compress", b"compress", "cwd", b"cwd", "direct_path", b"direct_path", "first_blob", b"first_blob", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "bucket_part_bytes", b"bucket_part_bytes", "bucket_threshold", b"bucket_threshold", "capture_output", b"capture_output", "compress", b"compress", "cwd", b"cwd", "direct_path", b"direct_path", "first_blob", b"first_blob", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "resumable", b"resumable", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -44,6 +44,11 @@ _CLOSE = 30.0
 """Seconds in which everything is to be deleted at the end; fewer, where the bucket has failed."""
 _CLOSE_DOWN = 5.0
 _DIGEST_BYTES = 1024 * 1024
+_MOST_UPLOADS = 256
+"""Blobs that one worker may be in the middle of uploading, and such as it may have uploaded before
+it says what they belong to."""
+_WHY_KEPT = 300
+"""Characters of a worker's own words that are logged."""
 
 
 class Depot:
@@ -108,6 +113,11 @@ class Depot:
         if not request.sha256:
             wanted = request.kept or (self._expects(session, request) and not self._is_alone())
             return pb.StoreReply(accepted=wanted and self.takes(request.size))
+        if not (request.kept or self._expects(session, request)):
+            await self._abort(number, session.uploads.pop(number, ""))
+            return pb.StoreReply()
+        if number not in session.uploads and len(session.uploads) >= _MOST_UPLOADS:
+            return pb.StoreReply()
         try:
             bucket = await self._open()
             if not request.etags:
@@ -144,6 +154,8 @@ class Depot:
         blob: Blob | None = session.blob(number)
         if blob is None:
             session.stored_ahead[number] = sha256  # the result itself is still to come, or is gone
+            if len(session.stored_ahead) > _MOST_UPLOADS:
+                del session.stored_ahead[next(iter(session.stored_ahead))]
         else:
             blob.stored, blob.sha256 = True, sha256
 
@@ -278,7 +290,7 @@ class Depot:
             "process directly. Said once, whichever workers it happens to",
             session.worker_id,
             self.name,
-            why,
+            "".join(each if each.isprintable() else " " for each in why[:_WHY_KEPT]),
         )
 
     async def _abort(self, number: int, upload_id: str) -> None:

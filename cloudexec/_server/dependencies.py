@@ -20,6 +20,7 @@ from cloudexec._core import commands, events
 from cloudexec._core.tasks import TaskState
 from cloudexec._errors import DependencyError, PayloadError
 from cloudexec._future import BatchFuture
+from cloudexec._journal.packing import Stored
 from cloudexec._objects.ref import Ref
 from cloudexec._payload import Composed, Payload, Unfinished
 from cloudexec._server.splicing import Spliced
@@ -217,6 +218,7 @@ class Dependencies:
     def _take_foreign(self, future: Future[Any]) -> None:
         waiting = self.foreign.pop(future, None)
         if waiting:
+            self._driver.now()
             self.conclude(waiting, future, None)
             self.settle()
 
@@ -253,6 +255,8 @@ class Dependencies:
                 if decode is self._decode_result:
                     if type(future._result) is Composed:
                         future._result.shared = True
+                    elif type(future._result) is Stored:
+                        return None  # to be read from a disk
                     return future._result
                 if decode is _decode_failed:
                     failed: _Failed = future._result
@@ -299,6 +303,7 @@ class Dependencies:
                         assert task.payload is not None
                         task.payload = Spliced(task.payload, needs.inputs)
                         self._driver.keeper.note_inputs(task)
+                        task.handle._released = self._driver.moment
                         released.append(task)
         feed = self._driver.feed
         if dropped:
@@ -347,8 +352,11 @@ class Dependencies:
             waiting, future = wanted
             outcome: Payload | _Failed
             try:
-                failure = future.exception()
-                if failure is None:
+                stored = future._result  # type: ignore[attr-defined]
+                failure = None if type(stored) is Stored else future.exception()
+                if type(stored) is Stored:
+                    outcome = stored.composed(self._driver.store)
+                elif failure is None:
                     value = future.result()
                     if type(value) is Ref:
                         outcome = self._driver.keeper.payload_of(value)

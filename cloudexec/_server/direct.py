@@ -15,7 +15,9 @@ from typing import Any
 
 from cloudexec import _direct, _records
 from cloudexec._errors import PayloadError
-from cloudexec._objects.store import Blob
+from cloudexec._objects.options import memory_of_machine
+from cloudexec._objects.store import Blob, BlobStore
+from cloudexec._payload import Composed, compose
 
 __all__ = ["DirectChannel", "Delivered", "unpickle_result"]
 
@@ -23,6 +25,8 @@ _logger = logging.getLogger("cloudexec")
 _REQUEST_TIMEOUT = 10.0
 """Seconds in which a peer must say who it is and what it wants."""
 _MOST_CONNECTIONS = 1024
+_GATHERED_BYTES = 8 * 1024 * 1024
+"""Pieces of a pickle that is not read on its way come together in blobs of about this size."""
 
 
 class Delivered:
@@ -49,6 +53,52 @@ def unpickle_result(load: Callable[[], Any]) -> Delivered:
         return Delivered(None, error)
 
 
+def _gather(fill: Callable[[memoryview], None], store: BlobStore) -> Composed:
+    """Read the records of a large result, and leave it pickled.
+
+    Raises:
+        PayloadError: If there is no room for it, or it has other records than slots send.
+    """
+    header = bytearray(_records.RECORD.size)
+    records: list[bytes] = []
+    blobs: dict[int, Blob] = {}
+    pickled = bytearray()
+
+    def leave(kind: int, content: bytearray) -> None:
+        blob = store.take_over(len(content), content=content, spill=True)
+        blobs[blob.id] = blob
+        records.append(_records.record(kind, blob.id))
+
+    while True:
+        fill(memoryview(header))
+        kind, left = _records.RECORD.unpack(header)
+        if kind == _records.END:
+            break
+        if kind not in (_records.IN_BAND, _records.BUFFER):
+            raise PayloadError(f"a large result with records of type {kind}")
+        if kind == _records.BUFFER:
+            if pickled:  # in the order in which they came
+                leave(_records.IN_BAND_BLOB, pickled)
+                pickled = bytearray()
+            if not store.has_room(left):
+                raise PayloadError(f"there is no room for a result of {left} bytes")
+            whole = bytearray(left)
+            fill(memoryview(whole))
+            leave(_records.BUFFER_BLOB, whole)
+            continue
+        while left:
+            piece = bytearray(min(left, _GATHERED_BYTES))
+            fill(memoryview(piece))
+            left -= len(piece)
+            pickled += piece
+            if len(pickled) >= _GATHERED_BYTES:
+                leave(_records.IN_BAND_BLOB, pickled)
+                pickled = bytearray()
+    if pickled:
+        leave(_records.IN_BAND_BLOB, pickled)
+    return compose(records, blobs, store)
+
+
 class DirectChannel:
     """Listens beside the gRPC server's Unix socket.
 
@@ -57,8 +107,10 @@ class DirectChannel:
         blob_of: Token and number -> the blob to be fetched, or ``None``.
         expects: Whether a result under token and lease is waited for.
         deliver: Takes a result that has arrived.
+        gathers: Where results are left as they come, for a journal; ``None``: they are unpickled
+            on their way.
 
-        All three are called on the loop thread.
+        The three functions are called on the loop thread.
     """
 
     def __init__(
@@ -66,12 +118,14 @@ class DirectChannel:
         path: str,
         blob_of: Callable[[bytes, int], Blob | None],
         expects: Callable[[bytes, int], bool],
-        deliver: Callable[[bytes, int, Delivered], None],
+        deliver: Callable[[bytes, int, Delivered | Composed], None],
+        gathers: BlobStore | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._blob_of = blob_of
         self._expects = expects
         self._deliver = deliver
+        self._gathers = gathers
         self._connections: set[socket.socket] = set()
         self._waiting: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -124,7 +178,10 @@ class DirectChannel:
                 for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                     connection.setsockopt(socket.SOL_SOCKET, option, _direct.BUFFER_BYTES)
                 connection.settimeout(_REQUEST_TIMEOUT)
-                request = _direct.receive_exactly(connection, _direct.REQUEST.size)
+                # Whole, as it was sent: who sends it piece by piece would take its time.
+                request = connection.recv(_direct.REQUEST.size)
+                if len(request) != _direct.REQUEST.size:
+                    return
                 token, wanted, number = _direct.REQUEST.unpack(request)
                 connection.settimeout(None)
                 if wanted == _direct.FETCH:
@@ -147,16 +204,23 @@ class DirectChannel:
 
     def _receive(self, connection: socket.socket, token: bytes, lease: int) -> None:
         connection.sendall(_direct.ACCEPTED)
-        delivered = unpickle_result(
-            lambda: _records.load_records(lambda view: _direct.fill_from(connection, view))
-        )
+
+        def fill(view: memoryview) -> None:
+            _direct.fill_from(connection, view)
+
+        store = self._gathers
+        if store is not None:
+            delivered = unpickle_result(lambda: _gather(fill, store))
+        else:
+            delivered = unpickle_result(lambda: _records.load_records(fill, memory_of_machine()))
         if delivered.error is not None:
             # The slot is still sending; it is to get to its end.
             connection.settimeout(_REQUEST_TIMEOUT)
             with contextlib.suppress(TimeoutError):
                 while connection.recv(1 << 20) != b"":
                     pass
-        self._on_loop(self._deliver, token, lease, delivered)
+        gathered = type(delivered.value) is Composed
+        self._on_loop(self._deliver, token, lease, delivered.value if gathered else delivered)
         del delivered
         with contextlib.suppress(OSError):
             connection.sendall(_direct.ACCEPTED)

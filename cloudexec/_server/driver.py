@@ -17,9 +17,9 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cloudexec import _payload
 from cloudexec._config import ServerConfig, format_bytes
@@ -55,7 +55,9 @@ from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import Blob, BlobStore
 from cloudexec._payload import Composed, Payload
 from cloudexec._server.bucket import Depot
+from cloudexec._server.budget import PendingBudget
 from cloudexec._server.callbacks import CallbackThread
+from cloudexec._server.chronicle import Chronicle, Moment
 from cloudexec._server.dependencies import Dependencies, Needs
 from cloudexec._server.direct import Delivered, DirectChannel
 from cloudexec._server.keeper import Keeper, Recipe
@@ -63,6 +65,11 @@ from cloudexec._server.output import OutputThread
 from cloudexec._server.portal import Portal
 from cloudexec._server.retrying import Judge
 from cloudexec._server.splicing import Spliced
+from cloudexec._server.telling import fields
+from cloudexec._story import signal_name
+
+if TYPE_CHECKING:
+    from cloudexec._journal.journal import Journal
 
 __all__ = ["Driver", "Setup", "Submission"]
 
@@ -89,7 +96,10 @@ or its main thread held the GIL, workers were silent through no fault of theirs.
 class Submission(Task):
     """A task with what it takes to send it; ``handle`` is its future."""
 
-    __slots__ = ("dependents", "function", "needs", "payload")
+    __slots__ = ("charge", "dependents", "function", "needs", "payload")
+
+    charge: int | None
+    """Bytes that it counts in the budget of what is pending; a slot that is empty without one."""
 
     def __init__(
         self,
@@ -141,7 +151,7 @@ class Setup:
     listen: str | None = None
     advertise: str = ""
     max_cost_usd: float | None = None
-    orphan_timeout: float = 30.0
+    orphan_timeout: float = 120.0
     idle_timeout: float | None = 60.0
     cwd: str = ""
     sys_path: tuple[str, ...] = ()
@@ -174,6 +184,7 @@ class Driver:
         self.finished = threading.Event()
         self.inbox: deque[Submission | Event | int] = deque()
         self.broken: BaseException | None = None
+        self.journal: Journal | None = None
         self.contact: Contact | None = None
         self.sessions: dict[str, Any] = {}
         self._identities: dict[str, Any] = {}
@@ -210,6 +221,11 @@ class Driver:
         self._server: Any = None
         self._closing = False
         self.callbacks = CallbackThread()
+        self.moment: Moment = (time.monotonic(), time.time(), self.executor_id)
+        """When what is being handled came."""
+        self.chronicle = Chronicle(self, _name_of)
+        self.budget: PendingBudget | None = None
+        """Of what is submitted and not done, if there is a limit."""
         self.judge = Judge(self.portal.post)
         self.dependencies = Dependencies(self, _decode_result)
         self.keeper = Keeper(self)
@@ -292,8 +308,9 @@ class Driver:
             listen = f"unix:{self._directory}/s"
         if self._directory is not None:
             self.direct_path = f"{self._directory}/d"
+            gathers = None if self.journal is None else self.store
             self._direct = DirectChannel(
-                self.direct_path, self._blob_of, self.expects, self._deliver
+                self.direct_path, self._blob_of, self.expects, self._deliver, gathers
             )
         else:
             self.depot = self._depot()
@@ -314,6 +331,7 @@ class Driver:
     async def abandon(self) -> None:
         """Let go of everything after ``start()`` failed."""
         self._closing = True
+        await self._close_journal()
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()  # interrupted in the middle of it
             await asyncio.gather(self._starting, return_exceptions=True)
@@ -354,10 +372,20 @@ class Driver:
                 if type(item) is events.TasksCancelled:
                     self.dependencies.cancelled(item.tasks)  # type: ignore[arg-type]
                 self.feed(item)
+                if type(item) is events.TasksCancelled:
+                    self._drop(item.tasks)
         if tasks or held:
             self._submitted(tasks, held)
         if ended:
             self._forget(ended)
+
+    def _drop(self, tasks: Sequence[Any]) -> None:
+        """Let go of what tasks would take that were cancelled; their futures may live on."""
+        for task in tasks:
+            if task.worker is None:
+                task.payload = None
+            if self.budget is not None:
+                self.budget.give(task)
 
     def _blob_ended(self, number: int) -> None:
         self.post(-number)
@@ -375,6 +403,8 @@ class Driver:
                 self.depot.forget(blobs)
 
     def _submitted(self, tasks: list[Submission], held: list[Submission]) -> None:
+        last = max(some[-1].number for some in (tasks, held) if some)
+        self.chronicle.submitted.add(last, self.now())
         if self.broken is not None:
             for task in (*tasks, *held):
                 self._set_exception(task, self._broken_error())
@@ -387,13 +417,23 @@ class Driver:
         if held:
             self.dependencies.hold(held)
 
+    def now(self) -> Moment:
+        """Look at the clocks, for whatever is noted next."""
+        self.moment = (time.monotonic(), time.time(), self.executor_id)
+        return self.moment
+
     def feed(self, event: Event) -> None:
         """Tell the machine what happened, and do what it says."""
-        now = time.monotonic()
+        now = self.now()[0]
         self._now += min(now - self._looked_at, _MOST_STALL)
         self._looked_at = now
+        watch = self.chronicle.watches.get(type(event))
         try:
-            for command in self.machine.handle(event, self._now):
+            note = None if watch is None else watch(event)
+            answer = self.machine.handle(event, self._now)
+            if note is not None:
+                note()  # before anybody learns of the outcome, and asks
+            for command in answer:
                 self._carry_out[type(command)](command)
         except Exception as exc:
             # A bug of ours. Whoever waits for a future learns of it, rather than waits for ever.
@@ -436,6 +476,7 @@ class Driver:
     # Commands about tasks.
 
     def _send(self, command: commands.SendTasks) -> None:
+        self.chronicle.sent(command)
         session = self.sessions.get(command.worker)
         if session is not None:
             session.send_tasks(command.tasks)
@@ -451,6 +492,7 @@ class Driver:
         worker = command.worker
         session = self.sessions.get(worker)
         printed: set[int] = session.printed if session is not None else set()
+        give = self._give_result if self.journal is None else self._record
         for task, result, seconds in zip(
             command.tasks, command.results, command.seconds, strict=True
         ):
@@ -462,9 +504,42 @@ class Driver:
                 self._first_result(worker)
             if printed and task.lease in printed:
                 printed.discard(task.lease)
-                self._after_output(self._give_result, task, future, result)
+                self._after_output(give, task, future, result)
             else:
-                self._give_result(task, future, result)
+                give(task, future, result)
+
+    def open_journal(self, where: str | os.PathLike[str]) -> None:
+        """Have results kept, and found again; from another thread than the loop's.
+
+        Raises:
+            CloudexecError: If the journal cannot be used.
+        """
+        from cloudexec._journal.journal import Journal
+
+        self.journal = Journal.open(where, self.portal, _decode_result, self._give_recorded)
+
+    def _record(self, task: Any, future: BatchFuture[Any], result: Any) -> None:
+        """Have a result in the journal before anybody learns of it."""
+        assert self.journal is not None
+        if not self.journal.add(task, future, result):
+            self._give_result(task, future, result)
+
+    def _give_recorded(self, given: list[tuple[Any, BatchFuture[Any], Any]]) -> None:
+        for task, future, result in given:
+            self._give_result(task, future, result)
+        if self.dependencies.concluded:
+            self.dependencies.settle()
+
+    async def _close_journal(self) -> None:
+        journal = self.journal
+        if journal is not None:
+            if self.output is not None:  # results that wait for it are still to come
+                shown = asyncio.Event()
+                self._after_output(shown.set)
+                await shown.wait()
+            closed = asyncio.Event()
+            journal.close(lambda: self.portal.post(closed.set))
+            await closed.wait()
 
     def _give_result(self, task: Any, future: BatchFuture[Any], result: Any) -> None:
         kind = type(result)
@@ -477,7 +552,7 @@ class Driver:
                 result = Ref(result, self.keeper)
                 done = future._finish(result, None, None)
             else:
-                result.shared = task.dependents is not None
+                result.shared = result.shared or task.dependents is not None
                 done = future._finish(result, None, _decode_result)
         else:
             done = future._finish(result.value, result.error, None)
@@ -488,6 +563,7 @@ class Driver:
         assert self.output is not None
 
         def carry_on() -> None:
+            self.now()
             call(*args)
             if self.dependencies.concluded:
                 self.dependencies.settle()
@@ -500,6 +576,12 @@ class Driver:
         task.payload = task.function = task.handle = None
         future._task = None
         future._owner = None
+        if self.budget is not None:
+            self.budget.give(task)
+        future._number = task.number
+        future._ended = self.moment
+        if self.journal is not None and result is None:
+            self.journal.give_back(future)
         if future._on_end is not None:
             on_end, future._on_end = future._on_end, None
             on_end(future, result is not None)
@@ -532,15 +614,19 @@ class Driver:
         worker, failure = command.worker, command.failure
         task: Any = command.task
 
+        raised = ""
+
         def error() -> BaseException:
+            nonlocal raised
             payload = failure.detail.payload
-            return (
-                _payload.loads_exception(payload) if payload else _error_of(worker, task, failure)
-            )
+            exc: BaseException
+            exc = _payload.loads_exception(payload) if payload else _error_of(worker, task, failure)
+            raised = f"{type(exc).__name__}: {exc}".partition("\n")[0]
+            return exc
 
         def verdict(again: bool) -> None:
-            if again:
-                _logger.debug("%s is run again: it raised what retry_on names", _who(task))
+            self.now()
+            self.chronicle.raised(task, worker, raised, again=again)
             self.feed(events.FailureJudged(worker, task, failure, again))
 
         assert task.terms is not None
@@ -567,6 +653,11 @@ class Driver:
     def size_name(self, rung: int) -> str:
         """Say what a worker of a size has."""
         return self._launcher.size_name(rung)
+
+    def job_of(self, worker: str) -> str:
+        """Return what the platform of a worker calls it, or an empty string."""
+        times = self._times.get(worker.removeprefix("worker-"))
+        return "" if times is None else times.job_id
 
     def name_of(self, worker: str, lease: int) -> str:
         """Return what people call the task of a lease, or an empty string."""
@@ -666,6 +757,7 @@ class Driver:
             "max_cost_usd=%g: %s not launched, and none will be from now on; what runs goes on",
             ceiling,
             _count(len(refused), "worker"),
+            extra=self._fields("launches_refused", reason="max_cost_usd", count=len(refused)),
         )
         self.feed(events.LaunchesRefused([request.launch_id for request in refused]))
         self._check_budget(ceiling)
@@ -716,6 +808,7 @@ class Driver:
                     waited,
                     self._launches_in_words(),
                     why,
+                    extra=self._fields("launch_waits", reason=why, count=len(launches)),
                 )
 
     def _launches_in_words(self) -> str:
@@ -749,11 +842,11 @@ class Driver:
         if not end.relaunched:
             self._running.discard(launch)
         session = self._identities.get(launch)
-        worker = None if session is None else session.worker_id
-        if worker is not None:
+        if session is not None:
+            worker = session.worker_id
             # Its stream ends too, and what it still said is to be read first.
             self._last_words[worker] = end
-            if launch in self._expected_ends:
+            if launch in self._expected_ends or session.is_cut:
                 self._lost(self.sessions[worker], end.reason)
         elif not end.relaunched:
             self.feed(events.LaunchFailed(launch, end.reason, end.fatal, end.killed, end.reclaimed))
@@ -781,6 +874,8 @@ class Driver:
         session = self.sessions.get(command.worker)
         if session is not None:
             session.terminate()
+            if session.is_cut:  # and the machine has given it up: should it dial again, it is told
+                self.portal.loop.call_soon(self._lost, session, "its connection was cut")
             # It has had its chance to end by itself.
             self.portal.loop.call_later(2.0, self._launcher.terminate, [session.identity])
 
@@ -789,6 +884,10 @@ class Driver:
     def key_of(self, identity: str) -> bytes:
         """Return the key that a worker with this identity must know."""
         return self._launcher.key_of(identity) or self.key
+
+    def pid_of(self, identity: str) -> int:
+        """Return the process that was started for a launch; 0: it is not known here."""
+        return self._launcher.pid_of(self.executor_id, identity)
 
     def returning(self, identity: str, attempt: int) -> None:
         """A proven worker dials: if its platform has started it again, the one before is gone.
@@ -849,7 +948,9 @@ class Driver:
 
     def transfer_failed(self, session: Any, why: str) -> None:
         """A part of a result has arrived damaged: say so; it is sent again."""
-        _logger.warning("a part of a result from %s: %s", session.worker_id, why)
+        worker = session.worker_id
+        extra = self._fields("transfer_failed", worker=worker, reason=why)
+        _logger.warning("a part of a result from %s: %s", worker, why, extra=extra)
 
     def expects(self, token: bytes, lease: int) -> bool:
         """Say whether a worker has a lease, so that a result of it is waited for."""
@@ -857,7 +958,7 @@ class Driver:
         worker = None if session is None else self.machine.workers.get(session.worker_id)
         return worker is not None and lease in worker.leases
 
-    def _deliver(self, token: bytes, lease: int, delivered: Delivered) -> None:
+    def _deliver(self, token: bytes, lease: int, delivered: Delivered | Composed) -> None:
         if self.expects(token, lease):
             self.session_of(token).delivered[lease] = delivered
 
@@ -885,7 +986,11 @@ class Driver:
                 kind,
                 self.refusals[kind],
                 what,
+                extra=self._fields("peer_refused", reason=kind, count=self.refusals[kind]),
             )
+
+    def _fields(self, event: str, **details: Any) -> dict[str, object]:
+        return fields(event, self.executor_id, **details)
 
     def draining(self, session: Any) -> None:
         """A worker takes nothing new: unless we told it to, its platform did."""
@@ -924,14 +1029,38 @@ class Driver:
         if len(self._times) > _MOST_TIMES:
             del self._times[next(iter(self._times))]  # workers that are replaced add up
 
-    def disconnected(self, session: Any, reason: str) -> None:
-        """A worker's stream has ended."""
+    def session_to_resume(self, identity: str, name: bytes) -> Any:
+        """Find the session that a worker says it has, or ``None``: it was given up."""
+        session = self._identities.get(identity)
+        if session is None or not session.resumable or self._closing or session.name != name:
+            return None
+        return session
+
+    def reconnected(self, session: Any) -> None:
+        """A worker whose connection was cut goes on over another one."""
+        session.is_cut = False
+        self._launcher.connected(session.identity, Arrival("", session.attempt, None, None))
+        self.feed(events.WorkerBack(session.worker_id))
+
+    def disconnected(self, session: Any, reason: str, *, cut: bool) -> None:
+        """A worker's stream has ended.
+
+        Args:
+            session: Whose.
+            reason: Why.
+            cut: Whether it was the connection that failed, so that the worker may come again.
+        """
         worker, identity = session.worker_id, session.identity
         if worker not in self.sessions or self.sessions[worker] is not session:
             return
         known = self.machine.workers.get(worker)
         orderly = known is not None and not known.leases and known.state is WorkerState.DRAINING
         self._launcher.disconnected(identity, orderly=orderly, reclaimed=session.reclaimed)
+        may_return = cut and session.resumable and not orderly and worker not in self._last_words
+        if may_return and known is not None and not self._closing:
+            session.is_cut = True
+            self.feed(events.WorkerCut(worker))
+            return
         if worker not in self._last_words and identity in self._running and not self._closing:
             # Its process is about to end, and how it ended is worth a moment.
             hurry = (orderly and not session.reclaimed) or self.machine.killing
@@ -988,6 +1117,8 @@ class Driver:
         if self.broken is not None:
             return
         self.broken = error
+        if self.budget is not None:
+            self.budget.wake()
         machine = self.machine
         waiting = [*machine.waiting_tasks(), *machine.held, *machine.resting_tasks()]
         tasks: list[Any] = [task for task in waiting if task.handle is not None]
@@ -1015,6 +1146,7 @@ class Driver:
 
     async def _close(self) -> None:
         """Let the workers' processes end, then close the server and everything else."""
+        await self._close_journal()
         while self._running and self._launcher.ends_are_seen:
             # They end by themselves once their streams have; the rest is for those that do not.
             self._all_ended.clear()
@@ -1029,6 +1161,8 @@ class Driver:
         await self._launcher.close()
         if self.depot is not None:
             await self.depot.close()
+        self.chronicle.tell_duplicates()
+        self.chronicle.teller.sum_up()
         self._sum_up()
         for task in list(self._tasks - {asyncio.current_task()}):
             task.cancel()
@@ -1086,6 +1220,8 @@ class Driver:
         self.dependencies.join()
         self.judge.join()
         self.callbacks.join()
+        if self.journal is not None:
+            self.journal.join()
 
 
 @contextlib.contextmanager
@@ -1137,8 +1273,15 @@ def _error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
     detail = failure.detail
     who = _who(task)
     if failure.kind is FailureKind.WORKER_LOST:
+        alone = " and nothing else" if failure.suspects == 1 else ""
+        lost = f"{worker}, which ran {who}{alone}, was lost"
+        if failure.suspects > 1:
+            lost = (
+                f"{worker} was lost with {failure.suspects} tasks, any of which may have been the "
+                f"cause; {who} may have begun, and with retries=0 it is not run again"
+            )
         return WorkerLostError(
-            f"{worker}, which ran {who}, was lost ({_count(task.lost, 'attempt')}): {detail}",
+            f"{lost} ({_count(task.lost, 'attempt')}): {detail}",
             worker_id=worker,
             attempts=task.lost,
             out_of_memory=failure.out_of_memory,
@@ -1162,7 +1305,7 @@ def _error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
         return _outgrew(worker, task, detail)
     code = detail.exit_code
     peak = detail.peak_memory_bytes
-    how = f"was killed by {_signal(-code)}" if code < 0 else f"exited with code {code}"
+    how = f"was killed by {signal_name(-code)}" if code < 0 else f"exited with code {code}"
     if detail.out_of_memory:
         how += ", because the machine or container ran out of memory"
     message = (
@@ -1212,13 +1355,6 @@ def _who(task: Task) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _private_directory() -> str:

@@ -76,11 +76,9 @@ class Keeper:
             return payload.load()
         if self._driver.portal.is_this_thread:
             raise RuntimeError("Ref.get() would wait for the thread that it is called in")
-        finding = self._sources(payload)
         try:
-            running = self._driver.portal.run(finding)
+            running = self._driver.portal.run(self._sources(payload))
         except RuntimeError as exc:
-            finding.close()  # the loop has closed: nobody runs it
             raise self._gone() from exc
         try:
             head, sources = running.result(timeout)
@@ -132,13 +130,10 @@ class Keeper:
             return payload, None, []
         assert isinstance(payload, Composed)
         if any(blob.origin or blob.lost for blob in payload.blobs):
-            bringing = self._bring(payload)
             try:
-                running = self._driver.portal.run(bringing)
-            except RuntimeError as exc:
-                bringing.close()
+                self._driver.portal.run(self._bring(payload)).result()
+            except (RuntimeError, concurrent.futures.CancelledError) as exc:
                 raise self._gone() from exc
-            running.result()
         views = [blob.view() for blob in payload.blobs]
         return payload.head, _payload.pack_numbers(payload), views
 

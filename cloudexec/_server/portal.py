@@ -25,6 +25,8 @@ class Portal:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self._users = 0
+        self._closed = False
+        self._closing = threading.Lock()
         self._blocking: BlockingThreads | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self.thread = threading.Thread(target=self._run, name="cloudexec", daemon=True)
@@ -64,6 +66,8 @@ class Portal:
         self.loop.set_exception_handler(_handle)
         try:
             self.loop.run_forever()
+            with self._closing:
+                self._closed = True
             # Whatever gRPC has left to do on this loop is done before it closes.
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             pending = asyncio.all_tasks(self.loop)
@@ -82,8 +86,17 @@ class Portal:
         self.loop.call_soon_threadsafe(fn, *args)
 
     def run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Have the loop run a coroutine; any thread but the loop's may wait for it."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
+        """Have the loop run a coroutine; any thread but the loop's may wait for it.
+
+        Raises:
+            RuntimeError: If the loop has ended.
+        """
+        with self._closing:
+            # What comes in before the loop closes is run, or cancelled, by then.
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(work, self.loop)
+        work.close()
+        raise RuntimeError("the loop has ended")
 
     @property
     def is_this_thread(self) -> bool:

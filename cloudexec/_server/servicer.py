@@ -23,14 +23,16 @@ from cloudexec._errors import LaunchError, PayloadError, PayloadTooLargeError
 from cloudexec._functions import Function
 from cloudexec._launchers.base import Arrival
 from cloudexec._objects.link import Link
-from cloudexec._objects.places import Place, is_path_of, open_shared
+from cloudexec._objects.places import Place, is_descendant, is_path_of, open_shared
 from cloudexec._objects.store import Blob
 from cloudexec._objects.transfer import Incoming, stream_view
 from cloudexec._payload import Composed
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._reliable import ACKNOWLEDGE_AFTER, Reliable
 from cloudexec._server.direct import Delivered
 from cloudexec._server.driver import Driver
 from cloudexec._server.gate import Gate
+from cloudexec._server.inspection import parse
 from cloudexec._server.splicing import Spliced
 from cloudexec._wire import (
     BLOB_KEY,
@@ -65,6 +67,9 @@ _LONGEST = 1e9
 """Seconds that the tasks of one message may be said to have run."""
 _BATCH_TASKS = 2048
 _BATCH_BYTES = 512 * 1024
+_TRANSFERS = 16
+"""Blobs that one worker may be sent at once, and that it may send: each takes a few MiB of memory
+while it is under way. What is more waits."""
 _OWN_BLOBS = 1 << 40
 """Numbers that each worker may give to blobs."""
 
@@ -83,15 +88,21 @@ _KINDS = {
 class _Session:
     """One enrolled worker: what is on its way to it, and what it may fetch."""
 
-    def __init__(self, driver: Driver, identity: str, attempt: int, pid: int, context: Any) -> None:
+    def __init__(
+        self, driver: Driver, identity: str, attempt: int, pid: int, *, resumable: bool
+    ) -> None:
         self.identity = identity
+        self.resumable = resumable  # whether a cut connection may be replaced by another one
+        self.is_cut = False
+        self.reliable: Reliable[pb.ServerMessage] = Reliable()
         self.pid = pid  # of its process, where that is on this machine
         self.attempt = attempt  # which run of its launch this is, from 1
         self.worker_id = f"worker-{identity}"
         self.token = secrets.token_bytes(16)
+        self.name = _enrolment.session_name(self.token)  # what it may be called before a proof
         # By lease: what a worker may still read.
         self.payloads: dict[int, tuple[Composed | None, Function | None]] = {}
-        self.delivered: dict[int, Delivered] = {}
+        self.delivered: dict[int, Delivered | Composed] = {}
         self.arrived: dict[int, Blob | PayloadError] = {}  # parts of results that are not complete
         self.parts: dict[int, list[int]] = {}  # by lease, which of these were delivered for it
         self.damaged: dict[int, int] = {}  # how often a kept blob has arrived other than it was
@@ -99,6 +110,9 @@ class _Session:
         self.uploads: dict[int, str] = {}  # ids of those that are on their way into the bucket
         self.stored_ahead: dict[int, bytes] = {}  # digests of kept ones there, still to be reported
         self.link = Link(enabled=driver.compresses)
+        # Apart from each other: what it is sent may wait for what others send.
+        self.outgoing = asyncio.Semaphore(_TRANSFERS)
+        self.incoming = asyncio.Semaphore(_TRANSFERS)
         self.first_blob = next(driver.blob_ranges) * _OWN_BLOBS
         self._known_blobs: set[int] = set()
         self._blobs: weakref.WeakValueDictionary[int, Blob] = weakref.WeakValueDictionary()
@@ -111,7 +125,8 @@ class _Session:
         self._unshown = 0  # bytes of output that came and were not shown yet
         self.reclaimed = False  # its platform told it to end
         self._driver = driver
-        self._context = context
+        self._reading: asyncio.Task[Any] | None = None  # of the connection that there is
+        self._acknowledge_handle: asyncio.TimerHandle | None = None
         self._wanted = asyncio.Event()
         self._tasks: list[Any] = []
         self._known: set[int] = set()
@@ -119,6 +134,7 @@ class _Session:
         self._recall: list[int] = []
         self._kill: list[int] = []
         self._drain = False
+        self._drain_said = False
         self._terminate = False
         self._credit = 0
         self._closed = False
@@ -174,6 +190,28 @@ class _Session:
     def close(self) -> None:
         self._closed = True
         self._wanted.set()
+        if self._acknowledge_handle is not None:
+            self._acknowledge_handle.cancel()
+            self._acknowledge_handle = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the worker was given up, or has ended."""
+        return self._closed
+
+    def attach(self, reading: asyncio.Task[Any]) -> None:
+        """Another connection of the worker is the one: the one before it ends."""
+        before, self._reading = self._reading, reading
+        if before is not None:
+            before.cancel()
+
+    def is_read_by(self, task: asyncio.Task[Any]) -> bool:
+        """Say whether a task reads the connection that there is, not an earlier one."""
+        return self._reading is task
+
+    def detach(self) -> None:
+        """The connection that there was has ended."""
+        self._reading = None
 
     def output_taken(self, size: int) -> None:
         """The output thread has shown this much: the worker may send as much again."""
@@ -384,14 +422,53 @@ class _Session:
         self._want.append(blob.id)
         self._wanted.set()
 
-    async def send(self) -> None:
-        """Send what is wanted, in batches as large as the stream makes them."""
+    async def send(self, context: Any) -> None:
+        """Send what is wanted, in batches as large as the stream makes them.
+
+        What was sent over an earlier connection, and may not have arrived, comes first.
+
+        Raises:
+            ValueError: If the worker acknowledges nothing.
+        """
+        reliable = self.reliable
+        for sent in reliable.missing():
+            await context.write(sent)
+        self._wanted.set()
         while not self._closed:
             await self._wanted.wait()
             self._wanted.clear()
             message = self._compose()
             if message is not None:
-                await self._context.write(message)
+                if self.resumable:
+                    reliable.stamp(message)
+                await context.write(message)
+            elif reliable.owes:
+                message = pb.ServerMessage()
+                reliable.acknowledge(message)
+                await context.write(message)
+
+    def is_news(self, message: pb.WorkerMessage) -> bool:
+        """Take note of a message's number; say whether it is to be read.
+
+        Raises:
+            ValueError: If it says what cannot be.
+        """
+        reliable = self.reliable
+        if not self.resumable:
+            return True
+        is_news = reliable.take(message)
+        if reliable.is_urgent or (message.draining or self._drain_said):
+            self._wanted.set()
+        elif reliable.owes and self._acknowledge_handle is None:
+            self._acknowledge_handle = self._driver.portal.loop.call_later(
+                ACKNOWLEDGE_AFTER, self._acknowledge
+            )
+        return is_news
+
+    def _acknowledge(self) -> None:
+        self._acknowledge_handle = None
+        if self.reliable.owes:
+            self._wanted.set()
 
     def take(self, message: pb.WorkerMessage) -> None:
         """Turn one message into events."""
@@ -433,6 +510,10 @@ class _Session:
                 raise ValueError("columns of different length")
             if seconds and not (min(seconds) >= 0.0 and sum(seconds) < _LONGEST):
                 raise ValueError("run times that are none")
+            if columns.direct or columns.composed:
+                large = [*columns.direct, *columns.composed]
+                if len(set(large)) != len(large):
+                    raise ValueError("one result in several places")
             for index in columns.direct:
                 lease = leases[index]
                 missing = Delivered(None, PayloadError("the result announced never arrived"))
@@ -465,6 +546,7 @@ class _Session:
             driver.feed(events.LeasesReturned(worker, list(message.returned)))
             heard = False
         if message.draining:
+            self._drain_said = True
             driver.draining(self)
             heard = False
         if message.initializer_failed:
@@ -555,8 +637,13 @@ class _Session:
         self._driver.bytes_received += size
         if place.mappable:
             return store.take_over(size, fd=fd, spill=True)
-        data = bytearray(size)
         try:
+            # What there is no room for in memory is not to be in memory on its way to the disk.
+            if not store.has_room(size):
+                blob = store.new(size)
+                _copy(fd, place.offset, blob)
+                return blob
+            data = bytearray(size)
             if os.preadv(fd, [data], place.offset) != size:
                 raise PayloadError("a part of the result is shorter than announced")
         finally:
@@ -583,6 +670,34 @@ class _Session:
                     self.arrived[part.id] = exc
                 except OSError:
                     pass  # it is looked for once more
+
+
+async def _read(context: Any) -> Any:
+    """Read a message, or the end of them.
+
+    Raises:
+        ConnectionError: If the connection failed.
+    """
+    try:
+        return await context.read()
+    except Exception as exc:
+        raise ConnectionError(str(exc)) from exc
+
+
+def _copy(fd: int, offset: int, blob: Blob) -> None:
+    """Fill a new blob from a part of a file.
+
+    Raises:
+        PayloadError: If the file is shorter than that.
+        OSError: If it cannot be read, or the blob not be written.
+    """
+    at = 0
+    while at < blob.size:
+        data = os.pread(fd, min(blob.size - at, CHUNK_BYTES), offset + at)
+        if not data:
+            raise PayloadError("a part of the result is shorter than announced")
+        blob.write(data, at)
+        at += len(data)
 
 
 def _lenient(kind: type[Message]) -> Callable[[bytes], Message | None]:
@@ -681,35 +796,57 @@ class _Servicer:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "enrolment took too long")
         finally:
             self._gate.leave(guest)
-        if session is None:
-            return
+        if session is not None:
+            await self._converse(session, context)
+
+    async def _converse(self, session: _Session, context: Any) -> None:
+        """Exchange messages with a worker over one connection, until either side ends that."""
+        driver = self._driver
         reading = asyncio.current_task()
         assert reading is not None
-        sending = driver.portal.loop.create_task(session.send())
-        # Who is not sent anything any more is not to be waited for.
-        sending.add_done_callback(lambda done: done.cancelled() or reading.cancel())
-        reason = "it closed its connection"
+        if session.is_closed:
+            return
+        session.attach(reading)
+        if session.is_cut:
+            driver.reconnected(session)
+        sending = driver.portal.loop.create_task(session.send(context))
+        deaf: list[ValueError] = []
+
+        def sent(done: asyncio.Task[None]) -> None:
+            # Who is not sent anything any more is not to be waited for.
+            if not done.cancelled():
+                error = done.exception()
+                if isinstance(error, ValueError):
+                    deaf.append(error)
+                reading.cancel()
+
+        sending.add_done_callback(sent)
+        reason, cut = "its connection was cut", True
         try:
-            while True:
-                data = await context.read()
-                if data is grpc.aio.EOF:
-                    break
-                message = pb.WorkerMessage.FromString(data)
+            while (data := await _read(context)) is not grpc.aio.EOF:
+                message = parse(data)
+                if not session.is_news(message):
+                    continue
+                if message.goodbye:
+                    reason, cut = "it has ended", False
                 if message.HasField("results") and message.results.blobs:
                     await session.spill(message)
                 session.take(message)
-        except asyncio.CancelledError:
-            reason = "its connection was cut"
+        except (asyncio.CancelledError, ConnectionError):
+            if deaf:
+                reason, cut = f"it did not take what was sent: {deaf[0]}", False
+                driver.refused("malformed message", f"{session.worker_id} is cut off: {reason}")
         except (ValueError, IndexError, DecodeError) as exc:
-            reason = f"it sent a malformed message: {exc}"
+            reason, cut = f"it sent a malformed message: {exc}", False
             driver.refused("malformed message", f"{session.worker_id} is cut off: {reason}")
         except Exception as exc:
-            reason = f"what it sent could not be taken ({type(exc).__name__}: {exc})"
+            reason, cut = f"what it sent could not be taken ({type(exc).__name__}: {exc})", False
             _logger.exception("internal error with a message from %s", session.worker_id)
         finally:
-            session.close()
             sending.cancel()
-            driver.disconnected(session, reason)
+            if session.is_read_by(reading):  # else another connection has taken over
+                session.detach()
+                driver.disconnected(session, reason, cut=cut)
 
     async def _enrol(self, context: Any) -> _Session | None:
         driver = self._driver
@@ -725,6 +862,12 @@ class _Servicer:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "malformed hello")
         nonce = _enrolment.make_nonce()
         key = driver.key_of(hello.identity)
+        resumed: _Session | None = None
+        if hello.resume:
+            # The one that has given this session up says so by proving to know the key alone.
+            resumed = driver.session_to_resume(hello.identity, hello.resume)
+            if resumed is not None:
+                key = _enrolment.session_key(key, resumed.token)
         parts = (driver.executor_id, hello.identity, hello.nonce, nonce)
         mac = _enrolment.proof(key, "server", *parts)
         await context.write(pb.ServerMessage(challenge=pb.Challenge(nonce=nonce, mac=mac)))
@@ -738,6 +881,9 @@ class _Servicer:
             who = f"{context.peer()} could not prove that it knows the key"
             driver.refused("no proof", who)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "proof refused")
+        if hello.resume:
+            assert message is not None
+            return await self._resume(resumed, message.proof.received, context)
         mismatch = _enrolment.versions_mismatch(
             wire=hello.wire_version, python=hello.python_version, pickle=hello.cloudpickle_version
         )
@@ -753,7 +899,9 @@ class _Servicer:
             else:
                 driver.refused("not expected", f"{context.peer()} knows the key, but {unwanted}")
             return None
-        session = _Session(driver, hello.identity, hello.attempt, hello.pid, context)
+        resumable = not driver.direct_path and driver.machine.config.reconnect_grace > 0
+        pid = _pid_of(driver.pid_of(hello.identity), hello.pid)
+        session = _Session(driver, hello.identity, hello.attempt, pid, resumable=resumable)
         setup = driver.setup
         welcome = pb.Welcome(
             worker_id=session.worker_id,
@@ -773,6 +921,7 @@ class _Servicer:
             first_blob=session.first_blob,
             blob_memory=setup.objects.worker_memory or 0,  # type: ignore[arg-type]
             compress=driver.compresses,
+            resumable=resumable,
         )
         if driver.depot is not None:
             welcome.bucket_threshold = driver.depot.threshold
@@ -790,6 +939,25 @@ class _Servicer:
         pull, boot = _seconds(hello.pull_seconds) or None, _seconds(hello.boot_seconds)
         arrival = Arrival(hello.job_id[:256], hello.attempt, boot, pull)
         driver.connected(session, hello.slots, arrival, time.monotonic() - heard_at)
+        return session
+
+    async def _resume(
+        self, session: _Session | None, received: int, context: Any
+    ) -> _Session | None:
+        """Have a worker that has proved who it is go on with its session over this connection."""
+        if session is None or session.is_closed:
+            await context.write(pb.ServerMessage(refusal=pb.Refusal(reason="it was given up")))
+            return None
+        reliable = session.reliable
+        try:
+            reliable.arrived(received)
+        except ValueError as exc:
+            self._driver.refused("malformed hello", f"{session.worker_id} cannot go on: {exc}")
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(exc))
+        # What still comes over the connection before this one comes twice, and is read once.
+        answer = pb.ServerMessage(resumed=True)
+        reliable.acknowledge(answer)
+        await context.write(answer)
         return session
 
     async def _hear(self, context: Any) -> pb.WorkerMessage | None:
@@ -830,7 +998,7 @@ class _Servicer:
                 await context.abort(grpc.StatusCode.NOT_FOUND, f"it is lost: {exc}"[:1000])
                 return
         sending = stream_view(blob, request.offset, session.link, driver.count_sent)
-        async with contextlib.aclosing(sending) as chunks:
+        async with session.outgoing, contextlib.aclosing(sending) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -850,7 +1018,8 @@ class _Servicer:
             return pb.DeliverReply(accepted=False)
         refusal, cut = grpc.StatusCode.OK, False
         try:
-            blob = await self._receive(requests, size, context)
+            async with session.incoming:
+                blob = await self._receive(requests, size, context)
         except (PayloadTooLargeError, OSError) as exc:
             refusal, why = grpc.StatusCode.RESOURCE_EXHAUSTED, str(exc)
             driver.keeper.failed(number, exc.with_traceback(None))
@@ -912,11 +1081,23 @@ class _Servicer:
         if session is None or depot is None or request is None or not session.owns(request.blob):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "nobody waits for this")
             return pb.StoreReply()
+        if request.size > _LARGEST_BLOB:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no size of a blob")
         try:
             return await depot.take(session, request)
         except ValueError as exc:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(exc)[:1000])
             return pb.StoreReply()
+
+
+def _pid_of(launched: int, claimed: int) -> int:
+    """Return the process that a worker on this machine is: of which files are its own.
+
+    Args:
+        launched: What was started for it; 0: we do not know.
+        claimed: What it says: the same, or what that one has started.
+    """
+    return claimed if not launched or is_descendant(claimed, launched) else launched
 
 
 def _seconds(value: float) -> float:
@@ -960,7 +1141,8 @@ def _server_options() -> dict[str, int]:
         "grpc.max_concurrent_streams": 4096,
         "grpc.max_metadata_size": 8 * 1024,
         "grpc.absolute_max_metadata_size": 16 * 1024,
-        # A worker's keepalive comes every 20 s; those count that come less than 10 s apart.
+        # A worker's keepalive comes every 10 s; those count that come less than 5 s apart.
+        "grpc.http2.min_ping_interval_without_data_ms": 5_000,
         "grpc.http2.max_ping_strikes": 100,
     }
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import pickle
 import platform
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,12 @@ import grpc
 import grpc.aio
 
 from cloudexec import _enrolment
-from cloudexec._errors import ProtocolError
+from cloudexec._errors import LaunchError, ProtocolError
 from cloudexec._launchers.base import Contact
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._wire import CHANNEL_OPTIONS, TOKEN_KEY, unpack_chunk
+from cloudexec._reliable import Reliable
+from cloudexec._wire import TOKEN_KEY, unpack_chunk
+from cloudexec.worker.dialing import CONNECT_TIMEOUT, Address, dial, shake_hands
 
 __all__ = ["Answer", "SimulatedWorker", "answer_none"]
 
@@ -42,16 +45,17 @@ class SimulatedWorker:
     """Connects to an executor as a worker does, and answers its tasks without running them.
 
     Everything a worker says on the wire is said: enrolment, results in batches, heartbeats,
-    draining. No process is started, so that one process can hold thousands. Use it on one event
-    loop, and best in another process than the executor's: where two loops of a process use
-    ``grpc.aio``, each logs harmless ``BlockingIOError`` (grpc/grpc issue 25364).
+    draining. One that is elsewhere (TLS) and whose connection is cut dials again, as a worker does,
+    and goes on with its session. No process is started, so that one process can hold thousands. Use
+    it on one event loop, and best in another process than the executor's: where two loops of a
+    process use ``grpc.aio``, each logs harmless ``BlockingIOError`` (grpc/grpc issue 25364).
 
         worker = SimulatedWorker(launch.contact, launch.launch_id)
         await worker.connect()
         await worker.serve()
 
     Args:
-        contact: Where to dial, from ``ManualLaunch``; a Unix socket.
+        contact: Where to dial, from ``ManualLaunch``.
         identity: The launch id. The executor admits only those that it asked for, each once.
         slots: Tasks that it says it can run at once.
         answer: Makes up the result of each task. At most 64 KiB each; called on the event loop, so
@@ -59,32 +63,31 @@ class SimulatedWorker:
 
     Attributes:
         answered: Tasks answered so far.
-
-    Raises:
-        ValueError: If the contact is a TLS one, which this worker does not speak.
+        reconnected: Times that it has dialed again, and gone on with its session.
     """
 
     def __init__(
         self, contact: Contact, identity: str, *, slots: int = 1, answer: Answer = answer_none
     ) -> None:
-        if contact.certificate_sha256:
-            raise ValueError("a SimulatedWorker dials Unix sockets: leave the executor's listen=")
         self.answered = 0
-        self._contact = contact
-        self._identity = identity
-        self._slots = slots
-        self._answer = answer
-        # A connection of its own, as a worker has: gRPC would share one among equal channels.
-        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-        self._channel = grpc.aio.insecure_channel(contact.target, options=options)
-        self._fetch = self._channel.unary_stream(
-            "/cloudexec.v1.TaskServer/Fetch",
-            request_serializer=pb.FetchRequest.SerializeToString,
-            response_deserializer=unpack_chunk,
+        self.reconnected = 0
+        self._address = Address(
+            contact.target,
+            contact.executor_id,
+            identity,
+            contact.key,
+            slots,
+            contact.certificate_sha256,
         )
+        self._answer = answer
+        self._channel: grpc.aio.Channel | None = None
+        self._fetch: Any = None
         self._call: Any = None
         # gRPC allows one write at a time; results and heartbeats share the stream.
         self._writing = asyncio.Lock()
+        self._reliable: Reliable[pb.WorkerMessage] = Reliable()
+        self._todo: deque[tuple[int, bytes, list[int]]] = deque()  # lease, payload, blobs
+        self._draining = False
         self._welcome = pb.Welcome()
 
     @property
@@ -92,47 +95,66 @@ class SimulatedWorker:
         """The name that the executor gave; empty before ``connect()``."""
         return self._welcome.worker_id
 
-    async def connect(self) -> None:
+    async def connect(self, patience: float = CONNECT_TIMEOUT) -> None:
         """Dial and enrol.
+
+        Args:
+            patience: Seconds for which it is tried; over a Unix socket it is tried once.
 
         Raises:
             ProtocolError: If either side refuses the other.
-            grpc.aio.AioRpcError: If nobody answers.
+            LaunchError: If nobody answers.
         """
-        contact = self._contact
-        session = self._channel.stream_stream(
+        await dial(self._address, self._enrol, patience)
+
+    async def _enrol(self, channel: grpc.aio.Channel) -> None:
+        before, self._channel = self._channel, channel
+        if before is not None:
+            await before.close()
+        self._fetch = channel.unary_stream(
+            "/cloudexec.v1.TaskServer/Fetch",
+            request_serializer=pb.FetchRequest.SerializeToString,
+            response_deserializer=unpack_chunk,
+        )
+        session = channel.stream_stream(
             "/cloudexec.v1.TaskServer/Session",
             request_serializer=pb.WorkerMessage.SerializeToString,
             response_deserializer=pb.ServerMessage.FromString,
         )
         self._call = session()
-        nonce = _enrolment.make_nonce()
+        address = self._address
         hello = pb.Hello(
             wire_version=_enrolment.WIRE_VERSION,
-            executor_id=contact.executor_id,
-            identity=self._identity,
-            nonce=nonce,
+            executor_id=address.executor_id,
+            identity=address.identity,
             cloudexec_version="simulated",
             python_version=_enrolment.python_version(),
             cloudpickle_version=cloudpickle.__version__,
-            slots=self._slots,
+            slots=address.slots,
             pid=os.getpid(),
             host=platform.node(),
         )
-        await self._write(pb.WorkerMessage(hello=hello))
-        challenge = (await self._expect("challenge")).challenge
-        parts = (contact.executor_id, self._identity, nonce, challenge.nonce)
-        if not _enrolment.proves(challenge.mac, _enrolment.proof(contact.key, "server", *parts)):
-            raise ProtocolError(f"{contact.target} does not know this worker's key")
-        mac = _enrolment.proof(contact.key, "worker", *parts)
-        await self._write(pb.WorkerMessage(proof=pb.Proof(mac=mac)))
-        self._welcome = (await self._expect("welcome")).welcome
+        token = self._welcome.session_token
+        answer = await shake_hands(
+            self._call,
+            hello,
+            address.key,
+            address.target,
+            token=token,
+            received=self._reliable.received,
+        )
+        if token:
+            self._reliable.arrived(answer.received)
+        else:
+            self._welcome = answer.welcome
 
     async def serve(self) -> str:
         """Answer tasks until the session ends.
 
         Returns:
-            How it ended: ``"drained"``, ``"terminated"``, or ``"closed"`` if the executor went.
+            How it ended: ``"drained"``, ``"terminated"``, ``"closed"`` if the executor went, or,
+            after the connection was cut, ``"orphaned"`` if nobody answered for the executor's
+            ``orphan_timeout``, and ``"given up"`` if the executor had lost patience.
 
         Raises:
             Exception: Whatever ``answer`` raises; the executor sees a worker vanish.
@@ -140,9 +162,20 @@ class SimulatedWorker:
         """
         beating = asyncio.create_task(self._beat())
         try:
-            return await self._receive()
-        except grpc.aio.AioRpcError:
-            return "closed"
+            while True:
+                try:
+                    return await self._converse()
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    if not self._welcome.resumable:
+                        return "closed"
+                try:
+                    async with self._writing:  # no heartbeat before it is said who we are
+                        await dial(self._address, self._enrol, self._welcome.orphan_timeout)
+                except LaunchError:
+                    return "orphaned"
+                except ProtocolError:
+                    return "given up"
+                self.reconnected += 1
         finally:
             beating.cancel()
             await asyncio.gather(beating, return_exceptions=True)
@@ -150,52 +183,68 @@ class SimulatedWorker:
 
     async def close(self) -> None:
         """Hang up without a word, as a worker does whose machine lost its power."""
-        await self._channel.close()
+        if self._channel is not None:
+            await self._channel.close()
 
-    async def _receive(self) -> str:
+    async def _converse(self) -> str:
+        """Exchange messages over one connection, until the session ends."""
+        async with self._writing:
+            for sent in self._reliable.missing():
+                await self._call.write(sent)
+        await self._answer_all()
         while True:
-            message = await self._call.read()
-            if message is grpc.aio.EOF:
-                return "closed"
-            if message.HasField("tasks"):
-                await self._answer_all(message.tasks)
-            if message.terminate:
-                return "terminated"
-            if message.drain:
+            if self._draining and self._reliable.is_clear:
                 # Nothing is left to hand back: what came was answered at once.
-                await self._write(pb.WorkerMessage(draining=True))
+                await self._write(pb.WorkerMessage(goodbye=True), keep=False)
                 await self._call.done_writing()
                 while await self._call.read() is not grpc.aio.EOF:
                     pass
                 return "drained"
+            message = await self._call.read()
+            if message is grpc.aio.EOF:
+                return "closed"
+            if self._welcome.resumable and not self._reliable.take(message):
+                continue
+            if message.HasField("tasks"):
+                self._take(message.tasks)
+                await self._answer_all()
+            if message.terminate:
+                return "terminated"
+            if message.drain:
+                self._draining = True
+                await self._write(pb.WorkerMessage(draining=True))
 
-    async def _answer_all(self, tasks: pb.Tasks) -> None:
+    def _take(self, tasks: pb.Tasks) -> None:
         composed = dict(zip(tasks.composed, tasks.blob_counts, strict=True))
         blobs = iter(tasks.blobs)
+        for index, (lease, payload) in enumerate(zip(tasks.leases, tasks.payloads, strict=True)):
+            parts = [next(blobs) for _ in range(composed.get(index, 0))]
+            self._todo.append((lease, payload, parts))
+
+    async def _answer_all(self) -> None:
         reply = pb.WorkerMessage()
         size = 0
-        for index, (lease, payload) in enumerate(zip(tasks.leases, tasks.payloads, strict=True)):
-            for _ in range(composed.get(index, 0)):
-                payload += await self._fetched(next(blobs))
+        while self._todo:
+            lease, payload, blobs = self._todo[0]
+            for blob in blobs:
+                payload += await self._fetched(blob)
             result = self._answer(lease, payload)
             if len(result) > _LARGEST_RESULT:
                 raise ValueError(
                     f"a simulated result is {_LARGEST_RESULT} bytes at most, not {len(result)}"
                 )
+            # Only now: a connection that is cut before leaves it for the next one.
+            self._todo.popleft()
             reply.results.leases.append(lease)
             reply.results.payloads.append(result)
             reply.results.seconds.append(0.0)
             size += len(result)
-            if len(reply.results.leases) >= _BATCH_RESULTS or size >= _BATCH_BYTES:
-                await self._send(reply)
+            enough = len(reply.results.leases) >= _BATCH_RESULTS or size >= _BATCH_BYTES
+            if enough or not self._todo or self._todo[0][2]:
+                self.answered += len(reply.results.leases)
+                await self._write(reply)
                 reply = pb.WorkerMessage()
                 size = 0
-        if reply.results.leases:
-            await self._send(reply)
-
-    async def _send(self, reply: pb.WorkerMessage) -> None:
-        await self._write(reply)
-        self.answered += len(reply.results.leases)
 
     async def _fetched(self, number: int) -> bytes:
         """Fetch a part of an argument that is too large to come along with its task."""
@@ -208,18 +257,17 @@ class SimulatedWorker:
         interval = self._welcome.heartbeat_interval or 10.0
         while True:
             await asyncio.sleep(interval)
-            await self._write(pb.WorkerMessage(heartbeat=pb.Heartbeat()))
+            try:
+                await self._write(pb.WorkerMessage(heartbeat=pb.Heartbeat()), keep=False)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                pass  # whoever reads from the stream notices too
 
-    async def _write(self, message: pb.WorkerMessage) -> None:
+    async def _write(self, message: pb.WorkerMessage, *, keep: bool = True) -> None:
+        """Write a message, which is kept until it has arrived if it must arrive."""
         async with self._writing:
+            if self._welcome.resumable:
+                if keep:
+                    self._reliable.stamp(message)
+                else:
+                    self._reliable.acknowledge(message)
             await self._call.write(message)
-
-    async def _expect(self, what: str) -> pb.ServerMessage:
-        message = await self._call.read()
-        if message is grpc.aio.EOF:
-            raise ProtocolError("the client closed the connection during enrolment")
-        if message.HasField("refusal"):
-            raise ProtocolError(f"the client refused this worker: {message.refusal.reason}")
-        if not message.HasField(what):
-            raise ProtocolError(f"the client sent something else than {what}")
-        return message  # type: ignore[no-any-return]

@@ -33,15 +33,18 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     Args:
         bootstrap: Where the client is and who this worker is; ``None``: read the environment.
     """
+    is_child = bootstrap is not None
     if bootstrap is None:
         bootstrap = _from_environment()
     ours, zygotes = socket.socketpair()
     supervisor_pid = os.getpid()
+    from cloudexec.worker.zygote import adopt_orphans, run_zygote
+
+    # If the zygote is killed, what tasks started and left comes to us.
+    adopt_orphans()
     # Forked now, before gRPC is imported and starts threads.
     if os.fork() == 0:
         ours.close()
-        from cloudexec.worker.zygote import run_zygote
-
         run_zygote(zygotes, supervisor_pid)
     zygotes.close()
     # gRPC writes its own log to stderr otherwise. Set after the fork: tasks see the user's own.
@@ -53,7 +56,8 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     import asyncio
 
     from cloudexec._errors import CloudexecError, ProtocolError
-    from cloudexec.worker.session import Address, run_worker
+    from cloudexec.worker.dialing import Address
+    from cloudexec.worker.session import run_worker
 
     address = Address(
         target=bootstrap["target"],
@@ -67,6 +71,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
         memory_mib=int(bootstrap.get("memory_mib") or 0),
         drain_grace=bootstrap.get("drain_grace"),
         log=bootstrap.get("log", False),
+        is_child=is_child,
     )
     try:
         code = EXIT_RECLAIMED if asyncio.run(run_worker(address, ours)) else 0

@@ -65,7 +65,11 @@ class ResultFiles:
         number = self._numbers
         if size >= MAPPED_BYTES:
             segment = Segment(_spill_directory() if self._cells[SPILL] else None)
-            segment.write_all(pieces)
+            try:
+                segment.write_all(pieces)
+            except OSError:
+                segment.close()  # the exception's traceback refers to it
+                raise
             self._files[number] = segment
             return Place(number, size, segment.path, 0, mappable=True)
         arena = self._arena

@@ -8,14 +8,11 @@ import resource
 import shutil
 import signal
 import socket
-import sys
 import tempfile
-import time
 import traceback
 import zipfile
 from collections import deque
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import cloudpickle
@@ -30,9 +27,9 @@ from cloudexec._objects.store import Blob
 from cloudexec._objects.transfer import fetch_into, stream_file
 from cloudexec._payload import dumps_exception
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._reliable import ACKNOWLEDGE_AFTER, Reliable
 from cloudexec._wire import (
     BLOB_KEY,
-    CHANNEL_OPTIONS,
     DELIVERY_TRIES,
     GO_ON_KEY,
     LEASE_KEY,
@@ -44,6 +41,7 @@ from cloudexec._wire import (
 from cloudexec.worker.birth import pull_seconds, seconds_since_start
 from cloudexec.worker.blobs import BlobCache, Known, room
 from cloudexec.worker.child import Terms
+from cloudexec.worker.dialing import Address, dial, shake_hands
 from cloudexec.worker.supervisor import (
     KILLED,
     PICKLE_FAILED,
@@ -57,17 +55,8 @@ from cloudexec.worker.supervisor import (
 if TYPE_CHECKING:
     from cloudexec.worker.bucket import BucketPath
 
-__all__ = ["Address", "Session", "run_worker"]
+__all__ = ["Session", "run_worker"]
 
-_CONNECT_TIMEOUT = 30.0
-"""Seconds for which a client elsewhere is dialed: no longer than workers may outlive it."""
-_TRY_TIMEOUT = 10.0
-_RETRIED = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-)
-"""What a busy client or network answers, other than one that does not want us."""
 _BATCH_RESULTS = 2048
 _BATCH_BYTES = 512 * 1024
 _WHY = {
@@ -77,142 +66,73 @@ _WHY = {
     "closed": "the client closed the connection",
     "disconnected": "the connection to the client was lost",
     "orphaned": "the client is gone",
+    "gone": "the client has given it up",
     "zygote": "the process that forks its slots was killed",
     "bug": "an internal error",
 }
 _HAND_OVER = 30.0
 """Seconds that a worker with nothing left to do waits until the client has taken what it keeps."""
+_CUT = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
+"""How a call ends whose connection does."""
 _OUTPUT_CREDIT = 1024 * 1024
 """Bytes of output that may be on their way to the client, per worker."""
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where the client is and how to know it.
-
-    Attributes:
-        target: A gRPC target: ``unix:/path`` or ``host:port``.
-        executor_id: Which executor.
-        identity: Who this worker is.
-        key: Shared with the executor.
-        slots: Tasks to run at once.
-        certificate_sha256: Of the server's certificate, in hex; empty for a Unix socket.
-        job_id: The platform's name for this worker.
-        attempt: Which run of the launch this is, from 1.
-        memory_mib: What this worker's container may use; 0: unknown.
-        drain_grace: Seconds after SIGTERM in which tasks may finish; ``None``: no limit.
-        log: Whether to say on stderr what happens: where a platform keeps that.
-    """
-
-    target: str
-    executor_id: str
-    identity: str
-    key: bytes
-    slots: int
-    certificate_sha256: str = ""
-    job_id: str = ""
-    attempt: int = 1
-    memory_mib: int = 0
-    drain_grace: float | None = None
-    log: bool = False
-
-    def say(self, text: str) -> None:
-        """Write a line to the log, if there is one."""
-        if self.log:
-            print(f"cloudexec worker {self.identity}: {text}", file=sys.stderr, flush=True)
-
-    def __repr__(self) -> str:
-        return f"Address(target={self.target!r}, identity={self.identity!r})"
-
-
-async def _channel(address: Address, patience: float) -> grpc.aio.Channel:
-    """Open a channel.
-
-    Raises:
-        OSError: If the client cannot be reached.
-        ProtocolError: If something else answers there.
-    """
-    if not address.certificate_sha256:
-        return grpc.aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
-    # Whoever answers may send any certificate: the pinned fingerprint says which one is right,
-    # and that one is then the only root that the connection itself trusts.
-    import hashlib
-    import ssl
-
-    host, _, port = address.target.rpartition(":")
-    certificate = await asyncio.to_thread(_certificate, host.strip("[]"), int(port), patience)
-    pem = ssl.DER_cert_to_PEM_cert(certificate)
-    found = hashlib.sha256(certificate).hexdigest()
-    if found != address.certificate_sha256:
-        raise ProtocolError(
-            f"{address.target} has another certificate than the one pinned for this worker "
-            f"(sha256 {found}): refusing to talk to it"
-        )
-    credentials = grpc.ssl_channel_credentials(root_certificates=pem.encode())
-    options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", "cloudexec")]
-    return grpc.aio.secure_channel(address.target, credentials, options=options)
-
-
-def _certificate(host: str, port: int, patience: float) -> bytes:
-    """Fetch the certificate that somebody presents by TLS 1.3, and has the key of.
-
-    Raises:
-        OSError: If there is none to be had.
-    """
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # its fingerprint is compared instead
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    with socket.create_connection((host, port), patience) as connection:
-        with context.wrap_socket(connection, server_hostname="cloudexec") as secured:
-            return secured.getpeercert(binary_form=True) or b""
-
-
-async def _dial(address: Address) -> Session:
-    """Connect and enrol; what the network does not carry at once is tried again for a while.
-
-    Raises:
-        LaunchError: If the client cannot be reached.
-        ProtocolError: If either side refuses the other.
-    """
-    deadline = time.monotonic() + _CONNECT_TIMEOUT
-    pause = 0.1
-    while True:
-        channel = None
-        try:
-            channel = await _channel(address, _TRY_TIMEOUT)
-            session = Session(address, channel)
-            async with asyncio.timeout(_TRY_TIMEOUT):
-                await session.enrol()
-            return session
-        except (OSError, grpc.aio.AioRpcError) as exc:  # a TimeoutError is an OSError
-            reason = exc.details() if isinstance(exc, grpc.aio.AioRpcError) else str(exc)
-            if channel is not None:
-                await channel.close()
-            refused = isinstance(exc, grpc.aio.AioRpcError) and exc.code() not in _RETRIED
-            # On this machine nothing stands between us: who does not answer is not there.
-            near = not address.certificate_sha256
-            if refused or near or time.monotonic() + pause > deadline:
-                raise LaunchError(
-                    f"cannot reach the client at {address.target}: {reason or 'no answer'}; is it "
-                    f"still there, reachable from this network, and its port open?"
-                ) from exc
-        except BaseException:
-            if channel is not None:
-                await channel.close()
-            raise
-        # Not all at once, where hundreds of workers start together.
-        await asyncio.sleep(pause * (0.5 + int.from_bytes(os.urandom(2)) / 65535))
-        pause = min(2 * pause, 4.0)
-
-
 class Session:
-    """One connection: enrolment, the stream, and the answers on their way out."""
+    """What a worker and its client say to each other, over one connection after the other.
 
-    def __init__(self, address: Address, channel: grpc.aio.Channel) -> None:
+    Args:
+        address: Of the client.
+    """
+
+    def __init__(self, address: Address) -> None:
         self._address = address
+        self._channel: grpc.aio.Channel | None = None
+        self._bucket: BucketPath | None = None
+        self._link = Link(enabled=False)
+        self._uploads: dict[int, asyncio.Task[None]] = {}  # of what is kept here
+        self._call: Any = None
+        self._token = b""
+        self._reliable: Reliable[pb.WorkerMessage] = Reliable()
+        self._connected = asyncio.Event()
+        self._started = False
+        self._flushing = False
+        self.flushed = asyncio.Event()
+        """Set when, after ``flush``, the client has all that was to be said."""
+        self._acknowledge_handle: asyncio.TimerHandle | None = None
+        self._wanted = asyncio.Event()
+        self._leases: list[int] = []
+        self._payloads: list[bytes] = []
+        self._seconds: list[float] = []
+        self._direct: list[int] = []
+        self._composed: dict[int, Sequence[pb.Blob]] = {}  # index in the columns -> blobs
+        self._taken_here: dict[int, ResultBlob] = {}  # files that the client is to take
+        self._own_blobs = 0
+        self._kept: list[int] = []  # indexes, as above
+        self._bytes = 0
+        self._failures: deque[Failure] = deque()
+        self._returned: list[int] = []
+        self._output: list[tuple[int, int, int, bytes]] = []
+        self._credit = _OUTPUT_CREDIT
+        self._initializer_failed = b""
+        self._heartbeat_due = False
+        self._ready = False
+        self._groups_changed = False
+        self._draining = False
+        self._drain_said = False
+        self._deliveries: set[asyncio.Task[None]] = set()
+        self.pool: SlotPool | None = None
+        self.blobs: BlobCache | None = None
+        self.welcome = pb.Welcome()
+
+    def _bind(self, channel: grpc.aio.Channel) -> None:
+        """Make calls over a channel from now on."""
         self._channel = channel
         self._session = channel.stream_stream(
             "/cloudexec.v1.TaskServer/Session",
@@ -239,51 +159,23 @@ class Session:
             request_serializer=pb.StoreRequest.SerializeToString,
             response_deserializer=pb.StoreReply.FromString,
         )
-        self._bucket: BucketPath | None = None
-        self._link = Link(enabled=False)
-        self._uploads: dict[int, asyncio.Task[None]] = {}  # of what is kept here
-        self._call: Any = None
-        self._token = b""
-        self._wanted = asyncio.Event()
-        self._leases: list[int] = []
-        self._payloads: list[bytes] = []
-        self._seconds: list[float] = []
-        self._direct: list[int] = []
-        self._composed: dict[int, Sequence[pb.Blob]] = {}  # index in the columns -> blobs
-        self._taken_here: dict[int, ResultBlob] = {}  # files that the client is to take
-        self._own_blobs = 0
-        self._kept: list[int] = []  # indexes, as above
-        self._bytes = 0
-        self._failures: deque[Failure] = deque()
-        self._returned: list[int] = []
-        self._output: list[tuple[int, int, int, bytes]] = []
-        self._credit = _OUTPUT_CREDIT
-        self._initializer_failed = b""
-        self._heartbeat_due = False
-        self._ready = False
-        self._groups_changed = False
-        self._draining = False
-        self._drain_said = False
-        self._deliveries: set[asyncio.Task[None]] = set()
-        self.pool: SlotPool | None = None
-        self.blobs: BlobCache | None = None
-        self.welcome = pb.Welcome()
 
-    async def enrol(self) -> None:
+    async def enrol(self, channel: grpc.aio.Channel) -> None:
         """Prove who we are and check that the server is the right one.
+
+        Args:
+            channel: The connection that is to be used from now on.
 
         Raises:
             ProtocolError: The server is an impostor, or refuses us; the message says why.
+            grpc.aio.AioRpcError: If the connection fails.
         """
         address = self._address
-        self._call = self._session()
-        nonce = _enrolment.make_nonce()
         pull = await asyncio.to_thread(pull_seconds) if address.job_id else 0.0
         hello = pb.Hello(
             wire_version=_enrolment.WIRE_VERSION,
             executor_id=address.executor_id,
             identity=address.identity,
-            nonce=nonce,
             cloudexec_version=_version(),
             python_version=_enrolment.python_version(),
             cloudpickle_version=cloudpickle.__version__,
@@ -295,15 +187,23 @@ class Session:
             boot_seconds=seconds_since_start(),
             pull_seconds=pull,
         )
-        await self._call.write(pb.WorkerMessage(hello=hello))
-        challenge = await self._expect("challenge")
-        parts = (address.executor_id, address.identity, nonce, challenge.challenge.nonce)
-        expected = _enrolment.proof(address.key, "server", *parts)
-        if not _enrolment.proves(challenge.challenge.mac, expected):
-            raise ProtocolError(f"{address.target} does not know this worker's key: an impostor?")
-        mac = _enrolment.proof(address.key, "worker", *parts)
-        await self._call.write(pb.WorkerMessage(proof=pb.Proof(mac=mac)))
-        self.welcome = (await self._expect("welcome")).welcome
+        before, self._channel = self._channel, None
+        if before is not None:
+            await before.close()
+        self._bind(channel)
+        self._call = self._session()
+        answer = await shake_hands(
+            self._call,
+            hello,
+            address.key,
+            address.target,
+            token=self._token,
+            received=self._reliable.received,
+        )
+        if self._token:
+            self._reliable.arrived(answer.received)
+            return
+        self.welcome = answer.welcome
         self._token = self.welcome.session_token
         self._link = Link(enabled=self.welcome.compress)
         threshold = self.welcome.bucket_threshold
@@ -317,16 +217,6 @@ class Session:
                 threshold,
                 self.welcome.bucket_part_bytes,
             )
-
-    async def _expect(self, what: str) -> pb.ServerMessage:
-        message = await self._call.read()
-        if message is grpc.aio.EOF:
-            raise ProtocolError("the client closed the connection during enrolment")
-        if message.HasField("refusal"):
-            raise ProtocolError(f"the client refused this worker: {message.refusal.reason}")
-        if not message.HasField(what):
-            raise ProtocolError(f"the client sent something else than {what}")
-        return message  # type: ignore[no-any-return]
 
     # What the pool answers.
 
@@ -343,14 +233,10 @@ class Session:
     def composed(
         self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob], *, keep: bool
     ) -> None:
-        if keep:
-            kept = self._keep_all(lease, seconds, blobs)
-            if kept is not None:
-                self._kept.append(len(self._leases))
-                self._report(lease, seconds, head, kept)
-                for each in kept:
-                    self._upload_kept(each.id)
-        elif self.welcome.direct_path:
+        if keep and self._keep_all(lease, seconds, head, blobs):
+            return
+        # Also what was to be kept, and there is no room for: the client may have some.
+        if self.welcome.direct_path:
             self._report(lease, seconds, head, [self._offer(blob) for blob in blobs])
         else:
             work = self._deliver_all(lease, seconds, head, blobs)
@@ -381,22 +267,28 @@ class Session:
         )
 
     def _keep_all(
-        self, lease: int, seconds: float, blobs: Sequence[ResultBlob]
-    ) -> list[pb.Blob] | None:
-        """Keep a result; if there is no room for it, its task fails."""
+        self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob]
+    ) -> bool:
+        """Keep a result and report it; say whether that is settled: there may be no room."""
         assert self.blobs is not None
         kept: list[pb.Blob] = []
         try:
             for blob in blobs:
                 kept.append(self._keep(blob))
         except (PayloadError, OSError) as exc:
+            if not kept:
+                return False
             self.blobs.forget([each.id for each in kept])
             for blob in blobs[len(kept) :]:
                 self._let_go(blob)
             self._fail_result(lease, seconds, exc)
-            return None
+            return True
         self._mind_memory()
-        return kept
+        self._kept.append(len(self._leases))
+        self._report(lease, seconds, head, kept)
+        for each in kept:
+            self._upload_kept(each.id)
+        return True
 
     def _mind_memory(self) -> None:
         """Have large results go to disk while too much is in memory."""
@@ -472,7 +364,7 @@ class Session:
             request = pb.FetchRequest(blob=number, offset=offset)
             return self._fetch(request, metadata=((TOKEN_KEY, self._token),))
 
-        await fetch_into(blob, chunks)
+        await fetch_into(blob, chunks, self._is_cut)
 
     async def fetch_modules(self) -> str:
         """Fetch the user's own modules; return the directory they are in now."""
@@ -521,7 +413,8 @@ class Session:
         )
         # What is kept here goes to the bucket by itself: if it is wanted, that did not work out.
         bucket, why = self._bucket if lease else None, ""
-        for attempt in range(DELIVERY_TRIES):
+        attempt = 0
+        while attempt < DELIVERY_TRIES:
             await asyncio.sleep(0.1 * attempt)
             call = None
             try:
@@ -539,13 +432,18 @@ class Session:
                 if call is not None:
                     call.cancel()
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as exc:
-                why = str(exc)
+                why, code = str(exc), grpc.StatusCode.UNKNOWN
                 if call is not None:
                     code, why = await call.code(), await call.details()
-                    if code is grpc.StatusCode.UNAUTHENTICATED:
-                        return False
-                    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                        raise PayloadTooLargeError(why, size_bytes=place.size) from exc
+                elif isinstance(exc, grpc.aio.AioRpcError):
+                    code = exc.code()
+                if code is grpc.StatusCode.UNAUTHENTICATED:
+                    return False
+                if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    raise PayloadTooLargeError(why, size_bytes=place.size) from exc
+                if await self._is_cut(code):
+                    continue
+            attempt += 1
         raise PayloadError(f"a result of {place.size} bytes could not be delivered: {why}")
 
     def deliver_kept(self, numbers: Sequence[int]) -> None:
@@ -614,9 +512,11 @@ class Session:
         message = pb.WorkerMessage()
         some = False
         if self._output:
-            for lease, number, stream, data in self._output:
+            for lease, number, stream, data in self._output[:_BATCH_RESULTS]:
                 message.output.add(lease=lease, number=number, stream=stream, data=data)
-            self._output.clear()
+            del self._output[:_BATCH_RESULTS]
+            if self._output:
+                self._wanted.set()
             some = True
         if self._leases:
             results = message.results
@@ -653,7 +553,7 @@ class Session:
             del self._leases[:count], self._payloads[:count], self._seconds[:count]
             some = True
         size = 0
-        while self._failures and size < _BATCH_BYTES:
+        while self._failures and size < _BATCH_BYTES and len(message.failures) < _BATCH_RESULTS:
             failure = self._failures.popleft()
             size += len(failure.payload)
             message.failures.add(
@@ -683,13 +583,6 @@ class Session:
             message.initializer_failed = self._initializer_failed
             self._initializer_failed = b""
             some = True
-        if self._heartbeat_due and pool is not None:
-            self._heartbeat_due = False
-            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            message.heartbeat.CopyFrom(
-                pb.Heartbeat(resident_bytes=resident, running=pool.running, queued=pool.queued)
-            )
-            some = True
         if self._ready:
             self._ready = False
             message.ready = True
@@ -703,24 +596,106 @@ class Session:
             some = True
         return message if some else None
 
-    async def send(self) -> str | None:
-        """Send answers as they come, in batches as large as the stream makes them."""
+    async def converse(self, ends: asyncio.Queue[str]) -> str:
+        """Exchange messages until the session ends; say how it ended.
+
+        A connection that is cut is replaced, for as long as the client may stay away: what runs
+        here goes on meanwhile.
+
+        Args:
+            ends: Where a request to drain goes: the session goes on until that is done.
+
+        Raises:
+            Exception: A bug of ours.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            self._connected.set()
+            receiving = loop.create_task(self._receive(ends))
+            sending = loop.create_task(self._send())
+            both = (receiving, sending)
+            try:
+                done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                if done == {sending} and self.flushed.is_set():
+                    await asyncio.wait({receiving})
+            finally:
+                for task in both:
+                    task.cancel()
+                outcomes = await asyncio.gather(*both, return_exceptions=True)
+            errors = [each for each in outcomes if isinstance(each, Exception)]
+            for error in errors:
+                if not isinstance(error, (grpc.aio.AioRpcError, asyncio.InvalidStateError)):
+                    raise error
+            if isinstance(outcomes[0], str):
+                return outcomes[0]
+            if not self.welcome.resumable:
+                return "disconnected"
+            self._connected.clear()
+            patience = self.welcome.orphan_timeout
+            self._address.say(f"the connection was lost; dialing again, for {patience:g} s")
+            try:
+                await dial(self._address, self.enrol, patience)
+            except LaunchError as exc:
+                self._address.say(str(exc))
+                return "orphaned"
+            except ProtocolError as exc:
+                self._address.say(str(exc))
+                return "gone"
+            self._address.say("connected again")
+
+    async def _send(self) -> None:
+        """Send answers as they come, in batches as large as the stream makes them.
+
+        What was sent over an earlier connection, and may not have arrived, comes first.
+        """
+        reliable, resumable = self._reliable, self.welcome.resumable
+        for sent in reliable.missing():
+            await self._call.write(sent)
+        self._wanted.set()
         while True:
             await self._wanted.wait()
             self._wanted.clear()
             message = self._compose()
             if message is not None:
+                if resumable:
+                    reliable.stamp(message)
                 await self._call.write(message)
                 if message.ready and self.pool is not None:
                     self.pool.announced()
+            elif self._heartbeat_due or reliable.owes:
+                await self._call.write(self._sign_of_life())
+            elif self._flushing and reliable.is_clear:
+                await self._call.write(pb.WorkerMessage(goodbye=True))
+                await self._call.done_writing()
+                self.flushed.set()
+                return
+            else:
+                continue
+            if self._flushing:
+                self._wanted.set()  # until there is nothing more to write
+
+    def _sign_of_life(self) -> pb.WorkerMessage:
+        """Return what need not arrive."""
+        message = pb.WorkerMessage()
+        self._reliable.acknowledge(message)
+        if self._heartbeat_due and self.pool is not None:
+            self._heartbeat_due = False
+            message.heartbeat.resident_bytes = (
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            )
+            message.heartbeat.running = self.pool.running
+            message.heartbeat.queued = self.pool.queued
+        return message
 
     async def flush(self) -> None:
-        """Send what is left, large results included, and close our half of the stream."""
+        """Send what is left, large results included, and close our half of the stream.
+
+        ``flushed`` is set when all of it has arrived.
+        """
         if self._deliveries:
             await asyncio.wait(set(self._deliveries))
-        while (message := self._compose()) is not None:
-            await self._call.write(message)
-        await self._call.done_writing()
+        self._flushing = True
+        self._wanted.set()
 
     async def beat(self) -> None:
         """Send a heartbeat now and then: the supervisor lives, whatever its tasks do."""
@@ -730,20 +705,22 @@ class Session:
             self._heartbeat_due = True
             self.wake()
 
-    async def receive(self, ends: asyncio.Queue[str]) -> str:
-        """Take messages until the client ends the session; say how it ended.
-
-        Args:
-            ends: Where a request to drain goes: the session goes on until that is done.
-        """
+    async def _receive(self, ends: asyncio.Queue[str]) -> str:
+        """Take messages until the client ends the session; say how it ended."""
         pool, blobs = self.pool, self.blobs
         assert pool is not None
         assert blobs is not None
+        await blobs.ready([blob.id for blob in self.welcome.initializer_blobs])
+        if not self._started:
+            self._started = True
+            pool.start()
         call = self._call
         while True:
             message = await call.read()
             if message is grpc.aio.EOF:
                 return "closed"
+            if not self._is_news(message):
+                continue
             if message.blobs:
                 introduce(blobs, message.blobs)
             if message.functions:
@@ -777,12 +754,45 @@ class Session:
             if message.drain:
                 ends.put_nowait("drain")
 
+    def _is_news(self, message: pb.ServerMessage) -> bool:
+        """Take note of a message's number; say whether it is to be read."""
+        reliable = self._reliable
+        try:
+            is_news = reliable.take(message)
+        except ValueError as exc:
+            raise ProtocolError(f"the client's messages are out of order: {exc}") from exc
+        if self._flushing and reliable.is_clear:
+            self._wanted.set()
+        if reliable.is_urgent:
+            self._wanted.set()
+        elif reliable.owes and self._acknowledge_handle is None:
+            loop = asyncio.get_running_loop()
+            self._acknowledge_handle = loop.call_later(ACKNOWLEDGE_AFTER, self._acknowledge)
+        return is_news
+
+    def _acknowledge(self) -> None:
+        self._acknowledge_handle = None
+        if self._reliable.owes:
+            self._wanted.set()
+
+    async def _is_cut(self, code: grpc.StatusCode) -> bool:
+        """Say whether a call failed because of its connection, once there is another one."""
+        if not (self.welcome.resumable and code in _CUT):
+            return False
+        await asyncio.sleep(0.2)  # the session's own stream may not have noticed yet
+        await self._connected.wait()
+        return True
+
     async def close(self) -> None:
         """Close the connection."""
-        for task in self._uploads.values():
+        if self._acknowledge_handle is not None:
+            self._acknowledge_handle.cancel()
+        background = [*self._uploads.values(), *self._deliveries]
+        for task in background:
             task.cancel()
-        await asyncio.gather(*list(self._uploads.values()), return_exceptions=True)
-        await self._channel.close()
+        await asyncio.gather(*background, return_exceptions=True)
+        if self._channel is not None:
+            await self._channel.close()
 
     def start_draining(self) -> None:
         """Tell the client to send nothing more."""
@@ -854,7 +864,8 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         f"cloudexec {_version()}, Python {_enrolment.python_version()}, "
         f"{address.slots} slot{'s' * (address.slots != 1)}; dialing {address.target}"
     )
-    session = await _dial(address)
+    session = Session(address)
+    await dial(address, session.enrol)
     parent = os.getppid()
     ends: asyncio.Queue[str] = asyncio.Queue()
     address.say(f"enrolled as {session.welcome.worker_id}")
@@ -900,31 +911,22 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     loop.set_exception_handler(on_bug)
 
     async def watch_parent() -> None:
-        # On the client's own machine: if it was killed, we were handed to another parent.
-        while address.target.startswith("unix:"):
+        # Started by the client itself: if it was killed, we were handed to another parent.
+        while address.is_child:
             await asyncio.sleep(1.0)
             if os.getppid() != parent:
                 ends.put_nowait("orphaned")
 
-    async def serve(work: Coroutine[Any, Any, str | None]) -> None:
+    async def converse() -> None:
         try:
-            ends.put_nowait(await work or "closed")
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            ends.put_nowait("disconnected")
+            why = await session.converse(ends)
         except Exception:
             traceback.print_exc()
-            ends.put_nowait("bug")
+            why = "bug"
+        ends.put_nowait(why)
 
-    async def receive() -> str | None:
-        await blobs.ready([blob.id for blob in welcome.initializer_blobs])
-        pool.start()
-        return await session.receive(ends)
-
-    receiving = loop.create_task(serve(receive()))
-    sending = loop.create_task(serve(session.send()))
     background = [
-        receiving,
-        sending,
+        loop.create_task(converse()),
         loop.create_task(session.beat()),
         loop.create_task(watch_parent()),
     ]
@@ -945,11 +947,11 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             pool.stop(kill=False)
             why = await _first(pool.stopped, ends)
         if why == "idle":
-            sending.cancel()
-            await session.flush()
-        else:
+            background.append(loop.create_task(session.flush()))
+            why = await _first(session.flushed, ends)
+        if why != "idle":
             pool.stop(kill=True)
-            lost = why == "disconnected" and not asked
+            lost = why in ("disconnected", "orphaned", "gone") and not asked
             if why == "zygote":
                 pool.kill_groups()
                 raise LaunchError("the process that forks the slots was killed")

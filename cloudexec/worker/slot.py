@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import mmap
@@ -419,9 +420,10 @@ class Slot:
         self._put(lease, seconds, frames.RAISED, _payload.dumps_exception(exc))
 
     def _fail_unpickling(self, lease: int, seconds: float, exc: BaseException) -> None:
+        remedy = _remedy(exc, "what they need must be importable there")
         error = PayloadError(
             f"the callable or its arguments could not be unpickled in the worker "
-            f"({type(exc).__name__}: {exc}); what they need must be importable there"
+            f"({type(exc).__name__}: {exc}); {remedy}"
         )
         error.__cause__ = exc
         self._flush_output()
@@ -439,14 +441,26 @@ class Slot:
             del value
             writer.close()
         except BaseException as exc:
-            error: BaseException = exc
-            if isinstance(exc, Exception):
-                error = PayloadError(
-                    f"the result could not be pickled ({type(exc).__name__}: {exc}); "
-                    f"return something that survives pickle.dumps()"
-                )
-                error.__cause__ = exc
-            writer.abandon(_payload.dumps_exception(error))
+            writer.abandon(_payload.dumps_exception(_pickling_error(exc)))
+
+
+def _pickling_error(exc: BaseException) -> BaseException:
+    """Return what a task fails with whose result cannot be pickled, or has no room."""
+    if not isinstance(exc, Exception) or isinstance(exc, PayloadError):
+        return exc
+    remedy = _remedy(exc, "return something that survives pickle.dumps()")
+    error = PayloadError(f"the result could not be pickled ({type(exc).__name__}: {exc}); {remedy}")
+    error.__cause__ = exc
+    return error
+
+
+def _remedy(exc: BaseException, otherwise: str) -> str:
+    """Say what to do about a payload that cannot be made or read."""
+    if isinstance(exc, MemoryError):
+        return "the worker has too little memory for it, or its limit (RLIMIT_AS) is too low"
+    if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "the worker's disk is full, or its limit (RLIMIT_FSIZE) is too low"
+    return otherwise
 
 
 class _Pickled:

@@ -33,7 +33,15 @@ from cloudexec.worker.frames import (
     Kind,
 )
 from cloudexec.worker.results import MOST_WAITING
-from cloudexec.worker.zygote import EXITED, FORK, KILL, MESSAGE, STARTED
+from cloudexec.worker.zygote import (
+    EXITED,
+    FORK,
+    KILL,
+    MESSAGE,
+    ORPHAN_GRACE,
+    STARTED,
+    kill_children,
+)
 
 __all__ = [
     "KILLED",
@@ -410,6 +418,8 @@ class SlotPool:
                 os.killpg(pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass
+        # What left those groups came to us when the zygote died.
+        kill_children(grace=ORPHAN_GRACE)
 
     def close(self) -> None:
         """Let go of the zygote, which kills whatever slot is left."""

@@ -3,19 +3,27 @@
 It is forked from the supervisor before that starts a thread, so that forking from it is safe, and
 imports what every slot needs, so that a slot starts with that in place. Supervisor and zygote talk
 over a socket pair in messages of one fixed size.
+
+What a task started goes with its slot: its process group is killed. What left that group, as
+daemons do, becomes a child of the zygote (on Linux), which knows it by the mark of its slot. The
+mark is a resource limit, because nothing else that is harmless survives both fork and exec: the
+soft ``RLIMIT_LOCKS``, which Linux has not enforced since 2.4.25 (getrlimit(2)).
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import socket
 import struct
 import sys
+import time
+from collections.abc import Container
 from typing import Any
 
-__all__ = ["MESSAGE", "run_zygote", "set_death_signal"]
+__all__ = ["MESSAGE", "ORPHAN_GRACE", "adopt_orphans", "kill_children", "run_zygote"]
 
 MESSAGE = struct.Struct("<BxxxiiqI")
 """Kind, pid, wait status, peak resident bytes, number of the slot."""
@@ -23,15 +31,103 @@ MESSAGE = struct.Struct("<BxxxiiqI")
 FORK, KILL, STARTED, EXITED = 1, 2, 3, 4
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_RLIMIT_LOCKS = 10
+_MARK_SHIFT = 40
+ORPHAN_GRACE = 1.0
+"""Seconds that a process which left its group may outlive its slot: a worker that a task started
+clears up when it sees its client gone."""
+_CLEARING = 2.0
+"""Seconds that processes which were killed have to end."""
 
 
-def set_death_signal() -> None:
-    """Have the kernel kill this process when its parent dies (Linux; elsewhere nothing)."""
+def _prctl(option: int, value: int) -> None:
+    """Set an attribute of this process (Linux; elsewhere nothing)."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes
 
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants that lose theirs (Linux; elsewhere nothing)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _own_children() -> list[int]:
+    """Return the processes whose parent this one is; none where the system does not tell."""
+    found: list[int] = []
+    try:
+        for thread in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{thread}/children") as file:
+                found += map(int, file.read().split())
+    except (OSError, ValueError):
+        pass
+    return found
+
+
+def kill_children(*, grace: float = 0.0) -> None:
+    """Kill and reap all children, and what these leave to us, for as long as there are any.
+
+    Returns two seconds after the grace in any case: a process may hang in the kernel.
+
+    Args:
+        grace: Seconds in which they may end by themselves.
+    """
+    began = time.monotonic()
+    while _own_children() and (passed := time.monotonic() - began) < grace + _CLEARING:
+        if passed >= grace:
+            for pid in _own_children():
+                _kill_slot(pid)
+        while True:
+            try:
+                if not os.waitpid(-1, os.WNOHANG)[0]:
+                    break
+            except ChildProcessError:
+                return
+        time.sleep(0.002)
+
+
+def _mark(zygote_pid: int, number: int) -> int:
+    return zygote_pid << _MARK_SHIFT | number
+
+
+class _Orphans:
+    """What tasks left behind outside their slot's process group, and when it is to be killed."""
+
+    def __init__(self) -> None:
+        self._due: dict[int, float] = {}
+
+    def look(self, children: dict[int, int]) -> float | None:
+        """Kill those whose slot has been gone for long enough.
+
+        Args:
+            children: Slots that live: their numbers by process.
+
+        Returns:
+            Seconds until the next look; ``None``: when a child has ended.
+        """
+        now = time.monotonic()
+        living = {_mark(os.getpid(), number) for number in children.values()}
+        due: dict[int, float] = {}
+        for pid in _own_children():
+            if pid not in children and _outlived_slot(pid, living):
+                due[pid] = self._due.get(pid, now + ORPHAN_GRACE)
+                if due[pid] <= now:
+                    _kill_slot(pid)
+        self._due = due
+        waits = [at - now for at in due.values() if at > now]
+        return min(waits) if waits else None
+
+
+def _outlived_slot(pid: int, living: Container[int]) -> bool:
+    """Whether a process comes from a slot of this zygote that is no more."""
+    try:
+        mark = resource.prlimit(pid, _RLIMIT_LOCKS)[0]
+    except (AttributeError, OSError, ValueError):
+        return False  # it has ended, or is another user's, or this is not Linux
+    return mark >> _MARK_SHIFT == os.getpid() and mark not in living
 
 
 def _send(connection: socket.socket, *values: int) -> None:
@@ -50,7 +146,9 @@ def _receive(connection: socket.socket) -> tuple[tuple[int, ...] | None, list[in
 
 def run_zygote(connection: socket.socket, supervisor_pid: int) -> None:
     """Serve the supervisor until it is gone; then kill every slot and leave. Never returns."""
-    set_death_signal()
+    # Not killed along with the supervisor: what tasks started would outlive both. The end of the
+    # connection says that it is gone.
+    adopt_orphans()
     if os.getppid() != supervisor_pid:
         os._exit(1)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -65,16 +163,20 @@ def run_zygote(connection: socket.socket, supervisor_pid: int) -> None:
     from cloudexec.worker import slot  # noqa: F401
 
     children: dict[int, int] = {}
+    orphans = _Orphans()
+    next_look: float | None = None
     sources: list[Any] = [connection, wake_read]
     try:
         while True:
-            ready, _, _ = select.select(sources, [], [])
+            ready, _, _ = select.select(sources, [], [], next_look)
             if wake_read in ready:
                 try:
                     os.read(wake_read, 4096)
                 except BlockingIOError:
                     pass
                 _reap(connection, children)
+            if wake_read in ready or next_look is not None:
+                next_look = orphans.look(children)
             if connection in ready:
                 message, fds = _receive(connection)
                 if message is None:
@@ -94,11 +196,12 @@ def run_zygote(connection: socket.socket, supervisor_pid: int) -> None:
     finally:
         for pid in children:
             _kill_slot(pid)
+        kill_children(grace=ORPHAN_GRACE)
         os._exit(0)
 
 
 def _reap(connection: socket.socket, children: dict[int, int]) -> None:
-    while children:
+    while True:
         try:
             pid, status, usage = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
@@ -107,7 +210,7 @@ def _reap(connection: socket.socket, children: dict[int, int]) -> None:
             return
         number = children.pop(pid, None)
         if number is None:
-            continue
+            continue  # an orphan
         # What the task started and left behind goes with its slot.
         _kill_group(pid)
         unit = 1 if sys.platform == "darwin" else 1024
@@ -137,7 +240,8 @@ def _fork_slot(fds: list[int], inherited: list[int], number: int) -> int:
     code = 1
     try:
         os.setsid()
-        set_death_signal()
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _set_mark(_mark(zygote_pid, number))
         if os.getppid() != zygote_pid:
             os._exit(1)
         signal.set_wakeup_fd(-1)
@@ -153,6 +257,16 @@ def _fork_slot(fds: list[int], inherited: list[int], number: int) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _set_mark(mark: int) -> None:
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        hard = resource.getrlimit(_RLIMIT_LOCKS)[1]
+        resource.setrlimit(_RLIMIT_LOCKS, (mark, hard))
+    except (OSError, ValueError):
+        pass  # somebody has set a limit: what leaves its group here goes with the zygote
 
 
 def _run_slot(tasks_fd: int, results_fd: int, page_fd: int, out_fd: int, err_fd: int) -> int:

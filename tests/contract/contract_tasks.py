@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from typing import Any
 
@@ -194,3 +195,26 @@ def fail_at_first(path: str, times: int) -> int:
     if calls <= times:
         raise ConnectionError(f"call {calls}")
     return calls
+
+
+def die_once(path: str, words: str) -> str:
+    """Be killed the first time, after some last words."""
+    if not os.path.exists(path):
+        touch(path)
+        print(words, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+
+
+def hold_if(told: str, gate: str) -> int:
+    """Wait at a gate if there is one: a short call and a long one of the same function."""
+    return hold(told, gate) if told else 0
+
+
+def leave_until(path: str, times: int) -> str:
+    """End the process so many times."""
+    append(path, "called")
+    with open(path) as file:
+        if len(file.readlines()) <= times:
+            os._exit(1)
+    return "done"

@@ -150,6 +150,17 @@ def test_in_a_graph_a_handle_is_its_value() -> None:
         assert executor.submit(tasks.total, handle).result(PATIENCE) == 600_000
 
 
+@pytest.mark.parametrize("keep", [None, False])
+def test_what_only_other_stages_need_stays_where_it_is(keep: bool | None) -> None:
+    """Three arrays of 2.4 MB are made, one after the other; none of them comes to the client."""
+    grow, total = stage(tasks.grow, keep=keep), stage(tasks.total)
+    with begin("wire") as executor:
+        ref = executor.put(np.ones(300_000))
+        assert total(grow(grow(grow(ref)))).run(executor) == 1_200_000
+        came = executor.stats().bytes_received
+        assert came < MIB if keep is None else came > 3 * 2 * MIB
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("value", [5, np.arange(300_000), b"x" * 3 * MIB, [np.ones(20_000)]])
 def test_a_handle_can_be_pickled_by_its_user(protocol: int, value: Any) -> None:

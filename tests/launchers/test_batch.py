@@ -295,7 +295,7 @@ def test_a_client_that_is_killed_leaves_nothing_running(
         if __name__ == "__main__":
             batch = Batch(queue={batch.queue!r}, job_role={batch.job_role!r}, image="x",
                           execution_role={batch.execution_role!r}, region={batch.region!r})
-            executor = BatchExecutor(3, launcher=batch, min_workers=3)
+            executor = BatchExecutor(3, launcher=batch, min_workers=3, orphan_timeout=3.0)
             futures = [executor.submit(time.sleep, 60) for _ in range(3)]
             while executor.stats().tasks.running < 3:
                 time.sleep(0.05)

@@ -20,9 +20,11 @@ import grpc
 import psutil
 from test_enrolment import PROXY_OFF, Peer
 
-from cloudexec import BatchExecutor, _enrolment
+from cloudexec import BatchExecutor, Local, _enrolment
 from cloudexec._launchers.base import Contact
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._wire import BLOB_KEY, LEASE_KEY, SIZE_KEY, TOKEN_KEY
+from cloudexec.testing import ManualLauncher
 
 MIB = 1024 * 1024
 SESSION = "/cloudexec.v1.TaskServer/Session"
@@ -183,6 +185,12 @@ def hello(contact: Contact, identity: str, **changes: Any) -> bytes:
 # The victim.
 
 
+def executor_at(place: str, **options: Any) -> BatchExecutor:
+    """Make an executor that listens on a TLS port, or on a Unix socket."""
+    listen = {"listen": "127.0.0.1:0"} if place == "tls" else {}
+    return BatchExecutor(2, launcher=Local(slots_per_worker=1), **listen, **options)
+
+
 def contact_of(executor: BatchExecutor) -> Contact:
     contact = executor._driver.contact  # type: ignore[union-attr]
     assert contact is not None
@@ -276,3 +284,67 @@ def start_worker(contact: Contact, identity: str, **changes: str) -> subprocess.
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+# One that was let in.
+
+
+class Inside(Peer):
+    """An enrolled worker that holds one lease, and does what it likes."""
+
+    def __init__(self, launcher: ManualLauncher, number: int, **changes: Any) -> None:
+        launch = launcher.wait(number, 20)[-1]
+        self.launch_id = launch.launch_id
+        contact = self.contact = launch.contact
+        super().__init__(contact.target, channel(contact), timeout=80.0)
+        answer = self.enrol(contact.executor_id, launch.launch_id, contact.key, **changes)
+        self.welcome = answer.welcome
+        self.token = ((TOKEN_KEY, self.welcome.session_token),)
+        self.lease = 0
+        self._leases: list[int] = []
+
+    def take_message(self) -> pb.ServerMessage:
+        """Wait for what the server says next."""
+        said: pb.ServerMessage = next(self.answers)
+        self._leases += said.tasks.leases
+        return said
+
+    def take(self) -> int:
+        """Wait for a task."""
+        while not self._leases:
+            self.take_message()
+        self.lease = self._leases.pop(0)
+        return self.lease
+
+    def fetch(self, blob: int, offset: int = 0) -> grpc.StatusCode:
+        call = self.channel.unary_stream("/cloudexec.v1.TaskServer/Fetch")
+        request = pb.FetchRequest(blob=blob, offset=offset).SerializeToString()
+        return code_of(lambda: list(call(request, metadata=self.token, timeout=20)))
+
+    def deliver(self, *chunks: bytes, blob: object, size: object, lease: int) -> Any:
+        call = self.channel.stream_unary("/cloudexec.v1.TaskServer/Deliver")
+        more = ((BLOB_KEY, str(blob)), (SIZE_KEY, str(size)), (LEASE_KEY, str(lease)))
+        return code_of(lambda: call(iter(chunks), metadata=(*self.token, *more), timeout=20))
+
+
+def end_by_hand(executor: BatchExecutor, launcher: ManualLauncher, *workers: Peer) -> None:
+    """Hang up, and have the processes that there never were end."""
+    for worker in workers:
+        worker.close()
+    launcher.end_all()
+    executor.kill_workers()
+
+
+def code_of(call: Callable[[], Any]) -> Any:
+    try:
+        answer = call()
+    except grpc.RpcError as exc:
+        return exc.code()  # type: ignore[attr-defined]
+    if isinstance(answer, bytes):
+        return pb.DeliverReply.FromString(answer).accepted
+    return grpc.StatusCode.OK
+
+
+def result_of(*leases: int, value: object = "false") -> pb.Results:
+    count = len(leases)
+    return pb.Results(leases=leases, payloads=[pickle.dumps(value)] * count, seconds=[0.0] * count)

@@ -30,7 +30,9 @@ PROXY_OFF = [("grpc.enable_http_proxy", 0)]
 class Peer:
     """Speaks the wire by hand."""
 
-    def __init__(self, target: str, channel: grpc.Channel | None = None) -> None:
+    def __init__(
+        self, target: str, channel: grpc.Channel | None = None, *, timeout: float = 20.0
+    ) -> None:
         self.channel = channel or grpc.insecure_channel(target, options=PROXY_OFF)
         self._outgoing: queue.SimpleQueue[pb.WorkerMessage | bytes | None] = queue.SimpleQueue()
         call = self.channel.stream_stream(
@@ -40,7 +42,7 @@ class Peer:
             ),
             response_deserializer=pb.ServerMessage.FromString,
         )
-        self.answers: Any = call(iter(self._outgoing.get, None), timeout=20)
+        self.answers: Any = call(iter(self._outgoing.get, None), timeout=timeout)
 
     def send(self, **parts: Any) -> None:
         self._outgoing.put(pb.WorkerMessage(**parts))

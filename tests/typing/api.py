@@ -14,6 +14,7 @@ from cloudexec import (
     Node,
     OptionsView,
     Stage,
+    TaskStory,
     run,
     stage,
 )
@@ -48,6 +49,11 @@ def use_needs(executor: BatchExecutor) -> None:
     )
     view.with_options(retry_on=(OSError, KeyError), retries=5)
     result: float = view.submit(area, 1.0).result()
+    story: TaskStory = view.explain(view.submit(area, 1.0))
+    lost: list[tuple[str, int | None]] = [(each.reason, each.exit_code) for each in story.lost]
+    print(story, lost)
+    executor.explain("future")  # type: ignore[arg-type]
+    BatchExecutor(max_pending_bytes="1GiB", max_pending_tasks=10, when_full="raise")
     executor.with_options(cpus="2")  # type: ignore[arg-type]
     executor.with_options(env={"A": 1})  # type: ignore[dict-item]
     sizes: list[str] = [each.size for each in executor.stats().sizes]

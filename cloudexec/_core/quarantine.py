@@ -1,0 +1,98 @@
+"""Which tasks may have killed a worker, and which workers are kept so that those run alone.
+
+When a worker dies with several tasks aboard, any of them may be the cause. None is blamed: each is
+run again with nothing beside it, and whoever takes a worker along then has shown that it was the
+one. Short tasks are aboard by the thousand, most of them sent ahead; those are run again in groups,
+and only a group that takes its worker along is divided further.
+
+Quarantine ends with the task, and groups only get smaller: so whatever kills workers, and be it the
+machines themselves, each lost worker uses up something that there is only so much of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from cloudexec._core.scheduling import Line
+from cloudexec._core.tasks import Task, TaskState
+from cloudexec._core.workers import Worker, WorkerState
+
+__all__ = ["PARTS", "Quarantine"]
+
+
+PARTS = 16
+"""Into how many groups suspects are divided, or as many as the worker has slots: those that ran
+there run alone. Tasks aboard beyond so many are suspects only once they were aboard twice: they
+were sent ahead, by the thousand, and would all be slowed down whenever a machine fails."""
+_MOST = 1 << 30
+
+
+class Quarantine:
+    """What is known of suspects.
+
+    Attributes:
+        suspects: Open tasks that run apart from others, each with how many may be together: 1 is
+            alone.
+        kept: Ids of the workers that are kept for them: whether some are there (``True``), or the
+            worker is to finish first what it has.
+    """
+
+    __slots__ = ("kept", "suspects")
+
+    def __init__(self) -> None:
+        self.suspects: dict[Task, int] = {}
+        self.kept: dict[str, bool] = {}
+
+    def narrow(self, task: Task, aboard: int, slots: int) -> None:
+        """Take in that a worker with so many slots died under a task and others, so many in all."""
+        together = min(self.suspects.get(task, aboard), aboard)
+        self.suspects[task] = max(1, together // max(slots, PARTS))
+
+    def group(self, line: Line, aboard: Collection[Task] = ()) -> int:
+        """Return how many of a line's tasks, the first ones, may be together on one worker.
+
+        Args:
+            line: Whose tasks.
+            aboard: Those that are there already.
+        """
+        size = len(aboard)
+        most = min([self.suspects.get(task, 0) for task in aboard], default=_MOST)
+        for task in line.tasks:
+            if size >= most:
+                break
+            if task.state is TaskState.WAITING:
+                most = min(most, self.suspects[task])
+                size += size < most
+        return size - len(aboard)
+
+    def release(self, worker: Worker) -> None:
+        """Keep a worker no longer that will not come to serve a suspect, unless it has one."""
+        if self.kept.get(worker.id) is False:
+            del self.kept[worker.id]
+
+    def room(self, workers: Iterable[Worker], *, shared: bool) -> int:
+        """Return how many more workers may have a suspect.
+
+        Args:
+            workers: All there are.
+            shared: Whether other tasks wait, too: half of the workers are theirs, if there are two.
+        """
+        able = sum(w.state is WorkerState.ACTIVE and w.cut_at is None for w in workers)
+        hosts = sum(self.kept.values())
+        return (max(1, able // 2) if shared else able) - hosts
+
+    def to_empty(self, line: Line, workers: Iterable[Worker]) -> Worker | None:
+        """Return the worker that is soonest done with what it has, and may have these tasks."""
+        return min(
+            (
+                worker
+                for worker in workers
+                if worker.leases
+                and worker.state is WorkerState.ACTIVE
+                and worker.cut_at is None
+                and worker.id not in self.kept
+                and line.claim.fits(worker.account.capacity)
+            ),
+            key=lambda worker: (worker.load, len(worker.leases)),
+            default=None,
+        )

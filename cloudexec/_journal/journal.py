@@ -1,0 +1,426 @@
+"""Stands between an executor and what its journal is kept in.
+
+Threads: ``identify`` and ``resume`` run in whoever submits, under a lock for the counts; ``add``
+and ``give_back`` on the loop thread; results are written by a thread of the journal's own, a batch
+while the next one gathers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cloudexec._errors import CloudexecError, ConfigError
+from cloudexec._functions import Function
+from cloudexec._journal.keys import (
+    Unkeyed,
+    arguments_digest,
+    code_digest,
+    function_digest,
+    is_bare,
+    name_of,
+)
+from cloudexec._journal.store import Found, Record, Store, open_store
+from cloudexec._payload import Composed, Payload, Unfinished
+
+if TYPE_CHECKING:
+    from cloudexec._config import TaskOptions
+    from cloudexec._future import BatchFuture
+    from cloudexec._server.portal import Portal
+
+__all__ = ["Call", "Identity", "Journal"]
+
+_logger = logging.getLogger("cloudexec")
+_SYNC_SECONDS = 0.25
+"""What power loss may cost, at most, is what was finished in this time."""
+_MOST_AT_ONCE = 4096
+_REST_SECONDS = 5.0
+"""After a failure to write, nothing is written for so long."""
+_KEY_BYTES = 20
+
+Given = tuple[Any, "BatchFuture[Any]", Any]
+"""A task, its future and its result."""
+
+
+class Identity:
+    """A function as a journal knows it.
+
+    Attributes:
+        name: What it is called, whatever its code is.
+        digest: Of all that makes it what it is.
+        version: Of its code.
+        code: The code, as long as it is this one.
+    """
+
+    __slots__ = ("code", "digest", "name", "version")
+
+    def __init__(self, name: str, digest: bytes, version: bytes, code: object) -> None:
+        self.name = name
+        self.digest = digest
+        self.version = version
+        self.code = code
+
+
+class Call:
+    """A call as a journal knows it.
+
+    Attributes:
+        key: Its name.
+        identity: Its function.
+        base: What it has in common with equal calls.
+        number: Which of these it is, from 1.
+        kept: Whether its result stays on a worker, and does not come into the journal.
+    """
+
+    __slots__ = ("base", "identity", "kept", "key", "number")
+
+    def __init__(
+        self, key: bytes, identity: Identity, base: int, number: int, *, kept: bool
+    ) -> None:
+        self.key = key
+        self.identity = identity
+        self.base = base
+        self.number = number
+        self.kept = kept
+
+
+class Journal:
+    """The journal of one executor.
+
+    Args:
+        store: What it is kept in.
+        portal: Has the event loop.
+        decode: How a future is marked whose result is still bytes.
+        give: Called on the loop thread with results that are in the journal.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        portal: Portal,
+        decode: Callable[[BatchFuture[Any]], None],
+        give: Callable[[list[Given]], None],
+    ) -> None:
+        self.store = store
+        self.resumed = 0
+        """Calls that were not run, as their results were there."""
+        self._portal = portal
+        self._decode = decode
+        self._give = give
+        self._lock = threading.Lock()
+        self._counts: dict[int, int] = {}  # by call, how many equal ones there were
+        self._returned: dict[int, list[int]] = {}  # numbers of those that brought no result
+        self._identities: weakref.WeakKeyDictionary[Function, dict[bool, Identity]]
+        self._identities = weakref.WeakKeyDictionary()
+        self._said: set[str] = set()
+        self._inbox: deque[Given] = deque()
+        self._event = threading.Event()
+        self._woken = False
+        self._closing = False
+        self._then: Callable[[], None] | None = None
+        self._rest_until = float("-inf")
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._run, name="cloudexec-journal", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def open(
+        cls,
+        where: str | os.PathLike[str],
+        portal: Portal,
+        decode: Callable[[BatchFuture[Any]], None],
+        give: Callable[[list[Given]], None],
+    ) -> Journal:
+        """Open a journal, or begin one; see ``open_store`` for the errors."""
+        store = open_store(where, portal)
+        _logger.info(
+            "journal %s: %d result%s of earlier runs",
+            store.name,
+            store.earlier,
+            "" if store.earlier == 1 else "s",
+        )
+        return cls(store, portal, decode, give)
+
+    # Calls come.
+
+    def identify(
+        self, fn: Callable[..., Any], function: Function | None, options: TaskOptions
+    ) -> Identity | None:
+        """Return what a function is known as; ``None``: its calls cannot be in a journal.
+
+        Args:
+            fn: The callable.
+            function: What it is numbered as, which stays true to what it is.
+            options: With a key of the caller's own, what is bound to the function does not count.
+        """
+        bare = options.key is not None
+        code = getattr(fn, "__code__", None)
+        if function is not None:
+            known = self._identities.get(function, _NOTHING).get(bare)
+            if known is not None and known.code is code:
+                return known
+        name = name_of(fn)
+        try:
+            version = digest = code_digest(fn) if bare or not is_bare(fn) else b""
+            if not bare:
+                pickled = None if function is None else function.pickle
+                blobs = pickled.blobs if type(pickled) is Composed else ()
+                digest = function_digest(fn, blobs)
+                version = version or digest
+        except Exception as exc:
+            self._cannot(name, exc)
+            return None
+        identity = Identity(name, digest, version, code)
+        if function is not None:
+            with self._lock:
+                self._identities.setdefault(function, {})[bare] = identity
+        self._note_version(identity)
+        return identity
+
+    @staticmethod
+    def key_of_chunks(key: Callable[..., object]) -> Callable[..., bytes]:
+        """Return what makes a key of several calls that are one task, from the key of each."""
+
+        def of_chunk(chunk: list[tuple[Any, ...]]) -> bytes:
+            keys = [_own_key(key, args, {}) for args in chunk]
+            return b"".join([b"%d:%b" % (len(each), each) for each in keys])
+
+        return of_chunk
+
+    def _note_version(self, identity: Identity) -> None:
+        """Say, once for each function, that it has results which are not used."""
+        versions = self.store.versions.get(identity.name)
+        if not versions or identity.version in versions or identity.name in self._said:
+            return
+        self._said.add(identity.name)
+        count = sum(versions.values())
+        _logger.warning(
+            "journal %s: %s has changed since an earlier run: %d result%s of another version of it "
+            "%s not used",
+            self.store.name,
+            identity.name,
+            count,
+            "" if count == 1 else "s",
+            "is" if count == 1 else "are",
+        )
+
+    def _cannot(self, name: str, exc: Exception) -> None:
+        if isinstance(exc, Unkeyed):
+            _logger.debug("a call of %s is not in the journal: %s", name, exc)
+        elif name not in self._said:
+            self._said.add(name)
+            _logger.warning(
+                "journal %s: calls of %s are not in it, as they cannot be told apart (%s: %s). Said "
+                "once for each function; with_options(key=...) can tell them apart",
+                self.store.name,
+                name,
+                type(exc).__name__,
+                exc,
+            )
+
+    def resume(
+        self,
+        future: BatchFuture[Any],
+        identity: Identity,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        payload: Payload | Unfinished | None,
+        options: TaskOptions,
+    ) -> bool:
+        """Give a future the result that its call has in the journal; say whether it is done.
+
+        Args:
+            future: Of a call that is about to be submitted.
+            identity: Of its function.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            payload: The pickle of these, if there is one of them alone.
+            options: Its options.
+        """
+        found = hashlib.sha256(identity.digest)
+        if options.key is None:
+            try:
+                found.update(b"a" + arguments_digest(args, kwargs, payload))
+            except Exception as exc:
+                self._cannot(identity.name, exc)
+                return False
+        else:
+            try:
+                found.update(b"k" + _own_key(options.key, args, kwargs))
+            except Exception as exc:
+                future._owner = None
+                future.set_exception(exc)
+                return True
+        digest = found.digest()
+        base = int.from_bytes(digest[:8])
+        with self._lock:
+            returned = self._returned.get(base)
+            if returned:
+                number = min(returned)
+                returned.remove(number)
+                if not returned:
+                    del self._returned[base]
+            else:
+                number = self._counts[base] = self._counts.get(base, 0) + 1
+        key = digest if number == 1 else hashlib.sha256(b"%d" % number + digest).digest()
+        call = Call(key[:_KEY_BYTES], identity, base, number, kept=options.keep)
+        future._journaled = call
+        if not self.store.earlier or call.kept:
+            return False
+        record = self.store.find(call.key)
+        if record is None:
+            return False
+        self._finish(future, record)
+        return True
+
+    def _finish(self, future: BatchFuture[Any], record: Found) -> None:
+        with self._lock:
+            self.resumed += 1
+        future._resumed = True
+        future._run_time = record.seconds
+        future._owner = None
+        future._on_end = None
+        future._finish(record.payload, None, self._decode)
+
+    # Results come.
+
+    def add(self, task: Any, future: BatchFuture[Any], result: Any) -> bool:
+        """Take a result; say whether it will be given to its future once it is in the journal."""
+        call: Call | None = future._journaled
+        if call is None or call.kept or self._closing:
+            return False
+        if type(result) is not bytes and type(result) is not Composed:
+            return False
+        if type(result) is Composed:
+            result.shared = True  # whoever takes it may change what is being written
+        self._inbox.append((task, future, result))
+        if not self._woken:
+            self._woken = True
+            self._event.set()
+        return self.store.holds_back
+
+    def give_back(self, future: BatchFuture[Any]) -> None:
+        """A call ended without a result: the next one like it takes its place."""
+        call: Call | None = future._journaled
+        if call is not None:
+            with self._lock:
+                self._returned.setdefault(call.base, []).append(call.number)
+
+    def close(self, then: Callable[[], None]) -> None:
+        """Write what there is, give it to its futures, and let go of the store.
+
+        Args:
+            then: Called on the journal's thread when that is done.
+        """
+        self._then = then
+        self._closing = True
+        self._event.set()
+
+    def join(self) -> None:
+        """Wait for the thread, after ``close``."""
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # The journal's own thread.
+
+    def _run(self) -> None:
+        synced_at, dirty = time.monotonic(), False
+        while True:
+            if not self._inbox:
+                if self._closing:
+                    break
+                pause = max(0.0, synced_at + _SYNC_SECONDS - time.monotonic()) if dirty else None
+                self._event.wait(pause)
+            self._event.clear()
+            self._woken = False
+            batch = [
+                self._inbox.popleft() for _ in range(min(len(self._inbox), _MOST_AT_ONCE))
+            ]
+            if batch:
+                if not dirty:
+                    synced_at = time.monotonic()
+                dirty = self._keep(batch) or dirty
+                if self.store.holds_back:
+                    self._post(self._give, batch)
+            del batch
+            if dirty and time.monotonic() - synced_at >= _SYNC_SECONDS:
+                self._attempt(self.store.sync)
+                synced_at, dirty = time.monotonic(), False
+        self._attempt(self.store.close)
+        if self._dropped:
+            _logger.warning(
+                "journal %s: %d results are not in it", self.store.name, self._dropped
+            )
+        if self._then is not None:
+            self._then()
+
+    def _keep(self, batch: list[Given]) -> bool:
+        """Write results; whatever goes wrong with that, they are not lost to the program."""
+        if time.monotonic() < self._rest_until:
+            self._dropped += len(batch)
+            return False
+        records = [
+            Record(
+                future._journaled.key,
+                future._journaled.identity.version,
+                future._journaled.identity.name,
+                future._run_time or 0.0,
+                result,
+            )
+            for _, future, result in batch
+        ]
+        if self._attempt(lambda: self.store.write(records)):
+            return True
+        self._dropped += len(batch)
+        return False
+
+    def _attempt(self, work: Callable[[], None]) -> bool:
+        try:
+            work()
+        except Exception as exc:
+            if not self._dropped:
+                said = exc if isinstance(exc, CloudexecError) else f"{type(exc).__name__}: {exc}"
+                _logger.warning(
+                    "%s; the program goes on, but results that are not in the journal will be run "
+                    "again after a crash. It is tried again every %.0f s",
+                    said,
+                    _REST_SECONDS,
+                )
+            self._rest_until = time.monotonic() + _REST_SECONDS
+            return False
+        return True
+
+    def _post(self, call: Callable[..., None], *args: Any) -> None:
+        try:
+            self._portal.post(call, *args)
+        except RuntimeError:
+            pass  # the loop has closed: nobody waits any more
+
+
+_NOTHING: dict[bool, Identity] = {}
+
+
+def _own_key(
+    key: str | Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bytes:
+    """Return a caller's own key as bytes that tell its type too.
+
+    Raises:
+        ConfigError: If what the caller's function returns is no key.
+        Exception: Whatever it raises.
+    """
+    value = key if isinstance(key, str) else key(*args, **kwargs)
+    if isinstance(value, str):
+        return b"s" + value.encode("utf-8", "surrogatepass")
+    if isinstance(value, bytes):
+        return b"b" + value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return b"i%d" % value
+    raise ConfigError(f"key must give a str, an int or bytes, not {value!r:.80}")

@@ -1,0 +1,527 @@
+"""A journal in a SQLite file, with a directory beside it for what is large.
+
+Results are appended to one table; an index of their keys is brought up to date when the file is
+opened, since those of this run are not looked up in it. In WAL mode a commit is handed to the
+operating system at once, so a killed process loses none; ``sync`` has it on the disk, a few times a
+second. The WAL's checksums end it where it was torn. Each result carries a digest of its own, and
+what does not match it is not used.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import sqlite3
+import stat
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cloudexec._errors import JournalError, JournalVersionError
+from cloudexec._journal.lock import Lock
+from cloudexec._journal.packing import check_of, pack, unpack
+from cloudexec._journal.store import Found, Record
+from cloudexec._payload import Composed
+
+__all__ = ["SqliteStore"]
+
+_logger = logging.getLogger("cloudexec")
+APPLICATION = 0x43586A6C
+"""In the file's header: it is a journal of ours. (SQLite, "Database File Format", 1.3.)"""
+VERSION = 1
+_MAGIC = b"SQLite format 3\0"
+_INLINE = 1024 * 1024
+"""Results larger than this have a file of their own."""
+_PICKLE, _COMPOSED, _FILE = range(3)
+_BUSY_SECONDS = 10.0
+_CHECKPOINT_PAGES = 4000
+_CHUNK = 1024 * 1024
+_MOST_UNSYNCED = 64
+_SCHEMA = """
+CREATE TABLE functions (id INTEGER PRIMARY KEY, name TEXT NOT NULL, digest BLOB NOT NULL UNIQUE);
+CREATE TABLE records (
+    id INTEGER PRIMARY KEY, key BLOB NOT NULL, function INTEGER NOT NULL, seconds REAL NOT NULL,
+    kind INTEGER NOT NULL, size INTEGER NOT NULL, digest BLOB NOT NULL, value BLOB);
+CREATE TABLE keys (key BLOB PRIMARY KEY, record INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE state (name TEXT PRIMARY KEY, value BLOB NOT NULL);
+CREATE TABLE marks (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+INSERT INTO marks VALUES ('open', 0), ('indexed', 0), ('synced', 0);
+"""
+_FIND = """
+SELECT seconds, kind, size, digest, value, records.key FROM keys
+JOIN records ON records.id = keys.record WHERE keys.key = ?
+"""
+_INSERT = """
+INSERT INTO records (key, function, seconds, kind, size, digest, value) VALUES (?, ?, ?, ?, ?, ?, ?)
+"""
+
+
+class SqliteStore:
+    """See ``store.Store``.
+
+    Args:
+        path: The file; made where there is none.
+
+    Raises:
+        JournalLockedError: If another program has it.
+        JournalVersionError: If a newer version wrote it.
+        JournalError: If it is no journal, or cannot be written.
+    """
+
+    holds_back = True
+    keeps_state = True
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._path = path
+        self._blobs = path.with_name(f"{path.name}.blobs")
+        self._writing = threading.Lock()
+        self._reading = threading.Lock()
+        self._functions: dict[bytes, int] = {}
+        self._unsynced: list[int] = []  # descriptors of files that were written
+        self._is_dirty = False
+        self._is_damaged = False
+        self.earlier = 0
+        self.versions: dict[str, dict[bytes, int]] = {}
+        if path.is_dir():
+            raise JournalError(f"the journal {path} is a directory: name a file in it")
+        if not path.parent.is_dir():
+            raise JournalError(f"the journal {path} cannot be made: there is no {path.parent}")
+        self._lock = Lock(path)
+        try:
+            with self._translated("opened"):
+                self._open()
+        except BaseException:
+            self._disconnect()
+            self._lock.release()
+            raise
+
+    @contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as exc:
+            raise JournalError(f"the journal {self.name} cannot be {what}: {exc}") from exc
+        except OSError as exc:
+            where = f"{exc.filename}: " if exc.filename else ""
+            raise JournalError(
+                f"the journal {self.name} cannot be {what}: {where}{exc.strerror}"
+            ) from exc
+
+    # Opening.
+
+    def _open(self) -> None:
+        path = self._path
+        if not path.exists() or not path.stat().st_size:
+            _create(path)
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        is_whole = _check_header(path)
+        try:
+            if not is_whole:
+                raise sqlite3.DatabaseError("its beginning is damaged")
+            self._connect()
+        except sqlite3.DatabaseError as exc:
+            if isinstance(exc, sqlite3.OperationalError) and "disk I/O" not in str(exc):
+                raise  # locked, full or not ours to write: nothing is wrong with it
+            self._disconnect()
+            self._replace(exc)
+            self._connect()
+        for leftover in self._blobs.glob("*.part"):
+            leftover.unlink(missing_ok=True)
+
+    def _connect(self) -> None:
+        self._db = _connection(self._path)
+        was_open = self._mark("open")
+        if was_open:
+            # It was not closed, as its program was killed, or worse.
+            found = [row[0] for row in self._db.execute("PRAGMA quick_check(1)")]
+            if found != ["ok"]:
+                raise sqlite3.DatabaseError(found[0])
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.execute("UPDATE marks SET value = 1 WHERE name = 'open'")
+        self._db.execute(
+            "INSERT OR REPLACE INTO keys SELECT key, id FROM records WHERE id > ? ORDER BY key, id",
+            (self._mark("indexed"),),
+        )
+        self._db.execute(
+            "UPDATE marks SET value = (SELECT coalesce(max(id), 0) FROM records) "
+            "WHERE name = 'indexed'"
+        )
+        self._db.execute("COMMIT")
+        self._functions = {
+            digest: number
+            for number, digest in self._db.execute("SELECT id, digest FROM functions")
+        }
+        self.earlier = self._db.execute("SELECT count(*) FROM keys").fetchone()[0]
+        self.versions = {}
+        for name, digest, count in self._db.execute(
+            "SELECT name, functions.digest, count(*) FROM records JOIN functions "
+            "ON functions.id = records.function GROUP BY functions.id"
+        ):
+            self.versions.setdefault(name, {})[digest] = count
+        self._reader = _connection(self._path)
+
+    def _mark(self, name: str) -> int:
+        row = self._db.execute("SELECT value FROM marks WHERE name = ?", (name,)).fetchone()
+        return int(row[0])
+
+    def _disconnect(self) -> None:
+        for name in ("_reader", "_db"):
+            connection = self.__dict__.pop(name, None)
+            if connection is not None:
+                connection.close()
+
+    def _replace(self, why: Exception) -> None:
+        """Begin a new file with what can be read of a damaged one, which is put aside."""
+        fresh = self._path.with_name(f"{self._path.name}.saving")
+        aside = self._path.with_name(f"{self._path.name}.damaged")
+        fresh.unlink(missing_ok=True)
+        _create(fresh)
+        saved = _save(self._path, fresh)
+        for suffix in ("", "-wal", "-shm"):
+            old = Path(f"{self._path}{suffix}")
+            Path(f"{aside}{suffix}").unlink(missing_ok=True)
+            if old.exists():
+                os.replace(old, f"{aside}{suffix}")
+        os.replace(fresh, self._path)
+        _logger.warning(
+            "the journal %s was damaged (%s): %d results could be saved, others are run again; "
+            "the file as it was is %s",
+            self.name,
+            why,
+            saved,
+            aside,
+        )
+
+    # Results.
+
+    def find(self, key: bytes) -> Found | None:
+        try:
+            with self._reading:
+                row = self._reader.execute(_FIND, (key,)).fetchone()
+        except sqlite3.Error as exc:
+            self._damaged(str(exc))
+            return None
+        if row is None:
+            return None
+        seconds, kind, size, digest, value, stored = row
+        try:
+            if stored != key:
+                raise JournalError("it is another's")
+            if kind == _FILE:
+                payload, found = self._open_file(key, size)
+            else:
+                if not isinstance(value, bytes) or len(value) != size:
+                    raise JournalError("it has another size")
+                found = check_of(key, [value])
+                payload = value if kind == _PICKLE else unpack(size, _reader_of(value))
+            if found != digest:
+                raise JournalError("its digest does not match")
+            return Found(float(seconds), payload)
+        except (JournalError, OSError, TypeError, struct.error) as exc:
+            self._damaged(f"a result cannot be used: {exc}")
+            return None
+
+    def _damaged(self, why: str) -> None:
+        level = logging.DEBUG if self._is_damaged else logging.WARNING
+        self._is_damaged = True
+        _logger.log(
+            level,
+            "the journal %s is damaged (%s): what cannot be read is run again. Said once",
+            self.name,
+            why,
+        )
+
+    def _open_file(self, key: bytes, size: int) -> tuple[Any, bytes]:
+        path = self._file_of(key)
+        # Read through once, so that what is damaged is found before anybody relies on it.
+        with open(path, "rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != size:
+                raise JournalError("it has another size")
+            found = hashlib.sha256(key)
+            chunk = bytearray(_CHUNK)
+            while count := file.readinto(chunk):
+                found.update(memoryview(chunk)[:count])
+        return unpack(size, _reader_of_file(path)), found.digest()[:8]
+
+    def _file_of(self, key: bytes) -> Path:
+        return self._blobs / key.hex()
+
+    def write(self, records: Sequence[Record]) -> None:
+        with self._writing, self._translated("written"):
+            rows = [self._row(record) for record in records]
+            self._is_dirty = True
+            with self._transaction():
+                for record in records:
+                    if record.function not in self._functions:
+                        self._add_function(record.function, record.name)
+                self._db.executemany(
+                    _INSERT,
+                    [
+                        (record.key, self._functions[record.function], record.seconds, *row)
+                        for record, row in zip(records, rows, strict=True)
+                    ],
+                )
+        if len(self._unsynced) > _MOST_UNSYNCED:
+            self.sync()
+
+    def _add_function(self, digest: bytes, name: str) -> None:
+        done = self._db.execute("INSERT INTO functions (name, digest) VALUES (?, ?)", (name, digest))
+        assert done.lastrowid is not None
+        self._functions[digest] = done.lastrowid
+
+    def _row(self, record: Record) -> tuple[int, int, bytes, bytes | None]:
+        payload = record.payload
+        if type(payload) is bytes:
+            return _PICKLE, len(payload), check_of(record.key, (payload,)), payload
+        assert isinstance(payload, Composed)
+        pieces = pack(payload)
+        size = sum([memoryview(piece).nbytes for piece in pieces])
+        check = check_of(record.key, pieces)
+        if size <= _INLINE:
+            return _COMPOSED, size, check, b"".join(pieces)
+        self._write_file(record.key, pieces)
+        return _FILE, size, check, None
+
+    def _write_file(self, key: bytes, pieces: list[Any]) -> None:
+        self._blobs.mkdir(mode=0o700, exist_ok=True)
+        path = self._file_of(key)
+        part = path.with_name(f"{path.name}.part")
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            for piece in pieces:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(fd, view) :]
+            os.replace(part, path)
+        except BaseException:
+            os.close(fd)
+            part.unlink(missing_ok=True)
+            raise
+        self._unsynced.append(fd)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        before = dict(self._functions)
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._functions = before
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def sync(self) -> None:
+        with self._writing, self._translated("written"):
+            if self._is_dirty:
+                self._sync()
+
+    def _sync(self) -> None:
+        unsynced, self._unsynced = self._unsynced, []
+        try:
+            for fd in unsynced:
+                os.fsync(fd)
+        finally:
+            for fd in unsynced:
+                os.close(fd)
+        if unsynced:
+            _sync_directory(self._blobs)
+        # A commit of whatever kind, as long as it has the WAL on the disk.
+        with self._durable():
+            self._db.execute("UPDATE marks SET value = value + 1 WHERE name = 'synced'")
+        self._is_dirty = False
+
+    @contextmanager
+    def _durable(self) -> Iterator[None]:
+        self._db.execute("PRAGMA synchronous = FULL")
+        try:
+            yield
+        finally:
+            self._db.execute("PRAGMA synchronous = NORMAL")
+
+    # State.
+
+    def get_state(self, name: str) -> bytes | None:
+        with self._writing, self._translated("read"):
+            row = self._db.execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def put_state(self, name: str, value: bytes | None) -> None:
+        with self._writing, self._translated("written"), self._durable():
+            if value is None:
+                self._db.execute("DELETE FROM state WHERE name = ?", (name,))
+            else:
+                self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (name, value))
+
+    def close(self) -> None:
+        try:
+            with self._translated("closed"):
+                if self._is_dirty:
+                    self._sync()
+                if not self._is_damaged:  # else it is looked at when it is opened again
+                    with self._durable():
+                        self._db.execute("UPDATE marks SET value = 0 WHERE name = 'open'")
+        finally:
+            for fd in self._unsynced:
+                os.close(fd)
+            self._unsynced.clear()
+            with self._reading:
+                self._disconnect()
+            self._lock.release()
+
+
+def _connection(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(
+        path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    try:
+        for setting in (
+            "journal_mode = WAL",
+            "synchronous = NORMAL",
+            "fullfsync = ON",  # what macOS calls having it on the disk
+            f"wal_autocheckpoint = {_CHECKPOINT_PAGES}",
+        ):
+            db.execute(f"PRAGMA {setting}")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _create(path: Path) -> None:
+    """Make an empty journal that is whole as soon as it has its name, and private."""
+    making = path.with_name(f"{path.name}.making")
+    making.unlink(missing_ok=True)
+    os.close(os.open(making, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    db = sqlite3.connect(making, isolation_level=None)
+    try:
+        db.execute(f"PRAGMA application_id = {APPLICATION}")
+        db.execute(f"PRAGMA user_version = {VERSION}")
+        db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+    except BaseException:
+        db.close()
+        making.unlink(missing_ok=True)
+        raise
+    db.close()
+    os.replace(making, path)
+    _sync_directory(path.parent)
+
+
+def _check_header(path: Path) -> bool:
+    """Look whether a file is a journal, before anything is written to it; say if it is whole.
+
+    Raises:
+        JournalError: If it is none.
+        JournalVersionError: If it is a newer one.
+    """
+    with open(path, "rb") as file:
+        header = file.read(100)
+    if len(header) < 100 and header[: len(_MAGIC)] == _MAGIC[: len(header)]:
+        return False
+    (application,) = struct.unpack(">I", header[68:72]) if len(header) == 100 else (0,)
+    if not header.startswith(_MAGIC) or application != APPLICATION:
+        raise JournalError(
+            f"{path} is not a journal of cloudexec: give another path, or remove the file"
+        )
+    (version,) = struct.unpack(">I", header[60:64])
+    if version > VERSION:
+        raise JournalVersionError(
+            f"the journal {path} has version {version}, and this cloudexec knows versions up to "
+            f"{VERSION}: use the newer cloudexec that wrote it, or begin another journal",
+            version=version,
+        )
+    return True
+
+
+def _save(damaged: Path, fresh: Path) -> int:
+    """Copy what can be read of a damaged journal into a new one; return how many results."""
+    target = sqlite3.connect(fresh, isolation_level=None)
+    source = sqlite3.connect(damaged, isolation_level=None)
+    saved = 0
+    try:
+        target.execute("BEGIN")
+        try:
+            # Else a file that is shorter than its header says cannot be read at all.
+            source.execute("PRAGMA writable_schema = ON")
+            for row in _readable(source, "functions", "id, name, digest"):
+                target.execute("INSERT OR IGNORE INTO functions VALUES (?, ?, ?)", row)
+            columns = "id, key, function, seconds, kind, size, digest, value"
+            for row in _readable(source, "records", columns):
+                if _is_whole(row):
+                    target.execute(_INSERT, row[1:])
+                    saved += 1
+            for row in source.execute("SELECT name, value FROM state"):
+                target.execute("INSERT INTO state VALUES (?, ?)", row)
+        except sqlite3.DatabaseError:
+            pass  # there is no more to be had
+        target.execute("COMMIT")
+    finally:
+        source.close()
+        target.close()
+    return saved
+
+
+def _is_whole(row: tuple[Any, ...]) -> bool:
+    _, key, function, seconds, kind, size, digest, value = row
+    if not (isinstance(key, bytes) and isinstance(function, int) and isinstance(seconds, float)):
+        return False
+    if kind == _FILE:
+        return isinstance(size, int) and isinstance(digest, bytes) and value is None
+    return (
+        isinstance(value, bytes) and len(value) == size and check_of(key, (value,)) == digest
+    )
+
+
+def _readable(source: sqlite3.Connection, table: str, columns: str) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a table in order, and skip what cannot be read."""
+    last, step = 0, 1
+    while last < 1 << 62:
+        try:
+            for row in source.execute(
+                f"SELECT {columns} FROM {table} WHERE id > ? ORDER BY id", (last,)
+            ):
+                last, step = row[0], 1
+                yield row
+            return
+        except sqlite3.DatabaseError:
+            last += step
+            step *= 2
+
+
+def _reader_of(value: bytes) -> Callable[[int, memoryview], None]:
+    view = memoryview(value)
+
+    def read(offset: int, target: memoryview) -> None:
+        target[:] = view[offset : offset + len(target)]
+
+    return read
+
+
+def _reader_of_file(path: Path) -> Callable[[int, memoryview], None]:
+    def read(offset: int, target: memoryview) -> None:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while target:
+                count = file.readinto(target)
+                if not count:
+                    raise JournalError(f"{path} is shorter than it was")
+                target = target[count:]
+
+    return read
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            os.fsync(fd)
+    finally:
+        os.close(fd)

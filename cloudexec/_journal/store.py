@@ -1,0 +1,117 @@
+"""What a journal is kept in: an interface, and the choice between its implementations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from cloudexec._errors import ConfigError
+from cloudexec._payload import Payload
+
+if TYPE_CHECKING:
+    from cloudexec._journal.packing import Stored
+    from cloudexec._server.portal import Portal
+
+__all__ = ["Found", "Record", "Store", "open_store"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One result, on its way into a journal."""
+
+    key: bytes
+    """Names the call."""
+    function: bytes
+    """Digest of the function's code."""
+    name: str
+    """What the function is called, whatever its code is."""
+    seconds: float
+    """That the call ran."""
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One result that was in a journal."""
+
+    seconds: float
+    payload: bytes | Stored
+
+
+class Store(Protocol):
+    """Keeps results and, where ``keeps_state``, what an executor wants to find again.
+
+    ``find`` is called in any thread, all else in one at a time.
+    """
+
+    name: str
+    """The journal, as messages call it."""
+    holds_back: bool
+    """Whether results are shown to nobody before ``write`` has returned: it takes a moment only."""
+    keeps_state: bool
+    """Whether there is a private place for ``put_state``."""
+    earlier: int
+    """Results of earlier runs."""
+    versions: dict[str, dict[bytes, int]]
+    """Of earlier runs: how many results of each version of each function, by name and digest."""
+
+    def find(self, key: bytes) -> Found | None:
+        """Return a result of an earlier run, whole and verified, or ``None``; damage is logged."""
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Keep results so that they outlive this process from the moment this returns.
+
+        Raises:
+            JournalError: If that is not possible; none of them, or not all, have been kept.
+        """
+
+    def sync(self) -> None:
+        """Have everything outlive the machine's power too. Cheap where there is nothing new.
+
+        Raises:
+            JournalError: If that is not possible.
+        """
+
+    def get_state(self, name: str) -> bytes | None:
+        """Return what was last put under a name, in this run or an earlier one."""
+
+    def put_state(self, name: str, value: bytes | None) -> None:
+        """Keep bytes under a name, or nothing any more; they outlive power loss when this returns.
+
+        Secrets are safe in there as far as this user's files are: the file is private.
+
+        Raises:
+            JournalError: If that is not possible, or ``keeps_state`` is false.
+        """
+
+    def close(self) -> None:
+        """Sync, and let the next one have the journal."""
+
+
+def open_store(where: str | os.PathLike[str], portal: Portal) -> Store:
+    """Open a journal, or begin one.
+
+    Args:
+        where: A file's path, or ``s3://bucket/prefix``.
+        portal: Has the event loop, for those who need one.
+
+    Raises:
+        ConfigError: If ``where`` names no journal.
+        JournalError: If it cannot be opened; see its subclasses.
+        AwsError: If the bucket cannot be used.
+    """
+    text = os.fspath(where)
+    if text.startswith("s3://"):
+        bucket, _, prefix = text[5:].partition("/")
+        prefix = prefix.strip("/")
+        if not bucket or not prefix:
+            raise ConfigError(f"journal must be a path or 's3://bucket/prefix', not {text!r}")
+        from cloudexec._journal.bucket import BucketStore
+
+        return BucketStore.open(bucket, f"{prefix}/", portal)
+    from cloudexec._journal.sqlite import SqliteStore
+
+    return SqliteStore(Path(text).expanduser())

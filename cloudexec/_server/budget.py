@@ -1,0 +1,201 @@
+"""How much may be submitted and not done: where there is a limit, ``submit()`` waits or raises."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cloudexec._config import check_count, format_bytes, parse_bytes
+from cloudexec._errors import ConfigError, QueueFullError
+
+if TYPE_CHECKING:
+    from cloudexec._server.driver import Driver, Submission
+
+__all__ = ["PendingBudget", "pending_budget"]
+
+_logger = logging.getLogger("cloudexec")
+_LOOK = 0.5
+"""Seconds between looks of one who waits at what nobody tells it of."""
+_LONG = 30.0
+"""Seconds of waiting after which it is mentioned."""
+_ROOM = 0.9
+"""Share of a limit below which those who wait are woken: not for each task that ends."""
+
+
+def pending_budget(
+    max_bytes: int | str | None, max_tasks: int | None, when_full: str
+) -> PendingBudget | None:
+    """Make the budget that an executor's settings ask for; ``None``: none.
+
+    Raises:
+        ConfigError: If a setting is out of its range.
+    """
+    if when_full not in ("block", "raise"):
+        raise ConfigError(f"when_full must be 'block' or 'raise', not {when_full!r}")
+    if isinstance(max_bytes, str):
+        try:
+            max_bytes = parse_bytes(max_bytes)
+        except ConfigError:
+            raise ConfigError(
+                f"max_pending_bytes must be like '2GiB' or '512MiB', not {max_bytes!r}"
+            ) from None
+    if max_bytes is not None:
+        check_count("max_pending_bytes", max_bytes, least=1)
+    if max_tasks is not None:
+        check_count("max_pending_tasks", max_tasks, least=1)
+    if max_bytes is None and max_tasks is None:
+        return None
+    return PendingBudget(max_bytes, max_tasks, block=when_full == "block")
+
+
+class PendingBudget:
+    """Counts what was submitted and is not done. Used by any thread.
+
+    Pickled arguments count as long as their task may have to be sent again: until it has its
+    outcome. Their large parts are not among them: these are blobs, which have a limit of their own.
+
+    Args:
+        max_bytes: Of pickled arguments; ``None``: any number.
+        max_tasks: Of tasks; ``None``: any number.
+        block: Whether who comes when it is full waits, or gets an exception.
+    """
+
+    def __init__(self, max_bytes: int | None, max_tasks: int | None, *, block: bool) -> None:
+        self.bytes = 0
+        self.tasks = 0
+        self._max_bytes = max_bytes
+        self._max_tasks = max_tasks
+        self._block = block
+        self._lock = threading.Lock()
+        self._freed = threading.Condition(self._lock)
+        self._waiting = 0
+
+    def try_take(self, task: Submission) -> bool:
+        """Count a task if there is room for it; one that is alone always has."""
+        size = _size_of(task.payload)
+        with self._lock:
+            return self._take(task, size)
+
+    def take(self, task: Submission, driver: Driver, check_open: Callable[[], object]) -> None:
+        """Count a task once there is room for it.
+
+        Args:
+            task: Which; not posted yet.
+            driver: Whose.
+            check_open: Raises if nothing can be submitted any more.
+
+        Raises:
+            QueueFullError: If it is full, and that is not to be waited out.
+            RuntimeError: If the executor is shut down meanwhile.
+            BrokenBatchExecutor: If it breaks.
+        """
+        size = _size_of(task.payload)
+        since, mentioned = time.monotonic(), False
+        with self._lock:
+            while not self._take(task, size):
+                if not self._block:
+                    raise self._full(size)
+                # Our own threads carry on what others wait for: callbacks and retry_on run on them.
+                if threading.current_thread().name.startswith("cloudexec"):
+                    self._count(task, size)
+                    return
+                self._waiting += 1
+                try:
+                    woken = self._freed.wait(_LOOK)
+                finally:
+                    self._waiting -= 1
+                check_open()
+                if not (woken or driver.machine.open_tasks or driver.inbox):
+                    # All that is pending is held for futures, which it may be for us to complete.
+                    self._count(task, size)
+                    return
+                if not mentioned and time.monotonic() - since > _LONG:
+                    mentioned = True
+                    self._mention(driver)
+
+    def give(self, task: Any) -> None:
+        """A task has its outcome, or was not posted after all; it may be said more than once."""
+        size = getattr(task, "charge", None)
+        if size is None:
+            return
+        with self._lock:
+            task.charge = None
+            self.bytes -= size
+            self.tasks -= 1
+            if self._waiting and self._has_room():
+                self._freed.notify_all()
+
+    def wake(self) -> None:
+        """Have those who wait look whether they still can."""
+        with self._lock:
+            self._freed.notify_all()
+
+    def _take(self, task: Submission, size: int) -> bool:
+        most_bytes, most_tasks = self._max_bytes, self._max_tasks
+        if self.tasks and (
+            (most_bytes is not None and self.bytes + size > most_bytes)
+            or (most_tasks is not None and self.tasks >= most_tasks)
+        ):
+            return False
+        self._count(task, size)
+        return True
+
+    def _count(self, task: Submission, size: int) -> None:
+        task.charge = size
+        self.bytes += size
+        self.tasks += 1
+
+    def _has_room(self) -> bool:
+        most_bytes, most_tasks = self._max_bytes, self._max_tasks
+        return (most_bytes is None or self.bytes <= most_bytes * _ROOM) and (
+            most_tasks is None or self.tasks <= int(most_tasks * _ROOM)
+        )
+
+    def _mention(self, driver: Driver) -> None:
+        from cloudexec._server.telling import fields
+
+        _logger.info(
+            "submit() has waited %.0f s for room: %s",
+            _LONG,
+            self._state(),
+            extra=fields("submit_blocked", driver.executor_id, reason=self._state()),
+        )
+
+    def _state(self) -> str:
+        parts = []
+        if self._max_tasks is not None:
+            parts.append(f"{self.tasks} tasks (max_pending_tasks={self._max_tasks})")
+        if self._max_bytes is not None:
+            parts.append(
+                f"{format_bytes(self.bytes)} of arguments (max_pending_bytes="
+                f"{format_bytes(self._max_bytes)!r})"
+            )
+        return f"{' and '.join(parts)} are submitted and not done"
+
+    def _full(self, size: int) -> QueueFullError:
+        return QueueFullError(
+            f"no more can be submitted now: {self._state()}, and this call has "
+            f"{format_bytes(size)} more. Take results before submitting more, use "
+            f"map(buffersize=...), pass large arguments that many calls share as "
+            f"executor.put(value), raise the limit, or wait with when_full='block'",
+            pending_tasks=self.tasks,
+            max_pending_tasks=self._max_tasks,
+            pending_bytes=self.bytes,
+            max_pending_bytes=self._max_bytes,
+            size_bytes=size,
+        )
+
+
+def _size_of(payload: Any) -> int:
+    """Return the bytes of a payload that are in no blob."""
+    if type(payload) is bytes:
+        return len(payload)
+    from cloudexec._payload import Composed
+    from cloudexec._server.splicing import Spliced
+
+    if isinstance(payload, Spliced):
+        return _size_of(payload.call)  # the rest are results, which are kept anyway
+    return len(payload.head) if isinstance(payload, Composed) else 0

@@ -1,0 +1,178 @@
+"""OpenTelemetry spans of tasks: one each, from ``submit()`` to the outcome.
+
+Needs ``pip install 'cloudexec[otel]'``, and an SDK that exports spans.
+
+    from cloudexec import tracing
+
+    executor = BatchExecutor()
+    tracing.instrument(executor)
+
+A span is a child of the one that is current where the call is submitted. It is made once the call
+has its outcome, in the thread that runs callbacks. Attempts that were lost are its events.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+try:
+    from opentelemetry import context as contexts
+    from opentelemetry import trace
+    from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+except ModuleNotFoundError as exc:
+    raise ModuleNotFoundError(
+        "spans need opentelemetry-api: pip install 'cloudexec[otel]'", name=exc.name
+    ) from exc
+
+from cloudexec._core.claims import Terms
+from cloudexec._executor import BatchExecutor, OptionsView
+from cloudexec._server.chronicle import explain
+
+if TYPE_CHECKING:
+    from cloudexec._config import TaskOptions
+    from cloudexec._future import BatchFuture
+    from cloudexec._server.driver import Driver
+    from cloudexec._story import StoryEvent, TaskStory
+
+__all__ = ["instrument", "task_context", "uninstrument"]
+
+_SILENT = frozenset({"submitted", "waiting", "result", "exception", "cancelled"})
+"""Steps of a story that are no events: begin and end of the span say as much."""
+_EVIDENCE = (
+    "worker_id",
+    "job_id",
+    "attempt",
+    "reason",
+    "exit_code",
+    "signal",
+    "peak_memory_bytes",
+    "out_of_memory",
+    "run_time",
+)
+
+
+def instrument(
+    executor: BatchExecutor | OptionsView,
+    tracer_provider: TracerProvider | None = None,
+    *,
+    propagate: bool = False,
+) -> None:
+    """Make a span of each call that is submitted from now on; ``uninstrument()`` ends that.
+
+    The span is named after the call: ``with_options(name=...)``, or its function. Its attributes
+    are ``cloudexec.task``, ``cloudexec.worker``, ``cloudexec.job``, ``cloudexec.attempts`` and
+    ``cloudexec.run_time`` (seconds). Its status is an error if the call failed.
+
+    Args:
+        executor: Which; of a view, the executor that it is a view of.
+        tracer_provider: Makes the spans; ``None``: the global one.
+        propagate: Whether calls find the context of their span in the environment variables
+            ``TRACEPARENT`` and ``TRACESTATE`` on the worker; see ``task_context()``. A call then
+            costs some 50 microseconds more to submit.
+    """
+    tracer = trace.get_tracer("cloudexec", tracer_provider=tracer_provider)
+
+    def submitted(
+        future: BatchFuture[Any],
+        fn: Callable[..., object],
+        options: TaskOptions,
+        terms: Terms | None,
+        driver: Driver,
+    ) -> Terms | None:
+        context, start = contexts.get_current(), time.time_ns()
+        name = options.name or future._label or _name(fn)
+        span: Span | None = None
+
+        def begin() -> Span:
+            return tracer.start_span(name, context, kind=SpanKind.CLIENT, start_time=start)
+
+        if propagate:
+            span = begin()
+            terms = _with_context(span, options, terms)
+
+        def end(done: Future[Any]) -> None:
+            _end(begin() if span is None else span, future, driver)
+
+        future.add_done_callback(end)
+        return terms
+
+    executor._executor._on_submit = submitted
+
+
+def uninstrument(executor: BatchExecutor | OptionsView) -> None:
+    """Make no more spans of calls; those of earlier ones are still made."""
+    executor._executor._on_submit = None
+
+
+def task_context() -> contexts.Context:
+    """Return the context of the call's span, in a call of an executor that propagates it.
+
+    To be the parent of spans that the call makes, with whatever SDK is set up there. Elsewhere it
+    is an empty context.
+    """
+    names = ("traceparent", "tracestate")
+    carrier = {name: os.environ[name.upper()] for name in names if name.upper() in os.environ}
+    return TraceContextTextMapPropagator().extract(carrier, contexts.Context())
+
+
+def _with_context(span: Span, options: TaskOptions, terms: Terms | None) -> Terms:
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier, trace.set_span_in_context(span))
+    env = {**(options.env or {}), **{name.upper(): value for name, value in carrier.items()}}
+    mine = replace(options, env=env)
+    return Terms(mine) if terms is None else replace(terms, options=mine)
+
+
+def _end(span: Span, future: BatchFuture[Any], driver: Driver) -> None:
+    story = explain(driver, future)
+    last = story.events[-1]
+    end = time.time_ns() if last.at is None else _nanoseconds(last.at)
+    try:
+        if span.is_recording():
+            _describe(span, future, story, end)
+    finally:
+        span.end(end)
+
+
+def _describe(span: Span, future: BatchFuture[Any], story: TaskStory, end: int) -> None:
+    attributes: dict[str, Any] = {
+        "cloudexec.task": story.number,
+        "cloudexec.worker": future.worker_id,
+        "cloudexec.job": next((e.job_id for e in reversed(story.events) if e.job_id), None),
+        "cloudexec.attempts": future.attempts or None,
+        "cloudexec.run_time": future.run_time,
+        "cloudexec.cancelled": True if story.state == "cancelled" else None,
+    }
+    span.set_attributes({name: value for name, value in attributes.items() if value is not None})
+    for event in story.events:
+        if event.what not in _SILENT and event.at is not None:
+            span.add_event(
+                f"cloudexec.{event.what.replace(' ', '_')}",
+                _evidence(event),
+                timestamp=_nanoseconds(event.at),
+            )
+    error = None if future.cancelled() else future.exception(0)
+    if error is not None:
+        span.record_exception(error, timestamp=end)
+        span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
+
+
+def _evidence(event: StoryEvent) -> dict[str, Any]:
+    found = ((name, getattr(event, name)) for name in _EVIDENCE)
+    return {f"cloudexec.{name}": value for name, value in found if value not in (None, "", False)}
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)
+
+
+def _name(fn: object) -> str:
+    fn = getattr(fn, "_fn", fn)  # of several calls in one task
+    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+    return f"{getattr(fn, '__module__', '?')}.{name}"

@@ -1,0 +1,242 @@
+"""How a worker reaches its client: dial, check who answers, prove who it is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from cloudexec import _enrolment
+from cloudexec._errors import LaunchError, ProtocolError
+from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._wire import CHANNEL_OPTIONS
+
+__all__ = ["CONNECT_TIMEOUT", "Address", "SessionGoneError", "dial", "shake_hands"]
+
+CONNECT_TIMEOUT = 30.0
+"""Seconds for which a client elsewhere is dialed the first time."""
+_TRY_TIMEOUT = 10.0
+_LONGEST_PAUSE = 4.0
+_KEEPALIVE = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 10_000)]
+"""A worker notices sooner than its client that a connection is dead: it is the one that dials."""
+_OWN = ("grpc.use_local_subchannel_pool", 1)
+"""A channel with a connection of its own, not one of an earlier channel to the same address, which
+may be dead without having noticed."""
+_pinned: dict[str, str] = {}
+"""Certificates in PEM, by fingerprint: who dials again, as all do at once that have lost their
+client, need not ask for it first."""
+_RETRIED = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
+"""What a busy client or network answers, other than one that does not want us."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the client is and how to know it.
+
+    Attributes:
+        target: A gRPC target: ``unix:/path`` or ``host:port``.
+        executor_id: Which executor.
+        identity: Who this worker is.
+        key: Shared with the executor.
+        slots: Tasks to run at once.
+        certificate_sha256: Of the server's certificate, in hex; empty for a Unix socket.
+        job_id: The platform's name for this worker.
+        attempt: Which run of the launch this is, from 1.
+        memory_mib: What this worker's container may use; 0: unknown.
+        drain_grace: Seconds after SIGTERM in which tasks may finish; ``None``: no limit.
+        log: Whether to say on stderr what happens: where a platform keeps that.
+        is_child: Whether the client is the process that started this one.
+    """
+
+    target: str
+    executor_id: str
+    identity: str
+    key: bytes
+    slots: int
+    certificate_sha256: str = ""
+    job_id: str = ""
+    attempt: int = 1
+    memory_mib: int = 0
+    drain_grace: float | None = None
+    log: bool = False
+    is_child: bool = False
+
+    def say(self, text: str) -> None:
+        """Write a line to the log, if there is one."""
+        if self.log:
+            print(f"cloudexec worker {self.identity}: {text}", file=sys.stderr, flush=True)
+
+    def __repr__(self) -> str:
+        return f"Address(target={self.target!r}, identity={self.identity!r})"
+
+
+class SessionGoneError(ProtocolError):
+    """The client is the right one, and has given up the session that a worker would go on with."""
+
+
+async def _channel(address: Address, patience: float) -> grpc.aio.Channel:
+    """Open a channel.
+
+    Raises:
+        OSError: If the client cannot be reached.
+        ProtocolError: If something else answers there.
+    """
+    if not address.certificate_sha256:
+        return grpc.aio.insecure_channel(address.target, options=[*CHANNEL_OPTIONS, _OWN])
+    # Whoever answers may send any certificate: the pinned fingerprint says which one is right,
+    # and that one is then the only root that the connection itself trusts.
+    pem = _pinned.get(address.certificate_sha256)
+    if pem is None:
+        import hashlib
+        import ssl
+
+        host, _, port = address.target.rpartition(":")
+        certificate = await asyncio.to_thread(_certificate, host.strip("[]"), int(port), patience)
+        found = hashlib.sha256(certificate).hexdigest()
+        if found != address.certificate_sha256:
+            raise ProtocolError(
+                f"{address.target} has another certificate than the one pinned for this worker "
+                f"(sha256 {found}): refusing to talk to it"
+            )
+        pem = _pinned[found] = ssl.DER_cert_to_PEM_cert(certificate)
+    credentials = grpc.ssl_channel_credentials(root_certificates=pem.encode())
+    options = [
+        *CHANNEL_OPTIONS,
+        *_KEEPALIVE,
+        ("grpc.ssl_target_name_override", "cloudexec"),
+        _OWN,
+    ]
+    return grpc.aio.secure_channel(address.target, credentials, options=options)
+
+
+def _certificate(host: str, port: int, patience: float) -> bytes:
+    """Fetch the certificate that somebody presents by TLS 1.3, and has the key of.
+
+    Raises:
+        OSError: If there is none to be had.
+    """
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # its fingerprint is compared instead
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    with socket.create_connection((host, port), patience) as connection:
+        with context.wrap_socket(connection, server_hostname="cloudexec") as secured:
+            return secured.getpeercert(binary_form=True) or b""
+
+
+async def dial(
+    address: Address,
+    enrol: Callable[[grpc.aio.Channel], Awaitable[None]],
+    patience: float = CONNECT_TIMEOUT,
+) -> None:
+    """Connect and enrol; what the network does not carry at once is tried again for a while.
+
+    Args:
+        address: Where to.
+        enrol: Says who we are over a new channel, which is closed if that fails.
+        patience: Seconds for which it is tried.
+
+    Raises:
+        LaunchError: If the client cannot be reached.
+        ProtocolError: If either side refuses the other.
+    """
+    deadline = time.monotonic() + patience
+    pause = 0.1
+    while True:
+        channel = None
+        try:
+            channel = await _channel(address, _TRY_TIMEOUT)
+            async with asyncio.timeout(_TRY_TIMEOUT):
+                await enrol(channel)
+            return
+        except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as exc:
+            # A TimeoutError is an OSError.
+            is_answer = isinstance(exc, grpc.aio.AioRpcError)
+            reason = exc.details() if isinstance(exc, grpc.aio.AioRpcError) else str(exc)
+            if channel is not None:
+                await channel.close()
+            refused = is_answer and exc.code() not in _RETRIED  # type: ignore[union-attr]
+            # On this machine nothing stands between us: who does not answer is not there.
+            near = not address.certificate_sha256
+            if refused or near or time.monotonic() + pause > deadline:
+                raise LaunchError(
+                    f"cannot reach the client at {address.target}: {reason or 'no answer'}; is it "
+                    f"still there, reachable from this network, and its port open?"
+                ) from exc
+        except BaseException:
+            if channel is not None:
+                await channel.close()
+            raise
+        # Not all at once, where hundreds of workers start, or lose their client, together.
+        await asyncio.sleep(pause * (0.5 + int.from_bytes(os.urandom(2)) / 65535))
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+async def shake_hands(
+    call: Any, hello: pb.Hello, key: bytes, target: str, *, token: bytes = b"", received: int = 0
+) -> pb.ServerMessage:
+    """Prove who we are, and check that the server is the right one.
+
+    Args:
+        call: The stream of a Session call.
+        hello: What to say of ourselves; nonce and session are filled in here.
+        key: Shared with the executor.
+        target: Where it is, for messages.
+        token: Of the session to go on with; empty: a new one is wanted.
+        received: Messages of that session that have come.
+
+    Returns:
+        The message with the welcome, or that says that the session goes on.
+
+    Raises:
+        ProtocolError: The server is an impostor, or refuses us; the message says why.
+        SessionGoneError: It has given up the session.
+        grpc.aio.AioRpcError: If the connection fails.
+    """
+    hello.nonce = nonce = _enrolment.make_nonce()
+    if token:
+        hello.resume = _enrolment.session_name(token)
+    await call.write(pb.WorkerMessage(hello=hello))
+    challenge = (await _expect(call, "challenge")).challenge
+    parts = (hello.executor_id, hello.identity, nonce, challenge.nonce)
+    if token:
+        session_key = _enrolment.session_key(key, token)
+        if _enrolment.proves(challenge.mac, _enrolment.proof(session_key, "server", *parts)):
+            key, token = session_key, b""
+    if not _enrolment.proves(challenge.mac, _enrolment.proof(key, "server", *parts)):
+        raise ProtocolError(f"{target} does not know this worker's key: an impostor?")
+    if token:
+        raise SessionGoneError(f"the client at {target} has given this worker up")
+    mac = _enrolment.proof(key, "worker", *parts)
+    await call.write(pb.WorkerMessage(proof=pb.Proof(mac=mac, received=received)))
+    return await _expect(call, "resumed" if hello.resume else "welcome")
+
+
+async def _expect(call: Any, what: str) -> pb.ServerMessage:
+    message = await call.read()
+    if message is grpc.aio.EOF:
+        raise ProtocolError("the client closed the connection during enrolment")
+    if message is None:
+        raise ProtocolError("the client sent what is no message")
+    if message.HasField("refusal"):
+        raise ProtocolError(f"the client refused this worker: {message.refusal.reason}")
+    if not (message.resumed if what == "resumed" else message.HasField(what)):
+        raise ProtocolError(f"the client sent something else than {what}")
+    return message  # type: ignore[no-any-return]

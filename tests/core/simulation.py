@@ -1,0 +1,726 @@
+"""A world for the machine: workers, a network, a launcher and users, all made up, on one clock.
+
+The machine is the real one. Everything else is drawn from one seed: what tasks do, which workers
+crash, hang, are slow or are taken back, which links are cut, for how long, and what is late. The
+same seed plays the same history, so a failure is looked at with ``CLOUDEXEC_SEED=n``.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cloudexec._config import (
+    RetryPolicy,
+    ScalingPolicy,
+    ServerConfig,
+    TaskOptions,
+    WorkerCapacity,
+)
+from cloudexec._core import commands, events
+from cloudexec._core.claims import Claim, Resources, Terms
+from cloudexec._core.events import Event, Failure, FailureKind
+from cloudexec._core.machine import Machine
+from cloudexec._core.tasks import Kind, Task, TaskState
+from cloudexec._core.workers import WorkerState
+
+__all__ = ["Simulation", "Wrong"]
+
+GIB = 2**30
+_PATIENCE = 3.0
+"""Seconds that a worker may idle while work waits that it could do."""
+
+
+class Wrong(AssertionError):
+    """What the machine did is not what it promises."""
+
+
+@dataclass(eq=False)
+class Call:
+    """What a task does wherever it runs."""
+
+    seconds: float = 0.01
+    ends: str = "returns"
+    """Or: raises, kills its slot, its worker, hangs, grows, misses its input."""
+    times: int = 1 << 30
+    """How often it ends like that; then it returns."""
+    runs: int = 0
+    outcome: str = ""
+    leases: set[int] = field(default_factory=set)
+    """Those under which it may bring a result."""
+
+    @property
+    def innocent(self) -> bool:
+        return self.ends == "returns"
+
+
+@dataclass(eq=False)
+class Input:
+    """Something large that tasks take."""
+
+    size: int
+    workers: set[str]
+
+
+class Link:
+    """Carries messages in order, with delays; those on their way when it is cut come afterwards."""
+
+    def __init__(self, world: Simulation) -> None:
+        self._world = world
+        self.cut = False
+        self.dead = False
+        self._free_at = 0.0
+        self._stuck: list[Callable[[], None]] = []
+
+    def carry(self, deliver: Callable[[], None]) -> None:
+        if self.cut:
+            self._stuck.append(deliver)
+            return
+        world = self._world
+        self._free_at = max(self._free_at, world.now + world.delay())
+        world.at(self._free_at, lambda: self._arrive(deliver))
+
+    def _arrive(self, deliver: Callable[[], None]) -> None:
+        if self.cut:
+            self._stuck.append(deliver)
+        elif not self.dead:
+            deliver()
+
+    def mend(self) -> None:
+        self.cut = False
+        stuck, self._stuck = self._stuck, []
+        for deliver in stuck:
+            self.carry(deliver)
+
+
+class SimulatedWorker:
+    """A worker's process: takes messages, runs tasks in its slots, answers in batches."""
+
+    def __init__(self, world: Simulation, name: str, slots: int, launch: str) -> None:
+        self.world = world
+        self.name = name
+        self.slots = slots
+        self.launch = launch
+        self.down = Link(world)
+        self.up = Link(world)
+        self.alive = True
+        self.hung = False
+        self.ready = False
+        self.draining = False
+        self.queue: list[tuple[int, Task]] = []
+        self.running: dict[int, Task] = {}
+        self.results: list[tuple[int, float]] = []
+        self.failures: list[tuple[int, Failure]] = []
+        self.returned: list[int] = []
+        self.started: list[int] = []
+        self.flushing = False
+        self.pace = world.random.choice([1.0, 1.0, 1.0, 3.0])
+
+    # What the client says.
+
+    def take(self, tasks: list[tuple[int, Task]]) -> None:
+        if self.draining:
+            self.returned += [lease for lease, _ in tasks]
+            self.answer()
+            return
+        self.queue += tasks
+        self.begin()
+
+    def recall(self, leases: list[int]) -> None:
+        waiting = {lease for lease, _ in self.queue}
+        given = [lease for lease in leases if lease in waiting]
+        self.queue = [entry for entry in self.queue if entry[0] not in given]
+        self.returned += given
+        self.answer()
+
+    def kill(self, leases: list[int]) -> None:
+        self.recall(leases)
+        for lease in leases:
+            if self.running.pop(lease, None) is not None:
+                self.failures.append((lease, Failure(FailureKind.KILLED)))
+        self.answer()
+        self.begin()
+
+    def drain(self) -> None:
+        self.draining = True
+        self.returned += [lease for lease, _ in self.queue]
+        self.queue = []
+        self.answer()
+        self.end_if_done()
+
+    def end_if_done(self) -> None:
+        if self.alive and self.draining and not self.running and not self.flushing:
+            self.end("it drained")
+
+    # What it does.
+
+    def start(self) -> None:
+        self.beat()
+        self.world.after(self.world.random.uniform(0, 0.5), self.be_ready)
+
+    def be_ready(self) -> None:
+        if self.alive:
+            self.ready = True
+            # Said before anything begins, so that it is there first.
+            self.up.carry(lambda: self.world.tell(events.WorkerReady(self.name)))
+            self.begin()
+
+    def beat(self) -> None:
+        if self.alive:
+            if not self.hung:
+                self.up.carry(lambda: self.world.tell(events.WorkerHeard(self.name)))
+            self.world.after(self.world.machine.config.lease_timeout / 6, self.beat)
+
+    def begin(self) -> None:
+        while self.ready and self.alive and self.queue and len(self.running) < self.slots:
+            lease, task = self.queue.pop(0)
+            self.running[lease] = task
+            call: Call = task.handle
+            self.world.begins(self, lease, task)
+            seconds = call.seconds * self.pace
+            if seconds > 0.002:
+                self.started.append(lease)
+                self.answer()
+            if call.ends == "hangs" and call.runs <= call.times:
+                continue
+            self.world.after(seconds, lambda lease=lease, task=task: self.finish(lease, task))  # type: ignore[misc]
+
+    def finish(self, lease: int, task: Task) -> None:
+        if not self.alive or self.running.get(lease) is not task:
+            return
+        call: Call = task.handle
+        ends = call.ends if call.runs <= call.times else "returns"
+        if ends == "kills its worker":
+            self.end("killed by its task")
+            return
+        if ends == "grows" and self.world.grows_too_far(self, task):
+            self.end("out of memory", out_of_memory=True)
+            return
+        del self.running[lease]
+        if ends == "raises":
+            self.failures.append((lease, Failure(FailureKind.RAISED, "boom")))
+        elif ends == "kills its slot":
+            self.failures.append((lease, Failure(FailureKind.SLOT_LOST)))
+        elif ends == "misses its input":
+            self.failures.append((lease, Failure(FailureKind.INPUT_LOST)))
+        else:
+            self.results.append((lease, call.seconds * self.pace))
+        self.answer()
+        self.begin()
+
+    def answer(self) -> None:
+        """Say what there is to say, in a moment."""
+        if not self.flushing:
+            self.flushing = True
+            self.world.after(self.world.random.choice([0.0, 0.001, 0.01]), self.flush)
+
+    def flush(self) -> None:
+        self.flushing = False
+        if not self.alive:
+            return
+        world, name = self.world, self.name
+        said: list[Event] = []
+        if self.started:
+            said.append(events.TasksStarted(name, self.started))
+        if self.results:
+            leases = [lease for lease, _ in self.results]
+            times = [seconds for _, seconds in self.results]
+            said.append(events.ResultsReceived(name, leases, leases, times))
+        if self.failures:
+            said.append(events.FailuresReceived(name, self.failures))
+        if self.returned:
+            said.append(events.LeasesReturned(name, self.returned))
+        self.started, self.results, self.failures, self.returned = [], [], [], []
+        for event in said:
+            self.up.carry(lambda event=event: world.tell(event))  # type: ignore[misc]
+            if world.random.random() < world.echoes:
+                self.up.carry(lambda event=event: world.tell(event))  # type: ignore[misc]
+        self.end_if_done()
+
+    # What happens to it.
+
+    def end(self, reason: str, *, out_of_memory: bool = False, reclaimed: bool = False) -> None:
+        """End at once: what it has not said is never said; the client learns of it, some time."""
+        if not self.alive:
+            return
+        self.alive = False
+        world = self.world
+        world.living.pop(self.name, None)
+        world.ended(self)
+        relaunched = reclaimed and world.random.random() < 0.3
+        lost = events.WorkerLost(self.name, reason, reclaimed, out_of_memory, relaunched)
+
+        def learn() -> None:
+            again = relaunched and self.name in world.machine.workers
+            again = again and not world.machine.shutting_down
+            world.tell(lost)
+            if again and self.launch in world.machine.launches:
+                world.come(self.launch, self.slots)
+
+        if self.up.cut:
+            # Nobody sees the stream end; the launcher may say so, or the grace passes.
+            if not self.hung and world.random.random() < 0.5:
+                world.after(world.random.uniform(0.1, 5.0), learn)
+        else:
+            self.up.carry(learn)
+
+    def cut(self, seconds: float) -> None:
+        world = self.world
+        if not self.alive or self.up.cut:
+            return
+        self.up.cut = self.down.cut = True
+        noticed = world.random.uniform(0.0, 2.0)
+        world.after(noticed, lambda: world.tell(events.WorkerCut(self.name)))
+        world.after(max(seconds, noticed + 0.01), self.mend)
+
+    def mend(self) -> None:
+        if not self.alive:
+            return
+        if self.name not in self.world.machine.workers:
+            self.end("told that it came too late")
+            return
+        self.world.tell(events.WorkerBack(self.name))
+        self.up.mend()
+        self.down.mend()
+
+
+class Simulation:
+    """One history.
+
+    Args:
+        seed: From which all of it follows.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        r = self.random = random.Random(seed)
+        self.now = 0.0
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        self.slots_per_worker = r.choice([1, 1, 2, 4, 20])
+        self.echoes = r.choice([0.0, 0.0, 0.2])
+        self.slow = r.choice([0.0005, 0.005, 0.2])
+        self.outside = r.choice([False, True])
+        """Whether workers also die for reasons of their own."""
+        self.calm_at = r.choice([20.0, 90.0])
+        rungs = r.choice([1, 1, 3])
+        sizes = tuple(WorkerCapacity(cpus=8, memory=8 * GIB << n) for n in range(rungs))
+        self.rich = r.random() < 0.4
+        scaling = ScalingPolicy(
+            max_slots=self.slots_per_worker * r.choice([1, 2, 2, 5]),
+            slots_per_worker=self.slots_per_worker,
+            min_slots=r.choice([0, 0, 1]),
+            idle_timeout=r.choice([1.0, 10.0, None]),
+            launch_timeout=20.0,
+            max_tasks_per_worker=r.choice([None, None, None, 30]),
+            max_worker_lifetime=r.choice([None, None, 15.0]),
+            rungs=rungs,
+            sizes=sizes if self.rich or r.random() < 0.5 else (),
+            one_machine=self.rich and rungs == 1 and r.random() < 0.5,
+        )
+        config = ServerConfig(
+            scaling=scaling,
+            retry=RetryPolicy(launch_failures=1000),
+            lease_timeout=6.0,
+            reconnect_grace=r.choice([0.0, 5.0, 5.0]),
+        )
+        self.machine = Machine(config)
+        self.living: dict[str, SimulatedWorker] = {}
+        self.workers: dict[str, SimulatedWorker] = {}
+        self.pending: set[str] = set()
+        self.tasks: list[Task] = []
+        self.inputs = [Input(r.choice([0, 10, 1000]), set()) for _ in range(3)]
+        self.kinds = [Kind() for _ in range(3)]
+        self.finished = 0
+        self.counts: Counter[str] = Counter()
+        self._task_numbers = itertools.count(1)
+        self._worker_numbers = itertools.count(1)
+        self._timer = float("inf")
+        self._idle_since: dict[str, float] = {}
+        self._steps = 0
+        self._drained: set[str] = set()
+        self._busy_until = 0.0
+        self._gone: dict[str, list[Event]] = {}
+        self.terms = self._some_terms()
+
+    # The clock.
+
+    def at(self, when: float, do: Callable[[], None]) -> None:
+        heapq.heappush(self._queue, (when, next(self._numbers), do))
+
+    def after(self, seconds: float, do: Callable[[], None]) -> None:
+        self.at(self.now + seconds, do)
+
+    def delay(self) -> float:
+        return self.random.expovariate(1 / self.slow)
+
+    def run(self) -> None:
+        """Play it to its end.
+
+        Raises:
+            Wrong: If something went otherwise than promised.
+        """
+        self._plan()
+        limit = self.calm_at + 3000.0
+        while self._queue:
+            self.now, _, do = heapq.heappop(self._queue)
+            if self.now > limit:
+                raise Wrong(f"not finished after {limit:g} s: {self._state()}")
+            if self.finished and not self.living:
+                break
+            do()
+        self._judge()
+
+    # The machine.
+
+    def tell(self, event: Event) -> None:
+        if self.finished and not isinstance(
+            event, (events.WorkerLost, events.WorkerHeard, events.DeadlinePassed)
+        ):
+            return
+        self._note(event)
+        for command in self.machine.handle(event, self.now):
+            self._obey(command)
+        self._steps += 1
+        if self._steps % 8 == 0 or self._steps < 200:
+            self.machine.validate()
+        self._look_at_the_idle()
+        deadline = self.machine.next_deadline()
+        if deadline is not None and deadline < self._timer:
+            self._timer = deadline
+            self.at(max(deadline, self.now), self._ring)
+
+    def _ring(self) -> None:
+        self._timer = float("inf")
+        deadline = self.machine.next_deadline()
+        if deadline is None:
+            return
+        if deadline <= self.now:
+            self.tell(events.DeadlinePassed())
+        else:
+            self._timer = deadline
+            self.at(deadline, self._ring)
+
+    def _note(self, event: Event) -> None:
+        """Keep the model of who may answer for what."""
+        if isinstance(event, events.WorkerLost) and event.worker in self.machine.workers:
+            self._revoke(event.worker)
+        elif isinstance(event, events.WorkerDraining):
+            self._drained.add(event.worker)
+
+    def _revoke(self, worker: str) -> None:
+        for task in self.tasks:
+            call: Call = task.handle
+            if task.worker == worker:
+                call.leases.discard(task.lease)
+
+    def _obey(self, command: commands.Command) -> None:
+        if isinstance(command, commands.SendTasks):
+            self._send(command)
+        elif isinstance(command, commands.ResolveTasks):
+            for task, result in zip(command.tasks, command.results, strict=True):
+                if result not in task.handle.leases:
+                    raise Wrong(f"{task} got the result of a lease that it does not have")
+                self._outcome(task, "result")
+        elif isinstance(command, commands.FailTask):
+            self._check_failure(command)
+            self._outcome(command.task, "failed")
+        elif isinstance(command, commands.JudgeFailure):
+            judged = events.FailureJudged(
+                command.worker, command.task, command.failure, self.random.random() < 0.8
+            )
+            self.after(self.delay(), lambda: self.tell(judged))
+        elif isinstance(command, (commands.FailTasksUnlaunched, commands.CancelTasks)):
+            for task in command.tasks:
+                self._outcome(task, "dropped")
+        elif isinstance(command, commands.LaunchWorker):
+            self._launch(command.launch, command.slots)
+        elif isinstance(command, commands.TerminateLaunch):
+            self.pending.discard(command.launch)
+        elif isinstance(command, commands.Finish):
+            self.finished += 1
+        elif not isinstance(command, commands.MarkRunning):
+            self._say(command)
+
+    def _say(self, command: Any) -> None:
+        worker = self.workers[command.worker]
+        if isinstance(command, commands.RecallTasks):
+            leases = list(command.leases)
+            worker.down.carry(lambda: worker.recall(leases) if worker.alive else None)
+        elif isinstance(command, commands.KillTasks):
+            leases = list(command.leases)
+            worker.down.carry(lambda: worker.kill(leases) if worker.alive else None)
+        elif isinstance(command, commands.DrainWorker):
+            self._drained.add(command.worker)
+            worker.down.carry(lambda: worker.drain() if worker.alive else None)
+        elif isinstance(command, commands.TerminateWorker):
+            # The launcher stops it, link or not.
+            self.after(self.delay(), lambda: worker.end("terminated"))
+
+    def _send(self, command: commands.SendTasks) -> None:
+        worker = self.workers[command.worker]
+        known = self.machine.workers[command.worker]
+        if known.cut_at is not None:
+            raise Wrong(f"{command.tasks} were sent to {command.worker}, which is cut off")
+        if command.worker in self._drained:
+            raise Wrong(f"{command.tasks} were sent to {command.worker}, which is draining")
+        sent = [(task.lease, task) for task in command.tasks]
+        for lease, task in sent:
+            if task.handle.outcome:
+                raise Wrong(f"{task} was sent although it has an outcome")
+            task.handle.leases = {lease}
+        worker.down.carry(lambda: worker.take(sent) if worker.alive else None)
+
+    def _outcome(self, task: Task, how: str) -> None:
+        call: Call = task.handle
+        if call.outcome:
+            raise Wrong(f"{task} has two outcomes: {call.outcome}, {how}")
+        call.outcome = how
+        call.leases.clear()
+        self.counts[how] += 1
+
+    def _check_failure(self, command: commands.FailTask) -> None:
+        """See that nobody fails for what another did."""
+        task, failure = command.task, command.failure
+        call: Call = task.handle
+        if not call.innocent or not task.retries:
+            return
+        if failure.kind is FailureKind.WORKER_LOST and failure.suspects > 1:
+            raise Wrong(f"{task} is blamed, as one of {failure.suspects} suspects")
+        if not self.outside:
+            raise Wrong(f"{task} is innocent, and failed: {failure}")
+
+    def begins(self, worker: SimulatedWorker, lease: int, task: Task) -> None:
+        call: Call = task.handle
+        call.runs += 1
+        if not task.retries and call.runs > 1 and call.ends != "misses its input":
+            raise Wrong(f"{task} may run once, and runs again")
+
+    def grows_too_far(self, worker: SimulatedWorker, task: Task) -> bool:
+        known = self.machine.workers.get(worker.name)
+        return known is None or known.rung == 0 or task.number % 3 == 0
+
+    def _look_at_the_idle(self) -> None:
+        """See that no worker idles while work waits that it could do."""
+        machine = self.machine
+        if self.rich or not machine.waiting or machine.shutting_down:
+            self._idle_since.clear()
+            return
+        plain = any(not line.alone and line.head() for line in machine._lines.values())
+        for name, worker in machine.workers.items():
+            able = (
+                plain
+                and worker.state is WorkerState.ACTIVE
+                and worker.cut_at is None
+                and not worker.leases
+                and any(
+                    not line.alone and line.head() and line.claim.fits(worker.account.capacity)
+                    for line in machine._lines.values()
+                )
+            )
+            if not able:
+                self._idle_since.pop(name, None)
+            elif self.now - self._idle_since.setdefault(name, self.now) > _PATIENCE:
+                raise Wrong(f"{name} idles while work waits: {self._state()}")
+
+    # The launcher.
+
+    def _launch(self, launch: str, slots: int) -> None:
+        self.pending.add(launch)
+        if len(self.pending) > self.machine.config.scaling.max_slots:
+            raise Wrong("more is launched than workers may be")
+        r, calm = self.random, self.now > self.calm_at
+        draw = 1.0 if calm else r.random()
+        if draw < 0.05:
+            return  # it never comes
+        if draw < 0.15:
+            failed = events.LaunchFailed(
+                launch, "no luck", killed=draw < 0.1, reclaimed=r.random() < 0.3
+            )
+            self.after(r.uniform(0, 3), lambda: self._launch_failed(failed))
+            return
+        self.come(launch, slots)
+
+    def come(self, launch: str, slots: int) -> None:
+        self.pending.add(launch)
+        self.after(self.random.uniform(0.1, 3.0), lambda: self._arrive(launch, slots))
+
+    def _launch_failed(self, failed: events.LaunchFailed) -> None:
+        self.pending.discard(failed.launch)
+        self.tell(failed)
+
+    def _arrive(self, launch: str, slots: int) -> None:
+        self.pending.discard(launch)
+        if launch not in self.machine.launches:
+            return
+        name = f"w{next(self._worker_numbers)}"
+        worker = SimulatedWorker(self, name, slots, launch)
+        self.living[name] = self.workers[name] = worker
+        self.tell(events.WorkerConnected(name, slots, launch))
+        worker.start()
+
+    def ended(self, worker: SimulatedWorker) -> None:
+        for each in self.inputs:
+            each.workers.discard(worker.name)
+
+    # Users, and what goes wrong.
+
+    def _some_terms(self) -> list[Terms | None]:
+        r, scaling = self.random, self.machine.config.scaling
+        found: list[Terms | None] = [None, None]
+        found.append(Terms(TaskOptions(), (), r.choice([0, 1, -1]), judged=True))
+        if self.rich:
+            whole = Resources.had_by(scaling.sizes[0])
+            for _ in range(3):
+                need = Resources.of(r.choice([0.5, 1, 3, 8]), r.choice([1, 4]) * GIB)
+                fitting = max(1, need.times_in(whole))
+                slots = scaling.slots_per_worker if scaling.one_machine else fitting
+                claims = (Claim(need, 0, whole, slots, need),)
+                found.append(Terms(TaskOptions(), claims, r.choice([0, 0, 1]), judged=False))
+        return found
+
+    def _plan(self) -> None:
+        r = self.random
+        for _ in range(r.randint(1, 8)):
+            self.after(r.uniform(0, self.calm_at), self._submit)
+        for _ in range(r.randint(0, 6)):
+            self.after(r.uniform(0, self.calm_at), self._cancel)
+        if self.outside:
+            for _ in range(r.randint(0, 12)):
+                self.after(r.uniform(0, self.calm_at), self._harm)
+        for _ in range(r.randint(0, 8)):
+            self.after(r.uniform(0, self.calm_at), self._annoy)
+        how = r.choice(["waits", "waits", "waits", "cancels", "kills"])
+        end = self.calm_at + 1.0 if how == "waits" else r.uniform(1.0, self.calm_at)
+        self.at(end, lambda: self._shut_down(how))
+        self.at(self.calm_at + 60.0, self._stop_the_hung)
+
+    def _submit(self) -> None:
+        r = self.random
+        if self.machine.shutting_down:
+            return
+        batch = []
+        lengths = r.choice([[0.0001], [0.01, 0.03], [0.5, 5.0], [0.0001, 1.0]])
+        deadly = r.choice([0.0, 0.0, 0.02, 0.1])
+        for _ in range(r.choice([1, 5, 30, 150])):
+            ends = "returns"
+            if r.random() < deadly:
+                ends = r.choice(
+                    ["raises", "kills its slot", "kills its worker", "kills its worker", "hangs"]
+                    + ["grows", "misses its input"]
+                )
+            times = 1 if ends == "misses its input" else r.choice([1, 2, 1 << 30])
+            task = Task(
+                next(self._task_numbers),
+                r.choice(self.kinds),
+                retries=r.choice([0, 1, 2, 2]),
+                handle=Call(r.choice(lengths), ends, times),
+                terms=r.choice(self.terms),
+            )
+            if r.random() < 0.1:
+                task.inputs = (r.choice(self.inputs),)
+            batch.append(task)
+        self.tasks += batch
+        if r.random() < 0.2:
+            for task in batch:
+                task.state = TaskState.HELD
+            self.tell(events.TasksHeld(batch))
+            self.after(r.uniform(0, 5), lambda: self._release(batch))
+        else:
+            self.tell(events.TasksSubmitted(batch))
+
+    def _release(self, batch: list[Task]) -> None:
+        if self.random.random() < 0.9:
+            self.tell(events.TasksReleased(batch))
+            return
+        for task in batch:
+            if task.state is TaskState.HELD:
+                self._outcome(task, "dropped")
+        self.tell(events.TasksDropped(batch))
+
+    def _cancel(self) -> None:
+        r = self.random
+        some = [task for task in self.tasks if not task.handle.outcome]
+        some = r.sample(some, min(len(some), r.choice([1, 10])))
+        if r.random() < 0.3:
+            self.tell(events.TasksRecalled(some))
+            return
+        kill = r.random() < 0.5
+        some = [task for task in some if kill or task.state is not TaskState.RUNNING]
+        for task in some:
+            self._outcome(task, "cancelled")
+        self.tell(events.TasksCancelled(some, kill))
+
+    def _harm(self) -> None:
+        """Have something happen to a worker that may cost its tasks an attempt."""
+        r = self.random
+        if not self.living:
+            return
+        worker = self.living[r.choice(sorted(self.living))]
+        what = r.choice(["crash", "crash", "hang", "long cut", "out of memory"])
+        if what == "crash":
+            worker.end("crashed")
+        elif what == "hang":
+            worker.hung = worker.up.cut = True
+        elif what == "long cut":
+            worker.cut(r.uniform(4.0, 20.0))
+        else:
+            worker.end("killed by the kernel", out_of_memory=True)
+
+    def _annoy(self) -> None:
+        """Have something happen to a worker that is nobody's fault, and costs no attempt."""
+        r = self.random
+        if not self.living:
+            return
+        worker = self.living[r.choice(sorted(self.living))]
+        if r.random() < 0.4:
+            worker.up.carry(lambda: self.tell(events.WorkerDraining(worker.name)))
+            worker.drain()
+            self.after(2.0, lambda: worker.end("reclaimed", reclaimed=True))
+        elif self.machine.config.reconnect_grace:
+            worker.cut(r.uniform(0.0, 2.5))
+
+    def _stop_the_hung(self) -> None:
+        """Somebody looks at last, and cancels what hangs, and restores what is missing."""
+        if self.finished:
+            return
+        hung = [t for t in self.tasks if not t.handle.outcome and t.handle.ends == "hangs"]
+        for task in hung:
+            self._outcome(task, "cancelled")
+        self.tell(events.TasksCancelled(hung, kill=True))
+        self.tell(events.InputsRestored(self.machine.resting_tasks()))
+        self.after(30.0, self._stop_the_hung)
+
+    def _shut_down(self, how: str) -> None:
+        if how == "kills":
+            self.calm_at = min(self.calm_at, self.now)
+        self.tell(events.ShutdownRequested(how != "waits", how == "kills"))
+
+    # The end.
+
+    def _judge(self) -> None:
+        if self.finished != 1:
+            raise Wrong(f"Finish came {self.finished} times: {self._state()}")
+        open_ones = [task for task in self.tasks if not task.handle.outcome]
+        if open_ones:
+            raise Wrong(f"{open_ones} have no outcome")
+        self.machine.validate()
+
+    def _state(self) -> str:
+        machine = self.machine
+        workers = {
+            w.id: (w.state.value, len(w.leases), w.cut_at, w.id in machine._hungry)
+            for w in machine.workers.values()
+        }
+        left = [task for task in self.tasks if not task.handle.outcome]
+        return (
+            f"at {self.now:.2f} {workers}, launches {list(machine.launches)}, "
+            f"{machine.waiting} waiting, {len(left)} open {left[:5]}, "
+            f"{len(machine.resting_tasks())} resting, {len(machine.held)} held, "
+            f"quarantine {machine._quarantine.kept}"
+        )

@@ -1,0 +1,77 @@
+"""What the tests of the journal run; each call leaves a file that says so."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def count(directory: str, name: object) -> None:
+    """Note that a call has been run."""
+    Path(directory, f"{name}.{uuid.uuid4()}").touch()
+
+
+def calls(directory: str | Path) -> dict[str, int]:
+    """Return how often each call was run."""
+    found: dict[str, int] = {}
+    for path in Path(directory).iterdir():
+        name = path.name.rpartition(".")[0]
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
+def square(directory: str, x: int) -> int:
+    count(directory, x)
+    return x * x
+
+
+def draw(directory: str) -> float:
+    count(directory, "draw")
+    return random.SystemRandom().random()
+
+
+def large(directory: str, size: int) -> bytes:
+    count(directory, size)
+    return os.urandom(16) * (size // 16)
+
+
+def total(directory: str, data: Any) -> int:
+    count(directory, "total")
+    return len(data)
+
+
+def words(directory: str, words: set[str], *, factor: int = 1) -> int:
+    count(directory, "words")
+    return len(words) * factor
+
+
+def gated(directory: str, x: int, free: int) -> int:
+    """Wait, from a certain number on, until there is a gate that stands open."""
+    while x >= free and not Path(directory, "..", "open").exists():
+        time.sleep(0.01)
+    count(directory, x)
+    return x * x
+
+
+def fails_once(directory: str) -> str:
+    seen = calls(directory).get("fails", 0)
+    count(directory, "fails")
+    if not seen:
+        raise ValueError("the first time")
+    return "well"
+
+
+class Model:
+    """Something with a state, whose method is a task."""
+
+    def __init__(self, directory: str, weight: int) -> None:
+        self.directory = directory
+        self.weight = weight
+
+    def predict(self, x: int) -> int:
+        count(self.directory, f"predict-{x}")
+        return self.weight * x
