@@ -159,7 +159,7 @@ class ExecutorStats:
                 cut=sum(worker.cut_at is not None for worker in machine.workers.values()),
                 lost=counts["workers_lost"],
                 reclaimed=counts["workers_reclaimed"],
-                reconnected=counts["workers_back"],
+                reconnected=driver.reconnections,
                 launched=counts["launches"],
                 slots=slots,
             ),

@@ -84,7 +84,8 @@ class TaskStory:
     """What ``BatchExecutor.explain()`` returns; its ``str()`` is for people."""
 
     number: int | None
-    """Of the task, as in log lines; ``None`` if it was never one: its arguments did not pickle."""
+    """Of the task, as in log lines; ``None`` if it was never one: its arguments did not pickle, or
+    a journal had the result."""
     name: str = ""
     """What people call it: ``with_options(name=...)``, or its stage in a graph."""
     state: Literal["pending", "running", "finished", "cancelled"]
@@ -98,7 +99,7 @@ class TaskStory:
         return tuple(e for e in self.events if e.what in ("lost", "timed out", "reclaimed"))
 
     def __str__(self) -> str:
-        head = "a call that was never sent" if self.number is None else f"task {self.number}"
+        head = "a call that was not sent" if self.number is None else f"task {self.number}"
         if self.name:
             head += f" ({self.name})"
         first = next((event.at for event in self.events if event.at is not None), None)

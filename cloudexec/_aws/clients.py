@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import botocore.exceptions
@@ -29,6 +31,18 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "response_checksum_validation": "when_required",
     }
 }
+_SECRET = frozenset(
+    {
+        ("secretsmanager", "GetSecretValue"),
+        # The key of a launch is in the job's environment where there is no stack's.
+        ("batch", "SubmitJob"),
+        ("batch", "DescribeJobs"),
+    }
+)
+"""Calls of which the SDK's own debug log would show a worker's key."""
+_SDK_LOGGERS = ("botocore.endpoint", "botocore.parsers", "aiobotocore.endpoint", "botocore.hooks",
+                "aiobotocore.parsers", "botocore.client", "botocore.auth", "botocore.httpsession",
+                "botocore.regions", "botocore.retryhandler")  # fmt: skip
 _CONNECT_TIMEOUT = 10.0
 _READ_TIMEOUT = 60.0
 _MAX_CONNECTIONS = 25
@@ -53,6 +67,28 @@ _DENIED = (
     "InvalidSignatureException",
 )
 _SERVER = ("InternalFailure", "InternalServerError", "ServiceUnavailable", "ServerException")
+
+
+_discreet: ContextVar[bool] = ContextVar("_discreet", default=False)
+
+
+def _may_be_logged(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.DEBUG or not _discreet.get()
+
+
+@contextlib.contextmanager
+def _discretion(service: str, name: str) -> Iterator[None]:
+    """Keep a call with a secret in it out of the SDK's debug log."""
+    if (service, name) not in _SECRET:
+        yield
+        return
+    for logger in _SDK_LOGGERS:
+        logging.getLogger(logger).addFilter(_may_be_logged)  # which does nothing the second time
+    before = _discreet.set(True)
+    try:
+        yield
+    finally:
+        _discreet.reset(before)
 
 
 class AwsClients:
@@ -184,7 +220,7 @@ class AwsClients:
         name: str = client.meta.method_to_api_mapping[operation]
         if self._recorder is not None:
             self._recorder(service, name, parameters)
-        with self._renewing(client), translated(service, name):
+        with self._renewing(client), translated(service, name), _discretion(service, name):
             response = await getattr(client, operation)(**parameters)
         response.pop("ResponseMetadata", None)
         return response

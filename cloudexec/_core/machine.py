@@ -661,7 +661,6 @@ class Machine:
             return
         self.counts["workers_cut"] += 1
         self._to_wind_down = True
-        self._to_wind_down = True
         worker.cut_at = now
         self._hungry.pop(worker.id, None)
         self._quarantine.release(worker)
@@ -1103,14 +1102,14 @@ class Machine:
                     self._give_up(worker, now)  # nothing that it has is of use any more
                 elif worker.state is WorkerState.ACTIVE:
                     self._drain(worker)
-                    if worker.leases and not self.killing:
-                        # Cancelled, all of them, and some may have begun before they knew.
-                        leases = list(worker.leases)
-                        self._out.append(KillTasks(worker.id, leases, self._events))
                     command = TerminateWorker if self.killing else DrainWorker
                     self._out.append(command(worker.id, self._events))
                 elif self.killing and worker.leases:
                     self._out.append(TerminateWorker(worker.id, self._events))
+                if worker.leases and not self.killing:
+                    # Cancelled, all of them; some may have begun, and would be waited for.
+                    leases = list(worker.leases)
+                    self._out.append(KillTasks(worker.id, leases, self._events))
         if not (self.workers or self.open_tasks or self.held or self.finished):
             self.finished = True
             self._out.append(Finish(self._events))
@@ -1573,7 +1572,6 @@ class Machine:
                 continue
             until = max(worker.cut_at + self.config.reconnect_grace, self._look_not_before)
             assert self._deadline is not None, "nobody looks after a worker that was cut off"
-            until = max(until, self._look_not_before)
             assert self._deadline <= until, "a worker that was cut off is looked after too late"
 
     def _validate_quarantine(self) -> None:

@@ -288,6 +288,7 @@ class Journal:
         future._owner = None
         future._on_end = None
         future._finish(record.payload, None, self._decode)
+        future._invoke_callbacks()
 
     # Results come.
 

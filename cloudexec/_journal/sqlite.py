@@ -42,6 +42,20 @@ _BUSY_SECONDS = 10.0
 _CHECKPOINT_PAGES = 4000
 _CHUNK = 1024 * 1024
 _MOST_UNSYNCED = 64
+_DAMAGE = (sqlite3.DatabaseError, ValueError, TypeError)
+"""What is raised where a file is damaged: an error's text may have the damage in it."""
+_NO_DAMAGE = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_IOERR,
+    }
+)
 _SCHEMA = """
 CREATE TABLE functions (id INTEGER PRIMARY KEY, name TEXT NOT NULL, digest BLOB NOT NULL UNIQUE);
 CREATE TABLE records (
@@ -126,9 +140,9 @@ class SqliteStore:
             if not is_whole:
                 raise sqlite3.DatabaseError("its beginning is damaged")
             self._connect()
-        except sqlite3.DatabaseError as exc:
-            if isinstance(exc, sqlite3.OperationalError) and "disk I/O" not in str(exc):
-                raise  # locked, full or not ours to write: nothing is wrong with it
+        except _DAMAGE as exc:
+            if _is_no_damage(exc):
+                raise
             self._disconnect()
             self._replace(exc)
             self._connect()
@@ -205,7 +219,7 @@ class SqliteStore:
         try:
             with self._reading:
                 row = self._reader.execute(_FIND, (key,)).fetchone()
-        except sqlite3.Error as exc:
+        except _DAMAGE as exc:
             self._damaged(str(exc))
             return None
         if row is None:
@@ -224,7 +238,7 @@ class SqliteStore:
             if found != digest:
                 raise JournalError("its digest does not match")
             return Found(float(seconds), payload)
-        except (JournalError, OSError, TypeError, struct.error) as exc:
+        except (JournalError, OSError, TypeError, ValueError, struct.error) as exc:
             self._damaged(f"a result cannot be used: {exc}")
             return None
 
@@ -378,6 +392,12 @@ class SqliteStore:
             self._lock.release()
 
 
+def _is_no_damage(exc: Exception) -> bool:
+    """Say whether a file could not be used although nothing is wrong with it."""
+    code: int = getattr(exc, "sqlite_errorcode", 0)
+    return code & 0xFF in _NO_DAMAGE and code != sqlite3.SQLITE_IOERR_SHORT_READ
+
+
 def _connection(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(
         path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
@@ -460,7 +480,7 @@ def _save(damaged: Path, fresh: Path) -> int:
                     saved += 1
             for row in source.execute("SELECT name, value FROM state"):
                 target.execute("INSERT INTO state VALUES (?, ?)", row)
-        except sqlite3.DatabaseError:
+        except _DAMAGE:
             pass  # there is no more to be had
         target.execute("COMMIT")
     finally:
@@ -491,7 +511,7 @@ def _readable(source: sqlite3.Connection, table: str, columns: str) -> Iterator[
                 last, step = row[0], 1
                 yield row
             return
-        except sqlite3.DatabaseError:
+        except _DAMAGE:
             last += step
             step *= 2
 

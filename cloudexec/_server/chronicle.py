@@ -531,7 +531,8 @@ class Chronicle:
                 entries.insert(len(entries) - _MOST_NOTES // 2, (None, None, left_out))
         last = entries[-1][2].what if entries else ""
         if ended is None and task is None:
-            add(None, StoryEvent(what="exception"))  # it could not be pickled
+            known = StoryEvent(what="result", reason="it was in the journal, from an earlier run")
+            add(None, known if _has_result(future) else StoryEvent(what="exception"))
         elif ended is None:
             self._add_present(task, last, add)
         else:
@@ -676,7 +677,10 @@ def explain(driver: Driver | None, future: object) -> TaskStory:
         raise TypeError(f"explain() takes a future of this executor, not {future!r}")
     ended = getattr(future, "_ended", None)
     if ended is None:
-        ours = future._owner is driver
+        owner = future._owner
+        ours = owner is driver
+        if owner is None and future.done():  # no task was made of it: its journal had the result
+            ours = driver is not None and driver.journal is not None
     else:
         ours = driver is not None and ended[2] == driver.executor_id
     if driver is None or not ours:

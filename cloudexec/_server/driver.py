@@ -191,6 +191,7 @@ class Driver:
         self._tokens: dict[bytes, Any] = {}
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.reconnections = 0
         self.refusals: Counter[str] = Counter()
         """Of peers and of what they sent, by kind."""
         self._refused_at: dict[str, float] = {}
@@ -525,6 +526,7 @@ class Driver:
             self._give_result(task, future, result)
 
     def _give_recorded(self, given: list[tuple[Any, BatchFuture[Any], Any]]) -> None:
+        self.now()
         for task, future, result in given:
             self._give_result(task, future, result)
         if self.dependencies.concluded:
@@ -1037,7 +1039,8 @@ class Driver:
         return session
 
     def reconnected(self, session: Any) -> None:
-        """A worker whose connection was cut goes on over another one."""
+        """A worker goes on over another connection; that of the one before may not be known yet."""
+        self.reconnections += 1
         session.is_cut = False
         self._launcher.connected(session.identity, Arrival("", session.attempt, None, None))
         self.feed(events.WorkerBack(session.worker_id))

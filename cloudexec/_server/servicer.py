@@ -29,6 +29,7 @@ from cloudexec._objects.transfer import Incoming, stream_view
 from cloudexec._payload import Composed
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._reliable import ACKNOWLEDGE_AFTER, Reliable
+from cloudexec._server.descriptors import most_connections
 from cloudexec._server.direct import Delivered
 from cloudexec._server.driver import Driver
 from cloudexec._server.gate import Gate
@@ -199,11 +200,16 @@ class _Session:
         """Whether the worker was given up, or has ended."""
         return self._closed
 
-    def attach(self, reading: asyncio.Task[Any]) -> None:
-        """Another connection of the worker is the one: the one before it ends."""
+    def attach(self, reading: asyncio.Task[Any]) -> bool:
+        """Have another connection of the worker be the one: the one before it ends.
+
+        Returns:
+            Whether there was one before, though it may have ended already.
+        """
         before, self._reading = self._reading, reading
         if before is not None:
             before.cancel()
+        return before is not None or self.is_cut
 
     def is_read_by(self, task: asyncio.Task[Any]) -> bool:
         """Say whether a task reads the connection that there is, not an earlier one."""
@@ -806,8 +812,7 @@ class _Servicer:
         assert reading is not None
         if session.is_closed:
             return
-        session.attach(reading)
-        if session.is_cut:
+        if session.attach(reading):
             driver.reconnected(session)
         sending = driver.portal.loop.create_task(session.send(context))
         deaf: list[ValueError] = []
@@ -1118,22 +1123,15 @@ def _authkey() -> bytes:
     return bytes(multiprocessing.current_process().authkey)
 
 
-def _most_connections() -> int:
-    """Leave some of the file descriptors that a process may have to the rest of the program."""
-    try:
-        import resource
+def _server_options(workers: int) -> dict[str, int]:
+    """Return what a server does not put up with; honest workers notice nothing of it.
 
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    except (ImportError, OSError):
-        return 65_536
-    return 65_536 if soft < 0 else max(64, soft - max(256, soft // 8))
-
-
-def _server_options() -> dict[str, int]:
-    """Return what a server does not put up with; honest workers notice nothing of it."""
+    Args:
+        workers: Most that may be connected at once.
+    """
     return {
         "grpc.so_reuseport": 0,
-        "grpc.max_allowed_incoming_connections": _most_connections(),
+        "grpc.max_allowed_incoming_connections": most_connections(workers),
         "grpc.server_handshake_timeout_ms": 10_000,
         "grpc.http2.settings_timeout": 10_000,
         # Of connections without a call: a worker has its session open all the time.
@@ -1164,7 +1162,9 @@ async def start_server(
     Raises:
         LaunchError: If it cannot listen there.
     """
-    options = {**dict(CHANNEL_OPTIONS), **_server_options()}
+    scaling = driver.machine.config.scaling
+    workers = -(-scaling.max_slots // scaling.slots_per_worker)
+    options = {**dict(CHANNEL_OPTIONS), **_server_options(workers)}
     server = grpc.aio.server(options=list(options.items()))
     server.add_generic_rpc_handlers((_Servicer(driver).handlers(),))
     sha256 = ""

@@ -20,7 +20,7 @@ from cloudexec._launchers.base import Contact
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._reliable import Reliable
 from cloudexec._wire import TOKEN_KEY, unpack_chunk
-from cloudexec.worker.dialing import CONNECT_TIMEOUT, Address, dial, shake_hands
+from cloudexec.worker.dialing import CONNECT_TIMEOUT, Address, dial, hang_up, shake_hands
 
 __all__ = ["Answer", "SimulatedWorker", "answer_none"]
 
@@ -108,9 +108,8 @@ class SimulatedWorker:
         await dial(self._address, self._enrol, patience)
 
     async def _enrol(self, channel: grpc.aio.Channel) -> None:
-        before, self._channel = self._channel, channel
-        if before is not None:
-            await before.close()
+        await self.close()
+        self._channel = channel
         self._fetch = channel.unary_stream(
             "/cloudexec.v1.TaskServer/Fetch",
             request_serializer=pb.FetchRequest.SerializeToString,
@@ -183,8 +182,12 @@ class SimulatedWorker:
 
     async def close(self) -> None:
         """Hang up without a word, as a worker does whose machine lost its power."""
-        if self._channel is not None:
-            await self._channel.close()
+        call, self._call = self._call, None
+        channel, self._channel = self._channel, None
+        if call is not None:
+            call.cancel()
+        if channel is not None:
+            hang_up(channel)
 
     async def _converse(self) -> str:
         """Exchange messages over one connection, until the session ends."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -32,7 +33,7 @@ from cloudexec import (
     stage,
 )
 from cloudexec._server.chronicle import Marks
-from cloudexec.testing import FakeAWS, ManualLauncher
+from cloudexec.testing import FakeAWS, ManualLauncher, SimulatedWorker
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_left")]
 
@@ -250,7 +251,7 @@ def test_an_exception_is_told_in_a_line(executor: BatchExecutor) -> None:
     story = executor.explain(unsent)
     assert whats(story) == ["exception"]
     assert story.number is None
-    assert "never sent" in str(story)
+    assert "not sent" in str(story)
 
 
 def test_stages_of_a_graph_are_told(executor: BatchExecutor) -> None:
@@ -284,6 +285,18 @@ def test_it_answers_after_the_end(tmp_path: Path) -> None:
     story = broken.explain(victim)
     assert whats(story)[0] == "submitted"
     assert story.events[-1].reason.startswith("BrokenBatchExecutor: ")
+
+
+def test_what_was_in_the_journal_is_told(tmp_path: Path) -> None:
+    """No worker was asked, and the story says where the result is from."""
+    for _ in range(2):
+        with BatchExecutor(1, journal=tmp_path / "journal") as executor:
+            future = executor.submit(tasks.double, 21)
+            assert future.result(PATIENCE) == 42
+            story = executor.explain(future)
+    assert whats(story) == ["result"]
+    assert "journal" in story.events[0].reason
+    assert executor.stats().workers.launched == 0
 
 
 def test_futures_of_others_are_refused(executor: BatchExecutor) -> None:
@@ -375,6 +388,37 @@ def test_a_failed_launch_is_logged(caplog: Any) -> None:
     (record,) = records(caplog, "launch_failed")
     assert record.levelno == logging.WARNING
     assert record.cloudexec_reason == "no such image"
+
+
+class Twice(SimulatedWorker):
+    """Sends every result twice."""
+
+    async def _send(self, reply: Any) -> None:
+        await super()._send(reply)
+        await super()._send(reply)
+
+
+def test_dropped_duplicates_are_logged_in_sum(caplog: Any) -> None:
+    """How many results came for attempts that had one, whenever that is looked at."""
+    caplog.set_level(logging.INFO, "cloudexec")
+    launcher = ManualLauncher()
+    with BatchExecutor(1, launcher=launcher) as executor:
+        futures = [executor.submit(tasks.double, n) for n in range(30)]
+        (launch,) = launcher.wait(1, PATIENCE)
+
+        async def work() -> None:
+            worker = Twice(launch.contact, launch.launch_id)
+            await worker.connect()
+            await worker.serve()
+
+        thread = threading.Thread(target=lambda: asyncio.run(work()))
+        thread.start()
+        assert [future.result(PATIENCE) for future in futures] == [None] * 30
+        until(lambda: executor.stats().duplicates == 30)
+    thread.join()
+    found = records(caplog, "duplicate_dropped")
+    assert 1 <= len(found) <= 2
+    assert sum(record.cloudexec_count for record in found) == 30
 
 
 def test_a_cut_connection_is_told_and_logged(signals: Signals, caplog: Any) -> None:

@@ -201,11 +201,13 @@ def refusals(executor: BatchExecutor) -> dict[str, int]:
     return dict(executor._driver.refusals)  # type: ignore[union-attr]
 
 
-def wait_until(true: Callable[[], object], seconds: float = 15.0) -> None:
+def wait_until(
+    true: Callable[[], object], seconds: float = 15.0, *, what: str = "it happened"
+) -> None:
     """Wait until something is so."""
     until = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < until, "it did not happen in time"
+        assert time.monotonic() < until, f"not in time: {what}"
         time.sleep(0.02)
 
 
@@ -258,8 +260,8 @@ def unharmed(executor: BatchExecutor, *, mib: float = 64, slowest: float = 8.0) 
     assert work.slowest < slowest
     # The peers are of this process too, and closed by now.
     wait_until(lambda: me.num_fds() <= files + 8)
-    grown = (me.memory_info().rss - before) / MIB
-    assert grown < mib, f"{grown:.0f} MiB more"
+    # gRPC gives some of it back a moment later.
+    wait_until(lambda: me.memory_info().rss - before < mib * MIB, what="memory was given back")
     assert executor._driver.broken is None  # type: ignore[union-attr]
 
 

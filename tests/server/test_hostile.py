@@ -309,7 +309,7 @@ def test_strangers_change_nothing(
     with unharmed(executor):
         attack(contact_of(executor), trap.pickled())
     for kind in kinds:
-        assert refusals(executor)[kind] > before.get(kind, 0)
+        wait_until(lambda kind=kind: refusals(executor).get(kind, 0) > before.get(kind, 0))
     # Their last attempts may be on their way out yet.
     wait_until(lambda: executor.stats().refused == sum(refusals(executor).values()))
     assert not trap.path.exists()
@@ -443,8 +443,8 @@ def test_thousands_who_say_nothing_keep_nobody_out() -> None:
         for frames in sessions:
             frames.close()
         wait_until(lambda: me.num_fds() < files + 100 + len(ended))
-        grown = (me.memory_info().rss - memory) / MIB
-        assert grown < 64 + 0.15 * (len(ended) + len(sessions)), f"{grown:.0f} MiB more"
+        allowed = (64 + 0.15 * (len(ended) + len(sessions))) * MIB
+        wait_until(lambda: me.memory_info().rss - memory < allowed, what="memory was given back")
         seen = refusals(executor)
         assert seen["too many at once"] > 0
 
