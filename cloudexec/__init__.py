@@ -28,14 +28,18 @@ from cloudexec._errors import (
 )
 from cloudexec._executor import BatchExecutor, OptionsView
 from cloudexec._future import BatchFuture
-from cloudexec._graph import Graph, Node, Stage, StageReport, run, stage
-from cloudexec._launchers.base import Cost, LaunchTimes, WorkerCapacity
-from cloudexec._launchers.batch import Batch
 from cloudexec._launchers.local import Local
 from cloudexec._objects.options import ObjectOptions
-from cloudexec._objects.ref import Ref
-from cloudexec._stats import ExecutorStats, SizeCounts, TaskCounts, WorkerCounts
-from cloudexec._story import StoryEvent, TaskStory
+
+# The rest when it is first used: importing the package is to cost little more than a process pool.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cloudexec._graph import Graph, Node, Stage, StageReport, run, stage
+    from cloudexec._launchers.base import Cost, LaunchTimes, WorkerCapacity
+    from cloudexec._launchers.batch import Batch
+    from cloudexec._objects.ref import Ref
+    from cloudexec._stats import ExecutorStats, SizeCounts, TaskCounts, WorkerCounts
+    from cloudexec._story import StoryEvent, TaskStory
 
 __all__ = [
     "AwsError",
@@ -81,3 +85,27 @@ __all__ = [
     "run",
     "stage",
 ]
+
+_LATER = {
+    "_graph": ("Graph", "Node", "Stage", "StageReport", "run", "stage"),
+    "_launchers.base": ("Cost", "LaunchTimes", "WorkerCapacity"),
+    "_launchers.batch": ("Batch",),
+    "_objects.ref": ("Ref",),
+    "_stats": ("ExecutorStats", "SizeCounts", "TaskCounts", "WorkerCounts"),
+    "_story": ("StoryEvent", "TaskStory"),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _LATER.items():
+        if name in names:
+            from importlib import import_module
+
+            found = import_module(f"cloudexec.{module}")
+            globals().update({each: getattr(found, each) for each in names})
+            return globals()[name]
+    raise AttributeError(f"module 'cloudexec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

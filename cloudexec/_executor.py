@@ -25,8 +25,6 @@ from cloudexec._future import BatchFuture
 from cloudexec._launchers.base import Cost
 from cloudexec._objects.options import ObjectOptions
 from cloudexec._sizing import ladder_of, terms_of
-from cloudexec._stats import ExecutorStats
-from cloudexec._story import TaskStory
 
 if TYPE_CHECKING:
     from cloudexec._core.claims import Terms
@@ -37,6 +35,8 @@ if TYPE_CHECKING:
     from cloudexec._progress import ProgressBar
     from cloudexec._server.budget import PendingBudget
     from cloudexec._server.driver import Driver, Submission
+    from cloudexec._stats import ExecutorStats
+    from cloudexec._story import TaskStory
 
 __all__ = ["BatchExecutor"]
 
@@ -725,6 +725,8 @@ class BatchExecutor(_Base):
 
     def stats(self) -> ExecutorStats:
         """Return a snapshot: tasks and workers by state, bytes, retries."""
+        from cloudexec._stats import ExecutorStats
+
         driver = self._driver
         if driver is None or driver.finished.is_set() or self._forked:
             return ExecutorStats() if driver is None else ExecutorStats.of(driver)

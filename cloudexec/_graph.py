@@ -14,15 +14,12 @@ import dataclasses
 import functools
 import gc
 import importlib
-import shutil
-import subprocess
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, overload
 
 from cloudexec._config import TaskOptions
@@ -38,6 +35,8 @@ from cloudexec._executor import BatchExecutor, OptionsView, RetryOn
 from cloudexec._future import BatchFuture
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cloudexec._progress import StageBars
 
 __all__ = ["Graph", "Node", "Stage", "StageReport", "run", "stage"]
@@ -578,6 +577,10 @@ class Graph:
         Raises:
             CloudexecError: If ``dot`` is not installed, or fails.
         """
+        import shutil
+        import subprocess
+        from pathlib import Path
+
         program = shutil.which("dot")
         if program is None:
             raise CloudexecError(

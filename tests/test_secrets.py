@@ -100,10 +100,10 @@ class _Inspection:
 
 
 @pytest.fixture
-def inspection(caplog: pytest.LogCaptureFixture) -> Iterator[_Inspection]:
+def inspection(caplog: pytest.LogCaptureFixture) -> _Inspection:
     """With everything logged that anything logs."""
     caplog.set_level(logging.DEBUG)
-    yield _Inspection(caplog)
+    return _Inspection(caplog)
 
 
 def test_nothing_shows_the_key_of_local_workers(inspection: _Inspection) -> None:
@@ -118,6 +118,7 @@ def test_nothing_shows_the_key_of_local_workers(inspection: _Inspection) -> None
         by_hand.submit(len, b"")
         launch = launcher.wait(1, 20)[0]
         environment = {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "CLOUDEXEC_TARGET": launch.contact.target,
             "CLOUDEXEC_EXECUTOR_ID": launch.contact.executor_id,
             "CLOUDEXEC_IDENTITY": launch.launch_id,

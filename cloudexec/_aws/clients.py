@@ -40,9 +40,7 @@ _SECRET = frozenset(
     }
 )
 """Calls of which the SDK's own debug log would show a worker's key."""
-_SDK_LOGGERS = ("botocore.endpoint", "botocore.parsers", "aiobotocore.endpoint", "botocore.hooks",
-                "aiobotocore.parsers", "botocore.client", "botocore.auth", "botocore.httpsession",
-                "botocore.regions", "botocore.retryhandler")  # fmt: skip
+_SDK_LOGGERS = ("botocore.auth", "botocore.endpoint", "botocore.hooks", "botocore.parsers")
 _CONNECT_TIMEOUT = 10.0
 _READ_TIMEOUT = 60.0
 _MAX_CONNECTIONS = 25

@@ -203,7 +203,7 @@ class Machine:
         """
         self._events += 1
         self._handlers[type(event)](event, now)
-        if self._waiting and self._hungry:
+        if self._waiting and (self._hungry or self._quarantine.kept):
             self._assign(now)
         self._scale(now)
         # Handed over: the commands hold results, which are not ours to keep alive.

@@ -122,6 +122,7 @@ class Journal:
         self._said: set[str] = set()
         self._inbox: deque[Given] = deque()
         self._event = threading.Event()
+        self._ending = threading.Event()
         self._woken = False
         self._closing = False
         self._then: Callable[[], None] | None = None
@@ -217,8 +218,8 @@ class Journal:
         elif name not in self._said:
             self._said.add(name)
             _logger.warning(
-                "journal %s: calls of %s are not in it, as they cannot be told apart (%s: %s). Said "
-                "once for each function; with_options(key=...) can tell them apart",
+                "journal %s: calls of %s are not in it, as they cannot be told apart (%s: %s); "
+                "with_options(key=...) can do that. Said once for each function",
                 self.store.name,
                 name,
                 type(exc).__name__,
@@ -323,6 +324,7 @@ class Journal:
         self._then = then
         self._closing = True
         self._event.set()
+        self._ending.set()
 
     def join(self) -> None:
         """Wait for the thread, after ``close``."""
@@ -341,24 +343,22 @@ class Journal:
                 self._event.wait(pause)
             self._event.clear()
             self._woken = False
-            batch = [
-                self._inbox.popleft() for _ in range(min(len(self._inbox), _MOST_AT_ONCE))
-            ]
+            batch = [self._inbox.popleft() for _ in range(min(len(self._inbox), _MOST_AT_ONCE))]
             if batch:
                 if not dirty:
                     synced_at = time.monotonic()
                 dirty = self._keep(batch) or dirty
                 if self.store.holds_back:
                     self._post(self._give, batch)
+                if self.store.interval:
+                    self._ending.wait(self.store.interval)
             del batch
             if dirty and time.monotonic() - synced_at >= _SYNC_SECONDS:
                 self._attempt(self.store.sync)
                 synced_at, dirty = time.monotonic(), False
         self._attempt(self.store.close)
         if self._dropped:
-            _logger.warning(
-                "journal %s: %d results are not in it", self.store.name, self._dropped
-            )
+            _logger.warning("journal %s: %d results are not in it", self.store.name, self._dropped)
         if self._then is not None:
             self._then()
 

@@ -202,9 +202,7 @@ class _Walk:
             for blob in self._blobs:
                 self._by_size.setdefault(blob.size, []).append(blob)
         for blob in self._by_size.get(len(view), ()):
-            if blob.origin is None and (
-                blob.content is piece or same_bytes(view, blob.view())
-            ):
+            if blob.origin is None and (blob.content is piece or same_bytes(view, blob.view())):
                 if not blob.sha256:
                     blob.sha256 = _sha256(view)
                 return blob.sha256
@@ -445,4 +443,3 @@ def _is_own(module: str) -> bool:
     if not isinstance(path, str):
         return top in ("__main__", "__mp_main__")
     return not os.path.realpath(path).startswith(_installed())
-

@@ -17,7 +17,7 @@ except ImportError:  # Windows: two programs on one journal are not kept apart t
 else:
     _HAS_LOCKS = True
 
-__all__ = ["Lock", "locked_error"]
+__all__ = ["Lock", "locked_error", "owner", "whoami"]
 
 
 def locked_error(name: str, pid: int | None, host: str) -> JournalLockedError:
@@ -58,7 +58,7 @@ class Lock:
                 if _HAS_LOCKS:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                pid, host = _owner(os.pread(fd, 4096, 0))
+                pid, host = owner(os.pread(fd, 4096, 0))
                 os.close(fd)
                 raise locked_error(str(path), pid, host) from None
             except BaseException:
@@ -91,7 +91,8 @@ def whoami() -> bytes:
     return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
 
 
-def _owner(data: bytes) -> tuple[int | None, str]:
+def owner(data: bytes) -> tuple[int | None, str]:
+    """Read what ``whoami`` wrote: a process, ``None`` if it cannot be read, and its machine."""
     try:
         found = json.loads(data)
         return int(found["pid"]), str(found["host"])

@@ -91,9 +91,7 @@ class Stored:
 
     __slots__ = ("_blobs", "_head", "_read", "_start")
 
-    def __init__(
-        self, head: bytes, blobs: list[tuple[int, int]], start: int, read: Reader
-    ) -> None:
+    def __init__(self, head: bytes, blobs: list[tuple[int, int]], start: int, read: Reader) -> None:
         self._head = head
         self._blobs = blobs
         self._start = start

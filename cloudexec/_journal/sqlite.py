@@ -89,6 +89,7 @@ class SqliteStore:
 
     holds_back = True
     keeps_state = True
+    interval = 0.0
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -286,7 +287,9 @@ class SqliteStore:
             self.sync()
 
     def _add_function(self, digest: bytes, name: str) -> None:
-        done = self._db.execute("INSERT INTO functions (name, digest) VALUES (?, ?)", (name, digest))
+        done = self._db.execute(
+            "INSERT INTO functions (name, digest) VALUES (?, ?)", (name, digest)
+        )
         assert done.lastrowid is not None
         self._functions[digest] = done.lastrowid
 
@@ -399,9 +402,7 @@ def _is_no_damage(exc: Exception) -> bool:
 
 
 def _connection(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(
-        path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-    )
+    db = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         for setting in (
             "journal_mode = WAL",
@@ -495,9 +496,7 @@ def _is_whole(row: tuple[Any, ...]) -> bool:
         return False
     if kind == _FILE:
         return isinstance(size, int) and isinstance(digest, bytes) and value is None
-    return (
-        isinstance(value, bytes) and len(value) == size and check_of(key, (value,)) == digest
-    )
+    return isinstance(value, bytes) and len(value) == size and check_of(key, (value,)) == digest
 
 
 def _readable(source: sqlite3.Connection, table: str, columns: str) -> Iterator[tuple[Any, ...]]:

@@ -53,6 +53,8 @@ class Store(Protocol):
     """Whether results are shown to nobody before ``write`` has returned: it takes a moment only."""
     keeps_state: bool
     """Whether there is a private place for ``put_state``."""
+    interval: float
+    """Seconds that should pass between two calls of ``write``."""
     earlier: int
     """Results of earlier runs."""
     versions: dict[str, dict[bytes, int]]

@@ -352,7 +352,7 @@ class Dependencies:
             waiting, future = wanted
             outcome: Payload | _Failed
             try:
-                stored = future._result  # type: ignore[attr-defined]
+                stored = future._result
                 failure = None if type(stored) is Stored else future.exception()
                 if type(stored) is Stored:
                     outcome = stored.composed(self._driver.store)

@@ -195,7 +195,9 @@ def hang_up(channel: Any) -> None:
     ``close()`` looks through all tasks of the loop for calls of this channel: with thousands of
     workers on one loop, as in tests, that takes minutes.
     """
-    channel._channel.close()
+    inner = channel._channel
+    if not inner.closed():
+        inner.close()
 
 
 async def shake_hands(

@@ -32,6 +32,15 @@ from cloudexec._core.workers import WorkerState
 __all__ = ["Simulation", "Wrong"]
 
 GIB = 2**30
+_ENDS = (
+    "raises",
+    "kills its slot",
+    "kills its worker",
+    "kills its worker",
+    "hangs",
+    "grows",
+    "misses its input",
+)
 _PATIENCE = 3.0
 """Seconds that a worker may idle while work waits that it could do."""
 
@@ -342,7 +351,7 @@ class Simulation:
         self._worker_numbers = itertools.count(1)
         self._timer = float("inf")
         self._idle_since: dict[str, float] = {}
-        self._steps = 0
+        self.steps = 0
         self._drained: set[str] = set()
         self._busy_until = 0.0
         self._gone: dict[str, list[Event]] = {}
@@ -386,8 +395,8 @@ class Simulation:
         self._note(event)
         for command in self.machine.handle(event, self.now):
             self._obey(command)
-        self._steps += 1
-        if self._steps % 8 == 0 or self._steps < 200:
+        self.steps += 1
+        if self.steps % 8 == 0 or self.steps < 200:
             self.machine.validate()
         self._look_at_the_idle()
         deadline = self.machine.next_deadline()
@@ -610,10 +619,7 @@ class Simulation:
         for _ in range(r.choice([1, 5, 30, 150])):
             ends = "returns"
             if r.random() < deadly:
-                ends = r.choice(
-                    ["raises", "kills its slot", "kills its worker", "kills its worker", "hangs"]
-                    + ["grows", "misses its input"]
-                )
+                ends = r.choice(_ENDS)
             times = 1 if ends == "misses its input" else r.choice([1, 2, 1 << 30])
             task = Task(
                 next(self._task_numbers),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cloudexec._config import ScalingPolicy, ServerConfig, WorkerCapacity
+from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, WorkerCapacity
 from cloudexec._core.claims import Claim, Resources, Terms
 from cloudexec._core.commands import (
     DrainWorker,
@@ -237,8 +237,10 @@ def test_no_cut_or_draining_worker_is_held_for_a_large_task() -> None:
         need = Resources.of(2, 1 << 30)
         large = Task(9, Kind())
         claim = Claim(need, 0, whole, 2, need)
-        large.terms = Terms(machine_options(), (claim,), priority=1)
+        large.terms = Terms(TaskOptions(), (claim,), priority=1)
         machine.handle(TasksSubmitted([large]), 1.0)
+        first = next(iter(machine.workers["a"].leases))
+        machine.handle(ResultsReceived("a", [first], ["r"], [9.0]), 1.5)
         held = [w for w in machine.workers.values() if w.account.held_for is not None]
         assert len(held) == 1
         machine.handle(gone(held[0].id), 2.0)
@@ -248,12 +250,6 @@ def test_no_cut_or_draining_worker_is_held_for_a_large_task() -> None:
         for lease in list(other.leases):
             commands = machine.handle(ResultsReceived(other.id, [lease], ["r"], [9.0]), 3.0)
         assert [c.tasks for c in only(commands, SendTasks)] == [[large]]
-
-
-def machine_options() -> Any:
-    from cloudexec._config import TaskOptions
-
-    return TaskOptions()
 
 
 def test_returned_leases_of_a_cut_worker_do_not_make_it_get_more() -> None:

@@ -100,7 +100,7 @@ def test_cut_anywhere_it_opens_and_has_nothing_wrong(whole: Path, cut: int, name
         for suffix in ("", "-wal"):
             if os.path.exists(f"{whole / kind}{suffix}"):
                 shutil.copy(f"{whole / kind}{suffix}", f"{path}{suffix}")
-        victim = Path(f"{path}{name[len(kind):]}")
+        victim = Path(f"{path}{name[len(kind) :]}")
         os.truncate(victim, cut % (victim.stat().st_size + 1))
         found(path, 200)
         with opened(path) as store:
@@ -126,7 +126,7 @@ def test_garbled_anywhere_it_has_nothing_wrong(
         for suffix in ("", "-wal"):
             if os.path.exists(f"{whole / kind}{suffix}"):
                 shutil.copy(f"{whole / kind}{suffix}", f"{path}{suffix}")
-        with open(f"{path}{name[len(kind):]}", "r+b") as file:
+        with open(f"{path}{name[len(kind) :]}", "r+b") as file:
             file.seek(100 + at % (file.seek(0, 2) - 100))
             file.write(garbage)
         found(path, 200)

@@ -243,7 +243,11 @@ def test_large_results_come_back_as_they_were(executor: Open, ran: str, tmp_path
             made.append([bytes(future.result()) for future in futures])
             sizes = [each.submit(total, ran, future) for future in futures]
             again = [each.submit(len, future) for future in futures]
-            assert [size.result() for size in sizes + again] == 2 * [99_984 + 16, 5_000_000, 500_000]
+            assert [size.result() for size in sizes + again] == 2 * [
+                99_984 + 16,
+                5_000_000,
+                500_000,
+            ]
             array = futures[2].result()
             array[0] = 1  # it can be written to
             assert array.dtype == numpy.arange(1).dtype

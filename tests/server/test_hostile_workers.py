@@ -18,7 +18,6 @@ from typing import Any
 
 import boto3
 import grpc
-import psutil
 import pytest
 from hostile_peers import (
     MIB,
@@ -27,6 +26,7 @@ from hostile_peers import (
     double,
     end_by_hand,
     executor_at,
+    memory_in_use,
     peer,
     refusals,
     result_of,
@@ -207,7 +207,7 @@ def test_a_malformed_message_ends_its_session(
     """And nothing else: its task runs elsewhere, as if the worker had died."""
     times, raw = said.get("times", 1), said.get("raw", b"")
     parts = {name: part for name, part in said.items() if name not in ("times", "raw")}
-    before = psutil.Process().memory_info().rss
+    before = memory_in_use()
     launcher = ManualLauncher()
     executor = BatchExecutor(1, launcher=launcher, output="logging", retries=3)
     # What is printed is not shown until the end.
@@ -227,7 +227,7 @@ def test_a_malformed_message_ends_its_session(
     launcher.end(vandal.launch_id)
     assert refusals(executor) == {"malformed message": 1}
     if not times > 1:  # what is printed may wait to be shown, up to a limit
-        assert psutil.Process().memory_info().rss - before < 120 * MIB
+        assert memory_in_use() - before < 120 * MIB
     other = Inside(launcher, 2)
     other.send(results=result_of(other.take(), value=2))
     assert future.result(20) == 2
@@ -323,7 +323,7 @@ def test_a_worker_gives_what_it_holds_open_no_more_memory_than_it_may() -> None:
     executor.submit(len, random.Random(1).randbytes(32 * MIB))
     greedy = Inside(launcher, 1)
     blob = greedy.take_message().blobs[0].id
-    memory = psutil.Process().memory_info().rss
+    memory = memory_in_use()
     fetch = greedy.channel.unary_stream("/cloudexec.v1.TaskServer/Fetch")
     request = pb.FetchRequest(blob=blob).SerializeToString()
     calls = [fetch(request, metadata=greedy.token, timeout=60) for _ in range(300)]
@@ -331,7 +331,7 @@ def test_a_worker_gives_what_it_holds_open_no_more_memory_than_it_may() -> None:
     driver: Any = executor._driver
     session = driver.sessions[greedy.welcome.worker_id]
     wait_until(session.outgoing.locked)
-    assert (psutil.Process().memory_info().rss - memory) / MIB < 150
+    assert (memory_in_use() - memory) / MIB < 150
     for call in calls[:-1]:
         call.cancel()
     assert begun

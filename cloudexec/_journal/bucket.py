@@ -1,0 +1,480 @@
+"""A journal in a bucket: objects that are never changed, each with the results of about a second.
+
+    <prefix>/journal                    what this is, and its version
+    <prefix>/lease                      who has it; renewed as long as that program lives
+    <prefix>/segments/<time>-<size>-<SHA-256>   results, one behind the other
+    <prefix>/results/<key>-<SHA-256>    the blobs of one large result
+
+Results are given to the program before they are there: a round trip to S3 for each would cost more
+than what may be lost, the last second or two. State is not kept: secrets do not belong there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import socket
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cloudexec._aws.clients import AwsClients
+from cloudexec._errors import AwsError, CloudexecError, JournalError, JournalVersionError
+from cloudexec._journal.lock import locked_error, owner, whoami
+from cloudexec._journal.packing import check_of, pack, unpack
+from cloudexec._journal.store import Found, Record
+from cloudexec._objects.s3 import Bucket
+
+if TYPE_CHECKING:
+    from cloudexec._server.portal import Portal
+
+__all__ = ["BucketStore"]
+
+T = TypeVar("T")
+
+_logger = logging.getLogger("cloudexec")
+VERSION = 1
+_MARK = "cloudexec-journal"
+_ENTRY = struct.Struct(
+    "<20s32sdBQQH8s"
+)  # key, version, seconds, kind, bytes, object's, name, check
+_PICKLE, _COMPOSED, _OBJECT = range(3)
+_INLINE = 1024 * 1024
+"""Blobs that are more than this together are an object of their own."""
+_SEGMENT = re.compile(r"segments/\d{20}-(\d+)-([0-9a-f]{64})")
+_PATIENCE = 30.0
+_RENEWAL = 5.0
+"""Seconds between two renewals of a lease."""
+_LEASE = 20.0
+"""Seconds in which a lease that nobody renews ends."""
+_LONG_AGO = 600.0
+"""Seconds after which nobody waits for that, however much clocks differ."""
+_MANY_SEGMENTS = 64
+_MOST_MERGED = 256 * 1024 * 1024
+_TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
+
+
+class BucketStore:
+    """See ``store.Store``; made by ``open``.
+
+    Args:
+        bucket: The bucket's name.
+        prefix: With a slash at its end.
+        portal: Has the event loop.
+    """
+
+    holds_back = False
+    keeps_state = False
+    interval = 1.0
+
+    def __init__(self, bucket: str, prefix: str, portal: Portal) -> None:
+        self.name = f"s3://{bucket}/{prefix.rstrip('/')}"
+        self.earlier = 0
+        self.versions: dict[str, dict[bytes, int]] = {}
+        self._portal = portal
+        self._clients = AwsClients()
+        self._bucket_name, self._prefix = bucket, prefix
+        self._bucket = Bucket(self._clients, bucket, prefix, patience=_PATIENCE)
+        self._id = secrets.token_hex(8)
+        self._etag = ""
+        self._is_lost = False
+        self._renewing: asyncio.Task[None] | None = None
+        self._index: dict[bytes, tuple[int, bytes]] = {}  # where the value is, and its entry
+        self._objects: dict[str, int] = {}
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as this
+
+    @classmethod
+    def open(cls, bucket: str, prefix: str, portal: Portal) -> BucketStore:
+        """Open a journal, or begin one.
+
+        Raises:
+            JournalLockedError: If another program has it.
+            JournalVersionError: If a newer version wrote it.
+            JournalError: If what is there is no journal.
+            AwsError: If the bucket cannot be used.
+        """
+        store = cls(bucket, prefix, portal)
+        try:
+            portal.run(store._open()).result()
+        except BaseException:
+            portal.run(store._let_go()).result()
+            raise
+        return store
+
+    async def _call(self, operation: str, name: str = "", **parameters: Any) -> Any:
+        if name:
+            parameters["Key"] = self._prefix + name
+        return await self._clients.call("s3", operation, Bucket=self._bucket_name, **parameters)
+
+    async def _read(self, name: str) -> tuple[bytes, Any] | None:
+        try:
+            answer = await self._call("get_object", name)
+        except AwsError as exc:
+            if exc.code == "NoSuchKey":
+                return None
+            raise
+        async with answer["Body"] as body:
+            return await body.read(), answer
+
+    async def _open(self) -> None:
+        await self._bucket.open()
+        await self._check_mark()
+        await self._take_lease()
+        self._renewing = asyncio.get_running_loop().create_task(self._renew())
+        segments: list[tuple[str, int, str]] = []
+        async for each in self._clients.pages(
+            "s3", "list_objects_v2", "Contents", Bucket=self._bucket_name, Prefix=self._prefix
+        ):
+            name = each["Key"].removeprefix(self._prefix)
+            found = _SEGMENT.fullmatch(name)
+            if found is not None:
+                segments.append((name, int(found[1]), found[2]))
+            elif name.startswith("results/"):
+                self._objects[name.removeprefix("results/")] = each["Size"]
+        await self._load(sorted(segments))
+        self.earlier = len(self._index)
+
+    async def _check_mark(self) -> None:
+        found = await self._read("journal")
+        if found is None:
+            listed = await self._call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
+            if listed.get("KeyCount"):
+                raise JournalError(
+                    f"{self.name} has other objects in it and is not a journal of cloudexec: give "
+                    f"another prefix"
+                )
+            mark = json.dumps({"format": _MARK, "version": VERSION}).encode()
+            await self._call("put_object", "journal", Body=mark)
+            return
+        try:
+            mark = json.loads(found[0])
+            is_ours, version = mark["format"] == _MARK, int(mark["version"])
+        except (ValueError, KeyError, TypeError):
+            is_ours, version = False, 0
+        if not is_ours:
+            raise JournalError(f"{self.name} is not a journal of cloudexec: give another prefix")
+        if version > VERSION:
+            raise JournalVersionError(
+                f"the journal {self.name} has version {version}, and this cloudexec knows versions "
+                f"up to {VERSION}: use the newer cloudexec that wrote it, or begin another journal",
+                version=version,
+            )
+
+    # The lease.
+
+    async def _put_lease(self, **condition: str) -> bool:
+        """Write the lease if it is still as it was; say whether it is ours now."""
+        body = json.dumps({**json.loads(whoami()), "id": self._id, "at": time.time()}).encode()
+        try:
+            answer = await self._call("put_object", "lease", Body=body, **condition)
+        except AwsError as exc:
+            if exc.code not in _TAKEN:
+                raise
+            found = await self._read("lease")
+            # An answer may have been lost, and the request been made twice.
+            if found is None or self._id.encode() not in found[0]:
+                return False
+            answer = found[1]
+        self._etag = answer["ETag"]
+        return True
+
+    async def _take_lease(self) -> None:
+        """Take the lease, once nobody has renewed it for long enough.
+
+        Whoever lives renews it: no clocks are compared.
+        """
+        if await self._put_lease(IfNoneMatch="*"):
+            return
+        seen, since = "", time.monotonic()
+        while True:
+            found = await self._read("lease")
+            if found is None:
+                if await self._put_lease(IfNoneMatch="*"):
+                    return
+                continue
+            data, answer = found
+            etag = str(answer["ETag"])
+            pid, host = owner(data)
+            if seen and etag != seen:
+                raise locked_error(self.name, pid, host)
+            age = time.time() - answer["LastModified"].timestamp()
+            waited = time.monotonic() - since
+            if _is_dead(pid, host) or waited > _LEASE or age > _LONG_AGO:
+                if await self._put_lease(IfMatch=etag):
+                    return
+                raise locked_error(self.name, pid, host)
+            if not seen:
+                seen = etag
+                _logger.info(
+                    "journal %s: process %s on %s had it and may have died: waiting up to %.0f s",
+                    self.name,
+                    pid,
+                    host,
+                    _LEASE,
+                )
+            await asyncio.sleep(_RENEWAL / 5)
+
+    async def _renew(self) -> None:
+        while not self._is_lost:
+            await asyncio.sleep(_RENEWAL)
+            try:
+                self._is_lost = not await self._put_lease(IfMatch=self._etag)
+            except CloudexecError as exc:
+                _logger.debug("the lease of journal %s: %s", self.name, exc)
+
+    # Results of earlier runs.
+
+    async def _load(self, segments: list[tuple[str, int, str]]) -> None:
+        limit = asyncio.Semaphore(8)
+        start = self._file.seek(0, os.SEEK_END)
+        places: list[tuple[int, int]] = []
+        at = start
+        for _, size, _ in segments:
+            places.append((at, size))
+            at += size
+        whole = [True] * len(segments)
+
+        async def load(number: int) -> None:
+            name, size, digest = segments[number]
+            place = places[number][0]
+
+            def sink(offset: int, data: bytes) -> None:
+                os.pwrite(self._file.fileno(), data, place + offset)
+
+            async with limit:
+                try:
+                    await self._bucket.download(name, sink, size, bytes.fromhex(digest))
+                except AwsError as exc:
+                    whole[number] = False
+                    _logger.warning(
+                        "a part of the journal %s cannot be read, its results are run again: %s",
+                        self.name,
+                        exc,
+                    )
+
+        await asyncio.gather(*map(load, range(len(segments))))
+        for (place, size), is_whole in zip(places, whole, strict=True):
+            if is_whole:
+                self._add_entries(place, size)
+        if len(segments) > _MANY_SEGMENTS and all(whole) and at - start <= _MOST_MERGED:
+            await self._put_segment(os.pread(self._file.fileno(), at - start, start))
+            await self._bucket.delete([name for name, _, _ in segments])
+
+    def _add_entries(self, at: int, size: int) -> None:
+        fd, end = self._file.fileno(), at + size
+        while at + _ENTRY.size <= end:
+            entry = os.pread(fd, _ENTRY.size, at)
+            key, version, _, _, length, _, name_length, _ = _ENTRY.unpack(entry)
+            at += _ENTRY.size
+            name = os.pread(fd, name_length, at).decode()
+            at += name_length
+            if key not in self._index:
+                counts = self.versions.setdefault(name, {})
+                counts[version] = counts.get(version, 0) + 1
+            self._index[key] = (at, entry)
+            at += length
+
+    def find(self, key: bytes) -> Found | None:
+        known = self._index.get(key)
+        if known is None:
+            return None
+        at, entry = known
+        _, _, seconds, kind, length, object_size, _, check = _ENTRY.unpack(entry)
+        value = os.pread(self._file.fileno(), length, at)
+        if check_of(key, (value,)) != check:
+            return None
+        if kind == _PICKLE:
+            return Found(seconds, value)
+        if kind == _COMPOSED:
+            return Found(seconds, unpack(length, _reader_of(value)))
+        sha256, table = value[:32], value[32:]
+        name = _object_name(key, sha256)
+        if self._objects.get(name) != object_size:
+            _logger.warning("journal %s: results/%s is gone: it is run again", self.name, name)
+            return None
+        reader = self._reader_of_object(name, table, object_size, sha256)
+        return Found(seconds, unpack(len(table) + object_size, reader))
+
+    def _reader_of_object(
+        self, name: str, table: bytes, size: int, sha256: bytes
+    ) -> Callable[[int, memoryview], None]:
+        """Return what reads a large result, of which only the table is here."""
+        content: bytearray | None = None
+
+        def read(offset: int, target: memoryview) -> None:
+            nonlocal content
+            if offset < len(table):
+                target[:] = table[offset : offset + len(target)]
+                return
+            if content is None:
+                content = self._download(name, size, sha256)
+            offset -= len(table)
+            target[:] = memoryview(content)[offset : offset + len(target)]
+            if offset + len(target) == size:
+                content = None
+
+        return read
+
+    def _download(self, name: str, size: int, sha256: bytes) -> bytearray:
+        content = bytearray(size)
+
+        def sink(offset: int, data: bytes) -> None:
+            content[offset : offset + len(data)] = data
+
+        async def download() -> None:
+            # Of its own: the executor, and its journal with it, may have ended.
+            async with AwsClients() as clients:
+                bucket = Bucket(clients, self._bucket_name, self._prefix, patience=_PATIENCE)
+                await bucket.download(f"results/{name}", sink, size, sha256)
+
+        # On a thread, as there may be a loop of the user's in this one.
+        done: Future[None] = Future()
+        thread = threading.Thread(target=_run_in, args=(done, download), daemon=True)
+        thread.start()
+        try:
+            done.result()
+        except CloudexecError as exc:
+            raise JournalError(
+                f"a result in the journal {self.name} cannot be read: {exc}"
+            ) from exc
+        return content
+
+    # Results of this run.
+
+    def write(self, records: Sequence[Record]) -> None:
+        self._run(self._write(records))
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return self._portal.run(work).result()
+        except (CloudexecError, OSError) as exc:
+            if isinstance(exc, JournalError):
+                raise
+            raise JournalError(f"the journal {self.name} cannot be written: {exc}") from exc
+
+    async def _write(self, records: Sequence[Record]) -> None:
+        if self._is_lost:
+            raise JournalError(
+                f"the journal {self.name} was taken over by another program, as this one had not "
+                f"renewed its lease for {_LEASE:.0f} s"
+            )
+        segment: list[bytes] = []
+        for record in records:
+            pieces = pack(record.payload)
+            kind, size = (_PICKLE if len(pieces) == 1 else _COMPOSED), 0
+            value = pieces[0]
+            blobs = [memoryview(piece).cast("B") for piece in pieces[1:]]
+            if sum(map(len, blobs)) > _INLINE:
+                kind, size = _OBJECT, sum(map(len, blobs))
+                value = await self._put_object(record.key, blobs, size) + value
+            elif blobs:
+                value = b"".join((value, *blobs))
+            name = record.name.encode("utf-8", "replace")[:1000]
+            check = check_of(record.key, (value,))
+            segment.append(
+                _ENTRY.pack(
+                    record.key,
+                    record.function,
+                    record.seconds,
+                    kind,
+                    len(value),
+                    size,
+                    len(name),
+                    check,
+                )
+            )
+            segment += (name, value)
+        await self._put_segment(b"".join(segment))
+
+    async def _put_segment(self, data: bytes) -> None:
+        sha256 = await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
+        name = f"segments/{time.time_ns():020d}-{len(data)}-{sha256.hex()}"
+        await self._bucket.upload(name, lambda at, n: data[at : at + n], len(data), sha256)
+
+    async def _put_object(self, key: bytes, blobs: list[memoryview], size: int) -> bytes:
+        """Put blobs into an object of their own; return its digest."""
+
+        def digest() -> bytes:
+            found = hashlib.sha256()
+            for blob in blobs:
+                found.update(blob)
+            return found.digest()
+
+        def source(at: int, length: int) -> bytes:
+            parts: list[memoryview] = []
+            for blob in blobs:
+                if at < len(blob) and length:
+                    part = blob[at : at + length]
+                    parts.append(part)
+                    length -= len(part)
+                at = max(0, at - len(blob))
+            return b"".join(parts)
+
+        sha256 = await asyncio.to_thread(digest)
+        await self._bucket.upload(f"results/{_object_name(key, sha256)}", source, size, sha256)
+        return sha256
+
+    def sync(self) -> None:
+        """Do nothing: what has been written is as safe as it will be."""
+
+    def get_state(self, name: str) -> bytes | None:
+        return None
+
+    def put_state(self, name: str, value: bytes | None) -> None:
+        raise JournalError(f"the journal {self.name} keeps no state: only one in a file does")
+
+    def close(self) -> None:
+        try:
+            self._run(self._let_go())
+        finally:
+            self._index.clear()
+
+    async def _let_go(self) -> None:
+        try:
+            if self._renewing is not None:
+                self._renewing.cancel()
+                await asyncio.gather(self._renewing, return_exceptions=True)
+            if self._etag and not self._is_lost:
+                await self._call("delete_object", "lease")
+        finally:
+            await self._clients.close()
+
+
+def _object_name(key: bytes, sha256: bytes) -> str:
+    return f"{key.hex()}-{sha256.hex()[:32]}"
+
+
+def _is_dead(pid: int | None, host: str) -> bool:
+    """Say whether a process of this machine has ended; of others nobody knows."""
+    if pid is None or host != socket.gethostname():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _run_in(done: Future[None], work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    try:
+        done.set_result(asyncio.run(work()))
+    except BaseException as exc:
+        done.set_exception(exc)
+
+
+def _reader_of(value: bytes) -> Callable[[int, memoryview], None]:
+    def read(offset: int, target: memoryview) -> None:
+        target[:] = value[offset : offset + len(target)]
+
+    return read
