@@ -446,6 +446,7 @@ class BucketStore:
             if self._etag and not self._is_lost:
                 await self._call("delete_object", "lease")
         finally:
+            self._file.close()
             await self._clients.close()
 
 

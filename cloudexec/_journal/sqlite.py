@@ -270,7 +270,7 @@ class SqliteStore:
 
     def write(self, records: Sequence[Record]) -> None:
         with self._writing, self._translated("written"):
-            rows = [self._row(record) for record in records]
+            rows = list(map(self._row, records))
             self._is_dirty = True
             with self._transaction():
                 for record in records:

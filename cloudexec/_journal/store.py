@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cloudexec._errors import ConfigError
 from cloudexec._payload import Payload
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Found", "Record", "Store", "open_store"]
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One result, on its way into a journal."""
 
     key: bytes
@@ -33,8 +31,7 @@ class Record:
     payload: Payload
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """One result that was in a journal."""
 
     seconds: float

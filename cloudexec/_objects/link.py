@@ -72,6 +72,12 @@ class Link:
             self._bytes = _DECAY * self._bytes + size
             self._seconds = _DECAY * self._seconds + interval
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether compressing may be worth it, as far as that is known."""
+        known = self._enabled and self._measured >= _LEAST_BYTES
+        return known and self._bytes < _FASTEST * self._seconds
+
     # In a thread.
 
     def pack(self, data: bytes | memoryview) -> bytes | memoryview | Chunk:

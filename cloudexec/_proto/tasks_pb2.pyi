@@ -630,6 +630,7 @@ class Blob(_message.Message):
     MAPPABLE_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     BUCKET_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     size: _builtins.int
     path: _builtins.str
@@ -641,6 +642,8 @@ class Blob(_message.Message):
     """Of a part of a result: the number that its head calls it by."""
     bucket: _builtins.bool
     """To be located before it is fetched: it may be in the bucket."""
+    content: _builtins.bytes
+    """Its content, where it is so small that asking for it would cost more than sending it along."""
     def __init__(
         self,
         *,
@@ -651,10 +654,11 @@ class Blob(_message.Message):
         mappable: _builtins.bool = ...,
         number: _builtins.int = ...,
         bucket: _builtins.bool = ...,
+        content: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket", b"bucket", "id", b"id", "mappable", b"mappable", "number", b"number", "offset", b"offset", "path", b"path", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket", b"bucket", "content", b"content", "id", b"id", "mappable", b"mappable", "number", b"number", "offset", b"offset", "path", b"path", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

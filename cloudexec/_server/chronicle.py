@@ -492,7 +492,7 @@ class Chronicle:
         if task.rung > rung and task.state is not TaskState.DONE:
             machine, driver = self._driver.machine, self._driver
             size = driver.size_name(machine.claim_of(task).rung)
-            self._note(task, future, 0, StoryEvent(what="climbed", reason=f"of {size}"))
+            self._note(task, future, 0, StoryEvent(what="climbed", reason=size))
 
     def _job_of(self, worker: str) -> str:
         return self._driver.job_of(worker)
@@ -531,8 +531,10 @@ class Chronicle:
                 entries.insert(len(entries) - _MOST_NOTES // 2, (None, None, left_out))
         last = entries[-1][2].what if entries else ""
         if ended is None and task is None:
-            known = StoryEvent(what="result", reason="it was in the journal, from an earlier run")
-            add(None, known if _has_result(future) else StoryEvent(what="exception"))
+            recorded = StoryEvent(
+                what="result", reason="it was in the journal, from an earlier run"
+            )
+            add(None, recorded if _has_result(future) else StoryEvent(what="exception"))
         elif ended is None:
             self._add_present(task, last, add)
         else:
@@ -679,22 +681,26 @@ def explain(driver: Driver | None, future: object) -> TaskStory:
     if ended is None:
         owner = future._owner
         ours = owner is driver
-        if owner is None and future.done():  # no task was made of it: its journal had the result
-            ours = driver is not None and driver.journal is not None
+        if owner is None and future.done() and driver is not None:
+            # It is being cancelled; or no task was made of it, and its journal had the result.
+            ours = future._task is not None or driver.journal is not None
     else:
         ours = driver is not None and ended[2] == driver.executor_id
     if driver is None or not ours:
         raise ValueError("explain() takes a future of this executor, and this is another one's")
     chronicle = driver.chronicle
     story = None
-    if ended is None and not driver.finished.is_set() and not driver.portal.is_this_thread:
+    portal = driver.portal
+    # Its thread is not there in a forked child, where nothing goes on anyway.
+    moving = not driver.finished.is_set() and portal.thread.is_alive()
+    if ended is None and moving and not portal.is_this_thread:
 
         async def look() -> TaskStory:
             return chronicle.story_of(future)
 
         work = look()
         try:
-            story = driver.portal.run(work).result()
+            story = portal.run(work).result()
         except (CancelledError, RuntimeError):
             work.close()  # the loop has just ended, and nothing changes any more
     if story is None:

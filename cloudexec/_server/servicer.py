@@ -42,6 +42,7 @@ from cloudexec._wire import (
     DELIVERY_TRIES,
     GO_ON_KEY,
     LEASE_KEY,
+    PUSHED_BYTES,
     SIZE_KEY,
     TOKEN_KEY,
     pack_chunk,
@@ -71,6 +72,7 @@ _BATCH_BYTES = 512 * 1024
 _TRANSFERS = 16
 """Blobs that one worker may be sent at once, and that it may send: each takes a few MiB of memory
 while it is under way. What is more waits."""
+_MOST_PUSHED = 2 * 1024 * 1024
 _OWN_BLOBS = 1 << 40
 """Numbers that each worker may give to blobs."""
 
@@ -138,6 +140,7 @@ class _Session:
         self._drain_said = False
         self._terminate = False
         self._credit = 0
+        self._room = _MOST_PUSHED  # for blobs that go along, in the message that is composed
         self._closed = False
 
     # Commands.
@@ -237,6 +240,7 @@ class _Session:
 
     def _compose(self) -> pb.ServerMessage | None:
         message = pb.ServerMessage()
+        self._room = _MOST_PUSHED
         some = False
         if self._tasks:
             self._compose_tasks(message)
@@ -321,8 +325,8 @@ class _Session:
             if type(payload) is Composed:
                 columns.composed.append(len(leases))
                 columns.blob_counts.append(len(payload.blobs))
-                columns.blobs.extend([self._introduce_blob(b, message) for b in payload.blobs])
-                size += 64 * len(payload.blobs)
+                columns.blobs.extend([blob.id for blob in payload.blobs])
+                size += sum([self._introduce_blob(blob, message) for blob in payload.blobs])
                 self.payloads[task.lease] = payload, function
                 payload = payload.head
             if task.terms is not None:
@@ -369,8 +373,10 @@ class _Session:
         self._known.add(function.number)
         pickled = function.pickle
         blobs: list[int] = []
+        size = 0
         if type(pickled) is Composed:
-            blobs = [self._introduce_blob(blob, message) for blob in pickled.blobs]
+            blobs = [blob.id for blob in pickled.blobs]
+            size = sum([self._introduce_blob(blob, message) for blob in pickled.blobs])
             pickled = pickled.head
         assert type(pickled) is bytes
         message.functions.add(
@@ -380,12 +386,15 @@ class _Session:
             fresh=function.fresh,
             blobs=blobs,
         )
-        return len(pickled)
+        return size + len(pickled)
 
     def _introduce_blob(self, blob: Blob, message: pb.ServerMessage) -> int:
-        if blob.id not in self._known_blobs or blob.id in self._moved:
-            message.blobs.append(self.describe(blob))
-        return blob.id
+        """Tell the worker of a blob, if it does not know it; return the bytes that this takes."""
+        if blob.id in self._known_blobs and blob.id not in self._moved:
+            return 8
+        described = self.describe(blob)
+        message.blobs.append(described)
+        return 64 + len(described.content)
 
     def describe(self, blob: Blob) -> pb.Blob:
         """Say of a blob what its worker must know, who now may ask for it."""
@@ -405,6 +414,11 @@ class _Session:
         else:
             depot = self._driver.depot
             described.bucket = depot is not None and (blob.stored or depot.takes(blob.size))
+            goes_along = blob.size <= min(PUSHED_BYTES, self._room) and not self.link.is_slow
+            if goes_along and blob.origin is None and not described.bucket:
+                described.content = bytes(blob.view())
+                self._room -= blob.size
+                self._driver.bytes_sent += blob.size
         return described
 
     def owns(self, number: int) -> bool:
@@ -628,6 +642,12 @@ class _Session:
 
     def _take_blob(self, described: pb.Blob) -> Blob:
         arrived = self.arrived.pop(described.id, None)
+        if described.content and not described.path:
+            if len(described.content) != described.size:
+                raise ValueError(f"{len(described.content)} bytes are none of {described.size}")
+            self._driver.bytes_received += described.size
+            content = bytearray(described.content)
+            return self._driver.store.take_over(described.size, content=content, spill=True)
         if arrived is None and described.path and self._driver.direct_path:
             arrived = self._open_blob(self._place_of(described))
         if isinstance(arrived, PayloadError):
@@ -669,6 +689,8 @@ class _Session:
             if index in columns.kept:
                 continue
             for part in parts:
+                if not part.path:
+                    continue  # it came another way
                 try:
                     place = self._place_of(part)
                     self.arrived[part.id] = await asyncio.to_thread(self._open_blob, place)

@@ -64,6 +64,8 @@ class MapOptions:
     """Times to call again after a lost worker."""
     max_failures: int | None
     """Failed rows after which no more are started."""
+    is_resuming: bool
+    """Whether it was said that an existing output is gone on with, as it is anyway."""
     is_overwriting: bool
     """Whether an existing output is thrown away."""
     retries_failed: bool
@@ -174,11 +176,14 @@ def _prepare(options: MapOptions) -> _Job:
 def _check_options(options: MapOptions, *, is_file: bool) -> None:
     path = options.output
     for option, is_given in (
+        ("--resume", options.is_resuming),
         ("--overwrite", options.is_overwriting),
         ("--retry-failed", options.retries_failed),
     ):
         if is_given and not is_file:
             raise CommandError(f"{option} is for a file of results: name it with --output")
+    if options.is_overwriting and options.is_resuming:
+        raise CommandError("--overwrite starts anew and --resume goes on: give one of them")
     if options.is_overwriting and options.retries_failed:
         raise CommandError("--overwrite leaves no failed rows for --retry-failed: give one of them")
     if path is None or not is_file:

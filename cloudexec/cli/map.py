@@ -151,6 +151,12 @@ def _parse_output(
     is_flag=True,
     help="Run rows again that failed in an earlier run.",
 )
+@click.option(
+    "--resume",
+    "is_resuming",
+    is_flag=True,
+    help="Go on with what is in --output, as it is done anyway unless --overwrite is given.",
+)
 @click.option("--overwrite", "is_overwriting", is_flag=True, help="Start anew instead of resuming.")
 @click.option(
     "--input-format",

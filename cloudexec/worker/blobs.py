@@ -87,6 +87,18 @@ class BlobCache:
             known.place = place
         known.bucket = bucket
 
+    def take(self, number: int, content: bytes) -> None:
+        """Take in the content of a blob that came along with its announcement, if there is room."""
+        known = self._known[number]
+        if known.place is not None or known.loading is not None:
+            return
+        try:
+            blob = self._room_for(known.size)
+            blob.write(content, 0)
+        except (PayloadError, OSError):
+            return  # whoever needs it asks for it, and learns why it cannot be had
+        known.blob, known.place = blob, _place_of(number, blob)
+
     def keep(self, number: int, fd: int, place: Place) -> Blob:
         """Hold a part of a result until the client forgets it.
 

@@ -33,6 +33,7 @@ from cloudexec._wire import (
     DELIVERY_TRIES,
     GO_ON_KEY,
     LEASE_KEY,
+    PUSHED_BYTES,
     SIZE_KEY,
     TOKEN_KEY,
     pack_chunk,
@@ -72,13 +73,7 @@ _WHY = {
 }
 _HAND_OVER = 30.0
 """Seconds that a worker with nothing left to do waits until the client has taken what it keeps."""
-_CUT = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.UNKNOWN,
-)
+_CUT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """How a call ends whose connection does."""
 _OUTPUT_CREDIT = 1024 * 1024
 """Bytes of output that may be on their way to the client, per worker."""
@@ -115,7 +110,8 @@ class Session:
         self._taken_here: dict[int, ResultBlob] = {}  # files that the client is to take
         self._own_blobs = 0
         self._kept: list[int] = []  # indexes, as above
-        self._bytes = 0
+        self._sizes: list[int] = []  # of each result, with the parts that go along
+        self._bytes = 0  # of all of them
         self._failures: deque[Failure] = deque()
         self._returned: list[int] = []
         self._output: list[tuple[int, int, int, bytes]] = []
@@ -171,7 +167,8 @@ class Session:
             grpc.aio.AioRpcError: If the connection fails.
         """
         address = self._address
-        pull = await asyncio.to_thread(pull_seconds) if address.job_id else 0.0
+        is_new = not self._token
+        pull = await asyncio.to_thread(pull_seconds) if is_new and address.job_id else 0.0
         hello = pb.Hello(
             wire_version=_enrolment.WIRE_VERSION,
             executor_id=address.executor_id,
@@ -200,7 +197,7 @@ class Session:
             token=self._token,
             received=self._reliable.received,
         )
-        if self._token:
+        if not is_new:
             self._reliable.arrived(answer.received)
             return
         self.welcome = answer.welcome
@@ -224,6 +221,7 @@ class Session:
         self._leases.append(lease)
         self._payloads.append(payload)
         self._seconds.append(seconds)
+        self._sizes.append(len(payload))
         self._bytes += len(payload)
 
     def delivered(self, lease: int, seconds: float) -> None:
@@ -238,11 +236,36 @@ class Session:
         # Also what was to be kept, and there is no room for: the client may have some.
         if self.welcome.direct_path:
             self._report(lease, seconds, head, [self._offer(blob) for blob in blobs])
+        elif sum(blob.place.size for blob in blobs) <= PUSHED_BYTES and not self._link.is_slow:
+            self._send_along(lease, seconds, head, blobs)
         else:
             work = self._deliver_all(lease, seconds, head, blobs)
             task = asyncio.get_running_loop().create_task(work)
             self._deliveries.add(task)
             task.add_done_callback(self._deliveries.discard)
+
+    def _send_along(
+        self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob]
+    ) -> None:
+        """Report a result with all its parts: they are small."""
+        parts, size = [], 0
+        try:
+            for blob in blobs:
+                place = blob.place
+                content = os.pread(blob.fd, place.size, place.offset)
+                size += len(content)
+                number = self._number()
+                parts.append(
+                    pb.Blob(id=number, number=place.number, size=place.size, content=content)
+                )
+        except OSError as exc:
+            self._fail_result(lease, seconds, exc)
+        else:
+            self._report(lease, seconds, head, parts)
+            self._sizes[-1] += size
+            self._bytes += size
+        for blob in blobs:
+            self._let_go(blob)
 
     def _report(self, lease: int, seconds: float, head: bytes, blobs: Sequence[pb.Blob]) -> None:
         self._composed[len(self._leases)] = blobs
@@ -525,9 +548,9 @@ class Session:
                 self._bytes = 0
             else:
                 count = size = 0
-                for payload in self._payloads:
+                for each in self._sizes:
                     count += 1
-                    size += len(payload)
+                    size += each
                     if count >= _BATCH_RESULTS or size >= _BATCH_BYTES:
                         break
                 self._bytes -= size
@@ -551,6 +574,7 @@ class Session:
                 results.kept.extend(i for i in self._kept if i < count)
                 self._kept = [i - count for i in self._kept if i >= count]
             del self._leases[:count], self._payloads[:count], self._seconds[:count]
+            del self._sizes[:count]
             some = True
         size = 0
         while self._failures and size < _BATCH_BYTES and len(message.failures) < _BATCH_RESULTS:
@@ -838,6 +862,8 @@ def introduce(cache: BlobCache, blobs: Sequence[pb.Blob]) -> None:
             place,
             bucket=blob.bucket,
         )
+        if blob.content:
+            cache.take(blob.id, blob.content)
 
 
 def _version() -> str:

@@ -110,7 +110,7 @@ def test_killed_run_goes_on_where_it_stopped(start: Start, run: Run, output: str
     torn = Path(output).read_bytes()
     Path(output).write_bytes(torn[:-20])
     open_gate()
-    done = run(*command(output))
+    done = run(*command(output, "--resume"))
     assert done.returncode == 1
     assert f"Resuming: 4 of 10 rows are in {output} already." in done.stderr
     assert rows_in(output) == list(range(1, 11))
@@ -132,6 +132,20 @@ def test_ordered_run_is_in_order_after_it_was_resumed(start: Start, run: Run) ->
     run(*command("out.jsonl", "--ordered"))
     assert rows_in("out.jsonl") == [1, 2, 3, 4, 5, 6, 7]
     assert calls()[:5] == [1, 1, 1, 1, 1]
+
+
+def test_resuming_contradicts_starting_anew(run: Run) -> None:
+    """To resume is the default; said aloud, it needs a file, and not to be thrown away."""
+    done = run(*command("out.jsonl", "--resume", "--overwrite"))
+    assert (done.returncode, done.stderr) == (
+        2,
+        "Error: --overwrite starts anew and --resume goes on: give one of them\n",
+    )
+    done = run("map", "jobs.py:work", "rows.csv", "--resume")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "Error: --resume is for a file of results: name it with --output\n",
+    )
 
 
 def test_two_runs_on_one_output_are_kept_apart(start: Start, run: Run) -> None:

@@ -21,6 +21,7 @@ from cloudexec import (
     DependencyError,
     QueueFullError,
 )
+from cloudexec.testing import ManualLauncher
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_left")]
 
@@ -226,6 +227,17 @@ def test_failed_calls_make_room() -> None:
             assert lost.exception(PATIENCE)
             assert unsent.exception(PATIENCE)
     assert executor.stats().pending_bytes == 0
+
+
+def test_a_cancelled_call_lets_go_of_its_arguments() -> None:
+    """Although its future is kept: whoever cancels thousands wants the memory."""
+    with BatchExecutor(1, launcher=ManualLauncher()) as executor:
+        future = executor.submit(len, b"x" * 10_000)
+        until(lambda: executor.stats().tasks.waiting)
+        task = future._task
+        assert len(task.payload) > 10_000
+        assert future.cancel()
+        until(lambda: task.payload is None)
 
 
 def test_settings_are_checked() -> None:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from typing import Any
-
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, WorkerCapacity
 from cloudexec._core.claims import Claim, Resources, Terms
@@ -18,7 +13,6 @@ from cloudexec._core.commands import (
     FailTask,
     FailTasksUnlaunched,
     Finish,
-    JudgeFailure,
     KillTasks,
     LaunchWorker,
     MarkRunning,
@@ -30,9 +24,7 @@ from cloudexec._core.commands import (
 )
 from cloudexec._core.events import (
     DeadlinePassed,
-    Event,
     Failure,
-    FailureJudged,
     FailureKind,
     FailuresReceived,
     LaunchesRefused,
@@ -47,13 +39,12 @@ from cloudexec._core.events import (
     TasksStarted,
     TasksSubmitted,
     WorkerConnected,
-    WorkerDraining,
     WorkerHeard,
     WorkerLost,
     WorkerReady,
 )
 from cloudexec._core.machine import Machine
-from cloudexec._core.tasks import TRANSITIONS, Kind, Task, TaskState
+from cloudexec._core.tasks import Kind, Task, TaskState
 
 LOST = Failure(FailureKind.SLOT_LOST)
 
@@ -111,20 +102,6 @@ def claim(
 
 def terms(*claims: Claim, priority: int = 0, judged: bool = False) -> Terms:
     return Terms(TaskOptions(), claims, priority, judged)
-
-
-def some_terms(machine: Machine, r: random.Random) -> Terms:
-    """Make up what a view's tasks need."""
-    claims = []
-    if r.random() < 0.8:
-        claims.append(claim(machine, r.choice([0.1, 0.5, 1, 2]), r.choice([0.5, 1, 3])))
-        if not machine.config.scaling.one_machine and r.random() < 0.5:
-            large = WorkerCapacity(cpus=r.choice([4, 8]), memory=32 * 2**30, gpus=r.choice([0, 2]))
-            needs = claim(machine, 3, 6, large.gpus and 1, whole=large, rung=7 + large.gpus)
-            claims.append(needs)
-            if r.random() < 0.5:
-                del claims[0]
-    return terms(*claims, priority=r.choice([0, 0, 1, -1]), judged=r.random() < 0.3)
 
 
 def test_a_task_launches_a_worker_and_is_sent_when_it_connects() -> None:
@@ -442,214 +419,6 @@ def test_every_command_names_the_event_that_caused_it() -> None:
     assert [command.cause for command in commands] == [2]
 
 
-class _World:
-    """Plays a random history to a machine, as workers that lose, repeat and delay things would."""
-
-    def __init__(self, seed: int, *, rich: bool = False) -> None:
-        r = self.random = random.Random(seed)
-        rungs = r.choice([1, 1, 3])
-        sizes = {"sizes": SIZES[:rungs], "one_machine": rungs == 1 and r.random() < 0.5}
-        self.machine = make(
-            max_slots=r.randint(1, 9),
-            slots_per_worker=2,
-            rungs=rungs,
-            min_slots=r.choice([0, 0, 1]),
-            max_tasks_per_worker=r.choice([None, None, 7]),
-            max_worker_lifetime=r.choice([None, None, 20.0]),
-            **(sizes if rich else {}),
-        )
-        self.rich = rich
-        self.terms: list[Terms | None] = [None]
-        if rich:
-            self.terms += [some_terms(self.machine, r) for _ in range(4)]
-        self.now = 0.0
-        self.number = 0
-        self.number_of_workers = 0
-        self.submitted: list[Task] = []
-        self.outcomes: dict[int, str] = {}
-        self.launched: list[tuple[str, int]] = []
-        self.workers: dict[str, dict[int, Task]] = {}
-        self.old: list[tuple[str, int]] = []
-        self.finished = 0
-        self.drained: set[str] = set()
-        self.kinds = [Kind(), quick()]
-        self.asked: list[JudgeFailure] = []
-
-    def tell(self, event: Event) -> None:
-        for command in self.machine.handle(event, self.now):
-            self.obey(command)
-        self.machine.validate()
-
-    def outcome(self, task: Task, how: str) -> None:
-        assert task.number not in self.outcomes, "a task was resolved twice"
-        self.outcomes[task.number] = how
-
-    def obey(self, command: Any) -> None:
-        if isinstance(command, SendTasks):
-            for task in command.tasks:
-                self.workers[command.worker][task.lease] = task
-        elif isinstance(command, ResolveTasks):
-            for task in command.tasks:
-                self.outcome(task, "result")
-        elif isinstance(command, FailTask):
-            self.outcome(command.task, "failed")
-        elif isinstance(command, (FailTasksUnlaunched, CancelTasks)):
-            for task in command.tasks:
-                self.outcome(task, "dropped")
-        elif isinstance(command, JudgeFailure):
-            self.asked.append(command)
-        elif isinstance(command, LaunchWorker):
-            self.launched.append((command.launch, command.slots))
-        elif isinstance(command, TerminateLaunch):
-            self.launched = [entry for entry in self.launched if entry[0] != command.launch]
-        elif isinstance(command, DrainWorker):
-            self.drained.add(command.worker)
-        elif isinstance(command, Finish):
-            self.finished += 1
-
-    def judge(self, *, again: bool) -> None:
-        """Answer the first of the questions whether a failure is worth another attempt."""
-        asked = self.asked.pop(0)
-        self.tell(FailureJudged(asked.worker, asked.task, asked.failure, again))
-
-    def step(self, *, submit: bool = True) -> None:
-        r = self.random
-        if self.asked and r.random() < 0.5:
-            self.judge(again=r.random() < 0.7)
-            return
-        self.now += r.choice([0.0, 0.001, 0.5])
-        worker = r.choice(sorted(self.workers)) if self.workers else ""
-        held = self.workers.get(worker, {})
-        some = r.sample(sorted(held), r.randint(0, len(held)))
-        choice = r.randint(0, 11)
-        if choice <= 1 and submit:
-            batch = []
-            for _ in range(r.randint(1, 20)):
-                self.number += 1
-                task = Task(self.number, r.choice(self.kinds), retries=r.randint(0, 2))
-                task.terms = r.choice(self.terms)
-                if self.rich and r.random() < 0.2:
-                    holders = r.sample(sorted(self.workers), r.randint(0, len(self.workers)))
-                    task.inputs = (Held(r.choice([0, 10, 1000]), set(holders)),)
-                batch.append(task)
-            self.submitted += batch
-            if r.random() < 0.3:
-                for task in batch:
-                    task.state = TaskState.HELD
-                self.tell(TasksHeld(batch))
-            else:
-                self.tell(TasksSubmitted(batch))
-        elif choice == 1 and self.machine.held:
-            ready = r.sample(list(self.machine.held), r.randint(1, len(self.machine.held)))
-            if r.random() < 0.7:
-                self.tell(TasksReleased(ready))
-            else:
-                for task in ready:
-                    self.outcome(task, "dropped")
-                self.tell(TasksDropped(ready))
-        elif choice == 2 and self.submitted:
-            cancelled = r.sample(self.submitted, min(3, len(self.submitted)))
-            open_ones = [task for task in cancelled if task.state is not TaskState.DONE]
-            for task in open_ones:
-                self.outcome(task, "cancelled")
-            self.tell(TasksCancelled(open_ones, kill=r.random() < 0.3))
-        elif choice <= 4 and self.launched:
-            launch, slots = self.launched.pop(0)
-            self.number_of_workers += 1
-            worker = f"w{launch}+{self.number_of_workers}"
-            self.workers[worker] = {}
-            self.tell(WorkerConnected(worker, slots, launch))
-            if r.random() < 0.8:
-                self.tell(WorkerReady(worker))
-        elif choice <= 7 and some:
-            for lease in some:
-                del held[lease]
-                self.old.append((worker, lease))
-            times = [r.choice([1e-5, 1e-5, 0.2]) for _ in some]
-            self.tell(ResultsReceived(worker, some, [b""] * len(some), times))
-        elif choice == 8 and some:
-            for lease in some:
-                del held[lease]
-            kinds = [
-                FailureKind.SLOT_LOST,
-                FailureKind.RAISED,
-                FailureKind.KILLED,
-                FailureKind.RECLAIMED,
-                FailureKind.OUTGREW,
-                FailureKind.TIMED_OUT,
-            ]
-            failures = [(n, Failure(r.choice(kinds), None, r.random() < 0.3)) for n in some]
-            self.tell(FailuresReceived(worker, failures))
-        elif choice == 9 and some:
-            if r.random() < 0.5:
-                self.tell(TasksStarted(worker, some))
-            else:
-                for lease in some:
-                    del held[lease]
-                self.tell(LeasesReturned(worker, some))
-        elif choice == 10 and worker and r.random() < 0.3:
-            if r.random() < 0.5:
-                self.drained.add(worker)
-                self.tell(WorkerDraining(worker))
-            else:
-                del self.workers[worker]
-                known = self.machine.workers.get(worker)
-                launch, slots = worker[1:].partition("+")[0], known.slots if known else 0
-                again = r.random() < 0.3 and bool(known) and not self.machine.shutting_down
-                if again:
-                    self.launched.append((launch, slots))
-                self.tell(WorkerLost(worker, "gone", r.random() < 0.5, r.random() < 0.3, again))
-        elif self.old and r.random() < 0.5:
-            name, lease = r.choice(self.old)
-            self.tell(ResultsReceived(name, [lease], [b""], [0.1]))
-        elif self.launched and r.random() < 0.2:
-            launch, _ = self.launched.pop(0)
-            self.tell(LaunchFailed(launch, "no luck", killed=r.random() < 0.5))
-        else:
-            deadline = self.machine.next_deadline()
-            if deadline is not None:
-                self.now = max(self.now, min(deadline, self.now + 1.0))
-                self.tell(DeadlinePassed())
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.integers(0, 2**32), st.booleans())
-def test_any_history_resolves_every_task_exactly_once(seed: int, rich: bool) -> None:
-    """Whatever is lost, repeated or late: invariants hold, and each task has one outcome.
-
-    Rich ones have tasks with needs, priorities, inputs and exceptions that are worth another try.
-    """
-    world = _World(seed, rich=rich)
-    for _ in range(world.random.randint(10, 150)):
-        world.step()
-    world.tell(ShutdownRequested(cancel=world.random.random() < 0.3))
-    # From here on the world is kind: everything that was sent is answered.
-    for _ in range(2000):
-        if world.finished:
-            break
-        while world.asked:
-            world.judge(again=world.random.random() < 0.5)
-        for name, held in list(world.workers.items()):
-            leases = list(held)
-            held.clear()
-            if leases:
-                answers = ResultsReceived(name, leases, [b""] * len(leases), [0.1] * len(leases))
-                world.tell(answers)
-            elif not (world.machine.open_tasks or world.machine.held) or name in world.drained:
-                del world.workers[name]
-                world.tell(WorkerLost(name, "ended"))
-        while world.launched:
-            launch, slots = world.launched.pop(0)
-            world.workers[f"w{launch}"] = {}
-            world.tell(WorkerConnected(f"w{launch}", slots, launch))
-        world.now += 1.0
-        if world.machine.held:
-            world.tell(TasksReleased(list(world.machine.held)))
-        world.tell(DeadlinePassed())
-    assert world.finished == 1
-    assert sorted(world.outcomes) == [task.number for task in world.submitted]
-
-
 def ladder(rungs: int = 3, max_slots: int = 2) -> Machine:
     return make(max_slots=max_slots, slots_per_worker=1, rungs=rungs)
 
@@ -861,10 +630,3 @@ def test_nothing_is_launched_any_more_once_the_budget_is_used_up() -> None:
     assert not machine.launches
     machine.handle(WorkerHeard("a"), 5.0)
     machine.validate()
-
-
-@pytest.mark.parametrize("state", list(TaskState))
-def test_a_done_task_never_changes_again(state: TaskState) -> None:
-    """The table of transitions is closed, and its only end is DONE."""
-    assert TRANSITIONS[state] <= set(TaskState)
-    assert (not TRANSITIONS[state]) == (state is TaskState.DONE)

@@ -202,8 +202,9 @@ def test_what_leaves_its_group_ends_with_its_slot(end: str) -> None:
 
 
 def leave_and_wait(told: str, gate: str) -> None:
+    left = leave("daemon")
     with open(told, "w") as file:
-        file.write(" ".join(map(str, leave("daemon"))))
+        file.write(" ".join(map(str, left)))
     with open(gate) as file:
         file.read()
 

@@ -65,6 +65,13 @@ def fails_once(directory: str) -> str:
     return "well"
 
 
+def talks(directory: str) -> str:
+    count(directory, "talks")
+    for line in range(100):
+        print("line", line)
+    return "done"
+
+
 class Model:
     """Something with a state, whose method is a task."""
 

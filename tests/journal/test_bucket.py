@@ -186,9 +186,7 @@ def test_lease_of_another_machine_ends_when_nobody_renews_it(
 
 
 @pytest.mark.timeout(60)
-def test_many_segments_become_one(
-    aws: FakeAWS, ran: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_segments_become_one(aws: FakeAWS, ran: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A journal of many runs is opened with few requests."""
     monkeypatch.setattr(bucket, "_MANY_SEGMENTS", 3)
     for x in range(4):

@@ -16,6 +16,7 @@ from journal_tasks import (
     gated,
     large,
     square,
+    talks,
     total,
     words,
 )
@@ -341,6 +342,17 @@ def test_start_says_what_there_is(
     with caplog.at_level(logging.INFO, "cloudexec"), executor():
         pass
     assert f"journal {tmp_path / 'journal'}: 3 results of earlier runs" in caplog.messages
+
+
+def test_result_that_waits_for_output_is_recorded(executor: Open, ran: str) -> None:
+    """What a call printed is shown before it counts as done, and the journal waits for both."""
+    for resumed in (0, 1):
+        with executor(output="logging") as each:
+            future = each.submit(talks, ran)
+        assert future.result() == "done"
+        assert each.stats().tasks.resumed == resumed
+        assert "journal" in str(each.explain(future)) or not resumed
+    assert calls(ran) == {"talks": 1}
 
 
 def test_journal_does_not_hold_up_the_rest(executor: Open, ran: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from hostile_peers import channel
 from test_enrolment import Peer
 
 from cloudexec import BatchExecutor, ObjectOptions, PayloadError, WorkerLostError, _records
@@ -191,6 +192,53 @@ def test_a_result_that_is_delivered_and_reported_arrives(
     assert worker.deliver(chunks(size=100_000)) is True
     worker.report()
     assert np.array_equal(worker.future.result(20), ARRAY)
+
+
+def test_a_small_part_comes_along_with_its_result(executor: BatchExecutor, worker: Worker) -> None:
+    worker.report(content=DATA)
+    assert np.array_equal(worker.future.result(20), ARRAY)
+    until_empty(executor)
+
+
+def test_a_part_that_is_not_as_long_as_it_says_ends_the_session(
+    executor: BatchExecutor, launcher: ManualLauncher, worker: Worker
+) -> None:
+    worker.report(content=DATA[1:])
+    assert worker.ended()
+    assert_unharmed(executor, launcher, worker)
+
+
+@pytest.mark.parametrize(("size", "goes_along"), [(200_000, True), (300_000, False)])
+def test_small_arguments_go_along_with_the_first_task_that_takes_them(
+    size: int, goes_along: bool
+) -> None:
+    """So that a worker far away need not ask; larger ones it has to ask for."""
+    launcher = ManualLauncher(needs_network=True)
+    content = os.urandom(size)
+    with BatchExecutor(1, launcher=launcher, listen="127.0.0.1:0") as executor:
+        futures = [executor.submit(len, content) for _ in range(2)]
+        (launch,) = launcher.wait(1, timeout=20)
+        contact = launch.contact
+        peer = Peer(contact.target, channel(contact))
+        try:
+            peer.enrol(contact.executor_id, launch.launch_id, contact.key)
+            peer.send(ready=True)
+            told = []
+            for future in futures:
+                message = next(each for each in peer.answers if each.HasField("tasks"))
+                told += message.blobs
+                (lease,) = message.tasks.leases
+                result = pb.Results(leases=[lease], payloads=[pickle.dumps(1)], seconds=[0.0])
+                peer.send(results=result)
+                assert future.result(20) == 1
+            (blob,) = told  # once, not with the second task
+            assert (content in blob.content) is goes_along
+            assert len(blob.content) == (blob.size if goes_along else 0)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+            peer.close()
+            launcher.end_all()
+            executor.kill_workers()
 
 
 def test_a_result_in_a_file_of_the_worker_arrives(executor: BatchExecutor, worker: Worker) -> None:

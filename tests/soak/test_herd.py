@@ -88,17 +88,15 @@ async def play(client: subprocess.Popen[str]) -> list[Any]:
     workers = [SimulatedWorker(contact, str(n + 1), answer=echo) for n in range(WORKERS)]
     room = asyncio.Semaphore(64)
 
-    async def serve(worker: SimulatedWorker) -> str:
+    async def connect(worker: SimulatedWorker) -> None:
         async with room:
             await worker.connect()
-        connected.append(worker)
-        return await worker.serve()
 
-    connected: list[SimulatedWorker] = []
     async with asyncio.TaskGroup() as group:
-        serving = [group.create_task(serve(worker)) for worker in workers]
-        while len(connected) < WORKERS:
-            await asyncio.sleep(0.01)
+        for worker in workers:
+            group.create_task(connect(worker))
+    async with asyncio.TaskGroup() as group:
+        serving = [group.create_task(worker.serve()) for worker in workers]
         client.stdin.write("\n")
         client.stdin.flush()
         assert await asyncio.to_thread(client.stdout.readline) == "half\n"

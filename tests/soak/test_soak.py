@@ -1,7 +1,8 @@
-"""A short soak run: everything fails at once, and nothing is lost, doubled, wrong or left behind."""
+"""A short soak run: everything fails at once; nothing is lost, doubled, wrong or left behind."""
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import subprocess
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+import cloudexec
+
 pytestmark = [
     pytest.mark.timeout(200),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc"),
 ]
 
 ROOT = Path(__file__).parents[2]
+ROW = re.compile(r"^\| \**([^|*]+)\** \| \**([\d,]+)\** \|$", re.MULTILINE)
 MUST_BE_ZERO = (
     "results lost",
     "results doubled",
@@ -34,8 +38,8 @@ def test_nothing_is_lost_doubled_or_left_behind_when_everything_fails_at_once() 
     options = ["--minutes", "0.25", "--seed", str(seed), "--period", "0.15", "--grace", "2"]
     run = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "soak.py"), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(cloudexec.__file__).parents[1])},
+        capture_output=True,
         text=True,
         timeout=180,
     )

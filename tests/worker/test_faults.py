@@ -1035,16 +1035,24 @@ def test_killed_worker_loses_no_future(victim: str) -> None:
 def test_terminated_supervisor_loses_no_future(tmp_path: Path) -> None:
     """SIGTERM drains a worker: what runs is finished there, once; the rest runs elsewhere."""
 
+    began, gate = fifo(tmp_path / "began"), fifo(tmp_path / "gate")
+
     def task(n: int) -> int:
         mark(tmp_path / str(n))
-        time.sleep(0.05)
+        if n == 1:
+            write(began, "x")
+            read(gate)
         return n
 
     with BatchExecutor(2, output="off", retries=0) as executor:
         futures = [executor.submit(task, n) for n in range(60)]
-        wait(futures[:4], 30)
-        for process in worker_processes()[0]:
-            process.terminate()
+        read(began)
+        (supervisor,) = worker_processes()[0]
+        supervisor.terminate()
+        # The rest runs elsewhere before what runs here is done.
+        assert not wait([f for n, f in enumerate(futures) if n != 1], 30).not_done
+        assert supervisor.is_running()
+        write(gate, "")
         assert [f.result(30) for f in futures] == list(range(60))
     assert [marked(tmp_path / str(n)) for n in range(60)] == [1] * 60
 
@@ -1106,14 +1114,14 @@ def test_initializer_that_ends_its_process_breaks_the_executor() -> None:
 
 
 CLIENT = """
-import os, signal, subprocess, sys, tempfile, time
+import os, signal, subprocess, sys
 from cloudexec import BatchExecutor
 
 def hang(path):
     child = subprocess.Popen(["sleep", "1000"])
     with open(path, "w") as file:
         file.write(f"{os.getpid()} {child.pid}")
-    time.sleep(1000)
+    signal.pause()
 
 if __name__ == "__main__":
     with BatchExecutor(2) as executor:

@@ -1,0 +1,505 @@
+"""Any history: the machine's invariants hold, and each future has one outcome, of its own lease."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, WorkerCapacity
+from cloudexec._core import commands, events
+from cloudexec._core.claims import Claim, Resources, Terms
+from cloudexec._core.events import Event, Failure, FailureKind
+from cloudexec._core.machine import Machine
+from cloudexec._core.tasks import TRANSITIONS, Kind, Task, TaskState
+
+GIB = 2**30
+DATA = st.data()
+SHARE = st.floats(0, 1)
+KINDS = [
+    FailureKind.SLOT_LOST,
+    FailureKind.RAISED,
+    FailureKind.KILLED,
+    FailureKind.RECLAIMED,
+    FailureKind.OUTGREW,
+    FailureKind.TIMED_OUT,
+    FailureKind.INPUT_LOST,
+]
+
+
+class Input:
+    """Something large that tasks take."""
+
+    def __init__(self, size: int, workers: set[str]) -> None:
+        self.size = size
+        self.workers = workers
+
+
+class Traced(Task):
+    """A task that sees that each of its states may follow the one before."""
+
+    __slots__ = ("_state",)
+
+    @property
+    def state(self) -> TaskState:  # type: ignore[override]
+        return self._state
+
+    @state.setter
+    def state(self, to: TaskState) -> None:
+        before = getattr(self, "_state", None)
+        if before is not None and before is not to:
+            assert to in TRANSITIONS[before], f"a task went from {before} to {to}"
+        self._state = to
+
+
+class Future:
+    """What is known of one task: who may answer for it, and what came of it."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.outcome = ""
+        self.lease = 0
+        self.begun = 0
+
+
+class Peer:
+    """A worker: what it has, what of it has begun, and what it could not say while cut off."""
+
+    def __init__(self, name: str, slots: int, launch: str) -> None:
+        self.name = name
+        self.slots = slots
+        self.launch = launch
+        self.ready = False
+        self.cut = False
+        self.draining = False
+        self.leases: dict[int, Future] = {}
+        self.begun: set[int] = set()
+        self.unsaid: list[Event] = []
+
+
+class History(RuleBasedStateMachine):
+    """Rules are what may happen; the model of each future says what may come of it."""
+
+    @initialize(
+        slots=st.integers(1, 3),
+        workers=st.integers(1, 4),
+        rungs=st.sampled_from([1, 1, 2]),
+        shared=st.booleans(),
+        sized=st.booleans(),
+        grace=st.sampled_from([0.0, 5.0]),
+        most=st.sampled_from([None, None, 5]),
+        lifetime=st.sampled_from([None, 20.0]),
+        least=st.integers(0, 1),
+    )
+    def begin(
+        self,
+        slots: int,
+        workers: int,
+        rungs: int,
+        shared: bool,
+        sized: bool,
+        grace: float,
+        most: int | None,
+        lifetime: float | None,
+        least: int,
+    ) -> None:
+        sizes = tuple(WorkerCapacity(cpus=4, memory=4 * GIB << n) for n in range(rungs))
+        scaling = ScalingPolicy(
+            max_slots=slots * workers,
+            min_slots=least,
+            slots_per_worker=slots,
+            idle_timeout=10.0,
+            max_tasks_per_worker=most,
+            max_worker_lifetime=lifetime,
+            rungs=rungs,
+            sizes=sizes if sized else (),
+            one_machine=shared and sized and rungs == 1,
+        )
+        config = ServerConfig(scaling=scaling, lease_timeout=30.0, reconnect_grace=grace)
+        self.machine = Machine(config)
+        self.now = 0.0
+        self.futures: dict[int, Future] = {}
+        self.launches: dict[str, int] = {}
+        self.peers: dict[str, Peer] = {}
+        self.past: list[Event] = []
+        self.asked: list[commands.JudgeFailure] = []
+        self.finished = 0
+        quick = Kind()
+        for _ in range(50):
+            quick.learn(1e-5)
+        self.kinds = [Kind(), quick]
+        self.inputs = [Input(10, set()), Input(1000, set())]
+        self.terms: list[Terms | None] = [None, None, Terms(TaskOptions(), (), 1, judged=True)]
+        if sized:
+            whole = Resources.had_by(sizes[0])
+            for cpus in (0.5, 3):
+                need = Resources.of(cpus, GIB)
+                fitting = slots if scaling.one_machine else need.times_in(whole)
+                self.terms.append(Terms(TaskOptions(), (Claim(need, 0, whole, fitting, need),)))
+
+    # Events and commands.
+
+    def tell(self, event: Event) -> None:
+        if isinstance(event, events.WorkerLost) and event.worker in self.machine.workers:
+            self.revoke(event.worker)
+        for command in self.machine.handle(event, self.now):
+            self.obey(command)
+
+    def say(self, peer: Peer, event: Event) -> None:
+        """Have a worker say something; while it is cut off, nobody hears it."""
+        if peer.cut:
+            peer.unsaid.append(event)
+        else:
+            self.past.append(event)
+            self.tell(event)
+
+    def revoke(self, worker: str) -> None:
+        """From now on, no result of this worker counts."""
+        for future in self.futures.values():
+            if future.task.worker == worker:
+                future.lease = 0
+
+    def end(self, task: Task, how: str) -> None:
+        future = self.futures[task.number]
+        assert not future.outcome, f"{task} has two outcomes: {future.outcome}, {how}"
+        future.outcome = how
+
+    def obey(self, command: commands.Command) -> None:
+        if isinstance(command, commands.SendTasks):
+            peer = self.peers[command.worker]
+            assert not peer.cut, "a worker that is cut off got tasks"
+            for task in command.tasks:
+                future = self.futures[task.number]
+                assert not future.outcome, f"{task} was sent after its outcome"
+                assert task.lost <= task.retries, f"{task} was sent more often than it may be"
+                future.lease = task.lease
+                peer.leases[task.lease] = future
+        elif isinstance(command, commands.ResolveTasks):
+            for task, lease in zip(command.tasks, command.results, strict=True):
+                assert lease == self.futures[task.number].lease, "a result of a lost lease"
+                self.end(task, "result")
+        elif isinstance(command, commands.FailTask):
+            failure = command.failure
+            blamed = failure.kind is FailureKind.WORKER_LOST and failure.suspects > 1
+            assert not (blamed and command.task.retries), "one of several suspects is blamed"
+            self.end(command.task, "failure")
+        elif isinstance(command, (commands.FailTasksUnlaunched, commands.CancelTasks)):
+            for task in command.tasks:
+                self.end(task, "dropped")
+        elif isinstance(command, commands.JudgeFailure):
+            self.asked.append(command)
+        elif isinstance(command, commands.LaunchWorker):
+            self.launches[command.launch] = command.slots
+        elif isinstance(command, commands.TerminateLaunch):
+            self.launches.pop(command.launch)
+        elif isinstance(command, commands.TerminateWorker):
+            # The machine may have given it up; then it need not be told that it has ended.
+            if command.worker not in self.machine.workers:
+                del self.peers[command.worker]
+                for future in self.futures.values():
+                    if future.task.worker == command.worker:
+                        future.lease = 0
+        elif isinstance(command, commands.DrainWorker):
+            self.peers[command.worker].draining = True
+        elif isinstance(command, commands.Finish):
+            self.finished += 1
+
+    # Who is concerned.
+
+    def pick(self, data: Any, entries: Any) -> Any:
+        return data.draw(st.sampled_from(sorted(entries)))
+
+    def peer(self, data: Any) -> Peer:
+        return self.peers[self.pick(data, self.peers)]
+
+    def some(self, data: Any, entries: Any) -> list[Any]:
+        entries = sorted(entries)
+        if not entries:
+            return []
+        return data.draw(st.lists(st.sampled_from(entries), unique=True, max_size=8))  # type: ignore[no-any-return]
+
+    # What users do.
+
+    @rule(
+        data=DATA,
+        retries=st.integers(0, 2),
+        count=st.sampled_from([1, 3, 20]),
+        held=st.booleans(),
+    )
+    def submit(self, data: Any, retries: int, count: int, held: bool) -> None:
+        if self.machine.shutting_down:
+            return
+        kind, terms = data.draw(st.sampled_from(self.kinds)), data.draw(st.sampled_from(self.terms))
+        inputs = data.draw(st.sampled_from([(), (), tuple(self.inputs[:1]), tuple(self.inputs)]))
+        batch: list[Task] = []
+        for number in range(len(self.futures) + 1, len(self.futures) + 1 + count):
+            task = Traced(number, kind, retries=retries, terms=terms, inputs=inputs)
+            batch.append(task)
+            self.futures[number] = Future(task)
+        if held:
+            for task in batch:
+                task._state = TaskState.HELD  # type: ignore[attr-defined]
+            self.tell(events.TasksHeld(batch))
+        else:
+            self.tell(events.TasksSubmitted(batch))
+
+    @precondition(lambda self: self.machine.held)
+    @rule(data=DATA, drop=st.booleans())
+    def release(self, data: Any, drop: bool) -> None:
+        numbers = self.some(data, [task.number for task in self.machine.held])
+        batch = [self.futures[number].task for number in numbers]
+        if not drop:
+            self.tell(events.TasksReleased(batch))
+            return
+        for task in batch:
+            self.end(task, "dropped")
+        self.tell(events.TasksDropped(batch))
+
+    @precondition(lambda self: self.futures)
+    @rule(data=DATA, how=st.sampled_from(["cancel", "kill", "recall"]))
+    def cancel(self, data: Any, how: str) -> None:
+        numbers = self.some(data, [n for n, f in self.futures.items() if not f.outcome])
+        batch = [self.futures[number].task for number in numbers]
+        if how == "recall":
+            self.tell(events.TasksRecalled(batch))
+            return
+        for task in batch:
+            self.end(task, "cancelled")
+        self.tell(events.TasksCancelled(batch, kill=how == "kill"))
+
+    @rule(
+        share=SHARE,
+        how=st.sampled_from(["wait", "cancel", "kill"]),
+    )
+    def shut_down(self, share: float, how: str) -> None:
+        if share < 0.03:
+            self.tell(events.ShutdownRequested(cancel=how != "wait", kill=how == "kill"))
+
+    # What platforms do.
+
+    @precondition(lambda self: self.launches)
+    @rule(data=DATA)
+    def connect(self, data: Any) -> None:
+        launch = self.pick(data, self.launches)
+        slots = self.launches.pop(launch)
+        name = f"w{launch}.{len(self.past)}"
+        self.peers[name] = Peer(name, slots, launch)
+        self.past.append(events.WorkerHeard(name))  # so that no name comes twice
+        self.tell(events.WorkerConnected(name, slots, launch))
+
+    @precondition(lambda self: self.launches)
+    @rule(data=DATA, how=st.sampled_from(["fails", "fails", "is killed", "fatal", "refused"]))
+    def launch_fails(self, data: Any, how: str) -> None:
+        launch = self.pick(data, self.launches)
+        if how == "refused":
+            refused = list(self.launches)
+            self.launches.clear()
+            self.tell(events.LaunchesRefused(refused))
+            self.machine.refusing = False  # or little would follow
+            return
+        del self.launches[launch]
+        failed = events.LaunchFailed(
+            launch, "no luck", fatal=how == "fatal", killed=how == "is killed"
+        )
+        self.tell(failed)
+
+    @rule(seconds=st.sampled_from([0.0, 0.06, 1.0, 7.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        for peer in self.peers.values():
+            if not peer.cut and seconds > 1:
+                self.tell(events.WorkerHeard(peer.name))
+        deadline = self.machine.next_deadline()
+        if deadline is not None and deadline <= self.now:
+            self.tell(events.DeadlinePassed())
+
+    # What workers do.
+
+    @precondition(lambda self: self.peers)
+    @rule(data=DATA)
+    def is_ready(self, data: Any) -> None:
+        peer = self.peer(data)
+        if not peer.ready:
+            peer.ready = True
+            self.say(peer, events.WorkerReady(peer.name))
+
+    @precondition(lambda self: any(p.ready and p.leases for p in self.peers.values()))
+    @rule(data=DATA, share=SHARE, times=st.integers(1, 3))
+    def work(self, data: Any, share: float, times: int) -> None:
+        """Begin with the first ones, in order; answer for some, and say what is running."""
+        peer = self.peers[self.pick(data, [p.name for p in self.peers.values() if p.ready])]
+        for _ in range(times):
+            waiting = [lease for lease in peer.leases if lease not in peer.begun]
+            for lease in waiting[: peer.slots - len(peer.begun)]:
+                future = peer.leases[lease]
+                future.begun += 1
+                assert future.task.retries or future.begun == 1, f"{future.task} ran twice"
+                peer.begun.add(lease)
+            done = sorted(peer.begun)[: round(share * len(peer.begun))]
+            if done:
+                self.give_up(peer, done)
+                seconds = [0.00001 if share < 0.9 else 0.5] * len(done)
+                self.say(peer, events.ResultsReceived(peer.name, done, done, seconds))
+        if peer.begun:
+            self.say(peer, events.TasksStarted(peer.name, sorted(peer.begun)))
+
+    def give_up(self, peer: Peer, leases: list[int]) -> None:
+        for lease in leases:
+            del peer.leases[lease]
+            peer.begun.discard(lease)
+
+    @precondition(lambda self: any(p.begun for p in self.peers.values()))
+    @rule(data=DATA, kind=st.sampled_from(KINDS), memory=st.booleans())
+    def fail(self, data: Any, kind: FailureKind, memory: bool) -> None:
+        peer = self.peers[self.pick(data, [p.name for p in self.peers.values() if p.begun])]
+        lease = self.pick(data, peer.begun)
+        if kind is FailureKind.INPUT_LOST:
+            peer.leases[lease].begun -= 1  # it did not get that far
+        self.give_up(peer, [lease])
+        self.say(peer, events.FailuresReceived(peer.name, [(lease, Failure(kind, "", memory))]))
+
+    @precondition(lambda self: self.peers)
+    @rule(data=DATA)
+    def hand_back(self, data: Any) -> None:
+        peer = self.peer(data)
+        leases = self.some(data, peer.leases.keys() - peer.begun)
+        self.give_up(peer, leases)
+        self.say(peer, events.LeasesReturned(peer.name, leases))
+
+    @precondition(lambda self: self.peers)
+    @rule(data=DATA)
+    def drain(self, data: Any) -> None:
+        peer = self.peer(data)
+        peer.draining = True
+        self.say(peer, events.WorkerDraining(peer.name))
+
+    @precondition(lambda self: self.peers)
+    @rule(data=DATA, how=st.sampled_from(["died", "reclaimed", "memory"]), again=st.booleans())
+    def die(self, data: Any, how: str, again: bool) -> None:
+        peer = self.peer(data)
+        del self.peers[peer.name]
+        again = again and how == "reclaimed" and not self.machine.shutting_down
+        if again:
+            self.launches[peer.launch] = peer.slots
+        known = self.machine.workers.get(peer.name)
+        aboard = [] if known is None else list(known.leases.values())
+        lost = [task.lost for task in aboard]
+        self.tell(
+            events.WorkerLost(
+                peer.name,
+                how,
+                reclaimed=how == "reclaimed",
+                out_of_memory=how == "memory",
+                relaunched=again,
+            )
+        )
+        self.past += peer.unsaid
+        if how == "died" and len(aboard) > 1:
+            blamed = [t for t, n in zip(aboard, lost, strict=True) if t.retries and t.lost > n]
+            assert not blamed, f"of {aboard} aboard a lost worker, {blamed} are blamed"
+
+    @precondition(lambda self: self.peers)
+    @rule(data=DATA)
+    def cut_or_mend(self, data: Any) -> None:
+        peer = self.peer(data)
+        peer.cut = not peer.cut
+        if peer.cut:
+            self.tell(events.WorkerCut(peer.name))
+            return
+        self.tell(events.WorkerBack(peer.name))
+        unsaid, peer.unsaid = peer.unsaid, []
+        for event in unsaid:
+            self.say(peer, event)
+
+    @precondition(lambda self: self.past)
+    @rule(data=DATA)
+    def repeat(self, data: Any) -> None:
+        """Something arrives that has arrived before, or of a worker that was given up."""
+        event = data.draw(st.sampled_from(self.past))
+        if isinstance(event, events.WorkerReady):
+            return
+        self.tell(event)
+
+    @precondition(lambda self: self.asked)
+    @rule(again=st.booleans())
+    def judge(self, again: bool) -> None:
+        asked = self.asked.pop(0)
+        self.tell(events.FailureJudged(asked.worker, asked.task, asked.failure, again))
+
+    @precondition(lambda self: self.machine.resting_tasks())
+    @rule()
+    def restore(self) -> None:
+        judged = {asked.task.number for asked in self.asked}
+        resting = [t for t in self.machine.resting_tasks() if t.number not in judged]
+        self.tell(events.InputsRestored(resting))
+
+    # What holds, always.
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "machine"):
+            self.machine.validate()
+            assert self.finished == self.machine.finished
+            for future in self.futures.values():
+                done = future.task.state is TaskState.DONE
+                assert done == bool(future.outcome), f"{future.task}: {future.outcome!r}"
+
+    def teardown(self) -> None:
+        """Be kind from now on: then everything comes to an end."""
+        if not hasattr(self, "machine"):
+            return
+        self.tell(events.ShutdownRequested())
+        for _ in range(3000):
+            if self.machine.finished:
+                break
+            while self.asked:
+                self.judge(again=False)
+            self.restore()
+            if self.machine.held:
+                self.tell(events.TasksReleased(list(self.machine.held)))
+            for launch in list(self.launches):
+                if launch in self.launches:
+                    slots = self.launches.pop(launch)
+                    name = f"kind{launch}.{self.now}"
+                    self.peers[name] = Peer(name, slots, launch)
+                    self.tell(events.WorkerConnected(name, slots, launch))
+            for peer in list(self.peers.values()):
+                self.be_kind(peer)
+            self.now += 1.0
+            for name in list(self.peers):
+                self.tell(events.WorkerHeard(name))
+            self.tell(events.DeadlinePassed())
+        self.holds()
+        assert self.machine.finished, "it does not come to an end"
+        assert all(future.outcome for future in self.futures.values())
+
+    def be_kind(self, peer: Peer) -> None:
+        if peer.cut:
+            peer.cut = False
+            self.tell(events.WorkerBack(peer.name))
+            for event in peer.unsaid:
+                self.tell(event)
+        leases = list(peer.leases)
+        self.give_up(peer, leases)
+        if leases:
+            times = [0.1] * len(leases)
+            self.tell(events.ResultsReceived(peer.name, leases, leases, times))
+        elif peer.draining or self.machine.killing:
+            self.peers.pop(peer.name, None)
+            self.tell(events.WorkerLost(peer.name, "ended"))
+
+
+def test_any_history_resolves_every_task_exactly_once() -> None:
+    """Whatever is lost, repeated, late, cut off, cancelled or taken back."""
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        History, settings=settings(max_examples=60, stateful_step_count=60, deadline=None)
+    )
