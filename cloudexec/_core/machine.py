@@ -687,10 +687,10 @@ class Machine:
         """Lose a worker whose connection was cut, and that is not waited for any longer."""
         assert worker.cut_at is not None
         self._out.append(TerminateWorker(worker.id, self._events))
-        reason = (
-            f"its connection was cut, and it did not come back within "
-            f"{self.config.reconnect_grace:g} s (reconnect_grace)"
-        )
+        grace = self.config.reconnect_grace
+        reason = "its connection was cut"
+        if grace:
+            reason += f", and it did not come back within {grace:g} s (reconnect_grace)"
         self._lose_worker(worker, WorkerLost(worker.id, reason), now)
 
     def _on_heard(self, event: WorkerHeard, now: float) -> None:
@@ -862,9 +862,7 @@ class Machine:
             self._remind(self._launch_not_before)
             return
         # What workers that are there, or may still come, can do is not given up.
-        active = [w for w in self.workers.values() if w.state is WorkerState.ACTIVE]
-        served = {worker.account.capacity for worker in active}
-        served |= {launch.capacity for launch in self.launches.values()}
+        served = {self._capacity_of(pool) for pool in self._active_pools}
         hopeless = [
             line
             for line in self._lines.values()
@@ -1140,20 +1138,22 @@ class Machine:
             self._awake(now)
         active = sum(w.slots for w in self.workers.values() if w.state is WorkerState.ACTIVE)
         for worker in list(self.workers.values()):
+            is_active = worker.state is WorkerState.ACTIVE
             if worker.cut_at is not None:
                 if now >= worker.cut_at + config.reconnect_grace:
-                    active -= worker.slots if worker.state is WorkerState.ACTIVE else 0
+                    active -= worker.slots if is_active else 0
                     self._give_up(worker, now)
                 else:
                     self._remind(worker.cut_at + config.reconnect_grace)
                 continue
             if now >= worker.heard_at + config.lease_timeout:
                 self._out.append(TerminateWorker(worker.id, self._events))
+                active -= worker.slots if is_active else 0
                 reason = f"it was silent for {config.lease_timeout:g} s"
                 self._lose_worker(worker, WorkerLost(worker.id, reason), now, silent=True)
                 continue
             self._remind(worker.heard_at + config.lease_timeout)
-            if scaling.max_worker_lifetime is not None and worker.state is WorkerState.ACTIVE:
+            if scaling.max_worker_lifetime is not None and is_active:
                 end_of_life = worker.connected_at + scaling.max_worker_lifetime
                 if now >= end_of_life:
                     active -= worker.slots
@@ -1167,7 +1167,7 @@ class Machine:
                     worker.paused_until = 0.0
                     if worker.state is WorkerState.ACTIVE:
                         self._welcome(worker)
-            if worker.idle_since is None or worker.state is not WorkerState.ACTIVE:
+            if worker.idle_since is None or not is_active:
                 continue
             if scaling.idle_timeout is None or active - worker.slots < scaling.min_slots:
                 continue
@@ -1503,120 +1503,15 @@ class Machine:
             and not worker.paused_until
         )
 
-    # For tests and for people.
-
     def validate(self) -> None:
-        """Check every invariant.
+        """Check every invariant; for tests.
 
         Raises:
             AssertionError: Naming the one that does not hold.
         """
-        waiting = self.waiting_tasks()
-        assert len(waiting) == self._waiting, "the count of waiting tasks is off"
-        assert len(set(map(id, waiting))) == len(waiting), "a task waits twice"
-        held: set[int] = set()
-        open_held = 0
-        for worker in self.workers.values():
-            assert worker.id in self.workers
-            cost = sum(task.cost for task in worker.leases.values())
-            assert abs(cost - worker.load) < 1.0, "a worker's load is off"
-            assert (worker.idle_since is None) == bool(worker.leases), "idle with leases"
-            for lease, task in worker.leases.items():
-                assert id(task) not in held or task.state is _DONE, "a task is leased twice"
-                if task.state is _DONE:
-                    continue
-                held.add(id(task))
-                open_held += 1
-                assert task.lease == lease, "task and worker disagree on the lease"
-                assert task.worker == worker.id, "task and worker disagree on who has it"
-                assert task.state in (_SENT, _RUNNING), "a leased task is neither sent nor running"
-                assert task.lost <= task.retries, "a task has more attempts than it may"
-        assert not held & set(map(id, waiting)), "a task is both waiting and leased"
-        resting = len(self._resting)
-        assert all(task.state is _RESTING for task in self._resting), "a task rests elsewhere"
-        assert self.open_tasks == len(waiting) + open_held + resting, "open tasks are nowhere"
-        opened = Counter(id(self._line_of(task)) for task in waiting)
-        opened.update(id(self._line_of(task)) for task in self._resting)
-        for worker in self.workers.values():
-            alive = [task for task in worker.leases.values() if task.state is not _DONE]
-            opened.update(id(self._line_of(task)) for task in alive)
-        for line in self._lines.values():
-            assert self._open_of(line) == opened[id(line)], "open tasks by line are off"
-            assert line is self._plain or line.open, "a line without tasks is kept"
-            misplaced = [
-                t for t in line.tasks if t.state is _WAITING and self._line_of(t) is not line
-            ]
-            assert not misplaced, "a task waits in another line than its own"
-        self._validate_accounts()
-        for name in self._hungry:
-            assert self.workers[name].state is WorkerState.ACTIVE, "a draining worker is hungry"
-            assert self.workers[name].cut_at is None, "a worker that was cut off is hungry"
-        self._validate_cuts()
-        self._validate_quarantine()
-        active = sum(w.slots for w in self.workers.values() if w.state is WorkerState.ACTIVE)
-        starting = sum(launch.slots for launch in self.launches.values())
-        total = sum(w.slots for w in self.workers.values()) + starting
-        assert self._active_slots == active + starting, "the count of active slots is off"
-        assert self._active_slots == sum(self._active_pools.values()), "slots by pool are off"
-        assert self._total_slots == total, "the count of slots is off"
-        assert total <= self.config.scaling.max_slots, "more slots than max_workers"
-        assert all(task.state is _HELD for task in self.held), "a held task is in another state"
-        if self.finished:
-            assert not self.open_tasks, "finished with tasks left"
-            assert not self.held, "finished with held tasks left"
-            assert not self.workers, "finished with workers left"
+        from cloudexec._core.invariants import check
 
-    def _validate_cuts(self) -> None:
-        for worker in self.workers.values():
-            if worker.cut_at is None:
-                continue
-            until = max(worker.cut_at + self.config.reconnect_grace, self._look_not_before)
-            assert self._deadline is not None, "nobody looks after a worker that was cut off"
-            assert self._deadline <= until, "a worker that was cut off is looked after too late"
-
-    def _validate_quarantine(self) -> None:
-        suspects, kept = self._quarantine.suspects, self._quarantine.kept
-        lines = [line for line in self._lines.values() if line.alone]
-        assert len(suspects) == sum(line.open for line in lines), "suspects are in other lines"
-        assert all(task.state is not _DONE for task in suspects), "a suspect is done"
-        assert not kept.keys() & self._hungry.keys(), "a worker that is kept gets tasks"
-        for worker in self.workers.values():
-            hosts = kept.get(worker.id, False)
-            alive = [task for task in worker.leases.values() if task.state is not _DONE]
-            if hosts or any(task in suspects for task in alive):
-                assert hosts, "a suspect is on a worker that is not kept for it"
-                most = min([suspects.get(task, 0) for task in alive], default=1)
-                assert len(alive) <= most, "a suspect is not alone"
-        for name in kept:
-            assert self.workers[name].leases, "a worker is kept for nothing"
-
-    def _validate_accounts(self) -> None:
-        accounts = {id(w.account): w.account for w in self.workers.values()}
-        for account in accounts.values():
-            takes = any(
-                w.state is WorkerState.ACTIVE and w.cut_at is None
-                for w in account.workers.values()
-            )
-            assert takes or account.held_for is None, "held for tasks where no worker takes any"
-            leases = {
-                lease: task for w in account.workers.values() for lease, task in w.leases.items()
-            }
-            assert account.heavy.keys() <= leases.keys(), "room is kept for a task that is gone"
-            gpus = [each for ids in account.heavy.values() for each in ids]
-            assert len(set(gpus)) == len(gpus), "two tasks have one GPU"
-            for worker in account.workers.values():
-                assert self.workers.get(worker.id) is worker, "an account of a worker that is gone"
-                for lease, task in worker.leases.items():
-                    claim = self.claim_of(task)
-                    if task.state is _RUNNING:
-                        assert claim.floor.within(account.capacity), "a task where it cannot be"
-                        assert account.is_light(claim) or lease in account.heavy, "not counted"
-                        wanted = claim.need.gpus
-                        assert len(account.heavy.get(lease, ())) == wanted, "GPUs are off"
-            if account.heavy:
-                room = room_left(account, self.claim_of)
-                assert room is not None, "tasks were sent ahead beside one with more than its share"
-                assert min(room) >= 0, "more is taken of a worker than it has"
+        check(self)
 
 
 def _unknown(rungs: int) -> list[WorkerCapacity]:

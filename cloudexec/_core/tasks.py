@@ -42,7 +42,8 @@ TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
     TaskState.RESTING: frozenset({TaskState.WAITING, TaskState.DONE}),
     TaskState.DONE: frozenset(),
 }
-"""From a state to those that may follow: sent tasks come back, finished ones never do."""
+"""From a state to those that may follow: sent tasks come back, finished ones never do. Not looked
+at for each task, of which there are many; tests see that no history of events leaves it."""
 
 
 class Kind:

@@ -507,6 +507,8 @@ def _readable(source: sqlite3.Connection, table: str, columns: str) -> Iterator[
             for row in source.execute(
                 f"SELECT {columns} FROM {table} WHERE id > ? ORDER BY id", (last,)
             ):
+                if not last < row[0] < 1 << 62:
+                    raise ValueError  # pages that lead in a circle
                 last, step = row[0], 1
                 yield row
             return

@@ -18,7 +18,7 @@ from cloudexec._objects.store import Blob
 from cloudexec._proto.tasks_pb2 import Chunk
 from cloudexec._wire import CHUNK_BYTES
 
-__all__ = ["Incoming", "fetch_into", "stream_file", "stream_view"]
+__all__ = ["CALL_ERRORS", "Incoming", "code_of", "fetch_into", "stream_file", "stream_view"]
 
 _TRIES = 4
 """Times that a transfer which was cut off is gone on with, while its session lives."""
@@ -101,6 +101,25 @@ def _inflate(data: bytes) -> bytes:
     return inflated
 
 
+CALL_ERRORS = (grpc.aio.AioRpcError, asyncio.CancelledError, asyncio.InvalidStateError)
+"""How a call fails, the connection of which may be closed here, too, because of another call."""
+
+
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """Return how a call failed, of what it raised.
+
+    Raises:
+        asyncio.CancelledError: If it is not the call that was cancelled but the task that waits
+            for it.
+    """
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.code()
+    task = asyncio.current_task()
+    if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+        raise error
+    return grpc.StatusCode.CANCELLED
+
+
 async def fetch_into(
     blob: Blob,
     chunks: Callable[[int], AsyncIterator[Any]],
@@ -124,9 +143,10 @@ async def fetch_into(
         try:
             async for chunk in chunks(incoming.at):
                 await incoming.take(chunk)
-        except grpc.aio.AioRpcError as exc:
+        except CALL_ERRORS as exc:
+            code = code_of(exc)
             await incoming.settle()
-            if await is_cut(exc.code()):
+            if await is_cut(code):
                 continue
             attempt += 1
             if attempt == _TRIES:

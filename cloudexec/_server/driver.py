@@ -189,6 +189,9 @@ class Driver:
         self.sessions: dict[str, Any] = {}
         self._identities: dict[str, Any] = {}
         self._tokens: dict[bytes, Any] = {}
+        # Of functions, and of blobs as negative numbers: which workers are to hear of their end.
+        # Among thousands, those are few.
+        self._told: dict[int, list[str]] = {}
         self.bytes_sent = 0
         self.bytes_received = 0
         self.reconnections = 0
@@ -393,15 +396,24 @@ class Driver:
 
     def _forget(self, ended: list[int]) -> None:
         """Tell workers of functions and, as negative numbers, of blobs that have ended."""
-        functions = [number for number in ended if number > 0]
+        told: dict[str, list[int]] = {}
+        for number in ended:
+            for worker in self._told.pop(number, ()):
+                told.setdefault(worker, []).append(number)
+        for worker, numbers in told.items():
+            session = self.sessions.get(worker)
+            if session is not None:
+                session.forget_functions([number for number in numbers if number > 0])
+                session.forget_blobs([-number for number in numbers if number < 0])
         blobs = [-number for number in ended if number < 0]
-        for session in self.sessions.values():
-            session.forget_functions(functions)
-            session.forget_blobs(blobs)
         if blobs:
             self.store.sweep()
             if self.depot is not None:
                 self.depot.forget(blobs)
+
+    def note_told(self, worker: str, number: int) -> None:
+        """A worker is told of a function or, as a negative number, of a blob."""
+        self._told.setdefault(number, []).append(worker)
 
     def _submitted(self, tasks: list[Submission], held: list[Submission]) -> None:
         last = max(some[-1].number for some in (tasks, held) if some)

@@ -371,6 +371,7 @@ class _Session:
 
     def _introduce(self, message: pb.ServerMessage, function: Function) -> int:
         self._known.add(function.number)
+        self._driver.note_told(self.worker_id, function.number)
         pickled = function.pickle
         blobs: list[int] = []
         size = 0
@@ -388,6 +389,11 @@ class _Session:
         )
         return size + len(pickled)
 
+    def _know_blob(self, number: int) -> None:
+        if number not in self._known_blobs:
+            self._known_blobs.add(number)
+            self._driver.note_told(self.worker_id, -number)
+
     def _introduce_blob(self, blob: Blob, message: pb.ServerMessage) -> int:
         """Tell the worker of a blob, if it does not know it; return the bytes that this takes."""
         if blob.id in self._known_blobs and blob.id not in self._moved:
@@ -398,7 +404,7 @@ class _Session:
 
     def describe(self, blob: Blob) -> pb.Blob:
         """Say of a blob what its worker must know, who now may ask for it."""
-        self._known_blobs.add(blob.id)
+        self._know_blob(blob.id)
         self._moved.discard(blob.id)
         self._blobs[blob.id] = blob
         blob.workers.add(self.worker_id)
@@ -628,7 +634,7 @@ class _Session:
         sha256 = self.stored_ahead.pop(blob.id, b"")
         if sha256:
             blob.stored, blob.sha256 = True, sha256
-        self._known_blobs.add(blob.id)
+        self._know_blob(blob.id)
         self._blobs[blob.id] = blob
         return blob
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import tempfile
 import traceback
+import weakref
 import zipfile
 from collections import deque
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from cloudexec._errors import LaunchError, PayloadError, PayloadTooLargeError, P
 from cloudexec._objects.link import Link
 from cloudexec._objects.places import Place
 from cloudexec._objects.store import Blob
-from cloudexec._objects.transfer import fetch_into, stream_file
+from cloudexec._objects.transfer import CALL_ERRORS, code_of, fetch_into, stream_file
 from cloudexec._payload import dumps_exception
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._reliable import ACKNOWLEDGE_AFTER, Reliable
@@ -96,6 +97,7 @@ class Session:
         self._token = b""
         self._reliable: Reliable[pb.WorkerMessage] = Reliable()
         self._connected = asyncio.Event()
+        self._calls: weakref.WeakSet[Any] = weakref.WeakSet()  # of transfers, over what there is
         self._started = False
         self._flushing = False
         self.flushed = asyncio.Event()
@@ -135,26 +137,47 @@ class Session:
             request_serializer=pb.WorkerMessage.SerializeToString,
             response_deserializer=pb.ServerMessage.FromString,
         )
-        self._fetch = channel.unary_stream(
-            "/cloudexec.v1.TaskServer/Fetch",
-            request_serializer=pb.FetchRequest.SerializeToString,
-            response_deserializer=unpack_chunk,
+        self._fetch = self._ended_with_connection(
+            channel.unary_stream(
+                "/cloudexec.v1.TaskServer/Fetch",
+                request_serializer=pb.FetchRequest.SerializeToString,
+                response_deserializer=unpack_chunk,
+            )
         )
-        self._deliver = channel.stream_unary(
-            "/cloudexec.v1.TaskServer/Deliver",
-            request_serializer=pack_chunk,
-            response_deserializer=pb.DeliverReply.FromString,
+        self._deliver = self._ended_with_connection(
+            channel.stream_unary(
+                "/cloudexec.v1.TaskServer/Deliver",
+                request_serializer=pack_chunk,
+                response_deserializer=pb.DeliverReply.FromString,
+            )
         )
-        self._locate = channel.unary_unary(
-            "/cloudexec.v1.TaskServer/Locate",
-            request_serializer=pb.LocateRequest.SerializeToString,
-            response_deserializer=pb.Location.FromString,
+        self._locate = self._ended_with_connection(
+            channel.unary_unary(
+                "/cloudexec.v1.TaskServer/Locate",
+                request_serializer=pb.LocateRequest.SerializeToString,
+                response_deserializer=pb.Location.FromString,
+            )
         )
-        self._store = channel.unary_unary(
-            "/cloudexec.v1.TaskServer/Store",
-            request_serializer=pb.StoreRequest.SerializeToString,
-            response_deserializer=pb.StoreReply.FromString,
+        self._store = self._ended_with_connection(
+            channel.unary_unary(
+                "/cloudexec.v1.TaskServer/Store",
+                request_serializer=pb.StoreRequest.SerializeToString,
+                response_deserializer=pb.StoreReply.FromString,
+            )
         )
+
+    def _ended_with_connection(self, method: Any) -> Any:
+        """Return a method whose calls end when the connection is lost, and not some time after."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                begun = method(*args, **kwargs)
+            except grpc.aio.UsageError as exc:
+                raise asyncio.InvalidStateError("the connection is closed") from exc
+            self._calls.add(begun)
+            return begun
+
+        return call
 
     async def enrol(self, channel: grpc.aio.Channel) -> None:
         """Prove who we are and check that the server is the right one.
@@ -439,6 +462,7 @@ class Session:
         attempt = 0
         while attempt < DELIVERY_TRIES:
             await asyncio.sleep(0.1 * attempt)
+            await self._connected.wait()
             call = None
             try:
                 at, size = place.offset, place.size
@@ -454,12 +478,10 @@ class Session:
                 why = f"it cannot be read: {exc.strerror}"
                 if call is not None:
                     call.cancel()
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as exc:
-                why, code = str(exc), grpc.StatusCode.UNKNOWN
+            except CALL_ERRORS as exc:
+                why, code = str(exc), code_of(exc)
                 if call is not None:
                     code, why = await call.code(), await call.details()
-                elif isinstance(exc, grpc.aio.AioRpcError):
-                    code = exc.code()
                 if code is grpc.StatusCode.UNAUTHENTICATED:
                     return False
                 if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -655,6 +677,9 @@ class Session:
             if not self.welcome.resumable:
                 return "disconnected"
             self._connected.clear()
+            # Those that wait until this channel connects would wait for ever once it is closed.
+            for call in list(self._calls):
+                call.cancel()
             patience = self.welcome.orphan_timeout
             self._address.say(f"the connection was lost; dialing again, for {patience:g} s")
             try:

@@ -1,4 +1,4 @@
-"""Connections that are cut: what runs goes on, what was done arrives, nothing is lost or doubled."""
+"""Connections that are cut: what runs goes on, what is done arrives, nothing is lost or doubled."""
 
 from __future__ import annotations
 
@@ -142,6 +142,32 @@ def _double(array: np.ndarray, log: str) -> np.ndarray:
     return 2 * array
 
 
+def test_a_large_result_that_is_ready_while_nobody_can_be_reached(
+    signals: Signals, tmp_path: Path
+) -> None:
+    """It is begun to be sent between two dials in vain, and arrives once one gets through."""
+    log = tmp_path / "log"
+
+    def grow(told: str, gate: str, log: str) -> bytes:
+        return bytes(3_000_000 + _meet(told, gate, log, 1))
+
+    with _Cluster(1) as cluster:
+        link = cluster.link
+        future = cluster.executor.submit(grow, signals.told, signals.gate, str(log))
+        signals.wait(1)
+        link.cut(stay_down=True)
+        dialed = link.accepted
+        until(lambda: link.accepted >= dialed + 2)
+        signals.release(1)
+        until(lambda: log.exists() and len(_runs(log)) == 1)
+        dialed = link.accepted
+        until(lambda: link.accepted >= dialed + 2)
+        link.heal()
+        assert len(future.result(PATIENCE)) == 3_000_001
+        assert _runs(log) == {1: 1}
+        assert cluster.lost == (0, 0, 0)
+
+
 @pytest.mark.parametrize("side", [WORKER, CLIENT], ids=["worker", "client"])
 def test_one_side_that_notices_nothing(side: int, signals: Signals, tmp_path: Path) -> None:
     """A half-open connection: the worker dials again although the client holds it for connected,
@@ -243,7 +269,7 @@ def test_cancelling_what_runs_out_of_reach(signals: Signals, tmp_path: Path) -> 
 
 
 def test_a_client_that_is_stopped_for_a_while(tmp_path: Path) -> None:
-    """As when a laptop sleeps: its connections are gone when it wakes, and its workers come back."""
+    """As when a laptop sleeps: its connections are gone when it wakes; its workers come back."""
     log = tmp_path / "log"
     with _Cluster(2) as cluster:
         futures = [cluster.executor.submit(_note, str(log), n) for n in range(200)]

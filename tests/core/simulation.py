@@ -128,6 +128,7 @@ class SimulatedWorker:
         self.returned: list[int] = []
         self.started: list[int] = []
         self.flushing = False
+        self.noticed_at = 0.0
         self.pace = world.random.choice([1.0, 1.0, 1.0, 3.0])
 
     # What the client says.
@@ -272,9 +273,11 @@ class SimulatedWorker:
                 world.come(self.launch, self.slots)
 
         if self.up.cut:
-            # Nobody sees the stream end; the launcher may say so, or the grace passes.
+            # Nobody sees the stream end. The launcher may say that it ended, which counts once the
+            # cut was noticed; or the grace passes.
             if not self.hung and world.random.random() < 0.5:
-                world.after(world.random.uniform(0.1, 5.0), learn)
+                said = world.now + world.random.uniform(0.1, 5.0)
+                world.at(max(said, self.noticed_at), learn)
         else:
             self.up.carry(learn)
 
@@ -284,7 +287,8 @@ class SimulatedWorker:
             return
         self.up.cut = self.down.cut = True
         noticed = world.random.uniform(0.0, 2.0)
-        world.after(noticed, lambda: world.tell(events.WorkerCut(self.name)))
+        self.noticed_at = world.now + noticed
+        world.at(self.noticed_at, lambda: world.tell(events.WorkerCut(self.name)))
         world.after(max(seconds, noticed + 0.01), self.mend)
 
     def mend(self) -> None:

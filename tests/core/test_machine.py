@@ -25,6 +25,7 @@ from cloudexec._core.commands import (
 from cloudexec._core.events import (
     DeadlinePassed,
     Failure,
+    FailureJudged,
     FailureKind,
     FailuresReceived,
     LaunchesRefused,
@@ -39,6 +40,7 @@ from cloudexec._core.events import (
     TasksStarted,
     TasksSubmitted,
     WorkerConnected,
+    WorkerDraining,
     WorkerHeard,
     WorkerLost,
     WorkerReady,
@@ -617,6 +619,71 @@ def test_a_shutdown_withdraws_what_only_cancelled_tasks_were_waiting_for() -> No
     commands = machine.handle(ShutdownRequested(cancel=True), 2.0)
     assert sorted(each.launch for each in only(commands, TerminateLaunch)) == ["2", "3"]
     assert machine.open_tasks == 1
+    machine.validate()
+
+
+def test_a_shutdown_launches_nothing_for_what_runs_on_a_draining_worker() -> None:
+    """Each sign of life would have launched a worker, and the next one withdrawn it."""
+    machine = make(slots_per_worker=1)
+    machine.handle(TasksSubmitted(tasks(1)), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    machine.handle(ShutdownRequested(), 1.0)
+    commands = machine.handle(WorkerDraining("w"), 2.0)
+    for second in range(3, 10):
+        commands += machine.handle(WorkerHeard("w"), float(second))
+    assert commands == []
+    machine.handle(WorkerReady("w"), 10.0)
+    lost = machine.handle(WorkerLost("w", "gone"), 11.0)
+    assert len(only(lost, LaunchWorker)) == 1
+    machine.validate()
+
+
+def test_a_shutdown_keeps_the_worker_that_a_resting_task_will_need() -> None:
+    """A task between two attempts is work still to come."""
+    machine = make(slots_per_worker=1)
+    (task,) = tasks(1, terms=terms(judged=True))
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    failure = Failure(FailureKind.RAISED, "boom")
+    machine.handle(FailuresReceived("w", [(task.lease, failure)]), 1.0)
+    machine.handle(ShutdownRequested(), 1.0)
+    machine.handle(WorkerLost("w", "gone"), 2.0)
+    assert len(machine.launches) == 1
+    commands = machine.handle(DeadlinePassed(), 3.0) + machine.handle(DeadlinePassed(), 4.0)
+    assert commands == []
+    machine.handle(FailureJudged("w", task, failure, again=True), 5.0)
+    machine.handle(DeadlinePassed(), 6.0)
+    commands = machine.handle(WorkerConnected("v", 1, "2"), 7.0)
+    assert [command.tasks for command in only(commands, SendTasks)] == [[task]]
+
+
+def test_a_shutdown_does_not_wait_for_a_cancelled_task_that_began_all_the_same() -> None:
+    """Nobody wants its result, and it may never end."""
+    machine = make(slots_per_worker=1)
+    (task,) = tasks(1)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    lease = task.lease
+    machine.handle(TasksCancelled([task]), 1.0)
+    commands = machine.handle(ShutdownRequested(), 2.0)
+    assert [c.leases for c in only(commands, KillTasks)] == [[lease]]
+    assert only(commands, DrainWorker)
+    machine.handle(FailuresReceived("w", [(lease, Failure(FailureKind.KILLED))]), 3.0)
+    assert only(machine.handle(WorkerLost("w", "ended"), 4.0), Finish)
+
+
+def test_a_worker_that_fell_silent_does_not_count_among_the_warm_ones() -> None:
+    """Of two, one is kept: not the silent one."""
+    machine = make(slots_per_worker=1, min_slots=1, idle_timeout=1.0)
+    machine.handle(TasksSubmitted(tasks(2)), 0.0)
+    for name, launch in (("a", "1"), ("b", "2")):
+        machine.handle(WorkerConnected(name, 1, launch), 0.0)
+    leases = {name: list(machine.workers[name].leases) for name in "ab"}
+    machine.handle(ResultsReceived("a", leases["a"], [b""], [0.1]), 0.0)
+    machine.handle(ResultsReceived("b", leases["b"], [b""], [0.1]), 59.5)
+    commands = machine.handle(DeadlinePassed(), 60.6)
+    assert [c.worker for c in only(commands, TerminateWorker)] == ["a"]
+    assert only(commands, DrainWorker) == []
     machine.validate()
 
 

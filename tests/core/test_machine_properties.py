@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import settings
+import pytest
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -287,14 +288,17 @@ class History(RuleBasedStateMachine):
     # What platforms do.
 
     @precondition(lambda self: self.launches)
-    @rule(data=DATA)
-    def connect(self, data: Any) -> None:
+    @rule(data=DATA, ready=st.booleans())
+    def connect(self, data: Any, ready: bool) -> None:
         launch = self.pick(data, self.launches)
         slots = self.launches.pop(launch)
         name = f"w{launch}.{len(self.past)}"
         self.peers[name] = Peer(name, slots, launch)
         self.past.append(events.WorkerHeard(name))  # so that no name comes twice
         self.tell(events.WorkerConnected(name, slots, launch))
+        if ready and name in self.peers:
+            self.peers[name].ready = True
+            self.tell(events.WorkerReady(name))
 
     @precondition(lambda self: self.launches)
     @rule(data=DATA, how=st.sampled_from(["fails", "fails", "is killed", "fatal", "refused"]))
@@ -498,8 +502,13 @@ class History(RuleBasedStateMachine):
             self.tell(events.WorkerLost(peer.name, "ended"))
 
 
+@pytest.mark.timeout(240)
 def test_any_history_resolves_every_task_exactly_once() -> None:
     """Whatever is lost, repeated, late, cut off, cancelled or taken back."""
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        History, settings=settings(max_examples=60, stateful_step_count=60, deadline=None)
+    often = settings(
+        max_examples=100,
+        stateful_step_count=60,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),  # they are about time, and a busy machine
     )
+    run_state_machine_as_test(History, settings=often)  # type: ignore[no-untyped-call]

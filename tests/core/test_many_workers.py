@@ -103,6 +103,16 @@ def cut_and_back(workers: int) -> Crowd:
     return crowd
 
 
+def lose(workers: int) -> Crowd:
+    crowd = Crowd(workers)
+    for name in crowd.names:
+        crowd.handle(WorkerCut(name))
+    crowd.now += 100.0
+    crowd.handle(DeadlinePassed())
+    assert crowd.machine.counts["workers_lost"] == workers
+    return crowd
+
+
 def end(workers: int) -> Crowd:
     crowd = Crowd(workers)
     told = crowd.handle(ShutdownRequested())
@@ -115,7 +125,7 @@ def end(workers: int) -> Crowd:
     return crowd
 
 
-@pytest.mark.parametrize("play", [arrive, work, beat, cut_and_back, end])
+@pytest.mark.parametrize("play", [arrive, work, beat, cut_and_back, lose, end])
 def test_an_event_costs_the_same_among_few_workers_and_many(play: Callable[[int], Crowd]) -> None:
     """Counted in lines of the machine that run, which no other program's load can change."""
     few, many = play(FEW).lines / FEW, play(MANY).lines / MANY

@@ -54,11 +54,11 @@ with BatchExecutor(2, output="off", **options) as executor:
     hasten(executor)
     futures = [
         executor.submit(tasks.mark_and_wait, directory, n, 0.15, n % 5 // 4 * 1_000_000)
-        for n in range(40)
+        for n in range(24)
     ]
     results = [future.result() for future in futures]
     stats = executor.stats()
-assert [number for number, _, _ in results] == list(range(40))
+assert [number for number, _, _ in results] == list(range(24))
 print(stats.lost_attempts, stats.duplicates, stats.workers.lost)
 """
 

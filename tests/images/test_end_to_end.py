@@ -140,6 +140,25 @@ def test_a_third_of_the_containers_is_reclaimed(aws: Any, ready: None) -> None:
 
 
 @pytest.mark.timeout(200)
+def test_containers_killed_in_mid_run_lose_no_task(aws: Any, ready: None) -> None:
+    """SIGKILL to all of a container: what it ran runs again, what waited there runs elsewhere."""
+    batch = Batch(modules=["container_tasks"])
+    with BatchExecutor(4, launcher=batch, retries=5) as executor:
+        futures = [executor.submit(slow, n) for n in range(200)]
+        eventually(lambda: executor.stats().workers.slots == 4)
+        began = sum(future.done() for future in futures)
+        eventually(lambda: sum(future.done() for future in futures) > began + 4)
+        killed = [job.job_id for job in aws.jobs() if job.status == "RUNNING"][:2]
+        for job_id in killed:
+            aws.faults.kill_instance(job_id)
+        assert [future.result(timeout=100) for future in futures] == list(range(200))
+        stats = executor.stats()
+    assert len(killed) == 2
+    assert stats.workers.lost + stats.workers.reclaimed == 2
+    assert (stats.tasks.succeeded, stats.tasks.failed) == (200, 0)
+
+
+@pytest.mark.timeout(200)
 def test_a_container_without_memory_is_told_from_a_crash(aws: Any, ready: None) -> None:
     """The kernel kills the task's process in its container; the next size is enough."""
     batch = Batch(vcpus=0.25, memory=("512MiB", "1GiB"), modules=["container_tasks"])

@@ -43,7 +43,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("seen", [1, 12, 29])
+@pytest.mark.parametrize("seen", [1, 20])
 def test_killed_program_runs_nothing_twice_that_it_had_the_result_of(
     program: Program, tmp_path: Path, ran: str, seen: int
 ) -> None:

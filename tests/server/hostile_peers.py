@@ -133,6 +133,15 @@ class Frames:
             for at in range(0, len(data), 16384) or (0,):
                 self.raw(frame(DATA, 0, stream, data[at : at + 16384]))
 
+    def await_answer(self, within: float) -> None:
+        """Read until a call is answered or reset, or the other side has had enough."""
+        self.connection.settimeout(within)
+        with contextlib.suppress(OSError), self.connection.makefile("rb") as frames:
+            while len(head := frames.read(9)) == 9:
+                frames.read(int.from_bytes(head[:3]))
+                if head[3] in (HEADERS, RST, GOAWAY):
+                    break
+
     def close(self) -> None:
         self.connection.close()
 

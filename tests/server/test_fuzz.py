@@ -240,7 +240,7 @@ def test_any_message_of_a_worker_cuts_off_that_worker_at_most(
 
 
 @given(st.one_of(st.binary(max_size=60), _messages().map(lambda make: make(7, 1 << 40))))
-@_examples(300)
+@_examples(100)
 def test_counting_fields_changes_nothing_about_a_message(data: bytes) -> None:
     """What is counted first is parsed as what is not."""
     large = pb.WorkerMessage(initializer_failed=bytes(70_000)).SerializeToString() + data

@@ -137,7 +137,7 @@ def _frames(contact: Contact, trap: bytes) -> None:
         connection = secured(contact)
         with contextlib.suppress(OSError), connection:
             abuse(Frames(connection))
-            is_closed(connection, 0.1)
+            is_closed(connection, 0.3)
 
     with futures.ThreadPoolExecutor(8) as side_by_side:
         list(side_by_side.map(commit, abuses))
@@ -183,11 +183,12 @@ def _large_messages(contact: Contact, trap: bytes) -> None:
 
     def say(body: bytes, method: str) -> None:
         with contextlib.suppress(OSError), secured(contact) as connection:
-            Frames(connection).call(1, method, body)
-            is_closed(connection, 0.1)
+            frames = Frames(connection)
+            frames.call(1, method, body)
+            frames.await_answer(3.0)
 
     methods = (SESSION, "/cloudexec.v1.TaskServer/Deliver", "/no/such")
-    with futures.ThreadPoolExecutor(6) as side_by_side:
+    with futures.ThreadPoolExecutor(12) as side_by_side:
         list(side_by_side.map(say, bodies * 3, sorted(methods * 4)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -1026,7 +1027,8 @@ def test_killed_worker_loses_no_future(victim: str) -> None:
                     "slots": slots,
                     "everything": supervisors + zygotes + slots,
                 }[victim]:
-                    process.kill()
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()  # some end with others that were killed before
             wait([f for f in futures if not f.done()], 30, FIRST_COMPLETED)
         assert [f.result(40) for f in futures] == [n * n for n in range(100)]
     assert_no_descendants()
@@ -1049,9 +1051,8 @@ def test_terminated_supervisor_loses_no_future(tmp_path: Path) -> None:
         read(began)
         (supervisor,) = worker_processes()[0]
         supervisor.terminate()
-        # The rest runs elsewhere before what runs here is done.
-        assert not wait([f for n, f in enumerate(futures) if n != 1], 30).not_done
-        assert supervisor.is_running()
+        while not executor.stats().workers.draining:
+            assert supervisor.is_running()
         write(gate, "")
         assert [f.result(30) for f in futures] == list(range(60))
     assert [marked(tmp_path / str(n)) for n in range(60)] == [1] * 60
