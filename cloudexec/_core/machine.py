@@ -1326,11 +1326,12 @@ class Machine:
         quarantine = self._quarantine
         lines = [line for line in self._lines.values() if line.alone and line.head() is not None]
         lines.sort(key=lambda line: (-line.priority, line.tasks[0].number))
-        if lines:
+        room = 0
+        if lines:  # else nobody has to be looked at but those that are kept
             for name, hosts in quarantine.kept.items():
                 if hosts:
                     self._top_up(self.workers[name], now)
-        room = quarantine.room(self.workers.values(), shared=self._others_wait())
+            room = quarantine.room(self.workers.values(), shared=self._others_wait())
         wanting: list[Line] = []  # one entry for each worker that is to be emptied
         for line in lines:
             while room > 0 and (task := line.head()) is not None:

@@ -128,6 +128,7 @@ class Journal:
         self._then: Callable[[], None] | None = None
         self._rest_until = float("-inf")
         self._dropped = 0
+        self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="cloudexec-journal", daemon=True)
         self._thread.start()
 
@@ -386,7 +387,8 @@ class Journal:
         try:
             work()
         except Exception as exc:
-            if not self._dropped:
+            if not self._has_failed:
+                self._has_failed = True
                 said = exc if isinstance(exc, CloudexecError) else f"{type(exc).__name__}: {exc}"
                 _logger.warning(
                     "%s; the program goes on, but results that are not in the journal will be run "

@@ -25,6 +25,10 @@ CONNECT_TIMEOUT = 30.0
 """Seconds for which a client elsewhere is dialed the first time."""
 _TRY_TIMEOUT = 10.0
 _LONGEST_PAUSE = 4.0
+_PART_OF_PATIENCE = 20
+"""Who has minutes to go on dials less often in the end: ten thousand workers that dial again
+every few seconds would keep their client, once it is there, too busy to let them in."""
+_MOST_PAUSE = 15.0
 _KEEPALIVE = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 10_000)]
 """A worker notices sooner than its client that a connection is dead: it is the one that dials."""
 _OWN = ("grpc.use_local_subchannel_pool", 1)
@@ -158,6 +162,7 @@ async def dial(
         ProtocolError: If either side refuses the other.
     """
     deadline = time.monotonic() + patience
+    longest = min(max(_LONGEST_PAUSE, patience / _PART_OF_PATIENCE), _MOST_PAUSE)
     pause = 0.1
     while True:
         channel = None
@@ -186,7 +191,7 @@ async def dial(
             raise
         # Not all at once, where hundreds of workers start, or lose their client, together.
         await asyncio.sleep(pause * (0.5 + int.from_bytes(os.urandom(2)) / 65535))
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        pause = min(2 * pause, longest)
 
 
 def hang_up(channel: Any) -> None:
