@@ -38,6 +38,7 @@ from cloudexec import (
     BatchExecutor,
     DependencyError,
     Local,
+    ObjectOptions,
     TaskTimeoutError,
     WorkerLostError,
 )
@@ -614,6 +615,7 @@ def soak(options: argparse.Namespace, directory: str) -> Outcome:
             listen=f"127.0.0.1:{inner}",
             advertise=f"127.0.0.1:{port}",
             output="logging",
+            objects=ObjectOptions(cache="16MiB"),  # what is kept in case it comes again is no leak
             **more,
         )
 

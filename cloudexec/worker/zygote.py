@@ -147,7 +147,8 @@ def _receive(connection: socket.socket) -> tuple[tuple[int, ...] | None, list[in
 def run_zygote(connection: socket.socket, supervisor_pid: int) -> None:
     """Serve the supervisor until it is gone; then kill every slot and leave. Never returns."""
     # Not killed along with the supervisor: what tasks started would outlive both. The end of the
-    # connection says that it is gone.
+    # connection says that it is gone; who was stopped goes on for that.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     adopt_orphans()
     if os.getppid() != supervisor_pid:
         os._exit(1)

@@ -201,6 +201,19 @@ def test_what_leaves_its_group_ends_with_its_slot(end: str) -> None:
     assert_gone(left)
 
 
+def test_processes_that_are_stopped_end_with_their_supervisor() -> None:
+    """A zygote that somebody stopped clears up all the same when its supervisor dies."""
+    with BatchExecutor(1, output="off") as executor:
+        left = alive(executor.submit(leave, "daemon").result(PATIENCE))
+        found = worker_processes()
+        left += found["zygote"] + found["slot"]
+        for process in found["zygote"] + found["slot"]:
+            process.suspend()
+        found["supervisor"][0].kill()
+        assert_gone(left)
+        assert executor.submit(abs, -1).result(PATIENCE) == 1
+
+
 def leave_and_wait(told: str, gate: str) -> None:
     left = leave("daemon")
     with open(told, "w") as file:
