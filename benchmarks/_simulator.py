@@ -111,6 +111,8 @@ class Simulator:
 
 
 async def main() -> None:
+    # Workers have machines of their own: on this one they are not to take what the client needs.
+    os.nice(10)
     loop = asyncio.get_running_loop()
     lines = asyncio.StreamReader(limit=16 << 20)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
