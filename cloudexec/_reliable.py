@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from cloudexec._proto import tasks_pb2 as pb
 
-__all__ = ["ACKNOWLEDGE_AFTER", "Reliable"]
+__all__ = ["ACKNOWLEDGE_AFTER", "Reliable", "longest_pause"]
 
 _MessageT = TypeVar("_MessageT", pb.WorkerMessage, pb.ServerMessage)
 
@@ -23,6 +23,20 @@ _ACKNOWLEDGE_AT = 32
 _MOST_KEPT = 65_536
 """Messages that may be on their way; a peer that takes them has acknowledged long before."""
 _MOST_KEPT_BYTES = 256 * 1024 * 1024
+_LONGEST_PAUSE = 4.0
+_PART_OF_PATIENCE = 20
+"""Who has minutes to go on dials less often in the end: ten thousand workers that dial again
+every few seconds would keep their client, once it is there, too busy to let them in."""
+_MOST_PAUSE = 15.0
+
+
+def longest_pause(patience: float) -> float:
+    """Say how long a worker waits, at most and on average, between two tries to reach its client.
+
+    Args:
+        patience: Seconds for which it tries.
+    """
+    return min(max(_LONGEST_PAUSE, patience / _PART_OF_PATIENCE), _MOST_PAUSE)
 
 
 class Reliable(Generic[_MessageT]):

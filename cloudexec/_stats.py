@@ -32,6 +32,8 @@ class TaskCounts:
     resumed: int = 0
     """Not run, and in none of the other states: an earlier run had left their results in the
     journal."""
+    taken_over: int = 0
+    """Of all these, how many an earlier process had sent to workers that work for this one now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,8 @@ class WorkerCounts:
     """How often one came back over another connection, since the start."""
     launched: int = 0
     """Asked for since the start."""
+    taken_over: int = 0
+    """Launched by an earlier process with the same journal, which was killed, and taken over."""
     slots: int = 0
     """Tasks that the connected workers may run at once."""
 
@@ -139,6 +143,7 @@ class ExecutorStats:
             running += begun
             for task in worker.leases.values():
                 sent += task.state is TaskState.SENT
+        takeover = driver.takeover
         return cls(
             tasks=TaskCounts(
                 held=len(machine.held),
@@ -150,6 +155,7 @@ class ExecutorStats:
                 failed=counts["failed"],
                 cancelled=counts["cancelled"],
                 resumed=0 if driver.journal is None else driver.journal.resumed,
+                taken_over=0 if takeover is None else takeover.tasks,
             ),
             workers=WorkerCounts(
                 starting=len(machine.launches),
@@ -161,6 +167,7 @@ class ExecutorStats:
                 reclaimed=counts["workers_reclaimed"],
                 reconnected=driver.reconnections,
                 launched=counts["launches"],
+                taken_over=0 if takeover is None else takeover.workers,
                 slots=slots,
             ),
             bytes_sent=driver.bytes_sent,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cloudexec._config import WorkerCapacity
 from cloudexec._core.tasks import Task
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "InputsRestored",
     "LaunchFailed",
     "LaunchesRefused",
+    "LaunchesTakenOver",
     "LeasesReturned",
     "ResultsReceived",
     "ShutdownRequested",
@@ -29,6 +31,7 @@ __all__ = [
     "TasksReleased",
     "TasksStarted",
     "TasksSubmitted",
+    "TasksTakenOver",
     "WorkerBack",
     "WorkerConnected",
     "WorkerCut",
@@ -118,6 +121,15 @@ class TasksDropped:
     """What held tasks depend on will never be there: they have failed."""
 
     tasks: Sequence[Task]
+
+
+@dataclass(frozen=True, slots=True)
+class TasksTakenOver:
+    """A worker that was taken over has held tasks already, under these leases."""
+
+    worker: str
+    tasks: Sequence[Task]
+    leases: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +268,21 @@ class LaunchesRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class LaunchesTakenOver:
+    """What an earlier client launched, which was killed, is this one's now.
+
+    Attributes:
+        launches: Launch, slots, size, and what a worker of that size has, if that is known.
+        last_launch: Numbers up to this one are taken.
+        last_lease: The same, of leases.
+    """
+
+    launches: Sequence[tuple[str, int, int, WorkerCapacity | None]]
+    last_launch: int
+    last_lease: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownRequested:
     """The executor takes no more tasks.
 
@@ -280,6 +307,7 @@ Event = (
     | TasksDropped
     | TasksCancelled
     | TasksRecalled
+    | TasksTakenOver
     | WorkerConnected
     | WorkerCut
     | WorkerBack
@@ -295,6 +323,7 @@ Event = (
     | LeasesReturned
     | LaunchFailed
     | LaunchesRefused
+    | LaunchesTakenOver
     | ShutdownRequested
     | DeadlinePassed
 )

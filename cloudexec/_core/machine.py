@@ -38,6 +38,7 @@ from cloudexec._core.events import (
     FailuresReceived,
     InputsRestored,
     LaunchesRefused,
+    LaunchesTakenOver,
     LaunchFailed,
     LeasesReturned,
     ResultsReceived,
@@ -49,6 +50,7 @@ from cloudexec._core.events import (
     TasksReleased,
     TasksStarted,
     TasksSubmitted,
+    TasksTakenOver,
     WorkerBack,
     WorkerConnected,
     WorkerCut,
@@ -172,6 +174,7 @@ class Machine:
             TasksDropped: self._on_dropped,
             TasksCancelled: self._on_cancelled,
             TasksRecalled: self._on_recalled,
+            TasksTakenOver: self._on_tasks_taken_over,
             WorkerConnected: self._on_connected,
             WorkerCut: self._on_cut,
             WorkerBack: self._on_back,
@@ -187,6 +190,7 @@ class Machine:
             LeasesReturned: self._on_returned,
             LaunchFailed: self._on_launch_failed,
             LaunchesRefused: self._on_launches_refused,
+            LaunchesTakenOver: self._on_launches_taken_over,
             ShutdownRequested: self._on_shutdown,
             DeadlinePassed: self._on_deadline,
         }
@@ -235,6 +239,29 @@ class Machine:
             del self.held[task]
             task.state = _WAITING
         self._enqueue(released)
+
+    def _on_tasks_taken_over(self, event: TasksTakenOver, now: float) -> None:
+        worker = self.workers.get(event.worker)
+        running: list[Task] = []
+        lost: list[Task] = []
+        for task, lease in zip(event.tasks, event.leases, strict=True):
+            if task.state is not _HELD:
+                continue
+            if worker is None or lease in worker.leases:
+                lost.append(task)
+                continue
+            del self.held[task]
+            claim = self._enter(task).claim
+            give(task, worker, iter((lease,)))
+            task.state = _RUNNING
+            account = worker.account
+            if not account.is_light(claim):
+                account.heavy[lease] = account.free_gpus(claim.need.gpus)
+            running.append(task)
+        self.open_tasks += len(running)
+        if running:
+            self._out.append(MarkRunning(running, self._events))
+        self._on_released(TasksReleased(lost), now)
 
     def _on_dropped(self, event: TasksDropped, now: float) -> None:
         for task in event.tasks:
@@ -846,6 +873,16 @@ class Machine:
         for launch in event.launches:
             self._end_launch(launch)
 
+    def _on_launches_taken_over(self, event: LaunchesTakenOver, now: float) -> None:
+        self._leases = itertools.count(event.last_lease + 1)
+        self._launch_numbers = itertools.count(event.last_launch + 1)
+        for number, slots, rung, capacity in event.launches:
+            if self._total_slots + slots > self.config.scaling.max_slots:
+                self._out.append(TerminateLaunch(number, self._events))
+                continue
+            whole = self._wholes[0] if capacity is None else Resources.had_by(capacity)
+            self._expect(Launch(number, slots, now, (rung, slots), whole))
+
     def _count_failed_launch(self, reason: str, now: float, *, fatal: bool, killed: bool) -> None:
         self.counts["launch_failures"] += 1
         policy = self.config.retry
@@ -1057,12 +1094,15 @@ class Machine:
 
     def _launch(self, slots: int, claim: Claim, now: float) -> None:
         launch = Launch(str(next(self._launch_numbers)), slots, now, claim.pool, claim.whole)
-        self.launches[launch.id] = launch
-        self._count_active(slots, claim.pool)
-        self._total_slots += slots
+        self._expect(launch)
         self.counts["launches"] += 1
-        self._remind(now + self.config.scaling.launch_timeout)
         self._out.append(LaunchWorker(launch.id, slots, self._events, claim.rung))
+
+    def _expect(self, launch: Launch) -> None:
+        self.launches[launch.id] = launch
+        self._count_active(launch.slots, launch.pool)
+        self._total_slots += launch.slots
+        self._remind(launch.started_at + self.config.scaling.launch_timeout)
 
     # The end.
 

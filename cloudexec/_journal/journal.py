@@ -7,6 +7,7 @@ while the next one gathers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from cloudexec._future import BatchFuture
     from cloudexec._server.portal import Portal
 
-__all__ = ["Call", "Identity", "Journal"]
+__all__ = ["KEY_BYTES", "Call", "Identity", "Journal"]
 
 _logger = logging.getLogger("cloudexec")
 _SYNC_SECONDS = 0.25
@@ -43,10 +44,11 @@ _SYNC_SECONDS = 0.25
 _MOST_AT_ONCE = 4096
 _REST_SECONDS = 5.0
 """After a failure to write, nothing is written for so long."""
-_KEY_BYTES = 20
+KEY_BYTES = 20
+"""Of the name of a call."""
 
-Given = tuple[Any, "BatchFuture[Any]", Any]
-"""A task, its future and its result."""
+Given = tuple[Any, Any, Any]
+"""A task, its future and its result; no task: it is nobody's yet."""
 
 
 class Identity:
@@ -91,6 +93,16 @@ class Call:
         self.kept = kept
 
 
+class _Orphan:
+    """Stands for the future of a call that an earlier run of the program has made, not this one."""
+
+    __slots__ = ("_journaled", "_run_time")
+
+    def __init__(self, call: Call, seconds: float) -> None:
+        self._journaled = call
+        self._run_time = seconds
+
+
 class Journal:
     """The journal of one executor.
 
@@ -128,6 +140,7 @@ class Journal:
         self._then: Callable[[], None] | None = None
         self._rest_until = float("-inf")
         self._dropped = 0
+        self._states: deque[tuple[str, bytes | None]] = deque()
         self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="cloudexec-journal", daemon=True)
         self._thread.start()
@@ -272,7 +285,7 @@ class Journal:
             else:
                 number = self._counts[base] = self._counts.get(base, 0) + 1
         key = digest if number == 1 else hashlib.sha256(b"%d" % number + digest).digest()
-        call = Call(key[:_KEY_BYTES], identity, base, number, kept=options.keep)
+        call = Call(key[:KEY_BYTES], identity, base, number, kept=options.keep)
         future._journaled = call
         if not self.store.earlier or call.kept:
             return False
@@ -282,10 +295,14 @@ class Journal:
         self._finish(future, record)
         return True
 
-    def _finish(self, future: BatchFuture[Any], record: Found) -> None:
+    def note_resumed(self, future: BatchFuture[Any]) -> None:
+        """A call was not run, as its result was there."""
         with self._lock:
             self.resumed += 1
         future._resumed = True
+
+    def _finish(self, future: BatchFuture[Any], record: Found) -> None:
+        self.note_resumed(future)
         future._run_time = record.seconds
         future._owner = None
         future._on_end = None
@@ -308,6 +325,19 @@ class Journal:
             self._woken = True
             self._event.set()
         return self.store.holds_back
+
+    def keep(self, key: bytes, version: bytes, name: str, seconds: float, result: Payload) -> None:
+        """Take a result that nobody in this run has asked for yet."""
+        call = Call(key, Identity(name, b"", version, None), 0, 0, kept=False)
+        if type(result) is Composed:
+            result.shared = True
+        self._inbox.append((None, _Orphan(call, seconds), result))
+        self._event.set()
+
+    def put_state(self, name: str, value: bytes | None) -> None:
+        """Keep what a later run of the program is to find, soon; see ``Store.put_state``."""
+        self._states.append((name, value))
+        self._event.set()
 
     def give_back(self, future: BatchFuture[Any]) -> None:
         """A call ended without a result: the next one like it takes its place."""
@@ -337,8 +367,11 @@ class Journal:
     def _run(self) -> None:
         synced_at, dirty = time.monotonic(), False
         while True:
+            while self._states:
+                name, value = self._states.popleft()
+                self._attempt(functools.partial(self.store.put_state, name, value))
             if not self._inbox:
-                if self._closing:
+                if self._closing and not self._states:
                     break
                 pause = max(0.0, synced_at + _SYNC_SECONDS - time.monotonic()) if dirty else None
                 self._event.wait(pause)

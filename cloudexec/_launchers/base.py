@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from cloudexec._config import WorkerCapacity, format_bytes
 from cloudexec._errors import ConfigError
@@ -18,6 +18,7 @@ __all__ = [
     "LaunchTimes",
     "Launcher",
     "Network",
+    "Survivor",
     "WorkerCapacity",
 ]
 
@@ -41,6 +42,19 @@ class LaunchEnd:
     reclaimed: bool = False
     out_of_memory: bool = False
     relaunched: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Survivor:
+    """A worker that outlived the process which launched it.
+
+    Attributes:
+        size: As in ``LaunchRequest.rung``.
+        running: Whether it is there, rather than waits for a place.
+    """
+
+    size: int
+    running: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +323,33 @@ class Launcher(Protocol):
     def affordable(self, requests: Sequence[LaunchRequest], max_cost_usd: float) -> int:
         """Say how many of these workers (the first ones) can be had for that much in all."""
         return len(requests)
+
+    def fingerprint(self) -> str:
+        """Return what tells its workers from those of another one: image, place, variables..."""
+        return self.describe()
+
+    def hand_over(self) -> dict[str, Any]:
+        """Return what a later process needs to know of what was launched here, as JSON has it.
+
+        Called whenever that may have changed.
+        """
+        return {}
+
+    async def take_over(
+        self, left: dict[str, Any], on_end: Callable[[str, LaunchEnd], None]
+    ) -> Mapping[str, Survivor]:
+        """Take over what an earlier process of the same executor launched, which was killed.
+
+        Called after ``start``, before anything is launched.
+
+        Args:
+            left: What its ``hand_over`` returned at last.
+            on_end: As of ``launch``.
+
+        Returns:
+            By launch id, the workers that are there or may come.
+        """
+        return {}
 
     async def close(self) -> None:
         """End whatever still runs, and let go of everything; called once, at the end."""

@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cloudexec._aws.limits import (
     WorkerSize,
@@ -27,6 +27,7 @@ from cloudexec._launchers.base import (
     LaunchRequest,
     LaunchTimes,
     Network,
+    Survivor,
 )
 
 if TYPE_CHECKING:
@@ -214,17 +215,21 @@ class Batch(Launcher):
                 f"Batch(compute='ec2') has them"
             )
         mib = -(-memory // 2**20)
+        for rung, size in enumerate(self.sizes):
+            if size.vcpus >= cpus - 1e-9 and size.memory_mib >= mib and not gpus:
+                return rung
+        if self.compute == "fargate":
+            needed = fargate_size_for(cpus, mib)
+        else:
+            needed = instance_size_for(cpus, mib, gpus)
+        return self.number_of(needed)
+
+    def number_of(self, size: WorkerSize) -> int:
+        """Return the number of a size: of the ladder, or one that tasks asked for."""
         with self._adding:
-            for rung, size in enumerate(self.sizes):
-                if size.vcpus >= cpus - 1e-9 and size.memory_mib >= mib and not gpus:
-                    return rung
-            if self.compute == "fargate":
-                needed = fargate_size_for(cpus, mib)
-            else:
-                needed = instance_size_for(cpus, mib, gpus)
-            if needed not in self._catalogue:
-                self._catalogue.append(needed)
-            return self._catalogue.index(needed)
+            if size not in self._catalogue:
+                self._catalogue.append(size)
+            return self._catalogue.index(size)
 
     def size_name(self, size: int) -> str:
         """Say in a few words what a worker of a size has."""
@@ -303,6 +308,30 @@ class Batch(Launcher):
     def affordable(self, requests: Sequence[LaunchRequest], max_cost_usd: float) -> int:
         """Say how many of these workers can be had for that much in all."""
         return self._running().affordable(requests, max_cost_usd)
+
+    def fingerprint(self) -> str:
+        """Return what tells its workers from those of another one."""
+        of_workers = (
+            self.describe(),
+            self.arch,
+            self.profile,
+            self.queue,
+            self.definition,
+            self.image,
+            self.region,
+            sorted(self.environment.items()),
+        )
+        return repr(of_workers)
+
+    def hand_over(self) -> dict[str, Any]:
+        """Return what a later process needs to know of the jobs."""
+        return self._running().hand_over()
+
+    async def take_over(
+        self, left: dict[str, Any], on_end: Callable[[str, LaunchEnd], None]
+    ) -> Mapping[str, Survivor]:
+        """Take over the jobs of an earlier process."""
+        return await self._running().take_over(left, on_end)
 
     async def close(self) -> None:
         """Terminate what still runs, and close the connections to AWS."""

@@ -28,7 +28,7 @@ from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.definitions import ensure_definition, pin_image
 from cloudexec._aws.diagnosis import JobEnd, cause_of_end, cause_of_waiting
-from cloudexec._aws.limits import DESCRIBE_JOBS, array_sizes
+from cloudexec._aws.limits import DESCRIBE_JOBS, WorkerSize, array_sizes
 from cloudexec._aws.prices import LEAST_SECONDS, PriceTable, WorkerPrice
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request, tag_value
@@ -43,10 +43,11 @@ from cloudexec._launchers.base import (
     LaunchRequest,
     LaunchTimes,
     Network,
+    Survivor,
 )
 from cloudexec._launchers.ending import Terminator
 from cloudexec._launchers.inquiry import DEFAULT_LOG_GROUP, Inquiry
-from cloudexec._launchers.jobs import Job, Member, end_of, seconds_of
+from cloudexec._launchers.jobs import Job, Member, dump, end_of, load, seconds_of
 
 if TYPE_CHECKING:
     from cloudexec._launchers.batch import Batch
@@ -115,6 +116,7 @@ class Fleet:
         self._unreachable = False
         self._gate = asyncio.Semaphore(_CONCURRENT_CALLS)
         self._prices = PriceTable.built_in()
+        self._inherited_usd = 0.0  # what jobs cost that were over before this process began
 
     # The start.
 
@@ -207,7 +209,7 @@ class Fleet:
         settings = self._settings
         spot = self._on_spot
         size = settings.size_of(requests[0].rung)
-        price = self._price(requests[0].rung, spot)
+        price = self._price(size, spot)
         at = 0
         for count in array_sizes(len(requests)):
             some = requests[at : at + count]
@@ -252,9 +254,8 @@ class Fleet:
         workers = sum(len(job.members) for job in self._jobs if job.spot)
         return self._reclaims >= max(_RECLAIMS_BEFORE_ON_DEMAND, workers * _RECLAIMED_SHARE)
 
-    def _price(self, rung: int, spot: bool) -> WorkerPrice:
+    def _price(self, size: WorkerSize, spot: bool) -> WorkerPrice:
         settings = self._settings
-        size = settings.size_of(rung)
         return self._prices.worker(
             vcpus=size.vcpus,
             memory_mib=size.memory_mib,
@@ -735,7 +736,7 @@ class Fleet:
 
     def cost(self) -> Cost:
         now = time.monotonic()
-        accrued = committed = rate = 0.0
+        accrued, committed, rate = self._inherited_usd, 0.0, 0.0
         for job in self._jobs:
             price = job.price
             for member in job.members.values():
@@ -759,11 +760,72 @@ class Fleet:
         left = max_cost_usd - cost.accrued_usd - cost.committed_usd
         count = 0
         for request in requests:
-            left -= self._price(request.rung, self._on_spot).cost(LEAST_SECONDS)
+            size = self._settings.size_of(request.rung)
+            left -= self._price(size, self._on_spot).cost(LEAST_SECONDS)
             if left < 0:
                 break
             count += 1
         return count
+
+    # From one process to the next.
+
+    def hand_over(self) -> dict[str, Any]:
+        """Return what a later process needs to know of the jobs."""
+        over = [job for job in self._jobs if job.over]
+        return {
+            "secret": self._secret.hex(),
+            "jobs": [dump(job) for job in self._jobs if not job.over],
+            "cost_usd": self._inherited_usd
+            + sum(
+                job.price.cost_of(member.spent) for job in over for member in job.members.values()
+            ),
+        }
+
+    async def take_over(
+        self, left: Mapping[str, Any], on_end: Callable[[str, LaunchEnd], None]
+    ) -> dict[str, Survivor]:
+        """Take over the jobs of an earlier process of this executor.
+
+        Raises:
+            AwsError: If AWS cannot be asked about them.
+        """
+        if not left:
+            return {}
+        self._secret = bytes.fromhex(left["secret"])
+        self._inherited_usd = float(left["cost_usd"])
+        # Who ended while nobody was there to see it is no failure of this process's.
+        jobs = [load(each, self._price, lambda *_: None) for each in left["jobs"]]
+        for job in jobs:
+            self._jobs.append(job)
+            self._job_of.update(dict.fromkeys(job.members, job))
+            if not job.id:
+                job.id = await self._find_job(job)
+        found = [job for job in jobs if job.id]
+        if found:
+            await self._inspect(found)
+        alive: dict[str, Survivor] = {}
+        for job in jobs:
+            running = await self._running_of(job)
+            for launch_id, member in job.members.items():
+                if not job.id:
+                    member.ended = member.gone = True
+                if not member.ended:
+                    member.on_end = on_end
+                    size = self._settings.number_of(job.size)
+                    alive[launch_id] = Survivor(size, member.index in running)
+        if alive:
+            self._watcher = self._spawn(self._watch())
+        return alive
+
+    async def _running_of(self, job: Job) -> set[int]:
+        """Return the places of those workers of a job that run."""
+        if len(job.members) == 1 or not job.statuses["RUNNING"]:
+            return {0} if job.statuses["RUNNING"] else set()
+        assert self._clients is not None
+        listed = self._clients.pages(
+            "batch", "list_jobs", "jobSummaryList", arrayJobId=job.id, jobStatus="RUNNING"
+        )
+        return {int(each["jobId"].rpartition(":")[2]) async for each in listed}
 
     # The end.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from cloudexec._aws.limits import WorkerSize
 from cloudexec._aws.prices import WorkerPrice
 from cloudexec._launchers.base import LaunchEnd
 
-__all__ = ["Job", "Member", "end_of", "seconds_of"]
+__all__ = ["Job", "Member", "dump", "end_of", "load", "seconds_of"]
 
 
 @dataclass(slots=True)
@@ -85,6 +86,73 @@ class Job:
 
     def aws_id(self, member: Member) -> str:
         return self.id if len(self.members) == 1 else f"{self.id}:{member.index}"
+
+
+def dump(job: Job) -> dict[str, Any]:
+    """Return what a later process needs to know of a job, as JSON has it."""
+    # Clocks that count from the start of a machine mean nothing to one on another.
+    offset = time.time() - time.monotonic()
+    return {
+        "first": job.first,
+        "name": job.name,
+        "queue": job.queue,
+        "spot": job.spot,
+        "size": [job.size.memory_mib, job.size.vcpus, job.size.gpus],
+        "asked_at": job.asked_at + offset,
+        "id": job.id,
+        "members": [
+            [
+                launch_id,
+                member.index,
+                None if member.began is None else member.began + offset,
+                member.spent,
+                member.attempts,
+                member.ended,
+            ]
+            for launch_id, member in job.members.items()
+        ],
+    }
+
+
+def load(
+    left: Mapping[str, Any],
+    price: Callable[[WorkerSize, bool], WorkerPrice],
+    on_end: Callable[[str, LaunchEnd], None],
+) -> Job:
+    """Return a job of an earlier process.
+
+    Args:
+        left: What ``dump`` returned there.
+        price: Says what a worker of a size costs, on spare capacity or not.
+        on_end: Whom to tell of the ends of its workers.
+    """
+    offset = time.time() - time.monotonic()
+    memory_mib, vcpus, gpus = left["size"]
+    size, spot = WorkerSize(memory_mib=memory_mib, vcpus=vcpus, gpus=gpus), bool(left["spot"])
+    job = Job(
+        first=left["first"],
+        name=left["name"],
+        queue=left["queue"],
+        spot=spot,
+        size=size,
+        price=price(size, spot),
+        members={},
+        asked_at=left["asked_at"] - offset,
+        id=left["id"],
+        sent=True,
+        unanswered=not left["id"],
+    )
+    for launch_id, index, began, spent, attempts, ended in left["members"]:
+        job.members[launch_id] = Member(
+            index,
+            on_end,
+            began=None if began is None else began - offset,
+            spent=list(spent),
+            attempts=attempts,
+            ended=ended,
+            gone=ended,
+        )
+    return job
 
 
 def end_of(details: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) -> JobEnd:

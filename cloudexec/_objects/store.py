@@ -187,6 +187,14 @@ class BlobStore:
 
     # What is handed in.
 
+    def number_from(self, first: int) -> None:
+        """Have blobs numbered from there on: lower numbers may be another's.
+
+        Args:
+            first: Of a number; nothing has been put in yet.
+        """
+        self._numbers = count(first)
+
     def intern(self, data: bytes | memoryview) -> Blob:
         """Return the blob with this content, a new one if there is none.
 

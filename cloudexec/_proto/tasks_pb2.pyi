@@ -44,6 +44,7 @@ class WorkerMessage(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     RECEIVED_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    HOLDING_FIELD_NUMBER: _builtins.int
     initializer_failed: _builtins.bytes
     """The initializer raised; the payload is the exception."""
     draining: _builtins.bool
@@ -84,6 +85,10 @@ class WorkerMessage(_message.Message):
         killed, a launcher on the same machine ends what is left of these.
         """
 
+    @_builtins.property
+    def holding(self) -> Global___Holding:
+        """The first thing that a worker says to a client that has taken it over: what it works at."""
+
     def __init__(
         self,
         *,
@@ -102,14 +107,43 @@ class WorkerMessage(_message.Message):
         number: _builtins.int = ...,
         received: _builtins.int = ...,
         goodbye: _builtins.bool = ...,
+        holding: Global___Holding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "proof", b"proof", "results", b"results"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "holding", b"holding", "proof", b"proof", "results", b"results"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failures", b"failures", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "initializer_failed", b"initializer_failed", "number", b"number", "output", b"output", "proof", b"proof", "ready", b"ready", "received", b"received", "results", b"results", "returned", b"returned", "slot_groups", b"slot_groups", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failures", b"failures", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "holding", b"holding", "initializer_failed", b"initializer_failed", "number", b"number", "output", b"output", "proof", b"proof", "ready", b"ready", "received", b"received", "results", b"results", "returned", b"returned", "slot_groups", b"slot_groups", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerMessage: _TypeAlias = WorkerMessage  # noqa: Y015
+
+@_typing.final
+class Holding(_message.Message):
+    """Tasks of the client before this one, which was killed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASES_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def leases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """As they came with the tasks."""
+
+    def __init__(
+        self,
+        *,
+        leases: _abc.Iterable[_builtins.int] | None = ...,
+        tags: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases", "tags", b"tags"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Holding: _TypeAlias = Holding  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
@@ -311,18 +345,24 @@ class Challenge(_message.Message):
 
     NONCE_FIELD_NUMBER: _builtins.int
     MAC_FIELD_NUMBER: _builtins.int
+    TAKES_OVER_FIELD_NUMBER: _builtins.int
     nonce: _builtins.bytes
     mac: _builtins.bytes
     """The server's own proof: a worker refuses an impostor before it unpickles anything."""
+    takes_over: _builtins.bool
+    """The session that the worker would go on with is gone, as the client was killed, and this one
+    stands in its place: enrol anew, and say what you hold.
+    """
     def __init__(
         self,
         *,
         nonce: _builtins.bytes = ...,
         mac: _builtins.bytes = ...,
+        takes_over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mac", b"mac", "nonce", b"nonce"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mac", b"mac", "nonce", b"nonce", "takes_over", b"takes_over"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -465,6 +505,7 @@ class Tasks(_message.Message):
     BLOB_COUNTS_FIELD_NUMBER: _builtins.int
     BLOBS_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def leases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -505,6 +546,12 @@ class Tasks(_message.Message):
     def kept(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indexes of tasks whose result is to stay on the worker until it is asked for."""
 
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """By what a later client knows the tasks, should this one be killed; absent, or empty: they are
+        not to outlive it.
+        """
+
     def __init__(
         self,
         *,
@@ -519,10 +566,11 @@ class Tasks(_message.Message):
         blob_counts: _abc.Iterable[_builtins.int] | None = ...,
         blobs: _abc.Iterable[_builtins.int] | None = ...,
         kept: _abc.Iterable[_builtins.int] | None = ...,
+        tags: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_counts", b"blob_counts", "blobs", b"blobs", "composed", b"composed", "estimates", b"estimates", "functions", b"functions", "kept", b"kept", "leases", b"leases", "numbers", b"numbers", "payloads", b"payloads", "terms", b"terms", "timeouts", b"timeouts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_counts", b"blob_counts", "blobs", b"blobs", "composed", b"composed", "estimates", b"estimates", "functions", b"functions", "kept", b"kept", "leases", b"leases", "numbers", b"numbers", "payloads", b"payloads", "tags", b"tags", "terms", b"terms", "timeouts", b"timeouts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -311,7 +311,7 @@ class Dependencies:
         if cancelled:
             feed(events.TasksCancelled(cancelled))
         if released:
-            feed(events.TasksReleased(released))
+            self._driver.release(released)
 
     def _fail(self, task: Submission, needs: Needs, index: int, failed: _Failed) -> None:
         future: BatchFuture[Any] | None = task.handle

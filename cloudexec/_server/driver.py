@@ -70,6 +70,7 @@ from cloudexec._story import signal_name
 
 if TYPE_CHECKING:
     from cloudexec._journal.journal import Journal
+    from cloudexec._server.takeover import Takeover
 
 __all__ = ["Driver", "Setup", "Submission"]
 
@@ -185,7 +186,11 @@ class Driver:
         self.inbox: deque[Submission | Event | int] = deque()
         self.broken: BaseException | None = None
         self.journal: Journal | None = None
+        self.takeover: Takeover | None = None
+        """Where workers outlive this process, and another one may stand in its place."""
         self.contact: Contact | None = None
+        self.listening = ""
+        """``host:port`` where the server listens, if that is a network address."""
         self.sessions: dict[str, Any] = {}
         self._identities: dict[str, Any] = {}
         self._tokens: dict[bytes, Any] = {}
@@ -205,7 +210,8 @@ class Driver:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._running: set[str] = set()  # launches whose process has not ended
+        self.running: set[str] = set()
+        """Launches whose process has not ended."""
         self._wanted: list[LaunchRequest] = []
         self._unwanted: list[str] = []
         self._times: dict[str, LaunchTimes] = {}
@@ -298,14 +304,17 @@ class Driver:
         if self._launcher.needs_network():
             self.portal.outlast_main_thread()
         self._starting = asyncio.current_task()
+        takeover, wanted = self.takeover, setup.listen or ""
         network = await self._launcher.start(
             self.executor_id,
-            setup.listen or "",
+            wanted if takeover is None else takeover.listen(wanted),
             setup.advertise,
             self.machine.config.scaling.launch_timeout,
         )
         self._prepared = True
         self.key = network.key or self.key
+        if takeover is not None:
+            await takeover.look()
         listen = network.listen
         if not listen and hasattr(os, "fork"):
             self._directory = _private_directory()
@@ -321,9 +330,19 @@ class Driver:
         with _quiet_grpc():
             from cloudexec._server.servicer import start_server
 
-            started = await start_server(self, listen or "127.0.0.1:0", network.advertise)
-        self._server, target, sha256 = started
+            listen = listen or "127.0.0.1:0"
+            certificate = None
+            if not listen.startswith("unix:"):
+                from cloudexec._server.certificate import make_certificate
+
+                certificate = takeover.certificate if takeover is not None else None
+                certificate = certificate or make_certificate()
+            started = await start_server(self, listen, network.advertise, certificate)
+        self._server, target, self.listening = started
+        sha256 = "" if certificate is None else certificate.sha256
         self.contact = Contact(target, self.executor_id, self.key, sha256)
+        if takeover is not None and certificate is not None:
+            takeover.begin(certificate)
         self._looked_at = time.monotonic()
         if self.machine.config.scaling.min_slots:
             self.feed(events.DeadlinePassed())
@@ -415,6 +434,17 @@ class Driver:
         """A worker is told of a function or, as a negative number, of a blob."""
         self._told.setdefault(number, []).append(worker)
 
+    def be(self, executor_id: str, key: bytes) -> None:
+        """Stand in the place of an executor whose process was killed, before the start.
+
+        Args:
+            executor_id: Its name.
+            key: That its workers know.
+        """
+        self.executor_id, self.key = executor_id, key
+        self.chronicle = Chronicle(self, _name_of)
+        self.now()
+
     def _submitted(self, tasks: list[Submission], held: list[Submission]) -> None:
         last = max(some[-1].number for some in (tasks, held) if some)
         self.chronicle.submitted.add(last, self.now())
@@ -426,9 +456,17 @@ class Driver:
             for task in tasks:
                 if type(task.payload) is not bytes:
                     self.keeper.note_inputs(task)
+            if self.takeover is not None:
+                tasks = self.takeover.sift(tasks)
             self.feed(events.TasksSubmitted(tasks))
         if held:
             self.dependencies.hold(held)
+
+    def release(self, tasks: list[Submission]) -> None:
+        """What held tasks depend on is there."""
+        if self.takeover is not None:
+            tasks = self.takeover.sift(tasks, held=True)
+        self.feed(events.TasksReleased(tasks))
 
     def now(self) -> Moment:
         """Look at the clocks, for whatever is noted next."""
@@ -530,6 +568,10 @@ class Driver:
         from cloudexec._journal.journal import Journal
 
         self.journal = Journal.open(where, self.portal, _decode_result, self._give_recorded)
+        if self._launcher.needs_network() and self.journal.store.keeps_state:
+            from cloudexec._server.takeover import Takeover
+
+            self.takeover = Takeover(self, self.journal, self._launcher, self._on_launch_end)
 
     def _record(self, task: Any, future: BatchFuture[Any], result: Any) -> None:
         """Have a result in the journal before anybody learns of it."""
@@ -540,12 +582,23 @@ class Driver:
     def _give_recorded(self, given: list[tuple[Any, BatchFuture[Any], Any]]) -> None:
         self.now()
         for task, future, result in given:
-            self._give_result(task, future, result)
+            if task is not None:
+                self._give_result(task, future, result)
         if self.dependencies.concluded:
             self.dependencies.settle()
 
+    def give_resumed(self, task: Any, result: Payload, seconds: float) -> None:
+        """Give a call that is in nobody's hands a result that is in the journal."""
+        assert self.journal is not None
+        future = task.handle
+        self.journal.note_resumed(future)
+        future._run_time = seconds
+        self._give_result(task, future, result)
+
     async def _close_journal(self) -> None:
         journal = self.journal
+        if self.takeover is not None:
+            self.takeover.close()
         if journal is not None:
             if self.output is not None:  # results that wait for it are still to come
                 shown = asyncio.Event()
@@ -664,6 +717,13 @@ class Driver:
         memory = options.memory_bytes or 0
         return env, memory if not task.rung else 0, bool(gpus)
 
+    def shares_gpus(self, task: Task) -> bool:
+        """Say whether a task that was sent has some of its worker's GPUs, and others the rest."""
+        known = self.machine.workers.get(task.worker or "")
+        if known is None or known.account.capacity.gpus < 2:
+            return False
+        return bool(known.account.heavy.get(task.lease))
+
     def size_name(self, rung: int) -> str:
         """Say what a worker of a size has."""
         return self._launcher.size_name(rung)
@@ -758,13 +818,15 @@ class Driver:
             ):
                 count += 1
             together, wanted = wanted[:count], wanted[count:]
-            self._running.update(request.launch_id for request in together)
+            self.running.update(request.launch_id for request in together)
             try:
                 self._launcher.launch(self.contact, together, self._on_launch_end)
             except CloudexecError as exc:
                 for request in together:
-                    self._running.discard(request.launch_id)
+                    self.running.discard(request.launch_id)
                     self.feed(events.LaunchFailed(request.launch_id, str(exc)))
+        if self.takeover is not None:
+            self.takeover.changed()
 
     def _refuse_launches(self, refused: list[LaunchRequest], ceiling: float) -> None:
         _logger.warning(
@@ -781,7 +843,7 @@ class Driver:
         if self.broken is not None or self.machine.finished:
             return
         cost = self._launcher.cost()
-        at_end = cost.accrued_usd + cost.committed_usd >= ceiling and bool(self._running)
+        at_end = cost.accrued_usd + cost.committed_usd >= ceiling and bool(self.running)
         alone = self.machine.refusing and not self.machine.workers and not self.machine.launches
         if at_end or (alone and self.machine.open_tasks):
             self.break_down(
@@ -854,7 +916,9 @@ class Driver:
 
     def _on_launch_end(self, launch: str, end: LaunchEnd) -> None:
         if not end.relaunched:
-            self._running.discard(launch)
+            self.running.discard(launch)
+            if self.takeover is not None:
+                self.takeover.launch_ended(launch)
         session = self._identities.get(launch)
         if session is not None:
             worker = session.worker_id
@@ -864,7 +928,7 @@ class Driver:
                 self._lost(self.sessions[worker], end.reason)
         elif not end.relaunched:
             self.feed(events.LaunchFailed(launch, end.reason, end.fatal, end.killed, end.reclaimed))
-        if not self._running:
+        if not self.running:
             self._all_ended.set()
 
     def _terminate_launch(self, command: commands.TerminateLaunch) -> None:
@@ -970,7 +1034,11 @@ class Driver:
         """Say whether a worker has a lease, so that a result of it is waited for."""
         session = self.session_of(token)
         worker = None if session is None else self.machine.workers.get(session.worker_id)
-        return worker is not None and lease in worker.leases
+        if worker is None:
+            return False
+        if lease in worker.leases:
+            return True
+        return self.takeover is not None and self.takeover.has(worker.id, lease)
 
     def _deliver(self, token: bytes, lease: int, delivered: Delivered | Composed) -> None:
         if self.expects(token, lease):
@@ -1023,6 +1091,8 @@ class Driver:
         self._tokens[session.token] = session
         launched = self.machine.launches[session.identity].slots
         self.feed(events.WorkerConnected(session.worker_id, min(slots, launched), session.identity))
+        if self.takeover is not None:
+            self.takeover.changed()
 
     def _note_arrival(self, session: Any, arrival: Arrival, dial_in: float) -> None:
         launch, now = session.identity, time.monotonic()
@@ -1076,7 +1146,7 @@ class Driver:
             session.is_cut = True
             self.feed(events.WorkerCut(worker))
             return
-        if worker not in self._last_words and identity in self._running and not self._closing:
+        if worker not in self._last_words and identity in self.running and not self._closing:
             # Its process is about to end, and how it ended is worth a moment.
             hurry = (orderly and not session.reclaimed) or self.machine.killing
             patience = 0.1 if hurry else self._launcher.last_words
@@ -1095,6 +1165,8 @@ class Driver:
         if self.sessions.pop(worker, None) is None:
             return
         session.close()
+        if self.takeover is not None:
+            self.takeover.worker_lost(session)
         self.keeper.worker_lost(worker, session.blobs())
         if self.depot is not None:
             self.depot.session_ended(session)
@@ -1103,7 +1175,7 @@ class Driver:
         self._connected_at.pop(worker, None)
         if end is None:
             end = LaunchEnd(reason, reclaimed=bool(session.reclaimed))
-        if session.identity in self._running and not end.relaunched:
+        if session.identity in self.running and not end.relaunched:
             self.portal.loop.call_later(2.0, self._launcher.terminate, [session.identity])
         self.feed(
             events.WorkerLost(
@@ -1162,14 +1234,14 @@ class Driver:
     async def _close(self) -> None:
         """Let the workers' processes end, then close the server and everything else."""
         await self._close_journal()
-        while self._running and self._launcher.ends_are_seen:
+        while self.running and self._launcher.ends_are_seen:
             # They end by themselves once their streams have; the rest is for those that do not.
             self._all_ended.clear()
             try:
                 async with asyncio.timeout(_END_GRACE):
                     await self._all_ended.wait()
             except TimeoutError:
-                self._launcher.terminate(list(self._running))
+                self._launcher.terminate(list(self.running))
         self._closing = True
         if self._unwanted:
             self._terminate_now()

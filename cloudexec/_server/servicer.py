@@ -29,6 +29,7 @@ from cloudexec._objects.transfer import Incoming, stream_view
 from cloudexec._payload import Composed
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._reliable import ACKNOWLEDGE_AFTER, Reliable
+from cloudexec._server.certificate import Certificate
 from cloudexec._server.descriptors import most_connections
 from cloudexec._server.direct import Delivered
 from cloudexec._server.driver import Driver
@@ -97,6 +98,7 @@ class _Session:
         self.identity = identity
         self.resumable = resumable  # whether a cut connection may be replaced by another one
         self.is_cut = False
+        self.taken_over = False  # it is about to say what it holds of an earlier client's
         self.reliable: Reliable[pb.ServerMessage] = Reliable()
         self.pid = pid  # of its process, where that is on this machine
         self.attempt = attempt  # which run of its launch this is, from 1
@@ -296,6 +298,7 @@ class _Session:
         taken = 0
         keeper = self._driver.keeper
         missing: list[Any] = []
+        takeover, tags = self._driver.takeover, []
         for task in tasks:
             if len(leases) >= _BATCH_TASKS or size >= _BATCH_BYTES:
                 break
@@ -331,11 +334,15 @@ class _Session:
                 payload = payload.head
             if task.terms is not None:
                 self._state_terms(message, len(leases), task, timeouts)
+            if takeover is not None:
+                tags.append(takeover.tag(self.identity, task))
             leases.append(task.lease)
             payloads.append(payload)
             estimates.append(task.kind.seconds)
             numbers.append(task.number)
             size += len(payload)
+        if tags:
+            columns.tags.extend(tags)
         if timeouts:
             message.tasks.timeouts.extend(timeouts.get(i, 0.0) for i in range(len(leases)))
         del tasks[:taken]
@@ -501,6 +508,10 @@ class _Session:
         driver = self._driver
         worker = self.worker_id
         heard = True
+        if message.HasField("holding"):
+            if driver.takeover is None:
+                raise ValueError("it holds what nobody gave it")
+            driver.takeover.holding(self, message.holding.leases, message.holding.tags)
         if message.output:
             for output in message.output:
                 driver.bytes_received += len(output.data)
@@ -552,6 +563,8 @@ class _Session:
                     self._end_lease(lease)
             if vanished:
                 self._lose_results(vanished, leases, results, seconds)
+            if driver.takeover is not None:
+                driver.takeover.park(worker, leases, results, seconds)
             driver.feed(events.ResultsReceived(worker, leases, results, seconds))
             if self.ending and columns.kept:
                 driver.create_task(driver.keeper.evacuate(self))
@@ -564,11 +577,15 @@ class _Session:
                 kind = _KINDS.get(failure.kind, FailureKind.SLOT_LOST)
                 lost = events.Failure(kind, failure, failure.out_of_memory)
                 failures.append((failure.lease, lost))
+            if driver.takeover is not None:
+                driver.takeover.gone(worker, [lease for lease, _ in failures])
             driver.feed(events.FailuresReceived(worker, failures))
             heard = False
         if message.returned:
             for lease in message.returned:
                 self._end_lease(lease)
+            if driver.takeover is not None:
+                driver.takeover.gone(worker, message.returned)
             driver.feed(events.LeasesReturned(worker, list(message.returned)))
             heard = False
         if message.draining:
@@ -903,7 +920,11 @@ class _Servicer:
                 key = _enrolment.session_key(key, resumed.token)
         parts = (driver.executor_id, hello.identity, hello.nonce, nonce)
         mac = _enrolment.proof(key, "server", *parts)
-        await context.write(pb.ServerMessage(challenge=pb.Challenge(nonce=nonce, mac=mac)))
+        # Whoever stands in the place of one that was killed has none of its sessions.
+        takeover = driver.takeover if hello.resume and resumed is None else None
+        takes_over = takeover is not None and takeover.takes(hello.identity)
+        challenge = pb.Challenge(nonce=nonce, mac=mac, takes_over=takes_over)
+        await context.write(pb.ServerMessage(challenge=challenge))
         message = await self._hear(context)
         expected = _enrolment.proof(key, "worker", *parts)
         if (
@@ -914,7 +935,7 @@ class _Servicer:
             who = f"{context.peer()} could not prove that it knows the key"
             driver.refused("no proof", who)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "proof refused")
-        if hello.resume:
+        if hello.resume and not takes_over:
             assert message is not None
             return await self._resume(resumed, message.proof.received, context)
         mismatch = _enrolment.versions_mismatch(
@@ -935,6 +956,7 @@ class _Servicer:
         resumable = not driver.direct_path and driver.machine.config.reconnect_grace > 0
         pid = _pid_of(driver.pid_of(hello.identity), hello.pid)
         session = _Session(driver, hello.identity, hello.attempt, pid, resumable=resumable)
+        session.taken_over = takes_over
         setup = driver.setup
         welcome = pb.Welcome(
             worker_id=session.worker_id,
@@ -1174,7 +1196,7 @@ def _server_options(workers: int) -> dict[str, int]:
 
 
 async def start_server(
-    driver: Driver, listen: str, advertise: str
+    driver: Driver, listen: str, advertise: str, certificate: Certificate | None
 ) -> tuple[grpc.aio.Server, str, str]:
     """Start to listen.
 
@@ -1182,10 +1204,10 @@ async def start_server(
         driver: Whose server it is.
         listen: ``unix:/path``, or ``host:port`` (port 0: any free one), which is TLS.
         advertise: Host, or ``host:port``, that workers dial; empty: what is listened on.
+        certificate: What workers know it by; ``None`` for a Unix socket.
 
     Returns:
-        The server, the target that workers dial, and the certificate's SHA-256 in hex (empty for a
-        Unix socket).
+        The server, the target that workers dial, and what is listened on.
 
     Raises:
         LaunchError: If it cannot listen there.
@@ -1195,19 +1217,14 @@ async def start_server(
     options = {**dict(CHANNEL_OPTIONS), **_server_options(workers)}
     server = grpc.aio.server(options=list(options.items()))
     server.add_generic_rpc_handlers((_Servicer(driver).handlers(),))
-    sha256 = ""
     try:
-        if listen.startswith("unix:"):
+        if certificate is None:
             server.add_insecure_port(listen)
             target = listen
         else:
-            from cloudexec._server.certificate import make_certificate
-
-            certificate = make_certificate()
-            sha256 = certificate.sha256
             credentials = grpc.ssl_server_credentials([(certificate.key_pem, certificate.pem)])
             port = server.add_secure_port(listen, credentials)
-            target = f"{listen.rpartition(':')[0]}:{port}"
+            target = listen = f"{listen.rpartition(':')[0]}:{port}"
             if advertise:
                 alone = ":" not in advertise or advertise.endswith("]")
                 target = f"{advertise}:{port}" if alone else advertise
@@ -1216,4 +1233,4 @@ async def start_server(
     await server.start()
     if listen.startswith("unix:"):
         os.chmod(listen.removeprefix("unix:"), 0o600)
-    return server, target, sha256
+    return server, target, listen

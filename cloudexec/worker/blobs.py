@@ -162,6 +162,10 @@ class BlobCache:
             del known  # and with it the blob, before its room is taken back
         self.store.sweep()
 
+    def all_but(self, numbers: set[int]) -> list[int]:
+        """Return the numbers of all blobs but these."""
+        return [number for number in self._known if number not in numbers]
+
     def missing(self, numbers: Iterable[int]) -> list[int]:
         """Say which of these are not at hand."""
         return [n for n in numbers if (k := self._known.get(n)) is None or k.place is None]

@@ -17,6 +17,7 @@ import grpc.aio
 from cloudexec import _enrolment
 from cloudexec._errors import LaunchError, ProtocolError
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._reliable import longest_pause
 from cloudexec._wire import CHANNEL_OPTIONS
 
 __all__ = ["CONNECT_TIMEOUT", "Address", "SessionGoneError", "dial", "hang_up", "shake_hands"]
@@ -24,11 +25,6 @@ __all__ = ["CONNECT_TIMEOUT", "Address", "SessionGoneError", "dial", "hang_up", 
 CONNECT_TIMEOUT = 30.0
 """Seconds for which a client elsewhere is dialed the first time."""
 _TRY_TIMEOUT = 10.0
-_LONGEST_PAUSE = 4.0
-_PART_OF_PATIENCE = 20
-"""Who has minutes to go on dials less often in the end: ten thousand workers that dial again
-every few seconds would keep their client, once it is there, too busy to let them in."""
-_MOST_PAUSE = 15.0
 _KEEPALIVE = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 10_000)]
 """A worker notices sooner than its client that a connection is dead: it is the one that dials."""
 _OWN = ("grpc.use_local_subchannel_pool", 1)
@@ -162,7 +158,7 @@ async def dial(
         ProtocolError: If either side refuses the other.
     """
     deadline = time.monotonic() + patience
-    longest = min(max(_LONGEST_PAUSE, patience / _PART_OF_PATIENCE), _MOST_PAUSE)
+    longest = longest_pause(patience)
     pause = 0.1
     while True:
         channel = None
@@ -219,7 +215,8 @@ async def shake_hands(
         received: Messages of that session that have come.
 
     Returns:
-        The message with the welcome, or that says that the session goes on.
+        The message with the welcome, or that says that the session goes on. A welcome instead of
+        that is by a client that takes the worker over from the one that had the session.
 
     Raises:
         ProtocolError: The server is an impostor, or refuses us; the message says why.
@@ -238,11 +235,12 @@ async def shake_hands(
             key, token = session_key, b""
     if not _enrolment.proves(challenge.mac, _enrolment.proof(key, "server", *parts)):
         raise ProtocolError(f"{target} does not know this worker's key: an impostor?")
-    if token:
+    if token and not challenge.takes_over:
         raise SessionGoneError(f"the client at {target} has given this worker up")
     mac = _enrolment.proof(key, "worker", *parts)
     await call.write(pb.WorkerMessage(proof=pb.Proof(mac=mac, received=received)))
-    return await _expect(call, "resumed" if hello.resume else "welcome")
+    goes_on = hello.resume and not challenge.takes_over
+    return await _expect(call, "resumed" if goes_on else "welcome")
 
 
 async def _expect(call: Any, what: str) -> pb.ServerMessage:

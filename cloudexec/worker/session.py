@@ -44,6 +44,7 @@ from cloudexec.worker.birth import pull_seconds, seconds_since_start
 from cloudexec.worker.blobs import BlobCache, Known, room
 from cloudexec.worker.child import Terms
 from cloudexec.worker.dialing import Address, dial, shake_hands
+from cloudexec.worker.holdings import Holdings, parked
 from cloudexec.worker.supervisor import (
     KILLED,
     PICKLE_FAILED,
@@ -125,6 +126,9 @@ class Session:
         self._draining = False
         self._drain_said = False
         self._deliveries: set[asyncio.Task[None]] = set()
+        self._delivering: set[int] = set()  # leases whose results are on their way in parts
+        self._holdings = Holdings()
+        self._says_holdings = False
         self.pool: SlotPool | None = None
         self.blobs: BlobCache | None = None
         self.welcome = pb.Welcome()
@@ -204,7 +208,7 @@ class Session:
             host=socket.gethostname(),
             job_id=address.job_id,
             attempt=address.attempt,
-            boot_seconds=seconds_since_start(),
+            boot_seconds=seconds_since_start() if is_new else 0.0,
             pull_seconds=pull,
         )
         before, self._channel = self._channel, None
@@ -220,23 +224,81 @@ class Session:
             token=self._token,
             received=self._reliable.received,
         )
-        if not is_new:
+        if answer.resumed:
             self._reliable.arrived(answer.received)
             return
-        self.welcome = answer.welcome
-        self._token = self.welcome.session_token
-        self._link = Link(enabled=self.welcome.compress)
-        threshold = self.welcome.bucket_threshold
-        if threshold:
+        self._take_welcome(answer.welcome)
+        if not is_new:
+            self._address.say("another client takes this worker over")
+            self._begin_anew()
+
+    def _take_welcome(self, welcome: pb.Welcome) -> None:
+        self.welcome = welcome
+        self._token = welcome.session_token
+        self._link = Link(enabled=welcome.compress)
+        self._bucket = None
+        if welcome.bucket_threshold:
             from cloudexec.worker.bucket import BucketPath
 
             metadata = ((TOKEN_KEY, self._token),)
             self._bucket = BucketPath(
                 lambda request: self._locate(request, metadata=metadata),
                 lambda request: self._store(request, metadata=metadata),
-                threshold,
-                self.welcome.bucket_part_bytes,
+                welcome.bucket_threshold,
+                welcome.bucket_part_bytes,
             )
+
+    def _begin_anew(self) -> None:
+        """Prepare for a client that has the journal of the one before, and nothing else.
+
+        What runs goes on, if it has a name in the journal; what came of it is said again. All else
+        that is here was for a client that is gone.
+        """
+        pool, blobs = self.pool, self.blobs
+        assert pool is not None
+        assert blobs is not None
+        pending = [*self._reliable.missing()]
+        while (message := self._compose()) is not None:
+            pending.append(message)
+        results, failures = parked(pending)
+        self._reliable = Reliable()
+        for uploading in self._uploads.values():
+            uploading.cancel()
+        running = pool.hand_back()
+        ended = [*(each[0] for each in results), *(each.lease for each in failures)]
+        self._holdings.keep([*running, *self._delivering, *ended])
+        for lease, payload, seconds, parts in results:
+            if lease in self._holdings:
+                if parts:
+                    self._composed[len(self._leases)] = parts
+                self.result(lease, payload, seconds)
+        self._failures.extend(
+            Failure(
+                each.lease,
+                each.kind,
+                each.payload,
+                message=each.message,
+                output=each.output,
+                exit_code=each.exit_code,
+                peak_memory_bytes=each.peak_memory_bytes,
+                seconds=each.seconds,
+                out_of_memory=each.out_of_memory,
+            )
+            for each in failures
+            if each.lease in self._holdings
+        )
+        # What nobody knows any more does not stand in the way of what comes.
+        pool.kill([lease for lease in running if lease not in self._holdings], KILLED)
+        pool.forget_functions(pool.functions())
+        blobs.forget(blobs.all_but(pool.blobs_in_use()))
+        self._mind_memory()
+        self._own_blobs = 0
+        self._credit = _OUTPUT_CREDIT
+        pool.resume_output()
+        self._ready = pool.has_begun
+        self._groups_changed = True
+        self._drain_said = False
+        self._says_holdings = True
 
     # What the pool answers.
 
@@ -427,53 +489,75 @@ class Session:
         self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob]
     ) -> None:
         """Send the parts of a result, then report it."""
-        sent = []
+        self._delivering.add(lease)
         try:
-            for blob in blobs:
-                number, place = self._number(), blob.place
-                if not await self._deliver_one(number, blob.fd, place, lease):
-                    self.returned(lease)  # nobody waits for it
-                    break
-                sent.append(pb.Blob(id=number, number=place.number, size=place.size))
-            else:
-                self._report(lease, seconds, head, sent)
+            sent: list[pb.Blob] | None = None
+            while sent is None:
+                token, sent = self._token, []
+                for blob in blobs:
+                    number = await self._deliver_one(blob.fd, blob.place, lease)
+                    if token != self._token:  # those before it went to a client that is gone
+                        sent = None
+                        break
+                    if not number:
+                        self.returned(lease)  # nobody waits for it
+                        return
+                    place = blob.place
+                    sent.append(pb.Blob(id=number, number=place.number, size=place.size))
+            self._report(lease, seconds, head, sent)
         except PayloadError as exc:
             self._fail_result(lease, seconds, exc)
         finally:
+            self._delivering.discard(lease)
             for blob in blobs:
                 self._let_go(blob)
-        self.wake()
+            self.wake()
 
-    async def _deliver_one(self, number: int, fd: int, place: Place, lease: int = 0) -> bool:
-        """Send a blob, more than once if it is damaged on the way; say whether it was wanted.
+    async def _deliver_one(self, fd: int, place: Place, lease: int = 0, number: int = 0) -> int:
+        """Send a blob, more than once if it is damaged on the way.
+
+        Args:
+            fd: The file that it is in.
+            place: Where in it.
+            lease: Of the task whose result it is a part of; 0: it is one that is kept here.
+            number: Its number, if it has one.
+
+        Returns:
+            Its number; 0: it was not wanted.
 
         Raises:
             PayloadTooLargeError: If the client has no room for it.
             PayloadError: If it does not get there.
         """
-        metadata = (
-            (TOKEN_KEY, self._token),
-            (BLOB_KEY, str(number)),
-            (SIZE_KEY, str(place.size)),
-            (LEASE_KEY, str(lease)),
-        )
-        # What is kept here goes to the bucket by itself: if it is wanted, that did not work out.
-        bucket, why = self._bucket if lease else None, ""
+        why, token, kept = "", b"", bool(number)
         attempt = 0
         while attempt < DELIVERY_TRIES:
             await asyncio.sleep(0.1 * attempt)
             await self._connected.wait()
+            if token != self._token:
+                if kept and token:
+                    return 0  # it was for a client that is gone
+                token = self._token
+                number = number if kept else self._number()
+                metadata = (
+                    (TOKEN_KEY, token),
+                    (BLOB_KEY, str(number)),
+                    (SIZE_KEY, str(place.size)),
+                    (LEASE_KEY, str(lease)),
+                )
+            # What is kept goes to the bucket by itself: if it is wanted, that did not work out.
+            bucket = None if kept else self._bucket
             call = None
             try:
                 at, size = place.offset, place.size
                 if bucket is not None and await bucket.store(number, fd, at, size, lease):
-                    return True
+                    return number
                 call = self._deliver(metadata=metadata)
                 # Who writes while he is refused is not told why: the second time, ask first.
                 if not attempt or GO_ON_KEY in dict(await call.initial_metadata()):
                     await stream_file(fd, place.offset, place.size, call.write, self._link)
                     await call.done_writing()
-                return bool((await call).accepted)
+                return number if (await call).accepted else 0
             except OSError as exc:
                 why = f"it cannot be read: {exc.strerror}"
                 if call is not None:
@@ -482,8 +566,8 @@ class Session:
                 why, code = str(exc), code_of(exc)
                 if call is not None:
                     code, why = await call.code(), await call.details()
-                if code is grpc.StatusCode.UNAUTHENTICATED:
-                    return False
+                if code is grpc.StatusCode.UNAUTHENTICATED and token == self._token:
+                    return 0
                 if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
                     raise PayloadTooLargeError(why, size_bytes=place.size) from exc
                 if await self._is_cut(code):
@@ -500,7 +584,8 @@ class Session:
                 kept = self.blobs.kept(number)
                 if kept is not None and kept.segment is not None:
                     try:
-                        await self._deliver_one(number, kept.segment.fd, self.blobs.place(number))
+                        place = self.blobs.place(number)
+                        await self._deliver_one(kept.segment.fd, place, number=number)
                     except PayloadError as exc:  # the client knows
                         self._address.say(f"a kept result was not delivered: {exc}")
 
@@ -556,6 +641,10 @@ class Session:
         pool = self.pool
         message = pb.WorkerMessage()
         some = False
+        if self._says_holdings:
+            self._says_holdings = False
+            message.holding.CopyFrom(self._holdings.message())
+            some = True
         if self._output:
             for lease, number, stream, data in self._output[:_BATCH_RESULTS]:
                 message.output.add(lease=lease, number=number, stream=stream, data=data)
@@ -759,8 +848,8 @@ class Session:
         pool, blobs = self.pool, self.blobs
         assert pool is not None
         assert blobs is not None
-        await blobs.ready([blob.id for blob in self.welcome.initializer_blobs])
         if not self._started:
+            await blobs.ready([blob.id for blob in self.welcome.initializer_blobs])
             self._started = True
             pool.start()
         call = self._call
@@ -781,6 +870,8 @@ class Session:
                         blobs=tuple(function.blobs),
                     )
             if message.HasField("tasks"):
+                if message.tasks.tags:
+                    self._note_tags(message.tasks)
                 pool.add(_items(message.tasks))
             if message.recall:
                 pool.recall(list(message.recall))
@@ -802,6 +893,16 @@ class Session:
                 return "terminate"
             if message.drain:
                 ends.put_nowait("drain")
+
+    def _note_tags(self, tasks: pb.Tasks) -> None:
+        assert self.pool is not None
+        self._holdings.take(tasks)
+        if self._holdings.is_full:
+            results, failures = parked(self._reliable.missing())
+            said = [*(each[0] for each in results), *(each.lease for each in failures)]
+            here = [*self.pool.leases(), *self._delivering, *self._leases, *tasks.leases]
+            here.extend(failure.lease for failure in self._failures)
+            self._holdings.keep([*said, *here])
 
     def _is_news(self, message: pb.ServerMessage) -> bool:
         """Take note of a message's number; say whether it is to be read."""

@@ -363,6 +363,32 @@ class SlotPool:
         self._note_idle()
         self._answers.wake()
 
+    def hand_back(self) -> list[int]:
+        """Hand back what has not begun, and go on; return the leases of what has."""
+        running = []
+        for slot in self._slots.values():
+            if slot.held:
+                self._peek(slot)
+                current = slot.cells[CURRENT]
+                if current in slot.held:
+                    running.append(current)
+        self.recall([lease for lease in self.leases() if lease not in running])
+        return running
+
+    def leases(self) -> list[int]:
+        """Return the leases of all tasks that are here."""
+        held = [lease for slot in self._slots.values() for lease in slot.held]
+        return [*self._parked, *(item.lease for item in self._queue), *held]
+
+    def functions(self) -> list[int]:
+        """Return the numbers of all callables that tasks may name."""
+        return list(self._functions)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client was told that a slot is ready."""
+        return self._announced
+
     def reclaim(self) -> None:
         """Hand back, unfinished, what runs: the platform gives no more time."""
         for slot in list(self._slots.values()):

@@ -1,0 +1,528 @@
+"""A client that was killed comes back as another process, and takes its workers over.
+
+Workers whose client is gone go on for ``orphan_timeout`` seconds, park what comes of their tasks,
+and dial the address they know. So an executor with a journal notes in it what it takes to stand in
+its place: the address, the certificate that workers pin, the key, and what was launched. Its
+successor listens there, and workers enrol anew and say which tasks they hold: by tags, which are
+the journal's keys under a seal of the client's own. A call that is submitted again, and that a
+worker holds, is not sent to anybody else.
+
+For the first moments nobody knows who holds what: until the workers that run are back, or
+cannot be expected any more, calls wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import secrets
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cloudexec._core import commands, events
+from cloudexec._core.tasks import TaskState
+from cloudexec._journal.journal import KEY_BYTES as _KEY_BYTES
+from cloudexec._payload import Composed, Payload
+from cloudexec._reliable import longest_pause
+from cloudexec._server.certificate import Certificate
+from cloudexec._server.direct import Delivered
+
+if TYPE_CHECKING:
+    from cloudexec._journal.journal import Journal
+    from cloudexec._launchers.base import LaunchEnd, Launcher, Survivor
+    from cloudexec._server.driver import Driver, Submission
+
+__all__ = ["Takeover"]
+
+_logger = logging.getLogger("cloudexec")
+_STATE = "takeover"
+_VERSION = 1
+_SAVE_AFTER = 0.2
+"""Seconds in which changes gather."""
+_SLACK = 5.0
+"""Seconds that a worker has to enrol, beyond its longest pause between two tries."""
+_SEAL_BYTES = 16
+_GAP = 10_000
+"""Launches are numbered from the next multiple of this: some may not have been noted."""
+_LEASES = 1 << 40
+"""Leases that each client of a line may give."""
+_BLOBS = 1 << 32
+_GENERATIONS = 200
+"""After so many clients the numbers of blobs repeat; nobody has the first ones any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Estate:
+    """What a client leaves to its successor."""
+
+    generation: int
+    executor_id: str
+    key: bytes
+    secret: bytes
+    certificate: Certificate
+    listen: str
+    setup: str
+    orphan_timeout: float
+    launches: list[tuple[str, int]]
+    launcher: dict[str, Any]
+
+    def dump(self) -> bytes:
+        certificate = self.certificate
+        pairs = {
+            "version": _VERSION,
+            "generation": self.generation,
+            "executor": self.executor_id,
+            "key": _text(self.key),
+            "secret": _text(self.secret),
+            "pem": _text(certificate.pem),
+            "key_pem": _text(certificate.key_pem),
+            "sha256": certificate.sha256,
+            "listen": self.listen,
+            "setup": self.setup,
+            "orphan_timeout": self.orphan_timeout,
+            "launches": self.launches,
+            "launcher": self.launcher,
+        }
+        return json.dumps(pairs).encode()
+
+    @classmethod
+    def load(cls, data: bytes) -> _Estate | None:
+        """Read one; ``None`` if another version wrote it, or it is damaged."""
+        try:
+            found = json.loads(data)
+            if found["version"] != _VERSION:
+                return None
+            return cls(
+                int(found["generation"]),
+                str(found["executor"]),
+                _bytes(found["key"]),
+                _bytes(found["secret"]),
+                Certificate(_bytes(found["pem"]), _bytes(found["key_pem"]), found["sha256"]),
+                str(found["listen"]),
+                str(found["setup"]),
+                float(found["orphan_timeout"]),
+                [(str(launch), int(slots)) for launch, slots in found["launches"]],
+                dict(found["launcher"]),
+            )
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+class _Claim:
+    """A task of the client before, which a worker has run, or runs.
+
+    Attributes:
+        worker: Who.
+        lease: Under which lease.
+        key: What the journal knows the call by.
+        version: Of the function's code.
+        name: Of the function.
+        outcome: What came of it, and in how many seconds, if that is known already.
+    """
+
+    __slots__ = ("key", "lease", "name", "outcome", "version", "worker")
+
+    def __init__(self, worker: str, lease: int, told: bytes) -> None:
+        self.worker = worker
+        self.lease = lease
+        self.key = told[:_KEY_BYTES]
+        at = _KEY_BYTES + 1
+        size = told[_KEY_BYTES]
+        self.version = told[at : at + size]
+        self.name = told[at + size :].decode("utf-8", "replace")
+        self.outcome: tuple[Payload, float] | None = None
+
+
+class Takeover:
+    """One executor's line of clients: what it leaves, and what was left to it.
+
+    Args:
+        driver: Whose.
+        journal: Where it is noted.
+        launcher: Starts the workers.
+        on_end: What the launcher is to tell of their ends.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        journal: Journal,
+        launcher: Launcher,
+        on_end: Callable[[str, LaunchEnd], None],
+    ) -> None:
+        self.workers = 0
+        """Workers that were taken over."""
+        self.tasks = 0
+        """Calls that were not sent to anybody, as a worker held them."""
+        self._driver = driver
+        self._journal = journal
+        self._launcher = launcher
+        self._on_end = on_end
+        self._setup = _digest(driver, launcher)
+        self._secret = secrets.token_bytes(32)
+        self._generation = 1
+        self._certificate: Certificate | None = None
+        self._estate = self._find()
+        self._alive: Mapping[str, Survivor] = {}
+        self._established = False
+        self._is_open = False
+        self._expected: set[str] = set()  # launches whose workers run
+        self._claims: dict[bytes, _Claim] = {}  # of calls that were not made again yet
+        self._by_lease: dict[tuple[str, int], _Claim] = {}  # the same, by worker and lease
+        self._waiting: dict[bytes, Submission] = {}
+        self._save_handle: asyncio.TimerHandle | None = None
+        self._timers: list[asyncio.TimerHandle] = []
+        if self._estate is not None:
+            self._generation = self._estate.generation + 1
+            self._secret = self._estate.secret
+            driver.be(self._estate.executor_id, self._estate.key)
+            driver.store.number_from((self._generation % _GENERATIONS) * _BLOBS + 1)
+
+    def _find(self) -> _Estate | None:
+        data = self._journal.store.get_state(_STATE)
+        estate = None if data is None else _Estate.load(data)
+        if estate is None:
+            return None
+        why = ""
+        if estate.setup != self._setup:
+            why = "the launcher, the initializer or the modules that workers have are others now"
+        elif not _is_free(estate.listen):
+            why = f"{estate.listen}, where they would be waited for, is taken"
+        if why:
+            _logger.warning(
+                "journal %s: workers of the run before, which was killed, are not taken over: %s. "
+                "They end by themselves",
+                self._journal.store.name,
+                why,
+            )
+            return None
+        return estate
+
+    # What is left to a successor.
+
+    def listen(self, wanted: str) -> str:
+        """Say where to listen, if nobody wants anything else in particular."""
+        if self._estate is not None and (not wanted or wanted.endswith(":0")):
+            return self._estate.listen
+        return wanted
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The one that workers have pinned already."""
+        return None if self._estate is None else self._estate.certificate
+
+    def changed(self) -> None:
+        """Something was launched, or has ended: a successor must know."""
+        if self._established and self._save_handle is None:
+            self._save_handle = self._driver.portal.loop.call_later(_SAVE_AFTER, self._save)
+
+    def _save(self) -> None:
+        driver, machine = self._driver, self._driver.machine
+        self._save_handle = None
+        assert self._certificate is not None
+        launches = [(each.launch, each.slots) for each in machine.workers.values()]
+        launches += [(each.id, each.slots) for each in machine.launches.values()]
+        estate = _Estate(
+            self._generation,
+            driver.executor_id,
+            driver.key,
+            self._secret,
+            self._certificate,
+            driver.listening,
+            self._setup,
+            driver.setup.orphan_timeout,
+            launches,
+            self._launcher.hand_over(),
+        )
+        self._journal.put_state(_STATE, estate.dump())
+
+    def close(self) -> None:
+        """The executor ends in order: there is nothing to take over."""
+        if self._save_handle is not None:
+            self._save_handle.cancel()
+            self._save_handle = None
+        for timer in self._timers:
+            timer.cancel()
+        self._is_open = False
+        if self._established:
+            self._established = False
+            self._journal.put_state(_STATE, None)
+
+    def tag(self, identity: str, task: Submission) -> bytes:
+        """Return what a successor knows a task by that is about to be sent; empty: by nothing."""
+        call = task.handle._journaled
+        if call is None or call.kept or self._driver.shares_gpus(task):
+            return b""
+        version, name = call.identity.version, call.identity.name.encode()
+        told: bytes = call.key + bytes((len(version),)) + version + name
+        return self._seal(identity, task.lease, told) + told
+
+    def _seal(self, identity: str, lease: int, told: bytes) -> bytes:
+        """Tell what this line of clients gave to a worker from what the worker made up."""
+        sealed = b"%b %d %b" % (identity.encode(), lease, told)
+        return hashlib.blake2b(sealed, digest_size=_SEAL_BYTES, key=self._secret).digest()
+
+    # What was left to this one.
+
+    async def look(self) -> None:
+        """Find out what is there to be taken over, before anybody can dial.
+
+        Raises:
+            CloudexecError: If the launcher's platform cannot be asked.
+        """
+        if self._estate is not None:
+            self._alive = await self._launcher.take_over(self._estate.launcher, self._on_end)
+
+    def begin(self, certificate: Certificate) -> None:
+        """The server listens: take over what there is, and be somebody who leaves something.
+
+        Args:
+            certificate: The server's.
+        """
+        driver, estate, alive = self._driver, self._estate, self._alive
+        self._certificate = certificate
+        if estate is not None:
+            numbers = [int(launch) for launch, _ in estate.launches]
+            last = (max(numbers, default=0) // _GAP + 1) * _GAP
+            capacity = self._launcher.capacity
+            launches = [
+                (launch, slots, alive[launch].size, capacity(alive[launch].size))
+                for launch, slots in estate.launches
+                if launch in alive
+            ]
+            driver.running.update(alive)
+            driver.feed(events.LaunchesTakenOver(launches, last, self._generation * _LEASES))
+            running = {launch for launch, survivor in alive.items() if survivor.running}
+            self._expected = running & driver.machine.launches.keys()
+            if self._expected:
+                self._open_window(estate.orphan_timeout)
+        self._established = True
+        self._save()
+
+    def _open_window(self, orphan_timeout: float) -> None:
+        """Have calls wait until it is known which of them workers hold."""
+        self._is_open = True
+        pause = 1.5 * longest_pause(orphan_timeout) + _SLACK
+        later = self._driver.portal.loop.call_later
+        self._timers = [
+            later(pause, self._close_window),
+            later(max(pause, orphan_timeout), self._let_go_of_unclaimed),
+        ]
+        count = len(self._expected)
+        _logger.info(
+            "the run before was killed, and %d worker%s of it may live: calls wait for %s to come "
+            "back, for %.0f s at most",
+            count,
+            "" if count == 1 else "s",
+            "it" if count == 1 else "them",
+            pause,
+        )
+
+    def takes(self, identity: str) -> bool:
+        """Say whether a worker that was enrolled with the client before may enrol with this one."""
+        return identity in self._alive
+
+    def holding(self, session: Any, leases: Sequence[int], tags: Sequence[bytes]) -> None:
+        """A worker that was taken over says what it holds.
+
+        Raises:
+            ValueError: If it says what cannot be.
+        """
+        if not session.taken_over or len(leases) != len(tags):
+            raise ValueError("it holds what nobody gave it")
+        session.taken_over = False  # it is said once
+        self.workers += 1
+        worker, unwanted = session.worker_id, []
+        adopted: list[tuple[Submission, _Claim]] = []
+        for lease, tag in zip(leases, tags, strict=True):
+            told = tag[_SEAL_BYTES:]
+            seal = self._seal(session.identity, lease, told)
+            if len(told) <= _KEY_BYTES or not hmac.compare_digest(seal, tag[:_SEAL_BYTES]):
+                raise ValueError(f"it was never given lease {lease}")
+            claim = _Claim(worker, lease, told)
+            if claim.key in self._claims or self._journal.store.find(claim.key) is not None:
+                unwanted.append(lease)
+                continue
+            task = self._waiting.pop(claim.key, None)
+            if task is not None and task.state is TaskState.HELD:
+                adopted.append((task, claim))
+                continue
+            self._claims[claim.key] = self._by_lease[worker, lease] = claim
+        self._adopt(adopted)
+        if unwanted:
+            session.kill(unwanted)
+        self._expected.discard(session.identity)
+        if self._is_open and not self._expected:
+            self._close_window()
+
+    def _adopt(self, adopted: Iterable[tuple[Submission, _Claim]]) -> None:
+        """Have tasks, held by the machine, be those that workers hold."""
+        driver = self._driver
+        for task, claim in adopted:
+            self.tasks += 1
+            driver.feed(events.TasksTakenOver(claim.worker, [task], [claim.lease]))
+            if task.lease == claim.lease:
+                driver.chronicle.sent(commands.SendTasks(claim.worker, [task]))
+            if claim.outcome is not None:
+                result, seconds = claim.outcome
+                task.handle._journaled = None  # it is in there
+                driver.feed(
+                    events.ResultsReceived(claim.worker, [claim.lease], [result], [seconds])
+                )
+
+    def sift(self, tasks: list[Submission], *, held: bool = False) -> list[Submission]:
+        """Take out of tasks that could be sent those that workers hold, or may hold.
+
+        Args:
+            tasks: They were submitted, or what they depend on is there.
+            held: Whether the machine holds them already.
+        """
+        if not (self._is_open or self._claims):
+            return tasks
+        rest: list[Submission] = []
+        kept: list[Submission] = []
+        adopted: list[tuple[Submission, _Claim]] = []
+        for task in tasks:
+            call = None if task.handle is None else task.handle._journaled
+            if call is None or call.kept:
+                rest.append(task)
+                continue
+            claim = self._claims.pop(call.key, None)
+            if claim is not None:
+                self._by_lease.pop((claim.worker, claim.lease), None)
+                if claim.outcome is not None and not held:
+                    self._driver.give_resumed(task, *claim.outcome)
+                    continue
+                adopted.append((task, claim))
+            elif self._is_open:
+                self._waiting[call.key] = task
+            else:
+                rest.append(task)
+                continue
+            kept.append(task)
+        if kept and not held:
+            for task in kept:
+                task.state = TaskState.HELD
+            self._driver.feed(events.TasksHeld(kept))
+        self._adopt(adopted)
+        return rest
+
+    def has(self, worker: str, lease: int) -> bool:
+        """Say whether something of the client before is waited for."""
+        return (worker, lease) in self._by_lease
+
+    def park(
+        self, worker: str, leases: list[int], results: list[Any], seconds: list[float]
+    ) -> None:
+        """Take results out that nobody has called for yet, and put them by."""
+        if not self._by_lease:
+            return
+        for index in reversed(range(len(leases))):
+            claim = self._by_lease.get((worker, leases[index]))
+            if claim is None:
+                continue
+            lease, result, took = leases.pop(index), results.pop(index), seconds.pop(index)
+            if isinstance(result, Delivered):  # it did not arrive whole
+                self.gone(worker, [lease])
+            else:
+                claim.outcome = result, took
+                self._journal.keep(claim.key, claim.version, claim.name, took, result)
+
+    def gone(self, worker: str, leases: Iterable[int]) -> None:
+        """Nothing came of tasks of the client before: whoever calls for them has them run."""
+        if self._by_lease:
+            for lease in leases:
+                claim = self._by_lease.pop((worker, lease), None)
+                if claim is not None:
+                    del self._claims[claim.key]
+
+    def worker_lost(self, session: Any) -> None:
+        """A worker is gone, with whatever it held and had not handed over."""
+        worker = session.worker_id
+        running = [each for each in self._by_lease.values() if each.outcome is None]
+        self.gone(worker, [each.lease for each in running if each.worker == worker])
+        self.launch_ended(session.identity)
+
+    def launch_ended(self, launch: str) -> None:
+        """A worker is not to be expected."""
+        self.changed()
+        if launch in self._expected:
+            self._expected.discard(launch)
+            if self._is_open and not self._expected:
+                self._driver.portal.loop.call_soon(self._close_window)
+
+    def _close_window(self) -> None:
+        """Whoever was to come is there, or will not come: go on with all that waits."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        missing, self._expected = self._expected, set()
+        waiting = [task for task in self._waiting.values() if task.state is TaskState.HELD]
+        self._waiting.clear()
+        if missing:
+            _logger.info(
+                "%d of the workers of the run before did not come back: their tasks run again",
+                len(missing),
+            )
+            self._launcher.terminate(sorted(missing))
+            for launch in missing:
+                self._driver.running.discard(launch)
+                why = "its client was killed, and it did not come back to the one after that"
+                self._driver.feed(events.LaunchFailed(launch, why, reclaimed=True))
+        if waiting:
+            self._driver.feed(events.TasksReleased(waiting))
+
+    def _let_go_of_unclaimed(self) -> None:
+        """Nobody has called for what still runs: it is in nobody's way any more."""
+        for claim in self._by_lease.values():
+            session = self._driver.sessions.get(claim.worker)
+            if claim.outcome is None and session is not None:
+                session.kill([claim.lease])
+
+
+def _digest(driver: Driver, launcher: Launcher) -> str:
+    """Return what workers have in common that were told the same."""
+    setup, initializer = driver.setup, driver.setup.initializer
+    pieces: list[Any] = [
+        launcher.fingerprint().encode(),
+        repr((setup.max_tasks_per_child, setup.cwd, setup.sys_path)).encode(),
+        setup.modules,
+    ]
+    if isinstance(initializer, Composed):
+        pieces += [initializer.head, *[blob.view() for blob in initializer.blobs]]
+    else:
+        pieces.append(initializer)
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(b"%d:" % len(piece))
+        found.update(piece)
+    return found.hexdigest()
+
+
+def _is_free(listen: str) -> bool:
+    """Say whether one can listen on ``host:port``."""
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, int(port)))
+            probe.listen(1)
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)

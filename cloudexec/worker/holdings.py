@@ -1,0 +1,77 @@
+"""What a worker tells a client that takes it over: which tasks it holds, and what came of them.
+
+A client that is killed may come back as another process, with its journal. Each task that has a
+name in there comes with a tag, which means nothing to the worker. It goes on with those tasks,
+parks what comes of them, and says to the new client which tags it holds, under which leases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from cloudexec._proto import tasks_pb2 as pb
+
+__all__ = ["Holdings", "parked"]
+
+_PRUNE_AT = 1024
+
+
+class Holdings:
+    """The tags of the tasks that this worker has, or whose results may not have arrived."""
+
+    def __init__(self) -> None:
+        self._tags: dict[int, bytes] = {}
+        self._prune_at = _PRUNE_AT
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are so many that those of tasks which are over should be forgotten."""
+        return len(self._tags) >= self._prune_at
+
+    def take(self, tasks: pb.Tasks) -> None:
+        """Note the tags of tasks that came."""
+        for lease, tag in zip(tasks.leases, tasks.tags, strict=True):
+            if tag:
+                self._tags[lease] = tag
+
+    def keep(self, leases: Iterable[int]) -> None:
+        """Forget the tags of all tasks but these."""
+        tags = self._tags
+        self._tags = {lease: tags[lease] for lease in leases if lease in tags}
+        self._prune_at = max(_PRUNE_AT, 2 * len(self._tags))
+
+    def __contains__(self, lease: int) -> bool:
+        return lease in self._tags
+
+    def message(self) -> pb.Holding:
+        """Return what to say of them."""
+        return pb.Holding(leases=list(self._tags), tags=list(self._tags.values()))
+
+
+def parked(
+    messages: Sequence[pb.WorkerMessage],
+) -> tuple[list[tuple[int, bytes, float, Sequence[pb.Blob]]], list[pb.Failure]]:
+    """Find the outcomes in messages that may not have arrived, as far as they can be sent anew.
+
+    A result is lost whose parts went another way than the message: to the client that is gone.
+
+    Returns:
+        Results (lease, payload, seconds, parts that are in it), and failures.
+    """
+    results: list[tuple[int, bytes, float, Sequence[pb.Blob]]] = []
+    failures: list[pb.Failure] = []
+    for message in messages:
+        failures.extend(message.failures)
+        columns = message.results
+        parts: dict[int, Sequence[pb.Blob]] = {}
+        at = 0
+        for index, count in zip(columns.composed, columns.blob_counts, strict=True):
+            parts[index] = columns.blobs[at : at + count]
+            at += count
+        elsewhere = {*columns.direct, *columns.kept}
+        for index, lease in enumerate(columns.leases):
+            blobs = parts.get(index, ())
+            if index not in elsewhere and all(len(blob.content) == blob.size for blob in blobs):
+                outcome = lease, columns.payloads[index], columns.seconds[index], blobs
+                results.append(outcome)
+    return results, failures
