@@ -348,7 +348,8 @@ class BatchExecutor(_Base):
             before its tasks run on another one; 0: not at all. It works on meanwhile, and hands
             over what it has done.
         orphan_timeout: Seconds for which such a worker dials a client that does not answer before
-            it ends. Workers on this machine end with the client, at once.
+            it ends; with a ``journal``, the time in which the program can be run again and take
+            it over. Workers on this machine end with the client, at once.
         max_tasks_per_worker: Tasks after which a worker, with all its processes, is replaced.
         max_worker_lifetime: Seconds after which a worker is replaced; it finishes what it has.
         max_cost_usd: Ceiling for what the workers may cost, as estimated: no worker is launched
@@ -357,8 +358,8 @@ class BatchExecutor(_Base):
         objects: How large arguments and results are kept and moved.
         journal: A file, or ``s3://bucket/prefix``, that has the result of each call as soon as it
             is there: the same program run again, after whatever has ended it, gets these results
-            without running the calls again. A file belongs to this user alone, and to one program
-            at a time. See the README, "Resuming after a crash".
+            without running the calls again, and workers elsewhere that still live go on for it. A
+            file belongs to this user alone, and to one program at a time. See the README, "Resuming after a crash".
         max_pending_bytes: Bytes, or ``"2GiB"``, of pickled arguments of calls that are submitted
             and not done; their large parts are counted by ``objects``. ``None``: no limit.
         max_pending_tasks: Calls that are submitted and not done; ``None``: no limit.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cloudexec._config import check_count
 from cloudexec._errors import LaunchError
-from cloudexec._launchers.base import Contact, LaunchEnd, Launcher, LaunchRequest
+from cloudexec._launchers.base import Contact, LaunchEnd, Launcher, LaunchRequest, Survivor
 
 __all__ = ["ManualLaunch", "ManualLauncher"]
 
@@ -107,6 +108,19 @@ class ManualLauncher(Launcher):
             # One that was not launched yet is not heard of again.
             if self._ends_when_terminated and launch_id in self._on_end:
                 self.end(launch_id, "it was terminated", killed=True)
+
+    def hand_over(self) -> dict[str, Any]:
+        """Say which launches nobody said yet that they ended."""
+        return {"running": self.running}
+
+    async def take_over(
+        self, left: dict[str, Any], on_end: Callable[[str, LaunchEnd], None]
+    ) -> Mapping[str, Survivor]:
+        """Take over the launches of another one; they are not in ``launches``."""
+        with self._changed:
+            self._loop = asyncio.get_running_loop()
+            self._on_end.update(dict.fromkeys(left["running"], on_end))
+        return {launch_id: Survivor(0, running=True) for launch_id in left["running"]}
 
     def clean_up(self, slot_groups: list[int]) -> None:
         """Do nothing: no process here is this launcher's."""

@@ -29,6 +29,7 @@ from cloudexec._core.events import (
     FailureKind,
     FailuresReceived,
     LaunchesRefused,
+    LaunchesTakenOver,
     LaunchFailed,
     LeasesReturned,
     ResultsReceived,
@@ -39,6 +40,7 @@ from cloudexec._core.events import (
     TasksReleased,
     TasksStarted,
     TasksSubmitted,
+    TasksTakenOver,
     WorkerConnected,
     WorkerDraining,
     WorkerHeard,
@@ -384,6 +386,60 @@ def test_held_tasks_fail_or_are_cancelled_where_they_are() -> None:
     assert (machine.counts["failed"], machine.counts["cancelled"]) == (1, 2)
     assert machine.handle(TasksReleased(batch), 1.0) == []
     machine.validate()
+
+
+def take_over(machine: Machine, *launches: str, slots: int = 1) -> list[Any]:
+    taken = [(launch, slots, 0, None) for launch in launches]
+    return machine.handle(LaunchesTakenOver(taken, 10_000, 1 << 40), 0.0)
+
+
+def test_a_worker_that_is_taken_over_goes_on_with_its_tasks() -> None:
+    """Nobody else is sent them, nor launched for them; what comes of them counts."""
+    machine = make(max_slots=2, slots_per_worker=1)
+    assert take_over(machine, "7") == []
+    batch = held(2)
+    machine.handle(TasksHeld(batch), 0.0)
+    machine.handle(WorkerConnected("w", 1, "7"), 0.0)
+    commands = machine.handle(TasksTakenOver("w", batch[:1], [99]), 0.0)
+    assert [list(command.tasks) for command in only(commands, MarkRunning)] == [batch[:1]]
+    assert not only(commands, SendTasks)
+    assert not only(commands, LaunchWorker)
+    machine.validate()
+    commands = machine.handle(TasksReleased(batch[1:]), 1.0)
+    assert commands == [LaunchWorker("10001", 1, 5)]  # the one that is there is busy
+    commands = machine.handle(ResultsReceived("w", [99], [b"r"], [1.0]), 2.0)
+    assert [list(command.results) for command in only(commands, ResolveTasks)] == [[b"r"]]
+    assert [task.lease for task in only(commands, SendTasks)[0].tasks] == [(1 << 40) + 1]
+    machine.validate()
+
+
+def test_tasks_of_a_worker_that_was_lost_again_wait() -> None:
+    """Before it could be said that they are its own, or after that."""
+    machine = make(max_slots=2, slots_per_worker=2)
+    take_over(machine, "7", slots=2)
+    batch = held(3)
+    machine.handle(TasksHeld(batch), 0.0)
+    machine.handle(TasksCancelled(batch[:1]), 0.0)
+    machine.handle(TasksTakenOver("w", batch[:2], [98, 99]), 0.0)
+    assert machine.waiting_tasks() == batch[1:2]
+    machine.handle(WorkerConnected("w", 2, "7"), 0.0)
+    machine.handle(TasksTakenOver("w", batch[2:], [100]), 0.0)
+    machine.validate()
+    machine.handle(WorkerLost("w", "gone"), 1.0)
+    assert machine.waiting_tasks() == batch[1:]
+    machine.validate()
+
+
+def test_no_more_is_taken_over_than_may_be() -> None:
+    """The program was run again with fewer workers."""
+    machine = make(max_slots=2, slots_per_worker=1)
+    commands = take_over(machine, "1", "2", "3")
+    assert [command.launch for command in only(commands, TerminateLaunch)] == ["3"]
+    machine.validate()
+    # Those that were expected and do not come are replaced, as all others.
+    machine.handle(TasksSubmitted(tasks(2)), 0.0)
+    commands = machine.handle(LaunchFailed("1", "no sign of it", reclaimed=True), 1.0)
+    assert [command.launch for command in only(commands, LaunchWorker)] == ["10001"]
 
 
 def test_shutdown_with_cancel_keeps_only_what_runs() -> None:

@@ -265,6 +265,22 @@ class History(RuleBasedStateMachine):
             self.end(task, "dropped")
         self.tell(events.TasksDropped(batch))
 
+    @precondition(lambda self: self.machine.held and self.peers)
+    @rule(data=DATA)
+    def take_over(self, data: Any) -> None:
+        """A worker says that it has held tasks already; those that are done by now are not its."""
+        peer = self.peer(data)
+        numbers = self.some(data, [task.number for task in self.machine.held])
+        batch = [self.futures[number].task for number in numbers]
+        leases = [(1 << 40) + len(self.past) * 100 + n for n in range(len(batch))]
+        self.past.append(events.WorkerHeard(peer.name))  # so that no lease comes twice
+        self.tell(events.TasksTakenOver(peer.name, batch, leases))
+        for task, lease in zip(batch, leases, strict=True):
+            if task.lease == lease:
+                future = self.futures[task.number]
+                future.lease = lease
+                peer.leases[lease] = future
+
     @precondition(lambda self: self.futures)
     @rule(data=DATA, how=st.sampled_from(["cancel", "kill", "recall"]))
     def cancel(self, data: Any, how: str) -> None:

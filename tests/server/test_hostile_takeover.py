@@ -1,0 +1,162 @@
+"""Workers that outlived their client, and tell the next one of more than they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import grpc
+import pytest
+from hostile_peers import (
+    Trap,
+    channel,
+    double,
+    end_by_hand,
+    refusals,
+    result_of,
+    wait_until,
+)
+from test_enrolment import Peer
+
+from cloudexec import BatchExecutor, _enrolment
+from cloudexec._proto import tasks_pb2 as pb
+from cloudexec.testing import ManualLauncher
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class _Scene:
+    """An executor whose client was killed, as far as its workers and its journal can tell.
+
+    Attributes:
+        tags: Of the tasks that the workers 1 and 2 had, with their leases.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        journal, copy = directory / "journal", directory / "copy"
+        launcher = ManualLauncher(needs_network=True)
+        executor = BatchExecutor(2, launcher=launcher, journal=journal, min_workers=2)
+        futures = [executor.submit(double, x) for x in (1, 2)]
+        self.contact = launcher.wait(2, 20)[0].contact
+        self.peers: list[Peer] = []
+        self.token = b""
+        self.tags: dict[str, tuple[int, bytes]] = {}
+        for identity in ("1", "2"):
+            answer = self.dial().enrol(self.contact.executor_id, identity, self.contact.key)
+            self.token = answer.welcome.session_token
+            for message in self.peers[-1].answers:
+                if message.tasks.leases:
+                    self.tags[identity] = message.tasks.leases[0], message.tasks.tags[0]
+                    break
+        wait_until(lambda: _left_in(journal, copy) == {"1", "2"})
+        for future in futures:
+            future.cancel(running=True)
+        end_by_hand(executor, launcher, *self.peers)
+        self.peers.clear()
+        self.launcher = ManualLauncher(needs_network=True)
+        self.executor = BatchExecutor(2, launcher=self.launcher, journal=copy)
+        self.futures: list[Future[int]] = [self.executor.submit(double, x) for x in (1, 2)]
+
+    def dial(self) -> Peer:
+        peer = Peer(self.contact.target, channel(self.contact))
+        self.peers.append(peer)
+        return peer
+
+    def come_back(self, identity: str) -> Peer:
+        """Enrol as a worker that had a session with the client before."""
+        peer, contact = self.dial(), self.contact
+        resume = _enrolment.session_name(self.token)
+        nonces = peer.hello(contact.executor_id, identity, resume=resume)
+        mac = _enrolment.proof(contact.key, "worker", contact.executor_id, identity, *nonces)
+        peer.send(proof=pb.Proof(mac=mac))
+        assert next(peer.answers).HasField("welcome")
+        return peer
+
+    def hold(self, identity: str, *held: tuple[int, bytes]) -> Peer:
+        """Come back, and say what one holds."""
+        peer = self.come_back(identity)
+        holding = pb.Holding(leases=[each[0] for each in held], tags=[each[1] for each in held])
+        peer.send(number=1, holding=holding)
+        return peer
+
+
+def _left_in(journal: Path, copy: Path) -> set[str]:
+    """Copy a journal that is in use; say which launches its client would leave."""
+    for suffix in ("", "-wal"):
+        shutil.copy(f"{journal}{suffix}", f"{copy}{suffix}")
+    with contextlib.closing(sqlite3.connect(copy)) as opened:
+        row = opened.execute("SELECT value FROM state WHERE name = 'takeover'").fetchone()
+    return set() if row is None else {launch for launch, _ in json.loads(row[0])["launches"]}
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[_Scene]:
+    scene = _Scene(tmp_path)
+    yield scene
+    end_by_hand(scene.executor, scene.launcher, *scene.peers)
+
+
+def test_workers_hand_over_what_they_held(scene: _Scene) -> None:
+    """As the ones do that mean well: what follows differs from this in one thing each."""
+    for identity in ("1", "2"):
+        peer = scene.hold(identity, scene.tags[identity])
+        peer.send(number=2, results=result_of(scene.tags[identity][0], value=int(identity) * 10))
+    assert [future.result(20) for future in scene.futures] == [10, 20]
+    stats = scene.executor.stats()
+    assert (stats.workers.taken_over, stats.tasks.taken_over) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "lie", ["another's", "another lease", "altered", "garbage", "short", "twice"]
+)
+def test_nobody_gets_what_it_was_not_given(scene: _Scene, lie: str, tmp_path: Path) -> None:
+    """Whoever says that it holds it is cut off, and what it says came of it is not looked at."""
+    trap = Trap(tmp_path / "sprung")
+    lease, tag = scene.tags["1"]
+    other_lease, other_tag = scene.tags["2"]
+    held: dict[str, list[tuple[int, bytes]]] = {
+        "another's": [(other_lease, other_tag)],
+        "another lease": [(lease + 1, tag)],
+        "altered": [(lease, tag[:-1] + bytes((tag[-1] ^ 1,)))],
+        "garbage": [(lease, b"\xff" * 100)],
+        "short": [(lease, tag[:16])],
+        "twice": [(lease, tag)],
+    }
+    liar = scene.hold("1", *held[lie])
+    if lie == "twice":
+        liar.send(number=2, holding=pb.Holding(leases=[lease], tags=[tag]))
+    liar.send(number=3 if lie == "twice" else 2, results=result_of(lease, other_lease, value=trap))
+    wait_until(lambda: refusals(scene.executor).get("malformed message") == 1)
+    honest = scene.hold("2", (other_lease, other_tag))
+    honest.send(number=2, results=result_of(other_lease, value=20))
+    assert scene.futures[1].result(20) == 20
+    assert not scene.futures[0].done()
+    assert not trap.path.exists()
+
+
+def test_who_was_not_taken_over_holds_nothing(scene: _Scene) -> None:
+    """A new worker of the same executor says so with a tag that is right."""
+    lease, tag = scene.tags["1"]
+    for identity in ("1", "2"):
+        peer = scene.dial()
+        answer = peer.enrol(scene.contact.executor_id, identity, scene.contact.key)
+        assert answer.HasField("welcome")
+        peer.send(number=1, holding=pb.Holding(leases=[lease], tags=[tag]))
+    wait_until(lambda: refusals(scene.executor).get("malformed message") == 2)
+    assert scene.executor.stats().workers.taken_over == 0
+
+
+def test_a_key_that_was_recorded_is_not_enough(scene: _Scene) -> None:
+    """Nor is the name of a session that there was: the proof is over what is said now."""
+    peer = scene.dial()
+    resume = _enrolment.session_name(scene.token)
+    peer.hello(scene.contact.executor_id, "1", resume=resume)
+    peer.send(proof=pb.Proof(mac=bytes(32)))
+    with pytest.raises(grpc.RpcError):
+        next(peer.answers)
+    assert refusals(scene.executor) == {"no proof": 1}
