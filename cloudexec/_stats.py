@@ -192,7 +192,7 @@ class ExecutorStats:
                 )
                 for rung, found in sorted(sizes.items())
             ),
-            launches=driver.launch_times(),
+            launches=driver.launches.times(),
         )
 
 

@@ -21,6 +21,7 @@ from cloudexec._core.events import Failure, FailureKind
 from cloudexec._core.tasks import Task, TaskState
 from cloudexec._core.workers import Worker, WorkerState
 from cloudexec._future import BatchFuture
+from cloudexec._server.outcomes import decode_result, name_of
 from cloudexec._server.telling import Teller
 from cloudexec._story import StoryEvent, StoryStep, TaskStory, signal_name
 
@@ -106,14 +107,12 @@ class Chronicle:
 
     Args:
         driver: Whose.
-        name_of: Says what people call a task.
     """
 
-    def __init__(self, driver: Driver, name_of: Callable[[Task], str]) -> None:
+    def __init__(self, driver: Driver) -> None:
         self.submitted = Marks()
         self._sent = Marks()
         self._driver = driver
-        self._name_of = name_of
         self._resent: dict[Any, None] = {}  # open tasks with notes that are to be sent again
         self._prune_at = 1000
         self._launch_failure = ""
@@ -161,7 +160,7 @@ class Chronicle:
     def _before_deadline(self, event: events.DeadlinePassed) -> _Then | None:
         """Workers of which nothing was heard are lost by the clock."""
         driver = self._driver
-        config, now = driver.machine.config, driver._now
+        config, now = driver.machine.config, driver.clock
         silent_since, cut_since = now - config.lease_timeout, now - config.reconnect_grace
         doomed: list[_Then] = []
         for worker in driver.machine.workers.values():
@@ -345,7 +344,7 @@ class Chronicle:
         self._note(task, future, lease, event)
         if step not in ("lost", "timed out"):
             return
-        name = self._name_of(task)
+        name = name_of(task)
         outlook = _OUTLOOKS.get(task.state, "it is run again")
         self.teller.tell(
             logging.INFO,
@@ -379,7 +378,7 @@ class Chronicle:
             self._note(task, task.handle, 0, raised)
         self._note(task, task.handle, 0, StoryEvent(what="judged", reason=verdict))
         if again:
-            name = self._name_of(task)
+            name = name_of(task)
             self.teller.tell(
                 logging.INFO,
                 "task_retried",
@@ -405,7 +404,7 @@ class Chronicle:
             reason = "its platform wants the worker back"
         elif worker.state is WorkerState.DRAINING:
             reason = "the worker is to end"
-        elif worker.paused_until > driver._now:
+        elif worker.paused_until > driver.clock:
             reason = "tasks that it had were being cancelled"
         else:
             reason = "another worker was free"
@@ -469,7 +468,7 @@ class Chronicle:
     ) -> None:
         """Have notes of a task; the first of them, that it was sent under this lease."""
         if future._notes is None:
-            future._notes = _Notes(self._name_of(task))
+            future._notes = _Notes(name_of(task))
             if lease and worker is not None:
                 self._note_sent(task, future, worker, attempt, self._sent.find(lease))
 
@@ -495,7 +494,7 @@ class Chronicle:
             self._note(task, future, 0, StoryEvent(what="climbed", reason=size))
 
     def _job_of(self, worker: str) -> str:
-        return self._driver.job_of(worker)
+        return self._driver.launches.job_of(worker)
 
     # Stories.
 
@@ -548,7 +547,7 @@ class Chronicle:
         )
 
     def _name(self, future: BatchFuture[Any], task: Any) -> str:
-        return future._label if task is None or task.handle is None else self._name_of(task)
+        return future._label if task is None or task.handle is None else name_of(task)
 
     def _add_present(self, task: Any, last: str, add: Callable[..., None]) -> None:
         """Add where a task that has no outcome is now."""
@@ -598,7 +597,7 @@ class Chronicle:
         machine = driver.machine
         if machine.launches:
             why = driver._launcher.explain() or self._launch_failure
-            text = f"for {driver._launches_in_words()} on the way"
+            text = f"for {driver.launches.in_words()} on the way"
             return f"{text}: {why}" if why else text
         if not machine.workers:
             return f"for a worker: {self._launch_failure}" if self._launch_failure else ""
@@ -655,10 +654,8 @@ def _why(failure: Failure, code: int | None) -> str:
 
 
 def _has_result(future: BatchFuture[Any]) -> bool:
-    from cloudexec._server.driver import _decode_result
-
     decode = future._decode
-    return decode is _decode_result if decode is not None else future._exception is None
+    return decode is decode_result if decode is not None else future._exception is None
 
 
 def _timed(

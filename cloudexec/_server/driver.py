@@ -11,18 +11,17 @@ import math
 import os
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cloudexec import _payload
-from cloudexec._config import ServerConfig, format_bytes
+from cloudexec._config import ServerConfig
 from cloudexec._core import commands, events
 from cloudexec._core.claims import Terms
 from cloudexec._core.events import Event, Failure, FailureKind
@@ -31,14 +30,8 @@ from cloudexec._core.tasks import Kind, Task, TaskState
 from cloudexec._core.workers import WorkerState
 from cloudexec._errors import (
     BrokenBatchExecutor,
-    BudgetExceededError,
-    CloudexecError,
     InitializerError,
     LaunchError,
-    PayloadError,
-    RemoteTraceback,
-    TaskTimeoutError,
-    WorkerLostError,
 )
 from cloudexec._functions import Function
 from cloudexec._future import BatchFuture
@@ -47,8 +40,6 @@ from cloudexec._launchers.base import (
     Contact,
     LaunchEnd,
     Launcher,
-    LaunchRequest,
-    LaunchTimes,
 )
 from cloudexec._objects.options import ObjectOptions
 from cloudexec._objects.ref import Ref
@@ -61,12 +52,20 @@ from cloudexec._server.chronicle import Chronicle, Moment
 from cloudexec._server.dependencies import Dependencies, Needs
 from cloudexec._server.direct import Delivered, DirectChannel
 from cloudexec._server.keeper import Keeper, Recipe
+from cloudexec._server.launches import Launches
+from cloudexec._server.outcomes import (
+    LOSSES,
+    counted,
+    decode_exception,
+    decode_result,
+    error_of,
+    name_of,
+)
 from cloudexec._server.output import OutputThread
 from cloudexec._server.portal import Portal
 from cloudexec._server.retrying import Judge
 from cloudexec._server.splicing import Spliced
 from cloudexec._server.telling import fields
-from cloudexec._story import signal_name
 
 if TYPE_CHECKING:
     from cloudexec._journal.journal import Journal
@@ -79,16 +78,8 @@ _RECALL_TIMEOUT = 1.0
 """Seconds that ``cancel()`` waits for a worker to say whether a task had begun."""
 _END_GRACE = 5.0
 """Seconds that workers have to end by themselves when the executor does."""
-_BUDGET_CHECK = 1.0
-"""Seconds between looks at what the workers have cost, where that is limited."""
-_MOST_TIMES = 50_000
-"""Launches whose times are kept; the oldest are forgotten."""
-_LINGER_TIMES = 8
-"""How often a launcher's wait for more launches is prolonged while they still come in."""
 _REFUSALS_PAUSE = 30.0
 """Seconds in which peers that are turned away for the same reason are mentioned once."""
-_EXPLAIN_AFTER = 20.0
-"""Seconds that work may wait for its first worker before we say why."""
 _MOST_STALL = 2.0
 """Seconds that the machine's clock moves at most between two looks: while this process was stopped
 or its main thread held the GIL, workers were silent through no fault of theirs."""
@@ -205,19 +196,13 @@ class Driver:
         self._refused_at: dict[str, float] = {}
         self._launcher = launcher
         self._woken = False
-        self._now = 0.0
+        self.clock = 0.0
+        """Seconds, as the machine is told; it stands still while this process is stopped."""
         self._looked_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.running: set[str] = set()
-        """Launches whose process has not ended."""
-        self._wanted: list[LaunchRequest] = []
-        self._unwanted: list[str] = []
-        self._times: dict[str, LaunchTimes] = {}
-        self._asked_at: dict[str, float] = {}
-        self._connected_at: dict[str, float] = {}  # workers that have returned no result yet
-        self._explained = ""
+        self.launches = Launches(self, launcher, self._on_launch_end)
         self._prepared = False
         self._starting: asyncio.Task[Any] | None = None
         self.started_at = time.monotonic()
@@ -229,15 +214,16 @@ class Driver:
         self.depot: Depot | None = None
         self._direct: DirectChannel | None = None
         self._server: Any = None
-        self._closing = False
+        self.is_closing = False
+        """Whether nobody is let in, or told anything, any more."""
         self.callbacks = CallbackThread()
         self.moment: Moment = (time.monotonic(), time.time(), self.executor_id)
         """When what is being handled came."""
-        self.chronicle = Chronicle(self, _name_of)
+        self.chronicle = Chronicle(self)
         self.budget: PendingBudget | None = None
         """Of what is submitted and not done, if there is a limit."""
         self.judge = Judge(self.portal.post)
-        self.dependencies = Dependencies(self, _decode_result)
+        self.dependencies = Dependencies(self, decode_result)
         self.keeper = Keeper(self)
         self.numbers = itertools.count(1)
         """Of tasks."""
@@ -252,8 +238,8 @@ class Driver:
             commands.CancelTasks: self._cancel,
             commands.RecallTasks: self._recall,
             commands.KillTasks: self._kill,
-            commands.LaunchWorker: self._launch,
-            commands.TerminateLaunch: self._terminate_launch,
+            commands.LaunchWorker: self.launches.ask,
+            commands.TerminateLaunch: self.launches.withdraw,
             commands.DrainWorker: self._drain_worker,
             commands.TerminateWorker: self._terminate_worker,
             commands.Finish: self._finish,
@@ -347,13 +333,13 @@ class Driver:
         if self.machine.config.scaling.min_slots:
             self.feed(events.DeadlinePassed())
         if setup.max_cost_usd is not None:
-            self.create_task(self._watch_cost(setup.max_cost_usd))
+            self.create_task(self.launches.watch_cost(setup.max_cost_usd))
         if self._launcher.needs_network():  # what starts here says at once why it does not
-            self.create_task(self._watch_start())
+            self.create_task(self.launches.watch_start())
 
     async def abandon(self) -> None:
         """Let go of everything after ``start()`` failed."""
-        self._closing = True
+        self.is_closing = True
         await self._close_journal()
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()  # interrupted in the middle of it
@@ -442,7 +428,7 @@ class Driver:
             key: That its workers know.
         """
         self.executor_id, self.key = executor_id, key
-        self.chronicle = Chronicle(self, _name_of)
+        self.chronicle = Chronicle(self)
         self.now()
 
     def _submitted(self, tasks: list[Submission], held: list[Submission]) -> None:
@@ -476,12 +462,12 @@ class Driver:
     def feed(self, event: Event) -> None:
         """Tell the machine what happened, and do what it says."""
         now = self.now()[0]
-        self._now += min(now - self._looked_at, _MOST_STALL)
+        self.clock += min(now - self._looked_at, _MOST_STALL)
         self._looked_at = now
         watch = self.chronicle.watches.get(type(event))
         try:
             note = None if watch is None else watch(event)
-            answer = self.machine.handle(event, self._now)
+            answer = self.machine.handle(event, self.clock)
             if note is not None:
                 note()  # before anybody learns of the outcome, and asks
             for command in answer:
@@ -500,7 +486,7 @@ class Driver:
                 self._timer.cancel()
             self._timer_at = deadline
             # Not in one go past a stall: the clock of the machine may then be behind.
-            pause = min(max(deadline - self._now, 0.001), 1.0)
+            pause = min(max(deadline - self.clock, 0.001), 1.0)
             self._timer = self.portal.loop.call_later(pause, self._on_timer)
         if self.dependencies.concluded:
             self.dependencies.settle()
@@ -508,14 +494,14 @@ class Driver:
     def _on_timer(self) -> None:
         self._timer = None
         now = time.monotonic()
-        if self._closing:
+        if self.is_closing:
             return
-        if self._now + min(now - self._looked_at, _MOST_STALL) >= self._timer_at:
+        if self.clock + min(now - self._looked_at, _MOST_STALL) >= self._timer_at:
             self.feed(events.DeadlinePassed())
         else:
-            self._now += min(now - self._looked_at, _MOST_STALL)
+            self.clock += min(now - self._looked_at, _MOST_STALL)
             self._looked_at = now
-            pause = min(max(self._timer_at - self._now, 0.001), 1.0)
+            pause = min(max(self._timer_at - self.clock, 0.001), 1.0)
             self._timer = self.portal.loop.call_later(pause, self._on_timer)
 
     def create_task(self, work: Coroutine[Any, Any, object]) -> None:
@@ -544,6 +530,7 @@ class Driver:
         session = self.sessions.get(worker)
         printed: set[int] = session.printed if session is not None else set()
         give = self._give_result if self.journal is None else self._record
+        newcomers = self.launches.newcomers
         for task, result, seconds in zip(
             command.tasks, command.results, command.seconds, strict=True
         ):
@@ -551,8 +538,8 @@ class Driver:
             future._worker_id = worker
             future._run_time = seconds
             future._attempts = task.lost + 1
-            if worker in self._connected_at:
-                self._first_result(worker)
+            if worker in newcomers:
+                self.launches.first_result(worker)
             if printed and task.lease in printed:
                 printed.discard(task.lease)
                 self._after_output(give, task, future, result)
@@ -567,7 +554,7 @@ class Driver:
         """
         from cloudexec._journal.journal import Journal
 
-        self.journal = Journal.open(where, self.portal, _decode_result, self._give_recorded)
+        self.journal = Journal.open(where, self.portal, decode_result, self._give_recorded)
         if self._launcher.needs_network() and self.journal.store.keeps_state:
             from cloudexec._server.takeover import Takeover
 
@@ -611,7 +598,7 @@ class Driver:
     def _give_result(self, task: Any, future: BatchFuture[Any], result: Any) -> None:
         kind = type(result)
         if kind is bytes:
-            done = future._finish(result, None, _decode_result)
+            done = future._finish(result, None, decode_result)
         elif kind is Composed:
             if task.terms is not None and task.terms.options.keep:
                 if task.terms.options.on_loss == "recompute":
@@ -620,7 +607,7 @@ class Driver:
                 done = future._finish(result, None, None)
             else:
                 result.shared = result.shared or task.dependents is not None
-                done = future._finish(result, None, _decode_result)
+                done = future._finish(result, None, decode_result)
         else:
             done = future._finish(result.value, result.error, None)
         self._let_go(task, future, done, result)
@@ -668,7 +655,7 @@ class Driver:
         failure = command.failure
         future = task.handle
         future._worker_id = command.worker
-        future._attempts = task.lost if failure.kind in _LOSSES else task.lost + 1
+        future._attempts = task.lost if failure.kind in LOSSES else task.lost + 1
         if failure.kind is not FailureKind.WORKER_LOST:
             future._run_time = failure.detail.seconds
             future._output = failure.detail.output
@@ -687,7 +674,7 @@ class Driver:
             nonlocal raised
             payload = failure.detail.payload
             exc: BaseException
-            exc = _payload.loads_exception(payload) if payload else _error_of(worker, task, failure)
+            exc = _payload.loads_exception(payload) if payload else error_of(worker, task, failure)
             raised = f"{type(exc).__name__}: {exc}".partition("\n")[0]
             return exc
 
@@ -728,28 +715,23 @@ class Driver:
         """Say what a worker of a size has."""
         return self._launcher.size_name(rung)
 
-    def job_of(self, worker: str) -> str:
-        """Return what the platform of a worker calls it, or an empty string."""
-        times = self._times.get(worker.removeprefix("worker-"))
-        return "" if times is None else times.job_id
-
     def name_of(self, worker: str, lease: int) -> str:
         """Return what people call the task of a lease, or an empty string."""
         known = self.machine.workers.get(worker)
         task = None if known is None else known.leases.get(lease)
-        return "" if task is None else _name_of(task)
+        return "" if task is None else name_of(task)
 
     def _give_failure(self, worker: str, task: Any, failure: Failure) -> None:
         future = task.handle
         detail = failure.detail
         if failure.kind is not FailureKind.WORKER_LOST and detail.payload:
-            done = future._finish(detail.payload, None, _decode_exception, failed=True)
+            done = future._finish(detail.payload, None, decode_exception, failed=True)
             self._let_go(task, future, done)
         elif failure.kind is FailureKind.KILLED:
             future.cancel(running=True)
             self._let_go(task, future, True)
         else:
-            self._set_exception(task, _error_of(worker, task, failure))
+            self._set_exception(task, error_of(worker, task, failure))
 
     def _fail_unlaunched(self, command: commands.FailTasksUnlaunched) -> None:
         rungs = sorted({self.machine.claim_of(task).rung for task in command.tasks})
@@ -784,139 +766,9 @@ class Driver:
 
     # Commands about workers.
 
-    def _launch(self, command: commands.LaunchWorker) -> None:
-        if not self._wanted:
-            # Not from within the machine's answer: a failure is an event of its own.
-            self.portal.loop.call_later(self._launcher.linger, self._launch_soon, 0, 0)
-        self._wanted.append(LaunchRequest(command.launch, command.slots, command.rung))
-        self._asked_at[command.launch] = time.monotonic()
-
-    def _launch_soon(self, seen: int, times: int) -> None:
-        """Launch what is wanted; where one request serves many, wait while more of it comes in."""
-        count, linger = len(self._wanted), self._launcher.linger
-        if linger and seen < count > 1 and times < _LINGER_TIMES:
-            self.portal.loop.call_later(linger, self._launch_soon, count, times + 1)
-        else:
-            self._launch_now()
-
-    def _launch_now(self) -> None:
-        wanted = [request for request in self._wanted if request.launch_id in self.machine.launches]
-        self._wanted.clear()
-        ceiling = self.setup.max_cost_usd
-        if wanted and ceiling is not None:
-            affordable = self._launcher.affordable(wanted, ceiling)
-            if affordable < len(wanted):
-                self._refuse_launches(wanted[affordable:], ceiling)
-                wanted = wanted[:affordable]
-        assert self.contact is not None
-        while wanted:
-            # Requests of one size whose numbers follow one another go together.
-            first = wanted[0]
-            count = 1
-            while count < len(wanted) and wanted[count] == LaunchRequest(
-                str(int(first.launch_id) + count), first.slots, first.rung
-            ):
-                count += 1
-            together, wanted = wanted[:count], wanted[count:]
-            self.running.update(request.launch_id for request in together)
-            try:
-                self._launcher.launch(self.contact, together, self._on_launch_end)
-            except CloudexecError as exc:
-                for request in together:
-                    self.running.discard(request.launch_id)
-                    self.feed(events.LaunchFailed(request.launch_id, str(exc)))
-        if self.takeover is not None:
-            self.takeover.changed()
-
-    def _refuse_launches(self, refused: list[LaunchRequest], ceiling: float) -> None:
-        _logger.warning(
-            "max_cost_usd=%g: %s not launched, and none will be from now on; what runs goes on",
-            ceiling,
-            _count(len(refused), "worker"),
-            extra=self._fields("launches_refused", reason="max_cost_usd", count=len(refused)),
-        )
-        self.feed(events.LaunchesRefused([request.launch_id for request in refused]))
-        self._check_budget(ceiling)
-
-    def _check_budget(self, ceiling: float) -> None:
-        """Stop everything once the ceiling is reached, or nobody is left to do the work."""
-        if self.broken is not None or self.machine.finished:
-            return
-        cost = self._launcher.cost()
-        at_end = cost.accrued_usd + cost.committed_usd >= ceiling and bool(self.running)
-        alone = self.machine.refusing and not self.machine.workers and not self.machine.launches
-        if at_end or (alone and self.machine.open_tasks):
-            self.break_down(
-                BudgetExceededError(
-                    f"the workers have cost about ${cost.accrued_usd:.4f}, and going on would "
-                    f"exceed max_cost_usd=${ceiling:g}; they were stopped. Raise the ceiling, or "
-                    f"use fewer or smaller workers",
-                    cost_usd=cost.accrued_usd,
-                    max_cost_usd=ceiling,
-                )
-            )
-
-    async def _watch_cost(self, ceiling: float) -> None:
-        while not self._closing:
-            await asyncio.sleep(_BUDGET_CHECK)
-            self._check_budget(ceiling)
-
-    async def _watch_start(self) -> None:
-        """While work waits and no worker comes, say why: once for each reason."""
-        while not self._closing:
-            await asyncio.sleep(1.0)
-            launches = self.machine.launches
-            # A few stragglers among many are no reason to worry anybody.
-            few = len(launches) * 10 < len(self.machine.workers)
-            if not launches or not self.machine.waiting or few:
-                continue
-            oldest = min(launch.started_at for launch in launches.values())
-            waited = self._now - oldest
-            limit = self.machine.config.scaling.launch_timeout
-            if waited < min(_EXPLAIN_AFTER, limit / 3):
-                continue
-            why = self._launcher.explain()
-            if why and why != self._explained:
-                self._explained = why
-                _logger.warning(
-                    "%s waiting, since %.0f s for %s: %s",
-                    _count(self.machine.waiting, "task"),
-                    waited,
-                    self._launches_in_words(),
-                    why,
-                    extra=self._fields("launch_waits", reason=why, count=len(launches)),
-                )
-
-    def _launches_in_words(self) -> str:
-        """Say how many workers were asked for and have not come: by size, if there are several."""
-        launches = self.machine.launches.values()
-        by_rung = Counter(launch.rung for launch in launches)
-        words = _count(len(launches), "worker")
-        if set(by_rung) <= {0}:
-            return words
-        each = [f"{count} of {self.size_name(rung)}" for rung, count in sorted(by_rung.items())]
-        return f"{words} ({', '.join(each)})"
-
-    def _first_result(self, worker: str) -> None:
-        since = time.monotonic() - self._connected_at.pop(worker)
-        session = self.sessions.get(worker)
-        if session is not None and session.identity in self._times:
-            times = self._times[session.identity]
-            total = (times.total or 0.0) + since
-            self._times[session.identity] = replace(times, first_task=since, total=total)
-
-    def launch_times(self) -> tuple[LaunchTimes, ...]:
-        """Say of each launch where its time went, in the order they were asked for."""
-        waiting = [
-            self._launcher.times(launch) or LaunchTimes(launch=launch)
-            for launch in self.machine.launches
-            if launch not in self._times
-        ]
-        return tuple(sorted((*self._times.values(), *waiting), key=lambda each: int(each.launch)))
-
     def _on_launch_end(self, launch: str, end: LaunchEnd) -> None:
         if not end.relaunched:
-            self.running.discard(launch)
+            self.launches.running.discard(launch)
             if self.takeover is not None:
                 self.takeover.launch_ended(launch)
         session = self._identities.get(launch)
@@ -928,18 +780,8 @@ class Driver:
                 self._lost(self.sessions[worker], end.reason)
         elif not end.relaunched:
             self.feed(events.LaunchFailed(launch, end.reason, end.fatal, end.killed, end.reclaimed))
-        if not self.running:
+        if not self.launches.running:
             self._all_ended.set()
-
-    def _terminate_launch(self, command: commands.TerminateLaunch) -> None:
-        # Those of one answer together: a launcher may end them all with one request.
-        if not self._unwanted:
-            self.portal.loop.call_soon(self._terminate_now)
-        self._unwanted.append(command.launch)
-
-    def _terminate_now(self) -> None:
-        unwanted, self._unwanted = self._unwanted, []
-        self._launcher.terminate(unwanted)
 
     def _drain_worker(self, command: commands.DrainWorker) -> None:
         session = self.sessions.get(command.worker)
@@ -984,7 +826,7 @@ class Driver:
 
     def admit(self, identity: str) -> str | None:
         """Say why a worker with this identity may not connect; ``None`` if it may."""
-        if self._closing or self.machine.finished:
+        if self.is_closing or self.machine.finished:
             return "the executor has shut down"
         if identity in self._identities:
             return "a worker with this identity is connected already"
@@ -1054,7 +896,7 @@ class Driver:
             kind: Of what it did; one of a few.
             what: What happened, with nothing in it that a peer may choose at will.
         """
-        if self._closing or self.machine.finished:
+        if self.is_closing or self.machine.finished:
             return  # it came too late, that is all
         self.refusals[kind] += 1
         now = time.monotonic()
@@ -1087,36 +929,17 @@ class Driver:
         self.sessions[session.worker_id] = session
         self._identities[session.identity] = session
         self._launcher.connected(session.identity, arrival)
-        self._note_arrival(session, arrival, dial_in)
+        self.launches.arrived(session, arrival, dial_in)
         self._tokens[session.token] = session
         launched = self.machine.launches[session.identity].slots
         self.feed(events.WorkerConnected(session.worker_id, min(slots, launched), session.identity))
         if self.takeover is not None:
             self.takeover.changed()
 
-    def _note_arrival(self, session: Any, arrival: Arrival, dial_in: float) -> None:
-        launch, now = session.identity, time.monotonic()
-        total = now - self._asked_at.pop(launch, now)
-        times = self._launcher.times(launch) or LaunchTimes(launch=launch)
-        known = (times.api or 0.0) + (arrival.pull or 0.0) + (arrival.boot or 0.0) + dial_in
-        self._times[launch] = replace(
-            times,
-            worker_id=session.worker_id,
-            job_id=arrival.job_id,
-            place=max(0.0, total - known),
-            pull=arrival.pull,
-            boot=arrival.boot,
-            dial_in=dial_in,
-            total=total,
-        )
-        self._connected_at[session.worker_id] = now
-        if len(self._times) > _MOST_TIMES:
-            del self._times[next(iter(self._times))]  # workers that are replaced add up
-
     def session_to_resume(self, identity: str, name: bytes) -> Any:
         """Find the session that a worker says it has, or ``None``: it was given up."""
         session = self._identities.get(identity)
-        if session is None or not session.resumable or self._closing or session.name != name:
+        if session is None or not session.resumable or self.is_closing or session.name != name:
             return None
         return session
 
@@ -1142,11 +965,15 @@ class Driver:
         orderly = known is not None and not known.leases and known.state is WorkerState.DRAINING
         self._launcher.disconnected(identity, orderly=orderly, reclaimed=session.reclaimed)
         may_return = cut and session.resumable and not orderly and worker not in self._last_words
-        if may_return and known is not None and not self._closing:
+        if may_return and known is not None and not self.is_closing:
             session.is_cut = True
             self.feed(events.WorkerCut(worker))
             return
-        if worker not in self._last_words and identity in self.running and not self._closing:
+        if (
+            worker not in self._last_words
+            and identity in self.launches.running
+            and not self.is_closing
+        ):
             # Its process is about to end, and how it ended is worth a moment.
             hurry = (orderly and not session.reclaimed) or self.machine.killing
             patience = 0.1 if hurry else self._launcher.last_words
@@ -1172,10 +999,10 @@ class Driver:
             self.depot.session_ended(session)
         del self._identities[session.identity], self._tokens[session.token]
         self._launcher.clean_up(session.slot_groups)
-        self._connected_at.pop(worker, None)
+        self.launches.newcomers.pop(worker, None)
         if end is None:
             end = LaunchEnd(reason, reclaimed=bool(session.reclaimed))
-        if session.identity in self.running and not end.relaunched:
+        if session.identity in self.launches.running and not end.relaunched:
             self.portal.loop.call_later(2.0, self._launcher.terminate, [session.identity])
         self.feed(
             events.WorkerLost(
@@ -1234,17 +1061,16 @@ class Driver:
     async def _close(self) -> None:
         """Let the workers' processes end, then close the server and everything else."""
         await self._close_journal()
-        while self.running and self._launcher.ends_are_seen:
+        while self.launches.running and self._launcher.ends_are_seen:
             # They end by themselves once their streams have; the rest is for those that do not.
             self._all_ended.clear()
             try:
                 async with asyncio.timeout(_END_GRACE):
                     await self._all_ended.wait()
             except TimeoutError:
-                self._launcher.terminate(list(self.running))
-        self._closing = True
-        if self._unwanted:
-            self._terminate_now()
+                self._launcher.terminate(list(self.launches.running))
+        self.is_closing = True
+        self.launches.terminate_now()
         await self._launcher.close()
         if self.depot is not None:
             await self.depot.close()
@@ -1281,12 +1107,12 @@ class Driver:
         counts = self.machine.counts
         done = counts["succeeded"] + counts["failed"]
         connected, launched = counts["workers_connected"], counts["launches"]
-        workers = _count(launched, "worker")
+        workers = counted(launched, "worker")
         if connected < launched:
             workers = f"{connected} of {workers}"
         minutes, seconds = divmod(round(time.monotonic() - self.started_at), 60)
         line = (
-            f"{_count(done, 'task')} on {workers} in "
+            f"{counted(done, 'task')} on {workers} in "
             f"{minutes}:{seconds:02d}, about ${cost.accrued_usd:.4f} ({cost.note})"
         )
         if self.setup.output == "inherit":
@@ -1325,123 +1151,6 @@ def _quiet_grpc() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
-
-
-_LOSSES = (FailureKind.SLOT_LOST, FailureKind.WORKER_LOST)
-
-
-def _decode_result(future: BatchFuture[Any]) -> None:
-    data = future._result
-    try:
-        future._result = _payload._loads(data) if type(data) is bytes else data.load()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as exc:
-        future._result = None
-        error = PayloadError(
-            f"the result could not be unpickled in the client ({type(exc).__name__}: {exc}); "
-            f"is the module of its class importable here?"
-        )
-        error.__cause__ = exc
-        future._exception = error
-
-
-def _decode_exception(future: BatchFuture[Any]) -> None:
-    error = _payload.loads_exception(future._result)
-    cause = error.__cause__
-    if isinstance(cause, RemoteTraceback):
-        cause.output = future._output
-    future._result = None
-    future._exception = error
-
-
-def _error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
-    """Say what became of a task that has no exception of its own."""
-    detail = failure.detail
-    who = _who(task)
-    if failure.kind is FailureKind.WORKER_LOST:
-        alone = " and nothing else" if failure.suspects == 1 else ""
-        lost = f"{worker}, which ran {who}{alone}, was lost"
-        if failure.suspects > 1:
-            lost = (
-                f"{worker} was lost with {failure.suspects} tasks, any of which may have been the "
-                f"cause; {who} may have begun, and with retries=0 it is not run again"
-            )
-        return WorkerLostError(
-            f"{lost} ({_count(task.lost, 'attempt')}): {detail}",
-            worker_id=worker,
-            attempts=task.lost,
-            out_of_memory=failure.out_of_memory,
-        )
-    if failure.kind is FailureKind.RECLAIMED:
-        return WorkerLostError(
-            f"{worker} was taken back by its platform while {who} ran, and with retries=0 it is "
-            f"not run again",
-            worker_id=worker,
-            attempts=1,
-            output=detail.output,
-        )
-    if failure.kind is FailureKind.TIMED_OUT:
-        return TaskTimeoutError(
-            f"{who} ran past its timeout on {worker}; killed after {detail.seconds:.3g} s",
-            worker_id=worker,
-            seconds=detail.seconds,
-            output=detail.output,
-        )
-    if failure.kind is FailureKind.OUTGREW:
-        return _outgrew(worker, task, detail)
-    code = detail.exit_code
-    peak = detail.peak_memory_bytes
-    how = f"was killed by {signal_name(-code)}" if code < 0 else f"exited with code {code}"
-    if detail.out_of_memory:
-        how += ", because the machine or container ran out of memory"
-    message = (
-        f"the process that ran {who} on {worker} {how} "
-        f"({_count(task.lost, 'attempt')}; peak memory {peak / 2**20:.0f} MiB)"
-    )
-    if detail.output:
-        message += f"\nits last output:\n{detail.output}"
-    return WorkerLostError(
-        message,
-        worker_id=worker,
-        attempts=task.lost,
-        exit_code=code if code >= 0 else None,
-        signal=-code if code < 0 else None,
-        peak_memory_bytes=peak,
-        out_of_memory=detail.out_of_memory,
-        output=detail.output,
-    )
-
-
-def _outgrew(worker: str, task: Task, detail: Any) -> WorkerLostError:
-    limit = 0 if task.terms is None else task.terms.options.memory_bytes or 0
-    taken = int(detail.message) if detail.message.isdecimal() else 0
-    return WorkerLostError(
-        f"{_who(task)} took more memory than it had asked for, and was killed on {worker}: "
-        f"{format_bytes(taken)}, of {format_bytes(limit)} (memory={format_bytes(limit)!r}); give "
-        f"with_options(memory=) more",
-        worker_id=worker,
-        attempts=task.lost + 1,
-        signal=int(signal.SIGKILL),
-        peak_memory_bytes=max(detail.peak_memory_bytes, taken),
-        out_of_memory=True,
-        output=detail.output,
-    )
-
-
-def _name_of(task: Task) -> str:
-    """Return what people call a task: its name, or that of its stage in a graph."""
-    name = "" if task.terms is None else task.terms.options.name
-    return name or (task.handle._label if task.handle is not None else "")
-
-
-def _who(task: Task) -> str:
-    name = _name_of(task)
-    return f"task {task.number} ({name})" if name else "the task"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _private_directory() -> str:

@@ -296,7 +296,7 @@ class Takeover:
                 for launch, slots in estate.launches
                 if launch in alive
             ]
-            driver.running.update(alive)
+            driver.launches.running.update(alive)
             driver.feed(events.LaunchesTakenOver(launches, last, self._generation * _LEASES))
             running = {launch for launch, survivor in alive.items() if survivor.running}
             self._expected = running & driver.machine.launches.keys()
@@ -472,7 +472,7 @@ class Takeover:
             )
             self._launcher.terminate(sorted(missing))
             for launch in missing:
-                self._driver.running.discard(launch)
+                self._driver.launches.running.discard(launch)
                 why = "its client was killed, and it did not come back to the one after that"
                 self._driver.feed(events.LaunchFailed(launch, why, reclaimed=True))
         if waiting:

@@ -1,0 +1,242 @@
+"""Workers that are asked for: how long each step took, what they cost, why they do not come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cloudexec._core import commands, events
+from cloudexec._errors import BudgetExceededError, CloudexecError
+from cloudexec._launchers.base import Arrival, LaunchEnd, Launcher, LaunchRequest, LaunchTimes
+from cloudexec._server.outcomes import counted
+from cloudexec._server.telling import fields
+
+if TYPE_CHECKING:
+    from cloudexec._server.driver import Driver
+
+__all__ = ["Launches"]
+
+_logger = logging.getLogger("cloudexec")
+_BUDGET_CHECK = 1.0
+"""Seconds between looks at what the workers have cost, where that is limited."""
+_MOST_TIMES = 50_000
+"""Launches whose times are kept; the oldest are forgotten."""
+_LINGER_TIMES = 8
+"""How often a launcher's wait for more launches is prolonged while they still come in."""
+_EXPLAIN_AFTER = 20.0
+"""Seconds that work may wait for its first worker before we say why."""
+
+
+class Launches:
+    """The launches of one executor.
+
+    Args:
+        driver: Whose.
+        launcher: Starts the workers.
+        on_end: What the launcher is to tell of their ends.
+    """
+
+    def __init__(
+        self, driver: Driver, launcher: Launcher, on_end: Callable[[str, LaunchEnd], None]
+    ) -> None:
+        self.running: set[str] = set()
+        """Those whose process has not ended."""
+        self.newcomers: dict[str, float] = {}
+        """Workers that have returned no result yet, and when they came."""
+        self._driver = driver
+        self._launcher = launcher
+        self._on_end = on_end
+        self._wanted: list[LaunchRequest] = []
+        self._unwanted: list[str] = []
+        self._times: dict[str, LaunchTimes] = {}
+        self._asked_at: dict[str, float] = {}
+        self._explained = ""
+
+    def ask(self, command: commands.LaunchWorker) -> None:
+        """Have a worker launched, soon."""
+        if not self._wanted:
+            # Not from within the machine's answer: a failure is an event of its own.
+            self._driver.portal.loop.call_later(self._launcher.linger, self._launch_soon, 0, 0)
+        self._wanted.append(LaunchRequest(command.launch, command.slots, command.rung))
+        self._asked_at[command.launch] = time.monotonic()
+
+    def _launch_soon(self, seen: int, times: int) -> None:
+        """Launch what is wanted; where one request serves many, wait while more of it comes in."""
+        count, linger = len(self._wanted), self._launcher.linger
+        if linger and seen < count > 1 and times < _LINGER_TIMES:
+            self._driver.portal.loop.call_later(linger, self._launch_soon, count, times + 1)
+        else:
+            self._launch_now()
+
+    def _launch_now(self) -> None:
+        driver, launches = self._driver, self._driver.machine.launches
+        wanted = [request for request in self._wanted if request.launch_id in launches]
+        self._wanted.clear()
+        ceiling = driver.setup.max_cost_usd
+        if wanted and ceiling is not None:
+            affordable = self._launcher.affordable(wanted, ceiling)
+            if affordable < len(wanted):
+                self._refuse_launches(wanted[affordable:], ceiling)
+                wanted = wanted[:affordable]
+        assert driver.contact is not None
+        while wanted:
+            # Requests of one size whose numbers follow one another go together.
+            first = wanted[0]
+            count = 1
+            while count < len(wanted) and wanted[count] == LaunchRequest(
+                str(int(first.launch_id) + count), first.slots, first.rung
+            ):
+                count += 1
+            together, wanted = wanted[:count], wanted[count:]
+            self.running.update(request.launch_id for request in together)
+            try:
+                self._launcher.launch(driver.contact, together, self._on_end)
+            except CloudexecError as exc:
+                for request in together:
+                    self.running.discard(request.launch_id)
+                    driver.feed(events.LaunchFailed(request.launch_id, str(exc)))
+        if driver.takeover is not None:
+            driver.takeover.changed()
+
+    def _refuse_launches(self, refused: list[LaunchRequest], ceiling: float) -> None:
+        _logger.warning(
+            "max_cost_usd=%g: %s not launched, and none will be from now on; what runs goes on",
+            ceiling,
+            counted(len(refused), "worker"),
+            extra=fields(
+                "launches_refused",
+                self._driver.executor_id,
+                reason="max_cost_usd",
+                count=len(refused),
+            ),
+        )
+        self._driver.feed(events.LaunchesRefused([request.launch_id for request in refused]))
+        self._check_budget(ceiling)
+
+    def _fields(self, event: str, **details: Any) -> dict[str, object]:
+        return fields(event, self._driver.executor_id, **details)
+
+    def _check_budget(self, ceiling: float) -> None:
+        """Stop everything once the ceiling is reached, or nobody is left to do the work."""
+        driver, machine = self._driver, self._driver.machine
+        if driver.broken is not None or machine.finished:
+            return
+        cost = self._launcher.cost()
+        at_end = cost.accrued_usd + cost.committed_usd >= ceiling and bool(self.running)
+        alone = machine.refusing and not machine.workers and not machine.launches
+        if at_end or (alone and machine.open_tasks):
+            driver.break_down(
+                BudgetExceededError(
+                    f"the workers have cost about ${cost.accrued_usd:.4f}, and going on would "
+                    f"exceed max_cost_usd=${ceiling:g}; they were stopped. Raise the ceiling, or "
+                    f"use fewer or smaller workers",
+                    cost_usd=cost.accrued_usd,
+                    max_cost_usd=ceiling,
+                )
+            )
+
+    async def watch_cost(self, ceiling: float) -> None:
+        """Look now and then at what the workers have cost."""
+        while not self._driver.is_closing:
+            await asyncio.sleep(_BUDGET_CHECK)
+            self._check_budget(ceiling)
+
+    async def watch_start(self) -> None:
+        """While work waits and no worker comes, say why: once for each reason."""
+        driver, machine = self._driver, self._driver.machine
+        while not driver.is_closing:
+            await asyncio.sleep(1.0)
+            launches = machine.launches
+            # A few stragglers among many are no reason to worry anybody.
+            few = len(launches) * 10 < len(machine.workers)
+            if not launches or not machine.waiting or few:
+                continue
+            oldest = min(launch.started_at for launch in launches.values())
+            waited = driver.clock - oldest
+            limit = machine.config.scaling.launch_timeout
+            if waited < min(_EXPLAIN_AFTER, limit / 3):
+                continue
+            why = self._launcher.explain()
+            if why and why != self._explained:
+                self._explained = why
+                _logger.warning(
+                    "%s waiting, since %.0f s for %s: %s",
+                    counted(machine.waiting, "task"),
+                    waited,
+                    self.in_words(),
+                    why,
+                    extra=fields(
+                        "launch_waits", self._driver.executor_id, reason=why, count=len(launches)
+                    ),
+                )
+
+    def in_words(self) -> str:
+        """Say how many workers were asked for and have not come: by size, if there are several."""
+        launches = self._driver.machine.launches.values()
+        by_rung = Counter(launch.rung for launch in launches)
+        words = counted(len(launches), "worker")
+        if set(by_rung) <= {0}:
+            return words
+        name = self._launcher.size_name
+        each = [f"{number} of {name(rung)}" for rung, number in sorted(by_rung.items())]
+        return f"{words} ({', '.join(each)})"
+
+    def first_result(self, worker: str) -> None:
+        """A newcomer has brought one."""
+        since = time.monotonic() - self.newcomers.pop(worker)
+        session = self._driver.sessions.get(worker)
+        if session is not None and session.identity in self._times:
+            times = self._times[session.identity]
+            total = (times.total or 0.0) + since
+            self._times[session.identity] = replace(times, first_task=since, total=total)
+
+    def times(self) -> tuple[LaunchTimes, ...]:
+        """Say of each launch where its time went, in the order they were asked for."""
+        waiting = [
+            self._launcher.times(launch) or LaunchTimes(launch=launch)
+            for launch in self._driver.machine.launches
+            if launch not in self._times
+        ]
+        return tuple(sorted((*self._times.values(), *waiting), key=lambda each: int(each.launch)))
+
+    def withdraw(self, command: commands.TerminateLaunch) -> None:
+        """Have a worker that has not come ended."""
+        # Those of one answer together: a launcher may end them all with one request.
+        if not self._unwanted:
+            self._driver.portal.loop.call_soon(self.terminate_now)
+        self._unwanted.append(command.launch)
+
+    def terminate_now(self) -> None:
+        """End those that are not wanted any more."""
+        unwanted, self._unwanted = self._unwanted, []
+        self._launcher.terminate(unwanted)
+
+    def arrived(self, session: Any, arrival: Arrival, dial_in: float) -> None:
+        """A worker has dialed back, and was let in after that many seconds."""
+        launch, now = session.identity, time.monotonic()
+        total = now - self._asked_at.pop(launch, now)
+        times = self._launcher.times(launch) or LaunchTimes(launch=launch)
+        known = (times.api or 0.0) + (arrival.pull or 0.0) + (arrival.boot or 0.0) + dial_in
+        self._times[launch] = replace(
+            times,
+            worker_id=session.worker_id,
+            job_id=arrival.job_id,
+            place=max(0.0, total - known),
+            pull=arrival.pull,
+            boot=arrival.boot,
+            dial_in=dial_in,
+            total=total,
+        )
+        self.newcomers[session.worker_id] = now
+        if len(self._times) > _MOST_TIMES:
+            del self._times[next(iter(self._times))]  # workers that are replaced add up
+
+    def job_of(self, worker: str) -> str:
+        """Return what the platform of a worker calls it, or an empty string."""
+        times = self._times.get(worker.removeprefix("worker-"))
+        return "" if times is None else times.job_id
