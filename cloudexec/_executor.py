@@ -433,7 +433,7 @@ class BatchExecutor(_Base):
                 f"advertise must be a host or 'host:port' that workers can dial, not {advertise!r}"
             )
         if launcher is None:
-            launcher = _default_launcher()
+            launcher = default_launcher()
         elif isinstance(launcher, type) or not hasattr(launcher, "slots_per_worker"):
             raise TypeError(f"launcher must be one such as Local() or Batch(), not {launcher!r}")
         scaling = ScalingPolicy(
@@ -855,7 +855,7 @@ def _run(driver: Driver, work: Coroutine[Any, Any, T]) -> T:
     return driver.portal.run(work).result()
 
 
-def _default_launcher() -> Launcher:
+def default_launcher() -> Launcher:
     """Return what ``CLOUDEXEC_PROFILE`` names, or subprocesses on this machine."""
     if os.environ.get("CLOUDEXEC_PROFILE", "local") not in ("", "local"):
         from cloudexec._launchers.batch import Batch

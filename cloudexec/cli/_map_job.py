@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from cloudexec.cli import _map_journal
 from cloudexec.cli._csv_output import CsvFormat
 from cloudexec.cli._errors import CommandError, RunError
 from cloudexec.cli._function import Target, load_function
@@ -297,8 +298,14 @@ def _run(job: _Job, report: Report, recorder: Recorder) -> None:
         CommandError: If the run could not reach its end.
     """
     from cloudexec import BatchExecutor, CloudexecError
+    from cloudexec._executor import default_launcher
 
-    options = job.options
+    options, launcher = job.options, default_launcher()
+    journal: Path | None = None
+    if isinstance(job.output, OutputFile) and launcher.needs_network():
+        journal = _map_journal.beside(job.output.path)
+        if options.is_overwriting:
+            _map_journal.remove(journal)
     try:
         with (
             _worker_output(report),
@@ -307,6 +314,8 @@ def _run(job: _Job, report: Report, recorder: Recorder) -> None:
                 retries=options.retries,
                 task_timeout=options.timeout,
                 output="logging",
+                launcher=launcher,
+                journal=journal,
             ) as executor,
         ):
             run = RowRun(
@@ -316,6 +325,7 @@ def _run(job: _Job, report: Report, recorder: Recorder) -> None:
                 job.source.bind,
                 window=max(_WINDOW, 8 * (options.workers or 1)),
                 is_ordered=options.is_ordered,
+                is_journaled=journal is not None,
             )
             with _signals_to(run):
                 report.start()
@@ -328,6 +338,8 @@ def _run(job: _Job, report: Report, recorder: Recorder) -> None:
                     raise
     except CloudexecError as exc:
         raise RunError(f"the run cannot go on: {exc}") from exc
+    if journal is not None and (job.left is None or report.written == job.left):
+        _map_journal.remove(journal)
 
 
 def _record_outcomes(

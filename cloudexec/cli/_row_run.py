@@ -19,6 +19,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from cloudexec.cli._map_journal import key_of
 from cloudexec.cli._rows import Arguments, Row
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class RowRun:
         *,
         window: int,
         is_ordered: bool,
+        is_journaled: bool = False,
     ) -> None:
         """Prepare the run; ``outcomes()`` starts it.
 
@@ -85,6 +87,7 @@ class RowRun:
             bind: Turns a row into arguments.
             window: How many rows may be submitted and not yet yielded.
             is_ordered: Whether to yield outcomes in the rows' order.
+            is_journaled: Whether the executor has a journal, which is to know rows by number.
         """
         self._executor = executor
         self._function = function
@@ -92,6 +95,7 @@ class RowRun:
         self._bind = bind
         self._permits = threading.Semaphore(window)
         self._is_ordered = is_ordered
+        self._is_journaled = is_journaled
         self._events: SimpleQueue[_RowDone | _FeedEnded | _SignalCame] = SimpleQueue()
         self._lock = threading.Lock()
         self._submitted = 0  # by the feeder, under the lock
@@ -161,11 +165,15 @@ class RowRun:
         try:
             for place, row in enumerate(self._rows):
                 args, kwargs = self._bind(row)
+                submit = self._executor.submit
+                if self._is_journaled:
+                    key = key_of(row.number, args, kwargs)
+                    submit = self._executor.with_options(key=key).submit
                 self._permits.acquire()
                 with self._lock:
                     if self._is_stopping:
                         break
-                    future = self._executor.submit(self._function, *args, **kwargs)
+                    future = submit(self._function, *args, **kwargs)
                     self._submitted += 1
                 future.add_done_callback(partial(self._put, place, Outcome(row, future)))
         except BaseException as exc:  # it belongs to the main thread

@@ -29,6 +29,8 @@ returns have columns of their own, such as input.NAME and value.KEY.
 RESUMING: after an interruption or a crash, the same command goes on where it stopped. Rows that
 are in the output are not run again, failed ones only with --retry-failed. An output of another
 function or other input is refused; whether the function's code has changed is not looked at.
+Workers on AWS outlive a command that was killed by two minutes, in which the same command takes
+them over, with all that they have done (OUTPUT.journal is for that, and goes when all is done).
 
 TYPES: a CSV column has one type in all rows. It is what --type says, else the parameter's
 annotation (str, int, float, bool, list, dict, Path), else int, float or bool if all its cells are
