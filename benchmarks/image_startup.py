@@ -24,7 +24,7 @@ from cloudexec import BatchExecutor
 from cloudexec.testing import ManualLauncher
 
 _IMPORTS = ("cloudexec", "asyncio", "grpc", "cloudexec._proto.tasks_pb2", "cloudpickle")
-_WORKER = "cloudexec.worker.session"
+_WORKER = "cloudexec.worker.running"
 _BUDGET_S = 1.0
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

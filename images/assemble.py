@@ -191,7 +191,7 @@ def make_cloudexec() -> None:
     pip("--no-index", "--no-deps", "--target", str(packages), str(wheel))
     compile_tree(packages, site_packages(ENVIRONMENT))
     if not is_cross():
-        probe = "import cloudexec.worker.session, cloudexec.worker.slot"
+        probe = "import cloudexec.worker.running, cloudexec.worker.slot"
         environment = {**os.environ, "PYTHONPATH": str(packages)}
         if subprocess.run([str(PYTHON), "-c", probe], check=False, env=environment).returncode:
             fail("the worker cannot be imported with these requirements; the reason is above")

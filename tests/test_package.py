@@ -198,7 +198,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 def test_a_worker_loads_no_aws_sdk_and_nothing_of_the_client() -> None:
     """What runs in a container stays small."""
-    loaded = _modules_after("import cloudexec.worker.session, cloudexec.worker.slot")
+    loaded = _modules_after("import cloudexec.worker.running, cloudexec.worker.slot")
     assert not {"aiobotocore", "botocore", "rich", "click", "cryptography"} & loaded
     assert not {
         name for name in loaded if name.startswith(("cloudexec._server", "cloudexec._core"))

@@ -57,7 +57,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
 
     from cloudexec._errors import CloudexecError, ProtocolError
     from cloudexec.worker.dialing import Address
-    from cloudexec.worker.session import run_worker
+    from cloudexec.worker.running import run_worker
 
     address = Address(
         target=bootstrap["target"],

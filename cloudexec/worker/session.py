@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-import shutil
-import signal
 import socket
 import tempfile
-import traceback
 import weakref
 import zipfile
 from collections import deque
@@ -41,7 +38,7 @@ from cloudexec._wire import (
     unpack_chunk,
 )
 from cloudexec.worker.birth import pull_seconds, seconds_since_start
-from cloudexec.worker.blobs import BlobCache, Known, room
+from cloudexec.worker.blobs import BlobCache, Known
 from cloudexec.worker.child import Terms
 from cloudexec.worker.dialing import Address, dial, shake_hands
 from cloudexec.worker.holdings import Holdings, parked
@@ -50,7 +47,6 @@ from cloudexec.worker.supervisor import (
     PICKLE_FAILED,
     Failure,
     ResultBlob,
-    Settings,
     SlotPool,
     WorkItem,
 )
@@ -58,23 +54,10 @@ from cloudexec.worker.supervisor import (
 if TYPE_CHECKING:
     from cloudexec.worker.bucket import BucketPath
 
-__all__ = ["Session", "run_worker"]
+__all__ = ["Session", "introduce", "package_version"]
 
 _BATCH_RESULTS = 2048
 _BATCH_BYTES = 512 * 1024
-_WHY = {
-    "drain": "the client told it to, when it is done",
-    "terminate": "the client told it to, at once",
-    "sigterm": "its platform told it to (SIGTERM); what does not finish in time is handed back",
-    "closed": "the client closed the connection",
-    "disconnected": "the connection to the client was lost",
-    "orphaned": "the client is gone",
-    "gone": "the client has given it up",
-    "zygote": "the process that forks its slots was killed",
-    "bug": "an internal error",
-}
-_HAND_OVER = 30.0
-"""Seconds that a worker with nothing left to do waits until the client has taken what it keeps."""
 _CUT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """How a call ends whose connection does."""
 _OUTPUT_CREDIT = 1024 * 1024
@@ -200,7 +183,7 @@ class Session:
             wire_version=_enrolment.WIRE_VERSION,
             executor_id=address.executor_id,
             identity=address.identity,
-            cloudexec_version=_version(),
+            cloudexec_version=package_version(),
             python_version=_enrolment.python_version(),
             cloudpickle_version=cloudpickle.__version__,
             slots=address.slots,
@@ -992,185 +975,11 @@ def introduce(cache: BlobCache, blobs: Sequence[pb.Blob]) -> None:
             cache.take(blob.id, blob.content)
 
 
-def _version() -> str:
+def package_version() -> str:
+    """Return the version of cloudexec that is installed here."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
         return version("cloudexec")
     except PackageNotFoundError:
         return "unknown"
-
-
-async def run_worker(address: Address, zygote: socket.socket) -> bool:
-    """Dial back and serve until told to stop, or until the client is gone.
-
-    Returns:
-        Whether it was the platform, not the client, that wanted it to stop (SIGTERM).
-
-    Raises:
-        LaunchError: If the client cannot be reached.
-        ProtocolError: If either side refuses the other.
-    """
-    loop = asyncio.get_running_loop()
-    address.say(
-        f"cloudexec {_version()}, Python {_enrolment.python_version()}, "
-        f"{address.slots} slot{'s' * (address.slots != 1)}; dialing {address.target}"
-    )
-    session = Session(address)
-    await dial(address, session.enrol)
-    parent = os.getppid()
-    ends: asyncio.Queue[str] = asyncio.Queue()
-    address.say(f"enrolled as {session.welcome.worker_id}")
-    modules = ""
-    if session.welcome.modules:
-        try:
-            modules = await session.fetch_modules()
-        except grpc.aio.AioRpcError as exc:
-            await session.close()
-            raise LaunchError(
-                f"the client's modules could not be fetched: {exc.details()}"
-            ) from exc
-    welcome = session.welcome
-    blobs = BlobCache(
-        session.load_blob,
-        room(address.memory_mib, welcome.blob_memory),
-        lambda: pool.blobs_in_use(),
-        direct=bool(welcome.direct_path),
-    )
-    session.blobs = blobs
-    pool = SlotPool(
-        _settings(welcome, address, modules),
-        session,
-        zygote,
-        lambda: ends.put_nowait("zygote"),
-        blobs,
-    )
-    session.pool = pool
-    introduce(blobs, welcome.initializer_blobs)
-
-    def on_sigterm() -> None:
-        ends.put_nowait("sigterm")
-        if address.drain_grace is not None:
-            loop.call_later(address.drain_grace, pool.reclaim)
-
-    loop.add_signal_handler(signal.SIGTERM, on_sigterm)
-
-    def on_bug(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        # A callback failed: nobody knows what was left undone. The client runs the tasks elsewhere.
-        loop.default_exception_handler(context)
-        ends.put_nowait("bug")
-
-    loop.set_exception_handler(on_bug)
-
-    async def watch_parent() -> None:
-        # Started by the client itself: if it was killed, we were handed to another parent.
-        while address.is_child:
-            await asyncio.sleep(1.0)
-            if os.getppid() != parent:
-                ends.put_nowait("orphaned")
-
-    async def converse() -> None:
-        try:
-            why = await session.converse(ends)
-        except Exception:
-            traceback.print_exc()
-            why = "bug"
-        ends.put_nowait(why)
-
-    background = [
-        loop.create_task(converse()),
-        loop.create_task(session.beat()),
-        loop.create_task(watch_parent()),
-    ]
-    asked = reclaimed = lost = False
-    try:
-        why = await ends.get()
-        address.say(f"ends: {_WHY.get(why, why)}")
-        asked = why in ("drain", "sigterm", "terminate")
-        reclaimed = why == "sigterm"
-        if why in ("drain", "sigterm"):
-            session.start_draining()
-            pool.drain()
-            why = await _first(pool.idle, ends)
-        if why == "idle":
-            # What is kept here, the client takes first.
-            why = await _first(blobs.all_claimed, ends, address.drain_grace or _HAND_OVER)
-        if why == "idle":
-            pool.stop(kill=False)
-            why = await _first(pool.stopped, ends)
-        if why == "idle":
-            background.append(loop.create_task(session.flush()))
-            why = await _first(session.flushed, ends)
-        if why != "idle":
-            pool.stop(kill=True)
-            lost = why in ("disconnected", "orphaned", "gone") and not asked
-            if why == "zygote":
-                pool.kill_groups()
-                raise LaunchError("the process that forks the slots was killed")
-            async with asyncio.timeout(5.0):
-                await pool.stopped.wait()
-    except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
-        pass  # the client is gone, and with it whoever wants to know
-    finally:
-        for task in background:
-            task.cancel()
-        await asyncio.gather(*background, return_exceptions=True)
-        pool.close()
-        blobs.close()
-        await session.close()
-        if modules:
-            shutil.rmtree(modules, ignore_errors=True)
-        if address.target.startswith("unix:") and not asked:
-            # A client that was killed cannot remove its socket's directory. Its connections end
-            # an instant before its children are handed to another parent.
-            for _ in range(20):
-                if os.getppid() != parent:
-                    path = address.target.removeprefix("unix:")
-                    shutil.rmtree(os.path.dirname(path), ignore_errors=True)
-                    break
-                await asyncio.sleep(0.05)
-    if lost:
-        raise LaunchError("the connection to the client was lost")
-    return reclaimed
-
-
-async def _first(event: asyncio.Event, ends: asyncio.Queue[str], most: float | None = None) -> str:
-    """Wait for the event, or until the time is up ("idle"), or for a reason to end at once."""
-    waiting = asyncio.ensure_future(event.wait())
-    ending = asyncio.ensure_future(ends.get())
-    loop = asyncio.get_running_loop()
-    timer = None if most is None else loop.call_later(most, waiting.cancel)
-    try:
-        while True:
-            await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if ending.done():
-                why = ending.result()
-                if why not in ("drain", "sigterm"):
-                    return why
-                ending = asyncio.ensure_future(ends.get())
-            if waiting.done():
-                return "idle"
-    finally:
-        if timer is not None:
-            timer.cancel()
-        waiting.cancel()
-        ending.cancel()
-
-
-def _settings(welcome: pb.Welcome, address: Address, modules: str) -> Settings:
-    return Settings(
-        slots=address.slots,
-        cwd=welcome.cwd,
-        sys_path=tuple(welcome.sys_path),
-        argv=tuple(welcome.argv),
-        initializer=welcome.initializer,
-        initializer_blobs=tuple(blob.id for blob in welcome.initializer_blobs),
-        max_tasks_per_child=welcome.max_tasks_per_child,
-        min_slots=welcome.min_slots,
-        idle_timeout=welcome.idle_timeout,
-        direct_path=welcome.direct_path,
-        token=welcome.session_token,
-        authkey=welcome.authkey,
-        memory_mib=address.memory_mib,
-        modules=modules,
-    )

@@ -151,7 +151,7 @@ def test_image_alone_says_what_is_missing(client: Any, image: LocalImage) -> Non
 def test_bytecode_of_all_that_starts_is_in_the_image(client: Any, image: LocalImage) -> None:
     """The user could not keep what it compiles, and every start would compile again."""
     program = (
-        "import sys, os, cloudexec.worker.session, cloudexec.worker.slot\n"
+        "import sys, os, cloudexec.worker.running, cloudexec.worker.slot\n"
         "print([m.__name__ for m in list(sys.modules.values())\n"
         "       if (s := getattr(m, '__spec__', None)) and s.origin and s.origin.endswith('.py')\n"
         "       and not os.path.exists(s.cached)])\n"
@@ -230,7 +230,7 @@ def test_requirements_of_the_user_are_in_the_image(
     requirements.write_text(f"cloudexec==0.0.1{hashes}\nshop==1.0{hashes}\n")
     spec = ImageSpec(base=spec.base, wheelhouse=wheels, requirements=requirements)
     built = build(plan(spec, engine=engine), engine=engine)
-    program = "import shop, cloudexec.worker.session; print(shop.PRICE)"
+    program = "import shop, cloudexec.worker.running; print(shop.PRICE)"
     assert run(client, built, "/opt/worker/bin/python", "-c", program) == (0, "7\n")
 
 

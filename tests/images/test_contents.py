@@ -118,7 +118,7 @@ class Blocker:
             raise ModuleNotFoundError(f"the worker imports {{name}}", name=name)
 sys.meta_path.insert(0, Blocker())
 sys.path.append({str(package.parent)!r})
-import cloudexec.worker.__main__, cloudexec.worker.session
+import cloudexec.worker.__main__, cloudexec.worker.running
 import cloudexec.worker.slot, cloudexec.worker.zygote
 """
     done = subprocess.run(
