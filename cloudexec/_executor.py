@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
@@ -11,15 +12,18 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import fields
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, check_count, check_positive
 from cloudexec._errors import (
     BrokenBatchExecutor,
+    CloudexecError,
     ConfigError,
     PayloadError,
     PayloadTooLargeError,
+    RefLostError,
 )
 from cloudexec._future import BatchFuture
 from cloudexec._launchers.base import Cost
@@ -215,6 +219,12 @@ class _Base(Executor):
         given = {name: value for name, value in locals().items() if value is not _UNSET}
         del given["self"]
         return OptionsView(self._executor, self._options.changed(given))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an executor cannot be sent to its workers: pass what the call needs of it, such as "
+            "the results of others, or make an executor there"
+        )
 
     def explain(self, future: Future[Any]) -> TaskStory:
         """Tell what became of a call: when it was submitted, where it was sent, why attempts of it
@@ -577,8 +587,7 @@ class BatchExecutor(_Base):
                 payload = _dumps_arguments(args, kwargs, driver.store)
                 kind = function.kind
         except Exception as exc:
-            future.set_exception(_pickling_error(fn, exc))
-            return future
+            return _failed(future, _pickling_error(fn, exc), driver)
         if driver.journal is not None:
             identity = driver.journal.identify(fn, function, options)
             pickled = None if function is None else payload
@@ -591,9 +600,13 @@ class BatchExecutor(_Base):
         task = _submission()(
             next(self._numbers), kind, future, function, payload, options.retries, terms
         )
+        if type(payload) is not bytes:
+            try:
+                if _hold_back(task, fn, args, kwargs):
+                    driver.dependencies.prepare()
+            except Exception as exc:
+                return _failed(future, _pickling_error(fn, exc), driver)
         future._task = task
-        if type(payload) is not bytes and _hold_back(task, fn, args, kwargs):
-            driver.dependencies.prepare()
         if driver.budget is not None:
             driver.budget.take(task, driver, self._check_open)
         with self._lock:
@@ -618,6 +631,7 @@ class BatchExecutor(_Base):
         from cloudexec import _payload
 
         error: BaseException | None = None
+        function = None
         try:
             function = table.numbered(fn)
         except Exception as exc:
@@ -626,8 +640,11 @@ class BatchExecutor(_Base):
             driver.judge.prepare()
         submission = _submission()
         retries, numbers = options.retries, self._numbers
-        dumps_arguments, store = _payload.dumps_arguments, driver.store
-        budget, on_submit = driver.budget, self._on_submit
+        store, budget, on_submit = driver.store, driver.budget, self._on_submit
+        if function is None:
+            kind, dumps = table.unnumbered(fn)
+        else:
+            kind, dumps = function.kind, _payload.dumps_arguments
         journal, identity = driver.journal, None
         if journal is not None and error is None:
             if type(fn) is _Chunk and callable(options.key):
@@ -655,22 +672,27 @@ class BatchExecutor(_Base):
                     future.set_exception(error)
                     continue
                 try:
-                    payload = dumps_arguments(args, None, store)
+                    payload = dumps(args, None, store)
                 except Exception as exc:
                     future.set_exception(_pickling_error(args, exc))
                     continue
                 if (
                     journal is not None
                     and identity is not None
-                    and journal.resume(future, identity, args, {}, payload, options)
+                    and journal.resume(
+                        future, identity, args, {}, None if function is None else payload, options
+                    )
                 ):
                     continue
-                task = submission(
-                    next(numbers), function.kind, future, function, payload, retries, of_task
-                )
+                task = submission(next(numbers), kind, future, function, payload, retries, of_task)
+                if type(payload) is not bytes:
+                    try:
+                        if _hold_back(task, fn, args, {}):
+                            driver.dependencies.prepare()
+                    except Exception as exc:
+                        future.set_exception(_pickling_error(args, exc))
+                        continue
                 future._task = task
-                if type(payload) is not bytes and _hold_back(task, fn, args, {}):
-                    driver.dependencies.prepare()
                 if budget is not None and not budget.try_take(task):
                     if tasks:
                         flush()  # or it would wait for these, too
@@ -828,12 +850,34 @@ class OptionsView(_Base):
         self._terms = terms_of(options, executor._launcher, executor._config.scaling)
         self._max_workers = executor._max_workers
 
+    def put(self, value: T) -> Ref[T]:
+        """Put a value where workers have it from; see ``BatchExecutor.put()``."""
+        return self._executor.put(value)
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Do nothing: the workers belong to the executor, which is shut down on its own."""
 
+    def __repr__(self) -> str:
+        options, usual = self._options, TaskOptions()
+        given = [
+            f"{each.name}={value!r}"
+            for each in fields(options)
+            if (value := getattr(options, each.name)) != getattr(usual, each.name)
+        ]
+        return f"<OptionsView {' '.join([*given, 'of', repr(self._executor)])}>"
 
-def _pickling_error(what: object, exc: BaseException) -> PayloadError:
-    if isinstance(exc, PayloadTooLargeError):
+
+def _failed(future: BatchFuture[T], error: BaseException, driver: Driver) -> BatchFuture[T]:
+    """Fail a call that cannot be submitted; return its future."""
+    future.set_exception(error)
+    if future._on_end is not None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed
+            driver.portal.post(future._on_end, future, False)
+    return future
+
+
+def _pickling_error(what: object, exc: BaseException) -> CloudexecError:
+    if isinstance(exc, PayloadTooLargeError | RefLostError):
         return exc
     error = PayloadError(
         f"{type(what).__name__} {_name(what)} or its arguments could not be pickled "

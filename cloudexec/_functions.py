@@ -25,18 +25,25 @@ import cloudpickle
 
 from cloudexec import _payload
 from cloudexec._core.tasks import Kind
+from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import BlobStore
 from cloudexec._payload import Composed, Payload, Unfinished
 
 __all__ = ["Function", "FunctionTable"]
 
+_Keywords = dict[str, Any] | None
+
 _MISSING = object()
 _IMMUTABLE = frozenset({int, float, complex, bool, str, bytes, NoneType})
+_UNBOUND = frozenset({FunctionType, BuiltinFunctionType, type})
+"""Callables that nobody binds arguments to."""
 _KEPT = 512
 _KINDS_KEPT = 4096
 _REMEMBERED_BYTES = 256 * 1024
 _NUMBERED_FROM = 1024
 """Bytes of pickle from which a function that changes from call to call is worth a number."""
+_HANDLE = Ref.__init__.__module__.encode()
+"""Stands in each pickle that has a ``Ref`` in it."""
 
 
 class Function:
@@ -196,16 +203,33 @@ class FunctionTable:
         self._unstable: dict[CodeType, int] = {}
         self._kinds: dict[Any, Kind] = {}
 
-    def numbered(self, fn: Callable[..., Any]) -> Function:
-        """Pickle a callable now and number it, whatever it is.
+    def numbered(self, fn: Callable[..., Any]) -> Function | None:
+        """Pickle a callable now and number it.
+
+        Returns:
+            ``None`` if futures or handles are bound to it: it is to be pickled with each call,
+            and they are dependencies of that.
 
         Raises:
             BaseException: Whatever pickling raises.
         """
         function = self._recall(fn)
-        return (
-            function if function is not None else self._number(fn, _payload.dumps(fn, self._store))
-        )
+        if function is not None:
+            return function
+        if type(fn) in _UNBOUND:
+            return self._number(fn, _payload.dumps(fn, self._store))
+        pickled = _payload.dumps_bound(fn, self._store)
+        return None if isinstance(pickled, Unfinished) else self._number(fn, pickled)
+
+    def unnumbered(
+        self, fn: Callable[..., Any]
+    ) -> tuple[Kind, Callable[[tuple[Any, ...], _Keywords, BlobStore], Payload | Unfinished]]:
+        """Return the kind of task of a callable without a number, and what pickles a call of it."""
+
+        def dumps(args: tuple[Any, ...], kwargs: _Keywords, store: BlobStore) -> Any:
+            return _payload.dumps_call(fn, args, kwargs or {}, store)
+
+        return self._kind(fn), dumps
 
     def call(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -227,7 +251,12 @@ class FunctionTable:
             return function, function.kind, _payload.dumps_arguments(args, kwargs, self._store)
         if type(fn) is FunctionType:
             pickled = _payload.dumps(fn, self._store)
-            if len(pickled) >= _NUMBERED_FROM:
+            # A handle in its closure stays one; among arguments it would be its value.
+            if (
+                isinstance(pickled, Composed)
+                or len(pickled) >= _NUMBERED_FROM
+                or _HANDLE in pickled
+            ):
                 function = self._number(fn, pickled, fresh=True)
                 return function, function.kind, _payload.dumps_arguments(args, kwargs, self._store)
         # Together, so that what a method's object and the arguments share stays shared.
@@ -249,7 +278,7 @@ class FunctionTable:
     def _remember(self, fn: Callable[..., Any]) -> Function | None:
         """Keep the pickle of a callable if it will stay true."""
         kind = type(fn)
-        if kind not in (FunctionType, BuiltinFunctionType, type):
+        if kind not in _UNBOUND:
             return None
         code = getattr(fn, "__code__", None)
         if code is not None and self._unstable.get(code, 0) > 3:

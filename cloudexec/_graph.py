@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass, replace
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, overload
 
 from cloudexec._config import TaskOptions
@@ -33,6 +34,7 @@ from cloudexec._errors import (
 )
 from cloudexec._executor import BatchExecutor, OptionsView, RetryOn
 from cloudexec._future import BatchFuture
+from cloudexec._objects.ref import Ref
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,7 +100,9 @@ class Stage(Generic[P, T]):
             found: Any = functools.reduce(getattr, name.split("."), sys.modules.get(module))
         except AttributeError:
             return fn
-        return _ByName(fn, module, name) if found is self else fn
+        # This stage, or another one of the same function.
+        stands = isinstance(found, Stage) and found.function is fn
+        return _ByName(fn, module, name) if stands else fn
 
 
 class _ByName:
@@ -182,7 +186,8 @@ def stage(
     given = {option: value for option, value in locals().items() if value is not None}
     options = {option: given[option] for option in given.keys() - {"function", "name"}}
     try:
-        replace(TaskOptions(), **options)  # checked where they are written, not where they are used
+        # Checked where they are written, not where they are used.
+        replace(TaskOptions(), **options, name=name)
     except ConfigError as exc:
         raise ConfigError(f"stage {name!r}: {exc}" if name else str(exc)) from None
 
@@ -264,8 +269,12 @@ def _template(value: Any, found: dict[Node[Any], None], path: tuple[int, ...] = 
     parts: Iterable[Any]
     make: Callable[[list[Any]], Any]
     if kind in (list, tuple, set, frozenset):
+        if _ATOMS.issuperset(map(type, value)):
+            return value  # looked through much faster than one by one
         parts, make = value, kind
     elif kind is dict:
+        if _ATOMS.issuperset(map(type, value)) and _ATOMS.issuperset(map(type, value.values())):
+            return value
         parts, make = (part for item in value.items() for part in item), _make_dict
     elif isinstance(value, tuple) and hasattr(kind, "_make"):
         parts, make = value, kind._make
@@ -273,6 +282,8 @@ def _template(value: Any, found: dict[Node[Any], None], path: tuple[int, ...] = 
         names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
         parts = [getattr(value, name) for name in names]
         make = functools.partial(_make_dataclass, value, names)
+    elif kind is GeneratorType:
+        raise TypeError("a generator with nodes in it cannot be looked through: make it a list")
     else:
         return value
     if id(value) in path:
@@ -318,10 +329,10 @@ class _Tally:
 
     __slots__ = ("failed", "resumed", "seconds", "tasks", "weight")
 
-    def __init__(self) -> None:
+    def __init__(self, weight: float) -> None:
         self.tasks = self.failed = self.resumed = 0
         self.seconds = 0.0
-        self.weight = 1.0
+        self.weight = weight
 
     def __call__(self, future: BatchFuture[Any], succeeded: bool) -> None:
         self.tasks += 1
@@ -368,13 +379,13 @@ class Graph:
         report: Of each stage, what became of its calls in the last run.
 
     Raises:
-        TypeError: If there is no node among them.
+        TypeError: If there is no node among them, and they are not an empty container.
     """
 
     def __init__(self, nodes: Any) -> None:
         found: dict[Node[Any], None] = {}
         self._wanted = _template(nodes, found)
-        if not found:
+        if not found and not (type(nodes) in (list, tuple, set, frozenset, dict) and not nodes):
             raise TypeError(f"there is no node of a graph in {type(nodes).__name__} {nodes!r:.80}")
         self._targets = tuple(found)
         self.nodes = tuple(_in_order(self._targets, {}))
@@ -428,24 +439,21 @@ class Graph:
         kept = {node: future for node, future in self._kept.items() if _is_usable(future)}
         missing = list(_in_order(self._targets, kept))
         stages = dict.fromkeys([node.stage for node in self.nodes])
-        tallies = {stage.name: _Tally() for stage in stages}
         views = {stage: _view(executor, stage) for stage in stages}
-        for stage, view in views.items():
-            if view._options.cpus is not None:
-                tallies[stage.name].weight = view._options.cpus
+        tallies = {stage: _Tally(view._options.cpus or 1.0) for stage, view in views.items()}
         if kept:
             for node in {*self.nodes} - {*missing}:
-                tallies[node.stage.name].resumed += 1
+                tallies[node.stage].resumed += 1
         base = executor._executor
         spent_before = base.cost().accrued_usd
         bars = None
         if progress:
             from cloudexec._progress import StageBars
 
-            bars = StageBars(
-                Counter(node.stage.name for node in self.nodes),
-                {name: tally.resumed for name, tally in tallies.items()},
-            )
+            resumed: Counter[str] = Counter()
+            for stage, tally in tallies.items():
+                resumed[stage.name] += tally.resumed
+            bars = StageBars(Counter(node.stage.name for node in self.nodes), resumed)
         started: list[tuple[Node[Any], weakref.ref[BatchFuture[Any]]]] = []
         aside: list[BatchFuture[Any]] = []
         complete = False
@@ -490,7 +498,7 @@ class Graph:
         nodes: list[Node[Any]],
         views: dict[Stage[..., Any], OptionsView],
         kept: dict[Node[Any], BatchFuture[Any]],
-        tallies: dict[str, _Tally],
+        tallies: dict[Stage[..., Any], _Tally],
         aside: list[BatchFuture[Any]],
         started: list[tuple[Node[Any], weakref.ref[BatchFuture[Any]]]],
         bars: StageBars | None,
@@ -501,7 +509,7 @@ class Graph:
             nodes: Those that are missing, each behind those that it depends on.
             views: The executor, for each of their stages.
             kept: Futures of others, from an earlier run.
-            tallies: Count calls, by the name of their stage.
+            tallies: Count the calls of each stage.
             aside: Takes the inputs of calls that fail.
             started: Takes all futures.
             bars: Counts them.
@@ -527,13 +535,13 @@ class Graph:
             kwargs = _NOTHING
             if node._kwargs:
                 kwargs = {name: _filled(value, futures) for name, value in node._kwargs.items()}
-            on_end: Callable[[BatchFuture[Any], bool], None] = tallies[stage.name]
+            on_end: Callable[[BatchFuture[Any], bool], None] = tallies[stage]
             if node.dependencies:
                 inputs = tuple([futures[dependency] for dependency in node.dependencies])
                 on_end = _Call(on_end, inputs, aside)
             future = futures[node] = submit(args, kwargs, stage.name, on_end)
             if future._resumed:
-                tallies[stage.name].resumed += 1
+                tallies[stage].resumed += 1
                 future._has_result = True
             started.append((node, weakref.ref(future)))
             if bars is not None:
@@ -675,7 +683,10 @@ def _is_usable(future: BatchFuture[Any]) -> bool:
     """Say whether a future has a result, or may yet have one; without unpickling it."""
     if not future.done():
         return future._owner is not None
-    return future._has_result and not future.cancelled() and future._exception is None
+    if not future._has_result or future.cancelled() or future._exception is not None:
+        return False
+    result = future._result
+    return not (type(result) is Ref and result._is_gone)
 
 
 def _view(executor: BatchExecutor | OptionsView, stage: Stage[..., Any]) -> OptionsView:
@@ -685,19 +696,24 @@ def _view(executor: BatchExecutor | OptionsView, stage: Stage[..., Any]) -> Opti
         raise ConfigError(f"stage {stage.name!r}: {exc}") from exc
 
 
-def _report(tallies: dict[str, _Tally], spent_usd: float) -> tuple[StageReport, ...]:
-    work = {name: tally.seconds * tally.weight for name, tally in tallies.items()}
+def _report(tallies: Mapping[Stage[..., Any], _Tally], spent_usd: float) -> tuple[StageReport, ...]:
+    by_name: dict[str, list[_Tally]] = {}  # several stages may share one
+    for stage, tally in tallies.items():
+        by_name.setdefault(stage.name, []).append(tally)
+    work = {
+        name: sum(tally.seconds * tally.weight for tally in each) for name, each in by_name.items()
+    }
     total = sum(work.values()) or 1.0
     return tuple(
         StageReport(
             stage=name,
-            tasks=tally.tasks,
-            failed=tally.failed,
-            resumed=tally.resumed,
-            seconds=tally.seconds,
+            tasks=sum(tally.tasks for tally in each),
+            failed=sum(tally.failed for tally in each),
+            resumed=sum(tally.resumed for tally in each),
+            seconds=sum(tally.seconds for tally in each),
             cost_usd=max(0.0, spent_usd) * work[name] / total,
         )
-        for name, tally in tallies.items()
+        for name, each in by_name.items()
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from cloudexec._records import load_nested
 
-__all__ = ["hold", "same", "take", "writeable"]
+__all__ = ["hold", "same", "set_state", "take", "writeable"]
 
 _loads = pickle.loads
 _held: list[Any] = []  # of the call that is being unpickled; a slot unpickles one at a time
@@ -48,6 +48,12 @@ def writeable(buffer: Any, dtype: Any, shape: tuple[int, ...], order: str) -> An
     elif type(buffer) is bytes:
         buffer = bytearray(buffer)
     return numpy.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+
+
+def set_state(made: Any, state: tuple[Any, tuple[Any, Any], Any]) -> None:
+    """Give a function, or a class, that came by value what it refers to."""
+    _, (set_of_its_kind, content), _ = state
+    set_of_its_kind(made, content)
 
 
 def same(value: Any) -> Any:

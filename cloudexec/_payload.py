@@ -70,7 +70,7 @@ class Composed:
         recipe: How to make it again, should a worker that keeps it be lost.
     """
 
-    __slots__ = ("blobs", "head", "numbers", "recipe", "shared")
+    __slots__ = ("__weakref__", "blobs", "head", "numbers", "recipe", "shared")
 
     def __init__(
         self, head: bytes, blobs: tuple[Blob, ...], numbers: tuple[int, ...] | None = None
@@ -121,29 +121,50 @@ class Unfinished:
         self.futures = futures
 
 
+class _Edge:
+    """Stands before and behind what a function or class refers to, as the pickler walks along."""
+
+    __slots__ = ("step",)
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle's, but arrays arrive writeable, as they do through a process pool."""
 
     futures: list[Dependency] | None = None
     """Those met so far, where futures may be arguments; ``None``: they may not."""
+    _enclosed = 0
+    """How many functions by value this is inside of: what these refer to are no arguments."""
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
+        if kind is _Edge:
+            self._enclosed += obj.step
+            return tuple, ()
         if kind.__module__ == "numpy" and kind.__name__ == "ndarray":
             if not obj.flags.writeable:
                 return _reduce_readonly(obj)
             return NotImplemented
         if issubclass(kind, Future):
             return self._place(obj)
-        if kind is Ref and self.futures is not None:
+        if self.futures is None:
+            return super().reducer_override(obj)
+        if kind is Ref and not self._enclosed:
             self.futures.append(obj)
             return _inputs.take, (len(self.futures) - 1,)
-        return super().reducer_override(obj)
+        reduced = super().reducer_override(obj)
+        if type(reduced) is tuple and len(reduced) == 6 and reduced[5] is not None:
+            make, args, state, _, _, set_state = reduced
+            marked = (_Edge(1), (set_state, state), _Edge(-1))
+            return make, args, marked, None, None, _inputs.set_state
+        return reduced
 
     def _place(self, future: Future[Any]) -> Any:
         """Pickle a future: as its value, if that is at hand, or as a placeholder."""
         futures = self.futures
-        if futures is None:
+        if futures is None or self._enclosed:
             raise TypeError(
                 "a future cannot be sent: pass it as an argument of submit(), and the call gets "
                 "its value, or pass its result()"
@@ -273,6 +294,11 @@ def dumps_arguments(
             return pickle.dumps(args, 5)
         return _dumps_unfinished(args, store)
     return _dumps_unfinished([args, kwargs], store)
+
+
+def dumps_bound(fn: Callable[..., Any], store: BlobStore) -> Payload | Unfinished:
+    """Pickle a callable that arguments may be bound to: a partial function, a method, an object."""
+    return _dumps_unfinished(fn, store)
 
 
 def _dumps_unfinished(obj: object, store: BlobStore) -> Payload | Unfinished:

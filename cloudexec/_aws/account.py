@@ -86,6 +86,7 @@ _REASON_LARGEST = 1024
 """AWS Batch API Reference, "TerminateJob"."""
 
 _JOB_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?::\d+)?")
+_JOB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_-]{0,127})(?::(?P<index>\d+))?")
 _WORKER = re.compile(r"(?:(?P<executor>[^/]+)/)?worker-(?P<number>\d+)")
 _MISSING_LOG = "ResourceNotFoundException"
 
@@ -146,6 +147,8 @@ class AsyncMonitor:
     ) -> list[JobInfo]:
         """See ``Monitor.jobs``."""
         states = states_of(state)
+        if limit is not None and limit < 0:
+            raise ConfigError(f"limit must be 0 or more, not {limit}")
         details = await self._details(executor=executor, active=active)
         details.sort(key=lambda each: int(each["createdAt"]), reverse=True)
         if states is not None:
@@ -236,6 +239,8 @@ class AsyncMonitor:
             raise ConfigError(
                 "say what to stop: executor=, job=, older_than= (seconds) or everything=True"
             )
+        if older_than is not None and not older_than >= 0:
+            raise ConfigError(f"older_than must be 0 seconds or more, not {older_than}")
         if names:
             resolved = await asyncio.gather(*(self._resolve(name) for name in names))
             details = [each for each in resolved if each["status"] in ACTIVE]
@@ -416,6 +421,8 @@ class AsyncMonitor:
         self, *, executor: str | None = None, active: bool | None = None, name: str = ""
     ) -> list[Mapping[str, Any]]:
         """Return what DescribeJobs says of jobs of ours, without the children of arrays."""
+        if executor is not None and not executor.strip():
+            raise ConfigError("an executor is its id, as `cloudexec ps` shows it, not nothing")
         pattern = name or f"{JOB_PREFIX}{executor}-*" if executor or name else f"{JOB_PREFIX}*"
         listed = await asyncio.gather(
             *(self._listed(queue, pattern) for queue in await self._queues())
@@ -494,12 +501,16 @@ class AsyncMonitor:
             return await self._by_id(name)
         if worker is not None:
             return await self._by_worker(worker["executor"], int(worker["number"]))
-        job, _, index = name.partition(":")
-        details = await self._details(name=job) if not index or index.isdecimal() else []
-        if not details:
+        if not name:
+            raise ConfigError("a job or worker is named, as `cloudexec jobs` shows it, not nothing")
+        # One with a star would fit what nobody meant.
+        named = _JOB_NAME.fullmatch(name)
+        details = [] if named is None else await self._details(name=named["name"])
+        if named is None or not details:
             raise _not_found(name, self._clients.region)
         latest = max(details, key=lambda each: int(each["createdAt"]))
-        return await self._by_id(f"{latest['jobId']}:{index}") if index else latest
+        index = named["index"]
+        return latest if index is None else await self._by_id(f"{latest['jobId']}:{int(index)}")
 
     async def _by_id(self, job_id: str) -> Mapping[str, Any]:
         parent_id, _, index = job_id.partition(":")

@@ -19,6 +19,7 @@ __all__ = ["Advertised", "advertised_address"]
 _ADDRESS = re.compile(
     r"(?P<host>[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?"
 )
+_LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 _METADATA_HOST = "169.254.169.254"
 _METADATA_TIMEOUT = 1.0
 _VENDOR_FILE = "/sys/class/dmi/id/sys_vendor"
@@ -34,12 +35,14 @@ class Advertised:
     Attributes:
         address: Host, or ``host:port``.
         how: For people: why this one.
-        listen: Host to listen on.
+        listen: Host to listen on, unless the user says otherwise.
+        port: Port to listen on, likewise; 0: any free one.
     """
 
     address: str
     how: str
     listen: str = "0.0.0.0"
+    port: int = 0
 
 
 async def advertised_address(
@@ -61,13 +64,11 @@ async def advertised_address(
     """
     named = os.environ.get("CLOUDEXEC_ADVERTISE", "")
     if advertise:
-        return Advertised(_checked(advertise, "advertise="), "given as advertise=")
+        return _named(advertise, "given as advertise=")
     if named:
-        how = "from CLOUDEXEC_ADVERTISE"
-        return Advertised(_checked(named, how), how, _listen_for(named))
+        return _named(named, "from CLOUDEXEC_ADVERTISE")
     if profile is not None and profile.advertise:
-        how = f"from the profile {profile.name!r}"
-        return Advertised(_checked(profile.advertise, how), how)
+        return _named(profile.advertise, f"from the profile {profile.name!r}")
     host = urllib.parse.urlsplit(endpoint).hostname or ""
     if host == "localhost" or (host and _is_loopback(host)):
         return Advertised(
@@ -81,30 +82,59 @@ async def advertised_address(
         f"workers in AWS cannot reach this machine at {own or 'any address'}: it is in a private "
         f"network of its own. Run this program in the workers' VPC (an EC2 instance, SageMaker, "
         f"Cloud9, an ECS task); or forward a port of a public address here and give "
-        f"advertise='HOST:PORT' and listen='0.0.0.0:PORT'; or, where a VPN or Direct Connect leads "
-        f"here, advertise={own or 'ADDRESS'!r}"
+        f"advertise='HOST:PORT' (and listen='0.0.0.0:PORT' where it is another one here); or, "
+        f"where a VPN or Direct Connect leads here, advertise={own or 'ADDRESS'!r}"
     )
 
 
-def _checked(address: str, origin: str) -> str:
-    """Refuse what nobody can dial, before workers are paid for trying it."""
+def _named(address: str, how: str) -> Advertised:
+    """Take an address that somebody has named.
+
+    A port in it is listened on here too: who forwards another one says so with ``listen=``.
+
+    Raises:
+        ConfigError: If nobody can dial it, before workers are paid for trying.
+    """
     found = _ADDRESS.fullmatch(address)
-    if found is None or (found["port"] and not 0 < int(found["port"]) < 65536):
+    port = int(found["port"] or 0) if found is not None else 0
+    if found is None or (found["port"] and not 0 < port < 65536):
         raise ConfigError(
-            f"workers cannot dial {address!r} ({origin}): it must be a host or 'host:port'"
+            f"workers cannot dial {address!r} ({how}): it must be a host or 'host:port'"
         )
-    return address
+    host = found["host"]
+    literal = _literal(host)
+    if literal is None and (host[0] == "[" or not _is_name(host)):
+        kind = "IPv6 address" if host[0] == "[" else "IPv4 address or name of a host"
+        raise ConfigError(f"workers cannot dial {address!r} ({how}): {host} is no {kind}")
+    if literal is not None and (literal.is_unspecified or literal.is_multicast):
+        raise ConfigError(
+            f"workers cannot dial {address!r} ({how}): {host} is not the address of one machine; "
+            f"to listen on all of this one's is what listen= is for"
+        )
+    version6 = literal is not None and literal.version == 6
+    if _is_loopback(host):
+        listen = "[::1]" if version6 else "127.0.0.1"
+    else:
+        listen = "[::]" if version6 else "0.0.0.0"
+    return Advertised(address, how, listen, port)
 
 
-def _listen_for(address: str) -> str:
-    return "127.0.0.1" if _is_loopback(address.rpartition(":")[0] or address) else "0.0.0.0"
+def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return None
+
+
+def _is_name(host: str) -> bool:
+    """Whether it can be a name; one whose last part is a number is an address, or nothing."""
+    labels = host.split(".")
+    return not labels[-1].isdecimal() and all(_LABEL.fullmatch(each) for each in labels)
 
 
 def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+    literal = _literal(host)
+    return host == "localhost" if literal is None else literal.is_loopback
 
 
 def _outward_address() -> str:

@@ -12,12 +12,13 @@ from typing import Any
 import botocore.exceptions
 import botocore.loaders
 import botocore.parsers
+import botocore.regions
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 
 from cloudexec._errors import AwsError, ConfigError
 
-__all__ = ["AwsClients", "Recorder"]
+__all__ = ["AwsClients", "Recorder", "is_region", "known_regions"]
 
 Recorder = Callable[[str, str, Mapping[str, Any]], None]
 """Told of each call: service, operation as the API names it, parameters."""
@@ -112,6 +113,10 @@ class AwsClients:
                 "no AWS region: give one (region=, in the shell --region), set "
                 "AWS_DEFAULT_REGION, or run `aws configure`"
             )
+        if not is_region(found):
+            raise ConfigError(
+                f"there is no AWS region {found!r}; they are called like us-east-1 or eu-central-1"
+            )
         self.region: str = found
         self._clients: dict[tuple[str, str, bool], Any] = {}
         self._stack = contextlib.AsyncExitStack()
@@ -128,13 +133,25 @@ class AwsClients:
         await self._stack.aclose()
 
     @contextlib.contextmanager
-    def _renewing(self, client: Any) -> Iterator[None]:
-        """Where credentials have expired, let whoever tries again have those of then."""
+    def _reviewing(self, client: Any) -> Iterator[None]:
+        """Where credentials have expired, let whoever tries again have those of then.
+
+        Where nothing answers, say so if the region looks misspelt.
+        """
         try:
             yield
         except AwsError as exc:
             if exc.expired and client in self._clients.values():
                 self.renew()
+            if exc.code == "Unreachable" and not self.endpoint:
+                region = client.meta.region_name
+                if region not in known_regions():
+                    raise AwsError(
+                        f"{exc.message}; this AWS SDK knows no region {region!r}",
+                        code=exc.code,
+                        operation=exc.operation,
+                        transient=True,
+                    ) from exc
             raise
 
     def renew(self) -> None:
@@ -218,7 +235,7 @@ class AwsClients:
         name: str = client.meta.method_to_api_mapping[operation]
         if self._recorder is not None:
             self._recorder(service, name, parameters)
-        with self._renewing(client), translated(service, name), _discretion(service, name):
+        with self._reviewing(client), translated(service, name), _discretion(service, name):
             response = await getattr(client, operation)(**parameters)
         response.pop("ResponseMetadata", None)
         return response
@@ -243,7 +260,7 @@ class AwsClients:
             self._recorder(service, name, parameters)
         pages = aiter(client.get_paginator(operation).paginate(**parameters))
         while True:
-            with self._renewing(client), translated(service, name):
+            with self._reviewing(client), translated(service, name):
                 page = await anext(pages, None)
             if page is None:
                 return
@@ -255,6 +272,32 @@ class AwsClients:
 def _loader(data_path: str | None) -> Any:
     """Read endpoints and service models once in a process instead of once per session: 0.3 s."""
     return botocore.loaders.create_loader(data_path)
+
+
+@functools.lru_cache(maxsize=1)
+def _resolver() -> Any:
+    return botocore.regions.EndpointResolver(_loader(None).load_data("endpoints"))
+
+
+def is_region(name: str) -> bool:
+    """Whether a region may be called that. New ones are made, so not all have to be known."""
+    try:
+        _resolver().get_partition_for_region(name)
+    except botocore.exceptions.UnknownRegionError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=1)
+def known_regions() -> frozenset[str]:
+    """Return the regions of all partitions that this AWS SDK knows."""
+    resolver = _resolver()
+    return frozenset(
+        region
+        for partition in resolver.get_available_partitions()
+        for service in ("batch", "ec2")
+        for region in resolver.get_available_endpoints(service, partition)
+    )
 
 
 def _new_session() -> Any:
@@ -306,7 +349,8 @@ def translated(service: str, operation: str) -> Iterator[None]:
             expired=True,
         ) from exc
     except botocore.exceptions.ParamValidationError as exc:
-        raise AwsError(f"{what}: {exc}", code="ParamValidation", operation=what) from exc
+        text = " ".join(str(exc).split())
+        raise AwsError(f"{what}: {text}", code="ParamValidation", operation=what) from exc
     except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as exc:
         raise AwsError(
             f"{what}: AWS cannot be reached: {exc}; check the network, proxies and the region",
@@ -328,6 +372,8 @@ def translated(service: str, operation: str) -> Iterator[None]:
 def _remedy(code: str, what: str) -> str:
     if code in _EXPIRED:
         return "the AWS credentials have expired: renew them (`aws sso login`); they are read again"
+    if code in _THROTTLES:
+        return "this account makes more calls than AWS takes: try again in a minute"
     if code in _DENIED:
         return (
             f"these credentials may not call {what}: `cloudexec policy` prints what is needed, "

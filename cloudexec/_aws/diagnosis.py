@@ -8,7 +8,15 @@ from dataclasses import dataclass, field, replace
 
 from cloudexec._aws.requests import RECLAIM_REASONS
 
-__all__ = ["Cause", "JobEnd", "Situation", "cause_of_end", "cause_of_waiting"]
+__all__ = [
+    "Cause",
+    "JobEnd",
+    "Situation",
+    "cause_of_end",
+    "cause_of_refusal",
+    "cause_of_waiting",
+    "is_definition_gone",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +94,29 @@ class Situation:
 
 _QUOTA = re.compile(r"limit on the number of vCPUs|vCPU limit|MaxSpotInstanceCountExceeded", re.I)
 _ACCESS = re.compile(r"not authorized to perform|AccessDenied|is not authorized", re.I)
+_NO_ADDRESS = re.compile(
+    r"FreeAddressesInSubnet|free (IP )?addresses|network interface provisioning", re.I
+)
+_LOG = re.compile(r"log ?(stream|group)|logger args", re.I)
+_REGISTRY = re.compile(r"\becr\b", re.I)
 _TIMED_OUT = re.compile(r"i/o timeout|dial tcp|context deadline exceeded|connection issue", re.I)
+
+
+def is_definition_gone(said: str) -> bool:
+    """Whether AWS refused a submission because its job definition was deregistered."""
+    return "ClientException" in said and re.search(r"job ?definition", said, re.I) is not None
+
+
+def cause_of_refusal(said: str) -> Cause:
+    """Add what to do to the words with which AWS refused to take a job, where that is known."""
+    if "ClientException" in said and re.search(r"job ?queue", said, re.I):
+        if re.search(r"disabled|not enabled", said, re.I):
+            return Cause(text=said, remedy="enable it (`cloudexec up` does), or use another queue")
+        if re.search(r"does not exist|not found", said, re.I):
+            return Cause(
+                text=said, remedy="`cloudexec doctor` looks at it, `cloudexec up` makes it anew"
+            )
+    return Cause(text=said)
 
 
 def cause_of_end(end: JobEnd) -> Cause:
@@ -124,7 +154,27 @@ def _cause_of_end(end: JobEnd) -> Cause:
     if "ResourceInitializationError" in said:
         if _TIMED_OUT.search(said):
             return _no_route(said)
-        if _ACCESS.search(said) or "secret" in said.lower():
+        if _LOG.search(said):
+            return Cause(
+                text=f"the worker's log cannot be written: {said}",
+                remedy=(
+                    "the log group must be there, and the execution role needs "
+                    "logs:CreateLogStream and logs:PutLogEvents on it: `cloudexec up` makes both"
+                ),
+                fatal=True,
+            )
+        # AWS begins with "unable to pull secrets or registry auth" whichever of them it was.
+        which = said.replace("secrets or registry auth", "")
+        if _ACCESS.search(which) and _REGISTRY.search(which):
+            return Cause(
+                text=f"the execution role may not pull the worker's image: {said}",
+                remedy=(
+                    "it needs ecr:GetAuthorizationToken, and on the repository ecr:BatchGetImage "
+                    "and ecr:GetDownloadUrlForLayer: `cloudexec up` repairs it"
+                ),
+                fatal=True,
+            )
+        if _ACCESS.search(which) or "secret" in which.lower():
             return Cause(
                 text=f"the worker's key could not be read: {said}",
                 remedy=(
@@ -147,6 +197,14 @@ def _cause_of_end(end: JobEnd) -> Cause:
         )
     if _QUOTA.search(said):
         return _quota(said)
+    if _NO_ADDRESS.search(said):
+        return Cause(
+            text=f"the worker got no network interface: {said}",
+            remedy=(
+                "every worker takes an address of its subnet: `cloudexec up --subnet` names more "
+                "or larger ones, or use fewer workers"
+            ),
+        )
     if end.out_of_memory:
         return Cause(
             text=f"the worker ran out of memory: {said}",

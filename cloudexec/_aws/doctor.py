@@ -12,8 +12,10 @@ from typing import Any, Literal, TypeAlias
 from urllib.parse import unquote
 
 from cloudexec._aws.address import advertised_address
-from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.clients import AwsClients, is_region, known_regions
+from cloudexec._aws.names import is_setup_name
 from cloudexec._aws.profile import Profile
+from cloudexec._aws.quotas import vcpu_quotas
 from cloudexec._aws.stack import find_stack
 from cloudexec._aws.template import TEMPLATE_VERSION
 from cloudexec._errors import AwsError, ConfigError
@@ -26,8 +28,18 @@ _ECR = re.compile(
     r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/"
     r"(?P<repository>[^:@]+)(?::(?P<tag>[^@]+))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
+_USUAL_PLATFORM = "linux/amd64"
 _STANDING = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IMPORT_COMPLETE")
-_FATAL = ("profile", "credentials", "queues", "compute environments", "image", "key", "address")
+_FATAL = (
+    "profile",
+    "region",
+    "credentials",
+    "queues",
+    "compute environments",
+    "image",
+    "key",
+    "address",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +88,15 @@ async def examine(name: str, report: Report) -> tuple[Check, ...]:
     try:
         profile = Profile.load(name)
     except ConfigError as exc:
-        add(Check(name="profile", outcome="failed", found=str(exc), remedy=_up(name)))
+        remedy = _up(name) if is_setup_name(name) else "choose another --profile"
+        add(Check(name="profile", outcome="failed", found=str(exc), remedy=remedy))
         return tuple(checks)
     add(_profile(profile))
+    if not is_region(profile.region):
+        found = f"there is no AWS region {profile.region!r}"
+        remedy = f"correct it in {Profile.path(name)}"
+        add(Check(name="region", outcome="failed", found=found, remedy=remedy))
+        return tuple(checks)
     try:
         clients = AwsClients(profile.region)
     except ConfigError as exc:
@@ -104,7 +122,8 @@ async def examine(name: str, report: Report) -> tuple[Check, ...]:
             if is_let_in:
                 add(await _carefully(each, look, examination))
             else:
-                add(Check(name=each, outcome="skipped", found="no usable credentials"))
+                found = "not looked at before the credentials work"
+                add(Check(name=each, outcome="skipped", found=found))
     return tuple(checks)
 
 
@@ -125,11 +144,20 @@ async def _carefully(
         if "Denied" in exc.code or "Unauthorized" in exc.code:
             # Whoever runs executors need not be allowed to look at everything.
             return Check(name=name, outcome="skipped", found=str(exc))
-        return Check(name=name, outcome="failed", found=str(exc), remedy="see the message of AWS")
+        if exc.transient:
+            remedy = "try again; if it stays so, look at the network, proxies and the region"
+        else:
+            remedy = f"if it is about a part of the set-up: {_mend(examination.profile)}"
+        return Check(name=name, outcome="failed", found=str(exc), remedy=remedy)
 
 
 def _up(name: str) -> str:
     return f"`cloudexec up --name {name}`"
+
+
+def _mend(profile: Profile) -> str:
+    """Say what brings a set-up in order."""
+    return _up(profile.name) if profile.stack else f"correct {Profile.path(profile.name)}"
 
 
 def _profile(profile: Profile) -> Check:
@@ -163,6 +191,10 @@ def _region(clients: AwsClients) -> Check:
     found = f"{clients.region}, as the profile says"
     if clients.endpoint:
         found += f"; calls go to {clients.endpoint} (AWS_ENDPOINT_URL)"
+    if clients.region not in known_regions():
+        found += "; the AWS SDK that is installed does not know it"
+        remedy = "unless it is a new one, correct the profile; if it is, upgrade botocore"
+        return Check(name="region", outcome="warning", found=found, remedy=remedy)
     return Check(name="region", outcome="ok", found=found)
 
 
@@ -242,7 +274,7 @@ def _wrong(kind: str, each: Mapping[str, Any]) -> list[str]:
     status, state = each.get("status", "VALID"), each.get("state", "ENABLED")
     if status == "VALID" and state == "ENABLED":
         return []
-    reason = each.get("statusReason", "")
+    reason = each.get("statusReason", "") if status != "VALID" else ""
     return [f"{kind}: {status} and {state}" + (f" ({reason})" if reason else "")]
 
 
@@ -264,15 +296,8 @@ async def _quota(examination: _Examination) -> Check:
     name = "vCPU quota"
     kinds = {kind: each for kind, each in examination.environments.items() if _max_vcpus(each) > 0}
     services = sorted({"fargate" if kind.startswith("fargate") else "ec2" for kind in kinds})
-    quotas: dict[str, float] = {}
     try:
-        for service in services:
-            async for each in examination.clients.pages(
-                "service-quotas", "list_service_quotas", "Quotas", ServiceCode=service
-            ):
-                kind = _kind_of_quota(each["QuotaName"])
-                if kind:
-                    quotas[kind] = each["Value"]
+        quotas = await vcpu_quotas(examination.clients.call, services)
     except AwsError as exc:
         if exc.expired:
             raise
@@ -295,18 +320,6 @@ async def _quota(examination: _Examination) -> Check:
     return Check(name=name, outcome="ok", found=f"{found} vCPUs at once")
 
 
-def _kind_of_quota(name: str) -> str:
-    """Return the kind of queue that a quota bounds; quotas are told by name."""
-    lower = name.lower()
-    if "fargate" in lower and "vcpu" in lower:
-        return "fargate_spot" if "spot" in lower else "fargate"
-    if lower.startswith("running on-demand standard"):
-        return "ec2"
-    if lower.startswith("all standard") and "spot" in lower:
-        return "ec2_spot"
-    return ""
-
-
 async def _image(examination: _Examination) -> Check:
     profile = examination.profile
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -318,6 +331,9 @@ async def _image(examination: _Examination) -> Check:
         return Check(name="image", outcome="failed", found=found, remedy=push)
     notes: list[str] = []
     doubts: list[str] = []
+    if f"{python}-{_USUAL_PLATFORM}" not in ours:
+        had = ", ".join(sorted(ours))
+        doubts.append(f"{had} only: workers without arch='arm64' need {_USUAL_PLATFORM}")
     for key, uri in sorted(ours.items()):
         parts = _ECR.fullmatch(uri)
         if "@sha256:" not in uri:
@@ -370,7 +386,7 @@ async def _roles(examination: _Examination) -> Check:
             name="roles",
             outcome="failed",
             found="the profile has no execution role, which Fargate needs to pull the image",
-            remedy=_up(profile.name),
+            remedy=_mend(profile),
         )
     wrong = []
     for kind, arn in roles.items():
@@ -391,7 +407,7 @@ async def _roles(examination: _Examination) -> Check:
             wrong.append(f"the {kind} {name} does not trust ecs-tasks.amazonaws.com")
     if wrong:
         found = "; ".join(wrong)
-        return Check(name="roles", outcome="failed", found=found, remedy=_up(profile.name))
+        return Check(name="roles", outcome="failed", found=found, remedy=_mend(profile))
     found = ", ".join(arn.rpartition("/")[2] for arn in roles.values() if arn)
     return Check(name="roles", outcome="ok", found=found)
 
@@ -409,7 +425,7 @@ async def _key(examination: _Examination) -> Check:
         if exc.code not in ("ResourceNotFoundException", "InvalidRequestException"):
             raise
         found = f"{profile.key_secret} does not exist"
-        return Check(name="key", outcome="failed", found=found, remedy=_up(profile.name))
+        return Check(name="key", outcome="failed", found=found, remedy=_mend(profile))
     if not re.fullmatch(r"[0-9a-f]{64}", answer.get("SecretString", "")):
         return Check(
             name="key",
@@ -432,7 +448,7 @@ async def _log_group(examination: _Examination) -> Check:
             days = each.get("retentionInDays")
             kept = f"kept for {days} days" if days else "kept for ever"
             return Check(name="log group", outcome="ok", found=f"{name}, {kept}")
-    remedy = _up(examination.profile.name)
+    remedy = _mend(examination.profile)
     return Check(name="log group", outcome="failed", found=f"{name} does not exist", remedy=remedy)
 
 

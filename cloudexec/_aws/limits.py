@@ -23,6 +23,7 @@ __all__ = [
     "fargate_size",
     "fargate_size_for",
     "format_memory",
+    "instance_size",
     "instance_size_for",
     "parse_memory",
 ]
@@ -144,6 +145,11 @@ def fargate_size(vcpus: float, memory: str | int) -> WorkerSize:
         least = min(enough, key=lambda size: (size.vcpus, size.memory_mib))
         if least not in nearest:
             nearest.append(least)
+    fewer = [cpus for cpus in _FARGATE if cpus < vcpus]
+    if vcpus not in _FARGATE and fewer:
+        memories = _FARGATE[max(fewer)]
+        closest = min(memories, key=lambda offered: abs(offered - mib))
+        nearest.append(WorkerSize(memory_mib=closest, vcpus=max(fewer)))
     if not nearest:
         nearest.append(every[-1])
     names = ", or ".join(map(str, nearest))
@@ -173,6 +179,33 @@ def fargate_size_for(cpus: float, memory_mib: int) -> WorkerSize:
             f"Batch(compute='ec2') has more"
         )
     return min(enough, key=lambda size: (size.vcpus, size.memory_mib))
+
+
+def instance_size(vcpus: float, memory: str | int) -> WorkerSize:
+    """Check a size of a worker on EC2: whole vCPUs, and any memory.
+
+    Args:
+        vcpus: 1 to 1920.
+        memory: As ``parse_memory`` takes it.
+
+    Raises:
+        ConfigError: Naming the nearest sizes that there are.
+
+    References:
+        AWS Batch API Reference, "ResourceRequirement": VCPU is a whole number on EC2.
+    """
+    mib = parse_memory(memory)
+    if isinstance(vcpus, bool) or not isinstance(vcpus, (int, float)) or not vcpus > 0:
+        raise ConfigError(f"vcpus must be a positive number, not {vcpus!r}")
+    whole = {max(1, math.floor(min(vcpus, _MOST_VCPUS))), math.ceil(min(vcpus, _MOST_VCPUS))}
+    least = max(mib, _LEAST_MIB)
+    if vcpus not in whole or least != mib:
+        names = ", or ".join(str(WorkerSize(memory_mib=least, vcpus=n)) for n in sorted(whole))
+        raise ConfigError(
+            f"a worker on EC2 has 1 to {_MOST_VCPUS} whole vCPUs and {format_memory(_LEAST_MIB)} "
+            f"or more, not {vcpus:g} vCPU with {format_memory(mib)}; the nearest: {names}"
+        )
+    return WorkerSize(memory_mib=mib, vcpus=vcpus)
 
 
 def instance_size_for(cpus: float, memory_mib: int, gpus: int) -> WorkerSize:

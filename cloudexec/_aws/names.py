@@ -14,6 +14,7 @@ __all__ = [
     "TAG_STACK",
     "TAG_USER",
     "definition_name",
+    "is_setup_name",
     "job_name",
     "object_prefix",
     "stack_name",
@@ -32,6 +33,11 @@ DEFINITION_PREFIX = "cloudexec-"
 OBJECTS_PREFIX = "cloudexec/"
 """Keys of the bucket that executors use: apart from those of tasks, which may not touch them."""
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
+
+
+def is_setup_name(name: str) -> bool:
+    """Whether ``cloudexec up --name`` takes it."""
+    return _NAME.fullmatch(name) is not None and name != "local"
 
 
 def stack_name(name: str) -> str:

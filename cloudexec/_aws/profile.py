@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from cloudexec._aws.names import is_setup_name
 from cloudexec._errors import ConfigError
 
 __all__ = ["Profile", "profile_directory"]
@@ -84,10 +85,10 @@ class Profile:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             others = ", ".join(cls.names()) or "none"
-            raise ConfigError(
-                f"there is no profile {name!r} ({path}); profiles here: {others}. "
-                f"`cloudexec up --name {name}` makes one"
-            ) from None
+            text = f"there is no profile {name!r} ({path}); profiles here: {others}"
+            if is_setup_name(name):
+                text += f". `cloudexec up --name {name}` makes one"
+            raise ConfigError(text) from None
         except (OSError, ValueError) as exc:
             raise ConfigError(f"the profile {path} cannot be read: {exc}") from exc
         return cls._of(data, path)

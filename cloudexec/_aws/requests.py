@@ -17,6 +17,8 @@ from cloudexec._errors import ConfigError
 __all__ = [
     "RECLAIM_REASONS",
     "DefinitionSpec",
+    "check_environment",
+    "check_tags",
     "definition_request",
     "submit_request",
     "tag_value",
@@ -31,6 +33,10 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OVERRIDE_MARGIN = 1024
 """Characters that AWS Batch's own variables may take of those that Amazon ECS allows."""
 _TAG_UNSAFE = re.compile(r"[^\w +\-=.:/@]")
+_TAG_KEY_LARGEST = 128
+_TAG_VALUE_LARGEST = 256
+_OWN_TAGS = 5
+"""Tags that every job has from us."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +151,8 @@ def submit_request(
     tags: Mapping[str, str],
     attempt_seconds: int,
     retry_reclaimed: bool,
+    share_identifier: str = "",
+    scheduling_priority: int = 0,
 ) -> dict[str, Any]:
     """Build one SubmitJob request.
 
@@ -159,6 +167,8 @@ def submit_request(
         attempt_seconds: After which AWS ends a worker, whatever became of us.
         retry_reclaimed: Whether AWS starts a worker again whose machine it took back; otherwise
             that is left to the executor, which may want it elsewhere.
+        share_identifier: For a queue with a fair-share policy; empty: it has none.
+        scheduling_priority: Within that share, 0 to 9999.
 
     Raises:
         ConfigError: If AWS would refuse it, now or later.
@@ -170,12 +180,7 @@ def submit_request(
         raise ConfigError(f"{name!r} cannot name a job")
     if not 1 <= workers <= limits.ARRAY_LARGEST:
         raise ConfigError(f"a job has 1 to {limits.ARRAY_LARGEST} workers, not {workers}")
-    for variable in environment:
-        if not _VARIABLE.fullmatch(variable) or variable.startswith("AWS_BATCH"):
-            raise ConfigError(
-                f"environment variables are letters, digits and '_' and do not begin with "
-                f"AWS_BATCH, not {variable!r}"
-            )
+    check_environment(environment)
     if len(tags) > limits.TAGS:
         raise ConfigError(f"a job has up to {limits.TAGS} tags, not {len(tags)}")
     reclaims = "RETRY" if retry_reclaimed else "EXIT"
@@ -206,6 +211,9 @@ def submit_request(
     }
     if workers > 1:
         request["arrayProperties"] = {"size": workers}
+    if share_identifier:
+        request["shareIdentifier"] = share_identifier
+        request["schedulingPriorityOverride"] = scheduling_priority
     characters = len(json.dumps(overrides))
     most = limits.OVERRIDE_CHARACTERS - _OVERRIDE_MARGIN
     if characters > most:
@@ -223,6 +231,51 @@ def submit_request(
     return request
 
 
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Refuse variables that AWS Batch or a container cannot have.
+
+    Raises:
+        ConfigError: Naming the first of them.
+    """
+    for name, value in environment.items():
+        if not _VARIABLE.fullmatch(name) or name.startswith("AWS_BATCH"):
+            raise ConfigError(
+                f"environment variables are letters, digits and '_' and do not begin with "
+                f"AWS_BATCH, not {name!r}"
+            )
+        if "\0" in value:
+            raise ConfigError(f"the environment variable {name} has a NUL character in its value")
+
+
+def check_tags(tags: Mapping[str, str]) -> None:
+    """Refuse tags of the user's own that AWS would refuse, or that are ours.
+
+    Raises:
+        ConfigError: Naming the first of them.
+
+    References:
+        AWS Batch API Reference, "TagResource"; AWS General Reference, "Tag naming limits".
+    """
+    if len(tags) > limits.TAGS - _OWN_TAGS:
+        raise ConfigError(
+            f"a job has up to {limits.TAGS} tags, {_OWN_TAGS} of which are cloudexec's: {len(tags)}"
+            f" are too many"
+        )
+    for key, value in tags.items():
+        if key.lower().startswith(("aws:", "cloudexec:")):
+            raise ConfigError(f"tags that begin with aws: or cloudexec: are not yours: {key!r}")
+        if not 1 <= len(key) <= _TAG_KEY_LARGEST or len(value) > _TAG_VALUE_LARGEST:
+            raise ConfigError(
+                f"a tag has 1 to {_TAG_KEY_LARGEST} characters and its value up to "
+                f"{_TAG_VALUE_LARGEST}; {key[:40]!r} has {len(key)} and {len(value)}"
+            )
+        if found := _TAG_UNSAFE.search(key + value):
+            raise ConfigError(
+                f"tags and their values are letters, digits, spaces and + - = . _ : / @, so "
+                f"{found[0]!r} cannot be in {key!r}: {value!r}"
+            )
+
+
 def tag_value(text: str) -> str:
     """Return a text as AWS allows it for the value of a tag."""
-    return _TAG_UNSAFE.sub("_", text)[:256]
+    return _TAG_UNSAFE.sub("_", text)[:_TAG_VALUE_LARGEST]

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.names import TAG_STACK, stack_name
+from cloudexec._aws.names import TAG_STACK, is_setup_name, stack_name
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.stack import Stack, event_ids, find_stack, follow, stack_failure
 from cloudexec._aws.steps import Noted, Report, counted, stepping
-from cloudexec._aws.template import TEMPLATE_VERSION, template
+from cloudexec._aws.template import LOG_RETENTION_DAYS, TEMPLATE_VERSION, template
 from cloudexec._errors import AwsError, ConfigError
 
 __all__ = ["SetupOptions", "up"]
@@ -53,6 +53,19 @@ class SetupOptions:
 
     def __post_init__(self) -> None:
         stack_name(self.name)
+        if not is_setup_name(self.name):
+            raise ConfigError(
+                "a profile cannot be called 'local': CLOUDEXEC_PROFILE=local means this machine"
+            )
+        if self.bucket_expire_days is not None and self.bucket_expire_days < 1:
+            raise ConfigError(
+                f"bucket_expire_days must be 1 or more, not {self.bucket_expire_days}"
+            )
+        if self.log_retention_days not in (None, *LOG_RETENTION_DAYS):
+            choices = ", ".join(map(str, LOG_RETENTION_DAYS))
+            raise ConfigError(
+                f"CloudWatch Logs keeps logs for {choices} days, not {self.log_retention_days}"
+            )
         if self.max_vcpus is not None and self.max_vcpus < 1:
             raise ConfigError(f"max_vcpus must be 1 or more, not {self.max_vcpus}")
         if len(self.subnets) > _SUBNETS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ from cloudexec._aws.limits import (
     default_memory,
     fargate_size,
     fargate_size_for,
+    instance_size,
     instance_size_for,
-    parse_memory,
 )
+from cloudexec._aws.requests import check_environment, check_tags
 from cloudexec._config import WorkerCapacity, check_count, check_positive
 from cloudexec._errors import ConfigError
 from cloudexec._launchers.base import (
@@ -38,6 +40,9 @@ __all__ = ["Batch"]
 _DAY = 86400.0
 _LONGEST = 14 * _DAY
 """Fargate promises no more. AWS Batch User Guide, "Job timeouts"."""
+_SHARE = re.compile(r"[A-Za-z0-9]{1,255}")
+_PRIORITY_LARGEST = 9999
+"""AWS Batch API Reference, "SubmitJob"."""
 _FARGATE_TIMEOUT = 300.0
 _EC2_TIMEOUT = 900.0
 """A first instance takes minutes. AWS Batch User Guide, "AWS Batch on Fargate"."""
@@ -64,16 +69,20 @@ class Batch(Launcher):
         profile: Name of a profile; by default what ``CLOUDEXEC_PROFILE`` says, or ``"default"``
             unless ``queue`` is given.
         queue: Name or ARN of a job queue, instead of the profile's.
+        share_identifier: Whose share of that queue the workers take, where its scheduling policy
+            is fair share: letters and digits.
+        scheduling_priority: Of the workers within that share, 0 to 9999.
         definition: Name or ARN of a job definition to use as it is, instead of one of ours.
         image: Image of the workers, instead of the profile's.
         job_role: ARN of the role that tasks have, instead of the profile's.
         execution_role: ARN of the role that pulls the image, instead of the profile's.
         region: AWS region, instead of the profile's or the SDK's.
-        assign_public_ip: Whether workers get a public address, instead of what the profile says.
+        assign_public_ip: Whether Fargate workers get a public address, instead of what the profile
+            says; on EC2, their subnet decides.
         ephemeral_gib: Disk of each Fargate worker, 21 to 200; by default 20.
         environment: Variables that every worker has. They can be read by whoever may describe
             jobs: no place for secrets.
-        tags: Put on every job, besides ours.
+        tags: Put on every job, besides ours; 45 at most.
         modules: Whether your own modules, those that are imported and not installed, are sent to
             the workers; or the names of the top-level ones that are.
         project: Goes into a tag, for ``cloudexec ps`` and the bill.
@@ -98,6 +107,8 @@ class Batch(Launcher):
         slots_per_worker: int | None = None,
         profile: str | None = None,
         queue: str | None = None,
+        share_identifier: str | None = None,
+        scheduling_priority: int = 0,
         definition: str | None = None,
         image: str | None = None,
         job_role: str | None = None,
@@ -129,6 +140,18 @@ class Batch(Launcher):
         for name, text in texts.items():
             if text is not None and (not isinstance(text, str) or not text.strip()):
                 raise ConfigError(f"{name} must be a string that is not empty, not {text!r}")
+        if share_identifier is not None and not (
+            isinstance(share_identifier, str) and _SHARE.fullmatch(share_identifier)
+        ):
+            raise ConfigError(
+                f"share_identifier must be 1 to 255 letters and digits, not {share_identifier!r}"
+            )
+        check_count("scheduling_priority", scheduling_priority, least=0)
+        if scheduling_priority > _PRIORITY_LARGEST:
+            raise ConfigError(
+                f"scheduling_priority must be {_PRIORITY_LARGEST} or less, "
+                f"not {scheduling_priority!r}"
+            )
         if not isinstance(project, str):
             raise ConfigError(f"project must be a string, not {project!r}")
         if assign_public_ip is not None and not isinstance(assign_public_ip, bool):
@@ -149,6 +172,11 @@ class Batch(Launcher):
             check_count("ephemeral_gib", ephemeral_gib, least=21)
             if ephemeral_gib > 200:
                 raise ConfigError(f"ephemeral_gib must be 200 or less, not {ephemeral_gib!r}")
+            if compute == "ec2":
+                raise ConfigError(
+                    f"ephemeral_gib={ephemeral_gib} is for Fargate: on EC2, the launch template of "
+                    f"the compute environment says how much disk an instance has"
+                )
         for name, given in (("environment", environment), ("tags", tags)):
             if given is None:
                 continue
@@ -156,6 +184,11 @@ class Batch(Launcher):
                 isinstance(part, str) for pair in given.items() for part in pair
             ):
                 raise ConfigError(f"{name} must map strings to strings, not {given!r}")
+        check_environment(environment or {})
+        if "CLOUDEXEC_KEY" in (environment or {}):
+            # Amazon ECS lets no container start whose secrets and variables share a name.
+            raise ConfigError("CLOUDEXEC_KEY in environment= is cloudexec's own")
+        check_tags(tags or {})
         self.sizes = _sizes(vcpus, memory, compute)
         self.rungs = len(self.sizes)
         self._catalogue = list(self.sizes)  # and sizes that tasks asked for; only added to
@@ -169,6 +202,8 @@ class Batch(Launcher):
             profile = named if named not in ("", "local") else "default"
         self.profile = profile
         self.queue = queue
+        self.share_identifier = share_identifier or ""
+        self.scheduling_priority = scheduling_priority
         self.definition = definition
         self.image = image
         self.job_role = job_role
@@ -404,14 +439,16 @@ def _sizes(
         ladder: Sequence[str | int] = (default_memory(vcpus, compute),)
     elif isinstance(memory, (str, int)):
         ladder = (memory,)
+    elif isinstance(memory, Sequence) and not isinstance(memory, (bytes, bytearray)):
+        ladder = memory
     else:
-        ladder = tuple(memory)
+        raise ConfigError(
+            f"memory must be like '2GiB', a whole number of MiB, or a list of such, not {memory!r}"
+        )
     if not ladder:
         raise ConfigError("memory must be a size, or several, not an empty sequence")
-    if compute == "ec2":
-        sizes = tuple(WorkerSize(memory_mib=parse_memory(each), vcpus=vcpus) for each in ladder)
-    else:
-        sizes = tuple(fargate_size(vcpus, each) for each in ladder)
+    size_of = instance_size if compute == "ec2" else fargate_size
+    sizes = tuple(size_of(vcpus, each) for each in ladder)
     if any(a.memory_mib >= b.memory_mib for a, b in itertools.pairwise(sizes)):
         raise ConfigError(f"the sizes of memory= must grow, not {memory!r}")
     return sizes

@@ -27,7 +27,13 @@ from cloudexec._aws import names
 from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.definitions import ensure_definition, pin_image
-from cloudexec._aws.diagnosis import JobEnd, cause_of_end, cause_of_waiting
+from cloudexec._aws.diagnosis import (
+    JobEnd,
+    cause_of_end,
+    cause_of_refusal,
+    cause_of_waiting,
+    is_definition_gone,
+)
 from cloudexec._aws.limits import DESCRIBE_JOBS, WorkerSize, array_sizes
 from cloudexec._aws.prices import LEAST_SECONDS, PriceTable, WorkerPrice
 from cloudexec._aws.profile import Profile
@@ -73,6 +79,7 @@ _SPOT_PATIENCE = 60.0
 """Seconds for which ``spot="prefer"`` waits for spare capacity, or a third of ``launch_timeout``"""
 _SPOT_PAUSE = 600.0
 """Seconds in which it is not asked for again."""
+_KEY_BYTES = 32
 _STOP_SECONDS = 30.0
 """What it takes to stop a worker: the time between SIGTERM and SIGKILL."""
 _DIAGNOSE_AFTER = 2.0
@@ -127,7 +134,13 @@ class Fleet:
             self._profile = await asyncio.to_thread(Profile.load, settings.profile)
         self._clients = AwsClients(settings.region or self._profile.region or None)
         self._prices = await asyncio.to_thread(PriceTable.load, self._clients.region)
-        self._queue(spot=bool(settings.spot))  # complains if there is none
+        for spot in {bool(settings.spot), bool(settings.spot) and settings.spot != "prefer"}:
+            self._queue(spot=spot)  # complains if there is none
+        if settings.compute == "ec2" and settings.arch == "arm64" and settings.queue is None:
+            raise ConfigError(
+                "the queues of `cloudexec up` start x86-64 instances on EC2: workers with "
+                "arch='arm64' run on Fargate, or in a queue of your own (queue=)"
+            )
         self._keyed_by_stack = bool(self._profile.key_secret)
         self._inquiry.log_group = self._profile.log_group or DEFAULT_LOG_GROUP
         if settings.definition is not None:
@@ -137,18 +150,19 @@ class Fleet:
             secret = await self._call(
                 "secretsmanager", "get_secret_value", SecretId=self._profile.key_secret
             )
-            try:
+            with contextlib.suppress(KeyError, ValueError):
                 key = bytes.fromhex(secret["SecretString"])
-            except (KeyError, ValueError):
+            if len(key) != _KEY_BYTES:
                 raise LaunchError(
                     f"the stack's key cannot be used: {self._profile.key_secret} does not hold "
-                    f"hexadecimal digits; `cloudexec up` makes it anew"
-                ) from None
+                    f"{2 * _KEY_BYTES} hexadecimal digits; put such a value into it, or "
+                    f"`cloudexec down` and `cloudexec up` make it anew"
+                )
         found = await advertised_address(
             self._profile, advertise=advertise, endpoint=self._clients.endpoint
         )
         self._inquiry.advertised = f"{found.address} ({found.how})"
-        return Network(listen or f"{found.listen}:0", found.address, key)
+        return Network(listen or f"{found.listen}:{found.port}", found.address, key)
 
     async def _check_definition(self, name: str) -> None:
         """Look at a definition that the user wants: whether it is there, and whose key it has."""
@@ -168,9 +182,11 @@ class Fleet:
         secrets_ = container.get("secrets", ())
         keys = [each["valueFrom"] for each in secrets_ if each["name"] == "CLOUDEXEC_KEY"]
         if keys and keys[0] != self._profile.key_secret:
+            known = f"the one of the profile {self._profile.name!r}"
             raise ConfigError(
-                f"the job definition {name!r} gives workers another key ({keys[0]}) than the one "
-                f"of the profile {self._profile.name!r}: use the profile of its stack"
+                f"the job definition {name!r} gives workers another key ({keys[0]}) than "
+                f"{known if self._profile.name else 'a launch without a profile has'}: give "
+                f"profile=, the one of its stack"
             )
         self._keyed_by_stack = bool(keys)
 
@@ -283,16 +299,25 @@ class Fleet:
         try:
             definition = await self._persist(self._find_definition)
             request = self._request(job, contact, slots, definition)
-            await self._persist(lambda: self._submit_once(job, request))
+            try:
+                await self._persist(lambda: self._submit_once(job, request))
+            except AwsError as exc:
+                if self._settings.definition is not None or not is_definition_gone(exc.message):
+                    raise
+                # Somebody has removed it since: it is registered again.
+                if self._definition == definition:
+                    self._definition = ""
+                request["jobDefinition"] = await self._persist(self._find_definition)
+                await self._persist(lambda: self._submit_once(job, request))
         except Exception as exc:
             if not isinstance(exc, CloudexecError):
                 _logger.exception("internal error while submitting jobs")
             if job.unanswered and not job.id:
                 await self._terminate_unanswered(job)
             transient = isinstance(exc, AwsError) and (exc.transient or exc.expired)
-            self.explanation = str(exc)
+            self.explanation = str(cause_of_refusal(str(exc)))
             for launch_id in list(job.members):
-                self._end(job, launch_id, LaunchEnd(str(exc), fatal=not transient))
+                self._end(job, launch_id, LaunchEnd(self.explanation, fatal=not transient))
             return
         job.api = time.monotonic() - job.asked_at
         if job.terminated or self.closed:
@@ -405,6 +430,8 @@ class Fleet:
             tags=tags,
             attempt_seconds=int(settings.max_runtime),
             retry_reclaimed=settings.spot != "prefer",
+            share_identifier=settings.share_identifier,
+            scheduling_priority=settings.scheduling_priority,
         )
 
     async def _submit_once(self, job: Job, request: Mapping[str, Any]) -> None:

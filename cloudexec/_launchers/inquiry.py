@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from cloudexec._aws.diagnosis import JobEnd, Situation
+from cloudexec._aws.quotas import vcpu_quotas
 from cloudexec._errors import AwsError
 from cloudexec._launchers.jobs import Job
 
@@ -15,6 +17,8 @@ __all__ = ["DEFAULT_LOG_GROUP", "Inquiry"]
 DEFAULT_LOG_GROUP = "/aws/batch/job"
 """Where jobs log that were told nothing. AWS Batch User Guide, "Using CloudWatch Logs"."""
 _LOG_LINES = 20
+_QUOTAS_HOLD = 60.0
+"""Seconds after which quotas are read again: they change when somebody at AWS grants more."""
 
 
 class Inquiry:
@@ -34,6 +38,8 @@ class Inquiry:
         self.advertised = ""
         self._call = call
         self._compute = compute
+        self._quotas: dict[str, float] = {}
+        self._quotas_read_at = float("-inf")
 
     async def log_tail(self, details: Mapping[str, Any]) -> str:
         """Return the last lines that a worker wrote, or nothing."""
@@ -116,16 +122,11 @@ class Inquiry:
         return ahead
 
     async def _quota(self, *, spot: bool) -> float | None:
-        if self._compute != "fargate":
-            return None
-        wanted = "spot" if spot else "on-demand"
-        try:
-            listed = await self._call(
-                "service-quotas", "list_service_quotas", ServiceCode="fargate"
-            )
-        except AwsError:
-            return None  # an aid, not a need
-        for quota in listed.get("Quotas", ()):
-            if wanted in quota["QuotaName"].lower() and "vcpu" in quota["QuotaName"].lower():
-                return float(quota["Value"])
-        return None
+        now = time.monotonic()
+        if now - self._quotas_read_at > _QUOTAS_HOLD:
+            self._quotas_read_at = now
+            try:
+                self._quotas = await vcpu_quotas(self._call, (self._compute,))
+            except AwsError:
+                self._quotas = {}  # an aid, not a need
+        return self._quotas.get(self._compute + ("_spot" if spot else ""))

@@ -76,11 +76,20 @@ class ObjectOptions:
             if value is not None:
                 check_count(name, value, least=0 if name in ("cache", "disk") else 1)
         if not isinstance(self.spill_directory, bool):
-            directory = os.fspath(self.spill_directory)
+            try:
+                directory = os.fsdecode(self.spill_directory)
+            except TypeError:
+                raise ConfigError(
+                    f"spill_directory must be a directory, True or False, not "
+                    f"{self.spill_directory!r}"
+                ) from None
             if not os.path.isdir(directory):
                 raise ConfigError(f"spill_directory must be a directory that exists: {directory!r}")
             object.__setattr__(self, "spill_directory", directory)
-        if self.bucket is True or self.bucket == "":
+        if not isinstance(self.compression, bool):
+            raise ConfigError(f"compression must be True or False, not {self.compression!r}")
+        named = isinstance(self.bucket, str) and self.bucket
+        if not named and self.bucket is not None and self.bucket is not False:
             raise ConfigError(f"bucket must be a bucket's name, None or False, not {self.bucket!r}")
 
     def limits(self) -> Limits:

@@ -49,6 +49,11 @@ class Ref(Generic[T]):
             return loaded
         return keeper.value_of(self._payload, timeout)  # type: ignore[no-any-return]
 
+    @property
+    def _is_gone(self) -> bool:
+        """Whether what it stands for is lost, and cannot be made again."""
+        return self._keeper is not None and self._keeper.is_gone(self._payload)
+
     def _load(self) -> Any:
         if type(self._value) is tuple:
             self._value = [load_nested(*self._value)]
@@ -63,22 +68,16 @@ class Ref(Generic[T]):
         # With its value: whoever unpickles it need not know this executor.
         keeper = self._keeper
         if keeper is None:
-            return _remade, (self._load(), len(self))
+            return _remade, (self._load(), self.size)
         head, numbers, views = keeper.parts_of(self._payload)
         hand_over: Any = pickle.PickleBuffer if protocol >= 5 else bytes
-        return _came, (head, numbers, len(self), *map(hand_over, views))
+        return _came, (head, numbers, self.size, *map(hand_over, views))
 
     def __copy__(self) -> Ref[T]:
         return self
 
     def __deepcopy__(self, memo: Any) -> Ref[T]:
         return self
-
-    def __len__(self) -> int:
-        return len(self._payload)
-
-    def __bool__(self) -> bool:
-        return True
 
     def __repr__(self) -> str:
         return f"<Ref of {self.size} bytes>"

@@ -27,6 +27,7 @@ __all__ = [
     "Segment",
     "address_of",
     "block_size",
+    "first_difference",
     "map_file",
     "map_private",
     "same_bytes",
@@ -348,3 +349,24 @@ def same_bytes(one: bytes | memoryview, other: bytes | memoryview) -> bool:
     if size != len(other):
         return False
     return bool(_memcmp(address_of(one), address_of(other), size) == 0)
+
+
+def first_difference(one: bytes | memoryview, other: bytes | memoryview, start: int = 0) -> int:
+    """Compare bytes, as many of each, at the speed of memory and without the GIL.
+
+    Args:
+        one: Bytes.
+        other: As many.
+        start: Where to begin: up to there they are known to be the same.
+
+    Returns:
+        Where the first block begins that is not the same; negative: there is none.
+    """
+    size = len(one)
+    first, second = address_of(one), address_of(other)
+    if _memcmp(first + start, second + start, size - start) == 0:
+        return -1
+    for at in range(start, size, BLOCK_BYTES):
+        if _memcmp(first + at, second + at, min(BLOCK_BYTES, size - at)) != 0:
+            return at
+    return -1  # somebody has changed one of them meanwhile

@@ -19,12 +19,13 @@ from cloudexec._errors import PayloadTooLargeError
 from cloudexec._objects.options import Limits
 from cloudexec._objects.places import Place
 from cloudexec._objects.segments import (
+    BLOCK_BYTES,
     Arena,
     Segment,
     copy_into,
+    first_difference,
     large_pages,
     map_private,
-    same_bytes,
 )
 
 __all__ = ["BLOB_BYTES", "MAPPED_BYTES", "Blob", "BlobStore", "Limits"]
@@ -215,13 +216,14 @@ class BlobStore:
             if found is not None and found.content is whole:
                 return self._again(found)
         view = memoryview(data).cast("B") if type(data) is memoryview else memoryview(data)
-        key = (len(view), _sample(view))
-        blob = other = None
+        key: tuple[int, ...] = (len(view), _sample(view))
+        blob = None
+        at = 0  # up to here it is as what was found
         while True:
             with self._lock:
                 self._sweep()
                 found = self._by_sample.get(key)
-                if found is None or found is other:
+                if found is None:
                     if blob is None and whole is not None and not self._reserve(len(view)):
                         blob = Blob(next(self._numbers), len(view), self)
                         blob.content = whole
@@ -230,12 +232,14 @@ class BlobStore:
                         self._by_sample[key] = blob
                         self._cache(blob)
                         return blob
-            if found is not None and found is not other:
-                if same_bytes(view, found.view()):
-                    return self._again(found)
-                other = found  # it has the same sample; look whether another came meanwhile
-            else:
+            if found is None:
                 blob = self._snapshot(view)
+                continue
+            at = first_difference(view, found.view(), at)
+            if at < 0:
+                return self._again(found)
+            # The same sample, and another content: there may be one that has its next block, too.
+            key = (found.id, at, hash(bytes(view[at : at + BLOCK_BYTES])))
 
     def _snapshot(self, view: memoryview) -> Blob:
         blob = Blob(next(self._numbers), len(view), self)
@@ -309,7 +313,9 @@ class BlobStore:
         in_memory = segment is None or segment.in_memory
         with self._lock:
             self._sweep()
-            why = self._reserve(size) if spill and in_memory else ""
+            why = ""
+            if spill:
+                why = self._reserve(size) if in_memory else self._why_not_on_disk(size)
             if not why:
                 if not (spill and in_memory):
                     self._count(size, in_memory=in_memory)
@@ -343,6 +349,16 @@ class BlobStore:
         blob.workers.add(worker)
         return blob
 
+    def nothing(self) -> Blob:
+        """Return a blob that is lost, and is to be made before anybody can have it."""
+        blob = Blob(next(self._numbers), 0, self)
+        blob.lost = True
+        return blob
+
+    def has(self, blob: Blob) -> bool:
+        """Say whether a blob is one of these, not of another store."""
+        return blob._store is self
+
     def adopt(self, blob: Blob, other: Blob) -> None:
         """Let a blob that was on a worker have the content of another, which nobody else has."""
         with self._lock:
@@ -357,6 +373,8 @@ class BlobStore:
     def _reserve(self, size: int) -> str:
         """Count bytes in memory, if there is room; say why not, if not. Under the lock."""
         if self.memory + size > self.limits.memory:
+            if size > self.limits.memory:
+                return f"it is more than the {_mib(self.limits.memory)} that may be in memory"
             self._evict(self.memory + size - self.limits.memory)
             if self.memory + size > self.limits.memory:
                 return f"{_mib(self.memory)} of the {_mib(self.limits.memory)} of memory are taken"
@@ -369,13 +387,19 @@ class BlobStore:
         Raises:
             PayloadTooLargeError: If there may not be so many.
         """
+        why_not = self._why_not_on_disk(size)
+        if why_not:
+            raise self._too_large(size, why, why_not)
+        self._count(size, in_memory=False)
+
+    def _why_not_on_disk(self, size: int) -> str:
+        """Say why there may not be so many more bytes on disk, if there may not."""
         limits = self.limits
         if limits.directory is None:
-            raise self._too_large(size, why, "and there is no directory to spill to")
+            return "and there is no directory to spill to"
         if limits.disk is not None and self.disk + size > limits.disk:
-            taken = f"{_mib(self.disk)} of {_mib(limits.disk)} on disk are taken too"
-            raise self._too_large(size, why, taken)
-        self._count(size, in_memory=False)
+            return f"{_mib(self.disk)} of {_mib(limits.disk)} on disk are taken too"
+        return ""
 
     def _place(self, blob: Blob, view: memoryview | None) -> None:
         """Have a new blob in memory, or else on disk: its content, or room for that.

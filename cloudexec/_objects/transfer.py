@@ -22,6 +22,8 @@ __all__ = ["CALL_ERRORS", "Incoming", "code_of", "fetch_into", "stream_file", "s
 
 _TRIES = 4
 """Times that a transfer which was cut off is gone on with, while its session lives."""
+_DAMAGED_TRIES = 3
+"""Times that one is begun whose content arrives damaged."""
 
 
 class Incoming:
@@ -125,7 +127,7 @@ async def fetch_into(
     chunks: Callable[[int], AsyncIterator[Any]],
     is_cut: Callable[[grpc.StatusCode], Awaitable[bool]],
 ) -> None:
-    """Fetch a blob, going on where it was cut off.
+    """Fetch a blob, going on where it was cut off, and anew where it arrived damaged.
 
     Args:
         blob: In whose file there is room for it.
@@ -133,16 +135,25 @@ async def fetch_into(
         is_cut: Says whether it was the connection that failed, once there is another one.
 
     Raises:
-        PayloadError: If it arrived other than it was sent.
+        PayloadError: If it arrived other than it was sent, each time.
         OSError: If there is no room for it.
         grpc.aio.AioRpcError: If it could not be fetched.
     """
     incoming = Incoming(blob)
-    attempt = 0
+    attempt = damaged = 0
     while True:
         try:
             async for chunk in chunks(incoming.at):
                 await incoming.take(chunk)
+            if not incoming.complete:
+                raise PayloadError(f"only {incoming.at} of {blob.size} bytes arrived")
+        except PayloadError:
+            await incoming.settle()
+            damaged += 1
+            if damaged == _DAMAGED_TRIES:
+                raise
+            incoming = Incoming(blob)  # which part of it is wrong, nobody knows
+            continue
         except CALL_ERRORS as exc:
             code = code_of(exc)
             await incoming.settle()
@@ -153,8 +164,6 @@ async def fetch_into(
                 raise
             await asyncio.sleep(0.1 * 2 ** (attempt - 1))
             continue
-        if not incoming.complete:
-            raise PayloadError(f"only {incoming.at} of {blob.size} bytes arrived")
         return
 
 

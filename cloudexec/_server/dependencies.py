@@ -255,6 +255,8 @@ class Dependencies:
                 if decode is self._decode_result:
                     if type(future._result) is Composed:
                         future._result.shared = True
+                        if not self._driver.keeper.has(future._result):
+                            return None  # another executor's, to be copied
                     elif type(future._result) is Stored:
                         return None  # to be read from a disk
                     return future._result
@@ -352,10 +354,10 @@ class Dependencies:
             waiting, future = wanted
             outcome: Payload | _Failed
             try:
-                stored = future._result
-                failure = None if type(stored) is Stored else future.exception()
-                if type(stored) is Stored:
-                    outcome = stored.composed(self._driver.store)
+                pickled = self._pickled(future)
+                failure = None if pickled is not None else future.exception()
+                if pickled is not None:
+                    outcome = pickled
                 elif failure is None:
                     value = future.result()
                     if type(value) is Ref:
@@ -375,7 +377,22 @@ class Dependencies:
                 self._driver.portal.post(self._take_value, waiting, outcome)
             except RuntimeError:
                 pass  # the loop has closed
-            del wanted, waiting, future, outcome
+            del wanted, waiting, future, outcome, pickled
+
+    def _pickled(self, future: Future[Any]) -> Composed | None:
+        """Return a value that nobody has unpickled yet, as one of this executor's."""
+        if not isinstance(future, BatchFuture):
+            return None
+        with future._lock:
+            result = future._result if future._decode is self._decode_result else None
+            if type(result) is Composed:
+                result.shared = True
+        if type(result) is Stored:
+            return result.composed(self._driver.store)
+        if type(result) is not Composed:
+            return None
+        keeper = self._driver.keeper
+        return result if keeper.has(result) else keeper.copy_of(result)
 
     def _take_value(self, waiting: _Waiting, outcome: Payload | _Failed) -> None:
         self.concluded.append((waiting, outcome))

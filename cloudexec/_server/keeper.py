@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from cloudexec._errors import CloudexecError, PayloadError, RefLostError
 from cloudexec._future import BatchFuture
 from cloudexec._objects.places import FileSource, open_shared
 from cloudexec._objects.ref import Ref
-from cloudexec._objects.store import Blob
+from cloudexec._objects.store import Blob, BlobStore
 from cloudexec._payload import Composed, Payload
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server.splicing import Spliced
@@ -35,18 +36,56 @@ _EVACUATION = 30.0
 class Recipe:
     """How to make a kept result again.
 
+    Of what the task took and can be made again itself, it knows only how: otherwise, of a long
+    chain of kept results all would stay for as long as the last one is needed.
+
     Args:
         task: That made it, while it still has its function and payload.
     """
 
-    __slots__ = ("function", "kind", "payload", "retries", "terms")
+    __slots__ = ("_call", "_inputs", "_made", "function", "kind", "retries", "terms")
 
     def __init__(self, task: Submission) -> None:
         self.function = task.function
         self.kind = task.kind
-        self.payload: Any = task.payload
         self.retries = task.retries
         self.terms = task.terms
+        self._made: weakref.ref[Composed] | None = None  # what it stands for, while that is needed
+        self._inputs: tuple[Payload | Recipe, ...] | None = None
+        if isinstance(task.payload, Spliced):
+            self._call: Any = task.payload.call
+            self._inputs = tuple(map(_way_to, task.payload.inputs))
+        else:
+            self._call = task.payload
+
+    def payload(self, store: BlobStore) -> Any:
+        """Return what the task takes; of what is not there any more, something that is lost."""
+        if self._inputs is None:
+            return self._call
+        inputs = [
+            each._result(store) if isinstance(each, Recipe) else each for each in self._inputs
+        ]
+        return Spliced(self._call, inputs)
+
+    def _result(self, store: BlobStore) -> Composed:
+        made = None if self._made is None else self._made()
+        if made is None:
+            made = Composed(b"", (store.nothing(),))
+            made.shared = True
+            made.recipe = self
+            self._made = weakref.ref(made)
+        return made
+
+
+def _way_to(part: Payload) -> Payload | Recipe:
+    """Return how a part of a payload can be made, or itself."""
+    if type(part) is not Composed or part.recipe is None:
+        return part
+    if not part.blobs:
+        part.recipe = None  # small: it is here, and cannot be lost
+        return part
+    part.recipe._made = weakref.ref(part)
+    return part.recipe
 
 
 class Keeper:
@@ -62,8 +101,6 @@ class Keeper:
         self._pulls: dict[int, asyncio.Future[None]] = {}
         self._remaking: dict[Composed, asyncio.Future[None]] = {}
         self._downloading: set[int] = set()
-        self.losses = False
-        """Whether anything was ever lost: until then nobody need look."""
 
     # Called by Ref, in any thread.
 
@@ -104,14 +141,38 @@ class Keeper:
         payload = ref._payload
         if ref._keeper is self:
             return payload
-        store = self._driver.store
         if ref._keeper is None:  # in a task, whose own executor this is
-            return _payload.dumps(ref.get(), store)
+            return _payload.dumps(ref.get(), self._driver.store)
         if type(payload) is bytes:
             return payload
         assert isinstance(payload, Composed)
-        _, _, views = ref._keeper.parts_of(payload)
-        return Composed(payload.head, tuple(map(store.intern, views)), payload.numbers)
+        ref._keeper.parts_of(payload)
+        return self.copy_of(payload)
+
+    def has(self, payload: Composed) -> bool:
+        """Say whether a payload is of this executor: numbers of blobs mean nothing elsewhere."""
+        store = self._driver.store
+        return all(store.has(blob) for blob in payload.blobs)
+
+    def copy_of(self, payload: Composed) -> Composed:
+        """Return another executor's payload, which is in this process, as one of this executor.
+
+        Raises:
+            PayloadTooLargeError: If there is no room for it.
+        """
+        blobs = tuple([self._driver.store.intern(blob.view()) for blob in payload.blobs])
+        return Composed(payload.head, blobs, payload.numbers)
+
+    def is_gone(self, payload: Payload) -> bool:
+        """Say whether what a handle stands for is lost for good; in any thread."""
+        if type(payload) is bytes:
+            return False
+        assert isinstance(payload, Composed)
+        ended = self._driver.finished.is_set()
+        return any(
+            (blob.origin and ended) or (blob.lost and (ended or payload.recipe is None))
+            for blob in payload.blobs
+        )
 
     def note_inputs(self, task: Any) -> None:
         """Let the scheduler know which blobs a task takes that some workers have."""
@@ -224,7 +285,7 @@ class Keeper:
             if session is not None:
                 session.want(blob)
             else:
-                blob.lost = self.losses = True
+                blob.lost = True
                 self.failed(blob.id)
         else:
             self.arrived(blob.id, content, blob)
@@ -279,7 +340,7 @@ class Keeper:
                 if blob.id in self._pulls:
                     self._driver.create_task(self._download(blob))
             elif blob.origin == worker:
-                blob.lost = self.losses = True
+                blob.lost = True
                 self.failed(blob.id)
 
     async def evacuate(self, session: Any) -> None:
@@ -364,15 +425,15 @@ class Keeper:
             recipe.kind,
             future,
             recipe.function,
-            recipe.payload,
+            recipe.payload(driver.store),
             recipe.retries,
             recipe.terms,
         )
         future._task = task
 
-        def done(_: Any) -> None:
+        def done(made: Any) -> None:  # not by its own name: it would refer to itself
             try:
-                driver.portal.post(self._made_again, payload, future)
+                driver.portal.post(self._made_again, payload, made)
             except RuntimeError:
                 pass  # the loop has closed
 

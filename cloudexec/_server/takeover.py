@@ -25,6 +25,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
+
+from cloudexec import _enrolment
 from cloudexec._core import commands, events
 from cloudexec._core.tasks import TaskState
 from cloudexec._journal.journal import KEY_BYTES as _KEY_BYTES
@@ -191,7 +194,7 @@ class Takeover:
             return None
         why = ""
         if estate.setup != self._setup:
-            why = "the launcher, the initializer or the modules that workers have are others now"
+            why = "versions, settings of the launcher, initializer or modules have changed"
         elif not _is_free(estate.listen):
             why = f"{estate.listen}, where they would be waited for, is taken"
         if why:
@@ -489,7 +492,9 @@ class Takeover:
 def _digest(driver: Driver, launcher: Launcher) -> str:
     """Return what workers have in common that were told the same."""
     setup, initializer = driver.setup, driver.setup.initializer
+    versions = _enrolment.WIRE_VERSION, _enrolment.python_version(), cloudpickle.__version__
     pieces: list[Any] = [
+        repr(versions).encode(),
         launcher.fingerprint().encode(),
         repr((setup.max_tasks_per_child, setup.cwd, setup.sys_path)).encode(),
         setup.modules,

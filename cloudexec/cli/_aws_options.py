@@ -11,15 +11,49 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import click
+from click.core import ParameterSource
 
 from cloudexec.cli._errors import CommandError
 
 _P = ParamSpec("_P")
 
+PROFILE_VARIABLE = "CLOUDEXEC_PROFILE"
 _READER_GONE = 141
 """What a shell says of a command that SIGPIPE ended."""
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
 _SECONDS_PER = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def profile_option(
+    purpose: str, *, name: str = "profile", default: str | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what adds ``--profile``.
+
+    Args:
+        purpose: What a profile is for in this command.
+        name: Of the command's parameter.
+        default: Profile if none is named.
+    """
+
+    def resolve(
+        context: click.Context, parameter: click.Parameter, value: str | None
+    ) -> str | None:
+        from_environment = (
+            context.get_parameter_source(str(parameter.name)) is ParameterSource.ENVIRONMENT
+        )
+        # There, "local" is what sends scripts to this machine: it names no profile.
+        return default if from_environment and value in ("", "local") else value
+
+    return click.option(
+        "--profile",
+        name,
+        metavar="NAME",
+        envvar=PROFILE_VARIABLE,
+        default=default,
+        callback=resolve,
+        help=f"{purpose}  [env: {PROFILE_VARIABLE}]"
+        + (f"  [default: {default}]" if default is not None else ""),
+    )
 
 
 def aws_options_for(profile: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -33,12 +67,7 @@ def aws_options_for(profile: str) -> Callable[[Callable[..., Any]], Callable[...
         click.option(
             "--region", metavar="REGION", help="By default the profile's, or the AWS default."
         ),
-        click.option(
-            "--profile",
-            metavar="NAME",
-            envvar="CLOUDEXEC_PROFILE",
-            help=f"{profile}  [env: CLOUDEXEC_PROFILE]",
-        ),
+        profile_option(profile),
     )
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 from cloudexec._aws.doctor import Check, prevents_probe
+from cloudexec._aws.profile import Profile
 from cloudexec._errors import CloudexecError
 
 __all__ = ["probe"]
+
+_UNREACHED = re.compile(r"reach this process|did not dial back yet|dialed back within [\d.]+ s$")
 
 
 def probe(name: str, checks: tuple[Check, ...], *, timeout: float) -> Check:
@@ -38,10 +42,7 @@ def probe(name: str, checks: tuple[Check, ...], *, timeout: float) -> Check:
             name="probe worker",
             outcome="failed",
             found=f"{type(exc).__name__}: {exc}",
-            remedy=(
-                "workers must reach the address above: from within the VPC, put this machine into "
-                "the stack's security group; from elsewhere, forward a port and give advertise="
-            ),
+            remedy=_remedy(name, str(exc)),
         )
     parts = []
     if launches:
@@ -59,3 +60,15 @@ def probe(name: str, checks: tuple[Check, ...], *, timeout: float) -> Check:
     if parts:
         found += f": {', '.join(parts)}"
     return Check(name="probe worker", outcome="ok", found=found)
+
+
+def _remedy(name: str, reason: str) -> str:
+    if _UNREACHED.search(reason):
+        group = Profile.load(name).security_group
+        inside = f" ({group})" if group else ""
+        return (
+            f"workers must reach the address above: from within the VPC, put this machine into "
+            f"the stack's security group{inside}; from elsewhere, forward a port and set "
+            f"CLOUDEXEC_ADVERTISE=HOST:PORT"
+        )
+    return "mend what the message names, then run this command again"

@@ -158,7 +158,7 @@ def register_command(
         ensure_definition,
         pin_image,
     )
-    from cloudexec._aws.limits import WorkerSize, fargate_size, parse_memory
+    from cloudexec._aws.limits import fargate_size, instance_size
     from cloudexec._aws.profile import Profile
 
     known = Profile.load(profile) if profile is not None else Profile(name="", region=region or "")
@@ -170,10 +170,9 @@ def register_command(
             f"say which image: --image IMAGE, or a profile that has one for Python {python} on "
             f"{platform} (`cloudexec image push` puts it there)"
         )
-    if compute == "fargate":
-        size = fargate_size(vcpus, memory)
-    else:
-        size = WorkerSize(vcpus=vcpus, memory_mib=parse_memory(memory))
+    if compute == "ec2" and ephemeral_gib is not None:
+        raise CommandError("--ephemeral is for --compute fargate: instances have their own disks")
+    size = (fargate_size if compute == "fargate" else instance_size)(vcpus, memory)
 
     async def register(clients: AwsClients) -> str:
         return await ensure_definition(

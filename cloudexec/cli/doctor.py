@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cloudexec.cli._aws_options import ends_well
+from cloudexec.cli._aws_options import ends_well, profile_option
 
 if TYPE_CHECKING:
     from cloudexec._aws.doctor import Check
@@ -37,15 +37,7 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"
     short_help="Check a set-up, and say what to do.",
     context_settings={"max_content_width": 100},
 )
-@click.option(
-    "--profile",
-    "name",
-    default="default",
-    envvar="CLOUDEXEC_PROFILE",
-    show_default=True,
-    metavar="NAME",
-    help="Which set-up.",
-)
+@profile_option("Which set-up.", name="name", default="default")
 @click.option("--dry", "is_dry", is_flag=True, help="Start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cloudexec.cli._aws_options import ends_well
+from cloudexec.cli._aws_options import ends_well, profile_option
+from cloudexec.cli._errors import CommandError
 
 if TYPE_CHECKING:
     from cloudexec._aws.image_contents import ImageSpec
@@ -21,7 +22,26 @@ Examples:
   cloudexec image build --requirements requirements.txt
   cloudexec image push --requirements requirements.txt --platform linux/arm64
   cloudexec image build --base localhost/our-python:3.11 --wheelhouse wheels/
+  cloudexec image use 123456789012.dkr.ecr.us-east-1.amazonaws.com/ours:latest
 """
+_IMAGE_LARGEST = 255
+"""AWS Batch API Reference, "ContainerProperties"."""
+
+
+_platform_option = click.option(
+    "--platform",
+    type=click.Choice(["linux/amd64", "linux/arm64"]),
+    default="linux/amd64",
+    show_default=True,
+    help="Of the workers, not of this machine.",
+)
+_python_option = click.option(
+    "--python",
+    default=_LOCAL_PYTHON,
+    show_default="the one that runs this",
+    metavar="X.Y",
+    help="Minor version; it must be the one of the scripts that use the image.",
+)
 
 
 def _image_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,20 +71,8 @@ def _image_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="IMAGE",
             help="Image to start from, with that Python and pip; by default python:X.Y-slim.",
         ),
-        click.option(
-            "--platform",
-            type=click.Choice(["linux/amd64", "linux/arm64"]),
-            default="linux/amd64",
-            show_default=True,
-            help="Of the workers, not of this machine.",
-        ),
-        click.option(
-            "--python",
-            default=_LOCAL_PYTHON,
-            show_default="the one that runs this",
-            metavar="X.Y",
-            help="Minor version; it must be the one of the scripts that use the image.",
-        ),
+        _platform_option,
+        _python_option,
         click.option(
             "-r",
             "--requirements",
@@ -84,17 +92,6 @@ def _building_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ):
         function = option(function)
     return function
-
-
-def _profile_option(purpose: str) -> Callable[..., Any]:
-    return click.option(
-        "--profile",
-        default="default",
-        show_default=True,
-        envvar="CLOUDEXEC_PROFILE",
-        metavar="NAME",
-        help=f"{purpose}  [env: CLOUDEXEC_PROFILE]",
-    )
 
 
 @click.group("image", short_help="Build and push the image that workers run.", epilog=_EPILOG)
@@ -132,7 +129,7 @@ def build_command(refresh: bool, is_verbose: bool, **options: Any) -> None:
 @image_command.command("push", short_help="Push the image, built first if need be.", epilog=_EPILOG)
 @_image_options
 @_building_options
-@_profile_option("Whose repository the image goes to, and which notes it.")
+@profile_option("Whose repository the image goes to, and which notes it.", default="default")
 @ends_well
 def push_command(refresh: bool, is_verbose: bool, profile: str, **options: Any) -> None:
     """Push the image to the profile's repository, built first if need be, and print its name.
@@ -169,11 +166,47 @@ def push_command(refresh: bool, is_verbose: bool, profile: str, **options: Any) 
     click.echo(pushed.uri)
 
 
+@image_command.command("use", short_help="Have the profile use an image that was pushed elsewhere.")
+@click.argument("image", metavar="IMAGE")
+@_python_option
+@_platform_option
+@profile_option("Which notes the image.", default="default")
+@ends_well
+def use_command(image: str, python: str, platform: str, profile: str) -> None:
+    """Note an image in the profile that somebody else has built and pushed, and print its name.
+
+    From then on, executors with this profile and this Python version use it. It has to be made like
+    those of `cloudexec image build`. In Amazon ECR, a tag becomes a digest.
+    """
+    import asyncio
+
+    from cloudexec._aws.clients import AwsClients
+    from cloudexec._aws.definitions import pin_image
+    from cloudexec._aws.profile import Profile
+
+    spec = _spec(python=python, platform=platform)
+    noted = Profile.load(profile)
+    if not 1 <= len(image) <= _IMAGE_LARGEST or any(letter.isspace() for letter in image):
+        raise CommandError(
+            f"an image is named by 1 to {_IMAGE_LARGEST} characters without blanks, not {image!r}"
+        )
+
+    async def pin() -> str:
+        async with AwsClients(noted.region) as clients:
+            return await pin_image(clients, image)
+
+    pinned = asyncio.run(pin())
+    noted.with_image(spec.python, spec.platform, pinned).save()
+    which = f"Python {spec.python} on {spec.platform}"
+    click.echo(f"the profile {profile} uses it from now on for {which}", err=True)
+    click.echo(pinned)
+
+
 @image_command.command(
     "show", short_help="Show what would be built, and what is in use.", epilog=_EPILOG
 )
 @_image_options
-@_profile_option("Whose images to show.")
+@profile_option("Whose images to show.", default="default")
 @ends_well
 def show_command(profile: str, **options: Any) -> None:
     """Show what image would be built, whether it is here, and what the profile uses."""

@@ -59,6 +59,18 @@ Exit codes:
     default=None,
     help="Whether workers get public addresses: needed in public subnets, at first so.",
 )
+@click.option(
+    "--log-days",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Days for which what workers print is kept; at first 30.",
+)
+@click.option(
+    "--bucket-days",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Days after which objects in the bucket are deleted; at first 7.",
+)
 @click.option("--project", default="", metavar="NAME", help="Goes into a tag of every job.")
 @click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
 def up_command(
@@ -69,6 +81,8 @@ def up_command(
     max_vcpus: int | None,
     ec2: bool | None,
     public_ip: bool | None,
+    log_days: int | None,
+    bucket_days: int | None,
     project: str,
     is_sure: bool,
 ) -> int:
@@ -78,10 +92,11 @@ def up_command(
     from cloudexec._aws.profile import Profile
     from cloudexec._aws.setup import SetupOptions, up
     from cloudexec._aws.stack import find_stack
+    from cloudexec._errors import ConfigError
     from cloudexec.cli._errors import CommandError
     from cloudexec.cli._steps import INTERRUPTED, Steps, run_or_explain
 
-    async def work(steps: Steps) -> Profile:
+    try:
         options = SetupOptions(
             name=name,
             vpc=vpc,
@@ -89,8 +104,14 @@ def up_command(
             max_vcpus=max_vcpus,
             ec2=ec2,
             public_ip=public_ip,
+            log_retention_days=log_days,
+            bucket_expire_days=bucket_days,
             project=project,
         )
+    except ConfigError as exc:
+        raise CommandError(str(exc)) from exc
+
+    async def work(steps: Steps) -> Profile:
         async with AwsClients(region or region_of(name)) as clients:
             return await up(clients, options, steps.show)
 

@@ -25,7 +25,11 @@ from cloudexec.testing import FakeAWS
 )
 @click.option("--region", default="us-east-1", show_default=True, help="The region it plays.")
 @click.option(
-    "--capacity", type=int, default=64, show_default=True, help="Jobs that may run at once."
+    "--capacity",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Jobs that may run at once.",
 )
 @click.option(
     "--registry",

@@ -223,6 +223,16 @@ async def shake_hands(
         SessionGoneError: It has given up the session.
         grpc.aio.AioRpcError: If the connection fails.
     """
+    try:
+        return await _shake_hands(call, hello, key, target, token=token, received=received)
+    except BaseException:
+        call.cancel()  # or whoever is on the other side would not learn that nobody listens
+        raise
+
+
+async def _shake_hands(
+    call: Any, hello: pb.Hello, key: bytes, target: str, *, token: bytes, received: int
+) -> pb.ServerMessage:
     hello.nonce = nonce = _enrolment.make_nonce()
     if token:
         hello.resume = _enrolment.session_name(token)

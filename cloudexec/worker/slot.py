@@ -270,8 +270,10 @@ class Slot:
             self.send(Kind.READY)
             return
         try:
+            from cloudexec.worker.prepared import initialize
+
             initializer, initargs = self._load_composed(body) if number == 1 else _loads(body)
-            initializer(*initargs)
+            initialize(initializer, initargs)
         except BaseException as exc:
             self._flush_output()
             self.send(Kind.INITIALIZER_FAILED, 0, _payload.dumps_exception(exc))

@@ -68,7 +68,13 @@ def test_a_private_network_is_not(monkeypatch: pytest.MonkeyPatch, own: str) -> 
 
 
 @pytest.mark.parametrize(
-    "value", ["127.0.0.1:", "http://127.0.0.1", " ", "a b", "host:0", "host:70000", "host:x", "-a"]
+    "value",
+    [
+        *("127.0.0.1:", "http://127.0.0.1", " ", "a b", "host:0", "host:70000", "host:x", "-a"),
+        *("256.1.1.1", "256.1.1.1:80", "1.2.3", "1.2.3.4.5", "123", "[12345::1]", "[:::]:5"),
+        *("a..b", "a-.b", "x" * 64),
+        *("0.0.0.0", "0.0.0.0:80", "[::]:80", "224.0.0.1"),
+    ],
 )
 def test_what_nobody_can_dial_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before workers are paid for trying; the error says where it came from."""
@@ -79,7 +85,26 @@ def test_what_nobody_can_dial_is_refused(value: str, monkeypatch: pytest.MonkeyP
         find(None)
 
 
-@pytest.mark.parametrize("value", ["10.0.0.1", "host.example:99", "[fe80::1]", "[::1]:5", "a"])
+@pytest.mark.parametrize(
+    "value", ["10.0.0.1", "host.example:99", "[fe80::1]", "[::1]:5", "a", "1a.b2", "x" * 63]
+)
 def test_what_can_be_dialed(value: str) -> None:
     """Hosts and addresses, with and without a port."""
     assert find(None, advertise=value).address == value
+
+
+@pytest.mark.parametrize(
+    ("value", "listen", "port"),
+    [
+        ("10.0.0.1", "0.0.0.0", 0),
+        ("host.example:99", "0.0.0.0", 99),
+        ("127.0.0.1:7", "127.0.0.1", 7),
+        ("localhost", "127.0.0.1", 0),
+        ("[2001:db8::1]:80", "[::]", 80),
+        ("[::1]", "[::1]", 0),
+    ],
+)
+def test_what_is_listened_on_is_what_is_dialed(value: str, listen: str, port: int) -> None:
+    """The port that is named, in the family of the address; loopback for loopback alone."""
+    found = find(None, advertise=value)
+    assert (found.listen, found.port) == (listen, port)

@@ -17,9 +17,10 @@ from cloudexec._aws import doctor
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.doctor import Check, examine
 from cloudexec._aws.profile import Profile
+from cloudexec._aws.quotas import kind_of_quota
 from cloudexec._aws.setup import SetupOptions, up
 from cloudexec._errors import ConfigError
-from cloudexec.cli._probe import probe
+from cloudexec.cli._probe import _remedy, probe
 from cloudexec.testing import FakeAWS
 
 pytestmark = pytest.mark.timeout(60)
@@ -126,6 +127,32 @@ def test_without_a_profile_the_remedy_is_up(aws: FakeAWS) -> None:
     assert checks["profile"].remedy == "`cloudexec up --name absent`"
 
 
+@pytest.mark.parametrize("name", ["Team", "../x", "local"])
+def test_no_set_up_can_be_called_that(aws: FakeAWS, name: str) -> None:
+    """So `cloudexec up` is not what helps."""
+    assert _examine(name)["profile"].remedy == "choose another --profile"
+
+
+def test_region_that_does_not_exist(aws: FakeAWS, profile: Profile) -> None:
+    """It is told from a network that is down, before anything is called."""
+    dataclasses.replace(profile, region="mars-1").save()
+    checks = _examine()
+    assert checks["region"].outcome == "failed"
+    assert "'mars-1'" in checks["region"].found
+    assert "default.json" in checks["region"].remedy
+    assert "credentials" not in checks
+    assert probe("default", tuple(checks.values()), timeout=30).outcome == "skipped"
+
+
+def test_region_that_the_sdk_does_not_know_is_a_warning(aws: FakeAWS, profile: Profile) -> None:
+    """It may be misspelt, or newer than the SDK."""
+    dataclasses.replace(profile, region="us-mars-1").save()
+    checks = _examine()
+    assert checks["region"].outcome == "warning"
+    assert "does not know it" in checks["region"].found
+    assert checks["credentials"].outcome == "failed"
+
+
 def test_expired_credentials_fail_and_the_rest_is_skipped(aws: FakeAWS, profile: Profile) -> None:
     aws.faults.expire_credentials()
     checks = _examine()
@@ -166,7 +193,7 @@ def test_disabled_queue(aws: FakeAWS, profile: Profile) -> None:
     _call("batch", "update_job_queue", jobQueue=profile.queues["fargate"], state="DISABLED")
     check = _examine()["queues"]
     assert check.outcome == "failed"
-    assert "fargate: VALID and DISABLED" in check.found
+    assert check.found == "fargate: VALID and DISABLED"
 
 
 def test_queue_that_does_not_exist(aws: FakeAWS, profile: Profile) -> None:
@@ -209,7 +236,7 @@ def test_quota_below_what_the_stack_may_start_is_a_warning(aws: FakeAWS, profile
     ],
 )
 def test_quotas_are_told_by_name(name: str, kind: str) -> None:
-    assert doctor._kind_of_quota(name) == kind
+    assert kind_of_quota(name) == kind
 
 
 def test_no_image_for_this_python(aws: FakeAWS, profile: Profile) -> None:
@@ -244,6 +271,15 @@ def test_image_of_another_release_is_a_warning(
     check = _examine()["image"]
     assert check.outcome == "warning"
     assert "while this is cloudexec 1.3.0" in check.found
+
+
+def test_image_for_arm_alone_is_a_warning(aws: FakeAWS, profile: Profile) -> None:
+    """Workers are x86-64 unless they are asked to be something else."""
+    image = profile.images[f"{PYTHON}-{PLATFORM}"]
+    dataclasses.replace(profile, images={f"{PYTHON}-linux/arm64": image}).save()
+    check = _examine()["image"]
+    assert check.outcome == "warning"
+    assert "need linux/amd64" in check.found
 
 
 def test_image_that_is_not_pinned_is_a_warning(aws: FakeAWS, profile: Profile) -> None:
@@ -322,6 +358,23 @@ def test_probe_worker_dials_back(aws: FakeAWS, profile: Profile) -> None:
     assert check.outcome == "ok", check.found
     assert "ran a task" in check.found
     assert len(aws.jobs()) == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_network"),
+    [
+        ("no worker dialed back within 600 s", True),
+        ("the worker started, and could not reach this process", True),
+        ("no worker dialed back within 600 s: 1 worker runs, and did not dial back yet", True),
+        ("no worker dialed back within 600 s: 1 worker waits for capacity", False),
+        ("the worker's image cannot be pulled", False),
+    ],
+)
+def test_what_a_failed_probe_advises_is_about_its_cause(
+    profile: Profile, reason: str, is_network: bool
+) -> None:
+    """Only who cannot be reached is told how to be, with the group to join."""
+    assert (profile.security_group in _remedy("default", reason)) is is_network
 
 
 def test_an_aws_profile_that_is_not_there_is_named(

@@ -536,8 +536,33 @@ class TestLogs:
                 list(monitor.logs(name))
             assert caught.value.code == "NotFound"
 
+    def test_of_nothing_in_particular_are_refused(self, account: Account, monitor: Monitor) -> None:
+        """A variable of a script that is empty must not mean the newest job."""
+        account.until(account.submit("pass"), "SUCCEEDED")
+        with pytest.raises(ConfigError, match="not nothing"):
+            list(monitor.logs(""))
+        for pattern in ("*", "cloudexec-*", f"cloudexec-{ANN}-*", ":0"):
+            with pytest.raises(AwsError, match="there is no job"):
+                list(monitor.logs(pattern))
+
 
 class TestStop:
+    @pytest.mark.parametrize("what", [{"job": ""}, {"job": [" "]}, {"executor": ""}])
+    def test_nothing_is_not_the_newest_job(
+        self, account: Account, monitor: Monitor, what: dict[str, Any]
+    ) -> None:
+        job_id = account.submit(SLEEP)
+        account.until(job_id, "RUNNING")
+        with pytest.raises(ConfigError, match="not nothing"):
+            monitor.stop(**what)
+        with pytest.raises(AwsError, match="there is no job"):
+            monitor.stop(job="cloudexec-*")
+        with pytest.raises(ConfigError, match="older_than"):
+            monitor.stop(everything=True, older_than=-1)
+        with pytest.raises(ConfigError, match="limit"):
+            monitor.jobs(limit=-1)
+        assert account.aws.job(job_id).status == "RUNNING"
+
     def test_an_executor_is_stopped_with_all_its_workers(
         self, account: Account, monitor: Monitor
     ) -> None:

@@ -285,6 +285,8 @@ class TestStop:
             ([], "say what to stop"),
             (["--all", "worker-1"], "--all stops everything"),
             (["--older-than", "soon"], "--older-than must be like"),
+            (["", "--yes"], "not nothing"),
+            (["--executor", "", "--yes"], "not nothing"),
         ],
     )
     def test_a_command_line_that_is_unclear_is_refused(
@@ -376,6 +378,14 @@ class TestDefinitions:
         assert "Fargate has no size of 1 vCPU with 99 GiB" in result.stderr
         assert run("definitions", "register").returncode == 2
 
+    def test_sizes_that_ec2_lacks_are_refused(self, account: Account, run: Run) -> None:
+        command = ("definitions", "register", "--image", "worker:9", "--compute", "ec2")
+        result = run(*command, "--vcpus", "0.5")
+        assert result.returncode == 2
+        assert "the nearest: 1 vCPU with 2 GiB" in result.stderr
+        result = run(*command, "--ephemeral", "50")
+        assert (result.returncode, "for --compute fargate" in result.stderr) == (2, True)
+
 
 class TestWhereToLook:
     def test_a_profile_says_which_region_and_queues(self, account: Account, run: Run) -> None:
@@ -391,6 +401,27 @@ class TestWhereToLook:
             result = run(*verb, "--profile", "nope")
             assert result.returncode == 2
             assert "there is no profile 'nope'" in result.stderr
+
+    @pytest.mark.parametrize("value", ["", "local"])
+    def test_the_profile_of_this_machine_is_none(
+        self, account: Account, environment: dict[str, str], run: Run, value: str
+    ) -> None:
+        """``CLOUDEXEC_PROFILE=local`` brings scripts home; commands then look everywhere."""
+        environment["CLOUDEXEC_PROFILE"] = value
+        account.running(account.submit(SLEEP))
+        result = run("ps", "--json")
+        assert (result.returncode, len(json.loads(result.stdout))) == (0, 1), result.stderr
+        doctor = run("doctor", "--dry")
+        assert "there is no profile 'default'" in doctor.stdout
+        assert "there is no profile 'local'" in run("ps", "--profile", "local").stderr
+
+    def test_a_region_that_does_not_exist_is_refused(self, account: Account, run: Run) -> None:
+        result = run("ps", "--region", "mars-1")
+        assert result.returncode == 2
+        assert result.stderr.startswith("Error: there is no AWS region 'mars-1'")
+        misspelt = run("ps", "--region", "us-mars-1")
+        assert misspelt.returncode == 1
+        assert "there is no AWS region 'us-mars-1'" in misspelt.stderr
 
     def test_what_aws_refuses_is_one_line(self, account: Account, run: Run) -> None:
         account.aws.faults.deny("ListJobs")

@@ -56,13 +56,16 @@ def test_policy_of_a_profile_that_is_not_there(aws: FakeAWS, run: Run) -> None:
 
 def test_from_up_to_down(aws: FakeAWS, run: Run) -> None:
     """Set up, check, set up again, print the policy, and remove it all."""
-    done = run("up", "--max-vcpus", "4", "--project", "sweeps")
+    done = run("up", "--max-vcpus", "4", "--project", "sweeps", "--log-days", "3")
     assert done.returncode == 0, done.stderr
     for line in ("Credentials: account", "FargateQueue (Batch::JobQueue) CREATE_COMPLETE"):
         assert line in done.stderr
     assert "Next: `cloudexec image push`, then `cloudexec doctor`." in done.stderr
     profile = Profile.load("default")
     assert profile.project == "sweeps"
+    client: Any = botocore.session.get_session().create_client("logs")
+    (group,) = client.describe_log_groups(logGroupNamePrefix=profile.log_group)["logGroups"]
+    assert group["retentionInDays"] == 3
 
     done = run("up")
     assert done.returncode == 0, done.stderr
@@ -122,6 +125,24 @@ def test_wrong_names_are_refused(aws: FakeAWS, run: Run, arguments: tuple[str, .
     done = run(*arguments)
     assert done.returncode == 2
     assert "lower-case letters" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--name", "local"), "CLOUDEXEC_PROFILE=local means this machine"),
+        (("--log-days", "31"), "30, 60"),
+        (("--bucket-days", "0"), "x>=1"),
+        (("--region", "mars-1"), "there is no AWS region 'mars-1'"),
+    ],
+)
+def test_wrong_options_of_up_are_refused_before_anything_is_made(
+    aws: FakeAWS, run: Run, arguments: tuple[str, ...], words: str
+) -> None:
+    done = run("up", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert not aws.requests
 
 
 def test_refusal_of_aws_is_one_line(aws: FakeAWS, run: Run) -> None:

@@ -85,6 +85,18 @@ def descendants(pid: int | None = None) -> list[psutil.Process]:
     return found
 
 
+def supervisors() -> list[psutil.Process]:
+    """Return the workers that this process has started, and no other children of it."""
+    found = []
+    for process in psutil.Process().children():
+        try:
+            if any("cloudexec" in part for part in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            pass  # it has ended meanwhile
+    return found
+
+
 def assert_gone(processes: list[psutil.Process], timeout: float = PATIENCE) -> None:
     _, alive = psutil.wait_procs(processes, timeout=timeout)
     assert not alive, [process.cmdline() for process in alive]

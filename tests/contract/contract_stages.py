@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -24,6 +25,19 @@ def value(x: Any, log: str = "") -> Any:
 def total(*values: Any) -> Any:
     flat = values[0] if len(values) == 1 else values
     return sum(flat)
+
+
+@stage
+def repeated(value: int, size: int, log: str) -> bytearray:
+    append(log, "ran")
+    return bytearray([value]) * size
+
+
+@stage
+def total_if(path: str, parts: list[bytearray]) -> int:
+    if not os.path.exists(path):
+        raise RuntimeError("not yet")
+    return sum(map(sum, parts))
 
 
 @stage(retries=0)

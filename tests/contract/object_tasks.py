@@ -63,6 +63,13 @@ def total_of_setting(_: int = 0) -> float:
     return float(SETTING.sum())
 
 
+def slow_total(*values: Any) -> float:
+    import time
+
+    time.sleep(0.3)
+    return total(*values)
+
+
 def filled(size: int, value: int = 1) -> Any:
     return np.full(size, value, np.uint8)
 
@@ -147,6 +154,22 @@ class Bloats:
         import time
 
         time.sleep(30)  # until it is noticed
+
+
+class Bound:
+    """What a method, or an object that can be called, takes along."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def add(self, *values: Any) -> float:
+        return total(self.value, *values)
+
+    __call__ = add
+
+
+def called(fn: Any, *args: Any) -> Any:
+    return fn(*args)
 
 
 def nested_executor(value: Any) -> float:

@@ -138,6 +138,27 @@ def test_large_values_pass_from_call_to_call(executor: BatchExecutor) -> None:
     ]
 
 
+@pytest.mark.parametrize("size", [100_000, 3_000_000], ids=["copied", "mapped"])
+def test_large_values_of_another_executor_are_not_taken_for_ones_of_this(
+    executor: BatchExecutor, size: int
+) -> None:
+    """Both number what they hold; before and after the value is there."""
+    with BatchExecutor(1) as other:
+        ours = [executor.submit(sum, bytes([n]) * size) for n in range(5)]
+        assert [each.result(PATIENCE) for each in ours] == [n * size for n in range(5)]
+        theirs = [other.submit(_repeated, n, size) for n in range(5)]
+        early = [executor.submit(sum, each) for each in theirs]
+        until(lambda: all(each.done() for each in theirs))
+        late = [executor.submit(sum, each) for each in theirs]
+        for futures in (early, late):
+            assert [each.result(PATIENCE) for each in futures] == [n * size for n in range(5)]
+        assert theirs[4].result() == bytearray([4]) * size
+
+
+def _repeated(value: int, size: int) -> bytearray:
+    return bytearray([value]) * size
+
+
 def _sizes(*values: Any) -> tuple[list[int], bool]:
     writeable = all(value.flags.writeable for value in values if hasattr(value, "flags"))
     return [value if isinstance(value, int) else len(value) for value in values], writeable

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import contract_tasks as tasks
-import psutil
 import pytest
-from contract_helpers import PATIENCE, Signals, until
+from contract_helpers import PATIENCE, Signals, supervisors, until
 from cuttable import CuttableLink
 
 from cloudexec import (
@@ -146,7 +145,7 @@ def test_a_killed_worker_tells_who_had_begun(signals: Signals, caplog: Any) -> N
         behind = [executor.submit(tasks.hold_if, "", "") for _ in range(5)]
         signals.wait()
         until(held.running)
-        (supervisor,) = [p for p in psutil.Process().children() if p.is_running()]
+        (supervisor,) = supervisors()
         supervisor.kill()
         signals.wait()
         signals.release(2)

@@ -7,6 +7,7 @@ import functools
 import operator
 import shutil
 import threading
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -55,6 +56,35 @@ def test_a_graph_runs_each_node_once(executor: BatchExecutor, tmp_path: Path) ->
     assert product.run(executor) == 9
     assert log.read_text() == "ran\n"
     assert run(product, executor.with_options(retries=0)) == 9
+
+
+def test_no_nodes_at_all_are_a_graph_too(executor: BatchExecutor) -> None:
+    """Programs that collect nodes in a list may find none."""
+    assert run([], executor, progress=True) == []
+    assert run({}, executor) == {}
+    assert len(Graph([])) == 0
+
+
+def test_a_generator_is_refused_where_it_is_written() -> None:
+    with pytest.raises(TypeError, match="make it a list"):
+        stages.total(stages.value(n) for n in range(3))
+    with pytest.raises(TypeError, match="make it a list"):
+        Graph(stages.value(n) for n in range(3))
+
+
+def test_long_lists_of_plain_values_cost_a_call_little() -> None:
+    """They are looked through, as nodes may be in them, but not one by one."""
+    values = [float(n) for n in range(200_000)]
+    took = []
+    for _ in range(5):
+        began = time.process_time()
+        node = stages.total(values)
+        took.append(time.process_time() - began)
+        assert node._args[0] is values
+    one_by_one = time.process_time()
+    for value in values:
+        type(value)
+    assert min(took) < 3 * (time.process_time() - one_by_one)
 
 
 def test_values_come_back_in_the_shape_that_was_asked_for(executor: BatchExecutor) -> None:
@@ -160,6 +190,46 @@ def test_exceptions_may_be_returned_beside_values(executor: BatchExecutor) -> No
     assert error.stage == other["key"].stage == "divide"
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_a_graph_goes_on_with_another_executor(far: bool, tmp_path: Path) -> None:
+    """What the first one had is taken over, or made again where it has gone with its workers."""
+    marker = tmp_path / "marker"
+    log = str(tmp_path / "log")
+    parts = [stages.repeated(n, 300_000, log) for n in range(3)]
+    graph = Graph(stages.total_if(str(marker), parts))
+    options: dict[str, Any] = {"listen": "127.0.0.1:0"} if far else {}
+    with BatchExecutor(1, **options) as executor:
+        with pytest.raises(StageError, match="not yet"):
+            graph.run(executor)
+    marker.touch()
+    with BatchExecutor(1, **options) as executor:
+        # Its own data, so that numbers of what is held are not the same by chance.
+        assert executor.submit(len, bytes(300_000)).result(PATIENCE) == 300_000
+        assert graph.run(executor) == 3 * 300_000
+    assert Path(log).read_text().count("ran") == (6 if far else 3)
+
+
+def test_calls_that_cannot_be_pickled_are_reported(executor: BatchExecutor) -> None:
+    """As failed, and those behind them too."""
+    graph = Graph(stages.total(stages.value(threading.Lock())))
+    with pytest.raises(StageError, match="could not be pickled"):
+        graph.run(executor)
+    assert {each.stage: (each.tasks, each.failed) for each in graph.report} == {
+        "value": (1, 1),
+        "sum": (1, 1),
+    }
+
+
+def test_stages_of_one_name_are_reported_together(executor: BatchExecutor) -> None:
+    """Each with what its own calls asked for."""
+    name = "both"
+    one, other = (stage(name=name, retries=n)(stages.value.function) for n in (1, 2))
+    graph = Graph([one(1), other(other(2))])
+    assert graph.run(executor) == [1, 2]
+    (report,) = graph.report
+    assert (report.stage, report.tasks, report.failed) == (name, 3, 0)
+
+
 def test_options_of_a_stage_hold_for_its_calls(executor: BatchExecutor, signals: Signals) -> None:
     slow = stage(name="slow", timeout=0.2)(stages.wait_at_gate.function)
     with pytest.raises(StageError, match="stage 'slow' failed") as info:
@@ -172,6 +242,8 @@ def test_wrong_options_are_refused_where_they_are_written() -> None:
         stage(timeout=-1.0)
     with pytest.raises(ConfigError, match="retries"):
         stage(retries=-1)
+    with pytest.raises(ConfigError, match="name must be one line"):
+        stage(name="two\nlines")
     with pytest.raises(TypeError, match="made of a function"):
         stage(3)  # type: ignore[call-overload]
 

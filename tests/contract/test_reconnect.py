@@ -15,7 +15,7 @@ import cloudpickle
 import numpy as np
 import psutil
 import pytest
-from contract_helpers import Signals, descendants, until
+from contract_helpers import Signals, descendants, supervisors, until
 from cuttable import CLIENT, WORKER, CuttableLink
 
 from cloudexec import BatchExecutor, Local
@@ -194,7 +194,7 @@ def test_who_stays_away_too_long_is_replaced_and_told_to_stop(
         executor = cluster.executor
         future = executor.submit(_meet, signals.told, signals.gate, str(log), 5)
         signals.wait()
-        workers = _supervisors()
+        workers = supervisors()
         for worker in workers:
             worker.send_signal(signal.SIGSTOP)  # else it is back before the grace is over
         cluster.link.cut()
@@ -208,10 +208,6 @@ def test_who_stays_away_too_long_is_replaced_and_told_to_stop(
         stats = executor.stats()
         assert stats.lost_attempts == 1
         assert stats.workers.lost == 1
-
-
-def _supervisors() -> list[psutil.Process]:
-    return psutil.Process().children()
 
 
 def test_without_grace_a_cut_is_a_loss(signals: Signals, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import os
 import pickle
@@ -94,6 +95,35 @@ def test_in_a_closure_or_a_global_a_handle_stays_one(mode: str) -> None:
             assert found.result(PATIENCE) == int(array.sum())
 
 
+def test_in_a_small_closure_a_handle_stays_one_too(mode: str) -> None:
+    """However small the function is that it is in, and if that is an argument itself."""
+    with begin(mode) as executor:
+        ref = executor.put(5)
+        submit = executor.submit
+        assert submit(lambda: (type(ref), ref.get())).result(PATIENCE) == (Ref, 5)
+        assert submit(lambda x: (ref.get(), x), ref).result(PATIENCE) == (5, 5)
+        assert submit(tasks.called, lambda x: (ref.get(), x), 1).result(PATIENCE) == (5, 1)
+        bound = functools.partial(lambda x, y: (ref.get(), x, y), executor.put(6))
+        assert submit(bound, 7).result(PATIENCE) == (5, 6, 7)
+        assert list(executor.map(bound, [7, 8])) == [(5, 6, 7), (5, 6, 8)]
+
+
+def test_what_is_bound_to_a_callable_is_an_argument(mode: str) -> None:
+    """A handle or a future in a partial function, a method's object, or one that is called."""
+    array = np.ones(300_000)
+    with begin(mode) as executor:
+        ref, two = executor.put(array), executor.submit(int, 2)
+        bound = tasks.Bound([ref])
+        for fn in (functools.partial(tasks.total, ref), bound.add, bound):
+            assert executor.submit(fn, two).result(PATIENCE) == 300_002
+            assert list(executor.map(fn, [1, two, 3])) == [300_001, 300_002, 300_003]
+            assert list(executor.map(fn, [1, two], chunksize=2)) == [300_001, 300_002]
+            assert stage(fn, name="total")(1).run(executor) == 300_001
+        waits = functools.partial(tasks.total, executor.submit(tasks.slow_total, array))
+        assert list(executor.map(waits, [1, 2])) == [300_001, 300_002]
+        assert executor.stats().bytes_sent < 2.5 * array.nbytes
+
+
 def test_a_handle_of_another_executor_stands_for_its_value_too(mode: str) -> None:
     """Put there, or kept by a worker there."""
     array = np.arange(300_000.0)
@@ -104,6 +134,18 @@ def test_a_handle_of_another_executor_stands_for_its_value_too(mode: str) -> Non
         assert executor.submit(tasks.total, kept).result(PATIENCE) == array.sum() + 300_000
         assert executor.submit(tasks.total, kept.result()).result(PATIENCE) == array.sum() + 300_000
         assert executor.submit(len, small).result(PATIENCE) == 3
+
+
+def test_a_handle_that_is_lost_fails_the_call_that_takes_it() -> None:
+    """Not the one who submits it; and calls beside it run."""
+    with begin("local") as other, begin("local") as executor:
+        lost = other.with_options(keep=True).submit(tasks.filled, 3 * MIB).result(PATIENCE)
+        other.shutdown()
+        assert isinstance(executor.submit(tasks.total, lost).exception(PATIENCE), RefLostError)
+        results = executor.map(tasks.total, [1, lost, 3])
+        assert next(results) == 1
+        with pytest.raises(RefLostError):
+            next(results)
 
 
 def test_a_handle_in_a_handle_and_as_a_result() -> None:
@@ -344,6 +386,24 @@ def test_what_a_killed_worker_kept_is_made_again(mode: str, tmp_path: Path) -> N
         assert first.get()[0] == 1
         assert os.path.getsize(counted) <= 8
         assert executor.submit(tasks.total, second, first).result(PATIENCE) == 9 * MIB
+
+
+def test_of_a_chain_of_kept_results_only_the_last_stays(mode: str) -> None:
+    """What it takes to make it again is known all the same, from the first call on."""
+    with begin(mode) as executor:
+        keep = executor.with_options(keep=True)
+        last = keep.submit(tasks.filled, 3 * MIB)
+        for _ in range(20):
+            last = keep.submit(tasks.grow, last)
+        ref = last.result(PATIENCE)
+        del last
+        assert executor._driver is not None
+        sessions = executor._driver.sessions
+        until(lambda: sum(len(each.kept_blobs()) for each in sessions.values()) == 1)
+        kill_workers()
+        assert executor.submit(tasks.total, ref).result(PATIENCE) == 21 * 3 * MIB
+        assert ref.get(PATIENCE)[0] == 21
+        until(lambda: sum(len(each.blobs()) for each in sessions.values()) <= 1)
 
 
 def test_on_loss_raise_says_so(mode: str) -> None:

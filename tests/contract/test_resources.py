@@ -22,6 +22,7 @@ from cloudexec import (
     ConfigError,
     Graph,
     Local,
+    PayloadError,
     StageError,
     TaskTimeoutError,
     WorkerCapacity,
@@ -219,6 +220,16 @@ def test_a_view_maps_and_composes(executor: BatchExecutor) -> None:
     assert list(view.map(tasks.double, range(20), chunksize=7)) == list(range(0, 40, 2))
     assert view.submit(operator.add, view.submit(tasks.double, 2), 1).result(PATIENCE) == 5
     assert view.with_options(cpus=None, memory=None)._terms is not None  # its priority is left
+
+
+def test_a_view_puts_says_what_it_is_and_stays_here(executor: BatchExecutor) -> None:
+    view = executor.with_options(cpus=2, name="fit")
+    assert view.submit(tasks.double, view.put(4)).result(PATIENCE) == 8
+    assert repr(view).startswith("<OptionsView cpus=2 name='fit' of <BatchExecutor max_workers=4")
+    for each in (view, executor):
+        error = executor.submit(str, each).exception(PATIENCE)
+        assert isinstance(error, PayloadError)
+        assert "an executor cannot be sent" in str(error)
 
 
 def test_a_worker_lost_with_a_large_task_is_replaced(executor: BatchExecutor) -> None:
@@ -516,12 +527,12 @@ def test_a_graph_that_failed_runs_on_from_there(executor: BatchExecutor, tmp_pat
     logs = [str(tmp_path / name) for name in ("first", "second", "flaky")]
     first = stages.value(1, log=logs[0])
     second = stages.value(first, log=logs[1])
-    flaky = stage(name="flaky")(tasks.fail_at_first)(logs[2], 1)
+    flaky = stage(name="flaky")(lambda _, *args: tasks.fail_at_first(*args))(second, logs[2], 1)
     last = stages.total([second, stages.value(flaky)])
     graph = Graph({"last": last, "second": second})
     with pytest.raises(StageError, match="flaky"):
         graph.run(executor)
-    until(lambda: executor.stats().tasks.held == 0)
+    until(lambda: not executor._driver.machine.open_tasks)  # type: ignore[union-attr]
     assert graph.run(executor) == {"last": 3, "second": 1}
     assert [len(Path(log).read_text().split()) for log in logs] == [1, 1, 2]
     report = {each.stage: each for each in graph.report}

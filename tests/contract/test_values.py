@@ -968,6 +968,69 @@ def test_functions_and_classes_of_main_work(tmp_path: Path, how: str) -> None:
     assert run([sys.executable, *command], tmp_path, stdin) == "all well\n"
 
 
+INITIALIZED = """
+import sys
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+from cloudexec import BatchExecutor
+
+MODEL, CACHE, LOADED, STATE, KNOWN = None, {}, [], SimpleNamespace(ready=False), "as it was"
+
+def helper():
+    return MODEL, CACHE, LOADED, STATE.ready, KNOWN
+
+class Task:
+    def __call__(self, n):
+        return helper()
+
+def prepare(model):
+    global MODEL, MADE
+    MODEL = model
+    MADE = "made"
+    CACHE["model"] = model
+    LOADED.append(model)
+    STATE.ready = KNOWN == "as it was"
+
+def use(n):
+    return n, MODEL, MADE, CACHE, LOADED, STATE.ready, KNOWN
+
+def apply(fn, *args):
+    return fn(*args)
+
+def outcomes(kind, initializer, initargs):
+    with kind(1, initializer=initializer, initargs=initargs) as executor:
+        return [
+            list(executor.map(use, range(3))),
+            list(executor.map(use, range(3), chunksize=2)),
+            executor.submit(use, 1).result(),
+            executor.submit(apply, use, 2).result(),
+            executor.submit(partial(apply, use), 3).result(),
+            executor.submit(Task(), 4).result(),
+        ]
+
+if __name__ == "__main__":
+    for initializer, initargs in ((prepare, (5,)), (partial(prepare, 6), ())):
+        found = outcomes(BatchExecutor, initializer, initargs)
+        expected = outcomes(ProcessPoolExecutor, initializer, initargs)
+        assert found == expected, (found, expected)
+    KNOWN = "changed"
+    with BatchExecutor(1, initializer=prepare, initargs=(7,)) as executor:
+        assert executor.submit(use, 1).result()[-2:] == (False, "changed")
+        KNOWN = "changed again"  # what the initializer left alone is as it is when submitted
+        assert executor.submit(use, 1).result()[-2:] == (False, "changed again")
+    print("all well")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there, a process pool does not fork")
+def test_what_an_initializer_of_main_prepares_is_there_for_the_calls(tmp_path: Path) -> None:
+    """Globals of a script, as through a process pool: bound anew, or changed in place."""
+    (tmp_path / "program.py").write_text(INITIALIZED)
+    assert run([sys.executable, "program.py"], tmp_path) == "all well\n"
+
+
 def test_script_without_a_main_guard_works(tmp_path: Path) -> None:
     """Workers never run the user's script again, so that nothing needs a guard."""
     (tmp_path / "program.py").write_text(

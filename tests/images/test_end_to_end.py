@@ -179,7 +179,9 @@ def test_containers_end_when_the_client_is_killed(aws: Any, ready: None, tmp_pat
             import time
             from cloudexec import Batch, BatchExecutor
             if __name__ == "__main__":
-                executor = BatchExecutor(2, launcher=Batch(), min_workers=2)
+                executor = BatchExecutor(
+                    2, launcher=Batch(), min_workers=2, orphan_timeout=3.0
+                )
                 futures = [executor.submit(time.sleep, 100) for _ in range(2)]
                 while executor.stats().tasks.running < 2:
                     time.sleep(0.05)

@@ -245,7 +245,7 @@ def test_workers_that_were_set_up_otherwise_are_not_taken_over(aws: Any, runs: R
     said = json.loads(out)
     assert said["results"] == [0, 1, 4]
     assert said["workers"] == 0
-    assert "are not taken over: the launcher, the initializer or the modules" in err
+    assert "are not taken over: versions, settings of the launcher" in err
     assert sorted(runs.calls("begun-").values()) == [2, 2, 2]
 
 

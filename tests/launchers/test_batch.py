@@ -14,6 +14,7 @@ from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from launcher_helpers import eventually
 
@@ -77,6 +78,21 @@ def test_a_definition_is_registered_once(aws: Any, launcher: Make) -> None:
     assert first["jobDefinition"].endswith(":1")
 
 
+def test_a_definition_that_was_removed_meanwhile_is_registered_again(
+    aws: Any, launcher: Make
+) -> None:
+    """As `cloudexec definitions deregister` promises, while an executor lives."""
+    client = boto3.client("batch", region_name=aws.region)
+    with BatchExecutor(2, launcher=launcher()) as executor:
+        assert executor.submit(square, 2).result() == 4
+        client.deregister_job_definition(jobDefinition=submits(aws)[0]["jobDefinition"])
+        futures = [executor.submit(time.sleep, 0.5) for _ in range(4)]
+        eventually(lambda: executor.stats().workers.slots == 2)
+        wait(futures)
+    first, second = submits(aws)
+    assert (first["jobDefinition"][-2:], second["jobDefinition"][-2:]) == (":1", ":2")
+
+
 def test_where_the_time_of_a_start_went_is_told(aws: Any, launcher: Make) -> None:
     """Every part of a cold start is there, and they add up."""
     with BatchExecutor(1, launcher=launcher()) as executor:
@@ -86,6 +102,17 @@ def test_where_the_time_of_a_start_went_is_told(aws: Any, launcher: Make) -> Non
     assert all(part is not None and part >= 0 for part in parts)
     assert times.total == pytest.approx(sum(parts) + (times.pull or 0.0), abs=0.05)
     assert times.job_id == aws.jobs()[0].job_id
+
+
+def test_the_time_that_an_image_took_is_told_apart(aws: Any, launcher: Make) -> None:
+    """As the platform tells the worker; it counts as paid for, and not as waiting for a place."""
+    aws.faults.slow_start(0.8)
+    with BatchExecutor(1, launcher=launcher()) as executor:
+        executor.submit(square, 2).result()
+        (times,) = executor.stats().launches
+    assert times.pull == pytest.approx(0.8, abs=0.1)
+    assert times.place is not None
+    assert times.place < 0.8
 
 
 def test_a_lost_answer_does_not_launch_twice(aws: Any, launcher: Make) -> None:
@@ -354,6 +381,17 @@ def test_ctrl_c_leaves_nothing_running(aws: Any, launcher: Make) -> None:
         ({"max_runtime": 10**400}, "max_runtime"),
         ({"max_runtime": float("inf")}, "max_runtime"),
         ({"memory": 10**400}, "no worker has more"),
+        ({"memory": 2.5}, "whole number of MiB"),
+        ({"memory": b"2GiB"}, "whole number of MiB"),
+        ({"memory": {"2GiB": 1}}, "whole number of MiB"),
+        ({"compute": "ec2", "vcpus": 0.5}, "nearest: 1 vCPU with 1 GiB"),
+        ({"compute": "ec2", "ephemeral_gib": 50}, "for Fargate"),
+        ({"environment": {"AWS_BATCH_X": "1"}}, "AWS_BATCH"),
+        ({"environment": {"CLOUDEXEC_KEY": "1"}}, "cloudexec's own"),
+        ({"environment": {"A": "\0"}}, "NUL"),
+        ({"tags": {"a#b": "c"}}, "'#'"),
+        ({"share_identifier": "a-b"}, "letters and digits"),
+        ({"scheduling_priority": 10_000}, "9999 or less"),
         ({"spot": 1.0}, "'prefer'"),
     ],
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
+import boto3
 import pytest
 from launcher_helpers import eventually
 
@@ -32,6 +35,12 @@ def quota(aws: Any) -> None:
     aws.faults.vcpu_quota(0)
 
 
+def disabled(aws: Any) -> None:
+    boto3.client("batch", region_name=aws.region).update_job_queue(
+        jobQueue="queue", state="DISABLED"
+    )
+
+
 @pytest.mark.parametrize(
     ("fault", "settings", "words"),
     [
@@ -39,9 +48,10 @@ def quota(aws: Any) -> None:
         (missing_role, {}, r"role.*cloudexec up"),
         (refused, {}, r"AccessDenied.*cloudexec policy"),
         (quota, {}, r"quota.*Service Quotas"),
+        (disabled, {}, r"is DISABLED.*enable it .`cloudexec up` does"),
         (lambda aws: None, {"vcpus": 4, "max_vcpus": 2}, r"smaller size|asks for 4 vCPUs"),
     ],
-    ids=["no route", "missing role", "not allowed", "quota", "size too large"],
+    ids=["no route", "missing role", "not allowed", "quota", "disabled", "size too large"],
 )
 def test_a_cause_is_named_with_its_remedy(
     aws: Any, launcher: Make, fault: Callable[[Any], None], settings: dict[str, Any], words: str
@@ -52,6 +62,17 @@ def test_a_cause_is_named_with_its_remedy(
     with BatchExecutor(1, launcher=batch, launch_timeout=4.0) as executor:
         with pytest.raises(LaunchError, match=f"(?s){words}"):
             executor.submit(len, "abc").result(timeout=60)
+    eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))
+
+
+def test_a_quota_of_instances_is_a_cause_too(aws: Any, launcher: Make) -> None:
+    """AWS Batch itself says nothing of it."""
+    batch = launcher(compute="ec2", kinds=("EC2",), memory="1GiB")
+    aws.faults.vcpu_quota(0, compute="ec2")
+    executor = BatchExecutor(1, launcher=batch)
+    executor.submit(len, "abc")
+    eventually(lambda: re.search(r"quota.* may run 0 vCPUs.*Service Quotas", batch.explain()))
+    executor.shutdown(cancel_futures=True)
     eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))
 
 
@@ -111,7 +132,8 @@ def test_workers_that_never_dial_back_are_paid_for_too(
 ) -> None:
     """They run, so they cost; and the warning says what may be wrong."""
     batch = launcher()
-    executor = BatchExecutor(2, launcher=batch, advertise="127.0.0.1:1", launch_timeout=9.0)
+    where = {"advertise": "127.0.0.1:1", "listen": "127.0.0.1:0"}
+    executor = BatchExecutor(2, launcher=batch, launch_timeout=9.0, **where)
     executor.submit(len, "abc")
     executor.submit(len, "abc")
     eventually(lambda: executor.cost().accrued_usd >= 2 * 60 * 0.05437 / 3600 - 1e-9)
@@ -119,3 +141,41 @@ def test_workers_that_never_dial_back_are_paid_for_too(
     executor.shutdown(wait=True, cancel_futures=True)
     assert executor.cost().accrued_usd > 0
     eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))
+
+
+def test_the_port_that_workers_dial_is_listened_on(aws: Any, launcher: Make) -> None:
+    """Unless ``listen=`` says that another one is forwarded to it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    address = f"127.0.0.1:{port}"
+    with BatchExecutor(1, launcher=launcher(), advertise=address) as executor:
+        assert executor.submit(len, "abc").result(timeout=30) == 3
+    (request,) = (r.parameters for r in aws.requests if r.operation == "SubmitJob")
+    variables = {e["name"]: e["value"] for e in request["containerOverrides"]["environment"]}
+    assert variables["CLOUDEXEC_TARGET"] == address
+    eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))
+
+
+def test_workers_take_their_share_of_a_queue(aws: Any, launcher: Make) -> None:
+    """A queue of the user's own with a fair-share policy takes no job without one."""
+    batch = boto3.client("batch", region_name=aws.region)
+    made = aws.set_up("plain")
+    policy = batch.create_scheduling_policy(name="fair", fairsharePolicy={})["arn"]
+    queue = batch.create_job_queue(
+        jobQueueName="fair",
+        priority=1,
+        schedulingPolicyArn=policy,
+        computeEnvironmentOrder=[{"order": 1, "computeEnvironment": made.compute_environments[0]}],
+    )["jobQueueArn"]
+    settings = {
+        "queue": queue,
+        "job_role": made.job_role,
+        "execution_role": made.execution_role,
+        "image": "example.com/worker:1",
+        "region": aws.region,
+    }
+    with BatchExecutor(1, launcher=Batch(**settings)) as executor:
+        with pytest.raises(LaunchError, match="shareIdentifier is required"):
+            executor.submit(len, "abc").result(timeout=30)
+    with BatchExecutor(1, launcher=Batch(**settings, share_identifier="team1")) as executor:
+        assert executor.submit(len, "abc").result(timeout=30) == 3

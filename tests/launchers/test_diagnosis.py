@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from cloudexec._aws.diagnosis import JobEnd, Situation, cause_of_end, cause_of_waiting
+from cloudexec._aws.diagnosis import (
+    JobEnd,
+    Situation,
+    cause_of_end,
+    cause_of_refusal,
+    cause_of_waiting,
+)
 
 ENVIRONMENT: dict[str, Any] = {
     "state": "ENABLED",
@@ -86,6 +92,38 @@ ENVIRONMENT: dict[str, Any] = {
             "Service Quotas",
             False,
         ),
+        (
+            JobEnd(
+                status_reason="ResourceInitializationError: unable to pull secrets or registry "
+                "auth: execution resource retrieval failed: unable to retrieve ecr registry auth: "
+                "AccessDeniedException: x is not authorized to perform: ecr:GetAuthorizationToken"
+            ),
+            "may not pull the worker's image.*ecr:BatchGetImage",
+            True,
+        ),
+        (
+            JobEnd(
+                status_reason="ResourceInitializationError: unable to pull secrets or registry "
+                "auth: execution resource retrieval failed: unable to retrieve secret from asm: "
+                "failed to fetch secret arn from secrets manager: AccessDeniedException"
+            ),
+            "key could not be read.*GetSecretValue",
+            True,
+        ),
+        (
+            JobEnd(
+                status_reason="ResourceInitializationError: failed to validate logger args: create "
+                "stream has been retried 1 times: failed to create Cloudwatch log stream: "
+                "ResourceNotFoundException: The specified log group does not exist."
+            ),
+            "log cannot be written.*logs:CreateLogStream",
+            True,
+        ),
+        (
+            JobEnd(status_reason="Timeout waiting for network interface provisioning to complete."),
+            "no network interface.*--subnet",
+            False,
+        ),
         (JobEnd(exit_code=9, log_tail="boom"), "exit code 9.*AWS gives no reason\nboom", False),
     ],
 )
@@ -159,6 +197,19 @@ def test_a_worker_that_failed_outweighs_those_that_wait() -> None:
     cause = cause_of_waiting(waiting)
     assert cause is not None
     assert "cannot be pulled" in str(cause)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("ClientException: JobQueue q is DISABLED.", "enable it"),
+        ("ClientException: Job Queue: q does not exist", "cloudexec doctor"),
+    ],
+)
+def test_a_queue_that_takes_no_job(said: str, words: str) -> None:
+    """AWS's words, and what to do."""
+    assert re.search(f"{said}; .*{words}", str(cause_of_refusal(said)))
+    assert str(cause_of_refusal("AccessDenied: the job queue q")) == "AccessDenied: the job queue q"
 
 
 def test_nothing_known_is_nothing_said() -> None:

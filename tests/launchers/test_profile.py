@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import stat
@@ -181,7 +182,7 @@ def test_a_definition_of_the_stack_has_its_key(aws: Any, profile: Profile) -> No
         assert executor.submit(len, "abcd").result(timeout=30) == 4
     other = Batch(queue=profile.queues["fargate"], definition=definition, region=aws.region)
     executor = BatchExecutor(1, launcher=other)
-    with pytest.raises(ConfigError, match="another key"):
+    with pytest.raises(ConfigError, match=r"another key.*without a profile.*give profile="):
         executor.submit(len, "abc")
     executor.shutdown()
 
@@ -190,6 +191,26 @@ def test_a_queue_that_the_profile_has_not(aws: Any, profile: Profile) -> None:
     """The error names those there are."""
     executor = BatchExecutor(1, launcher=Batch(profile="team", compute="ec2"))
     with pytest.raises(ConfigError, match=r"no queue for ec2 .*fargate, fargate_spot.*--ec2"):
+        executor.submit(len, "abc")
+    executor.shutdown()
+
+
+@pytest.mark.parametrize("text", [" ", "5a5a", "not hexadecimal"])
+def test_a_key_that_is_none_is_named(aws: Any, profile: Profile, text: str) -> None:
+    """Blanks too, which are hexadecimal digits as far as Python goes: none of them."""
+    boto3.client("secretsmanager").put_secret_value(SecretId=profile.key_secret, SecretString=text)
+    executor = BatchExecutor(1, launcher=Batch(profile="team"))
+    with pytest.raises(LaunchError, match=r"does not hold 64 hexadecimal digits"):
+        executor.submit(len, "abc")
+    executor.shutdown()
+
+
+def test_arm_instances_that_the_stack_does_not_have(aws: Any, profile: Profile) -> None:
+    """Jobs would wait for them for ever."""
+    queues = {**profile.queues, "ec2": profile.queues["fargate"]}
+    dataclasses.replace(profile, queues=queues).save()
+    executor = BatchExecutor(1, launcher=Batch(profile="team", compute="ec2", arch="arm64"))
+    with pytest.raises(ConfigError, match=r"x86-64 instances.*Fargate.*queue="):
         executor.submit(len, "abc")
     executor.shutdown()
 
@@ -290,3 +311,11 @@ def test_what_is_pending_at_the_end_of_a_script_is_run(
     assert sorted(lines[1:]) == [f"result {number}" for number in range(4)], done.stderr
     assert "4 tasks on" in done.stderr
     eventually(lambda: all(job.status in ("SUCCEEDED", "FAILED") for job in aws.jobs()))
+
+
+def test_a_name_that_up_does_not_take_is_not_recommended(configured: Path) -> None:
+    """Nobody is sent from one error to the next."""
+    with pytest.raises(ConfigError) as caught:
+        Profile.load("Team.1")
+    assert "there is no profile 'Team.1'" in str(caught.value)
+    assert "cloudexec up" not in str(caught.value)

@@ -19,9 +19,16 @@ from cloudexec._aws.limits import (
     default_memory,
     fargate_memories,
     fargate_size,
+    instance_size,
     parse_memory,
 )
-from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request, tag_value
+from cloudexec._aws.requests import (
+    DefinitionSpec,
+    check_tags,
+    definition_request,
+    submit_request,
+    tag_value,
+)
 
 LARGE = {f"VARIABLE_{n}": "x" * 100 for n in range(100)}
 
@@ -197,3 +204,75 @@ def test_a_tag_holds_no_character_that_aws_refuses() -> None:
     """Users have names of all kinds."""
     assert tag_value("Zoë <root>\n") == "Zoë _root__"
     assert len(tag_value("x" * 1000)) == 256
+
+
+@pytest.mark.parametrize(
+    ("vcpus", "memory", "words"),
+    [
+        (3, "6GiB", "nearest: 4 vCPU with 8 GiB, or 2 vCPU with 6 GiB"),
+        (5, "200GiB", "nearest: 32 vCPU with 244 GiB, or 4 vCPU with 30 GiB"),
+        (64, "500GiB", "nearest: 32 vCPU with 244 GiB"),
+    ],
+)
+def test_vcpus_that_fargate_lacks_name_those_above_and_below(
+    vcpus: float, memory: str, words: str
+) -> None:
+    """With the memory that was asked for, as far as it goes."""
+    with pytest.raises(ConfigError, match=words):
+        fargate_size(vcpus, memory)
+
+
+@pytest.mark.parametrize(
+    ("vcpus", "memory", "words"),
+    [
+        (0.5, "1GiB", "nearest: 1 vCPU with 1 GiB"),
+        (1.5, "100MiB", "nearest: 1 vCPU with 256 MiB, or 2 vCPU with 256 MiB"),
+        (4000, "8GiB", "nearest: 1920 vCPU with 8 GiB"),
+        (float("inf"), "8GiB", "nearest: 1920 vCPU"),
+    ],
+)
+def test_a_size_that_ec2_lacks_names_those_next_to_it(
+    vcpus: float, memory: str, words: str
+) -> None:
+    """There, a worker has whole vCPUs, and any memory in which one can start."""
+    with pytest.raises(ConfigError, match=words):
+        instance_size(vcpus, memory)
+
+
+def test_whole_vcpus_with_any_memory_are_a_size_on_ec2() -> None:
+    """It need not be one of Fargate's."""
+    assert instance_size(3, 5000) == WorkerSize(memory_mib=5000, vcpus=3)
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        ({"aws:x": "1"}, "not yours"),
+        ({"Cloudexec:user": "1"}, "not yours"),
+        ({"": "1"}, "1 to 128"),
+        ({"k" * 129: "1"}, "has 129"),
+        ({"k": "v" * 257}, "and 257"),
+        ({"a#b": "1"}, "'#'"),
+        ({"k": "a\nb"}, r"'\\n'"),
+        ({str(n): "" for n in range(46)}, "46 are too many"),
+    ],
+)
+def test_tags_that_aws_would_refuse(tags: dict[str, str], words: str) -> None:
+    """Or that would take the place of ours."""
+    with pytest.raises(ConfigError, match=words):
+        check_tags(tags)
+
+
+def test_tags_that_aws_takes() -> None:
+    """Letters of any script, and as many as there is room for beside ours."""
+    check_tags({"Größe +-=._:/@": "", **{str(n): "v" for n in range(44)}})
+
+
+def test_a_share_of_a_queue_is_asked_for_where_there_is_one() -> None:
+    """Queues without shares refuse both."""
+    plain = submission()
+    assert not {"shareIdentifier", "schedulingPriorityOverride"} & plain.keys()
+    request = submission(share_identifier="team1", scheduling_priority=7)
+    assert_fits_the_model("SubmitJob", request)
+    assert request["shareIdentifier"] == "team1"
+    assert request["schedulingPriorityOverride"] == 7

@@ -123,7 +123,13 @@ def _kill(executor: BatchExecutor, *names: str) -> None:
     """Kill workers, all of them by default, and wait until they are missed."""
     sessions = _sessions(executor)
     gone = list(names or sessions)
-    executor._launcher.terminate([sessions[name].identity for name in gone])
+    identities = [sessions[name].identity for name in gone]
+
+    async def kill() -> None:  # where launchers are called
+        executor._launcher.terminate(identities)
+
+    assert executor._driver is not None
+    executor._driver.portal.run(kill()).result()
     _await(lambda: not set(gone) & set(_sessions(executor)))
 
 

@@ -74,6 +74,32 @@ def _holds_buffer(value: Any) -> Any:
     return np.asarray(value)
 
 
+@pytest.mark.parametrize("kind", [np.copy, lambda a: a.tobytes()], ids=["arrays", "bytes"])
+def test_contents_that_hardly_differ_are_one_blob_each(
+    store: BlobStore, kind: Callable[[Any], Any]
+) -> None:
+    """However many there are, in whatever order they come."""
+    base = np.zeros(MIB, np.uint8)
+    variants = []
+    for at in (None, 3, 4, 70_000, 70_001, 500_001, 500_002, MIB - 300):
+        variant = base.copy()
+        if at is not None:
+            variant[at] = 1
+        variants.append(variant)
+        both = variant.copy()
+        both[700_001] = 1
+        variants.append(both)
+    first = [composed(dumps(kind(each), store)) for each in variants]
+    numbers = [[blob.id for blob in each.blobs] for each in first]
+    assert len({tuple(each) for each in numbers}) == len(variants)
+    for _ in range(2):
+        for each, number in reversed(list(zip(variants, numbers, strict=True))):
+            again = composed(dumps(kind(each), store))
+            assert [blob.id for blob in again.blobs] == number
+            assert np.array_equal(np.frombuffer(again.blobs[-1].view(), np.uint8)[-MIB:], each)
+    assert store.memory < (len(variants) + 1) * MIB
+
+
 def test_bytes_are_kept_by_reference_until_they_come_again(store: BlobStore) -> None:
     """A bytes object never changes, so no copy is made of it for one reader."""
     data = os.urandom(3 * MIB)
@@ -435,6 +461,26 @@ def test_a_result_that_does_not_fit_in_memory_is_moved_to_disk(tmp_path: Path, w
     assert fds() == before
 
 
+def test_limits_hold_for_results_that_come_on_disk_too(tmp_path: Path) -> None:
+    """A worker that has no memory left leaves them there; here they are moved, or refused."""
+
+    def on_disk() -> int:
+        segment = Segment(str(tmp_path))
+        segment.write(bytes(3 * MIB))
+        return os.dup(segment.fd)
+
+    for limits in ({"disk": MIB}, {"directory": None}):
+        store = make(memory=4 * MIB, **limits)  # type: ignore[arg-type]
+        blob = store.take_over(3 * MIB, fd=on_disk(), spill=True)
+        assert (store.memory, store.disk) == (3 * MIB, 0)
+        before = fds()
+        with pytest.raises(PayloadTooLargeError):
+            store.take_over(3 * MIB, fd=on_disk(), spill=True)
+        gc.collect()
+        assert fds() == before
+        assert blob.view() == bytes(3 * MIB)
+
+
 def test_a_result_that_fits_nowhere_is_refused() -> None:
     """And its file is closed."""
     store = make(memory=4 * MIB, directory=None)
@@ -568,7 +614,11 @@ def test_the_end_of_blobs_in_the_middle_of_it_all_does_no_harm() -> None:
         ({"memory": "lots"}, "memory"),
         ({"cache": -1}, "cache"),
         ({"spill_directory": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"spill_directory": 5}, "spill_directory"),
+        ({"spill_directory": None}, "spill_directory"),
         ({"bucket": True}, "bucket"),
+        ({"bucket": 5}, "bucket"),
+        ({"compression": "no"}, "compression"),
         ({"bucket_threshold": "x"}, "bucket_threshold"),
     ],
 )

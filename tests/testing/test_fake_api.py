@@ -309,6 +309,12 @@ def test_tags_of_a_job_can_be_listed(account: Account) -> None:
     assert account.batch.list_tags_for_resource(resourceArn=arn)["tags"] == {"a": "b"}
 
 
+@pytest.mark.parametrize("tags", [{"a#b": "c"}, {"a": "c\n"}, {"aws:a": "b"}, {"a": "b" * 257}])
+def test_tags_that_aws_refuses(account: Account, tags: dict[str, str]) -> None:
+    with pytest.raises(ClientError, match=r"[Tt]ag"):
+        account.submit("exit 0", tags=tags)
+
+
 def test_fargate_prices_can_be_asked_for(account: Account) -> None:
     found = account.pricing.get_products(
         ServiceCode="AmazonECS",
@@ -377,6 +383,42 @@ def test_container_mode_needs_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_pat
         FakeAWS(mode="container").__enter__()
     with FakeAWS(mode="auto") as aws:
         assert aws.mode == "process"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mode": "docker"}, "process, container, auto"),
+        ({"grace": -1}, "grace"),
+        ({"calls_per_second": 0}, "calls_per_second"),
+        ({"max_running": 0}, "max_running"),
+        ({"speed": "fast"}, "speed"),
+        ({"region": "mars-1"}, "'mars-1'"),
+        ({"region": "us-mars-1"}, "'us-mars-1'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        FakeAWS(**settings).__enter__()
+
+
+def test_a_region_that_aws_does_not_have_is_refused(aws: FakeAWS) -> None:
+    """Not with an error of the fake's own, as if it had failed."""
+    client = boto3.client("batch", region_name="us-mars-1")
+    with pytest.raises(ClientError, match="no AWS region 'us-mars-1'") as caught:
+        client.describe_job_queues()
+    assert caught.value.response["Error"]["Code"] == "UnknownRegion"
+    client.close()
+
+
+def test_without_its_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And another one can be entered afterwards."""
+    monkeypatch.setitem(sys.modules, "cloudexec.testing._aws.session", None)
+    with pytest.raises(ImportError, match=r"cloudexec\[testing\]"):
+        FakeAWS().__enter__()
+    monkeypatch.undo()
+    with FakeAWS() as aws:
+        assert aws.jobs() == []
 
 
 def test_state_is_empty_on_entering_and_environment_is_restored(

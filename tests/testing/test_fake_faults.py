@@ -72,6 +72,21 @@ def test_quota_of_vcpus_limits_what_runs(account: Account) -> None:
     account.prints(jobs[2], "up")
 
 
+def test_quota_of_vcpus_on_instances(aws: FakeAWS) -> None:
+    account = Account(aws, kinds=("EC2",))
+    aws.faults.vcpu_quota(1, compute="ec2")
+    jobs = [account.submit("echo up; exec sleep 60") for _ in range(2)]
+    account.prints(jobs[0], "up")
+    account.reach(jobs[1], "RUNNABLE")
+    quotas = account.service_quotas.list_service_quotas(ServiceCode="ec2")["Quotas"]
+    assert {each["QuotaCode"]: each["Value"] for each in quotas}["L-1216C47A"] == 1
+    aws.faults.vcpu_quota(None, compute="ec2")
+    account.prints(jobs[1], "up")
+    account.close()
+    with pytest.raises(ValueError, match="'lambda'"):
+        aws.faults.vcpu_quota(1, compute="lambda")
+
+
 def test_queue_time_limit_cancels_the_head() -> None:
     """After AWS's ten minutes (here seconds) at the head the queue's own action cancels."""
     reason = "CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY"
@@ -344,3 +359,19 @@ def test_denied_operation(account: Account) -> None:
     assert "batch:SubmitJob" in error["Message"]
     account.aws.faults.clear()
     account.submit("exit 0")
+
+
+@pytest.mark.parametrize("name", ["SubmitJobs", "submit_job", "batch:GetObject", "x:SubmitJob", ""])
+def test_a_fault_of_a_call_that_does_not_exist_is_refused(aws: FakeAWS, name: str) -> None:
+    """A slip would otherwise make a test that tests nothing."""
+    faults = aws.faults
+    for inject in (
+        faults.throttle,
+        faults.lose_response,
+        faults.deny,
+        faults.cut_response,
+        faults.corrupt_response,
+        lambda operation: faults.slow_response(operation, 1.0),
+    ):
+        with pytest.raises(ValueError, match="no operation"):
+            inject(name)

@@ -31,6 +31,13 @@ TIMED_OUT = "Job attempt duration exceeded timeout"
 TASK_FAILED = "Task failed to start"
 OVERRIDES_TOO_LONG = "Container Overrides length must be at most 8192"
 OVERRIDES_MAX = 8192
+_QUOTAS = {
+    "FARGATE": "fargate",
+    "FARGATE_SPOT": "fargate_spot",
+    "EC2": "ec2",
+    "SPOT": "ec2_spot",
+}
+"""Type of compute environment -> the quota that bounds it."""
 INSUFFICIENT = (
     "CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY - All compute environments have insufficient "
     "capacity to service the job."
@@ -137,7 +144,7 @@ class Engine:
         self._numbers = itertools.count()
         self._queues: dict[str, deque[Job]] = {}
         self._used: dict[str, float] = {}
-        self._fargate_used = {True: 0.0, False: 0.0}
+        self._used_of_quota = dict.fromkeys(_QUOTAS.values(), 0.0)
         self._placed = 0
         self._dependents: dict[str, list[Job]] = {}
         self._attempt_threads: set[threading.Thread] = set()
@@ -456,12 +463,9 @@ class Engine:
             return False
         if self._used.get(environment.arn, 0.0) + vcpus > environment.max_vcpus:
             return False
-        if environment.kind.startswith("FARGATE"):
-            spot = environment.kind == "FARGATE_SPOT"
-            quota = self._faults.quota(spot=spot)
-            if quota is not None and self._fargate_used[spot] + vcpus > quota:
-                return False
-        return True
+        kind = _QUOTAS[environment.kind]
+        quota = self._faults.quota(kind)
+        return quota is None or self._used_of_quota[kind] + vcpus <= quota
 
     def _at_head(self, view: QueueView, job: Job, reason: str | None) -> None:
         now = time.time()
@@ -492,8 +496,7 @@ class Engine:
         job.environment_type = environment.kind
         self._placed += 1
         self._used[environment.arn] = self._used.get(environment.arn, 0.0) + job.spec.vcpus
-        if environment.kind.startswith("FARGATE"):
-            self._fargate_used[job.spot] += job.spec.vcpus
+        self._used_of_quota[_QUOTAS[environment.kind]] += job.spec.vcpus
         job.task_id = uuid.uuid4().hex
         job.instance_id = None if job.spec.fargate else f"i-{uuid.uuid4().hex[:17]}"
         job.status_reason = None
@@ -505,11 +508,15 @@ class Engine:
         job.stopped_at = None
         job.stop_kind = job.stop_reason = job.stop_grace = None
         self._set_status(job, "STARTING")
-        self._later(self._timing.step + self._faults.start_delay(), lambda: self._launch(job))
+        job.pull = None
+        delay = self._faults.start_delay()
+        self._later(self._timing.step + delay, lambda: self._launch(job, delay))
 
-    def _launch(self, job: Job) -> None:
+    def _launch(self, job: Job, pull: float) -> None:
         if job.status != "STARTING" or self._closing:
             return
+        now = time.time()
+        job.pull = (now - pull, now)
         job.launching = True
         thread = threading.Thread(
             target=self._attempt, args=(job,), name=f"fake-aws-job-{job.job_id}", daemon=True
@@ -670,8 +677,8 @@ class Engine:
         assert job.environment_arn is not None
         self._placed -= 1
         self._used[job.environment_arn] -= job.spec.vcpus
-        if (job.environment_type or "").startswith("FARGATE"):
-            self._fargate_used[job.spot] -= job.spec.vcpus
+        assert job.environment_type is not None
+        self._used_of_quota[_QUOTAS[job.environment_type]] -= job.spec.vcpus
         job.environment_arn = None
         self._later(0.0, self._schedule)
 

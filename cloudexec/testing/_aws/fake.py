@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
+from cloudexec._config import check_count, check_positive
+from cloudexec._errors import ConfigError
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.records import JobRecord, Request
 
@@ -79,7 +81,8 @@ class FakeAWS:
         mode: ``"process"``, ``"container"`` (an engine must answer at ``DOCKER_HOST``) or
             ``"auto"``: containers where an engine answers. With containers the API listens on all
             addresses of this machine, so that they reach it.
-        region: Region that clients are told to use. Every Region works.
+        region: Region that clients are told to use. Every Region works, one that AWS does not
+            have is refused.
         python: Interpreter that stands for the worker image; ``None``: the one of this process.
         images: In process mode image name (or shell pattern) to the interpreter that stands for
             it; in container mode to the name of the image to run instead.
@@ -96,6 +99,9 @@ class FakeAWS:
         stack_seconds: How long CloudFormation takes to create or delete a stack.
         registry: Registry on this machine, ``host:port`` over plain HTTP, that stands for ECR: what
             is pushed there appears in ECR, and containers are run from there.
+
+    Raises:
+        ConfigError: If a setting is out of its range.
     """
 
     _entered: ClassVar[threading.Lock] = threading.Lock()
@@ -117,6 +123,13 @@ class FakeAWS:
         stack_seconds: float = 0.2,
         registry: str | None = None,
     ) -> None:
+        if mode not in get_args(Mode):
+            raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+        for name, value in (("step", step), ("grace", grace), ("stack_seconds", stack_seconds)):
+            check_positive(name, value, zero=True)
+        check_positive("speed", speed)
+        check_positive("calls_per_second", calls_per_second)
+        check_count("max_running", max_running, least=1)
         self.region = region
         self.faults = Faults(self._renewed)
         self.step = step
@@ -143,14 +156,20 @@ class FakeAWS:
         """Start it and point this process's AWS clients at it.
 
         Raises:
-            ConfigError: If containers are wanted and no engine answers.
+            ConfigError: If containers are wanted and no engine answers, or there is no such region.
+            ImportError: If ``cloudexec[testing]`` is not installed.
             RuntimeError: If another one is entered.
         """
         if not FakeAWS._entered.acquire(blocking=False):
             raise RuntimeError("a FakeAWS is entered already: moto's state belongs to the process")
         try:
-            from cloudexec.testing._aws.session import Session
-
+            try:
+                from cloudexec.testing._aws.session import Session, check_region
+            except ImportError as exc:
+                raise ImportError(
+                    f"FakeAWS needs what `pip install 'cloudexec[testing]'` brings ({exc})"
+                ) from exc
+            check_region(self.region)
             # Thousands of images in every Region's back end would cost 0.2 seconds each.
             self._saved["MOTO_EC2_LOAD_DEFAULT_AMIS"] = os.environ.get("MOTO_EC2_LOAD_DEFAULT_AMIS")
             os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"

@@ -14,6 +14,24 @@ if TYPE_CHECKING:
 __all__ = ["Faults"]
 
 
+_SERVICES = (
+    "batch",
+    "s3",
+    "cloudformation",
+    "logs",
+    "secretsmanager",
+    "sts",
+    "ecr",
+    "iam",
+    "ssm",
+    "pricing",
+    "service-quotas",
+    "resourcegroupstaggingapi",
+    "ec2",
+)
+"""Names of botocore's models; the largest is asked last."""
+
+
 class Faults:
     """Faults of a FakeAWS; every method may be called from any thread, at any time.
 
@@ -134,14 +152,24 @@ class Faults:
             self._broken_roles.add(environment or "*")
         self._poke()
 
-    def vcpu_quota(self, vcpus: float | None, *, spot: bool = False) -> None:
-        """Set the account's quota of Fargate vCPUs; ``None`` takes the limit away."""
+    def vcpu_quota(
+        self, vcpus: float | None, *, spot: bool = False, compute: str = "fargate"
+    ) -> None:
+        """Set the account's quota of vCPUs that run at once; ``None`` takes the limit away.
+
+        Args:
+            vcpus: How many.
+            spot: Whether it is the quota of spot capacity.
+            compute: ``"fargate"`` or ``"ec2"``.
+        """
+        if compute not in ("fargate", "ec2"):
+            raise ValueError(f"compute must be 'fargate' or 'ec2', not {compute!r}")
         with self._lock:
-            name = "spot" if spot else "on-demand"
+            kind = compute + ("_spot" if spot else "")
             if vcpus is None:
-                self._quota.pop(name, None)
+                self._quota.pop(kind, None)
             else:
-                self._quota[name] = vcpus
+                self._quota[kind] = vcpus
         self._poke()
 
     def resource_fails(self, logical_id: str, reason: str = "Resource creation failed") -> None:
@@ -200,12 +228,22 @@ class Faults:
         Args:
             operation: Such as ``"SubmitJob"``; ``None``: any of Batch.
             count: How many calls.
+
+        Raises:
+            ValueError: If AWS has no such operation.
         """
+        if operation is not None:
+            _check_operation(operation)
         with self._lock:
             self._throttles.append([operation, count])
 
     def lose_response(self, operation: str, count: int = 1) -> None:
-        """Carry the next calls out and close their connection without an answer."""
+        """Carry the next calls out and close their connection without an answer.
+
+        Raises:
+            ValueError: If AWS has no such operation.
+        """
+        _check_operation(operation)
         with self._lock:
             self._losses.append([operation, count])
 
@@ -215,7 +253,11 @@ class Faults:
         Args:
             operation: Such as ``"GetObject"``.
             count: How many answers.
+
+        Raises:
+            ValueError: If AWS has no such operation.
         """
+        _check_operation(operation)
         with self._lock:
             self._cuts.append([operation, count])
 
@@ -225,7 +267,11 @@ class Faults:
         Args:
             operation: Such as ``"GetObject"``.
             count: How many answers.
+
+        Raises:
+            ValueError: If AWS has no such operation.
         """
+        _check_operation(operation)
         with self._lock:
             self._corrupted.append([operation, count])
 
@@ -236,7 +282,11 @@ class Faults:
             operation: Such as ``"GetObject"``.
             seconds: How long.
             count: How many answers; ``None``: all.
+
+        Raises:
+            ValueError: If AWS has no such operation.
         """
+        _check_operation(operation)
         with self._lock:
             self._slow.append([(operation, seconds), count])
 
@@ -246,7 +296,11 @@ class Faults:
         Args:
             operation: Such as ``"SubmitJob"`` or ``"batch:SubmitJob"``.
             count: How many calls; ``None``: all.
+
+        Raises:
+            ValueError: If AWS has no such operation.
         """
+        _check_operation(operation)
         with self._lock:
             self._denied.append([operation, count])
 
@@ -303,10 +357,14 @@ class Faults:
         with self._lock:
             return bool(self._broken_roles.intersection((*names, "*")))
 
-    def quota(self, *, spot: bool) -> float | None:
-        """The Fargate vCPU quota, ``None`` where nothing limits."""
+    def quota(self, kind: str) -> float | None:
+        """The quota of vCPUs, ``None`` where nothing limits.
+
+        Args:
+            kind: ``"fargate"``, ``"fargate_spot"``, ``"ec2"`` or ``"ec2_spot"``.
+        """
         with self._lock:
-            return self._quota.get("spot" if spot else "on-demand")
+            return self._quota.get(kind)
 
     def start_delay(self) -> float:
         """Extra seconds in STARTING."""
@@ -399,6 +457,18 @@ class Faults:
     def _poke(self) -> None:
         if self._engine is not None:
             self._engine.poke()
+
+
+def _check_operation(name: str) -> None:
+    """Refuse what no call is ever named, so that no fault stays without effect for a slip."""
+    from cloudexec.testing._aws.wire import service_model
+
+    service, _, operation = name.rpartition(":")
+    if service not in ("", *_SERVICES) or not any(
+        operation in service_model(each).operation_names
+        for each in ([service] if service else _SERVICES)
+    ):
+        raise ValueError(f"AWS has no operation {name!r} that FakeAWS knows")
 
 
 def _take(entries: list[list[object]], fits: Callable[[object], bool]) -> bool:

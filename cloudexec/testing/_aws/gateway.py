@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
+from cloudexec._aws.clients import known_regions
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.limits import ClientError
 from cloudexec.testing._aws.object_requests import (
@@ -191,6 +192,12 @@ class Gateway:
 
     def _refusal(self, call: Call, headers: Mapping[str, str], query: str) -> Response | None:
         token = headers.get("x-amz-security-token", "") or query_token(query)
+        if call.region not in known_regions():
+            text = (
+                f"FakeAWS: there is no AWS region {call.region!r}; in the real AWS, no host would "
+                f"be found for it"
+            )
+            return error_response(call, "UnknownRegion", text, 400)
         if self._faults.has_expired(token):
             code = _EXPIRED.get(call.service, "ExpiredTokenException")
             message = "The security token included in the request is expired"

@@ -114,6 +114,8 @@ class Job:
     depends_on: list[dict[str, str]] = field(default_factory=list)
     runnable_at: float | None = None
     head_since: float | None = None
+    pull: tuple[float, float] | None = None
+    """When the image of the present attempt began to arrive, and when it was there."""
     started_at: float | None = None
     stopped_at: float | None = None
     attempts: list[Attempt] = field(default_factory=list)

@@ -76,6 +76,9 @@ def check_tags(tags: Mapping[str, str] | None) -> None:
             raise ClientError("aws: prefixed tag key names are not allowed for external use.")
         if not 1 <= len(key) <= 128 or len(value) > 256:
             raise ClientError(f"Tag {key!r} is longer than 128 or its value longer than 256")
+        # "Tag naming limits and requirements", AWS General Reference.
+        if re.search(r"[^\w +\-=.:/@]", key + value):
+            raise ClientError(f"Tag {key!r} or its value {value!r} has a character not allowed")
 
 
 def check_environment(entries: Iterable[Mapping[str, str]], name: str = "name") -> None:

@@ -1,4 +1,4 @@
-"""Price lists and quotas, as much of them as concerns Fargate."""
+"""The price list of Fargate, and the quotas of vCPUs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,23 @@ FARGATE_PRICES = {
 _REGIONS = {"us-east-1": "USE1", "us-west-2": "USW2", "eu-west-1": "EU", "eu-central-1": "EUC1"}
 
 _QUOTAS = {
-    "L-3032A538": ("Fargate On-Demand vCPU resource count", False),
-    "L-36FBB829": ("Fargate Spot vCPU resource count", True),
+    "fargate": {
+        "L-3032A538": ("Fargate On-Demand vCPU resource count", "fargate"),
+        "L-36FBB829": ("Fargate Spot vCPU resource count", "fargate_spot"),
+    },
+    "ec2": {
+        "L-1216C47A": (
+            "Running On-Demand Standard (A, C, D, H, I, M, R, T, Z) instances",
+            "ec2",
+        ),
+        "L-34B43A08": (
+            "All Standard (A, C, D, H, I, M, R, T, Z) Spot Instance Requests",
+            "ec2_spot",
+        ),
+    },
 }
+"""By service and code: what AWS calls the quota, and the kind of capacity that it bounds."""
+_SERVICES = {"fargate": "AWS Fargate", "ec2": "Amazon Elastic Compute Cloud (Amazon EC2)"}
 _DEFAULT_QUOTA = 4000.0
 
 
@@ -96,10 +110,11 @@ def _product(attributes: Mapping[str, str], unit: str, price: float) -> str:
 def quota_response(
     operation: str, parameters: Mapping[str, Any], faults: Faults
 ) -> Mapping[str, Any] | None:
-    """Answer Service Quotas for Fargate's vCPUs."""
-    if parameters.get("ServiceCode") != "fargate":
+    """Answer Service Quotas for vCPUs of Fargate and EC2."""
+    service = parameters.get("ServiceCode", "")
+    if service not in _QUOTAS:
         return None
-    quotas = {code: _quota(code, faults) for code in _QUOTAS}
+    quotas = {code: _quota(service, code, faults) for code in _QUOTAS[service]}
     if operation in ("ListServiceQuotas", "ListAWSDefaultServiceQuotas"):
         return {"Quotas": list(quotas.values())}
     if operation in ("GetServiceQuota", "GetAWSDefaultServiceQuota"):
@@ -109,13 +124,13 @@ def quota_response(
     return None
 
 
-def _quota(code: str, faults: Faults) -> dict[str, Any]:
-    name, spot = _QUOTAS[code]
-    limit = faults.quota(spot=spot)
+def _quota(service: str, code: str, faults: Faults) -> dict[str, Any]:
+    name, kind = _QUOTAS[service][code]
+    limit = faults.quota(kind)
     return {
-        "ServiceCode": "fargate",
-        "ServiceName": "AWS Fargate",
-        "QuotaArn": f"arn:aws:servicequotas:us-east-1:123456789012:fargate/{code}",
+        "ServiceCode": service,
+        "ServiceName": _SERVICES[service],
+        "QuotaArn": f"arn:aws:servicequotas:us-east-1:123456789012:{service}/{code}",
         "QuotaCode": code,
         "QuotaName": name,
         "Value": _DEFAULT_QUOTA if limit is None else limit,

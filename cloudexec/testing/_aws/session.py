@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from moto.moto_server.werkzeug_app import (
 )
 from werkzeug.serving import make_server
 
+from cloudexec._aws.clients import known_regions
 from cloudexec._errors import ConfigError
 from cloudexec.testing._aws.batch_jobs import BatchJobs
 from cloudexec.testing._aws.batch_resources import BatchResources
@@ -35,7 +37,28 @@ from cloudexec.testing._aws.wire import Call
 if TYPE_CHECKING:
     from cloudexec.testing._aws.fake import FakeAWS, Setup
 
-__all__ = ["Session"]
+__all__ = ["Session", "check_region"]
+
+
+def _pull_times(pull: tuple[float, float] | None) -> dict[str, str]:
+    """When the image began to arrive and was there, as the metadata endpoint writes it."""
+    if pull is None:
+        return {}
+    names = ("PullStartedAt", "PullStoppedAt")
+    return {
+        name: f"{datetime.fromtimestamp(at, UTC):%Y-%m-%dT%H:%M:%S.%f}000Z"
+        for name, at in zip(names, pull, strict=True)
+    }
+
+
+def check_region(name: str) -> None:
+    """Refuse a region that AWS does not have.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    if name not in known_regions():
+        raise ConfigError(f"there is no AWS region {name!r} that FakeAWS could be")
 
 
 class _Handler(MotoRequestHandler):
@@ -146,6 +169,12 @@ class Session:
     def _runner(self, directory: Path) -> Runner:
         owner = self._owner
         if owner.mode == "container" or (owner.mode == "auto" and engine_answers()):
+            try:
+                import docker  # noqa: F401
+            except ImportError:
+                raise ConfigError(
+                    "mode='container' needs docker-py: pip install 'cloudexec[image,testing]'"
+                ) from None
             if not engine_answers():
                 raise ConfigError(
                     "mode='container', but no container engine answers: start one, or set "
@@ -196,6 +225,7 @@ class Session:
                         "Revision": str(job.spec.revision),
                         "DesiredStatus": "RUNNING",
                         "KnownStatus": "RUNNING",
+                        **_pull_times(job.pull),
                         "Limits": {"CPU": job.spec.vcpus, "Memory": job.spec.memory_mib},
                         "AvailabilityZone": f"{job.spec.region}a",
                         "LaunchType": "FARGATE" if job.spec.fargate else "EC2",

@@ -1,0 +1,91 @@
+"""What an initializer leaves in the globals of a script, for the calls that come after it.
+
+In a process pool all functions of a script share its globals, so that an initializer can prepare
+what tasks use. Here functions of a script come by value, each with its globals as they are in the
+client when it is submitted. What the initializer has bound anew in this process, or has changed in
+place, takes precedence over that.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import deque
+from collections.abc import Callable
+from types import FunctionType, ModuleType
+from typing import Any
+
+from cloudpickle import cloudpickle
+
+__all__ = ["initialize"]
+
+_MISSING = object()
+_prepared: dict[str, dict[str, Any]] = {}  # by the name of the module that they are globals of
+
+
+def initialize(initializer: Callable[..., object], initargs: tuple[Any, ...]) -> None:
+    """Call an initializer, and keep what it leaves for the functions that come later.
+
+    Raises:
+        BaseException: Whatever the initializer raises.
+    """
+    scope = _globals_of(initializer)
+    if scope is None:
+        initializer(*initargs)
+        return
+    before = {name: (value, _content(value)) for name, value in scope.items()}
+    initializer(*initargs)
+    changed = {}
+    for name, value in scope.items():
+        old, content = before.get(name, (_MISSING, None))
+        if value is not old or not _is_same(_content(value), content):
+            changed[name] = value
+    changed.pop("__builtins__", None)  # put there by whoever runs code in it
+    if changed:
+        if not _prepared:
+            cloudpickle._function_setstate = _set_state
+        _prepared.setdefault(scope.get("__name__", ""), {}).update(changed)
+
+
+def _globals_of(fn: Any) -> dict[str, Any] | None:
+    """Return the globals of a function that came by value; ``None``: of a module, or there are
+    none."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    fn = getattr(fn, "__func__", fn)
+    if not isinstance(fn, FunctionType):
+        fn = type(fn).__call__
+    if not isinstance(fn, FunctionType):
+        return None
+    scope = fn.__globals__
+    module = sys.modules.get(scope.get("__name__", ""))
+    return None if module is not None and module.__dict__ is scope else scope
+
+
+def _content(value: Any) -> list[Any] | None:
+    """Return what is directly in a container or an object; ``None``: it is something else."""
+    if isinstance(value, (ModuleType, FunctionType, type)):
+        return None
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, (list, set, deque)):
+        return list(value)
+    attributes = getattr(value, "__dict__", None)
+    return [*attributes.keys(), *attributes.values()] if type(attributes) is dict else None
+
+
+def _is_same(one: list[Any] | None, other: list[Any] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+_set_state_of_cloudpickle = cloudpickle._function_setstate
+
+
+def _set_state(fn: FunctionType, state: Any) -> None:
+    """Give a function that comes by value its globals; cloudpickle calls it by its own's name."""
+    _set_state_of_cloudpickle(fn, state)
+    prepared = _prepared.get(fn.__globals__.get("__name__", ""))
+    if prepared is not None:
+        fn.__globals__.update(prepared)
