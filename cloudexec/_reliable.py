@@ -56,6 +56,11 @@ class Reliable(Generic[_MessageT]):
         return not self._kept
 
     @property
+    def has_begun(self) -> bool:
+        """Whether the first message has arrived."""
+        return bool(self._sent) and (not self._kept or self._kept[0][0].number > 1)
+
+    @property
     def owes(self) -> bool:
         """Whether messages have come that the other side does not know to have arrived."""
         return self.received > self._acknowledged

@@ -112,6 +112,8 @@ class Session:
         self._delivering: set[int] = set()  # leases whose results are on their way in parts
         self._holdings = Holdings()
         self._says_holdings = False
+        self._is_known = asyncio.Event()  # the client knows what is held here for it
+        self._is_known.set()
         self.pool: SlotPool | None = None
         self.blobs: BlobCache | None = None
         self.welcome = pb.Welcome()
@@ -282,6 +284,7 @@ class Session:
         self._groups_changed = True
         self._drain_said = False
         self._says_holdings = True
+        self._is_known.clear()
 
     # What the pool answers.
 
@@ -517,6 +520,7 @@ class Session:
         while attempt < DELIVERY_TRIES:
             await asyncio.sleep(0.1 * attempt)
             await self._connected.wait()
+            await self._is_known.wait()
             if token != self._token:
                 if kept and token:
                     return 0  # it was for a client that is gone
@@ -894,6 +898,8 @@ class Session:
             is_news = reliable.take(message)
         except ValueError as exc:
             raise ProtocolError(f"the client's messages are out of order: {exc}") from exc
+        if reliable.has_begun:
+            self._is_known.set()
         if self._flushing and reliable.is_clear:
             self._wanted.set()
         if reliable.is_urgent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -54,9 +55,24 @@ def test_policy_of_a_profile_that_is_not_there(aws: FakeAWS, run: Run) -> None:
     assert "there is no profile 'absent'" in done.stderr
 
 
-def test_from_up_to_down(aws: FakeAWS, run: Run) -> None:
-    """Set up, check, set up again, print the policy, and remove it all."""
-    done = run("up", "--max-vcpus", "4", "--project", "sweeps", "--log-days", "3")
+SWEEP = """
+import os, time
+from cloudexec import BatchExecutor
+
+def simulate(seed):
+    time.sleep(0.005)
+    return os.environ.get("AWS_BATCH_JOB_ID", "here")
+
+if __name__ == "__main__":
+    with BatchExecutor(max_workers=40) as executor:
+        places = list(executor.map(simulate, range(10_000)))
+    print(len(places), "here" in places)
+"""
+
+
+def test_from_up_to_down(aws: FakeAWS, run: Run, folder: Path, environment: dict[str, str]) -> None:
+    """Set up, check, run an unmodified script on 40 workers, look at them, remove it all."""
+    done = run("up", "--max-vcpus", "40", "--project", "sweeps", "--log-days", "3")
     assert done.returncode == 0, done.stderr
     for line in ("Credentials: account", "FargateQueue (Batch::JobQueue) CREATE_COMPLETE"):
         assert line in done.stderr
@@ -80,13 +96,40 @@ def test_from_up_to_down(aws: FakeAWS, run: Run) -> None:
     assert "-> `cloudexec image push --profile default`" in done.stdout
     assert "1 of 13 checks failed." in done.stdout
 
-    profile.with_image(PYTHON, "linux/amd64", f"registry.example/w@sha256:{'0' * 64}").save()
+    image = f"registry.example/w@sha256:{'0' * 64}"
+    done = run("image", "use", image)
+    assert (done.returncode, done.stdout) == (0, f"{image}\n"), done.stderr
+    assert Profile.load("default") == profile.with_image(PYTHON, "linux/amd64", image)
     done = run("doctor", "--dry", "--json")
     assert done.returncode == 0, done.stdout
     document = json.loads(done.stdout)
     assert document["ok"]
     assert {each["name"] for each in document["checks"]} >= {"stack", "queues", "probe worker"}
     assert not aws.jobs()
+
+    script = folder / "sweep.py"
+    script.write_text(SWEEP)
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**environment, "CLOUDEXEC_PROFILE": "default"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        shown: list[dict[str, Any]] = []
+        while process.poll() is None and not shown:
+            shown = json.loads(run("ps", "--json").stdout)
+        output, errors = process.communicate(timeout=60)
+    assert output == "10000 False\n", errors
+    assert re.fullmatch(r"cloudexec: 10000 tasks on .*40 workers in .*\n", errors)
+    (executor,) = shown
+    assert sum(executor["workers"].values()) == 40
+    (submitted,) = (r.parameters for r in aws.requests if r.operation == "SubmitJob")
+    assert submitted["arrayProperties"] == {"size": 40}
+    assert "enrolled as worker-1\n" in run("logs", f"{executor['id']}/worker-1").stdout
+    (ended,) = json.loads(run("jobs", "--json").stdout)
+    assert ended["state"] in ("SUCCEEDED", "FAILED")
+    assert ended["cost_usd"] > 0
 
     done = run("down")
     assert done.returncode == 2
@@ -226,3 +269,27 @@ def test_doctor_ends_when_its_reader_is_gone(
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(timeout=30) == 141
+
+
+@pytest.mark.parametrize("image", ["", "a b", "x" * 256])
+def test_what_is_no_image_is_not_noted(aws: FakeAWS, run: Run, image: str) -> None:
+    Profile(name="default", region=aws.region).save()
+    done = run("image", "use", image)
+    assert done.returncode == 2
+    assert "without blanks" in done.stderr
+    assert not Profile.load("default").images
+
+
+def test_image_in_the_repository_is_noted_by_its_digest(aws: FakeAWS, run: Run) -> None:
+    client: Any = botocore.session.get_session().create_client("ecr")
+    uri = client.create_repository(repositoryName="ours")["repository"]["repositoryUri"]
+    digest = client.put_image(repositoryName="ours", imageManifest="{}", imageTag="v1")["image"][
+        "imageId"
+    ]["imageDigest"]
+    Profile(name="default", region=aws.region).save()
+    done = run("image", "use", f"{uri}:v1", "--platform", "linux/arm64")
+    assert done.stdout == f"{uri}@{digest}\n", done.stderr
+    assert Profile.load("default").images == {f"{PYTHON}-linux/arm64": f"{uri}@{digest}"}
+    done = run("image", "use", f"{uri}:v2")
+    assert done.returncode == 1
+    assert "ImageNotFoundException" in done.stderr
