@@ -55,7 +55,7 @@ MAY_IMPORT = {
         "_transfer",
         "_wire",
     },
-    "_graph": {"_config", "_executor", "_future", "_progress"},
+    "_graph": {"_config", "_executor", "_future", "_objects", "_progress"},
     "_journal": {"_functions", "_modules", "_objects", "_payload", "_records"},
     "_journal/bucket.py": {"_aws", "_objects", "_payload"},
     "_story": {"_config"},

@@ -49,9 +49,10 @@ def use_needs(executor: BatchExecutor) -> None:
     )
     view.with_options(retry_on=(OSError, KeyError), retries=5)
     result: float = view.submit(area, 1.0).result()
+    placed: float = view.put(1.0).get()
     story: TaskStory = view.explain(view.submit(area, 1.0))
     lost: list[tuple[str, int | None]] = [(each.reason, each.exit_code) for each in story.lost]
-    print(story, lost)
+    print(story, lost, placed)
     executor.explain("future")  # type: ignore[arg-type]
     BatchExecutor(max_pending_bytes="1GiB", max_pending_tasks=10, when_full="raise")
     executor.with_options(cpus="2")  # type: ignore[arg-type]
