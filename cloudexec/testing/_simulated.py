@@ -142,8 +142,10 @@ class SimulatedWorker:
             token=token,
             received=self._reliable.received,
         )
-        if token:
+        if answer.resumed:
             self._reliable.arrived(answer.received)
+        elif token:
+            raise ProtocolError("its client was killed, and it has nothing to hand to the next one")
         else:
             self._welcome = answer.welcome
 

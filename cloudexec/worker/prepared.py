@@ -1,9 +1,9 @@
 """What an initializer leaves in the globals of a script, for the calls that come after it.
 
 In a process pool all functions of a script share its globals, so that an initializer can prepare
-what tasks use. Here functions of a script come by value, each with its globals as they are in the
-client when it is submitted. What the initializer has bound anew in this process, or has changed in
-place, takes precedence over that.
+what tasks use. Here functions and classes of a script come by value, each with its globals and
+attributes as they are in the client when it is submitted. What the initializer has bound anew in
+this process, or has changed in place, takes precedence over that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = ["initialize"]
 
 _MISSING = object()
 _prepared: dict[str, dict[str, Any]] = {}  # by the name of the module that they are globals of
+_attributes: dict[type, dict[str, Any]] = {}  # of classes that came by value
 
 
 def initialize(initializer: Callable[..., object], initargs: tuple[Any, ...]) -> None:
@@ -33,18 +34,37 @@ def initialize(initializer: Callable[..., object], initargs: tuple[Any, ...]) ->
     if scope is None:
         initializer(*initargs)
         return
-    before = {name: (value, _content(value)) for name, value in scope.items()}
+    name = scope.get("__name__", "")
+    candidates = (*scope.values(), getattr(initializer, "__self__", None))
+    classes = {each for each in candidates if isinstance(each, type) and each.__module__ == name}
+    before = _noted(scope)
+    attributes = {each: _noted(vars(each)) for each in classes}
     initializer(*initargs)
+    changed = _changed(scope, before)
+    changed.pop("__builtins__", None)  # put there by whoever runs code in it
+    if changed:
+        _prepared[name] = changed
+        cloudpickle._function_setstate = _set_function_state
+    for each, noted in attributes.items():
+        if differing := _changed(vars(each), noted):
+            _attributes[each] = differing
+            cloudpickle._class_setstate = _set_class_state
+
+
+_Noted = dict[str, tuple[Any, "list[Any] | None"]]
+
+
+def _noted(names: Mapping[str, Any]) -> _Noted:
+    return {name: (value, _content(value)) for name, value in names.items()}
+
+
+def _changed(names: Mapping[str, Any], before: _Noted) -> dict[str, Any]:
     changed = {}
-    for name, value in scope.items():
+    for name, value in names.items():
         old, content = before.get(name, (_MISSING, None))
         if value is not old or not _is_same(_content(value), content):
             changed[name] = value
-    changed.pop("__builtins__", None)  # put there by whoever runs code in it
-    if changed:
-        if not _prepared:
-            cloudpickle._function_setstate = _set_state
-        _prepared.setdefault(scope.get("__name__", ""), {}).update(changed)
+    return changed
 
 
 def _globals_of(fn: Any) -> dict[str, Any] | None:
@@ -80,12 +100,29 @@ def _is_same(one: list[Any] | None, other: list[Any] | None) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
-_set_state_of_cloudpickle = cloudpickle._function_setstate
+_function_state, _class_state = cloudpickle._function_setstate, cloudpickle._class_setstate
 
 
-def _set_state(fn: FunctionType, state: Any) -> None:
-    """Give a function that comes by value its globals; cloudpickle calls it by its own's name."""
-    _set_state_of_cloudpickle(fn, state)
+def _set_function_state(fn: FunctionType, state: Any) -> None:
+    """Give a function that comes by value its globals."""
+    _function_state(fn, state)
     prepared = _prepared.get(fn.__globals__.get("__name__", ""))
     if prepared is not None:
         fn.__globals__.update(prepared)
+
+
+def _set_class_state(kind: type, state: Any) -> type:
+    """Give a class that comes by value, for the first time or once more, its attributes."""
+    _class_state(kind, state)
+    for name, value in _attributes.get(kind, {}).items():
+        setattr(kind, name, value)
+    return kind
+
+
+# They stand in for cloudpickle's, also in what is pickled here.
+for _new, _old in ((_set_function_state, _function_state), (_set_class_state, _class_state)):
+    _new.__module__, _new.__qualname__, _new.__name__ = (
+        _old.__module__,
+        _old.__qualname__,
+        _old.__name__,
+    )

@@ -274,6 +274,21 @@ def test_names_that_cannot_be_are_refused(name: str) -> None:
         SetupOptions(name=name)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "local"}, "CLOUDEXEC_PROFILE=local means this machine"),
+        ({"log_retention_days": 31}, r"30, 60, .* not 31"),
+        ({"bucket_expire_days": 0}, "bucket_expire_days"),
+        ({"max_vcpus": 0}, "max_vcpus"),
+        ({"subnets": ("s",) * 17}, "at most 16"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        SetupOptions(**options)
+
+
 # Down
 
 

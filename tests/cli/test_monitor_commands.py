@@ -402,18 +402,15 @@ class TestWhereToLook:
             assert result.returncode == 2
             assert "there is no profile 'nope'" in result.stderr
 
-    @pytest.mark.parametrize("value", ["", "local"])
     def test_the_profile_of_this_machine_is_none(
-        self, account: Account, environment: dict[str, str], run: Run, value: str
+        self, account: Account, environment: dict[str, str], run: Run
     ) -> None:
         """``CLOUDEXEC_PROFILE=local`` brings scripts home; commands then look everywhere."""
-        environment["CLOUDEXEC_PROFILE"] = value
+        environment["CLOUDEXEC_PROFILE"] = "local"
         account.running(account.submit(SLEEP))
         result = run("ps", "--json")
         assert (result.returncode, len(json.loads(result.stdout))) == (0, 1), result.stderr
-        doctor = run("doctor", "--dry")
-        assert "there is no profile 'default'" in doctor.stdout
-        assert "there is no profile 'local'" in run("ps", "--profile", "local").stderr
+        assert "there is no profile 'default'" in run("doctor", "--dry").stdout
 
     def test_a_region_that_does_not_exist_is_refused(self, account: Account, run: Run) -> None:
         result = run("ps", "--region", "mars-1")

@@ -978,8 +978,20 @@ from cloudexec import BatchExecutor
 
 MODEL, CACHE, LOADED, STATE, KNOWN = None, {}, [], SimpleNamespace(ready=False), "as it was"
 
+class Shared:
+    model, table = None, {}
+
+    @classmethod
+    def prepare(cls, model):
+        cls.model = model
+        cls.table["model"] = model
+
+    @classmethod
+    def both(cls, n):
+        return cls.model, cls.table, n
+
 def helper():
-    return MODEL, CACHE, LOADED, STATE.ready, KNOWN
+    return MODEL, CACHE, LOADED, STATE.ready, KNOWN, Shared.both(0)
 
 class Task:
     def __call__(self, n):
@@ -992,6 +1004,7 @@ def prepare(model):
     CACHE["model"] = model
     LOADED.append(model)
     STATE.ready = KNOWN == "as it was"
+    Shared.prepare(model)
 
 def use(n):
     return n, MODEL, MADE, CACHE, LOADED, STATE.ready, KNOWN
@@ -1008,6 +1021,7 @@ def outcomes(kind, initializer, initargs):
             executor.submit(apply, use, 2).result(),
             executor.submit(partial(apply, use), 3).result(),
             executor.submit(Task(), 4).result(),
+            *executor.map(Shared.both, range(2)),
         ]
 
 if __name__ == "__main__":
@@ -1015,6 +1029,9 @@ if __name__ == "__main__":
         found = outcomes(BatchExecutor, initializer, initargs)
         expected = outcomes(ProcessPoolExecutor, initializer, initargs)
         assert found == expected, (found, expected)
+    with BatchExecutor(1, initializer=Shared.prepare, initargs=(8,)) as executor:
+        assert executor.submit(Shared.both, 1).result() == (8, {"model": 8}, 1)
+        assert executor.submit(lambda: (lambda n: (n, Shared.model))).result()(9) == (9, None)
     KNOWN = "changed"
     with BatchExecutor(1, initializer=prepare, initargs=(7,)) as executor:
         assert executor.submit(use, 1).result()[-2:] == (False, "changed")

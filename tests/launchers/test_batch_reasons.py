@@ -65,8 +65,11 @@ def test_a_cause_is_named_with_its_remedy(
     eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))
 
 
-def test_a_quota_of_instances_is_a_cause_too(aws: Any, launcher: Make) -> None:
+def test_a_quota_of_instances_is_a_cause_too(
+    aws: Any, launcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """AWS Batch itself says nothing of it."""
+    monkeypatch.setattr(fleet, "_DIAGNOSE_AFTER", 0.1)
     batch = launcher(compute="ec2", kinds=("EC2",), memory="1GiB")
     aws.faults.vcpu_quota(0, compute="ec2")
     executor = BatchExecutor(1, launcher=batch)
