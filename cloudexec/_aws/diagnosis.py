@@ -16,6 +16,7 @@ __all__ = [
     "cause_of_refusal",
     "cause_of_waiting",
     "is_definition_gone",
+    "mend_invalid",
 ]
 
 
@@ -119,6 +120,21 @@ def cause_of_refusal(said: str) -> Cause:
     return Cause(text=said)
 
 
+def mend_invalid(up: str) -> str:
+    """Say what may make an INVALID compute environment VALID again.
+
+    Args:
+        up: The command that sets up.
+
+    References:
+        AWS Batch User Guide, "Troubleshooting", "INVALID compute environment".
+    """
+    return (
+        f"{up} has AWS Batch look again; if its own role is gone, first `aws iam "
+        f"create-service-linked-role --aws-service-name batch.amazonaws.com`"
+    )
+
+
 def cause_of_end(end: JobEnd) -> Cause:
     """Say why a worker ended before it had dialed back, or under its tasks.
 
@@ -146,8 +162,8 @@ def _cause_of_end(end: JobEnd) -> Cause:
         return Cause(
             text=f"the worker's image cannot be pulled: {said}",
             remedy=(
-                "`cloudexec image push` puts one where it belongs; `cloudexec doctor` checks that "
-                "it is there, and that the execution role may pull it"
+                "`cloudexec image push` puts one where it belongs, `cloudexec doctor` checks that "
+                "it is there"
             ),
             fatal=True,
         )
@@ -257,7 +273,7 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
         why = broken[0].get("statusReason", "")
         return Cause(
             text=f"no compute environment of {situation.queue} is valid: {why}",
-            remedy="usually a role is missing or changed: `cloudexec up` repairs it",
+            remedy=f"usually a role is missing or changed: {mend_invalid('`cloudexec up`')}",
             fatal=True,
         )
     off = [e for e in situation.environments if e.get("state") == "DISABLED"]

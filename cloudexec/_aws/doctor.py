@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients, is_region, known_regions
+from cloudexec._aws.diagnosis import mend_invalid
 from cloudexec._aws.names import is_setup_name
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.quotas import vcpu_quotas
@@ -282,6 +283,8 @@ def _verdict(name: str, wrong: list[str], right: str, profile: Profile) -> Check
     if not wrong:
         return Check(name=name, outcome="ok", found=f"VALID and ENABLED: {right}")
     remedy = f"{_up(profile.name)} enables what is disabled and makes anew what is missing"
+    if any("INVALID" in each for each in wrong):
+        remedy = mend_invalid(_up(profile.name))
     if not profile.stack:
         remedy = "mend or enable it in the AWS Batch console"
     return Check(name=name, outcome="failed", found="; ".join(wrong), remedy=remedy)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.diagnosis import mend_invalid
 from cloudexec._aws.names import TAG_STACK, is_setup_name, stack_name
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.stack import Stack, event_ids, find_stack, follow, stack_failure
@@ -298,7 +299,7 @@ async def _network(clients: AwsClients, options: SetupOptions) -> tuple[str, tup
 async def _await_valid(clients: AwsClients, queues: Sequence[str], interval: float) -> str:
     """Wait until queues and their environments are VALID, and enable those that are not."""
     started = time.monotonic()
-    enabled: set[str] = set()
+    touched: set[str] = set()
     while True:
         answer = await clients.call("batch", "describe_job_queues", jobQueues=list(queues))
         found = answer["jobQueues"]
@@ -315,15 +316,16 @@ async def _await_valid(clients: AwsClients, queues: Sequence[str], interval: flo
             is_queue = kind == "queue"
             name = each["jobQueueName" if is_queue else "computeEnvironmentName"]
             status, state = each.get("status", "VALID"), each.get("state", "ENABLED")
-            if status == "INVALID":
+            if status == "INVALID" and name in touched:
                 raise AwsError(
                     f"the {kind} {name} is INVALID: {each.get('statusReason') or 'no reason given'}"
-                    f"; once that is mended, `cloudexec up` again",
+                    f"; once that is mended, {mend_invalid('`cloudexec up`')}",
                     code="INVALID",
                 )
-            if state != "ENABLED" and status == "VALID" and name not in enabled:
-                # `down` disables queues first, and may have been interrupted after that.
-                enabled.add(name)
+            if (status == "INVALID" or state != "ENABLED") and name not in touched:
+                # `down` disables queues first, and may have been interrupted after that. What was
+                # INVALID is looked at again when it is updated.
+                touched.add(name)
                 await clients.call(
                     "batch",
                     "update_job_queue" if is_queue else "update_compute_environment",

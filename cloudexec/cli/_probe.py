@@ -11,7 +11,8 @@ from cloudexec._errors import CloudexecError
 
 __all__ = ["probe"]
 
-_UNREACHED = re.compile(r"reach this process|did not dial back yet|dialed back within [\d.]+ s$")
+_LATE = "no worker dialed back within"
+_UNREACHED = re.compile(rf"reach this process|did not dial back yet|{_LATE} [\d.]+ s$")
 
 
 def probe(name: str, checks: tuple[Check, ...], *, timeout: float) -> Check:
@@ -30,20 +31,23 @@ def probe(name: str, checks: tuple[Check, ...], *, timeout: float) -> Check:
     from cloudexec import BatchExecutor
     from cloudexec.aws import Batch
 
+    launcher = Batch(profile=name)
     started = time.monotonic()
     try:
-        with BatchExecutor(1, launcher=Batch(profile=name), launch_timeout=timeout) as executor:
+        # One that does not come in time is not replaced: another one would do no better.
+        with BatchExecutor(1, launcher=launcher, launch_timeout=2 * timeout) as executor:
             # A builtin: the image need not have what this module imports.
-            executor.submit(max, 1, 2).result()
+            future = executor.submit(max, 1, 2)
+            try:
+                future.result(timeout)
+            except TimeoutError:
+                why = launcher.explain()
+                executor.shutdown(cancel_futures=True)
+                return _failed(name, "; ".join(filter(None, (f"{_LATE} {timeout:g} s", why))))
             seconds = time.monotonic() - started
             launches = executor.stats().launches
     except CloudexecError as exc:
-        return Check(
-            name="probe worker",
-            outcome="failed",
-            found=f"{type(exc).__name__}: {exc}",
-            remedy=_remedy(name, str(exc)),
-        )
+        return _failed(name, f"{type(exc).__name__}: {exc}")
     parts = []
     if launches:
         for label, value in (
@@ -60,6 +64,12 @@ def probe(name: str, checks: tuple[Check, ...], *, timeout: float) -> Check:
     if parts:
         found += f": {', '.join(parts)}"
     return Check(name="probe worker", outcome="ok", found=found)
+
+
+def _failed(name: str, found: str) -> Check:
+    return Check(
+        name="probe worker", outcome="failed", found=found, remedy=_remedy(name, found)
+    )
 
 
 def _remedy(name: str, reason: str) -> str:

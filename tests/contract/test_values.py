@@ -1031,7 +1031,7 @@ if __name__ == "__main__":
         assert found == expected, (found, expected)
     with BatchExecutor(1, initializer=Shared.prepare, initargs=(8,)) as executor:
         assert executor.submit(Shared.both, 1).result() == (8, {"model": 8}, 1)
-        assert executor.submit(lambda: (lambda n: (n, Shared.model))).result()(9) == (9, None)
+        assert executor.submit(lambda: lambda n: n + 1).result()(9) == 10
     KNOWN = "changed"
     with BatchExecutor(1, initializer=prepare, initargs=(7,)) as executor:
         assert executor.submit(use, 1).result()[-2:] == (False, "changed")
