@@ -631,9 +631,15 @@ class BatchExecutor(_Base):
         from cloudexec import _payload
 
         error: BaseException | None = None
-        function = None
+        function = sent = None
+        kind: Any = None
+        dumps: Callable[..., Any] = _payload.dumps_arguments
         try:
-            function = table.numbered(fn)
+            function = sent = table.numbered(fn)
+            if function is None:
+                sent, kind, dumps = table.unnumbered(fn)
+            else:
+                kind = function.kind
         except Exception as exc:
             error = _pickling_error(fn, exc)
         if terms is not None and terms.judged:
@@ -641,10 +647,6 @@ class BatchExecutor(_Base):
         submission = _submission()
         retries, numbers = options.retries, self._numbers
         store, budget, on_submit = driver.store, driver.budget, self._on_submit
-        if function is None:
-            kind, dumps = table.unnumbered(fn)
-        else:
-            kind, dumps = function.kind, _payload.dumps_arguments
         journal, identity = driver.journal, None
         if journal is not None and error is None:
             if type(fn) is _Chunk and callable(options.key):
@@ -684,7 +686,7 @@ class BatchExecutor(_Base):
                     )
                 ):
                     continue
-                task = submission(next(numbers), kind, future, function, payload, retries, of_task)
+                task = submission(next(numbers), kind, future, sent, payload, retries, of_task)
                 if type(payload) is not bytes:
                     try:
                         if _hold_back(task, fn, args, {}):
@@ -860,7 +862,8 @@ class OptionsView(_Base):
     def __repr__(self) -> str:
         options, usual = self._options, TaskOptions()
         given = [
-            f"{each.name}={value!r}"
+            # Of variables the names: what they hold may be nobody's business.
+            f"{each.name}={sorted(value) if each.name == 'env' else value!r}"
             for each in fields(options)
             if (value := getattr(options, each.name)) != getattr(usual, each.name)
         ]

@@ -10,6 +10,7 @@ pickled anew for each call (once per ``map()``).
 from __future__ import annotations
 
 import dis
+import functools
 import hashlib
 import itertools
 import pickle
@@ -223,13 +224,32 @@ class FunctionTable:
 
     def unnumbered(
         self, fn: Callable[..., Any]
-    ) -> tuple[Kind, Callable[[tuple[Any, ...], _Keywords, BlobStore], Payload | Unfinished]]:
-        """Return the kind of task of a callable without a number, and what pickles a call of it."""
+    ) -> tuple[
+        Function | None,
+        Kind,
+        Callable[[tuple[Any, ...], _Keywords, BlobStore], Payload | Unfinished],
+    ]:
+        """Say how to send calls of a callable that futures or handles are bound to.
 
-        def dumps(args: tuple[Any, ...], kwargs: _Keywords, store: BlobStore) -> Any:
+        Returns:
+            What of it is numbered after all, the kind of task, and what pickles the rest of it with
+            the arguments of a call.
+
+        Raises:
+            BaseException: Whatever pickling raises.
+        """
+        if type(fn) is functools.partial and (inner := self.numbered(fn.func)) is not None:
+            bound, named = fn.args, fn.keywords
+
+            def arguments(args: tuple[Any, ...], kwargs: _Keywords, store: BlobStore) -> Any:
+                return _payload.dumps_arguments(bound + args, {**named, **(kwargs or {})}, store)
+
+            return inner, inner.kind, arguments
+
+        def together(args: tuple[Any, ...], kwargs: _Keywords, store: BlobStore) -> Any:
             return _payload.dumps_call(fn, args, kwargs or {}, store)
 
-        return self._kind(fn), dumps
+        return None, self._kind(fn), together
 
     def call(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

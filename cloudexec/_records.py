@@ -36,6 +36,13 @@ IN_BAND, BUFFER, READONLY_BUFFER, END = 0, 1, 2, 3
 IN_BAND_BLOB, BUFFER_BLOB, READONLY_BLOB, HEAD_BLOB = 4, 5, 6, 7
 END_RECORD = RECORD.pack(END, 0)
 _loads = pickle.loads
+_LARGE = 4 * 1024 * 1024
+
+
+def _prefer_large_pages(buffer: Any) -> None:
+    from cloudexec._objects.segments import prefer_large_pages
+
+    prefer_large_pages(buffer)
 
 
 class Source(Protocol):
@@ -92,6 +99,8 @@ class _RecordReader:
 
     def readinto(self, target: Any) -> int:
         view = memoryview(target).cast("B")
+        if len(view) >= _LARGE:
+            _prefer_large_pages(view)
         at = 0
         while at < len(view):
             if not self._left and not self._next_record():
@@ -113,7 +122,10 @@ class _RecordReader:
         if size > self._most:
             # The unpickler takes an UnpicklingError, here, for the end of the file.
             raise MemoryError(f"{size} bytes are more than a payload may have")
-        return bytearray(size)
+        room = bytearray(size)
+        if size >= _LARGE:
+            _prefer_large_pages(room)
+        return room
 
     def readline(self) -> bytes:
         line = bytearray()
@@ -170,6 +182,8 @@ class _Pieces:
 
     def readinto(self, target: Any) -> int:
         view = memoryview(target).cast("B")
+        if len(view) >= _LARGE:
+            _prefer_large_pages(view)
         at = 0
         while at < len(view):
             if not self._left:

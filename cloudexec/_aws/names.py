@@ -17,6 +17,7 @@ __all__ = [
     "is_setup_name",
     "job_name",
     "object_prefix",
+    "region_of",
     "stack_name",
 ]
 
@@ -33,6 +34,11 @@ DEFINITION_PREFIX = "cloudexec-"
 OBJECTS_PREFIX = "cloudexec/"
 """Keys of the bucket that executors use: apart from those of tasks, which may not touch them."""
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
+
+
+def region_of(arn: str) -> str:
+    """Return the region in an ARN; empty for a name."""
+    return arn.split(":")[3] if arn.startswith("arn:") and arn.count(":") >= 5 else ""
 
 
 def is_setup_name(name: str) -> bool:

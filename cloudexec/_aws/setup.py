@@ -322,7 +322,8 @@ async def _await_valid(clients: AwsClients, queues: Sequence[str], interval: flo
                     f"; once that is mended, {mend_invalid('`cloudexec up`')}",
                     code="INVALID",
                 )
-            if (status == "INVALID" or state != "ENABLED") and name not in touched:
+            is_off = status == "VALID" and state != "ENABLED"
+            if (is_off or status == "INVALID") and name not in touched:
                 # `down` disables queues first, and may have been interrupted after that. What was
                 # INVALID is looked at again when it is updated.
                 touched.add(name)

@@ -132,7 +132,13 @@ class Fleet:
         settings = self._settings
         if settings.profile is not None:
             self._profile = await asyncio.to_thread(Profile.load, settings.profile)
-        self._clients = AwsClients(settings.region or self._profile.region or None)
+        there = names.region_of(settings.queue or "")
+        self._clients = AwsClients(settings.region or self._profile.region or there or None)
+        if there not in ("", self._clients.region):
+            raise ConfigError(
+                f"the queue {settings.queue} is in {there}, and not in {self._clients.region}: "
+                f"give region={there!r}, or another queue"
+            )
         self._prices = await asyncio.to_thread(PriceTable.load, self._clients.region)
         for spot in {bool(settings.spot), bool(settings.spot) and settings.spot != "prefer"}:
             self._queue(spot=spot)  # complains if there is none
@@ -175,6 +181,8 @@ class Fleet:
                 f"there is no job definition {name!r}; `cloudexec definitions list` shows ours"
             )
         newest = max(found["jobDefinitions"], key=lambda each: int(each["revision"]))
+        if newest.get("status", "ACTIVE") != "ACTIVE":
+            raise ConfigError(f"the job definition {name!r} has been deregistered")
         self._definition = newest["jobDefinitionArn"]
         container = newest.get("containerProperties", {})
         options = container.get("logConfiguration", {}).get("options", {})

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from cloudexec import _direct
 from cloudexec._errors import PayloadError
-from cloudexec._objects.segments import NAMED, PROC, map_file, map_private
+from cloudexec._objects.segments import NAMED, PROC, map_file, map_private, room_for
 
 __all__ = [
     "BlobGoneError",
@@ -143,7 +143,7 @@ class FileSource:
     def buffer(self) -> Any:
         if self._place.mappable:
             return map_private(self.fd, self.size, self._place.offset)
-        data = bytearray(self.size)
+        data = room_for(self.size)
         self.reader()(memoryview(data))
         return data
 
@@ -185,7 +185,7 @@ class DirectSource:
         return None
 
     def buffer(self) -> Any:
-        data = bytearray(self.size)
+        data = room_for(self.size)
         self.reader()(memoryview(data))
         return data
 

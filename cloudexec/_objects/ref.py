@@ -20,7 +20,8 @@ class Ref(Generic[T]):
     """A handle to a value that was put into an executor, or is kept where a task made it.
 
     Made by ``BatchExecutor.put()``, and as the result of tasks with ``with_options(keep=True)``.
-    Anywhere among the arguments of a call, however deep, the call receives its value in its place.
+    Anywhere among the arguments of a call, however deep, the call receives its value in its place;
+    also where they are bound to what is called, by ``functools.partial`` or as a method's object.
     In the closure or a global of a function, or in an initializer's arguments, it stays a ``Ref``:
     call ``get()`` there. When nobody refers to it any more, what it stands for is freed.
     """

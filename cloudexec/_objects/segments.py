@@ -16,6 +16,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "copy_into",
@@ -30,6 +31,8 @@ __all__ = [
     "first_difference",
     "map_file",
     "map_private",
+    "prefer_large_pages",
+    "room_for",
     "same_bytes",
 ]
 
@@ -57,6 +60,10 @@ _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _fallocate = getattr(_libc, "fallocate64", None) if sys.platform.startswith("linux") else None
 if _fallocate is not None:
     _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_madvise = _libc.madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
+if _madvise is not None:
+    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_LARGE_PAGES_FROM = 4 * 1024 * 1024
 _memcmp = _libc.memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
@@ -302,6 +309,30 @@ def large_pages(size: int) -> mmap.mmap:
         except OSError:
             pass  # the system has none
     return memory
+
+
+def prefer_large_pages(buffer: Any) -> None:
+    """Say of memory that is about to be filled for the first time that large pages will do.
+
+    Where a system leaves that to programs, as most do, a large object is there twice as soon.
+
+    Args:
+        buffer: Writeable or not yet seen by anybody; what is too small is left alone.
+    """
+    view = memoryview(buffer)
+    if _madvise is None or view.nbytes < _LARGE_PAGES_FROM:
+        return
+    address = address_of(view)
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (address + view.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    _madvise(first, size, mmap.MADV_HUGEPAGE)  # it may refuse: then the pages are small
+
+
+def room_for(size: int) -> bytearray:
+    """Return a buffer of zeros that is about to be filled."""
+    room = bytearray(size)
+    prefer_large_pages(room)
+    return room
 
 
 def copy_into(target: mmap.mmap, at: int, data: bytes | memoryview) -> None:

@@ -26,6 +26,7 @@ from cloudexec._objects.segments import (
     first_difference,
     large_pages,
     map_private,
+    room_for,
 )
 
 __all__ = ["BLOB_BYTES", "MAPPED_BYTES", "Blob", "BlobStore", "Limits"]
@@ -107,7 +108,7 @@ class Blob:
         if self.segment is not None and self.mappable:
             return map_private(self.segment.fd, self.size, self.offset)
         if self.segment is not None:
-            data = bytearray(self.size)
+            data = room_for(self.size)
             _read_into(self.segment.fd, memoryview(data), self.offset)
             return data
         return bytearray(self.view())

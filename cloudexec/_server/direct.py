@@ -16,6 +16,7 @@ from typing import Any
 from cloudexec import _direct, _records
 from cloudexec._errors import PayloadError
 from cloudexec._objects.options import memory_of_machine
+from cloudexec._objects.segments import room_for
 from cloudexec._objects.store import Blob, BlobStore
 from cloudexec._payload import Composed, compose
 
@@ -82,7 +83,7 @@ def _gather(fill: Callable[[memoryview], None], store: BlobStore) -> Composed:
                 pickled = bytearray()
             if not store.has_room(left):
                 raise PayloadError(f"there is no room for a result of {left} bytes")
-            whole = bytearray(left)
+            whole = room_for(left)
             fill(memoryview(whole))
             leave(_records.BUFFER_BLOB, whole)
             continue

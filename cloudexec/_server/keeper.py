@@ -404,7 +404,9 @@ class Keeper:
         remaking = self._remaking.get(payload)
         if remaking is None:
             recipe: Recipe | None = payload.recipe
-            if recipe is None or self._driver.machine.finished:
+            if self._driver.machine.finished:
+                raise self._gone()
+            if recipe is None:
                 raise RefLostError(
                     "a result was kept on a worker that is gone, and it is not made again "
                     "(on_loss='raise', or it was not a task's)"

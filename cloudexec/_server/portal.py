@@ -75,6 +75,8 @@ class Portal:
                 task.cancel()
             if pending:
                 self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+            # Who waits for what has ended by itself just now is told in the next round.
+            self.loop.run_until_complete(asyncio.sleep(0))
         finally:
             asyncio.set_event_loop(None)
             if self._blocking is not None:

@@ -24,6 +24,7 @@ from cloudexec._functions import Function
 from cloudexec._launchers.base import Arrival
 from cloudexec._objects.link import Link
 from cloudexec._objects.places import Place, is_descendant, is_path_of, open_shared
+from cloudexec._objects.segments import room_for
 from cloudexec._objects.store import Blob
 from cloudexec._objects.transfer import Incoming, stream_view
 from cloudexec._payload import Composed
@@ -692,7 +693,7 @@ class _Session:
                 blob = store.new(size)
                 _copy(fd, place.offset, blob)
                 return blob
-            data = bytearray(size)
+            data = room_for(size)
             if os.preadv(fd, [data], place.offset) != size:
                 raise PayloadError("a part of the result is shorter than announced")
         finally:

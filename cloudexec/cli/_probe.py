@@ -67,9 +67,7 @@ def probe(name: str, checks: tuple[Check, ...], *, timeout: float) -> Check:
 
 
 def _failed(name: str, found: str) -> Check:
-    return Check(
-        name="probe worker", outcome="failed", found=found, remedy=_remedy(name, found)
-    )
+    return Check(name="probe worker", outcome="failed", found=found, remedy=_remedy(name, found))
 
 
 def _remedy(name: str, reason: str) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,7 @@ def test_invalid_environment_is_shown_with_its_reason(aws: FakeAWS, profile: Pro
     check = _examine()["compute environments"]
     assert check.outcome == "failed"
     assert "INVALID" in check.found
+    assert "create-service-linked-role" in check.remedy
     assert "sts:AssumeRole" in check.found
 
 
@@ -357,6 +359,20 @@ def test_probe_worker_dials_back(aws: FakeAWS, profile: Profile) -> None:
     check = probe("default", (), timeout=30)
     assert check.outcome == "ok", check.found
     assert "ran a task" in check.found
+    assert len(aws.jobs()) == 1
+
+
+def test_probe_asks_for_one_worker_and_waits_no_longer_than_told(
+    aws: FakeAWS, profile: Profile
+) -> None:
+    """One that does not come is not asked for again: each would cost."""
+    aws.faults.no_capacity()
+    began = time.monotonic()
+    check = probe("default", (), timeout=3)
+    assert time.monotonic() - began < 9
+    assert check.outcome == "failed"
+    assert check.found.startswith("no worker dialed back within 3 s; AWS has no capacity")
+    assert check.remedy.startswith("mend what the message names")
     assert len(aws.jobs()) == 1
 
 

@@ -206,6 +206,19 @@ def _delete_default_vpc() -> None:
     _call("ec2", "delete_vpc", VpcId=vpc)
 
 
+def test_up_has_what_is_invalid_looked_at_again(aws: FakeAWS) -> None:
+    """Only then is it an error, which says what may be missing."""
+    _up()
+    aws.faults.service_role_broken()
+    aws.clear_requests()
+    with pytest.raises(AwsError, match=r"INVALID: .*AssumeRole.*create-service-linked-role"):
+        _up()
+    updates = [r.parameters for r in aws.requests if r.operation == "UpdateComputeEnvironment"]
+    assert {each["state"] for each in updates} == {"ENABLED"}
+    aws.faults.clear()
+    _up()
+
+
 def test_without_a_default_vpc_up_says_what_to_do(aws: FakeAWS) -> None:
     _delete_default_vpc()
     with pytest.raises(ConfigError, match=r"no default VPC.*--vpc"):

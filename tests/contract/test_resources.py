@@ -226,6 +226,7 @@ def test_a_view_puts_says_what_it_is_and_stays_here(executor: BatchExecutor) -> 
     view = executor.with_options(cpus=2, name="fit")
     assert view.submit(tasks.double, view.put(4)).result(PATIENCE) == 8
     assert repr(view).startswith("<OptionsView cpus=2 name='fit' of <BatchExecutor max_workers=4")
+    assert "secret" not in repr(view.with_options(env={"TOKEN": "secret"}))
     for each in (view, executor):
         error = executor.submit(str, each).exception(PATIENCE)
         assert isinstance(error, PayloadError)

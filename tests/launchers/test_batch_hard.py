@@ -16,7 +16,7 @@ import boto3
 import pytest
 from launcher_helpers import eventually
 
-from cloudexec import Batch, BatchExecutor, LaunchError, WorkerLostError
+from cloudexec import Batch, BatchExecutor, ConfigError, LaunchError, WorkerLostError
 from cloudexec.aws import Profile
 from cloudexec.testing import FakeAWS
 
@@ -288,6 +288,42 @@ def test_an_existing_definition_is_used_as_it_is(aws: Any, launcher: Make) -> No
         request["jobDefinition"].startswith("mine")
         or ":job-definition/mine" in (request["jobDefinition"])
     )
+
+
+def test_a_definition_that_was_removed_is_refused(aws: Any, launcher: Make) -> None:
+    """Before anything is submitted with it."""
+    client = boto3.client("batch", region_name=aws.region)
+    arn = client.register_job_definition(
+        jobDefinitionName="mine",
+        type="container",
+        containerProperties={
+            "image": "x",
+            "resourceRequirements": [
+                {"type": "VCPU", "value": "1"},
+                {"type": "MEMORY", "value": "1024"},
+            ],
+        },
+    )["jobDefinitionArn"]
+    client.deregister_job_definition(jobDefinition=arn)
+    executor = BatchExecutor(1, launcher=launcher(definition=arn))
+    with pytest.raises(ConfigError, match="has been deregistered"):
+        executor.submit(square, 1)
+    executor.shutdown()
+    assert not requests(aws, "SubmitJob")
+
+
+def test_a_queue_says_in_which_region_it_is(aws: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing else does; and a contradiction is found at once."""
+    made = aws.set_up("queue")
+    roles = {"job_role": made.job_role, "execution_role": made.execution_role, "image": "x"}
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    monkeypatch.delenv("AWS_REGION")
+    with BatchExecutor(1, launcher=Batch(queue=made.queue, **roles)) as executor:
+        assert executor.submit(square, 3).result() == 9
+    executor = BatchExecutor(1, launcher=Batch(queue=made.queue, region="eu-west-1", **roles))
+    with pytest.raises(ConfigError, match=r"is in us-east-1, and not in eu-west-1"):
+        executor.submit(square, 1)
+    executor.shutdown()
 
 
 @pytest.mark.parametrize("spot", [False, True])

@@ -19,6 +19,13 @@ from cloudexec.testing import FakeAWS
 Make = Callable[..., Batch]
 
 
+@pytest.fixture
+def curious(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AWS is asked for causes soon, and often."""
+    monkeypatch.setattr(fleet, "_DIAGNOSE_AFTER", 0.2)
+    monkeypatch.setattr(fleet, "_DIAGNOSE_EVERY", 0.5)
+
+
 def no_route(aws: Any) -> None:
     aws.faults.no_route()
 
@@ -54,22 +61,24 @@ def disabled(aws: Any) -> None:
     ids=["no route", "missing role", "not allowed", "quota", "disabled", "size too large"],
 )
 def test_a_cause_is_named_with_its_remedy(
-    aws: Any, launcher: Make, fault: Callable[[Any], None], settings: dict[str, Any], words: str
+    aws: Any,
+    launcher: Make,
+    curious: None,
+    fault: Callable[[Any], None],
+    settings: dict[str, Any],
+    words: str,
 ) -> None:
     """Within a bounded time the futures fail with AWS's reason and what to do about it."""
     batch = launcher(**settings)
     fault(aws)
-    with BatchExecutor(1, launcher=batch, launch_timeout=4.0) as executor:
+    with BatchExecutor(1, launcher=batch, launch_timeout=2.0) as executor:
         with pytest.raises(LaunchError, match=f"(?s){words}"):
             executor.submit(len, "abc").result(timeout=60)
     eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))
 
 
-def test_a_quota_of_instances_is_a_cause_too(
-    aws: Any, launcher: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_quota_of_instances_is_a_cause_too(aws: Any, launcher: Make, curious: None) -> None:
     """AWS Batch itself says nothing of it."""
-    monkeypatch.setattr(fleet, "_DIAGNOSE_AFTER", 0.1)
     batch = launcher(compute="ec2", kinds=("EC2",), memory="1GiB")
     aws.faults.vcpu_quota(0, compute="ec2")
     executor = BatchExecutor(1, launcher=batch)
