@@ -487,6 +487,20 @@ class Chronicle:
         )
         future._notes.add(when or self._driver.moment, event)
 
+    def taken_over(self, task: Any, worker: str) -> None:
+        """A task is with a worker that has had it from an earlier process."""
+        event = StoryEvent(
+            what="sent",
+            worker_id=worker,
+            job_id=self._job_of(worker),
+            attempt=1,
+            reason="by an earlier process, which was killed",
+        )
+        future = task.handle
+        if future._notes is None:
+            future._notes = _Notes(name_of(task))
+        future._notes.add(self._driver.moment, event)
+
     def _note_climb(self, task: Any, future: Any, rung: int) -> None:
         if task.rung > rung and task.state is not TaskState.DONE:
             machine, driver = self._driver.machine, self._driver

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 
 from cloudexec import _enrolment
-from cloudexec._core import commands, events
+from cloudexec._core import events
 from cloudexec._core.tasks import TaskState
 from cloudexec._journal.journal import KEY_BYTES as _KEY_BYTES
 from cloudexec._payload import Composed, Payload
@@ -371,7 +371,7 @@ class Takeover:
             self.tasks += 1
             driver.feed(events.TasksTakenOver(claim.worker, [task], [claim.lease]))
             if task.lease == claim.lease:
-                driver.chronicle.sent(commands.SendTasks(claim.worker, [task]))
+                driver.chronicle.taken_over(task, claim.worker)
             if claim.outcome is not None:
                 result, seconds = claim.outcome
                 task.handle._journaled = None  # it is in there

@@ -109,6 +109,8 @@ def test_workers_hand_over_what_they_held(scene: _Scene) -> None:
     assert [future.result(20) for future in scene.futures] == [10, 20]
     stats = scene.executor.stats()
     assert (stats.workers.taken_over, stats.tasks.taken_over) == (2, 2)
+    story = str(scene.executor.explain(scene.futures[0]))
+    assert "sent to worker-1: by an earlier process, which was killed" in story
 
 
 @pytest.mark.parametrize(
