@@ -351,7 +351,7 @@ class BatchExecutor(_Base):
         listen: Where workers connect, as ``host:port``, with TLS; by default a private Unix socket,
             or any free port for workers elsewhere.
         advertise: Host, or ``host:port``, at which workers reach this process; by default found by
-            itself.
+            itself. Unless ``listen`` names another, the port is the one that is listened on.
         launch_timeout: Seconds in which a worker must have connected; by default 60 here, and what
             the launcher thinks fit elsewhere.
         reconnect_grace: Seconds for which a worker elsewhere whose connection was cut is waited for

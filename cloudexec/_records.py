@@ -40,7 +40,7 @@ _LARGE = 4 * 1024 * 1024
 
 
 def _prefer_large_pages(buffer: Any) -> None:
-    from cloudexec._objects.segments import prefer_large_pages
+    from cloudexec._memory import prefer_large_pages
 
     prefer_large_pages(buffer)
 

@@ -11,6 +11,7 @@ __all__ = [
     "TAG_EXECUTOR",
     "TAG_EXPIRES",
     "TAG_PROJECT",
+    "TAG_REGION",
     "TAG_STACK",
     "TAG_USER",
     "definition_name",
@@ -28,6 +29,8 @@ TAG_EXPIRES = "cloudexec:expires"
 """When the job's time limit ends it at the latest, in UTC, ISO 8601."""
 TAG_STACK = "cloudexec:stack"
 """On everything that ``cloudexec up`` makes: the stack's name."""
+TAG_REGION = "cloudexec:region"
+"""On what of it all regions see: where the stack is, for another region may have its like."""
 
 JOB_PREFIX = "cloudexec-"
 DEFINITION_PREFIX = "cloudexec-"

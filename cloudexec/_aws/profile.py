@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -115,20 +117,49 @@ class Profile:
             return []
 
     def save(self) -> Path:
-        """Write the profile, in one step, readable by this user only."""
+        """Write the profile, in one step, readable by this user only.
+
+        Raises:
+            ConfigError: If it cannot be written.
+        """
         path = self.path(self.name)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = path.with_suffix(f".{os.getpid()}.tmp")
         text = json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(draft, path)
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(draft, path)
         return path
+
+    @classmethod
+    def check_writable(cls, name: str) -> None:
+        """Make the directory of profiles, for those who have much to do before they save one.
+
+        Raises:
+            ConfigError: If no profile can be written there.
+        """
+        path = cls.path(name)
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not os.access(path.parent, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def delete(self) -> None:
         """Remove the profile's file; nothing happens if there is none."""
         self.path(self.name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise ConfigError(
+            f"the profile {path} cannot be written: {exc.strerror}; CLOUDEXEC_CONFIG_DIR names "
+            f"another directory"
+        ) from exc
 
 
 def _fits(key: str, value: Any) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.names import TAG_STACK
+from cloudexec._aws.names import TAG_REGION, TAG_STACK
 from cloudexec._aws.stack import find_stack
 from cloudexec._aws.steps import Noted, Report
 from cloudexec._errors import AwsError
@@ -101,7 +101,7 @@ async def _left_buckets(clients: AwsClients, stack: str) -> AsyncIterator[str]:
                 if exc.code in ("NoSuchBucket", "NoSuchTagSet"):
                     continue
                 raise
-            if _has_tag(tagging.get("TagSet", ()), stack):
+            if _is_of_here(tagging.get("TagSet", ()), stack, clients.region):
                 yield each["Name"]
 
 
@@ -179,7 +179,7 @@ async def _left_roles(clients: AwsClients, stack: str) -> AsyncIterator[str]:
     async for each in clients.pages("iam", "list_roles", "Roles"):
         if each["RoleName"].startswith(_beginning(stack)):
             tags = await clients.call("iam", "list_role_tags", RoleName=each["RoleName"])
-            if _has_tag(tags.get("Tags", ()), stack):
+            if _is_of_here(tags.get("Tags", ()), stack, clients.region):
                 yield each["RoleName"]
 
 
@@ -205,6 +205,12 @@ def _beginning(stack: str) -> str:
     It shortens the stack's name to fit, for roles to 64 characters in all.
     """
     return stack[:20]
+
+
+def _is_of_here(tags: Iterable[Mapping[str, str]], stack: str, region: str) -> bool:
+    """Whether what all regions see is of this region's stack, and not of one named like it."""
+    found = {each.get("Key"): each.get("Value") for each in tags}
+    return found.get(TAG_STACK) == stack and found.get(TAG_REGION, region) == region
 
 
 def _has_tag(tags: Iterable[Mapping[str, str]], stack: str) -> bool:

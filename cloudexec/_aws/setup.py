@@ -92,6 +92,7 @@ async def up(
         ConfigError: If there is no network to use, or the profile belongs to another stack.
     """
     name = stack_name(options.name)
+    await asyncio.to_thread(Profile.check_writable, options.name)
     earlier = _earlier_profile(options.name, report)
     if earlier is not None and earlier.stack and earlier.region != clients.region:
         raise ConfigError(

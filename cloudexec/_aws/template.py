@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from cloudexec._aws.names import TAG_STACK
+from cloudexec._aws.names import TAG_REGION, TAG_STACK
 
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
 
-TEMPLATE_VERSION = "1"
+TEMPLATE_VERSION = "2"
 """Raised when the template changes; ``cloudexec doctor`` compares it with the stack's output."""
 DATA_PREFIX = "data/"
 """Keys of the bucket that tasks may read and write."""
@@ -201,7 +201,7 @@ def _storage() -> Json:
                         }
                     ]
                 },
-                "Tags": _tags(),
+                "Tags": _tags(anywhere=True),
             },
         },
         "Repository": {
@@ -251,7 +251,7 @@ def _roles() -> Json:
                         },
                     )
                 ],
-                "Tags": _tags(),
+                "Tags": _tags(anywhere=True),
             },
         },
         "ExecutionRole": {
@@ -289,7 +289,7 @@ def _roles() -> Json:
                         },
                     )
                 ],
-                "Tags": _tags(),
+                "Tags": _tags(anywhere=True),
             },
         },
     }
@@ -331,7 +331,7 @@ def _ec2() -> Json:
                         "AmazonEC2ContainerServiceforEC2Role"
                     }
                 ],
-                "Tags": _tags(),
+                "Tags": _tags(anywhere=True),
             },
         },
         "InstanceProfile": {
@@ -437,5 +437,9 @@ def _policy(name: str, *statements: Json) -> Json:
     }
 
 
-def _tags() -> list[Json]:
-    return [{"Key": TAG_STACK, "Value": _STACK}]
+def _tags(*, anywhere: bool = False) -> list[Json]:
+    """Return the tags of a resource; ``anywhere``: of one that all regions see."""
+    tags: list[Json] = [{"Key": TAG_STACK, "Value": _STACK}]
+    if anywhere:
+        tags.append({"Key": TAG_REGION, "Value": {"Ref": "AWS::Region"}})
+    return tags

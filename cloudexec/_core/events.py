@@ -149,11 +149,17 @@ class TasksRecalled:
 
 @dataclass(frozen=True, slots=True)
 class WorkerConnected:
-    """A worker dialed back and proved who it is."""
+    """A worker dialed back and proved who it is.
+
+    Attributes:
+        taken_over: It had another client before: it gets nothing until it has said what it holds
+            (``TasksTakenOver``) and that this is all (``WorkerBack``).
+    """
 
     worker: str
     slots: int
     launch: str = ""
+    taken_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,7 +238,8 @@ class Machine:
         for task in released:
             del self.held[task]
             task.state = _WAITING
-        self._enqueue(released)
+        # First: what they depend on lies about until they have run.
+        self._enqueue(released, first=True)
 
     def _on_tasks_taken_over(self, event: TasksTakenOver, now: float) -> None:
         worker = self.workers.get(event.worker)
@@ -268,9 +269,16 @@ class Machine:
             if task.state is not _DONE:
                 self._close(task, "failed")
 
-    def _enqueue(self, tasks: Sequence[Task]) -> None:
+    def _enqueue(self, tasks: Sequence[Task], *, first: bool = False) -> None:
+        """Have tasks wait, behind those that do, or before them."""
         if len(self._wholes) == 1 and not any(map(_terms_of, tasks)):
-            self._plain.tasks.extend(tasks)
+            if first:
+                self._plain.tasks.extendleft(reversed(tasks))
+            else:
+                self._plain.tasks.extend(tasks)
+        elif first:
+            for task in reversed(tasks):
+                self._enter(task).tasks.appendleft(task)
         else:
             for task in tasks:
                 self._enter(task).tasks.append(task)
@@ -678,6 +686,9 @@ class Machine:
         self._remind(now + self.config.lease_timeout)
         if self.config.scaling.max_worker_lifetime is not None:
             self._remind(now + self.config.scaling.max_worker_lifetime)
+        if event.taken_over:
+            worker.cut_at = now
+            self._remind(now + self.config.reconnect_grace)
         self._settle(worker, now)
         if self.killing:
             self._out.append(TerminateWorker(worker.id, self._events))

@@ -19,7 +19,7 @@ class TaskState(enum.Enum):
     """Where a task is. One of its states, always."""
 
     HELD = "held"
-    """Waits for what it depends on; not in the queue."""
+    """Waits for what it depends on, or to be found on a worker; not in the queue."""
     WAITING = "waiting"
     """In the queue."""
     SENT = "sent"
@@ -33,7 +33,7 @@ class TaskState(enum.Enum):
 
 
 TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
-    TaskState.HELD: frozenset({TaskState.WAITING, TaskState.DONE}),
+    TaskState.HELD: frozenset({TaskState.WAITING, TaskState.RUNNING, TaskState.DONE}),
     TaskState.WAITING: frozenset({TaskState.SENT, TaskState.RUNNING, TaskState.DONE}),
     TaskState.SENT: frozenset(
         {TaskState.WAITING, TaskState.RUNNING, TaskState.RESTING, TaskState.DONE}

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from cloudexec import _direct
 from cloudexec._errors import PayloadError
-from cloudexec._objects.segments import NAMED, PROC, map_file, map_private, room_for
+from cloudexec._memory import room_for
+from cloudexec._objects.segments import NAMED, PROC, map_file, map_private
 
 __all__ = [
     "BlobGoneError",

@@ -16,7 +16,8 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Sequence
-from typing import Any
+
+from cloudexec._memory import address_of
 
 __all__ = [
     "copy_into",
@@ -26,13 +27,10 @@ __all__ = [
     "PROC",
     "Arena",
     "Segment",
-    "address_of",
     "block_size",
     "first_difference",
     "map_file",
     "map_private",
-    "prefer_large_pages",
-    "room_for",
     "same_bytes",
 ]
 
@@ -60,10 +58,6 @@ _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _fallocate = getattr(_libc, "fallocate64", None) if sys.platform.startswith("linux") else None
 if _fallocate is not None:
     _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-_madvise = _libc.madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
-if _madvise is not None:
-    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_LARGE_PAGES_FROM = 4 * 1024 * 1024
 _memcmp = _libc.memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
@@ -311,30 +305,6 @@ def large_pages(size: int) -> mmap.mmap:
     return memory
 
 
-def prefer_large_pages(buffer: Any) -> None:
-    """Say of memory that is about to be filled for the first time that large pages will do.
-
-    Where a system leaves that to programs, as most do, a large object is there twice as soon.
-
-    Args:
-        buffer: Writeable or not yet seen by anybody; what is too small is left alone.
-    """
-    view = memoryview(buffer)
-    if _madvise is None or view.nbytes < _LARGE_PAGES_FROM:
-        return
-    address = address_of(view)
-    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (address + view.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    _madvise(first, size, mmap.MADV_HUGEPAGE)  # it may refuse: then the pages are small
-
-
-def room_for(size: int) -> bytearray:
-    """Return a buffer of zeros that is about to be filled."""
-    room = bytearray(size)
-    prefer_large_pages(room)
-    return room
-
-
 def copy_into(target: mmap.mmap, at: int, data: bytes | memoryview) -> None:
     """Copy bytes into memory, without the GIL."""
     if at + len(data) > len(target):
@@ -344,34 +314,6 @@ def copy_into(target: mmap.mmap, at: int, data: bytes | memoryview) -> None:
         ctypes.c_void_p(address_of(data)),
         ctypes.c_size_t(len(data)),
     )
-
-
-class _Buffer(ctypes.Structure):
-    """CPython's ``Py_buffer``."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.py_object),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-def address_of(data: bytes | memoryview) -> int:
-    """Return where the bytes are; they must be kept alive, and not be resized, meanwhile."""
-    buffer = _Buffer()
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), ctypes.byref(buffer), 0)
-    try:
-        return buffer.buf or 0
-    finally:
-        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
 
 
 def same_bytes(one: bytes | memoryview, other: bytes | memoryview) -> bool:

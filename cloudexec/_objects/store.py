@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any
 
 from cloudexec._errors import PayloadTooLargeError
+from cloudexec._memory import room_for
 from cloudexec._objects.options import Limits
 from cloudexec._objects.places import Place
 from cloudexec._objects.segments import (
@@ -26,7 +27,6 @@ from cloudexec._objects.segments import (
     first_difference,
     large_pages,
     map_private,
-    room_for,
 )
 
 __all__ = ["BLOB_BYTES", "MAPPED_BYTES", "Blob", "BlobStore", "Limits"]

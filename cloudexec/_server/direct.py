@@ -15,8 +15,8 @@ from typing import Any
 
 from cloudexec import _direct, _records
 from cloudexec._errors import PayloadError
+from cloudexec._memory import room_for
 from cloudexec._objects.options import memory_of_machine
-from cloudexec._objects.segments import room_for
 from cloudexec._objects.store import Blob, BlobStore
 from cloudexec._payload import Composed, compose
 

@@ -932,7 +932,14 @@ class Driver:
         self.launches.arrived(session, arrival, dial_in)
         self._tokens[session.token] = session
         launched = self.machine.launches[session.identity].slots
-        self.feed(events.WorkerConnected(session.worker_id, min(slots, launched), session.identity))
+        self.feed(
+            events.WorkerConnected(
+                session.worker_id,
+                min(slots, launched),
+                session.identity,
+                taken_over=session.taken_over,
+            )
+        )
         if self.takeover is not None:
             self.takeover.changed()
 

@@ -22,9 +22,9 @@ from cloudexec._core.events import FailureKind
 from cloudexec._errors import LaunchError, PayloadError, PayloadTooLargeError
 from cloudexec._functions import Function
 from cloudexec._launchers.base import Arrival
+from cloudexec._memory import room_for
 from cloudexec._objects.link import Link
 from cloudexec._objects.places import Place, is_descendant, is_path_of, open_shared
-from cloudexec._objects.segments import room_for
 from cloudexec._objects.store import Blob
 from cloudexec._objects.transfer import Incoming, stream_view
 from cloudexec._payload import Composed

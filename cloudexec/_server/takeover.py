@@ -358,6 +358,7 @@ class Takeover:
                 continue
             self._claims[claim.key] = self._by_lease[worker, lease] = claim
         self._adopt(adopted)
+        self._driver.feed(events.WorkerBack(worker))
         if unwanted:
             session.kill(unwanted)
         self._expected.discard(session.identity)

@@ -21,6 +21,7 @@ from cloudexec._aws.profile import Profile
 from cloudexec._aws.quotas import kind_of_quota
 from cloudexec._aws.setup import SetupOptions, up
 from cloudexec._errors import ConfigError
+from cloudexec._launchers import fleet
 from cloudexec.cli._probe import _remedy, probe
 from cloudexec.testing import FakeAWS
 
@@ -179,7 +180,7 @@ def test_stack_that_is_gone(aws: FakeAWS, profile: Profile) -> None:
 def test_stack_with_an_older_template(
     aws: FakeAWS, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "TEMPLATE_VERSION", "2")
+    monkeypatch.setattr(doctor, "TEMPLATE_VERSION", "99")
     check = _examine()["stack"]
     assert check.outcome == "warning"
     assert check.remedy == "`cloudexec up --name default`"
@@ -363,15 +364,17 @@ def test_probe_worker_dials_back(aws: FakeAWS, profile: Profile) -> None:
 
 
 def test_probe_asks_for_one_worker_and_waits_no_longer_than_told(
-    aws: FakeAWS, profile: Profile
+    aws: FakeAWS, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that does not come is not asked for again: each would cost."""
+    monkeypatch.setattr(fleet, "_DIAGNOSE_AFTER", 0.2)
+    monkeypatch.setattr(fleet, "_DIAGNOSE_EVERY", 0.2)
     aws.faults.no_capacity()
     began = time.monotonic()
-    check = probe("default", (), timeout=3)
-    assert time.monotonic() - began < 9
+    check = probe("default", (), timeout=2)
+    assert time.monotonic() - began < 6
     assert check.outcome == "failed"
-    assert check.found.startswith("no worker dialed back within 3 s; AWS has no capacity")
+    assert check.found.startswith("no worker dialed back within 2 s; AWS has no capacity")
     assert check.remedy.startswith("mend what the message names")
     assert len(aws.jobs()) == 1
 

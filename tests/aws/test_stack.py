@@ -206,6 +206,15 @@ def _delete_default_vpc() -> None:
     _call("ec2", "delete_vpc", VpcId=vpc)
 
 
+def test_profile_that_could_not_be_written_stops_up_before_it_begins(
+    aws: FakeAWS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", "/dev/null/profiles")
+    with pytest.raises(ConfigError, match=r"cannot be written.*CLOUDEXEC_CONFIG_DIR"):
+        _up()
+    assert not aws.requests
+
+
 def test_up_has_what_is_invalid_looked_at_again(aws: FakeAWS) -> None:
     """Only then is it an error, which says what may be missing."""
     _up()
@@ -473,6 +482,26 @@ def test_secret_that_is_scheduled_for_deletion_is_deleted_for_good(aws: FakeAWS)
     assert _down() == ()
     listed = _call("secretsmanager", "list_secrets", IncludePlannedDeletion=True)
     assert listed["SecretList"] == []
+
+
+def test_set_up_of_the_same_name_in_another_region_is_not_left_over(aws: FakeAWS) -> None:
+    """Its roles and its bucket are seen from everywhere, and are nobody's to delete."""
+
+    async def main(region: str, work: Any) -> Any:
+        async with AwsClients(region) as clients:
+            return await work(clients)
+
+    def make(clients: AwsClients) -> Any:
+        return up(clients, SetupOptions(), lambda event: None, interval=0.01)
+
+    def remove(clients: AwsClients) -> Any:
+        return down(clients, "default", lambda event: None, interval=0.01)
+
+    asyncio.run(main("eu-west-1", make))
+    assert asyncio.run(main("us-east-1", remove)) == ()
+    assert Profile.load("default").region == "eu-west-1"
+    assert asyncio.run(main("eu-west-1", remove)) == ()
+    assert Profile.names() == []
 
 
 def test_what_only_the_tagging_service_knows_is_found(aws: FakeAWS) -> None:

@@ -41,6 +41,7 @@ from cloudexec._core.events import (
     TasksStarted,
     TasksSubmitted,
     TasksTakenOver,
+    WorkerBack,
     WorkerConnected,
     WorkerDraining,
     WorkerHeard,
@@ -399,14 +400,21 @@ def test_a_worker_that_is_taken_over_goes_on_with_its_tasks() -> None:
     assert take_over(machine, "7") == []
     batch = held(2)
     machine.handle(TasksHeld(batch), 0.0)
-    machine.handle(WorkerConnected("w", 1, "7"), 0.0)
+    # Until it has said what it holds, it gets nothing.
+    other = tasks(1)
+    machine.handle(TasksSubmitted(other), 0.0)
+    commands = machine.handle(WorkerConnected("w", 1, "7", taken_over=True), 0.0)
+    assert not only(commands, SendTasks)
+    machine.handle(TasksCancelled(other), 0.0)
     commands = machine.handle(TasksTakenOver("w", batch[:1], [99]), 0.0)
     assert [list(command.tasks) for command in only(commands, MarkRunning)] == [batch[:1]]
     assert not only(commands, SendTasks)
     assert not only(commands, LaunchWorker)
+    assert machine.handle(WorkerBack("w"), 0.0) == []
     machine.validate()
     commands = machine.handle(TasksReleased(batch[1:]), 1.0)
-    assert commands == [LaunchWorker("10001", 1, 5)]  # the one that is there is busy
+    # The one that is there is busy.
+    assert [command.launch for command in commands] == ["10001"]
     commands = machine.handle(ResultsReceived("w", [99], [b"r"], [1.0]), 2.0)
     assert [list(command.results) for command in only(commands, ResolveTasks)] == [[b"r"]]
     assert [task.lease for task in only(commands, SendTasks)[0].tasks] == [(1 << 40) + 1]

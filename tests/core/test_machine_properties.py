@@ -265,22 +265,6 @@ class History(RuleBasedStateMachine):
             self.end(task, "dropped")
         self.tell(events.TasksDropped(batch))
 
-    @precondition(lambda self: self.machine.held and self.peers)
-    @rule(data=DATA)
-    def take_over(self, data: Any) -> None:
-        """A worker says that it has held tasks already; those that are done by now are not its."""
-        peer = self.peer(data)
-        numbers = self.some(data, [task.number for task in self.machine.held])
-        batch = [self.futures[number].task for number in numbers]
-        leases = [(1 << 40) + len(self.past) * 100 + n for n in range(len(batch))]
-        self.past.append(events.WorkerHeard(peer.name))  # so that no lease comes twice
-        self.tell(events.TasksTakenOver(peer.name, batch, leases))
-        for task, lease in zip(batch, leases, strict=True):
-            if task.lease == lease:
-                future = self.futures[task.number]
-                future.lease = lease
-                peer.leases[lease] = future
-
     @precondition(lambda self: self.futures)
     @rule(data=DATA, how=st.sampled_from(["cancel", "kill", "recall"]))
     def cancel(self, data: Any, how: str) -> None:
@@ -304,17 +288,34 @@ class History(RuleBasedStateMachine):
     # What platforms do.
 
     @precondition(lambda self: self.launches)
-    @rule(data=DATA, ready=st.booleans())
-    def connect(self, data: Any, ready: bool) -> None:
+    @rule(data=DATA, ready=st.booleans(), taken_over=st.booleans())
+    def connect(self, data: Any, ready: bool, taken_over: bool) -> None:
         launch = self.pick(data, self.launches)
         slots = self.launches.pop(launch)
         name = f"w{launch}.{len(self.past)}"
         self.peers[name] = Peer(name, slots, launch)
         self.past.append(events.WorkerHeard(name))  # so that no name comes twice
-        self.tell(events.WorkerConnected(name, slots, launch))
+        self.tell(events.WorkerConnected(name, slots, launch, taken_over=taken_over))
+        if taken_over and name in self.peers:
+            self.hand_over(data, self.peers[name])
         if ready and name in self.peers:
             self.peers[name].ready = True
             self.tell(events.WorkerReady(name))
+
+    def hand_over(self, data: Any, peer: Peer) -> None:
+        """Have a worker say that it has held tasks already, as many as it has slots."""
+        plain = [
+            task.number for task in self.machine.held if not (task.terms and task.terms.claims)
+        ]
+        batch = [self.futures[number].task for number in self.some(data, plain)[: peer.slots]]
+        leases = [(1 << 40) + len(self.past) * 100 + n for n in range(len(batch))]
+        self.tell(events.TasksTakenOver(peer.name, batch, leases))
+        for task, lease in zip(batch, leases, strict=True):
+            if task.lease == lease:
+                future = self.futures[task.number]
+                future.lease = lease
+                peer.leases[lease] = future
+        self.tell(events.WorkerBack(peer.name))
 
     @precondition(lambda self: self.launches)
     @rule(data=DATA, how=st.sampled_from(["fails", "fails", "is killed", "fatal", "refused"]))

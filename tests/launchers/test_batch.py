@@ -86,7 +86,7 @@ def test_a_definition_that_was_removed_meanwhile_is_registered_again(
     with BatchExecutor(2, launcher=launcher()) as executor:
         assert executor.submit(square, 2).result() == 4
         client.deregister_job_definition(jobDefinition=submits(aws)[0]["jobDefinition"])
-        futures = [executor.submit(time.sleep, 0.5) for _ in range(4)]
+        futures = [executor.submit(time.sleep, 0.3) for _ in range(4)]
         eventually(lambda: executor.stats().workers.slots == 2)
         wait(futures)
     first, second = submits(aws)

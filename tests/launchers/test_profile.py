@@ -319,3 +319,11 @@ def test_a_name_that_up_does_not_take_is_not_recommended(configured: Path) -> No
         Profile.load("Team.1")
     assert "there is no profile 'Team.1'" in str(caught.value)
     assert "cloudexec up" not in str(caught.value)
+
+
+def test_a_profile_that_cannot_be_written_says_where_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cloudexec up` does not end in a traceback once the stack stands."""
+    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", "/dev/null/profiles")
+    with pytest.raises(ConfigError, match=r"a\.json cannot be written: .*CLOUDEXEC_CONFIG_DIR"):
+        Profile(name="a", region="us-east-1").save()
+    assert Profile.names() == []
