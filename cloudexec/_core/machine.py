@@ -251,8 +251,12 @@ class Machine:
             if worker is None or lease in worker.leases:
                 lost.append(task)
                 continue
-            del self.held[task]
             claim = self._enter(task).claim
+            if not self._has_place(worker, claim):
+                self._leave(task)
+                lost.append(task)
+                continue
+            del self.held[task]
             give(task, worker, iter((lease,)))
             task.state = _RUNNING
             account = worker.account
@@ -263,6 +267,17 @@ class Machine:
         if running:
             self._out.append(MarkRunning(running, self._events))
         self._on_released(TasksReleased(lost), now)
+
+    def _has_place(self, worker: Worker, claim: Claim) -> bool:
+        """Say whether a worker may have such a task by what is known here, also of its size."""
+        account = worker.account
+        room = room_left(account, self.claim_of)
+        return (
+            len(worker.leases) < worker.slots
+            and claim.floor.within(account.capacity)
+            and room is not None
+            and claim.need.within(room)
+        )
 
     def _on_dropped(self, event: TasksDropped, now: float) -> None:
         for task in event.tasks:

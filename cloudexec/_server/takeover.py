@@ -373,6 +373,8 @@ class Takeover:
             driver.feed(events.TasksTakenOver(claim.worker, [task], [claim.lease]))
             if task.lease == claim.lease:
                 driver.chronicle.taken_over(task, claim.worker)
+            elif claim.outcome is None and claim.worker in driver.sessions:
+                driver.sessions[claim.worker].kill([claim.lease])  # it needs another size by now
             if claim.outcome is not None:
                 result, seconds = claim.outcome
                 task.handle._journaled = None  # it is in there

@@ -303,11 +303,10 @@ class History(RuleBasedStateMachine):
             self.tell(events.WorkerReady(name))
 
     def hand_over(self, data: Any, peer: Peer) -> None:
-        """Have a worker say that it has held tasks already, as many as it has slots."""
-        plain = [
-            task.number for task in self.machine.held if not (task.terms and task.terms.claims)
+        """Have a worker say that it has held tasks already, be it more than it can have."""
+        batch = [
+            self.futures[n].task for n in self.some(data, [t.number for t in self.machine.held])
         ]
-        batch = [self.futures[number].task for number in self.some(data, plain)[: peer.slots]]
         leases = [(1 << 40) + len(self.past) * 100 + n for n in range(len(batch))]
         self.tell(events.TasksTakenOver(peer.name, batch, leases))
         for task, lease in zip(batch, leases, strict=True):
