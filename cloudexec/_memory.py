@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from typing import Any
 
 __all__ = ["address_of", "prefer_large_pages", "room_for"]
@@ -12,6 +13,8 @@ _madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 if _madvise is not None:
     _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _LARGE_PAGES_FROM = 4 * 1024 * 1024
+_resize = ctypes.pythonapi.PyByteArray_Resize
+_resize.argtypes = [ctypes.py_object, ctypes.c_ssize_t]
 
 
 def prefer_large_pages(buffer: Any) -> None:
@@ -32,8 +35,12 @@ def prefer_large_pages(buffer: Any) -> None:
 
 
 def room_for(size: int) -> bytearray:
-    """Return a buffer of zeros that is about to be filled."""
-    room = bytearray(size)
+    """Return a buffer that is about to be filled, all of it: what is in it now is anything."""
+    if not _LARGE_PAGES_FROM <= size <= sys.maxsize // 2:
+        return bytearray(size)  # which says so, of an absurd one
+    # Not bytearray(size): that writes zeros, so each page would be there already, a small one.
+    room = bytearray()
+    _resize(room, size)
     prefer_large_pages(room)
     return room
 

@@ -37,6 +37,7 @@ IN_BAND_BLOB, BUFFER_BLOB, READONLY_BLOB, HEAD_BLOB = 4, 5, 6, 7
 END_RECORD = RECORD.pack(END, 0)
 _loads = pickle.loads
 _LARGE = 4 * 1024 * 1024
+"""Bytes below which ``_memory`` has nothing to do, and need not be imported."""
 
 
 def _prefer_large_pages(buffer: Any) -> None:
@@ -122,10 +123,11 @@ class _RecordReader:
         if size > self._most:
             # The unpickler takes an UnpicklingError, here, for the end of the file.
             raise MemoryError(f"{size} bytes are more than a payload may have")
-        room = bytearray(size)
-        if size >= _LARGE:
-            _prefer_large_pages(room)
-        return room
+        if size < _LARGE:
+            return bytearray(size)
+        from cloudexec._memory import room_for
+
+        return room_for(size)
 
     def readline(self) -> bytes:
         line = bytearray()

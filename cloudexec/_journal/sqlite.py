@@ -369,7 +369,12 @@ class SqliteStore:
     def get_state(self, name: str) -> bytes | None:
         with self._writing, self._translated("read"):
             row = self._db.execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()
-        return None if row is None else bytes(row[0])
+        if row is None:
+            return None
+        if not isinstance(row[0], bytes):
+            self._damaged(f"what it has under {name!r} cannot be used")
+            return None
+        return row[0]
 
     def put_state(self, name: str, value: bytes | None) -> None:
         with self._writing, self._translated("written"), self._durable():

@@ -53,7 +53,7 @@ from cloudexec._launchers.base import (
 )
 from cloudexec._launchers.ending import Terminator
 from cloudexec._launchers.inquiry import DEFAULT_LOG_GROUP, Inquiry
-from cloudexec._launchers.jobs import Job, Member, dump, end_of, load, seconds_of
+from cloudexec._launchers.jobs import Job, Member, dump, end_of, ended_at, load, seconds_of
 
 if TYPE_CHECKING:
     from cloudexec._launchers.batch import Batch
@@ -538,13 +538,21 @@ class Fleet:
         job_id = job.aws_id(job.members[launch_id]) if job.id else ""
         return LaunchTimes(launch=launch_id, job_id=job_id, api=job.api or None)
 
-    def _end(self, job: Job, launch_id: str, end: LaunchEnd) -> None:
-        """Take in that an attempt of a worker ended, and tell."""
+    def _end(self, job: Job, launch_id: str, end: LaunchEnd, ended_at: float | None = None) -> None:
+        """Take in that an attempt of a worker ended, and tell.
+
+        Args:
+            job: Its job.
+            launch_id: The worker.
+            end: How.
+            ended_at: When, on the monotonic clock; ``None``: now.
+        """
         member = job.members[launch_id]
         if member.ended:
             return
         if member.began is not None:
-            member.spent.append(time.monotonic() - member.began)
+            until = time.monotonic() if ended_at is None else ended_at
+            member.spent.append(max(0.0, until - member.began))
             member.began = None
         member.lost_at = None
         member.connected = False
@@ -591,8 +599,16 @@ class Fleet:
                 _logger.exception("internal error while watching jobs")
             pause = min(pause * _POLL_GROWTH, _POLL_SLOWEST)
 
-    async def _inspect(self, jobs: list[Job]) -> None:
-        """Ask for the states of jobs, and of those of their workers that matter."""
+    async def _inspect(self, jobs: list[Job], *, late: bool = False) -> list[Job]:
+        """Ask for the states of jobs, and of those of their workers that matter.
+
+        Args:
+            jobs: Which.
+            late: Whether they may have ended long ago, and nobody asks why.
+
+        Returns:
+            Those that AWS knows of: what has ended it forgets, after seven days or more.
+        """
         described = await self._describe([job.id for job in jobs])
         for job in jobs:
             details = described.get(job.id)
@@ -603,15 +619,16 @@ class Fleet:
                 job.statuses = Counter({details["status"]: 1})
                 job.reason = details.get("statusReason", "")
                 self._note_begun(job)
-                await self._take(job, launch_id, details)
+                await self._take(job, launch_id, details, late)
                 continue
             summary = details.get("arrayProperties", {}).get("statusSummary", {})
             job.statuses = Counter({k: v for k, v in summary.items() if v})
             job.reason = details.get("statusReason", "")
             self._note_begun(job)
-            await self._inspect_array(job, details["status"])
+            await self._inspect_array(job, details["status"], late)
+        return [job for job in jobs if job.id in described]
 
-    async def _inspect_array(self, job: Job, status: str) -> None:
+    async def _inspect_array(self, job: Job, status: str, late: bool) -> None:
         by_index = {member.index: launch_id for launch_id, member in job.members.items()}
         interesting = {
             job.aws_id(member)
@@ -636,7 +653,7 @@ class Fleet:
             interesting = {job.aws_id(member) for member, _ in zip(waiting, range(3), strict=False)}
         for child_id, details in (await self._describe(sorted(interesting))).items():
             launch_id = by_index[int(child_id.rpartition(":")[2])]
-            await self._take(job, launch_id, details)
+            await self._take(job, launch_id, details, late)
 
     def _note_begun(self, job: Job) -> None:
         """Count as paid for what has a place, also before it dials back, or if it never does."""
@@ -664,7 +681,7 @@ class Fleet:
         )
         return {each["jobId"]: each for answer in answers for each in answer["jobs"]}
 
-    async def _take(self, job: Job, launch_id: str, details: Mapping[str, Any]) -> None:
+    async def _take(self, job: Job, launch_id: str, details: Mapping[str, Any], late: bool) -> None:
         """Take in what AWS says of one worker."""
         member = job.members[launch_id]
         if member.ended:
@@ -685,10 +702,10 @@ class Fleet:
             member.spent += [seconds_of(each) for each in attempts[member.attempts :]]
         member.attempts = len(attempts)
         end = end_of(details, attempts)
-        if not end.reclaimed:
+        if not end.reclaimed and not late:
             tail = await self._inquiry.log_tail(details)
             end = replace(end, log_tail=tail, retried=again)
-        if not end.reclaimed and member.lost_at is None:
+        if not end.reclaimed and not late and member.lost_at is None:
             self._ends = [*self._ends[-4:], end]
             self._diagnosed_at = float("-inf")
         if end.reclaimed and job.spot:
@@ -708,6 +725,7 @@ class Fleet:
                 out_of_memory=end.out_of_memory,
                 relaunched=again,
             ),
+            ended_at=ended_at(details, attempts) if late else None,
         )
 
     async def _diagnose(self, jobs: list[Job], now: float) -> None:
@@ -830,21 +848,25 @@ class Fleet:
         self._inherited_usd = float(left["cost_usd"])
         # Who ended while nobody was there to see it is no failure of this process's.
         jobs = [load(each, self._price, lambda *_: None) for each in left["jobs"]]
+        insist = self._terminator.insist
         for job in jobs:
-            self._jobs.append(job)
-            self._job_of.update(dict.fromkeys(job.members, job))
             if not job.id:
-                job.id = await self._find_job(job)
-        found = [job for job in jobs if job.id]
-        if found:
-            await self._inspect(found)
+                job.id = await insist(self._find_job, job)
+        sent = [job for job in jobs if job.id]
+        known = await insist(lambda: self._inspect(sent, late=True))
+        running_of = {job.first: await insist(self._running_of, job) for job in known}
+        # Not before AWS has told: close() ends what is in here, also when this start fails.
+        self._jobs += jobs
         alive: dict[str, Survivor] = {}
         for job in jobs:
-            running = await self._running_of(job)
+            self._job_of.update(dict.fromkeys(job.members, job))
+            running = running_of.get(job.first)
             for launch_id, member in job.members.items():
-                if not job.id:
+                if running is None:
+                    # It never got there, or is forgotten; and what it cost in the end, with it.
                     member.ended = member.gone = True
-                if not member.ended:
+                    member.began = None
+                elif not member.ended:
                     member.on_end = on_end
                     size = self._settings.number_of(job.size)
                     alive[launch_id] = Survivor(size, member.index in running)

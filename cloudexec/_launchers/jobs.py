@@ -13,7 +13,7 @@ from cloudexec._aws.limits import WorkerSize
 from cloudexec._aws.prices import WorkerPrice
 from cloudexec._launchers.base import LaunchEnd
 
-__all__ = ["Job", "Member", "dump", "end_of", "load", "seconds_of"]
+__all__ = ["Job", "Member", "dump", "end_of", "ended_at", "load", "seconds_of"]
 
 
 @dataclass(slots=True)
@@ -164,6 +164,15 @@ def end_of(details: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) ->
         container_reason=container.get("reason", ""),
         exit_code=container.get("exitCode"),
     )
+
+
+def ended_at(details: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) -> float | None:
+    """Read when the last attempt ended, on the monotonic clock; it may be told of much later."""
+    stopped = (attempts[-1] if attempts else details).get("stoppedAt")
+    if not stopped:
+        return None
+    ago = max(0.0, time.time() - float(stopped) / 1000)
+    return time.monotonic() - ago
 
 
 def seconds_of(attempt: Mapping[str, Any]) -> float:

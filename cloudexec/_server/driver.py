@@ -955,7 +955,8 @@ class Driver:
         self.reconnections += 1
         session.is_cut = False
         self._launcher.connected(session.identity, Arrival("", session.attempt, None, None))
-        self.feed(events.WorkerBack(session.worker_id))
+        if not session.taken_over:  # else it is still to say what it holds, and is back then
+            self.feed(events.WorkerBack(session.worker_id))
 
     def disconnected(self, session: Any, reason: str, *, cut: bool) -> None:
         """A worker's stream has ended.

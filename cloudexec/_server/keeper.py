@@ -192,8 +192,12 @@ class Keeper:
         assert isinstance(payload, Composed)
         if any(blob.origin or blob.lost for blob in payload.blobs):
             try:
-                self._driver.portal.run(self._bring(payload)).result()
-            except (RuntimeError, concurrent.futures.CancelledError) as exc:
+                bringing = self._driver.portal.run(self._bring(payload))
+            except RuntimeError as exc:
+                raise self._gone() from exc
+            try:
+                bringing.result()
+            except concurrent.futures.CancelledError as exc:
                 raise self._gone() from exc
         views = [blob.view() for blob in payload.blobs]
         return payload.head, _payload.pack_numbers(payload), views

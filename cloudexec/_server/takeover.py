@@ -51,6 +51,7 @@ _SAVE_AFTER = 0.2
 _SLACK = 5.0
 """Seconds that a worker has to enrol, beyond its longest pause between two tries."""
 _SEAL_BYTES = 16
+_CHECK_BYTES = 16
 _GAP = 10_000
 """Launches are numbered from the next multiple of this: some may not have been noted."""
 _LEASES = 1 << 40
@@ -92,15 +93,23 @@ class _Estate:
             "launches": self.launches,
             "launcher": self.launcher,
         }
-        return json.dumps(pairs).encode()
+        data = json.dumps(pairs).encode()
+        return _check_of(data) + data
 
     @classmethod
-    def load(cls, data: bytes) -> _Estate | None:
-        """Read one; ``None`` if another version wrote it, or it is damaged."""
+    def load(cls, data: bytes) -> _Estate:
+        """Read one.
+
+        Raises:
+            ValueError: If another version wrote it, or it is damaged.
+        """
+        check, data = data[:_CHECK_BYTES], data[_CHECK_BYTES:]
+        if check != _check_of(data):
+            raise ValueError("what it left is damaged")
         try:
             found = json.loads(data)
             if found["version"] != _VERSION:
-                return None
+                raise ValueError("another version of cloudexec left them")
             return cls(
                 int(found["generation"]),
                 str(found["executor"]),
@@ -113,8 +122,8 @@ class _Estate:
                 [(str(launch), int(slots)) for launch, slots in found["launches"]],
                 dict(found["launcher"]),
             )
-        except (ValueError, KeyError, TypeError):
-            return None
+        except (KeyError, TypeError) as exc:
+            raise ValueError("what it left cannot be understood") from exc
 
 
 class _Claim:
@@ -186,23 +195,24 @@ class Takeover:
             self._secret = self._estate.secret
             driver.be(self._estate.executor_id, self._estate.key)
             driver.store.number_from((self._generation % _GENERATIONS) * _BLOBS + 1)
+        self._key = driver.key  # not what the launcher may put in its place: that is a stack's
 
     def _find(self) -> _Estate | None:
         data = self._journal.store.get_state(_STATE)
-        estate = None if data is None else _Estate.load(data)
-        if estate is None:
+        if data is None:
             return None
-        why = ""
-        if estate.setup != self._setup:
-            why = "versions, settings of the launcher, initializer or modules have changed"
-        elif not _is_free(estate.listen):
-            why = f"{estate.listen}, where they would be waited for, is taken"
-        if why:
+        try:
+            estate = _Estate.load(data)
+            if estate.setup != self._setup:
+                raise ValueError("versions, launcher settings, initializer or modules have changed")
+            if not _is_free(estate.listen):
+                raise ValueError(f"{estate.listen}, where they would be waited for, is taken")
+        except ValueError as exc:
             _logger.warning(
                 "journal %s: workers of the run before, which was killed, are not taken over: %s. "
                 "They end by themselves",
                 self._journal.store.name,
-                why,
+                exc,
             )
             return None
         return estate
@@ -234,7 +244,7 @@ class Takeover:
         estate = _Estate(
             self._generation,
             driver.executor_id,
-            driver.key,
+            self._key,
             self._secret,
             self._certificate,
             driver.listening,
@@ -476,11 +486,12 @@ class Takeover:
                 "%d of the workers of the run before did not come back: their tasks run again",
                 len(missing),
             )
-            self._launcher.terminate(sorted(missing))
             for launch in missing:
                 self._driver.launches.running.discard(launch)
                 why = "its client was killed, and it did not come back to the one after that"
                 self._driver.feed(events.LaunchFailed(launch, why, reclaimed=True))
+            # After that: how they end says nothing about the launches to come.
+            self._launcher.terminate(sorted(missing))
         if waiting:
             self._driver.feed(events.TasksReleased(waiting))
 
@@ -526,6 +537,10 @@ def _is_free(listen: str) -> bool:
     except (OSError, ValueError, OverflowError):
         return False
     return True
+
+
+def _check_of(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:_CHECK_BYTES]
 
 
 def _text(data: bytes) -> str:

@@ -9,6 +9,7 @@ ask for URLs. Everything else blocks, and uses threads of its own.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import base64
 import contextlib
@@ -231,7 +232,7 @@ class _HaltError(Exception):
     """The transfer has stopped meanwhile, for a reason of its own."""
 
 
-class _Transfer:
+class _Transfer(abc.ABC):
     """What both directions share: threads that take pieces of work until none is left."""
 
     _verb = ""
@@ -381,8 +382,9 @@ class _Transfer:
                     raise _HaltError
             pause = min(pause * 2, _LONGEST_PAUSE)
 
+    @abc.abstractmethod
     def _do(self, link: _Link, item: Any) -> None:
-        raise NotImplementedError
+        """Make the request for one item of the work, once."""
 
     def _refusal(self, link: _Link, response: http.client.HTTPResponse) -> Exception:
         """Turn an answer that is none of the expected into what to raise."""

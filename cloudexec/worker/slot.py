@@ -102,6 +102,7 @@ class Slot:
         self._variables: tuple[int, dict[str, str]] | None = None  # of the task that comes next
         self._stash: deque[tuple[int, int, bytes]] = deque()
         self._results: ResultFiles | None = None
+        self._pickler = _payload.Pickler
         self.direct_path = ""
         self.token = b""
         self.forked = False
@@ -270,10 +271,11 @@ class Slot:
             self.send(Kind.READY)
             return
         try:
-            from cloudexec.worker.prepared import initialize
+            from cloudexec.worker.prepared import ResultPickler, initialize
 
             initializer, initargs = self._load_composed(body) if number == 1 else _loads(body)
             initialize(initializer, initargs)
+            self._pickler = ResultPickler
         except BaseException as exc:
             self._flush_output()
             self.send(Kind.INITIALIZER_FAILED, 0, _payload.dumps_exception(exc))
@@ -439,7 +441,7 @@ class Slot:
             if type(value) in _payload._ATOMS and not keep:
                 self._put(lease, seconds, frames.OK, pickle.dumps(value, 5))
                 return
-            _payload.Pickler(writer, protocol=5, buffer_callback=writer.take_buffer).dump(value)
+            self._pickler(writer, protocol=5, buffer_callback=writer.take_buffer).dump(value)
             del value
             writer.close()
         except BaseException as exc:

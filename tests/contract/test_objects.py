@@ -7,13 +7,14 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import object_tasks as tasks
 import psutil
 import pytest
-from contract_helpers import Signals, descendants, until
+from contract_helpers import Signals, descendants, supervisors, until
 
 from cloudexec import (
     BatchExecutor,
@@ -56,12 +57,6 @@ def settled(executor: BatchExecutor, most: int = 0) -> None:
         return bool(store.memory <= most and not store.disk)
 
     until(done)
-
-
-def workers() -> list[psutil.Process]:
-    """Return the supervisors that were started from here."""
-    me = os.getpid()
-    return [process for process in descendants() if process.ppid() == me]
 
 
 several = pytest.mark.parametrize("mode", MODES)
@@ -350,12 +345,15 @@ def test_results_survive_the_loss_of_their_workers(mode: str) -> None:
         futures = [executor.submit(tasks.filled, 4 * MIB, value % 251) for value in range(60)]
         done = threading.Event()
 
-        def kill_now_and_then() -> None:
+        def kill_now_and_then(futures: list[Future[Any]]) -> None:
+            arrived = 0
             while not done.wait(0.4):
-                for worker in workers()[:1]:
+                before, arrived = arrived, sum(future.done() for future in futures)
+                # Of workers that are killed before one has done anything there may be only so many.
+                for worker in supervisors()[: arrived > before]:
                     worker.kill()
 
-        killer = threading.Thread(target=kill_now_and_then)
+        killer = threading.Thread(target=kill_now_and_then, args=(futures,))
         killer.start()
         try:
             for value, future in enumerate(futures):
@@ -375,10 +373,10 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_transfer_loses_nothing() -> 
         executor.submit(tasks.nothing).result(PATIENCE)
         future = executor.submit(tasks.add, array)
         until(lambda: executor.stats().bytes_sent > 20 * MIB)
-        (worker,) = workers()
+        (worker,) = supervisors()
         worker.kill()
         until(lambda: store_of(executor).memory > 1.5 * array.nbytes)  # the result arrives
-        (worker,) = workers()
+        (worker,) = supervisors()
         worker.kill()
         result = future.result(PATIENCE)
         assert np.array_equal(result, array)

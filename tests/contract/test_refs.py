@@ -17,8 +17,8 @@ import numpy as np
 import object_tasks as tasks
 import psutil
 import pytest
-from contract_helpers import Signals, descendants, until
-from test_objects import MIB, PATIENCE, settled, start, store_of, workers
+from contract_helpers import Signals, descendants, supervisors, until
+from test_objects import MIB, PATIENCE, settled, start, store_of
 
 from cloudexec import (
     BatchExecutor,
@@ -47,7 +47,7 @@ def begin(mode: str, workers: int = 2, **options: Any) -> BatchExecutor:
 
 
 def kill_workers() -> None:
-    for worker in workers():
+    for worker in supervisors():
         worker.kill()
 
 
@@ -255,7 +255,7 @@ def test_who_waits_for_a_value_when_the_executor_ends_learns_of_it(signals: Sign
     """get() does not wait for ever."""
     executor = begin("wire", workers=1)
     ref = executor.with_options(keep=True).submit(tasks.filled, 3 * MIB).result(PATIENCE)
-    (worker,) = workers()
+    (worker,) = supervisors()
     for process in (worker, *worker.children(recursive=True)):
         process.suspend()
     with pytest.raises(TimeoutError):
@@ -314,7 +314,7 @@ def test_kept_results_that_nobody_refers_to_are_freed(mode: str) -> None:
     with begin(mode, workers=1) as executor:
         keep = executor.with_options(keep=True)
         keep.submit(tasks.filled, 3 * MIB).result(PATIENCE)
-        (worker,) = workers()
+        (worker,) = supervisors()
 
         def files() -> int:
             return len(os.listdir(f"/proc/{worker.pid}/fd"))
@@ -351,7 +351,7 @@ def test_more_kept_results_than_memory_go_to_the_disk_of_the_worker(mode: str) -
     with begin(mode, workers=1, objects=options) as executor:
         keep = executor.with_options(keep=True)
         refs = [keep.submit(tasks.filled, 3 * MIB, value).result(PATIENCE) for value in range(20)]
-        (worker,) = workers()
+        (worker,) = supervisors()
         held = 0
         for name in os.listdir(f"/proc/{worker.pid}/fd"):
             path = f"/proc/{worker.pid}/fd/{name}"
@@ -437,6 +437,23 @@ def test_what_cannot_be_made_again_fails_with_its_reason(mode: str, tmp_path: Pa
         assert executor.submit(pow, 2, 3).result(PATIENCE) == 8
 
 
+def test_whoever_copies_what_cannot_be_made_again_learns_its_reason(tmp_path: Path) -> None:
+    """Also one that an executor that has shut down could raise as well."""
+    marker = str(tmp_path / "marker")
+
+    def once() -> Any:
+        if os.path.exists(marker):
+            raise RuntimeError("not twice")
+        contract_tasks.touch(marker)
+        return np.ones(400_000)
+
+    with begin("wire", 1) as executor:
+        ref = executor.with_options(keep=True).submit(once).result(PATIENCE)
+        kill_workers()
+        with pytest.raises(RuntimeError, match="not twice"):
+            pickle.dumps(ref)
+
+
 def test_a_worker_that_ends_in_order_hands_over_what_it_keeps(mode: str, tmp_path: Path) -> None:
     """Ended for want of work, its results are not made again."""
     counted = str(tmp_path / "calls")
@@ -446,7 +463,7 @@ def test_a_worker_that_ends_in_order_hands_over_what_it_keeps(mode: str, tmp_pat
             keep.submit(tasks.filled_and_note, counted, size, value).result(PATIENCE)
             for value, size in enumerate((3 * MIB, 200_000, 70_000, 10))
         ]
-        until(lambda: not workers())
+        until(lambda: not supervisors())
         assert [int(ref.get()[-1]) for ref in refs] == [0, 1, 2, 3]
         futures = [executor.submit(tasks.total, ref) for ref in refs]
         assert [future.result(PATIENCE) for future in futures] == [0.0, 200_000, 140_000, 30]
@@ -489,7 +506,7 @@ def test_a_worker_that_its_platform_ends_hands_over_what_it_keeps(
             keep.submit(tasks.filled_and_note, counted, 3 * MIB, n).result(PATIENCE)
             for n in range(6)
         ]
-        old = workers()
+        old = supervisors()
         for worker in old:
             worker.send_signal(signal.SIGTERM)
         psutil.wait_procs(old, timeout=PATIENCE)

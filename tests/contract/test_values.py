@@ -1048,6 +1048,80 @@ def test_what_an_initializer_of_main_prepares_is_there_for_the_calls(tmp_path: P
     assert run([sys.executable, "program.py"], tmp_path) == "all well\n"
 
 
+PREPARED = '''
+import functools
+import threading
+from cloudexec import BatchExecutor
+
+LOCK = TABLE = PROXY = None
+KNOWN = "the client's"
+
+class Point:
+    shared = cache = None
+
+    def __init__(self, x):
+        self.x = x
+
+    def norm(self):
+        return TABLE is not None, LOCK is not None, self.x
+
+def known():
+    return KNOWN
+
+def announced(fn):
+    @functools.wraps(fn)
+    def wrapper(*args):
+        return fn(*args)
+    return wrapper
+
+class Absent:
+    """Stands for what is not there yet: whoever looks at it is told so."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError("nothing is there yet")
+
+@announced
+def prepare():
+    global LOCK, TABLE, KNOWN, PROXY
+    PROXY = Absent()
+    LOCK, TABLE, KNOWN = threading.Lock(), bytearray(30_000_000), "the worker's"
+    Point.shared, Point.extra = threading.Lock(), threading.Lock()
+
+def make(x):
+    point = Point(x)
+    assert point.norm() == (True, True, x) and Point.shared.acquire(False)
+    Point.shared.release()
+    return point
+
+def pick(_):
+    assert known() == "the worker's"
+    return known
+
+def assign(value):
+    global KNOWN
+    KNOWN = value
+    return known
+
+if __name__ == "__main__":
+    with BatchExecutor(1, initializer=prepare) as executor:
+        for x in range(3):
+            point = executor.submit(make, x).result()
+            assert type(point) is Point and point.norm() == (False, False, x)
+            assert Point.shared is None and not hasattr(Point, "extra")
+            assert executor.submit(pick, 0).result()() == "the client's"
+        assert [point.x for point in executor.map(make, range(3), chunksize=2)] == [0, 1, 2]
+        assert executor.submit(assign, "a task's").result()() == "a task's"
+        assert executor.stats().bytes_received < 1_000_000
+    print("all well")
+'''
+
+
+def test_what_an_initializer_prepares_stays_in_the_worker(tmp_path: Path) -> None:
+    """It need not survive pickling, and neither travels with results nor changes the client."""
+    (tmp_path / "program.py").write_text(PREPARED)
+    assert run([sys.executable, "program.py"], tmp_path) == "all well\n"
+
+
 def test_script_without_a_main_guard_works(tmp_path: Path) -> None:
     """Workers never run the user's script again, so that nothing needs a guard."""
     (tmp_path / "program.py").write_text(

@@ -159,6 +159,20 @@ def test_state_is_kept_by_name(tmp_path: Path) -> None:
         assert store.get_state("key") is None
 
 
+def test_state_that_is_no_bytes_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A number is not taken for a size, and no journal stays shut; the next value is good."""
+    for value in (1 << 60, "text", 0.5):
+        filled(tmp_path / "journal", 1)
+        with sqlite3.connect(tmp_path / "journal") as db:
+            db.execute("UPDATE state SET value = ?", (value,))
+        db.close()
+        with opened(tmp_path / "journal") as store:
+            assert store.get_state("key") is None
+            store.put_state("key", b"whole")
+            assert store.get_state("key") == b"whole"
+    assert [text for text in caplog.messages if "has under 'key' cannot be used" in text]
+
+
 def test_damaged_results_are_run_again(
     executor: Open, ran: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -234,6 +234,58 @@ def test_a_worker_that_died_meanwhile(aws: Any, runs: Runs) -> None:
 
 
 @pytest.mark.timeout(120)
+def test_jobs_that_aws_has_forgotten(aws: Any, runs: Runs) -> None:
+    """The program is run again long after: its calls are too, at once, by new workers."""
+    first = runs.start(3)
+    runs.begun(3)
+    kill(first)
+    for job in aws.jobs():
+        if job.pid:
+            os.kill(job.pid, signal.SIGKILL)
+    runs.wait(lambda: not unfinished(aws))
+    assert aws.faults.forget_ended()
+    runs.open()
+    second = runs.start(3)
+    said = said_by(second)
+    assert said["results"] == [0, 1, 4]
+    assert (said["workers"], said["tasks"], said["launched"]) == (0, 0, 3)
+    assert runs.calls("begun-") == {f"begun-{x}": 2 for x in range(3)}
+
+
+@pytest.mark.timeout(120)
+def test_an_api_that_does_not_answer_at_once(aws: Any, runs: Runs) -> None:
+    """Who is there is asked for until it is known."""
+    first = runs.start(3)
+    runs.begun(3)
+    kill(first)
+    aws.faults.throttle("DescribeJobs", count=12)
+    runs.open()
+    said = said_by(runs.start(3))
+    assert (said["workers"], said["tasks"], said["launched"]) == (3, 3, 0)
+    assert runs.calls("begun-") == {f"begun-{x}": 1 for x in range(3)}
+
+
+@pytest.mark.timeout(120)
+def test_an_api_that_does_not_answer_ends_no_worker(aws: Any, runs: Runs) -> None:
+    """The program fails and says why; its workers are there for the run after that."""
+    first = runs.start(3)
+    runs.begun(3)
+    kill(first)
+    aws.faults.deny("DescribeJobs")
+    second = runs.start(3)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert "batch:DescribeJobs" in err.splitlines()[-1]
+    assert len([job for job in aws.jobs() if job.pid]) == 3
+    aws.faults.clear()
+    runs.open()
+    said = said_by(runs.start(3))
+    assert (said["workers"], said["tasks"], said["launched"]) == (3, 3, 0)
+    assert runs.calls("begun-") == {f"begun-{x}": 1 for x in range(3)}
+    runs.wait(lambda: not unfinished(aws))
+
+
+@pytest.mark.timeout(120)
 def test_workers_that_were_set_up_otherwise_are_not_taken_over(aws: Any, runs: Runs) -> None:
     """Another initializer: what they would do is not what is asked for now."""
     first = runs.start(3, initializer="one")
@@ -245,7 +297,7 @@ def test_workers_that_were_set_up_otherwise_are_not_taken_over(aws: Any, runs: R
     said = json.loads(out)
     assert said["results"] == [0, 1, 4]
     assert said["workers"] == 0
-    assert "are not taken over: versions, settings of the launcher" in err
+    assert "are not taken over: versions, launcher settings" in err
     assert sorted(runs.calls("begun-").values()) == [2, 2, 2]
 
 
@@ -270,7 +322,7 @@ def listening_where(journal: Path) -> Iterator[None]:
     left = store.get_state("takeover")
     store.close()
     assert left is not None
-    host, _, port = json.loads(left)["listen"].rpartition(":")
+    host, _, port = json.loads(left[16:])["listen"].rpartition(":")
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind((host, int(port)))

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -24,7 +24,9 @@ from hostile_peers import (
 from test_enrolment import Peer
 
 from cloudexec import BatchExecutor, _enrolment
+from cloudexec._launchers.base import LaunchEnd
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._server import takeover
 from cloudexec.testing import ManualLauncher
 
 pytestmark = pytest.mark.timeout(60)
@@ -74,7 +76,9 @@ class _Scene:
         nonces = peer.hello(contact.executor_id, identity, resume=resume)
         mac = _enrolment.proof(contact.key, "worker", contact.executor_id, identity, *nonces)
         peer.send(proof=pb.Proof(mac=mac))
-        assert next(peer.answers).HasField("welcome")
+        answer = next(peer.answers)
+        assert answer.HasField("welcome")
+        self.token = answer.welcome.session_token
         return peer
 
     def hold(self, identity: str, *held: tuple[int, bytes]) -> Peer:
@@ -91,7 +95,7 @@ def _left_in(journal: Path, copy: Path) -> set[str]:
         shutil.copy(f"{journal}{suffix}", f"{copy}{suffix}")
     with contextlib.closing(sqlite3.connect(copy)) as opened:
         row = opened.execute("SELECT value FROM state WHERE name = 'takeover'").fetchone()
-    return set() if row is None else {launch for launch, _ in json.loads(row[0])["launches"]}
+    return set() if row is None else {launch for launch, _ in json.loads(row[0][16:])["launches"]}
 
 
 @pytest.fixture
@@ -111,6 +115,26 @@ def test_workers_hand_over_what_they_held(scene: _Scene) -> None:
     assert (stats.workers.taken_over, stats.tasks.taken_over) == (2, 2)
     story = str(scene.executor.explain(scene.futures[0]))
     assert "sent to worker-1: by an earlier process, which was killed" in story
+
+
+def test_who_is_cut_off_before_it_could_say_what_it_holds(scene: _Scene) -> None:
+    """It gets nothing before it has said so over the next connection."""
+    scene.come_back("1").close()
+    token, contact = scene.token, scene.contact
+    wait_until(lambda: scene.executor.stats().workers.cut == 1)
+    peer = scene.dial()
+    nonces = peer.hello(contact.executor_id, "1", resume=_enrolment.session_name(token))
+    key = _enrolment.session_key(contact.key, token)
+    mac = _enrolment.proof(key, "worker", contact.executor_id, "1", *nonces)
+    peer.send(proof=pb.Proof(mac=mac))
+    assert next(peer.answers).resumed
+    wait_until(lambda: scene.executor.stats().workers.reconnected == 1)
+    assert scene.executor.stats().workers.cut == 1
+    lease, tag = scene.tags["1"]
+    peer.send(number=1, holding=pb.Holding(leases=[lease], tags=[tag]))
+    wait_until(lambda: scene.executor.stats().workers.cut == 0)
+    peer.send(number=2, results=result_of(lease, value=10))
+    assert scene.futures[0].result(20) == 10
 
 
 @pytest.mark.parametrize(
@@ -162,3 +186,71 @@ def test_a_key_that_was_recorded_is_not_enough(scene: _Scene) -> None:
     with pytest.raises(grpc.RpcError):
         next(peer.answers)
     assert refusals(scene.executor) == {"no proof": 1}
+
+
+class _Prompt(ManualLauncher):
+    """Says that a worker has ended before ``terminate()`` returns, as that of AWS Batch does."""
+
+    def terminate(self, launch_ids: Sequence[str]) -> None:
+        for launch_id in launch_ids:
+            self.terminated.append(launch_id)
+            on_end = self._on_end.get(launch_id)
+            self._on_end[launch_id] = None
+            if on_end is not None:
+                on_end(launch_id, LaunchEnd("it was terminated", killed=True))
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Path:
+    """The journal of a client that was killed with 25 workers."""
+    journal, copy = tmp_path / "journal", tmp_path / "copy"
+    launcher = ManualLauncher(needs_network=True)
+    executor = BatchExecutor(25, launcher=launcher, journal=journal, min_workers=25)
+    wait_until(lambda: len(_left_in(journal, copy)) == 25)
+    end_by_hand(executor, launcher)
+    return copy
+
+
+def test_workers_that_do_not_come_back_are_replaced(
+    left: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are waited for, then ended; that is no failure of the launches that follow."""
+    monkeypatch.setattr(takeover, "_SLACK", -5.0)
+    launcher = _Prompt(needs_network=True)
+    executor = BatchExecutor(25, launcher=launcher, journal=left)
+    future = executor.submit(double, 4)
+    assert not launcher.launches
+    (launch,) = launcher.wait(1, 20)
+    assert int(launch.launch_id) > 25
+    assert sorted(map(int, launcher.terminated)) == list(range(1, 26))
+    assert executor.stats().launch_failures == 0
+    worker = Peer(launch.contact.target, channel(launch.contact))
+    worker.enrol(launch.contact.executor_id, launch.launch_id, launch.contact.key)
+    (lease,) = next(m for m in worker.answers if m.tasks.leases).tasks.leases
+    worker.send(number=1, results=result_of(lease, value=8))
+    assert future.result(20) == 8
+    end_by_hand(executor, launcher, worker)
+
+
+@pytest.mark.parametrize("damage", ["a byte", "half of it", "nothing left", "garbage", "huge"])
+def test_what_was_left_is_damaged(
+    left: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said, and the program goes on with workers of its own."""
+    with contextlib.closing(sqlite3.connect(left, isolation_level=None)) as journal:
+        (state,) = journal.execute("SELECT value FROM state").fetchone()
+        spoilt: dict[str, bytes] = {
+            "a byte": state[:100] + bytes((state[100] ^ 1,)) + state[101:],
+            "half of it": state[: len(state) // 2],
+            "nothing left": b"",
+            "garbage": b"\xff" * 100,
+            "huge": b"[" * 10_000_000,
+        }
+        journal.execute("UPDATE state SET value = ?", (spoilt[damage],))
+    launcher = ManualLauncher(needs_network=True)
+    executor = BatchExecutor(1, launcher=launcher, journal=left)
+    assert "are not taken over: what it left is damaged" in caplog.text
+    executor.submit(double, 4)
+    (launch,) = launcher.wait(1, 20)
+    assert launch.launch_id == "1"
+    end_by_hand(executor, launcher)

@@ -226,6 +226,22 @@ def test_spot_instance_that_goes_takes_the_job_with_it(aws: FakeAWS) -> None:
     assert job.exit_code is None
 
 
+def test_jobs_that_have_ended_are_forgotten_on_request(account: Account) -> None:
+    """All calls then know as little of them as of any other id; what runs is still there."""
+    ended = [account.submit("exit 0"), account.submit("exit 0", arrayProperties={"size": 2})]
+    for job_id in ended:
+        account.ended(job_id)
+    running = account.submit("echo up; exec sleep 60")
+    account.prints(running, "up")
+    assert account.aws.faults.forget_ended() == ended
+    wanted = [*ended, f"{ended[1]}:0", running]
+    found = account.batch.describe_jobs(jobs=wanted)["jobs"]
+    assert [job["jobId"] for job in found] == [running]
+    with pytest.raises(ClientError, match="does not exist"):
+        account.batch.list_jobs(arrayJobId=ended[1])
+    assert account.aws.faults.forget_ended() == []
+
+
 def test_out_of_memory_on_request(account: Account) -> None:
     job_id = account.submit("echo up; exec sleep 60")
     account.prints(job_id, "up")

@@ -295,6 +295,22 @@ class Engine:
                 self.reclaim(job.job_id, notice=notice, grace=grace)
             return [job.job_id for job in chosen]
 
+    def forget_ended(self) -> list[str]:
+        """Know jobs that have ended no longer; see ``Faults.forget_ended``."""
+        with self.lock:
+            awaited = {other for job in self.jobs.values() for other in job.waits}
+            ended = [
+                job
+                for job in self.jobs.values()
+                if job.parent is None
+                and job.ended
+                and awaited.isdisjoint(each.job_id for each in (job, *job.children))
+            ]
+            for job in ended:
+                for each in (job, *job.children):
+                    del self.jobs[each.job_id]
+            return [job.job_id for job in ended]
+
     def out_of_memory(self, job_id: str) -> None:
         """Kill a job's container for its memory."""
         with self.lock:

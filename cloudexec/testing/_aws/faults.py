@@ -220,6 +220,14 @@ class Faults:
         """Let the machine under a running job vanish without a notice."""
         self._required_engine().kill_instance(job_id)
 
+    def forget_ended(self) -> list[str]:
+        """Forget all jobs that have ended, as AWS may after seven days.
+
+        Returns:
+            Job ids of those forgotten; array jobs stand for their children.
+        """
+        return self._required_engine().forget_ended()
+
     # The API.
 
     def throttle(self, operation: str | None = None, count: int = 1) -> None:
