@@ -25,7 +25,7 @@ _logger = logging.getLogger("cloudexec")
 _BUDGET_CHECK = 1.0
 """Seconds between looks at what the workers have cost, where that is limited."""
 _MOST_TIMES = 50_000
-"""Launches whose times are kept; the oldest are forgotten."""
+"""Launches of which something is kept; the oldest are forgotten."""
 _LINGER_TIMES = 8
 """How often a launcher's wait for more launches is prolonged while they still come in."""
 _EXPLAIN_AFTER = 20.0
@@ -55,6 +55,7 @@ class Launches:
         self._unwanted: list[str] = []
         self._times: dict[str, LaunchTimes] = {}
         self._asked_at: dict[str, float] = {}
+        self._given_up: dict[str, None] = {}
         self._explained = ""
 
     def ask(self, command: commands.LaunchWorker) -> None:
@@ -64,6 +65,7 @@ class Launches:
             self._driver.portal.loop.call_later(self._launcher.linger, self._launch_soon, 0, 0)
         self._wanted.append(LaunchRequest(command.launch, command.slots, command.rung))
         self._asked_at[command.launch] = time.monotonic()
+        _bound(self._asked_at)
 
     def _launch_soon(self, seen: int, times: int) -> None:
         """Launch what is wanted; where one request serves many, wait while more of it comes in."""
@@ -210,6 +212,12 @@ class Launches:
         if not self._unwanted:
             self._driver.portal.loop.call_soon(self.terminate_now)
         self._unwanted.append(command.launch)
+        self._given_up[command.launch] = None
+        _bound(self._given_up)
+
+    def has_given_up(self, launch: str) -> bool:
+        """Whether a worker was launched and, before it came, not wanted any more."""
+        return launch in self._given_up
 
     def terminate_now(self) -> None:
         """End those that are not wanted any more."""
@@ -233,10 +241,15 @@ class Launches:
             total=total,
         )
         self.newcomers[session.worker_id] = now
-        if len(self._times) > _MOST_TIMES:
-            del self._times[next(iter(self._times))]  # workers that are replaced add up
+        _bound(self._times)
 
     def job_of(self, worker: str) -> str:
         """Return what the platform of a worker calls it, or an empty string."""
         times = self._times.get(worker.removeprefix("worker-"))
         return "" if times is None else times.job_id
+
+
+def _bound(launches: dict[str, Any]) -> None:
+    """Forget the oldest, if there are too many: workers that are replaced add up."""
+    if len(launches) > _MOST_TIMES:
+        del launches[next(iter(launches))]

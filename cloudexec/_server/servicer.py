@@ -951,7 +951,7 @@ class _Servicer:
             await context.write(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
             if unwanted is None:
                 driver.feed(events.LaunchFailed(hello.identity, refusal, fatal=True))
-            else:
+            elif not driver.launches.has_given_up(hello.identity):  # that one just comes too late
                 driver.refused("not expected", f"{context.peer()} knows the key, but {unwanted}")
             return None
         resumable = not driver.direct_path and driver.machine.config.reconnect_grace > 0

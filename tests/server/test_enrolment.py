@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,40 @@ def test_an_identity_is_good_for_one_live_session(
     assert "connected already" in answer.refusal.reason
     first.close()
     second.close()
+
+
+def test_a_worker_that_comes_when_it_is_not_wanted_any_more_is_no_stranger(
+    launcher: ManualLauncher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is sent away; its user, who did nothing wrong, is not warned of it."""
+    executor = BatchExecutor(2, launcher=launcher, idle_timeout=0.05)
+    futures = [executor.submit(pow, 2, exponent) for exponent in (2, 3)]
+    launches = launcher.wait(2, 20)
+    first = Peer(launches[0].contact.target)
+    first.enrol(launches[0].contact.executor_id, "1", launches[0].contact.key)
+    for number in (1, 2):
+        (lease,) = next(message.tasks.leases for message in first.answers if message.tasks.leases)
+        result = pb.Results(leases=[lease], payloads=[pickle.dumps(number)], seconds=[0.0])
+        first.send(number=number, results=result)
+    assert [future.result(20) for future in futures] == [1, 2]
+    deadline = time.monotonic() + 20
+    while "2" not in launcher.terminated:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    late = Peer(launches[1].contact.target)
+    answer = late.enrol(launches[1].contact.executor_id, "2", launches[1].contact.key)
+    assert "time to connect is over" in answer.refusal.reason
+    assert not list(late.answers)  # it is over
+    assert executor.stats().refused == 0
+    assert not caplog.messages
+    stranger = Peer(launches[1].contact.target)
+    stranger.enrol(launches[1].contact.executor_id, "3", launches[1].contact.key)
+    assert not list(stranger.answers)
+    assert executor.stats().refused == 1
+    for peer in (first, late, stranger):
+        peer.close()
+    launcher.end_all()
+    executor.kill_workers()
 
 
 def test_another_python_fails_what_waits_with_the_remedy(
