@@ -933,8 +933,9 @@ class _Servicer:
             or hello.executor_id != driver.executor_id
             or not _enrolment.proves(message.proof.mac, expected)
         ):
-            who = f"{context.peer()} could not prove that it knows the key"
-            driver.refused("no proof", who)
+            if message is not None or not driver.launches.has_given_up(hello.identity):
+                who = f"{context.peer()} could not prove that it knows the key"
+                driver.refused("no proof", who)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "proof refused")
         if hello.resume and not takes_over:
             assert message is not None

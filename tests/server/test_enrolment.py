@@ -73,8 +73,12 @@ class Peer:
         self.send(proof=pb.Proof(mac=mac))
         return next(self.answers)
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Say no more."""
         self._outgoing.put(None)
+
+    def close(self) -> None:
+        self.finish()
         self.channel.close()
 
 
@@ -198,13 +202,17 @@ def test_a_worker_that_comes_when_it_is_not_wanted_any_more_is_no_stranger(
     answer = late.enrol(launches[1].contact.executor_id, "2", launches[1].contact.key)
     assert "time to connect is over" in answer.refusal.reason
     assert not list(late.answers)  # it is over
+    ended = Peer(launches[1].contact.target)
+    ended.hello(launches[1].contact.executor_id, "2")
+    ended.finish()
+    assert refused(ended) is grpc.StatusCode.UNAUTHENTICATED
     assert executor.stats().refused == 0
     assert not caplog.messages
     stranger = Peer(launches[1].contact.target)
     stranger.enrol(launches[1].contact.executor_id, "3", launches[1].contact.key)
     assert not list(stranger.answers)
     assert executor.stats().refused == 1
-    for peer in (first, late, stranger):
+    for peer in (first, late, ended, stranger):
         peer.close()
     launcher.end_all()
     executor.kill_workers()
