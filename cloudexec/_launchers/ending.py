@@ -40,8 +40,18 @@ class Terminator:
         self._client = client
         self._executor_id = executor_id
 
-    async def insist(self, call: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
+    async def insist(
+        self,
+        call: Callable[..., Coroutine[Any, Any, Any]],
+        *args: Any,
+        patience: float = PATIENCE,
+    ) -> Any:
         """Make a call, and try again for a while what AWS cannot answer now.
+
+        Args:
+            call: What makes it.
+            args: Of that.
+            patience: Seconds after which no further try begins.
 
         Raises:
             AwsError: If it will not, or not in time.
@@ -51,7 +61,7 @@ class Terminator:
                 lambda exc: isinstance(exc, AwsError) and (exc.transient or exc.expired)
             ),
             wait=tenacity.wait_random_exponential(multiplier=0.3, max=5.0),
-            stop=tenacity.stop_after_delay(PATIENCE),
+            stop=tenacity.stop_after_delay(patience),
             reraise=True,
         )
         async for attempt in retrying:

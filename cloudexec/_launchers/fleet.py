@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import getpass
 import hashlib
 import hmac
@@ -68,6 +69,8 @@ _POLL_WAITING = 1.0
 _POLL_WAITING_LONG = 6.0
 _POLL_SLOWEST = 15.0
 _POLL_GROWTH = 1.25
+_TAKE_OVER_PATIENCE = 60.0
+"""Seconds for which AWS is asked for the workers of an earlier process, which wait meanwhile."""
 _SUBMIT_PATIENCE = 300.0
 """Seconds for which a submission that AWS cannot take now is tried again."""
 _LOOK_UP_PAUSE = 1.0
@@ -848,7 +851,7 @@ class Fleet:
         self._inherited_usd = float(left["cost_usd"])
         # Who ended while nobody was there to see it is no failure of this process's.
         jobs = [load(each, self._price, lambda *_: None) for each in left["jobs"]]
-        insist = self._terminator.insist
+        insist = functools.partial(self._terminator.insist, patience=_TAKE_OVER_PATIENCE)
         for job in jobs:
             if not job.id:
                 job.id = await insist(self._find_job, job)

@@ -582,12 +582,16 @@ class _Session:
                 driver.takeover.gone(worker, [lease for lease, _ in failures])
             driver.feed(events.FailuresReceived(worker, failures))
             heard = False
-        if message.returned:
-            for lease in message.returned:
+        returned = list(message.returned)
+        if message.goodbye and worker in driver.machine.workers:
+            # It has answered all that it began: it has not begun with what was on its way to it.
+            returned += driver.machine.workers[worker].leases
+        if returned:
+            for lease in returned:
                 self._end_lease(lease)
             if driver.takeover is not None:
-                driver.takeover.gone(worker, message.returned)
-            driver.feed(events.LeasesReturned(worker, list(message.returned)))
+                driver.takeover.gone(worker, returned)
+            driver.feed(events.LeasesReturned(worker, returned))
             heard = False
         if message.draining:
             self._drain_said = True

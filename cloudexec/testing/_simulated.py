@@ -108,7 +108,8 @@ class SimulatedWorker:
         await dial(self._address, self._enrol, patience)
 
     async def _enrol(self, channel: grpc.aio.Channel) -> None:
-        await self.close()
+        if self._channel is not channel:
+            await self.close()
         self._channel = channel
         self._fetch = channel.unary_stream(
             "/cloudexec.v1.TaskServer/Fetch",

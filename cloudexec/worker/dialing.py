@@ -25,6 +25,10 @@ __all__ = ["CONNECT_TIMEOUT", "Address", "SessionGoneError", "dial", "hang_up", 
 CONNECT_TIMEOUT = 30.0
 """Seconds for which a client elsewhere is dialed the first time."""
 _TRY_TIMEOUT = 10.0
+_LONG_TRY = 40.0
+"""Seconds for a client that is there, and busy: if thousands of workers dial again at once, each is
+let in later than one of them alone, and to begin anew only makes that worse."""
+_PROBE_TIMEOUT = 3.0
 _KEEPALIVE = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 10_000)]
 """A worker notices sooner than its client that a connection is dead: it is the one that dials."""
 _OWN = ("grpc.use_local_subchannel_pool", 1)
@@ -119,6 +123,7 @@ async def _channel(address: Address, patience: float) -> grpc.aio.Channel:
         *CHANNEL_OPTIONS,
         *_KEEPALIVE,
         ("grpc.ssl_target_name_override", "cloudexec"),
+        ("grpc.min_reconnect_backoff_ms", int(_LONG_TRY * 1000)),  # how long connecting may take
         _OWN,
     ]
     return grpc.aio.secure_channel(address.target, credentials, options=options)
@@ -150,7 +155,8 @@ async def dial(
 
     Args:
         address: Where to.
-        enrol: Says who we are over a new channel, which is closed if that fails.
+        enrol: Says who we are over a channel, which is closed if that fails; or called with the
+            same one again, if it failed for no other reason than that the client is busy.
         patience: Seconds for which it is tried.
 
     Raises:
@@ -159,35 +165,56 @@ async def dial(
     """
     deadline = time.monotonic() + patience
     longest = longest_pause(patience)
-    pause = 0.1
-    while True:
-        channel = None
-        try:
-            channel = await _channel(address, _TRY_TIMEOUT)
-            async with asyncio.timeout(_TRY_TIMEOUT):
-                await enrol(channel)
-            return
-        except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as exc:
-            # A TimeoutError is an OSError.
-            is_answer = isinstance(exc, grpc.aio.AioRpcError)
-            reason = exc.details() if isinstance(exc, grpc.aio.AioRpcError) else str(exc)
-            if channel is not None:
-                hang_up(channel)
-            refused = is_answer and exc.code() not in _RETRIED  # type: ignore[union-attr]
-            # On this machine nothing stands between us: who does not answer is not there.
-            near = not address.certificate_sha256
-            if refused or near or time.monotonic() + pause > deadline:
-                raise LaunchError(
-                    f"cannot reach the client at {address.target}: {reason or 'no answer'}; is it "
-                    f"still there, reachable from this network, and its port open?"
-                ) from exc
-        except BaseException:
-            if channel is not None:
-                hang_up(channel)
-            raise
-        # Not all at once, where hundreds of workers start, or lose their client, together.
-        await asyncio.sleep(pause * (0.5 + int.from_bytes(os.urandom(2)) / 65535))
-        pause = min(2 * pause, longest)
+    pause, limit = 0.1, _TRY_TIMEOUT
+    tried = False
+    channel = None
+    try:
+        while True:
+            try:
+                if channel is None:
+                    if tried:
+                        await _probe(address.target)
+                    channel = await _channel(address, limit)
+                async with asyncio.timeout(limit):
+                    await enrol(channel)
+                return
+            except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as exc:
+                # A TimeoutError is an OSError.
+                code = exc.code() if isinstance(exc, grpc.aio.AioRpcError) else None
+                reason = exc.details() if isinstance(exc, grpc.aio.AioRpcError) else str(exc)
+                refused = code is not None and code not in _RETRIED
+                # On this machine nothing stands between us: who does not answer is not there.
+                near = not address.certificate_sha256
+                if refused or near or time.monotonic() + pause > deadline:
+                    raise LaunchError(
+                        f"cannot reach the client at {address.target}: {reason or 'no answer'}; is "
+                        f"it still there, reachable from this network, and its port open?"
+                    ) from exc
+                # What a connection has cost both sides is not spent again on one that works.
+                if channel is not None and code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    hang_up(channel)
+                    channel = None
+                tried = True
+                limit = max(_TRY_TIMEOUT, min(_LONG_TRY, deadline - time.monotonic()))
+            # Not all at once, where hundreds of workers start, or lose their client, together.
+            await asyncio.sleep(pause * (0.5 + int.from_bytes(os.urandom(2)) / 65535))
+            pause = min(2 * pause, longest)
+    except BaseException:
+        if channel is not None:
+            hang_up(channel)
+        raise
+
+
+async def _probe(target: str) -> None:
+    """Find out whether somebody takes connections there, before one is waited for for long.
+
+    Raises:
+        OSError: If nobody does.
+    """
+    host, _, port = target.rpartition(":")
+    async with asyncio.timeout(_PROBE_TIMEOUT):
+        _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    writer.close()
 
 
 def hang_up(channel: Any) -> None:

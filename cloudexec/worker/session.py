@@ -84,6 +84,7 @@ class Session:
         self._calls: weakref.WeakSet[Any] = weakref.WeakSet()  # of transfers, over what there is
         self._started = False
         self._flushing = False
+        self._said_goodbye = False
         self.flushed = asyncio.Event()
         """Set when, after ``flush``, the client has all that was to be said."""
         self._acknowledge_handle: asyncio.TimerHandle | None = None
@@ -197,7 +198,7 @@ class Session:
             pull_seconds=pull,
         )
         before, self._channel = self._channel, None
-        if before is not None:
+        if before is not None and before is not channel:
             await before.close()
         self._bind(channel)
         self._call = self._session()
@@ -738,7 +739,9 @@ class Session:
             both = (receiving, sending)
             try:
                 done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-                if done == {sending} and self.flushed.is_set():
+                if done == {sending} and self._said_goodbye:
+                    # The client closes its half once it has read all: to hang up before may
+                    # overtake what is on its way.
                     await asyncio.wait({receiving})
             finally:
                 for task in both:
@@ -749,9 +752,14 @@ class Session:
                 if not isinstance(error, (grpc.aio.AioRpcError, asyncio.InvalidStateError)):
                     raise error
             if isinstance(outcomes[0], str):
+                if self._said_goodbye:
+                    self.flushed.set()
                 return outcomes[0]
             if not self.welcome.resumable:
                 return "disconnected"
+            if self._said_goodbye:
+                self.flushed.set()  # it was acknowledged before
+                return "closed"
             self._connected.clear()
             # Those that wait until this channel connects would wait for ever once it is closed.
             for call in list(self._calls):
@@ -792,7 +800,7 @@ class Session:
             elif self._flushing and reliable.is_clear:
                 await self._call.write(pb.WorkerMessage(goodbye=True))
                 await self._call.done_writing()
-                self.flushed.set()
+                self._said_goodbye = True
                 return
             else:
                 continue

@@ -253,6 +253,11 @@ class SlotPool:
 
     def add(self, items: list[WorkItem]) -> None:
         """Take tasks, in order; those whose blobs are still to come wait for these."""
+        if self._draining:  # they were sent before the client had heard of that
+            for item in items:
+                self._answers.returned(item.lease)
+            self._answers.wake()
+            return
         for item in items:
             if item.blobs is None and not item.function:
                 self._queue.append(item)

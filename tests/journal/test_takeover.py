@@ -258,7 +258,7 @@ def test_an_api_that_does_not_answer_at_once(aws: Any, runs: Runs) -> None:
     first = runs.start(3)
     runs.begun(3)
     kill(first)
-    aws.faults.throttle("DescribeJobs", count=12)
+    aws.faults.throttle("DescribeJobs", count=8)
     runs.open()
     said = said_by(runs.start(3))
     assert (said["workers"], said["tasks"], said["launched"]) == (3, 3, 0)

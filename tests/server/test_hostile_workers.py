@@ -131,6 +131,26 @@ def test_a_thief_does_not_take_the_place_of_a_live_worker() -> None:
     end_by_hand(executor, launcher, owner)
 
 
+def test_what_was_on_its_way_to_a_worker_that_took_its_leave_had_not_begun() -> None:
+    """It runs elsewhere, also if it is to run at most once, and no attempt is lost."""
+    launcher = ManualLauncher(slots_per_worker=1)
+    executor = BatchExecutor(1, launcher=launcher, retries=0)
+    future = executor.submit(double, 4)
+    worker = Inside(launcher, 1)
+    worker.send(ready=True)
+    worker.take()
+    worker.send(draining=True)
+    worker.send(goodbye=True)
+    worker.finish()
+    assert not [said for said in worker.answers if said.tasks.leases]
+    launcher.end(worker.launch_id)
+    other = Inside(launcher, 2)
+    other.send(number=1, results=result_of(other.take(), value=8))
+    assert future.result(20) == 8
+    assert executor.stats().lost_attempts == 0
+    end_by_hand(executor, launcher, worker, other)
+
+
 @pytest.mark.parametrize("slots", [0, 2**32 - 1])
 def test_a_worker_without_a_sensible_number_of_slots_is_refused(slots: int) -> None:
     """Tasks are not sent where there is no room, nor without bounds."""

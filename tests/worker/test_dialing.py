@@ -1,0 +1,129 @@
+"""Workers that dial a client which is there, and busy."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ssl
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any
+
+import grpc
+import pytest
+
+from cloudexec._errors import LaunchError
+from cloudexec._server.certificate import make_certificate
+from cloudexec.worker import dialing
+from cloudexec.worker.dialing import Address, dial
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class _Client:
+    """Takes calls over TLS; each of the first few is one too many for it."""
+
+    def __init__(self, too_many: int) -> None:
+        self.callers: list[str] = []
+        self._too_many = too_many
+        certificate = make_certificate()
+        self.pem = certificate.pem.decode()
+        self.sha256 = hashlib.sha256(ssl.PEM_cert_to_DER_cert(self.pem)).hexdigest()
+        handler = grpc.method_handlers_generic_handler(
+            "Client", {"Enrol": grpc.unary_unary_rpc_method_handler(self._enrol)}
+        )
+        self.server = grpc.server(futures.ThreadPoolExecutor(4))
+        self.server.add_generic_rpc_handlers((handler,))
+        credentials = grpc.ssl_server_credentials([(certificate.key_pem, certificate.pem)])
+        self.port = self.server.add_secure_port("127.0.0.1:0", credentials)
+        self.server.start()
+
+    def _enrol(self, _: bytes, context: Any) -> bytes:
+        self.callers.append(context.peer())
+        if len(self.callers) <= self._too_many:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many at once")
+        return b"welcome"
+
+    def address(self, port: int | None = None) -> Address:
+        target = f"127.0.0.1:{port or self.port}"
+        return Address(target, "x", "1", bytes(32), 1, self.sha256)
+
+
+@pytest.fixture
+def client() -> Iterator[_Client]:
+    client = _Client(too_many=3)
+    yield client
+    client.server.stop(None).wait()
+
+
+class _Worker:
+    """Enrols with one call, and keeps the channel over which that went well."""
+
+    def __init__(self) -> None:
+        self.channel: Any = None
+
+    async def enrol(self, channel: Any) -> None:
+        assert await channel.unary_unary("/Client/Enrol")(b"") == b"welcome"
+        self.channel = channel
+
+
+async def _dialed(address: Address, patience: float) -> None:
+    worker = _Worker()
+    try:
+        await dial(address, worker.enrol, patience)
+    finally:
+        if worker.channel is not None:
+            await worker.channel.close()
+
+
+def test_who_is_told_to_come_again_does_so_over_the_same_connection(client: _Client) -> None:
+    """Its handshake is what costs a client most that ten thousand workers come back to."""
+    asyncio.run(_dialed(client.address(), 20.0))
+    assert len(client.callers) == 4
+    assert len(set(client.callers)) == 1
+
+
+def test_a_client_that_is_busy_is_waited_for_longer_than_one_that_is_gone(
+    client: _Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To begin anew whenever it has not answered soon keeps it busy, and never comes through."""
+    monkeypatch.setattr(dialing, "_TRY_TIMEOUT", 0.5)
+    monkeypatch.setitem(dialing._pinned, client.sha256, client.pem)
+    came: list[asyncio.Task[None]] = []
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+        finally:
+            writer.close()
+
+    async def serve_late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(1.5)  # how busy it is
+        theirs = await asyncio.open_connection("127.0.0.1", client.port)
+        both = (pump(reader, theirs[1]), pump(theirs[0], writer))
+        await asyncio.gather(*both, return_exceptions=True)
+
+    def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(asyncio.ensure_future(serve_late(reader, writer)))
+
+    async def run() -> None:
+        server = await asyncio.start_server(accepted, "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            try:
+                await _dialed(client.address(port), 20.0)
+            finally:
+                await asyncio.gather(*came)
+
+    asyncio.run(run())
+    assert len(client.callers) == 4
+    assert len(came) == 3  # the first try, a look whether anybody is there, and the second
+
+
+def test_a_client_that_is_gone_is_not_waited_for(client: _Client) -> None:
+    """Nobody listens: that is known at once, and said once patience is over."""
+    client.server.stop(None).wait()
+    with pytest.raises(LaunchError, match="cannot reach the client"):
+        asyncio.run(_dialed(client.address(), 1.0))
+    assert not client.callers
