@@ -48,6 +48,7 @@ def measure(contender: str, workers: int, tasks: int, tls: bool, watched: float)
     time.sleep(watched)
     cpu_idle = time.process_time() - cpu
     beating = _memory.resident() - before
+    lost = executor.stats().workers.lost
 
     begin, cpu = time.perf_counter(), time.process_time()
     wrong = sum(
@@ -71,6 +72,7 @@ def measure(contender: str, workers: int, tasks: int, tls: bool, watched: float)
         "connect_cpu": cpu_connecting,
         "idle": idle / MIB,
         "beating": beating / MIB,
+        "lost": lost,
         "busy": busy / MIB,
         "cpu": cpu_idle / watched * 100,
         "tasks": working,
@@ -96,6 +98,7 @@ def main(options: argparse.Namespace, report: _report.Report) -> None:
     in_time = 60.0 if workers == 10_000 else None
     report.number(f"client memory, {what} connected", figure("idle"), "MiB", at_most=at_most)
     report.number(f"the same {options.watch:g} s later", figure("beating"), "MiB")
+    report.number(f"of {what}, taken for lost meanwhile", figure("lost"), "", at_most=0)
     report.number(f"client memory, {what} after {tasks:,} tasks", figure("busy"), "MiB")
     report.number(f"client memory per worker of {what}", figure("idle") * 1024 / workers, "KiB")
     report.number(f"connect {what}", figure("connect"), "s", at_most=in_time)
