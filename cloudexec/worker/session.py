@@ -58,6 +58,8 @@ __all__ = ["Session", "introduce", "package_version"]
 
 _BATCH_RESULTS = 2048
 _BATCH_BYTES = 512 * 1024
+_FAREWELL = 5.0
+"""Seconds for which a client that has all is waited for: a platform gives a worker no more time."""
 _CUT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """How a call ends whose connection does."""
 _OUTPUT_CREDIT = 1024 * 1024
@@ -741,8 +743,9 @@ class Session:
                 done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                 if done == {sending} and self._said_goodbye:
                     # The client closes its half once it has read all: to hang up before may
-                    # overtake what is on its way.
-                    await asyncio.wait({receiving})
+                    # overtake what is on its way. Nothing is, if all was acknowledged.
+                    most = _FAREWELL if self.welcome.resumable else None
+                    await asyncio.wait({receiving}, timeout=most)
             finally:
                 for task in both:
                     task.cancel()

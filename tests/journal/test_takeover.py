@@ -86,6 +86,12 @@ class Runs:
         }
         return self._program(self._script, json.dumps(told))
 
+    def start_and_kill(self, tasks: int, **settings: Any) -> None:
+        """Run it, and kill it once each of its three workers has begun with a call."""
+        client = self.start(tasks, **settings)
+        self.begun(3)
+        kill(client)
+
     def begun(self, count: int) -> None:
         """Wait until so many calls have begun."""
         self.wait(lambda: len(self.calls("begun-")) >= count)
@@ -135,9 +141,7 @@ def unfinished(aws: Any) -> list[Any]:
 @pytest.mark.parametrize("opened", ["before", "after"])
 def test_workers_go_on_and_hand_over(aws: Any, runs: Runs, opened: str) -> None:
     """No call begins twice, whether it ends while there is no client, or later."""
-    first = runs.start(8)
-    runs.begun(3)
-    kill(first)
+    runs.start_and_kill(8)
     jobs = {job.job_id for job in aws.jobs()}
     if opened == "before":
         runs.open()
@@ -159,9 +163,7 @@ def test_workers_go_on_and_hand_over(aws: Any, runs: Runs, opened: str) -> None:
 @pytest.mark.timeout(120)
 def test_a_large_result_is_parked(runs: Runs) -> None:
     """It goes another way than small ones, in parts that a client that is gone may have had."""
-    first = runs.start(3, work="roll")
-    runs.begun(3)
-    kill(first)
+    runs.start_and_kill(3, work="roll")
     runs.open()
     runs.wait(lambda: len(runs.calls("")) == 3)
     said = said_by(runs.start(3, work="roll"))
@@ -173,9 +175,7 @@ def test_a_large_result_is_parked(runs: Runs) -> None:
 @pytest.mark.timeout(120)
 def test_what_is_called_for_later_is_there(runs: Runs) -> None:
     """The program may first want something else than what its workers hold."""
-    first = runs.start(3)
-    runs.begun(3)
-    kill(first)
+    runs.start_and_kill(3)
     runs.open()
     said = said_by(runs.start(0, numbers=[3, 4, 5, 2, 1, 0]))
     assert said["results"] == [9, 16, 25, 4, 1, 0]
@@ -186,9 +186,7 @@ def test_what_is_called_for_later_is_there(runs: Runs) -> None:
 @pytest.mark.timeout(120)
 def test_what_is_never_called_for_is_in_the_journal(runs: Runs) -> None:
     """What came of calls that a program did not make again is there when it does."""
-    first = runs.start(3)
-    runs.begun(3)
-    kill(first)
+    runs.start_and_kill(3)
     runs.open()
     runs.wait(lambda: len(runs.calls("")) == 3)
     assert said_by(runs.start(0, numbers=[10, 11, 12]))["results"] == [100, 121, 144]
@@ -200,9 +198,7 @@ def test_what_is_never_called_for_is_in_the_journal(runs: Runs) -> None:
 @pytest.mark.timeout(120)
 def test_killed_twice(aws: Any, runs: Runs) -> None:
     """Workers are taken over by one client after the other."""
-    first = runs.start(6)
-    runs.begun(3)
-    kill(first)
+    runs.start_and_kill(6)
     second = runs.start(6)
     assert second.stderr is not None
     while "may live" not in second.stderr.readline():
@@ -219,9 +215,7 @@ def test_killed_twice(aws: Any, runs: Runs) -> None:
 @pytest.mark.timeout(120)
 def test_a_worker_that_died_meanwhile(aws: Any, runs: Runs) -> None:
     """Its call is run again, by a worker that takes its place; those of the others are not."""
-    first = runs.start(3)
-    runs.begun(3)
-    kill(first)
+    runs.start_and_kill(3)
     victim = next(job for job in aws.jobs() if job.pid)
     os.kill(victim.pid, signal.SIGKILL)
     runs.wait(lambda: len([job for job in aws.jobs() if job.pid]) == 2)
@@ -236,9 +230,7 @@ def test_a_worker_that_died_meanwhile(aws: Any, runs: Runs) -> None:
 @pytest.mark.timeout(120)
 def test_jobs_that_aws_has_forgotten(aws: Any, runs: Runs) -> None:
     """The program is run again long after: its calls are too, at once, by new workers."""
-    first = runs.start(3)
-    runs.begun(3)
-    kill(first)
+    runs.start_and_kill(3)
     for job in aws.jobs():
         if job.pid:
             os.kill(job.pid, signal.SIGKILL)
@@ -255,9 +247,7 @@ def test_jobs_that_aws_has_forgotten(aws: Any, runs: Runs) -> None:
 @pytest.mark.timeout(120)
 def test_an_api_that_does_not_answer_at_once(aws: Any, runs: Runs) -> None:
     """Who is there is asked for until it is known."""
-    first = runs.start(3)
-    runs.begun(3)
-    kill(first)
+    runs.start_and_kill(3)
     aws.faults.throttle("DescribeJobs", count=8)
     runs.open()
     said = said_by(runs.start(3))
@@ -268,9 +258,7 @@ def test_an_api_that_does_not_answer_at_once(aws: Any, runs: Runs) -> None:
 @pytest.mark.timeout(120)
 def test_an_api_that_does_not_answer_ends_no_worker(aws: Any, runs: Runs) -> None:
     """The program fails and says why; its workers are there for the run after that."""
-    first = runs.start(3)
-    runs.begun(3)
-    kill(first)
+    runs.start_and_kill(3)
     aws.faults.deny("DescribeJobs")
     second = runs.start(3)
     _, err = second.communicate(timeout=60)
@@ -288,9 +276,7 @@ def test_an_api_that_does_not_answer_ends_no_worker(aws: Any, runs: Runs) -> Non
 @pytest.mark.timeout(120)
 def test_workers_that_were_set_up_otherwise_are_not_taken_over(aws: Any, runs: Runs) -> None:
     """Another initializer: what they would do is not what is asked for now."""
-    first = runs.start(3, initializer="one")
-    runs.begun(3)
-    kill(first)
+    runs.start_and_kill(3, initializer="one")
     runs.open()
     second = runs.start(3, initializer="another")
     out, err = second.communicate(timeout=60)
@@ -304,9 +290,7 @@ def test_workers_that_were_set_up_otherwise_are_not_taken_over(aws: Any, runs: R
 @pytest.mark.timeout(120)
 def test_a_port_that_is_taken_is_no_obstacle(runs: Runs) -> None:
     """Somebody else listens where workers dial: new ones are launched."""
-    first = runs.start(3)
-    runs.begun(3)
-    kill(first)
+    runs.start_and_kill(3)
     runs.open()
     with listening_where(runs.journal):
         second = runs.start(3)

@@ -1,0 +1,101 @@
+"""Workers that take their leave of a client that does not answer any more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cloudexec import _enrolment
+from cloudexec._proto import tasks_pb2 as pb
+
+pytestmark = pytest.mark.timeout(60)
+
+_KEY = bytes(range(32))
+
+
+class _Client:
+    """Lets a worker in, acknowledges what it says, and stops short of closing the session."""
+
+    def __init__(self, path: Path) -> None:
+        self.ready = threading.Event()
+        self.goodbye = threading.Event()
+        self.over = threading.Event()
+        handler = grpc.method_handlers_generic_handler(
+            "cloudexec.v1.TaskServer",
+            {"Session": grpc.stream_stream_rpc_method_handler(self._session)},
+        )
+        self.server = grpc.server(futures.ThreadPoolExecutor(4))
+        self.server.add_generic_rpc_handlers((handler,))
+        self.server.add_insecure_port(f"unix:{path}")
+        self.server.start()
+
+    def _session(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        hello = pb.WorkerMessage.FromString(next(requests)).hello
+        nonce = os.urandom(32)
+        mac = _enrolment.proof(_KEY, "server", "x", hello.identity, hello.nonce, nonce)
+        yield pb.ServerMessage(challenge=pb.Challenge(nonce=nonce, mac=mac)).SerializeToString()
+        next(requests)
+        welcome = pb.Welcome(
+            worker_id="worker-1",
+            session_token=os.urandom(16),
+            heartbeat_interval=10.0,
+            orphan_timeout=30.0,
+            min_slots=1,
+            idle_timeout=-1.0,
+            resumable=True,
+        )
+        yield pb.ServerMessage(welcome=welcome).SerializeToString()
+        for data in requests:
+            message = pb.WorkerMessage.FromString(data)
+            if message.number:
+                yield pb.ServerMessage(received=message.number).SerializeToString()
+            if message.ready:
+                self.ready.set()
+            if message.goodbye:
+                self.goodbye.set()
+                self.over.wait()
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[_Client]:
+    client = _Client(tmp_path / "s")
+    yield client
+    client.over.set()
+    client.server.stop(None).wait()
+
+
+def test_a_worker_that_is_wanted_back_does_not_wait_for_a_client_that_has_all(
+    client: _Client, tmp_path: Path
+) -> None:
+    """Its platform would kill it, and take that for another end than it was."""
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "cloudexec.worker"],
+        env={
+            **os.environ,
+            "CLOUDEXEC_TARGET": f"unix:{tmp_path / 's'}",
+            "CLOUDEXEC_EXECUTOR_ID": "x",
+            "CLOUDEXEC_IDENTITY": "1",
+            "CLOUDEXEC_KEY": _KEY.hex(),
+            "CLOUDEXEC_SLOTS": "1",
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        },
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        assert client.ready.wait(30)
+        worker.send_signal(signal.SIGTERM)
+        assert client.goodbye.wait(20)
+        assert worker.wait(20) == 128 + signal.SIGTERM
+    finally:
+        worker.kill()
+        worker.wait()
