@@ -793,6 +793,10 @@ class _Methods(grpc.GenericRpcHandler):
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
 
 
+class _HungUpError(Exception):
+    """A peer ended its call before it had proved who it is."""
+
+
 class _Servicer:
     """The methods of the service."""
 
@@ -850,6 +854,11 @@ class _Servicer:
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many peers at once")
             driver.refused("too slow", f"{peer} did not say in time who it is")
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "enrolment took too long")
+        except _HungUpError:
+            # Nobody to warn of: a worker that was ended, or found its session gone, or a network
+            # that failed once more.
+            _logger.debug("%s hung up before it had proved who it is", peer)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "say who you are")
         finally:
             self._gate.leave(guest)
         if session is not None:
@@ -907,7 +916,7 @@ class _Servicer:
         driver = self._driver
         heard_at = time.monotonic()
         message = await self._hear(context)
-        if message is None or not message.HasField("hello"):
+        if not message.HasField("hello"):
             driver.refused("no hello", f"{context.peer()} said something else than who it is")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "say hello first")
             return None
@@ -932,17 +941,11 @@ class _Servicer:
         await context.write(pb.ServerMessage(challenge=challenge))
         message = await self._hear(context)
         expected = _enrolment.proof(key, "worker", *parts)
-        if (
-            message is None
-            or hello.executor_id != driver.executor_id
-            or not _enrolment.proves(message.proof.mac, expected)
-        ):
-            if message is not None or not driver.launches.has_given_up(hello.identity):
-                who = f"{context.peer()} could not prove that it knows the key"
-                driver.refused("no proof", who)
+        proved = _enrolment.proves(message.proof.mac, expected)
+        if hello.executor_id != driver.executor_id or not proved:
+            driver.refused("no proof", f"{context.peer()} could not prove that it knows the key")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "proof refused")
         if hello.resume and not takes_over:
-            assert message is not None
             return await self._resume(resumed, message.proof.received, context)
         mismatch = _enrolment.versions_mismatch(
             wire=hello.wire_version, python=hello.python_version, pickle=hello.cloudpickle_version
@@ -1021,15 +1024,21 @@ class _Servicer:
         await context.write(answer)
         return session
 
-    async def _hear(self, context: Any) -> pb.WorkerMessage | None:
-        """Read a message of a peer that has not proved who it is; ``None``: it sent none."""
+    async def _hear(self, context: Any) -> pb.WorkerMessage:
+        """Read a message of a peer that has not proved who it is; an empty one for what is none.
+
+        Raises:
+            _HungUpError: It sent nothing more.
+        """
         data = await context.read()
-        if data is grpc.aio.EOF or len(data) > _HELLO_BYTES:
-            return None
+        if data is grpc.aio.EOF:
+            raise _HungUpError
+        if len(data) > _HELLO_BYTES:
+            return pb.WorkerMessage()
         try:
             return pb.WorkerMessage.FromString(data)
         except DecodeError:
-            return None
+            return pb.WorkerMessage()
 
     def _session_of(self, context: Any) -> _Session | None:
         metadata = dict(context.invocation_metadata() or ())

@@ -218,6 +218,34 @@ def test_a_worker_that_comes_when_it_is_not_wanted_any_more_is_no_stranger(
     executor.kill_workers()
 
 
+@pytest.mark.parametrize("says_hello", [False, True])
+def test_a_worker_that_is_ended_while_it_enrols_is_no_stranger(
+    executor: BatchExecutor,
+    launcher: ManualLauncher,
+    caplog: pytest.LogCaptureFixture,
+    says_hello: bool,
+) -> None:
+    """Its platform, or the executor itself, may end it at any moment: nobody is warned of that."""
+    executor.submit(pow, 2, 5)
+    contact = launcher.wait(1)[0].contact
+    for _ in range(10):
+        ended = Peer(contact.target)
+        if says_hello:
+            ended.hello(contact.executor_id, "1")
+        ended.finish()
+        assert refused(ended) is grpc.StatusCode.UNAUTHENTICATED
+    for _ in range(50):
+        ended = Peer(contact.target)
+        if says_hello:
+            ended.hello(contact.executor_id, "1")
+        ended.close()
+    worker = Peer(contact.target)
+    assert worker.enrol(contact.executor_id, "1", contact.key).HasField("welcome")
+    assert executor.stats().refused == 0
+    assert not caplog.messages
+    worker.close()
+
+
 def test_another_python_fails_what_waits_with_the_remedy(
     executor: BatchExecutor, launcher: ManualLauncher
 ) -> None:
