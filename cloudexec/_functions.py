@@ -47,10 +47,27 @@ _HANDLE = Ref.__init__.__module__.encode()
 """Stands in each pickle that has a ``Ref`` in it."""
 
 
+class _End:
+    """Tells of a function's end.
+
+    Held by the function alone, which cannot do it: objects with weak references can still be found
+    by other threads while their own ``__del__`` runs, and would be used after they have ended.
+    """
+
+    __slots__ = ("_number", "_on_end")
+
+    def __init__(self, number: int, on_end: Callable[[int], None]) -> None:
+        self._number = number
+        self._on_end = on_end
+
+    def __del__(self) -> None:
+        self._on_end(self._number)
+
+
 class Function:
     """A callable that workers know by number. Ends when no task and no table holds it."""
 
-    __slots__ = ("__weakref__", "_on_end", "fresh", "kind", "number", "pickle", "sha256")
+    __slots__ = ("__weakref__", "_end", "fresh", "kind", "number", "pickle", "sha256")
 
     def __init__(
         self, number: int, pickle: Payload, sha256: bytes, on_end: Callable[[int], None]
@@ -61,10 +78,7 @@ class Function:
         self.kind = Kind()
         # Whether each task is to have a copy of its own, as if it had been pickled with the task.
         self.fresh = False
-        self._on_end = on_end
-
-    def __del__(self) -> None:
-        self._on_end(self.number)
+        self._end = _End(number, on_end)
 
 
 class _Fingerprint:

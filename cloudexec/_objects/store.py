@@ -42,16 +42,43 @@ _CACHED_SMALL = 64 * 1024 * 1024
 """Bytes of small blobs that nobody uses any more and that are kept, as they may come again."""
 
 
+class Room:
+    """Where a blob's bytes are here; held by the blob alone, and given back when that ends.
+
+    That is noticed by this, and not by the blob. Objects with weak references can still be found
+    by other threads while their own ``__del__`` runs: the store would hand out a blob whose bytes
+    are being given back.
+
+    Attributes:
+        content: The bytes themselves, if they are an object; else ``None``.
+        segment: The file they are in, if they are in one.
+        offset: Where in that file.
+        mappable: Whether that part of the file never changes.
+        store: Which has to know of the end.
+    """
+
+    __slots__ = ("content", "mappable", "number", "offset", "segment", "size", "store")
+
+    def __init__(self, number: int, size: int, store: BlobStore) -> None:
+        self.number = number
+        self.size = size
+        self.store = store
+        self.content: Any = None
+        self.segment: Segment | None = None
+        self.offset = 0
+        self.mappable = False
+
+    def __del__(self) -> None:
+        self.store._ended(self)
+
+
 class Blob:
     """A piece of data that never changes. Its end, when nobody refers to it, frees it everywhere.
 
     Attributes:
         id: Its number, the same in all processes of one executor.
         size: Bytes.
-        content: The bytes themselves, where they are an object here; else ``None``.
-        segment: The file they are in, if they are in one.
-        offset: Where in that file.
-        mappable: Whether that part of the file never changes, so that it can be mapped.
+        room: Where the bytes are, if they are here.
         workers: Names of the workers that hold it.
         origin: The worker that made it and has it; ``None``: it is here.
         place: Where it is, if it is on a worker on this machine.
@@ -63,16 +90,12 @@ class Blob:
 
     __slots__ = (
         "__weakref__",
-        "_store",
-        "content",
         "crc32",
         "id",
         "lost",
-        "mappable",
-        "offset",
         "origin",
         "place",
-        "segment",
+        "room",
         "sha256",
         "size",
         "stored",
@@ -82,10 +105,7 @@ class Blob:
     def __init__(self, number: int, size: int, store: BlobStore) -> None:
         self.id = number
         self.size = size
-        self.content: Any = None
-        self.segment: Segment | None = None
-        self.offset = 0
-        self.mappable = False
+        self.room = Room(number, size, store)
         self.workers: set[str] = set()
         self.origin: str | None = None
         self.place: Place | None = None
@@ -93,7 +113,26 @@ class Blob:
         self.stored = False
         self.sha256 = b""
         self.crc32: int | None = None
-        self._store = store
+
+    @property
+    def content(self) -> Any:
+        """The bytes themselves, where they are an object here; else ``None``."""
+        return self.room.content
+
+    @property
+    def segment(self) -> Segment | None:
+        """The file they are in, if they are in one."""
+        return self.room.segment
+
+    @property
+    def offset(self) -> int:
+        """Where in that file."""
+        return self.room.offset
+
+    @property
+    def mappable(self) -> bool:
+        """Whether that part of the file never changes, so that it can be mapped."""
+        return self.room.mappable
 
     def view(self) -> memoryview:
         """Return the bytes, to read."""
@@ -135,9 +174,6 @@ class Blob:
             self.segment.write(data, self.offset + at)
         else:
             copy_into(self.content, at, data)
-
-    def __del__(self) -> None:
-        self._store._ended(self)
 
     def __repr__(self) -> str:
         return f"<Blob {self.id} of {self.size} bytes>"
@@ -227,7 +263,7 @@ class BlobStore:
                 if found is None:
                     if blob is None and whole is not None and not self._reserve(len(view)):
                         blob = Blob(next(self._numbers), len(view), self)
-                        blob.content = whole
+                        blob.room.content = whole
                         self._by_identity[id(whole)] = blob
                     if blob is not None:
                         self._by_sample[key] = blob
@@ -272,12 +308,11 @@ class BlobStore:
             self._moving.add(blob.id)
         try:
             # It counts as before: the object that it was is the user's to keep.
-            segment, offset, own = self._write(blob.size, memoryview(content), in_memory=True)
+            self._settle(blob, *self._write(blob.size, memoryview(content), in_memory=True))
         except OSError:
-            return  # it stays what it is
+            pass  # it stays what it is
         finally:
             self._moving.discard(blob.id)
-        self._settle(blob, segment, offset, own)
 
     def new(self, size: int) -> Blob:
         """Return a blob whose content is still to be written into its segment.
@@ -321,13 +356,13 @@ class BlobStore:
                 if not (spill and in_memory):
                     self._count(size, in_memory=in_memory)
                 if segment is None:
-                    blob.content = content
+                    blob.room.content = content
                 elif self._files < self._most_files:
                     self._files += 1
-                    blob.mappable = True
-                    blob.segment = segment
+                    blob.room.mappable = True
+                    blob.room.segment = segment
                 else:
-                    blob.content = map_private(segment.fd, size)
+                    blob.room.content = map_private(segment.fd, size)
                 return blob
         if segment is not None:
             self._place(blob, segment.view(size))
@@ -358,15 +393,17 @@ class BlobStore:
 
     def has(self, blob: Blob) -> bool:
         """Say whether a blob is one of these, not of another store."""
-        return blob._store is self
+        return blob.room.store is self
 
     def adopt(self, blob: Blob, other: Blob) -> None:
         """Let a blob that was on a worker have the content of another, which nobody else has."""
         with self._lock:
-            blob.offset, blob.mappable, blob.sha256 = other.offset, other.mappable, other.sha256
+            room, others = blob.room, other.room
+            blob.sha256 = other.sha256
+            room.offset, room.mappable = others.offset, others.mappable
             # Last, where it is: other threads look at that first.
-            blob.content, blob.segment = other.content, other.segment
-            other.content = other.segment = None
+            room.content, room.segment = others.content, others.segment
+            others.content = others.segment = None
             blob.origin = blob.place = None
 
     # Room.
@@ -413,7 +450,7 @@ class BlobStore:
             why = self._reserve(size)
         if not why and not self.shared and size >= MAPPED_BYTES:
             # Nobody opens it: in large pages, it is written several times faster than a file.
-            blob.content = large_pages(size)
+            blob.room.content = large_pages(size)
             if view is not None:
                 copy_into(blob.content, 0, view)
             return
@@ -437,9 +474,10 @@ class BlobStore:
 
     def _settle(self, blob: Blob, segment: Segment, offset: int, own: bool) -> None:
         # In this order: other threads look for the segment, and for the content before that.
-        blob.offset, blob.mappable = offset, own
-        blob.segment = segment
-        blob.content = None
+        room = blob.room
+        room.offset, room.mappable = offset, own
+        room.segment = segment
+        room.content = None
 
     def _write(
         self, size: int, view: memoryview | None, *, in_memory: bool
@@ -550,19 +588,19 @@ class BlobStore:
             self._cached_bytes = self._cached_small = 0
             self._sweep()
 
-    def _ended(self, blob: Blob) -> None:
+    def _ended(self, room: Room) -> None:
         # In any thread, at any moment, this store's own lock being held or not: only note it.
-        segment = blob.segment
-        if segment is not None or blob.content is not None:
-            kind = _OBJECT if segment is None else _FILE if blob.mappable else _BLOCK
-            self._freed.append((segment, blob.offset, blob.size, kind))
+        segment = room.segment
+        if segment is not None or room.content is not None:
+            kind = _OBJECT if segment is None else _FILE if room.mappable else _BLOCK
+            self._freed.append((segment, room.offset, room.size, kind))
         on_end = self.on_end
         if self._closed:
-            if segment is not None and blob.mappable:
+            if segment is not None and room.mappable:
                 segment.close()
         elif on_end is not None:
             try:
-                on_end(blob.id)
+                on_end(room.number)
             except Exception:
                 pass  # the interpreter is ending
 

@@ -9,7 +9,9 @@ import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 
 from cloudexec import ConfigError, ObjectOptions, PayloadTooLargeError, _payload
+from cloudexec._functions import FunctionTable
 from cloudexec._objects import segments
 from cloudexec._objects.options import Limits
 from cloudexec._objects.segments import Arena, Segment
@@ -633,3 +636,87 @@ def test_sizes_may_be_words() -> None:
     limits = ObjectOptions(memory="1GiB", disk="2GiB", cache="10MiB").limits()
     assert limits == Limits(2**30, 10 * MIB, "", 2**31)
     assert ObjectOptions(spill_directory=False).limits().directory is None
+
+
+# Ends, while somebody else looks for the same.
+
+_TURNS = 5000
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns after each few steps."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def side_by_side(work: Callable[[int], None], threads: int = 4) -> None:
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
+
+
+def test_a_blob_that_is_found_has_not_ended(store: BlobStore, restless: None) -> None:
+    """Its room would be another's, and its number be unknown where it is asked for."""
+    ended: set[int] = set()
+    store.on_end = ended.add
+    content = os.urandom(1000)
+    found: Counter[bool] = Counter()
+
+    def work(_: int) -> None:
+        for _ in range(_TURNS):
+            blob = store.intern(content)
+            assert bytes(blob.view()) == content
+            found[blob.id in ended] += 1
+            del blob
+
+    side_by_side(work)
+    assert found == {False: 4 * _TURNS}
+    store.sweep()
+    assert store.memory == 0
+
+
+def test_a_blob_that_many_threads_want_shared_is_moved_once(restless: None) -> None:
+    """A second copy would never be given back, and who reads meanwhile would read beside it."""
+    store = make(cache=MIB)
+    content = os.urandom(1000)
+    together = threading.Barrier(4)
+
+    def work(_: int) -> None:
+        for _ in range(500):
+            together.wait(20)
+            blob = store.intern(content)
+            assert bytes(blob.view()) == content
+            store.share(blob)
+            del blob
+            if together.wait(20) == 0:
+                store.forget_cached()
+
+    side_by_side(work)
+    store.forget_cached()
+    assert store.memory == 0
+    assert not any(arena.used for arena in store._arenas.values())
+
+
+def test_a_function_that_is_found_has_not_ended(store: BlobStore, restless: None) -> None:
+    """Workers would be told to forget it after its tasks had been sent to them."""
+    ended: set[int] = set()
+    functions = FunctionTable(ended.add, store)
+    found: Counter[bool] = Counter()
+    part = bytes(BLOB_BYTES + 1)
+
+    def large() -> bytes:
+        return part
+
+    def work(_: int) -> None:
+        for _ in range(_TURNS):
+            function, _, _ = functions.call(large, (), {})
+            assert function is not None
+            for _ in range(3):
+                pass  # it is used
+            found[function.number in ended] += 1
+            del function
+
+    side_by_side(work)
+    assert found == {False: 4 * _TURNS}
