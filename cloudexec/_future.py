@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 __all__ = ["BatchFuture"]
@@ -29,8 +30,12 @@ _DONE = frozenset({CANCELLED_AND_NOTIFIED, FINISHED})
 class Owner(Protocol):
     """Whoever has a future's task run."""
 
-    def recall(self, future: BatchFuture[Any]) -> None:
-        """Have the task back if it was sent to a worker and has not begun; wait to know."""
+    def withheld(self, future: BatchFuture[Any]) -> AbstractContextManager[bool]:
+        """Have the task back if it was sent to a worker and has not begun; wait to know.
+
+        Returns:
+            Whether no worker has it; inside, none is sent it. False: one may have begun to run it.
+        """
 
     def cancelled(self, future: BatchFuture[Any], was_running: bool) -> None:
         """The future was cancelled by its user."""
@@ -241,8 +246,13 @@ class BatchFuture(Future[T]):
             False if the task is running (and ``running`` is false) or has finished, else True.
         """
         owner = self._owner
-        if owner is not None and not running and self._state == PENDING:
-            owner.recall(self)
+        if owner is None or running or self._state != PENDING:
+            return self._cancel(running)
+        with owner.withheld(self) as is_ours:
+            return self._cancel(running) if is_ours else self.cancelled()
+
+    def _cancel(self, running: bool) -> bool:
+        owner = self._owner
         with self._lock:
             if self._state == CANCELLED_AND_NOTIFIED:
                 return True

@@ -76,6 +76,8 @@ __all__ = ["Driver", "Setup", "Submission"]
 _logger = logging.getLogger("cloudexec")
 _RECALL_TIMEOUT = 1.0
 """Seconds that ``cancel()`` waits for a worker to say whether a task had begun."""
+_AWAY = (TaskState.SENT, TaskState.RUNNING, TaskState.DONE)
+"""States in which a worker has a task, or has had it to the end."""
 _END_GRACE = 5.0
 """Seconds that workers have to end by themselves when the executor does."""
 _REFUSALS_PAUSE = 30.0
@@ -152,6 +154,19 @@ class Setup:
     objects: ObjectOptions = field(default_factory=ObjectOptions)
 
 
+class Hold:
+    """Keeps a task from being sent.
+
+    Attributes:
+        was_kept: Whether it was not sent for this.
+    """
+
+    __slots__ = ("was_kept",)
+
+    def __init__(self) -> None:
+        self.was_kept = False
+
+
 class Driver:
     """The loop thread's half of one executor.
 
@@ -194,6 +209,8 @@ class Driver:
         self.refusals: Counter[str] = Counter()
         """Of peers and of what they sent, by kind."""
         self._refused_at: dict[str, float] = {}
+        self.holds: dict[BatchFuture[Any], Hold] = {}
+        """Of futures that are being cancelled: their tasks are not to be sent."""
         self._launcher = launcher
         self._woken = False
         self.clock = 0.0
@@ -270,15 +287,31 @@ class Driver:
         if task is not None:
             self.post(events.TasksCancelled((task,), kill=was_running))
 
-    def recall(self, future: BatchFuture[Any]) -> None:
-        """Have a task back that was sent ahead; return when it is known whether it had begun."""
-        task = future._task
-        if task is None or task.state is not TaskState.SENT or self.portal.is_this_thread:
+    @contextlib.contextmanager
+    def withheld(self, future: BatchFuture[Any]) -> Iterator[bool]:
+        """Have a task back that was sent ahead, and send it to nobody until this is left.
+
+        Returns:
+            Whether no worker has it. False: a worker has begun it, or has not said in time.
+        """
+        if self.portal.is_this_thread:
+            yield True
             return
-        self.post(events.TasksRecalled((task,)))
-        deadline = time.monotonic() + _RECALL_TIMEOUT
-        while task.state is TaskState.SENT and time.monotonic() < deadline:
-            time.sleep(0.0005)
+        # Said before the task's state is looked at, and asked, when it is sent, after that has
+        # changed: one of the two threads sees what the other has done.
+        hold = self.holds[future] = Hold()
+        try:
+            task = future._task
+            if task is not None and task.state is TaskState.SENT:
+                self.post(events.TasksRecalled((task,)))
+                deadline = time.monotonic() + _RECALL_TIMEOUT
+                while task.state is TaskState.SENT and not hold.was_kept:
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(0.0005)
+            yield task is None or hold.was_kept or task.state not in _AWAY
+        finally:
+            self.holds.pop(future, None)
 
     async def start(self) -> None:
         """Listen, then wait for work.

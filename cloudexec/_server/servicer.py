@@ -299,6 +299,7 @@ class _Session:
         taken = 0
         keeper = self._driver.keeper
         missing: list[Any] = []
+        holds, kept = self._driver.holds, []
         takeover, tags = self._driver.takeover, []
         for task in tasks:
             if len(leases) >= _BATCH_TASKS or size >= _BATCH_BYTES:
@@ -308,6 +309,10 @@ class _Session:
             future = task.handle
             if payload is None or future is None or future.done():
                 continue  # cancelled meanwhile; the worker will hand back what it never had
+            if holds and (hold := holds.get(future)) is not None:
+                hold.was_kept = True
+                kept.append(task.lease)
+                continue
             if task.inputs and not keeper.is_at_hand(payload, self.worker_id):
                 missing.append(task)
                 continue
@@ -349,8 +354,11 @@ class _Session:
         del tasks[:taken]
         if tasks:
             self._wanted.set()
+        loop = self._driver.portal.loop
+        if kept:
+            returned = events.LeasesReturned(self.worker_id, kept)
+            loop.call_soon(self._driver.feed, returned)
         for task in missing:
-            loop = self._driver.portal.loop
             loop.call_soon(keeper.supply, task, self.worker_id, task.lease)
         columns.leases.extend(leases)
         columns.functions.extend(functions)

@@ -1,6 +1,6 @@
 """How supervisor and slot talk: frames over two pipes, and a shared page of memory.
 
-A frame is a header (kind, length of the body, a number) and its body. The shared page has four
+A frame is a header (kind, length of the body, a number) and its body. The shared page has five
 cells of eight bytes, then a buffer for results:
 
 * ``CURRENT``: the lease that the slot runs, written by the slot before it begins.
@@ -9,6 +9,7 @@ cells of eight bytes, then a buffer for results:
   differ.
 * ``SPILL``: written by the supervisor: whether large results go to disk rather than memory.
 * ``USED``: bytes of finished results in the buffer that have not been written to the pipe yet.
+* ``FLUSHES``: how often that was done: what was read from the buffer meanwhile may be torn.
 
 So whatever becomes of a slot - killed, or deep in a call that holds the GIL for minutes - the
 supervisor knows which task it ran, has the results of those before, and can take those behind.
@@ -24,6 +25,7 @@ __all__ = [
     "COMPOSED",
     "CURRENT",
     "EPOCH",
+    "FLUSHES",
     "FUNCTION_NUMBER",
     "HEADER",
     "KEPT",
@@ -40,7 +42,7 @@ HEADER = struct.Struct("<BIQ")
 RESULT = struct.Struct("<QfBI")
 """One result: lease, seconds, status, length of the payload that follows."""
 
-CURRENT, EPOCH, USED, SPILL = 0, 1, 2, 3
+CURRENT, EPOCH, USED, SPILL, FLUSHES = range(5)
 RESULTS_AT = 64
 PAGE_BYTES = 256 * 1024
 

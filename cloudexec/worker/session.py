@@ -426,7 +426,8 @@ class Session:
         self._failures.append(failure)
 
     def returned(self, lease: int) -> None:
-        self._returned.append(lease)
+        if lease not in self._delivering:  # else it is answered, though that is still on its way
+            self._returned.append(lease)
 
     def output(self, lease: int, number: int, stream: int, data: bytes) -> bool:
         if not self.welcome.capture_output:
@@ -695,7 +696,8 @@ class Session:
             some = True
         if self._failures:
             self._wanted.set()
-        if self._returned:
+        if self._returned and not (self._leases or self._failures):
+            # Behind all answers: some of these may be among them, and then were not returned.
             message.returned.extend(self._returned)
             self._returned.clear()
             some = True

@@ -28,6 +28,7 @@ from cloudexec.worker.frames import (
     COMPOSED,
     CURRENT,
     EPOCH,
+    FLUSHES,
     FUNCTION_NUMBER,
     HEADER,
     KEPT,
@@ -176,6 +177,7 @@ class Slot:
             HEADER.pack_into(page, start, Kind.RESULTS, used, 0)
             with self._lock:
                 write_all(self._results_fd, page[start : RESULTS_AT + used])
+            self._cells[FLUSHES] += 1  # before anything else is put there
             self._cells[USED] = self._used = 0
         self._flushed_at = perf_counter()
 

@@ -24,6 +24,7 @@ from cloudexec.worker.frames import (
     COMPOSED,
     CURRENT,
     EPOCH,
+    FLUSHES,
     HEADER,
     KEPT,
     RESULT,
@@ -373,8 +374,7 @@ class SlotPool:
         running = []
         for slot in self._slots.values():
             if slot.held:
-                self._peek(slot)
-                current = slot.cells[CURRENT]
+                current = self._look(slot)
                 if current in slot.held:
                     running.append(current)
         self.recall([lease for lease in self.leases() if lease not in running])
@@ -836,13 +836,21 @@ class SlotPool:
     # Answers from slots.
 
     def _on_answers(self, slot: Child) -> None:
-        self._read_answers(slot, last=False)
+        self._read_answers(slot)
         self.dispatch()
         self._answers.wake()
 
-    def _read_answers(self, slot: Child, *, last: bool) -> None:
+    def _read_answers(self, slot: Child, *, last: bool = False, rest: bool = False) -> None:
+        """Read from the slot's pipe.
+
+        Args:
+            slot: Whose.
+            last: To its end: the slot is gone.
+            rest: All that is there, though nobody may have room for what is printed now.
+        """
         # The first read is a small one: room for a megabyte costs more than most answers.
         read_bytes = _READ_BYTES
+        done = 0
         while True:
             try:
                 data = os.read(slot.results_fd, read_bytes)
@@ -854,6 +862,8 @@ class SlotPool:
                 if not last:
                     self._loop.remove_reader(slot.results_fd)
                 break
+            done += len(data)
+            is_short = len(data) < read_bytes
             if slot.input:
                 slot.input += data
                 data = bytes(slot.input)
@@ -861,7 +871,7 @@ class SlotPool:
             used = self._parse(slot, data)
             if used < len(data):
                 slot.input += data[used:]
-            if not last and (slot.paused or len(data) < read_bytes):
+            if not last and (is_short or (done >= PIPE_BYTES if rest else slot.paused)):
                 break
             read_bytes = PIPE_BYTES
 
@@ -918,6 +928,8 @@ class SlotPool:
             slot.timer.cancel()
             slot.timer = None
         if not slot.held:
+            # Nothing is left to be taken back, and what is sent now is not to be.
+            slot.taking_back = False
             slot.exclusive = False
             slot.seconds = 0.0
             slot.idle_since = slot.progress_at
@@ -1118,11 +1130,29 @@ class SlotPool:
 
     def _peek(self, slot: Child) -> None:
         """Take the results that the slot has finished and not written to its pipe."""
-        used = slot.cells[USED]
-        if used:
+        cells = slot.cells
+        flushes, used = cells[FLUSHES], cells[USED]
+        if not used:
+            return
+        results = bytes(slot.page[RESULTS_AT : RESULTS_AT + used])
+        if cells[FLUSHES] == flushes:  # else others may have been put there, and these are there
             progress = slot.progress_at
-            self._take_results(slot, slot.page, RESULTS_AT, RESULTS_AT + used)
+            self._take_results(slot, results, 0, used)
             slot.progress_at = progress
+
+    def _look(self, slot: Child) -> int:
+        """Take all results that the slot has finished.
+
+        Returns:
+            The lease that it runs, or is about to drop or to answer, if it is still held: those
+            held before it are answered, and those behind it have not begun unless it goes on.
+        """
+        # In the order in which a task goes on, from cell to page to pipe: asked the other way
+        # round, one that went on meanwhile would be seen nowhere, and be taken for not begun.
+        current = slot.cells[CURRENT]
+        self._peek(slot)
+        self._read_answers(slot, rest=True)
+        return current
 
     # Time.
 
@@ -1158,8 +1188,7 @@ class SlotPool:
     def _finish_taking_back(self, slot: Child) -> None:
         """A tick later the slot has seen the new epoch before whatever it begins."""
         slot.taking_back = False
-        self._peek(slot)
-        current = slot.cells[CURRENT]
+        current = self._look(slot)
         leases = list(slot.held)
         if current in slot.held:
             leases = leases[leases.index(current) + 1 :]

@@ -35,6 +35,11 @@ def append(path: str, line: str) -> None:
     os.close(descriptor)
 
 
+def append_and_dawdle(path: str, line: str, seconds: float) -> None:
+    append(path, line)
+    time.sleep(seconds)
+
+
 def tell(path: str, word: str) -> None:
     """Write a word to a named pipe that the test reads."""
     append(path, word)

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import (
     ALL_COMPLETED,
@@ -645,9 +646,25 @@ def test_cancelled_task_that_was_sent_ahead_never_runs(
     assert not list(tmp_path.glob("never*"))
 
 
-def test_cancel_that_returns_true_is_true(executor: BatchExecutor, tmp_path: Path) -> None:
+def test_tasks_behind_stragglers_run_once(executor: BatchExecutor, tmp_path: Path) -> None:
+    """What was sent behind a task that takes its time is taken back, unless it has begun."""
+    path, count = str(tmp_path / "ran"), 20_000
+    chance = random.Random(5)
+    pauses = [chance.uniform(0.01, 0.02) * (chance.random() < 0.02) for _ in range(count)]
+    lines = [str(number) for number in range(count)]
+    list(executor.map(tasks.append_and_dawdle, [path] * count, lines, pauses))
+    ran = Counter(Path(path).read_text().split())
+    assert {line: times for line, times in ran.items() if times != 1} == {}
+    assert set(ran) == set(lines)
+
+
+@pytest.mark.parametrize("turn", [0.005, 2e-6])
+def test_cancel_that_returns_true_is_true(
+    executor: BatchExecutor, tmp_path: Path, turn: float, restless: Callable[[float], None]
+) -> None:
     """While short tasks rush by, each one either ran or was cancelled, never both."""
     list(executor.map(tasks.touch, [str(tmp_path / f"quick{n}") for n in range(300)]))
+    restless(turn)  # threads take turns after so many seconds
     paths = [str(tmp_path / str(n)) for n in range(2000)]
     futures = [executor.submit(tasks.touch, path) for path in paths]
     futures[20].result()
