@@ -243,7 +243,8 @@ class BatchFuture(Future[T]):
                 (An extension; the standard library cannot do this.)
 
         Returns:
-            False if the task is running (and ``running`` is false) or has finished, else True.
+            False if the task is running (and ``running`` is false) or has finished, else True. Also
+            False if it was sent to a worker that does not say within a second whether it has begun.
         """
         owner = self._owner
         if owner is None or running or self._state != PENDING:
