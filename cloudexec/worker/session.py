@@ -490,7 +490,7 @@ class Session:
                         sent = None
                         break
                     if not number:
-                        self.returned(lease)  # nobody waits for it
+                        self._returned.append(lease)  # nobody waits for it
                         return
                     place = blob.place
                     sent.append(pb.Blob(id=number, number=place.number, size=place.size))

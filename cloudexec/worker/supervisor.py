@@ -1144,8 +1144,8 @@ class SlotPool:
         """Take all results that the slot has finished.
 
         Returns:
-            The lease that it runs, or is about to drop or to answer, if it is still held: those
-            held before it are answered, and those behind it have not begun unless it goes on.
+            The lease that it runs, or is about to answer or to drop, if it is still held. Of the
+            others that are held it has begun none, and will begin some if it is to go on.
         """
         # In the order in which a task goes on, from cell to page to pipe: asked the other way
         # round, one that went on meanwhile would be seen nowhere, and be taken for not begun.
@@ -1189,10 +1189,8 @@ class SlotPool:
         """A tick later the slot has seen the new epoch before whatever it begins."""
         slot.taking_back = False
         current = self._look(slot)
-        leases = list(slot.held)
-        if current in slot.held:
-            leases = leases[leases.index(current) + 1 :]
-        taken = [slot.held.pop(lease) for lease in leases]
+        # Also those before that one: they were dropped, with a batch that ended before its time.
+        taken = [slot.held.pop(lease) for lease in list(slot.held) if lease != current]
         for item in taken:
             slot.seconds -= item.seconds
         self._requeue(taken)
