@@ -22,6 +22,7 @@ from _peers import OURS
 
 from cloudexec import BatchExecutor
 from cloudexec.testing import ManualLauncher
+from cloudexec.testing._aws.containers import remove_container
 
 _IMPORTS = ("cloudexec", "asyncio", "grpc", "cloudexec._proto.tasks_pb2", "cloudpickle")
 _WORKER = "cloudexec.worker.running"
@@ -87,7 +88,7 @@ def measure(contender: str, image: str) -> _fresh.Figures:
         executor.shutdown(wait=False, cancel_futures=True)
         launcher.end_all()
         if container is not None:
-            container.remove(force=True)
+            remove_container(container)
         executor.shutdown()
         client.close()
     return {
@@ -116,7 +117,7 @@ def _imports(image: str) -> dict[str, float]:
             container.wait(timeout=60)
             text = container.logs().decode()
         finally:
-            container.remove(force=True)
+            remove_container(container)
         for line in text.splitlines():
             parts = line.removeprefix("import time:").split("|")
             if len(parts) == 3 and parts[1].strip().isdigit():

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
 
 # A shell that starts the run in the background has SIGINT ignored, and children inherit that:
 # those that are to be interrupted would not notice.
@@ -11,3 +15,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # And one that outlives its terminal, SIGHUP.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture
+def restless() -> Iterator[Callable[[float], None]]:
+    """Say after how many seconds this test's threads take turns."""
+    before = sys.getswitchinterval()
+    yield sys.setswitchinterval
+    sys.setswitchinterval(before)

@@ -243,10 +243,17 @@ class TasksStarted:
 
 @dataclass(frozen=True, slots=True)
 class LeasesReturned:
-    """Leases that the worker hands back unstarted."""
+    """Leases that the worker hands back unstarted.
+
+    Attributes:
+        worker: Which.
+        leases: Of tasks that it had.
+        heard: Whether it said so itself: False for what was not sent to it after all.
+    """
 
     worker: str
     leases: Sequence[int]
+    heard: bool = True
 
 
 @dataclass(frozen=True, slots=True)

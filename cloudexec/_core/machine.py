@@ -678,7 +678,8 @@ class Machine:
         worker = self.workers.get(event.worker)
         if worker is None:
             return
-        worker.heard_at = now
+        if event.heard:
+            worker.heard_at = now
         tasks = [self._release(worker, lease) for lease in event.leases]
         self._requeue(task for task in tasks if task is not None)
         self._settle(worker, now)

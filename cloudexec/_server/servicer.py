@@ -356,7 +356,7 @@ class _Session:
             self._wanted.set()
         loop = self._driver.portal.loop
         if kept:
-            returned = events.LeasesReturned(self.worker_id, kept)
+            returned = events.LeasesReturned(self.worker_id, kept, heard=False)
             loop.call_soon(self._driver.feed, returned)
         for task in missing:
             loop.call_soon(keeper.supply, task, self.worker_id, task.lease)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -51,11 +50,3 @@ def nothing_left(
     left = [name for name in os.listdir(directory) if name.startswith("cloudexec-")]
     shutil.rmtree(directory)
     assert not left
-
-
-@pytest.fixture
-def restless() -> Iterator[Callable[[float], None]]:
-    """Say after how many seconds this test's threads take turns."""
-    before = sys.getswitchinterval()
-    yield sys.setswitchinterval
-    sys.setswitchinterval(before)

@@ -268,6 +268,30 @@ def test_cancelling_recalls_what_was_sent_and_kills_only_when_told() -> None:
     machine.validate()
 
 
+def test_a_silent_worker_is_lost_however_often_its_tasks_are_withdrawn() -> None:
+    """What was not sent to it after all comes back without a word of the worker itself."""
+    scaling = ScalingPolicy(max_slots=1, slots_per_worker=1)
+    machine = Machine(ServerConfig(scaling=scaling, lease_timeout=10.0))
+    batch = tasks(5, quick())
+    machine.handle(TasksSubmitted(batch), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    withdrawn, said, *_ = batch
+    machine.handle(TasksCancelled([withdrawn]), 6.0)
+    machine.handle(LeasesReturned("w", [withdrawn.lease], heard=False), 6.0)
+    machine.handle(DeadlinePassed(), 9.0)
+    assert "w" in machine.workers
+    machine.handle(DeadlinePassed(), 10.0)
+    assert "w" not in machine.workers
+    machine.validate()
+
+    machine.handle(WorkerConnected("x", 1, "2"), 11.0)
+    machine.handle(TasksCancelled([said]), 17.0)
+    machine.handle(LeasesReturned("x", [said.lease]), 17.0)
+    machine.handle(DeadlinePassed(), 21.0)
+    assert "x" in machine.workers
+    machine.validate()
+
+
 def test_tasks_behind_a_straggler_are_recalled_for_an_idle_worker() -> None:
     """What one worker has not begun is taken back as soon as another has nothing to do."""
     machine = make(max_slots=2, slots_per_worker=1)

@@ -22,6 +22,7 @@ from cloudexec._aws.image_contents import ImageSpec, worker_pins
 from cloudexec._aws.images import Engine
 from cloudexec._errors import ConfigError
 from cloudexec.testing import ManualLauncher
+from cloudexec.testing._aws.containers import remove_container
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 BASE = os.environ.get("CLOUDEXEC_TEST_BASE", f"localhost/python-base:{PYTHON}")
@@ -209,7 +210,7 @@ def worker(engine: Engine) -> Callable[..., AbstractContextManager[tuple[BatchEx
             executor.shutdown(wait=False, cancel_futures=True)
             launcher.end_all()
             if container is not None:
-                container.remove(force=True)
+                remove_container(container)
             executor.shutdown()
 
     return run

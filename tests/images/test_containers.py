@@ -23,6 +23,7 @@ from cloudexec import BatchExecutor, LaunchError
 from cloudexec._aws.image_contents import ImageSpec, worker_pins
 from cloudexec._aws.images import Engine, LocalImage, build, plan, push, push_to_profile
 from cloudexec._aws.profile import Profile
+from cloudexec.testing._aws.containers import remove_container
 
 # The workers here have no directory of tests to import from.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -59,7 +60,7 @@ def run(client: Any, image: LocalImage, *command: str, **options: Any) -> tuple[
         container.start()
         return ended(container)
     finally:
-        container.remove(force=True)
+        remove_container(container)
 
 
 def facts_of_a_worker() -> dict[str, Any]:
@@ -143,7 +144,7 @@ def test_image_alone_says_what_is_missing(client: Any, image: LocalImage) -> Non
     try:
         code, output = ended(container)
     finally:
-        container.remove(force=True)
+        remove_container(container)
     assert code == 1
     assert "not set: CLOUDEXEC_TARGET" in output
 
@@ -415,7 +416,7 @@ def test_image_for_another_platform_is_built_without_emulation(
         stream, _ = container.get_archive("/opt/worker")
         content = b"".join(stream)
     finally:
-        container.remove(force=True)
+        remove_container(container)
     machines = set()
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         names = archive.getnames()

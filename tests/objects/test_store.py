@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -641,15 +641,8 @@ def test_sizes_may_be_words() -> None:
 # Ends, while somebody else looks for the same.
 
 _TURNS = 5000
-
-
-@pytest.fixture
-def restless() -> Iterator[None]:
-    """Threads take turns after each few steps."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
+_OFTEN = 1e-6
+"""Seconds after which threads take turns, here."""
 
 
 def side_by_side(work: Callable[[int], None], threads: int = 4) -> None:
@@ -657,8 +650,11 @@ def side_by_side(work: Callable[[int], None], threads: int = 4) -> None:
         list(pool.map(work, range(threads)))
 
 
-def test_a_blob_that_is_found_has_not_ended(store: BlobStore, restless: None) -> None:
+def test_a_blob_that_is_found_has_not_ended(
+    store: BlobStore, restless: Callable[[float], None]
+) -> None:
     """Its room would be another's, and its number be unknown where it is asked for."""
+    restless(_OFTEN)
     ended: set[int] = set()
     store.on_end = ended.add
     content = os.urandom(1000)
@@ -677,8 +673,11 @@ def test_a_blob_that_is_found_has_not_ended(store: BlobStore, restless: None) ->
     assert store.memory == 0
 
 
-def test_a_blob_that_many_threads_want_shared_is_moved_once(restless: None) -> None:
+def test_a_blob_that_many_threads_want_shared_is_moved_once(
+    restless: Callable[[float], None],
+) -> None:
     """A second copy would never be given back, and who reads meanwhile would read beside it."""
+    restless(_OFTEN)
     store = make(cache=MIB)
     content = os.urandom(1000)
     together = threading.Barrier(4)
@@ -699,8 +698,11 @@ def test_a_blob_that_many_threads_want_shared_is_moved_once(restless: None) -> N
     assert not any(arena.used for arena in store._arenas.values())
 
 
-def test_a_function_that_is_found_has_not_ended(store: BlobStore, restless: None) -> None:
+def test_a_function_that_is_found_has_not_ended(
+    store: BlobStore, restless: Callable[[float], None]
+) -> None:
     """Workers would be told to forget it after its tasks had been sent to them."""
+    restless(_OFTEN)
     ended: set[int] = set()
     functions = FunctionTable(ended.add, store)
     found: Counter[bool] = Counter()

@@ -17,6 +17,7 @@ from typing import Any
 import boto3
 import grpc
 import pytest
+from bare_server import serve_sessions
 from google.protobuf.message import DecodeError
 from hostile_peers import (
     Inside,
@@ -532,14 +533,7 @@ class _Impostor:
         self._welcome = welcome
         self.answers: list[tuple[str, bytes]] = []
         self.heard = 0
-        handler = grpc.method_handlers_generic_handler(
-            "cloudexec.v1.TaskServer",
-            {"Session": grpc.stream_stream_rpc_method_handler(self._session)},
-        )
-        self.server = grpc.server(futures.ThreadPoolExecutor(4))
-        self.server.add_generic_rpc_handlers((handler,))
-        self.server.add_insecure_port(f"unix:{path}")
-        self.server.start()
+        self.server = serve_sessions(path, self._session)
 
     def _session(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         hello = pb.WorkerMessage.FromString(next(requests)).hello

@@ -41,6 +41,30 @@ def engine() -> Iterator[Any]:
     client.close()
 
 
+def test_a_container_that_ends_meanwhile_is_removed_all_the_same(engine: Any) -> None:
+    """Podman refuses what is just ending: "container state improper"; only for a moment."""
+    import docker.errors
+
+    from cloudexec.testing._aws.containers import remove_container
+
+    container = engine.containers.create(BASE, command=["true"])
+    remove = container.remove
+    asked = 0
+
+    def refused_once(**options: Any) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise docker.errors.APIError("container state improper: stopped")
+        remove(**options)
+
+    container.remove = refused_once
+    remove_container(container)
+    with pytest.raises(docker.errors.NotFound):
+        engine.containers.get(container.id)
+    remove_container(container)  # gone: so be it
+
+
 @pytest.fixture
 def containers(engine: Any) -> FakeAWS:
     """Not entered yet."""

@@ -8,12 +8,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
+from bare_server import serve_sessions
 
 from cloudexec import _enrolment
 from cloudexec._proto import tasks_pb2 as pb
@@ -30,14 +29,7 @@ class _Client:
         self.ready = threading.Event()
         self.goodbye = threading.Event()
         self.over = threading.Event()
-        handler = grpc.method_handlers_generic_handler(
-            "cloudexec.v1.TaskServer",
-            {"Session": grpc.stream_stream_rpc_method_handler(self._session)},
-        )
-        self.server = grpc.server(futures.ThreadPoolExecutor(4))
-        self.server.add_generic_rpc_handlers((handler,))
-        self.server.add_insecure_port(f"unix:{path}")
-        self.server.start()
+        self.server = serve_sessions(path, self._session)
 
     def _session(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         hello = pb.WorkerMessage.FromString(next(requests)).hello

@@ -11,10 +11,12 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import tenacity
+
 from cloudexec._errors import ConfigError
 from cloudexec.testing._aws.runners import Exit, Running, StartError, StartRequest
 
-__all__ = ["ContainerRunner", "engine_answers"]
+__all__ = ["ContainerRunner", "engine_answers", "remove_container"]
 
 LABEL = "cloudexec.fake-aws"
 _TIMEOUT = 15 * 24 * 3600
@@ -41,6 +43,27 @@ def engine_answers() -> bool:
         return False
     finally:
         client.close()
+
+
+def remove_container(container: Any) -> None:
+    """Kill and remove a container, whatever becomes of it meanwhile.
+
+    Podman refuses to kill what is just ending ("container state improper"), Docker to remove what
+    is being removed; a moment later either does it, or the container is gone.
+
+    Raises:
+        docker.errors.APIError: The engine went on refusing for ten seconds.
+    """
+    import docker.errors
+
+    for attempt in tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(docker.errors.APIError),
+        wait=tenacity.wait_fixed(0.1),
+        stop=tenacity.stop_after_delay(10.0),
+        reraise=True,
+    ):
+        with attempt, contextlib.suppress(docker.errors.NotFound):
+            container.remove(force=True)
 
 
 class ContainerRunner:
@@ -79,7 +102,8 @@ class ContainerRunner:
         try:
             container.start()
         except docker.errors.APIError as exc:
-            _remove(container)
+            with contextlib.suppress(Exception):
+                remove_container(container)
             raise StartError(
                 f"CannotStartContainerError: Error response from daemon: {exc.explanation}", 127
             ) from exc
@@ -88,11 +112,12 @@ class ContainerRunner:
     def close(self) -> None:
         """Remove what is left, and let go of the engine."""
         with contextlib.suppress(Exception):
-            left = self._client.api.containers(
-                all=True, quiet=True, filters={"label": f"{LABEL}={self._id}"}
+            left = self._client.containers.list(
+                all=True, sparse=True, filters={"label": f"{LABEL}={self._id}"}
             )
-            for entry in left:
-                self._client.api.remove_container(entry["Id"], force=True)
+            for container in left:
+                with contextlib.suppress(Exception):
+                    remove_container(container)
         self._client.close()
 
     def _create(self, image: str, request: StartRequest) -> Any:
@@ -159,7 +184,8 @@ class _RunningContainer:
         with contextlib.suppress(Exception):
             self._container.reload()
             self._starved |= bool(self._container.attrs["State"].get("OOMKilled"))
-        _remove(self._container)
+        with contextlib.suppress(Exception):
+            remove_container(self._container)
         # Podman on cgroups of version 1 does not say so: a kill that nobody sent was the kernel's.
         starved = self._starved or (code == 137 and not self._killed)
         return Exit(code=code, out_of_memory=starved and code == 137)
@@ -194,8 +220,3 @@ def _listens(path: str) -> bool:
         except OSError:
             return False
     return True
-
-
-def _remove(container: Any) -> None:
-    with contextlib.suppress(Exception):
-        container.remove(force=True)
