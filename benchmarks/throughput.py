@@ -1,8 +1,7 @@
 """How many no-op tasks per second, and how much client CPU does each cost?
 
-Two workers; a loop of submit(), then map(chunksize=1); a function of the script and one of a
-module.
-With --pin everything runs on one core, where waking another process costs a tenth.
+Two workers; a loop of submit(), then map(chunksize=1); functions of the script and one of a
+module. With --pin everything runs on one core, where waking another process costs a tenth.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from _peers import DASK, LOKY, OURS, PARSL, POOL, RAY
 
 _TASKS = {OURS: 50_000, POOL: 50_000, LOKY: 20_000, DASK: 3_000, RAY: 5_000, PARSL: 3_000}
 """Fewer where they are slow: tasks per second are compared."""
+_FACTOR = 0.5
 
 
 def noop(value=None):  # type: ignore[no-untyped-def]  # what annotations cost is the next one's
@@ -29,9 +29,19 @@ def annotated(value: object = None) -> None:
     """Do nothing; a function of __main__ whose annotations travel along."""
 
 
+def _scaled(value):  # type: ignore[no-untyped-def]
+    return value and value * _FACTOR
+
+
+def calling(value=None):  # type: ignore[no-untyped-def]
+    """Do hardly more; what it calls, and a constant, travel along."""
+    _scaled(value)
+
+
 _FUNCTIONS: dict[str, Callable[..., None]] = {
     "function of a script": noop,
     "annotated function of a script": annotated,
+    "function of a script that calls another": calling,
     "function of a module": _calls.noop,
 }
 

@@ -3,29 +3,28 @@
 A function must travel as it is when ``submit()`` is called: later changes to its closure, its
 defaults or the globals it reads must neither be missed by later calls nor reach earlier ones. So a
 pickle is kept only where it provably stays true: for functions that travel by reference, and for
-functions by value whose whole state is the same objects as before, and immutable. All others are
-pickled anew for each call (once per ``map()``).
+functions by value whose whole state is the same objects as before, and immutable, up to that of the
+functions that they call. All others are pickled anew for each call (once per ``map()``).
 """
 
 from __future__ import annotations
 
-import dis
 import functools
 import hashlib
 import itertools
 import pickle
-import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType, NoneType
+from collections.abc import Callable
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import cloudpickle
 
 from cloudexec import _payload
 from cloudexec._core.tasks import Kind
+from cloudexec._fingerprints import Fingerprint, Unstable, lookup, travels_by_value
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import BlobStore
 from cloudexec._payload import Composed, Payload, Unfinished
@@ -34,8 +33,6 @@ __all__ = ["Function", "FunctionTable"]
 
 _Keywords = dict[str, Any] | None
 
-_MISSING = object()
-_IMMUTABLE = frozenset({int, float, complex, bool, str, bytes, NoneType})
 _UNBOUND = frozenset({FunctionType, BuiltinFunctionType, type})
 """Callables that nobody binds arguments to."""
 _KEPT = 512
@@ -79,122 +76,6 @@ class Function:
         # Whether each task is to have a copy of its own, as if it had been pickled with the task.
         self.fresh = False
         self._end = _End(number, on_end)
-
-
-class _Fingerprint:
-    """The state of a function by value, as far as a pickle of it depends on that state."""
-
-    __slots__ = ("_annotations", "_cells", "_code", "_defaults", "_globals", "_names")
-
-    def __init__(self, fn: FunctionType, seen: set[int]) -> None:
-        """Take the fingerprint.
-
-        Raises:
-            _Unstable: If the state is not immutable as a whole.
-        """
-        if fn.__dict__ or fn.__kwdefaults__:
-            raise _Unstable
-        seen.add(id(fn))
-        self._annotations = dict(fn.__annotations__)
-        for value in self._annotations.values():
-            _require_stable(value, seen)
-        self._code = fn.__code__
-        if _rebinds(self._code):
-            raise _Unstable
-        self._defaults = fn.__defaults__
-        for value in self._defaults or ():
-            _require_stable(value, seen)
-        self._cells: list[tuple[Any, Any]] = []
-        for cell in fn.__closure__ or ():
-            value = _contents(cell)
-            _require_stable(value, seen)
-            self._cells.append((cell, value))
-        self._globals = fn.__globals__
-        self._names: list[tuple[str, Any]] = []
-        for name in sorted(_names_in(self._code)):
-            value = self._globals.get(name, _MISSING)
-            _require_stable(value, seen)
-            self._names.append((name, value))
-
-    def holds(self, fn: FunctionType) -> bool:
-        """Whether the function is still what it was."""
-        if fn.__code__ is not self._code or fn.__defaults__ is not self._defaults:
-            return False
-        if fn.__dict__ or fn.__kwdefaults__ or fn.__annotations__ != self._annotations:
-            return False
-        get = self._globals.get
-        for name, value in self._names:
-            if get(name, _MISSING) is not value:
-                return False
-        return all(_contents(cell) is value for cell, value in self._cells)
-
-
-class _Unstable(Exception):
-    """The function's state may change unseen."""
-
-
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _MISSING
-
-
-def _names_in(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if type(constant) is CodeType:
-            yield from _names_in(constant)
-
-
-_REBINDING = frozenset({"STORE_GLOBAL", "DELETE_GLOBAL"})
-_REBINDING_CELLS = frozenset({"STORE_DEREF", "DELETE_DEREF"})
-
-
-def _rebinds(code: CodeType) -> bool:
-    """Whether a function changes its own globals or closure: then its state is not constant."""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in _REBINDING:
-            return True
-        if instruction.opname in _REBINDING_CELLS and instruction.argval in code.co_freevars:
-            return True
-    return any(_rebinds(constant) for constant in code.co_consts if type(constant) is CodeType)
-
-
-def _require_stable(value: Any, seen: set[int]) -> None:
-    kind = type(value)
-    if kind in _IMMUTABLE or value is _MISSING:
-        return
-    if kind is ModuleType:
-        name = value.__name__
-        if sys.modules.get(name) is value and getattr(value, "__spec__", None) is not None:
-            return  # by reference, unless registered otherwise, which is compared on its own
-        raise _Unstable
-    if kind is tuple:
-        for item in value:
-            _require_stable(item, seen)
-        return
-    if kind in (BuiltinFunctionType, type) and getattr(value, "__module__", None) == "builtins":
-        return
-    if _lookup(value) is value:
-        return
-    raise _Unstable
-
-
-def _lookup(fn: Any) -> Any:
-    """Find what travels by reference under the name of ``fn``; not it, if it goes by value."""
-    name = getattr(fn, "__module__", None)
-    if name is None or name == "__main__":
-        return None
-    found: Any = sys.modules.get(name)
-    if found is None:
-        return None
-    try:
-        for part in fn.__qualname__.split("."):
-            found = getattr(found, part)
-    except AttributeError:
-        return None
-    return found
 
 
 class FunctionTable:
@@ -302,7 +183,7 @@ class FunctionTable:
             return None
         _, function, fingerprint, by_value = known
         if by_value == cloudpickle.list_registry_pickle_by_value() and (
-            _lookup(fn) is fn if fingerprint is None else fingerprint.holds(fn)
+            lookup(fn) is fn if fingerprint is None else fingerprint.holds()
         ):
             return function
         with self._lock:
@@ -318,17 +199,15 @@ class FunctionTable:
         if code is not None and self._unstable.get(code, 0) > 3:
             return None  # looked at often enough
         by_value = cloudpickle.list_registry_pickle_by_value()
-        fingerprint: _Fingerprint | None = None
-        if _lookup(fn) is fn:
+        fingerprint: Fingerprint | None = None
+        if lookup(fn) is fn and not travels_by_value(fn.__module__, by_value):
             pickled = _payload.dumps(fn, self._store)
             if isinstance(pickled, Composed) or pickled != _plain(fn):
-                return None  # by value, although it can be imported: cloudpickle was told so
+                return None  # by value, although it can be imported
         elif kind is FunctionType:
             try:
-                if by_value:
-                    raise _Unstable  # modules by value: their state is anybody's
-                fingerprint = _Fingerprint(fn, set())  # type: ignore[arg-type]
-            except _Unstable:
+                fingerprint = Fingerprint(fn, by_value)  # type: ignore[arg-type]
+            except Unstable:
                 if len(self._unstable) > _KINDS_KEPT:
                     self._unstable.clear()
                 if code is not None:

@@ -30,7 +30,7 @@ from typing import Any
 import cloudpickle
 
 from cloudexec import _payload
-from cloudexec._functions import _contents, _lookup, _names_in
+from cloudexec._fingerprints import contents, lookup, names_in
 from cloudexec._modules import _installed
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.segments import same_bytes
@@ -158,7 +158,7 @@ class _Walk:
         self._value(value)
         while self._met:
             met, whole = self._met.popleft()
-            self._whole = whole and _lookup(met) is not met
+            self._whole = whole and lookup(met) is not met
             if type(met) is FunctionType:
                 self._function(met)
             else:
@@ -229,8 +229,8 @@ class _Walk:
         for name, value in sorted((fn.__kwdefaults__ or {}).items()):
             self._part(name, value)
         for cell in fn.__closure__ or ():
-            self._part("cell", _contents(cell))
-        names = sorted(set(_names_in(code)))
+            self._part("cell", contents(cell))
+        names = sorted(set(names_in(code)))
         for name in names:
             if name not in fn.__globals__:
                 continue
@@ -430,7 +430,7 @@ def _is_cheap(value: Any) -> bool:
 def _is_followed(obj: Any) -> bool:
     """Say whether the code of a function or class counts, or only its name."""
     module = getattr(obj, "__module__", None)
-    return module is None or _is_own(module) or _lookup(obj) is not obj
+    return module is None or _is_own(module) or lookup(obj) is not obj
 
 
 @functools.lru_cache(maxsize=4096)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import gc
 import os
 import resource
@@ -42,8 +43,13 @@ def store() -> BlobStore:
     return make()
 
 
-def fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def fds() -> set[tuple[str, int]]:
+    """Return the open files of this process; others than these may be closed meanwhile."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found.add((name, os.stat(f"/proc/self/fd/{name}").st_ino))
+    return found
 
 
 def composed(payload: Payload) -> Composed:
@@ -212,7 +218,7 @@ def test_everything_is_freed_when_nobody_refers_to_it() -> None:
     store.sweep()
     assert (store.memory, store.disk) == (0, 0)
     assert sorted(ended) == sorted(numbers)
-    assert fds() <= before + 1  # the file of small ones
+    assert len(fds() - before) <= 1  # the file of small ones
 
 
 def test_what_may_come_again_is_kept_up_to_a_limit() -> None:
@@ -262,7 +268,7 @@ def test_what_fits_nowhere_is_refused(directory: str | None, disk: int | None, s
     store = make(memory=8 * MIB, directory=directory, disk=disk)
     kept = [dumps(np.full(3 * MIB, fill, np.uint8), store) for fill in range(2)]
     gc.collect()
-    before = store.memory, store.disk, fds()
+    before, open_before = (store.memory, store.disk), fds()
     with pytest.raises(PayloadTooLargeError) as caught:
         kept += [dumps(np.full(5 * MIB, fill, np.uint8), store) for fill in range(10, 13)]
     text = str(caught.value)
@@ -276,7 +282,8 @@ def test_what_fits_nowhere_is_refused(directory: str | None, disk: int | None, s
     del kept[2:], caught
     gc.collect()
     store.sweep()
-    assert (store.memory, store.disk, fds()) == before
+    assert (store.memory, store.disk) == before
+    assert fds() <= open_before
     assert dumps(np.full(2 * MIB, 77, np.uint8), store)  # what fits, fits
 
 
@@ -461,7 +468,7 @@ def test_a_result_that_does_not_fit_in_memory_is_moved_to_disk(tmp_path: Path, w
     segment = None  # type: ignore[assignment]
     store.sweep()
     assert (store.memory, store.disk) == (0, 0)
-    assert fds() == before
+    assert fds() <= before
 
 
 def test_limits_hold_for_results_that_come_on_disk_too(tmp_path: Path) -> None:
@@ -480,7 +487,7 @@ def test_limits_hold_for_results_that_come_on_disk_too(tmp_path: Path) -> None:
         with pytest.raises(PayloadTooLargeError):
             store.take_over(3 * MIB, fd=on_disk(), spill=True)
         gc.collect()
-        assert fds() == before
+        assert fds() <= before
         assert blob.view() == bytes(3 * MIB)
 
 
@@ -493,7 +500,7 @@ def test_a_result_that_fits_nowhere_is_refused() -> None:
     with pytest.raises(PayloadTooLargeError, match="no directory to spill to"):
         store.take_over(5 * MIB, fd=os.dup(segment.fd), spill=True)
     gc.collect()
-    assert fds() == before
+    assert fds() <= before
 
 
 # Threads.

@@ -11,12 +11,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import cloudpickle
 import psutil
 import pytest
 from descendants import descendants
 
 from cloudexec import BatchExecutor
 from cloudexec._launchers.local import Local
+
+# A slot that had to import pytest first would hardly get to its task from one kill to the next.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 pytestmark = [
     pytest.mark.timeout(240),

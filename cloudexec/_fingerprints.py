@@ -1,0 +1,274 @@
+"""Whether a function that travels by value is still what it was when it was pickled.
+
+A pickle of it depends on its code, defaults, annotations, attributes, closure and the globals that
+it names, and on the same of each function by value among these. Where all of that is immutable,
+looking whether it is the same objects as before is enough, and takes a hundredth of pickling.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import logging
+import sys
+from collections.abc import Collection, Iterator
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    GenericAlias,
+    ModuleType,
+    NoneType,
+    UnionType,
+)
+from typing import Any
+
+__all__ = ["Fingerprint", "Unstable", "contents", "lookup", "names_in", "travels_by_value"]
+
+_MISSING = object()
+_IMMUTABLE = frozenset({int, float, complex, bool, str, bytes, range, NoneType, type(Ellipsis)})
+_IMMUTABLE_ELSEWHERE = {
+    "datetime": {"date", "timedelta", "timezone"},
+    "decimal": {"Decimal"},
+    "fractions": {"Fraction"},
+    "numpy": {
+        *("bool", "bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"),
+        *("uint64", "float16", "float32", "float64", "complex64", "complex128", "ufunc"),
+    },
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
+    "re": {"Pattern"},
+    "uuid": {"UUID"},
+}
+"""By module, so that nothing has to be imported for it."""
+_ALIASES = (GenericAlias, UnionType)
+_ALIAS_MODULES = ("typing", "collections.abc")
+"""All objects of their classes are type hints."""
+_CODES_KEPT = 4096
+_NOT_GLOBAL = frozenset(
+    {
+        "DELETE_ATTR",
+        "IMPORT_FROM",
+        "IMPORT_NAME",
+        "LOAD_ATTR",
+        "LOAD_METHOD",
+        "LOAD_SUPER_ATTR",
+        "STORE_ATTR",
+    }
+)
+"""Instructions whose names are no globals."""
+_REBINDING = frozenset({"STORE_GLOBAL", "DELETE_GLOBAL"})
+_REBINDING_CELLS = frozenset({"STORE_DEREF", "DELETE_DEREF"})
+_SETTING = frozenset({"STORE_ATTR", "DELETE_ATTR"})
+_SETTING_NAMES = frozenset({"setattr", "delattr", "vars", "__dict__"})
+
+
+class Unstable(Exception):
+    """The function's state may change unseen."""
+
+
+class Fingerprint:
+    """The state of a function by value, and of those that travel with it.
+
+    Args:
+        fn: Which.
+        by_value: Modules that were registered with cloudpickle to travel by value.
+
+    Raises:
+        Unstable: If the state is not immutable as a whole, or the function changes it itself.
+    """
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, fn: FunctionType, by_value: Collection[str]) -> None:
+        found = [fn]
+        self._parts: list[_Part] = []
+        names_one = sets = False
+        for each in found:  # grows meanwhile
+            part = _Part(each)
+            self._parts.append(part)
+            sets |= part.sets
+            for value in part.values():
+                for function in _functions_in(value, by_value):
+                    names_one = True
+                    if not any(function is other for other in found):
+                        found.append(function)
+        if sets and names_one:
+            raise Unstable  # it may set attributes of what it names
+
+    def holds(self) -> bool:
+        """Whether the function is still what it was."""
+        for part in self._parts:  # noqa: SIM110 (all() takes twice as long)
+            if not part.holds():
+                return False
+        return True
+
+
+class _Part:
+    """One function by value."""
+
+    __slots__ = (
+        "_annotations",
+        "_cells",
+        "_code",
+        "_defaults",
+        "_fn",
+        "_keyword_defaults",
+        "_names",
+        "sets",
+    )
+
+    def __init__(self, fn: FunctionType) -> None:
+        if fn.__dict__:
+            raise Unstable
+        self._fn = fn
+        self._code = fn.__code__
+        names, self.sets = _anatomy(self._code)
+        self._defaults = fn.__defaults__
+        self._keyword_defaults = dict(fn.__kwdefaults__ or ())
+        self._annotations = dict(fn.__annotations__)
+        self._cells = [(cell, contents(cell)) for cell in fn.__closure__ or ()]
+        get = fn.__globals__.get
+        self._names = [(name, get(name, _MISSING)) for name in names]
+
+    def values(self) -> Iterator[Any]:
+        """Give all that the state consists of."""
+        yield from self._annotations.values()
+        yield from self._defaults or ()
+        yield from self._keyword_defaults.values()
+        for _, value in self._cells:
+            yield value
+        for _, value in self._names:
+            yield value
+
+    def holds(self) -> bool:
+        fn = self._fn
+        if fn.__code__ is not self._code or fn.__defaults__ is not self._defaults or fn.__dict__:
+            return False
+        if fn.__annotations__ != self._annotations:
+            return False
+        now, then = fn.__kwdefaults__, self._keyword_defaults
+        if (now or then) and (
+            now is None
+            or list(now) != list(then)
+            or any(now.get(name, _MISSING) is not then[name] for name in then)
+        ):
+            return False
+        get = fn.__globals__.get
+        for name, value in self._names:
+            if get(name, _MISSING) is not value:
+                return False
+        for cell, value in self._cells:  # noqa: SIM110
+            if contents(cell) is not value:
+                return False
+        return True
+
+
+def contents(cell: Any) -> Any:
+    """Return what is in a cell of a closure, or an object that stands for nothing."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _MISSING
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    """Give all names in a code, those of attributes too, and in the codes in it."""
+    for each in _codes_in(code):
+        yield from each.co_names
+
+
+def lookup(fn: Any) -> Any:
+    """Find what travels by reference under the name of ``fn``; not it, if it goes by value."""
+    name = getattr(fn, "__module__", None)
+    if name is None or name == "__main__":
+        return None
+    found: Any = sys.modules.get(name)
+    if found is None:
+        return None
+    try:
+        for part in fn.__qualname__.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        return None
+    return found
+
+
+def travels_by_value(module: str, by_value: Collection[str]) -> bool:
+    """Whether a module, or a package that it is in, is one of those that travel by value."""
+    while by_value and module:
+        if module in by_value:
+            return True
+        module = module.rpartition(".")[0]
+    return False
+
+
+def _codes_in(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if type(constant) is CodeType:
+            yield from _codes_in(constant)
+
+
+@functools.lru_cache(_CODES_KEPT)
+def _anatomy(code: CodeType) -> tuple[tuple[str, ...], bool]:
+    """Return the globals that a function names, and whether it sets attributes of anything.
+
+    Raises:
+        Unstable: If it changes its own globals or closure: then its state is not constant.
+    """
+    names, sets = set(), False
+    for each in _codes_in(code):
+        if "globals" in each.co_names:
+            raise Unstable
+        sets |= not _SETTING_NAMES.isdisjoint(each.co_names)
+        for instruction in dis.get_instructions(each):
+            operation = instruction.opname
+            if operation in _REBINDING:
+                raise Unstable
+            if operation in _REBINDING_CELLS and instruction.argval in each.co_freevars:
+                raise Unstable
+            if operation in _SETTING:
+                sets = True
+            elif instruction.opcode in dis.hasname and operation not in _NOT_GLOBAL:
+                names.add(instruction.argval)
+    return tuple(sorted(names)), sets
+
+
+def _functions_in(value: Any, by_value: Collection[str]) -> Iterator[FunctionType]:
+    """Give the functions by value in something that a function's state consists of.
+
+    Raises:
+        Unstable: If it is not immutable.
+    """
+    kind = type(value)
+    if kind in _IMMUTABLE or value is _MISSING:
+        return
+    if kind is ModuleType:
+        name = value.__name__
+        if sys.modules.get(name) is not value or getattr(value, "__spec__", None) is None:
+            raise Unstable
+        if travels_by_value(name, by_value):
+            raise Unstable  # with all that is in it
+        return
+    if kind is tuple or kind is frozenset:
+        for item in value:
+            yield from _functions_in(item, by_value)
+        return
+    if kind in (BuiltinFunctionType, type) and getattr(value, "__module__", None) == "builtins":
+        return
+    if lookup(value) is value and not travels_by_value(value.__module__, by_value):
+        return
+    if kind is FunctionType:
+        yield value
+    elif kind in _ALIASES or (kind.__module__ in _ALIAS_MODULES and lookup(kind) is kind):
+        parts = [getattr(value, name, ()) for name in ("__args__", "__metadata__")]
+        for item in (getattr(value, "__origin__", None), *parts[0], *parts[1]):
+            if item is not value:
+                yield from _functions_in(item, by_value)
+    elif kind is logging.Logger and logging.root.manager.loggerDict.get(value.name) is value:
+        return  # its name is all that travels
+    elif kind.__name__ not in _IMMUTABLE_ELSEWHERE.get(kind.__module__, ()) or (
+        lookup(kind) is not kind
+    ):
+        raise Unstable
