@@ -260,6 +260,7 @@ def test_another_python_fails_what_waits_with_the_remedy(
     assert isinstance(error, LaunchError)
     assert f"image for Python {_enrolment.python_version()}" in str(error)
     peer.close()
+    launcher.end_all()
 
 
 class _Trap:
