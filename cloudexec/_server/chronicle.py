@@ -113,8 +113,7 @@ class Chronicle:
         self.submitted = Marks()
         self._sent = Marks()
         self._driver = driver
-        self._resent: dict[Any, None] = {}  # open tasks with notes that are to be sent again
-        self._prune_at = 1000
+        self._resent: set[int] = set()  # numbers of tasks with notes that are to be sent again
         self._launch_failure = ""
         self._duplicates = 0
         self.teller = Teller(driver.executor_id, driver.portal.loop)
@@ -143,8 +142,8 @@ class Chronicle:
         if not resent:
             return
         for task in command.tasks:
-            if task in resent:
-                del resent[task]
+            if task.number in resent:
+                resent.remove(task.number)
                 self._note_sent(task, task.handle, command.worker, task.lost + 1, moment)
 
     # Events.
@@ -377,7 +376,9 @@ class Chronicle:
         if task.handle._notes is None or task.handle._notes.entries[-1][2].what != "timed out":
             self._note(task, task.handle, 0, raised)
         self._note(task, task.handle, 0, StoryEvent(what="judged", reason=verdict))
-        if again:
+        if not again:
+            self._resent.discard(task.number)
+        else:
             name = name_of(task)
             self.teller.tell(
                 logging.INFO,
@@ -428,6 +429,7 @@ class Chronicle:
     def _before_cancelled(self, event: events.TasksCancelled) -> _Then | None:
         moment = self._driver.moment
         for task in event.tasks:
+            self._resent.discard(task.number)
             future = task.handle
             if future is not None and getattr(future, "_ended", None) is None:
                 future._number, future._ended = task.number, moment
@@ -456,12 +458,7 @@ class Chronicle:
         self._begin_notes(task, future, lease, event.worker_id, event.attempt or 1)
         future._notes.add(moment, event)
         if task.state is not TaskState.DONE and event.what not in ("worker cut off", "worker back"):
-            self._resent[task] = None
-            if len(self._resent) > self._prune_at:  # those that were cancelled stay until now
-                done = [each for each in self._resent if each.state is TaskState.DONE]
-                for each in done:
-                    del self._resent[each]
-                self._prune_at = 2 * len(self._resent) + 1000
+            self._resent.add(task.number)
 
     def _begin_notes(
         self, task: Any, future: Any, lease: int, worker: str | None, attempt: int

@@ -401,6 +401,16 @@ def test_what_is_cancelled_on_its_way_leaves_nothing_behind(mode: str) -> None:
         assert executor.submit(tasks.total, np.ones(300_000)).result(PATIENCE) == 300_000
 
 
+def test_what_is_not_worth_another_attempt_leaves_nothing_behind(mode: str) -> None:
+    """``retry_on`` was asked, and said no."""
+    with start(mode) as executor:
+        view = executor.with_options(retry_on=KeyError, retries=5)
+        future = view.submit(tasks.called, int, np.ones(MIB).tobytes())
+        assert isinstance(future.exception(PATIENCE), ValueError)  # int(b"...")
+        del future
+        settled(executor)
+
+
 def test_a_killed_task_lets_go_of_what_it_took(mode: str, signals: Signals) -> None:
     """A task past its time, and its arguments: of the next one nothing is different."""
     array = np.ones(400_000)
