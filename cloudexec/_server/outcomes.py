@@ -88,6 +88,8 @@ def error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
     code = detail.exit_code
     peak = detail.peak_memory_bytes
     how = f"was killed by {signal_name(-code)}" if code < 0 else f"exited with code {code}"
+    if detail.message:  # the worker itself ended it, and why
+        how += f" ({detail.message[:200]})"
     if detail.out_of_memory:
         how += ", because the machine or container ran out of memory"
     message = (

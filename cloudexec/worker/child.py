@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from mmap import mmap
 
-from cloudexec.worker.frames import CURRENT, PAGE_BYTES, RESULTS_AT
+from cloudexec.worker.frames import PAGE_BYTES, RESULTS_AT
 
 __all__ = ["PIPE_BYTES", "Child", "Terms", "WorkItem", "oom_kills"]
 
@@ -43,8 +43,9 @@ class WorkItem:
     timeout: float = 0.0
     blobs: tuple[int, ...] | None = None  # of a composed payload
     keep: bool = False
-    epoch: int = 0
     spared: int = 0
+    recalled: bool = False  # to be handed back rather than sent once more
+    kill: int = 0  # a Failure kind: its slot is to be killed once it holds nothing else
     terms: Terms | None = None
 
 
@@ -64,15 +65,18 @@ class Child:
         self.limit = 0  # bytes that its task may take; 0: no limit
         self.taken_before = 0  # bytes that it had when the task came
         self.ends = False  # after its task
-        self.held: dict[int, WorkItem] = {}  # what it was sent and has not answered, in order
+        # What it was sent and has not answered, by the number of the delivery, in that order.
+        self.held: dict[int, WorkItem] = {}
         self.seconds = 0.0  # estimated, of that
-        self.sent = 0
-        self.epoch = 0
+        self.sent = 0  # deliveries; the number of the last one
+        self.fence = 0  # the last one that it was told not to begin any more
+        self.written = 0  # bytes of frames for it
+        self.is_lost = False  # it holds tasks, as far as we know, and waits for some
         self.exclusive = False  # holds a task behind which nothing may be sent
         self.taking_back = False
         self.straggling = False  # its task takes longer than estimated: send nothing behind it
         self.progress_at = 0.0
-        self.reported = 0  # the lease last reported as started
+        self.reported = 0  # the delivery last reported as started
         self.functions: set[int] = set()
         self.idle_since = 0.0
         self.tail: dict[int, bytearray] = {}
@@ -107,9 +111,6 @@ class Child:
         if self.arena >= 0:
             os.close(self.arena)
             self.arena = -1
-
-    def running(self) -> WorkItem | None:
-        return self.held.get(self.cells[CURRENT])
 
 
 def _shared_file() -> int:

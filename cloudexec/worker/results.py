@@ -38,6 +38,7 @@ class ResultFiles:
         self._files: dict[int, Segment] = {}
         self._blocks: dict[int, tuple[int, int]] = {}
         self._arena: Arena | None = None
+        self._arena_is_shared = False  # the supervisor has it open: it outlives this process
 
     def put(self, pieces: Sequence[Any], size: int) -> Place:
         """Write a result's blob.
@@ -83,7 +84,7 @@ class ResultFiles:
     def send(
         self,
         slot: Slot,
-        lease: int,
+        delivery: int,
         seconds: float,
         places: Sequence[Place],
         head: bytes,
@@ -91,19 +92,25 @@ class ResultFiles:
     ) -> None:
         """Tell the supervisor of a result.
 
-        Returns once the supervisor has hold of what has its own file, and not too much of the rest
-        waits to be taken.
+        Returns once the supervisor has open whatever the result is in, so that it is not lost if
+        this process ends, and not too much of it waits to be taken.
         """
-        slot.send(
-            Kind.RESULT_COMPOSED, lease, _SECONDS.pack(seconds, keep) + pack_places(places) + head
-        )
+        body = _SECONDS.pack(seconds, keep) + pack_places(places) + head
+        slot.send(Kind.RESULT_COMPOSED, delivery, body)
         while any(place.number in self._files for place in places) or (
-            self._arena is not None and self._arena.used > MOST_WAITING
+            self._arena is not None
+            and (
+                self._arena.used > MOST_WAITING
+                or (not self._arena_is_shared and any(p.number in self._blocks for p in places))
+            )
         ):
             slot.await_release()
 
     def release(self, number: int) -> None:
-        """A blob has been taken."""
+        """A blob has been taken; 0: the arena is open in the supervisor."""
+        if not number:
+            self._arena_is_shared = True
+            return
         segment = self._files.pop(number, None)
         if segment is not None:
             segment.close()

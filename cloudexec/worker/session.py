@@ -112,7 +112,8 @@ class Session:
         self._draining = False
         self._drain_said = False
         self._deliveries: set[asyncio.Task[None]] = set()
-        self._delivering: set[int] = set()  # leases whose results are on their way in parts
+        # Leases whose results are on their way in parts: answered, as far as a recall goes.
+        self._delivering: set[int] = set()
         self._holdings = Holdings()
         self._says_holdings = False
         self._is_known = asyncio.Event()  # the client knows what is held here for it
@@ -313,6 +314,7 @@ class Session:
         elif sum(blob.place.size for blob in blobs) <= PUSHED_BYTES and not self._link.is_slow:
             self._send_along(lease, seconds, head, blobs)
         else:
+            self._delivering.add(lease)  # now: a recall may come before the task below begins
             work = self._deliver_all(lease, seconds, head, blobs)
             task = asyncio.get_running_loop().create_task(work)
             self._deliveries.add(task)
@@ -479,7 +481,6 @@ class Session:
         self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob]
     ) -> None:
         """Send the parts of a result, then report it."""
-        self._delivering.add(lease)
         try:
             sent: list[pb.Blob] | None = None
             while sent is None:
@@ -840,6 +841,8 @@ class Session:
         interval = self.welcome.heartbeat_interval or 10.0
         while True:
             await asyncio.sleep(interval)
+            if self.pool is not None:
+                self.pool.audit()
             self._heartbeat_due = True
             self.wake()
 

@@ -27,7 +27,7 @@ from cloudexec.worker import frames
 from cloudexec.worker.frames import (
     COMPOSED,
     CURRENT,
-    EPOCH,
+    FENCE,
     FLUSHES,
     FUNCTION_NUMBER,
     HEADER,
@@ -36,6 +36,7 @@ from cloudexec.worker.frames import (
     RESULT,
     RESULTS_AT,
     USED,
+    WAITING,
     Kind,
     write_all,
 )
@@ -99,6 +100,7 @@ class Slot:
         self._lock = threading.Lock()
         self._input = bytearray()
         self._at = 0
+        self._read = 0  # bytes, of all that was written to it
         self._functions: dict[int, Callable[..., Any]] = {}
         self._variables: tuple[int, dict[str, str]] | None = None  # of the task that comes next
         self._stash: deque[tuple[int, int, bytes]] = deque()
@@ -135,6 +137,7 @@ class Slot:
             if not data:
                 raise EOFError
             self._input += data
+            self._read += len(data)
             have += len(data)
 
     def _next_frame(self) -> tuple[int, int, bytes]:
@@ -181,17 +184,17 @@ class Slot:
             self._cells[USED] = self._used = 0
         self._flushed_at = perf_counter()
 
-    def _put(self, lease: int, seconds: float, status: int, payload: bytes) -> None:
+    def _put(self, delivery: int, seconds: float, status: int, payload: bytes) -> None:
         """Put one result into the buffer, where the supervisor finds it whatever happens next."""
         size = RESULT.size + len(payload)
         if self._used + size > self._room:
             self._flush()
             if size > self._room:
-                self.send(Kind.FAILURE, lease, _FAILURE.pack(seconds, status) + payload)
+                self.send(Kind.FAILURE, delivery, _FAILURE.pack(seconds, status) + payload)
                 return
         at = RESULTS_AT + self._used
         page = self._page
-        _result_header(page, at, lease, seconds, status, len(payload))
+        _result_header(page, at, delivery, seconds, status, len(payload))
         at += RESULT.size
         page[at : at + len(payload)] = payload
         self._used += size
@@ -210,27 +213,33 @@ class Slot:
             Kind.RELEASE: self._on_release,
         }
         stash = self._stash
+        cells = self._cells
         while True:
-            if len(self._input) == self._at:
-                self._flush()
-            kind, number, body = stash.popleft() if stash else self._next_frame()
+            if stash:
+                kind, number, body = stash.popleft()
+            else:
+                if len(self._input) == self._at:
+                    self._flush()
+                    cells[WAITING] = self._read + 1  # all that was sent has been answered
+                kind, number, body = self._next_frame()
+                cells[WAITING] = 0
             if kind == Kind.STOP:
                 self._flush()
                 return
             if kind == Kind.ENVIRONMENT:
                 self._variables = number, json.loads(body)
             elif kind == Kind.BATCH and self._variables is not None:
-                with self._environment(struct.unpack_from("<Q", body, 4)[0]):
+                with self._environment(number):
                     handlers[kind](number, body)
             else:
                 handlers[kind](number, body)
 
     @contextlib.contextmanager
-    def _environment(self, lease: int) -> Iterator[None]:
+    def _environment(self, delivery: int) -> Iterator[None]:
         """Have the variables of one task in ``os.environ``, and afterwards what was there."""
         assert self._variables is not None
         (whose, variables), self._variables = self._variables, None
-        if whose != lease:
+        if whose != delivery:
             variables = {}  # their task was taken back before it came
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
@@ -336,7 +345,7 @@ class Slot:
     def _on_forget(self, number: int, body: bytes) -> None:
         self._functions.pop(number, None)
 
-    def _on_batch(self, epoch: int, body: bytes) -> None:
+    def _on_batch(self, first: int, body: bytes) -> None:
         (count,) = struct.unpack_from("<I", body)
         columns = struct.unpack_from(f"<{count}Q{count}I{count}I", body, 4)
         at = 4 + 16 * count
@@ -346,10 +355,10 @@ class Slot:
         began = perf_counter()
         self._flushed_at = began
         for i in range(count):
-            lease = columns[i]
-            cells[CURRENT] = lease
-            if cells[EPOCH] != epoch:
-                self.send(Kind.DROPPED, lease, struct.pack("<Q", epoch))
+            delivery = first + i
+            cells[CURRENT] = delivery
+            if cells[FENCE] >= delivery:  # to be read after CURRENT has been written
+                self.send(Kind.DROPPED, delivery)
                 break
             end = at + columns[2 * count + i]
             payload = view[at:end]
@@ -374,9 +383,9 @@ class Slot:
             except BaseException as exc:
                 ended = perf_counter()
                 if type(exc) is BlobGoneError and flags & COMPOSED:
-                    self.send(Kind.DROPPED, lease, struct.pack("<Q", frames.GONE))
+                    self.send(Kind.GONE, delivery)
                     continue
-                self._fail_unpickling(lease, ended - began, exc)
+                self._fail_unpickling(delivery, ended - began, exc)
                 began = ended
                 continue
             try:
@@ -384,21 +393,21 @@ class Slot:
             except BaseException as exc:
                 self._leave_if_forked()
                 ended = perf_counter()
-                self._fail(lease, ended - began, exc)
+                self._fail(delivery, ended - began, exc)
                 del exc
             else:
                 if self.forked:
                     self._leave_if_forked()
                 if flags & KEPT:
                     ended = perf_counter()
-                    self._answer(lease, ended - began, value, keep=True)
+                    self._answer(delivery, columns[i], ended - began, value, keep=True)
                 elif value is None:
                     self._flush_stdout()
                     ended = perf_counter()
-                    self._put(lease, ended - began, frames.OK, b"N.")
+                    self._put(delivery, ended - began, frames.OK, b"N.")
                 else:
                     ended = perf_counter()
-                    self._answer(lease, ended - began, value)
+                    self._answer(delivery, columns[i], ended - began, value)
             # Nothing of a task outlives it here, not even until the next one.
             fn = args = kwargs = value = None  # type: ignore[assignment]
             if ended - self._flushed_at > _FLUSH_AFTER or self._used > _FLUSH_BYTES:
@@ -421,11 +430,11 @@ class Slot:
             except BaseException:
                 pass  # the task closed it, or put something of its own there
 
-    def _fail(self, lease: int, seconds: float, exc: BaseException) -> None:
+    def _fail(self, delivery: int, seconds: float, exc: BaseException) -> None:
         self._flush_output()
-        self._put(lease, seconds, frames.RAISED, _payload.dumps_exception(exc))
+        self._put(delivery, seconds, frames.RAISED, _payload.dumps_exception(exc))
 
-    def _fail_unpickling(self, lease: int, seconds: float, exc: BaseException) -> None:
+    def _fail_unpickling(self, delivery: int, seconds: float, exc: BaseException) -> None:
         remedy = _remedy(exc, "what they need must be importable there")
         error = PayloadError(
             f"the callable or its arguments could not be unpickled in the worker "
@@ -433,15 +442,17 @@ class Slot:
         )
         error.__cause__ = exc
         self._flush_output()
-        self._put(lease, seconds, frames.UNPICKLE_FAILED, _payload.dumps_exception(error))
+        self._put(delivery, seconds, frames.UNPICKLE_FAILED, _payload.dumps_exception(error))
 
-    def _answer(self, lease: int, seconds: float, value: Any, *, keep: bool = False) -> None:
+    def _answer(
+        self, delivery: int, lease: int, seconds: float, value: Any, *, keep: bool = False
+    ) -> None:
         """Pickle a result and put it into the buffer, or where large ones go."""
         self._flush_stdout()
-        writer = _ResultWriter(self, lease, seconds, keep=keep)
+        writer = _ResultWriter(self, delivery, lease, seconds, keep=keep)
         try:
             if type(value) in _payload._ATOMS and not keep:
-                self._put(lease, seconds, frames.OK, pickle.dumps(value, 5))
+                self._put(delivery, seconds, frames.OK, pickle.dumps(value, 5))
                 return
             self._pickler(writer, protocol=5, buffer_callback=writer.take_buffer).dump(value)
             del value
@@ -491,8 +502,11 @@ class _ResultWriter:
     machine, opens. A large pickle that has none goes straight to such a client while it grows.
     """
 
-    def __init__(self, slot: Slot, lease: int, seconds: float, *, keep: bool) -> None:
+    def __init__(
+        self, slot: Slot, delivery: int, lease: int, seconds: float, *, keep: bool
+    ) -> None:
         self._slot = slot
+        self._delivery = delivery
         self._lease = lease
         self._seconds = seconds
         self._keep = keep
@@ -556,10 +570,10 @@ class _ResultWriter:
                 connection.sendall(_records.END_RECORD)
                 connection.shutdown(socket.SHUT_WR)
                 _direct.receive_exactly(connection, 1)
-            slot._put(self._lease, self._seconds, frames.DELIVERED, b"")
+            slot._put(self._delivery, self._seconds, frames.DELIVERED, b"")
             return
         if not self._places and self._size <= INLINE_BYTES and not self._keep:
-            slot._put(self._lease, self._seconds, frames.OK, b"".join(self._pieces))
+            slot._put(self._delivery, self._seconds, frames.OK, b"".join(self._pieces))
             return
         if self._size > INLINE_BYTES:
             self._leave(4, self._pieces, self._size)
@@ -571,7 +585,9 @@ class _ResultWriter:
             self._records.clear()
             self._leave(7, [head], len(head))
             head = self._records[0]
-        slot.result_files().send(slot, self._lease, self._seconds, self._places, head, self._keep)
+        slot.result_files().send(
+            slot, self._delivery, self._seconds, self._places, head, self._keep
+        )
 
     def abandon(self, error: bytes) -> None:
         """Report that the result could not be pickled to its end."""
@@ -579,4 +595,4 @@ class _ResultWriter:
             self._direct.close()
         if self._places:
             self._slot.result_files().drop(self._places)
-        self._slot._put(self._lease, self._seconds, frames.PICKLE_FAILED, error)
+        self._slot._put(self._delivery, self._seconds, frames.PICKLE_FAILED, error)

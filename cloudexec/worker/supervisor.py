@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import platform
 import signal
 import socket
 import struct
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,7 +26,7 @@ from cloudexec.worker.footprint import memory_taken
 from cloudexec.worker.frames import (
     COMPOSED,
     CURRENT,
-    EPOCH,
+    FENCE,
     FLUSHES,
     HEADER,
     KEPT,
@@ -31,6 +34,7 @@ from cloudexec.worker.frames import (
     RESULTS_AT,
     SPILL,
     USED,
+    WAITING,
     Kind,
 )
 from cloudexec.worker.results import MOST_WAITING
@@ -71,6 +75,10 @@ _FULL = 0.8
 """Part of its share of the container's memory past which a slot that was killed filled it."""
 _MEMORY_TICK = 0.02
 """Seconds between looks at what tasks with a limit have taken."""
+_REORDERS_WRITES = platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686")
+_WRITES_ARRIVE = 50e-6
+"""Seconds after which another processor sees all that was written before what it sees already,
+where that is not always so, as on Arm."""
 _FAILED_STARTS = 3
 _MOST_WAITING_FILES = 256
 """Large results that may wait to be taken: each has a file that is open here."""
@@ -214,7 +222,6 @@ class SlotPool:
         self._forking: deque[Child] = deque()
         self._functions: dict[int, _Function] = {}
         self._parked: dict[int, WorkItem] = {}  # their blobs are on the way
-        self._recalled: set[int] = set()
         self._tick_handle: asyncio.TimerHandle | None = None
         self._trim_handle: asyncio.TimerHandle | None = None
         self._memory_handle: asyncio.TimerHandle | None = None
@@ -325,7 +332,12 @@ class SlotPool:
             self._parked.pop(lease, None)  # and so it is unknown
         unknown = wanted - {item.lease for item in self._queue}
         for slot in self._slots.values():
-            unknown -= slot.held.keys()
+            inside = [number for number, item in slot.held.items() if item.lease in wanted]
+            for number in inside:
+                slot.held[number].recalled = True
+                unknown.discard(slot.held[number].lease)
+            if inside and inside != [slot.cells[CURRENT]]:
+                self._take_back(slot)
         for lease in unknown:
             self._answers.returned(lease)  # never sent, or answered already
         if any(item.lease in wanted for item in self._queue):
@@ -336,24 +348,31 @@ class SlotPool:
                 else:
                     kept.append(item)
             self._queue = kept
-        for slot in self._slots.values():
-            inside = wanted & slot.held.keys()
-            inside.discard(slot.cells[CURRENT])
-            if inside:
-                self._recalled |= inside
-                self._take_back(slot)
         self._answers.wake()
 
     def kill(self, leases: list[int], kind: int) -> None:
-        """Kill the slots that run these; hand back those that have not begun."""
+        """Kill the slots that run these; hand back those that have not begun.
+
+        A slot that was sent other tasks as well gives these back first: it may be done with the one
+        and begin with another of them while it is being killed.
+        """
+        wanted = set(leases)
         for slot in list(self._slots.values()):
-            for lease in leases:
-                if lease in slot.held and (
-                    slot.cells[CURRENT] == lease or slot.exclusive or len(slot.held) == 1
-                ):
-                    slot.kill_reason, slot.kill_lease = kind, lease
-                    self._kill(slot)
+            marked = [item for item in slot.held.values() if item.lease in wanted]
+            for item in marked:
+                item.kill = kind
+            if len(slot.held) > 1 and marked:
+                self._take_back(slot)
+            elif marked:
+                self._kill_marked(slot)
         self.recall(leases)
+
+    def _kill_marked(self, slot: Child) -> None:
+        """Kill a slot if the only task that it holds is to be killed."""
+        (item,) = slot.held.values()
+        if item.kill:
+            slot.kill_reason, slot.kill_lease = item.kill, item.lease
+            self._kill(slot)
 
     def drain(self) -> None:
         """Hand back what has not begun, and take nothing more."""
@@ -364,7 +383,6 @@ class SlotPool:
         self._queue.clear()
         for slot in self._slots.values():
             if len(slot.held) > 1:
-                self._recalled |= slot.held.keys() - {slot.cells[CURRENT]}
                 self._take_back(slot)
         self._note_idle()
         self._answers.wake()
@@ -372,17 +390,15 @@ class SlotPool:
     def hand_back(self) -> list[int]:
         """Hand back what has not begun, and go on; return the leases of what has."""
         running = []
-        for slot in self._slots.values():
-            if slot.held:
-                current = self._look(slot)
-                if current in slot.held:
-                    running.append(current)
+        for slot, current in self._look([slot for slot in self._slots.values() if slot.held]):
+            if current in slot.held:
+                running.append(slot.held[current].lease)
         self.recall([lease for lease in self.leases() if lease not in running])
         return running
 
     def leases(self) -> list[int]:
         """Return the leases of all tasks that are here."""
-        held = [lease for slot in self._slots.values() for lease in slot.held]
+        held = [item.lease for slot in self._slots.values() for item in slot.held.values()]
         return [*self._parked, *(item.lease for item in self._queue), *held]
 
     def functions(self) -> list[int]:
@@ -397,9 +413,9 @@ class SlotPool:
     def reclaim(self) -> None:
         """Hand back, unfinished, what runs: the platform gives no more time."""
         for slot in list(self._slots.values()):
-            current = slot.cells[CURRENT]
             if slot.held:
-                self.kill([current if current in slot.held else next(iter(slot.held))], RECLAIMED)
+                slot.kill_reason, slot.kill_lease = RECLAIMED, 0  # whichever it runs by then
+                self._kill(slot)
 
     def _note_idle(self) -> None:
         if self._draining and not any(slot.held for slot in self._slots.values()):
@@ -417,14 +433,14 @@ class SlotPool:
 
     def started(self) -> list[int]:
         """Leases that run, and were not reported as running before."""
-        now = time.monotonic()
+        now = self._loop.time()
         found = []
         for slot in self._slots.values():
             if slot.held and now - slot.progress_at > 0.002:
-                lease = slot.cells[CURRENT]
-                if lease != slot.reported and lease in slot.held:
-                    slot.reported = lease
-                    found.append(lease)
+                current = slot.cells[CURRENT]
+                if current != slot.reported and current > slot.fence and current in slot.held:
+                    slot.reported = current
+                    found.append(slot.held[current].lease)
         return found
 
     def stop(self, *, kill: bool) -> None:
@@ -462,7 +478,7 @@ class SlotPool:
     def _fork(self) -> Child:
         self._numbers += 1
         slot = Child(self._numbers)
-        slot.idle_since = time.monotonic()
+        slot.idle_since = self._loop.time()
         slot.cells[SPILL] = self._spill
         self._slots[slot.number] = slot
         self._forking.append(slot)
@@ -555,7 +571,7 @@ class SlotPool:
         paused, slot.paused = slot.paused, False
         self._read_answers(slot, last=True)
         del paused
-        self._peek(slot)
+        self._take_finished(slot, self._finished(slot))
         for fd, stream in ((slot.stdout_fd, 1), (slot.stderr_fd, 2)):
             self._on_raw_output(slot, fd, stream, last=True)
         slot.dead = True
@@ -582,27 +598,31 @@ class SlotPool:
     def _blame(self, slot: Child, code: int, peak: int) -> None:
         """Report the task that ran when the slot died; the others never began."""
         current = slot.cells[CURRENT]
-        guilty = slot.held.pop(current, None)
-        if guilty is None and slot.held:
+        if slot.is_lost:  # nobody knows what became of these
+            guilty = list(slot.held)
+        else:
+            guilty = [number for number in slot.held if number == current]
+        if not guilty and slot.held:
             # It had not begun with any: nobody is to blame, unless this happens time and again.
-            first = next(iter(slot.held.values()))
+            number, first = next(iter(slot.held.items()))
             first.spared += 1
             if first.spared > _SPARED:
-                guilty = slot.held.pop(first.lease)
-        if guilty is not None:
-            kills = oom_kills(alone=self._settings.memory_mib > 0)
-            killed_us = slot.kill_reason and slot.kill_lease == guilty.lease
+                guilty = [number]
+        kills = oom_kills(alone=self._settings.memory_mib > 0) if guilty else 0
+        for number in guilty:
+            item = slot.held.pop(number)
+            killed_us = slot.kill_reason and slot.kill_lease in (0, item.lease)
             self._answers.failure(
                 Failure(
-                    guilty.lease,
+                    item.lease,
                     slot.kill_reason if killed_us else SLOT_LOST,
                     message=slot.kill_message,
-                    output=self._tail(slot, guilty.lease),
+                    output=self._tail(slot, number),
                     exit_code=code,
                     peak_memory_bytes=peak,
-                    seconds=time.monotonic() - slot.progress_at,
+                    seconds=self._loop.time() - slot.progress_at,
                     out_of_memory=code == -signal.SIGKILL
-                    and not slot.kill_reason
+                    and not (slot.kill_reason or slot.is_lost)
                     and (kills > self._oom_kills or self._filled_memory(peak)),
                 )
             )
@@ -618,8 +638,8 @@ class SlotPool:
         share = self._settings.memory_mib * 2**20 / self._settings.slots
         return 0 < _FULL * share <= peak
 
-    def _tail(self, slot: Child, lease: int) -> str:
-        return bytes(slot.tail.get(lease, b"")).decode("utf-8", "replace")
+    def _tail(self, slot: Child, delivery: int) -> str:
+        return bytes(slot.tail.get(delivery, b"")).decode("utf-8", "replace")
 
     def _on_failed_start(self, code: int) -> None:
         self._failed_starts += 1
@@ -643,8 +663,7 @@ class SlotPool:
         """Put items that never began back at the head of the queue, or hand them back."""
         back = []
         for item in items:
-            if item.lease in self._recalled or self._draining:
-                self._recalled.discard(item.lease)
+            if item.recalled or self._draining:
                 self._answers.returned(item.lease)
             else:
                 back.append(item)
@@ -708,7 +727,7 @@ class SlotPool:
         size = 0
         held = slot.held
         if not held:
-            slot.progress_at = time.monotonic()
+            slot.progress_at = self._loop.time()
             slot.seconds = 0.0
         seconds = slot.seconds
         while queue and len(leases) < most:
@@ -734,14 +753,13 @@ class SlotPool:
                 payload = self._blobs.places(item.blobs) + payload
             if item.keep:
                 number |= KEPT
-            item.epoch = slot.epoch
-            held[item.lease] = item
+            slot.sent += 1
+            held[slot.sent] = item
             leases.append(item.lease)
             functions.append(number)
             payloads.append(payload)
             size += len(payload)
             seconds += item.seconds
-            slot.sent += 1
             if alone:
                 slot.exclusive = True
                 if item.timeout > 0:
@@ -759,7 +777,7 @@ class SlotPool:
             return
         if terms.env:
             body = json.dumps(terms.env).encode()
-            self._write(slot, HEADER.pack(Kind.ENVIRONMENT, len(body), item.lease) + body)
+            self._write(slot, HEADER.pack(Kind.ENVIRONMENT, len(body), slot.sent + 1) + body)
         if terms.memory:
             slot.limit = terms.memory
             slot.taken_before = memory_taken(slot.pid, terms.memory)
@@ -771,13 +789,13 @@ class SlotPool:
         """Kill the slots whose tasks have taken more than they may."""
         self._memory_handle = None
         for slot in list(self._slots.values()):
-            lease = slot.cells[CURRENT]
-            if not slot.limit or lease not in slot.held or slot.dead:
+            current = slot.cells[CURRENT]
+            if not slot.limit or current not in slot.held or slot.dead:
                 continue
             taken = memory_taken(slot.pid, slot.limit + slot.taken_before) - slot.taken_before
             if taken > slot.limit:
                 slot.kill_message = str(taken)
-                self.kill([lease], OUTGREW)
+                self.kill([slot.held[current].lease], OUTGREW)
         if any(slot.limit and slot.held for slot in self._slots.values()):
             self._memory_handle = self._loop.call_later(_MEMORY_TICK, self._look_at_memory)
 
@@ -788,7 +806,7 @@ class SlotPool:
         sizes = list(map(len, payloads))
         columns = struct.pack(f"<I{count}Q{count}I{count}I", count, *leases, *functions, *sizes)
         length = len(columns) + sum(sizes)
-        header = HEADER.pack(Kind.BATCH, length, slot.epoch)
+        header = HEADER.pack(Kind.BATCH, length, slot.sent - count + 1)
         self._write(slot, b"".join((header, columns, *payloads)))
 
     def _send_function(self, slot: Child, number: int, function: _Function) -> None:
@@ -805,6 +823,7 @@ class SlotPool:
     def _write(self, slot: Child, data: bytes | memoryview) -> None:
         if slot.dead:
             return
+        slot.written += len(data)
         if not slot.out:
             try:
                 done = os.write(slot.tasks_fd, data)
@@ -886,9 +905,9 @@ class SlotPool:
             if kind == Kind.RESULTS:
                 if not slot.raw_paused:
                     # What was printed before this is of one of these tasks, not of the next.
-                    lease = RESULT.unpack_from(data, at)[0]
-                    self._on_raw_output(slot, slot.stdout_fd, 1, lease=lease)
-                    self._on_raw_output(slot, slot.stderr_fd, 2, lease=lease)
+                    first = RESULT.unpack_from(data, at)[0]
+                    self._on_raw_output(slot, slot.stdout_fd, 1, delivery=first)
+                    self._on_raw_output(slot, slot.stderr_fd, 2, delivery=first)
                 self._take_results(slot, data, at, at + length)
             else:
                 self._take_frame(slot, kind, number, data[at : at + length])
@@ -901,28 +920,28 @@ class SlotPool:
         header = RESULT.size
         result = self._answers.result
         while at < end:
-            lease, seconds, status, size = unpack(data, at)
+            delivery, seconds, status, size = unpack(data, at)
             at += header
             payload = bytes(data[at : at + size])
             at += size
-            item = held.pop(lease, None)
+            item = held.pop(delivery, None)
             if item is None:
                 continue  # known from the shared page already
             slot.seconds -= item.seconds
             if status == frames.OK:
-                result(lease, payload, seconds)
+                result(item.lease, payload, seconds)
             elif status == frames.DELIVERED:
-                self._answers.delivered(lease, seconds)
+                self._answers.delivered(item.lease, seconds)
             else:
-                failure = Failure(lease, status, payload, seconds=seconds)
-                failure.output = self._tail(slot, lease)
+                failure = Failure(item.lease, status, payload, seconds=seconds)
+                failure.output = self._tail(slot, delivery)
                 self._answers.failure(failure)
             if slot.tail:
-                slot.tail.pop(lease, None)
+                slot.tail.pop(delivery, None)
         self._after_answer(slot)
 
     def _after_answer(self, slot: Child) -> None:
-        slot.progress_at = time.monotonic()
+        slot.progress_at = self._loop.time()
         slot.straggling = False
         if slot.timer is not None and slot.exclusive:
             slot.timer.cancel()
@@ -951,18 +970,16 @@ class SlotPool:
                 seconds, status = struct.unpack_from("<fB", body)
                 tail = self._tail(slot, number)
                 self._answers.failure(
-                    Failure(number, status, body[5:], output=tail, seconds=seconds)
+                    Failure(item.lease, status, body[5:], output=tail, seconds=seconds)
                 )
             self._after_answer(slot)
-        elif kind == Kind.DROPPED:
-            item = slot.held.get(number)
-            (epoch,) = struct.unpack("<Q", body)
-            # A task that was taken back may have been sent here again meanwhile.
-            if item is not None and epoch in (item.epoch, frames.GONE):
-                del slot.held[number]
+        elif kind in (Kind.DROPPED, Kind.GONE):
+            item = slot.held.pop(number, None)
+            if item is not None:  # else it was taken back already
                 slot.seconds -= item.seconds
-                if epoch == frames.GONE:
-                    self._answers.returned(number)  # the client knows where else to have it from
+                if kind == Kind.GONE:
+                    # The client knows where else to have it from.
+                    self._answers.returned(item.lease)
                 else:
                     self._requeue([item])
                 self._after_answer(slot)
@@ -976,7 +993,7 @@ class SlotPool:
             self._kill(slot)
             self._answers.initializer_failed(body)
 
-    def _take_composed(self, slot: Child, lease: int, body: bytes) -> None:
+    def _take_composed(self, slot: Child, delivery: int, body: bytes) -> None:
         """Take hold of the files that a large result is in."""
         seconds, keep = _COMPOSED_RESULT.unpack_from(body)
         places, at = unpack_places(memoryview(body)[_COMPOSED_RESULT.size :])
@@ -990,15 +1007,18 @@ class SlotPool:
                     continue
                 if slot.arena < 0:
                     slot.arena = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._write(slot, HEADER.pack(Kind.RELEASE, 0, 0))
                 slot.small += 1
                 slot.small_bytes += block_size(place.size)
                 blobs.append(ResultBlob(slot.arena, place, slot))
-        except OSError:
+        except OSError as exc:
             for blob in blobs:
                 self._drop(blob)
-            if not slot.exited:
-                self._kill(slot)  # it cannot be read, and it waits for us
-            return  # the slot has died: its end tells the rest
+            if exc.errno in (errno.EMFILE, errno.ENFILE) and not slot.exited:
+                self._refuse_result(slot, delivery, [place.number for place in places], exc)
+            elif not slot.exited:
+                self._kill(slot)  # it is dying, or its files are hidden from us: it waits for us
+            return  # it is to blame for this delivery, which is the last one that it began
         files = [blob.place.number for blob in blobs if blob.owner is None]
         self._waiting_files += len(files)
         self._waiting_bytes += sum([blob.place.size for blob in blobs])
@@ -1008,13 +1028,33 @@ class SlotPool:
             self._blocked.append((slot, files))
         else:
             self._release(slot, files)
-        item = slot.held.pop(lease, None)
+        item = slot.held.pop(delivery, None)
         if item is None:
             for blob in blobs:
                 self.let_go(blob)
         else:
             slot.seconds -= item.seconds
-            self._answers.composed(lease, seconds, head, blobs, keep=keep)
+            self._answers.composed(item.lease, seconds, head, blobs, keep=keep)
+        self._after_answer(slot)
+
+    def _refuse_result(
+        self, slot: Child, delivery: int, numbers: list[int], error: OSError
+    ) -> None:
+        """Fail a task whose result cannot be opened here; its slot goes on."""
+        from cloudexec._errors import PayloadError
+        from cloudexec._payload import dumps_exception
+
+        for number in numbers:
+            self._write(slot, HEADER.pack(Kind.RELEASE, 0, number))
+        item = slot.held.pop(delivery, None)
+        if item is not None:
+            slot.seconds -= item.seconds
+            why = PayloadError(
+                f"the worker could not open the task's result ({error.strerror}): it needs a file "
+                f"descriptor for each large result that waits to be sent; raise its limit "
+                f"(ulimit -n)"
+            )
+            self._answers.failure(Failure(item.lease, PICKLE_FAILED, dumps_exception(why)))
         self._after_answer(slot)
 
     def _drop(self, blob: ResultBlob) -> None:
@@ -1089,15 +1129,15 @@ class SlotPool:
                 self._watch_raw_output(slot)
             self._resume(slot)
 
-    def _take_output(self, slot: Child, lease: int, stream: int, data: bytes) -> None:
-        item = slot.held.get(lease)
-        tail = slot.tail.get(lease)
+    def _take_output(self, slot: Child, delivery: int, stream: int, data: bytes) -> None:
+        item = slot.held.get(delivery)
+        tail = slot.tail.get(delivery)
         if tail is None:
-            tail = slot.tail[lease] = bytearray()
+            tail = slot.tail[delivery] = bytearray()
         tail += data
         if len(tail) > 2 * _TAIL_BYTES:
             del tail[:-_TAIL_BYTES]
-        number = item.number if item is not None else 0
+        lease, number = (item.lease, item.number) if item is not None else (0, 0)
         go_on = self._answers.output(lease, number, stream, data)
         if not go_on and not slot.exited:
             if not slot.paused:
@@ -1109,7 +1149,7 @@ class SlotPool:
                 self._loop.remove_reader(slot.stderr_fd)
 
     def _on_raw_output(
-        self, slot: Child, fd: int, stream: int, *, last: bool = False, lease: int = 0
+        self, slot: Child, fd: int, stream: int, *, last: bool = False, delivery: int = 0
     ) -> None:
         """Output that did not go through ``sys.stdout``: from C, or from a task's children."""
         while True:
@@ -1123,85 +1163,119 @@ class SlotPool:
                 if not last:
                     self._loop.remove_reader(fd)
                 return
-            self._take_output(slot, lease or slot.cells[CURRENT], stream, data)
+            self._take_output(slot, delivery or slot.cells[CURRENT], stream, data)
             self._answers.wake()
             if not last:
                 return
 
-    def _peek(self, slot: Child) -> None:
-        """Take the results that the slot has finished and not written to its pipe."""
+    def _finished(self, slot: Child) -> bytes:
+        """Return the results that the slot has finished and not written to its pipe."""
         cells = slot.cells
         flushes, used = cells[FLUSHES], cells[USED]
-        if not used:
-            return
         results = bytes(slot.page[RESULTS_AT : RESULTS_AT + used])
-        if cells[FLUSHES] == flushes:  # else others may have been put there, and these are there
-            progress = slot.progress_at
-            self._take_results(slot, results, 0, used)
-            slot.progress_at = progress
+        # Otherwise others may have been put there meanwhile, and these are in the pipe.
+        return results if cells[FLUSHES] == flushes else b""
 
-    def _look(self, slot: Child) -> int:
-        """Take all results that the slot has finished.
+    def _take_finished(self, slot: Child, results: bytes) -> None:
+        if results:
+            progress = slot.progress_at
+            self._take_results(slot, results, 0, len(results))
+            slot.progress_at = progress  # how long ago these were finished is not known
+
+    def _look(self, slots: Sequence[Child]) -> list[tuple[Child, int]]:
+        """Take all results that slots have finished.
 
         Returns:
-            The lease that it runs, or is about to answer or to drop, if it is still held. Of the
-            others that are held it has begun none, and will begin some if it is to go on.
+            Each slot with the delivery that it runs, or is about to answer or to drop, if that is
+            still held. Of the others that are held it has begun none. It will begin some if it
+            goes on, unless they are behind its fence.
         """
-        # In the order in which a task goes on, from cell to page to pipe: asked the other way
+        # In the order in which a task goes on, from cell to page to pipe. Asked the other way
         # round, one that went on meanwhile would be seen nowhere, and be taken for not begun.
-        current = slot.cells[CURRENT]
-        self._peek(slot)
-        self._read_answers(slot, rest=True)
-        return current
+        found = [(slot, slot.cells[CURRENT]) for slot in slots]
+        if found and _REORDERS_WRITES:
+            time.sleep(_WRITES_ARRIVE)
+        for slot, _ in found:
+            results = self._finished(slot)
+            self._read_answers(slot, rest=True)  # first: what these tasks printed is there
+            self._take_finished(slot, results)
+        return found
 
     # Time.
 
     def _arrange_tick(self) -> None:
         if self._tick_handle is None and any(
-            slot.held and (len(slot.held) > 1 or slot.cells[CURRENT] != slot.reported)
+            slot.held and (len(slot.held) > 1 or slot.reported not in slot.held)
             for slot in self._slots.values()
         ):
             self._tick_handle = self._loop.call_later(_TICK, self._tick)
 
     def _tick(self) -> None:
         self._tick_handle = None
-        now = time.monotonic()
-        for slot in list(self._slots.values()):
-            if slot.taking_back:
-                self._finish_taking_back(slot)
-            elif len(slot.held) > 1 and now - slot.progress_at > _STRAGGLER:
-                self._peek(slot)
-                slot.straggling = True
-                if len(slot.held) > 1:
-                    self._take_back(slot)
+        now = self._loop.time()
+        slots = list(self._slots.values())
+        for slot, current in self._look([slot for slot in slots if slot.taking_back]):
+            self._finish_taking_back(slot, current)
+        stuck = [
+            slot
+            for slot in slots
+            if len(slot.held) > 1 and not slot.taking_back and now - slot.progress_at > _STRAGGLER
+        ]
+        for slot, _ in self._look(stuck):
+            slot.straggling = True
+            if len(slot.held) > 1:
+                self._take_back(slot)
+        self.audit()
         self.dispatch()
         self._answers.wake()
+
+    def audit(self) -> None:
+        """Find slots that wait for tasks and are believed to hold some; nothing else would.
+
+        Whatever led to that is a fault of ours. Such a task has been lost, or its answer has: that
+        counts as an attempt, and it is tried again if it may be.
+        """
+        for slot in self._slots.values():
+            if slot.held and not slot.dead and slot.cells[WAITING] == slot.written + 1:
+                self._look([slot])
+                if slot.held:
+                    leases = [item.lease for item in slot.held.values()]
+                    print(f"slot {slot.pid} has lost its tasks {leases}", file=sys.stderr)
+                    slot.kill_message = "the process that was to run it has lost it"
+                    slot.is_lost = True
+                    self._kill(slot)
 
     def _take_back(self, slot: Child) -> None:
         """Begin to take back what the slot has not begun: see ``frames`` for how."""
         if not slot.taking_back:
             slot.taking_back = True
-            slot.epoch += 1
-            slot.cells[EPOCH] = slot.epoch
+            slot.fence = slot.cells[FENCE] = slot.sent
             self._arrange_tick()
 
-    def _finish_taking_back(self, slot: Child) -> None:
-        """A tick later the slot has seen the new epoch before whatever it begins."""
+    def _finish_taking_back(self, slot: Child, current: int) -> None:
+        """A tick later the slot sees the fence before whatever it begins."""
+        if not slot.taking_back:
+            return  # it has answered all meanwhile
         slot.taking_back = False
-        current = self._look(slot)
         # Also those before that one: they were dropped, with a batch that ended before its time.
-        taken = [slot.held.pop(lease) for lease in list(slot.held) if lease != current]
+        taken = [
+            slot.held.pop(number)
+            for number in list(slot.held)
+            if number != current and number <= slot.fence
+        ]
         for item in taken:
             slot.seconds -= item.seconds
         self._requeue(taken)
-        if not slot.held:
+        if slot.held:
+            self._kill_marked(slot)
+        else:
             self._after_answer(slot)
 
     def _trim(self) -> None:
         """End slots that have had nothing to do for long."""
         self._trim_handle = None
         settings = self._settings
-        now = time.monotonic()
+        now = self._loop.time()
         alive = [slot for slot in self._slots.values() if not slot.stopping and not slot.dead]
         spare = len(alive) - settings.min_slots
         for slot in alive:
