@@ -582,6 +582,14 @@ class _Session:
             failures = []
             for failure in message.failures:
                 self._end_lease(failure.lease)
+                if failure.lease in self.delivered:
+                    # All of its result is here: the slot ended before it could say so.
+                    result = self.delivered.pop(failure.lease)
+                    leases, results, seconds = [failure.lease], [result], [failure.seconds]
+                    if driver.takeover is not None:
+                        driver.takeover.park(worker, leases, results, seconds)
+                    driver.feed(events.ResultsReceived(worker, leases, results, seconds))
+                    continue
                 self.printed.discard(failure.lease)
                 kind = _KINDS.get(failure.kind, FailureKind.SLOT_LOST)
                 lost = events.Failure(kind, failure, failure.out_of_memory)

@@ -1236,7 +1236,9 @@ class SlotPool:
         counts as an attempt, and it is tried again if it may be.
         """
         for slot in self._slots.values():
-            if slot.held and not slot.dead and slot.cells[WAITING] == slot.written + 1:
+            if slot.taking_back or slot.dead:
+                continue  # what it has dropped without a word is taken back at the next tick
+            if slot.held and slot.cells[WAITING] == slot.written + 1:
                 self._look([slot])
                 if slot.held:
                     leases = [item.lease for item in slot.held.values()]

@@ -1,0 +1,520 @@
+"""Runs a supervisor and its slots line by line, in an order that the caller chooses.
+
+The code is the real one: ``SlotPool`` and ``Slot`` with their pipes and their shared page. Each
+runs in a thread of its own, of which only one goes on at a time. A thread can be stopped before
+each line that touches what the two share, for as long as wanted, or for ever: then its slot was
+killed.
+
+The caller stands in for the rest: the event loop, whose time is moved by hand, and the zygote.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import heapq
+import itertools
+import os
+import pickle
+import random
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType, ModuleType
+from typing import Any
+
+from cloudexec._objects.options import Limits
+from cloudexec.worker import slot as slot_module
+from cloudexec.worker import supervisor as supervisor_module
+from cloudexec.worker.blobs import BlobCache
+from cloudexec.worker.child import WorkItem
+from cloudexec.worker.supervisor import Failure, Settings
+from cloudexec.worker.zygote import EXITED, FORK, KILL, MESSAGE, STARTED
+
+SHARED = re.compile(r"cells\[|page\[|os\.read\(|os\.write\(|write_all\(|pack_into\(page|_header\(")
+"""What a line has that touches what supervisor and slot share."""
+Action = Callable[[Any, int], None]
+"""Called in the supervisor's thread with the pool, and how often that was done before."""
+TICKS = 8
+"""Ticks that a supervisor lets pass while a slot is stopped: enough to find that it makes no
+progress, to take its tasks back, and to send them anew."""
+_MOST_TICKS = 60
+
+
+class Stop:
+    """Where one run leaves its usual order: before a step, for another thread.
+
+    Args:
+        step: Counted from the beginning, over all threads.
+        kill: Whether the slot that is stopped there never goes on.
+    """
+
+    def __init__(self, step: int, *, kill: bool = False) -> None:
+        self.step = step
+        self.kill = kill
+
+    def __repr__(self) -> str:
+        return f"Stop({self.step}{', kill=True' if self.kill else ''})"
+
+
+class HandLoop:
+    """The part of an event loop that ``SlotPool`` uses, run step by step."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self._order = itertools.count()
+        self._soon: list[asyncio.Handle] = []
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._readers: dict[int, asyncio.Handle] = {}
+        self._writers: dict[int, asyncio.Handle] = {}
+
+    def time(self) -> float:
+        return self.now
+
+    def get_debug(self) -> bool:
+        return False
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        raise context["exception"]
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        pass  # it is passed over when it is due
+
+    def _handle(self, call: Callable[..., object], args: tuple[object, ...]) -> asyncio.Handle:
+        return asyncio.Handle(call, args, self)  # type: ignore[arg-type]
+
+    def call_soon(self, call: Callable[..., object], *args: object) -> asyncio.Handle:
+        self._soon.append(self._handle(call, args))
+        return self._soon[-1]
+
+    def call_later(
+        self, delay: float, call: Callable[..., object], *args: object
+    ) -> asyncio.TimerHandle:
+        when = self.now + delay
+        handle = asyncio.TimerHandle(when, call, args, self)  # type: ignore[arg-type]
+        heapq.heappush(self._timers, (when, next(self._order), handle))
+        return handle
+
+    def add_reader(self, fd: int, call: Callable[..., object], *args: object) -> None:
+        self._readers[fd] = self._handle(call, args)
+
+    def remove_reader(self, fd: int) -> None:
+        self._readers.pop(fd, None)
+
+    def add_writer(self, fd: int, call: Callable[..., object], *args: object) -> None:
+        self._writers[fd] = self._handle(call, args)
+
+    def remove_writer(self, fd: int) -> None:
+        self._writers.pop(fd, None)
+
+    def run_ready(self) -> bool:
+        """Run what is due; say whether anything was."""
+        soon, self._soon = self._soon, []
+        handles = soon
+        readable, writable, _ = select.select([*self._readers], [*self._writers], [], 0)
+        handles += [self._readers[fd] for fd in readable]
+        handles += [self._writers[fd] for fd in writable]
+        for handle in handles:
+            if not handle.cancelled():
+                handle._callback(*handle._args)  # type: ignore[attr-defined]
+        return bool(handles)
+
+    def run_timer(self) -> bool:
+        """Let the time pass until the next timer is due; say whether there was one."""
+        while self._timers:
+            when, _, handle = heapq.heappop(self._timers)
+            if not handle.cancelled():
+                self.now = max(self.now, when)
+                handle._callback(*handle._args)  # type: ignore[attr-defined]
+                return True
+        return False
+
+
+class Actor:
+    """One thread that goes on only when it is its turn."""
+
+    def __init__(self, run: Run, body: Callable[[], None]) -> None:
+        self.turn = threading.Semaphore(0)
+        self.done = False
+        self.dead = False  # killed: it never goes on
+        self.waits_for: int | None = None  # a pipe's end that it is about to read from
+        self._run = run
+        self._body = body
+        self.thread = threading.Thread(target=self._main, daemon=True)
+        self.thread.start()
+
+    def _main(self) -> None:
+        self.turn.acquire()
+        sys.settrace(self._run.trace)
+        try:
+            self._body()
+        except BaseException as exc:
+            if not self.dead and not self._run.over:
+                self._run.problems.append(f"{type(exc).__name__}: {exc}")
+        finally:
+            sys.settrace(None)
+            self.done = True
+            self._run.pass_on(self)
+
+    @property
+    def can_go_on(self) -> bool:
+        if self.done or self.dead:
+            return False
+        if self.waits_for is None:
+            return True
+        return bool(select.select([self.waits_for], [], [], 0)[0])
+
+
+class Run:
+    """One run of a scenario under one schedule.
+
+    Args:
+        items: What the pool is given, in order.
+        stops: Where to stop who has the turn.
+        slots: How many.
+        during: What the client asks meanwhile.
+        modules: The supervisor's and the slot's code; others than the real ones show what the
+            search finds.
+    """
+
+    def __init__(
+        self,
+        items: int,
+        stops: Sequence[Stop] = (),
+        *,
+        slots: int = 1,
+        during: Action | None = None,
+        modules: tuple[ModuleType, ModuleType] = (supervisor_module, slot_module),
+    ) -> None:
+        self.results: Counter[int] = Counter()
+        self.failures: list[Failure] = []
+        self.returned_leases: Counter[int] = Counter()
+        self.ran: Counter[int] = Counter()
+        self.problems: list[str] = []
+        self.steps = 0
+        self.kills = 0
+        self.over = False
+        self.trail: list[str] = []
+        self._stops = {stop.step: stop for stop in stops}
+        self._items = items
+        self._during = during
+        self._supervisor, self._slot = modules
+        self._files = {module.__file__: _shared_lines(module) for module in modules}
+        self._loop = HandLoop()
+        self._ended = threading.Event()
+        self._slots: dict[int, Actor] = {}  # by process number
+        self._patience = 0
+        self._settings = Settings(slots=slots, argv=tuple(sys.argv))
+        self._boss: Actor | None = None
+        self._current: Actor | None = None
+        self._boss_waits = False
+
+    def judge(self) -> str:
+        """Say what is wrong, if anything: each task has one outcome, and that one is true."""
+        if self.problems:
+            return "; ".join(self.problems)
+        failed = Counter(failure.lease for failure in self.failures)
+        for lease in range(1, self._items + 1):
+            outcomes = self.results[lease], failed[lease], self.returned_leases[lease]
+            ran = self.ran[lease]
+            if sum(outcomes) != 1:
+                return f"task {lease} has {outcomes} results, failures, returns"
+            if (
+                ran > 1
+                or (self.results[lease] and not ran)
+                or (self.returned_leases[lease] and ran)
+            ):
+                return f"task {lease} ran {ran} times and has {outcomes} results, failures, returns"
+        if len(self.failures) > self.kills:
+            return f"{self.kills} slots were killed, and {self.failures} failed"
+        return ""
+
+    # Answers of the pool.
+
+    def result(self, lease: int, payload: bytes, seconds: float) -> None:
+        self.results[lease] += 1
+
+    def failure(self, failure: Failure) -> None:
+        self.failures.append(failure)
+
+    def returned(self, lease: int) -> None:
+        self.returned_leases[lease] += 1
+
+    def output(self, lease: int, number: int, stream: int, data: bytes) -> bool:
+        self.problems.append(f"output: {data.decode()}")
+        return True
+
+    def ready(self) -> None:
+        self.pool.announced()
+
+    def groups_changed(self) -> None:
+        pass
+
+    def wake(self) -> None:
+        self.pool.started()
+
+    # The schedule.
+
+    def trace(self, frame: FrameType, event: str, arg: object) -> Any:
+        lines = self._files.get(frame.f_code.co_filename)
+        if lines is None:
+            return None
+
+        def each_line(frame: FrameType, event: str, arg: object) -> Any:
+            if event == "line" and frame.f_lineno in lines:
+                self.step(frame)
+            return each_line
+
+        return each_line
+
+    def step(self, frame: FrameType | None) -> None:
+        """The thread that has the turn comes to a line that touches what is shared."""
+        actor = self._current
+        if self.over or actor is None or threading.current_thread() is not actor.thread:
+            return
+        self.steps += 1
+        stop = self._stops.get(self.steps)
+        if frame is not None and frame.f_code.co_name == "_need":
+            fd = frame.f_locals["self"]._tasks_fd
+            if "os.read(" in _text(frame):
+                actor.waits_for = fd
+        if stop is not None:
+            if stop.kill and actor is not self._boss:
+                self._die(actor)
+            self._patience = TICKS
+            self._yield(actor)
+        elif not actor.can_go_on:
+            self._yield(actor)
+        actor.waits_for = None
+
+    def _die(self, actor: Actor) -> None:
+        actor.dead = True
+        self.kills += 1
+        (number,) = [number for number, each in self._slots.items() if each is actor]
+        self._zygote.send(MESSAGE.pack(EXITED, number, int(signal.SIGKILL), 0, number))
+
+    def _yield(self, actor: Actor) -> None:
+        """Let another thread go on, until it is this one's turn again."""
+        if self._pass(actor):
+            actor.turn.acquire()
+
+    def _pass(self, actor: Actor) -> bool:
+        """Give the turn to another thread; say whether there is one that can go on."""
+        boss = self._boss
+        assert boss is not None
+        if actor is boss:
+            for other in self._slots.values():
+                if other.can_go_on:
+                    self._give(other)
+                    return True
+            return False
+        self._give(boss)
+        return True
+
+    def _give(self, actor: Actor) -> None:
+        self._current = actor
+        actor.turn.release()
+
+    def pass_on(self, actor: Actor) -> None:
+        """A thread has ended."""
+        if actor is self._boss or self.over:
+            self._ended.set()
+            return
+        boss = self._boss
+        assert boss is not None
+        self._give(boss)
+
+    # The threads.
+
+    def go(self) -> Run:
+        """Run to the end; look at ``problems``, and at what was answered, afterwards."""
+        self._zygote, ours = socket.socketpair()
+        self._zygote.setblocking(False)
+        asyncio._set_running_loop(self._loop)  # type: ignore[arg-type]
+        streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__
+        limits = Limits(2**30, 0)
+        try:
+            blobs = BlobCache(_no_blob, limits, set, direct=False)
+            self.pool = self._supervisor.SlotPool(
+                self._settings, self, ours, lambda: self.problems.append("no zygote"), blobs
+            )
+        finally:
+            asyncio._set_running_loop(None)
+        self._boss = self._current = Actor(self, self._supervise)
+        self._boss.turn.release()
+        if not self._ended.wait(30):
+            self.problems.append("the run hangs")
+        self._clear_up()
+        sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__ = streams  # type: ignore[misc]
+        ours.close()
+        self._zygote.close()
+        return self
+
+    def _supervise(self) -> None:
+        pool, loop = self.pool, self._loop
+        pool.add_function(1, pickle.dumps(_Task.call, 5), fresh=False)
+        _Task.run = self
+        pool.add([WorkItem(n, 1, pickle.dumps((n,), 5), n, 0.0) for n in range(1, self._items + 1)])
+        idle = looks = 0
+        streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__
+        while True:
+            # A slot that starts puts its own there, in what is its own process otherwise.
+            sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__ = streams  # type: ignore[misc]
+            if self._during is not None:
+                self._during(pool, looks)
+                looks += 1
+            if self._serve_zygote() or loop.run_ready():
+                idle = 0
+                continue
+            if self._is_answered and not any(s.can_go_on for s in self._slots.values()):
+                break
+            # Nothing to do: time passes while a slot is stopped, otherwise the slots go on.
+            if self._patience:
+                self._patience -= 1
+                loop.run_timer()
+                continue
+            if any(slot.can_go_on for slot in self._slots.values()):
+                assert self._boss is not None
+                self._yield(self._boss)
+                idle = 0
+                continue
+            idle += 1
+            if not loop.run_timer() or idle > _MOST_TICKS:
+                self.problems.append(f"tasks are lost: {sorted(pool.leases())}")
+                break
+        if not self.problems and pool.leases():
+            self.problems.append(f"answered, and believed to be here: {pool.leases()}")
+
+    @property
+    def _is_answered(self) -> bool:
+        answered = self.results.total() + self.returned_leases.total() + len(self.failures)
+        return answered >= self._items
+
+    def _serve_zygote(self) -> bool:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._zygote, MESSAGE.size, 8)
+        except BlockingIOError:
+            return False
+        kind, pid, _, _, number = MESSAGE.unpack(data)
+        if kind == FORK:
+            self._slots[number] = Actor(self, lambda: self._be_slot(fds))
+            self._zygote.send(MESSAGE.pack(STARTED, number, 0, 0, number))
+        elif kind == KILL:
+            slot = self._slots[pid]
+            if slot.can_go_on and self._boss is not None:
+                self._give(slot)  # up to where it is stopped: a signal takes its time
+                self._boss.turn.acquire()
+            if not (slot.done or slot.dead):
+                self._die(slot)
+        return True
+
+    def _be_slot(self, fds: list[int]) -> None:
+        tasks_fd, results_fd, page_fd, out_fd, err_fd = fds
+        try:
+            self._slot.Slot(tasks_fd, results_fd, page_fd).run()
+        except EOFError:
+            pass
+        finally:
+            for fd in (tasks_fd, results_fd, out_fd, err_fd):
+                os.close(fd)
+
+    def _clear_up(self) -> None:
+        """End all threads: whoever was stopped runs into closed pipes."""
+        self.over = True
+        self.pool.close()
+        for child in self.pool._slots.values():
+            for fd in child.fds():
+                os.close(fd)
+        for actor in self._slots.values():
+            actor.turn.release()
+            actor.thread.join(10)
+            if actor.thread.is_alive():
+                self.problems.append("a thread does not end")
+
+
+class _Task:
+    """What tasks do: they say that they run, and may be stopped in the middle of it."""
+
+    run: Run
+
+    @staticmethod
+    def call(number: int) -> None:
+        run = _Task.run
+        actor = run._current
+        if run.over or actor is None or threading.current_thread() is not actor.thread:
+            return  # its slot was killed: it does not run any more
+        run.ran[number] += 1
+        run.step(None)
+
+
+def _shared_lines(module: ModuleType) -> frozenset[int]:
+    assert module.__file__ is not None
+    with open(module.__file__) as file:
+        return frozenset(n for n, line in enumerate(file, 1) if SHARED.search(line))
+
+
+_texts: dict[str, list[str]] = {}
+
+
+def _text(frame: FrameType) -> str:
+    name = frame.f_code.co_filename
+    if name not in _texts:
+        with open(name) as file:
+            _texts[name] = file.read().splitlines()
+    return _texts[name][frame.f_lineno - 1]
+
+
+async def _no_blob(*args: object) -> None:
+    raise AssertionError("no task here takes a blob")
+
+
+def search(
+    items: int,
+    schedules: Iterable[tuple[Sequence[Stop], Action | None]],
+    *,
+    slots: int = 1,
+    modules: tuple[ModuleType, ModuleType] = (supervisor_module, slot_module),
+) -> str:
+    """Run a scenario under each schedule, up to the first under which something is wrong.
+
+    Args:
+        items: How many tasks.
+        schedules: Where to stop, and what the client asks meanwhile.
+        slots: How many.
+        modules: The code to be run.
+
+    Returns:
+        What is wrong, with its schedule; empty: nothing.
+    """
+    for n, (stops, during) in enumerate(schedules):
+        run = Run(items, stops, slots=slots, during=during, modules=modules).go()
+        wrong = run.judge()
+        if wrong:
+            return f"{wrong} with {list(stops)}, after {n} schedules"
+        if n % 50 == 0:
+            gc.collect()  # the pages of slots are in cycles, and each has a file
+    gc.collect()
+    return ""
+
+
+def one_stop(steps: int, *, kill: bool = False) -> Iterator[tuple[Sequence[Stop], None]]:
+    """Stop at each step in turn."""
+    for step in range(1, steps + 1):
+        yield [Stop(step, kill=kill)], None
+
+
+def many_stops(
+    rng: random.Random, runs: int, steps: int, *, kill: bool = False
+) -> Iterator[tuple[Sequence[Stop], None]]:
+    """Stop at up to six steps; the last of them may be the end of a slot."""
+    for _ in range(runs):
+        # A run that is stopped takes more steps than one that is not.
+        chosen = sorted(rng.sample(range(1, steps * 8 // 5), rng.randint(1, 6)))
+        stops = [Stop(step) for step in chosen]
+        stops[-1].kill = kill
+        yield stops, None
