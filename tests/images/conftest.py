@@ -91,6 +91,8 @@ def engine(frozen_code: None) -> Iterator[Engine]:
 def download(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Fetches the wheels of a worker into a new directory, with more options of pip."""
 
+    pytest.importorskip("pip", reason="this environment has no pip")
+
     def fetch(*options: str) -> Path:
         target = tmp_path_factory.mktemp("wheels")
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(target)]

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -293,6 +294,7 @@ def _take(store: BlobStore, size: int) -> Any:
     return dumps(np.frombuffer(os.urandom(size), np.uint8).copy(), store)
 
 
+@pytest.mark.skipif(shutil.which("mount") is None, reason="mounts a small file system")
 def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path) -> None:
     """Not a crash; and the room that was taken meanwhile is given back."""
     done = subprocess.run(
