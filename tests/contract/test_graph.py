@@ -171,7 +171,8 @@ def test_a_failure_names_the_stage_and_chains_the_cause(executor: BatchExecutor)
         assert isinstance(info.value.__cause__, ZeroDivisionError)
 
 
-def test_a_failure_cancels_the_rest(executor: BatchExecutor, signals: Signals) -> None:
+def test_a_failure_cancels_the_rest(signals: Signals, executor: BatchExecutor) -> None:
+    # In this order: the call may begin late, and finds its pipes as long as the executor is open.
     held = stages.wait_at_gate(signals.told, signals.gate)
     behind = stages.value(held)
     with pytest.raises(StageError):
