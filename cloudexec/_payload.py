@@ -7,16 +7,19 @@ arrays and the like. The head travels as small payloads do; each worker receives
 
 from __future__ import annotations
 
+import io
 import pickle
+import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
-from types import NoneType
+from types import CodeType, NoneType
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
 from cloudexec import _inputs
+from cloudexec._describing import with_sources
 from cloudexec._errors import PayloadError, RemoteTraceback
 from cloudexec._objects.ref import Ref
 from cloudexec._records import (
@@ -130,8 +133,27 @@ class _Edge:
         self.step = step
 
 
+def _place_of_file_name() -> int | None:
+    """Find where among the arguments that make a code object its file's name stands."""
+    code = _place_of_file_name.__code__
+    make, args = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    for place, arg in enumerate(args):
+        if type(arg) is str:
+            made = make(*args[:place], "a file's name", *args[place + 1 :])
+            if made.co_filename == "a file's name":
+                return place
+    return None
+
+
+_FILE_NAME = _place_of_file_name()
+
+
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle's, but arrays arrive writeable, as they do through a process pool."""
+    """cloudpickle's, but arrays arrive writeable, as they do through a process pool.
+
+    And code arrives with the name of its file, which some versions of cloudpickle replace: without
+    it a traceback tells neither the file nor the line.
+    """
 
     futures: list[Dependency] | None = None
     """Those met so far, where futures may be arguments; ``None``: they may not."""
@@ -143,6 +165,11 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if kind is _Edge:
             self._enclosed += obj.step
             return tuple, ()
+        if kind is CodeType and _FILE_NAME is not None:
+            make, args = self.dispatch_table[CodeType](obj)
+            # Interned, it is written once, however many functions of one file there are.
+            name = sys.intern(str.__str__(obj.co_filename))
+            return make, (*args[:_FILE_NAME], name, *args[_FILE_NAME + 1 :])
         if kind.__module__ == "numpy" and kind.__name__ == "ndarray":
             if not obj.flags.writeable:
                 return _reduce_readonly(obj)
@@ -350,7 +377,9 @@ def dumps_exception(exc: BaseException) -> bytes:
         text = f"{text[:_TRACEBACK_KEPT]}\n[...]\n{text[-_TRACEBACK_KEPT:]}"
     try:
         plain = _without_links(exc)
-        data: bytes = cloudpickle.dumps(plain, 5)
+        file = io.BytesIO()
+        Pickler(file, protocol=5).dump(plain)
+        data = file.getvalue()
         if len(data) > EXCEPTION_BYTES:
             raise PayloadError(f"it has {len(data)} bytes, and {EXCEPTION_BYTES} are allowed")
         if type(_loads(data)) is not type(exc) and type(exc).__module__ != "__main__":
@@ -385,6 +414,7 @@ def loads_exception(data: bytes) -> BaseException:
     text = ""
     try:
         pickled, text = _loads(data)
+        text = with_sources(text)
         loaded = _loads(pickled)
         if not isinstance(loaded, BaseException):
             raise TypeError(f"{type(loaded).__name__} is no exception")
