@@ -330,6 +330,8 @@ class InitializerError(BrokenBatchExecutor):
 class RemoteTraceback(Exception):
     """Carries the text of a traceback from a worker, as the ``__cause__`` of a user's exception.
 
+    Also that of an exception raised here which cannot be formatted, as its own methods raise.
+
     Attributes:
         traceback: The traceback's text.
         output: The last lines that the task printed.

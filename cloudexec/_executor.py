@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, check_count, check_positive
+from cloudexec._describing import describe, is_a, is_interrupt, name_of, presentable, type_name
 from cloudexec._errors import (
     BrokenBatchExecutor,
     CloudexecError,
@@ -65,7 +66,8 @@ class _Base(Executor):
         """Schedule ``fn(*args, **kwargs)`` to run on a worker.
 
         Callable and arguments are pickled now, in this thread; changing them afterwards changes
-        nothing. What cannot be pickled fails the future, not this call.
+        nothing. What cannot be pickled fails the future, not this call, whatever pickling raises,
+        ``SystemExit`` too; only Ctrl-C in the main thread interrupts it.
 
         A future among the arguments, however deep in them, is a dependency: the call waits for it,
         takes no slot meanwhile, and gets its value in its place. Any ``concurrent.futures.Future``
@@ -93,10 +95,15 @@ class _Base(Executor):
             executor._start()
         executor._check_open()
         assert executor._table is not None
+        error: CloudexecError | None = None
         try:
             function = executor._table.numbered(fn)
-        except Exception as exc:
-            raise _pickling_error(fn, exc) from exc
+        except BaseException as exc:
+            if is_interrupt(exc):
+                raise
+            error = _pickling_error(fn, exc)
+        if error is not None:
+            raise error
 
         def submit(
             args: tuple[Any, ...], kwargs: Mapping[str, Any], label: str, on_end: Any
@@ -337,7 +344,8 @@ class BatchExecutor(_Base):
         mp_context: Taken for the sake of programs that give one, and not used: how processes start
             is the same everywhere.
         initializer: Called once in each process that runs tasks, before its first task.
-        initargs: Its arguments.
+        initargs: Its arguments; pickled once, when the workers are started. If that fails,
+            ``submit()`` raises ``PayloadError``, as no task could run.
         max_tasks_per_child: Tasks after which a process is replaced by a fresh one.
         launcher: Starts the workers; by default subprocesses on this machine, or, where the
             environment variable ``CLOUDEXEC_PROFILE`` names a profile, ``Batch()``.
@@ -513,7 +521,15 @@ class BatchExecutor(_Base):
             setup = dict(self._setup)
             store = BlobStore(setup["objects"].limits(), shared=not self._is_far)
             if self._initializer is not None:
-                setup["initializer"] = _payload.dumps(self._initializer, store)
+                error: CloudexecError | None = None
+                try:
+                    setup["initializer"] = _payload.dumps(self._initializer, store)
+                except BaseException as exc:
+                    if is_interrupt(exc):
+                        raise
+                    error = _pickling_error(self._initializer[0], exc, "initargs")
+                if error is not None:
+                    raise error
             setup["argv"] = tuple(sys.argv)
             if self._launcher.needs_network():
                 setup["modules"] = _modules_for(self._launcher.modules)
@@ -586,7 +602,9 @@ class BatchExecutor(_Base):
             else:
                 payload = _dumps_arguments(args, kwargs, driver.store)
                 kind = function.kind
-        except Exception as exc:
+        except BaseException as exc:
+            if is_interrupt(exc):
+                raise
             return _failed(future, _pickling_error(fn, exc), driver)
         if driver.journal is not None:
             identity = driver.journal.identify(fn, function, options)
@@ -604,7 +622,9 @@ class BatchExecutor(_Base):
             try:
                 if _hold_back(task, fn, args, kwargs):
                     driver.dependencies.prepare()
-            except Exception as exc:
+            except BaseException as exc:
+                if is_interrupt(exc):
+                    raise
                 return _failed(future, _pickling_error(fn, exc), driver)
         future._task = task
         if driver.budget is not None:
@@ -640,7 +660,9 @@ class BatchExecutor(_Base):
                 sent, kind, dumps = table.unnumbered(fn)
             else:
                 kind = function.kind
-        except Exception as exc:
+        except BaseException as exc:
+            if is_interrupt(exc):
+                raise
             error = _pickling_error(fn, exc)
         if terms is not None and terms.judged:
             driver.judge.prepare()
@@ -675,7 +697,9 @@ class BatchExecutor(_Base):
                     continue
                 try:
                     payload = dumps(args, None, store)
-                except Exception as exc:
+                except BaseException as exc:
+                    if is_interrupt(exc):
+                        raise
                     future.set_exception(_pickling_error(args, exc))
                     continue
                 if (
@@ -691,7 +715,9 @@ class BatchExecutor(_Base):
                     try:
                         if _hold_back(task, fn, args, {}):
                             driver.dependencies.prepare()
-                    except Exception as exc:
+                    except BaseException as exc:
+                        if is_interrupt(exc):
+                            raise
                         future.set_exception(_pickling_error(args, exc))
                         continue
                 future._task = task
@@ -722,7 +748,7 @@ class BatchExecutor(_Base):
         passed plainly is sent once per worker too, but compared with what was sent, each time.)
 
         Raises:
-            PayloadError: If it cannot be pickled.
+            PayloadError: If it cannot be pickled, whatever pickling raises but Ctrl-C.
             PayloadTooLargeError: If there is no room for it, in memory or on disk.
             RuntimeError: As with ``submit()``.
         """
@@ -733,18 +759,19 @@ class BatchExecutor(_Base):
         from cloudexec import _payload
         from cloudexec._objects.ref import Ref
 
+        error: PayloadError | None = None
         try:
             payload = _payload.dumps(value, driver.store)
             if not isinstance(payload, bytes):
                 for blob in payload.blobs:
                     driver.store.share(blob)
-        except PayloadError:
-            raise
-        except Exception as exc:
-            error = PayloadError(
-                f"{_name(value)} could not be pickled ({type(exc).__name__}: {exc})"
-            )
-            raise error from exc
+        except BaseException as exc:
+            if is_interrupt(exc) or is_a(exc, PayloadError):
+                raise
+            error = PayloadError(f"{name_of(value)} could not be pickled ({describe(exc)})")
+            error.__cause__ = presentable(exc)
+        if error is not None:
+            raise error
         if not isinstance(payload, bytes):
             payload.shared = True
         return Ref(payload, driver.keeper)
@@ -879,23 +906,16 @@ def _failed(future: BatchFuture[T], error: BaseException, driver: Driver) -> Bat
     return future
 
 
-def _pickling_error(what: object, exc: BaseException) -> CloudexecError:
-    if isinstance(exc, PayloadTooLargeError | RefLostError):
+def _pickling_error(
+    what: object, exc: BaseException, arguments: str = "its arguments"
+) -> CloudexecError:
+    if is_a(exc, (PayloadTooLargeError, RefLostError)):
         return exc
     error = PayloadError(
-        f"{type(what).__name__} {_name(what)} or its arguments could not be pickled "
-        f"({type(exc).__name__}: {exc})"
+        f"{type_name(what)} {name_of(what)} or {arguments} could not be pickled ({describe(exc)})"
     )
-    error.__cause__ = exc
+    error.__cause__ = presentable(exc)
     return error
-
-
-def _name(what: object) -> str:
-    name = getattr(what, "__qualname__", None)
-    if name is not None:
-        return f"{getattr(what, '__module__', '?')}.{name}"
-    text = repr(what)
-    return text if len(text) < 100 else f"{text[:97]}..."
 
 
 def _run(driver: Driver, work: Coroutine[Any, Any, T]) -> T:
@@ -935,7 +955,7 @@ def _hold_back(
     payload: Any = task.payload
     if type(payload) is not Unfinished:
         return False  # it is just large
-    hold_back(task, payload, _name(fn), args, kwargs)
+    hold_back(task, payload, name_of(fn), args, kwargs)
     return task.needs is not None
 
 

@@ -24,7 +24,8 @@ import cloudpickle
 
 from cloudexec import _payload
 from cloudexec._core.tasks import Kind
-from cloudexec._fingerprints import Fingerprint, Unstable, lookup, travels_by_value
+from cloudexec._describing import attribute_of, is_interrupt
+from cloudexec._fingerprints import Fingerprint, lookup, travels_by_value
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import BlobStore
 from cloudexec._payload import Composed, Payload, Unfinished
@@ -207,7 +208,10 @@ class FunctionTable:
         elif kind is FunctionType:
             try:
                 fingerprint = Fingerprint(fn, by_value)  # type: ignore[arg-type]
-            except Unstable:
+            except BaseException as exc:
+                if is_interrupt(exc):
+                    raise
+                # It may change, or what it refers to cannot even be looked at.
                 if len(self._unstable) > _KINDS_KEPT:
                     self._unstable.clear()
                 if code is not None:
@@ -249,8 +253,10 @@ class FunctionTable:
             return function
 
     def _kind(self, fn: Callable[..., Any]) -> Kind:
-        code = getattr(getattr(fn, "__func__", fn), "__code__", None)
-        key = code if code is not None else getattr(fn, "__qualname__", type(fn))
+        code = attribute_of(attribute_of(fn, "__func__", fn), "__code__")
+        key = code if type(code) is CodeType else attribute_of(fn, "__qualname__")
+        if type(key) not in (CodeType, str):
+            key = type(fn)
         try:
             kind = self._kinds.get(key)
         except TypeError:

@@ -16,6 +16,8 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from cloudexec._describing import type_name
+
 __all__ = ["BatchFuture"]
 
 T = TypeVar("T")
@@ -313,7 +315,8 @@ class BatchFuture(Future[T]):
             self._result = result
             self._exception = exception
             self._decode = decode
-            self._conclude(FINISHED, "add_exception" if exception or failed else "add_result")
+            failed = failed or exception is not None
+            self._conclude(FINISHED, "add_exception" if failed else "add_result")
             return True
 
     def _conclude(self, state: str, tell_waiters: str) -> None:
@@ -329,7 +332,8 @@ class BatchFuture(Future[T]):
 
         Callbacks run in a thread of the executor's own, one at a time in the order in which tasks
         finish, or in the thread that cancels. They may submit and may block: they hold up other
-        callbacks, never the executor. What they raise is logged.
+        callbacks, never the executor. What they raise is logged; in a thread of the program's own
+        ``SystemExit`` and ``KeyboardInterrupt`` go on from there, as in the standard library.
         """
         with self._lock:
             if self._state not in _DONE:
@@ -340,21 +344,21 @@ class BatchFuture(Future[T]):
     def _has_callbacks(self) -> bool:
         return bool(self._done_callbacks_made)
 
-    def _invoke_callbacks(self) -> None:
-        callbacks = self._done_callbacks_made
-        if callbacks:
-            for fn in callbacks:
-                self._call(fn)
+    def _invoke_callbacks(self, *, in_thread_of_ours: bool = False) -> None:
+        for fn in self._done_callbacks_made or ():
+            self._call(fn, in_thread_of_ours=in_thread_of_ours)
 
-    def _call(self, fn: Callable[[Future[T]], object]) -> None:
+    def _call(self, fn: Callable[[Future[T]], object], *, in_thread_of_ours: bool = False) -> None:
         try:
             fn(self)
-        except Exception:
-            import logging
+        except BaseException as exc:
+            if not in_thread_of_ours and not issubclass(type(exc), Exception):
+                raise
+            from cloudexec._log import Log
 
             # The standard library's own logger and words, for those who look for them.
-            logging.getLogger("concurrent.futures").exception(
-                "exception calling callback for %r", self
+            Log("concurrent.futures").log_exception(
+                "exception calling callback for %r", self, exc=exc
             )
 
     def __repr__(self) -> str:
@@ -362,7 +366,7 @@ class BatchFuture(Future[T]):
         if self._state == FINISHED and self._decode is None:
             outcome = self._exception if self._exception is not None else self._result
             verb = "raised" if self._exception is not None else "returned"
-            return f"<BatchFuture at {id(self):#x} state={state} {verb} {type(outcome).__name__}>"
+            return f"<BatchFuture at {id(self):#x} state={state} {verb} {type_name(outcome)}>"
         return f"<BatchFuture at {id(self):#x} state={state}>"
 
 

@@ -24,6 +24,7 @@ from types import GeneratorType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, overload
 
 from cloudexec._config import TaskOptions
+from cloudexec._describing import attribute_of, cause_of, describe, is_a, repr_of, type_name
 from cloudexec._errors import (
     BrokenBatchExecutor,
     CloudexecError,
@@ -91,10 +92,12 @@ class Stage(Generic[P, T]):
         import cloudpickle
 
         fn = self.function
-        module = getattr(fn, "__module__", None)
-        name = getattr(fn, "__qualname__", None)
+        module = attribute_of(fn, "__module__")
+        name = attribute_of(fn, "__qualname__")
         by_value = cloudpickle.list_registry_pickle_by_value()
-        if module is None or name is None or module == "__main__" or module in by_value:
+        if type(module) is not str or type(name) is not str:
+            return fn
+        if module == "__main__" or module in by_value:
             return fn
         try:
             found: Any = functools.reduce(getattr, name.split("."), sys.modules.get(module))
@@ -109,7 +112,7 @@ class _ByName:
     """Stands for the function of a stage that workers can import."""
 
     def __init__(self, fn: Callable[..., Any], module: str, name: str) -> None:
-        self.__code__ = getattr(fn, "__code__", None)  # what is known of its run time hangs on it
+        self.__code__ = attribute_of(fn, "__code__")  # what is known of its run time hangs on it
         self.__qualname__ = name
         self.__module__ = module
 
@@ -194,7 +197,7 @@ def stage(
     def make(function: Callable[..., Any]) -> Stage[..., Any]:
         if not callable(function):
             raise TypeError(f"a stage is made of a function, not of {type(function).__name__}")
-        return Stage(function, name or str(getattr(function, "__name__", function)), options)
+        return Stage(function, name or _usual_name(function), options)
 
     return make if function is None else make(function)
 
@@ -386,7 +389,7 @@ class Graph:
         found: dict[Node[Any], None] = {}
         self._wanted = _template(nodes, found)
         if not found and not (type(nodes) in (list, tuple, set, frozenset, dict) and not nodes):
-            raise TypeError(f"there is no node of a graph in {type(nodes).__name__} {nodes!r:.80}")
+            raise TypeError(f"there is no node of a graph in {type_name(nodes)} {repr_of(nodes)}")
         self._targets = tuple(found)
         self.nodes = tuple(_in_order(self._targets, {}))
         self.report: tuple[StageReport, ...] = ()
@@ -466,7 +469,7 @@ class Graph:
                     if future.done():
                         _check(node, future)
             outcomes = {node: _outcome(node, future) for node, future in futures.items()}
-            complete = not any(isinstance(each, StageError) for each in outcomes.values())
+            complete = not any(is_a(each, StageError) for each in outcomes.values())
             result = _filled(self._wanted, outcomes)
             if not complete:
                 self._keep(kept, started)
@@ -723,12 +726,18 @@ def _check(node: Node[Any], future: BatchFuture[Any]) -> None:
     if error is None:
         return
     name = node.stage.name
-    if isinstance(error, DependencyError) and error.__cause__ is not None:
-        name, error = error.stage or name, error.__cause__
-    if isinstance(error, BrokenBatchExecutor | LaunchError):
+    cause = cause_of(error)
+    if type(error) is DependencyError and cause is not None:
+        name, error = error.stage or name, cause
+    if is_a(error, (BrokenBatchExecutor, LaunchError)):
         raise error  # no stage's fault
-    what = f"{type(error).__name__}: {error}".partition("\n")[0]
+    what = describe(error).partition("\n")[0]
     raise StageError(f"stage {name!r} failed: {what}", stage=name) from error
+
+
+def _usual_name(function: object) -> str:
+    name = attribute_of(function, "__name__")
+    return name if type(name) is str else repr_of(function)
 
 
 def _outcome(node: Node[Any], future: BatchFuture[Any]) -> Any:

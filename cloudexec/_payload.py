@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import pickle
 import sys
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import CodeType, NoneType
@@ -19,7 +18,18 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 
 from cloudexec import _inputs
-from cloudexec._describing import with_sources
+from cloudexec._describing import (
+    describe,
+    format_plainly,
+    is_a,
+    is_interrupt,
+    set_cause,
+    text_of,
+    traceback_of,
+    try_to_format,
+    type_name,
+    with_sources,
+)
 from cloudexec._errors import PayloadError, RemoteTraceback
 from cloudexec._objects.ref import Ref
 from cloudexec._records import (
@@ -365,66 +375,86 @@ def loads_payload(payload: Payload) -> Any:
 
 
 def dumps_exception(exc: BaseException) -> bytes:
-    """Pickle an exception with its traceback as text, for the client.
+    """Pickle an exception with its traceback as text, for the client; raises nothing.
 
     What does not survive the round trip (a required ``__init__`` argument that ``args`` does not
     hold, an attribute that cannot be pickled) arrives as a PayloadError that carries the text.
     """
-    # The first frame is the worker's own.
-    tb = exc.__traceback__
-    text = "".join(traceback.format_exception(type(exc), exc, tb.tb_next if tb else None))
-    if len(text) > 2 * _TRACEBACK_KEPT:
-        text = f"{text[:_TRACEBACK_KEPT]}\n[...]\n{text[-_TRACEBACK_KEPT:]}"
     try:
-        plain = _without_links(exc)
-        file = io.BytesIO()
-        Pickler(file, protocol=5).dump(plain)
-        data = file.getvalue()
-        if len(data) > EXCEPTION_BYTES:
-            raise PayloadError(f"it has {len(data)} bytes, and {EXCEPTION_BYTES} are allowed")
-        if type(_loads(data)) is not type(exc) and type(exc).__module__ != "__main__":
-            raise PayloadError("the exception changed its type in the round trip")
+        # The first frame is the worker's own.
+        tb = traceback_of(exc)
+        tb = tb.tb_next if tb else None
+        usual = try_to_format(exc, tb)
+        text = format_plainly(exc, tb) if usual is None else usual
+        if len(text) > 2 * _TRACEBACK_KEPT:
+            text = f"{text[:_TRACEBACK_KEPT]}\n[...]\n{text[-_TRACEBACK_KEPT:]}"
+        try:
+            data = _dumps_itself(exc, check=usual is None)
+        except BaseException as why:
+            text = text[-_TEXT_KEPT:]
+            data = _dumps_replacement(exc, why)
+        # Apart: the traceback arrives although the exception cannot be loaded there.
+        return pickle.dumps((data, text), 5)
     except BaseException as why:
-        text = text[-_TEXT_KEPT:]
-        replacement = PayloadError(
-            f"the task raised {type(exc).__qualname__}, which cannot be sent "
-            f"({type(why).__name__}: {_text_of(why)}); make it survive "
-            f"pickle.loads(pickle.dumps(exc)). Its text: {_text_of(exc)}"
-        )
-        data = pickle.dumps(replacement, 5)
-    # Apart from each other: the traceback arrives although the exception cannot be loaded there.
-    return pickle.dumps((data, text), 5)
+        # Whatever it is, the task has run: that it has no memory left, for instance.
+        return pickle.dumps((_dumps_replacement(exc, why), ""), 5)
 
 
-def _text_of(exc: BaseException) -> str:
-    try:
-        return str(exc)[:_TEXT_KEPT]
-    except Exception:
-        return "(its __str__ fails)"
+def _dumps_itself(exc: BaseException, *, check: bool) -> bytes:
+    """Pickle an exception that can be unpickled again.
+
+    Args:
+        exc: The exception; it loses its traceback.
+        check: Whether to see that it can be formatted alone. If not, it would end any program that
+            does not catch it without a word: the interpreter gives up on such an exception.
+
+    Raises:
+        BaseException: If it cannot.
+    """
+    BaseException.with_traceback(exc, None)
+    file = io.BytesIO()
+    Pickler(file, protocol=5).dump(exc)
+    data = file.getvalue()
+    if len(data) > EXCEPTION_BYTES:
+        raise PayloadError(f"it has {len(data)} bytes, and {EXCEPTION_BYTES} are allowed")
+    loaded = _loads(data)
+    if type(loaded) is not type(exc) and type(exc).__module__ != "__main__":
+        raise PayloadError("the exception changed its type in the round trip")
+    if check and try_to_format(loaded, None) is None:
+        raise PayloadError("it cannot be formatted, as one of its own methods raises")
+    return data
 
 
-def _without_links(exc: BaseException) -> BaseException:
-    exc.__traceback__ = None
-    return exc
+def _dumps_replacement(exc: BaseException, why: BaseException) -> bytes:
+    replacement = PayloadError(
+        f"the task raised {type_name(exc)}, which cannot be sent "
+        f"({type_name(why)}: {text_of(why)[:_TEXT_KEPT]}); make it survive "
+        f"pickle.loads(pickle.dumps(exc)). Its text: {text_of(exc)[:_TEXT_KEPT]}"
+    )
+    return pickle.dumps(replacement, 5)
 
 
 def loads_exception(data: bytes) -> BaseException:
-    """Unpickle an exception; its remote traceback is its ``__cause__``."""
+    """Unpickle an exception; its remote traceback is its ``__cause__``.
+
+    Raises:
+        KeyboardInterrupt: If Ctrl-C is pressed meanwhile.
+    """
     exc: BaseException
     text = ""
     try:
-        pickled, text = _loads(data)
-        text = with_sources(text)
+        pickled, told = _loads(data)
+        text = with_sources(str(told))
         loaded = _loads(pickled)
-        if not isinstance(loaded, BaseException):
-            raise TypeError(f"{type(loaded).__name__} is no exception")
+        if not is_a(loaded, BaseException):
+            raise TypeError(f"{type_name(loaded)} is no exception")
         exc = loaded
-    except KeyboardInterrupt:
-        raise
     except BaseException as why:
+        if is_interrupt(why):
+            raise
         exc = PayloadError(
             f"the task raised an exception that cannot be unpickled here "
-            f"({type(why).__name__}: {why}); is its module importable in the client?"
+            f"({describe(why)}); is its module importable in the client?"
         )
-    exc.__cause__ = RemoteTraceback(str(text))
+    set_cause(exc, RemoteTraceback(text))
     return exc

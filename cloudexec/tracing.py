@@ -31,6 +31,13 @@ except ModuleNotFoundError as exc:
     ) from exc
 
 from cloudexec._core.claims import Terms
+from cloudexec._describing import (
+    attribute_of,
+    describe,
+    format_exception,
+    traceback_of,
+    type_name,
+)
 from cloudexec._executor import BatchExecutor, OptionsView
 from cloudexec._server.chronicle import explain
 
@@ -159,8 +166,16 @@ def _describe(span: Span, future: BatchFuture[Any], story: TaskStory, end: int) 
             )
     error = None if future.cancelled() else future.exception(0)
     if error is not None:
-        span.record_exception(error, timestamp=end)
-        span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
+        try:
+            span.record_exception(error, timestamp=end)
+        except BaseException:  # it cannot be formatted
+            trace_of = format_exception(error, traceback_of(error))
+            span.add_event(
+                "exception",
+                {"exception.type": type_name(error), "exception.stacktrace": trace_of},
+                timestamp=end,
+            )
+        span.set_status(Status(StatusCode.ERROR, describe(error)))
 
 
 def _evidence(event: StoryEvent) -> dict[str, Any]:
@@ -173,6 +188,6 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def _name(fn: object) -> str:
-    fn = getattr(fn, "_fn", fn)  # of several calls in one task
-    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
-    return f"{getattr(fn, '__module__', '?')}.{name}"
+    fn = attribute_of(fn, "_fn", fn)  # of several calls in one task
+    name = attribute_of(fn, "__qualname__") or type_name(fn)
+    return f"{attribute_of(fn, '__module__', '?')}.{name}"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
 import os
 import re
 import secrets
@@ -32,6 +31,7 @@ from cloudexec._errors import AwsError, CloudexecError, JournalError, JournalVer
 from cloudexec._journal.lock import locked_error, owner, whoami
 from cloudexec._journal.packing import check_of, pack, unpack
 from cloudexec._journal.store import Found, Record
+from cloudexec._log import Log
 from cloudexec._objects.s3 import Bucket
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ __all__ = ["BucketStore"]
 
 T = TypeVar("T")
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 VERSION = 1
 _MARK = "cloudexec-journal"
 _ENTRY = struct.Struct(

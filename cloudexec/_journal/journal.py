@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import os
 import threading
 import time
@@ -18,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from cloudexec._describing import describe, is_a, is_interrupt, repr_of
 from cloudexec._errors import CloudexecError, ConfigError
 from cloudexec._functions import Function
 from cloudexec._journal.keys import (
@@ -29,6 +29,7 @@ from cloudexec._journal.keys import (
     name_of,
 )
 from cloudexec._journal.store import Found, Record, Store, open_store
+from cloudexec._log import Log
 from cloudexec._payload import Composed, Payload, Unfinished
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KEY_BYTES", "Call", "Identity", "Journal"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 _SYNC_SECONDS = 0.25
 """What power loss may cost, at most, is what was finished in this time."""
 _MOST_AT_ONCE = 4096
@@ -189,7 +190,9 @@ class Journal:
                 blobs = pickled.blobs if type(pickled) is Composed else ()
                 digest = function_digest(fn, blobs)
                 version = version or digest
-        except Exception as exc:
+        except BaseException as exc:
+            if is_interrupt(exc):
+                raise
             self._cannot(name, exc)
             return None
         identity = Identity(name, digest, version, code)
@@ -226,18 +229,17 @@ class Journal:
             "is" if count == 1 else "are",
         )
 
-    def _cannot(self, name: str, exc: Exception) -> None:
-        if isinstance(exc, Unkeyed):
+    def _cannot(self, name: str, exc: BaseException) -> None:
+        if is_a(exc, Unkeyed):
             _logger.debug("a call of %s is not in the journal: %s", name, exc)
         elif name not in self._said:
             self._said.add(name)
             _logger.warning(
-                "journal %s: calls of %s are not in it, as they cannot be told apart (%s: %s); "
+                "journal %s: calls of %s are not in it, as they cannot be told apart (%s); "
                 "with_options(key=...) can do that. Said once for each function",
                 self.store.name,
                 name,
-                type(exc).__name__,
-                exc,
+                describe(exc),
             )
 
     def resume(
@@ -263,13 +265,17 @@ class Journal:
         if options.key is None:
             try:
                 found.update(b"a" + arguments_digest(args, kwargs, payload))
-            except Exception as exc:
+            except BaseException as exc:
+                if is_interrupt(exc):
+                    raise
                 self._cannot(identity.name, exc)
                 return False
         else:
             try:
                 found.update(b"k" + _own_key(options.key, args, kwargs))
-            except Exception as exc:
+            except BaseException as exc:
+                if is_interrupt(exc):
+                    raise
                 future._owner = None
                 future.set_exception(exc)
                 return True
@@ -459,4 +465,4 @@ def _own_key(
         return b"b" + value
     if isinstance(value, int) and not isinstance(value, bool):
         return b"i%d" % value
-    raise ConfigError(f"key must give a str, an int or bytes, not {value!r:.80}")
+    raise ConfigError(f"key must give a str, an int or bytes, not {repr_of(value)}")

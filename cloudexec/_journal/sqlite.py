@@ -26,11 +26,12 @@ from cloudexec._errors import JournalError, JournalVersionError
 from cloudexec._journal.lock import Lock
 from cloudexec._journal.packing import check_of, pack, unpack
 from cloudexec._journal.store import Found, Record
+from cloudexec._log import Log
 from cloudexec._payload import Composed
 
 __all__ = ["SqliteStore"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 APPLICATION = 0x43586A6C
 """In the file's header: it is a journal of ours. (SQLite, "Database File Format", 1.3.)"""
 VERSION = 1

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import tenacity
 
 from cloudexec._errors import AwsError
+from cloudexec._log import Log
 
 __all__ = ["Terminator"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 
 PATIENCE = 20.0
 """Seconds for which AWS is asked to end something."""

@@ -13,7 +13,6 @@ import functools
 import getpass
 import hashlib
 import hmac
-import logging
 import secrets
 import time
 from collections import Counter
@@ -55,13 +54,14 @@ from cloudexec._launchers.base import (
 from cloudexec._launchers.ending import Terminator
 from cloudexec._launchers.inquiry import DEFAULT_LOG_GROUP, Inquiry
 from cloudexec._launchers.jobs import Job, Member, dump, end_of, ended_at, load, seconds_of
+from cloudexec._log import Log
 
 if TYPE_CHECKING:
     from cloudexec._launchers.batch import Batch
 
 __all__ = ["Fleet"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 
 _POLL_EVIDENCE = 0.5
 """Seconds between looks at AWS while the end of a lost worker is to be explained."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloudexec._aws.names import object_prefix
 from cloudexec._errors import AwsError, CloudexecError, PayloadError
+from cloudexec._log import Log
 from cloudexec._objects.store import Blob
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._transfer import PART_BYTES, SignedRequest
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Depot"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 _PATIENCE = 20.0
 """Seconds for which a request to S3 that fails is tried again: there is another way."""
 _REST = 300.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -10,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from cloudexec._config import check_count, format_bytes, parse_bytes
 from cloudexec._errors import ConfigError, QueueFullError
+from cloudexec._log import Log
 
 if TYPE_CHECKING:
     from cloudexec._server.driver import Driver, Submission
 
 __all__ = ["PendingBudget", "pending_budget"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 _LOOK = 0.5
 """Seconds between looks of one who waits at what nobody tells it of."""
 _LONG = 30.0

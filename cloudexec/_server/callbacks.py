@@ -26,7 +26,7 @@ class CallbackThread:
 
     def _run(self) -> None:
         while (future := self._queue.get()) is not None:
-            future._invoke_callbacks()
+            future._invoke_callbacks(in_thread_of_ours=True)
             del future
 
     def stop(self) -> None:

@@ -20,6 +20,7 @@ from cloudexec._core import commands, events
 from cloudexec._core.events import Failure, FailureKind
 from cloudexec._core.tasks import Task, TaskState
 from cloudexec._core.workers import Worker, WorkerState
+from cloudexec._describing import describe
 from cloudexec._future import BatchFuture
 from cloudexec._server.outcomes import decode_result, name_of
 from cloudexec._server.telling import Teller
@@ -724,4 +725,4 @@ def explain(driver: Driver | None, future: object) -> TaskStory:
 
 def _exception_in_words(future: BatchFuture[Any]) -> str:
     error = future.exception(0)
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return "" if error is None else describe(error).partition("\n")[0]

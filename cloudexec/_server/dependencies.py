@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cloudexec import _payload
 from cloudexec._core import commands, events
 from cloudexec._core.tasks import TaskState
+from cloudexec._describing import cause_of, describe, is_a, presentable, type_name
 from cloudexec._errors import DependencyError, PayloadError
 from cloudexec._future import BatchFuture
 from cloudexec._journal.packing import Stored
@@ -90,15 +91,15 @@ def _places(
     """Find where each future stands: an argument, or an item of one; ``None`` if further down."""
     found: dict[int, Any] = {}
     for where, value in (*enumerate(args), *kwargs.items()):
-        if isinstance(value, Future):
+        if is_a(value, Future):
             found.setdefault(id(value), where)
         elif type(value) in (list, tuple):
             for position, item in enumerate(value):
-                if isinstance(item, Future):
+                if is_a(item, Future):
                     found.setdefault(id(item), (where, position))
         elif type(value) is dict:
             for key, item in value.items():
-                if isinstance(item, Future):
+                if is_a(item, Future):
                     found.setdefault(id(item), (where, key))
     return tuple([found.get(id(future)) for future in futures])
 
@@ -107,8 +108,13 @@ def _spell_out(place: Any, index: int, count: int) -> str:
     if place is None:
         return f"dependency {index + 1} of {count}"
     where, *item = place if type(place) is tuple else (place,)
-    argument = f"argument {where}" if type(where) is int else f"keyword {where!r}"
-    return f"{argument}, item {item[0]!r}" if item else argument
+    argument = f"argument {where}" if type(where) is int else f"keyword {_named(where)}"
+    return f"{argument}, item {_named(item[0])}" if item else argument
+
+
+def _named(key: object) -> str:
+    # Not by a repr() of the user's: this runs on the loop thread.
+    return repr(key) if type(key) in (str, int) else f"of type {type_name(key)}"
 
 
 class _Failed:
@@ -129,8 +135,8 @@ class _Failed:
 def _decode_failed(future: BatchFuture[Any]) -> None:
     failed: _Failed = future._result
     origin = failed.origin
-    cause = origin.exception() if isinstance(origin, Future) else origin
-    what = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
+    cause: Any = origin.exception() if is_a(origin, Future) else origin
+    what = describe(cause).strip().partition("\n")[0]
     stage = f"stage {failed.stage!r} " if failed.stage else ""
     if failed.direct:
         why = f"its {failed.dependency} {f'({stage.strip()}) ' if stage else ''}failed: {what}"
@@ -140,7 +146,7 @@ def _decode_failed(future: BatchFuture[Any]) -> None:
     error = DependencyError(
         f"{failed.name} was not run: {why}", dependency=failed.dependency, stage=failed.stage
     )
-    error.__cause__ = cause
+    error.__cause__ = presentable(cause)
     future._result = None
     future._exception = error
 
@@ -273,8 +279,9 @@ class Dependencies:
         return None if error is None else self._failed_with(future, error)
 
     def _failed_with(self, future: Future[Any], error: BaseException) -> _Failed:
-        if isinstance(error, DependencyError) and error.__cause__ is not None:
-            return _Failed("", "", error.__cause__, direct=False, stage=error.stage)
+        cause = cause_of(error)
+        if is_a(error, DependencyError) and cause is not None:
+            return _Failed("", "", cause, direct=False, stage=error.stage)
         label = future._label if isinstance(future, BatchFuture) else ""
         return _Failed("", "", error, direct=True, stage=label)
 
@@ -369,9 +376,9 @@ class Dependencies:
                     outcome = self._failed_with(future, failure)
             except BaseException as exc:
                 error = PayloadError(
-                    f"the value of a dependency could not be pickled ({type(exc).__name__}: {exc})"
+                    f"the value of a dependency could not be pickled ({describe(exc)})"
                 )
-                error.__cause__ = exc
+                error.__cause__ = presentable(exc)
                 outcome = _Failed("", "", error, direct=True)
             try:
                 self._driver.portal.post(self._take_value, waiting, outcome)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+from cloudexec._log import Log
 
 __all__ = ["most_connections"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 _UNLIMITED = 65_536
 _LEAST = 64
 _RESERVE = 256

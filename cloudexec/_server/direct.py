@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import queue
 import socket
@@ -14,7 +13,9 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 from cloudexec import _direct, _records
+from cloudexec._describing import describe, presentable
 from cloudexec._errors import PayloadError
+from cloudexec._log import Log
 from cloudexec._memory import room_for
 from cloudexec._objects.options import memory_of_machine
 from cloudexec._objects.store import Blob, BlobStore
@@ -22,7 +23,7 @@ from cloudexec._payload import Composed, compose
 
 __all__ = ["DirectChannel", "Delivered", "unpickle_result"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 _REQUEST_TIMEOUT = 10.0
 """Seconds in which a peer must say who it is and what it wants."""
 _MOST_CONNECTIONS = 1024
@@ -47,10 +48,8 @@ def unpickle_result(load: Callable[[], Any]) -> Delivered:
     except (EOFError, OSError):
         raise
     except BaseException as exc:
-        error = PayloadError(
-            f"the result could not be unpickled in the client ({type(exc).__name__}: {exc})"
-        )
-        error.__cause__ = exc
+        error = PayloadError(f"the result could not be unpickled in the client ({describe(exc)})")
+        error.__cause__ = presentable(exc)
         return Delivered(None, error)
 
 
@@ -191,7 +190,7 @@ class DirectChannel:
                     self._receive(connection, token, number)
         except (EOFError, OSError, RuntimeError, CancelledError):
             pass  # the slot died, which is reported on its own, or the executor has ended
-        except Exception:
+        except BaseException:
             _logger.exception("internal error in a transfer")  # the slot sees it cut off
         finally:
             with self._lock:

@@ -28,6 +28,7 @@ from cloudexec._core.events import Event, Failure, FailureKind
 from cloudexec._core.machine import Machine
 from cloudexec._core.tasks import Kind, Task, TaskState
 from cloudexec._core.workers import WorkerState
+from cloudexec._describing import describe, text_of, type_name
 from cloudexec._errors import (
     BrokenBatchExecutor,
     InitializerError,
@@ -41,6 +42,7 @@ from cloudexec._launchers.base import (
     LaunchEnd,
     Launcher,
 )
+from cloudexec._log import Log
 from cloudexec._objects.options import ObjectOptions
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import Blob, BlobStore
@@ -73,7 +75,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Driver", "Setup", "Submission"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 _RECALL_TIMEOUT = 1.0
 """Seconds that ``cancel()`` waits for a worker to say whether a task had begun."""
 _AWAY = (TaskState.SENT, TaskState.RUNNING, TaskState.DONE)
@@ -505,12 +507,12 @@ class Driver:
                 note()  # before anybody learns of the outcome, and asks
             for command in answer:
                 self._carry_out[type(command)](command)
-        except Exception as exc:
+        except BaseException as exc:
             # A bug of ours. Whoever waits for a future learns of it, rather than waits for ever.
             if self.broken is not None:
                 raise
             _logger.exception("internal error while handling %s", type(event).__name__)
-            error = BrokenBatchExecutor(f"internal error ({type(exc).__name__}: {exc})")
+            error = BrokenBatchExecutor(f"internal error ({describe(exc)})")
             error.__cause__ = exc
             self.break_down(error)
         deadline = self.machine.next_deadline()
@@ -708,7 +710,7 @@ class Driver:
             payload = failure.detail.payload
             exc: BaseException
             exc = _payload.loads_exception(payload) if payload else error_of(worker, task, failure)
-            raised = f"{type(exc).__name__}: {exc}".partition("\n")[0]
+            raised = describe(exc).partition("\n")[0]
             return exc
 
         def verdict(again: bool) -> None:
@@ -1059,12 +1061,11 @@ class Driver:
         """The initializer raised in a worker: nothing can be run, and all that waits fails."""
         cause = _payload.loads_exception(payload)
         error = InitializerError(
-            f"the initializer raised {type(cause).__name__} in a worker: {cause}"
+            f"the initializer raised {type_name(cause)} in a worker: {text_of(cause)}"
         )
         error.__cause__ = cause
-        logging.getLogger("concurrent.futures").critical(
-            "Exception in initializer:", exc_info=(type(cause), cause, cause.__traceback__)
-        )
+        log = Log("concurrent.futures")  # the standard library's own logger and words
+        log.log_exception("Exception in initializer:", exc=cause, level=logging.CRITICAL)
         self.break_down(error)
 
     def break_down(self, error: BaseException) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cloudexec import _payload, _records
 from cloudexec._core import events
 from cloudexec._core.events import Failure, FailureKind
+from cloudexec._describing import cause_of
 from cloudexec._errors import CloudexecError, PayloadError, RefLostError
 from cloudexec._future import BatchFuture
 from cloudexec._objects.places import FileSource, open_shared
@@ -99,7 +100,7 @@ class Keeper:
         self._driver = driver
         self.is_far = not driver.store.shared
         self._pulls: dict[int, asyncio.Future[None]] = {}
-        self._remaking: dict[Composed, asyncio.Future[None]] = {}
+        self._remaking: dict[Composed, asyncio.Future[BaseException | None]] = {}
         self._downloading: set[int] = set()
 
     # Called by Ref, in any thread.
@@ -124,6 +125,8 @@ class Keeper:
         except TimeoutError:
             running.cancel()
             raise
+        except _MadeAgainError as exc:
+            raise exc.error from cause_of(exc.error)
         return _records.load_composed(head, sources.__getitem__)
 
     def _gone(self) -> RefLostError:
@@ -199,6 +202,8 @@ class Keeper:
                 bringing.result()
             except concurrent.futures.CancelledError as exc:
                 raise self._gone() from exc
+            except _MadeAgainError as exc:
+                raise exc.error from cause_of(exc.error)
         views = [blob.view() for blob in payload.blobs]
         return payload.head, _payload.pack_numbers(payload), views
 
@@ -391,7 +396,8 @@ class Keeper:
             for part in _parts_of(payload):
                 await self._bring(part)
         except BaseException as exc:
-            failure.detail.payload = _payload.dumps_exception(exc)
+            error = exc.error if type(exc) is _MadeAgainError else exc
+            failure.detail.payload = _payload.dumps_exception(error)
             self._driver.feed(events.FailureJudged(worker, task, failure, again=False))
             if not isinstance(exc, Exception):
                 raise
@@ -403,7 +409,7 @@ class Keeper:
 
         Raises:
             RefLostError: If it is not to be.
-            Exception: Whatever the task raises this time.
+            _MadeAgainError: With whatever the task raises this time.
         """
         remaking = self._remaking.get(payload)
         if remaking is None:
@@ -416,10 +422,11 @@ class Keeper:
                     "(on_loss='raise', or it was not a task's)"
                 )
             remaking = self._driver.portal.loop.create_future()
-            remaking.add_done_callback(lambda done: done.cancelled() or done.exception())
             self._remaking[payload] = remaking
             self._submit(payload, recipe)
-        await asyncio.shield(remaking)
+        error = await asyncio.shield(remaking)
+        if error is not None:
+            raise _MadeAgainError(error)
 
     def _submit(self, payload: Composed, recipe: Recipe) -> None:
         from cloudexec._server.driver import Submission
@@ -450,11 +457,11 @@ class Keeper:
     def _made_again(self, payload: Composed, future: BatchFuture[Any]) -> None:
         remaking = self._remaking.pop(payload)
         if future.cancelled():
-            remaking.set_exception(RefLostError("the executor was shut down meanwhile"))
+            remaking.set_result(RefLostError("the executor was shut down meanwhile"))
             return
         error = future.exception()
         if error is not None:
-            remaking.set_exception(error)
+            remaking.set_result(error)
             return
         ref: Ref[Any] = future.result()
         new = ref._payload
@@ -465,9 +472,20 @@ class Keeper:
 
     def close(self) -> None:
         """Nobody waits any more."""
-        for waiting in (*self._pulls.values(), *self._remaking.values()):
-            waiting.cancel()
+        for pulling in self._pulls.values():
+            pulling.cancel()
+        for remaking in self._remaking.values():
+            remaking.cancel()
         self._pulls.clear()
+
+
+class _MadeAgainError(Exception):
+    """Carries what a task raised that was run again: it may be an exception that means something
+    to an event loop, such as SystemExit."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
 
 
 def _parts_of(payload: Payload | Spliced) -> list[Composed]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cloudexec._core import commands, events
 from cloudexec._errors import BudgetExceededError, CloudexecError
 from cloudexec._launchers.base import Arrival, LaunchEnd, Launcher, LaunchRequest, LaunchTimes
+from cloudexec._log import Log
 from cloudexec._server.outcomes import counted
 from cloudexec._server.telling import fields
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Launches"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 _BUDGET_CHECK = 1.0
 """Seconds between looks at what the workers have cost, where that is limited."""
 _MOST_TIMES = 50_000

@@ -9,6 +9,7 @@ from cloudexec import _payload
 from cloudexec._config import format_bytes
 from cloudexec._core.events import Failure, FailureKind
 from cloudexec._core.tasks import Task
+from cloudexec._describing import cause_of, describe, is_interrupt, presentable
 from cloudexec._errors import (
     CloudexecError,
     PayloadError,
@@ -29,21 +30,21 @@ def decode_result(future: BatchFuture[Any]) -> None:
     data = future._result
     try:
         future._result = _payload._loads(data) if type(data) is bytes else data.load()
-    except KeyboardInterrupt:
-        raise
     except BaseException as exc:
+        if is_interrupt(exc):
+            raise
         future._result = None
         error = PayloadError(
-            f"the result could not be unpickled in the client ({type(exc).__name__}: {exc}); "
+            f"the result could not be unpickled in the client ({describe(exc)}); "
             f"is the module of its class importable here?"
         )
-        error.__cause__ = exc
+        error.__cause__ = presentable(exc)
         future._exception = error
 
 
 def decode_exception(future: BatchFuture[Any]) -> None:
     error = _payload.loads_exception(future._result)
-    cause = error.__cause__
+    cause = cause_of(error)
     if isinstance(cause, RemoteTraceback):
         cause.output = future._output
     future._result = None

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import TextIO
 
+from cloudexec._log import Log
+
 __all__ = ["OutputThread"]
 
 _MOST_PARTIAL = 1000
@@ -34,7 +36,7 @@ class OutputThread:
         self._partial: dict[tuple[str, int, int], bytes] = {}
         self._names: dict[int, str] = {}
         self._decoders: dict[tuple[str, int, int], codecs.IncrementalDecoder] = {}
-        self._logger = logging.getLogger("cloudexec.output")
+        self._logger = Log("cloudexec.output")
         # Started now: at the end of the interpreter, when there may be use for it, none can be.
         self._thread = threading.Thread(target=self._run, name="cloudexec-output", daemon=True)
         self._thread.start()
@@ -61,13 +63,13 @@ class OutputThread:
                 self._names[number] = name
             try:
                 self._show(worker, number, stream, data)
-            except (OSError, ValueError):
-                pass  # the client closed its own stream
+            except BaseException:
+                pass  # the client closed its own stream, or put something of its own there
             taken(len(data))
         for (worker, number, stream), rest in self._partial.items():
             try:
                 self._write_lines(worker, number, stream, rest)
-            except (OSError, ValueError):
+            except BaseException:
                 pass
 
     def _show(self, worker: str, number: int, stream: int, data: bytes) -> None:

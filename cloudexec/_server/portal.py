@@ -9,11 +9,13 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from cloudexec._log import Log
 from cloudexec._server.blocking import BlockingThreads
 
 __all__ = ["Portal"]
 
 T = TypeVar("T")
+_logger = Log()
 
 
 class Portal:
@@ -25,6 +27,7 @@ class Portal:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self._users = 0
+        self._stopped = False
         self._closed = False
         self._closing = threading.Lock()
         self._blocking: BlockingThreads | None = None
@@ -50,7 +53,11 @@ class Portal:
                 return
             if Portal._current is self:
                 Portal._current = None
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        self._stopped = True
+        self.loop.stop()
 
     def outlast_main_thread(self) -> None:
         """Let what the loop does in threads go on after the main thread has ended.
@@ -65,7 +72,13 @@ class Portal:
         asyncio.set_event_loop(self.loop)
         self.loop.set_exception_handler(_handle)
         try:
-            self.loop.run_forever()
+            while not self._stopped:
+                try:
+                    self.loop.run_forever()
+                except BaseException:
+                    # asyncio lets SystemExit and KeyboardInterrupt pass. Here these end nothing:
+                    # every executor of the process depends on this thread.
+                    _logger.exception("internal error in the thread that serves the network")
             with self._closing:
                 self._closed = True
             # Whatever gRPC has left to do on this loop is done before it closes.

@@ -5,15 +5,16 @@ That unpickles it, and may call a function of the user's: not on the thread that
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any
 
+from cloudexec._log import Log
+
 __all__ = ["Judge"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 
 
 class Judge:
@@ -80,9 +81,9 @@ def _is_worth_it(retry_on: Any, error: Callable[[], BaseException]) -> bool:
     try:
         exc = error()
         if isinstance(retry_on, tuple):
-            return isinstance(exc, retry_on)
+            return issubclass(type(exc), retry_on)
         return bool(retry_on(exc))
-    except BaseException:
+    except BaseException as why:
         # Whatever it is, it must not end this thread: others wait for it.
-        _logger.exception("retry_on failed: the task is not run again")
+        _logger.log_exception("retry_on failed: the task is not run again", exc=why)
         return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import secrets
 import time
@@ -22,6 +21,7 @@ from cloudexec._core.events import FailureKind
 from cloudexec._errors import LaunchError, PayloadError, PayloadTooLargeError
 from cloudexec._functions import Function
 from cloudexec._launchers.base import Arrival
+from cloudexec._log import Log
 from cloudexec._memory import room_for
 from cloudexec._objects.link import Link
 from cloudexec._objects.places import Place, is_descendant, is_path_of, open_shared
@@ -53,7 +53,7 @@ from cloudexec._wire import (
 
 __all__ = ["start_server"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 _ENROLMENT_TIMEOUT = 10.0
 """Seconds in which a peer must have proved who it is."""
 _UNPROVEN_PEERS = 256

@@ -18,7 +18,6 @@ import base64
 import hashlib
 import hmac
 import json
-import logging
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +30,7 @@ from cloudexec import _enrolment
 from cloudexec._core import events
 from cloudexec._core.tasks import TaskState
 from cloudexec._journal.journal import KEY_BYTES as _KEY_BYTES
+from cloudexec._log import Log
 from cloudexec._payload import Composed, Payload
 from cloudexec._reliable import longest_pause
 from cloudexec._server.certificate import Certificate
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Takeover"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 _STATE = "takeover"
 _VERSION = 1
 _SAVE_AFTER = 0.2

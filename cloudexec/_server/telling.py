@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
+
+from cloudexec._log import Log
 
 __all__ = ["Teller", "fields"]
 
-_logger = logging.getLogger("cloudexec")
+_logger = Log()
 _WINDOW = 10.0
 """Seconds in which no more than ``_MOST`` records of one kind are logged; the rest is counted."""
 _MOST = 20

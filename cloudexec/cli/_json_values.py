@@ -15,6 +15,8 @@ import pathlib
 import uuid
 from collections.abc import Mapping, Set
 
+from cloudexec._describing import is_interrupt, type_name
+
 _DEEPEST = 100
 
 
@@ -34,7 +36,9 @@ def to_json(value: object) -> tuple[str, bool]:
     """
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False), False
-    except Exception:
+    except BaseException as exc:
+        if is_interrupt(exc):
+            raise
         # Whatever the value does when it is looked at, its row must not be lost.
         plain, is_repr = to_plain(value)
         return json.dumps(plain, ensure_ascii=False, allow_nan=False), is_repr
@@ -62,7 +66,9 @@ class _Plain:
             return self._repr(value)
         try:
             return self._convert(value, depth)
-        except Exception:
+        except BaseException as exc:
+            if is_interrupt(exc):
+                raise
             return self._repr(value)
 
     def _convert(self, value: object, depth: int) -> object:
@@ -122,6 +128,8 @@ class _Plain:
     def _repr(self, value: object) -> str:
         self.used_repr = True
         try:
-            return repr(value)
-        except Exception as exc:
-            return f"<{type(value).__name__} whose repr() raised {type(exc).__name__}>"
+            return str.__str__(repr(value))
+        except BaseException as exc:
+            if is_interrupt(exc):
+                raise
+            return f"<{type_name(value)} whose repr() raised {type_name(exc)}>"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cloudexec._describing import cause_of, is_a, name_of, text_of
+from cloudexec._errors import RemoteTraceback
 from cloudexec.cli._records import Record, RowError
 from cloudexec.cli._row_run import Outcome
 
@@ -39,8 +41,8 @@ def launch_failure(outcome: Outcome) -> str | None:
 
     error = outcome.future.exception()
     # A worker's function may use cloudexec itself: its errors are the row's.
-    if outcome.future.worker_id is None and isinstance(
-        error, LaunchError | BrokenBatchExecutor | ProtocolError
+    if outcome.future.worker_id is None and is_a(
+        error, (LaunchError, BrokenBatchExecutor, ProtocolError)
     ):
         return str(error)
     return None
@@ -48,13 +50,7 @@ def launch_failure(outcome: Outcome) -> str | None:
 
 def _row_error(error: BaseException) -> RowError:
     cls = type(error)
-    name = cls.__qualname__
-    if cls.__module__ != "builtins":
-        name = f"{cls.__module__}.{name}"
-    try:
-        message = str(error)
-    except Exception as exc:  # a user's exception may fail to say what it is
-        message = f"<str() raised {type(exc).__name__}>"
-    remote = error.__cause__
-    text = getattr(remote, "traceback", None)
-    return RowError(name, message, text.rstrip() if isinstance(text, str) else None)
+    name = name_of(cls).removeprefix("builtins.")
+    remote = cause_of(error)
+    text = remote.traceback.rstrip() if type(remote) is RemoteTraceback else None
+    return RowError(name, text_of(error), text)

@@ -110,7 +110,7 @@ def _content(value: Any) -> list[Any] | None:
         if isinstance(value, (list, set, deque)):
             return list(value)
         attributes = getattr(value, "__dict__", None)
-    except Exception:
+    except BaseException:
         return None  # a proxy of something that is not there yet, for instance
     return [*attributes.keys(), *attributes.values()] if type(attributes) is dict else None
 

@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from cloudexec import _direct, _payload, _records
+from cloudexec._describing import describe, is_a
 from cloudexec._errors import PayloadError
 from cloudexec._objects.places import BlobGoneError, DirectSource, FileSource, Place, unpack_places
 from cloudexec._payload import INLINE_BYTES
@@ -424,9 +425,9 @@ class Slot:
             pass  # the task closed it, or put something of its own there
 
     def _flush_output(self) -> None:
-        for stream in (sys.stdout, sys.stderr):
+        for name in ("stdout", "stderr"):
             try:
-                stream.flush()
+                getattr(sys, name).flush()
             except BaseException:
                 pass  # the task closed it, or put something of its own there
 
@@ -438,7 +439,7 @@ class Slot:
         remedy = _remedy(exc, "what they need must be importable there")
         error = PayloadError(
             f"the callable or its arguments could not be unpickled in the worker "
-            f"({type(exc).__name__}: {exc}); {remedy}"
+            f"({describe(exc)}); {remedy}"
         )
         error.__cause__ = exc
         self._flush_output()
@@ -463,19 +464,19 @@ class Slot:
 
 def _pickling_error(exc: BaseException) -> BaseException:
     """Return what a task fails with whose result cannot be pickled, or has no room."""
-    if not isinstance(exc, Exception) or isinstance(exc, PayloadError):
+    if not is_a(exc, Exception) or is_a(exc, PayloadError):
         return exc
     remedy = _remedy(exc, "return something that survives pickle.dumps()")
-    error = PayloadError(f"the result could not be pickled ({type(exc).__name__}: {exc}); {remedy}")
+    error = PayloadError(f"the result could not be pickled ({describe(exc)}); {remedy}")
     error.__cause__ = exc
     return error
 
 
 def _remedy(exc: BaseException, otherwise: str) -> str:
     """Say what to do about a payload that cannot be made or read."""
-    if isinstance(exc, MemoryError):
+    if is_a(exc, MemoryError):
         return "the worker has too little memory for it, or its limit (RLIMIT_AS) is too low"
-    if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if type(exc) is OSError and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "the worker's disk is full, or its limit (RLIMIT_FSIZE) is too low"
     return otherwise
 

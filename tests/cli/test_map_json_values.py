@@ -42,8 +42,14 @@ class Opaque:
 class Hostile:
     """Raises whatever is asked of it."""
 
+    def __init__(self, kind: type[BaseException]) -> None:
+        self.kind = kind
+
     def __repr__(self) -> str:
-        raise RuntimeError("no")
+        raise self.kind("no")
+
+    def tolist(self) -> object:
+        raise self.kind("no")
 
 
 Pair = namedtuple("Pair", "left right")
@@ -92,10 +98,11 @@ def test_unknown_value_becomes_its_repr_with_a_mark() -> None:
     assert is_repr
 
 
-def test_value_that_raises_when_looked_at_does_not_lose_its_row() -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, GeneratorExit])
+def test_value_that_raises_when_looked_at_does_not_lose_its_row(kind: type[BaseException]) -> None:
     """Even a repr() that raises gives text."""
-    text, is_repr = to_json([Hostile()])
-    assert json.loads(text) == ["<Hostile whose repr() raised RuntimeError>"]
+    text, is_repr = to_json([Hostile(kind)])
+    assert json.loads(text) == [f"<Hostile whose repr() raised {kind.__name__}>"]
     assert is_repr
 
 

@@ -12,10 +12,22 @@ from cloudexec.cli._rows import Row
 
 
 class Mute(Exception):
-    """Fails to say what it is."""
+    """Fails to say what it is, or anything else that is asked."""
+
+    kind: type[BaseException] = RuntimeError
 
     def __str__(self) -> str:
-        raise RuntimeError("no")
+        raise self.kind("no")
+
+    @property
+    def __class__(self) -> type:
+        raise self.kind("no")
+
+
+class MuteForGood(Mute):
+    """Would end the command."""
+
+    kind = SystemExit
 
 
 def failed(error: BaseException, *, worker: str | None = None) -> Outcome:
@@ -45,9 +57,12 @@ def test_row_that_a_worker_took_has_its_own_error(outcome: Outcome) -> None:
     assert launch_failure(outcome) is None
 
 
-def test_error_that_cannot_be_shown_is_recorded() -> None:
+@pytest.mark.parametrize("kind", [Mute, MuteForGood])
+def test_error_that_cannot_be_shown_is_recorded(kind: type[Mute]) -> None:
     """Whatever an exception does, its row has a record."""
-    error = to_record(failed(Mute())).error
+    mute = kind()
+    assert launch_failure(failed(mute)) is None
+    error = to_record(failed(mute)).error
     assert error is not None
-    assert error.type.endswith("Mute")
-    assert error.message == "<str() raised RuntimeError>"
+    assert error.type.endswith(kind.__name__)
+    assert error.message == f"<str() raised {kind.kind.__name__}>"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import contract_tasks as tasks
+import hostile_tasks
 import pytest
 from contract_helpers import PATIENCE, Signals, until
 from opentelemetry import trace
@@ -203,6 +204,31 @@ def test_lost_attempts_are_events_and_failures_are_errors(
     (raised,) = [event for event in failed.events if event.name == "exception"]
     assert (raised.attributes or {})["exception.type"] == "ZeroDivisionError"
     assert unsent.status.status_code is StatusCode.ERROR
+
+
+def test_a_call_whose_exception_cannot_be_formatted_is_a_span(
+    exporter: InMemorySpanExporter, provider: TracerProvider, tmp_path: Path
+) -> None:
+    """Neither that nor a callable without attributes is anything that submit() raises."""
+
+    class Silent:
+        def __getattr__(self, name: str) -> Any:
+            raise SystemExit(name)
+
+        def __reduce__(self) -> Any:
+            raise SystemExit("pickling")
+
+        def __call__(self) -> None: ...
+
+    with BatchExecutor(1) as executor:
+        tracing.instrument(executor, provider)
+        arguments = (str(tmp_path / "log"), "__str__", SystemExit, "itself")
+        assert executor.submit(hostile_tasks.fail, *arguments).exception(PATIENCE)
+        assert executor.submit(Silent()).exception(PATIENCE)
+        failed, unsent = sorted(spans(exporter, 2), key=lambda span: span.name.endswith("Silent"))
+        for span in (failed, unsent):
+            assert span.status.status_code is StatusCode.ERROR
+            assert "exception" in [event.name for event in span.events]
 
 
 def test_a_cancelled_call_is_a_span(

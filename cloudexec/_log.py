@@ -1,0 +1,71 @@
+"""Loggers whose handlers, which are the program's own, cannot end the threads that log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from cloudexec._describing import format_exception, is_interrupt, traceback_of
+
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter
+
+__all__ = ["Log"]
+
+
+class Log(_Adapter):
+    """A logger that raises nothing, whatever its handlers and filters raise.
+
+    Much is logged on the thread that serves the network, in the middle of something.
+
+    Args:
+        name: The logger's name.
+    """
+
+    def __init__(self, name: str = "cloudexec") -> None:
+        super().__init__(logging.getLogger(name))
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        """Leave everything as it is; the base class would replace ``extra``."""
+        return msg, kwargs
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log a message; other methods call this one."""
+        try:
+            # Said to come from whoever called the method that called this one.
+            self.logger.log(level, msg, *args, stacklevel=2, **kwargs)
+        except BaseException as exc:
+            if is_interrupt(exc):
+                raise
+            _tell(exc, msg)
+
+    def log_exception(
+        self, message: str, *args: object, exc: BaseException, level: int = logging.ERROR
+    ) -> None:
+        """Log a message with an exception, which need not be one that can be formatted."""
+        tb = traceback_of(exc)
+        try:
+            self.logger.log(level, message, *args, exc_info=(type(exc), exc, tb), stacklevel=2)
+            return
+        except BaseException as why:
+            if is_interrupt(why):
+                raise
+        # Was it the exception that raised, and not a handler?
+        self.log(level, message + "\n%s", *args, format_exception(exc, tb))
+
+
+def _tell(exc: BaseException, message: object) -> None:
+    """Say on standard error that a message was not logged, as ``logging`` does."""
+    if not logging.raiseExceptions:
+        return
+    try:
+        trace = format_exception(exc, traceback_of(exc))
+        print(f"--- Logging error ---\n{trace}Message: {message!r}", file=sys.stderr)
+    except BaseException:
+        pass  # there is nobody to tell
