@@ -194,7 +194,11 @@ class Dependencies:
             futures, needs.futures = needs.futures, ()
             for index, future in enumerate(futures):
                 if future is not None:
-                    self._wait_for(future, task, index)
+                    try:
+                        self._wait_for(future, task, index)
+                    except BaseException as exc:
+                        # Of a class of the user's, with methods of its own.
+                        self.concluded.append(([task, index], self._failed_with(future, exc)))
         self.settle()
 
     def _wait_for(self, future: Future[Any], task: Submission, index: int) -> None:
@@ -241,7 +245,10 @@ class Dependencies:
         if type(result) is Ref:
             result = result._payload
         elif type(result) is not bytes and type(result) is not Composed:
-            result = self._look(future)
+            try:
+                result = self._look(future)
+            except BaseException as exc:
+                result = self._failed_with(future, exc)  # as above
             if result is None:
                 self._values.put((waiting, future))
                 return

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from cloudexec import _payload, _records
 from cloudexec._core import events
 from cloudexec._core.events import Failure, FailureKind
-from cloudexec._describing import cause_of
+from cloudexec._describing import cause_of, describe, is_interrupt, presentable
 from cloudexec._errors import CloudexecError, PayloadError, RefLostError
 from cloudexec._future import BatchFuture
 from cloudexec._objects.places import FileSource, open_shared
@@ -108,10 +108,10 @@ class Keeper:
     def value_of(self, payload: Payload, timeout: float | None) -> Any:
         """Load what a handle stands for; see ``Ref.get``."""
         if type(payload) is bytes:
-            return _payload._loads(payload)
+            return _loaded(lambda: _payload._loads(payload))
         assert isinstance(payload, Composed)
         if not any(blob.origin or blob.lost for blob in payload.blobs):
-            return payload.load()
+            return _loaded(payload.load)
         if self._driver.portal.is_this_thread:
             raise RuntimeError("Ref.get() would wait for the thread that it is called in")
         try:
@@ -127,7 +127,7 @@ class Keeper:
             raise
         except _MadeAgainError as exc:
             raise exc.error from cause_of(exc.error)
-        return _records.load_composed(head, sources.__getitem__)
+        return _loaded(lambda: _records.load_composed(head, sources.__getitem__))
 
     def _gone(self) -> RefLostError:
         return RefLostError(
@@ -477,6 +477,23 @@ class Keeper:
         for remaking in self._remaking.values():
             remaking.cancel()
         self._pulls.clear()
+
+
+def _loaded(load: Callable[[], Any]) -> Any:
+    """Unpickle a value for ``Ref.get``.
+
+    Raises:
+        PayloadError: Whatever unpickling raises.
+        KeyboardInterrupt: If Ctrl-C is pressed meanwhile.
+    """
+    try:
+        return load()
+    except BaseException as exc:
+        if is_interrupt(exc):
+            raise
+        error = PayloadError(f"the value could not be unpickled in the client ({describe(exc)})")
+        error.__cause__ = presentable(exc)
+    raise error
 
 
 class _MadeAgainError(Exception):

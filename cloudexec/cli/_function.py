@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from cloudexec._describing import describe, is_a, is_interrupt, text_of, traceback_of
 from cloudexec.cli._errors import CommandError
 
 _FORMS = "write package.module:name or path/to/file.py:name"
@@ -151,14 +152,14 @@ def _reported(place: str, path: Path | None) -> Iterator[None]:
     except (CommandError, ModuleNotFoundError):
         raise
     except (Exception, SystemExit) as exc:
-        message = f"importing {place} failed: {type(exc).__name__}: {exc}"
-        if "relative import" in str(exc) and path is not None:
+        message = f"importing {place} failed: {describe(exc)}"
+        if "relative import" in text_of(exc) and path is not None:
             raise CommandError(
                 f"{message}; it belongs to a package, so write "
                 f"{path.parent.name}.{path.stem}:NAME from the folder above"
             ) from exc
-        frame = traceback.extract_tb(exc.__traceback__)[-1]
-        if not isinstance(exc, SyntaxError):  # a SyntaxError says where by itself
+        frame = traceback.extract_tb(traceback_of(exc))[-1]
+        if not is_a(exc, SyntaxError):  # a SyntaxError says where by itself
             message += f" ({frame.filename}, line {frame.lineno})"
         raise CommandError(message) from exc
 
@@ -203,7 +204,9 @@ def _check_pickles(target: Target) -> None:
 
     try:
         cloudpickle.dumps(target.function)
-    except Exception as exc:
+    except BaseException as exc:
+        if is_interrupt(exc):
+            raise
         raise CommandError(
-            f"{target.module}:{target.name} cannot be sent to a worker: {type(exc).__name__}: {exc}"
+            f"{target.module}:{target.name} cannot be sent to a worker: {describe(exc)}"
         ) from exc

@@ -211,6 +211,18 @@ def test_what_unpickling_in_the_worker_raises_is_the_outcome(executor: BatchExec
                 assert "could not be unpickled in the worker" in str(error)
 
 
+def test_what_a_handle_cannot_unpickle_is_a_payload_error(executor: BatchExecutor) -> None:
+    """Also what unpickling raises when a value is asked for, kept on a worker or put here."""
+    keep = executor.with_options(keep=True)
+    for kind in NOT_INTERRUPTS:
+        for method in ("", "__str__", "__class__"):
+            value = hostile.Unpickled(os.getpid(), kind, method)
+            kept = keep.submit(hostile.give, value, LARGE).result(PATIENCE)
+            for ref in (kept, executor.put(value), executor.put([value, LARGE])):
+                with pytest.raises(PayloadError, match="could not be unpickled in the client"):
+                    ref.get(PATIENCE)
+
+
 # What cannot be pickled in the client.
 
 
@@ -442,6 +454,30 @@ def test_who_depends_on_a_call_that_failed_so_is_told(
         run(stage(hostile.give)(stage(hostile.fail)(*arguments)), executor)
     (found,) = Graph([stage(hostile.fail)(*arguments)]).run(executor, return_exceptions=True)
     assert type(found) is StageError
+
+
+@pytest.mark.parametrize(
+    "method", ["done", "cancelled", "exception", "result", "add_done_callback", "__hash__"]
+)
+def test_a_future_of_a_class_of_the_programs_may_raise_what_it_likes(
+    executor: BatchExecutor, method: str
+) -> None:
+    """When the thread that serves the network asks it, the call that waits for it fails."""
+    failing = threading.Event()
+
+    def refuse(self: Future[Any], *args: object) -> Any:
+        if failing.is_set() or method == "__hash__":
+            raise SystemExit(method)
+        return getattr(Future, method)(self, *args)
+
+    future = type("Foreign", (Future,), {method: refuse})()
+    waiting = executor.submit(hostile.give, future)
+    failing.set()
+    future.set_result(1)
+    error = waiting.exception(PATIENCE)
+    assert error is None or type(error) in (DependencyError, PayloadError)
+    failing.clear()
+    assert executor.submit(abs, -1).result(PATIENCE) == 1
 
 
 def test_the_key_of_an_item_that_failed_is_not_asked_what_it_is_called(
