@@ -1065,8 +1065,8 @@ def _forget_after_fork() -> None:
     for executor in list(_executors):
         executor._forked = True
         executor._lock = threading.Lock()
-        if executor._driver is not None:
-            _kept.append(executor._driver)
+    # Also those whose executor is gone: gRPC's destructors are not to run in this process.
+    _kept.extend(_drivers)
     _drivers.clear()
 
 

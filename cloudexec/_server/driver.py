@@ -1183,12 +1183,17 @@ class Driver:
 def _quiet_grpc() -> Iterator[None]:
     """Let gRPC read its settings as it starts: no handlers around ``os.fork()``, no log on stderr.
 
-    Its handlers around fork() find our threads at work, print that, and do nothing.
+    Those handlers start gRPC's own threads anew in a forked child, where they serve this process's
+    connections and crash.
     """
     ours = {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "NONE"}
     added = {name: value for name, value in ours.items() if name not in os.environ}
     os.environ.update(added)
     try:
+        from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+        if reset := getattr(cygrpc, "reset_grpc_config_vars", None):
+            reset()  # the program may have imported gRPC before, which has it read them
         yield
     finally:
         for name in added:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cloudexec.testing._manual import ManualLaunch, ManualLauncher
-from cloudexec.testing._simulated import Answer, SimulatedWorker, answer_none
-
 if TYPE_CHECKING:
     from cloudexec.testing._aws.fake import FakeAWS, Setup
     from cloudexec.testing._aws.faults import Faults
     from cloudexec.testing._aws.records import AttemptRecord, JobRecord, Request
+    from cloudexec.testing._manual import ManualLaunch, ManualLauncher
+    from cloudexec.testing._simulated import Answer, SimulatedWorker, answer_none
 
 __all__ = [
     "Answer",
@@ -33,17 +32,23 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AttemptRecord": "records",
-    "FakeAWS": "fake",
-    "Faults": "faults",
-    "JobRecord": "records",
-    "Request": "records",
-    "Setup": "fake",
+    "Answer": "_simulated",
+    "AttemptRecord": "_aws.records",
+    "FakeAWS": "_aws.fake",
+    "Faults": "_aws.faults",
+    "JobRecord": "_aws.records",
+    "ManualLaunch": "_manual",
+    "ManualLauncher": "_manual",
+    "Request": "_aws.records",
+    "Setup": "_aws.fake",
+    "SimulatedWorker": "_simulated",
+    "answer_none": "_simulated",
 }
-"""Loaded on first use: who tests without AWS needs none of it installed."""
+"""Loaded on first use: pytest imports this package in every run, for its plugin, and who tests
+without AWS or gRPC is to have none of it loaded."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"cloudexec.testing._aws.{_LAZY[name]}"), name)
+    return getattr(importlib.import_module(f"cloudexec.testing.{_LAZY[name]}"), name)
