@@ -12,6 +12,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
+from multiprocessing.connection import _ConnectionBase
 from types import CodeType, NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -184,8 +185,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             if not obj.flags.writeable:
                 return _reduce_readonly(obj)
             return NotImplemented
-        if issubclass(kind, Future):
-            return self._place(obj)
+        if issubclass(kind, _NOT_VALUES):
+            return self._place(obj) if issubclass(kind, Future) else _refuse_connection(obj)
         if self.futures is None:
             return super().reducer_override(obj)
         if kind is Ref and not self._enclosed:
@@ -212,6 +213,21 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return _inputs.same, (future.result(),)
         futures.append(future)
         return _inputs.take, (len(futures) - 1,)
+
+
+_NOT_VALUES = (Future, _ConnectionBase)
+
+
+def _refuse_connection(connection: _ConnectionBase[Any, Any]) -> Any:
+    """Pickle no end of a pipe as its number, which means another file, or none, elsewhere."""
+    kind = type(connection)
+    if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
+        return NotImplemented  # a class of the user's that knows how
+    raise PayloadError(
+        f"a multiprocessing {kind.__name__} (an end of a Pipe) cannot be sent: it is an open file "
+        f"of the process that made it; use a queue of a multiprocessing.Manager(), a file, or what "
+        f"the call returns"
+    )
 
 
 def _reduce_readonly(array: Any) -> Any:
@@ -412,9 +428,9 @@ def _dumps_itself(exc: BaseException, *, check: bool) -> bytes:
         BaseException: If it cannot.
     """
     BaseException.with_traceback(exc, None)
-    file = io.BytesIO()
-    Pickler(file, protocol=5).dump(exc)
-    data = file.getvalue()
+    with io.BytesIO() as file:
+        Pickler(file, protocol=5).dump(exc)
+        data = file.getvalue()
     if len(data) > EXCEPTION_BYTES:
         raise PayloadError(f"it has {len(data)} bytes, and {EXCEPTION_BYTES} are allowed")
     loaded = _loads(data)

@@ -86,7 +86,7 @@ class Segment:
                 self.fd = os.dup(file.fileno())
         else:
             self.fd, self._named = tempfile.mkstemp(prefix=NAMED, dir=directory)
-        self.path = self._named or f"/proc/{os.getpid()}/fd/{self.fd}"
+        self.renumber(self.fd)
 
     @classmethod
     def adopt(cls, fd: int) -> Segment:
@@ -98,6 +98,11 @@ class Segment:
         segment.in_memory = not _on_disk(fd)
         segment.path = f"/proc/{os.getpid()}/fd/{fd}" if PROC else ""
         return segment
+
+    def renumber(self, fd: int) -> None:
+        """Its file has another number now, under which others find it too."""
+        self.fd = fd
+        self.path = self._named or f"/proc/{os.getpid()}/fd/{fd}"
 
     def write(self, data: bytes | memoryview, offset: int = 0) -> None:
         """Write all of ``data``.
@@ -248,8 +253,10 @@ def block_size(size: int) -> int:
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def map_file(fd: int, size: int, offset: int = 0, *, private: bool = False) -> memoryview:
-    """Map part of a file, to read; or so that it can be written to and nobody else sees that.
+def map_file(
+    fd: int, size: int, offset: int = 0, *, private: bool = False, writable: bool = False
+) -> memoryview:
+    """Map part of a file, to read; or to write, so that others see it or (``private``) do not.
 
     The file may be closed meanwhile. (Before Python 3.13 ``mmap.mmap`` keeps a descriptor of its
     own, and who holds a thousand arrays would have none left.)
@@ -258,7 +265,8 @@ def map_file(fd: int, size: int, offset: int = 0, *, private: bool = False) -> m
         OSError: If there is no room in the address space.
     """
     flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
-    prot = mmap.PROT_READ | mmap.PROT_WRITE if private else mmap.PROT_READ
+    writable = writable or private
+    prot = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
     if sys.version_info >= (3, 13):
         mapped = mmap.mmap(fd, size, flags=flags, prot=prot, offset=offset, trackfd=False)
         return memoryview(mapped)
@@ -271,7 +279,7 @@ def map_file(fd: int, size: int, offset: int = 0, *, private: bool = False) -> m
     memory = (ctypes.c_ubyte * size).from_address(address)
     weakref.finalize(memory, _munmap, address, size).atexit = False
     view = pickle.PickleBuffer(memory).raw()  # as plain bytes
-    return view if private else view.toreadonly()
+    return view if writable else view.toreadonly()
 
 
 def map_private(fd: int, size: int, offset: int = 0) -> memoryview:

@@ -14,6 +14,7 @@ from cloudexec._objects.places import Place, pack_places
 from cloudexec._objects.segments import Arena, Segment
 from cloudexec._objects.store import MAPPED_BYTES
 from cloudexec.worker.frames import SPILL, Kind
+from cloudexec.worker.reach import out_of_reach
 
 if TYPE_CHECKING:
     from cloudexec.worker.slot import Slot
@@ -66,6 +67,7 @@ class ResultFiles:
         number = self._numbers
         if size >= MAPPED_BYTES:
             segment = Segment(_spill_directory() if self._cells[SPILL] else None)
+            segment.renumber(out_of_reach(segment.fd))
             try:
                 segment.write_all(pieces)
             except OSError:
@@ -76,6 +78,7 @@ class ResultFiles:
         arena = self._arena
         if arena is None:
             arena = self._arena = Arena()
+            arena.segment.renumber(out_of_reach(arena.segment.fd))
         offset = arena.allocate(size)
         arena.segment.write_all(pieces, offset)
         self._blocks[number] = (offset, size)

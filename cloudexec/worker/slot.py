@@ -6,7 +6,6 @@ import contextlib
 import errno
 import io
 import json
-import mmap
 import multiprocessing
 import os
 import pickle
@@ -23,6 +22,7 @@ from cloudexec import _direct, _payload, _records
 from cloudexec._describing import describe, is_a
 from cloudexec._errors import PayloadError
 from cloudexec._objects.places import BlobGoneError, DirectSource, FileSource, Place, unpack_places
+from cloudexec._objects.segments import map_file
 from cloudexec._payload import INLINE_BYTES
 from cloudexec.worker import frames
 from cloudexec.worker.frames import (
@@ -92,7 +92,7 @@ class Slot:
     def __init__(self, tasks_fd: int, results_fd: int, page_fd: int) -> None:
         self._tasks_fd = tasks_fd
         self._results_fd = results_fd
-        self._page = memoryview(mmap.mmap(page_fd, PAGE_BYTES))
+        self._page = map_file(page_fd, PAGE_BYTES, writable=True)
         os.close(page_fd)
         self._cells = self._page[:RESULTS_AT].cast("Q")
         self._room = PAGE_BYTES - RESULTS_AT

@@ -271,10 +271,9 @@ def _set_mark(mark: int) -> None:
 
 
 def _run_slot(tasks_fd: int, results_fd: int, page_fd: int, out_fd: int, err_fd: int) -> int:
+    from cloudexec.worker.reach import out_of_reach
     from cloudexec.worker.slot import Slot
 
-    for fd in (tasks_fd, results_fd, page_fd, out_fd, err_fd):
-        os.set_inheritable(fd, False)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(out_fd, 1)
@@ -282,7 +281,7 @@ def _run_slot(tasks_fd: int, results_fd: int, page_fd: int, out_fd: int, err_fd:
     for fd in (null, out_fd, err_fd):
         os.close(fd)
     _prefer_for_oom()
-    slot = Slot(tasks_fd, results_fd, page_fd)
+    slot = Slot(out_of_reach(tasks_fd), out_of_reach(results_fd), page_fd)
     try:
         slot.run()
     except EOFError:
