@@ -12,6 +12,7 @@ CloudexecError
 ├── PayloadError (also PicklingError)    could not pickle or unpickle
 │   └── PayloadTooLargeError             ... or too large
 ├── QueueFullError                       too much is submitted and not done
+├── NestingError (also RuntimeError)     an executor must not start here
 ├── RefLostError                         the worker that kept a result is gone
 ├── JournalError                         a journal cannot be opened, read or written
 │   ├── JournalLockedError               ... because another program has it
@@ -42,6 +43,7 @@ __all__ = [
     "JournalLockedError",
     "JournalVersionError",
     "LaunchError",
+    "NestingError",
     "PayloadError",
     "PayloadTooLargeError",
     "ProtocolError",
@@ -250,6 +252,13 @@ class PayloadTooLargeError(PayloadError):
         super().__init__(message)
         self.size_bytes = size_bytes
         self.limit_bytes = limit_bytes
+
+
+class NestingError(CloudexecError, RuntimeError):
+    """An executor was to start while a module is imported for a task, or too deep in other tasks.
+
+    The message names the module, or says how deep.
+    """
 
 
 class QueueFullError(CloudexecError):

@@ -16,6 +16,7 @@ from dataclasses import fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 
+from cloudexec import _nesting
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, check_count, check_positive
 from cloudexec._describing import describe, is_a, is_interrupt, name_of, presentable, type_name
 from cloudexec._errors import (
@@ -78,7 +79,8 @@ class _Base(Executor):
             A future for the call.
 
         Raises:
-            RuntimeError: After ``shutdown()``, at the end of the interpreter, or in a forked child.
+            RuntimeError: After ``shutdown()``, at the end of the interpreter, or in a forked child;
+                ``NestingError`` while a module is imported for a task.
             BrokenBatchExecutor: If the executor is broken.
         """
         return self._executor._submit(fn, args, kwargs, self._options, self._terms)
@@ -508,6 +510,7 @@ class BatchExecutor(_Base):
             if self._driver is not None:
                 return self._driver
             self._check_open()
+            _nesting.check()
             if _forked_from_user:
                 raise RuntimeError(
                     "this process was forked from one that had used an executor, and gRPC cannot "

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from cloudexec import _enrolment, _payload
+from cloudexec import _enrolment, _nesting, _payload
 from cloudexec._core import events
 from cloudexec._core.events import FailureKind
 from cloudexec._errors import LaunchError, PayloadError, PayloadTooLargeError
@@ -1002,6 +1002,7 @@ class _Servicer:
             blob_memory=setup.objects.worker_memory or 0,  # type: ignore[arg-type]
             compress=driver.compresses,
             resumable=resumable,
+            depth=_nesting.depth() + 1,
         )
         if driver.depot is not None:
             welcome.bucket_threshold = driver.depot.threshold

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from cloudexec import _nesting
 from cloudexec._describing import describe, is_a, is_interrupt, text_of, traceback_of
+from cloudexec._errors import NestingError
 from cloudexec.cli._errors import CommandError
 
 _FORMS = "write package.module:name or path/to/file.py:name"
@@ -72,8 +74,14 @@ def load_function(spec: str) -> Target:
     if not colon or not place or not name:
         raise CommandError(f"FUNCTION {spec!r} names no function: {_FORMS}")
     is_file = place.endswith(".py") or "/" in place or os.sep in place
-    with contextlib.redirect_stdout(sys.stderr):
-        module = _import_file(place, name) if is_file else _import_module(place)
+    _nesting.loading.watch("cloudexec map", __name__)
+    _nesting.loading.active = True
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            module = _import_file(place, name) if is_file else _import_module(place)
+    finally:
+        _nesting.loading.active = False
+        _nesting.loading.ended()
     function = _find(module, place, name)
     target = Target(
         function=function,
@@ -159,7 +167,7 @@ def _reported(place: str, path: Path | None) -> Iterator[None]:
                 f"{path.parent.name}.{path.stem}:NAME from the folder above"
             ) from exc
         frame = traceback.extract_tb(traceback_of(exc))[-1]
-        if not is_a(exc, SyntaxError):  # a SyntaxError says where by itself
+        if not is_a(exc, (SyntaxError, NestingError)):  # these say where by themselves
             message += f" ({frame.filename}, line {frame.lineno})"
         raise CommandError(message) from exc
 

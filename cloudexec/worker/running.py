@@ -208,6 +208,7 @@ def _settings(welcome: pb.Welcome, address: Address, modules: str) -> Settings:
         direct_path=welcome.direct_path,
         token=welcome.session_token,
         authkey=welcome.authkey,
+        depth=welcome.depth,
         memory_mib=address.memory_mib,
         modules=modules,
     )

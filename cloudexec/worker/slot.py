@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from cloudexec import _direct, _payload, _records
+from cloudexec import _direct, _nesting, _payload, _records
 from cloudexec._describing import describe, is_a
-from cloudexec._errors import PayloadError
+from cloudexec._errors import NestingError, PayloadError
 from cloudexec._objects.places import BlobGoneError, DirectSource, FileSource, Place, unpack_places
 from cloudexec._objects.segments import map_file
 from cloudexec._payload import INLINE_BYTES
@@ -264,6 +264,8 @@ class Slot:
         if setup["authkey"]:
             # As in a process pool's workers: proxies of the client's managers work here.
             multiprocessing.current_process().authkey = bytes.fromhex(setup["authkey"])
+        _nesting.loading.watch("a worker", __name__)
+        os.environ[_nesting.DEPTH] = str(setup["depth"])
         self.direct_path = setup["direct_path"]
         self.token = bytes.fromhex(setup["token"])
         if setup["cwd"]:
@@ -285,7 +287,12 @@ class Slot:
         try:
             from cloudexec.worker.prepared import ResultPickler, initialize
 
-            initializer, initargs = self._load_composed(body) if number == 1 else _loads(body)
+            _nesting.loading.active = True
+            try:
+                initializer, initargs = self._load_composed(body) if number == 1 else _loads(body)
+            finally:
+                _nesting.loading.active = False
+                _nesting.loading.ended()
             initialize(initializer, initargs)
             self._pickler = ResultPickler
         except BaseException as exc:
@@ -353,6 +360,7 @@ class Slot:
         view = memoryview(body)
         cells = self._cells
         functions = self._functions
+        loading = _nesting.loading
         began = perf_counter()
         self._flushed_at = began
         for i in range(count):
@@ -366,6 +374,7 @@ class Slot:
             at = end
             number = columns[count + i]
             flags = 0
+            loading.active = True
             try:
                 if number > FUNCTION_NUMBER:
                     flags = number
@@ -382,6 +391,8 @@ class Slot:
                 else:
                     fn, args, kwargs = load(payload)
             except BaseException as exc:
+                loading.active = False
+                loading.ended()
                 ended = perf_counter()
                 if type(exc) is BlobGoneError and flags & COMPOSED:
                     self.send(Kind.GONE, delivery)
@@ -389,6 +400,9 @@ class Slot:
                 self._fail_unpickling(delivery, ended - began, exc)
                 began = ended
                 continue
+            loading.active = False
+            if loading.others is not None:
+                loading.ended()
             try:
                 value = fn(*args, **kwargs)
             except BaseException as exc:
@@ -436,12 +450,14 @@ class Slot:
         self._put(delivery, seconds, frames.RAISED, _payload.dumps_exception(exc))
 
     def _fail_unpickling(self, delivery: int, seconds: float, exc: BaseException) -> None:
-        remedy = _remedy(exc, "what they need must be importable there")
-        error = PayloadError(
-            f"the callable or its arguments could not be unpickled in the worker "
-            f"({describe(exc)}); {remedy}"
-        )
-        error.__cause__ = exc
+        error = exc
+        if not is_a(exc, NestingError):
+            remedy = _remedy(exc, "what they need must be importable there")
+            error = PayloadError(
+                f"the callable or its arguments could not be unpickled in the worker "
+                f"({describe(exc)}); {remedy}"
+            )
+            error.__cause__ = exc
         self._flush_output()
         self._put(delivery, seconds, frames.UNPICKLE_FAILED, _payload.dumps_exception(error))
 

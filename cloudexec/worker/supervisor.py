@@ -122,6 +122,7 @@ class Settings:
     direct_path: str = ""
     token: bytes = b""
     authkey: bytes = b""
+    depth: int = 0
     memory_mib: int = 0
     modules: str = ""
 
@@ -505,6 +506,7 @@ class SlotPool:
             "direct_path": settings.direct_path,
             "token": settings.token.hex(),
             "authkey": settings.authkey.hex(),
+            "depth": settings.depth,
         }
         body = json.dumps(setup).encode()
         data = HEADER.pack(Kind.SETUP, len(body), 0) + body

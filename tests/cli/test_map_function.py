@@ -150,3 +150,22 @@ def test_function_that_cannot_be_sent_is_named_before_any_worker_starts() -> Non
     assert refusal("stuck.py:call") == (
         "stuck.py:call cannot be sent to a worker: TypeError: cannot pickle '_thread.lock' object"
     )
+
+
+def test_a_script_that_starts_an_executor_when_it_is_imported_is_refused() -> None:
+    """Its tasks' workers would start executors in their turn."""
+    Path("sweep.py").write_text(
+        "from cloudexec import BatchExecutor\n"
+        "def f(a): return a\n"
+        "print(list(BatchExecutor(1).map(f, range(3))))\n"
+    )
+    said = refusal("sweep.py:f")
+    assert 'put that under `if __name__ == "__main__":`' in said
+    assert "sweep.py" in said
+
+
+def test_a_script_that_makes_an_executor_and_leaves_it_alone_is_taken() -> None:
+    Path("sweep.py").write_text(
+        "from cloudexec import BatchExecutor\nexecutor = BatchExecutor(1)\ndef f(a): return a\n"
+    )
+    assert load_function("sweep.py:f").function(3) == 3
