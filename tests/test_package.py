@@ -34,6 +34,7 @@ MAY_IMPORT = {
         "_launchers",
         "_log",
         "_memory",
+        "_nesting",
         "_objects",
         "_payload",
         "_proto",
@@ -51,6 +52,7 @@ MAY_IMPORT = {
     "worker": {
         "_direct",
         "_enrolment",
+        "_nesting",
         "_objects",
         "_payload",
         "_proto",
@@ -85,6 +87,7 @@ MAY_IMPORT = {
     "_future": {"_log"},
     "_config": set(),
     "_modules": set(),
+    "_nesting": set(),
     "_errors": set(),
     "_enrolment": set(),
     "_direct": set(),
