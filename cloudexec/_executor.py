@@ -316,10 +316,6 @@ class _Chunk:
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._fn = fn
 
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        return self._fn
-
     def __call__(self, chunk: list[tuple[Any, ...]]) -> list[Any]:
         return [self._fn(*args) for args in chunk]
 
@@ -521,6 +517,11 @@ class BatchExecutor(_Base):
             from cloudexec._objects.store import BlobStore
             from cloudexec._server.driver import Driver, Setup
 
+            program: Any = None
+            if self._journal is not None:
+                from cloudexec._journal.program import Program
+
+                program = Program()  # before anything of it is sent, or a worker reads it
             setup = dict(self._setup)
             store = BlobStore(setup["objects"].limits(), shared=not self._is_far)
             if self._initializer is not None:
@@ -542,7 +543,7 @@ class BatchExecutor(_Base):
             driver = Driver(self._config, Setup(**setup), self._launcher, store)
             try:
                 if self._journal is not None:
-                    driver.open_journal(self._journal)
+                    driver.open_journal(self._journal, program, self._initializer)
                 driver.portal.run(driver.start()).result()
             except BaseException:
                 driver.portal.run(driver.abandon()).result()
@@ -777,7 +778,10 @@ class BatchExecutor(_Base):
             raise error
         if not isinstance(payload, bytes):
             payload.shared = True
-        return Ref(payload, driver.keeper)
+        ref: Ref[T] = Ref(payload, driver.keeper)
+        if driver.journal is not None:
+            ref._digest = driver.journal.digest_of(value, payload)
+        return ref
 
     def stats(self) -> ExecutorStats:
         """Return a snapshot: tasks and workers by state, bytes, retries."""

@@ -23,7 +23,7 @@ from types import (
 )
 from typing import Any
 
-__all__ = ["Fingerprint", "Unstable", "contents", "lookup", "names_in", "travels_by_value"]
+__all__ = ["Fingerprint", "Unstable", "lookup", "travels_by_value"]
 
 _MISSING = object()
 _IMMUTABLE = frozenset({int, float, complex, bool, str, bytes, range, NoneType, type(Ellipsis)})
@@ -170,12 +170,6 @@ def contents(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:
         return _MISSING
-
-
-def names_in(code: CodeType) -> Iterator[str]:
-    """Give all names in a code, those of attributes too, and in the codes in it."""
-    for each in _codes_in(code):
-        yield from each.co_names
 
 
 def lookup(fn: Any) -> Any:

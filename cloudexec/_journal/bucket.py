@@ -4,6 +4,7 @@
     <prefix>/lease                      who has it; renewed as long as that program lives
     <prefix>/segments/<time>-<size>-<SHA-256>   results, one behind the other
     <prefix>/results/<key>-<SHA-256>    the blobs of one large result
+    <prefix>/programs/<SHA-256>         what the program consisted of that recorded
 
 Results are given to the program before they are there: a round trip to S3 for each would cost more
 than what may be lost, the last second or two. State is not kept: secrets do not belong there.
@@ -50,6 +51,7 @@ _ENTRY = struct.Struct(
 _PICKLE, _COMPOSED, _OBJECT = range(3)
 _INLINE = 1024 * 1024
 """Blobs that are more than this together are an object of their own."""
+_PROGRAM = re.compile(r"programs/([0-9a-f]{64})")
 _SEGMENT = re.compile(r"segments/\d{20}-(\d+)-([0-9a-f]{64})")
 _PATIENCE = 30.0
 _RENEWAL = 5.0
@@ -59,6 +61,8 @@ _LEASE = 20.0
 _LONG_AGO = 600.0
 """Seconds after which nobody waits for that, however much clocks differ."""
 _MANY_SEGMENTS = 64
+_PROGRAMS_READ = 16
+"""So many of the latest programs are read: what changed since then is said, not more."""
 _MOST_MERGED = 256 * 1024 * 1024
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
 
@@ -80,6 +84,7 @@ class BucketStore:
         self.name = f"s3://{bucket}/{prefix.rstrip('/')}"
         self.earlier = 0
         self.versions: dict[str, dict[bytes, int]] = {}
+        self.programs: dict[bytes, bytes] = {}
         self._portal = portal
         self._clients = AwsClients()
         self._bucket_name, self._prefix = bucket, prefix
@@ -131,6 +136,7 @@ class BucketStore:
         await self._take_lease()
         self._renewing = asyncio.get_running_loop().create_task(self._renew())
         segments: list[tuple[str, int, str]] = []
+        programs: list[tuple[Any, str]] = []
         async for each in self._clients.pages(
             "s3", "list_objects_v2", "Contents", Bucket=self._bucket_name, Prefix=self._prefix
         ):
@@ -140,6 +146,11 @@ class BucketStore:
                 segments.append((name, int(found[1]), found[2]))
             elif name.startswith("results/"):
                 self._objects[name.removeprefix("results/")] = each["Size"]
+            elif _PROGRAM.fullmatch(name):
+                programs.append((each["LastModified"], name))
+        for _, name in sorted(programs)[-_PROGRAMS_READ:]:
+            if (read := await self._read(name)) is not None:
+                self.programs[bytes.fromhex(name.removeprefix("programs/"))] = read[0]
         await self._load(sorted(segments))
         self.earlier = len(self._index)
 
@@ -431,6 +442,9 @@ class BucketStore:
 
     def put_state(self, name: str, value: bytes | None) -> None:
         raise JournalError(f"the journal {self.name} keeps no state: only one in a file does")
+
+    def put_program(self, digest: bytes, value: bytes) -> None:
+        self._run(self._call("put_object", f"programs/{digest.hex()}", Body=value))
 
     def close(self) -> None:
         try:

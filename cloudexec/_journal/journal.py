@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import threading
 import time
@@ -20,14 +21,16 @@ from typing import TYPE_CHECKING, Any
 from cloudexec._describing import describe, is_a, is_interrupt, repr_of
 from cloudexec._errors import CloudexecError, ConfigError
 from cloudexec._functions import Function
+from cloudexec._journal.changes import explained, latest
 from cloudexec._journal.keys import (
     Unkeyed,
     arguments_digest,
-    code_digest,
-    function_digest,
-    is_bare,
+    bare,
+    blobs_of,
+    digest_of,
     name_of,
 )
+from cloudexec._journal.program import Program
 from cloudexec._journal.store import Found, Record, Store, open_store
 from cloudexec._log import Log
 from cloudexec._payload import Composed, Payload, Unfinished
@@ -47,6 +50,7 @@ _REST_SECONDS = 5.0
 """After a failure to write, nothing is written for so long."""
 KEY_BYTES = 20
 """Of the name of a call."""
+_NO_DIGEST = bytes(32)
 
 Given = tuple[Any, Any, Any]
 """A task, its future and its result; no task: it is nobody's yet."""
@@ -57,18 +61,30 @@ class Identity:
 
     Attributes:
         name: What it is called, whatever its code is.
-        digest: Of all that makes it what it is.
-        version: Of its code.
+        version: Of the program that it is part of, and of its name.
+        base: Digest of all that makes it what it is.
+        program: Digest of the program.
         code: The code, as long as it is this one.
+        whole: The function itself, if it counts together with the arguments of each call: they may
+            share objects.
     """
 
-    __slots__ = ("code", "digest", "name", "version")
+    __slots__ = ("base", "code", "name", "program", "version", "whole")
 
-    def __init__(self, name: str, digest: bytes, version: bytes, code: object) -> None:
+    def __init__(
+        self,
+        name: str,
+        program: bytes = b"",
+        base: bytes = b"",
+        code: object = None,
+        whole: object = None,
+    ) -> None:
         self.name = name
-        self.digest = digest
-        self.version = version
+        self.program = program
+        self.base = base
         self.code = code
+        self.whole = whole
+        self.version = _version_of(program, name)
 
 
 class Call:
@@ -109,6 +125,7 @@ class Journal:
 
     Args:
         store: What it is kept in.
+        program: The program that records.
         portal: Has the event loop.
         decode: How a future is marked whose result is still bytes.
         give: Called on the loop thread with results that are in the journal.
@@ -117,6 +134,7 @@ class Journal:
     def __init__(
         self,
         store: Store,
+        program: Program,
         portal: Portal,
         decode: Callable[[BatchFuture[Any]], None],
         give: Callable[[list[Given]], None],
@@ -124,6 +142,11 @@ class Journal:
         self.store = store
         self.resumed = 0
         """Calls that were not run, as their results were there."""
+        self._program = program
+        self._setup = _NO_DIGEST
+        self._is_watching = True
+        self._has_compared = False
+        self._noted: set[bytes] = set()  # digests of programs
         self._portal = portal
         self._decode = decode
         self._give = give
@@ -141,7 +164,7 @@ class Journal:
         self._then: Callable[[], None] | None = None
         self._rest_until = float("-inf")
         self._dropped = 0
-        self._states: deque[tuple[str, bytes | None]] = deque()
+        self._states: deque[Callable[[], None]] = deque()
         self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="cloudexec-journal", daemon=True)
         self._thread.start()
@@ -150,6 +173,7 @@ class Journal:
     def open(
         cls,
         where: str | os.PathLike[str],
+        program: Program,
         portal: Portal,
         decode: Callable[[BatchFuture[Any]], None],
         give: Callable[[list[Given]], None],
@@ -162,7 +186,25 @@ class Journal:
             store.earlier,
             "" if store.earlier == 1 else "s",
         )
-        return cls(store, portal, decode, give)
+        return cls(store, program, portal, decode, give)
+
+    def set_up(self, initializer: object, *, is_watching: bool) -> None:
+        """Say how workers are made ready, before there are calls.
+
+        Args:
+            initializer: What they call first, with its arguments; ``None``: nothing.
+            is_watching: Whether they read the program's files when they need them. If not, these
+                have been sent.
+        """
+        self._is_watching = is_watching
+        if initializer is not None:
+            try:
+                self._setup = digest_of(initializer, self._program)
+            except Exception as exc:
+                self._setup = os.urandom(32)  # no other run has it
+                self._cannot("the initializer", exc)
+        if not is_watching:
+            self._look_for_edits()
 
     # Calls come.
 
@@ -176,31 +218,44 @@ class Journal:
             function: What it is numbered as, which stays true to what it is.
             options: With a key of the caller's own, what is bound to the function does not count.
         """
-        bare = options.key is not None
+        has_key = options.key is not None
         code = getattr(fn, "__code__", None)
+        program = self._program.digest()
         if function is not None:
-            known = self._identities.get(function, _NOTHING).get(bare)
-            if known is not None and known.code is code:
+            known = self._identities.get(function, _NOTHING).get(has_key)
+            if known is not None and known.code is code and known.program == program:
                 return known
-        name = name_of(fn)
+        name, whole, digest = name_of(fn), None, _NO_DIGEST
         try:
-            version = digest = code_digest(fn) if bare or not is_bare(fn) else b""
-            if not bare:
-                pickled = None if function is None else function.pickle
-                blobs = pickled.blobs if type(pickled) is Composed else ()
-                digest = function_digest(fn, blobs)
-                version = version or digest
+            if has_key:
+                digest = digest_of(bare(fn), self._program)
+            elif function is None:
+                whole = fn
+            else:
+                digest = digest_of(fn, self._program, blobs_of(function.pickle))
         except BaseException as exc:
             if is_interrupt(exc):
                 raise
             self._cannot(name, exc)
             return None
-        identity = Identity(name, digest, version, code)
+        identity = Identity(name, program, program + self._setup + digest, code, whole)
         if function is not None:
             with self._lock:
-                self._identities.setdefault(function, {})[bare] = identity
-        self._note_version(identity)
+                self._identities.setdefault(function, {})[has_key] = identity
+        self._note_program(program)
         return identity
+
+    def digest_of(self, value: object, payload: Payload) -> bytes | None:
+        """Return what a value that is put into the executor is known by, if it can be known.
+
+        Args:
+            value: Which.
+            payload: Its wire pickle.
+        """
+        try:
+            return digest_of(value, self._program, blobs_of(payload))
+        except Exception:
+            return None
 
     @staticmethod
     def key_of_chunks(key: Callable[..., object]) -> Callable[..., bytes]:
@@ -212,21 +267,35 @@ class Journal:
 
         return of_chunk
 
-    def _note_version(self, identity: Identity) -> None:
-        """Say, once for each function, that it has results which are not used."""
-        versions = self.store.versions.get(identity.name)
-        if not versions or identity.version in versions or identity.name in self._said:
+    def _note_program(self, program: bytes) -> None:
+        """Have a program in the journal that records in it; say once what is new in it."""
+        with self._lock:
+            if program in self._noted:
+                return
+            self._noted.add(program)
+            first, self._has_compared = not self._has_compared, True
+        manifest = self._program.manifest
+        value = json.dumps({**manifest, "at": time.time()}).encode()
+        self._states.append(functools.partial(self.store.put_program, program, value))
+        self._event.set()
+        counts = self.store.versions
+        if not first or not counts:
             return
-        self._said.add(identity.name)
-        count = sum(versions.values())
+        if any(_version_of(program, name) in versions for name, versions in counts.items()):
+            return
+        among: dict[bytes, int] = {}
+        for each in self.store.programs:
+            for name, versions in counts.items():
+                if count := versions.get(_version_of(each, name)):
+                    among[each] = among.get(each, 0) + count
         _logger.warning(
-            "journal %s: %s has changed since an earlier run: %d result%s of another version of it "
-            "%s not used",
+            "journal %s: %s",
             self.store.name,
-            identity.name,
-            count,
-            "" if count == 1 else "s",
-            "is" if count == 1 else "are",
+            explained(
+                latest(self.store.programs, among),
+                manifest,
+                sum([sum(versions.values()) for versions in counts.values()]),
+            ),
         )
 
     def _cannot(self, name: str, exc: BaseException) -> None:
@@ -261,10 +330,17 @@ class Journal:
             payload: The pickle of these, if there is one of them alone.
             options: Its options.
         """
-        found = hashlib.sha256(identity.digest)
+        found = hashlib.sha256(identity.base)
+        if options.env or options.gpus:
+            found.update(b"o" + _options_digest(options))
         if options.key is None:
             try:
-                found.update(b"a" + arguments_digest(args, kwargs, payload))
+                if identity.whole is None:
+                    digest = arguments_digest(args, kwargs, self._program, payload)
+                else:
+                    call_of = (identity.whole, args, list(kwargs.items()))
+                    digest = digest_of(call_of, self._program, blobs_of(payload))
+                found.update(b"a" + digest)
             except BaseException as exc:
                 if is_interrupt(exc):
                     raise
@@ -334,7 +410,9 @@ class Journal:
 
     def keep(self, key: bytes, version: bytes, name: str, seconds: float, result: Payload) -> None:
         """Take a result that nobody in this run has asked for yet."""
-        call = Call(key, Identity(name, b"", version, None), 0, 0, kept=False)
+        identity = Identity(name)
+        identity.version = version
+        call = Call(key, identity, 0, 0, kept=False)
         if type(result) is Composed:
             result.shared = True
         self._inbox.append((None, _Orphan(call, seconds), result))
@@ -342,7 +420,7 @@ class Journal:
 
     def put_state(self, name: str, value: bytes | None) -> None:
         """Keep what a later run of the program is to find, soon; see ``Store.put_state``."""
-        self._states.append((name, value))
+        self._states.append(functools.partial(self.store.put_state, name, value))
         self._event.set()
 
     def give_back(self, future: BatchFuture[Any]) -> None:
@@ -374,8 +452,7 @@ class Journal:
         synced_at, dirty = time.monotonic(), False
         while True:
             while self._states:
-                name, value = self._states.popleft()
-                self._attempt(functools.partial(self.store.put_state, name, value))
+                self._attempt(self._states.popleft())
             if not self._inbox:
                 if self._closing and not self._states:
                     break
@@ -404,6 +481,8 @@ class Journal:
 
     def _keep(self, batch: list[Given]) -> bool:
         """Write results; whatever goes wrong with that, they are not lost to the program."""
+        if self._is_watching:
+            self._look_for_edits()
         if time.monotonic() < self._rest_until:
             self._dropped += len(batch)
             return False
@@ -422,6 +501,19 @@ class Journal:
         self._dropped += len(batch)
         return False
 
+    def _look_for_edits(self) -> None:
+        """Record nothing any more if nobody knows whether workers run what was looked at."""
+        edited = self._program.edited()
+        if edited:
+            self._is_watching = False
+            self._rest_until = float("inf")
+            _logger.warning(
+                "journal %s: %s has changed while the program runs, and a worker may run either "
+                "version of it: from now on results are not recorded",
+                self.store.name,
+                edited,
+            )
+
     def _attempt(self, work: Callable[[], None]) -> bool:
         try:
             work()
@@ -435,7 +527,7 @@ class Journal:
                     said,
                     _REST_SECONDS,
                 )
-            self._rest_until = time.monotonic() + _REST_SECONDS
+            self._rest_until = max(self._rest_until, time.monotonic() + _REST_SECONDS)
             return False
         return True
 
@@ -447,6 +539,17 @@ class Journal:
 
 
 _NOTHING: dict[bool, Identity] = {}
+
+
+def _version_of(program: bytes, name: str) -> bytes:
+    """Return what is recorded with each result of a function, to tell what became of it."""
+    return hashlib.sha256(program + name.encode("utf-8", "surrogatepass")).digest()
+
+
+def _options_digest(options: TaskOptions) -> bytes:
+    """Digest those options that a task can see."""
+    seen = [sorted((options.env or {}).items()), options.gpus]
+    return hashlib.sha256(repr(seen).encode("utf-8", "surrogatepass")).digest()
 
 
 def _own_key(

@@ -40,6 +40,8 @@ _INLINE = 1024 * 1024
 """Results larger than this have a file of their own."""
 _PICKLE, _COMPOSED, _FILE = range(3)
 _BUSY_SECONDS = 10.0
+_PROGRAM = "program "
+"""What the names of states begin with that say what a program consisted of."""
 _CHECKPOINT_PAGES = 4000
 _CHUNK = 1024 * 1024
 _MOST_UNSYNCED = 64
@@ -104,6 +106,7 @@ class SqliteStore:
         self._is_damaged = False
         self.earlier = 0
         self.versions: dict[str, dict[bytes, int]] = {}
+        self.programs: dict[bytes, bytes] = {}
         if path.is_dir():
             raise JournalError(f"the journal {path} is a directory: name a file in it")
         if not path.parent.is_dir():
@@ -181,6 +184,13 @@ class SqliteStore:
             "ON functions.id = records.function GROUP BY functions.id"
         ):
             self.versions.setdefault(name, {})[digest] = count
+        self.programs = {
+            bytes.fromhex(name.removeprefix(_PROGRAM)): value
+            for name, value in self._db.execute(
+                "SELECT name, value FROM state WHERE name GLOB ?", (f"{_PROGRAM}*",)
+            )
+            if isinstance(value, bytes)
+        }
         self._reader = _connection(self._path)
 
     def _mark(self, name: str) -> int:
@@ -383,6 +393,9 @@ class SqliteStore:
                 self._db.execute("DELETE FROM state WHERE name = ?", (name,))
             else:
                 self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (name, value))
+
+    def put_program(self, digest: bytes, value: bytes) -> None:
+        self.put_state(f"{_PROGRAM}{digest.hex()}", value)
 
     def close(self) -> None:
         try:

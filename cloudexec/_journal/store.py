@@ -23,7 +23,7 @@ class Record(NamedTuple):
     key: bytes
     """Names the call."""
     function: bytes
-    """Digest of the function's code."""
+    """Digest of the function's name and of the program's code."""
     name: str
     """What the function is called, whatever its code is."""
     seconds: float
@@ -56,6 +56,8 @@ class Store(Protocol):
     """Results of earlier runs."""
     versions: dict[str, dict[bytes, int]]
     """Of earlier runs: how many results of each version of each function, by name and digest."""
+    programs: dict[bytes, bytes]
+    """The programs of earlier runs, as ``put_program`` was given them."""
 
     def find(self, key: bytes) -> Found | None:
         """Return a result of an earlier run, whole and verified, or ``None``; damage is logged."""
@@ -84,6 +86,13 @@ class Store(Protocol):
 
         Raises:
             JournalError: If that is not possible, or ``keeps_state`` is false.
+        """
+
+    def put_program(self, digest: bytes, value: bytes) -> None:
+        """Keep what a program consists of, under its digest.
+
+        Raises:
+            JournalError: If that is not possible.
         """
 
     def close(self) -> None:

@@ -26,11 +26,12 @@ class Ref(Generic[T]):
     call ``get()`` there. When nobody refers to it any more, what it stands for is freed.
     """
 
-    __slots__ = ("__weakref__", "_keeper", "_payload", "_value")
+    __slots__ = ("__weakref__", "_digest", "_keeper", "_payload", "_value")
 
     def __init__(self, payload: Payload, keeper: Keeper | None) -> None:
         self._payload = payload
         self._keeper = keeper
+        self._digest: bytes | None = None  # what a journal knows the value by
         self._value: Any = None  # in a worker: as it came
 
     def get(self, timeout: float | None = None) -> T:

@@ -71,6 +71,7 @@ from cloudexec._server.telling import fields
 
 if TYPE_CHECKING:
     from cloudexec._journal.journal import Journal
+    from cloudexec._journal.program import Program
     from cloudexec._server.takeover import Takeover
 
 __all__ = ["Driver", "Setup", "Submission"]
@@ -581,15 +582,23 @@ class Driver:
             else:
                 give(task, future, result)
 
-    def open_journal(self, where: str | os.PathLike[str]) -> None:
+    def open_journal(
+        self, where: str | os.PathLike[str], program: Program, initializer: object
+    ) -> None:
         """Have results kept, and found again; from another thread than the loop's.
+
+        Args:
+            where: The journal.
+            program: The code of this process.
+            initializer: Of each worker, with its arguments; ``None``: there is none.
 
         Raises:
             CloudexecError: If the journal cannot be used.
         """
         from cloudexec._journal.journal import Journal
 
-        self.journal = Journal.open(where, self.portal, decode_result, self._give_recorded)
+        self.journal = Journal.open(where, program, self.portal, decode_result, self._give_recorded)
+        self.journal.set_up(initializer, is_watching=not self._launcher.needs_network())
         if self._launcher.needs_network() and self.journal.store.keeps_state:
             from cloudexec._server.takeover import Takeover
 

@@ -1,0 +1,83 @@
+"""What is said when results are not used, as the program is not the one that recorded them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cloudexec._journal.program import Manifest
+
+__all__ = ["explained", "latest"]
+
+_NAMED = 3
+"""So many files or distributions are named, the others are counted."""
+
+
+def latest(programs: Mapping[bytes, bytes], among: Mapping[bytes, int]) -> Manifest | None:
+    """Return what the program consisted of that recorded last.
+
+    Args:
+        programs: All that are known, as JSON, by digest.
+        among: Those that have results.
+    """
+    found: Manifest | None = None
+    for digest in among:
+        try:
+            manifest: Any = json.loads(programs[digest])
+            manifest["modules"], manifest["distributions"], manifest["python"]
+            if found is None or manifest["at"] > found["at"]:
+                found = manifest
+        except (KeyError, ValueError, TypeError):
+            continue
+    return found
+
+
+def explained(old: Manifest | None, new: Manifest, count: int) -> str:
+    """Say what has changed, and what that costs.
+
+    Args:
+        old: The program that recorded; ``None``: a version of cloudexec did that did not note it.
+        new: This one.
+        count: Results that are not used.
+    """
+    results = f"{count} result{'' if count == 1 else 's'}"
+    cost = "it is run again" if count == 1 else "these are run again"
+    if old is None:
+        return f"another version of cloudexec recorded {results}; {cost}"
+    reasons: list[str] = []
+    if old["python"] != new["python"]:
+        reasons.append(f"Python was {old['python']} and is {new['python']}")
+    before, now = old["modules"], new["modules"]
+    shared = before.keys() & now.keys()
+    script = before.get("__main__", [""])[0], now.get("__main__", [""])[0]
+    if script[0] != script[1] and all(script):
+        shared -= {"__main__"}
+        reasons.append(f"the script was {script[0]} and is {script[1]}")
+    changed = [now[name][0] for name in sorted(shared) if before[name][1] != now[name][1]]
+    reasons += _all_of(changed, "has changed", "have changed")
+    reasons += _all_of(_only_in(now, before), "is new", "are new")
+    reasons += _all_of(_only_in(before, now), "is not part of it any more", "are gone")
+    before, now = old["distributions"], new["distributions"]
+    reasons += [
+        f"{name} was {before.get(name, 'not used')} and is {now.get(name, 'not used')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ][: 2 * _NAMED]
+    why = ", ".join(reasons) or "the rule by which calls are known has changed"
+    return f"{why} since {results} {'was' if count == 1 else 'were'} recorded; {cost}"
+
+
+def _only_in(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [one[name][0] for name in sorted(one.keys() - other.keys())]
+
+
+def _all_of(names: Sequence[str], does: str, do: str) -> list[str]:
+    if not names:
+        return []
+    if len(names) == 1:
+        return [f"{names[0]} {does}"]
+    said = list(names[:_NAMED])
+    if len(names) > _NAMED:
+        said.append(f"{len(names) - _NAMED} more")
+    return [f"{', '.join(said[:-1])} and {said[-1]} {do}"]

@@ -1,0 +1,385 @@
+"""The code of a program: of its script and of all modules that are the user's own.
+
+The user's own are those that are loaded, and those that an import statement anywhere in them names,
+also inside functions, as long as they are not part of Python and not installed. What is installed
+counts by the versions of its distributions, and Python by its own. No module is run for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.machinery
+import json
+import os
+import pkgutil
+import sys
+import sysconfig
+import threading
+from collections.abc import Iterable, Sequence
+from types import CodeType
+from typing import Any, NamedTuple
+
+from cloudexec._journal.distributions import names_of, versions_of
+from cloudexec._journal.sources import (
+    Source,
+    code_digest,
+    imports_in,
+    source_of,
+    text_source,
+)
+
+__all__ = ["Manifest", "Program"]
+
+_RULE = 2
+"""Of what goes into a digest: results that were recorded under another rule are not found."""
+_OURS = "cloudexec"
+_ALIASES = frozenset({"__mp_main__"})  # the script, under a second name
+_CODES_KEPT = 4096
+
+Manifest = dict[str, Any]
+"""What a program consists of: ``python``, ``modules`` and ``distributions``."""
+
+
+class _Place(NamedTuple):
+    """Where a module is."""
+
+    path: str
+    """Its file; empty: it has none."""
+    search: Sequence[str] | None
+    """Where the modules below it are; ``None``: it is no package."""
+    loader: Any
+
+
+class _Found:
+    """What a set of modules consists of, with all that they import.
+
+    Attributes:
+        sources: Of the user's own modules, by name.
+        installed: Top-level names of modules that are installed.
+        seen: All names that were looked at.
+    """
+
+    def __init__(self) -> None:
+        self.sources: dict[str, Source] = {}
+        self.installed: set[str] = set()
+        self.seen: set[str] = set()
+
+
+class Program:
+    """The code of this process, as it is on the disk when it is first looked at.
+
+    Any thread may call it.
+    """
+
+    def __init__(self) -> None:
+        importlib.invalidate_caches()  # a module may have been written a moment ago
+        self._lock = threading.Lock()
+        self._places: dict[str, _Place | None] = {}
+        self._found = _Found()
+        self._by_path: dict[str, tuple[str, Source]] = {}
+        self._codes: dict[int, tuple[CodeType, tuple[Any, ...]]] = {}
+        self._closures: dict[frozenset[str], bytes] = {}
+        self._loaded: set[str] = set()
+        self._count = -1
+        self._digest = b""
+        self.manifest: Manifest = {}
+        """What it consists of, as it is said in messages."""
+        self.digest()
+
+    def digest(self) -> bytes:
+        """Return a digest of all of it; modules that were loaded since count from now on."""
+        if len(sys.modules) != self._count:
+            with self._lock:
+                self._grow()
+        return self._digest
+
+    def _grow(self) -> None:
+        count = len(sys.modules)
+        new = sys.modules.keys() - self._loaded
+        self._loaded |= new
+        before = len(self._found.sources), len(self._found.installed)
+        if "__main__" in new:
+            self._add_script()
+        own = [name for name in new if name != "__main__" and _is_loaded_own(name)]
+        self._follow(own, self._found)
+        if not self._digest or before != (len(self._found.sources), len(self._found.installed)):
+            self._sum_up()
+        self._count = count  # now that others need not wait for it
+
+    def _sum_up(self) -> None:
+        for name, source in self._found.sources.items():
+            if source.path:
+                self._by_path[os.path.abspath(source.path)] = name, source
+        versions = versions_of(self._distributions(self._found))
+        self.manifest = {
+            "python": _python(),
+            "modules": {
+                name: [_file_name(name, source), source.digest.hex()]
+                for name, source in sorted(self._found.sources.items())
+            },
+            "distributions": dict(sorted(versions.items())),
+        }
+        self._digest = _digest_of(self.manifest)
+
+    def _add_script(self) -> None:
+        """Add what was started; it counts as a module of whatever file, or of none."""
+        values = _values("__main__")
+        spec = values.get("__spec__")
+        package = values.get("__package__") or ""
+        path = values.get("__file__")
+        if not isinstance(path, str):
+            code = _code_option()
+            # A notebook's cells and what is typed are known where functions of theirs are sent.
+            source = Source(b"") if code is None else text_source(code, "")
+            self._by_path[os.path.abspath("<string>")] = "__main__", source
+        elif _kind_of(path) == "own":
+            loader = getattr(spec, "loader", None) or values.get("__loader__")
+            source = source_of(os.path.abspath(path), package, loader, getattr(spec, "name", ""))
+        else:  # it is installed, and counts by its version
+            self._follow([package], self._found)
+            return
+        self._found.sources["__main__"] = source
+        self._follow([*source.imports, package], self._found)
+
+    def _follow(self, names: Iterable[str], found: _Found) -> None:
+        """Look at modules, at the packages that they are in, and at what they import."""
+        waiting = list(names)
+        while waiting:
+            name = waiting.pop()
+            if not name or name in found.seen:
+                continue
+            found.seen.add(name)
+            parent, _, last = name.rpartition(".")
+            if parent:
+                waiting.append(parent)
+            if last == "*":
+                place = self._place(parent)
+                if place is not None and _kind_of(place.path) in ("own", ""):
+                    parts = pkgutil.iter_modules(place.search or ())
+                    waiting += [f"{parent}.{part.name}" for part in parts]
+                continue
+            top = name.partition(".")[0]
+            if top == _OURS:
+                found.installed.add(top)
+                continue
+            place = self._place(name)
+            if place is None or not place.path:
+                continue
+            kind = _kind_of(place.path)
+            if kind == "installed" and names_of(top):
+                found.installed.add(top)
+            elif kind != "python":
+                is_package = place.search is not None
+                package = name if is_package else parent
+                source = source_of(place.path, package, place.loader, name, is_package=is_package)
+                found.sources[name] = source
+                waiting += source.imports
+
+    def _place(self, name: str) -> _Place | None:
+        """Find a module without importing it, or any other; ``None``: there is none."""
+        if name not in self._places:
+            self._places[name] = None
+            self._places[name] = _loaded_place(name) or self._find(name)
+        return self._places[name]
+
+    def _find(self, name: str) -> _Place | None:
+        parent = name.rpartition(".")[0]
+        search: Sequence[str] | None = None
+        if parent:
+            place = self._place(parent)
+            if place is None or place.search is None:
+                return None
+            search = place.search
+        for finder in sys.meta_path:
+            try:
+                spec = finder.find_spec(name, search, None)
+            except Exception:  # it is somebody else's, and this is no import
+                continue
+            if spec is not None:
+                path = spec.origin if spec.has_location and spec.origin else ""
+                below = spec.submodule_search_locations
+                return _Place(path, None if below is None else list(below), spec.loader)
+        # What has no file itself, in another such package, is not found before that is imported.
+        last = name.rpartition(".")[2]
+        folders = [os.path.join(each, last) for each in search or ()]
+        folders = [folder for folder in folders if os.path.isdir(folder)]
+        return _Place("", folders, None) if folders else None
+
+    @staticmethod
+    def _distributions(found: _Found) -> set[str]:
+        return {each for top in found.installed for each in names_of(top)}
+
+    # Code that travels by value.
+
+    def code(self, code: CodeType, package: str) -> tuple[Any, ...]:
+        """Return what a code is known by: its place in a source of this program, or what it does.
+
+        Args:
+            code: Which.
+            package: What relative imports in it begin at.
+        """
+        with self._lock:
+            known = self._codes.get(id(code))
+            if known is None:
+                if len(self._codes) >= _CODES_KEPT:
+                    self._codes.clear()
+                # The code is held, so that its id is nobody else's.
+                known = self._codes[id(code)] = code, self._known_as(code, package)
+            return known[1]
+
+    def _known_as(self, code: CodeType, package: str) -> tuple[Any, ...]:
+        digest = code_digest(code)
+        found = self._by_path.get(os.path.abspath(code.co_filename))
+        if found is not None and found[1].text is not None:
+            name, source = found
+            place = source.place_of(digest)
+            if place is not None:
+                return name, place
+        # Made while the program runs, in a notebook, or of a source that has changed since.
+        return digest, self._closure(frozenset(imports_in(code, package)))
+
+    def _closure(self, names: frozenset[str]) -> bytes:
+        digest = self._closures.get(names)
+        if digest is None:
+            found = _Found()
+            self._follow(names, found)
+            sources = {name: each.digest.hex() for name, each in found.sources.items()}
+            what = {"modules": sources, "distributions": versions_of(self._distributions(found))}
+            digest = self._closures[names] = _digest_of(what)
+        return digest
+
+    # Changes on the disk.
+
+    def edited(self) -> str:
+        """Return the name of a file whose code is not what it was when it was looked at.
+
+        Returns:
+            Empty if there is none.
+        """
+        with self._lock:
+            sources = list(self._found.sources.items())
+        for name, source in sources:
+            if source.is_settled():
+                continue
+            place = self._places.get(name)
+            is_package = place is not None and place.search is not None
+            package = name if is_package else name.rpartition(".")[0]
+            loader = None if place is None else place.loader
+            if name == "__main__":
+                package = _values(name).get("__package__") or ""
+            now = source_of(source.path, package, loader, name, is_package=is_package)
+            if now.digest != source.digest:
+                return _file_name(name, source)
+        return ""
+
+
+def _digest_of(manifest: Manifest) -> bytes:
+    named = {
+        **manifest,
+        "modules": {
+            name: each if isinstance(each, str) else each[1]
+            for name, each in manifest["modules"].items()
+        },
+    }
+    return hashlib.sha256(json.dumps([_RULE, named], sort_keys=True).encode()).digest()
+
+
+def _python() -> str:
+    version = ".".join(map(str, sys.version_info[:3]))
+    level = "" if sys.version_info[3] == "final" else "".join(map(str, sys.version_info[3:]))
+    optimized = f" -{'O' * sys.flags.optimize}" if sys.flags.optimize else ""
+    return f"{sys.implementation.name} {version}{level}{optimized}"
+
+
+def _file_name(name: str, source: Source) -> str:
+    """Return what people call a module's file."""
+    base = os.path.basename(source.path)
+    if name == "__main__":
+        return base or "the script"
+    parts = name.split(".")
+    parts[-1:] = [parts[-1], base] if base.startswith("__init__.") else [base or parts[-1]]
+    return "/".join(parts)
+
+
+def _values(name: str) -> dict[str, Any]:
+    """Return what is in a loaded module, without waking one that loads itself when it is used."""
+    try:
+        found: Any = object.__getattribute__(sys.modules[name], "__dict__")
+    except (KeyError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_loaded_own(name: str) -> bool:
+    if name in _ALIASES or name.partition(".")[0] == _OURS:
+        return False
+    path = _values(name).get("__file__")
+    return isinstance(path, str) and _kind_of(path) == "own"
+
+
+def _loaded_place(name: str) -> _Place | None:
+    values = _values(name)
+    if not values:
+        return None
+    spec = values.get("__spec__")
+    search = values.get("__path__")
+    path = values.get("__file__")
+    if not isinstance(path, str):
+        path = ""
+    loader = getattr(spec, "loader", None) or values.get("__loader__")
+    try:
+        return _Place(path, None if search is None else list(search), loader)
+    except Exception:  # a path that is none
+        return _Place(path, None, loader)
+
+
+def _kind_of(path: str) -> str:
+    """Say what a file is part of: ``python``, ``installed``, or ``own``; of no file nothing."""
+    return _kind_of_folder(os.path.dirname(os.path.abspath(path))) if path else ""
+
+
+@functools.lru_cache(4096)
+def _kind_of_folder(folder: str) -> str:
+    for each in (folder + os.sep, os.path.realpath(folder) + os.sep):
+        if any(f"{os.sep}{name}{os.sep}" in each for name in ("site-packages", "dist-packages")):
+            return "installed"
+        if each.startswith(_site()):
+            return "installed"
+        if each.startswith(_python_folders()):
+            return "python"
+    return "own"
+
+
+def _site() -> tuple[str, ...]:
+    return _folders("purelib", "platlib")
+
+
+@functools.cache
+def _python_folders() -> tuple[str, ...]:
+    return _folders("stdlib", "platstdlib")
+
+
+def _folders(*names: str) -> tuple[str, ...]:
+    paths = [sysconfig.get_paths()[name] for name in names]
+    return tuple({each + os.sep for path in paths for each in (path, os.path.realpath(path))})
+
+
+def _code_option() -> str | None:
+    """Return what follows ``-c`` on this process's command line."""
+    if not sys.argv or sys.argv[0] != "-c":
+        return None
+    waiting = list(sys.orig_argv[1:])
+    while waiting:
+        option = waiting.pop(0)
+        if not option.startswith("-") or option.startswith("--"):
+            continue
+        for at, letter in enumerate(option[1:], 2):
+            if letter == "c":
+                return option[at:] or (waiting[0] if waiting else None)
+            if letter in "WX":
+                if not option[at:] and waiting:
+                    waiting.pop(0)
+                break
+    return None
