@@ -16,6 +16,7 @@ import os
 import sqlite3
 import stat
 import struct
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from typing import Any
 
 from cloudexec._errors import JournalError, JournalVersionError
 from cloudexec._journal.lock import Lock
+from cloudexec._journal.ownership import check_folder, check_ours, claim, real_path
 from cloudexec._journal.packing import check_of, pack, unpack
 from cloudexec._journal.store import Found, Record
 from cloudexec._log import Log
@@ -87,7 +89,7 @@ class SqliteStore:
     Raises:
         JournalLockedError: If another program has it.
         JournalVersionError: If a newer version wrote it.
-        JournalError: If it is no journal, or cannot be written.
+        JournalError: If it is no journal, cannot be written, or is not this user's alone.
     """
 
     holds_back = True
@@ -96,7 +98,7 @@ class SqliteStore:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._path = path
+        self._path = path = real_path(path)
         self._blobs = path.with_name(f"{path.name}.blobs")
         self._writing = threading.Lock()
         self._reading = threading.Lock()
@@ -111,6 +113,8 @@ class SqliteStore:
             raise JournalError(f"the journal {path} is a directory: name a file in it")
         if not path.parent.is_dir():
             raise JournalError(f"the journal {path} cannot be made: there is no {path.parent}")
+        with self._translated("opened"):
+            check_folder(path.parent)
         self._lock = Lock(path)
         try:
             with self._translated("opened"):
@@ -136,11 +140,37 @@ class SqliteStore:
 
     def _open(self) -> None:
         path = self._path
+        for each, is_folder in ((path, False), (self._blobs, True)):
+            if os.path.lexists(each):
+                check_ours(each, os.lstat(each), is_folder=is_folder)
         if not path.exists() or not path.stat().st_size:
             _create(path)
         elif not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        self._lock.hold()
         is_whole = _check_header(path)
+        # What SQLite would open by these names is code, too: nobody else may put it there.
+        made: list[Path] = []
+        try:
+            for each in self._siblings():
+                if claim(each):
+                    made.append(each)
+            self._open_database(is_whole=is_whole)
+        except BaseException:
+            self._disconnect()
+            for each in made:
+                each.unlink(missing_ok=True)
+            raise
+        for each in made:
+            if each.name.endswith("-journal"):
+                each.unlink(missing_ok=True)
+        for leftover in self._blobs.glob("*.part"):
+            leftover.unlink(missing_ok=True)
+
+    def _siblings(self) -> list[Path]:
+        return [Path(f"{self._path}{suffix}") for suffix in ("-journal", "-wal", "-shm")]
+
+    def _open_database(self, *, is_whole: bool) -> None:
         try:
             if not is_whole:
                 raise sqlite3.DatabaseError("its beginning is damaged")
@@ -151,12 +181,19 @@ class SqliteStore:
             self._disconnect()
             self._replace(exc)
             self._connect()
-        for leftover in self._blobs.glob("*.part"):
-            leftover.unlink(missing_ok=True)
 
     def _connect(self) -> None:
+        links = self._path.stat().st_nlink
+        log = Path(f"{self._path}-wal")
+        has_log = log.exists() and log.stat().st_size > 0
         self._db = _connection(self._path)
         was_open = self._mark("open")
+        if was_open and links > 1 and not has_log:
+            raise JournalError(
+                f"the journal {self.name} has {links} names, and the program that had it was "
+                f"killed: its last results are beside another of these names. Give that one, or "
+                f"remove it and what lies beside it"
+            )
         if was_open:
             # It was not closed, as its program was killed, or worse.
             found = [row[0] for row in self._db.execute("PRAGMA quick_check(1)")]
@@ -173,6 +210,8 @@ class SqliteStore:
             "WHERE name = 'indexed'"
         )
         self._db.execute("COMMIT")
+        # Who opens it by another name, and has no log beside that, is to see that it is open.
+        self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
         self._functions = {
             digest: number
             for number, digest in self._db.execute("SELECT id, digest FROM functions")
@@ -205,17 +244,20 @@ class SqliteStore:
 
     def _replace(self, why: Exception) -> None:
         """Begin a new file with what can be read of a damaged one, which is put aside."""
-        fresh = self._path.with_name(f"{self._path.name}.saving")
         aside = self._path.with_name(f"{self._path.name}.damaged")
-        fresh.unlink(missing_ok=True)
-        _create(fresh)
-        saved = _save(self._path, fresh)
-        for suffix in ("", "-wal", "-shm"):
-            old = Path(f"{self._path}{suffix}")
-            Path(f"{aside}{suffix}").unlink(missing_ok=True)
-            if old.exists():
-                os.replace(old, f"{aside}{suffix}")
-        os.replace(fresh, self._path)
+        with _private_folder(self._path) as folder:
+            fresh = folder / "journal"
+            _make(fresh)
+            saved = _save(self._path, fresh)
+            for suffix in ("", "-wal", "-shm"):
+                old = Path(f"{self._path}{suffix}")
+                Path(f"{aside}{suffix}").unlink(missing_ok=True)
+                if old.exists():
+                    os.replace(old, f"{aside}{suffix}")
+            os.replace(fresh, self._path)
+        self._lock.hold()
+        for each in self._siblings():
+            claim(each)
         _logger.warning(
             "the journal %s was damaged (%s): %d results could be saved, others are run again; "
             "the file as it was is %s",
@@ -319,6 +361,7 @@ class SqliteStore:
 
     def _write_file(self, key: bytes, pieces: list[Any]) -> None:
         self._blobs.mkdir(mode=0o700, exist_ok=True)
+        check_ours(self._blobs, os.lstat(self._blobs), is_folder=True)
         path = self._file_of(key)
         part = path.with_name(f"{path.name}.part")
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -436,23 +479,30 @@ def _connection(path: Path) -> sqlite3.Connection:
     return db
 
 
+@contextmanager
+def _private_folder(path: Path) -> Iterator[Path]:
+    """Give a directory beside a journal that nobody else can put anything into."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        yield Path(folder)
+
+
 def _create(path: Path) -> None:
     """Make an empty journal that is whole as soon as it has its name, and private."""
-    making = path.with_name(f"{path.name}.making")
-    making.unlink(missing_ok=True)
-    os.close(os.open(making, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    db = sqlite3.connect(making, isolation_level=None)
+    with _private_folder(path) as folder:
+        _make(folder / "journal")
+        os.replace(folder / "journal", path)
+    _sync_directory(path.parent)
+
+
+def _make(path: Path) -> None:
+    claim(path)
+    db = sqlite3.connect(path, isolation_level=None)
     try:
         db.execute(f"PRAGMA application_id = {APPLICATION}")
         db.execute(f"PRAGMA user_version = {VERSION}")
         db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-    except BaseException:
+    finally:
         db.close()
-        making.unlink(missing_ok=True)
-        raise
-    db.close()
-    os.replace(making, path)
-    _sync_directory(path.parent)
 
 
 def _check_header(path: Path) -> bool:
