@@ -218,8 +218,9 @@ class _Base(Executor):
                 task again when it is needed, ``"raise"`` fails with ``RefLostError``.
             key: What the executor's journal knows a call by, in the place of its arguments and of
                 objects that are bound to its function: a string, or a function that takes the
-                call's arguments, here, and returns a string, a whole number or bytes. The
-                function's code counts all the same.
+                call's arguments, here, and returns a string, a whole number or bytes. It is the
+                caller's word that calls with one key have one result. The program's code, Python
+                and the versions of what it imports count all the same.
 
         Raises:
             ConfigError: If an option is out of its range, or no worker can have that much; what
@@ -315,6 +316,11 @@ class _Chunk:
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._fn = fn
+
+    @property
+    def _called_for_each(self) -> Callable[..., Any]:
+        """What a journal knows it by, with keys of the caller's own."""
+        return self._fn
 
     def __call__(self, chunk: list[tuple[Any, ...]]) -> list[Any]:
         return [self._fn(*args) for args in chunk]

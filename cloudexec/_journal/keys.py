@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import marshal
 import pickle
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,6 @@ from typing import Any, TypeVar
 import cloudpickle
 
 from cloudexec import _payload
-from cloudexec._executor import _Chunk
 from cloudexec._journal.program import Program
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.segments import same_bytes
@@ -76,8 +76,8 @@ def _plain(fn: Any) -> Any:
             return type(fn.__self__)
         elif isinstance(fn, (FunctionType, BuiltinFunctionType, type)):
             return fn
-        elif isinstance(fn, _Chunk):
-            fn = fn._fn
+        elif hasattr(type(fn), "_called_for_each"):  # a chunk of ``map()``
+            fn = fn._called_for_each
         else:
             return type(fn)
 
@@ -240,7 +240,7 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
             args = self._function(args)
             rest[0][1].pop("_cloudpickle_submodules", None)
         elif isinstance(obj, type) and rest:
-            _settle_class(rest[0][0])
+            _settle_class(obj, rest[0][0])
         return make, args, *rest
 
     def _function(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -272,9 +272,17 @@ def _tracked(obj: Any) -> str | None:
         return None
 
 
-def _settle_class(values: dict[str, Any]) -> None:
+def _settle_class(cls: type, values: dict[str, Any]) -> None:
     """Take out of what is in a class what differs from run to run, or where its lines are."""
     values.pop("__firstlineno__", None)
+    doc = values.get("__doc__")
+    if (
+        "__dataclass_fields__" in values
+        and isinstance(doc, str)
+        and "{" in doc
+        and doc == f"{cls.__name__}{inspect.signature(cls)}".replace(" -> None", "")
+    ):
+        del values["__doc__"]  # a set may be in it, in whatever order, and nothing that is new
     if "__static_attributes__" in values:
         values["__static_attributes__"] = sorted(values["__static_attributes__"])
     if "_abc_impl" in values:

@@ -32,6 +32,10 @@ def remove(journal: Path) -> None:
 
 
 def key_of(number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Return what the journal knows a row's call by: which row it is, and what is in it."""
-    digest = hashlib.sha256(repr((args, sorted(kwargs.items()))).encode("utf-8", "surrogatepass"))
+    """Return what the journal knows a row's call by: which row it is, and what is in it.
+
+    The code of the function, of its module and of what that imports counts as with all keys.
+    """
+    content = repr((args, list(kwargs.items())))  # in their order: a function can see it
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass"))
     return f"row {number} {digest.hexdigest()}"
