@@ -198,7 +198,7 @@ class Program:
             except Exception:  # it is somebody else's, and this is no import
                 continue
             if spec is not None:
-                path = spec.origin if spec.has_location and spec.origin else ""
+                path = os.path.abspath(spec.origin) if spec.has_location and spec.origin else ""
                 below = spec.submodule_search_locations
                 return _Place(path, None if below is None else list(below), spec.loader)
         # What has no file itself, in another such package, is not found before that is imported.
@@ -326,8 +326,7 @@ def _loaded_place(name: str) -> _Place | None:
     spec = values.get("__spec__")
     search = values.get("__path__")
     path = values.get("__file__")
-    if not isinstance(path, str):
-        path = ""
+    path = os.path.abspath(path) if isinstance(path, str) and path else ""
     loader = getattr(spec, "loader", None) or values.get("__loader__")
     try:
         return _Place(path, None if search is None else list(search), loader)

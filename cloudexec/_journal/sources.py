@@ -10,9 +10,11 @@ import ast
 import dis
 import hashlib
 import importlib.machinery
+import importlib.util
 import marshal
 import os
 import re
+import struct
 import time
 from collections.abc import Iterable, Iterator
 from types import CodeType
@@ -27,6 +29,8 @@ _COARSE = 100_000_000
 _IMPORTERS = frozenset({"import_module", "__import__", "run_module", "find_spec"})
 _MODULE_NAME = re.compile(r"\.*[^\W\d]\w*(\.[^\W\d]\w*)*")
 _BYTES_READ = 1024 * 1024
+_STALE_SECONDS = 2.0
+"""Compiled code that was written so long after its source was changed is that source's."""
 
 
 class Source:
@@ -71,7 +75,8 @@ class Source:
         """Say whether the file is surely what was read, by its time and size alone."""
         if not self.path:
             return True
-        return self._stamp == _stamp(self.path) and max(self._stamp[:2]) < self._read_at - _COARSE
+        # Whatever changes a file sets the time of its last change, the second, too.
+        return self._stamp == _stamp(self.path) and self._stamp[1] < self._read_at - _COARSE
 
 
 class _Known(NamedTuple):
@@ -133,9 +138,38 @@ def _read(path: str, package: str, loader: Any, name: str, *, is_package: bool) 
         )
     if os.path.isfile(path):
         with open(path, "rb") as file:
-            return text_source(file.read(), package, path, is_package=is_package)
+            source = text_source(file.read(), package, path, is_package=is_package)
+        stale = _stale_code(path, source.text)
+        if stale is not None:
+            source.digest = hashlib.sha256(b"stale" + code_digest(stale)).digest()
+            source.imports |= imports_in(stale, package)
+        return source
     # In an archive, or wherever else its loader has it from.
     return text_source(loader.get_source(name), package, path, is_package=is_package)
+
+
+def _stale_code(path: str, text: Any) -> CodeType | None:
+    """Return what Python has of an earlier content of a file and takes for this one.
+
+    It goes by size and by time in seconds: an edit within the second of an import is not seen.
+    """
+    try:
+        cached = importlib.util.cache_from_source(path)
+        with open(cached, "rb") as file:
+            data = file.read()
+        found = os.stat(path)
+        is_late = os.stat(cached).st_mtime < found.st_mtime + _STALE_SECONDS
+    except (OSError, NotImplementedError):
+        return None
+    flags, seconds, size = struct.unpack("<III", data[4:16].ljust(12, b"\0"))
+    as_now = int(found.st_mtime) & 0xFFFFFFFF, found.st_size & 0xFFFFFFFF
+    if not is_late or flags or (seconds, size) != as_now or text is None:
+        return None
+    if data[:4] != importlib.util.MAGIC_NUMBER:
+        return None
+    code: CodeType = marshal.loads(data[16:])
+    fresh = compile(text, path, "exec", dont_inherit=True)
+    return None if code_digest(code) == code_digest(fresh) else code
 
 
 def _file_digest(path: str) -> bytes:

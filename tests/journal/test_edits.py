@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import os
+import py_compile
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 from edit_kinds import BODIES, BY_REFERENCE, KINDS, Files
 
-from cloudexec._journal.sources import text_source
+from cloudexec._journal.sources import source_of, text_source
 
 Program = Callable[..., "subprocess.Popen[str]"]
 
@@ -133,6 +135,28 @@ def test_source_says_what_it_may_import() -> None:
     text = "from importlib import import_module\nnames = ['late', 'no name', '.sub']\n"
     assert text_source(text, "p").imports >= {"late", "p.sub", "importlib.import_module"}
     assert "p.*" in text_source(text, "p", is_package=True).imports
+
+
+def test_source_that_python_takes_for_an_earlier_one_is_that_one(tmp_path: Path) -> None:
+    """An edit within the second of an import is not seen by it: the earlier code is what runs."""
+    path = tmp_path / "mine.py"
+    path.write_text("def f(): return 1\n")
+    py_compile.compile(str(path))
+    found = path.stat()
+    path.write_text("def f(): return 2\n")
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 10**9))
+    assert source_of(str(path), "").digest == text_source("def f(): return 2\n", "").digest
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    stale = source_of(str(path), "").digest
+    done = subprocess.run(
+        [sys.executable, "-c", "import mine; print(mine.f())"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "1\n"
+    assert stale != text_source("def f(): return 2\n", "").digest
 
 
 def test_source_of_whatever_kind_is_known_by_its_content() -> None:
