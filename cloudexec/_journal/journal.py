@@ -254,7 +254,9 @@ class Journal:
         """
         try:
             return digest_of(value, self._program, blobs_of(payload))
-        except Exception:
+        except BaseException as exc:
+            if is_interrupt(exc):
+                raise
             return None
 
     @staticmethod
