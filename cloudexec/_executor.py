@@ -818,6 +818,9 @@ class BatchExecutor(_Base):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks; finish those submitted and stop the workers.
 
+        Tasks are waited for as long as they take. Workers are not: one that has nothing left to do
+        and does not end by itself is ended after ten seconds.
+
         Args:
             wait: Return only when all is done. Interrupted by Ctrl-C, what is left is cancelled and
                 the workers are killed.
@@ -837,11 +840,19 @@ class BatchExecutor(_Base):
             _wait_for_end(driver)
 
     def terminate_workers(self) -> None:
-        """End every worker now; whatever is not done fails with ``BrokenBatchExecutor``."""
+        """End every worker now; whatever is not done fails with ``BrokenBatchExecutor``.
+
+        Returns when they are gone. One that does not go by itself, because it is stopped or means
+        no good, is killed and cut off after two seconds.
+        """
         self._break("its workers were ended by terminate_workers()")
 
     def kill_workers(self) -> None:
-        """End every worker now; whatever is not done fails with ``BrokenBatchExecutor``."""
+        """End every worker now; whatever is not done fails with ``BrokenBatchExecutor``.
+
+        Returns when they are gone. One that does not go by itself, because it is stopped or means
+        no good, is killed and cut off after two seconds.
+        """
         self._break("its workers were ended by kill_workers()")
 
     def _break(self, why: str) -> None:

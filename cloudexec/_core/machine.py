@@ -94,6 +94,11 @@ _SUSPICIONS = 10
 """Workers that may be lost before they were ready, under a task that they were to begin with,
 before each further one costs it an attempt: a task whose mere presence kills workers comes to an
 end all the same."""
+_FAREWELL = 10.0
+"""Seconds in which a worker must end at the end of the executor: it gives its slots five."""
+_HAND_OVER = 90.0
+"""The same before that: others may need what it keeps, and half a minute goes to handing it over,
+as much to waiting until it was taken."""
 _LATER = 60.0
 """Seconds until workers are launched again after launches failed while others are at work."""
 _KILLED_LAUNCHES = 20
@@ -807,6 +812,24 @@ class Machine:
             self._drain(worker)
             self._out.append(DrainWorker(worker.id, self._events))
 
+    def _overstays(self, worker: Worker, now: float) -> bool:
+        """Give up a draining worker that has nothing left to do for anybody and does not end."""
+        if any(task.state is not _DONE for task in worker.leases.values()):
+            worker.over_at = None
+            return False
+        if worker.over_at is None:
+            worker.over_at = now
+        # Once all tasks are done, nobody needs what it keeps.
+        winding_down = self.shutting_down and not (self.open_tasks or self.held)
+        limit = _FAREWELL if winding_down else _HAND_OVER
+        if now < worker.over_at + limit:
+            self._remind(worker.over_at + limit)
+            return False
+        self._out.append(TerminateWorker(worker.id, self._events))
+        reason = f"it did not end within {limit:g} s although it had nothing left to do"
+        self._lose_worker(worker, WorkerLost(worker.id, reason), now)
+        return True
+
     def _end_launch(self, launch_id: str) -> bool:
         launch = self.launches.pop(launch_id, None)
         if launch is None:
@@ -1165,12 +1188,14 @@ class Machine:
                 if worker.cut_at is not None:
                     self._drain(worker)
                     self._give_up(worker, now)  # nothing that it has is of use any more
+                elif self.killing:
+                    # Also one that drains and has nothing left: it may never end by itself.
+                    self._drain(worker)
+                    self._out.append(TerminateWorker(worker.id, self._events))
                 elif worker.state is WorkerState.ACTIVE:
                     self._drain(worker)
-                    command = TerminateWorker if self.killing else DrainWorker
-                    self._out.append(command(worker.id, self._events))
-                elif self.killing and worker.leases:
-                    self._out.append(TerminateWorker(worker.id, self._events))
+                    self._out.append(DrainWorker(worker.id, self._events))
+                self._remind(now)  # how long it takes to end is limited
                 if worker.leases and not self.killing:
                     # Cancelled, all of them; some may have begun, and would be waited for.
                     leases = list(worker.leases)
@@ -1220,6 +1245,8 @@ class Machine:
                 self._lose_worker(worker, WorkerLost(worker.id, reason), now, silent=True)
                 continue
             self._remind(worker.heard_at + config.lease_timeout)
+            if not is_active and self._overstays(worker, now):
+                continue
             if scaling.max_worker_lifetime is not None and is_active:
                 end_of_life = worker.connected_at + scaling.max_worker_lifetime
                 if now >= end_of_life:

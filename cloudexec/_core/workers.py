@@ -85,6 +85,7 @@ class Worker:
         idle_since: When its last lease went; ``None`` while it has one.
         heard_at: When it was last heard of.
         cut_at: When its connection was cut; ``None`` while it has one.
+        over_at: When it was found to drain with nothing left to do; ``None`` otherwise.
     """
 
     __slots__ = (
@@ -98,6 +99,7 @@ class Worker:
         "launch",
         "leases",
         "load",
+        "over_at",
         "paused_until",
         "pool",
         "ready",
@@ -131,6 +133,7 @@ class Worker:
         self.idle_since: float | None = now
         self.heard_at = now
         self.cut_at: float | None = None
+        self.over_at: float | None = None
 
 
 class Launch:

@@ -26,6 +26,8 @@ __all__ = ["DirectChannel", "Delivered", "unpickle_result"]
 _logger = Log()
 _REQUEST_TIMEOUT = 10.0
 """Seconds in which a peer must say who it is and what it wants."""
+_LOOK_PAUSE = 1.0
+"""Seconds after which a thread that waits for the loop looks whether it is still there."""
 _MOST_CONNECTIONS = 1024
 _GATHERED_BYTES = 8 * 1024 * 1024
 """Pieces of a pickle that is not read on its way come together in blobs of about this size."""
@@ -130,6 +132,7 @@ class DirectChannel:
         self._waiting: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
+        self._closed = False
         # One is there from the start: at the end of the interpreter no thread can be started.
         self._start_thread()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -170,7 +173,14 @@ class DirectChannel:
         async def call() -> Any:
             return fn(*args)
 
-        return asyncio.run_coroutine_threadsafe(call(), self._loop).result()
+        calling = asyncio.run_coroutine_threadsafe(call(), self._loop)
+        while True:
+            try:
+                return calling.result(_LOOK_PAUSE)
+            except TimeoutError:
+                # A loop that has ended meanwhile answers nobody.
+                if self._closed or calling.done():
+                    raise
 
     def _serve(self, connection: socket.socket) -> None:
         try:
@@ -227,6 +237,7 @@ class DirectChannel:
 
     def close(self) -> None:
         """Stop to listen, and cut what is under way."""
+        self._closed = True
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
         with self._lock:

@@ -83,6 +83,14 @@ _AWAY = (TaskState.SENT, TaskState.RUNNING, TaskState.DONE)
 """States in which a worker has a task, or has had it to the end."""
 _END_GRACE = 5.0
 """Seconds that workers have to end by themselves when the executor does."""
+_END_TRIES = 6
+"""Times that launches which do not end are terminated then, before they are left alone."""
+_TERMINATION = 2.0
+"""Seconds that a worker has to end by itself once it was told to end at once."""
+_LAST_WORDS = 5.0
+"""Seconds in which the connection of a worker whose process has ended must end, too."""
+_STOP_TIMEOUT = 5.0
+"""Seconds in which the server must have let go of all connections."""
 _REFUSALS_PAUSE = 30.0
 """Seconds in which peers that are turned away for the same reason are mentioned once."""
 _MOST_STALL = 2.0
@@ -822,6 +830,9 @@ class Driver:
             self._last_words[worker] = end
             if launch in self._expected_ends or session.is_cut:
                 self._lost(self.sessions[worker], end.reason)
+            else:
+                loop = self.portal.loop
+                loop.call_later(_LAST_WORDS, self._cut_off, session, end.reason)
         elif not end.relaunched:
             self.feed(events.LaunchFailed(launch, end.reason, end.fatal, end.killed, end.reclaimed))
         if not self.launches.running:
@@ -840,8 +851,20 @@ class Driver:
             session.terminate()
             if session.is_cut:  # and the machine has given it up: should it dial again, it is told
                 self.portal.loop.call_soon(self._lost, session, "its connection was cut")
-            # It has had its chance to end by itself.
-            self.portal.loop.call_later(2.0, self._launcher.terminate, [session.identity])
+            self.portal.loop.call_later(_TERMINATION, self._end_by_force, session)
+
+    def _end_by_force(self, session: Any) -> None:
+        """A worker has had its chance to end by itself: end its process, and its connection.
+
+        Whoever holds that may not be the process, or may be on a machine that nobody can reach.
+        """
+        self._launcher.terminate([session.identity])
+        self._cut_off(session, "it did not end when it was told to, and was cut off")
+
+    def _cut_off(self, session: Any, reason: str) -> None:
+        """Wait no longer for a worker's stream to end: end it from here."""
+        if self.sessions.get(session.worker_id) is session:
+            self._lost(session, reason)
 
     # What the servicer reports.
 
@@ -1055,7 +1078,9 @@ class Driver:
         if end is None:
             end = LaunchEnd(reason, reclaimed=bool(session.reclaimed))
         if session.identity in self.launches.running and not end.relaunched:
-            self.portal.loop.call_later(2.0, self._launcher.terminate, [session.identity])
+            # Without its connection it ends by itself.
+            loop = self.portal.loop
+            loop.call_later(_TERMINATION, self._launcher.terminate, [session.identity])
         self.feed(
             events.WorkerLost(
                 worker,
@@ -1112,14 +1137,7 @@ class Driver:
     async def _close(self) -> None:
         """Let the workers' processes end, then close the server and everything else."""
         await self._close_journal()
-        while self.launches.running and self._launcher.ends_are_seen:
-            # They end by themselves once their streams have; the rest is for those that do not.
-            self._all_ended.clear()
-            try:
-                async with asyncio.timeout(_END_GRACE):
-                    await self._all_ended.wait()
-            except TimeoutError:
-                self._launcher.terminate(list(self.launches.running))
+        await self._see_launches_end()
         self.is_closing = True
         self.launches.terminate_now()
         await self._launcher.close()
@@ -1135,7 +1153,8 @@ class Driver:
         self.keeper.close()
         if self._direct is not None:
             self._direct.close()
-        await self._server.stop(grace=None)
+        stopping = asyncio.ensure_future(self._server.stop(grace=None))
+        await asyncio.wait({stopping}, timeout=_STOP_TIMEOUT)
         self._server = None
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
@@ -1149,6 +1168,28 @@ class Driver:
         self.callbacks.stop()
         self.store.close()
         self.portal.loop.call_soon(self._closed)
+
+    async def _see_launches_end(self) -> None:
+        """Wait for the processes, which end by themselves once their streams have."""
+        for tries in range(_END_TRIES + 1):
+            if not (self.launches.running and self._launcher.ends_are_seen):
+                return
+            self._all_ended.clear()
+            try:
+                async with asyncio.timeout(_END_GRACE):
+                    await self._all_ended.wait()
+            except TimeoutError:
+                # The rest is for those that do not.
+                if tries < _END_TRIES:
+                    self._launcher.terminate(list(self.launches.running))
+        if self.launches.running:
+            _logger.warning(
+                "%s not known to have ended %g s after the executor had it terminated: %s",
+                counted(len(self.launches.running), "worker"),
+                _END_TRIES * _END_GRACE,
+                self._launcher.describe(),
+                extra=self._fields("launches_left", count=len(self.launches.running)),
+            )
 
     def _sum_up(self) -> None:
         """Where money was spent, say in one line for what."""

@@ -30,6 +30,8 @@ _FAR_BYTES = 256 * 1024
 """Blobs from this size on are worth a preference for workers that have them."""
 _NOWHERE = "bucket"
 """Stands for the worker that has a blob, where only the bucket has it."""
+_PULL_TIMEOUT = 60.0
+"""Seconds in which a worker that is asked for what it keeps must hand over something."""
 _EVACUATION = 30.0
 """Seconds in which a worker that is to end hands over what it keeps."""
 
@@ -273,7 +275,23 @@ class Keeper:
             self._pulls[blob.id] = pulling
             assert session is not None
             session.want(blob)
+            loop.call_later(_PULL_TIMEOUT, self._look_after, blob, session, loop.time())
         return pulling
+
+    def _look_after(self, blob: Blob, session: Any, asked_at: float) -> None:
+        """Give up a blob whose worker is there, and hands over nothing."""
+        pulling = self._pulls.get(blob.id)
+        if pulling is None or pulling.done():
+            return
+        loop = self._driver.portal.loop
+        now = loop.time()
+        # What waits for its turn behind others comes in time.
+        since = now if session.is_cut else max(asked_at, session.progress_at)
+        if now < since + _PULL_TIMEOUT:
+            loop.call_later(since + _PULL_TIMEOUT - now, self._look_after, blob, session, asked_at)
+            return
+        blob.lost = True
+        self.failed(blob.id)
 
     async def _download(self, blob: Blob) -> None:
         """Bring a blob from the bucket; if it is not to be had there, from its worker."""

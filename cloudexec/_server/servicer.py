@@ -74,6 +74,10 @@ _BATCH_BYTES = 512 * 1024
 _TRANSFERS = 16
 """Blobs that one worker may be sent at once, and that it may send: each takes a few MiB of memory
 while it is under way. What is more waits."""
+_STALLED = 60.0
+"""Seconds in which something worth mentioning must come of a blob that a worker sends."""
+_PROGRESS = 64 * 1024
+"""Bytes that are worth mentioning."""
 _MOST_PUSHED = 2 * 1024 * 1024
 _OWN_BLOBS = 1 << 40
 """Numbers that each worker may give to blobs."""
@@ -112,6 +116,7 @@ class _Session:
         self.arrived: dict[int, Blob | PayloadError] = {}  # parts of results that are not complete
         self.parts: dict[int, list[int]] = {}  # by lease, which of these were delivered for it
         self.damaged: dict[int, int] = {}  # how often a kept blob has arrived other than it was
+        self.progress_at = 0.0  # when something of a blob came last, by the loop's clock
         self.ending = False  # what it keeps is to be brought here
         self.uploads: dict[int, str] = {}  # ids of those that are on their way into the bucket
         self.stored_ahead: dict[int, bytes] = {}  # digests of kept ones there, still to be reported
@@ -195,8 +200,11 @@ class _Session:
         self._wanted.set()
 
     def close(self) -> None:
+        """Exchange nothing more with the worker, whether it has hung up or not."""
         self._closed = True
         self._wanted.set()
+        if self._reading is not None:
+            self._reading.cancel()
         if self._acknowledge_handle is not None:
             self._acknowledge_handle.cancel()
             self._acknowledge_handle = None
@@ -1106,7 +1114,7 @@ class _Servicer:
         refusal, cut = grpc.StatusCode.OK, False
         try:
             async with session.incoming:
-                blob = await self._receive(requests, size, context)
+                blob = await self._receive(session, requests, size, context)
         except (PayloadTooLargeError, OSError) as exc:
             refusal, why = grpc.StatusCode.RESOURCE_EXHAUSTED, str(exc)
             driver.keeper.failed(number, exc.with_traceback(None))
@@ -1131,7 +1139,9 @@ class _Servicer:
             session.parts.setdefault(lease, []).append(number)
         return pb.DeliverReply(accepted=True)
 
-    async def _receive(self, requests: AsyncIterator[Any], size: int, context: Any) -> Blob:
+    async def _receive(
+        self, session: _Session, requests: AsyncIterator[Any], size: int, context: Any
+    ) -> Blob:
         """Take in the content of a blob.
 
         Raises:
@@ -1139,15 +1149,22 @@ class _Servicer:
             OSError: If it cannot be written.
             PayloadError: If it is not what was announced.
             DecodeError: If it is not even a message.
-            EOFError: If it ended early.
+            EOFError: If it ended early, or does not go on.
         """
+        loop, at = self._driver.portal.loop, 0
         # In a thread: where it goes to disk, that may take its time.
         blob = await asyncio.to_thread(self._driver.store.new, size)
         incoming = Incoming(blob)
         await context.send_initial_metadata(((GO_ON_KEY, "1"),))
         try:
-            async for chunk in requests:
-                await incoming.take(chunk)
+            async with asyncio.timeout(_STALLED) as limit:
+                async for chunk in requests:
+                    await incoming.take(chunk)
+                    if incoming.at - at >= _PROGRESS or incoming.complete:
+                        at, session.progress_at = incoming.at, loop.time()
+                        limit.reschedule(session.progress_at + _STALLED)
+        except TimeoutError as exc:
+            raise EOFError(f"only {incoming.at} of {size} bytes arrived, and no more come") from exc
         finally:
             await incoming.settle()
         if not incoming.complete:

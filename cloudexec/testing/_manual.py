@@ -42,7 +42,7 @@ class ManualLauncher(Launcher):
             was not told where; otherwise it listens on a Unix socket in a private directory.
         ends_when_terminated: Whether a launch that the executor terminates ends at once, as a
             killed process would. If not, the executor waits until ``end()`` is called, also in
-            ``shutdown()``.
+            ``shutdown()``, for half a minute.
 
     Attributes:
         launches: What was asked for, in order; never shortened.

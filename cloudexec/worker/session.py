@@ -747,7 +747,8 @@ class Session:
                 if done == {sending} and self._said_goodbye:
                     # The client closes its half once it has read all: to hang up before may
                     # overtake what is on its way. Nothing is, if all was acknowledged.
-                    most = _FAREWELL if self.welcome.resumable else None
+                    # Otherwise it may be stopped for a while, as a program may be.
+                    most = _FAREWELL if self.welcome.resumable else self.welcome.orphan_timeout
                     await asyncio.wait({receiving}, timeout=most)
             finally:
                 for task in both:

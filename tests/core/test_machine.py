@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
+
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, WorkerCapacity
 from cloudexec._core.claims import Claim, Resources, Terms
 from cloudexec._core.commands import (
@@ -362,6 +364,59 @@ def test_shutdown_waits_for_tasks_and_finishes_when_the_last_worker_is_gone() ->
     assert len(only(commands, DrainWorker)) == 1
     assert only(machine.handle(WorkerLost("w"), 2.0), Finish) == [Finish(5)]
     assert machine.handle(DeadlinePassed(), 3.0) == []
+
+
+def test_a_shutdown_gives_up_a_worker_that_does_not_end() -> None:
+    """It may say that it lives for as long as it likes: ten seconds are enough for a farewell."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    (task,) = tasks(1)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    machine.handle(ResultsReceived("w", [task.lease], [b""], [0.0]), 1.0)
+    machine.handle(ShutdownRequested(), 2.0)
+    commands: list[Any] = []
+    for second in range(2, 20):
+        commands += machine.handle(WorkerHeard("w"), float(second))
+        deadline = machine.next_deadline()
+        if deadline is not None and deadline <= second:
+            commands += machine.handle(DeadlinePassed(), float(second))
+        if machine.finished:
+            break
+    assert second == 12
+    assert [type(command) for command in commands] == [TerminateWorker, Finish]
+
+
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_killing_ends_a_worker_that_drains_and_has_nothing_left(by_itself: bool) -> None:
+    """It was to end by itself, and may not mean to."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    (task,) = tasks(1)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    machine.handle(ResultsReceived("w", [task.lease], [b""], [0.0]), 1.0)
+    machine.handle(WorkerDraining("w") if by_itself else ShutdownRequested(), 2.0)
+    commands = machine.handle(ShutdownRequested(cancel=True, kill=True), 3.0)
+    assert [command.worker for command in only(commands, TerminateWorker)] == ["w"]
+
+
+def test_a_worker_that_was_to_make_room_and_does_not_is_given_up() -> None:
+    """Its place is another one's, for whose tasks nobody would be launched otherwise."""
+    machine = make(max_slots=1, slots_per_worker=1, max_worker_lifetime=10.0)
+    (task,) = tasks(1)
+    machine.handle(TasksSubmitted([task]), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    machine.handle(ResultsReceived("w", [task.lease], [b""], [0.0]), 1.0)
+    assert only(machine.handle(DeadlinePassed(), 10.0), DrainWorker)
+    machine.handle(TasksSubmitted(tasks(1)), 11.0)
+    commands: list[Any] = []
+    for second in range(11, 300):
+        commands += machine.handle(WorkerHeard("w"), float(second))
+        commands += machine.handle(DeadlinePassed(), float(second))
+        if only(commands, LaunchWorker):
+            break
+    assert only(commands, TerminateWorker)
+    assert second < 150
+    machine.validate()
 
 
 def held(count: int) -> list[Task]:

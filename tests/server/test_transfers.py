@@ -16,9 +16,17 @@ import pytest
 from hostile_peers import channel
 from test_enrolment import Peer
 
-from cloudexec import BatchExecutor, ObjectOptions, PayloadError, WorkerLostError, _records
+from cloudexec import (
+    BatchExecutor,
+    ObjectOptions,
+    PayloadError,
+    RefLostError,
+    WorkerLostError,
+    _records,
+)
 from cloudexec._objects.segments import Segment
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._server import keeper, servicer
 from cloudexec._wire import BLOB_KEY, LEASE_KEY, SIZE_KEY, TOKEN_KEY
 from cloudexec.testing import ManualLauncher
 
@@ -490,6 +498,38 @@ def test_a_kept_blob_that_always_arrives_damaged_is_an_error(
     assert isinstance(error, PayloadError)
     assert "CRC-32" in str(error)
     worker.close()
+
+
+def test_a_kept_blob_that_never_comes_is_lost(
+    executor: BatchExecutor, launcher: ManualLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker is there, and does not hand it over: nobody waits for that for ever."""
+    monkeypatch.setattr(keeper, "_PULL_TIMEOUT", 0.3)
+    worker = Worker(executor, launcher, keep=True, on_loss="raise")
+    worker.report(kept=True)
+    ref = worker.future.result(20)
+    with pytest.raises(RefLostError):
+        ref.get(20)
+    worker.close()
+
+
+def test_an_upload_that_does_not_go_on_is_ended(
+    executor: BatchExecutor, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many bytes it is that come, one by one."""
+    monkeypatch.setattr(servicer, "_STALLED", 0.3)
+    over = threading.Event()
+
+    def trickle() -> Iterator[pb.Chunk]:
+        while not over.wait(0.02):
+            yield pb.Chunk(data=b"x")
+
+    assert worker.deliver(trickle()) is grpc.StatusCode.DATA_LOSS  # type: ignore[arg-type]
+    over.set()
+    until_empty(executor)
+    assert worker.deliver(chunks()) is True
+    worker.report()
+    assert np.array_equal(worker.future.result(20), ARRAY)
 
 
 # What it asks for.
