@@ -22,7 +22,11 @@ class Certificate:
 
 
 def make_certificate() -> Certificate:
-    """Make a fresh P-256 key and a certificate over it, valid for 30 days."""
+    """Make a fresh P-256 key and a certificate over it, valid whatever the time is.
+
+    Workers know it by its fingerprint, and it is gone with its executor: there is nothing that a
+    date could add, and a clock that is wrong is not to keep a worker out.
+    """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -30,16 +34,15 @@ def make_certificate() -> Certificate:
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "cloudexec")])
-    now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        # Clocks differ: valid from an hour ago.
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=30))
+        # The first date that there is, and the one that means "no end" (RFC 5280, 4.1.2.5).
+        .not_valid_before(datetime.datetime(1950, 1, 1))
+        .not_valid_after(datetime.datetime(9999, 12, 31, 23, 59, 59))
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("cloudexec")]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
