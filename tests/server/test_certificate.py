@@ -27,7 +27,10 @@ SHIM = """
 #include <sys/time.h>
 #include <time.h>
 
-static long long offset(void) { const char *by = getenv("CLOCK_OFFSET"); return by ? atoll(by) : 0; }
+static long long offset(void) {
+    const char *by = getenv("CLOCK_OFFSET");
+    return by ? atoll(by) : 0;
+}
 
 int clock_gettime(clockid_t clock, struct timespec *now) {
     int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
