@@ -34,7 +34,7 @@ from cloudexec._server.certificate import Certificate
 from cloudexec._server.descriptors import most_connections
 from cloudexec._server.direct import Delivered
 from cloudexec._server.driver import Driver
-from cloudexec._server.gate import Gate
+from cloudexec._server.gate import Gate, Guest
 from cloudexec._server.inspection import parse
 from cloudexec._server.splicing import Spliced
 from cloudexec._wire import (
@@ -871,7 +871,7 @@ class _Servicer:
             return
         try:
             async with asyncio.timeout(_ENROLMENT_TIMEOUT) as guest.timeout:
-                session = await self._enrol(context)
+                session = await self._enrol(context, guest)
         except TimeoutError:
             if guest.evicted:
                 driver.refused("too many at once", f"{peer} took its time, and others wait")
@@ -936,10 +936,10 @@ class _Servicer:
                 session.detach()
                 driver.disconnected(session, reason, cut=cut)
 
-    async def _enrol(self, context: Any) -> _Session | None:
+    async def _enrol(self, context: Any, guest: Guest) -> _Session | None:
         driver = self._driver
         heard_at = time.monotonic()
-        message = await self._hear(context)
+        message = await self._hear(context, guest)
         if not message.HasField("hello"):
             driver.refused("no hello", f"{context.peer()} said something else than who it is")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "say hello first")
@@ -963,7 +963,7 @@ class _Servicer:
         takes_over = takeover is not None and takeover.takes(hello.identity)
         challenge = pb.Challenge(nonce=nonce, mac=mac, takes_over=takes_over)
         await context.write(pb.ServerMessage(challenge=challenge))
-        message = await self._hear(context)
+        message = await self._hear(context, guest)
         expected = _enrolment.proof(key, "worker", *parts)
         proved = _enrolment.proves(message.proof.mac, expected)
         if hello.executor_id != driver.executor_id or not proved:
@@ -1049,13 +1049,14 @@ class _Servicer:
         await context.write(answer)
         return session
 
-    async def _hear(self, context: Any) -> pb.WorkerMessage:
+    async def _hear(self, context: Any, guest: Guest) -> pb.WorkerMessage:
         """Read a message of a peer that has not proved who it is; an empty one for what is none.
 
         Raises:
             _HungUpError: It sent nothing more.
         """
-        data = await context.read()
+        async with self._gate.turn(guest):
+            data = await context.read()
         if data is grpc.aio.EOF:
             raise _HungUpError
         if len(data) > _HELLO_BYTES:
@@ -1235,7 +1236,12 @@ def _server_options(workers: int) -> dict[str, int]:
         "grpc.http2.settings_timeout": 10_000,
         # Of connections without a call: a worker has its session open all the time.
         "grpc.max_connection_idle_ms": 30_000,
-        "grpc.max_concurrent_streams": 4096,
+        # What a stream may send unread, beside the rest of the message that is being read: 64 KiB
+        # and no more. Windows that grow with what is sent (BDP probing: to 16 MiB each) would let
+        # strangers have us hold gigabytes.
+        "grpc.http2.lookahead_bytes": 64 * 1024,
+        "grpc.http2.bdp_probe": 0,
+        "grpc.max_concurrent_streams": 1024,
         "grpc.max_metadata_size": 8 * 1024,
         "grpc.absolute_max_metadata_size": 16 * 1024,
         # A worker's keepalive comes every 10 s; those count that come less than 5 s apart.
