@@ -12,6 +12,9 @@ from __future__ import annotations
 import socket
 import struct
 
+from cloudexec._descriptors import too_many_files
+from cloudexec._errors import PayloadError
+
 __all__ = ["ACCEPTED", "DELIVER", "FETCH", "REQUEST", "fill_from", "receive_exactly"]
 
 REQUEST = struct.Struct("<16sBQ")
@@ -49,8 +52,13 @@ def connect(path: str, token: bytes, wanted: int, number: int) -> socket.socket:
 
     Raises:
         OSError: If it is gone.
+        PayloadError: If this process has too many files open.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as exc:
+        why = f"the client could not be reached: {exc.strerror}{too_many_files(exc)}"
+        raise PayloadError(why) from exc
     try:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connection.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)

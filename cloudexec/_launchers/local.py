@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cloudexec._config import WorkerCapacity, check_count, format_bytes
+from cloudexec._descriptors import too_many_files
 from cloudexec._errors import ConfigError, LaunchError
 from cloudexec._launchers.base import Contact, LaunchEnd, Launcher, LaunchRequest
 
@@ -127,7 +128,8 @@ class Local(Launcher):
                 start_new_session=True,
             )
         except OSError as exc:
-            raise LaunchError(f"cannot start {sys.executable}: {exc}", reason=str(exc)) from exc
+            why = f"{exc}{too_many_files(exc)}"
+            raise LaunchError(f"cannot start {sys.executable}: {why}", reason=why) from exc
         assert popen.stdin is not None
         try:
             popen.stdin.write(json.dumps(bootstrap).encode() + b"\n")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cloudexec import _direct
+from cloudexec._descriptors import too_many_files
 from cloudexec._errors import PayloadError
 from cloudexec._memory import room_for
 from cloudexec._objects.segments import NAMED, PROC, map_file, map_private
@@ -108,10 +109,17 @@ def open_shared(place: Place) -> int:
 
     Raises:
         OSError: If it cannot be opened: the process is gone.
-        PayloadError: If it is no file, or too short.
+        PayloadError: If it is no file, or too short, or this process has too many files open.
     """
-    # Not blocking: whatever it is, the caller is not to wait for somebody to write to it.
-    fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        # Not blocking: whatever it is, the caller is not to wait for somebody to write to it.
+        fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        remedy = too_many_files(exc)
+        if not remedy:
+            raise
+        # It is there all the same: nobody is to make it again.
+        raise PayloadError(f"{place.size} bytes could not be read: {exc.strerror}{remedy}") from exc
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_size < place.offset + place.size:
         os.close(fd)

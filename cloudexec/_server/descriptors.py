@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
+from cloudexec._descriptors import BASE_FILES, FILES_PER_SLOT, file_limits, raise_file_limit
 from cloudexec._log import Log
 
-__all__ = ["most_connections"]
+__all__ = ["check_files", "most_connections"]
 
 _logger = Log()
 _UNLIMITED = 65_536
 _LEAST = 64
+_OWN_FILES = 32
+"""Files that an executor opens in the client, beside those for its workers."""
+_FILES_PER_LOCAL_WORKER = 4
+_FEW_WORKERS = 8
 _RESERVE = 256
 """Descriptors that are left to the rest of the program, at least; or an eighth of all."""
 _GUESTS = 256
@@ -55,6 +62,37 @@ def most_connections(workers: int) -> int:
             soft,
         )
     return most
+
+
+def check_files(workers: int, slots_per_worker: int, *, local: bool) -> None:
+    """Say at the start if fewer files may be open than this executor needs, and what to do.
+
+    Args:
+        workers: Most that may be connected at once.
+        slots_per_worker: Tasks that each of them runs at once.
+        local: Whether they are processes of this machine, with the same limit.
+    """
+    limits = file_limits()
+    if limits is None:
+        return
+    try:
+        there = len(os.listdir("/dev/fd"))
+    except OSError:
+        there = 0
+    # Beyond a few workers elsewhere, connections are counted: see above.
+    each = _FILES_PER_LOCAL_WORKER * workers if local else min(workers, _FEW_WORKERS)
+    here = there + _OWN_FILES + each
+    in_worker = BASE_FILES + FILES_PER_SLOT * slots_per_worker if local else 0
+    raise_file_limit(here)
+    if limits[1] < max(here, in_worker):
+        needed = max(here, in_worker)
+        _logger.warning(
+            "a process may have %d files open here, and this executor needs %d: fewer tasks run at "
+            "once, or none; raise the limit (ulimit -n %d), or give it fewer workers",
+            limits[1],
+            needed,
+            max(4096, needed),
+        )
 
 
 def _connections(limit: int) -> int:

@@ -26,6 +26,7 @@ __all__ = ["DirectChannel", "Delivered", "unpickle_result"]
 _logger = Log()
 _REQUEST_TIMEOUT = 10.0
 """Seconds in which a peer must say who it is and what it wants."""
+_ACCEPT_PAUSE = 0.1
 _LOOK_PAUSE = 1.0
 """Seconds after which a thread that waits for the loop looks whether it is still there."""
 _MOST_CONNECTIONS = 1024
@@ -145,7 +146,12 @@ class DirectChannel:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
+        except BlockingIOError:
+            return
         except OSError:
+            # Too many files are open: the next one is taken when there may be fewer.
+            self._loop.remove_reader(self._listener.fileno())
+            self._loop.call_later(_ACCEPT_PAUSE, self._accept_again)
             return
         if len(self._connections) >= _MOST_CONNECTIONS:
             connection.close()
@@ -156,6 +162,10 @@ class DirectChannel:
         self._waiting.put(connection)
         if busy > len(self._threads):
             self._start_thread()
+
+    def _accept_again(self) -> None:
+        if not self._closed:
+            self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._run, name="cloudexec-direct", daemon=True)

@@ -52,6 +52,7 @@ from cloudexec._server.budget import PendingBudget
 from cloudexec._server.callbacks import CallbackThread
 from cloudexec._server.chronicle import Chronicle, Moment
 from cloudexec._server.dependencies import Dependencies, Needs
+from cloudexec._server.descriptors import check_files
 from cloudexec._server.direct import Delivered, DirectChannel
 from cloudexec._server.keeper import Keeper, Recipe
 from cloudexec._server.launches import Launches
@@ -334,6 +335,10 @@ class Driver:
         if self._launcher.needs_network():
             self.portal.outlast_main_thread()
         self._starting = asyncio.current_task()
+        scaling = self.machine.config.scaling
+        workers = -(-scaling.max_slots // scaling.slots_per_worker)
+        local = self._launcher.one_machine
+        check_files(workers, scaling.slots_per_worker, local=local)
         takeover, wanted = self.takeover, setup.listen or ""
         network = await self._launcher.start(
             self.executor_id,

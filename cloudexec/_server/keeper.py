@@ -265,8 +265,10 @@ class Keeper:
         elif blob.place is not None:
             try:
                 self._open(blob)
-            except OSError:
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
                 pulling.set_exception(FileNotFoundError())
+            except OSError as exc:  # it is there: it is not to be made again
+                pulling.set_exception(PayloadError(f"a kept result is there, and: {exc}"))
             except PayloadError as exc:
                 pulling.set_exception(exc)
             else:

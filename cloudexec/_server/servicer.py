@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from cloudexec import _enrolment, _nesting, _payload
 from cloudexec._core import events
 from cloudexec._core.events import FailureKind
+from cloudexec._descriptors import can_open
 from cloudexec._errors import LaunchError, PayloadError, PayloadTooLargeError
 from cloudexec._functions import Function
 from cloudexec._launchers.base import Arrival
@@ -74,6 +75,9 @@ _BATCH_BYTES = 512 * 1024
 _TRANSFERS = 16
 """Blobs that one worker may be sent at once, and that it may send: each takes a few MiB of memory
 while it is under way. What is more waits."""
+_FILES_TIMEOUT = 10.0
+"""Seconds for which results wait until this process may open their files."""
+_FILES_PAUSE = 0.1
 _STALLED = 60.0
 """Seconds in which something worth mentioning must come of a blob that a worker sends."""
 _PROGRESS = 64 * 1024
@@ -116,6 +120,7 @@ class _Session:
         self.arrived: dict[int, Blob | PayloadError] = {}  # parts of results that are not complete
         self.parts: dict[int, list[int]] = {}  # by lease, which of these were delivered for it
         self.damaged: dict[int, int] = {}  # how often a kept blob has arrived other than it was
+        self._short_of_files = False  # and has waited for some in vain
         self.progress_at = 0.0  # when something of a blob came last, by the loop's clock
         self.ending = False  # what it keeps is to be brought here
         self.uploads: dict[int, str] = {}  # ids of those that are on their way into the bucket
@@ -650,8 +655,11 @@ class _Session:
                 blobs = tuple([self._take_blob(part) for part in parts])
             except PayloadError as exc:
                 results[index] = Delivered(None, exc)
-            except OSError:
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
                 vanished.append(index)
+            except OSError as exc:  # it is there: the task is not to run again for that
+                why = f"a result cannot be taken from its file: {exc.strerror}"
+                results[index] = Delivered(None, PayloadError(why))
             else:
                 results[index] = Composed(results[index], blobs, numbers)
             self._taken.extend([part.id for part in parts if part.path])
@@ -727,6 +735,23 @@ class _Session:
         finally:
             os.close(fd)
         return store.take_over(size, content=data, spill=True)
+
+    async def await_files(self, message: pb.WorkerMessage) -> None:
+        """Wait a while until the parts of results can be opened: the program may have many files.
+
+        What the worker says meanwhile is read later.
+        """
+        if not self._driver.direct_path:
+            return
+        count = sum(bool(part.path) for part in message.results.blobs)
+        loop = self._driver.portal.loop
+        until = loop.time() + _FILES_TIMEOUT
+        while not can_open(count):
+            if self._short_of_files or loop.time() > until:
+                self._short_of_files = True  # not again for each of those that follow
+                return
+            await asyncio.sleep(_FILES_PAUSE)
+        self._short_of_files = False
 
     async def spill(self, message: pb.WorkerMessage) -> None:
         """Move to disk the results that there is no room for in memory; in a thread."""
@@ -918,6 +943,7 @@ class _Servicer:
                 if message.goodbye:
                     reason, cut = "it has ended", False
                 if message.HasField("results") and message.results.blobs:
+                    await session.await_files(message)
                     await session.spill(message)
                 session.take(message)
         except (asyncio.CancelledError, ConnectionError):

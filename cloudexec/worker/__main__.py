@@ -15,6 +15,8 @@ import socket
 import sys
 from typing import Any, NoReturn
 
+from cloudexec._descriptors import BASE_FILES, FILES_PER_SLOT, file_limits, raise_file_limit
+
 __all__ = ["EXIT_RECLAIMED", "EXIT_REFUSED", "main"]
 
 EXIT_REFUSED = 3
@@ -36,6 +38,9 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     is_child = bootstrap is not None
     if bootstrap is None:
         bootstrap = _from_environment()
+    # For this process and the zygote: tasks have what they would have without us.
+    wanted = BASE_FILES + FILES_PER_SLOT * int(bootstrap["slots"])
+    files = raise_file_limit(wanted)
     ours, zygotes = socket.socketpair()
     supervisor_pid = os.getpid()
     from cloudexec.worker.zygote import adopt_orphans, run_zygote
@@ -45,7 +50,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     # Forked now, before gRPC is imported and starts threads.
     if os.fork() == 0:
         ours.close()
-        run_zygote(zygotes, supervisor_pid)
+        run_zygote(zygotes, supervisor_pid, files)
     zygotes.close()
     # gRPC writes its own log to stderr otherwise. Set after the fork: tasks see the user's own.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -64,7 +69,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
         executor_id=bootstrap["executor_id"],
         identity=bootstrap["identity"],
         key=bytes.fromhex(bootstrap["key"]),
-        slots=int(bootstrap["slots"]),
+        slots=_slots_with_files(int(bootstrap["slots"])),
         certificate_sha256=bootstrap.get("certificate_sha256", ""),
         job_id=bootstrap.get("job_id", ""),
         attempt=int(bootstrap.get("attempt") or 1),
@@ -85,6 +90,28 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     sys.stderr.flush()
     # gRPC would wait for two seconds behind a TLS connection, and nothing is left to be done.
     os._exit(code)
+
+
+def _slots_with_files(slots: int) -> int:
+    """Return for how many slots this process may open enough files; ends it if for none."""
+    limits = file_limits()
+    if limits is None:
+        return slots
+    most = (limits[0] - BASE_FILES) // FILES_PER_SLOT
+    if most < 1:
+        print(
+            f"cloudexec worker: this process may have {limits[0]} files open, and a worker needs "
+            f"{BASE_FILES + FILES_PER_SLOT}: raise its limit (ulimit -n 4096)",
+            file=sys.stderr,
+        )
+        raise SystemExit(EXIT_REFUSED)
+    if most < slots:
+        print(
+            f"cloudexec worker: {most} slots instead of {slots}: this process may have "
+            f"{limits[0]} files open; raise its limit (ulimit -n 4096)",
+            file=sys.stderr,
+        )
+    return min(slots, most)
 
 
 def _from_environment() -> dict[str, Any]:

@@ -50,7 +50,11 @@ class WorkItem:
 
 
 class Child:
-    """One child process as the supervisor sees it."""
+    """One child process as the supervisor sees it.
+
+    Raises:
+        OSError: If no more files can be opened.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -91,12 +95,18 @@ class Child:
         self.out: deque[memoryview] = deque()
         self.input = bytearray()
 
-        tasks_read, self.tasks_fd = os.pipe()
-        self.results_fd, results_write = os.pipe()
-        self.stdout_fd, stdout_write = os.pipe()
-        self.stderr_fd, stderr_write = os.pipe()
-        page_fd = _shared_file()
-        self.page = memoryview(mmap(page_fd, PAGE_BYTES))
+        opened: list[int] = []
+        try:
+            for _ in range(4):
+                opened += os.pipe()
+            opened.append(_shared_file())
+            self.page = memoryview(mmap(opened[-1], PAGE_BYTES))
+        except OSError:
+            for fd in opened:
+                os.close(fd)
+            raise
+        tasks_read, self.tasks_fd, self.results_fd, results_write = opened[:4]
+        self.stdout_fd, stdout_write, self.stderr_fd, stderr_write, page_fd = opened[4:]
         self.cells = self.page[:RESULTS_AT].cast("Q")
         self.child_fds = [tasks_read, results_write, page_fd, stdout_write, stderr_write]
         for fd in (self.tasks_fd, self.results_fd, self.stdout_fd, self.stderr_fd):

@@ -69,6 +69,8 @@ _TICK = 0.005
 _TAIL_BYTES = 8 * 1024
 """Of a task's output, what is kept for the exception if it fails."""
 _READ_BYTES = 64 * 1024
+_REFORK_PAUSE = 0.5
+"""Seconds until another slot is tried after one could not be had for want of files."""
 _STOP_GRACE = 5.0
 """Seconds that a slot told to stop may take for its exit handlers."""
 _FULL = 0.8
@@ -221,6 +223,7 @@ class SlotPool:
         self._slots: dict[int, Child] = {}
         self._numbers = 0
         self._forking: deque[Child] = deque()
+        self._refork: asyncio.TimerHandle | None = None  # while no further slot can be had
         self._functions: dict[int, _Function] = {}
         self._parked: dict[int, WorkItem] = {}  # their blobs are on the way
         self._tick_handle: asyncio.TimerHandle | None = None
@@ -243,7 +246,8 @@ class SlotPool:
     def start(self) -> None:
         """Start the slots that are to be kept warm."""
         for _ in range(min(self._settings.min_slots, self._settings.slots)):
-            self._fork()
+            if self._fork() is None:
+                break
 
     def add_function(
         self, number: int, pickle: bytes, *, fresh: bool, blobs: tuple[int, ...] = ()
@@ -471,14 +475,29 @@ class SlotPool:
 
     def close(self) -> None:
         """Let go of the zygote, which kills whatever slot is left."""
+        if self._refork is not None:
+            self._refork.cancel()
         self._loop.remove_reader(self._zygote.fileno())
         self._zygote.close()
 
     # Slots come and go.
 
-    def _fork(self) -> Child:
+    def _fork(self) -> Child | None:
+        """Have another slot started; ``None``: not now, for want of files, and there are others.
+
+        Raises:
+            OSError: If there are no others.
+        """
         self._numbers += 1
-        slot = Child(self._numbers)
+        try:
+            slot = Child(self._numbers)
+        except OSError as exc:
+            if not self._slots:
+                raise
+            if self._refork is None:
+                print(f"cloudexec worker: no further slot: {exc}", file=sys.stderr, flush=True)
+                self._refork = self._loop.call_later(_REFORK_PAUSE, self._fork_again)
+            return None
         slot.idle_since = self._loop.time()
         slot.cells[SPILL] = self._spill
         self._slots[slot.number] = slot
@@ -486,6 +505,10 @@ class SlotPool:
         if len(self._forking) == 1:
             self._fork_next()
         return slot
+
+    def _fork_again(self) -> None:
+        self._refork = None
+        self.dispatch()
 
     def _fork_next(self) -> None:
         slot = self._forking[0]
@@ -696,7 +719,10 @@ class SlotPool:
             starting = sum(1 for slot in idle if not slot.ready)
             wanted = len(queue) - len(idle)
             while room > 0 and wanted > 0 and starting < 4:
-                idle.append(self._fork())
+                forked = None if self._refork is not None else self._fork()
+                if forked is None:
+                    break
+                idle.append(forked)
                 room -= 1
                 wanted -= 1
                 starting += 1

@@ -144,8 +144,14 @@ def _receive(connection: socket.socket) -> tuple[tuple[int, ...] | None, list[in
     return (MESSAGE.unpack(data) if data else None), fds
 
 
-def run_zygote(connection: socket.socket, supervisor_pid: int) -> None:
-    """Serve the supervisor until it is gone; then kill every slot and leave. Never returns."""
+def run_zygote(connection: socket.socket, supervisor_pid: int, files: int | None = None) -> None:
+    """Serve the supervisor until it is gone; then kill every slot and leave. Never returns.
+
+    Args:
+        connection: To the supervisor.
+        supervisor_pid: Which process that is.
+        files: How many files slots may have open; ``None``: as many as this process.
+    """
     # Not killed along with the supervisor: what tasks started would outlive both. The end of the
     # connection says that it is gone; who was stopped goes on for that.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
@@ -185,7 +191,7 @@ def run_zygote(connection: socket.socket, supervisor_pid: int) -> None:
                 kind, pid, _, _, number = message
                 if kind == FORK:
                     own = [connection.fileno(), wake_read, wake_write]
-                    pid = _fork_slot(fds, own, number)
+                    pid = _fork_slot(fds, own, number, files)
                     for fd in fds:
                         os.close(fd)
                     children[pid] = number
@@ -233,7 +239,7 @@ def _kill_group(pid: int) -> None:
         pass
 
 
-def _fork_slot(fds: list[int], inherited: list[int], number: int) -> int:
+def _fork_slot(fds: list[int], inherited: list[int], number: int, files: int | None) -> int:
     zygote_pid = os.getpid()
     pid = os.fork()
     if pid:
@@ -251,6 +257,10 @@ def _fork_slot(fds: list[int], inherited: list[int], number: int) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd in inherited:
             os.close(fd)
+        if files is not None:
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+            )
         code = _run_slot(*fds)
     except BaseException:
         import traceback
