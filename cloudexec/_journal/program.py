@@ -351,6 +351,7 @@ def _kind_of_folder(folder: str) -> str:
     return "own"
 
 
+@functools.cache
 def _site() -> tuple[str, ...]:
     return _folders("purelib", "platlib")
 

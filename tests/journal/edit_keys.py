@@ -52,6 +52,7 @@ def key_of(folder: Path) -> str:
 
 
 def main(root: Path, which: str) -> None:
+    Program()  # so that what never changes is known to all of them
     keys = {}
     for folder in sorted(root.glob(which)):
         read, write = os.pipe()
