@@ -81,6 +81,7 @@ class Program:
         self._by_path: dict[str, tuple[str, Source]] = {}
         self._codes: dict[int, tuple[CodeType, tuple[Any, ...]]] = {}
         self._closures: dict[frozenset[str], bytes] = {}
+        self._further: dict[str, Source] = {}  # what only code that travels by value imports
         self._loaded: set[str] = set()
         self._count = -1
         self._digest = b""
@@ -245,6 +246,7 @@ class Program:
         if digest is None:
             found = _Found()
             self._follow(names, found)
+            self._further.update(found.sources)
             sources = {name: each.digest.hex() for name, each in found.sources.items()}
             what = {"modules": sources, "distributions": versions_of(self._distributions(found))}
             digest = self._closures[names] = _digest_of(what)
@@ -255,20 +257,20 @@ class Program:
     def edited(self) -> str:
         """Return the name of a file whose code is not what it was when it was looked at.
 
+        The script's file is not asked: what is in it is sent as it was loaded.
+
         Returns:
             Empty if there is none.
         """
         with self._lock:
-            sources = list(self._found.sources.items())
-        for name, source in sources:
-            if source.is_settled():
+            sources = {**self._further, **self._found.sources}
+        for name, source in sources.items():
+            if name == "__main__" or source.is_settled():
                 continue
             place = self._places.get(name)
             is_package = place is not None and place.search is not None
             package = name if is_package else name.rpartition(".")[0]
             loader = None if place is None else place.loader
-            if name == "__main__":
-                package = _values(name).get("__package__") or ""
             now = source_of(source.path, package, loader, name, is_package=is_package)
             if now.digest != source.digest:
                 return _file_name(name, source)

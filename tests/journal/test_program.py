@@ -307,7 +307,11 @@ if __name__ == "__main__":
         mine_py = pathlib.Path(mine.__file__)
         text = mine_py.read_text()
         mine_py.write_text("# a comment\\n" + text)
+        script = pathlib.Path(__file__)
+        this = script.read_text()
+        script.write_text("edited = True\\n" + this)
         print(executor.submit(mine.work, 2).result(), end=" ")
+        script.write_text(this)
         if sys.argv[2:]:
             mine_py.write_text(text.replace("= 1", "= 2"))
         print(*[executor.submit(mine.work, x).result() for x in (3, 4)], end=" ")
@@ -318,7 +322,8 @@ if __name__ == "__main__":
 
 @pytest.mark.timeout(60)
 def test_what_ran_while_a_file_was_edited_is_not_recorded(program: Start, tmp_path: Path) -> None:
-    """A worker may have loaded either version. A comment makes no difference."""
+    """A worker may have loaded either version. Comments do not count, nor does the script, which
+    no worker loads."""
     (tmp_path / "edited.py").write_text(EDITED)
     (tmp_path / "mine.py").write_text("N = 1\ndef work(x): return N * x\n")
 
