@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+pytest_plugins = ["suite_plugin", "load_plugin"]
+
 # A shell that starts the run in the background has SIGINT ignored, and children inherit that:
 # those that are to be interrupted would not notice.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -1,0 +1,340 @@
+"""How the whole suite runs: in several processes, then what runs alone, then what failed once more.
+
+Most tests wait longer than they compute, so twice as many processes as there are cores run them
+(pytest-xdist). What is marked ``alone``, because it measures time, runs after all others, one at
+a time. A test that has failed runs once more, alone, at the very end: if it then passes it is
+listed as FLAKY with all that it said the first time. Three such are let through, a fourth fails.
+
+``--suite=auto``, the default, does all that where no tests are selected; ``on`` and ``off`` decide
+it. With ``-x`` or ``--maxfail`` nothing runs twice.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+FLAKY_AT_MOST = 3
+"""Tests that may pass the second time only."""
+AGAIN_AT_MOST = 15
+"""Where more tests have failed it was not by chance: none is run again."""
+HANG_AFTER = 30.0
+"""Seconds after its timeout in which a test must have ended before its process is ended."""
+
+_STDERR = pytest.StashKey[IO[str]]()
+_AGAIN, _FLAKY = "again", "flaky"
+"""Outcomes of a report: its test is to run once more; it did, and passed."""
+
+Take = Callable[[pytest.TestReport], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("suite", "the whole suite")
+    group.addoption(
+        "--suite",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="run in several processes, then what is marked alone, then what failed once more; "
+        "auto: where no tests are selected",
+    )
+    group.addoption("--suite-reports", default="", help="file that reports are appended to")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Decide what ``auto`` means, before xdist looks at its options."""
+    option = config.option
+    if hasattr(config, "workerinput"):
+        # One of xdist's processes: decided by the one that has started it.
+        option.suite = config.workerinput.get("suite", "off")
+        return
+    if option.suite == "auto":
+        selected = config.args_source is pytest.Config.ArgsSource.ARGS
+        selected = selected or option.keyword or option.markexpr
+        option.suite = "off" if selected or option.usepdb or option.collectonly else "on"
+    if option.suite == "on" and getattr(option, "numprocesses", 0) is None and not option.tx:
+        option.numprocesses = min(8, 2 * (os.cpu_count() or 1))
+        if option.dist == "no":
+            # Neighbours stay together, and with them the fixtures of their module.
+            option.dist = "worksteal"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "alone: runs after all others, while nothing else does")
+    if hasattr(config, "workerinput") or config.option.suite_reports:
+        # As it is now, while pytest does not capture it: for the stack of a test that hangs.
+        config.stash[_STDERR] = os.fdopen(os.dup(2), "w")
+        config.add_cleanup(config.stash[_STDERR].close)
+    if config.option.suite_reports:
+        config.pluginmanager.register(_Reporting(config), "suite-reporting")
+    elif config.option.suite == "on" and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Suite(config), "suite")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have what runs alone run last: here, or in the process that hands out the tests."""
+    if config.option.suite != "on":
+        return
+    alone = [item for item in items if item.get_closest_marker("alone")]
+    others = [item for item in items if not item.get_closest_marker("alone")]
+    if hasattr(config, "workerinput"):
+        config.workeroutput["alone"] = [item.nodeid for item in alone]  # type: ignore[attr-defined]
+        alone = []
+    items[:] = others + alone
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End a process that others can replace, if its test hangs where no signal wakes it."""
+    seconds = _timeout(item)
+    stderr = item.config.stash.get(_STDERR, None)
+    if stderr is None or not seconds:
+        return (yield)
+    faulthandler.dump_traceback_later(seconds + HANG_AFTER, exit=True, file=stderr)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _timeout(item: pytest.Item) -> float:
+    """Return how long a test may take, as pytest-timeout has it; 0 for as long as it likes."""
+    marker = item.get_closest_marker("timeout")
+    if marker is not None:
+        return float(marker.args[0] if marker.args else marker.kwargs.get("timeout", 0))
+    given = getattr(item.config.option, "timeout", None)
+    return float(given if given is not None else item.config.getini("timeout") or 0)
+
+
+class _Reporting:
+    """In the process that runs tests alone: notes what becomes of each, for the one that asked."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        # Unbuffered: what was noted before a crash counts.
+        self._file = open(config.option.suite_reports, "ab", buffering=0)  # noqa: SIM115
+
+    def _note(self, what: str, value: object) -> None:
+        self._file.write(json.dumps([what, value]).encode() + b"\n")
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._note("start", nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        hook = self._config.hook
+        data = hook.pytest_report_to_serializable(config=self._config, report=report)
+        self._note("report", data)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self._note("finish", nodeid)
+
+    def pytest_unconfigure(self) -> None:
+        self._file.close()
+
+
+class _Suite:
+    """In the process that hands out the tests, or runs them all: what comes after the others."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._alone: list[str] | None = None
+        self._failed: dict[str, list[pytest.TestReport]] = {}
+        self._counted: set[str] = set()
+        self._flaky: list[tuple[str, list[pytest.TestReport]]] = []
+        self._holding = not config.option.maxfail
+
+    @property
+    def _terminal(self) -> Any:
+        return self._config.pluginmanager.getplugin("terminalreporter")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """A process that xdist is about to start has to know what has been decided."""
+        node.workerinput["suite"] = "on"
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A process that xdist started has ended: it knows what it did not run."""
+        output = getattr(node, "workeroutput", None) or {}
+        self._alone = output.get("alone", self._alone)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> Generator[None, None, None]:
+        if self._holding and report.failed:
+            report.outcome = _AGAIN  # type: ignore[assignment]
+            self._failed.setdefault(report.nodeid, []).append(report)
+        elif (report.passed and report.when == "call") or report.skipped:
+            self._counted.add(report.nodeid)
+        return (yield)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport
+    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+        if report.outcome == _AGAIN:  # type: ignore[comparison-overlap]
+            return "", "R", ("FAILED, RUNS AGAIN LATER", {"yellow": True})
+        if report.outcome == _FLAKY:  # type: ignore[comparison-overlap]
+            return "flaky", "f", ("FLAKY", {"yellow": True})
+        return None
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Run what is left when all others have ended."""
+        try:
+            result = yield
+            if getattr(self._config.option, "tx", None) and not self._config.option.collectonly:
+                self._run_alone(session)
+            self._run_again()
+        finally:
+            # Where the run ends before that, what failed has failed.
+            self._holding = False
+            for reports in self._failed.values():
+                self._log(reports, "failed")
+        return result
+
+    def _run_alone(self, session: pytest.Session) -> None:
+        if self._alone is None:
+            raise RuntimeError("no process has lived to say which tests run alone")
+        session.testscollected += len(self._alone)
+        if self._alone:
+            self._say(f"alone, one at a time: {len(self._alone)}")
+            hook = self._config.hook
+            self._run(self._alone, lambda report: hook.pytest_runtest_logreport(report=report))
+
+    def _run_again(self) -> None:
+        self._holding = False
+        if not self._failed or len(self._failed) > AGAIN_AT_MOST:
+            return
+        self._say(f"failed, once more: {len(self._failed)}")
+        second: dict[str, list[pytest.TestReport]] = {nodeid: [] for nodeid in self._failed}
+        self._run(list(self._failed), lambda report: second[report.nodeid].append(report))
+        for nodeid, reports in second.items():
+            first = self._failed.pop(nodeid)
+            failures = [report for report in reports if report.failed]
+            if failures:
+                said = "\n".join(report.longreprtext for report in failures)
+                first[-1].sections.append(("It ran once more, alone, and failed again", said))
+                self._log(first, "failed")
+            elif len(self._flaky) >= FLAKY_AT_MOST:
+                why = f"with this one, more than {FLAKY_AT_MOST} tests are flaky"
+                first[-1].sections.append(("It ran once more, alone, and passed", why))
+                self._log(first, "failed")
+            else:
+                self._flaky.append((nodeid, first))
+                self._log(first[:1], _FLAKY)
+                if nodeid not in self._counted:
+                    self._log(reports)
+
+    def _log(self, reports: list[pytest.TestReport], outcome: Any = None) -> None:
+        for report in reports:
+            report.outcome = outcome or report.outcome
+            self._config.hook.pytest_runtest_logreport(report=report)
+
+    def _say(self, what: str) -> None:
+        self._terminal.write_line("")
+        self._terminal.write_line(what)
+
+    def pytest_terminal_summary(self) -> None:
+        """Show what the flaky tests said when they failed."""
+        if not self._flaky:
+            return
+        terminal = self._terminal
+        terminal.write_sep("=", "FLAKY: failed, and passed when run alone", yellow=True, bold=True)
+        for nodeid, reports in self._flaky:
+            terminal.write_line(f"FLAKY {nodeid}", yellow=True, bold=True)
+            for report in reports:
+                report.toterminal(terminal._tw)
+                for title, text in report.sections:
+                    terminal.write_sep("-", title)
+                    terminal.write_line(text)
+
+    # Tests in a process of their own.
+
+    def _run(self, nodeids: list[str], take: Take) -> None:
+        """Run tests one after the other, whatever becomes of the process that they run in."""
+        left = dict.fromkeys(nodeids)
+        with tempfile.TemporaryDirectory() as directory:
+            while left:
+                before = len(left)
+                reports, output = Path(directory, "reports"), Path(directory, "output")
+                reports.write_bytes(b"")
+                with open(output, "wb") as log, open(reports, "rb") as notes:
+                    process = subprocess.Popen(
+                        self._command(list(left), str(reports)),
+                        cwd=self._config.invocation_params.dir,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+                    try:
+                        running = self._follow(process, notes, left, take)
+                    finally:
+                        process.kill()
+                        process.wait()
+                why = f"Its process ended with {process.returncode}.\n" + output.read_text(
+                    errors="replace"
+                )
+                if running is not None:
+                    take(_crashed(running, why))
+                    left.pop(running, None)
+                if len(left) == before:
+                    for nodeid in left:
+                        take(_crashed(nodeid, why))
+                    return
+
+    def _command(self, nodeids: list[str], reports: str) -> list[str]:
+        config = self._config
+        args = list(map(str, config.invocation_params.args))
+        if config.args_source is pytest.Config.ArgsSource.ARGS:
+            args = [arg for arg in args if arg not in config.args]
+        if hasattr(config.option, "numprocesses"):
+            args.append("-n0")
+        if getattr(config.option, "xmlpath", None):
+            args.append(f"--junitxml={reports}.xml")
+        args += ["--suite=off", f"--suite-reports={reports}", "--"]
+        return [
+            *(sys.executable, "-m", "pytest"),
+            *args,
+            *(f"{config.rootpath}{os.sep}{nodeid}" for nodeid in nodeids),
+        ]
+
+    def _follow(
+        self, process: subprocess.Popen[bytes], notes: IO[bytes], left: dict[str, None], take: Take
+    ) -> str | None:
+        """Take reports as they come; return the test that ran when the process ended."""
+        running: str | None = None
+        rest = b""
+        ended = False
+        while not ended:
+            try:
+                process.wait(0.1)
+                ended = True
+            except subprocess.TimeoutExpired:
+                pass
+            *lines, rest = (rest + notes.read()).split(b"\n")
+            for line in lines:
+                what, value = json.loads(line)
+                if what == "start":
+                    running = value
+                elif what == "finish":
+                    running = None
+                    left.pop(value, None)
+                else:
+                    hook = self._config.hook
+                    take(hook.pytest_report_from_serializable(config=self._config, data=value))
+        return running
+
+
+def _crashed(nodeid: str, why: str) -> pytest.TestReport:
+    path = nodeid.partition("::")[0]
+    return pytest.TestReport(nodeid, (path, None, nodeid), {}, "failed", why, "call")
