@@ -8,10 +8,12 @@ times as long.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,17 +42,42 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@contextlib.contextmanager
+def restless() -> Iterator[None]:
+    """Have threads take turns all the time, in every process of this environment."""
+    before = sys.getswitchinterval()
+    path = Path(sysconfig.get_path("purelib"), f"restless-{os.getpid()}.pth")
+    path.write_text(_PTH.format(pid=os.getpid(), interval=SWITCH_INTERVAL))
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    try:
+        yield
+    finally:
+        path.unlink()
+        sys.setswitchinterval(before)
+
+
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """Keep the machine busy."""
+    command = [sys.executable, "-S", "-c", _COMPUTE]
+    processes = [subprocess.Popen(command) for _ in range(BUSY)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or config.option.suite_reports:
         return
+    stack = contextlib.ExitStack()
+    config.add_cleanup(stack.close)
     if config.option.restless:
-        path = Path(sysconfig.get_path("purelib"), f"restless-{os.getpid()}.pth")
-        path.write_text(_PTH.format(pid=os.getpid(), interval=SWITCH_INTERVAL))
-        config.add_cleanup(path.unlink)
-        sys.setswitchinterval(SWITCH_INTERVAL)
+        stack.enter_context(restless())
     if config.option.busy:
-        for _ in range(BUSY):
-            config.add_cleanup(subprocess.Popen([sys.executable, "-S", "-c", _COMPUTE]).kill)
+        stack.enter_context(busy())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

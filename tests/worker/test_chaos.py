@@ -134,7 +134,7 @@ def play(
     assert not alive
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_every_future_of_a_short_run_is_resolved_once_and_right(seed: int) -> None:
     """20,000 tasks and a kill every 100 ms: each future has its own result, once."""
     play(20_000, seed, period=0.1)
@@ -143,8 +143,3 @@ def test_every_future_of_a_short_run_is_resolved_once_and_right(seed: int) -> No
 def test_every_future_is_resolved_once_and_right_with_a_worker_per_slot() -> None:
     """The same where each slot has a supervisor of its own."""
     play(20_000, 4, period=0.1, slots_per_worker=1)
-
-
-def test_every_future_of_a_long_run_is_resolved_once_and_right() -> None:
-    """200,000 tasks and a kill every 200 ms: each future has its own result, once."""
-    play(200_000, 2026)

@@ -1,0 +1,185 @@
+"""Programs that look for what happens once in a million times; ``python -m tests.soak`` runs them.
+
+``python tests/soak/searches.py NAME --seed N --seconds N`` runs one. Each ends with an assertion
+that fails, a traceback and an exit code, if it finds something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+_TESTS = Path(__file__).parents[1]
+STUCK_AFTER = 120.0
+"""Seconds that a round may take, which takes one or two."""
+
+
+def core(seed: int, seconds: float) -> str:
+    """The machine without a clock, in worlds in which everything goes wrong."""
+    sys.path.insert(0, str(_TESTS / "core"))
+    from simulation import Simulation
+
+    end = time.monotonic() + seconds
+    played = 0
+    while time.monotonic() < end:
+        try:
+            Simulation(seed + played).run()
+        except Exception as exc:
+            exc.add_note(f"CLOUDEXEC_SEED={seed + played} pytest tests/core/test_simulation.py")
+            raise
+        played += 1
+    return f"{played:,} histories"
+
+
+def chaos(seed: int, seconds: float) -> str:
+    """Slots, their parents and workers are killed while tasks run."""
+    sys.path.insert(0, str(_TESTS / "worker"))
+    import test_chaos
+
+    end = time.monotonic() + seconds
+    played = 0
+    while not played or time.monotonic() < end:
+        faulthandler.dump_traceback_later(4 * STUCK_AFTER, exit=True)
+        draw = random.Random(seed + played)
+        test_chaos.play(
+            draw.choice([5_000, 20_000, 50_000]),
+            seed + played,
+            period=draw.choice([0.05, 0.1, 0.2]),
+            slots_per_worker=draw.choice([None, 1, 2]),
+        )
+        played += 1
+    faulthandler.cancel_dump_traceback_later()
+    return f"{played} executors"
+
+
+def _increment(number: int) -> int:
+    return number + 1
+
+
+def _map_again_and_again(seconds: float, tasks: int) -> str:
+    """Map short tasks on one executor after the other: none is lost, and none hangs."""
+    from cloudexec import BatchExecutor
+
+    end = time.monotonic() + seconds
+    rounds = 0
+    while not rounds or time.monotonic() < end:
+        faulthandler.dump_traceback_later(STUCK_AFTER, exit=True)
+        with BatchExecutor(max_workers=2, output="off") as executor:
+            results = list(executor.map(_increment, range(tasks)))
+        assert results == list(range(1, tasks + 1)), f"round {rounds}: wrong results"
+        rounds += 1
+    faulthandler.cancel_dump_traceback_later()
+    return f"{rounds} rounds of {tasks:,} tasks"
+
+
+def lost(seed: int, seconds: float, *, copies: int = 3, tasks: int = 50_000) -> str:
+    """Several programs at once that map short tasks, so that each is stopped anywhere for long."""
+    program = [sys.executable, __file__, "lost-one", f"--seconds={seconds}", f"--tasks={tasks}"]
+    started = [subprocess.Popen([*program, f"--seed={seed + n}"]) for n in range(copies)]
+    codes = [process.wait() for process in started]
+    assert codes == [0] * copies, f"exit codes {codes}"
+    return f"{copies} programs"
+
+
+def _note_and_answer(ledger: str, number: int, size: int, how: str) -> bytes:
+    """Leave a line in the ledger for each run; then answer, or take the slot along."""
+    descriptor = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, b"%d\n" % number)
+    os.close(descriptor)
+    if how == "exits":
+        os._exit(9)
+    if how == "raises":
+        raise ValueError(number)
+    return bytes(size)
+
+
+def _runs(ledger: str) -> Counter[int]:
+    if not os.path.exists(ledger):
+        return Counter()
+    return Counter(map(int, Path(ledger).read_text().split()))
+
+
+def once(seed: int, seconds: float) -> str:
+    """With ``retries=0`` no task leaves two lines, and none that was cancelled leaves one."""
+    from cloudexec import BatchExecutor, WorkerLostError
+
+    end = time.monotonic() + seconds
+    played = tasks = 0
+    while not played or time.monotonic() < end:
+        faulthandler.dump_traceback_later(STUCK_AFTER, exit=True)
+        draw = random.Random(seed + played)
+        elsewhere = {"listen": "127.0.0.1:0"} if draw.random() < 0.5 else {}
+        ways = draw.choice([["returns"], ["returns"] * 9 + ["exits"], ["returns"] * 3 + ["raises"]])
+        sizes = draw.choice([[0], [100_000], [400_000], [0, 100_000, 400_000]])
+        where = f"seed {seed + played}, {elsewhere}, {ways}, {sizes}"
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            BatchExecutor(2, retries=0, output="off", **elsewhere) as executor,
+        ):
+            ledger = os.path.join(directory, "ledger")
+            cancelled: set[int] = set()
+            results: set[int] = set()
+            for first in range(0, 400, 40):
+                numbers = range(first, first + 40)
+                futures = {
+                    number: executor.submit(
+                        _note_and_answer, ledger, number, draw.choice(sizes), draw.choice(ways)
+                    )
+                    for number in numbers
+                }
+                if draw.random() < 0.7:
+                    time.sleep(draw.choice([0, 0.001, 0.003, 0.005]))
+                    chosen = draw.sample(list(numbers), draw.choice([1, 3, 20]))
+                    cancelled.update(number for number in chosen if futures[number].cancel())
+                for number, future in futures.items():
+                    if number in cancelled:
+                        continue
+                    error = future.exception(60)
+                    assert error is None or isinstance(error, (WorkerLostError, ValueError)), where
+                    if not isinstance(error, WorkerLostError):
+                        results.add(number)
+            executor.shutdown()
+            runs = _runs(ledger)
+        assert not (twice := [number for number, count in runs.items() if count > 1]), (
+            f"{where}: ran twice: {twice}"
+        )
+        assert not (ran := cancelled & set(runs)), f"{where}: cancelled, and ran: {ran}"
+        assert not (never := results - set(runs)), f"{where}: has an outcome, never ran: {never}"
+        played += 1
+        tasks += 400
+    faulthandler.cancel_dump_traceback_later()
+    return f"{tasks:,} tasks"
+
+
+_SEARCHES: Mapping[str, Callable[[int, float], str]] = {
+    "core": core,
+    "chaos": chaos,
+    "lost": lost,
+    "once": once,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("search", choices=[*_SEARCHES, "lost-one"])
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--tasks", type=int, default=50_000)
+    options = parser.parse_args()
+    if options.search == "lost-one":
+        print(_map_again_and_again(options.seconds, options.tasks))
+    else:
+        print(_SEARCHES[options.search](options.seed, options.seconds))
+
+
+if __name__ == "__main__":
+    main()
