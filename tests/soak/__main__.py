@@ -61,6 +61,8 @@ def _fuzz(seed: int, seconds: float) -> list[str]:
 
 SEARCHES: Mapping[str, Command] = {
     "core": _program("tests/soak/searches.py", "core"),
+    "turns": _program("tests/soak/searches.py", "turns"),
+    "forks": _program("tests/soak/searches.py", "forks"),
     "chaos": _program("tests/soak/searches.py", "chaos"),
     "lost": _program("tests/soak/searches.py", "lost"),
     "once": _program("tests/soak/searches.py", "once"),

@@ -40,6 +40,38 @@ def core(seed: int, seconds: float) -> str:
     return f"{played:,} histories"
 
 
+def turns(seed: int, seconds: float) -> str:
+    """A supervisor and its slots, line by line in any order."""
+    sys.path.insert(0, str(_TESTS / "worker"))
+    from stepping import Run, many_stops, search
+
+    # Slots that live in this process would stay for its life if they were told of its forks.
+    os.register_at_fork = lambda **_: None
+    end = time.monotonic() + seconds
+    rng, played = random.Random(seed), 0
+    while not played or time.monotonic() < end:
+        slots, items, kill = rng.randint(1, 3), rng.randint(2, 14), rng.random() < 0.5
+        steps = Run(items, slots=slots).go().steps
+        wrong = search(items, many_stops(rng, 50, steps, kill=kill), slots=slots)
+        assert not wrong, f"{slots} slots, {items} tasks: {wrong}"
+        played += 50
+    return f"{played:,} schedules"
+
+
+def forks(seed: int, seconds: float) -> str:
+    """Children of a program that uses executors live, whatever they do."""
+    sys.path.insert(0, str(_TESTS / "contract"))
+    from fork_storm import storm
+
+    end = time.monotonic() + seconds
+    children = 0
+    while not children or time.monotonic() < end:
+        found = storm(10, 100)
+        assert set(found) == {"ok"}, found
+        children += 100
+    return f"{children:,} children"
+
+
 def chaos(seed: int, seconds: float) -> str:
     """Slots, their parents and workers are killed while tasks run."""
     sys.path.insert(0, str(_TESTS / "worker"))
@@ -162,6 +194,8 @@ def once(seed: int, seconds: float) -> str:
 
 _SEARCHES: Mapping[str, Callable[[int, float], str]] = {
     "core": core,
+    "turns": turns,
+    "forks": forks,
     "chaos": chaos,
     "lost": lost,
     "once": once,
