@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -21,7 +22,18 @@ import pytest
 BUSY = 3
 SWITCH_INTERVAL = 2e-6
 
-_COMPUTE = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(100_000))"
+# No child of the process that runs the tests, which look for what they leave behind.
+_COMPUTE = """
+import os, sys
+if pid := os.fork():
+    print(pid, flush=True)
+    os._exit(0)
+os.close(1)
+os.close(2)
+while True:
+    os.kill(int(sys.argv[1]), 0)  # raises when that one is gone
+    sum(range(100_000))
+"""
 
 # In one line, as a .pth file wants it; of no effect when the process that wrote it is gone.
 _PTH = (
@@ -59,14 +71,14 @@ def restless() -> Iterator[None]:
 @contextlib.contextmanager
 def busy() -> Iterator[None]:
     """Keep the machine busy."""
-    command = [sys.executable, "-S", "-c", _COMPUTE]
-    processes = [subprocess.Popen(command) for _ in range(BUSY)]
+    command = [sys.executable, "-S", "-c", _COMPUTE, str(os.getpid())]
+    pids = [int(subprocess.check_output(command)) for _ in range(BUSY)]
     try:
         yield
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -27,6 +27,8 @@ FLAKY_AT_MOST = 3
 """Tests that may pass the second time only."""
 AGAIN_AT_MOST = 15
 """Where more tests have failed it was not by chance: none is run again."""
+TOGETHER = ("tests/images/", "tests/testing/test_fake_containers.py")
+"""Tests that make and remove images of one container engine."""
 HANG_AFTER = 30.0
 """Seconds after its timeout in which a test must have ended before its process is ended."""
 
@@ -61,11 +63,41 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         selected = config.args_source is pytest.Config.ArgsSource.ARGS
         selected = selected or option.keyword or option.markexpr
         option.suite = "off" if selected or option.usepdb or option.collectonly else "on"
-    if option.suite == "on" and getattr(option, "numprocesses", 0) is None and not option.tx:
-        option.numprocesses = min(8, 2 * (os.cpu_count() or 1))
-        if option.dist == "no":
-            # Neighbours stay together, and with them the fixtures of their module.
-            option.dist = "worksteal"
+    if option.suite == "on" and hasattr(option, "numprocesses") and not option.tx:
+        if option.numprocesses is None:
+            option.numprocesses = min(8, 2 * (os.cpu_count() or 1))
+        if option.numprocesses and option.dist == "no":
+            option.dist = "loadfile"
+
+
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Have the tests of a file in one process, with its fixtures, and those that share images."""
+    if config.option.suite != "on" or config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "containers" if path.startswith(TOGETHER) else path
+
+        def remove_node(self, node: Any) -> str | None:
+            """xdist's own would run a test again, and again, that has ended its process."""
+            units = self.assigned_work.pop(node)
+            left = [(unit, each) for unit in units.values() for each in unit if not unit[each]]
+            if not left:
+                return None
+            unit, crashed = left[0]
+            unit[crashed] = True
+            self.workqueue.update(
+                (scope, unit) for scope, unit in units.items() if not all(unit.values())
+            )
+            for other in self.assigned_work:
+                self._reschedule(other)
+            return str(crashed)
+
+    return Scheduling(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -363,6 +363,7 @@ def test_probe_worker_dials_back(aws: FakeAWS, profile: Profile) -> None:
     assert len(aws.jobs()) == 1
 
 
+@pytest.mark.alone
 def test_probe_asks_for_one_worker_and_waits_no_longer_than_told(
     aws: FakeAWS, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_a_generator_is_refused_where_it_is_written() -> None:
         Graph(stages.value(n) for n in range(3))
 
 
+@pytest.mark.alone
 def test_long_lists_of_plain_values_cost_a_call_little() -> None:
     """They are looked through, as nodes may be in them, but not one by one."""
     values = [float(n) for n in range(200_000)]

@@ -148,6 +148,7 @@ time.time_ns = lambda: int(time.time() * 1e9)
 
 
 @pytest.mark.parametrize("mode", ["local", "wire"])
+@pytest.mark.alone
 def test_clocks_may_jump(mode: str, tmp_path: Path) -> None:
     """Nobody decides by the time of day: neither client nor workers, which both see it jump."""
     (tmp_path / "sitecustomize.py").write_text(JUMPING)

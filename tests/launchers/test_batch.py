@@ -457,6 +457,7 @@ def test_fresh_credentials_are_read_in_mid_run(aws: Any, launcher: Make) -> None
     eventually(lambda: not unfinished(aws))
 
 
+@pytest.mark.alone
 def test_what_cannot_be_ended_is_said(
     aws: Any, launcher: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def test_a_second_executor_does_no_harm_to_the_first(aws: Any, launcher: Make) -
     assert not requests(aws, "TerminateJob")
 
 
+@pytest.mark.alone
 def test_thousands_that_wait_end_with_the_executor(launcher_factory: Callable[[Any], Make]) -> None:
     """One request ends them all, at fifty calls a second too."""
     with FakeAWS(calls_per_second=50) as aws:

@@ -55,6 +55,7 @@ def _executor_behind(rate: float, *, compression: bool) -> Iterator[tuple[BatchE
         yield executor, relay
 
 
+@pytest.mark.alone
 def test_compressible_content_crosses_a_slow_link_several_times_faster() -> None:
     """An argument and a result, with and without."""
     seconds: dict[tuple[bool, str], float] = {}

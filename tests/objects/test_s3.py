@@ -670,6 +670,7 @@ def test_cancelled_download_writes_nothing_afterwards(aws: FakeAWS) -> None:
 
 
 @pytest.mark.parametrize("transfer", ["fetch", "store"])
+@pytest.mark.alone
 def test_cancelled_worker_stops_at_once(aws: FakeAWS, transfer: str) -> None:
     """Though its requests stand still; nothing is written afterwards."""
     step, operation = TRANSFERS[transfer]
@@ -746,6 +747,7 @@ def test_closing_says_what_it_cannot_delete(aws: FakeAWS) -> None:
     play(aws, scenario, close=False)
 
 
+@pytest.mark.alone
 def test_closing_takes_no_longer_than_it_may(aws: FakeAWS) -> None:
     async def scenario(scene: Scene) -> None:
         await scene.put("object", *content(1))

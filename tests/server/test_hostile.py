@@ -369,6 +369,7 @@ print(len(left), flush=True)
 """Connections of another process that say nothing; how many are still there after 30 seconds."""
 
 
+@pytest.mark.alone
 def test_thousands_who_say_nothing_keep_nobody_out() -> None:
     """10,000 silent connections, and others that trickle, more than enrol at once: a worker that
     is started meanwhile comes in, after a few seconds they are gone, and nothing of them stays.

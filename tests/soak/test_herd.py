@@ -121,6 +121,7 @@ async def play(client: subprocess.Popen[str]) -> list[Any]:
     return outcome
 
 
+@pytest.mark.alone
 def test_workers_cut_off_while_the_client_sleeps_are_all_back_with_all_they_had() -> None:
     """300 of them, and 30,000 tasks: none is lost, none doubled, none run again."""
     path = str(Path(cloudexec.__file__).parents[1])

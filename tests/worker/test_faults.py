@@ -482,6 +482,7 @@ def test_memory_limit_of_a_task_hits_only_that_task(executor: BatchExecutor) -> 
 # Time.
 
 
+@pytest.mark.alone
 def test_endless_task_ends_at_its_timeout(executor: BatchExecutor) -> None:
     """A task past its timeout is killed, fails with TaskTimeoutError, and is not retried."""
     neighbours = [executor.submit(pow, n, 2) for n in range(20)]
