@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -48,6 +49,30 @@ def run(folder: Path, environment: dict[str, str]) -> Run:
             text=True,
             timeout=60,
             check=False,
+        )
+
+    return run_command
+
+
+@pytest.fixture
+def run_here(folder: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command in this process, which has the AWS SDK already: a new one takes a second."""
+
+    def run_command(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        output, errors = io.StringIO(), io.StringIO()
+        with monkeypatch.context() as patch:
+            for name in os.environ.keys() - environment.keys():
+                patch.delenv(name)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["cloudexec", *args])
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            patch.setattr(sys, "stdout", output)
+            patch.setattr(sys, "stderr", errors)
+            with pytest.raises(SystemExit) as ended:
+                cloudexec.cli.main()
+        return subprocess.CompletedProcess(
+            args, ended.value.code, output.getvalue(), errors.getvalue()
         )
 
     return run_command

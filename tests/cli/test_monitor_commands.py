@@ -104,6 +104,12 @@ def account(
 
 
 @pytest.fixture
+def run(run_here: Run) -> Run:
+    """Run the command in this process; those that are started, and not run, have their own."""
+    return run_here
+
+
+@pytest.fixture
 def environment(account: Account, environment: dict[str, str]) -> dict[str, str]:
     """The environment of commands, made once the account is there; tables as wide as they need."""
     return {key: value for key, value in environment.items() if key != "COLUMNS"}

@@ -1,4 +1,4 @@
-"""``cloudexec up``, ``down``, ``template``, ``policy`` and ``doctor`` as processes."""
+"""``cloudexec up``, ``down``, ``template``, ``policy`` and ``doctor`` on a fake AWS."""
 
 from __future__ import annotations
 
@@ -30,11 +30,17 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 @pytest.fixture
 def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
-    """AWS, and no profiles. Asked for before ``run``, whose processes then find it."""
+    """AWS, and no profiles. Asked for before ``run``, whose commands then find it."""
     monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path / "profiles"))
     monkeypatch.delenv("CLOUDEXEC_PROFILE", raising=False)
     with FakeAWS(grace=0.5, calls_per_second=1000, stack_seconds=0.1) as fake:
         yield fake
+
+
+@pytest.fixture
+def run(run_here: Run) -> Run:
+    """Run the command in this process; those that are started, and not run, have their own."""
+    return run_here
 
 
 def test_template_is_printed(run: Run) -> None:
