@@ -266,7 +266,7 @@ def test_cancelling_a_call_cancels_what_depends_on_it(executor: BatchExecutor) -
 
 
 def test_cancelling_a_waiting_call_leaves_its_dependencies_alone(
-    executor: BatchExecutor, signals: Signals
+    signals: Signals, executor: BatchExecutor
 ) -> None:
     running = executor.submit(tasks.hold, signals.told, signals.gate)
     signals.wait()
@@ -280,7 +280,7 @@ def test_cancelling_a_waiting_call_leaves_its_dependencies_alone(
 
 
 def test_killing_a_running_call_cancels_what_depends_on_it(
-    executor: BatchExecutor, signals: Signals
+    signals: Signals, executor: BatchExecutor
 ) -> None:
     running = executor.submit(tasks.hold, signals.told, signals.gate)
     call = executor.submit(tasks.double, running)
@@ -417,7 +417,7 @@ def test_ten_thousand_futures_may_go_into_one_call(executor: BatchExecutor) -> N
 
 
 def test_a_result_that_nobody_needs_any_more_is_freed(
-    executor: BatchExecutor, signals: Signals
+    signals: Signals, executor: BatchExecutor
 ) -> None:
     """A future that waits for nothing is held by nobody but its user."""
     first = executor.submit(bytes, 1000)

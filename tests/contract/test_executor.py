@@ -434,7 +434,7 @@ def test_no_more_than_max_workers_tasks_run_at_once(tmp_path: Path) -> None:
     assert max(running) == 3
 
 
-def test_all_workers_are_used(executor: BatchExecutor, signals: Signals) -> None:
+def test_all_workers_are_used(signals: Signals, executor: BatchExecutor) -> None:
     """Two tasks that wait for each other both run, in two processes."""
     futures = [executor.submit(tasks.hold, signals.told, signals.gate) for _ in range(2)]
     signals.wait(2)
@@ -804,7 +804,7 @@ def test_tasks_chained_by_callbacks_all_run(executor: BatchExecutor) -> None:
 # wait() and as_completed()
 
 
-def test_wait_returns_when_it_is_told_to(executor: BatchExecutor, signals: Signals) -> None:
+def test_wait_returns_when_it_is_told_to(signals: Signals, executor: BatchExecutor) -> None:
     """The first result, the first exception, the time that is up, or all."""
     held = executor.submit(tasks.hold, signals.told, signals.gate)
     signals.wait()
@@ -819,7 +819,7 @@ def test_wait_returns_when_it_is_told_to(executor: BatchExecutor, signals: Signa
 
 
 def test_as_completed_yields_in_the_order_of_completion(
-    executor: BatchExecutor, signals: Signals
+    signals: Signals, executor: BatchExecutor
 ) -> None:
     """Futures come as they finish, those that are done first; the timeout is one for all."""
     held = executor.submit(tasks.hold, signals.told, signals.gate)

@@ -166,7 +166,7 @@ def test_a_killed_worker_tells_who_had_begun(signals: Signals, caplog: Any) -> N
     assert record.cloudexec_count >= 2
 
 
-def test_where_an_unfinished_call_is(executor: BatchExecutor, signals: Signals) -> None:
+def test_where_an_unfinished_call_is(signals: Signals, executor: BatchExecutor) -> None:
     """Running, waiting for a slot, held for a result: it is told before there is an outcome."""
     first = executor.submit(tasks.hold, signals.told, signals.gate)
     second = executor.submit(tasks.hold, signals.told, signals.gate)
@@ -222,7 +222,7 @@ def test_what_retry_on_thought_is_told(executor: BatchExecutor, tmp_path: Path) 
     assert story.events[3].reason == "not worth another attempt"
 
 
-def test_a_timeout_and_a_kill_are_told(executor: BatchExecutor, signals: Signals) -> None:
+def test_a_timeout_and_a_kill_are_told(signals: Signals, executor: BatchExecutor) -> None:
     future = executor.with_options(timeout=0.2).submit(time.sleep, 60)
     assert isinstance(future.exception(PATIENCE), TimeoutError)
     story = executor.explain(future)

@@ -153,7 +153,7 @@ def test_a_node_elsewhere_is_refused_with_what_to_do(executor: BatchExecutor) ->
     assert "pass it to a stage" in str(error)
 
 
-def test_independent_nodes_run_at_once(executor: BatchExecutor, signals: Signals) -> None:
+def test_independent_nodes_run_at_once(signals: Signals, executor: BatchExecutor) -> None:
     nodes = [stages.wait_at_gate(signals.told, signals.gate, str(i)) for i in range(2)]
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(run, nodes, executor)
@@ -173,7 +173,6 @@ def test_a_failure_names_the_stage_and_chains_the_cause(executor: BatchExecutor)
 
 
 def test_a_failure_cancels_the_rest(signals: Signals, executor: BatchExecutor) -> None:
-    # In this order: the call may begin late, and finds its pipes as long as the executor is open.
     held = stages.wait_at_gate(signals.told, signals.gate)
     behind = stages.value(held)
     with pytest.raises(StageError):
@@ -232,7 +231,7 @@ def test_stages_of_one_name_are_reported_together(executor: BatchExecutor) -> No
     assert (report.stage, report.tasks, report.failed) == (name, 3, 0)
 
 
-def test_options_of_a_stage_hold_for_its_calls(executor: BatchExecutor, signals: Signals) -> None:
+def test_options_of_a_stage_hold_for_its_calls(signals: Signals, executor: BatchExecutor) -> None:
     slow = stage(name="slow", timeout=0.2)(stages.wait_at_gate.function)
     with pytest.raises(StageError, match="stage 'slow' failed") as info:
         slow(signals.told, signals.gate).run(executor)

@@ -132,7 +132,7 @@ def test_a_launcher_that_knows_no_sizes_refuses_needs_and_nothing_else() -> None
 
 
 def test_tasks_that_need_the_whole_machine_run_one_after_another(
-    executor: BatchExecutor, signals: Signals
+    signals: Signals, executor: BatchExecutor
 ) -> None:
     large = executor.with_options(cpus=4)
     futures = [large.submit(tasks.hold, signals.told, signals.gate, str(n)) for n in range(3)]
@@ -144,7 +144,7 @@ def test_tasks_that_need_the_whole_machine_run_one_after_another(
 
 
 def test_small_tasks_run_beside_large_ones_where_there_is_room(
-    executor: BatchExecutor, signals: Signals
+    signals: Signals, executor: BatchExecutor
 ) -> None:
     large = executor.with_options(cpus=3).submit(tasks.hold, signals.told, signals.gate)
     small = [executor.submit(tasks.hold, signals.told, signals.gate) for _ in range(2)]
@@ -180,7 +180,7 @@ def test_tenths_of_a_processor_are_packed(signals: Signals) -> None:
 
 
 def test_a_large_task_that_waits_can_be_cancelled(
-    executor: BatchExecutor, signals: Signals
+    signals: Signals, executor: BatchExecutor
 ) -> None:
     running = executor.submit(tasks.hold, signals.told, signals.gate)
     signals.wait()
@@ -262,7 +262,7 @@ def test_higher_priorities_overtake(signals: Signals, tmp_path: Path) -> None:
 
 
 def test_a_task_that_takes_more_memory_than_it_asked_for_fails_alone(
-    executor: BatchExecutor, signals: Signals
+    signals: Signals, executor: BatchExecutor
 ) -> None:
     """At once, whatever its retries; and the next one is not the worse for it."""
     limited = executor.with_options(memory="100MiB", name="greedy", retries=3)
@@ -277,7 +277,7 @@ def test_a_task_that_takes_more_memory_than_it_asked_for_fails_alone(
     assert executor.submit(tasks.take_memory, 200).result(PATIENCE) == 200 * 2**20
 
 
-def test_what_a_task_forked_counts_too(executor: BatchExecutor, signals: Signals) -> None:
+def test_what_a_task_forked_counts_too(signals: Signals, executor: BatchExecutor) -> None:
     limited = executor.with_options(memory="100MiB")
     future = limited.submit(tasks.take_memory_in_a_child, 400, signals.told, signals.gate)
     error = future.exception(PATIENCE)
@@ -430,7 +430,7 @@ def test_retry_on_is_called_in_no_thread_that_matters(
     assert names == ["cloudexec-retries"]
 
 
-def test_a_timeout_counts_as_raised(executor: BatchExecutor, signals: Signals) -> None:
+def test_a_timeout_counts_as_raised(signals: Signals, executor: BatchExecutor) -> None:
     view = executor.with_options(timeout=0.3, retries=1, retry_on=TaskTimeoutError)
     future = view.submit(tasks.hold, signals.told, signals.gate)
     signals.wait()
@@ -471,7 +471,7 @@ def test_names_stand_where_numbers_do(caplog: pytest.LogCaptureFixture, signals:
     assert re.fullmatch(r"worker-1 task \d+ \(say hello\): hello", record.getMessage())
 
 
-def test_sizes_are_named_in_stats(executor: BatchExecutor, signals: Signals) -> None:
+def test_sizes_are_named_in_stats(signals: Signals, executor: BatchExecutor) -> None:
     large = executor.with_options(cpus=4)
     running = large.submit(tasks.hold, signals.told, signals.gate)
     signals.wait()
@@ -487,7 +487,7 @@ def test_sizes_are_named_in_stats(executor: BatchExecutor, signals: Signals) -> 
 # Stages.
 
 
-def test_a_stage_has_needs(executor: BatchExecutor, signals: Signals) -> None:
+def test_a_stage_has_needs(signals: Signals, executor: BatchExecutor) -> None:
     wide = stage(name="wide", cpus=4, memory="1GiB", env={"CONTRACT_NEW": "x"})(
         stages.wait_at_gate.function
     )
