@@ -111,15 +111,19 @@ def test_many_cuts_under_load(tmp_path: Path) -> None:
     """Cut in the middle of messages, time and again: each task runs once."""
     log = tmp_path / "log"
     with _Cluster() as cluster:
-        executor = cluster.executor
-        futures = [executor.submit(_note, str(log), n) for n in range(3000)]
-        for number, _ in enumerate(as_completed(futures, PATIENCE)):
-            if number % 300 == 150:
-                cluster.link.cut_after(1 + number % 997)
-        assert [future.result() for future in futures] == [n * n for n in range(3000)]
+        executor, link = cluster.executor, cluster.link
+        for first in range(0, 3000, 300):
+            futures = [executor.submit(_note, str(log), n) for n in range(first, first + 300)]
+            link.cut_after(1 + 331 * first % 997)
+            for future in as_completed(futures, PATIENCE):
+                future.result()
+            until(lambda: link.is_cut_yet)  # by a sign of life, if it was not before
+            assert [future.result() for future in futures] == [
+                n * n for n in range(first, first + 300)
+            ]
         assert set(_runs(log).values()) == {1}
         assert cluster.lost == (0, 0, 0)
-        assert cluster.link.accepted > 2 * 2 + 5  # each dials twice: once for the certificate
+        assert link.accepted >= 2 * 2 + 10  # each dials twice at first: once for the certificate
 
 
 @pytest.mark.parametrize("at", [100_000, 3_000_000, 20_000_000])
