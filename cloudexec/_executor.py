@@ -448,6 +448,10 @@ class BatchExecutor(_Base):
             raise ConfigError(f"output must be one of {choices}, not {output!r}")
         if listen is not None and (not isinstance(listen, str) or ":" not in listen):
             raise ConfigError(f"listen must be 'host:port', such as '127.0.0.1:0', not {listen!r}")
+        if listen is not None and not listen.startswith("unix:"):
+            port = listen.rpartition(":")[2]
+            if not (port.isascii() and port.isdigit() and int(port) < 2**16):
+                raise ConfigError(f"the port of listen={listen!r} must be a number from 0 to 65535")
         check_positive("orphan_timeout", orphan_timeout)
         check_positive("max_cost_usd", max_cost_usd)
         if advertise is not None and (not isinstance(advertise, str) or not advertise.strip()):

@@ -91,7 +91,7 @@ class Loading:
         self._refused[module] = (
             f"the module {module!r} ({frame.f_code.co_filename}) starts an executor while "
             f"{self._who} imports it to find the function of a task: put that under "
-            f'`if __name__ == "__main__":`, so that it is done in your program alone'
+            f'`if __name__ == "__main__":`, or into a function that your program calls'
         )
         raise NestingError(self._refused[module])
 

@@ -57,15 +57,23 @@ def explained(old: Manifest | None, new: Manifest, count: int) -> str:
     changed = [now[name][0] for name in sorted(shared) if before[name][1] != now[name][1]]
     reasons += _all_of(changed, "has changed", "have changed")
     reasons += _all_of(_only_in(now, before), "is new", "are new")
-    reasons += _all_of(_only_in(before, now), "is not part of it any more", "are gone")
+    reasons += _all_of(_only_in(before, now), "is no longer used", "are no longer used")
     before, now = old["distributions"], new["distributions"]
     reasons += [
-        f"{name} was {before.get(name, 'not used')} and is {now.get(name, 'not used')}"
+        _changed(name, before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ][: 2 * _NAMED]
     why = ", ".join(reasons) or "the rule by which calls are known has changed"
     return f"{why} since {results} {'was' if count == 1 else 'were'} recorded; {cost}"
+
+
+def _changed(name: str, before: str | None, now: str | None) -> str:
+    if before is None:
+        return f"{name} {now} is new"
+    return (
+        f"{name} {before} is no longer used" if now is None else f"{name} was {before} and is {now}"
+    )
 
 
 def _only_in(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -477,7 +477,11 @@ class Journal:
                 synced_at, dirty = time.monotonic(), False
         self._attempt(self.store.close)
         if self._dropped:
-            _logger.warning("journal %s: %d results are not in it", self.store.name, self._dropped)
+            _logger.warning(
+                "journal %s: %d results of this run were not recorded; they will be computed again",
+                self.store.name,
+                self._dropped,
+            )
         if self._then is not None:
             self._then()
 
@@ -570,4 +574,7 @@ def _own_key(
         return b"b" + value
     if isinstance(value, int) and not isinstance(value, bool):
         return b"i%d" % value
-    raise ConfigError(f"key must give a str, an int or bytes, not {repr_of(value)}")
+    raise ConfigError(
+        f"the function given as key= returned {repr_of(value)}; it must return a str, an int or "
+        f"bytes"
+    )

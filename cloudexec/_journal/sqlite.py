@@ -259,8 +259,8 @@ class SqliteStore:
         for each in self._siblings():
             claim(each)
         _logger.warning(
-            "the journal %s was damaged (%s): %d results could be saved, others are run again; "
-            "the file as it was is %s",
+            "the journal %s was damaged (%s): %d results could be recovered, all other calls run "
+            "again; the file as it was is %s",
             self.name,
             why,
             saved,
@@ -301,7 +301,8 @@ class SqliteStore:
         self._is_damaged = True
         _logger.log(
             level,
-            "the journal %s is damaged (%s): what cannot be read is run again. Said once",
+            "the journal %s is damaged (%s): results that cannot be read are computed again. This "
+            "is said once for each run",
             self.name,
             why,
         )

@@ -88,7 +88,8 @@ def check_files(workers: int, slots_per_worker: int, *, local: bool) -> None:
         needed = max(here, in_worker)
         _logger.warning(
             "a process may have %d files open here, and this executor needs %d: fewer tasks run at "
-            "once, or none; raise the limit (ulimit -n %d), or give it fewer workers",
+            "once, or none. Raise the limit (ulimit -n %d), or give the executor a smaller "
+            "max_workers",
             limits[1],
             needed,
             max(4096, needed),

@@ -142,6 +142,8 @@ class DirectChannel:
         os.chmod(path, 0o600)
         self._listener.listen(256)
         self._loop.add_reader(self._listener.fileno(), self._accept)
+        # Given up for a connection when the program has used up all its files.
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _accept(self) -> None:
         try:
@@ -149,9 +151,15 @@ class DirectChannel:
         except BlockingIOError:
             return
         except OSError:
-            # Too many files are open: the next one is taken when there may be fewer.
-            self._loop.remove_reader(self._listener.fileno())
-            self._loop.call_later(_ACCEPT_PAUSE, self._accept_again)
+            # Too many files are open. One connection takes the place of the spare file; the next
+            # one is taken when that transfer has ended, or the program has closed some files.
+            if self._spare >= 0:
+                os.close(self._spare)
+                self._spare = -1
+                self._accept()
+            else:
+                self._loop.remove_reader(self._listener.fileno())
+                self._loop.call_later(_ACCEPT_PAUSE, self._accept_again)
             return
         if len(self._connections) >= _MOST_CONNECTIONS:
             connection.close()
@@ -164,7 +172,13 @@ class DirectChannel:
             self._start_thread()
 
     def _accept_again(self) -> None:
-        if not self._closed:
+        if self._closed:
+            return
+        try:
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._loop.call_later(_ACCEPT_PAUSE, self._accept_again)
+        else:
             self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def _start_thread(self) -> None:
@@ -250,6 +264,8 @@ class DirectChannel:
         self._closed = True
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
+        if self._spare >= 0:
+            os.close(self._spare)
         with self._lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):

@@ -79,7 +79,8 @@ def error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
         )
     if failure.kind is FailureKind.TIMED_OUT:
         return TaskTimeoutError(
-            f"{who} ran past its timeout on {worker}; killed after {detail.seconds:.3g} s",
+            f"{who} ran past its timeout{_timeout_of(task)} on {worker}; killed after "
+            f"{detail.seconds:.3g} s. Give it more with with_options(timeout=...)",
             worker_id=worker,
             seconds=detail.seconds,
             output=detail.output,
@@ -109,6 +110,11 @@ def error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
         out_of_memory=detail.out_of_memory,
         output=detail.output,
     )
+
+
+def _timeout_of(task: Task) -> str:
+    seconds = None if task.terms is None else task.terms.options.timeout
+    return "" if seconds is None else f" of {seconds:g} s"
 
 
 def _outgrew(worker: str, task: Task, detail: Any) -> WorkerLostError:

@@ -480,7 +480,7 @@ class Slot:
 
 def _pickling_error(exc: BaseException) -> BaseException:
     """Return what a task fails with whose result cannot be pickled, or has no room."""
-    if not is_a(exc, Exception) or is_a(exc, PayloadError):
+    if is_a(exc, PayloadError):
         return exc
     remedy = _remedy(exc, "return something that survives pickle.dumps()")
     error = PayloadError(f"the result could not be pickled ({describe(exc)}); {remedy}")

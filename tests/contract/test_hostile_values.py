@@ -25,6 +25,7 @@ from contract_helpers import PATIENCE, Signals, supervisors
 from cloudexec import (
     BatchExecutor,
     BatchFuture,
+    ConfigError,
     DependencyError,
     Graph,
     InitializerError,
@@ -693,3 +694,31 @@ def test_a_task_without_streams_fails_once(executor: BatchExecutor, tmp_path: Pa
     assert type(outcome(executor.submit(fail, str(log)))) is ValueError
     assert log.read_text() == "ran\n"
     assert executor.submit(restore).result(PATIENCE) is None
+
+
+class _Unpicklable:
+    """Raises something of choice when it is pickled."""
+
+    def __init__(self, kind: type[BaseException]) -> None:
+        self.kind = kind
+
+    def __reduce__(self) -> str:
+        raise self.kind("while it is pickled")
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError])
+def test_whatever_pickling_a_result_raises_is_a_payload_error(
+    kind: type[BaseException], executor: BatchExecutor
+) -> None:
+    """``result()`` does not end the program, and the process goes on."""
+    pid = executor.submit(os.getpid).result(60)
+    error = executor.submit(_Unpicklable, kind).exception(60)
+    assert type(error) is PayloadError
+    assert kind.__name__ in str(error)
+    assert executor.submit(os.getpid).result(60) == pid
+
+
+@pytest.mark.parametrize("port", ["99999", "-5", "http", ""])
+def test_a_port_that_cannot_be_is_refused(port: str) -> None:
+    with pytest.raises(ConfigError, match="must be a number from 0 to 65535"):
+        BatchExecutor(1, listen=f"127.0.0.1:{port}")

@@ -142,7 +142,7 @@ def test_most_of_a_journal_that_was_cut_is_saved(
     left = found(path, 200)
     assert len(left) > 120
     (message,) = caplog.messages
-    assert f"{len(left)} results could be saved" in message
+    assert f"{len(left)} results could be recovered" in message
     assert (tmp_path / "journal.damaged").exists()
 
 

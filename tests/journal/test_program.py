@@ -264,7 +264,7 @@ def test_changes_are_said_in_one_sentence() -> None:
     new = manifest("cpython 3.12.1", a="2", b="2", c="2", d="2", e="2", g="1")
     assert explained(old, new, 1) == (
         "Python was cpython 3.11.7 and is cpython 3.12.1, a.py, b.py, c.py and 2 more have "
-        "changed, g.py is new, f.py is not part of it any more since 1 result was recorded; it is "
+        "changed, g.py is new, f.py is no longer used since 1 result was recorded; it is "
         "run again"
     )
     assert explained(None, new, 5) == (

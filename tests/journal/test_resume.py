@@ -228,7 +228,7 @@ def test_own_keys_take_the_place_of_arguments(executor: Open, ran: str) -> None:
         assert list(view.map(Model(ran, 77).predict, range(3, 6))) == [0, 10, 20]
         assert list(view.map(Model(ran, 77).predict, range(1), chunksize=2)) == [0]
         assert list(second.map(Model(ran, 77).predict, range(2))) == [0, 77]
-        with pytest.raises(ConfigError, match="key must give a str, an int or bytes"):
+        with pytest.raises(ConfigError, match="it must return a str, an int or bytes"):
             second.with_options(key=lambda *args: 1.5).submit(square, ran, 1).result()
     with pytest.raises(ConfigError, match="key must be a string"):
         second.with_options(key=3)  # type: ignore[arg-type]

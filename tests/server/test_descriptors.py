@@ -90,6 +90,14 @@ def test_results_wait_until_the_client_may_open_their_files(tmp_path: Path) -> N
     assert sorted(map(int, ran)) == list(range(-1, 8))
 
 
+def test_results_that_need_no_file_arrive_while_the_client_has_none_left(tmp_path: Path) -> None:
+    """One spare file is kept for the connections by which they come, one after the other."""
+    errors, _ = _with_few_files("to_the_end", 128, 2, tmp_path / "lines")
+    assert errors == [""] * 5
+    ran = (tmp_path / "lines").read_text().split()
+    assert sorted(map(int, ran)) == list(range(-1, 5))
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no files by descriptor here")
 def test_a_slot_whose_files_a_task_has_used_up_says_so(tmp_path: Path) -> None:
     """What needs a file fails, once, with the remedy; all else goes on."""

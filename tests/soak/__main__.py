@@ -114,12 +114,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--minutes", type=float, default=30.0, help="in which searches are begun (30)")
-    add("--only", nargs="+", choices=list(SEARCHES), help="these alone", metavar="SEARCH")
-    add("--seed", type=int, help="with this one, and each search once")
-    add("--seconds", type=float, help="of one run (a share of the minutes, 60 at most)")
-    add("--busy", action="store_true", help="with processes that compute beside the searches")
-    add("--restless", action="store_true", help="with threads that take turns all the time")
+    add("--minutes", type=float, default=30.0, help="start searches for this many minutes (30)")
+    add(
+        "--only",
+        nargs="+",
+        choices=list(SEARCHES),
+        help="run only these searches",
+        metavar="SEARCH",
+    )
+    add("--seed", type=int, help="use this seed, and run each search once")
+    add(
+        "--seconds",
+        type=float,
+        help="how long one run lasts (a share of the minutes, 60 at most)",
+    )
+    add("--busy", action="store_true", help="keep processes computing beside the searches")
+    add("--restless", action="store_true", help="have threads take turns all the time")
     options = parser.parse_args(arguments)
     names = options.only or list(SEARCHES)
     seconds = options.seconds or min(60.0, options.minutes * 60 / len(names))
