@@ -338,6 +338,17 @@ def _flatten(chunks: Iterator[list[T]]) -> Iterator[T]:
             yield chunk.pop()
 
 
+def _send_spawned_main_by_value() -> None:
+    """Have functions of the script travel by value from a process that multiprocessing spawned.
+
+    There the script is the module ``__mp_main__``, which workers do not have.
+    """
+    if "__mp_main__" in sys.modules:
+        import cloudpickle
+
+        cloudpickle.register_pickle_by_value(sys.modules["__mp_main__"])
+
+
 class BatchExecutor(_Base):
     """Runs calls on worker processes: on this machine by default, elsewhere with a launcher.
 
@@ -522,6 +533,7 @@ class BatchExecutor(_Base):
                     "this process was forked from one that had used an executor, and gRPC cannot "
                     "start anew in it: use multiprocessing's 'spawn' or 'forkserver', or fork first"
                 )
+            _send_spawned_main_by_value()
             from cloudexec import _payload
             from cloudexec._functions import FunctionTable
             from cloudexec._objects.store import BlobStore

@@ -41,6 +41,8 @@ _IMMUTABLE_ELSEWHERE = {
     "uuid": {"UUID"},
 }
 """By module, so that nothing has to be imported for it."""
+_NAMED = (FunctionType, BuiltinFunctionType, type(functools.lru_cache(len)))
+"""Of these, beside classes, a pickle has the name only where they can be found by it."""
 _ALIASES = (GenericAlias, UnionType)
 _ALIAS_MODULES = ("typing", "collections.abc")
 """All objects of their classes are type hints."""
@@ -115,6 +117,7 @@ class _Part:
         "_fn",
         "_keyword_defaults",
         "_names",
+        "_words",
         "sets",
     )
 
@@ -127,6 +130,7 @@ class _Part:
         self._defaults = fn.__defaults__
         self._keyword_defaults = dict(fn.__kwdefaults__ or ())
         self._annotations = dict(fn.__annotations__)
+        self._words = (fn.__name__, fn.__qualname__, fn.__module__, fn.__doc__)
         self._cells = [(cell, contents(cell)) for cell in fn.__closure__ or ()]
         get = fn.__globals__.get
         self._names = [(name, get(name, _MISSING)) for name in names]
@@ -145,14 +149,19 @@ class _Part:
         fn = self._fn
         if fn.__code__ is not self._code or fn.__defaults__ is not self._defaults or fn.__dict__:
             return False
-        if fn.__annotations__ != self._annotations:
-            return False
-        now, then = fn.__kwdefaults__, self._keyword_defaults
-        if (now or then) and (
-            now is None
-            or list(now) != list(then)
-            or any(now.get(name, _MISSING) is not then[name] for name in then)
+        name, qualname, module, doc = self._words
+        if not (
+            fn.__name__ is name
+            and fn.__qualname__ is qualname
+            and fn.__module__ is module
+            and fn.__doc__ is doc
         ):
+            return False
+        annotations, then = fn.__annotations__, self._annotations
+        if (annotations or then) and not _is_same(annotations, then):
+            return False
+        defaults, then = fn.__kwdefaults__, self._keyword_defaults
+        if (defaults or then) and not _is_same(defaults, then):
             return False
         get = fn.__globals__.get
         for name, value in self._names:
@@ -162,6 +171,15 @@ class _Part:
             if contents(cell) is not value:
                 return False
         return True
+
+
+def _is_same(now: dict[str, Any] | None, then: dict[str, Any]) -> bool:
+    """Say whether a dictionary has the same objects under the same names in the same order."""
+    return (
+        now is not None
+        and list(now) == list(then)
+        and all(now.get(name, _MISSING) is then[name] for name in then)
+    )
 
 
 def contents(cell: Any) -> Any:
@@ -251,7 +269,8 @@ def _functions_in(value: Any, by_value: Collection[str]) -> Iterator[FunctionTyp
         return
     if kind in (BuiltinFunctionType, type) and getattr(value, "__module__", None) == "builtins":
         return
-    if lookup(value) is value and not travels_by_value(value.__module__, by_value):
+    named = kind in _NAMED or issubclass(kind, type)  # other objects take their state along
+    if named and lookup(value) is value and not travels_by_value(value.__module__, by_value):
         return
     if kind is FunctionType:
         yield value

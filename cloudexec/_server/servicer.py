@@ -1030,7 +1030,7 @@ class _Servicer:
             min_slots=setup.min_workers,
             idle_timeout=-1.0 if setup.idle_timeout is None else setup.idle_timeout,
             direct_path=driver.direct_path,
-            authkey=_authkey() if driver.direct_path else b"",
+            authkey=_authkey() if driver.machine.config.scaling.one_machine else b"",
             modules=bool(setup.modules),
             first_blob=session.first_blob,
             blob_memory=setup.objects.worker_memory or 0,  # type: ignore[arg-type]

@@ -164,6 +164,9 @@ def test_proxies_of_a_manager_are_arguments(executor: BatchExecutor) -> None:
         queue = manager.Queue()
         executor.submit(tasks.put, queue, "from the task").result()
         assert queue.get_nowait() == "from the task"
+        with BatchExecutor(1, listen="127.0.0.1:0") as by_tls:
+            by_tls.submit(tasks.put, queue, "from a local worker").result()
+        assert queue.get_nowait() == "from a local worker"
 
 
 def test_result_waits_as_long_as_it_is_told_to(single: BatchExecutor, signals: Signals) -> None:

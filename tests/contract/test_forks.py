@@ -40,3 +40,34 @@ def test_the_pytest_plugin_does_not_import_grpc() -> None:
     code = "import sys, cloudexec.testing.pytest_plugin; print('grpc' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_process_that_was_spawned_runs_functions_of_the_script(
+    method: str, tmp_path: Path
+) -> None:
+    """There the script is another module than ``__main__``, which workers do not have."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, sys\n"
+        "from cloudexec import BatchExecutor\n"
+        "OFFSET = 1\n"
+        "class Model:\n    def predict(self, x):\n        return square(x)\n"
+        "def square(x):\n    return x * x + OFFSET\n"
+        "def child(queue):\n"
+        "    with BatchExecutor(1) as executor:\n"
+        "        futures = [executor.submit(square, 2), executor.submit(Model().predict, 3),\n"
+        "                   executor.submit(lambda: square(4))]\n"
+        "        queue.put([repr(f.exception(50) or f.result()) for f in futures])\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context(sys.argv[1])\n"
+        "    queue = context.Queue()\n"
+        "    process = context.Process(target=child, args=(queue,))\n"
+        "    process.start()\n"
+        "    print(queue.get(timeout=50))\n"
+        "    process.join()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), method], capture_output=True, text=True, timeout=55
+    )
+    assert done.stdout == "['5', '10', '17']\n", done.stderr

@@ -112,6 +112,25 @@ def test_a_function_whose_whole_state_is_immutable_is_pickled_once(
     assert named(table, script(KEPT[what])["fn"]) is not None
 
 
+def test_an_object_that_has_the_name_of_a_function_takes_its_state_along(
+    table: FunctionTable, by_value: types.ModuleType
+) -> None:
+    """As one that decorates a function of a module: a pickle of it is not its name alone."""
+    cloudpickle.unregister_pickle_by_value(by_value)
+    try:
+        exec(
+            "import functools\nclass Counted:\n    def __init__(self, fn):\n"
+            "        functools.update_wrapper(self, fn)\n    def __call__(self, n):\n"
+            "        return n\n@Counted\ndef counted(n):\n    return n\n",
+            by_value.__dict__,
+        )
+        namespace = script("def fn(n):\n    return counted(n)")
+        namespace["counted"] = by_value.counted
+        assert named(table, namespace["fn"]) is None
+    finally:
+        cloudpickle.register_pickle_by_value(by_value)
+
+
 @pytest.mark.parametrize("what", NOT_KEPT)
 def test_a_function_whose_state_may_change_is_pickled_with_each_call(
     table: FunctionTable, what: str
@@ -140,6 +159,10 @@ def test_a_module_by_value_is_looked_at_in_the_same_way(
         "helper.__kwdefaults__['k'] = 5",
         "helper.__kwdefaults__ = None",
         "helper.__annotations__['n'] = 'str'",
+        "helper.__annotations__['o'] = True",
+        "helper.__doc__ = 'another'",
+        "helper.__name__ = 'another'",
+        "helper.__qualname__ = 'another'",
         "helper.rate = 2",
         "LIMIT = 4",
         "del LIMIT",
