@@ -73,7 +73,10 @@ class Loading:
         Raises:
             NestingError: If so; it names the module.
         """
-        frame: FrameType | None = sys._getframe()
+        if not (self.active or self._threads or self.others is not None):
+            return
+        # Not the frame of this call: it would refer to itself, and keep what its callers have.
+        frame: FrameType | None = sys._getframe(1)
         thread = threading.current_thread()
         if thread in self._threads or (self.others is not None and thread not in self.others):
             while frame is not None and frame.f_globals.get("__package__") == __package__:

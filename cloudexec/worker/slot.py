@@ -480,8 +480,8 @@ class Slot:
 
 def _pickling_error(exc: BaseException) -> BaseException:
     """Return what a task fails with whose result cannot be pickled, or has no room."""
-    if is_a(exc, PayloadError):
-        return exc
+    if not is_a(exc, Exception) or is_a(exc, PayloadError):
+        return exc  # SystemExit as itself: CPython's own tests of its process pool expect that
     remedy = _remedy(exc, "return something that survives pickle.dumps()")
     error = PayloadError(f"the result could not be pickled ({describe(exc)}); {remedy}")
     error.__cause__ = exc
