@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cloudexec._describing import describe, is_a, is_interrupt, repr_of
+from cloudexec._describing import attribute_of, describe, is_a, is_interrupt, repr_of
 from cloudexec._errors import CloudexecError, ConfigError
 from cloudexec._functions import Function
 from cloudexec._journal.changes import explained, latest
@@ -219,8 +219,8 @@ class Journal:
             options: With a key of the caller's own, what is bound to the function does not count.
         """
         has_key = options.key is not None
-        code = getattr(fn, "__code__", None)
-        program = self._program.digest()
+        code = attribute_of(fn, "__code__")
+        program = self._program.digest(attribute_of(fn, "__module__"))
         if function is not None:
             known = self._identities.get(function, _NOTHING).get(has_key)
             if known is not None and known.code is code and known.program == program:

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import cloudpickle
 
 from cloudexec import _payload
+from cloudexec._describing import attribute_of, is_a, type_name
 from cloudexec._journal.program import Program
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.segments import same_bytes
@@ -47,6 +48,10 @@ _LARGE = 64 * 1024
 _DIGEST_BYTES = 1024 * 1024
 
 
+_func_of: Any = vars(functools.partial)["func"].__get__
+_names_in: Any = vars(type)["__dict__"].__get__
+
+
 class Unkeyed(Exception):
     """A call has no name that holds in another run: it takes something that nobody else knows."""
 
@@ -54,29 +59,44 @@ class Unkeyed(Exception):
 def name_of(fn: Any) -> str:
     """Return what a function is called, whatever its code is."""
     fn = _plain(fn)
-    return f"{getattr(fn, '__module__', '?')}:{getattr(fn, '__qualname__', type(fn).__name__)}"
+    module, name = attribute_of(fn, "__module__"), attribute_of(fn, "__qualname__")
+    return (
+        f"{module if type(module) is str else '?'}:{name if type(name) is str else type_name(fn)}"
+    )
 
 
 def bare(fn: Any) -> Any:
-    """Return what a callable is without the objects that are bound to it."""
-    plain = _plain(fn)
-    if plain is type(getattr(fn, "__self__", None)):
-        return plain, fn.__name__  # a method that is written in C
-    return plain
+    """Return what a callable is without the objects that are bound to it.
+
+    Of these their class counts. A callable that is no function counts as it is.
+    """
+    if is_a(fn, functools.partial):
+        return bare(_func_of(fn))
+    if is_a(fn, MethodType):
+        return _class_of(fn.__self__), bare(fn.__func__)
+    if is_a(fn, BuiltinFunctionType) and not is_a(fn.__self__, ModuleType):
+        return _class_of(fn.__self__), fn.__name__  # a method that is written in C
+    if "_called_for_each" in _names_in(type(fn)):  # a chunk of ``map()``
+        return bare(fn._called_for_each)
+    return fn
+
+
+def _class_of(obj: object) -> type:
+    return obj if is_a(obj, type) else type(obj)
 
 
 def _plain(fn: Any) -> Any:
     """Return the function, or class, that a callable leads to."""
     while True:
-        if isinstance(fn, functools.partial):
-            fn = fn.func
-        elif isinstance(fn, MethodType):
+        if is_a(fn, functools.partial):
+            fn = _func_of(fn)
+        elif is_a(fn, MethodType):
             fn = fn.__func__
-        elif isinstance(fn, BuiltinFunctionType) and not isinstance(fn.__self__, ModuleType):
+        elif is_a(fn, BuiltinFunctionType) and not is_a(fn.__self__, ModuleType):
             return type(fn.__self__)
-        elif isinstance(fn, (FunctionType, BuiltinFunctionType, type)):
+        elif is_a(fn, (FunctionType, BuiltinFunctionType, type)):
             return fn
-        elif hasattr(type(fn), "_called_for_each"):  # a chunk of ``map()``
+        elif "_called_for_each" in _names_in(type(fn)):
             fn = fn._called_for_each
         else:
             return type(fn)

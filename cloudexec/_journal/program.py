@@ -52,6 +52,9 @@ class _Place(NamedTuple):
     loader: Any
 
 
+_NO_PLACE = _Place("", None, None)
+
+
 class _Found:
     """What a set of modules consists of, with all that they import.
 
@@ -82,32 +85,66 @@ class Program:
         self._codes: dict[int, tuple[CodeType, tuple[Any, ...]]] = {}
         self._closures: dict[frozenset[str], bytes] = {}
         self._further: dict[str, Source] = {}  # what only code that travels by value imports
-        self._loaded: set[str] = set()
+        self._loaded: dict[str, Any] = {}
+        self._last: Any = None
         self._count = -1
+        self._replaced = ""  # the file of a module that was imported again, after an edit
         self._digest = b""
         self.manifest: Manifest = {}
         """What it consists of, as it is said in messages."""
         self.digest()
 
-    def digest(self) -> bytes:
-        """Return a digest of all of it; modules that were loaded since count from now on."""
-        if len(sys.modules) != self._count:
+    def digest(self, module: object = None) -> bytes:
+        """Return a digest of all of it; modules that were loaded since count from now on.
+
+        Args:
+            module: The name of one that is looked at in any case. Others that take the place of
+                one are not noticed unless they were deleted first.
+        """
+        modules = sys.modules
+        try:
+            # The last one is another if as many came as went.
+            name = next(reversed(modules))
+            known = (
+                len(modules) == self._count
+                and modules[name] is self._last
+                and (type(module) is not str or modules.get(module) is self._loaded.get(module))
+            )
+        except (RuntimeError, LookupError):  # another thread imports something
+            known = False
+        if not known:
             with self._lock:
                 self._grow()
         return self._digest
 
     def _grow(self) -> None:
-        count = len(sys.modules)
-        new = sys.modules.keys() - self._loaded
-        self._loaded |= new
-        before = len(self._found.sources), len(self._found.installed)
+        loaded, before_it = dict(sys.modules), self._loaded
+        new = {name for name, module in loaded.items() if before_it.get(name) is not module}
+        before = {name: each.digest for name, each in self._found.sources.items()}
+        installed = len(self._found.installed)
         if "__main__" in new:
             self._add_script()
         own = [name for name in new if name != "__main__" and _is_loaded_own(name)]
+        # What was not found, or was another module, is looked at anew.
+        for name in own:
+            if name in before_it or self._places.get(name, _NO_PLACE) is None:
+                self._places.pop(name, None)
+                self._found.seen.discard(name)
+                self._found.sources.pop(name, None)
+                self._further.pop(name, None)
+                self._closures.clear()
+                self._codes.clear()
         self._follow(own, self._found)
-        if not self._digest or before != (len(self._found.sources), len(self._found.installed)):
+        now = {name: each.digest for name, each in self._found.sources.items()}
+        for name, digest in before.items():
+            if name != "__main__" and now.get(name) != digest:
+                source = self._found.sources.get(name)
+                self._replaced = name if source is None else _file_name(name, source)
+        if not self._digest or before != now or installed != len(self._found.installed):
             self._sum_up()
-        self._count = count  # now that others need not wait for it
+        self._loaded = loaded
+        self._last = loaded[next(reversed(loaded))]
+        self._count = len(loaded)  # now that others need not wait for it
 
     def _sum_up(self) -> None:
         for name, source in self._found.sources.items():
@@ -263,6 +300,8 @@ class Program:
             Empty if there is none.
         """
         with self._lock:
+            if self._replaced:
+                return self._replaced
             sources = {**self._further, **self._found.sources}
         for name, source in sources.items():
             if name == "__main__" or source.is_settled():

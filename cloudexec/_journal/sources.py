@@ -272,6 +272,7 @@ def _codes_in(code: CodeType) -> Iterator[CodeType]:
 def code_digest(code: CodeType) -> bytes:
     """Digest a code by what it does; where its lines are is no part of it."""
     pieces = [
+        code.co_name.encode("utf-8", "surrogatepass"),
         code.co_qualname.encode("utf-8", "surrogatepass"),
         code.co_code,
         code.co_exceptiontable,
