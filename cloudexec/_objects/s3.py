@@ -30,6 +30,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import math
 import time
 from collections.abc import (
     AsyncIterator,
@@ -476,7 +477,8 @@ class Bucket:
             )
         # Asked afterwards: signing renews credentials that are about to end.
         credentials_end = await self._clients.credentials_expire_at()
-        expires_at = began + seconds
+        # A signature counts from a whole second.
+        expires_at = math.floor(began) + seconds
         if credentials_end is not None:
             expires_at = min(expires_at, credentials_end)
         return SignedRequest(url, _headers_of(parameters), expires_at)

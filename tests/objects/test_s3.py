@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import boto3
 import pytest
@@ -497,6 +497,19 @@ def test_client_reads_credentials_anew(aws: FakeAWS, transfer: str) -> None:
             aws.faults.renew_credentials()
         await _prepared(scene)
         await step(scene)
+
+    play(aws, scenario)
+
+
+def test_a_url_is_known_to_have_expired_as_soon_as_it_has(aws: FakeAWS) -> None:
+    """Its signature counts from a whole second: a refusal in the last one is no refusal."""
+
+    async def scenario(scene: Scene) -> None:
+        for _ in range(5):
+            request = await scene.bucket.download_url("object", 60.0)
+            signed = dict(parse_qsl(urlsplit(request.url).query))
+            begins = datetime.datetime.strptime(signed["X-Amz-Date"] + "+0000", "%Y%m%dT%H%M%SZ%z")
+            assert request.expires_at <= begins.timestamp() + int(signed["X-Amz-Expires"])
 
     play(aws, scenario)
 
