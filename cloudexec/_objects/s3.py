@@ -478,7 +478,7 @@ class Bucket:
         # Asked afterwards: signing renews credentials that are about to end.
         credentials_end = await self._clients.credentials_expire_at()
         # A signature counts from a whole second.
-        expires_at = math.floor(began) + seconds
+        expires_at = float(math.floor(began) + seconds)
         if credentials_end is not None:
             expires_at = min(expires_at, credentials_end)
         return SignedRequest(url, _headers_of(parameters), expires_at)
