@@ -277,8 +277,14 @@ class Keeper:
             self._pulls[blob.id] = pulling
             assert session is not None
             session.want(blob)
-            loop.call_later(_PULL_TIMEOUT, self._look_after, blob, session, loop.time())
+            self._look_later(_PULL_TIMEOUT, blob, session, loop.time())
         return pulling
+
+    def _look_later(self, pause: float, blob: Blob, session: Any, asked_at: float) -> None:
+        loop = self._driver.portal.loop
+        timer = loop.call_later(pause, self._look_after, blob, session, asked_at)
+        # Not to be kept by the timer once it is here.
+        self._pulls[blob.id].add_done_callback(lambda _: timer.cancel())
 
     def _look_after(self, blob: Blob, session: Any, asked_at: float) -> None:
         """Give up a blob whose worker is there, and hands over nothing."""
@@ -290,7 +296,7 @@ class Keeper:
         # What waits for its turn behind others comes in time.
         since = now if session.is_cut else max(asked_at, session.progress_at)
         if now < since + _PULL_TIMEOUT:
-            loop.call_later(since + _PULL_TIMEOUT - now, self._look_after, blob, session, asked_at)
+            self._look_later(since + _PULL_TIMEOUT - now, blob, session, asked_at)
             return
         blob.lost = True
         self.failed(blob.id)
