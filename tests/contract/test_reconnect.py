@@ -198,6 +198,7 @@ def test_who_stays_away_too_long_is_replaced_and_told_to_stop(
         executor = cluster.executor
         future = executor.submit(_meet, signals.told, signals.gate, str(log), 5)
         signals.wait()
+        until(lambda: cluster.executor.stats().tasks.running)
         workers = supervisors()
         for worker in workers:
             worker.send_signal(signal.SIGSTOP)  # else it is back before the grace is over
@@ -220,6 +221,7 @@ def test_without_grace_a_cut_is_a_loss(signals: Signals, tmp_path: Path) -> None
             _meet, signals.told, signals.gate, str(tmp_path / "log"), 5
         )
         signals.wait()
+        until(lambda: cluster.executor.stats().tasks.running)
         cluster.link.cut()
         signals.wait()
         signals.release(2)

@@ -127,7 +127,7 @@ def test_a_thief_does_not_take_the_place_of_a_live_worker() -> None:
         thief.close()
     owner.send(results=result_of(lease, value=8))
     assert held.result(20) == 8
-    assert refusals(executor) == {"not expected": 5}
+    wait_until(lambda: refusals(executor) == {"not expected": 5})
     end_by_hand(executor, launcher, owner)
 
 
