@@ -14,7 +14,8 @@ import hashlib
 import inspect
 import marshal
 import pickle
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from types import (
     BuiltinFunctionType,
@@ -24,7 +25,7 @@ from types import (
     ModuleType,
     NoneType,
 )
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import cloudpickle
 
@@ -39,12 +40,17 @@ from cloudexec._records import NUMBER
 
 __all__ = ["Unkeyed", "arguments_digest", "bare", "blobs_of", "digest_of", "name_of"]
 
-_ATOMS = frozenset({int, float, complex, bool, str, bytes, NoneType, type(Ellipsis)})
+_NUMBERS = frozenset({int, float, complex, bool, NoneType, type(Ellipsis)})
+_ATOMS = _NUMBERS | {str, bytes}
 _CONTAINERS = frozenset({tuple, frozenset, list, dict, set})
+_SETS_REDUCE = (set.__reduce__, frozenset.__reduce__)
 _CONTENT = 2
 """Version of marshal's format that says what values are, and not which of them are one object. It
 sorts sets (bpo-37596)."""
 _LARGE = 64 * 1024
+_LONG = 1024
+_FEW = 32
+"""It is not worth remembering what so few values are."""
 _DIGEST_BYTES = 1024 * 1024
 
 
@@ -148,17 +154,24 @@ def blobs_of(payload: Payload | Unfinished | None) -> Sequence[Blob]:
 
 
 class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
-    """Writes a pickle that is the same in every process, and that nobody can load."""
+    """Writes a pickle that is the same in every process, and that nobody can load.
+
+    Args:
+        program: Where code is.
+        blobs: Of the wire pickle.
+        order: Sorts what is in sets; made where there is none.
+    """
 
     def __init__(
-        self, program: Program, blobs: Sequence[Blob], enclosing: tuple[int, ...] = ()
+        self, program: Program, blobs: Sequence[Blob], order: _Order | None = None
     ) -> None:
         self._pieces: list[tuple[bytes, Any]] = []
         super().__init__(_File(self._pieces), protocol=5, buffer_callback=self._take)
         self._program = program
         self._blobs = blobs
-        self._enclosing = enclosing  # sets that this is in
-        self._numbers: dict[int, int] = {}  # of containers and namespaces, by id
+        self._order = _Order(program, blobs) if order is None else order
+        self._numbers: dict[int, int] = {}  # of containers, by id
+        self._namespaces: dict[int, int] = {}  # of functions, by id: these have no content here
         self._held: list[Any] = []  # so that no id is given twice
 
     def digest(self, value: object) -> bytes:
@@ -182,9 +195,10 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
         view = memoryview(piece).cast("B")
         if len(view) < _LARGE:
             return b"whole", piece
-        for blob in self._blobs:
-            if blob.size != len(view) or blob.origin is not None:
-                continue
+        like_it = self._order.blobs.get(len(view), deque[Blob]())
+        for _ in range(len(like_it)):
+            blob = like_it[0]
+            like_it.rotate(-1)
             if blob.content is piece or same_bytes(view, blob.view()):
                 if not blob.sha256:
                     blob.sha256 = _sha256(view)
@@ -195,11 +209,26 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
 
     def persistent_id(self, obj: Any) -> Any:
         kind = type(obj)
-        if kind is str:
-            return marshal.dumps(obj, _CONTENT)
-        if kind is bytes:
-            return marshal.dumps(obj, _CONTENT) if len(obj) < _LARGE else self._content(obj)
+        if kind is str or kind is bytes:
+            return self._plain(obj)
         return self._container(obj, kind) if kind in _CONTAINERS else None
+
+    def _plain(self, obj: Any) -> Any:
+        """Return what stands for a value that says what it is, whichever object it is.
+
+        A large one is read once, however often it is met. A number stands for it: pickle would
+        write the same bytes object in another way when it comes again.
+        """
+        known = self._order.large.get(id(obj))
+        if known is None:
+            is_bytes = type(obj) is bytes and len(obj) >= _LARGE
+            data = obj if is_bytes else marshal.dumps(obj, _CONTENT)
+            if len(data) < _LONG:
+                return data
+            digest = self._content(data)[1] if is_bytes else _sha256(memoryview(data))
+            number = int.from_bytes(digest) * 2 + is_bytes
+            known = self._order.large[id(obj)] = number, obj
+        return "large", known[0]
 
     def _container(self, obj: Any, kind: Any) -> Any:
         """Return what stands for a container, ``None`` if what is in it is to be looked at.
@@ -208,33 +237,22 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
         difference to who changes it.
         """
         is_set = kind is set or kind is frozenset
-        try:
-            content: Any = _content_of(obj, kind)
-        except ValueError:  # there is too much of it
-            content = None
-        if kind is tuple or (kind is frozenset and content is not None):
-            return content
-        if content is None and not is_set:
+        is_plain = self._order.is_plain(obj, kind)
+        if kind is tuple or (kind is frozenset and is_plain):
+            return self._plain(obj) if is_plain else None
+        if not is_plain and not is_set:
             return None
         number = self._numbers.get(id(obj))
         if number is not None:
             return number
-        number = self._number(obj)
-        if content is None:
-            if id(obj) in self._enclosing:
-                return "enclosing", self._enclosing.index(id(obj))
-            inside = (*self._enclosing, id(obj))
-            by_digest = [
-                (_Canonical(self._program, self._blobs, inside).digest(item), item) for item in obj
-            ]
-            by_digest.sort(key=lambda each: each[0])
-            content = [item for _, item in by_digest]
-            self._held.append(content)
+        number = self._number(obj, self._numbers)
+        content = marshal.dumps(obj, _CONTENT) if is_plain else self._order.sorted(obj)
+        self._held.append(content)
         return kind.__name__, number, content
 
-    def _number(self, obj: Any) -> int:
+    def _number(self, obj: Any, numbers: dict[int, int]) -> int:
         self._held.append(obj)
-        return self._numbers.setdefault(id(obj), len(self._numbers))
+        return numbers.setdefault(id(obj), len(numbers))
 
     # What is reduced to something else.
 
@@ -248,6 +266,9 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
             return _stands_for, ("ref", _ref_digest(obj))
         if kind is TypeVar:
             reduced = cloudpickle.Pickler.dispatch_table[TypeVar](obj)
+        elif _is_reduced_as_a_set(kind):
+            make, _, *rest = obj.__reduce_ex__(5)
+            return make, (frozenset(obj),), *rest  # which would be a list, in whatever order
         else:
             reduced = super().reducer_override(obj)
         if type(reduced) is not tuple:
@@ -270,18 +291,173 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
         """
         code, namespace, *rest = args
         name, package = namespace.get("__name__"), namespace.get("__package__")
-        number = self._number(namespace)
+        number = self._number(namespace, self._namespaces)
         return self._program.code(code, package or ""), number, name, package, *rest
 
 
-def _content_of(obj: Any, kind: Any) -> bytes | None:
-    """Return what is in a container, if it is only what says what it is itself."""
-    if kind is dict:
-        if not (_ATOMS.issuperset(map(type, obj)) and _ATOMS.issuperset(map(type, obj.values()))):
+class _Outline(_Canonical):
+    """Writes one object without the objects that it refers to; these are its ``children``."""
+
+    def __init__(self, program: Program, blobs: Sequence[Blob], order: _Order) -> None:
+        super().__init__(program, blobs, order)
+        self.children: list[Any] = []
+        self._has_begun = False
+
+    def persistent_id(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind is str or kind is bytes:
+            return self._plain(obj)
+        if kind in _ATOMS:
             return None
-    elif not _ATOMS.issuperset(map(type, obj)):
-        return None
-    return marshal.dumps(obj, _CONTENT)
+        if not self._has_begun:
+            self._has_begun = True
+            return None
+        if kind in _CONTAINERS and self._order.is_plain(obj, kind):
+            return self._plain(obj)
+        self.children.append(obj)
+        return len(self.children)
+
+
+class _Node(NamedTuple):
+    """An object and what it refers to."""
+
+    obj: Any
+    outline: bytes
+    """Digest of the object itself."""
+    children: list[int]
+    """The ids of what it refers to."""
+    is_set: bool
+    """Whether these have no order."""
+
+
+class _Order:
+    """The order in which sets are written: by what is in them, not by where that lies.
+
+    Each object is looked at once, however many sets it is in and however many ways lead to it. So
+    it gets a digest of all that is below it. Objects that lead to themselves get theirs in rounds,
+    each from those of the round before, until no round tells more of them apart. The order is all
+    that comes of it: objects that have one digest are none the less written as what they are.
+    """
+
+    def __init__(self, program: Program, blobs: Sequence[Blob]) -> None:
+        self._program = program
+        self._blobs = blobs
+        self._digests: dict[int, bytes] = {}
+        self._held: list[Any] = []  # so that no id is given twice
+        self._written: dict[int, int] = {}
+        self._mixed: dict[int, Any] = {}
+        self.large: dict[int, tuple[int, Any]] = {}
+        """By id: what stands for a large value, and the value, so that the id stays its own."""
+        self.blobs: dict[int, deque[Blob]] = {}
+        """By size: they are met in their order, mostly."""
+        for blob in blobs:
+            if blob.origin is None:
+                self.blobs.setdefault(blob.size, deque()).append(blob)
+
+    def is_plain(self, obj: Any, kind: Any) -> bool:
+        """Say whether in a container is only what says what it is itself."""
+        if id(obj) in self.large:
+            return True
+        if id(obj) in self._mixed:
+            return False
+        found = _are_plain(obj) and (kind is not dict or _are_plain(obj.values()))
+        if not found and len(obj) > _FEW:
+            self._mixed[id(obj)] = obj
+        return found
+
+    def sorted(self, items: Collection[Any]) -> list[Any]:
+        """Return what is in a set in an order that is the same in every process."""
+        self._look_at(items)
+        unwritten = len(self._written)
+        found = sorted(
+            items,
+            key=lambda item: (
+                self._digests[id(item)],
+                self._written.get(id(item), unwritten),
+            ),
+        )
+        for item in found:
+            self._written.setdefault(id(item), len(self._written))
+        return found
+
+    def _look_at(self, items: Iterable[Any]) -> None:
+        """Digest objects, and all that they lead to."""
+        nodes: dict[int, _Node] = {}
+        waiting = list(items)
+        while waiting:
+            obj = waiting.pop()
+            if id(obj) in self._digests or id(obj) in nodes:
+                continue
+            kind = type(obj)
+            if kind in _ATOMS or (kind in _CONTAINERS and self.is_plain(obj, kind)):
+                self._held.append(obj)
+                self._digests[id(obj)] = hashlib.sha256(marshal.dumps(obj, _CONTENT)).digest()
+                continue
+            is_set = kind is set or kind is frozenset
+            if is_set:
+                outline, children = kind.__name__.encode(), list(obj)
+            else:
+                pickler = _Outline(self._program, self._blobs, self)
+                outline, children = pickler.digest(obj), pickler.children
+            nodes[id(obj)] = _Node(obj, outline, list(map(id, children)), is_set)
+            self._held.append(children)  # also those that were made by reducing an object
+            waiting += children
+        self._held += [node.obj for node in nodes.values()]
+        parents: dict[int, list[int]] = {at: [] for at in nodes}
+        for at, node in nodes.items():
+            for child in node.children:
+                if child in nodes:
+                    parents[child].append(at)
+        children_of = {at: node.children for at, node in nodes.items()}
+        for at in _in_turn(nodes, children_of, parents):
+            self._digests[at] = self._digest_of(nodes.pop(at))
+        # What leads to circles, and is in none, follows when these have their digests.
+        above = _in_turn(nodes, parents, children_of)
+        circles = nodes.keys() - above
+        self._digests.update({at: nodes[at].outline for at in circles})
+        told, before = len({self._digests[at] for at in circles}), 0
+        while told > before:
+            self._digests.update({at: self._digest_of(nodes[at]) for at in circles})
+            told, before = len({self._digests[at] for at in circles}), told
+        for at in reversed(above):
+            self._digests[at] = self._digest_of(nodes[at])
+
+    def _digest_of(self, node: _Node) -> bytes:
+        below = [self._digests[child] for child in node.children]
+        if node.is_set:
+            below.sort()
+        return hashlib.sha256(node.outline + b"".join(below)).digest()
+
+
+def _is_reduced_as_a_set(kind: Any) -> bool:
+    return kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ in _SETS_REDUCE
+
+
+def _are_plain(values: Collection[Any]) -> bool:
+    kinds = set(map(type, values))
+    if kinds <= _NUMBERS:
+        return True
+    # A large text may be in there many times; pickle writes it once.
+    return kinds <= _ATOMS and all(
+        len(each) < _LARGE for each in values if type(each) is str or type(each) is bytes
+    )
+
+
+def _in_turn(
+    among: Iterable[int], needs: Mapping[int, list[int]], needed_by: Mapping[int, list[int]]
+) -> list[int]:
+    """Return each that needs nothing of the others but what stands before it."""
+    missing = dict.fromkeys(among, 0)
+    for at in missing:
+        missing[at] = len([each for each in needs[at] if each in missing])
+    found = [at for at, count in missing.items() if not count]
+    for at in found:  # which grows
+        for each in needed_by[at]:
+            if each in missing:
+                missing[each] -= 1
+                if not missing[each]:
+                    found.append(each)
+    return found
 
 
 def _tracked(obj: Any) -> str | None:

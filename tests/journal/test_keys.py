@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import operator
 import os
+import random
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cloudexec._journal.keys import bare, digest_of, name_of
+from cloudexec import _payload
+from cloudexec._journal.keys import arguments_digest, bare, digest_of, name_of
 from cloudexec._journal.program import Program
 from cloudexec._journal.sources import code_digest
 
@@ -128,3 +131,130 @@ def test_module_that_is_imported_again_after_an_edit_counts(plugins: Path, way: 
         sys.modules["plug_a"] = new
         assert program.digest("plug_a") != before
     assert program.edited() == "plug_a.py"
+
+
+class Pair:
+    def __init__(self, one: object, other: object) -> None:
+        self.one = one
+        self.other = other
+
+
+class Reduced(Pair):
+    def __reduce__(self) -> Any:
+        return Reduced, (self.one, self.other)
+
+
+@dataclasses.dataclass
+class Holder:
+    one: Any
+    other: Any
+
+
+class Node:
+    def __init__(self, name: object) -> None:
+        self.name = name
+        self.neighbours: set[Node] = set()
+
+
+SHAPES: dict[str, Callable[[Any], Any]] = {
+    "tuples": lambda x: (x, x),
+    "lists": lambda x: [x, x],
+    "dicts": lambda x: {"a": x, "b": x},
+    "objects": lambda x: Pair(x, x),
+    "objects by __reduce__": lambda x: Reduced(x, x),
+    "dataclasses": lambda x: Holder(x, x),
+    "frozensets": lambda x: frozenset({x}),
+    "frozensets of frozensets": lambda x: frozenset({frozenset({x, 1}), frozenset({x, 2})}),
+    "frozensets of tuples": lambda x: frozenset({(x, 1), (x, 2)}),
+    "sets of objects": lambda x: {Pair(x, x), Pair(x, 1)},
+    "sets of objects in tuples": lambda x: ({Pair(x, 1)}, {Pair(x, 2)}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_arguments_that_share_what_they_hold_are_looked_at_once(shape: str) -> None:
+    """Sixty levels have 2**60 ways to the innermost value."""
+
+    def made(innermost: object) -> object:
+        x: Any = (innermost,)
+        for _ in range(60):
+            x = SHAPES[shape](x)
+        return x
+
+    program = Program()
+    digests = [arguments_digest((made(n),), {}, program, None) for n in (1, 1, 2)]
+    assert digests[0] == digests[1] != digests[2]
+    assert not _payload._is_plain((made(1),))
+
+
+def test_large_values_that_come_often_are_read_once() -> None:
+    """Here each of them comes a thousand times."""
+    program = Program()
+    for large in (
+        "x" * 3_000_000,
+        b"x" * 3_000_000,
+        tuple(range(100_000)),
+        frozenset(range(100_000)),
+        ("x" * 3_000_000,),
+        (*range(100_000), []),
+        frozenset({(n,) for n in range(10_000)}),
+    ):
+        many: list[Any] = [large] * 1000
+        assert digest_of(many, program) != digest_of([*many, large], program)
+
+
+def test_large_text_has_one_name_whichever_object_it_is() -> None:
+    program = Program()
+    one, other = ["".join(["x"] * 100_000) for _ in range(2)]
+    assert one is not other
+    assert digest_of([one, [one]], program) == digest_of([one, [other]], program)
+    assert digest_of([one, []], program) != digest_of([one.encode(), []], program)
+
+
+def test_graph_whose_nodes_are_in_each_others_sets_has_a_name() -> None:
+    """Sets lie in another order each time; one edge more is another graph."""
+
+    def graph(count: int, more: int, is_named: bool) -> Node:
+        picked = random.Random(1)
+        edges = [(picked.randrange(count), picked.randrange(count)) for _ in range(3 * count)]
+        edges.append((3, more))
+        nodes = {n: Node(n if is_named else "") for n in random.sample(range(count), count)}
+        for one, other in random.sample(edges, len(edges)):
+            nodes[one].neighbours.add(nodes[other])
+            nodes[other].neighbours.add(nodes[one])
+        return nodes[0]
+
+    program = Program()
+    for is_named in (True, False):
+        digests = [digest_of(graph(60, more, is_named), program) for more in (8, 8, 8, 9)]
+        assert len(set(digests[:3])) == 1
+        assert digests[3] != digests[0]
+
+
+def test_set_of_a_class_of_ones_own_is_the_same_in_whatever_order() -> None:
+    class Own(set[Any]):
+        pass
+
+    program = Program()
+    names = [f"name {n}" for n in range(8)]
+    one, other = Own(names), Own(dict.fromkeys(reversed(names)))
+    one.add(("a",))
+    other.add(("a",))
+    order = [Own(dict.fromkeys(random.sample(names, 8), 0) | {("a",): 0}) for _ in range(20)]
+    assert {digest_of([each], program) for each in (one, other, *order)} == {
+        digest_of([one], program)
+    }
+    assert digest_of([one], program) != digest_of([set(one)], program)
+    assert digest_of([one], program) != digest_of([Own(names)], program)
+
+
+def test_namespace_of_a_function_is_an_argument_like_any_other() -> None:
+    """What the function does not read of it counts."""
+    program = Program()
+
+    def digest(unread: int) -> bytes:
+        namespace: dict[str, Any] = {"read": 1, "unread": unread}
+        fn = types.FunctionType(compile("read", "<text>", "eval"), namespace)
+        return digest_of((fn, namespace), program)
+
+    assert digest(1) == digest(1) != digest(2)
