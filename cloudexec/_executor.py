@@ -404,7 +404,8 @@ class BatchExecutor(_Base):
     Raises:
         ValueError: If an argument is out of its range (a ``ConfigError`` that names it).
         TypeError: If an argument is of the wrong type.
-        JournalError: If the journal cannot be used; ``JournalLockedError`` if another program has
+        JournalError: If the journal cannot be used (a ``ConfigError`` if ``journal`` cannot be the
+            name of one); ``JournalLockedError`` if another program has
             it, ``JournalVersionError`` if a newer version wrote it.
     """
 
@@ -437,7 +438,10 @@ class BatchExecutor(_Base):
         when_full: str = "block",
     ) -> None:
         if journal is not None and not isinstance(journal, str | os.PathLike):
-            raise TypeError(f"journal must be a path or 's3://bucket/prefix', not {journal!r}")
+            raise TypeError(
+                f"journal must be a str or os.PathLike, a path or 's3://bucket/prefix', not "
+                f"{journal!r}"
+            )
         if objects is None:
             objects = ObjectOptions()
         elif not isinstance(objects, ObjectOptions):

@@ -58,7 +58,8 @@ class Lock:
             self._fd = self._take(path)
         except OSError as exc:
             raise JournalError(
-                f"the journal {path} cannot be used: {self.path}: {exc.strerror}"
+                f"the journal {path} cannot be used: {self.path}: {exc.strerror}; give a journal "
+                f"where you may write"
             ) from exc
         _locks.add(self)
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cloudexec._errors import JournalError, JournalVersionError
+from cloudexec._errors import ConfigError, JournalError, JournalVersionError
 from cloudexec._journal.lock import Lock
 from cloudexec._journal.ownership import check_folder, check_ours, claim, real_path
 from cloudexec._journal.packing import check_of, pack, unpack
@@ -87,6 +87,7 @@ class SqliteStore:
         path: The file; made where there is none.
 
     Raises:
+        ConfigError: If there can be no file by that name.
         JournalLockedError: If another program has it.
         JournalVersionError: If a newer version wrote it.
         JournalError: If it is no journal, cannot be written, or is not this user's alone.
@@ -98,7 +99,14 @@ class SqliteStore:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._path = path = real_path(path)
+        try:
+            self._path = path = real_path(path)
+            is_folder, has_folder = path.is_dir(), path.parent.is_dir()
+        except (OSError, RuntimeError) as exc:  # it is too long, or a circle of links
+            why = exc.strerror if isinstance(exc, OSError) else str(exc)
+            raise ConfigError(
+                f"journal={self.name!r} cannot be a file's path ({why}): give another path"
+            ) from exc
         self._blobs = path.with_name(f"{path.name}.blobs")
         self._writing = threading.Lock()
         self._reading = threading.Lock()
@@ -109,10 +117,16 @@ class SqliteStore:
         self.earlier = 0
         self.versions: dict[str, dict[bytes, int]] = {}
         self.programs: dict[bytes, bytes] = {}
-        if path.is_dir():
-            raise JournalError(f"the journal {path} is a directory: name a file in it")
-        if not path.parent.is_dir():
-            raise JournalError(f"the journal {path} cannot be made: there is no {path.parent}")
+        if is_folder:
+            raise ConfigError(
+                f"journal={self.name!r} is a directory: name a file in it, such as "
+                f"{str(Path(self.name, 'results.journal'))!r}"
+            )
+        if not has_folder:
+            raise ConfigError(
+                f"journal={self.name!r} cannot be made, as there is no directory {path.parent}: "
+                f"make it, or give another path"
+            )
         with self._translated("opened"):
             check_folder(path.parent)
         self._lock = Lock(path)

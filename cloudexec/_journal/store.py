@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -13,6 +14,9 @@ from cloudexec._payload import Payload
 if TYPE_CHECKING:
     from cloudexec._journal.packing import Stored
     from cloudexec._server.portal import Portal
+
+_FORMS = "give a file's path, or 's3://bucket/prefix'"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 __all__ = ["Found", "Record", "Store", "open_store"]
 
@@ -112,14 +116,25 @@ def open_store(where: str | os.PathLike[str], portal: Portal) -> Store:
         AwsError: If the bucket cannot be used.
     """
     text = os.fspath(where)
+    if not text.strip() or "\0" in text:
+        why = "is empty" if not text.strip() else "has a null character in it"
+        raise ConfigError(f"journal={text!r} {why}: {_FORMS}")
     if text.startswith("s3://"):
         bucket, _, prefix = text[5:].partition("/")
         prefix = prefix.strip("/")
         if not bucket or not prefix:
-            raise ConfigError(f"journal must be a path or 's3://bucket/prefix', not {text!r}")
+            missing = "prefix" if bucket else "bucket"
+            raise ConfigError(f"journal={text!r} names no {missing}: {_FORMS}")
         from cloudexec._journal.bucket import BucketStore
 
         return BucketStore.open(bucket, f"{prefix}/", portal)
     from cloudexec._journal.sqlite import SqliteStore
 
-    return SqliteStore(Path(text).expanduser())
+    scheme = _SCHEME.match(text)
+    if scheme is not None:
+        raise ConfigError(f"journal={text!r} begins with {scheme[0]!r}: {_FORMS}")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as exc:
+        raise ConfigError(f"journal={text!r} names a home that is not known: {_FORMS}") from exc
+    return SqliteStore(path)

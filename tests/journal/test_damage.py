@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -18,7 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from journal_tasks import calls, large, square
 
-from cloudexec import BatchExecutor, JournalError, JournalLockedError, JournalVersionError
+from cloudexec import (
+    BatchExecutor,
+    ConfigError,
+    JournalError,
+    JournalLockedError,
+    JournalVersionError,
+)
 from cloudexec._journal.sqlite import SqliteStore
 from cloudexec._journal.store import Record
 
@@ -261,8 +268,6 @@ def test_newer_and_foreign_files_are_refused_and_left_as_they_are(
     for name, why in (
         ("other", "is not a journal of cloudexec"),
         ("text", "is not a journal of cloudexec"),
-        ("folder", "is a directory"),
-        ("nowhere/journal", "there is no "),
     ):
         with pytest.raises(JournalError, match=why):
             executor(name)
@@ -274,8 +279,39 @@ def test_journal_where_nobody_may_write_is_an_error(executor: Open) -> None:
     """It is said when the executor is made, not when the first result is there."""
     with pytest.raises(JournalError, match="cannot be used"):
         executor("/proc/journal")
-    with pytest.raises(TypeError, match="journal must be a path"):
+    with pytest.raises(TypeError, match="journal must be a str or os.PathLike"):
         executor(journal=3)
+
+
+def test_value_that_cannot_name_a_journal_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value, cause and remedy; nothing is made."""
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    forms = "give a file's path, or 's3://bucket/prefix'"
+    for journal, why in (
+        ("", f"journal='' is empty: {forms}"),
+        (" ", f"journal=' ' is empty: {forms}"),
+        ("a\0b", f"has a null character in it: {forms}"),
+        (".", "journal='.' is a directory: name a file in it, such as 'results.journal'"),
+        (Path("folder"), "journal='folder' is a directory: name a file in it, such as 'folder/"),
+        ("nowhere/x", f"as there is no directory {tmp_path / 'nowhere'}: make it, or give another"),
+        ("file/x", f"as there is no directory {tmp_path / 'file'}: make it, or give another"),
+        ("x" * 300, "(File name too long): give another path"),
+        ("~nobody-of-that-name/x", f"names a home that is not known: {forms}"),
+        ("s3://", f"journal='s3://' names no bucket: {forms}"),
+        ("s3:///prefix", f"names no bucket: {forms}"),
+        ("s3://bucket", f"names no prefix: {forms}"),
+        ("s3://bucket/", f"names no prefix: {forms}"),
+        ("S3://bucket/prefix", f"begins with 'S3://': {forms}"),
+        ("https://host/path", f"begins with 'https://': {forms}"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(why)):
+            BatchExecutor(1, journal=journal)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 FULL = """
