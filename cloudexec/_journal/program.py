@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
+from cloudexec._journal.arrivals import Arrivals
 from cloudexec._journal.distributions import names_of, versions_of
 from cloudexec._journal.sources import (
     Source,
@@ -85,6 +86,9 @@ class Program:
         self._codes: dict[int, tuple[CodeType, tuple[Any, ...]]] = {}
         self._closures: dict[frozenset[str], bytes] = {}
         self._further: dict[str, Source] = {}  # what only code that travels by value imports
+        self._arrivals = Arrivals(lambda folder: _kind_of_folder(folder) == "own")
+        self._watched: set[str] = set()
+        self._path: tuple[str, ...] = ()  # where top-level modules are looked for
         self._loaded: dict[str, Any] = {}
         self._last: Any = None
         self._count = -1
@@ -135,6 +139,7 @@ class Program:
                 self._closures.clear()
                 self._codes.clear()
         self._follow(own, self._found)
+        self._watch(self._found.seen)
         now = {name: each.digest for name, each in self._found.sources.items()}
         for name, digest in before.items():
             if name != "__main__" and now.get(name) != digest:
@@ -145,6 +150,21 @@ class Program:
         self._loaded = loaded
         self._last = loaded[next(reversed(loaded))]
         self._count = len(loaded)  # now that others need not wait for it
+
+    def _watch(self, names: Iterable[str]) -> None:
+        """Be told of it if a module of one of these names comes."""
+        path = tuple(sys.path)
+        if path != self._path:
+            self._path = path
+            names, self._watched = self._watched | set(names), set()
+        for name in [name for name in names if name not in self._watched]:
+            self._watched.add(name)
+            parent, _, last = name.rpartition(".")
+            if last == "*" or name == "__main__" or name.partition(".")[0] == _OURS:
+                continue
+            above = self._places.get(parent)
+            folders = path if not parent else above.search if above is not None else None
+            self._arrivals.watch(name, folders or ())
 
     def _sum_up(self) -> None:
         for name, source in self._found.sources.items():
@@ -283,6 +303,7 @@ class Program:
         if digest is None:
             found = _Found()
             self._follow(names, found)
+            self._watch(found.seen)
             self._further.update(found.sources)
             sources = {name: each.digest.hex() for name, each in found.sources.items()}
             what = {"modules": sources, "distributions": versions_of(self._distributions(found))}
@@ -294,6 +315,7 @@ class Program:
     def edited(self) -> str:
         """Return the name of a file whose code is not what it was when it was looked at.
 
+        One that was not there then, and that an import statement would take now, is such a file.
         The script's file is not asked: what is in it is sent as it was loaded.
 
         Returns:
@@ -303,6 +325,9 @@ class Program:
             if self._replaced:
                 return self._replaced
             sources = {**self._further, **self._found.sources}
+            arrived = self._arrivals.first(self._places.get)
+        if arrived:
+            return arrived
         for name, source in sources.items():
             if name == "__main__" or source.is_settled():
                 continue

@@ -20,11 +20,19 @@ from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any, NamedTuple
 
-__all__ = ["Source", "code_digest", "imports_in", "source_of", "text_source"]
+__all__ = [
+    "COARSE",
+    "Source",
+    "code_digest",
+    "imports_in",
+    "source_of",
+    "stamp_of",
+    "text_source",
+]
 
 _CONTENT = 2
 """Version of marshal's format that says what values are, and not which of them are one object."""
-_COARSE = 100_000_000
+COARSE = 100_000_000
 """Nanoseconds in which a file can change twice and look as if it had changed once."""
 _IMPORTERS = frozenset({"import_module", "__import__", "run_module", "find_spec"})
 _MODULE_NAME = re.compile(r"\.*[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -76,7 +84,7 @@ class Source:
         if not self.path:
             return True
         # Whatever changes a file sets the time of its last change, the second, too.
-        return self._stamp == _stamp(self.path) and self._stamp[1] < self._read_at - _COARSE
+        return self._stamp == stamp_of(self.path) and self._stamp[1] < self._read_at - COARSE
 
 
 class _Known(NamedTuple):
@@ -103,7 +111,7 @@ def source_of(
     known = _known.get(path)
     if known is not None and known.package == package and known.source.is_settled():
         return known.source
-    stamp, read_at = _stamp(path), time.time_ns()
+    stamp, read_at = stamp_of(path), time.time_ns()
     try:
         source = _read(path, package, loader, name, is_package=is_package)
     except Exception:  # what is there cannot be read, or is no module
@@ -180,7 +188,8 @@ def _file_digest(path: str) -> bytes:
     return found.digest()
 
 
-def _stamp(path: str) -> tuple[int, ...]:
+def stamp_of(path: str) -> tuple[int, ...]:
+    """Return what changes whenever a file, or what is in a folder, does."""
     while True:
         try:
             found = os.stat(path)

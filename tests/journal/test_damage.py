@@ -279,7 +279,7 @@ def test_journal_where_nobody_may_write_is_an_error(executor: Open) -> None:
     """It is said when the executor is made, not when the first result is there."""
     with pytest.raises(JournalError, match="cannot be used"):
         executor("/proc/journal")
-    with pytest.raises(TypeError, match="journal must be a str or os.PathLike"):
+    with pytest.raises(TypeError, match=r"journal must be a str or os\.PathLike"):
         executor(journal=3)
 
 

@@ -337,6 +337,76 @@ def test_what_ran_while_a_file_was_edited_is_not_recorded(program: Start, tmp_pa
     assert run() == ("1 2 3 4 4", "")
 
 
+ARRIVING = """
+import logging, pathlib, sys
+from cloudexec import BatchExecutor
+import pkg
+def work(x):
+    import fractions
+    found = getattr(fractions, "MINE", 0)
+    for read in (one, two):
+        try:
+            found += read()
+        except ImportError:
+            pass
+    return x + found
+def one():
+    import helper
+    return helper.MINE
+def two():
+    import pkg.late
+    return pkg.late.MINE
+if __name__ == "__main__":
+    logging.basicConfig()
+    journal, *files = sys.argv[1:]
+    folder = pathlib.Path(__file__).parent
+    with BatchExecutor(1, journal=journal, max_tasks_per_child=1) as executor:
+        print(executor.submit(work, 1).result(), end=" ")
+        (folder / "notes.txt").write_text("changes the folder's time")
+        (folder / "unused.py").write_text("MINE = 10")
+        print(executor.submit(work, 2).result(), end=" ")
+        for name in files:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("MINE = 10")
+        print(executor.submit(work, 3).result(), executor.stats().tasks.resumed)
+    for name in files:
+        (folder / name).unlink()
+    if (folder / "helper").exists():
+        (folder / "helper").rmdir()
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "file", ["helper.py", "helper/__init__.py", "pkg/late.py", "fractions.py", "given/helper.py"]
+)
+def test_what_ran_when_a_module_had_come_is_not_recorded(
+    program: Start, tmp_path: Path, file: str
+) -> None:
+    """One that an import did not find before, or found elsewhere; others are no matter."""
+    (tmp_path / "arriving.py").write_text(ARRIVING)
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "__init__.py").touch()
+    (tmp_path / "given").mkdir()
+
+    def run(*files: str) -> tuple[str, str]:
+        done = program(
+            tmp_path / "arriving.py",
+            tmp_path / "journal",
+            *files,
+            PYTHONDONTWRITEBYTECODE="1",
+            PYTHONPATH=os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(tmp_path / "given")]),
+        )
+        return said_by(done)
+
+    out, err = run(file)
+    assert out == "1 2 13 0"
+    said = f": {file.removeprefix('given/')} has changed while the program runs"
+    assert err.count(said) == 1
+    assert run() == ("1 2 3 2", "")
+    assert run() == ("1 2 3 3", "")
+
+
 def test_equal_arguments_have_one_name_whichever_objects_they_are() -> None:
     """Strings, bytes and tuples that are one object, or several; sets in whatever order."""
     program = Program()

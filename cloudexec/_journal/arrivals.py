@@ -1,0 +1,130 @@
+"""Modules that come into the user's own folders while a program runs.
+
+An import statement takes the first module of its name that there is. What was not found when the
+program was looked at, or was found in a later folder, may be there, or be hidden, a moment later.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from cloudexec._journal.sources import COARSE, stamp_of
+
+__all__ = ["Arrivals", "Place"]
+
+_SUFFIXES = (".py", *importlib.machinery.EXTENSION_SUFFIXES)
+
+
+class Place(Protocol):
+    """Where a module is."""
+
+    @property
+    def path(self) -> str:
+        """Its file; empty: it has none."""
+
+    @property
+    def search(self) -> Sequence[str] | None:
+        """Where the modules below it are; ``None``: it is no package."""
+
+
+class _Watched(NamedTuple):
+    folders: Sequence[str]
+    """Where the module may be, in the order in which they are searched."""
+    before: frozenset[str]
+    """What was there when it was first looked for."""
+
+
+class Arrivals:
+    """Watches folders for modules by the names that a program imports.
+
+    A folder is read when its time has changed, and in it what has one of these names.
+
+    Args:
+        is_own: Whether a folder is the user's: no others are watched.
+    """
+
+    def __init__(self, is_own: Callable[[str], bool]) -> None:
+        self._is_own = is_own
+        self._names: dict[str, _Watched] = {}
+        self._in_folder: dict[str, set[str]] = {}
+        self._settled: dict[str, list[tuple[int, ...]]] = {}  # the times of a folder, when read
+        self._inner: dict[str, list[str]] = {}  # folders in it that may become packages
+
+    def watch(self, name: str, folders: Iterable[str]) -> None:
+        """Look for a module from now on.
+
+        Args:
+            name: Its name.
+            folders: Where it may be.
+        """
+        all_of = tuple([os.path.abspath(folder) for folder in folders])
+        known = self._names.get(name)
+        if known is not None and known.folders == all_of:
+            return
+        last = name.rpartition(".")[2]
+        own = [folder for folder in all_of if self._is_own(folder)]
+        before = {path for folder in own for path in _files(folder, last)}
+        self._names[name] = _Watched(all_of, frozenset(before))
+        for folder in own:
+            self._in_folder.setdefault(folder, set()).add(name)
+
+    def first(self, place_of: Callable[[str], Place | None]) -> str:
+        """Return what people call a module's file that an import would take now; empty: none.
+
+        Args:
+            place_of: Tells where a module was found; ``None``: nowhere.
+        """
+        for folder, names in self._in_folder.items():
+            stamps, read_at = self._stamps(folder), time.time_ns()
+            if self._settled.get(folder) == stamps:
+                continue
+            inner = self._inner[folder] = []
+            for name in names:
+                watched = self._names[name]
+                if folder not in watched.folders:
+                    continue
+                for path in _files(folder, name.rpartition(".")[2]):
+                    if os.path.isdir(path):
+                        inner.append(path)
+                    if path not in watched.before and _is_taken(
+                        path, folder, watched.folders, place_of(name)
+                    ):
+                        parts = [*name.split(".")[:-1], os.path.relpath(path, folder)]
+                        return "/".join(parts)
+            stamps = self._stamps(folder)
+            if max([stamp[1] for stamp in stamps]) < read_at - COARSE:
+                self._settled[folder] = stamps
+        return ""
+
+    def _stamps(self, folder: str) -> list[tuple[int, ...]]:
+        return [stamp_of(each) for each in (folder, *self._inner.get(folder, ()))]
+
+
+def _files(folder: str, name: str) -> Iterator[str]:
+    """Yield what an import of a name could take in a folder."""
+    path = os.path.join(folder, name)
+    if os.path.isdir(path):
+        if os.path.isfile(inner := os.path.join(path, "__init__.py")):
+            yield inner
+        yield path
+    yield from [path + suffix for suffix in _SUFFIXES if os.path.isfile(path + suffix)]
+
+
+def _is_taken(path: str, folder: str, folders: Sequence[str], place: Place | None) -> bool:
+    """Say whether an import takes what has come, instead of what was found before."""
+    if place is None:
+        return True
+    is_bare = os.path.isdir(path)  # a folder alone hides nothing
+    if not place.path:
+        # It is built in, or has parts in several folders.
+        return place.search is not None and path not in place.search
+    if is_bare or os.path.abspath(place.path) == path:
+        return False
+    home = os.path.dirname(os.path.abspath(place.path))
+    if place.search is not None:
+        home = os.path.dirname(home)
+    return home not in folders or folders.index(folder) <= folders.index(home)
