@@ -8,7 +8,7 @@ from typing import Any
 
 from cloudexec._journal.program import Manifest
 
-__all__ = ["explained", "latest"]
+__all__ = ["differences", "explained", "latest"]
 
 _NAMED = 3
 """So many files or distributions are named, the others are counted."""
@@ -45,6 +45,12 @@ def explained(old: Manifest | None, new: Manifest, count: int) -> str:
     cost = "it is run again" if count == 1 else "these are run again"
     if old is None:
         return f"another version of cloudexec recorded {results}; {cost}"
+    was = "was" if count == 1 else "were"
+    return f"{differences(old, new)} since {results} {was} recorded; {cost}"
+
+
+def differences(old: Manifest, new: Manifest) -> str:
+    """Say what one program has that another has not."""
     reasons: list[str] = []
     if old["python"] != new["python"]:
         reasons.append(f"Python was {old['python']} and is {new['python']}")
@@ -64,8 +70,7 @@ def explained(old: Manifest | None, new: Manifest, count: int) -> str:
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ][: 2 * _NAMED]
-    why = ", ".join(reasons) or "the rule by which calls are known has changed"
-    return f"{why} since {results} {'was' if count == 1 else 'were'} recorded; {cost}"
+    return ", ".join(reasons) or "the rule by which calls are known has changed"
 
 
 def _changed(name: str, before: str | None, now: str | None) -> str:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from cloudexec.cli import _map_journal
+from cloudexec._journal.program import Manifest, Program
+from cloudexec.cli import _map_journal, _map_program
 from cloudexec.cli._csv_output import CsvFormat
 from cloudexec.cli._errors import CommandError, RunError
 from cloudexec.cli._function import Target, load_function
@@ -66,7 +67,7 @@ class MapOptions:
     max_failures: int | None
     """Failed rows after which no more are started."""
     is_resuming: bool
-    """Whether it was said that an existing output is gone on with, as it is anyway."""
+    """Whether an existing output is gone on with even if other code made its rows."""
     is_overwriting: bool
     """Whether an existing output is thrown away."""
     retries_failed: bool
@@ -97,6 +98,14 @@ class _Job:
     output: OutputFile | StreamOutput | None
     """None in a dry run."""
     ledger: Ledger
+    program: Program
+    """The function's code, as it was when the run began."""
+    changed: str
+    """What of it is not what it was when the output's rows were made; empty: nothing."""
+
+    @property
+    def manifest(self) -> Manifest:
+        return _map_program.this_program(self.program)
 
     def remaining(self) -> Iterator[Row]:
         return self.ledger.remaining(self.source, self.form.key)
@@ -134,6 +143,7 @@ def _prepare(options: MapOptions) -> _Job:
     is_file = path is not None and not is_stream(path)
     _check_options(options, is_file=is_file)
     target = load_function(options.function)
+    program, changed = Program(), ""
     parameters = read_parameters(target.function, target.name)
     source = open_source(
         options.input,
@@ -160,6 +170,14 @@ def _prepare(options: MapOptions) -> _Job:
         if not options.is_dry_run:
             output = OutputFile(path)
         ledger = _read_existing(path, form, identity, options)
+        if ledger.keys:
+            changed = _map_program.change(path, _map_program.this_program(program))
+        if changed and not (options.is_resuming or options.retries_failed):
+            rows = _rows(len(ledger.keys))
+            raise CommandError(
+                f"{path} has {rows} that other code made: {changed} since then. Add --resume to "
+                f"keep {_them(len(ledger.keys))}, or --overwrite to run all rows again"
+            )
         if options.retries_failed:
             ledger = ledger.without_failed()
         ledger.check(source, form.key)
@@ -171,6 +189,8 @@ def _prepare(options: MapOptions) -> _Job:
         form=form,
         output=output,
         ledger=ledger,
+        program=program,
+        changed=changed,
     )
 
 
@@ -257,6 +277,8 @@ def _carry_out(job: _Job, output: OutputFile | StreamOutput) -> int:
     if ledger.keys and job.left != 0:
         total = "" if job.source.total is None else f" of {_rows(job.source.total)}"
         report.say(f"Resuming: {len(ledger.keys):,}{total} are in {output.name} already.")
+    if job.changed:
+        report.say(f"{job.changed} since {output.name} was begun: its rows are of both versions.")
     failure: CommandError | None = None
     if job.left != 0:
         try:
@@ -267,6 +289,11 @@ def _carry_out(job: _Job, output: OutputFile | StreamOutput) -> int:
         except CommandError as exc:
             failure = exc
         report.stop()
+    if isinstance(output, OutputFile) and report.written and (edited := job.program.edited()):
+        report.say(
+            f"{edited} has changed while the rows ran: those in {output.name} may be of either "
+            f"version."
+        )
     if failure is None:
         recorder.finish()
     if (
@@ -284,6 +311,15 @@ def _carry_out(job: _Job, output: OutputFile | StreamOutput) -> int:
 def _make_ready(job: _Job, output: OutputFile) -> None:
     if job.options.is_overwriting:
         output.truncate(0)
+    if not job.ledger.keys or job.changed:
+        try:
+            _map_program.note(output.path, job.manifest)
+        except OSError as exc:
+            raise CommandError(
+                f"{exc.filename} cannot be written: {exc.strerror}; it notes which code makes the "
+                f"rows"
+            ) from exc
+    if job.options.is_overwriting:
         return
     repair(output, job.ledger)
     if job.options.retries_failed:

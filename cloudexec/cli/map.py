@@ -28,7 +28,9 @@ returns have columns of their own, such as input.NAME and value.KEY.
 
 RESUMING: after an interruption or a crash, the same command goes on where it stopped. Rows that
 are in the output are not run again, failed ones only with --retry-failed. An output of another
-function or other input is refused; whether the function's code has changed is not looked at.
+function or other input is refused. So is one that other code made: OUTPUT.program notes that
+(the modules that FUNCTION needs, the versions of packages and Python). --resume keeps its rows
+all the same, --retry-failed those that succeeded, and --overwrite none.
 Workers on AWS outlive a command that was killed by two minutes, in which the same command takes
 them over, with all that they have done (OUTPUT.journal is for that, and goes when all is done).
 
@@ -157,7 +159,7 @@ def _parse_output(
     "--resume",
     "is_resuming",
     is_flag=True,
-    help="Go on with what is in --output, as it is done anyway unless --overwrite is given.",
+    help="Go on with what is in --output, even if the code has changed since.",
 )
 @click.option("--overwrite", "is_overwriting", is_flag=True, help="Start anew instead of resuming.")
 @click.option(

@@ -134,6 +134,41 @@ def test_ordered_run_is_in_order_after_it_was_resumed(start: Start, run: Run) ->
     assert calls()[:5] == [1, 1, 1, 1, 1]
 
 
+def test_output_of_other_code_is_gone_on_with_only_if_that_is_said(run: Run) -> None:
+    """The error names what has changed, in the function's module or in what that imports."""
+    open_gate()
+    Path("helper.py").write_text("FACTOR = 1\n")
+    Path("jobs.py").write_text(JOBS.replace("import pathlib", "import helper, pathlib"))
+    base = ("map", "jobs.py:work", "rows.csv", "-o", "out.jsonl", "--workers", "1")
+    assert run(*base, "--max-failures", "1").returncode == 1
+    done = rows_in("out.jsonl")
+    assert done[:5] == [1, 2, 3, 4, 5]
+    Path("helper.py").write_text("# a comment\nFACTOR = 1\n")
+    Path("other.py").write_text("")
+    assert run(*base, "--dry-run").returncode == 0
+    Path("helper.py").write_text("FACTOR = 2\n")
+    before = Path("out.jsonl").read_bytes()
+    refused = run(*base, "--quiet")
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        f"Error: out.jsonl has {len(done)} rows that other code made: helper.py has changed since "
+        "then. Add --resume to keep them, or --overwrite to run all rows again\n",
+    )
+    assert Path("out.jsonl").read_bytes() == before
+    resumed = run(*base, "--resume")
+    assert "helper.py has changed since out.jsonl was begun" in resumed.stderr
+    assert sorted(rows_in("out.jsonl")) == list(range(1, 11))
+    assert calls() == [1] * 10
+    Path("helper.py").write_text("FACTOR = 3\n")
+    retried = run(*base, "--retry-failed")
+    assert "helper.py has changed since out.jsonl was begun" in retried.stderr
+    assert calls() == [1, 1, 1, 1, 2, 1, 1, 1, 1, 1]
+    assert run(*base, "--dry-run").returncode == 0  # nothing has changed since
+    Path("helper.py").write_text("FACTOR = 4\n")
+    assert run(*base, "--overwrite").returncode == 1
+    assert calls() == [2, 2, 2, 2, 3, 2, 2, 2, 2, 2]
+
+
 def test_resuming_contradicts_starting_anew(run: Run) -> None:
     """To resume is the default; said aloud, it needs a file, and not to be thrown away."""
     done = run(*command("out.jsonl", "--resume", "--overwrite"))
