@@ -371,13 +371,18 @@ def test_probe_asks_for_one_worker_and_waits_no_longer_than_told(
     monkeypatch.setattr(fleet, "_DIAGNOSE_AFTER", 0.2)
     monkeypatch.setattr(fleet, "_DIAGNOSE_EVERY", 0.2)
     aws.faults.no_capacity()
-    began = time.monotonic()
-    check = probe("default", (), timeout=2)
-    assert time.monotonic() - began < 6
-    assert check.outcome == "failed"
-    assert check.found.startswith("no worker dialed back within 2 s; AWS has no capacity")
+    for probes, timeout in enumerate((2, 6, 18), 1):
+        began = time.monotonic()
+        check = probe("default", (), timeout=timeout)
+        took = time.monotonic() - began
+        assert check.outcome == "failed"
+        assert check.found.startswith(f"no worker dialed back within {timeout} s")
+        assert len(aws.jobs()) == probes
+        if "AWS has no capacity" in check.found:
+            break  # on a busy machine it is not known yet that early
+    assert took < 3 * timeout
+    assert check.found.startswith(f"no worker dialed back within {timeout} s; AWS has no capacity")
     assert check.remedy.startswith("mend what the message names")
-    assert len(aws.jobs()) == 1
 
 
 @pytest.mark.parametrize(
