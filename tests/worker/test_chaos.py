@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import cloudpickle
@@ -48,21 +48,33 @@ def children(process: psutil.Process) -> list[psutil.Process]:
 class Chaos:
     """Kills a process of a worker of this one now and then; mostly slots.
 
+    A whole worker only if a task has been done since the last one was killed: an executor whose
+    workers are killed again and again before they do anything gives up, as it should, and on a
+    busy machine many kills fall into the time in which a worker starts.
+
     Args:
         seed: For which ones.
         period: Seconds between two kills.
+        done: Says how many tasks have been done.
     """
 
-    def __init__(self, seed: int, period: float) -> None:
+    def __init__(self, seed: int, period: float, done: Callable[[], int]) -> None:
         self._random = random.Random(seed)
         self._period = period
+        self._done = done
         self._stopped = threading.Event()
         self.kills: Counter[str] = Counter()
 
     def _run(self) -> None:
+        done_before = 0
         while not self._stopped.wait(self._period):
             draw = self._random.random()
             kind = "slot" if draw < 0.85 else "supervisor" if draw < 0.95 else "zygote"
+            if kind != "slot":
+                done = self._done()
+                if done == done_before:
+                    continue
+                done_before = done
             below = set(descendants())
             supervisors = [child for child in children(psutil.Process()) if child in below]
             zygotes = [z for s in supervisors for z in children(s)]
@@ -102,11 +114,11 @@ def play(
 ) -> None:
     outcomes: Counter[int] = Counter()
 
-    chaos = Chaos(seed, period)
     launcher = Local(slots_per_worker=slots_per_worker)
     # An unlucky task may stand in the way of many kills: that is not what is tested here.
     with BatchExecutor(2, retries=100, output="off", launcher=launcher) as executor:
         executor.submit(work, 1).result(60)
+        chaos = Chaos(seed, period, lambda: executor.stats().tasks.succeeded)
         with chaos.reigns():
             futures = []
             for n in range(tasks):
