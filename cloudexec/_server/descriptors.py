@@ -32,25 +32,14 @@ def most_connections(workers: int) -> int:
     Args:
         workers: Most that may be connected at once.
     """
-    try:
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    except (ImportError, OSError):
-        return _UNLIMITED
-    if soft < 0 or soft == resource.RLIM_INFINITY:
+    limits = file_limits()
+    if limits is None:
         return _UNLIMITED
     wanted = workers + min(workers, _GUESTS)
-    if _connections(soft) >= wanted:
-        return _connections(soft)
-    enough = max(wanted + _RESERVE, -(-wanted * 8 // 7))
-    allowed = enough if hard < 0 or hard == resource.RLIM_INFINITY else min(enough, hard)
-    try:
-        if allowed > soft:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-            soft = allowed
-    except (OSError, ValueError):
-        pass  # macOS has a limit of its own below the hard one
+    if _connections(limits[0]) >= wanted:
+        return _connections(limits[0])
+    raise_file_limit(max(wanted + _RESERVE, -(-wanted * 8 // 7)))
+    soft, _ = file_limits() or limits
     most = _connections(soft)
     if most < workers:
         _logger.warning(
