@@ -28,6 +28,10 @@ _TRY_TIMEOUT = 10.0
 _LONG_TRY = 40.0
 """Seconds for a client that is there, and busy: if thousands of workers dial again at once, each is
 let in later than one of them alone, and to begin anew only makes that worse."""
+_SHORT_TRIES = 2
+"""How many tries, which may hang as well, come before the first long one. Three of them begin in
+the 30 seconds that a client waits for a worker to come back (``reconnect_grace``): one connection
+that is accepted and then forgotten, by a proxy for instance, does not use these up."""
 _PROBE_TIMEOUT = 3.0
 _KEEPALIVE = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 10_000)]
 """A worker notices sooner than its client that a connection is dead: it is the one that dials."""
@@ -166,6 +170,7 @@ async def dial(
     deadline = time.monotonic() + patience
     longest = longest_pause(patience)
     pause, limit = 0.1, _TRY_TIMEOUT
+    short = _SHORT_TRIES
     tried = False
     channel = None
     try:
@@ -186,16 +191,16 @@ async def dial(
                 # On this machine nothing stands between us: who does not answer is not there.
                 near = not address.certificate_sha256
                 if refused or near or time.monotonic() + pause > deadline:
-                    raise LaunchError(
-                        f"cannot reach the client at {address.target}: {reason or 'no answer'}; is "
-                        f"it still there, reachable from this network, and its port open?"
-                    ) from exc
+                    raise LaunchError(_unreachable(address.target, reason)) from exc
                 # What a connection has cost both sides is not spent again on one that works.
                 if channel is not None and code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                     hang_up(channel)
                     channel = None
                 tried = True
-                limit = max(_TRY_TIMEOUT, min(_LONG_TRY, deadline - time.monotonic()))
+                if isinstance(exc, TimeoutError):
+                    short -= 1  # others ended early, and cost no time
+                if short <= 0:
+                    limit = max(_TRY_TIMEOUT, min(_LONG_TRY, deadline - time.monotonic()))
             # Not all at once, where hundreds of workers start, or lose their client, together.
             await asyncio.sleep(pause * (0.5 + int.from_bytes(os.urandom(2)) / 65535))
             pause = min(2 * pause, longest)
@@ -203,6 +208,20 @@ async def dial(
         if channel is not None:
             hang_up(channel)
         raise
+
+
+def _unreachable(target: str, reason: str | None) -> str:
+    """Say that a client does not answer, and what may be the matter."""
+    if target.startswith("unix:"):
+        return (
+            f"cannot reach the client at {target.removeprefix('unix:')}, a socket on this machine "
+            f"({reason or 'no answer'}): has the program that started this worker ended, or was "
+            f"its temporary directory deleted?"
+        )
+    return (
+        f"cannot reach the client at {target}: {reason or 'no answer'}; is it still there, "
+        f"reachable from this network, and its port open?"
+    )
 
 
 async def _probe(target: str) -> None:

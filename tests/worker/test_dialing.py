@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ssl
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,6 +20,14 @@ from cloudexec.worker import dialing
 from cloudexec.worker.dialing import Address, dial
 
 pytestmark = pytest.mark.timeout(60)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+    finally:
+        writer.close()
 
 
 class _Client:
@@ -43,6 +53,12 @@ class _Client:
         if len(self.callers) <= self._too_many:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many at once")
         return b"welcome"
+
+    async def forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward a connection to it until that ends."""
+        theirs = await asyncio.open_connection("127.0.0.1", self.port)
+        both = (_pump(reader, theirs[1]), _pump(theirs[0], writer))
+        await asyncio.gather(*both, return_exceptions=True)
 
     def address(self, port: int | None = None) -> Address:
         target = f"127.0.0.1:{port or self.port}"
@@ -91,34 +107,56 @@ def test_a_client_that_is_busy_is_waited_for_longer_than_one_that_is_gone(
     monkeypatch.setitem(dialing._pinned, client.sha256, client.pem)
     came: list[asyncio.Task[None]] = []
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(65536):
-                writer.write(data)
-        finally:
-            writer.close()
-
     async def serve_late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(1.5)  # how busy it is
-        theirs = await asyncio.open_connection("127.0.0.1", client.port)
-        both = (pump(reader, theirs[1]), pump(theirs[0], writer))
-        await asyncio.gather(*both, return_exceptions=True)
+        await client.forward(reader, writer)
 
     def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         came.append(asyncio.ensure_future(serve_late(reader, writer)))
 
-    async def run() -> None:
-        server = await asyncio.start_server(accepted, "127.0.0.1", 0)
-        async with server:
-            port = server.sockets[0].getsockname()[1]
-            try:
-                await _dialed(client.address(port), 20.0)
-            finally:
-                await asyncio.gather(*came)
-
-    asyncio.run(run())
+    asyncio.run(_dialed_through(accepted, came, client))
     assert len(client.callers) == 4
-    assert len(came) == 3  # the first try, a look whether anybody is there, and the second
+    # The first try, and two more, each after a look whether anybody is there.
+    assert len(came) == 5
+
+
+def test_a_connection_that_is_accepted_and_forgotten_does_not_use_up_the_grace(
+    client: _Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tries in a row may hang, and a third one begins while the client still waits for it."""
+    monkeypatch.setattr(dialing, "_TRY_TIMEOUT", 0.5)
+    monkeypatch.setitem(dialing._pinned, client.sha256, client.pem)
+    client.callers += ["somebody"] * 3  # so that it is not busy any more
+    came: list[asyncio.Task[None]] = []
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65536):
+            pass
+        writer.close()
+
+    def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Two tries, and a look between them, meet the wrong one.
+        answer = say_nothing if len(came) < 3 else client.forward
+        came.append(asyncio.ensure_future(answer(reader, writer)))
+
+    began = time.monotonic()
+    asyncio.run(_dialed_through(accepted, came, client))
+    assert time.monotonic() - began < 10.0  # one long try would take all of the twenty
+    assert len(client.callers) == 4
+
+
+async def _dialed_through(
+    accepted: Callable[[asyncio.StreamReader, asyncio.StreamWriter], None],
+    came: list[asyncio.Task[None]],
+    client: _Client,
+) -> None:
+    """Dial a client through what takes connections in its place."""
+    server = await asyncio.start_server(accepted, "127.0.0.1", 0)
+    async with server:
+        try:
+            await _dialed(client.address(server.sockets[0].getsockname()[1]), 20.0)
+        finally:
+            await asyncio.gather(*came, return_exceptions=True)
 
 
 def test_a_client_that_is_gone_is_not_waited_for(client: _Client) -> None:
@@ -127,3 +165,17 @@ def test_a_client_that_is_gone_is_not_waited_for(client: _Client) -> None:
     with pytest.raises(LaunchError, match="cannot reach the client"):
         asyncio.run(_dialed(client.address(), 1.0))
     assert not client.callers
+
+
+def test_a_client_on_this_machine_that_is_gone_is_not_looked_for_in_the_network(
+    tmp_path: Path,
+) -> None:
+    """No port or network lies between a worker and the socket of its client."""
+    path = tmp_path / "socket"
+    address = Address(f"unix:{path}", "x", "1", bytes(32), 1)
+    with pytest.raises(LaunchError) as caught:
+        asyncio.run(_dialed(address, 1.0))
+    said = str(caught.value)
+    assert said.startswith(f"cannot reach the client at {path}, a socket on this machine (")
+    assert said.endswith("ended, or was its temporary directory deleted?")
+    assert "network" not in said
