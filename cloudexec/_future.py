@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cloudexec._describing import type_name
+from cloudexec._forked import end_if_forked
 
 __all__ = ["BatchFuture"]
 
@@ -333,7 +334,8 @@ class BatchFuture(Future[T]):
         Callbacks run in a thread of the executor's own, one at a time in the order in which tasks
         finish, or in the thread that cancels. They may submit and may block: they hold up other
         callbacks, never the executor. What they raise is logged; in a thread of the program's own
-        ``SystemExit`` and ``KeyboardInterrupt`` go on from there, as in the standard library.
+        ``SystemExit`` and ``KeyboardInterrupt`` go on from there, as in the standard library. A
+        child that one of them forks ends with the callback, with the code of its ``sys.exit()``.
         """
         with self._lock:
             if self._state not in _DONE:
@@ -351,7 +353,11 @@ class BatchFuture(Future[T]):
     def _call(self, fn: Callable[[Future[T]], object], *, in_thread_of_ours: bool = False) -> None:
         try:
             fn(self)
+            if in_thread_of_ours:
+                end_if_forked()
         except BaseException as exc:
+            if in_thread_of_ours:
+                end_if_forked(exc)
             if not in_thread_of_ours and not issubclass(type(exc), Exception):
                 raise
             from cloudexec._log import Log

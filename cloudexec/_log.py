@@ -8,6 +8,7 @@ from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from cloudexec._describing import format_exception, is_interrupt, traceback_of
+from cloudexec._forked import end_if_forked
 
 if TYPE_CHECKING:
     _Adapter = logging.LoggerAdapter[logging.Logger]
@@ -40,7 +41,9 @@ class Log(_Adapter):
         try:
             # Said to come from whoever called the method that called this one.
             self.logger.log(level, msg, *args, stacklevel=2, **kwargs)
+            end_if_forked()
         except BaseException as exc:
+            end_if_forked(exc)
             if is_interrupt(exc):
                 raise
             _tell(exc, msg)
@@ -52,8 +55,10 @@ class Log(_Adapter):
         tb = traceback_of(exc)
         try:
             self.logger.log(level, message, *args, exc_info=(type(exc), exc, tb), stacklevel=2)
+            end_if_forked()
             return
         except BaseException as why:
+            end_if_forked(why)
             if is_interrupt(why):
                 raise
         # Was it the exception that raised, and not a handler?

@@ -6,6 +6,7 @@ import queue
 import threading
 from typing import Any
 
+from cloudexec._forked import OwnThread
 from cloudexec._future import BatchFuture
 
 __all__ = ["CallbackThread"]
@@ -17,7 +18,7 @@ class CallbackThread:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[BatchFuture[Any] | None] = queue.SimpleQueue()
         # Started now: at the end of the interpreter, when there may be use for it, none can be.
-        self._thread = threading.Thread(target=self._run, name="cloudexec-callbacks", daemon=True)
+        self._thread = OwnThread(self._run, "cloudexec-callbacks")
         self._thread.start()
 
     def put(self, future: BatchFuture[Any]) -> None:

@@ -20,6 +20,7 @@ from cloudexec._core import commands, events
 from cloudexec._core.tasks import TaskState
 from cloudexec._describing import cause_of, describe, is_a, presentable, type_name
 from cloudexec._errors import DependencyError, PayloadError
+from cloudexec._forked import OwnThread, end_if_forked
 from cloudexec._future import BatchFuture
 from cloudexec._journal.packing import Stored
 from cloudexec._objects.ref import Ref
@@ -177,9 +178,7 @@ class Dependencies:
         """
         with self._starting:
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._pickle_values, name="cloudexec-values", daemon=True
-                )
+                self._thread = OwnThread(self._pickle_values, "cloudexec-values")
                 self._thread.start()
 
     # Tasks come.
@@ -381,7 +380,9 @@ class Dependencies:
                     del value
                 else:
                     outcome = self._failed_with(future, failure)
+                end_if_forked()
             except BaseException as exc:
+                end_if_forked(exc)
                 error = PayloadError(
                     f"the value of a dependency could not be pickled ({describe(exc)})"
                 )

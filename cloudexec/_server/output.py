@@ -6,10 +6,10 @@ import codecs
 import logging
 import queue
 import sys
-import threading
 from collections.abc import Callable
 from typing import TextIO
 
+from cloudexec._forked import OwnThread, end_if_forked
 from cloudexec._log import Log
 
 __all__ = ["OutputThread"]
@@ -38,7 +38,7 @@ class OutputThread:
         self._decoders: dict[tuple[str, int, int], codecs.IncrementalDecoder] = {}
         self._logger = Log("cloudexec.output")
         # Started now: at the end of the interpreter, when there may be use for it, none can be.
-        self._thread = threading.Thread(target=self._run, name="cloudexec-output", daemon=True)
+        self._thread = OwnThread(self._run, "cloudexec-output")
         self._thread.start()
 
     def put(
@@ -63,8 +63,10 @@ class OutputThread:
                 self._names[number] = name
             try:
                 self._show(worker, number, stream, data)
-            except BaseException:
-                pass  # the client closed its own stream, or put something of its own there
+                end_if_forked()
+            except BaseException as exc:
+                # The client closed its own stream, or put something of its own there.
+                end_if_forked(exc)
             taken(len(data))
         for (worker, number, stream), rest in self._partial.items():
             try:

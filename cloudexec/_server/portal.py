@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from cloudexec._forked import OwnThread
 from cloudexec._log import Log
 from cloudexec._server.blocking import BlockingThreads
 
@@ -32,7 +33,7 @@ class Portal:
         self._closing = threading.Lock()
         self._blocking: BlockingThreads | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.thread = threading.Thread(target=self._run, name="cloudexec", daemon=True)
+        self.thread = OwnThread(self._run, "cloudexec")
         self.thread.start()
 
     @classmethod

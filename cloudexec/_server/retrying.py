@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from cloudexec._forked import OwnThread, end_if_forked
 from cloudexec._log import Log
 
 __all__ = ["Judge"]
@@ -36,9 +37,7 @@ class Judge:
         if self._thread is None:
             with self._starting:
                 if self._thread is None:
-                    thread = threading.Thread(
-                        target=self._run, name="cloudexec-retries", daemon=True
-                    )
+                    thread = OwnThread(self._run, "cloudexec-retries")
                     thread.start()
                     self._thread = thread
 
@@ -82,8 +81,11 @@ def _is_worth_it(retry_on: Any, error: Callable[[], BaseException]) -> bool:
         exc = error()
         if isinstance(retry_on, tuple):
             return issubclass(type(exc), retry_on)
-        return bool(retry_on(exc))
+        verdict = bool(retry_on(exc))
+        end_if_forked()
+        return verdict
     except BaseException as why:
+        end_if_forked(why)
         # Whatever it is, it must not end this thread: others wait for it.
         _logger.log_exception("retry_on failed: the task is not run again", exc=why)
         return False

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from cloudexec import _direct, _nesting, _payload, _records
 from cloudexec._describing import describe, is_a
 from cloudexec._errors import NestingError, PayloadError
+from cloudexec._forked import end_child
 from cloudexec._objects.places import BlobGoneError, DirectSource, FileSource, Place, unpack_places
 from cloudexec._objects.segments import map_file
 from cloudexec._payload import INLINE_BYTES
@@ -117,11 +118,10 @@ class Slot:
         self.forked = True
         self._lock = threading.Lock()
 
-    def _leave_if_forked(self) -> None:
+    def _leave_if_forked(self, exc: BaseException | None = None) -> None:
         if self.forked:
             # A forked child came back from the task as its parent will: it ends here.
-            self._flush_output()
-            os._exit(0)
+            end_child(exc)
 
     # Reading.
 
@@ -406,7 +406,7 @@ class Slot:
             try:
                 value = fn(*args, **kwargs)
             except BaseException as exc:
-                self._leave_if_forked()
+                self._leave_if_forked(exc)
                 ended = perf_counter()
                 self._fail(delivery, ended - began, exc)
                 del exc

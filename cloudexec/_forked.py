@@ -1,0 +1,80 @@
+"""Forked children of code that runs in a thread or process of ours: they end where it ends.
+
+A callback, for instance, may fork. In the child there is one thread then, which would go on as that
+of the executor's when the callback returns. Nothing of the executor is to run in the child.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn
+
+__all__ = ["OwnThread", "end_child", "end_if_forked"]
+
+
+class OwnThread(threading.Thread):
+    """A daemon thread in which code of the user's runs, between other things.
+
+    Args:
+        target: What it does.
+        name: Its name.
+    """
+
+    def __init__(self, target: Callable[[], object], name: str) -> None:
+        super().__init__(target=target, name=name, daemon=True)
+        self.process = os.getpid()
+
+
+def end_if_forked(exc: BaseException | None = None) -> None:
+    """End this process if it was forked by the code that has just come to its end.
+
+    To be called in any thread; threads of the user's own go on.
+
+    Args:
+        exc: What the code has raised.
+    """
+    thread = threading.current_thread()
+    if isinstance(thread, OwnThread) and thread.process != os.getpid():
+        end_child(exc)
+
+
+def end_child(exc: BaseException | None) -> NoReturn:
+    """End a forked child as its code asks: with the exit code of its ``sys.exit()``, for instance.
+
+    Args:
+        exc: What the code has raised, if it has not returned.
+    """
+    code = 0
+    try:
+        if exc is not None and issubclass(type(exc), SystemExit):
+            code = _exit_code(exc)
+            # As at the end of any program.
+            for thread in threading.enumerate():
+                if not thread.daemon and thread is not threading.current_thread():
+                    thread.join()
+            atexit._run_exitfuncs()
+        elif exc is not None:
+            code = 1
+            sys.excepthook(type(exc), exc, exc.__traceback__)
+    except BaseException:
+        pass  # neither what it says nor a handler of the program's keeps it from ending
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BaseException:
+            pass  # it is closed, or something else was put there
+    os._exit(code)
+
+
+def _exit_code(exc: BaseException) -> int:
+    value = getattr(exc, "code", None)
+    if value is None:
+        return 0
+    if isinstance(value, int):
+        return value & 0xFF
+    print(value, file=sys.stderr)
+    return 1
