@@ -26,6 +26,7 @@ __all__ = [
     "describe",
     "format_exception",
     "format_plainly",
+    "if_not_found",
     "is_a",
     "is_interrupt",
     "name_of",
@@ -167,6 +168,11 @@ def presentable(exc: BaseException) -> BaseException:
     if try_to_format(exc, None) is not None:
         return exc
     return RemoteTraceback(format_plainly(exc, traceback_of(exc)))
+
+
+def if_not_found(exc: BaseException, advice: str) -> str:
+    """Return what to add to an error of unpickling: advice that helps if something is missing."""
+    return f"; {advice}" if is_a(exc, (ImportError, AttributeError)) else ""
 
 
 def format_plainly(exc: BaseException, tb: TracebackType | None) -> str:

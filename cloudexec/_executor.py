@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import fields
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 from cloudexec import _nesting
@@ -103,7 +103,7 @@ class _Base(Executor):
         except BaseException as exc:
             if is_interrupt(exc):
                 raise
-            error = _pickling_error(fn, exc)
+            error = _pickling_error(exc, fn)
         if error is not None:
             raise error
 
@@ -557,7 +557,7 @@ class BatchExecutor(_Base):
                 except BaseException as exc:
                     if is_interrupt(exc):
                         raise
-                    error = _pickling_error(self._initializer[0], exc, "initargs")
+                    error = _pickling_error(exc, *self._initializer, noun="initargs[{}]")
                 if error is not None:
                     raise error
             setup["argv"] = tuple(sys.argv)
@@ -635,7 +635,7 @@ class BatchExecutor(_Base):
         except BaseException as exc:
             if is_interrupt(exc):
                 raise
-            return _failed(future, _pickling_error(fn, exc), driver)
+            return _failed(future, _pickling_error(exc, fn, args, kwargs), driver)
         if driver.journal is not None:
             identity = driver.journal.identify(fn, function, options)
             pickled = None if function is None else payload
@@ -655,7 +655,7 @@ class BatchExecutor(_Base):
             except BaseException as exc:
                 if is_interrupt(exc):
                     raise
-                return _failed(future, _pickling_error(fn, exc), driver)
+                return _failed(future, _pickling_error(exc, fn, args, kwargs), driver)
         future._task = task
         if driver.budget is not None:
             driver.budget.take(task, driver, self._check_open)
@@ -693,7 +693,7 @@ class BatchExecutor(_Base):
         except BaseException as exc:
             if is_interrupt(exc):
                 raise
-            error = _pickling_error(fn, exc)
+            error = _pickling_error(exc, fn)
         if terms is not None and terms.judged:
             driver.judge.prepare()
         submission = _submission()
@@ -730,7 +730,7 @@ class BatchExecutor(_Base):
                 except BaseException as exc:
                     if is_interrupt(exc):
                         raise
-                    future.set_exception(_pickling_error(args, exc))
+                    future.set_exception(_pickling_error(exc, fn, args))
                     continue
                 if (
                     journal is not None
@@ -748,7 +748,7 @@ class BatchExecutor(_Base):
                     except BaseException as exc:
                         if is_interrupt(exc):
                             raise
-                        future.set_exception(_pickling_error(args, exc))
+                        future.set_exception(_pickling_error(exc, fn, args))
                         continue
                 future._task = task
                 if budget is not None and not budget.try_take(task):
@@ -798,7 +798,12 @@ class BatchExecutor(_Base):
         except BaseException as exc:
             if is_interrupt(exc) or is_a(exc, PayloadError):
                 raise
-            error = PayloadError(f"{name_of(value)} could not be pickled ({describe(exc)})")
+            from cloudexec._unsendable import explain_value
+
+            error = PayloadError(
+                explain_value("the value", value, exc)
+                or f"{name_of(value)} could not be pickled ({describe(exc)})"
+            )
             error.__cause__ = presentable(exc)
         if error is not None:
             raise error
@@ -941,6 +946,9 @@ class OptionsView(_Base):
         return f"<OptionsView {' '.join([*given, 'of', repr(self._executor)])}>"
 
 
+_NO_KEYWORDS: Mapping[str, Any] = MappingProxyType({})
+
+
 def _failed(future: BatchFuture[T], error: BaseException, driver: Driver) -> BatchFuture[T]:
     """Fail a call that cannot be submitted; return its future."""
     future.set_exception(error)
@@ -951,12 +959,20 @@ def _failed(future: BatchFuture[T], error: BaseException, driver: Driver) -> Bat
 
 
 def _pickling_error(
-    what: object, exc: BaseException, arguments: str = "its arguments"
+    exc: BaseException,
+    fn: object,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] = _NO_KEYWORDS,
+    noun: str = "argument {}",
 ) -> CloudexecError:
+    """Return what a call fails with that cannot be pickled: what in it, why, and what to do."""
     if is_a(exc, (PayloadTooLargeError, RefLostError)):
         return exc
+    from cloudexec._unsendable import explain_call
+
     error = PayloadError(
-        f"{type_name(what)} {name_of(what)} or {arguments} could not be pickled ({describe(exc)})"
+        explain_call(fn, args, kwargs, exc, noun=noun)
+        or f"{type_name(fn)} {name_of(fn)} or its arguments could not be pickled ({describe(exc)})"
     )
     error.__cause__ = presentable(exc)
     return error

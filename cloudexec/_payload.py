@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 import pickle
 import sys
+from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import _ConnectionBase
 from types import CodeType, NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import cloudpickle
 
@@ -22,6 +23,7 @@ from cloudexec import _inputs
 from cloudexec._describing import (
     describe,
     format_plainly,
+    if_not_found,
     is_a,
     is_interrupt,
     set_cause,
@@ -159,6 +161,20 @@ def _place_of_file_name() -> int | None:
 _FILE_NAME = _place_of_file_name()
 
 
+def _reduce_text_file(file: io.TextIOWrapper) -> Any:
+    """Pickle no open file but the standard ones, by their names.
+
+    cloudpickle sends a copy of what is in a file, and nobody notices that it is one.
+
+    Raises:
+        TypeError: As plain pickling does, and ``ProcessPoolExecutor`` with it.
+    """
+    for name in ("stdout", "stderr"):
+        if file is getattr(sys, name):
+            return getattr, (sys, name)
+    raise TypeError(f"cannot pickle '{type(file).__module__}.{type_name(file)}' object")
+
+
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle's, but arrays arrive writeable, as they do through a process pool.
 
@@ -166,6 +182,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     it a traceback tells neither the file nor the line.
     """
 
+    dispatch_table: ClassVar[Any] = ChainMap(
+        {io.TextIOWrapper: _reduce_text_file}, cloudpickle.Pickler.dispatch_table
+    )
     futures: list[Dependency] | None = None
     """Those met so far, where futures may be arguments; ``None``: they may not."""
     _enclosed = 0
@@ -473,7 +492,7 @@ def loads_exception(data: bytes) -> BaseException:
             raise
         exc = PayloadError(
             f"the task raised an exception that cannot be unpickled here "
-            f"({describe(why)}); is its module importable in the client?"
+            f"({describe(why)}){if_not_found(why, 'is its module importable in the client?')}"
         )
     set_cause(exc, RemoteTraceback(text))
     return exc

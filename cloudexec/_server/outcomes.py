@@ -9,7 +9,7 @@ from cloudexec import _payload
 from cloudexec._config import format_bytes
 from cloudexec._core.events import Failure, FailureKind
 from cloudexec._core.tasks import Task
-from cloudexec._describing import cause_of, describe, is_interrupt, presentable
+from cloudexec._describing import cause_of, describe, if_not_found, is_interrupt, presentable
 from cloudexec._errors import (
     CloudexecError,
     PayloadError,
@@ -35,8 +35,8 @@ def decode_result(future: BatchFuture[Any]) -> None:
             raise
         future._result = None
         error = PayloadError(
-            f"the result could not be unpickled in the client ({describe(exc)}); "
-            f"is the module of its class importable here?"
+            f"the result could not be unpickled in the client ({describe(exc)})"
+            f"{if_not_found(exc, 'is the module of its class importable here?')}"
         )
         error.__cause__ = presentable(exc)
         future._exception = error

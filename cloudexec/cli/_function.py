@@ -215,6 +215,9 @@ def _check_pickles(target: Target) -> None:
     except BaseException as exc:
         if is_interrupt(exc):
             raise
+        from cloudexec._unsendable import explain_call
+
+        why = explain_call(target.function, (), {}, exc) or describe(exc)
         raise CommandError(
-            f"{target.module}:{target.name} cannot be sent to a worker: {describe(exc)}"
+            f"{target.module}:{target.name} cannot be sent to a worker: {why}"
         ) from exc

@@ -19,7 +19,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from cloudexec import _direct, _nesting, _payload, _records
-from cloudexec._describing import describe, is_a
+from cloudexec._describing import describe, if_not_found, is_a
 from cloudexec._errors import NestingError, PayloadError
 from cloudexec._forked import end_child
 from cloudexec._objects.places import BlobGoneError, DirectSource, FileSource, Place, unpack_places
@@ -452,10 +452,10 @@ class Slot:
     def _fail_unpickling(self, delivery: int, seconds: float, exc: BaseException) -> None:
         error = exc
         if not is_a(exc, NestingError):
-            remedy = _remedy(exc, "what they need must be importable there")
+            remedy = _remedy(exc) or if_not_found(exc, "what they need must be importable there")
             error = PayloadError(
                 f"the callable or its arguments could not be unpickled in the worker "
-                f"({describe(exc)}); {remedy}"
+                f"({describe(exc)}){remedy}"
             )
             error.__cause__ = exc
         self._flush_output()
@@ -472,29 +472,35 @@ class Slot:
                 self._put(delivery, seconds, frames.OK, pickle.dumps(value, 5))
                 return
             self._pickler(writer, protocol=5, buffer_callback=writer.take_buffer).dump(value)
-            del value
+            value = None
             writer.close()
         except BaseException as exc:
-            writer.abandon(_payload.dumps_exception(_pickling_error(exc)))
+            writer.abandon(_payload.dumps_exception(_pickling_error(exc, value)))
 
 
-def _pickling_error(exc: BaseException) -> BaseException:
+def _pickling_error(exc: BaseException, value: Any) -> BaseException:
     """Return what a task fails with whose result cannot be pickled, or has no room."""
     if not is_a(exc, Exception) or is_a(exc, PayloadError):
         return exc  # SystemExit as itself: CPython's own tests of its process pool expect that
-    remedy = _remedy(exc, "return something that survives pickle.dumps()")
-    error = PayloadError(f"the result could not be pickled ({describe(exc)}); {remedy}")
+    said = ""
+    remedy = _remedy(exc)
+    if not remedy:
+        from cloudexec._unsendable import explain_value
+
+        remedy = "; return something that survives pickle.dumps()"
+        said = explain_value("the result", value, exc, result=True)
+    error = PayloadError(said or f"the result could not be pickled ({describe(exc)}){remedy}")
     error.__cause__ = exc
     return error
 
 
-def _remedy(exc: BaseException, otherwise: str) -> str:
-    """Say what to do about a payload that cannot be made or read."""
+def _remedy(exc: BaseException) -> str:
+    """Say what to do about a payload that there is no room for; nothing about any other."""
     if is_a(exc, MemoryError):
-        return "the worker has too little memory for it, or its limit (RLIMIT_AS) is too low"
+        return "; the worker has too little memory for it, or its limit (RLIMIT_AS) is too low"
     if type(exc) is OSError and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "the worker's disk is full, or its limit (RLIMIT_FSIZE) is too low"
-    return otherwise
+        return "; the worker's disk is full, or its limit (RLIMIT_FSIZE) is too low"
+    return ""
 
 
 class _Pickled:
