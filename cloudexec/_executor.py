@@ -467,6 +467,7 @@ class BatchExecutor(_Base):
             port = listen.rpartition(":")[2]
             if not (port.isascii() and port.isdigit() and int(port) < 2**16):
                 raise ConfigError(f"the port of listen={listen!r} must be a number from 0 to 65535")
+        check_positive("task_timeout", task_timeout)
         check_positive("orphan_timeout", orphan_timeout)
         check_positive("max_cost_usd", max_cost_usd)
         if advertise is not None and (not isinstance(advertise, str) or not advertise.strip()):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
+import socket
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -1310,8 +1312,43 @@ async def start_server(
                 alone = ":" not in advertise or advertise.endswith("]")
                 target = f"{advertise}:{port}" if alone else advertise
     except RuntimeError as exc:
-        raise LaunchError(f"cannot listen on {listen}: {exc}; is the address taken?") from exc
+        raise LaunchError(_cannot_listen(listen, exc)) from exc
     await server.start()
     if listen.startswith("unix:"):
         os.chmod(listen.removeprefix("unix:"), 0o600)
     return server, target, listen
+
+
+def _cannot_listen(listen: str, error: RuntimeError) -> str:
+    """Say why an address cannot be listened on, which gRPC's own words do not."""
+    if listen.startswith("unix:"):
+        return f"cannot listen on the socket {listen.removeprefix('unix:')}: {error}"
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as tried:
+            if os.name == "posix":
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+            tried.listen()
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            return (
+                f"cannot listen on {listen}: another program, or another executor, has port "
+                f"{port}; give listen= another one, or {host}:0 for any that is free"
+            )
+        if exc.errno == errno.EADDRNOTAVAIL or isinstance(exc, socket.gaierror):
+            return (
+                f"cannot listen on {listen}: this machine has no address {host}; give listen= one "
+                f"of its own, or 0.0.0.0 for all of them, and advertise= what workers dial"
+            )
+        if exc.errno == errno.EACCES:
+            return (
+                f"cannot listen on {listen}: this user may not have port {port}; give listen= one "
+                f"from 1024 on, or {host}:0 for any that is free"
+            )
+        return f"cannot listen on {listen}: {exc.strerror or exc}"
+    return f"cannot listen on {listen}: it was taken, and is free again now"

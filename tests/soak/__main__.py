@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import secrets
 import signal
@@ -131,6 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--busy", action="store_true", help="keep processes computing beside the searches")
     add("--restless", action="store_true", help="have threads take turns all the time")
     options = parser.parse_args(arguments)
+    if not 0 < options.minutes < math.inf:
+        parser.error("--minutes must be a number greater than 0")
+    if options.seconds is not None and not 0 < options.seconds < math.inf:
+        parser.error("--seconds must be a number greater than 0")
     names = options.only or list(SEARCHES)
     seconds = options.seconds or min(60.0, options.minutes * 60 / len(names))
     begun = time.monotonic()
@@ -165,8 +170,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     minutes = (time.monotonic() - begun) / 60
     for again in failed:
         print(f"FAILED: {again}")
-    print(f"soak: {runs} runs of {len(names)} searches in {minutes:.1f} min, {len(failed)} failed")
+    ran = f"{_counted(runs, 'run')} of {_counted(len(names), 'search', 'searches')}"
+    print(f"soak: {ran} in {minutes:.1f} min, {len(failed)} failed")
     return 1 if failed else 0
+
+
+def _counted(number: int, what: str, many: str = "") -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {many or what + 's'}"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_each_run_of_a_search_says_its_seed() -> None:
     assert run.returncode == 0, run.stdout
     line, summary = run.stdout.splitlines()
     assert line.split()[:4] == ["ok", "core", "seed", "11"]
-    assert summary.startswith("soak: 1 runs of 1 searches in ")
+    assert summary.startswith("soak: 1 run of 1 search in ")
     assert summary.endswith(" 0 failed")
 
 
@@ -64,3 +64,18 @@ def test_what_was_found_says_how_to_see_it_again(
     assert "task 17 is lost" in said
     assert "FAILED: python -m tests.soak --only wrong --seed 5 --seconds 1" in said
     assert said[-1].endswith(" 1 failed")
+
+
+@pytest.mark.parametrize("option", ["--minutes", "--seconds"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_times_that_are_none_are_refused(
+    option: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No search runs for no time."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    import tests.soak.__main__ as command
+
+    with pytest.raises(SystemExit) as ended:
+        command.main([f"{option}={value}"])
+    assert ended.value.code == 2
+    assert f"{option} must be a number greater than 0" in capsys.readouterr().err

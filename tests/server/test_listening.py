@@ -1,0 +1,39 @@
+"""Where an executor listens, and what it says if it cannot."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from cloudexec import BatchExecutor, ConfigError, LaunchError
+
+
+def test_a_port_that_is_taken_is_said_with_what_to_give_instead() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with BatchExecutor(1, listen=f"127.0.0.1:{port}") as executor:
+            with pytest.raises(LaunchError) as caught:
+                executor.submit(int)
+    assert str(caught.value) == (
+        f"cannot listen on 127.0.0.1:{port}: another program, or another executor, has port "
+        f"{port}; give listen= another one, or 127.0.0.1:0 for any that is free"
+    )
+
+
+def test_an_address_that_another_machine_has_is_said_with_what_to_give_instead() -> None:
+    with BatchExecutor(1, listen="192.0.2.1:0") as executor:  # of no machine: RFC 5737
+        with pytest.raises(LaunchError) as caught:
+            executor.submit(int)
+    assert str(caught.value) == (
+        "cannot listen on 192.0.2.1:0: this machine has no address 192.0.2.1; give listen= one of "
+        "its own, or 0.0.0.0 for all of them, and advertise= what workers dial"
+    )
+
+
+def test_a_limit_for_tasks_is_called_what_the_executor_calls_it() -> None:
+    """It is the ``timeout`` of ``with_options()``."""
+    with pytest.raises(ConfigError, match=r"^task_timeout must be"):
+        BatchExecutor(1, task_timeout=-1)
+    with BatchExecutor(1) as executor, pytest.raises(ConfigError, match=r"^timeout must be"):
+        executor.with_options(timeout=-1)
