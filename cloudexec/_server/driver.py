@@ -796,7 +796,7 @@ class Driver:
         if rungs != [0]:
             what += f"; wanted: {' or '.join(map(self.size_name, rungs))}"
         error_text = f"no worker could be started ({what}): {command.reason}"
-        why = self._launcher.explain()
+        why = self.launches.why()
         if why and why not in error_text:
             error_text += f"\n{why}"
         for task in command.tasks:

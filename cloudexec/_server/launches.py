@@ -57,6 +57,7 @@ class Launches:
         self._asked_at: dict[str, float] = {}
         self._given_up: dict[str, None] = {}
         self._explained = ""
+        self._last_reason = ""
 
     def ask(self, command: commands.LaunchWorker) -> None:
         """Have a worker launched, soon."""
@@ -206,8 +207,18 @@ class Launches:
         ]
         return tuple(sorted((*self._times.values(), *waiting), key=lambda each: int(each.launch)))
 
+    def why(self) -> str:
+        """Say why workers that were asked for do not come; empty: nothing is known.
+
+        A launcher knows nothing yet of those that it was asked for just now: then it is what it
+        knew of those before, as long as none has come.
+        """
+        self._last_reason = self._launcher.explain() or self._last_reason
+        return self._last_reason
+
     def withdraw(self, command: commands.TerminateLaunch) -> None:
         """Have a worker that has not come ended."""
+        self.why()  # as long as the launcher knows of it
         # Those of one answer together: a launcher may end them all with one request.
         if not self._unwanted:
             self._driver.portal.loop.call_soon(self.terminate_now)
@@ -226,6 +237,7 @@ class Launches:
 
     def arrived(self, session: Any, arrival: Arrival, dial_in: float) -> None:
         """A worker has dialed back, and was let in after that many seconds."""
+        self._last_reason = ""
         launch, now = session.identity, time.monotonic()
         total = now - self._asked_at.pop(launch, now)
         times = self._launcher.times(launch) or LaunchTimes(launch=launch)

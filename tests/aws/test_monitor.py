@@ -276,7 +276,7 @@ class TestJobs:
         account.aws.faults.no_capacity()
         array = account.submit(SLEEP, size=3)
         account.until(f"{array}:2", "RUNNABLE")
-        (job,) = eventually(lambda: [each for each in monitor.jobs() if each.reason], seconds=10)
+        (job,) = eventually(lambda: [each for each in monitor.jobs() if each.reason])
         assert job.reason.startswith("waiting: CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY")
 
     def test_workers_of_an_array_can_be_listed(self, account: Account, monitor: Monitor) -> None:

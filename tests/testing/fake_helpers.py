@@ -10,8 +10,11 @@ import boto3
 
 from cloudexec.testing import FakeAWS, JobRecord
 
+PATIENCE = 45.0
+"""Seconds after which something never happens: short of a test's own time on a busy machine."""
 
-def eventually(check: Callable[[], Any], timeout: float = 10.0) -> Any:
+
+def eventually(check: Callable[[], Any], timeout: float = PATIENCE) -> Any:
     """Ask until the answer is true; return it."""
     deadline = time.monotonic() + timeout
     while not (found := check()):
@@ -83,12 +86,12 @@ class Account:
         found: dict[str, Any] = self.batch.describe_jobs(jobs=[job_id])["jobs"][0]
         return found
 
-    def reach(self, job_id: str, *statuses: str, timeout: float = 10.0) -> JobRecord:
+    def reach(self, job_id: str, *statuses: str, timeout: float = PATIENCE) -> JobRecord:
         """Wait until a job has one of the states."""
         eventually(lambda: self.aws.job(job_id).status in statuses, timeout)
         return self.aws.job(job_id)
 
-    def ended(self, job_id: str, timeout: float = 10.0) -> JobRecord:
+    def ended(self, job_id: str, timeout: float = PATIENCE) -> JobRecord:
         """Wait until a job has ended."""
         return self.reach(job_id, "SUCCEEDED", "FAILED", timeout=timeout)
 

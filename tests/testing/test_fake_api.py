@@ -298,7 +298,7 @@ def test_jobs_can_call_the_same_aws() -> None:
     with FakeAWS(step=0.005, aws_in_jobs=True) as aws:
         account = Account(aws)
         script = 'python -c \'import boto3; boto3.client("s3").create_bucket(Bucket="mine")\''
-        assert account.ended(account.submit(script), timeout=30).status == "SUCCEEDED"
+        assert account.ended(account.submit(script)).status == "SUCCEEDED"
         assert account.s3.list_buckets()["Buckets"][0]["Name"] == "mine"
         account.close()
 

@@ -260,7 +260,7 @@ def test_job_that_outgrows_its_memory_is_killed(account: Account) -> None:
         "exec python -c 'import time; x = bytearray(600 << 20); time.sleep(60)'",
         resourceRequirements=requirements,
     )
-    job = account.ended(account.submit(jobDefinition=definition), timeout=20)
+    job = account.ended(account.submit(jobDefinition=definition))
     assert job.exit_code == 137
     assert (job.attempts[0].reason or "").startswith("OutOfMemoryError")
 
@@ -273,7 +273,7 @@ def test_largest_process_of_a_job_is_killed_for_memory(account: Account) -> None
         resourceRequirements=requirements,
     )
     job_id = account.submit(jobDefinition=definition)
-    job = account.ended(job_id, timeout=20)
+    job = account.ended(job_id)
     assert job.status == "SUCCEEDED"
     assert "child 137" in account.aws.logs(job_id)
 
