@@ -536,10 +536,20 @@ class Chronicle:
             add(begin, StoryEvent(what="held", reason="for results that are among its arguments"))
             add(released, StoryEvent(what="released", reason="they are there"))
         if notes is not None:
-            entries += list(notes.entries)
-            if notes.left_out:
-                left_out = StoryEvent(what="left out", reason=f"{notes.left_out} events")
-                entries.insert(len(entries) - _MOST_NOTES // 2, (None, None, left_out))
+            noted = list(notes.entries)
+            for index, (at, wall, event) in enumerate(noted):
+                if notes.left_out and index == len(noted) - _MOST_NOTES // 2:
+                    left_out = StoryEvent(what="left out", reason=f"{notes.left_out} events")
+                    add(None, left_out)
+                if _has_begun(event):
+                    began: tuple[float, float] | None = None
+                    if event.run_time:
+                        # Not before what was last told: a process is timed from its last sign.
+                        before = entries[-1][0] if entries else None
+                        back = min(event.run_time, at - before if before else event.run_time)
+                        began = (at - back, wall - back)
+                    add(began, StoryEvent(what="began", worker_id=event.worker_id))
+                add((at, wall), event)
         last = entries[-1][2].what if entries else ""
         if ended is None and task is None:
             recorded = StoryEvent(
@@ -596,8 +606,10 @@ class Chronicle:
                     ),
                 )
             if seconds is not None:
-                began = (ended[0] - seconds, ended[1] - seconds)
-                add(began, StoryEvent(what="began", worker_id=worker))
+                # A result that waited for its worker to come back tells nothing of when it began.
+                late = last in ("worker cut off", "worker back")
+                since = None if late else (ended[0] - seconds, ended[1] - seconds)
+                add(since, StoryEvent(what="began", worker_id=worker))
         if future._state == "FINISHED":
             result = StoryEvent(what="result", worker_id=worker, run_time=seconds)
             add(ended, result if _has_result(future) else StoryEvent(what="exception"))
@@ -668,6 +680,13 @@ def _why(failure: Failure, code: int | None) -> str:
 def _has_result(future: BatchFuture[Any]) -> bool:
     decode = future._decode
     return decode is decode_result if decode is not None else future._exception is None
+
+
+def _has_begun(event: StoryEvent) -> bool:
+    """Whether an attempt that ended so is known to have begun: its process died, for instance."""
+    if event.what == "lost":
+        return event.exit_code is not None or event.signal is not None or event.out_of_memory
+    return event.what in ("timed out", "killed")
 
 
 def _timed(

@@ -100,8 +100,9 @@ def test_a_killed_process_is_told_with_its_evidence(
     future = view.submit(tasks.die_once, str(tmp_path / "x"), "these are my last words")
     assert future.result(PATIENCE) == "done"
     story = view.explain(future)
-    assert whats(story) == ["submitted", "sent", "lost", "sent", "began", "result"]
-    lost, again = story.events[2:4]
+    assert whats(story) == ["submitted", "sent", "began", "lost", "sent", "began", "result"]
+    began, lost, again = story.events[2:5]
+    assert began.worker_id == "worker-1"
     assert story.lost == (lost,)
     assert (lost.signal, lost.exit_code, lost.attempt) == (signal.SIGKILL, None, 1)
     assert lost.worker_id == "worker-1"
@@ -127,7 +128,8 @@ def test_the_last_attempt_is_told_when_all_are_lost(executor: BatchExecutor) -> 
     with pytest.raises(WorkerLostError):
         future.result(PATIENCE)
     story = executor.explain(future)
-    assert whats(story) == ["submitted", "sent", "lost", "sent", "lost", "exception"]
+    attempt = ["sent", "began", "lost"]
+    assert whats(story) == ["submitted", *attempt, *attempt, "exception"]
     assert [event.exit_code for event in story.lost] == [7, 7]
     assert [event.attempt for event in story.lost] == [1, 2]
     assert story.events[-1].reason.startswith("WorkerLostError: ")
@@ -226,7 +228,7 @@ def test_a_timeout_and_a_kill_are_told(signals: Signals, executor: BatchExecutor
     future = executor.with_options(timeout=0.2).submit(time.sleep, 60)
     assert isinstance(future.exception(PATIENCE), TimeoutError)
     story = executor.explain(future)
-    assert whats(story) == ["submitted", "sent", "timed out", "exception"]
+    assert whats(story) == ["submitted", "sent", "began", "timed out", "exception"]
     assert (story.lost[0].run_time or 0.0) >= 0.2
     running = executor.submit(tasks.hold, signals.told, signals.gate)
     signals.wait()
@@ -276,7 +278,7 @@ def test_it_answers_after_the_end(tmp_path: Path) -> None:
     future = executor.submit(tasks.die_once, str(tmp_path / "x"), "")
     executor.shutdown()
     assert whats(executor.explain(future)) == [
-        *("submitted", "sent", "lost", "sent", "began", "result")
+        *("submitted", "sent", "began", "lost", "sent", "began", "result")
     ]
     broken = BatchExecutor(1)
     victim = broken.submit(time.sleep, 60)
@@ -318,7 +320,7 @@ def test_a_long_story_is_cut_in_the_middle(executor: BatchExecutor, tmp_path: Pa
     future = executor.with_options(retries=200).submit(tasks.leave_until, path, 40)
     future.result(PATIENCE)
     story = executor.explain(future)
-    assert len(story.events) < 75
+    assert len(story.events) < 110
     assert re.fullmatch(r"\d+ events", the(story, "left out").reason)
     assert [event.attempt for event in story.lost][:2] == [1, 2]
     assert story.lost[-1].attempt == 40
@@ -444,6 +446,7 @@ def test_a_cut_connection_is_told_and_logged(signals: Signals, caplog: Any) -> N
     assert whats(story) == [
         *("submitted", "sent", "worker cut off", "worker back", "began", "result")
     ]
+    assert the(story, "began").seconds is None  # the result tells how long it ran, not since when
     for event in ("worker_cut", "worker_back"):
         (record,) = records(caplog, event)
         assert (record.levelno, record.cloudexec_worker) == (logging.INFO, "worker-1")
