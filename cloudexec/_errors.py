@@ -5,7 +5,8 @@ CloudexecError
 ├── LaunchError                          workers could not be started, or never dialed back
 │   └── BudgetExceededError              ... or would cost more than max_cost_usd
 ├── AwsError                             AWS refused a request, or could not be reached
-├── WorkerLostError                      whatever ran the task died; its attempts are used up
+├── WorkerLostError (also BrokenProcessPool)
+│                                        whatever ran the task died; its attempts are used up
 ├── TaskTimeoutError (also TimeoutError) the task ran past its own time limit
 ├── DependencyError                      a call that this one waits for failed: it was not run
 ├── StageError                           a stage of a graph failed
@@ -13,23 +14,33 @@ CloudexecError
 │   └── PayloadTooLargeError             ... or too large
 ├── QueueFullError                       too much is submitted and not done
 ├── NestingError (also RuntimeError)     an executor must not start here
-├── RefLostError                         the worker that kept a result is gone
+├── RefLostError (also BrokenProcessPool)
+│                                        the worker that kept a result is gone
 ├── JournalError                         a journal cannot be opened, read or written
 │   ├── JournalLockedError               ... because another program has it
 │   └── JournalVersionError              ... because a newer version of cloudexec wrote it
 ├── ProtocolError                        the two sides disagree, e.g. on versions
-└── BrokenBatchExecutor                  (also concurrent.futures.BrokenExecutor)
+└── BrokenBatchExecutor (also BrokenProcessPool)
     └── InitializerError                 the initializer raised in a worker
 
 Branches follow what a caller can do next. Every class pickles: one positional message, all else
 keyword-only with a default, because errors travel between processes.
+
+What stands for a process that died is caught by ``except BrokenProcessPool``, too, which guards
+programs that were written for a process pool. To import ``concurrent.futures.process`` takes
+milliseconds, so these classes derive from its base class, ``BrokenExecutor``, until the
+first exception of them is made: none can be caught earlier.
 """
 
 from __future__ import annotations
 
 import pickle
-from concurrent.futures import BrokenExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from concurrent.futures.process import BrokenProcessPool as BrokenExecutor
+else:
+    from concurrent.futures import BrokenExecutor
 
 __all__ = [
     "AwsError",
@@ -79,6 +90,17 @@ def _rebuild(cls: type[CloudexecError], message: str, state: dict[str, Any]) -> 
     error = cls(message)
     error.__dict__.update(state)
     return error
+
+
+class _LostProcessError(CloudexecError, BrokenExecutor):
+    """Base of what ``except BrokenProcessPool`` catches."""
+
+    def __new__(cls, *args: Any, **details: Any) -> Self:
+        if BrokenExecutor in _LostProcessError.__bases__:
+            from concurrent.futures.process import BrokenProcessPool
+
+            _LostProcessError.__bases__ = (CloudexecError, BrokenProcessPool)
+        return super().__new__(cls, *args, **details)
 
 
 class ConfigError(CloudexecError, ValueError):
@@ -144,8 +166,11 @@ class AwsError(CloudexecError):
         self.expired = expired
 
 
-class WorkerLostError(CloudexecError):
+class WorkerLostError(_LostProcessError):
     """The process that ran the task died, as often as the task's attempts allow.
+
+    Caught by ``except BrokenProcessPool``, as in programs written for a process pool, although this
+    executor is not broken: all other tasks go on, and more can be submitted.
 
     Attributes:
         worker_id: The worker of the last attempt, or ``None``.
@@ -290,7 +315,7 @@ class QueueFullError(CloudexecError):
         self.size_bytes = size_bytes
 
 
-class RefLostError(CloudexecError):
+class RefLostError(_LostProcessError):
     """What a ``Ref`` stands for is gone, with the worker that kept it."""
 
 
@@ -328,7 +353,7 @@ class ProtocolError(CloudexecError):
     """Client and worker disagree: versions, an unproven identity, or a malformed message."""
 
 
-class BrokenBatchExecutor(CloudexecError, BrokenExecutor):
+class BrokenBatchExecutor(_LostProcessError):
     """The executor can run nothing any more: its workers were terminated, or cannot work."""
 
 
