@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,6 +73,11 @@ class Contact:
     executor_id: str
     key: bytes
     certificate_sha256: str = ""
+
+    @property
+    def hash_seed(self) -> str:
+        """``PYTHONHASHSEED`` of all workers: sets are in the same order in each of them."""
+        return str(zlib.crc32(self.executor_id.encode()))
 
     def __repr__(self) -> str:
         return f"Contact(target={self.target!r}, executor_id={self.executor_id!r})"

@@ -416,6 +416,9 @@ class Fleet:
             "CLOUDEXEC_CERTIFICATE_SHA256": contact.certificate_sha256,
             "CLOUDEXEC_MEMORY_MIB": str(job.size.memory_mib),
         }
+        if "PYTHONHASHSEED" not in environment:
+            environment["PYTHONHASHSEED"] = contact.hash_seed
+            environment["CLOUDEXEC_UNSET"] = "PYTHONHASHSEED"
         if not self._keyed_by_stack:
             environment["CLOUDEXEC_KEY"] = self._token(job).hex()
         longest = self._launch_timeout + settings.max_runtime

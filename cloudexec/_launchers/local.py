@@ -115,6 +115,10 @@ class Local(Launcher):
             "certificate_sha256": contact.certificate_sha256,
             "sys_path": [path or os.getcwd() for path in sys.path],
         }
+        environment = os.environ.copy()
+        if environment.get("PYTHONHASHSEED", "random") == "random":
+            environment["PYTHONHASHSEED"] = contact.hash_seed
+            bootstrap["unset"] = ["PYTHONHASHSEED"]
         import subprocess
 
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
@@ -124,6 +128,7 @@ class Local(Launcher):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
+                env=environment,
                 # Ctrl-C in the terminal is the client's to handle.
                 start_new_session=True,
             )

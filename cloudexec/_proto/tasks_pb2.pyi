@@ -393,6 +393,7 @@ class Welcome(_message.Message):
     COMPRESS_FIELD_NUMBER: _builtins.int
     RESUMABLE_FIELD_NUMBER: _builtins.int
     DEPTH_FIELD_NUMBER: _builtins.int
+    INHERITANCE_FIELD_NUMBER: _builtins.int
     BUCKET_THRESHOLD_FIELD_NUMBER: _builtins.int
     BUCKET_PART_BYTES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
@@ -427,6 +428,8 @@ class Welcome(_message.Message):
     """A connection that is cut may be replaced by another one."""
     depth: _builtins.int
     """How many executors the tasks are inside of, this one included."""
+    inheritance: _builtins.bytes
+    """JSON: what a process pool's processes have from their parent, see worker/process.py."""
     bucket_threshold: _builtins.int
     """Bytes from which parts of results go through a bucket, 0: there is none; and how S3's parts
     are cut.
@@ -464,12 +467,13 @@ class Welcome(_message.Message):
         compress: _builtins.bool = ...,
         resumable: _builtins.bool = ...,
         depth: _builtins.int = ...,
+        inheritance: _builtins.bytes = ...,
         bucket_threshold: _builtins.int = ...,
         bucket_part_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "bucket_part_bytes", b"bucket_part_bytes", "bucket_threshold", b"bucket_threshold", "capture_output", b"capture_output", "compress", b"compress", "cwd", b"cwd", "depth", b"depth", "direct_path", b"direct_path", "first_blob", b"first_blob", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "resumable", b"resumable", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "bucket_part_bytes", b"bucket_part_bytes", "bucket_threshold", b"bucket_threshold", "capture_output", b"capture_output", "compress", b"compress", "cwd", b"cwd", "depth", b"depth", "direct_path", b"direct_path", "first_blob", b"first_blob", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "inheritance", b"inheritance", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "resumable", b"resumable", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

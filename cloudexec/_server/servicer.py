@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import os
 import secrets
 import socket
@@ -1039,6 +1040,7 @@ class _Servicer:
             compress=driver.compresses,
             resumable=resumable,
             depth=_nesting.depth() + 1,
+            inheritance=_inheritance(driver),
         )
         if driver.depot is not None:
             welcome.bucket_threshold = driver.depot.threshold
@@ -1243,6 +1245,19 @@ def _natural(text: object) -> int:
     if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 20:
         return int(text)
     return -1
+
+
+def _inheritance(driver: Driver) -> bytes:
+    """Say what the processes that run tasks have from this one, as if it had forked them."""
+    import multiprocessing
+
+    process: Any = multiprocessing.current_process()
+    inheritance = {
+        "max_workers": driver.setup.max_workers,
+        "identity": process._identity,
+        "name": process.name,
+    }
+    return json.dumps(inheritance).encode()
 
 
 def _authkey() -> bytes:

@@ -38,6 +38,9 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     is_child = bootstrap is not None
     if bootstrap is None:
         bootstrap = _from_environment()
+    # Read by the interpreter when it started: what tasks start is to have it as they would else.
+    for name in bootstrap.get("unset", ()):
+        os.environ.pop(name, None)
     # For this process and the zygote: tasks have what they would have without us.
     wanted = BASE_FILES + FILES_PER_SLOT * int(bootstrap["slots"])
     files = raise_file_limit(wanted)
@@ -138,6 +141,7 @@ def _from_environment() -> dict[str, Any]:
         found["identity"] = str(int(found["launch"]) + int(index))
     found["job_id"] = environ.get("AWS_BATCH_JOB_ID", "")
     found["attempt"] = environ.get("AWS_BATCH_JOB_ATTEMPT", "1")
+    found["unset"] = environ.pop("CLOUDEXEC_UNSET", "").split()
     found["log"] = True
     found["drain_grace"] = float(environ.pop("CLOUDEXEC_DRAIN_GRACE", _DRAIN_GRACE))
     return found

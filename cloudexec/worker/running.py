@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -211,4 +212,7 @@ def _settings(welcome: pb.Welcome, address: Address, modules: str) -> Settings:
         depth=welcome.depth,
         memory_mib=address.memory_mib,
         modules=modules,
+        number=int(address.identity) if address.identity.isdigit() else 1,
+        client_pid=os.getppid() if address.is_child else 0,
+        inheritance=json.loads(welcome.inheritance or b"{}"),
     )

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import socket
@@ -42,6 +41,7 @@ from cloudexec.worker.frames import (
     Kind,
     write_all,
 )
+from cloudexec.worker.process import become
 
 if TYPE_CHECKING:
     from cloudexec.worker.results import ResultFiles
@@ -261,9 +261,9 @@ class Slot:
             # Where a script's own directory would be.
             sys.path.insert(0, setup["modules"])
         sys.argv[:] = setup["argv"]
-        if setup["authkey"]:
-            # As in a process pool's workers: proxies of the client's managers work here.
-            multiprocessing.current_process().authkey = bytes.fromhex(setup["authkey"])
+        # As in a process pool's workers: proxies of the client's managers work here.
+        authkey = bytes.fromhex(setup["authkey"])
+        become(setup["number"], setup["client_pid"], authkey, setup["inheritance"])
         _nesting.loading.watch("a worker", __name__)
         os.environ[_nesting.DEPTH] = str(setup["depth"])
         self.direct_path = setup["direct_path"]

@@ -14,8 +14,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from cloudexec._objects.places import Place, unpack_places
 from cloudexec._objects.segments import block_size
@@ -37,6 +37,7 @@ from cloudexec.worker.frames import (
     WAITING,
     Kind,
 )
+from cloudexec.worker.process import number_of
 from cloudexec.worker.results import MOST_WAITING
 from cloudexec.worker.zygote import (
     EXITED,
@@ -127,6 +128,9 @@ class Settings:
     depth: int = 0
     memory_mib: int = 0
     modules: str = ""
+    number: int = 1
+    client_pid: int = 0
+    inheritance: dict[str, Any] = field(default_factory=dict)
 
 
 class Answers(Protocol):
@@ -530,6 +534,9 @@ class SlotPool:
             "token": settings.token.hex(),
             "authkey": settings.authkey.hex(),
             "depth": settings.depth,
+            "client_pid": settings.client_pid,
+            "number": number_of(slot.number, settings.number, settings.slots, settings.inheritance),
+            "inheritance": settings.inheritance,
         }
         body = json.dumps(setup).encode()
         data = HEADER.pack(Kind.SETUP, len(body), 0) + body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -9,10 +10,11 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import pytest
 
-from cloudexec import BatchExecutor, InitializerError, RefLostError, WorkerLostError
+from cloudexec import BatchExecutor, InitializerError, Local, RefLostError, WorkerLostError
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +64,96 @@ except Exception as error:
     assert error.worker_id == "worker-1" and str(error) == "lost"
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=50)
+
+
+# What multiprocessing says of them.
+
+
+def _process() -> tuple[Any, ...]:
+    process: Any = multiprocessing.current_process()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join(0.01)
+    return (
+        process._identity,
+        process.name,
+        process.pid == os.getpid(),
+        process.daemon,
+        (parent.name, parent.pid, parent.is_alive()),
+        isinstance(parent.sentinel, int),
+    )
+
+
+def test_processes_are_numbered_children_of_the_client() -> None:
+    me = ("MainProcess", os.getpid(), True)
+    with BatchExecutor(1, max_tasks_per_child=1) as executor:
+        seen = [executor.submit(_process).result(30) for _ in range(2)]
+    assert seen == [((n,), f"BatchWorker-{n}", True, False, me, True) for n in (1, 2)]
+
+
+def _meet(barrier: Any) -> tuple[int, ...]:
+    barrier.wait(30)
+    return multiprocessing.current_process()._identity  # type: ignore[attr-defined, no-any-return]
+
+
+def test_no_two_processes_of_an_executor_have_one_number() -> None:
+    """Whatever worker they are on."""
+    with multiprocessing.Manager() as manager:
+        with BatchExecutor(3, launcher=Local(slots_per_worker=1)) as executor:
+            barrier = manager.Barrier(3)
+            numbers = [executor.submit(_meet, barrier) for _ in range(3)]
+            assert {number.result(40) for number in numbers} == {(1,), (2,), (3,)}
+
+
+def _names() -> tuple[Any, ...]:
+    def target(queue: Any) -> None:
+        process: Any = multiprocessing.current_process()
+        queue.put((process.name, process._identity))
+
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=target, args=(queue,))
+    child.start()
+    found = queue.get()
+    child.join()
+    with BatchExecutor(1) as inner:
+        return found, inner.submit(_process).result(30)[:2], multiprocessing.active_children()
+
+
+def test_children_of_a_task_are_numbered_below_it(executor: BatchExecutor) -> None:
+    (name, identity), (inner, inner_name), children = executor.submit(_names).result(50)
+    assert inner == identity == (identity[0], 1)
+    assert name == f"ForkProcess-{identity[0]}:1"
+    assert inner_name == f"BatchWorker-{inner[0]}:1"
+    assert children == []
+
+
+# Hash seeds.
+
+
+def _order() -> tuple[int, str | None, str]:
+    program = "import os; print(hash('text'), os.environ.get('PYTHONHASHSEED'))"
+    fresh = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    return hash("text"), os.environ.get("PYTHONHASHSEED"), fresh.stdout
+
+
+def test_all_workers_hash_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what tasks start is seeded as if they ran anywhere else."""
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with BatchExecutor(1, max_tasks_per_worker=1) as executor:
+        one, other = (executor.submit(_order).result(40) for _ in range(2))
+        workers = executor.stats().launches
+    assert len(workers) > 1
+    assert one[:2] == other[:2] == (one[0], None)
+    assert one[2] != other[2]
+    with BatchExecutor(1) as executor:
+        assert executor.submit(hash, "text").result(30) != one[0]
+
+
+def test_a_seed_of_the_users_own_holds_in_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    program = [sys.executable, "-c", "print(hash('text'))"]
+    expected = int(subprocess.run(program, capture_output=True, check=True).stdout)
+    with BatchExecutor(1) as executor:
+        found, seed, fresh = executor.submit(_order).result(30)
+    assert (found, seed, fresh) == (expected, "7", f"{expected} 7\n")
