@@ -18,8 +18,8 @@ from cloudexec._errors import PayloadError
 __all__ = ["ACCEPTED", "DELIVER", "FETCH", "REQUEST", "fill_from", "receive_exactly"]
 
 REQUEST = struct.Struct("<16sBQ")
-"""Token of the session, what is wanted, and of which blob, or which lease's result."""
-FETCH, DELIVER = 1, 2
+"""Token of the session, what is wanted, and of which blob, lease's result, or shared file."""
+FETCH, DELIVER, FILE = 1, 2, 3
 ACCEPTED = b"\x06"
 BUFFER_BYTES = 4 * 1024 * 1024
 

@@ -969,8 +969,14 @@ def _pickling_error(
     """Return what a call fails with that cannot be pickled: what in it, why, and what to do."""
     if is_a(exc, (PayloadTooLargeError, RefLostError)):
         return exc
+    from cloudexec import _sharing
     from cloudexec._unsendable import explain_call
 
+    if is_a(exc, _sharing.NotSharedError):
+        elements: dict[str, object] = {noun.format(i): each for i, each in enumerate(args)}
+        elements |= {f"keyword {name!r}": each for name, each in kwargs.items()}
+        where = _sharing.where(exc.element, fn, elements)
+        return PayloadError(f"{where}{name_of(fn)}: {exc.message}")
     error = PayloadError(
         explain_call(fn, args, kwargs, exc, noun=noun)
         or f"{type_name(fn)} {name_of(fn)} or its arguments could not be pickled ({describe(exc)})"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import cloudpickle
 
-from cloudexec import _inputs
+from cloudexec import _inputs, _sharing
 from cloudexec._describing import (
     describe,
     format_plainly,
@@ -84,9 +84,10 @@ class Composed:
         numbers: What the head calls them; their own numbers, but in results.
         shared: Whether something else than the future it belongs to may still load it.
         recipe: How to make it again, should a worker that keeps it be lost.
+        files: Held open for whoever unpickles it.
     """
 
-    __slots__ = ("__weakref__", "blobs", "head", "numbers", "recipe", "shared")
+    __slots__ = ("__weakref__", "blobs", "files", "head", "numbers", "recipe", "shared")
 
     def __init__(
         self, head: bytes, blobs: tuple[Blob, ...], numbers: tuple[int, ...] | None = None
@@ -96,6 +97,7 @@ class Composed:
         self.numbers = tuple([blob.id for blob in blobs]) if numbers is None else numbers
         self.shared = False
         self.recipe: Recipe | None = None
+        self.files: tuple[_sharing.SharedFile, ...] = ()
 
     def __len__(self) -> int:
         return len(self.head) + sum([blob.size for blob in self.blobs])
@@ -187,6 +189,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     )
     futures: list[Dependency] | None = None
     """Those met so far, where futures may be arguments; ``None``: they may not."""
+    files: list[_sharing.SharedFile] | None = None
+    """Those that must be held open for the pickle; ``None``: it may refer to none."""
     _enclosed = 0
     """How many functions by value this is inside of: what these refer to are no arguments."""
 
@@ -204,6 +208,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             if not obj.flags.writeable:
                 return _reduce_readonly(obj)
             return NotImplemented
+        if _sharing.is_shared_kind(kind):
+            return _sharing.reduce_shared(obj, self.files)
         if issubclass(kind, _NOT_VALUES):
             return self._place(obj) if issubclass(kind, Future) else _refuse_connection(obj)
         if self.futures is None:
@@ -312,12 +318,23 @@ class _Collector:
             else:
                 self._head += (RECORD.pack(IN_BAND, len(data)), data)
 
-    def payload(self) -> Payload:
+    def pickle(self, obj: object, futures: list[Dependency] | None = None) -> Payload:
+        """Pickle an object into this, and return what has come of it."""
+        pickler = Pickler(self, protocol=5, buffer_callback=self.take_buffer)
+        pickler.futures = futures
+        files = pickler.files = [] if self._store.shared else None
+        pickler.dump(obj)
         pieces = self._pieces
-        if not self._head and sum(map(len, pieces)) <= INLINE_BYTES:
+        if not (self._head or files) and sum(map(len, pieces)) <= INLINE_BYTES:
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if files and not self._blobs:  # a composed payload has one at least
+            self._refer(IN_BAND_BLOB, b"".join(pieces))
+            pieces.clear()
         self._flush()
-        return compose(self._head, self._blobs, self._store)
+        payload = compose(self._head, self._blobs, self._store)
+        if files:
+            payload.files = tuple(files)
+        return payload
 
 
 def compose(records: list[bytes], blobs: dict[int, Blob], store: BlobStore) -> Composed:
@@ -338,9 +355,7 @@ def dumps(obj: object, store: BlobStore) -> Payload:
     """
     if type(obj) in _ATOMS:
         return pickle.dumps(obj, 5)
-    collector = _Collector(store)
-    Pickler(collector, protocol=5, buffer_callback=collector.take_buffer).dump(obj)
-    return collector.payload()
+    return _Collector(store).pickle(obj)
 
 
 def _is_plain(values: tuple[Any, ...], depth: int = 3) -> bool:
@@ -378,12 +393,9 @@ def dumps_bound(fn: Callable[..., Any], store: BlobStore) -> Payload | Unfinishe
 
 def _dumps_unfinished(obj: object, store: BlobStore) -> Payload | Unfinished:
     """Pickle what may have futures in it: the pickler comes by every object anyway."""
-    collector = _Collector(store)
-    pickler = Pickler(collector, protocol=5, buffer_callback=collector.take_buffer)
     futures: list[Dependency] = []
-    pickler.futures = futures
-    pickler.dump(obj)
-    return Unfinished(collector.payload(), futures) if futures else collector.payload()
+    payload = _Collector(store).pickle(obj, futures)
+    return Unfinished(payload, futures) if futures else payload
 
 
 def dumps_call(

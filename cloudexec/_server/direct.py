@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
-from cloudexec import _direct, _records
+from cloudexec import _direct, _records, _sharing
 from cloudexec._describing import describe, presentable
 from cloudexec._errors import PayloadError
 from cloudexec._log import Log
@@ -110,10 +110,11 @@ class DirectChannel:
         blob_of: Token and number -> the blob to be fetched, or ``None``.
         expects: Whether a result under token and lease is waited for.
         deliver: Takes a result that has arrived.
+        knows: Token -> whether it is that of a session.
         gathers: Where results are left as they come, for a journal; ``None``: they are unpickled
             on their way.
 
-        The three functions are called on the loop thread.
+        The functions are called on the loop thread.
     """
 
     def __init__(
@@ -122,12 +123,14 @@ class DirectChannel:
         blob_of: Callable[[bytes, int], Blob | None],
         expects: Callable[[bytes, int], bool],
         deliver: Callable[[bytes, int, Delivered | Composed], None],
+        knows: Callable[[bytes], object],
         gathers: BlobStore | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._blob_of = blob_of
         self._expects = expects
         self._deliver = deliver
+        self._knows = knows
         self._gathers = gathers
         self._connections: set[socket.socket] = set()
         self._waiting: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
@@ -220,6 +223,8 @@ class DirectChannel:
                 connection.settimeout(None)
                 if wanted == _direct.FETCH:
                     self._send(connection, token, number)
+                elif wanted == _direct.FILE and self._on_loop(self._knows, token):
+                    _sharing.send_file(connection, number)
                 elif wanted == _direct.DELIVER and self._on_loop(self._expects, token, number):
                     self._receive(connection, token, number)
         except (EOFError, OSError, RuntimeError, CancelledError):

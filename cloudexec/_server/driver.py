@@ -358,7 +358,12 @@ class Driver:
             self.direct_path = f"{self._directory}/d"
             gathers = None if self.journal is None else self.store
             self._direct = DirectChannel(
-                self.direct_path, self._blob_of, self.expects, self._deliver, gathers
+                self.direct_path,
+                self._blob_of,
+                self.expects,
+                self._deliver,
+                self.session_of,
+                gathers,
             )
         else:
             self.depot = self._depot()

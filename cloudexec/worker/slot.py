@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from cloudexec import _direct, _nesting, _payload, _records
+from cloudexec import _direct, _nesting, _payload, _records, _sharing
 from cloudexec._describing import describe, if_not_found, is_a
 from cloudexec._errors import NestingError, PayloadError
 from cloudexec._forked import end_child
@@ -268,6 +268,8 @@ class Slot:
         os.environ[_nesting.DEPTH] = str(setup["depth"])
         self.direct_path = setup["direct_path"]
         self.token = bytes.fromhex(setup["token"])
+        if self.direct_path:
+            _sharing.ask(self.direct_path, self.token)
         if setup["cwd"]:
             try:
                 os.chdir(setup["cwd"])

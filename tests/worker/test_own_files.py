@@ -26,6 +26,12 @@ def executor() -> Iterator[BatchExecutor]:
         yield executor
 
 
+@pytest.fixture(scope="module")
+def far() -> Iterator[BatchExecutor]:
+    with BatchExecutor(1, listen="127.0.0.1:0") as executor:
+        yield executor
+
+
 def _open_files() -> set[int]:
     numbers = set(map(int, os.listdir("/proc/self/fd")))
     return {fd for fd in numbers if os.path.exists(f"/proc/self/fd/{fd}")}
@@ -110,23 +116,23 @@ def _end_of_a_pipe() -> Connection[Any, Any]:
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_an_end_of_a_pipe_is_refused_wherever_it_stands(
-    executor: BatchExecutor, closed: bool
+def test_an_end_of_a_pipe_is_refused_by_workers_elsewhere_and_in_results(
+    executor: BatchExecutor, far: BatchExecutor, closed: bool
 ) -> None:
     """Its number means another file in another process: the error names it, and a way out."""
     one, other = multiprocessing.Pipe()
     if closed:
         one.close()
     futures = [
-        executor.submit(len, one),  # type: ignore[arg-type]
-        executor.submit(len, [{"key": (one,)}]),
-        executor.submit(functools.partial(print, one)),
-        executor.submit(lambda: one),
+        far.submit(len, one),  # type: ignore[arg-type]
+        far.submit(len, [{"key": (one,)}]),
+        far.submit(functools.partial(print, one)),
+        far.submit(lambda: one),
         executor.submit(_end_of_a_pipe),
         executor.submit(_raise_with, _end_of_a_pipe),
     ]
     errors = [future.exception(30) for future in futures]
-    for refused in (lambda: next(executor.map(print, [one])), lambda: executor.put([one])):
+    for refused in (lambda: next(far.map(print, [one])), lambda: far.put([one])):
         with pytest.raises(PayloadError) as caught:
             refused()
         errors.append(caught.value)
