@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from types import ModuleType, TracebackType
+from types import AsyncGeneratorType, CoroutineType, GeneratorType, ModuleType, TracebackType
 from typing import Any, TypeGuard, TypeVar
 
 from cloudexec._errors import RemoteTraceback
@@ -37,6 +37,7 @@ __all__ = [
     "traceback_of",
     "try_to_format",
     "type_name",
+    "unfinished",
     "with_sources",
 ]
 
@@ -114,6 +115,26 @@ def name_of(obj: object) -> str:
         module = attribute_of(obj, "__module__", "?")
         return f"{module if type(module) is str else '?'}.{name}"
     return repr_of(obj)
+
+
+def unfinished(value: object) -> str:
+    """Say what a coroutine or generator is and what to do instead; ``""``: it is something else."""
+    if type(value) is CoroutineType:
+        return (
+            f"the coroutine {value.__qualname__}(), which cannot be sent: `async def` only makes "
+            f"it; submit a function that runs it, with asyncio.run()"
+        )
+    if type(value) is GeneratorType:
+        return (
+            f"the generator {value.__qualname__}(), which cannot be sent: make a list of what it "
+            f"yields, there"
+        )
+    if type(value) is AsyncGeneratorType:
+        return (
+            f"the asynchronous generator {value.__qualname__}(), which cannot be sent: submit a "
+            f"function that runs it, with asyncio.run(), and makes a list of what it yields"
+        )
+    return ""
 
 
 def repr_of(obj: object) -> str:

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 from cloudexec import _nesting
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, check_count, check_positive
-from cloudexec._describing import describe, is_a, is_interrupt, name_of, presentable, type_name
+from cloudexec._describing import (
+    describe,
+    is_a,
+    is_interrupt,
+    name_of,
+    presentable,
+    type_name,
+    unfinished,
+)
 from cloudexec._errors import (
     BrokenBatchExecutor,
     CloudexecError,
@@ -731,7 +739,8 @@ class BatchExecutor(_Base):
                 except BaseException as exc:
                     if is_interrupt(exc):
                         raise
-                    future.set_exception(_pickling_error(exc, fn, args))
+                    called = fn._fn if type(fn) is _Chunk else fn
+                    future.set_exception(_pickling_error(exc, called, args))
                     continue
                 if (
                     journal is not None
@@ -972,11 +981,16 @@ def _pickling_error(
     from cloudexec import _sharing
     from cloudexec._unsendable import explain_call
 
+    elements: dict[str, object] = {noun.format(i): each for i, each in enumerate(args)}
+    elements |= {f"keyword {name!r}": each for name, each in kwargs.items()}
     if is_a(exc, _sharing.NotSharedError):
-        elements: dict[str, object] = {noun.format(i): each for i, each in enumerate(args)}
-        elements |= {f"keyword {name!r}": each for name, each in kwargs.items()}
         where = _sharing.where(exc.element, fn, elements)
         return PayloadError(f"{where}{name_of(fn)}: {exc.message}")
+    if why := unfinished(fn):
+        return PayloadError(f"the callable is {why}, and give submit() that function itself")
+    for where, value in elements.items():
+        if why := unfinished(value):
+            return PayloadError(f"{where} of {name_of(fn)} is {why}")
     error = PayloadError(
         explain_call(fn, args, kwargs, exc, noun=noun)
         or f"{type_name(fn)} {name_of(fn)} or its arguments could not be pickled ({describe(exc)})"

@@ -1,4 +1,4 @@
-"""A slot as ``multiprocessing`` sees it: a child of the client, as a process pool's processes are.
+"""A slot as a process of Python's: a child of the client, as a process pool's processes are.
 
 Progress bars, log formats and generators of random numbers go by the number, the name and the
 parent of ``multiprocessing.current_process()``.
@@ -6,15 +6,23 @@ parent of ``multiprocessing.current_process()``.
 
 from __future__ import annotations
 
+import atexit
+import gc
+import io
 import itertools
 import os
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Mapping
 from multiprocessing import process
 from typing import Any
 
-__all__ = ["become", "number_of"]
+__all__ = ["become", "leave", "number_of"]
 
+_PLAIN = ("_io", "io", __package__ + ".slot")
+"""Where classes of files are from that are flushed, or have nothing to be written."""
 _LOOK = 0.05
 """Seconds between two looks whether the client is still there."""
 
@@ -103,3 +111,36 @@ def become(number: int, client_pid: int, authkey: bytes, inheritance: Mapping[st
     seen_by_all._children = set()
     seen_by_all._current_process = own
     seen_by_all._parent_process = _Client(own._parent_name, own._parent_pid)
+
+
+def leave() -> None:
+    """Do what the interpreter does at its end, before this process ends without that.
+
+    Threads are waited for, functions that are registered for the end are called, and what is in the
+    buffers of files is written.
+    """
+    for step in (threading._shutdown, atexit._run_exitfuncs, _finish_files):  # type: ignore[attr-defined]
+        try:
+            step()
+        except BaseException:
+            traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BaseException:
+            pass  # a task closed it, or put something of its own there
+
+
+def _finish_files() -> None:
+    gc.collect()
+    files = [each for each in gc.get_objects() if isinstance(each, io.IOBase) and not each.closed]
+    # What writes to another file comes before that one.
+    for kind in (io.TextIOWrapper, io.IOBase, io.BufferedWriter, io.BufferedRandom):
+        for file in files:
+            try:
+                if type(file) is kind:
+                    file.flush()
+                elif kind is io.IOBase and type(file).__module__ not in _PLAIN:
+                    file.close()  # a compressed file has an end of its own
+            except BaseException:
+                pass  # its disk is full, or its file has been closed

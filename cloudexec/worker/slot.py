@@ -15,10 +15,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from time import perf_counter
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from cloudexec import _direct, _nesting, _payload, _records, _sharing
-from cloudexec._describing import describe, if_not_found, is_a
+from cloudexec._describing import describe, if_not_found, is_a, unfinished
 from cloudexec._errors import NestingError, PayloadError
 from cloudexec._forked import end_child
 from cloudexec._objects.places import BlobGoneError, DirectSource, FileSource, Place, unpack_places
@@ -484,6 +485,10 @@ def _pickling_error(exc: BaseException, value: Any) -> BaseException:
     """Return what a task fails with whose result cannot be pickled, or has no room."""
     if not is_a(exc, Exception) or is_a(exc, PayloadError):
         return exc  # SystemExit as itself: CPython's own tests of its process pool expect that
+    if why := unfinished(value):
+        if type(value) is CoroutineType:
+            value.close()  # or it warns that nobody has awaited it
+        return PayloadError(f"the call returned {why}")
     said = ""
     remedy = _remedy(exc)
     if not remedy:

@@ -281,6 +281,7 @@ def _set_mark(mark: int) -> None:
 
 
 def _run_slot(tasks_fd: int, results_fd: int, page_fd: int, out_fd: int, err_fd: int) -> int:
+    from cloudexec.worker.process import leave
     from cloudexec.worker.reach import out_of_reach
     from cloudexec.worker.slot import Slot
 
@@ -296,9 +297,7 @@ def _run_slot(tasks_fd: int, results_fd: int, page_fd: int, out_fd: int, err_fd:
         slot.run()
     except EOFError:
         return 0  # the supervisor is gone
-    import atexit
-
-    atexit._run_exitfuncs()
+    leave()
     return 0
 
 

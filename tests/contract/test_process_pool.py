@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
+import gzip
 import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import BrokenExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cloudexec import BatchExecutor, InitializerError, Local, RefLostError, WorkerLostError
+from cloudexec import (
+    BatchExecutor,
+    InitializerError,
+    Local,
+    PayloadError,
+    RefLostError,
+    WorkerLostError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +168,89 @@ def test_a_seed_of_the_users_own_holds_in_workers(monkeypatch: pytest.MonkeyPatc
     with BatchExecutor(1) as executor:
         found, seed, fresh = executor.submit(_order).result(30)
     assert (found, seed, fresh) == (expected, "7", f"{expected} 7\n")
+
+
+# What is submitted by mistake.
+
+
+async def _coroutine(n: int = 0) -> int:
+    return n
+
+
+def _generator(n: int = 0) -> Iterator[int]:
+    yield n
+
+
+async def _both(n: int = 0) -> AsyncIterator[int]:
+    yield n
+
+
+class _Callable:
+    async def __call__(self) -> None:
+        pass
+
+
+def test_coroutines_and_generators_are_refused_by_name(
+    executor: BatchExecutor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As functions, as results of others, in place of a function, and as arguments."""
+    coroutine, generator = _coroutine(), _generator()
+    refused: dict[Any, tuple[str, str]] = {
+        executor.submit(_coroutine): ("the coroutine _coroutine()", "asyncio.run()"),
+        executor.submit(_generator): ("the generator _generator()", "a list"),
+        executor.submit(_both): ("the asynchronous generator _both()", "asyncio.run()"),
+        executor.submit(_Callable()): ("the coroutine _Callable.__call__()", "asyncio.run()"),
+        executor.submit(lambda: _generator(1)): ("the generator _generator()", "a list"),
+        executor.submit(coroutine): ("callable is the coroutine _coroutine()", "function"),  # type: ignore[arg-type]
+        executor.submit(print, generator): ("argument 0 of builtins.print is the gen", "a list"),
+        executor.submit(print, end=coroutine): ("keyword 'end' of builtins.print", "asyncio.run()"),  # type: ignore[arg-type]
+    }
+    for future, texts in refused.items():
+        error = future.exception(30)
+        assert isinstance(error, PayloadError)
+        assert [text for text in texts if text not in str(error)] == [], str(error)
+    with pytest.raises(PayloadError, match="coroutine _coroutine"):
+        list(executor.map(_coroutine, [1]))
+    with pytest.raises(PayloadError, match=r"argument 0 of .*_coroutine is the generator"):
+        list(executor.map(_coroutine, [generator]))
+    coroutine.close()
+    assert "never awaited" not in capfd.readouterr().err
+
+
+# Ends in order.
+
+
+def _leave_things(directory: Path) -> None:
+    def note(text: str) -> None:
+        with open(directory / "order", "a") as file:
+            file.write(f"{text} ")
+
+    global _left
+    plain = open(directory / "plain", "w")  # noqa: SIM115
+    plain.write("unflushed")
+    packed = gzip.open(directory / "packed.gz", "wt")  # noqa: SIM115
+    packed.write("unflushed")
+    _left = [plain, packed]
+    ready = threading.Event()
+    threading.Thread(target=lambda: (ready.wait(30), note("thread"))).start()
+    threading._register_atexit(ready.set)  # type: ignore[attr-defined]
+    threading._register_atexit(note, "first")  # type: ignore[attr-defined]
+    atexit.register(note, "last")
+    atexit.register(print, "printed at the end")
+
+
+_left: list[Any] = []
+
+
+@pytest.mark.parametrize("child", [None, 1])
+def test_what_a_task_leaves_for_the_end_is_done(
+    tmp_path: Path, child: int | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a slot that ends with the executor, or gives its place to another one."""
+    with BatchExecutor(1, max_tasks_per_child=child) as executor:
+        executor.submit(_leave_things, tmp_path).result(30)
+    assert (tmp_path / "plain").read_text() == "unflushed"
+    with gzip.open(tmp_path / "packed.gz", "rt") as file:
+        assert file.read() == "unflushed"
+    assert (tmp_path / "order").read_text() == "first thread last "
+    assert "printed at the end" in capfd.readouterr().out
