@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Executor, Future
 from dataclasses import fields
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 from cloudexec import _nesting
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, check_count, check_positive
@@ -379,6 +379,10 @@ class BatchExecutor(_Base):
         task_timeout: Seconds that a task may run before the process that runs it is killed.
         output: What tasks print: ``"inherit"`` shows it here as it comes, ``"logging"`` logs it to
             ``cloudexec.output``, ``"off"`` drops it. A failed task's last lines are kept anyway.
+        forward_logs: Whether what tasks log reaches the handlers of this process, as it does where
+            processes are forked, with the attributes ``worker``, ``task`` and ``task_name``.
+            Levels are those that loggers have here when a worker starts. ``False``: it goes where
+            tasks say themselves, or, from ``WARNING`` on, to their standard error.
         listen: Where workers connect, as ``host:port``, with TLS; by default a private Unix socket,
             or any free port for workers elsewhere.
         advertise: Host, or ``host:port``, at which workers reach this process; by default found by
@@ -430,7 +434,8 @@ class BatchExecutor(_Base):
         idle_timeout: float | None = 60.0,
         retries: int = 2,
         task_timeout: float | None = None,
-        output: str = "inherit",
+        output: Literal["inherit", "logging", "off"] = "inherit",
+        forward_logs: bool = True,
         listen: str | None = None,
         advertise: str | None = None,
         launch_timeout: float | None = None,
@@ -443,7 +448,7 @@ class BatchExecutor(_Base):
         journal: str | os.PathLike[str] | None = None,
         max_pending_bytes: int | str | None = None,
         max_pending_tasks: int | None = None,
-        when_full: str = "block",
+        when_full: Literal["block", "raise"] = "block",
     ) -> None:
         if journal is not None and not isinstance(journal, str | os.PathLike):
             raise TypeError(
@@ -510,6 +515,7 @@ class BatchExecutor(_Base):
             "idle_timeout": idle_timeout,
             "max_tasks_per_child": max_tasks_per_child or 0,
             "output": output,
+            "forward_logs": bool(forward_logs),
             "listen": listen,
             "advertise": advertise or "",
             "max_cost_usd": max_cost_usd,

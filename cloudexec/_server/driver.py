@@ -154,6 +154,7 @@ class Setup:
     initializer: Payload = b""
     max_tasks_per_child: int = 0
     output: str = "inherit"
+    forward_logs: bool = True
     listen: str | None = None
     advertise: str = ""
     max_cost_usd: float | None = None
@@ -256,7 +257,8 @@ class Driver:
         self.keeper = Keeper(self)
         self.numbers = itertools.count(1)
         """Of tasks."""
-        self.output = OutputThread(setup.output) if setup.output != "off" else None
+        is_shown = setup.output != "off" or setup.forward_logs
+        self.output = OutputThread(setup.output) if is_shown else None
         self._carry_out: dict[type, Callable[[Any], None]] = {
             commands.SendTasks: self._send,
             commands.MarkRunning: self._mark_running,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import logging
 import queue
 import sys
@@ -11,6 +12,7 @@ from typing import TextIO
 
 from cloudexec._forked import OwnThread, end_if_forked
 from cloudexec._log import Log
+from cloudexec._logs import LOG_STREAM
 
 __all__ = ["OutputThread"]
 
@@ -75,6 +77,9 @@ class OutputThread:
                 pass
 
     def _show(self, worker: str, number: int, stream: int, data: bytes) -> None:
+        if stream == LOG_STREAM:
+            self._log(worker, number, data)
+            return
         target = sys.stdout if stream == 1 else sys.stderr
         key = (worker, number, stream)
         if self._mode == "inherit" and not _is_terminal(target):
@@ -94,6 +99,14 @@ class OutputThread:
             self._partial[key] = rest
         if newline:
             self._write_lines(worker, number, stream, lines)
+
+    def _log(self, worker: str, number: int, data: bytes) -> None:
+        """Hand a task's record to the handlers that it would have reached here."""
+        record = logging.makeLogRecord(json.loads(data))
+        where = {"worker": worker, "task": number, "task_name": self._names.get(number, "")}
+        for key, value in where.items():
+            record.__dict__.setdefault(key, value)
+        logging.getLogger(record.name).handle(record)
 
     def _write_lines(self, worker: str, number: int, stream: int, data: bytes) -> None:
         where = f"{worker} task {number}" if number else worker

@@ -26,6 +26,7 @@ from cloudexec._errors import LaunchError, PayloadError, PayloadTooLargeError
 from cloudexec._functions import Function
 from cloudexec._launchers.base import Arrival
 from cloudexec._log import Log
+from cloudexec._logs import state_of_logging
 from cloudexec._memory import room_for
 from cloudexec._objects.link import Link
 from cloudexec._objects.places import Place, is_descendant, is_path_of, open_shared
@@ -1029,7 +1030,7 @@ class _Servicer:
             max_tasks_per_child=setup.max_tasks_per_child,
             orphan_timeout=setup.orphan_timeout,
             heartbeat_interval=driver.machine.config.lease_timeout / 6,
-            capture_output=driver.output is not None,
+            capture_output=driver.setup.output != "off",
             min_slots=setup.min_workers,
             idle_timeout=-1.0 if setup.idle_timeout is None else setup.idle_timeout,
             direct_path=driver.direct_path,
@@ -1257,6 +1258,8 @@ def _inheritance(driver: Driver) -> bytes:
         "identity": process._identity,
         "name": process.name,
     }
+    if driver.setup.forward_logs:
+        inheritance["logging"] = state_of_logging()
     return json.dumps(inheritance).encode()
 
 

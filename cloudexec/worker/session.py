@@ -19,6 +19,7 @@ import grpc.aio
 
 from cloudexec import _enrolment
 from cloudexec._errors import LaunchError, PayloadError, PayloadTooLargeError, ProtocolError
+from cloudexec._logs import LOG_STREAM
 from cloudexec._objects.link import Link
 from cloudexec._objects.places import Place
 from cloudexec._objects.store import Blob
@@ -432,7 +433,7 @@ class Session:
             self._returned.append(lease)
 
     def output(self, lease: int, number: int, stream: int, data: bytes) -> bool:
-        if not self.welcome.capture_output:
+        if not self.welcome.capture_output and stream != LOG_STREAM:
             return True
         self._output.append((lease, number, stream, data))
         self._credit -= len(data)

@@ -18,7 +18,7 @@ from time import perf_counter
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
-from cloudexec import _direct, _nesting, _payload, _records, _sharing
+from cloudexec import _direct, _logs, _nesting, _payload, _records, _sharing
 from cloudexec._describing import describe, if_not_found, is_a, unfinished
 from cloudexec._errors import NestingError, PayloadError
 from cloudexec._forked import end_child
@@ -174,6 +174,11 @@ class Slot:
         with self._lock:
             write_all(self._results_fd, frame + bytes((stream,)) + data)
 
+    def _send_record(self, record: bytes) -> bool:
+        if not self.forked:
+            self.send_output(_logs.LOG_STREAM, record)
+        return not self.forked
+
     def _flush(self) -> None:
         used = self._used
         if used:
@@ -276,6 +281,8 @@ class Slot:
                 os.chdir(setup["cwd"])
             except OSError:
                 pass  # the client's directory is gone, or on another machine
+        if "logging" in setup["inheritance"]:
+            _logs.inherit(setup["inheritance"]["logging"], self._send_record)
         for stream, name in ((1, "stdout"), (2, "stderr")):
             buffer = io.BufferedWriter(_Output(self, stream), _OUTPUT_BYTES)
             errors = "backslashreplace" if stream == 2 else "surrogateescape"

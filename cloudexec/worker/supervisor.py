@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cloudexec._logs import LOG_STREAM, line_of
 from cloudexec._objects.places import Place, unpack_places
 from cloudexec._objects.segments import block_size
 from cloudexec.worker import frames
@@ -1169,7 +1170,7 @@ class SlotPool:
         tail = slot.tail.get(delivery)
         if tail is None:
             tail = slot.tail[delivery] = bytearray()
-        tail += data
+        tail += data if stream != LOG_STREAM else line_of(data)
         if len(tail) > 2 * _TAIL_BYTES:
             del tail[:-_TAIL_BYTES]
         lease, number = (item.lease, item.number) if item is not None else (0, 0)
