@@ -553,7 +553,7 @@ class BatchExecutor(_Base):
                     "start anew in it: use multiprocessing's 'spawn' or 'forkserver', or fork first"
                 )
             _send_spawned_main_by_value()
-            from cloudexec import _payload
+            from cloudexec import _payload, _settings
             from cloudexec._functions import FunctionTable
             from cloudexec._objects.store import BlobStore
             from cloudexec._server.driver import Driver, Setup
@@ -576,6 +576,7 @@ class BatchExecutor(_Base):
                 if error is not None:
                     raise error
             setup["argv"] = tuple(sys.argv)
+            setup["settings"] = _settings.collect()
             if self._launcher.needs_network():
                 setup["modules"] = _modules_for(self._launcher.modules)
             else:

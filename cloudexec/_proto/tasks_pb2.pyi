@@ -396,6 +396,7 @@ class Welcome(_message.Message):
     INHERITANCE_FIELD_NUMBER: _builtins.int
     BUCKET_THRESHOLD_FIELD_NUMBER: _builtins.int
     BUCKET_PART_BYTES_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     session_token: _builtins.bytes
     """Bearer of the Fetch and Deliver calls of this session."""
@@ -435,6 +436,8 @@ class Welcome(_message.Message):
     are cut.
     """
     bucket_part_bytes: _builtins.int
+    settings: _builtins.bytes
+    """What the program has set in the standard library, numpy and pandas; see _settings."""
     @_builtins.property
     def sys_path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -470,10 +473,11 @@ class Welcome(_message.Message):
         inheritance: _builtins.bytes = ...,
         bucket_threshold: _builtins.int = ...,
         bucket_part_bytes: _builtins.int = ...,
+        settings: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "bucket_part_bytes", b"bucket_part_bytes", "bucket_threshold", b"bucket_threshold", "capture_output", b"capture_output", "compress", b"compress", "cwd", b"cwd", "depth", b"depth", "direct_path", b"direct_path", "first_blob", b"first_blob", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "inheritance", b"inheritance", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "resumable", b"resumable", "session_token", b"session_token", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "bucket_part_bytes", b"bucket_part_bytes", "bucket_threshold", b"bucket_threshold", "capture_output", b"capture_output", "compress", b"compress", "cwd", b"cwd", "depth", b"depth", "direct_path", b"direct_path", "first_blob", b"first_blob", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "inheritance", b"inheritance", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "resumable", b"resumable", "session_token", b"session_token", "settings", b"settings", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -163,6 +163,7 @@ class Setup:
     cwd: str = ""
     sys_path: tuple[str, ...] = ()
     argv: tuple[str, ...] = ()
+    settings: bytes = b""
     modules: bytes = b""
     objects: ObjectOptions = field(default_factory=ObjectOptions)
 

@@ -1027,6 +1027,7 @@ class _Servicer:
             cwd=setup.cwd,
             sys_path=setup.sys_path,
             argv=setup.argv,
+            settings=setup.settings,
             max_tasks_per_child=setup.max_tasks_per_child,
             orphan_timeout=setup.orphan_timeout,
             heartbeat_interval=driver.machine.config.lease_timeout / 6,

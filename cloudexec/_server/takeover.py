@@ -512,6 +512,7 @@ def _digest(driver: Driver, launcher: Launcher) -> str:
         launcher.fingerprint().encode(),
         repr((setup.max_tasks_per_child, setup.cwd, setup.sys_path)).encode(),
         setup.modules,
+        setup.settings,
     ]
     if isinstance(initializer, Composed):
         pieces += [initializer.head, *[blob.view() for blob in initializer.blobs]]

@@ -74,7 +74,7 @@ class Kind(enum.IntEnum):
 
     # To the slot.
     SETUP = 1
-    """JSON: working directory, sys.path, argv."""
+    """JSON: working directory, sys.path, argv, what the client's program has set."""
     INITIALIZER = 2
     """Payload of (initializer, initargs); composed if the number is 1, none if it is 2."""
     FUNCTION = 3

@@ -201,6 +201,7 @@ def _settings(welcome: pb.Welcome, address: Address, modules: str) -> Settings:
         cwd=welcome.cwd,
         sys_path=tuple(welcome.sys_path),
         argv=tuple(welcome.argv),
+        settings=welcome.settings,
         initializer=welcome.initializer,
         initializer_blobs=tuple(blob.id for blob in welcome.initializer_blobs),
         max_tasks_per_child=welcome.max_tasks_per_child,

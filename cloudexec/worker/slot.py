@@ -18,7 +18,7 @@ from time import perf_counter
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
-from cloudexec import _direct, _logs, _nesting, _payload, _records, _sharing
+from cloudexec import _direct, _logs, _nesting, _payload, _records, _settings, _sharing
 from cloudexec._describing import describe, if_not_found, is_a, unfinished
 from cloudexec._errors import NestingError, PayloadError
 from cloudexec._forked import end_child
@@ -289,6 +289,7 @@ class Slot:
             text = io.TextIOWrapper(buffer, encoding="utf-8", errors=errors, line_buffering=True)
             setattr(sys, name, text)
             setattr(sys, f"__{name}__", text)
+        _settings.apply(bytes.fromhex(setup["settings"]))
 
     def _on_initializer(self, number: int, body: bytes) -> None:
         if number == 2:  # there is none

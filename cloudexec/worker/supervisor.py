@@ -118,6 +118,7 @@ class Settings:
     cwd: str = ""
     sys_path: tuple[str, ...] = ()
     argv: tuple[str, ...] = ()
+    settings: bytes = b""
     initializer: bytes = b""
     initializer_blobs: tuple[int, ...] = ()
     max_tasks_per_child: int = 0
@@ -531,6 +532,7 @@ class SlotPool:
             "sys_path": list(settings.sys_path),
             "modules": settings.modules,
             "argv": list(settings.argv),
+            "settings": settings.settings.hex(),
             "direct_path": settings.direct_path,
             "token": settings.token.hex(),
             "authkey": settings.authkey.hex(),
