@@ -292,7 +292,7 @@ def _read_logging(_: Any) -> Any:
         state = logger.level, logger.propagate, logger.disabled
         if state != (logging.NOTSET if name else logging.WARNING, True, False):
             levels[name] = state
-    names: dict[int, str] = logging._levelToName  # type: ignore[attr-defined]
+    names: dict[int, str] = logging._levelToName
     usual = {0: "NOTSET", 10: "DEBUG", 20: "INFO", 30: "WARNING", 40: "ERROR", 50: "CRITICAL"}
     found = {
         "levels": levels,
