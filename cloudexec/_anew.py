@@ -16,6 +16,7 @@ import functools
 import gc
 import importlib
 import logging
+import operator
 import sys
 import threading
 import weakref
@@ -588,6 +589,59 @@ def _reduce_function_pointer_type(kind: Any) -> tuple[Any, ...] | None:
     return _make, (ctypes.CFUNCTYPE, args, keywords)
 
 
+def _reduce_array_type(kind: Any) -> tuple[Any, ...] | None:
+    """Reduce the type of ``c_int * 3``, of which a process has one."""
+    type_, length = getattr(kind, "_type_", None), getattr(kind, "_length_", None)
+    if type_ is None or type_ * length is not kind:
+        return None  # a class of the user's
+    return operator.mul, (type_, length)
+
+
+def _reduce_pointer_type(kind: Any) -> tuple[Any, ...] | None:
+    import ctypes
+
+    type_ = getattr(kind, "_type_", None)
+    if type_ is None or ctypes.POINTER(type_) is not kind:
+        return None
+    return ctypes.POINTER, (type_,)
+
+
+def _reduce_class(kind: Any) -> tuple[Any, ...] | None:
+    """Reduce those classes of ctypes's classes that are found in no module."""
+    if kind.__module__ != "_ctypes" or not issubclass(kind, type):
+        return None
+    import ctypes
+
+    for base in (ctypes.Structure, ctypes.Union):
+        if type(base) is kind:
+            return type, (base,)
+    return None
+
+
+def _reduce_structure(kind: Any) -> tuple[Any, ...] | None:
+    """Reduce a structure or union of the script's: setting ``_fields_`` makes its descriptors."""
+    if _is_importable(kind):
+        return None
+    make, args, state, *_, _set = cloudpickle.cloudpickle._dynamic_class_reduce(kind)
+    attributes, slots = state
+    fields = attributes.pop("_fields_", None)
+    attributes = {
+        name: value
+        for name, value in attributes.items()
+        if f"{type(value).__module__}.{type(value).__qualname__}" != "_ctypes.CField"
+    }
+    if fields is not None:
+        attributes["_fields_"] = fields  # behind what says how they are laid out
+    return make, args, (attributes, slots), None, None, _set_structure
+
+
+def _set_structure(kind: Any, state: tuple[dict[str, Any], Any]) -> Any:
+    attributes, slots = state
+    if "_fields_" in vars(kind):
+        attributes.pop("_fields_", None)  # it has come before, and they are final
+    return cloudpickle.cloudpickle._class_setstate(kind, (attributes, slots))
+
+
 # What each process has one of
 
 
@@ -728,7 +782,11 @@ def _make_random_state(kind: type[Any], bits: type[Any], state: dict[str, Any]) 
 _REDUCERS: dict[str, _Reducer] = {
     "_contextvars.ContextVar": _reduce_context_variable,
     "_ctypes.CFuncPtr": _reduce_function_pointer,
+    "_ctypes.PyCArrayType": _reduce_array_type,
     "_ctypes.PyCFuncPtrType": _reduce_function_pointer_type,
+    "_ctypes.PyCPointerType": _reduce_pointer_type,
+    "_ctypes.PyCStructType": _reduce_structure,
+    "_ctypes.UnionType": _reduce_structure,
     "_io.BufferedReader": _reduce_stream,
     "_io.BufferedWriter": _reduce_stream,
     "_io.FileIO": _reduce_stream,
@@ -739,6 +797,7 @@ _REDUCERS: dict[str, _Reducer] = {
     "_thread._local": _reduce_local,
     "_thread.lock": _reduce_lock,
     "builtins.function": _reduce_function,
+    "builtins.type": _reduce_class,
     "concurrent.futures.process.ProcessPoolExecutor": _reduce_process_pool_executor,
     "concurrent.futures.thread.ThreadPoolExecutor": _reduce_thread_pool_executor,
     "ctypes.CDLL": _reduce_library,

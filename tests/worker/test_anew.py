@@ -591,6 +591,54 @@ def test_interpreter_as_a_library_and_callbacks(sees: Sees) -> None:
     assert sees(quick_sort, lambda found: found.restype) is None
 
 
+class Point(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_byte),
+        ("y", ctypes.c_double),
+        ("low", ctypes.c_uint, 3),
+        ("high", ctypes.c_uint, 5),
+        ("many", ctypes.c_short * 3),
+    ]
+
+
+class Packed(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("x", ctypes.c_byte), ("y", ctypes.c_double)]
+
+
+class Link(ctypes.Structure): ...
+
+
+Link._fields_ = [("point", Point), ("next", ctypes.POINTER(Link))]
+
+
+def test_types_of_ctypes_and_structures_of_the_script(sees: Sees) -> None:
+    for type_ in (ctypes.c_int * 3, ctypes.POINTER(ctypes.c_double), (ctypes.c_char * 2) * 3):
+        assert pickle.loads(dumps(type_)) is type_
+        assert sees(type_, lambda found: found.__name__) == type_.__name__
+
+    def check(found: Any) -> Any:
+        import ctypes
+
+        point, packed, link = found
+        one = point(1, 2.5, 3, 4, (5, 6, 7))
+        one.high = 31
+        chain = link(one, ctypes.pointer(link(point(9))))
+        values = one.x, one.y, one.low, one.high, list(one.many), chain.next[0].point.x
+        sizes = [ctypes.sizeof(each) for each in found]
+        return values, packed(1, 0.5).y, sizes, bytes(one)
+
+    class Either(ctypes.Union):
+        _fields_ = [("whole", ctypes.c_uint32), ("bytes", ctypes.c_uint8 * 4)]
+
+    assert sees(Either, lambda found: found(whole=0x01010101).bytes[2]) == 1
+    kinds = Point, Packed, Link
+    expected = check(kinds)
+    assert expected[0] == (1, 2.5, 3, 31, [5, 6, 7], 9)
+    assert sees(kinds, check) == expected
+    assert sees(Point(1, 2.5), lambda found: found.y) == 2.5
+
+
 def test_modules_of_odd_types_go_by_name(sees: Sees, monkeypatch: pytest.MonkeyPatch) -> None:
     class Odd(types.ModuleType):
         def __getattr__(self, name: str) -> Any:
