@@ -315,10 +315,16 @@ def test_options_that_cannot_be_are_refused(options: Any, words: str) -> None:
 
 
 def _fill_bucket(profile: Profile) -> None:
-    for number in range(3):
-        for _ in range(2):
-            _call("s3", "put_object", Bucket=profile.bucket, Key=f"data/{number}", Body=b"x")
-    _call("s3", "create_multipart_upload", Bucket=profile.bucket, Key="data/unfinished")
+    async def fill(clients: AwsClients) -> None:  # a client for each call would take seconds
+        bucket = profile.bucket
+        for number in range(3):
+            for _ in range(2):
+                key = f"data/{number}"
+                await clients.call("s3", "put_object", Bucket=bucket, Key=key, Body=b"x")
+        key = "data/unfinished"
+        await clients.call("s3", "create_multipart_upload", Bucket=bucket, Key=key)
+
+    _run(fill)
 
 
 def _push(profile: Profile) -> None:
