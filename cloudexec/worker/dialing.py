@@ -150,6 +150,21 @@ def _certificate(host: str, port: int, patience: float) -> bytes:
             return secured.getpeercert(binary_form=True) or b""
 
 
+_NOT_NOW = (
+    OSError,
+    grpc.aio.AioRpcError,
+    asyncio.InvalidStateError,
+    # gRPC raises it where a call was cancelled, though nobody has cancelled the task that awaits
+    # it. Taken for that, it would end the task, and the worker would never dial again.
+    asyncio.CancelledError,
+)
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 async def dial(
     address: Address,
     enrol: Callable[[grpc.aio.Channel], Awaitable[None]],
@@ -183,7 +198,9 @@ async def dial(
                 async with asyncio.timeout(limit):
                     await enrol(channel)
                 return
-            except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as exc:
+            except _NOT_NOW as exc:
+                if isinstance(exc, asyncio.CancelledError) and _is_cancelled():
+                    raise
                 # A TimeoutError is an OSError.
                 code = exc.code() if isinstance(exc, grpc.aio.AioRpcError) else None
                 reason = exc.details() if isinstance(exc, grpc.aio.AioRpcError) else str(exc)

@@ -108,12 +108,13 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
                 ends.put_nowait("orphaned")
 
     async def converse() -> None:
+        why = "bug"
         try:
             why = await session.converse(ends)
         except Exception:
             traceback.print_exc()
-            why = "bug"
-        ends.put_nowait(why)
+        finally:
+            ends.put_nowait(why)  # whatever it was: nothing else ends this process
 
     background = [
         loop.create_task(converse()),

@@ -179,3 +179,32 @@ def test_a_client_on_this_machine_that_is_gone_is_not_looked_for_in_the_network(
     assert said.startswith(f"cannot reach the client at {path}, a socket on this machine (")
     assert said.endswith("ended, or was its temporary directory deleted?")
     assert "network" not in said
+
+
+def test_a_call_that_was_cancelled_is_no_reason_to_stop_dialing(client: _Client) -> None:
+    """gRPC tells of it as if the task were cancelled; a task that is cancelled does end."""
+    worker = _Worker()
+    cancelled = iter([True, True])
+    going_on = client.address()
+
+    async def enrol(channel: Any) -> None:
+        if next(cancelled, False):
+            raise asyncio.CancelledError
+        await worker.enrol(channel)
+
+    async def hang(channel: Any) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        await dial(going_on, enrol, 20.0)
+        await worker.channel.close()
+        task = asyncio.ensure_future(dial(going_on, hang, 20.0))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    begun = asyncio.Event()
+    asyncio.run(run())
+    assert len(client.callers) == 4
