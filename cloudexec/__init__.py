@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from cloudexec._stats import ExecutorStats, SizeCounts, TaskCounts, WorkerCounts
     from cloudexec._story import StoryEvent, TaskStory
 
+    __version__: str
+
 __all__ = [
     "AwsError",
     "Batch",
@@ -106,8 +108,12 @@ def __getattr__(name: str) -> object:
             found = import_module(f"cloudexec.{module}")
             globals().update({each: getattr(found, each) for each in names})
             return globals()[name]
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return globals().setdefault(name, version("cloudexec"))
     raise AttributeError(f"module 'cloudexec' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

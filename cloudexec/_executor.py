@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Executor, Future
 from dataclasses import fields
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, Self, TypeAlias, TypeVar
 
 from cloudexec import _nesting
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, check_count, check_positive
@@ -60,8 +61,28 @@ T = TypeVar("T")
 RetryOn: TypeAlias = (
     "type[BaseException] | Sequence[type[BaseException]] | Callable[[BaseException], object] | None"
 )
-_UNSET: Any = object()
+
+
+class _Unchanged:
+    def __repr__(self) -> str:
+        return "unchanged"
+
+
+_UNSET: Any = _Unchanged()
 _OUTPUT_MODES = ("inherit", "logging", "off")
+
+
+def _briefly(fn: Callable[P, T]) -> Callable[P, T]:
+    """Have errors that a caller has made end at the caller's line, not inside of this package."""
+
+    @functools.wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return fn(*args, **kwargs)
+        except (ConfigError, TypeError) as exc:
+            raise exc.with_traceback(None) from None
+
+    return call
 
 
 class _Base(Executor):
@@ -70,6 +91,9 @@ class _Base(Executor):
     _options: TaskOptions
     _terms: Terms | None
     _executor: BatchExecutor
+
+    def __enter__(self) -> Self:
+        return self
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> BatchFuture[T]:
         """Schedule ``fn(*args, **kwargs)`` to run on a worker.
@@ -167,6 +191,7 @@ class _Base(Executor):
             return _flatten(many)
         return self._map(fn, calls, timeout, buffersize, progress)
 
+    @_briefly
     def with_options(
         self,
         *,
@@ -180,13 +205,18 @@ class _Base(Executor):
         priority: int = _UNSET,
         env: Mapping[str, str] | None = _UNSET,
         keep: bool = _UNSET,
-        on_loss: str = _UNSET,
+        on_loss: Literal["recompute", "raise"] = _UNSET,
         key: str | Callable[..., object] | None = _UNSET,
     ) -> OptionsView:
         """Return a view of this executor whose tasks have other options.
 
         The view is an ``Executor`` itself, so that it can be handed to a library; it shares the
         workers. Shutting it down does nothing. What is not given stays as it is here.
+
+            >>> with BatchExecutor(1) as executor:
+            ...     careful = executor.with_options(timeout=60, env={"MODE": "safe"}, name="safe")
+            ...     careful.submit(os.getenv, "MODE").result()
+            'safe'
 
         ``max_workers`` goes on to count tasks: one with ``cpus=4`` is one of them, and takes one
         slot, but is sent only where four processors are free, and nothing else is sent there that
@@ -268,7 +298,14 @@ class _Base(Executor):
         progress: bool,
     ) -> Iterator[T]:
         deadline = None if timeout is None else time.monotonic() + timeout
-        submit = self._executor._prepare_map(fn, self._options, self._terms)
+        submit: Callable[[Iterable[tuple[Any, ...]]], list[BatchFuture[T]]]
+        if getattr(self.submit, "__func__", None) is _Base.submit:
+            submit = self._executor._prepare_map(fn, self._options, self._terms)
+        else:  # somebody has replaced it, as tqdm does, and expects it to be called
+
+            def submit(calls: Iterable[tuple[Any, ...]]) -> list[BatchFuture[T]]:
+                return [self.submit(fn, *args) for args in calls]
+
         futures: deque[BatchFuture[T]]
         futures = deque(
             submit(calls if buffersize is None else itertools.islice(calls, buffersize))
@@ -362,6 +399,11 @@ class BatchExecutor(_Base):
 
     A drop-in for ``concurrent.futures.ProcessPoolExecutor``.
 
+        >>> with BatchExecutor(2) as executor:
+        ...     future = executor.submit(pow, 2, 10)
+        ...     list(executor.map(abs, [-1, -2])), future.result()
+        ([1, 2], 1024)
+
     Args:
         max_workers: Tasks that may run at once; by default the processors this process may use.
         mp_context: Taken for the sake of programs that give one, and not used: how processes start
@@ -421,6 +463,7 @@ class BatchExecutor(_Base):
             it, ``JournalVersionError`` if a newer version wrote it.
     """
 
+    @_briefly
     def __init__(
         self,
         max_workers: int | None = None,
@@ -794,6 +837,11 @@ class BatchExecutor(_Base):
         Worth it for what many calls take: it is pickled and looked at only once. (An array that is
         passed plainly is sent once per worker too, but compared with what was sent, each time.)
 
+            >>> with BatchExecutor(1) as executor:
+            ...     table = executor.put({"a": 1})
+            ...     executor.submit(dict.get, table, "a").result()
+            1
+
         Raises:
             PayloadError: If it cannot be pickled, whatever pickling raises but Ctrl-C.
             PayloadTooLargeError: If there is no room for it, in memory or on disk.
@@ -832,7 +880,15 @@ class BatchExecutor(_Base):
         return ref
 
     def stats(self) -> ExecutorStats:
-        """Return a snapshot: tasks and workers by state, bytes, retries."""
+        """Return a snapshot: tasks and workers by state, bytes, retries.
+
+        It prints as a table of what is not zero, and has a field for each number.
+
+            >>> with BatchExecutor(1) as executor:
+            ...     _ = executor.submit(abs, -1).result()
+            ...     executor.stats().tasks.succeeded
+            1
+        """
         from cloudexec._stats import ExecutorStats
 
         driver = self._driver

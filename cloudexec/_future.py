@@ -369,6 +369,8 @@ class BatchFuture(Future[T]):
 
     def __repr__(self) -> str:
         state = self._state.lower().replace("cancelled_and_notified", "cancelled")
+        if self._state == FINISHED and type(self._result) is bytes and self._decode is not None:
+            self.exception()  # a small outcome that nobody has asked for yet
         if self._state == FINISHED and self._decode is None:
             outcome = self._exception if self._exception is not None else self._result
             verb = "raised" if self._exception is not None else "returned"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from cloudexec._launchers.base import LaunchTimes
@@ -79,9 +79,9 @@ class SizeCounts:
     """Tasks for which workers of this size are launched; a larger one may take them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ExecutorStats:
-    """What ``BatchExecutor.stats()`` returns."""
+    """What ``BatchExecutor.stats()`` returns; prints as a table of what is not zero."""
 
     tasks: TaskCounts = field(default_factory=TaskCounts)
     workers: WorkerCounts = field(default_factory=WorkerCounts)
@@ -114,6 +114,20 @@ class ExecutorStats:
     the launcher's own first."""
     launches: tuple[LaunchTimes, ...] = ()
     """Of each worker asked for: where the time went until its first result."""
+
+    def __repr__(self) -> str:
+        rows = []
+        for each in fields(self):
+            value = getattr(self, each.name)
+            name = each.name.replace("_", " ")
+            if isinstance(value, TaskCounts | WorkerCounts):
+                rows.append((name, _counts(value)))
+            elif each.name == "sizes":
+                rows += [(size.size, _counts(size)) for size in value]
+            elif each.name != "launches" and value:
+                rows.append((name, f"{value:,}"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
     @classmethod
     def of(cls, driver: Driver) -> ExecutorStats:
@@ -194,6 +208,12 @@ class ExecutorStats:
             ),
             launches=driver.launches.times(),
         )
+
+
+def _counts(counts: TaskCounts | WorkerCounts | SizeCounts) -> str:
+    found = [(each.name, getattr(counts, each.name)) for each in fields(counts)]
+    given = [f"{n:,} {name.replace('_', ' ')}" for name, n in found if n and name != "size"]
+    return ", ".join(given) or "none"
 
 
 for _class in (ExecutorStats, SizeCounts, TaskCounts, WorkerCounts):

@@ -45,16 +45,10 @@ DESELECTED = {
     "ProcessPoolExecutorTest.test_python_finalization_error": (
         "makes the start of the pool's queue feeder thread fail, which is not here"
     ),
-    "ProcessPoolExecutorTest.test_saturation": (
-        "counts _processes, and hands over a semaphore that only multiprocessing's own children "
-        "can inherit"
-    ),
+    "ProcessPoolExecutorTest.test_saturation": _PROCESSES,
     "ProcessPoolShutdownTest.test_context_manager_shutdown": _ITSELF,
     "ProcessPoolShutdownTest.test_del_shutdown": _ITSELF,
-    "ProcessPoolShutdownTest.test_processes_terminate": (
-        "counts _processes, and hands over a semaphore that only multiprocessing's own children "
-        "can inherit"
-    ),
+    "ProcessPoolShutdownTest.test_processes_terminate": _PROCESSES,
     "ProcessPoolShutdownTest.test_shutdown_no_wait": _ITSELF,
     "ExecutorShutdownTest.test_cancel_futures": (
         "expects calls to survive because they are in the pool's call queue, where they count as "
