@@ -23,7 +23,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing import context, resource_tracker
+from multiprocessing import context
 from multiprocessing.reduction import ForkingPickler
 from types import MethodType
 from typing import Any
@@ -361,6 +361,8 @@ def ask(path: str, token: bytes) -> None:
 
 
 def _tracker() -> Any:
+    from multiprocessing import resource_tracker
+
     return resource_tracker._resource_tracker
 
 

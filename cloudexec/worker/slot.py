@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import multiprocessing.resource_tracker  # noqa: F401 (here, before slots are forked)
 import os
 import pickle
 import socket
