@@ -65,6 +65,7 @@ _MODULES = (
     "multiprocessing.synchronize",
     "multiprocessing.queues",
     "multiprocessing.sharedctypes",
+    "tqdm.std",
 )
 _reducers: dict[type, Callable[[Any], Any]] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
 _NOT_FILES: tuple[type, ...] = (MethodType, type([].append), type(int.__add__), functools.partial)
@@ -100,6 +101,11 @@ def reduce_shared(obj: Any, files: list[SharedFile] | None) -> Any:
         NotSharedError: If it cannot be shared.
     """
     kind = type(obj)
+    if kind.__module__ == "tqdm.std":
+        if kind.__name__ != "TqdmDefaultWriteLock":
+            return NotImplemented
+        # The other lock in it is for the threads of one process, which has one of its own.
+        return _lock_of_tqdm, (kind, getattr(obj, "mp_lock", None))
     name = f"a multiprocessing {kind.__name__}"
     if kind.__module__ == "socket":
         name = "a socket"
@@ -418,6 +424,11 @@ def _semaphore(kind: Any, number: int, recursive: int, most: int) -> Any:
     _here[number] = lock
     _taken[lock] = number
     return lock
+
+
+def _lock_of_tqdm(kind: Any, lock: Any) -> Any:
+    kind.mp_lock = lock
+    return kind()
 
 
 def _arena(number: int, size: int) -> Any:

@@ -242,6 +242,30 @@ def test_shared_memory_outlives_the_slots_that_have_used_it(
     assert "leaked" not in capfd.readouterr().err
 
 
+# tqdm's lock.
+
+
+def _try() -> bool:
+    from tqdm import tqdm
+
+    lock = tqdm.get_lock().mp_lock
+    got = bool(lock.acquire(block=False))
+    if got:
+        lock.release()
+    return got
+
+
+def test_bars_of_all_processes_write_under_one_lock() -> None:
+    from tqdm import tqdm
+
+    lock = tqdm.get_lock()
+    with BatchExecutor(1, initializer=tqdm.set_lock, initargs=(lock,)) as executor:
+        assert executor.submit(_try).result(30)
+        with lock:
+            assert not executor.submit(_try).result(30)
+        assert executor.submit(_try).result(30)
+
+
 # What cannot be.
 
 

@@ -150,6 +150,18 @@ def test_the_key_is_not_in_the_environment_of_tasks(aws: Any, launcher: Make) ->
     assert given["CLOUDEXEC_KEY"].encode() not in block
 
 
+def test_all_workers_hash_alike(aws: Any, launcher: Make) -> None:
+    """And what tasks start is seeded as it would be anywhere else."""
+    with BatchExecutor(1, launcher=launcher(), max_tasks_per_worker=1) as executor:
+        one, other = (
+            executor.submit(lambda: (os.getpid(), hash("text"), os.environ.get("PYTHONHASHSEED")))
+            for _ in range(2)
+        )
+        (one_pid, *one_seen), (other_pid, *other_seen) = one.result(60), other.result(60)
+    assert one_pid != other_pid
+    assert one_seen == other_seen == [one_seen[0], None]
+
+
 def test_a_worker_whose_machine_dies_costs_no_task(aws: Any, launcher: Make) -> None:
     """Without a notice, AWS says afterwards what it was: the task runs again, unblamed."""
     with BatchExecutor(1, launcher=launcher(), retries=1) as executor:
