@@ -63,12 +63,22 @@ class _Found:
         sources: Of the user's own modules, by name.
         installed: Top-level names of modules that are installed.
         seen: All names that were looked at.
+        names: What strings of the sources name, if they name modules.
+        is_importing: Whether any of the sources imports by name.
     """
 
     def __init__(self) -> None:
         self.sources: dict[str, Source] = {}
         self.installed: set[str] = set()
         self.seen: set[str] = set()
+        self.names: set[str] = set()
+        self.is_importing = False
+
+    def add(self, name: str, source: Source) -> None:
+        """Take a source of the user's own."""
+        self.sources[name] = source
+        self.names |= source.names
+        self.is_importing = self.is_importing or source.is_importing
 
 
 class Program:
@@ -198,13 +208,18 @@ class Program:
         else:  # it is installed, and counts by its version
             self._follow([package], self._found)
             return
-        self._found.sources["__main__"] = source
+        self._found.add("__main__", source)
         self._follow([*source.imports, package], self._found)
 
     def _follow(self, names: Iterable[str], found: _Found) -> None:
         """Look at modules, at the packages that they are in, and at what they import."""
         waiting = list(names)
-        while waiting:
+        while True:
+            if not waiting and found.is_importing:
+                # Which of its sources hands a name to the one that imports is not known.
+                waiting += found.names - found.seen
+            if not waiting:
+                break
             name = waiting.pop()
             if not name or name in found.seen:
                 continue
@@ -232,7 +247,7 @@ class Program:
                 is_package = place.search is not None
                 package = name if is_package else parent
                 source = source_of(place.path, package, place.loader, name, is_package=is_package)
-                found.sources[name] = source
+                found.add(name, source)
                 waiting += source.imports
 
     def _place(self, name: str) -> _Place | None:

@@ -15,7 +15,9 @@ import marshal
 import os
 import re
 import struct
+import textwrap
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any, NamedTuple
@@ -34,8 +36,14 @@ _CONTENT = 2
 """Version of marshal's format that says what values are, and not which of them are one object."""
 COARSE = 100_000_000
 """Nanoseconds in which a file can change twice and look as if it had changed once."""
-_IMPORTERS = frozenset({"import_module", "__import__", "run_module", "find_spec"})
-_MODULE_NAME = re.compile(r"\.*[^\W\d]\w*(\.[^\W\d]\w*)*")
+_IMPORTERS = frozenset(
+    {
+        *("import_module", "__import__", "run_module", "find_spec"),
+        *("locate", "resolve_name", "import_string", "loadTestsFromName"),
+    }
+)
+_MODULE_NAME = re.compile(r"(\.*[^\W\d]\w*(?:\.[^\W\d]\w*)*)(\.|:.*)?")
+"""Also the beginning of one, ``plugins.``, and one with a name in it, ``module:name``."""
 _BYTES_READ = 1024 * 1024
 _STALE_SECONDS = 2.0
 """Compiled code that was written so long after its source was changed is that source's."""
@@ -47,17 +55,32 @@ class Source:
     Attributes:
         digest: Of what it does, as far as that can be told from it.
         imports: Names of modules that it imports or may import; ``name.*``: all that a package has.
+        names: What its strings name, if they are names of modules. They are imports if any source
+            of the program imports by name.
+        is_importing: Whether it imports by name.
         path: The file it is in; empty: in none.
         text: The source itself, if there is any.
     """
 
-    __slots__ = ("_codes", "_read_at", "_stamp", "digest", "imports", "path", "text")
+    __slots__ = (
+        "_codes",
+        "_read_at",
+        "_stamp",
+        "digest",
+        "imports",
+        "is_importing",
+        "names",
+        "path",
+        "text",
+    )
 
     def __init__(
         self, digest: bytes, imports: Iterable[str] = (), path: str = "", text: Any = None
     ) -> None:
         self.digest = digest
         self.imports = frozenset(imports)
+        self.names: frozenset[str] = frozenset()
+        self.is_importing = False
         self.path = path
         self.text = text
         self._codes: dict[bytes, int] | None = None
@@ -130,8 +153,10 @@ def text_source(text: Any, package: str, path: str = "", *, is_package: bool = F
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         return Source(hashlib.sha256(b"text" + data).digest(), path=path)
-    digest, imports = _read_tree(tree, package, is_package=is_package)
-    return Source(digest, imports, path, text)
+    digest, imports, names, is_importing = _read_tree(tree, package, is_package=is_package)
+    source = Source(digest, imports, path, text)
+    source.names, source.is_importing = frozenset(names), is_importing
+    return source
 
 
 def _read(path: str, package: str, loader: Any, name: str, *, is_package: bool) -> Source:
@@ -204,8 +229,10 @@ def stamp_of(path: str) -> tuple[int, ...]:
 # Syntax trees.
 
 
-def _read_tree(tree: ast.AST, package: str, *, is_package: bool) -> tuple[bytes, set[str]]:
-    """Return a digest of a tree, and what it may import.
+def _read_tree(
+    tree: ast.AST, package: str, *, is_package: bool
+) -> tuple[bytes, set[str], set[str], bool]:
+    """Return a digest of a tree, what it may import, what its strings name, if it imports by name.
 
     The number of a node's fields follows from its kind, that of a list is said: what is digested
     can be read in one way only. Without recursion, as trees are as deep as people write them.
@@ -234,13 +261,41 @@ def _read_tree(tree: ast.AST, package: str, *, is_package: bool) -> tuple[bytes,
             pieces.append(marshal.dumps(item, _CONTENT))
             if type(item) is str:
                 importing = importing or item in _IMPORTERS
+    names: set[str] = set()
+    for text in strings:
+        names |= _named_by(text, package)
+        if "import" in text:  # it may be code for exec() or eval()
+            inner, is_importing, inner_names = _imports_of_text(text, package)
+            imports |= inner
+            names |= inner_names
+            importing = importing or is_importing
     if importing:
         # Which of them name modules is not known, but what is none is not found.
-        names = [text for text in strings if _MODULE_NAME.fullmatch(text)]
-        imports |= {name for text in names if (name := _absolute(text, package))}
+        imports |= names
         if is_package:
             imports.add(f"{package}.*")  # as packages do that import their parts when needed
-    return _joined(pieces), imports
+    return _joined(pieces), imports, names, importing
+
+
+def _named_by(text: str, package: str) -> set[str]:
+    """Return the modules that a string may name."""
+    found = _MODULE_NAME.fullmatch(text)
+    name = _absolute(found[1], package) if found is not None else ""
+    if found is None or not name:
+        return set()
+    return {name, f"{name}.*"} if found[2] == "." else {name}
+
+
+def _imports_of_text(text: str, package: str) -> tuple[set[str], bool, set[str]]:
+    """Return what a string imports that may be code, if it does by name, and what that names."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(textwrap.dedent(text))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set(), False, set()
+    _, imports, names, is_importing = _read_tree(tree, package, is_package=False)
+    return imports, is_importing, names
 
 
 def _imported_from(node: ast.ImportFrom, package: str) -> set[str]:
@@ -326,8 +381,11 @@ def imports_in(code: CodeType, package: str) -> set[str]:
             elif instruction.opname.startswith("LOAD_"):
                 recent = [recent[1], instruction.argval]
         if not _IMPORTERS.isdisjoint((*each.co_names, *each.co_varnames, *each.co_freevars)):
-            strings = [text for text in each.co_consts if type(text) is str]
-            strings = [text for text in strings if _MODULE_NAME.fullmatch(text)]
-            imports.update([_absolute(text, package) for text in strings])
+            for text in each.co_consts:
+                if type(text) is str:
+                    imports |= _named_by(text, package)
+        for text in each.co_consts:
+            if type(text) is str and "import" in text:
+                imports |= _imports_of_text(text, package)[0]
     imports.discard("")
     return imports

@@ -198,6 +198,36 @@ _IMPORTS: dict[str, Files] = {
         "def f(): return [load(name).go() for name in NAMES]",
         late=_GO,
     ),
+    "import by a name from another module": by_script(
+        "import mine, names\ndef f(): return mine.load(names.N).go()",
+        mine="from importlib import import_module as load",
+        names="N = 'late'",
+        late=_GO,
+    ),
+    "import by a name with what is in the module": by_script(
+        "import pkgutil\ndef f(): return pkgutil.resolve_name('late:go')()", late=_GO
+    ),
+    "import by pydoc": by_script(
+        "import pydoc\ndef f(): return pydoc.locate('late.go')()", late=_GO
+    ),
+    "import by the beginning of a name": by_script(
+        "import pkg\ndef f(): return pkg.load('sub').go()",
+        pkg____init__="from importlib import import_module\n"
+        "def load(name): return import_module(f'{__name__}.impl.{name}')",
+        pkg__impl____init__="",
+        pkg__impl__sub=_GO,
+    ),
+    "import by eval": by_script("def f(): return eval('__import__(\"late\").go()')", late=_GO),
+    "import by exec": by_script(
+        "def f():\n    names = {}\n    exec('import late; n = late.go()', names)\n"
+        "    return names['n']",
+        late=_GO,
+    ),
+    "import by exec in a module": by_module(
+        "def f():\n    names = {}\n    exec('import late; n = late.go()', names)\n"
+        "    return names['n']",
+        late=_GO,
+    ),
     "import by a relative import_module": by_script(
         "from pkg import f",
         pkg____init__="import importlib\n"
