@@ -31,7 +31,7 @@ SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 MINUTE = PriceTable.built_in().worker(vcpus=1, memory_mib=2048).cost(60)
 
 
-def eventually(probe: Callable[[], T], *, seconds: float = 30.0) -> T:
+def eventually(probe: Callable[[], T], *, seconds: float = 50.0) -> T:
     """Return the first answer that is true."""
     deadline = time.monotonic() + seconds
     while not (answer := probe()):

@@ -60,7 +60,7 @@ def begun(calls: Path) -> list[str]:
 
 
 def wait(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     while not condition():
         assert time.monotonic() < deadline, "it did not come about in time"
         time.sleep(0.02)

@@ -29,7 +29,7 @@ SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 NUMBERS = "for i in range(5000): print(i)"
 
 
-def eventually(probe: Callable[[], T], *, seconds: float = 30.0) -> T:
+def eventually(probe: Callable[[], T], *, seconds: float = 50.0) -> T:
     """Return the first answer that is true."""
     deadline = time.monotonic() + seconds
     while not (answer := probe()):

@@ -17,7 +17,7 @@ import cloudexec
 
 __all__ = ["PATIENCE", "Client", "Signals", "assert_gone", "descendants", "settle", "until"]
 
-PATIENCE = 20.0
+PATIENCE = 50.0
 """Seconds after which what was to happen counts as never happening."""
 
 

@@ -137,7 +137,7 @@ def serving(directory: Path, *, users: str = "") -> Iterator[str]:
             [program, "serve", str(directory / "config.yml")], stdout=log, stderr=log
         )
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()

@@ -42,7 +42,7 @@ if __name__ == "__main__":
 """
 
 
-def eventually(condition: Callable[[], Any], timeout: float = 40.0) -> Any:
+def eventually(condition: Callable[[], Any], timeout: float = 150.0) -> Any:
     """Wait until something holds; return what it says."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):
@@ -68,7 +68,7 @@ def cloudexec(*arguments: str, **options: Any) -> subprocess.CompletedProcess[st
         [sys.executable, "-m", "cloudexec.cli", *arguments],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         **options,

@@ -15,7 +15,7 @@ import pytest
 import cloudexec
 from cloudexec import BatchExecutor
 
-PATIENCE = 20.0
+PATIENCE = 50.0
 
 Program = Callable[..., "subprocess.Popen[str]"]
 Open = Callable[..., BatchExecutor]

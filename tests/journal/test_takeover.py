@@ -108,7 +108,7 @@ class Runs:
         (self._directory / "open").touch()
 
     @staticmethod
-    def wait(condition: Callable[[], Any], timeout: float = 30.0) -> None:
+    def wait(condition: Callable[[], Any], timeout: float = 110.0) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, "it did not come about in time"
@@ -120,7 +120,7 @@ def runs(aws: Any, program: Program, tmp_path: Path, ran: str) -> Runs:
     return Runs(aws, program, tmp_path, ran)
 
 
-def said_by(client: subprocess.Popen[str], timeout: float = 60.0) -> dict[str, Any]:
+def said_by(client: subprocess.Popen[str], timeout: float = 110.0) -> dict[str, Any]:
     """Return what a client says in the end."""
     out, err = client.communicate(timeout=timeout)
     assert client.returncode == 0, err

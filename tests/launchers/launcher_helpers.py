@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def eventually(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+def eventually(condition: Callable[[], Any], timeout: float = 50.0) -> Any:
     """Wait until something holds; return what it says."""
     deadline = time.monotonic() + timeout
     while True:

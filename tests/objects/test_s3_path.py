@@ -59,7 +59,7 @@ def _make_once(path: str, seed: int) -> bytes:
 def _meet(directory: str, count: int) -> int:
     """Wait until as many calls as there are workers are here; say on which this one is."""
     Path(directory, str(os.getpid())).touch()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     while len(os.listdir(directory)) < count:
         if time.monotonic() > deadline:
             raise TimeoutError("the others did not come")
@@ -101,7 +101,7 @@ def _sessions(executor: BatchExecutor) -> dict[str, Any]:
     return executor._driver.sessions
 
 
-def _await(probe: Callable[[], object], seconds: float = 30.0) -> None:
+def _await(probe: Callable[[], object], seconds: float = 100.0) -> None:
     deadline = time.monotonic() + seconds
     while not probe():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -153,14 +153,12 @@ def test_an_argument_is_uploaded_once_and_downloaded_once_by_each_worker(aws: Fa
         assert {each[0] for each in results} == {_digest(data)}
         assert len({each[1] for each in results}) == 2
         counts = _counts(aws)
-        assert counts["PutObject"] == 1
+        (put,) = [each for each in aws.requests if each.operation == "PutObject"]
+        assert put.parameters["Key"].startswith(OBJECTS_PREFIX)
         assert counts["GetObject"] == 2 * 2  # 8 MiB at a time
         stats = executor.stats()
         assert stats.bytes_uploaded == len(data)
         assert stats.bytes_sent < MIB
-        keys = _keys()
-        assert len(keys) == 1
-        assert keys[0].startswith(OBJECTS_PREFIX)
         del futures, data
         _await(lambda: not _keys())
 
