@@ -11,6 +11,16 @@ from cloudexec.cli._errors import CommandError
 from cloudexec.cli._parameters import Parameters
 from cloudexec.cli._rows import Arguments, Row
 
+_BESIDE = (".program", ".journal", ".rewriting")
+"""What the names of files beside an output begin with, after its own."""
+
+
+def _is_own(path: str, output: str | None) -> bool:
+    if output is None:
+        return False
+    path = os.path.abspath(path)
+    return path == output or path.startswith(tuple([output + each for each in _BESIDE]))
+
 
 class FilesSource:
     """The files that matched, sorted by path."""
@@ -25,7 +35,8 @@ class FilesSource:
         Args:
             pattern: A glob; ``**`` matches any number of folders.
             parameters: The function's parameters: it must be callable with one value.
-            output: The file that results go to, which is left out where it matches.
+            output: The file that results go to, which is left out where it matches, as is what
+                this command keeps beside it.
 
         Raises:
             CommandError: If nothing matches, a file cannot be read, or the function cannot be
@@ -35,9 +46,7 @@ class FilesSource:
         literal = os.path.lexists(pattern)  # a name may hold brackets
         matches = [pattern] if literal else sorted(glob.iglob(pattern, recursive=True))
         own = None if output is None else os.path.abspath(output)
-        self._paths = [
-            path for path in matches if os.path.isfile(path) and os.path.abspath(path) != own
-        ]
+        self._paths = [path for path in matches if os.path.isfile(path) and not _is_own(path, own)]
         if not self._paths:
             folders = " (only folders do)" if matches else ""
             raise CommandError(f"no file matches {pattern!r}{folders}")
