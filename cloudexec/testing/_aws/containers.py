@@ -34,7 +34,7 @@ def engine_answers() -> bool:
     if kind == "unix" and not _listens(path):
         return False
     try:
-        client = docker.from_env(timeout=5)
+        client = docker.from_env(timeout=30)
     except Exception:
         return False
     try:
