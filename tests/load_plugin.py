@@ -3,7 +3,7 @@
 ``--busy`` keeps three processes computing beside the tests. ``--restless`` has the threads of every
 Python of this environment take turns after 2 microseconds, for as long as the run lasts. What a
 test or the product says about an order of things must hold with both. Timeouts of tests are three
-times as long.
+times as long, and Hypothesis takes no example for too slow.
 """
 
 from __future__ import annotations
@@ -82,6 +82,13 @@ def busy() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.restless or config.option.busy:
+        with contextlib.suppress(ImportError):
+            from hypothesis import HealthCheck, settings
+
+            slow = [HealthCheck.too_slow]
+            settings.register_profile("load", deadline=None, suppress_health_check=slow)
+            settings.load_profile("load")
     if hasattr(config, "workerinput") or config.option.suite_reports:
         return
     stack = contextlib.ExitStack()
