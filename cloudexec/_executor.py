@@ -394,6 +394,16 @@ def _send_spawned_main_by_value() -> None:
         cloudpickle.register_pickle_by_value(sys.modules["__mp_main__"])
 
 
+def _names_of_main() -> dict[str, str]:
+    """Return what tells a module where it is, of the script."""
+    names = vars(sys.modules["__main__"])
+    return {
+        name: value
+        for name in ("__file__", "__package__", "__doc__")
+        if isinstance(value := names.get(name), str)
+    }
+
+
 class BatchExecutor(_Base):
     """Runs calls on worker processes: on this machine by default, elsewhere with a launcher.
 
@@ -608,10 +618,19 @@ class BatchExecutor(_Base):
                 program = Program()  # before anything of it is sent, or a worker reads it
             setup = dict(self._setup)
             store = BlobStore(setup["objects"].limits(), shared=not self._is_far)
+            started: list[Driver] = []
+
+            def on_end(number: int) -> None:
+                for driver in started:
+                    driver.post(number)
+
+            table = FunctionTable(on_end, store, is_near=not self._is_far)
             if self._initializer is not None:
                 error: CloudexecError | None = None
+                names: set[str] = set()
                 try:
-                    setup["initializer"] = _payload.dumps(self._initializer, store)
+                    setup["initializer"] = _payload.dumps(self._initializer, store, names)
+                    setup["initializer_needs"] = table.extended(None, names)
                 except BaseException as exc:
                     if is_interrupt(exc):
                         raise
@@ -620,12 +639,14 @@ class BatchExecutor(_Base):
                     raise error
             setup["argv"] = tuple(sys.argv)
             setup["settings"] = _settings.collect()
+            setup["main"] = _names_of_main()
             if self._launcher.needs_network():
                 setup["modules"] = _modules_for(self._launcher.modules)
             else:
                 setup["cwd"] = _working_directory()
                 setup["sys_path"] = tuple(path or setup["cwd"] for path in sys.path)
             driver = Driver(self._config, Setup(**setup), self._launcher, store)
+            started.append(driver)
             try:
                 if self._journal is not None:
                     driver.open_journal(self._journal, program, self._initializer)
@@ -636,7 +657,7 @@ class BatchExecutor(_Base):
                 raise
             driver.numbers = self._numbers
             driver.budget = self._budget
-            self._table = FunctionTable(driver.post, store)
+            self._table = table
             _drivers[driver] = None
             # Once nobody can submit any more, what was submitted is finished and workers stop.
             weakref.finalize(self, _collected, driver).atexit = False
@@ -689,15 +710,19 @@ class BatchExecutor(_Base):
             if function is None:
                 function, kind, payload = table.call(fn, args, kwargs)  # type: ignore[arg-type]
             else:
-                payload = _dumps_arguments(args, kwargs, driver.store)
+                names: set[str] = set()
+                payload = _dumps_arguments(args, kwargs, driver.store, names)
                 kind = function.kind
+                if names:
+                    function = table.extended(function, names)
         except BaseException as exc:
             if is_interrupt(exc):
                 raise
             return _failed(future, _pickling_error(exc, fn, args, kwargs), driver)
         if driver.journal is not None:
-            identity = driver.journal.identify(fn, function, options)
-            pickled = None if function is None else payload
+            named = function if function is not None and function.pickle else None
+            identity = driver.journal.identify(fn, named, options)
+            pickled = None if named is None else payload
             if identity is not None and driver.journal.resume(
                 future, identity, args, kwargs, pickled, options
             ):
@@ -785,7 +810,9 @@ class BatchExecutor(_Base):
                     future.set_exception(error)
                     continue
                 try:
-                    payload = dumps(args, None, store)
+                    names: set[str] = set()
+                    payload = dumps(args, None, store, names)
+                    its = table.extended(sent, names) if names or sent is None else sent
                 except BaseException as exc:
                     if is_interrupt(exc):
                         raise
@@ -800,7 +827,7 @@ class BatchExecutor(_Base):
                     )
                 ):
                     continue
-                task = submission(next(numbers), kind, future, sent, payload, retries, of_task)
+                task = submission(next(numbers), kind, future, its, payload, retries, of_task)
                 if type(payload) is not bytes:
                     try:
                         if _hold_back(task, fn, args, {}):
@@ -1041,6 +1068,8 @@ def _pickling_error(
     """Return what a call fails with that cannot be pickled: what in it, why, and what to do."""
     if is_a(exc, (PayloadTooLargeError, RefLostError)):
         return exc
+    if is_a(exc, PayloadError) and exc.__cause__ is not None:
+        return exc  # it says already what cannot be sent, and why
     from cloudexec import _sharing
     from cloudexec._unsendable import explain_call
 
@@ -1083,10 +1112,12 @@ def _submission() -> Any:
     return Submission
 
 
-def _dumps_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], store: BlobStore) -> Any:
+def _dumps_arguments(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], store: BlobStore, names: set[str]
+) -> Any:
     from cloudexec import _payload
 
-    return _payload.dumps_arguments(args, dict(kwargs), store)
+    return _payload.dumps_arguments(args, dict(kwargs), store, names)
 
 
 def _hold_back(

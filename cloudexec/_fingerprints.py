@@ -1,13 +1,16 @@
-"""Whether a function that travels by value is still what it was when it was pickled.
+"""Whether what travels by value is still what it was when it was pickled.
 
-A pickle of it depends on its code, defaults, annotations, attributes, closure and the globals that
-it names, and on the same of each function by value among these. Where all of that is immutable,
-looking whether it is the same objects as before is enough, and takes a hundredth of pickling.
+A pickle of a function depends on its code, defaults, annotations, attributes, closure and the
+globals that it names, and on the same of each function by value among these; that of a class on
+what is in it. Where all of that is immutable, looking whether it is the same objects as before is
+enough, and takes a hundredth of pickling. Globals of the script do not count: see ``_script``.
 """
 
 from __future__ import annotations
 
+import abc
 import dis
+import enum
 import functools
 import logging
 import sys
@@ -17,13 +20,17 @@ from types import (
     CodeType,
     FunctionType,
     GenericAlias,
+    GetSetDescriptorType,
+    MemberDescriptorType,
     ModuleType,
     NoneType,
     UnionType,
 )
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["Fingerprint", "Unstable", "lookup", "travels_by_value"]
+from cloudexec import _main
+
+__all__ = ["Definition", "Fingerprint", "Unstable", "lookup", "travels_by_value"]
 
 _MISSING = object()
 _IMMUTABLE = frozenset({int, float, complex, bool, str, bytes, range, NoneType, type(Ellipsis)})
@@ -66,7 +73,17 @@ _SETTING_NAMES = frozenset({"setattr", "delattr", "vars", "__dict__"})
 
 
 class Unstable(Exception):
-    """The function's state may change unseen."""
+    """The state may change unseen."""
+
+
+class _Watched(Protocol):
+    """A part of what travels."""
+
+    def values(self) -> Iterator[Any]:
+        """Give all that the state consists of."""
+
+    def holds(self) -> bool:
+        """Whether it consists of the same objects as before."""
 
 
 class Fingerprint:
@@ -106,11 +123,137 @@ class Fingerprint:
         return True
 
 
+class Definition:
+    """What the script has under a name: a function, a class, or a value.
+
+    Args:
+        value: What it is.
+        by_value: Modules that were registered with cloudpickle to travel by value.
+
+    Raises:
+        Unstable: If it may change unseen.
+    """
+
+    __slots__ = ("_parts", "_value")
+
+    def __init__(self, value: Any, by_value: Collection[str]) -> None:
+        self._value = value
+        self._parts: list[_Watched] = []
+        found: list[Any] = []
+        if _main.name_of(value) is None:
+            found += _functions_in(value, by_value)
+        else:
+            found.append(value)
+        for each in found:  # grows meanwhile
+            part = _part_of(each)
+            self._parts.append(part)
+            for value in part.values():
+                for function in _functions_in(value, by_value):
+                    if not any(function is other for other in found):
+                        found.append(function)
+
+    def holds(self, value: Any) -> bool:
+        """Whether this is the value, and it is still what it was."""
+        if value is not self._value:
+            return False
+        for part in self._parts:  # noqa: SIM110
+            if not part.holds():
+                return False
+        return True
+
+
+def _part_of(value: Any) -> _Watched:
+    if isinstance(value, type):
+        return _Class(value)
+    if type(value) is FunctionType:
+        return _Part(value, kept=True)
+    return _Attributes(value)  # a cache around a function
+
+
+_OF_CLASS = (MemberDescriptorType, GetSetDescriptorType)
+_SETTLED = frozenset({"__dataclass_fields__", "__dataclass_params__", "_abc_impl"})
+"""Attributes of a class that say what stands elsewhere in it."""
+
+
+class _Class:
+    """A class by value."""
+
+    __slots__ = ("_cls", "_names", "_registered")
+
+    def __init__(self, cls: type) -> None:
+        self._cls = cls
+        self._names = _settled(cls)
+        self._registered = abc.get_cache_token() if isinstance(cls, abc.ABCMeta) else None
+
+    def values(self) -> Iterator[Any]:
+        if isinstance(self._cls, enum.EnumMeta):
+            return  # its members are what they were when it was defined
+        yield from self._cls.__bases__
+        for name, value in self._names.items():
+            if isinstance(value, _OF_CLASS) or name in _SETTLED:
+                continue
+            if type(value) in (staticmethod, classmethod):
+                yield value.__func__
+            elif type(value) is property:
+                yield from (value.fget, value.fset, value.fdel)
+            elif name == "__annotations__" and type(value) is dict:
+                yield from value.values()
+            else:
+                yield value
+
+    def holds(self) -> bool:
+        now, then = vars(self._cls), self._names
+        if len(now) != len(then):
+            now = _settled(self._cls)  # type: ignore[assignment]
+            if len(now) != len(then):
+                return False
+        for name, value in then.items():
+            if now.get(name, _MISSING) is not value:
+                return False
+        return self._registered is None or abc.get_cache_token() == self._registered
+
+
+def _settled(cls: type) -> dict[str, Any]:
+    """Return what is in a class, but for what Python puts there when it is looked at."""
+    found = dict(vars(cls))
+    found.pop("__slotnames__", None)
+    if found.get("__annotations__", True) == {}:
+        del found["__annotations__"]
+    return found
+
+
+class _Attributes:
+    """What wraps a function and has attributes."""
+
+    __slots__ = ("_names", "_value")
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self._names = dict(vars(value))
+
+    def values(self) -> Iterator[Any]:
+        for name, value in self._names.items():
+            if name != "__annotations__":
+                yield value
+
+    def holds(self) -> bool:
+        return _is_same(vars(self._value), self._names)
+
+
 class _Part:
-    """One function by value."""
+    """One function by value.
+
+    Args:
+        fn: Which.
+        kept: Whether what it does to itself stays in the process that runs it.
+
+    Raises:
+        Unstable: If what it does to itself is to be forgotten.
+    """
 
     __slots__ = (
         "_annotations",
+        "_attributes",
         "_cells",
         "_code",
         "_defaults",
@@ -121,12 +264,21 @@ class _Part:
         "sets",
     )
 
-    def __init__(self, fn: FunctionType) -> None:
-        if fn.__dict__:
+    def __init__(self, fn: FunctionType, *, kept: bool = False) -> None:
+        if fn.__dict__ and not kept:
             raise Unstable
         self._fn = fn
         self._code = fn.__code__
-        names, self.sets = _anatomy(self._code)
+        self._attributes = dict(fn.__dict__)
+        names: tuple[str, ...] = ()
+        self.sets = False
+        of_script = fn.__globals__ is _main.namespace()
+        if not (kept and of_script):
+            names, self.sets, rebinds, rebinds_cells = _anatomy(self._code)
+            if (rebinds and not of_script) or rebinds_cells:
+                raise Unstable  # then its state is not constant
+        if of_script:
+            names = ()
         self._defaults = fn.__defaults__
         self._keyword_defaults = dict(fn.__kwdefaults__ or ())
         self._annotations = dict(fn.__annotations__)
@@ -136,8 +288,8 @@ class _Part:
         self._names = [(name, get(name, _MISSING)) for name in names]
 
     def values(self) -> Iterator[Any]:
-        """Give all that the state consists of."""
         yield from self._annotations.values()
+        yield from self._attributes.values()
         yield from self._defaults or ()
         yield from self._keyword_defaults.values()
         for _, value in self._cells:
@@ -147,7 +299,9 @@ class _Part:
 
     def holds(self) -> bool:
         fn = self._fn
-        if fn.__code__ is not self._code or fn.__defaults__ is not self._defaults or fn.__dict__:
+        if fn.__code__ is not self._code or fn.__defaults__ is not self._defaults:
+            return False
+        if (fn.__dict__ or self._attributes) and not _is_same(fn.__dict__, self._attributes):
             return False
         name, qualname, module, doc = self._words
         if not (
@@ -223,28 +377,28 @@ def _codes_in(code: CodeType) -> Iterator[CodeType]:
 
 
 @functools.lru_cache(_CODES_KEPT)
-def _anatomy(code: CodeType) -> tuple[tuple[str, ...], bool]:
-    """Return the globals that a function names, and whether it sets attributes of anything.
+def _anatomy(code: CodeType) -> tuple[tuple[str, ...], bool, bool, bool]:
+    """Say what a function does with names.
 
-    Raises:
-        Unstable: If it changes its own globals or closure: then its state is not constant.
+    Returns:
+        The globals that it names; whether it sets attributes of anything, whether it changes its
+        own globals, and whether its own closure.
     """
-    names, sets = set(), False
+    names, sets, rebinds, rebinds_cells = set(), False, False, False
     for each in _codes_in(code):
-        if "globals" in each.co_names:
-            raise Unstable
+        rebinds |= "globals" in each.co_names
         sets |= not _SETTING_NAMES.isdisjoint(each.co_names)
         for instruction in dis.get_instructions(each):
             operation = instruction.opname
             if operation in _REBINDING:
-                raise Unstable
-            if operation in _REBINDING_CELLS and instruction.argval in each.co_freevars:
-                raise Unstable
-            if operation in _SETTING:
+                rebinds = True
+            elif operation in _REBINDING_CELLS and instruction.argval in each.co_freevars:
+                rebinds_cells = True
+            elif operation in _SETTING:
                 sets = True
             elif instruction.opcode in dis.hasname and operation not in _NOT_GLOBAL:
                 names.add(instruction.argval)
-    return tuple(sorted(names)), sets
+    return tuple(sorted(names)), sets, rebinds, rebinds_cells
 
 
 def _functions_in(value: Any, by_value: Collection[str]) -> Iterator[FunctionType]:
@@ -270,6 +424,8 @@ def _functions_in(value: Any, by_value: Collection[str]) -> Iterator[FunctionTyp
     if kind in (BuiltinFunctionType, type) and getattr(value, "__module__", None) == "builtins":
         return
     named = kind in _NAMED or issubclass(kind, type)  # other objects take their state along
+    if named and _main.name_of(value) is not None:
+        return  # watched by itself
     if named and lookup(value) is value and not travels_by_value(value.__module__, by_value):
         return
     if kind is FunctionType:

@@ -4,7 +4,8 @@ A function must travel as it is when ``submit()`` is called: later changes to it
 defaults or the globals it reads must neither be missed by later calls nor reach earlier ones. So a
 pickle is kept only where it provably stays true: for functions that travel by reference, and for
 functions by value whose whole state is the same objects as before, and immutable, up to that of the
-functions that they call. All others are pickled anew for each call (once per ``map()``).
+functions that they call. All others are pickled anew for each call (once per ``map()``). Globals of
+the script travel apart: see ``_script``.
 """
 
 from __future__ import annotations
@@ -12,23 +13,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import os
 import pickle
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import cloudpickle
 
-from cloudexec import _payload
+from cloudexec import _main, _payload
 from cloudexec._core.tasks import Kind
 from cloudexec._describing import attribute_of, is_interrupt
 from cloudexec._fingerprints import Fingerprint, lookup, travels_by_value
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import BlobStore
 from cloudexec._payload import Composed, Payload, Unfinished
+from cloudexec._script import Script
 
 __all__ = ["Function", "FunctionTable"]
 
@@ -63,9 +66,35 @@ class _End:
 
 
 class Function:
-    """A callable that workers know by number. Ends when no task and no table holds it."""
+    """A callable that workers know by number. Ends when no task and no table holds it.
 
-    __slots__ = ("__weakref__", "_end", "fresh", "kind", "number", "pickle", "sha256")
+    Attributes:
+        number: What workers call it.
+        pickle: Of the callable; empty: the callables come with their arguments.
+        sha256: Of the pickle, and of what it needs.
+        composed: Whether there are blobs in it, or in what it needs.
+        needs: What it refers to; has to be there first.
+        globals: Names in the script that this binds; none: it is a callable.
+        module: The module that this is, or comes from, if it is not the script's own.
+        uses: Names in the script that the pickle refers to.
+        kind: What is known of its tasks.
+        fresh: Whether each task is to have a copy of its own, as if it had been pickled with it.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_end",
+        "composed",
+        "fresh",
+        "globals",
+        "kind",
+        "module",
+        "needs",
+        "number",
+        "pickle",
+        "sha256",
+        "uses",
+    )
 
     def __init__(
         self, number: int, pickle: Payload, sha256: bytes, on_end: Callable[[int], None]
@@ -73,10 +102,19 @@ class Function:
         self.number = number
         self.pickle = pickle
         self.sha256 = sha256
+        self.composed = type(pickle) is Composed
+        self.needs: tuple[Function, ...] = ()
+        self.globals: tuple[str, ...] = ()
+        self.module = ""
+        self.uses: frozenset[str] = frozenset()
         self.kind = Kind()
-        # Whether each task is to have a copy of its own, as if it had been pickled with the task.
         self.fresh = False
         self._end = _End(number, on_end)
+
+    def need(self, needs: tuple[Function, ...]) -> None:
+        """Say what has to be there first."""
+        self.needs = needs
+        self.composed = self.composed or any(each.composed for each in needs)
 
 
 class FunctionTable:
@@ -86,12 +124,16 @@ class FunctionTable:
         on_end: Called with the number of a function that no task and no table holds any more, in
             whatever thread dropped it.
         store: Where large pieces of callables and arguments go.
+        is_near: Whether workers are on this machine.
     """
 
-    def __init__(self, on_end: Callable[[int], None], store: BlobStore) -> None:
+    def __init__(
+        self, on_end: Callable[[int], None], store: BlobStore, *, is_near: bool = False
+    ) -> None:
         self._store = store
         self._on_end = on_end
-        self._numbers = itertools.count(1)
+        # Not from 1 on: a client that takes workers over uses no number that these know.
+        self._numbers = itertools.count(int.from_bytes(os.urandom(3)) + 1)
         self._lock = threading.Lock()
         self._by_content: OrderedDict[bytes, Function] = OrderedDict()
         # Those with large pieces end with their tasks: the store knows what to keep of these.
@@ -99,6 +141,52 @@ class FunctionTable:
         self._known: OrderedDict[int, tuple[Any, Function, Any, Any]] = OrderedDict()
         self._unstable: dict[CodeType, int] = {}
         self._kinds: dict[Any, Kind] = {}
+        self._script = Script(self._define, store, is_near=is_near)
+        self._rest: tuple[tuple[Function, ...], Function | None] = ((), None)
+
+    def _define(
+        self, pickled: Payload, names: Iterable[str], needs: tuple[Function, ...], module: str
+    ) -> Function:
+        """Number what the script has under some names."""
+        digest = hashlib.sha256(repr(names).encode())
+        digest.update(pickled if isinstance(pickled, bytes) else pickled.head)
+        function = Function(next(self._numbers), pickled, digest.digest(), self._on_end)
+        function.globals, function.module = tuple(names), module
+        function.need(needs)
+        return function
+
+    def _needs(self, names: frozenset[str], *, new: bool) -> tuple[Function, ...]:
+        """Return what a callable or arguments need that refer to globals of the script.
+
+        Args:
+            names: Of these.
+            new: Whether to see if there is something new in the script.
+        """
+        rest, bundle = self._rest
+        if new or bundle is None:
+            now = self._script.rest()
+            if now is not rest or bundle is None:
+                bundle = None
+                if now:
+                    bundle = Function(next(self._numbers), b"", b"", self._on_end)
+                    bundle.globals = ("*",)
+                    bundle.need(now)
+                self._rest = now, bundle
+        needs = self._script.needs(names) if names else ()
+        return needs if bundle is None else (bundle, *needs)
+
+    def extended(self, function: Function | None, names: set[str]) -> Function | None:
+        """Return a function that has, too, what its arguments refer to in the script."""
+        if function is None:
+            if names or self._needs(frozenset(), new=False):
+                return self._numbered(b"", names, new=False)
+            return None
+        if not names - function.uses:
+            return function
+        uses = function.uses | names
+        other = self._numbered(function.pickle, uses, fresh=function.fresh, new=False)
+        other.kind = function.kind
+        return other
 
     def numbered(self, fn: Callable[..., Any]) -> Function | None:
         """Pickle a callable now and number it.
@@ -113,17 +201,18 @@ class FunctionTable:
         function = self._recall(fn)
         if function is not None:
             return function
+        names: set[str] = set()
         if type(fn) in _UNBOUND:
-            return self._number(fn, _payload.dumps(fn, self._store))
-        pickled = _payload.dumps_bound(fn, self._store)
-        return None if isinstance(pickled, Unfinished) else self._number(fn, pickled)
+            return self._number(fn, _payload.dumps(fn, self._store, names), names)
+        pickled = _payload.dumps_bound(fn, self._store, names)
+        return None if isinstance(pickled, Unfinished) else self._number(fn, pickled, names)
 
     def unnumbered(
         self, fn: Callable[..., Any]
     ) -> tuple[
         Function | None,
         Kind,
-        Callable[[tuple[Any, ...], _Keywords, BlobStore], Payload | Unfinished],
+        Callable[[tuple[Any, ...], _Keywords, BlobStore, set[str]], Payload | Unfinished],
     ]:
         """Say how to send calls of a callable that futures or handles are bound to.
 
@@ -137,13 +226,18 @@ class FunctionTable:
         if type(fn) is functools.partial and (inner := self.numbered(fn.func)) is not None:
             bound, named = fn.args, fn.keywords
 
-            def arguments(args: tuple[Any, ...], kwargs: _Keywords, store: BlobStore) -> Any:
-                return _payload.dumps_arguments(bound + args, {**named, **(kwargs or {})}, store)
+            def arguments(
+                args: tuple[Any, ...], kwargs: _Keywords, store: BlobStore, names: set[str]
+            ) -> Any:
+                keywords = {**named, **(kwargs or {})}
+                return _payload.dumps_arguments(bound + args, keywords, store, names)
 
             return inner, inner.kind, arguments
 
-        def together(args: tuple[Any, ...], kwargs: _Keywords, store: BlobStore) -> Any:
-            return _payload.dumps_call(fn, args, kwargs or {}, store)
+        def together(
+            args: tuple[Any, ...], kwargs: _Keywords, store: BlobStore, names: set[str]
+        ) -> Any:
+            return _payload.dumps_call(fn, args, kwargs or {}, store, names)
 
         return None, self._kind(fn), together
 
@@ -163,20 +257,26 @@ class FunctionTable:
         function = self._recall(fn)
         if function is None:
             function = self._remember(fn)
-        if function is not None:
-            return function, function.kind, _payload.dumps_arguments(args, kwargs, self._store)
-        if type(fn) is FunctionType:
-            pickled = _payload.dumps(fn, self._store)
+        if function is None and type(fn) is FunctionType:
+            uses: set[str] = set()
+            pickled = _payload.dumps(fn, self._store, uses)
             # A handle in its closure stays one; among arguments it would be its value.
             if (
                 isinstance(pickled, Composed)
                 or len(pickled) >= _NUMBERED_FROM
                 or _HANDLE in pickled
             ):
-                function = self._number(fn, pickled, fresh=True)
-                return function, function.kind, _payload.dumps_arguments(args, kwargs, self._store)
+                function = self._number(fn, pickled, uses, fresh=True)
+        names: set[str] = set()
+        if function is not None:
+            payload = _payload.dumps_arguments(args, kwargs, self._store, names)
+            if names:
+                function = self.extended(function, names)
+                assert function is not None
+            return function, function.kind, payload
         # Together, so that what a method's object and the arguments share stays shared.
-        return None, self._kind(fn), _payload.dumps_call(fn, args, kwargs, self._store)
+        payload = _payload.dumps_call(fn, args, kwargs, self._store, names)
+        return self.extended(None, names), self._kind(fn), payload
 
     def _recall(self, fn: Callable[..., Any]) -> Function | None:
         known = self._known.get(id(fn))
@@ -184,9 +284,11 @@ class FunctionTable:
             return None
         _, function, fingerprint, by_value = known
         if by_value == cloudpickle.list_registry_pickle_by_value() and (
-            lookup(fn) is fn if fingerprint is None else fingerprint.holds()
+            (_main.name_of(fn) is not None or lookup(fn) is fn)
+            if fingerprint is None
+            else fingerprint.holds()
         ):
-            return function
+            return function if self._is_current(function) else self._renewed(fn, function)
         with self._lock:
             self._known.pop(id(fn), None)
         return None
@@ -201,7 +303,10 @@ class FunctionTable:
             return None  # looked at often enough
         by_value = cloudpickle.list_registry_pickle_by_value()
         fingerprint: Fingerprint | None = None
-        if lookup(fn) is fn and not travels_by_value(fn.__module__, by_value):
+        names: set[str] = set()
+        if _main.name_of(fn) is not None:
+            pickled = _payload.dumps(fn, self._store, names)
+        elif lookup(fn) is fn and not travels_by_value(fn.__module__, by_value):
             pickled = _payload.dumps(fn, self._store)
             if isinstance(pickled, Composed) or pickled != _plain(fn):
                 return None  # by value, although it can be imported
@@ -217,31 +322,57 @@ class FunctionTable:
                 if code is not None:
                     self._unstable[code] = self._unstable.get(code, 0) + 1
                 return None
-            pickled = _payload.dumps(fn, self._store)
+            pickled = _payload.dumps(fn, self._store, names)
         else:
             return None
         if len(pickled) > _REMEMBERED_BYTES:
             return None  # not worth keeping its closure alive
-        function = self._number(fn, pickled)
+        function = self._number(fn, pickled, names)
+        self._keep(fn, function, fingerprint, by_value)
+        return function
+
+    def _is_current(self, function: Function) -> bool:
+        """Whether the globals of the script that a function uses are as they were sent."""
+        return not function.uses or self._needs(function.uses, new=False) == function.needs
+
+    def _renewed(self, fn: Callable[..., Any], function: Function) -> Function:
+        """Return a function that has the globals of the script as they are now."""
+        new = self._number(fn, function.pickle, function.uses)
+        _, _, fingerprint, by_value = self._known[id(fn)]
+        self._keep(fn, new, fingerprint, by_value)
+        return new
+
+    def _keep(self, fn: Any, function: Function, fingerprint: Any, by_value: Any) -> None:
         with self._lock:
             # The table holds the callable, so that its id names nothing else.
             self._known[id(fn)] = (fn, function, fingerprint, by_value)
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
+
+    def _number(
+        self, fn: Callable[..., Any], pickled: Payload, names: Iterable[str], *, fresh: bool = False
+    ) -> Function:
+        function = self._numbered(pickled, names, fresh=fresh, new=not fresh)
+        # All functions of one code share what is known of their run time.
+        function.kind = self._kind(fn)
         return function
 
-    def _number(self, fn: Callable[..., Any], pickled: Payload, *, fresh: bool = False) -> Function:
+    def _numbered(
+        self, pickled: Payload, names: Iterable[str], *, fresh: bool = False, new: bool
+    ) -> Function:
+        names = frozenset(names)
+        needs = self._needs(names, new=new)
         digest = hashlib.sha256(b"fresh" if fresh else b"")
         # A head names blobs, and the same content has the same number for as long as it lives.
         digest.update(pickled if isinstance(pickled, bytes) else pickled.head)
+        digest.update(repr([each.number for each in needs]).encode())
         sha256 = digest.digest()
         with self._lock:
             function = self._by_content.get(sha256) or self._large.get(sha256)
             if function is None:
                 function = Function(next(self._numbers), pickled, sha256, self._on_end)
-                function.fresh = fresh
-                # All functions of one code share what is known of their run time.
-                function.kind = self._kind(fn)
+                function.fresh, function.uses = fresh, names
+                function.need(needs)
                 if isinstance(pickled, Composed):
                     self._large[sha256] = function
                     return function

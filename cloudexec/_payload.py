@@ -14,13 +14,15 @@ from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import _ConnectionBase
-from types import CodeType, NoneType
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import cloudpickle
 
-from cloudexec import _inputs, _sharing
+from cloudexec import _inputs, _main, _sharing
+from cloudexec._anew import reduce_anew
 from cloudexec._describing import (
+    attribute_of,
     describe,
     format_plainly,
     if_not_found,
@@ -178,10 +180,11 @@ def _reduce_text_file(file: io.TextIOWrapper) -> Any:
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle's, but arrays arrive writeable, as they do through a process pool.
+    """cloudpickle's, but the script is the same module everywhere, and arrays arrive writeable.
 
-    And code arrives with the name of its file, which some versions of cloudpickle replace: without
-    it a traceback tells neither the file nor the line.
+    What the script defines under a name travels as that name: see ``_main``. Code arrives with the
+    name of its file, which some versions of cloudpickle replace: without it a traceback tells
+    neither the file nor the line.
     """
 
     dispatch_table: ClassVar[Any] = ChainMap(
@@ -191,6 +194,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Those met so far, where futures may be arguments; ``None``: they may not."""
     files: list[_sharing.SharedFile] | None = None
     """Those that must be held open for the pickle; ``None``: it may refer to none."""
+    names: set[str] | None = None
+    """Where the globals of the script are collected that the pickle refers to."""
+    marks = False
+    """Whether it keeps track of what it is inside of, also where there are no futures."""
     _enclosed = 0
     """How many functions by value this is inside of: what these refer to are no arguments."""
 
@@ -212,12 +219,47 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return _sharing.reduce_shared(obj, self.files)
         if issubclass(kind, _NOT_VALUES):
             return self._place(obj) if issubclass(kind, Future) else _refuse_connection(obj)
-        if self.futures is None:
-            return super().reducer_override(obj)
-        if kind is Ref and not self._enclosed:
+        if kind is Ref and self.futures is not None and not self._enclosed:
             self.futures.append(obj)
             return _inputs.take, (len(self.futures) - 1,)
+        if kind in _main.NAMED or issubclass(kind, type):
+            known_as = _main.name_of(obj)
+            if known_as is not None and self.refers(known_as.partition(".")[0]):
+                return known_as
+            if kind is FunctionType and obj.__globals__ is _main.namespace():
+                return self._mark(self._of_main(obj))
+        elif kind is MethodType and _is_found(obj):
+            return getattr, (obj.__self__, obj.__name__)
+        return self._mark(self._reduce(obj))
+
+    def refers(self, name: str) -> bool:
+        """Whether what the script has under a name is to travel as that name."""
+        if self.names is not None:
+            self.names.add(name)
+        return True
+
+    def _reduce(self, obj: Any) -> Any:
+        if self._enclosed and (reduced := reduce_anew(obj)) is not None:
+            return reduced
         reduced = super().reducer_override(obj)
+        if type(reduced) is tuple and isinstance(obj, type) and len(reduced) == 6:
+            _settle(reduced[2][0])
+            if "__slots__" in vars(obj):
+                _keep_slots(obj, reduced)
+        return reduced
+
+    def _of_main(self, fn: FunctionType) -> Any:
+        """Pickle a function by value that shares the globals of the script."""
+        _, (code, _, *_, closure), state, *rest = self._dynamic_function_reduce(fn)
+        state[1]["__globals__"] = {}
+        if self.names is not None:  # those that are not there yet, too
+            self.names.update(cloudpickle.cloudpickle._extract_code_globals(code))
+        return _main.function, (code, closure), state, *rest
+
+    def _mark(self, reduced: Any) -> Any:
+        """Note, among arguments, where what a function or class refers to begins and ends."""
+        if self.futures is None and not self.marks:
+            return reduced
         if type(reduced) is tuple and len(reduced) == 6 and reduced[5] is not None:
             make, args, state, _, _, set_state = reduced
             marked = (_Edge(1), (set_state, state), _Edge(-1))
@@ -238,6 +280,39 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return _inputs.same, (future.result(),)
         futures.append(future)
         return _inputs.take, (len(futures) - 1,)
+
+
+result_pickler: type[Pickler] = Pickler
+"""Pickles results and exceptions; a process that runs tasks has one of its own."""
+
+
+def _is_found(method: MethodType) -> bool:
+    """Whether a method of the script's is what its object has under its name."""
+    if attribute_of(method.__func__, "__globals__") is not _main.namespace():
+        return False
+    try:
+        return bool(getattr(method.__self__, method.__name__) == method)
+    except Exception:
+        return False
+
+
+def _settle(content: dict[str, Any]) -> None:
+    """Take out of what is in a class what Python puts there when it is looked at."""
+    content.pop("__slotnames__", None)
+    if content.get("__annotations__", True) == {}:
+        del content["__annotations__"]
+
+
+def _keep_slots(cls: type, reduced: tuple[Any, ...]) -> None:
+    """Have a class by value made with its slots, whatever version of cloudpickle is installed."""
+    if issubclass(cls, tuple) and "_fields" in vars(cls):
+        return  # a named tuple, which has none, and makes them itself
+    keywords, content = reduced[1][3], reduced[2][0]
+    slots = vars(cls)["__slots__"]
+    keywords.setdefault("__slots__", (slots,) if isinstance(slots, str) else tuple(slots))
+    for name, value in list(content.items()):
+        if type(value) is MemberDescriptorType:
+            del content[name]
 
 
 _NOT_VALUES = (Future, _ConnectionBase)
@@ -268,7 +343,7 @@ def _reduce_readonly(array: Any) -> Any:
     return _inputs.writeable, (buffer, array.dtype, array.shape, order)
 
 
-class _Collector:
+class Collector:
     """A file for the pickler: large bytes objects reach ``write`` themselves, not as copies.
 
     Args:
@@ -318,10 +393,12 @@ class _Collector:
             else:
                 self._head += (RECORD.pack(IN_BAND, len(data)), data)
 
-    def pickle(self, obj: object, futures: list[Dependency] | None = None) -> Payload:
+    def pickler(self) -> Pickler:
+        """Return what pickles into this."""
+        return Pickler(self, protocol=5, buffer_callback=self.take_buffer)
+
+    def pickle(self, pickler: Pickler, obj: object) -> Payload:
         """Pickle an object into this, and return what has come of it."""
-        pickler = Pickler(self, protocol=5, buffer_callback=self.take_buffer)
-        pickler.futures = futures
         files = pickler.files = [] if self._store.shared else None
         pickler.dump(obj)
         pieces = self._pieces
@@ -347,15 +424,24 @@ def compose(records: list[bytes], blobs: dict[int, Blob], store: BlobStore) -> C
     return Composed(head, tuple(blobs.values()))
 
 
-def dumps(obj: object, store: BlobStore) -> Payload:
+def dumps(obj: object, store: BlobStore, names: set[str] | None = None) -> Payload:
     """Pickle one object, by value what cannot be imported elsewhere.
+
+    Args:
+        obj: Which.
+        store: Where large pieces go.
+        names: Where the globals of the script are added that it refers to.
 
     Raises:
         BaseException: Whatever pickling raises.
     """
     if type(obj) in _ATOMS:
         return pickle.dumps(obj, 5)
-    return _Collector(store).pickle(obj)
+    collector = Collector(store)
+    pickler = collector.pickler()
+    pickler.names = names
+    pickler.marks = names is not None
+    return collector.pickle(pickler, obj)
 
 
 def _is_plain(values: tuple[Any, ...], depth: int = 3) -> bool:
@@ -376,33 +462,41 @@ def _is_plain(values: tuple[Any, ...], depth: int = 3) -> bool:
 
 
 def dumps_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any] | None, store: BlobStore
+    args: tuple[Any, ...], kwargs: dict[str, Any] | None, store: BlobStore, names: set[str]
 ) -> Payload | Unfinished:
     """Pickle a call's arguments: a tuple, or a list of tuple and dict where there are keywords."""
     if not kwargs:
         if _is_plain(args):
             return pickle.dumps(args, 5)
-        return _dumps_unfinished(args, store)
-    return _dumps_unfinished([args, kwargs], store)
+        return _dumps_unfinished(args, store, names)
+    return _dumps_unfinished([args, kwargs], store, names)
 
 
-def dumps_bound(fn: Callable[..., Any], store: BlobStore) -> Payload | Unfinished:
+def dumps_bound(fn: Callable[..., Any], store: BlobStore, names: set[str]) -> Payload | Unfinished:
     """Pickle a callable that arguments may be bound to: a partial function, a method, an object."""
-    return _dumps_unfinished(fn, store)
+    return _dumps_unfinished(fn, store, names)
 
 
-def _dumps_unfinished(obj: object, store: BlobStore) -> Payload | Unfinished:
+def _dumps_unfinished(obj: object, store: BlobStore, names: set[str]) -> Payload | Unfinished:
     """Pickle what may have futures in it: the pickler comes by every object anyway."""
+    collector = Collector(store)
+    pickler = collector.pickler()
+    pickler.names = names
     futures: list[Dependency] = []
-    payload = _Collector(store).pickle(obj, futures)
+    pickler.futures = futures
+    payload = collector.pickle(pickler, obj)
     return Unfinished(payload, futures) if futures else payload
 
 
 def dumps_call(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], store: BlobStore
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    store: BlobStore,
+    names: set[str],
 ) -> Payload | Unfinished:
     """Pickle a whole call together, so that what callable and arguments share stays shared."""
-    return _dumps_unfinished((fn, args, kwargs), store)
+    return _dumps_unfinished((fn, args, kwargs), store, names)
 
 
 def without_end(payload: Composed, blobs: dict[int, Blob]) -> bytes:
@@ -463,7 +557,7 @@ def _dumps_itself(exc: BaseException, *, check: bool) -> bytes:
     """
     BaseException.with_traceback(exc, None)
     with io.BytesIO() as file:
-        Pickler(file, protocol=5).dump(exc)
+        result_pickler(file, protocol=5).dump(exc)
         data = file.getvalue()
     if len(data) > EXCEPTION_BYTES:
         raise PayloadError(f"it has {len(data)} bytes, and {EXCEPTION_BYTES} are allowed")

@@ -230,12 +230,17 @@ def _filler(view: memoryview) -> Callable[[memoryview], None]:
     return fill
 
 
-def load_composed(head: bytes | memoryview, source: Callable[[int], Any]) -> Any:
+def load_composed(
+    head: bytes | memoryview,
+    source: Callable[[int], Any],
+    unpickler: type[pickle.Unpickler] = pickle.Unpickler,
+) -> Any:
     """Unpickle a large payload.
 
     Args:
         head: Its records.
         source: From a blob's number to its :class:`Source`.
+        unpickler: What to unpickle with.
 
     Raises:
         BaseException: Whatever a source or unpickling raises.
@@ -264,16 +269,16 @@ def load_composed(head: bytes | memoryview, source: Callable[[int], Any]) -> Any
         elif kind == HEAD_BLOB:
             records = bytearray(source(number).size)
             source(number).reader()(memoryview(records))
-            return load_composed(bytes(records), source)
+            return load_composed(bytes(records), source, unpickler)
         else:
             raise pickle.UnpicklingError(f"unknown record type {kind} in a payload")
-    if len(pieces) == 1:
+    if len(pieces) == 1 and unpickler is pickle.Unpickler:
         piece = pieces[0]
         if not isinstance(piece, (bytes, memoryview)):
             piece = piece.view()
         if piece is not None:
             return _loads(piece, buffers=buffers)
-    return pickle.Unpickler(_Pieces(pieces), buffers=buffers).load()
+    return unpickler(_Pieces(pieces), buffers=buffers).load()
 
 
 class Held:

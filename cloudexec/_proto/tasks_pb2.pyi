@@ -372,6 +372,26 @@ Global___Challenge: _TypeAlias = Challenge  # noqa: Y015
 class Welcome(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MainEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WORKER_ID_FIELD_NUMBER: _builtins.int
     SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     CWD_FIELD_NUMBER: _builtins.int
@@ -393,6 +413,10 @@ class Welcome(_message.Message):
     COMPRESS_FIELD_NUMBER: _builtins.int
     RESUMABLE_FIELD_NUMBER: _builtins.int
     DEPTH_FIELD_NUMBER: _builtins.int
+    FUNCTIONS_FIELD_NUMBER: _builtins.int
+    INITIALIZER_NEEDS_FIELD_NUMBER: _builtins.int
+    MAIN_FIELD_NUMBER: _builtins.int
+    FUNCTION_BLOBS_FIELD_NUMBER: _builtins.int
     INHERITANCE_FIELD_NUMBER: _builtins.int
     BUCKET_THRESHOLD_FIELD_NUMBER: _builtins.int
     BUCKET_PART_BYTES_FIELD_NUMBER: _builtins.int
@@ -429,6 +453,7 @@ class Welcome(_message.Message):
     """A connection that is cut may be replaced by another one."""
     depth: _builtins.int
     """How many executors the tasks are inside of, this one included."""
+    initializer_needs: _builtins.int
     inheritance: _builtins.bytes
     """JSON: what a process pool's processes have from their parent, see worker/process.py."""
     bucket_threshold: _builtins.int
@@ -446,6 +471,18 @@ class Welcome(_message.Message):
 
     @_builtins.property
     def argv(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def functions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Function]:
+        """What the initializer needs, each behind what it needs itself, and the number of the last one."""
+
+    @_builtins.property
+    def main(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Names that the module __main__ has from the beginning."""
+
+    @_builtins.property
+    def function_blobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Blob]:
+        """Blobs that these functions refer to."""
+
     def __init__(
         self,
         *,
@@ -470,6 +507,10 @@ class Welcome(_message.Message):
         compress: _builtins.bool = ...,
         resumable: _builtins.bool = ...,
         depth: _builtins.int = ...,
+        functions: _abc.Iterable[Global___Function] | None = ...,
+        initializer_needs: _builtins.int = ...,
+        main: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        function_blobs: _abc.Iterable[Global___Blob] | None = ...,
         inheritance: _builtins.bytes = ...,
         bucket_threshold: _builtins.int = ...,
         bucket_part_bytes: _builtins.int = ...,
@@ -477,7 +518,7 @@ class Welcome(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "bucket_part_bytes", b"bucket_part_bytes", "bucket_threshold", b"bucket_threshold", "capture_output", b"capture_output", "compress", b"compress", "cwd", b"cwd", "depth", b"depth", "direct_path", b"direct_path", "first_blob", b"first_blob", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "inheritance", b"inheritance", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "resumable", b"resumable", "session_token", b"session_token", "settings", b"settings", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "bucket_part_bytes", b"bucket_part_bytes", "bucket_threshold", b"bucket_threshold", "capture_output", b"capture_output", "compress", b"compress", "cwd", b"cwd", "depth", b"depth", "direct_path", b"direct_path", "first_blob", b"first_blob", "function_blobs", b"function_blobs", "functions", b"functions", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "inheritance", b"inheritance", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "initializer_needs", b"initializer_needs", "main", b"main", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "resumable", b"resumable", "session_token", b"session_token", "settings", b"settings", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -651,14 +692,27 @@ class Function(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     FRESH_FIELD_NUMBER: _builtins.int
     BLOBS_FIELD_NUMBER: _builtins.int
+    NEEDS_FIELD_NUMBER: _builtins.int
+    GLOBALS_FIELD_NUMBER: _builtins.int
+    MODULE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     pickle: _builtins.bytes
     sha256: _builtins.bytes
     fresh: _builtins.bool
     """True when it is to be unpickled for each task: what one changes in it is not seen by others."""
+    module: _builtins.str
+    """It is this module, or comes from it."""
     @_builtins.property
     def blobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Where there are any, the pickle is the head of a composed payload."""
+
+    @_builtins.property
+    def needs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of what is to be there before it is unpickled."""
+
+    @_builtins.property
+    def globals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """It is no callable: what the script has under these names ("*": what it needs may be needed)."""
 
     def __init__(
         self,
@@ -668,10 +722,13 @@ class Function(_message.Message):
         sha256: _builtins.bytes = ...,
         fresh: _builtins.bool = ...,
         blobs: _abc.Iterable[_builtins.int] | None = ...,
+        needs: _abc.Iterable[_builtins.int] | None = ...,
+        globals: _abc.Iterable[_builtins.str] | None = ...,
+        module: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "fresh", b"fresh", "number", b"number", "pickle", b"pickle", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "fresh", b"fresh", "globals", b"globals", "module", b"module", "needs", b"needs", "number", b"number", "pickle", b"pickle", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

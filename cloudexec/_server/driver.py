@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +152,8 @@ class Setup:
     max_workers: int
     min_workers: int = 0
     initializer: Payload = b""
+    initializer_needs: Function | None = None
+    main: Mapping[str, str] = field(default_factory=dict)
     max_tasks_per_child: int = 0
     output: str = "inherit"
     forward_logs: bool = True

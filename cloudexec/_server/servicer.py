@@ -346,7 +346,7 @@ class _Session:
                 functions.append(function.number)
                 if function.number not in self._known:
                     size += self._introduce(message, function)
-            if function is not None and type(function.pickle) is Composed:
+            if function is not None and function.composed:
                 self.payloads[task.lease] = None, function
             if type(payload) is Composed:
                 columns.composed.append(len(leases))
@@ -403,24 +403,33 @@ class _Session:
             message.tasks.terms.add(index=index, env=env, memory_bytes=memory, last=last)
 
     def _introduce(self, message: pb.ServerMessage, function: Function) -> int:
+        """Tell the worker of a function, and before it of what it needs; return the bytes."""
         self._known.add(function.number)
         self._driver.note_told(self.worker_id, function.number)
-        pickled = function.pickle
-        blobs: list[int] = []
-        size = 0
-        if type(pickled) is Composed:
-            blobs = [blob.id for blob in pickled.blobs]
-            size = sum([self._introduce_blob(blob, message) for blob in pickled.blobs])
-            pickled = pickled.head
-        assert type(pickled) is bytes
-        message.functions.add(
-            number=function.number,
-            pickle=pickled,
-            sha256=function.sha256,
-            fresh=function.fresh,
-            blobs=blobs,
+        size = sum(
+            [
+                self._introduce(message, need)
+                for need in function.needs
+                if need.number not in self._known
+            ]
         )
-        return size + len(pickled)
+        pickled = function.pickle
+        if type(pickled) is Composed:
+            size += sum([self._introduce_blob(blob, message) for blob in pickled.blobs])
+        _describe_function(message.functions.add(), function)
+        return size + len(message.functions[-1].pickle)
+
+    def introduce_first(self, welcome: pb.Welcome, function: Function) -> None:
+        """Tell the worker of what its initializer needs."""
+        self._known.add(function.number)
+        self._driver.note_told(self.worker_id, function.number)
+        for need in function.needs:
+            if need.number not in self._known:
+                self.introduce_first(welcome, need)
+        pickled = function.pickle
+        if type(pickled) is Composed:
+            welcome.function_blobs.extend(map(self.describe, pickled.blobs))
+        _describe_function(welcome.functions.add(), function)
 
     def _know_blob(self, number: int) -> None:
         if number not in self._known_blobs:
@@ -1043,6 +1052,7 @@ class _Servicer:
             resumable=resumable,
             depth=_nesting.depth() + 1,
             inheritance=_inheritance(driver),
+            main=setup.main,
         )
         if driver.depot is not None:
             welcome.bucket_threshold = driver.depot.threshold
@@ -1053,6 +1063,9 @@ class _Servicer:
             initializer = initializer.head
         assert type(initializer) is bytes
         welcome.initializer = initializer
+        if setup.initializer_needs is not None:
+            session.introduce_first(welcome, setup.initializer_needs)
+            welcome.initializer_needs = setup.initializer_needs.number
         await context.write(pb.ServerMessage(welcome=welcome))
         # Nothing is awaited between the check above and here but that write: check once more.
         if driver.admit(hello.identity) is not None:
@@ -1371,3 +1384,17 @@ def _cannot_listen(listen: str, error: RuntimeError) -> str:
             )
         return f"cannot listen on {listen}: {exc.strerror or exc}"
     return f"cannot listen on {listen}: it was taken, and is free again now"
+
+
+def _describe_function(described: pb.Function, function: Function) -> None:
+    pickled = function.pickle
+    if isinstance(pickled, Composed):
+        described.blobs.extend([blob.id for blob in pickled.blobs])
+        pickled = pickled.head
+    described.number = function.number
+    described.pickle = pickled
+    described.sha256 = function.sha256
+    described.fresh = function.fresh
+    described.needs.extend([need.number for need in function.needs])
+    described.globals.extend(function.globals)
+    described.module = function.module

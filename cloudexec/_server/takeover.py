@@ -518,6 +518,9 @@ def _digest(driver: Driver, launcher: Launcher) -> str:
         pieces += [initializer.head, *[blob.view() for blob in initializer.blobs]]
     else:
         pieces.append(initializer)
+    if setup.initializer_needs is not None:
+        needs = [each for each in setup.initializer_needs.needs if each.globals != ("*",)]
+        pieces += [each.sha256 for each in needs]
     found = hashlib.sha256()
     for piece in pieces:
         found.update(b"%d:" % len(piece))

@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 HEADER = struct.Struct("<BIQ")
+FUNCTION = struct.Struct("<BBI")
 RESULT = struct.Struct("<QfBI")
 """One result: delivery, seconds, status, length of the payload that follows."""
 
@@ -76,10 +77,11 @@ class Kind(enum.IntEnum):
     SETUP = 1
     """JSON: working directory, sys.path, argv, what the client's program has set."""
     INITIALIZER = 2
-    """Payload of (initializer, initargs); composed if the number is 1, none if it is 2."""
+    """Payload of (initializer, initargs) (number of the function that it needs; ``COMPOSED``)."""
     FUNCTION = 3
     """A callable (number of the function): two flags, whether each task is to have a copy of its
-    own and whether it is composed, then its pickle."""
+    own and whether it is composed; the size of a JSON list; that list, of what it needs, what it
+    binds in the script and the module that it is; then its pickle."""
     FORGET = 5
     """Drop a callable (number of the function)."""
     BATCH = 6
@@ -95,6 +97,7 @@ class Kind(enum.IntEnum):
 
     # From the slot.
     READY = 20
+    """Without an initializer, the supervisor's question for it."""
     RESULTS = 21
     RESULT_COMPOSED = 22
     """A large result (delivery): seconds, whether it is to be kept, places of blobs, its head."""

@@ -84,7 +84,9 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         blobs,
     )
     session.pool = pool
+    pool.add_functions(welcome.functions)
     introduce(blobs, welcome.initializer_blobs)
+    introduce(blobs, welcome.function_blobs)
 
     def on_sigterm() -> None:
         ends.put_nowait("sigterm")
@@ -205,6 +207,8 @@ def _settings(welcome: pb.Welcome, address: Address, modules: str) -> Settings:
         settings=welcome.settings,
         initializer=welcome.initializer,
         initializer_blobs=tuple(blob.id for blob in welcome.initializer_blobs),
+        initializer_needs=welcome.initializer_needs,
+        main=dict(welcome.main),
         max_tasks_per_child=welcome.max_tasks_per_child,
         min_slots=welcome.min_slots,
         idle_timeout=welcome.idle_timeout,

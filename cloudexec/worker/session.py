@@ -854,7 +854,8 @@ class Session:
         assert pool is not None
         assert blobs is not None
         if not self._started:
-            await blobs.ready([blob.id for blob in self.welcome.initializer_blobs])
+            first = (*self.welcome.initializer_blobs, *self.welcome.function_blobs)
+            await blobs.ready([blob.id for blob in first])
             self._started = True
             pool.start()
         call = self._call
@@ -867,13 +868,7 @@ class Session:
             if message.blobs:
                 introduce(blobs, message.blobs)
             if message.functions:
-                for function in message.functions:
-                    pool.add_function(
-                        function.number,
-                        function.pickle,
-                        fresh=function.fresh,
-                        blobs=tuple(function.blobs),
-                    )
+                pool.add_functions(message.functions)
             if message.HasField("tasks"):
                 if message.tasks.tags:
                     self._note_tags(message.tasks)

@@ -20,6 +20,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from cloudexec import _direct, _logs, _nesting, _payload, _records, _settings, _sharing
+from cloudexec._anew import set_process_number
 from cloudexec._describing import describe, if_not_found, is_a, unfinished
 from cloudexec._errors import NestingError, PayloadError
 from cloudexec._forked import end_child
@@ -32,6 +33,7 @@ from cloudexec.worker.frames import (
     CURRENT,
     FENCE,
     FLUSHES,
+    FUNCTION,
     FUNCTION_NUMBER,
     HEADER,
     KEPT,
@@ -46,6 +48,7 @@ from cloudexec.worker.frames import (
 from cloudexec.worker.process import become
 
 if TYPE_CHECKING:
+    from cloudexec.worker.main_module import Definition, MainModule
     from cloudexec.worker.results import ResultFiles
 
 __all__ = ["Slot"]
@@ -105,11 +108,11 @@ class Slot:
         self._input = bytearray()
         self._at = 0
         self._read = 0  # bytes, of all that was written to it
-        self._functions: dict[int, Callable[..., Any]] = {}
+        self._functions: dict[int, Any] = {}
+        self._main: MainModule = None  # type: ignore[assignment]  # until it is set up
         self._variables: tuple[int, dict[str, str]] | None = None  # of the task that comes next
         self._stash: deque[tuple[int, int, bytes]] = deque()
         self._results: ResultFiles | None = None
-        self._pickler = _payload.Pickler
         self.direct_path = ""
         self.token = b""
         self.forked = False
@@ -219,6 +222,7 @@ class Slot:
             Kind.FORGET: self._on_forget,
             Kind.BATCH: self._on_batch,
             Kind.RELEASE: self._on_release,
+            Kind.READY: lambda *_: self.send(Kind.READY),
         }
         stash = self._stash
         cells = self._cells
@@ -271,6 +275,11 @@ class Slot:
         # As in a process pool's workers: proxies of the client's managers work here.
         authkey = bytes.fromhex(setup["authkey"])
         become(setup["number"], setup["client_pid"], authkey, setup["inheritance"])
+        from cloudexec.worker.main_module import MainModule, ResultPickler
+
+        set_process_number(setup["number"])
+        self._main = ResultPickler.main = MainModule(setup["main"])
+        _payload.result_pickler = ResultPickler
         _nesting.loading.watch("a worker", __name__)
         os.environ[_nesting.DEPTH] = str(setup["depth"])
         self.direct_path = setup["direct_path"]
@@ -290,23 +299,21 @@ class Slot:
             text = io.TextIOWrapper(buffer, encoding="utf-8", errors=errors, line_buffering=True)
             setattr(sys, name, text)
             setattr(sys, f"__{name}__", text)
-        _settings.apply(bytes.fromhex(setup["settings"]))
+        forwarded = bool(setup["inheritance"].get("logging"))
+        _settings.apply(bytes.fromhex(setup["settings"]), handlers=not forwarded)
 
     def _on_initializer(self, number: int, body: bytes) -> None:
-        if number == 2:  # there is none
-            self.send(Kind.READY)
-            return
         try:
-            from cloudexec.worker.prepared import ResultPickler, initialize
-
             _nesting.loading.active = True
             try:
-                initializer, initargs = self._load_composed(body) if number == 1 else _loads(body)
+                if number & FUNCTION_NUMBER:
+                    self._function(number & FUNCTION_NUMBER)
+                load = self._load_composed if number & COMPOSED else _loads
+                initializer, initargs = load(body)
             finally:
                 _nesting.loading.active = False
                 _nesting.loading.ended()
-            initialize(initializer, initargs)
-            self._pickler = ResultPickler
+            initializer(*initargs)
         except BaseException as exc:
             self._flush_output()
             self.send(Kind.INITIALIZER_FAILED, 0, _payload.dumps_exception(exc))
@@ -314,12 +321,33 @@ class Slot:
             self.send(Kind.READY)
 
     def _on_function(self, number: int, body: bytes) -> None:
-        load = self._load_composed if body[1] else _loads
-        self._functions[number] = _Pickled(body[2:], load, fresh=bool(body[0]))
+        fresh, composed, size = FUNCTION.unpack_from(body)
+        at = FUNCTION.size + size
+        pickled = body[at:]
+        needs, names, module = json.loads(body[FUNCTION.size : at]) if size else ((), (), "")
+        if names and names != ["*"]:
+            self._functions[number] = self._definition(number, names, module, pickled, composed)
+            return
+        load = self._load_composed if composed else _loads
+        self._functions[number] = _Pickled(pickled, load, needs, fresh=bool(fresh))
+
+    def _definition(
+        self, number: int, names: list[str], module: str, pickled: bytes, composed: bool
+    ) -> Definition:
+        from cloudexec.worker.main_module import Definition
+
+        def load(unpickler: type[pickle.Unpickler]) -> Any:
+            if composed:
+                return self._load_composed(pickled, unpickler)
+            return unpickler(io.BytesIO(pickled)).load()
+
+        return Definition(number, names, module, load)
 
     # Large payloads.
 
-    def _load_composed(self, data: bytes | memoryview) -> Any:
+    def _load_composed(
+        self, data: bytes | memoryview, unpickler: type[pickle.Unpickler] = pickle.Unpickler
+    ) -> Any:
         """Unpickle places of blobs and the head that refers to them.
 
         Raises:
@@ -328,7 +356,8 @@ class Slot:
         """
         places, at = unpack_places(data)
         found = {place.number: place for place in places}
-        return _records.load_composed(data[at:], lambda number: self._source(found[number]))
+        source = lambda number: self._source(found[number])  # noqa: E731
+        return _records.load_composed(data[at:], source, unpickler)
 
     def _source(self, place: Place) -> Any:
         if not place.path:
@@ -353,13 +382,32 @@ class Slot:
         if self._results is not None:
             self._results.release(number)
 
-    def _function(self, number: int) -> Callable[..., Any]:
-        """Return a callable, unpickled under the first task that names it: it may do anything."""
-        fn = self._functions[number]
-        if type(fn) is _Pickled:
-            pickled, fn = fn, fn.load()
-            if not pickled.fresh:
-                self._functions[number] = fn
+    def _function(self, number: int) -> Callable[..., Any] | None:
+        """Return a callable, unpickled under the first task that names it: it may do anything.
+
+        What it needs of the script is bound first, if it is not. ``None``: the callable comes with
+        its arguments.
+        """
+        entry = self._functions[number]
+        main = self._main
+        if entry.needs and entry.generation != main.generation:
+            for need in entry.needs:
+                needed = self._functions[need]
+                if type(needed) is _Pickled:
+                    main.bind_all(need, [self._functions[each] for each in needed.needs])
+                else:
+                    main.bind(needed)
+            if entry.generation < main.generation:
+                entry.fn = None  # it may refer to what was bound before
+            entry.generation = main.generation
+        fn: Callable[..., Any] | None = entry.fn
+        if fn is None and entry.pickled:
+            fn = entry.load(entry.pickled)
+            assert fn is not None
+            if not entry.fresh:
+                entry.fn = fn
+                if not entry.needs:
+                    self._functions[number] = fn
         return fn
 
     def _on_forget(self, number: int, body: bytes) -> None:
@@ -398,7 +446,9 @@ class Slot:
                         fn = self._function(number)
                     args = load(payload)
                     kwargs: dict[str, Any] = {}
-                    if type(args) is list:
+                    if fn is None:
+                        fn, args, kwargs = args
+                    elif type(args) is list:
                         args, kwargs = args
                 else:
                     fn, args, kwargs = load(payload)
@@ -483,7 +533,9 @@ class Slot:
             if type(value) in _payload._ATOMS and not keep:
                 self._put(delivery, seconds, frames.OK, pickle.dumps(value, 5))
                 return
-            self._pickler(writer, protocol=5, buffer_callback=writer.take_buffer).dump(value)
+            _payload.result_pickler(writer, protocol=5, buffer_callback=writer.take_buffer).dump(
+                value
+            )
             value = None
             writer.close()
         except BaseException as exc:
@@ -520,18 +572,26 @@ def _remedy(exc: BaseException) -> str:
 
 
 class _Pickled:
-    """Stands for a callable until a task names it; a fresh one is loaded anew for each task."""
+    """A callable that was sent; a fresh one is loaded anew for each task.
 
-    def __init__(self, pickled: bytes, load: Callable[[bytes], Any], *, fresh: bool) -> None:
+    Attributes:
+        pickled: Its pickle; empty: the callables come with their arguments.
+        needs: Numbers of what has to be bound in the script first.
+        fn: What was unpickled last.
+        generation: Of the script, when what it needs was last seen to be bound.
+    """
+
+    __slots__ = ("fn", "fresh", "generation", "load", "needs", "pickled")
+
+    def __init__(
+        self, pickled: bytes, load: Callable[[bytes], Any], needs: Any, *, fresh: bool
+    ) -> None:
+        self.pickled = pickled
+        self.load = load
+        self.needs = needs
         self.fresh = fresh
-        self._pickled = pickled
-        self._load = load
-
-    def load(self) -> Callable[..., Any]:
-        return self._load(self._pickled)  # type: ignore[no-any-return]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError("a callable that was not unpickled")
+        self.fn: Callable[..., Any] | None = None
+        self.generation = -1
 
 
 class _ResultWriter:

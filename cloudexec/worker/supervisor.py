@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import json
 import os
 import platform
@@ -13,9 +14,9 @@ import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cloudexec._logs import LOG_STREAM, line_of
 from cloudexec._objects.places import Place, unpack_places
@@ -29,6 +30,7 @@ from cloudexec.worker.frames import (
     CURRENT,
     FENCE,
     FLUSHES,
+    FUNCTION,
     HEADER,
     KEPT,
     RESULT,
@@ -49,6 +51,9 @@ from cloudexec.worker.zygote import (
     STARTED,
     kill_children,
 )
+
+if TYPE_CHECKING:
+    from cloudexec._proto import tasks_pb2 as pb
 
 __all__ = [
     "KILLED",
@@ -121,6 +126,8 @@ class Settings:
     settings: bytes = b""
     initializer: bytes = b""
     initializer_blobs: tuple[int, ...] = ()
+    initializer_needs: int = 0
+    main: dict[str, str] = field(default_factory=dict)
     max_tasks_per_child: int = 0
     min_slots: int = 0
     idle_timeout: float = -1.0
@@ -173,11 +180,22 @@ class Answers(Protocol):
 
 @dataclass(slots=True)
 class _Function:
-    """A callable's pickle, or the head of it and the blobs that this refers to."""
+    """A callable's pickle, or the head of it and the blobs that this refers to.
+
+    Attributes:
+        needs: Numbers of what is to be there first.
+        globals: What this binds in the script; none: it is a callable.
+        module: The module that this is, if it is one.
+        all_blobs: Its own, and those of what it needs.
+    """
 
     pickle: bytes
     fresh: bool
     blobs: tuple[int, ...] = ()
+    needs: tuple[int, ...] = ()
+    globals: tuple[str, ...] = ()
+    module: str = ""
+    all_blobs: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -255,11 +273,20 @@ class SlotPool:
             if self._fork() is None:
                 break
 
-    def add_function(
-        self, number: int, pickle: bytes, *, fresh: bool, blobs: tuple[int, ...] = ()
-    ) -> None:
-        """Learn a callable that tasks will name."""
-        self._functions[number] = _Function(pickle, fresh, blobs)
+    def add_functions(self, functions: Iterable[pb.Function]) -> None:
+        """Learn callables that tasks will name, each behind what it needs."""
+        for each in functions:
+            needs, blobs = tuple(each.needs), tuple(each.blobs)
+            below = [self._functions[need].all_blobs for need in needs if need in self._functions]
+            self._functions[each.number] = _Function(
+                each.pickle,
+                each.fresh,
+                blobs,
+                needs,
+                tuple(each.globals),
+                each.module,
+                tuple(dict.fromkeys(itertools.chain(blobs, *below))),
+            )
 
     def forget_functions(self, numbers: list[int]) -> None:
         """Drop callables that no task will name again."""
@@ -283,8 +310,8 @@ class SlotPool:
                 continue
             function = self._functions.get(item.function)
             needs = item.blobs or ()
-            if function is not None and function.blobs:
-                needs += function.blobs
+            if function is not None and function.all_blobs:
+                needs += function.all_blobs
             if needs and self._blobs.missing(needs):
                 self._park(item, needs)
             else:
@@ -414,7 +441,11 @@ class SlotPool:
 
     def functions(self) -> list[int]:
         """Return the numbers of all callables that tasks may name."""
-        return list(self._functions)
+        kept = {self._settings.initializer_needs}
+        for number in sorted(self._functions, reverse=True):  # behind what they need
+            if number in kept:
+                kept.update(self._functions[number].needs)
+        return [number for number in self._functions if number not in kept]
 
     @property
     def has_begun(self) -> bool:
@@ -540,18 +571,21 @@ class SlotPool:
             "client_pid": settings.client_pid,
             "number": number_of(slot.number, settings.number, settings.slots, settings.inheritance),
             "inheritance": settings.inheritance,
+            "main": settings.main,
         }
         body = json.dumps(setup).encode()
-        data = HEADER.pack(Kind.SETUP, len(body), 0) + body
-        if settings.initializer_blobs:
-            body = self._blobs.places(settings.initializer_blobs) + settings.initializer
-            data += HEADER.pack(Kind.INITIALIZER, len(body), 1) + body
-        elif settings.initializer:
-            data += HEADER.pack(Kind.INITIALIZER, len(settings.initializer), 0)
-            data += settings.initializer
+        self._write(slot, HEADER.pack(Kind.SETUP, len(body), 0) + body)
+        if settings.initializer:
+            number = settings.initializer_needs
+            if number:
+                self._send_function(slot, number, self._functions[number])
+            body = settings.initializer
+            if settings.initializer_blobs:
+                body = self._blobs.places(settings.initializer_blobs) + body
+                number |= COMPOSED
+            self._write(slot, HEADER.pack(Kind.INITIALIZER, len(body), number) + body)
         else:
-            data += HEADER.pack(Kind.INITIALIZER, 0, 2)
-        self._write(slot, data)
+            self._write(slot, HEADER.pack(Kind.READY, 0, 0))
         self._loop.add_reader(slot.results_fd, self._on_answers, slot)
         self._watch_raw_output(slot)
 
@@ -849,11 +883,18 @@ class SlotPool:
 
     def _send_function(self, slot: Child, number: int, function: _Function) -> None:
         slot.functions.add(number)
+        for need in function.needs:
+            if need not in slot.functions and need in self._functions:
+                self._send_function(slot, need, self._functions[need])
         pickle = function.pickle
         if function.blobs:
             pickle = self._blobs.places(function.blobs) + pickle
-        header = HEADER.pack(Kind.FUNCTION, len(pickle) + 2, number)
-        self._write(slot, header + bytes((function.fresh, bool(function.blobs))) + pickle)
+        about = b""
+        if function.needs or function.globals:
+            about = json.dumps([function.needs, function.globals, function.module]).encode()
+        flags = FUNCTION.pack(function.fresh, bool(function.blobs), len(about))
+        header = HEADER.pack(Kind.FUNCTION, len(flags) + len(about) + len(pickle), number)
+        self._write(slot, b"".join((header, flags, about, pickle)))
 
     def _start_timer(self, slot: Child, item: WorkItem) -> None:
         slot.timer = self._loop.call_later(item.timeout, self.kill, [item.lease], TIMED_OUT)

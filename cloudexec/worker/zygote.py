@@ -167,7 +167,7 @@ def run_zygote(connection: socket.socket, supervisor_pid: int, files: int | None
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
 
     # Every slot needs these: imported here, they cost a slot nothing.
-    from cloudexec.worker import slot  # noqa: F401
+    from cloudexec.worker import main_module, slot  # noqa: F401
 
     children: dict[int, int] = {}
     orphans = _Orphans()

@@ -1110,7 +1110,7 @@ if __name__ == "__main__":
             assert Point.shared is None and not hasattr(Point, "extra")
             assert executor.submit(pick, 0).result()() == "the client's"
         assert [point.x for point in executor.map(make, range(3), chunksize=2)] == [0, 1, 2]
-        assert executor.submit(assign, "a task's").result()() == "a task's"
+        assert executor.submit(assign, "a task's").result()() == "the client's"
         assert executor.stats().bytes_received < 1_000_000
     print("all well")
 '''

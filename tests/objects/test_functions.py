@@ -48,7 +48,7 @@ def named(table: FunctionTable, fn: Callable[..., Any]) -> Function | None:
     """Return what two calls one after the other name, if it is one pickle for both."""
     one, _, _ = table.call(fn, (1,), {})
     two, _, _ = table.call(fn, (1,), {})
-    return one if one is two and one is not None and not one.fresh else None
+    return one if one is two and one is not None and one.pickle and not one.fresh else None
 
 
 KEPT = {

@@ -1,0 +1,433 @@
+"""What workers have of the script, ``__main__``: its globals, each sent on its own and once.
+
+In the process that runs tasks, functions and classes of the script live in one module, as they do
+in a process pool, and what tasks and the initializer change in it stays. The rule:
+
+- A global is sent when a task uses it: when the function names it, or a function that this uses.
+- It is sent again when it has been changed here since. That alone replaces what tasks have made of
+  it; it is told by a pickle of it that differs, or by another object where it cannot be changed.
+- Before it is sent for the first time, what an initializer or a task has bound to its name counts.
+- Functions, classes and small values that no task names are sent once, for what finds them at run
+  time: ``pickle.loads()``, ``eval()``, annotations that are strings.
+- Globals that refer to one another are sent together, so that what is one object stays one.
+- Locks, caches and the like are made anew (``_anew``). Of what else cannot be sent, the script is
+  run once more in the process, as a process pool does, if it has a guard and is on this machine.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import pickle
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+
+from cloudexec import _main
+from cloudexec._anew import reduce_anew
+from cloudexec._describing import describe, is_interrupt
+from cloudexec._errors import PayloadError
+from cloudexec._fingerprints import Definition, Unstable, lookup
+from cloudexec._payload import INLINE_BYTES, Collector, Composed, Payload, Pickler
+
+if TYPE_CHECKING:
+    from cloudexec._functions import Function
+    from cloudexec._objects.store import BlobStore
+
+__all__ = ["Script"]
+
+_logger = logging.getLogger("cloudexec")
+_ABSENT = object()
+_WORD = re.compile(r"\w+")
+_ANSWERS_KEPT = 512
+_HELD_BYTES = 256 * 1024
+"""Values that are larger are not kept alive to see whether they are the same ones."""
+_ALONE = (str, bytes, int, float, complex, type(None), ModuleType)
+"""Types whose objects refer to no other global."""
+_NOT_SHARED = (*_ALONE, tuple, frozenset)
+"""Types whose objects may be copied unseen."""
+
+
+class _TooLarge(Exception):
+    """A value is not to be sent unless a task uses it."""
+
+
+class _Small(Collector):
+    """Takes a pickle as long as it is small."""
+
+    def __init__(self, store: BlobStore) -> None:
+        super().__init__(store)
+        self._left = INLINE_BYTES
+
+    def write(self, data: Any) -> int:
+        self._left -= len(data)
+        if self._left < 0:
+            raise _TooLarge
+        return super().write(data)
+
+    def take_buffer(self, buffer: Any) -> bool:
+        if buffer.raw().nbytes > INLINE_BYTES:
+            raise _TooLarge
+        return True
+
+
+class _DefinitionPickler(Pickler):
+    """Pickles globals by value, and by name those that are not among them.
+
+    Args:
+        file: Where to.
+        own: The globals that this pickles.
+        shared: Names of the objects that globals are, by id.
+    """
+
+    marks = False
+
+    def __init__(self, file: Collector, own: frozenset[str], shared: dict[int, str]) -> None:
+        super().__init__(file, protocol=5, buffer_callback=file.take_buffer)
+        self.names = set()
+        self.links: set[str] = set()
+        self._own = own
+        self._shared = shared
+
+    def persistent_id(self, obj: Any) -> Any:
+        name = self._shared.get(id(obj))
+        if name is None or name in self._own:
+            return None
+        self.links.add(name)
+        return name
+
+    def refers(self, name: str) -> bool:
+        if name in self._own:
+            return False
+        self.links.add(name)
+        return True
+
+    def _reduce(self, obj: Any) -> Any:
+        reduced = reduce_anew(obj)
+        if reduced is None and isinstance(obj, io.TextIOWrapper):
+            raise TypeError(f"an open file ({obj.name}) cannot be sent")
+        return super()._reduce(obj) if reduced is None else reduced
+
+
+class _Global:
+    """A global of the script, or several that refer to one another, as last sent."""
+
+    __slots__ = ("behind", "function", "links", "names", "pickled", "uses", "watch")
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+        self.uses: set[str] = set()
+        self.links: set[str] = set()
+        self.pickled: Payload | None = None
+        self.behind: list[Function] = []
+        self.watch: list[tuple[str, Definition | _Same]] | None = None
+        self.function: Function | None = None  # of this pickle, behind these
+
+    def holds(self) -> bool:
+        """Whether it is what it was, as far as can be told without a pickle."""
+        if self.watch is None:
+            return False
+        space = _main.namespace()
+        for name, definition in self.watch:  # noqa: SIM110 (all() takes twice as long)
+            if not definition.holds(space.get(name, _ABSENT)):
+                return False
+        return True
+
+
+_Answer = tuple[tuple[tuple[_Global, Any], ...], frozenset[str], tuple[Any, ...]]
+"""To the names that something uses: the globals that it needs, as they were sent; the names of
+which there was none; the definitions."""
+_NO_ANSWER: _Answer = ((), frozenset(), ())
+
+
+class Script:
+    """The globals of the script that an executor has sent. Used under its own lock.
+
+    Args:
+        make: Makes a numbered definition of a pickle, names, those that it refers to, and the
+            module that it is, if it is one.
+        store: Where large pieces go.
+        is_near: Whether workers are on this machine, and may run the script once more for what
+            cannot be sent.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Payload, Iterable[str], tuple[Function, ...], str], Function],
+        store: BlobStore,
+        *,
+        is_near: bool,
+    ) -> None:
+        self._make = make
+        self._store = store
+        self._is_near = is_near
+        self._lock = threading.RLock()
+        self._globals: dict[str, _Global] = {}
+        self._by_value: Any = None
+        self._rest: tuple[Function, ...] = ()
+        self._answers: dict[frozenset[str], _Answer] = {}
+        self._seen: dict[str, Any] = {}
+        self._shared_now: dict[int, str] | None = None
+
+    def needs(self, names: frozenset[str]) -> tuple[Function, ...]:
+        """Return what a task is to have that refers to some globals, as they are now.
+
+        Returns:
+            Definitions, each behind those that it refers to.
+
+        Raises:
+            PayloadError: If one cannot be sent.
+        """
+        with self._lock:
+            by_value = cloudpickle.list_registry_pickle_by_value()
+            if by_value != self._by_value:
+                self._by_value = by_value
+                for each in self._globals.values():
+                    each.watch = None
+            known, absent, needs = self._answers.get(names, _NO_ANSWER)
+            for each, function in known:
+                if each.function is not function or not each.holds():
+                    break
+            else:
+                if known and absent.isdisjoint(_main.namespace()):
+                    return needs
+            found: dict[str, _Global] = {}
+            self._shared_now = None
+            needs = self._needs(names, Collector, found)
+            if len(self._answers) >= _ANSWERS_KEPT:
+                self._answers.clear()
+            known = tuple({each: each.function for each in found.values()}.items())
+            used = names.union(*[each.uses for each, _ in known])
+            self._answers[names] = known, used.difference(_main.namespace()), needs
+            return needs
+
+    def rest(self) -> tuple[Function, ...]:
+        """Return what else the script defines and is small, for what finds it at run time."""
+        with self._lock:
+            names = _main.namespace()
+            now = {
+                name: value for name, value in list(names.items()) if _is_definition(name, value)
+            }
+            then = self._seen
+            if len(now) != len(then) or any(
+                then.get(name, _ABSENT) is not value for name, value in now.items()
+            ):
+                self._seen = now
+                self._shared_now = None
+                self._rest = self._needs(now, _Small, {})
+            return self._rest
+
+    def _needs(
+        self, names: Iterable[str], collector: type[Collector], found: dict[str, _Global]
+    ) -> tuple[Function, ...]:
+        space = _main.namespace()
+        waiting = [(name, "") for name in names]
+        while waiting:
+            name, user = waiting.pop()
+            if name in found or name not in space:
+                continue
+            try:
+                each = self._current(name, user, collector)
+            except (PayloadError, _TooLarge):
+                if collector is Collector:
+                    raise
+                continue  # a task that needs it is told, or gets it
+            for own in each.names:
+                found[own] = each
+            waiting += [(other, name) for other in (*each.uses, *each.links)]
+        circle = _circle(found)
+        if circle:
+            # Each would have to be there before the other: they are one.
+            joint = _Global(circle)
+            for name in circle:
+                self._globals[name] = joint
+            found.clear()
+            return self._needs(names, collector, found)
+        numbered: dict[_Global, Function] = {}
+        for each in found.values():
+            self._number(each, found, numbered)
+        return tuple(numbered.values())
+
+    def _number(
+        self, each: _Global, found: dict[str, _Global], numbered: dict[_Global, Function]
+    ) -> Function:
+        """Number a global, behind those that it refers to."""
+        if each in numbered:
+            return numbered[each]
+        space = _main.namespace()
+        behind: list[Function] = []
+        for link in sorted(each.links):
+            if link in found:
+                function = self._number(found[link], found, numbered)
+                if not isinstance(space.get(link), type):  # a class is changed in place
+                    behind.append(function)
+        if each.function is None or each.behind != behind:
+            module = ""
+            if len(each.names) == 1:
+                module = _imported_from(space.get(next(iter(each.names))))
+            assert each.pickled is not None
+            each.behind = behind
+            each.function = self._make(each.pickled, sorted(each.names), tuple(behind), module)
+        numbered[each] = each.function
+        return each.function
+
+    def _current(self, name: str, user: str, collector: type[Collector]) -> _Global:
+        """Return a global as it is now, pickled anew if it may have changed."""
+        each = self._globals.get(name)
+        if each is None:
+            each = self._globals[name] = _Global(frozenset((name,)))
+        elif each.holds():
+            return each
+        try:
+            self._pickle(each, collector)
+        except _TooLarge:
+            if each.pickled is None:
+                for own in each.names:
+                    del self._globals[own]
+            raise
+        except BaseException as exc:
+            if is_interrupt(exc):
+                raise
+            for own in each.names:
+                self._globals.pop(own, None)
+            self._take_from_script(each, name, user, exc)
+        return each
+
+    def _pickle(self, each: _Global, collector: type[Collector]) -> None:
+        space = _main.namespace()
+        values = {name: space[name] for name in sorted(each.names) if name in space}
+        file = collector(self._store)
+        pickler = _DefinitionPickler(file, each.names, self._shared(values))
+        pickled = file.pickle(pickler, values)
+        assert pickler.names is not None
+        if not _is_same(pickled, each.pickled):
+            if each.pickled is not None:
+                _logger.debug("%s has changed and is sent again", ", ".join(sorted(each.names)))
+            each.pickled, each.function = pickled, None
+        for value in values.values():
+            pickler.names.update(_names_in_annotations(value))
+        each.uses, each.links = pickler.names - each.names, pickler.links - each.names
+        watch: list[tuple[str, Definition | _Same]] = []
+        stable = len(values) == len(each.names)
+        try:
+            for name, value in values.items():
+                if isinstance(value, (str, bytes)) and len(value) > _HELD_BYTES:
+                    raise Unstable
+                watch.append((name, Definition(value, self._by_value or ())))
+        except Exception:
+            stable = False
+        each.watch = watch if stable else None
+
+    def _shared(self, values: dict[str, Any]) -> dict[int, str]:
+        """Return the objects that are globals and must not become two, by id."""
+        if all(isinstance(value, _ALONE) for value in values.values()):
+            return {}
+        if self._shared_now is None:
+            self._shared_now = {}
+            for name, value in list(_main.namespace().items()):
+                if isinstance(value, (*_NOT_SHARED, type)) or name.startswith("__"):
+                    continue
+                if _main.name_of(value) is None:
+                    self._shared_now.setdefault(id(value), name)
+        return self._shared_now
+
+    def _take_from_script(self, each: _Global, name: str, user: str, exc: BaseException) -> None:
+        """Have workers take from the script itself what cannot be sent.
+
+        Raises:
+            PayloadError: If they cannot.
+        """
+        names = sorted(each.names)
+        value = _main.namespace().get(name)
+        again, why = _main.way_to_script() if self._is_near else (None, "")
+        if again is None:
+            from cloudexec._unsendable import explain_value
+
+            noun = f"global {name}{f' of {user}()' if user else ''}"
+            said = explain_value(noun, value, exc) or f"{noun} cannot be sent ({describe(exc)})"
+            raise PayloadError(f"{said}{why and f'; {why}'}") from exc
+        _logger.debug("%s is taken from the script, which runs in each process", ", ".join(names))
+        self._globals.update(dict.fromkeys(names, each))
+        each.pickled, each.function = pickle.dumps(_main.Again(*again, names), 5), None
+        each.uses, each.links = set(), set()
+        each.watch = [(own, _Same(_main.namespace().get(own))) for own in names]
+
+
+class _Same:
+    """A value that counts as what it was as long as it is the same object."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def holds(self, value: Any) -> bool:
+        return value is self._value
+
+
+def _is_same(one: Payload, other: Payload | None) -> bool:
+    if isinstance(one, Composed) and isinstance(other, Composed):
+        return one.head == other.head  # it names blobs by their content
+    return one == other
+
+
+def _is_definition(name: str, value: Any) -> bool:
+    """Whether a global is one that something may look for at run time."""
+    if name.startswith("__"):
+        return False
+    module = _imported_from(value)
+    if module:
+        return module.partition(".")[0] != "cloudexec"
+    kind = type(value)
+    return (
+        _main.name_of(value) is not None
+        or kind.__module__ in ("typing", "types", "typing_extensions")
+        or (callable(value) and kind.__module__ == "__main__")
+    )
+
+
+def _names_in_annotations(value: Any) -> Iterator[str]:
+    """Give the words of annotations that are strings: they are evaluated at run time."""
+    if isinstance(value, (FunctionType, type)):
+        for each in inspect.get_annotations(value).values():
+            if type(each) is str:
+                yield from _WORD.findall(each)
+
+
+def _imported_from(value: Any) -> str:
+    """Return the module that something is, or is to be found in; empty: in no other one."""
+    if isinstance(value, ModuleType):
+        return value.__name__ if sys.modules.get(value.__name__) is value else ""
+    if isinstance(value, (FunctionType, BuiltinFunctionType, type)) and lookup(value) is value:
+        return value.__module__
+    return ""
+
+
+def _circle(found: dict[str, _Global]) -> frozenset[str]:
+    """Return names of globals that refer to each other as objects; none: there are no such."""
+    state: dict[_Global, int] = {}
+
+    def walk(each: _Global, path: list[_Global]) -> frozenset[str]:
+        state[each] = 1
+        path.append(each)
+        for link in each.links:
+            other = found.get(link)
+            if other is None or other is each:
+                continue
+            if state.get(other) == 1:
+                members = path[path.index(other) :]
+                return frozenset().union(*[member.names for member in members])
+            if other not in state and (circle := walk(other, path)):
+                return circle
+        path.pop()
+        state[each] = 2
+        return frozenset()
+
+    for each in found.values():
+        if each not in state and (circle := walk(each, [])):
+            return circle
+    return frozenset()
