@@ -27,17 +27,18 @@ from cloudexec._errors import (
     TaskTimeoutError,
     WorkerLostError,
 )
-from cloudexec._executor import BatchExecutor, OptionsView
-from cloudexec._future import BatchFuture
-from cloudexec._launchers.local import Local
-from cloudexec._objects.options import ObjectOptions
 
-# The rest when it is first used: importing the package is to cost little more than a process pool.
+# The rest when it is first used: importing the package is to cost little more than a process pool,
+# and workers, which import it too, need no executor.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cloudexec._executor import BatchExecutor, OptionsView
+    from cloudexec._future import BatchFuture
     from cloudexec._graph import Graph, Node, Stage, StageReport, run, stage
     from cloudexec._launchers.base import Cost, LaunchTimes, WorkerCapacity
     from cloudexec._launchers.batch import Batch
+    from cloudexec._launchers.local import Local
+    from cloudexec._objects.options import ObjectOptions
     from cloudexec._objects.ref import Ref
     from cloudexec._stats import ExecutorStats, SizeCounts, TaskCounts, WorkerCounts
     from cloudexec._story import StoryEvent, TaskStory
@@ -91,9 +92,13 @@ __all__ = [
 ]
 
 _LATER = {
+    "_executor": ("BatchExecutor", "OptionsView"),
+    "_future": ("BatchFuture",),
     "_graph": ("Graph", "Node", "Stage", "StageReport", "run", "stage"),
     "_launchers.base": ("Cost", "LaunchTimes", "WorkerCapacity"),
     "_launchers.batch": ("Batch",),
+    "_launchers.local": ("Local",),
+    "_objects.options": ("ObjectOptions",),
     "_objects.ref": ("Ref",),
     "_stats": ("ExecutorStats", "SizeCounts", "TaskCounts", "WorkerCounts"),
     "_story": ("StoryEvent", "TaskStory"),

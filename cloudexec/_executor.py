@@ -126,7 +126,7 @@ class _Base(Executor):
         """
         executor, options, terms = self._executor, self._options, self._terms
         if executor._driver is None:
-            executor._start()
+            executor._start(fn)
         executor._check_open()
         assert executor._table is not None
         error: CloudexecError | None = None
@@ -464,6 +464,10 @@ class BatchExecutor(_Base):
         when_full: What ``submit()`` and ``map()`` do when such a limit is reached: ``"block"``
             until there is room, or ``"raise"`` ``QueueFullError``. A call that a done-callback
             submits never waits, as it would hold up what it waits for.
+        preload: Whether workers on this machine import, before their first task, the installed
+            modules that the script has imported: once for all their processes, which share them.
+            Or the names of modules to import, in place of those. Modules that cannot be imported,
+            or start threads then, are left to the tasks that need them.
 
     Raises:
         ValueError: If an argument is out of its range (a ``ConfigError`` that names it).
@@ -502,6 +506,7 @@ class BatchExecutor(_Base):
         max_pending_bytes: int | str | None = None,
         max_pending_tasks: int | None = None,
         when_full: Literal["block", "raise"] = "block",
+        preload: bool | Sequence[str] = True,
     ) -> None:
         if journal is not None and not isinstance(journal, str | os.PathLike):
             raise TypeError(
@@ -540,6 +545,10 @@ class BatchExecutor(_Base):
             raise ConfigError(
                 f"advertise must be a host or 'host:port' that workers can dial, not {advertise!r}"
             )
+        if not isinstance(preload, bool) and (
+            isinstance(preload, str) or not all(isinstance(name, str) for name in preload)
+        ):
+            raise TypeError(f"preload must be True, False or names of modules, not {preload!r}")
         if launcher is None:
             launcher = default_launcher()
         elif isinstance(launcher, type) or not hasattr(launcher, "slots_per_worker"):
@@ -589,12 +598,13 @@ class BatchExecutor(_Base):
         self._on_submit: Callable[..., Terms | None] | None = None  # see cloudexec.tracing
         self._table: FunctionTable | None = None
         self._journal = journal
+        self._preload = preload if isinstance(preload, bool) else list(preload)
         _executors.add(self)
         if min_workers or journal is not None:
             self._start()
 
-    def _start(self) -> Driver:
-        """Start the server, once."""
+    def _start(self, fn: object = None) -> Driver:
+        """Start the server, once; ``fn`` is the function of the first task."""
         with self._lock:
             if self._driver is not None:
                 return self._driver
@@ -606,63 +616,87 @@ class BatchExecutor(_Base):
                     "start anew in it: use multiprocessing's 'spawn' or 'forkserver', or fork first"
                 )
             _send_spawned_main_by_value()
-            from cloudexec import _payload, _settings
-            from cloudexec._functions import FunctionTable
-            from cloudexec._objects.store import BlobStore
-            from cloudexec._server.driver import Driver, Setup
-
-            program: Any = None
-            if self._journal is not None:
-                from cloudexec._journal.program import Program
-
-                program = Program()  # before anything of it is sent, or a worker reads it
-            setup = dict(self._setup)
-            store = BlobStore(setup["objects"].limits(), shared=not self._is_far)
-            started: list[Driver] = []
-
-            def on_end(number: int) -> None:
-                for driver in started:
-                    driver.post(number)
-
-            table = FunctionTable(on_end, store, is_near=not self._is_far)
-            if self._initializer is not None:
-                error: CloudexecError | None = None
-                names: set[str] = set()
-                try:
-                    setup["initializer"] = _payload.dumps(self._initializer, store, names)
-                    setup["initializer_needs"] = table.extended(None, names)
-                except BaseException as exc:
-                    if is_interrupt(exc):
-                        raise
-                    error = _pickling_error(exc, *self._initializer, noun="initargs[{}]")
-                if error is not None:
-                    raise error
-            setup["argv"] = tuple(sys.argv)
-            setup["settings"] = _settings.collect()
-            setup["main"] = _names_of_main()
-            if self._launcher.needs_network():
-                setup["modules"] = _modules_for(self._launcher.modules)
-            else:
-                setup["cwd"] = _working_directory()
-                setup["sys_path"] = tuple(path or setup["cwd"] for path in sys.path)
-            driver = Driver(self._config, Setup(**setup), self._launcher, store)
-            started.append(driver)
+            if self._journal is None:  # nor may all results be there already
+                slots = self._config.scaling.slots_per_worker
+                self._launcher.begin(slots, functools.partial(self._modules_to_preload, fn))
             try:
-                if self._journal is not None:
-                    driver.open_journal(self._journal, program, self._initializer)
-                driver.portal.run(driver.start()).result()
+                return self._start_server()
             except BaseException:
-                driver.portal.run(driver.abandon()).result()
-                driver.join()
+                self._launcher.stand_down()
                 raise
-            driver.numbers = self._numbers
-            driver.budget = self._budget
-            self._table = table
-            _drivers[driver] = None
-            # Once nobody can submit any more, what was submitted is finished and workers stop.
-            weakref.finalize(self, _collected, driver).atexit = False
-            self._driver = driver
-            return driver
+
+    def _modules_to_preload(self, fn: object) -> list[str]:
+        """Return the names of what workers are to import before their first task."""
+        if isinstance(self._preload, list):
+            return self._preload
+        if not self._preload:
+            return []
+        from cloudexec._preload import modules_of
+
+        try:
+            return modules_of(fn)
+        except Exception:
+            return []  # some module is not what it seems; tasks import what they need
+
+    def _start_server(self) -> Driver:
+        """Start the server; the lock is held."""
+        from cloudexec import _payload, _settings
+        from cloudexec._functions import FunctionTable
+        from cloudexec._objects.store import BlobStore
+        from cloudexec._server.driver import Driver, Setup
+
+        program: Any = None
+        if self._journal is not None:
+            from cloudexec._journal.program import Program
+
+            program = Program()  # before anything of it is sent, or a worker reads it
+        setup = dict(self._setup)
+        store = BlobStore(setup["objects"].limits(), shared=not self._is_far)
+        started: list[Driver] = []
+
+        def on_end(number: int) -> None:
+            for driver in started:
+                driver.post(number)
+
+        table = FunctionTable(on_end, store, is_near=not self._is_far)
+        if self._initializer is not None:
+            error: CloudexecError | None = None
+            names: set[str] = set()
+            try:
+                setup["initializer"] = _payload.dumps(self._initializer, store, names)
+                setup["initializer_needs"] = table.extended(None, names)
+            except BaseException as exc:
+                if is_interrupt(exc):
+                    raise
+                error = _pickling_error(exc, *self._initializer, noun="initargs[{}]")
+            if error is not None:
+                raise error
+        setup["argv"] = tuple(sys.argv)
+        setup["settings"] = _settings.collect()
+        setup["main"] = _names_of_main()
+        if self._launcher.needs_network():
+            setup["modules"] = _modules_for(self._launcher.modules)
+        else:
+            setup["cwd"] = _working_directory()
+            setup["sys_path"] = tuple(path or setup["cwd"] for path in sys.path)
+        driver = Driver(self._config, Setup(**setup), self._launcher, store)
+        started.append(driver)
+        try:
+            if self._journal is not None:
+                driver.open_journal(self._journal, program, self._initializer)
+            driver.portal.run(driver.start()).result()
+        except BaseException:
+            driver.portal.run(driver.abandon()).result()
+            driver.join()
+            raise
+        driver.numbers = self._numbers
+        driver.budget = self._budget
+        self._table = table
+        _drivers[driver] = None
+        # Once nobody can submit any more, what was submitted is finished and workers stop.
+        weakref.finalize(self, _collected, driver).atexit = False
+        self._driver = driver
+        return driver
 
     @property
     def _is_far(self) -> bool:
@@ -695,7 +729,7 @@ class BatchExecutor(_Base):
     ) -> BatchFuture[T]:
         driver = self._driver
         if driver is None:
-            driver = self._start()
+            driver = self._start(fn)
         elif self._shut_down or self._forked or _exiting or driver.broken is not None:
             self._check_open()
         future: BatchFuture[T] = BatchFuture(driver)
@@ -758,7 +792,7 @@ class BatchExecutor(_Base):
         """Pickle the callable once and return what submits calls of it."""
         driver = self._driver
         if driver is None:
-            driver = self._start()
+            driver = self._start(fn)
         self._check_open()
         table = self._table
         assert table is not None

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from cloudexec._errors import PayloadTooLargeError
 
-__all__ = ["MODULES_LIMIT_BYTES", "local_modules", "pack_modules"]
+__all__ = ["MODULES_LIMIT_BYTES", "installed_directories", "local_modules", "pack_modules"]
 
 MODULES_LIMIT_BYTES = 64 * 1024 * 1024
 """Most that is sent, before compression: beyond it, something was imported that is no source."""
@@ -26,7 +26,7 @@ _SKIPPED = {"__pycache__", "node_modules", "venv", "env", "build", "dist"}
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-def _installed() -> tuple[str, ...]:
+def installed_directories() -> tuple[str, ...]:
     """Return the directories whose modules an image has by installing them."""
     paths = sysconfig.get_paths()
     found = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -48,7 +48,7 @@ def local_modules(only: Container[str] | None = None) -> dict[str, str]:
     Returns:
         Name in the archive -> path.
     """
-    installed = _installed()
+    installed = installed_directories()
     files: dict[str, str] = {}
     seen: set[str] = set()
     for name, module in list(sys.modules.items()):

@@ -123,6 +123,7 @@ MAY_IMPORT = {
     "_future": {"_forked", "_log"},
     "_config": set(),
     "_modules": set(),
+    "_preload": {"_modules"},
     "_nesting": set(),
     "_errors": set(),
     "_enrolment": set(),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cloudexec._core.events import Failure
+from cloudexec._core.record import record
 from cloudexec._core.tasks import Task
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SendTasks:
     """Send tasks, each under its new ``lease``, to a worker."""
 
@@ -37,7 +37,7 @@ class SendTasks:
     cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MarkRunning:
     """These tasks run now: their futures can no longer be cancelled."""
 
@@ -45,7 +45,7 @@ class MarkRunning:
     cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ResolveTasks:
     """Give futures their results; entry i of each column belongs to task i."""
 
@@ -56,7 +56,7 @@ class ResolveTasks:
     cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FailTask:
     """Give a future its exception."""
 
@@ -66,7 +66,7 @@ class FailTask:
     cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class JudgeFailure:
     """Find out whether a task that failed like this is to be run again; ``FailureJudged`` says."""
 
@@ -76,7 +76,7 @@ class JudgeFailure:
     cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FailTasksUnlaunched:
     """Fail tasks because no worker can be had."""
 
@@ -85,7 +85,7 @@ class FailTasksUnlaunched:
     cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CancelTasks:
     """Cancel the futures of tasks that were dropped."""
 
@@ -93,7 +93,7 @@ class CancelTasks:
     cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RecallTasks:
     """Ask a worker to hand leases back unless they have begun."""
 
@@ -102,7 +102,7 @@ class RecallTasks:
     cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class KillTasks:
     """Have a worker kill the slots that run these leases."""
 
@@ -111,7 +111,7 @@ class KillTasks:
     cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LaunchWorker:
     """Ask the launcher for a worker of a size; those of one answer go in one request."""
 
@@ -121,7 +121,7 @@ class LaunchWorker:
     rung: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TerminateLaunch:
     """Stop a launch that has not dialed back."""
 
@@ -129,7 +129,7 @@ class TerminateLaunch:
     cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class DrainWorker:
     """Have a worker finish what it has and end."""
 
@@ -137,7 +137,7 @@ class DrainWorker:
     cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TerminateWorker:
     """Have a worker end at once."""
 
@@ -145,7 +145,7 @@ class TerminateWorker:
     cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Finish:
     """Shutdown is complete: no task is open and no worker left."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cloudexec._config import WorkerCapacity
+from cloudexec._core.record import record
 from cloudexec._core.tasks import Task
 
 __all__ = [
@@ -60,7 +60,7 @@ class FailureKind(enum.Enum):
     """What it takes is not where it could be had: it waits for ``InputsRestored``."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Failure:
     """One failed attempt, with the evidence that the shell will turn into an exception.
 
@@ -78,7 +78,7 @@ class Failure:
     suspects: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FailureJudged:
     """Somebody looked at what a task raised, and says whether it is worth another attempt."""
 
@@ -88,42 +88,42 @@ class FailureJudged:
     again: bool
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class InputsRestored:
     """What tasks take that had none of it is there again."""
 
     tasks: Sequence[Task]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TasksSubmitted:
     """Somebody submitted tasks."""
 
     tasks: Sequence[Task]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TasksHeld:
     """Somebody submitted tasks that depend on what is not there yet; their state says so."""
 
     tasks: Sequence[Task]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TasksReleased:
     """What held tasks depend on is there."""
 
     tasks: Sequence[Task]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TasksDropped:
     """What held tasks depend on will never be there: they have failed."""
 
     tasks: Sequence[Task]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TasksTakenOver:
     """A worker that was taken over has held tasks already, under these leases."""
 
@@ -132,7 +132,7 @@ class TasksTakenOver:
     leases: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TasksCancelled:
     """Somebody cancelled tasks; with ``kill``, although they run."""
 
@@ -140,14 +140,14 @@ class TasksCancelled:
     kill: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TasksRecalled:
     """Somebody wants to cancel tasks that were sent ahead, and to know whether they had begun."""
 
     tasks: Sequence[Task]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class WorkerConnected:
     """A worker dialed back and proved who it is.
 
@@ -162,42 +162,42 @@ class WorkerConnected:
     taken_over: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class WorkerCut:
     """A worker's connection is gone; the worker may live, work on, and come back."""
 
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class WorkerBack:
     """A worker whose connection was cut has another, and goes on as before."""
 
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class WorkerHeard:
     """A worker gave a sign of life."""
 
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class WorkerReady:
     """A worker has a slot that can run tasks; before this it began none."""
 
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class WorkerDraining:
     """A worker will take nothing new (it was told to stop by its platform)."""
 
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class WorkerLost:
     """A worker's connection ended.
 
@@ -215,7 +215,7 @@ class WorkerLost:
     relaunched: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ResultsReceived:
     """A worker returned results; entry i of each column belongs to lease i."""
 
@@ -225,7 +225,7 @@ class ResultsReceived:
     seconds: Sequence[float]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FailuresReceived:
     """A worker reports attempts without a result."""
 
@@ -233,7 +233,7 @@ class FailuresReceived:
     failures: Sequence[tuple[int, Failure]]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TasksStarted:
     """Leases that now run in a slot."""
 
@@ -241,7 +241,7 @@ class TasksStarted:
     leases: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LeasesReturned:
     """Leases that the worker hands back unstarted.
 
@@ -256,7 +256,7 @@ class LeasesReturned:
     heard: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LaunchFailed:
     """A launch ended before its worker dialed back.
 
@@ -273,14 +273,14 @@ class LaunchFailed:
     reclaimed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LaunchesRefused:
     """Launches that were not made, and none will be from now on: the budget is used up."""
 
     launches: Sequence[str]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LaunchesTakenOver:
     """What an earlier client launched, which was killed, is this one's now.
 
@@ -295,7 +295,7 @@ class LaunchesTakenOver:
     last_lease: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ShutdownRequested:
     """The executor takes no more tasks.
 
@@ -308,7 +308,7 @@ class ShutdownRequested:
     kill: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class DeadlinePassed:
     """The time that ``next_deadline()`` named has come."""
 

@@ -264,6 +264,22 @@ class Launcher(Protocol):
             listen = "127.0.0.1:0"
         return Network(listen, advertise)
 
+    def begin(self, slots: int, preload: Callable[[], Sequence[str]]) -> None:
+        """Do what can be done for the first worker before the executor can be reached.
+
+        Called by the thread whose task is the first, before anything else; ``stand_down`` follows
+        if the executor could not start.
+
+        Args:
+            slots: That the worker will have.
+            preload: Returns the names of modules that its tasks will probably import.
+        """
+        return
+
+    def stand_down(self) -> None:
+        """Undo what ``begin`` did, as far as no worker has come of it; any thread may ask."""
+        return
+
     def launch(
         self,
         contact: Contact,

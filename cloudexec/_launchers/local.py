@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cloudexec._config import WorkerCapacity, check_count, format_bytes
 from cloudexec._descriptors import too_many_files
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Local"]
 
 _BOOT = (
-    "import sys,json;b=json.loads(sys.stdin.buffer.readline());sys.path[:]=b['sys_path'];"
+    # Byte by byte: a second line, with the client's address, is read when it is needed.
+    "import sys,json;b=json.loads(sys.stdin.buffer.raw.readline());sys.path[:]=b['sys_path'];"
     "from cloudexec.worker.__main__ import main;sys.exit(main(b))"
 )
 _TAIL_BYTES = 8192
@@ -43,6 +46,9 @@ class Local(Launcher):
             check_count("slots_per_worker", slots_per_worker, least=1)
         self._slots_per_worker = slots_per_worker
         self._processes: dict[str, _Process] = {}
+        self._begun: deque[subprocess.Popen[bytes]] = deque()
+        self._preload: Sequence[str] = ()
+        self._hash_seed = str(int.from_bytes(os.urandom(4)))
         self._machine: WorkerCapacity | None = None
 
     def slots_per_worker(self, max_workers: int) -> int:
@@ -86,6 +92,33 @@ class Local(Launcher):
         """Local workers use a Unix socket where there is one."""
         return False
 
+    def begin(self, slots: int, preload: Callable[[], Sequence[str]]) -> None:
+        """Start the first worker: it imports what it needs while this process does."""
+
+        def looked_up() -> Sequence[str]:
+            self._preload = preload()
+            return self._preload
+
+        with contextlib.suppress(LaunchError):  # the launch that follows says why
+            self._begun.append(_start(slots, looked_up, self._hash_seed))
+
+    def stand_down(self) -> None:
+        """Kill the workers that were started and not launched."""
+        while self._begun:
+            try:
+                popen = self._begun.popleft()
+            except IndexError:
+                return  # another thread had the last one
+            popen.kill()
+            popen.wait()
+            for pipe in (popen.stdin, popen.stderr):
+                assert pipe is not None
+                pipe.close()
+
+    async def close(self) -> None:
+        """Kill the workers that were started and not launched: all others have ended."""
+        self.stand_down()
+
     def launch(
         self,
         contact: Contact,
@@ -106,41 +139,22 @@ class Local(Launcher):
         slots: int,
         on_end: Callable[[str, LaunchEnd], None],
     ) -> None:
-        bootstrap = {
+        contact_line = {
             "target": contact.target,
             "executor_id": contact.executor_id,
             "identity": launch_id,
             "key": contact.key.hex(),
             "slots": slots,
             "certificate_sha256": contact.certificate_sha256,
-            "sys_path": [path or os.getcwd() for path in sys.path],
         }
-        environment = os.environ.copy()
-        if environment.get("PYTHONHASHSEED", "random") == "random":
-            environment["PYTHONHASHSEED"] = contact.hash_seed
-            bootstrap["unset"] = ["PYTHONHASHSEED"]
-        import subprocess
-
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         try:
-            popen = subprocess.Popen(
-                [sys.executable, *flags, "-c", _BOOT],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env=environment,
-                # Ctrl-C in the terminal is the client's to handle.
-                start_new_session=True,
-            )
-        except OSError as exc:
-            why = f"{exc}{too_many_files(exc)}"
-            raise LaunchError(f"cannot start {sys.executable}: {why}", reason=why) from exc
+            popen = self._begun.popleft()
+        except IndexError:
+            popen = _start(slots, lambda: self._preload, self._hash_seed)
+        _write(popen, contact_line)
         assert popen.stdin is not None
-        try:
-            popen.stdin.write(json.dumps(bootstrap).encode() + b"\n")
+        with contextlib.suppress(OSError):
             popen.stdin.close()
-        except OSError:
-            pass  # it is dead already, and its end says why
 
         def ended(end: LaunchEnd) -> None:
             self._processes.pop(key, None)
@@ -174,6 +188,63 @@ class Local(Launcher):
 
     def __repr__(self) -> str:
         return f"Local(slots_per_worker={self._slots_per_worker})"
+
+
+def _start(
+    slots: int, preload: Callable[[], Sequence[str]], hash_seed: str
+) -> subprocess.Popen[bytes]:
+    """Start a worker's process, which waits for the client's address once it is ready.
+
+    Args:
+        slots: How many it has.
+        preload: Looks up what it is to import.
+        hash_seed: ``PYTHONHASHSEED`` of all workers: sets are in the same order in each of them.
+
+    Raises:
+        LaunchError: If it cannot be started.
+    """
+    import subprocess
+
+    environment, unset = os.environ.copy(), []
+    if environment.get("PYTHONHASHSEED", "random") == "random":
+        environment["PYTHONHASHSEED"] = hash_seed
+        unset = ["PYTHONHASHSEED"]
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    try:
+        popen = subprocess.Popen(
+            [sys.executable, *flags, "-c", _BOOT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment,
+            bufsize=0,
+            # Ctrl-C in the terminal is the client's to handle.
+            start_new_session=True,
+        )
+    except OSError as exc:
+        why = f"{exc}{too_many_files(exc)}"
+        raise LaunchError(f"cannot start {sys.executable}: {why}", reason=why) from exc
+    # Looked for while the interpreter starts.
+    bootstrap = {
+        "slots": slots,
+        "preload": list(preload()),
+        "argv": sys.argv,
+        "unset": unset,
+    }
+    try:
+        here = os.getcwd()
+    except OSError:
+        here = ""  # the directory is gone
+    _write(popen, {**bootstrap, "sys_path": [path or here for path in sys.path]})
+    return popen
+
+
+def _write(popen: subprocess.Popen[bytes], line: dict[str, Any]) -> None:
+    assert popen.stdin is not None
+    data = memoryview(json.dumps(line).encode() + b"\n")
+    with contextlib.suppress(OSError):  # it is dead already, and its end says why
+        while data:
+            data = data[popen.stdin.write(data) :]
 
 
 class _Process:

@@ -1,7 +1,8 @@
 """``python -m cloudexec.worker``: start one worker.
 
-It learns whom to dial from one line of JSON on its standard input (the local launcher, which so
-keeps the key out of environment and process list), or from the environment (containers): the
+It learns whom to dial from two lines of JSON on its standard input (the local launcher, which so
+keeps the key out of environment and process list, and starts the first worker before there is
+anybody to be dialed), or from the environment (containers): the
 variables ``CLOUDEXEC_TARGET``, ``_EXECUTOR_ID``, ``_SLOTS``, ``_KEY``, ``_CERTIFICATE_SHA256``,
 ``_MEMORY_MIB``, and ``_IDENTITY`` or, under AWS Batch, ``_LAUNCH`` (the number of the job's first
 worker, to which the index in an array job is added).
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import sys
 from typing import Any, NoReturn
@@ -33,7 +35,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     """Run one worker, and end this process with its exit code.
 
     Args:
-        bootstrap: Where the client is and who this worker is; ``None``: read the environment.
+        bootstrap: The first line: what it takes to get ready; ``None``: read the environment.
     """
     is_child = bootstrap is not None
     if bootstrap is None:
@@ -46,6 +48,8 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     files = raise_file_limit(wanted)
     ours, zygotes = socket.socketpair()
     supervisor_pid = os.getpid()
+    # Before the fork, as both processes need most of what it imports.
+    from cloudexec.worker import slot  # noqa: F401
     from cloudexec.worker.zygote import adopt_orphans, run_zygote
 
     # If the zygote is killed, what tasks started and left comes to us.
@@ -53,7 +57,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     # Forked now, before gRPC is imported and starts threads.
     if os.fork() == 0:
         ours.close()
-        run_zygote(zygotes, supervisor_pid, files)
+        run_zygote(zygotes, supervisor_pid, files, bootstrap)
     zygotes.close()
     # gRPC writes its own log to stderr otherwise. Set after the fork: tasks see the user's own.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -67,6 +71,8 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     from cloudexec.worker.dialing import Address
     from cloudexec.worker.running import run_worker
 
+    if is_child:
+        bootstrap |= _second_line()
     address = Address(
         target=bootstrap["target"],
         executor_id=bootstrap["executor_id"],
@@ -93,6 +99,19 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     sys.stderr.flush()
     # gRPC would wait for two seconds behind a TLS connection, and nothing is left to be done.
     os._exit(code)
+
+
+def _second_line() -> dict[str, Any]:
+    """Wait until the client says where it is and who this worker is; end if it is gone."""
+    line, parent = b"", os.getppid()
+    while not line.endswith(b"\n"):
+        # Some other child of the client may hold the pipe open that the client has left.
+        data = os.read(0, 65536) if select.select([0], [], [], 1.0)[0] else None
+        if data == b"" or os.getppid() != parent:
+            os._exit(0)
+        line += data or b""
+    found: dict[str, Any] = json.loads(line)
+    return found
 
 
 def _slots_with_files(slots: int) -> int:
@@ -159,11 +178,6 @@ def _blank(name: str) -> None:
     where = getenv(name.encode())
     if where:
         ctypes.memset(where, ord("-"), len(os.fsencode(value)))
-
-
-def main_from_stdin() -> NoReturn:
-    """Run one worker that the local launcher started."""
-    main(json.loads(sys.stdin.buffer.readline()))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import http.client
 import json
 import os
 import urllib.parse
@@ -36,6 +35,8 @@ def pull_seconds() -> float:
     where = urllib.parse.urlsplit(os.environ.get(_METADATA, ""))
     if where.scheme != "http" or not where.hostname:
         return 0.0
+    import http.client  # most platforms have no such address
+
     connection = http.client.HTTPConnection(where.hostname, where.port or 80, timeout=_TIMEOUT)
     try:
         connection.request("GET", f"{where.path}/task")

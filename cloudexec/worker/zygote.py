@@ -1,8 +1,8 @@
 """The zygote: forks slots in milliseconds, and tells how each one ended.
 
 It is forked from the supervisor before that starts a thread, so that forking from it is safe, and
-imports what every slot needs, so that a slot starts with that in place. Supervisor and zygote talk
-over a socket pair in messages of one fixed size.
+imports what the slots need, so that they start with that in place and share its memory. Supervisor
+and zygote talk over a socket pair in messages of one fixed size.
 
 What a task started goes with its slot: its process group is killed. What left that group, as
 daemons do, becomes a child of the zygote (on Linux), which knows it by the mark of its slot. The
@@ -12,6 +12,7 @@ soft ``RLIMIT_LOCKS``, which Linux has not enforced since 2.4.25 (getrlimit(2)).
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import select
@@ -20,10 +21,10 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
-__all__ = ["MESSAGE", "ORPHAN_GRACE", "adopt_orphans", "kill_children", "run_zygote"]
+__all__ = ["MESSAGE", "ORPHAN_GRACE", "adopt_orphans", "kill_children", "run_again", "run_zygote"]
 
 MESSAGE = struct.Struct("<BxxxiiqI")
 """Kind, pid, wait status, peak resident bytes, number of the slot."""
@@ -39,6 +40,10 @@ ORPHAN_GRACE = 1.0
 clears up when it sees its client gone."""
 _CLEARING = 2.0
 """Seconds that processes which were killed have to end."""
+_AGAIN = (
+    "import sys,json;t=json.loads(sys.argv[1]);sys.path[:]=t['bootstrap']['sys_path'];"
+    "from cloudexec.worker.zygote import run_again;run_again(t)"
+)
 
 
 def _prctl(option: int, value: int) -> None:
@@ -144,13 +149,19 @@ def _receive(connection: socket.socket) -> tuple[tuple[int, ...] | None, list[in
     return (MESSAGE.unpack(data) if data else None), fds
 
 
-def run_zygote(connection: socket.socket, supervisor_pid: int, files: int | None = None) -> None:
+def run_zygote(
+    connection: socket.socket,
+    supervisor_pid: int,
+    files: int | None = None,
+    bootstrap: Mapping[str, Any] | None = None,
+) -> None:
     """Serve the supervisor until it is gone; then kill every slot and leave. Never returns.
 
     Args:
         connection: To the supervisor.
         supervisor_pid: Which process that is.
         files: How many files slots may have open; ``None``: as many as this process.
+        bootstrap: What the worker was told of the tasks to come: modules that they will import.
     """
     # Not killed along with the supervisor: what tasks started would outlive both. The end of the
     # connection says that it is gone; who was stopped goes on for that.
@@ -166,8 +177,15 @@ def run_zygote(connection: socket.socket, supervisor_pid: int, files: int | None
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
 
-    # Every slot needs these: imported here, they cost a slot nothing.
-    from cloudexec.worker import main_module, slot  # noqa: F401
+    # Every slot needs it: imported here, it costs a slot nothing.
+    from cloudexec.worker import main_module  # noqa: F401
+
+    if bootstrap is not None and bootstrap.get("preload"):
+        from cloudexec.worker.preload import preload
+
+        refused = preload(bootstrap["preload"], bootstrap["argv"])
+        if refused:
+            _start_over(connection, supervisor_pid, files, bootstrap, refused)
 
     children: dict[int, int] = {}
     orphans = _Orphans()
@@ -205,6 +223,37 @@ def run_zygote(connection: socket.socket, supervisor_pid: int, files: int | None
             _kill_slot(pid)
         kill_children(grace=ORPHAN_GRACE)
         os._exit(0)
+
+
+def _start_over(
+    connection: socket.socket,
+    supervisor_pid: int,
+    files: int | None,
+    bootstrap: Mapping[str, Any],
+    refused: str,
+) -> None:
+    """Become a zygote that has not imported a module whose threads would not survive a fork."""
+    import subprocess
+
+    names = [name for name in bootstrap["preload"] if name != refused]
+    told = {
+        "fd": connection.fileno(),
+        "supervisor_pid": supervisor_pid,
+        "files": files,
+        "bootstrap": {**bootstrap, "preload": names, "sys_path": sys.path},
+    }
+    os.set_inheritable(connection.fileno(), True)
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    os.execv(sys.executable, [sys.executable, *flags, "-c", _AGAIN, json.dumps(told)])
+
+
+def run_again(told: Mapping[str, Any]) -> None:
+    """Go on as the zygote that a process was before it started over. Never returns."""
+    from cloudexec.worker import slot  # noqa: F401
+
+    connection = socket.socket(fileno=told["fd"])
+    connection.set_inheritable(False)
+    run_zygote(connection, told["supervisor_pid"], told["files"], told["bootstrap"])
 
 
 def _reap(connection: socket.socket, children: dict[int, int]) -> None:
@@ -292,6 +341,10 @@ def _run_slot(tasks_fd: int, results_fd: int, page_fd: int, out_fd: int, err_fd:
     for fd in (null, out_fd, err_fd):
         os.close(fd)
     _prefer_for_oom()
+    if "cloudexec.worker.preload" in sys.modules:
+        from cloudexec.worker.preload import seed_generators
+
+        seed_generators()
     slot = Slot(out_of_reach(tasks_fd), out_of_reach(results_fd), page_fd)
     try:
         slot.run()

@@ -1,0 +1,104 @@
+"""Imports in advance, in the zygote, what tasks will need: once for all slots, which share it.
+
+Slots are forked afterwards, and two kinds of things do not take a fork well. Threads are missing in
+the child, with whatever locks they held: a module that starts some when it is imported is left to
+the slots, unless it ends them itself around a fork, as OpenBLAS does. And random generators go on
+alike in every child: those that modules have made for all to use are seeded anew in each slot.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import sys
+import threading
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from cloudexec import _nesting
+
+__all__ = ["preload", "seed_generators"]
+
+_generators: list[Any] = []
+
+
+def preload(names: Sequence[str], argv: Sequence[str]) -> str:
+    """Import modules, as far as they can be; tasks that need the others learn why they cannot.
+
+    Args:
+        names: Of modules.
+        argv: What modules are to find in ``sys.argv``.
+
+    Returns:
+        The first of them that has started threads which would not survive a fork: this process
+        cannot be used. An empty string: it can.
+    """
+    sys.argv[:] = argv
+    gc.disable()
+    loading = _nesting.loading
+    loading.watch("a worker", __name__)
+    try:
+        for name in names:
+            # An executor that a module starts is refused here, as it is in a slot.
+            loading.active = True
+            try:
+                import_module(name)
+            except BaseException:
+                pass
+            finally:
+                loading.active = False
+                loading.ended()
+            if _has_threads():
+                return name
+        _find_generators()
+    finally:
+        # What is here now is not looked at again: slots would get pages of their own for that.
+        gc.freeze()
+        gc.enable()
+    return ""
+
+
+def _has_threads() -> bool:
+    """Whether there are threads that are still there when this process has been forked."""
+    if threading.active_count() > 1:
+        return True
+    if _threads() <= 1:
+        return False
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return _threads() > 1
+
+
+def _threads() -> int:
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return 1
+
+
+def _find_generators() -> None:
+    kinds: set[type] = {random.Random}
+    if "numpy.random" in sys.modules:
+        numpy_random = sys.modules["numpy.random"]
+        kinds |= {numpy_random.RandomState, numpy_random.Generator}
+    found = {
+        id(value): value
+        for module in list(sys.modules.values())
+        for value in list(getattr(module, "__dict__", {}).values())
+        if type(value) in kinds
+    }
+    _generators[:] = found.values()
+
+
+def seed_generators() -> None:
+    """Give this process a sequence of its own from each generator that came with modules."""
+    for generator in _generators:
+        if hasattr(generator, "bit_generator"):
+            state = type(generator.bit_generator)().state
+            generator.bit_generator.state = state
+        else:
+            generator.seed()
