@@ -19,6 +19,7 @@ OURS = "cloudexec"
 WIRE = "cloudexec (TLS)"
 POOL = "ProcessPoolExecutor"
 SPAWN = "ProcessPoolExecutor (spawn)"
+FORKSERVER = "ProcessPoolExecutor (forkserver)"
 LOKY = "loky"
 DASK = "dask.distributed"
 RAY = "Ray"
@@ -147,12 +148,20 @@ def _open_pool(workers: int) -> Contender:
     return _OfExecutor(ProcessPoolExecutor(workers))
 
 
-def _open_spawn(workers: int) -> Contender:
+def _open_with(method: str, workers: int) -> Contender:
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(method)
     return _OfExecutor(ProcessPoolExecutor(workers, mp_context=context))
+
+
+def _open_spawn(workers: int) -> Contender:
+    return _open_with("spawn", workers)
+
+
+def _open_forkserver(workers: int) -> Contender:
+    return _open_with("forkserver", workers)
 
 
 def _open_loky(workers: int) -> Contender:
@@ -274,6 +283,7 @@ _OPENERS: dict[str, Callable[[int], Contender]] = {
     WIRE: _open_wire,
     POOL: _open_pool,
     SPAWN: _open_spawn,
+    FORKSERVER: _open_forkserver,
     LOKY: _open_loky,
     DASK: _Dask,
     RAY: _Ray,

@@ -1,21 +1,31 @@
 """How long until a program that uses it gets going: the import, and the first result?
 
 The import is the time of a fresh interpreter that does nothing else, less that of one that does
-nothing. The first result counts from before the import to the result of a no-op, with one worker.
+nothing. The first result counts from before the import to the result of a no-op, with one worker
+and with two. A whole program is one process with that no-op alone, from its start to its end; its
+CPU time is that of all processes that it has waited for. Then where the time until our first result
+goes: when each step was done, and how long after the one before it; steps of the worker and of the
+client go on side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import _calls
 import _fresh
 import _peers
 import _report
-from _peers import LOKY, OURS, POOL, SPAWN
+import _steps
+from _peers import FORKSERVER, LOKY, OURS, POOL, SPAWN
+
+_ALL = [OURS, POOL, SPAWN, FORKSERVER, LOKY]
 
 _IMPORTS = {
     OURS: "from cloudexec import BatchExecutor",
@@ -24,12 +34,41 @@ _IMPORTS = {
 }
 
 
-def measure(contender: str) -> _fresh.Figures:
+def measure(contender: str, workers: int, steps: bool = False) -> _fresh.Figures:
     begin = time.perf_counter()
-    with _peers.opened(contender, 1) as peer:
+    if steps:
+        from cloudexec import BatchExecutor  # noqa: F401
+
+        _steps.note("client: cloudexec imported")
+        _steps.watch_client()
+    with _peers.opened(contender, workers) as peer:
         peer.collect([peer.submit(_calls.noop)])
         first = time.perf_counter()
-    return {"first": first - begin, "all": time.perf_counter() - begin}
+    figures = {"first": first - begin, "all": time.perf_counter() - begin}
+    if steps:
+        figures |= {step: at - begin for step, at in _steps.read().items()}
+    return figures
+
+
+def _whole(contender: str, workers: int) -> tuple[float, float]:
+    """Run a program with one no-op; return its seconds, and those of CPU time."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = (
+        f"import sys; sys.path.insert(0, {here!r}); import _calls, _peers\n"
+        f"if __name__ == '__main__':\n"
+        f"    with _peers.opened({contender!r}, {workers}) as peer:\n"
+        f"        peer.collect([peer.submit(_calls.noop)])\n"
+    )
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "program.py")
+        with open(path, "w") as file:
+            file.write(code)
+        pid = os.posix_spawn(sys.executable, [sys.executable, path], os.environ)
+        _, status, usage = os.wait4(pid, 0)
+    if status:
+        raise RuntimeError(f"{contender} failed")
+    return time.perf_counter() - begin, usage.ru_utime + usage.ru_stime
 
 
 def _interpreter(code: str) -> float:
@@ -62,27 +101,57 @@ def main(options: argparse.Namespace, report: _report.Report) -> None:
     if LOKY not in names:
         report.missing("import", LOKY)
 
-    what = "first result from a cold start"
-    figures = _peers.rounds(
-        [OURS, SPAWN, POOL, LOKY], options.rounds, report, what, lambda name: {}
-    )
-    ours = figures.pop(OURS)
-    for name, theirs in figures.items():
-        report.number(
-            what,
-            _report.median(ours, "first"),
-            "s",
-            at_most=1.5 if name == SPAWN else None,
-            peer=name,
-            theirs=_report.median(theirs, "first"),
-        )
-        report.number(
-            "the same and shut down",
-            _report.median(ours, "all"),
-            "s",
-            peer=name,
-            theirs=_report.median(theirs, "all"),
-        )
+    for workers in (1, 2):
+        of = f"{workers} worker{'s' * (workers != 1)}"
+        what = f"first result from a cold start, {of}"
+        given = {"workers": workers}
+        figures = _peers.rounds(_ALL, options.rounds, report, what, lambda name: given)  # noqa: B023
+        ours = figures.pop(OURS)
+        for name, theirs in figures.items():
+            report.number(
+                what,
+                _report.median(ours, "first"),
+                "s",
+                at_most=1.5 if name == SPAWN else None,
+                peer=name,
+                theirs=_report.median(theirs, "first"),
+            )
+            report.number(
+                "the same and shut down",
+                _report.median(ours, "all"),
+                "s",
+                peer=name,
+                theirs=_report.median(theirs, "all"),
+            )
+
+    installed = [name for name in _ALL if _peers.is_installed(name)]
+    wholes: dict[str, list[tuple[float, float]]] = {name: [] for name in installed}
+    for _ in range(options.rounds):
+        for name in installed:
+            wholes[name].append(_whole(name, 2))
+    for index, unit in enumerate(("whole program, 2 workers", "CPU time of it")):
+        medians = {
+            name: statistics.median(figure[index] for figure in some)
+            for name, some in wholes.items()
+        }
+        for name in installed[1:]:
+            report.number(unit, medians[OURS], "s", peer=name, theirs=medians[name])
+
+    for workers in (1, 2):
+        with tempfile.TemporaryDirectory() as directory:
+            os.environ[_steps.FILE] = os.path.join(directory, "steps")
+            steps = _fresh.measure(OURS, workers=workers, steps=True)
+            del os.environ[_steps.FILE]
+        del steps["all"]
+        steps["client: first result"] = steps.pop("first")
+        report.say(f"{workers} worker{'s' * (workers != 1)}; ms since the start, and since")
+        report.say("the step before of the same process:")
+        last: dict[str, float] = {}
+        for step, at in sorted(steps.items(), key=lambda each: each[1]):
+            process = step.partition(":")[0]
+            took = at - last.get(process, max(last.values(), default=0.0))
+            last[process] = at
+            report.say(f"{at * 1000:8.1f} {took * 1000:8.1f}  {step}")
 
 
 if __name__ == "__main__":
