@@ -1,0 +1,165 @@
+"""Does a real program get faster or slower by changing the class of its executor?
+
+Each program of ``programs/`` is run as a whole process, from its start to its end, with each
+executor in turn; two workers. The ratio is the other one's time over ours: more than 1, we are
+faster. Beside it is that of CPU time, user and system, of all processes that the program waited
+for: on a machine that is busy with other things that is the better indicator, though not the goal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import _report
+
+_DIRECTORY = pathlib.Path(__file__).parent / "programs"
+_OURS = "cloudexec"
+_OTHERS = ("fork", "spawn", "forkserver", "loky")
+_TIMEOUT = 300.0
+_HANGS = {("queries", "fork")}
+"""What is not run, as it would hang: polars has threads, and their locks do not survive a fork."""
+_LONG = 5.0
+"""Seconds with ``fork`` from which a program is to take no longer than that by a tenth."""
+
+
+def _missing(program: pathlib.Path) -> list[str]:
+    """Return the libraries that a program imports and that are not installed."""
+    names = re.findall(r"^(?:import|from) (\w+)", program.read_text(), re.MULTILINE)
+    return [name for name in names if name != "_pool" and importlib.util.find_spec(name) is None]
+
+
+def _run(program: pathlib.Path, executor: str) -> tuple[float, float, str]:
+    """Run a program; return its seconds, those of CPU time, and what it printed.
+
+    Raises:
+        RuntimeError: If it fails.
+    """
+    command = [sys.executable, str(program), executor]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    begin, before = time.perf_counter(), os.times()
+    try:
+        done = subprocess.run(
+            command, env=environ, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"not done after {_TIMEOUT:g} s") from None
+    seconds, after = time.perf_counter() - begin, os.times()
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-500:])
+    cpu = after.children_user + after.children_system
+    return seconds, cpu - before.children_user - before.children_system, done.stdout
+
+
+def _round(
+    program: pathlib.Path, executors: list[str], times: dict[str, list[tuple[float, float]]]
+) -> None:
+    printed: dict[str, str] = {}
+    for executor in list(executors):
+        if (program.stem, executor) in _HANGS:
+            executors.remove(executor)
+            continue
+        try:
+            seconds, cpu, printed[executor] = _run(program, executor)
+        except RuntimeError as exc:
+            print(f"  {program.stem}, {executor}: {exc}", file=sys.stderr, flush=True)
+            executors.remove(executor)
+            times.pop(executor, None)
+            continue
+        times.setdefault(executor, []).append((seconds, cpu))
+    if len(set(printed.values())) > 1:
+        print(f"  {program.stem}: results differ: {printed}", file=sys.stderr, flush=True)
+
+
+def main(options: argparse.Namespace, report: _report.Report) -> None:
+    others = [name for name in _OTHERS if name != "loky" or importlib.util.find_spec(name)]
+    if "loky" not in others:
+        report.missing("programs", "loky")
+    programs = sorted(_DIRECTORY.glob("[a-z]*.py"))
+    if options.only:
+        programs = [program for program in programs if program.stem in options.only]
+    medians: dict[str, dict[str, tuple[float, float]]] = {}
+    for program in programs:
+        if absent := _missing(program):
+            report.missing(program.stem, "", f"skipped: no {', '.join(absent)}")
+            continue
+        executors = [_OURS, *others]
+        times: dict[str, list[tuple[float, float]]] = {}
+        for _ in range(options.rounds):
+            _round(program, executors, times)
+        if _OURS not in times:
+            report.missing(program.stem, "", "failed")
+            continue
+        medians[program.stem] = {
+            name: (statistics.median(s for s, _ in some), statistics.median(c for _, c in some))
+            for name, some in times.items()
+        }
+        ours = medians[program.stem][_OURS]
+        for name in others:
+            if name not in medians[program.stem]:
+                why = "it would hang" if (program.stem, name) in _HANGS else "failed"
+                report.missing(program.stem, name, why)
+                continue
+            theirs = medians[program.stem][name]
+            least = 1.0 if name in ("spawn", "forkserver") else None
+            if name == "fork" and theirs[0] > _LONG:
+                least = 0.9
+            report.compare(program.stem, ours[0], name, theirs[0], "s", faster=True, at_least=least)
+            report.compare(f"{program.stem}, CPU", ours[1], name, theirs[1], "s", faster=True)
+    _sum_up(medians, others, report)
+    if options.markdown:
+        _table(medians, others)
+
+
+def _ratios(
+    medians: dict[str, dict[str, tuple[float, float]]], other: str, index: int
+) -> list[float]:
+    return [each[other][index] / each[_OURS][index] for each in medians.values() if other in each]
+
+
+def _sum_up(
+    medians: dict[str, dict[str, tuple[float, float]]], others: list[str], report: _report.Report
+) -> None:
+    for other in others:
+        for index, what in enumerate(("", ", CPU")):
+            ratios = _ratios(medians, other, index)
+            if not ratios:
+                continue
+            goal = 1.2 if other in ("spawn", "forkserver") and not index else None
+            middle, least = statistics.median(ratios), min(ratios)
+            report.number(f"median of {len(ratios)}{what}", middle, "x", at_least=goal, peer=other)
+            report.number(f"worst{what}", least, "x", peer=other)
+
+
+def _table(medians: dict[str, dict[str, tuple[float, float]]], others: list[str]) -> None:
+    print(f"\n| program | cloudexec | {' | '.join(others)} |")
+    print(f"| --- | ---: |{' ---: |' * len(others)}")
+    for name, each in medians.items():
+        cells = [
+            f"{each[other][0] / each[_OURS][0]:.2f}" if other in each else "-" for other in others
+        ]
+        print(f"| {name} | {each[_OURS][0]:.2f} s | {' | '.join(cells)} |")
+    for what, summary in (("median", statistics.median), ("worst", min)):
+        found = [_ratios(medians, other, 0) for other in others]
+        cells = [f"{summary(ratios):.2f}" if ratios else "-" for ratios in found]
+        print(f"| {what} | | {' | '.join(cells)} |")
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", metavar="PROGRAM", help="these of programs/ alone")
+    parser.add_argument("--markdown", action="store_true", help="also print a table of ratios")
+
+
+def measure(contender: str) -> dict[str, float]:
+    raise NotImplementedError("each program is a process of its own")
+
+
+if __name__ == "__main__":
+    _report.run(__doc__, main, measure, add_options=_options)
