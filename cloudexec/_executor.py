@@ -546,7 +546,9 @@ class BatchExecutor(_Base):
                 f"advertise must be a host or 'host:port' that workers can dial, not {advertise!r}"
             )
         if not isinstance(preload, bool) and (
-            isinstance(preload, str) or not all(isinstance(name, str) for name in preload)
+            isinstance(preload, str)
+            or not isinstance(preload, Sequence)
+            or not all(isinstance(name, str) for name in preload)
         ):
             raise TypeError(f"preload must be True, False or names of modules, not {preload!r}")
         if launcher is None:
@@ -1270,7 +1272,7 @@ def _at_exit() -> None:
 
 def _forget_after_fork() -> None:
     global _forked_from_user
-    _forked_from_user = _forked_from_user or "cloudexec._server.servicer" in sys.modules
+    _forked_from_user = _forked_from_user or "cloudexec._server.network" in sys.modules
     for executor in list(_executors):
         executor._forked = True
         executor._lock = threading.Lock()

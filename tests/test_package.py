@@ -20,7 +20,7 @@ PACKAGE = ROOT / "cloudexec"
 
 # Which parts of the package each part may import, itself aside. Everyone may import the errors, and
 # what puts them into words.
-ANYWHERE = {"_describing", "_errors"}
+ANYWHERE = {"_describing", "_errors", "_rpc"}
 MAY_IMPORT = {
     "_core": {"_config"},
     "_server": {
@@ -40,6 +40,7 @@ MAY_IMPORT = {
         "_nesting",
         "_objects",
         "_payload",
+        "_plain",
         "_proto",
         "_records",
         "_reliable",
@@ -72,6 +73,7 @@ MAY_IMPORT = {
         "_nesting",
         "_objects",
         "_payload",
+        "_plain",
         "_proto",
         "_records",
         "_reliable",
@@ -124,6 +126,8 @@ MAY_IMPORT = {
     "_config": set(),
     "_modules": set(),
     "_preload": {"_modules"},
+    "_plain": {"_wire"},
+    "_rpc": set(),
     "_nesting": set(),
     "_errors": set(),
     "_enrolment": set(),

@@ -221,7 +221,7 @@ def test_sockets_and_their_directory_are_private() -> None:
     with BatchExecutor(1, launcher=Local()) as executor:
         executor.submit(len, b"").result(30)
         driver: Any = executor._driver
-        socket_path = Path(driver.contact.target.removeprefix("unix:"))
+        socket_path = Path(driver.contact.target.removeprefix("plain:"))
         assert stat.S_IMODE(socket_path.parent.stat().st_mode) == 0o700
         assert {each.name for each in socket_path.parent.iterdir()} == {"s", "d"}
         for each in socket_path.parent.iterdir():

@@ -63,7 +63,7 @@ class Contact:
     """What a worker must know to dial back.
 
     Attributes:
-        target: A gRPC target: ``unix:/path`` or ``host:port``.
+        target: ``plain:/path`` of a socket, or a gRPC target: ``unix:/path`` or ``host:port``.
         executor_id: Which executor.
         key: Shared secret of the enrolment.
         certificate_sha256: Fingerprint to pin, in hex; empty for a Unix socket.
@@ -193,6 +193,9 @@ class Launcher(Protocol):
     and not installed, are sent along; or the top-level names of those that are."""
     rungs: int = 1
     """Sizes of worker that it can start; a task lost to memory goes to the next one."""
+    own_processes: bool = False
+    """Whether all workers are processes of this machine that it starts itself, so that a plain
+    socket will do in place of gRPC."""
     one_machine: bool = False
     """Whether all workers are on one machine, and share what ``capacity(0)`` says."""
 

@@ -40,6 +40,7 @@ class Local(Launcher):
     """
 
     one_machine = True
+    own_processes = True
 
     def __init__(self, *, slots_per_worker: int | None = None) -> None:
         if slots_per_worker is not None:

@@ -9,16 +9,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from cloudexec._errors import PayloadError
 from cloudexec._objects.link import Link
 from cloudexec._objects.store import Blob
 from cloudexec._proto.tasks_pb2 import Chunk
+from cloudexec._rpc import call_errors, status_of
 from cloudexec._wire import CHUNK_BYTES
 
-__all__ = ["CALL_ERRORS", "Incoming", "code_of", "fetch_into", "stream_file", "stream_view"]
+__all__ = ["Incoming", "code_of", "failures", "fetch_into", "stream_file", "stream_view"]
 
 _TRIES = 4
 """Times that a transfer which was cut off is gone on with, while its session lives."""
@@ -103,29 +101,30 @@ def _inflate(data: bytes) -> bytes:
     return inflated
 
 
-CALL_ERRORS = (grpc.aio.AioRpcError, asyncio.CancelledError, asyncio.InvalidStateError)
-"""How a call fails, the connection of which may be closed here, too, because of another call."""
+def failures() -> tuple[type[BaseException], ...]:
+    """Return how a call fails whose connection may be closed here, too, because of another one."""
+    return call_errors(asyncio.CancelledError, asyncio.InvalidStateError)
 
 
-def code_of(error: BaseException) -> grpc.StatusCode:
-    """Return how a call failed, of what it raised.
+def code_of(error: BaseException) -> str:
+    """Return how a call failed, of what it raised: the name of a gRPC status code.
 
     Raises:
         asyncio.CancelledError: If it is not the call that was cancelled but the task that waits
             for it.
     """
-    if isinstance(error, grpc.aio.AioRpcError):
-        return error.code()
+    if isinstance(error, call_errors()):
+        return status_of(error)
     task = asyncio.current_task()
     if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
         raise error
-    return grpc.StatusCode.CANCELLED
+    return "CANCELLED"
 
 
 async def fetch_into(
     blob: Blob,
     chunks: Callable[[int], AsyncIterator[Any]],
-    is_cut: Callable[[grpc.StatusCode], Awaitable[bool]],
+    is_cut: Callable[[str], Awaitable[bool]],
 ) -> None:
     """Fetch a blob, going on where it was cut off, and anew where it arrived damaged.
 
@@ -137,7 +136,7 @@ async def fetch_into(
     Raises:
         PayloadError: If it arrived other than it was sent, each time.
         OSError: If there is no room for it.
-        grpc.aio.AioRpcError: If it could not be fetched.
+        CallError: If it could not be fetched.
     """
     incoming = Incoming(blob)
     attempt = damaged = 0
@@ -154,7 +153,7 @@ async def fetch_into(
                 raise
             incoming = Incoming(blob)  # which part of it is wrong, nobody knows
             continue
-        except CALL_ERRORS as exc:
+        except failures() as exc:
             code = code_of(exc)
             await incoming.settle()
             if await is_cut(code):
@@ -181,7 +180,7 @@ async def stream_file(
 
     Raises:
         OSError: If it cannot be read.
-        grpc.aio.AioRpcError: If the connection fails.
+        CallError: If the connection fails.
     """
 
     def read(at: int, length: int) -> bytes:

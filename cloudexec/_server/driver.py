@@ -372,18 +372,24 @@ class Driver:
             )
         else:
             self.depot = self._depot()
-        with _quiet_grpc():
-            from cloudexec._server.servicer import start_server
+        listen = listen or "127.0.0.1:0"
+        certificate = None
+        if self._directory is not None and self._launcher.own_processes:
+            from cloudexec._server.plain import start_plain_server
 
-            listen = listen or "127.0.0.1:0"
-            certificate = None
-            if not listen.startswith("unix:"):
-                from cloudexec._server.certificate import make_certificate
+            target = f"plain:{self._directory}/s"
+            self._server = await start_plain_server(self, f"{self._directory}/s")
+        else:
+            with _quiet_grpc():
+                from cloudexec._server.network import start_server
 
-                certificate = takeover.certificate if takeover is not None else None
-                certificate = certificate or make_certificate()
-            started = await start_server(self, listen, network.advertise, certificate)
-        self._server, target, self.listening = started
+                if not listen.startswith("unix:"):
+                    from cloudexec._server.certificate import make_certificate
+
+                    certificate = takeover.certificate if takeover is not None else None
+                    certificate = certificate or make_certificate()
+                started = await start_server(self, listen, network.advertise, certificate)
+            self._server, target, self.listening = started
         sha256 = "" if certificate is None else certificate.sha256
         self.contact = Contact(target, self.executor_id, self.key, sha256)
         if takeover is not None and certificate is not None:

@@ -1,28 +1,24 @@
-"""gRPC messages <-> events and commands. Decides nothing."""
+"""Messages of workers <-> events and commands. Decides nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 import secrets
-import socket
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-import grpc
-import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from cloudexec import _enrolment, _nesting, _payload
 from cloudexec._core import events
 from cloudexec._core.events import FailureKind
 from cloudexec._descriptors import can_open
-from cloudexec._errors import LaunchError, PayloadError, PayloadTooLargeError
+from cloudexec._errors import PayloadError, PayloadTooLargeError
 from cloudexec._functions import Function
 from cloudexec._launchers.base import Arrival
 from cloudexec._log import Log
@@ -33,10 +29,10 @@ from cloudexec._objects.places import Place, is_descendant, is_path_of, open_sha
 from cloudexec._objects.store import Blob
 from cloudexec._objects.transfer import Incoming, stream_view
 from cloudexec._payload import Composed
+from cloudexec._plain import Frames
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._reliable import ACKNOWLEDGE_AFTER, Reliable
-from cloudexec._server.certificate import Certificate
-from cloudexec._server.descriptors import most_connections
+from cloudexec._rpc import is_end
 from cloudexec._server.direct import Delivered
 from cloudexec._server.driver import Driver
 from cloudexec._server.gate import Gate, Guest
@@ -44,7 +40,6 @@ from cloudexec._server.inspection import parse
 from cloudexec._server.splicing import Spliced
 from cloudexec._wire import (
     BLOB_KEY,
-    CHANNEL_OPTIONS,
     CHUNK_BYTES,
     DELIVERY_TRIES,
     GO_ON_KEY,
@@ -52,11 +47,9 @@ from cloudexec._wire import (
     PUSHED_BYTES,
     SIZE_KEY,
     TOKEN_KEY,
-    pack_chunk,
-    unpack_chunk,
 )
 
-__all__ = ["start_server"]
+__all__ = ["Servicer", "lenient"]
 
 _logger = Log()
 _ENROLMENT_TIMEOUT = 10.0
@@ -76,6 +69,9 @@ _LONGEST = 1e9
 """Seconds that the tasks of one message may be said to have run."""
 _BATCH_TASKS = 2048
 _BATCH_BYTES = 512 * 1024
+_FEW = 4
+"""Tasks that are sent on the spot: a round of the loop would make one wait. More go in the next
+round, with whatever else comes in this one."""
 _TRANSFERS = 16
 """Blobs that one worker may be sent at once, and that it may send: each takes a few MiB of memory
 while it is under way. What is more waits."""
@@ -148,6 +144,7 @@ class _Session:
         self._reading: asyncio.Task[Any] | None = None  # of the connection that there is
         self._acknowledge_handle: asyncio.TimerHandle | None = None
         self._wanted = asyncio.Event()
+        self._straight: Frames | None = None  # a plain connection that is ready for tasks
         self._tasks: list[Any] = []
         self._known: set[int] = set()
         self._forget: list[int] = []
@@ -164,7 +161,11 @@ class _Session:
 
     def send_tasks(self, tasks: Sequence[Any]) -> None:
         self._tasks.extend(tasks)
-        self._wanted.set()
+        frames = self._straight
+        if frames is None or self._closed or len(self._tasks) > _FEW or not frames.is_writable:
+            self._wanted.set()
+        elif (message := self._compose()) is not None:
+            frames.send_now(message.SerializeToString())
 
     def recall(self, leases: Sequence[int]) -> None:
         self._recall.extend(leases)
@@ -490,6 +491,19 @@ class _Session:
         self._want.append(blob.id)
         self._wanted.set()
 
+    def go_straight(self, frames: Frames) -> None:
+        """Take messages as they come, and send few tasks at once, over a plain connection."""
+        self._straight = frames
+
+        def take(data: bytes) -> bool:
+            message = parse(data)
+            if message.goodbye or (message.HasField("results") and message.results.blobs):
+                return False
+            self.take(message)
+            return True
+
+        frames.at_once = take
+
     async def send(self, context: Any) -> None:
         """Send what is wanted, in batches as large as the stream makes them.
 
@@ -802,6 +816,15 @@ async def _read(context: Any) -> Any:
         raise ConnectionError(str(exc)) from exc
 
 
+async def _abort(context: Any, status: str, why: str) -> None:
+    """End a call that failed, with the name of a gRPC status code."""
+    if not getattr(context, "is_plain", False):
+        import grpc
+
+        await context.abort(grpc.StatusCode[status], why)
+    await context.abort(status, why)
+
+
 def _copy(fd: int, offset: int, blob: Blob) -> None:
     """Fill a new blob from a part of a file.
 
@@ -818,7 +841,7 @@ def _copy(fd: int, offset: int, blob: Blob) -> None:
         at += len(data)
 
 
-def _lenient(kind: type[Message]) -> Callable[[bytes], Message | None]:
+def lenient(kind: type[Message]) -> Callable[[bytes], Message | None]:
     """Return what parses a request; what is none becomes ``None``."""
 
     def parse(data: bytes) -> Message | None:
@@ -830,74 +853,16 @@ def _lenient(kind: type[Message]) -> Callable[[bytes], Message | None]:
     return parse
 
 
-class _Methods(grpc.GenericRpcHandler):
-    """Finds the handler of a call, before anything of its request is read."""
-
-    def __init__(self, driver: Driver, handlers: grpc.GenericRpcHandler) -> None:
-        self._driver = driver
-        self._handlers = handlers
-        self._stranger: Any = grpc.stream_stream_rpc_method_handler(self._turn_away)
-
-    def service(self, details: Any) -> Any:
-        handler = self._handlers.service(details)
-        if handler is None:
-            self._driver.refused("unknown method", "a peer called a method that there is none of")
-            return None
-        if details.method.endswith("/Session"):
-            return handler
-        # Of a call without the token of a session not even its first message is taken.
-        token = dict(details.invocation_metadata or ()).get(TOKEN_KEY)
-        known = isinstance(token, bytes) and self._driver.session_of(token) is not None
-        return handler if known else self._stranger
-
-    async def _turn_away(self, _: Any, context: Any) -> None:
-        self._driver.refused("no session", f"{context.peer()} has no session, or has it no more")
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
-
-
 class _HungUpError(Exception):
     """A peer ended its call before it had proved who it is."""
 
 
-class _Servicer:
+class Servicer:
     """The methods of the service."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._gate = Gate(_UNPROVEN_PEERS)
-
-    def handlers(self) -> grpc.GenericRpcHandler:
-        handlers = grpc.method_handlers_generic_handler(
-            "cloudexec.v1.TaskServer",
-            {
-                "Session": grpc.stream_stream_rpc_method_handler(
-                    self.Session,
-                    # Parsed here: how much may be said depends on who says it.
-                    response_serializer=pb.ServerMessage.SerializeToString,
-                ),
-                "Fetch": grpc.unary_stream_rpc_method_handler(
-                    self.Fetch,
-                    request_deserializer=_lenient(pb.FetchRequest),
-                    response_serializer=pack_chunk,
-                ),
-                "Deliver": grpc.stream_unary_rpc_method_handler(
-                    self.Deliver,
-                    request_deserializer=unpack_chunk,
-                    response_serializer=pb.DeliverReply.SerializeToString,
-                ),
-                "Locate": grpc.unary_unary_rpc_method_handler(
-                    self.Locate,
-                    request_deserializer=_lenient(pb.LocateRequest),
-                    response_serializer=pb.Location.SerializeToString,
-                ),
-                "Store": grpc.unary_unary_rpc_method_handler(
-                    self.Store,
-                    request_deserializer=_lenient(pb.StoreRequest),
-                    response_serializer=pb.StoreReply.SerializeToString,
-                ),
-            },
-        )
-        return _Methods(self._driver, handlers)
 
     async def Session(self, _: Any, context: Any) -> None:
         """Enrol a worker, then exchange messages with it until either side ends."""
@@ -905,7 +870,7 @@ class _Servicer:
         guest = self._gate.enter(peer)
         if guest is None:
             driver.refused("too many at once", f"{peer} is one of too many that come at once")
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many peers at once")
+            await _abort(context, "RESOURCE_EXHAUSTED", "too many peers at once")
             return
         try:
             async with asyncio.timeout(_ENROLMENT_TIMEOUT) as guest.timeout:
@@ -913,14 +878,14 @@ class _Servicer:
         except TimeoutError:
             if guest.evicted:
                 driver.refused("too many at once", f"{peer} took its time, and others wait")
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many peers at once")
+                await _abort(context, "RESOURCE_EXHAUSTED", "too many peers at once")
             driver.refused("too slow", f"{peer} did not say in time who it is")
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "enrolment took too long")
+            await _abort(context, "DEADLINE_EXCEEDED", "enrolment took too long")
         except _HungUpError:
             # Nobody to warn of: a worker that was ended, or found its session gone, or a network
             # that failed once more.
             _logger.debug("%s hung up before it had proved who it is", peer)
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "say who you are")
+            await _abort(context, "UNAUTHENTICATED", "say who you are")
         finally:
             self._gate.leave(guest)
         if session is not None:
@@ -935,6 +900,8 @@ class _Servicer:
             return
         if session.attach(reading):
             driver.reconnected(session)
+        if getattr(context, "is_plain", False):
+            session.go_straight(context.frames)
         sending = driver.portal.loop.create_task(session.send(context))
         deaf: list[ValueError] = []
 
@@ -949,7 +916,7 @@ class _Servicer:
         sending.add_done_callback(sent)
         reason, cut = "its connection was cut", True
         try:
-            while (data := await _read(context)) is not grpc.aio.EOF:
+            while not is_end(data := await _read(context)):
                 message = parse(data)
                 if not session.is_news(message):
                     continue
@@ -981,12 +948,12 @@ class _Servicer:
         message = await self._hear(context, guest)
         if not message.HasField("hello"):
             driver.refused("no hello", f"{context.peer()} said something else than who it is")
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "say hello first")
+            await _abort(context, "UNAUTHENTICATED", "say hello first")
             return None
         hello = message.hello
         if len(hello.identity) > 1024 or len(hello.nonce) != _enrolment.NONCE_BYTES:
             driver.refused("malformed hello", f"{context.peer()} sent a malformed hello")
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "malformed hello")
+            await _abort(context, "INVALID_ARGUMENT", "malformed hello")
         nonce = _enrolment.make_nonce()
         key = driver.key_of(hello.identity)
         resumed: _Session | None = None
@@ -1007,7 +974,7 @@ class _Servicer:
         proved = _enrolment.proves(message.proof.mac, expected)
         if hello.executor_id != driver.executor_id or not proved:
             driver.refused("no proof", f"{context.peer()} could not prove that it knows the key")
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "proof refused")
+            await _abort(context, "UNAUTHENTICATED", "proof refused")
         if hello.resume and not takes_over:
             return await self._resume(resumed, message.proof.received, context)
         mismatch = _enrolment.versions_mismatch(
@@ -1087,7 +1054,7 @@ class _Servicer:
             reliable.arrived(received)
         except ValueError as exc:
             self._driver.refused("malformed hello", f"{session.worker_id} cannot go on: {exc}")
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(exc))
+            await _abort(context, "INVALID_ARGUMENT", str(exc))
         # What still comes over the connection before this one comes twice, and is read once.
         answer = pb.ServerMessage(resumed=True)
         reliable.acknowledge(answer)
@@ -1102,7 +1069,7 @@ class _Servicer:
         """
         async with self._gate.turn(guest):
             data = await context.read()
-        if data is grpc.aio.EOF:
+        if is_end(data):
             raise _HungUpError
         if len(data) > _HELLO_BYTES:
             return pb.WorkerMessage()
@@ -1120,7 +1087,7 @@ class _Servicer:
         """Stream a blob to a worker that was told of it, or the user's modules."""
         session = self._session_of(context)
         if session is None or request is None:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
+            await _abort(context, "UNAUTHENTICATED", "unknown session")
             return
         driver = self._driver
         if request.modules:
@@ -1130,13 +1097,13 @@ class _Servicer:
             return
         blob = session.blob(request.blob)
         if blob is None or request.offset > blob.size:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no such blob")
+            await _abort(context, "NOT_FOUND", "no such blob")
             return
         if blob.origin is not None:  # it is in the bucket, and the worker cannot read that
             try:
                 await driver.keeper.pull(blob)
             except (FileNotFoundError, PayloadError) as exc:
-                await context.abort(grpc.StatusCode.NOT_FOUND, f"it is lost: {exc}"[:1000])
+                await _abort(context, "NOT_FOUND", f"it is lost: {exc}"[:1000])
                 return
         sending = stream_view(blob, request.offset, session.link, driver.count_sent)
         async with session.outgoing, contextlib.aclosing(sending) as chunks:
@@ -1152,31 +1119,31 @@ class _Servicer:
         )
         if session is None or not session.owns(number) or not 0 <= size <= _LARGEST_BLOB:
             driver.refused("foreign part", f"{context.peer()} sent a part of no result of its own")
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "nobody waits for this")
+            await _abort(context, "UNAUTHENTICATED", "nobody waits for this")
             return pb.DeliverReply()
         pulled = driver.keeper.waits_for(number, size, session)
         if not (pulled or driver.expects(session.token, lease)):
             return pb.DeliverReply(accepted=False)
-        refusal, cut = grpc.StatusCode.OK, False
+        refusal, cut = "OK", False
         try:
             async with session.incoming:
                 blob = await self._receive(session, requests, size, context)
         except (PayloadTooLargeError, OSError) as exc:
-            refusal, why = grpc.StatusCode.RESOURCE_EXHAUSTED, str(exc)
+            refusal, why = "RESOURCE_EXHAUSTED", str(exc)
             driver.keeper.failed(number, exc.with_traceback(None))
         except (PayloadError, DecodeError) as exc:
-            refusal, why = grpc.StatusCode.DATA_LOSS, str(exc)
+            refusal, why = "DATA_LOSS", str(exc)
             if pulled:
                 session.damaged[number] = session.damaged.get(number, 0) + 1
                 if session.damaged[number] >= DELIVERY_TRIES:
                     driver.keeper.failed(number, exc.with_traceback(None))
         except EOFError as exc:
-            refusal, why, cut = grpc.StatusCode.DATA_LOSS, str(exc), True
-        if refusal is not grpc.StatusCode.OK:
-            if refusal is grpc.StatusCode.DATA_LOSS and not cut:
+            refusal, why, cut = "DATA_LOSS", str(exc), True
+        if refusal != "OK":
+            if refusal == "DATA_LOSS" and not cut:
                 driver.transfer_failed(session, why)
             # Outside of the handlers above: nothing refers to what has come any more.
-            await context.abort(refusal, why[:1000])
+            await _abort(context, refusal, why[:1000])
         driver.bytes_received += blob.size
         if pulled:
             driver.keeper.arrived(number, blob, session.blob(number))
@@ -1221,7 +1188,7 @@ class _Servicer:
         """Say where in the bucket a blob is."""
         session, depot = self._session_of(context), self._driver.depot
         if session is None or depot is None or request is None:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
+            await _abort(context, "UNAUTHENTICATED", "unknown session")
             return pb.Location()
         return await depot.locate(session, request)
 
@@ -1229,14 +1196,14 @@ class _Servicer:
         """Let a worker put a blob into the bucket."""
         session, depot = self._session_of(context), self._driver.depot
         if session is None or depot is None or request is None or not session.owns(request.blob):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "nobody waits for this")
+            await _abort(context, "UNAUTHENTICATED", "nobody waits for this")
             return pb.StoreReply()
         if request.size > _LARGEST_BLOB:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no size of a blob")
+            await _abort(context, "INVALID_ARGUMENT", "no size of a blob")
         try:
             return await depot.take(session, request)
         except ValueError as exc:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(exc)[:1000])
+            await _abort(context, "INVALID_ARGUMENT", str(exc)[:1000])
             return pb.StoreReply()
 
 
@@ -1281,109 +1248,6 @@ def _authkey() -> bytes:
     import multiprocessing
 
     return bytes(multiprocessing.current_process().authkey)
-
-
-def _server_options(workers: int) -> dict[str, int]:
-    """Return what a server does not put up with; honest workers notice nothing of it.
-
-    Args:
-        workers: Most that may be connected at once.
-    """
-    return {
-        "grpc.so_reuseport": 0,
-        "grpc.max_allowed_incoming_connections": most_connections(workers),
-        "grpc.server_handshake_timeout_ms": 10_000,
-        "grpc.http2.settings_timeout": 10_000,
-        # Of connections without a call: a worker has its session open all the time.
-        "grpc.max_connection_idle_ms": 30_000,
-        # What a stream may send unread, beside the rest of the message that is being read: 64 KiB
-        # and no more. Windows that grow with what is sent (BDP probing: to 16 MiB each) would let
-        # strangers have us hold gigabytes.
-        "grpc.http2.lookahead_bytes": 64 * 1024,
-        "grpc.http2.bdp_probe": 0,
-        "grpc.max_concurrent_streams": 1024,
-        "grpc.max_metadata_size": 8 * 1024,
-        "grpc.absolute_max_metadata_size": 16 * 1024,
-        # A worker's keepalive comes every 10 s; those count that come less than 5 s apart.
-        "grpc.http2.min_ping_interval_without_data_ms": 5_000,
-        "grpc.http2.max_ping_strikes": 100,
-    }
-
-
-async def start_server(
-    driver: Driver, listen: str, advertise: str, certificate: Certificate | None
-) -> tuple[grpc.aio.Server, str, str]:
-    """Start to listen.
-
-    Args:
-        driver: Whose server it is.
-        listen: ``unix:/path``, or ``host:port`` (port 0: any free one), which is TLS.
-        advertise: Host, or ``host:port``, that workers dial; empty: what is listened on.
-        certificate: What workers know it by; ``None`` for a Unix socket.
-
-    Returns:
-        The server, the target that workers dial, and what is listened on.
-
-    Raises:
-        LaunchError: If it cannot listen there.
-    """
-    scaling = driver.machine.config.scaling
-    workers = -(-scaling.max_slots // scaling.slots_per_worker)
-    options = {**dict(CHANNEL_OPTIONS), **_server_options(workers)}
-    server = grpc.aio.server(options=list(options.items()))
-    server.add_generic_rpc_handlers((_Servicer(driver).handlers(),))
-    try:
-        if certificate is None:
-            server.add_insecure_port(listen)
-            target = listen
-        else:
-            credentials = grpc.ssl_server_credentials([(certificate.key_pem, certificate.pem)])
-            port = server.add_secure_port(listen, credentials)
-            target = listen = f"{listen.rpartition(':')[0]}:{port}"
-            if advertise:
-                alone = ":" not in advertise or advertise.endswith("]")
-                target = f"{advertise}:{port}" if alone else advertise
-    except RuntimeError as exc:
-        raise LaunchError(_cannot_listen(listen, exc)) from exc
-    await server.start()
-    if listen.startswith("unix:"):
-        os.chmod(listen.removeprefix("unix:"), 0o600)
-    return server, target, listen
-
-
-def _cannot_listen(listen: str, error: RuntimeError) -> str:
-    """Say why an address cannot be listened on, which gRPC's own words do not."""
-    if listen.startswith("unix:"):
-        return f"cannot listen on the socket {listen.removeprefix('unix:')}: {error}"
-    host, _, port = listen.rpartition(":")
-    host = host.strip("[]")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as tried:
-            if os.name == "posix":
-                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(address)
-            tried.listen()
-    except OSError as exc:
-        if exc.errno == errno.EADDRINUSE:
-            return (
-                f"cannot listen on {listen}: another program, or another executor, has port "
-                f"{port}; give listen= another one, or {host}:0 for any that is free"
-            )
-        if exc.errno == errno.EADDRNOTAVAIL or isinstance(exc, socket.gaierror):
-            return (
-                f"cannot listen on {listen}: this machine has no address {host}; give listen= one "
-                f"of its own, or 0.0.0.0 for all of them, and advertise= what workers dial"
-            )
-        if exc.errno == errno.EACCES:
-            return (
-                f"cannot listen on {listen}: this user may not have port {port}; give listen= one "
-                f"from 1024 on, or {host}:0 for any that is free"
-            )
-        return f"cannot listen on {listen}: {exc.strerror or exc}"
-    return f"cannot listen on {listen}: it was taken, and is free again now"
 
 
 def _describe_function(described: pb.Function, function: Function) -> None:

@@ -11,13 +11,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from cloudexec import _enrolment
 from cloudexec._errors import LaunchError, ProtocolError
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._reliable import longest_pause
+from cloudexec._rpc import call_errors, is_end, status_of
 from cloudexec._wire import CHANNEL_OPTIONS
 
 __all__ = ["CONNECT_TIMEOUT", "Address", "SessionGoneError", "dial", "hang_up", "shake_hands"]
@@ -42,12 +40,12 @@ _pinned: dict[str, str] = {}
 """Certificates in PEM, by fingerprint: who dials again, as all do at once that have lost their
 client, need not ask for it first."""
 _RETRIED = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.UNKNOWN,
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+    "CANCELLED",
+    "INTERNAL",
+    "UNKNOWN",
 )
 """What a busy client or network answers, other than one that does not want us."""
 
@@ -57,7 +55,7 @@ class Address:
     """Where the client is and how to know it.
 
     Attributes:
-        target: A gRPC target: ``unix:/path`` or ``host:port``.
+        target: ``plain:/path`` of a socket, or a gRPC target: ``unix:/path`` or ``host:port``.
         executor_id: Which executor.
         identity: Who this worker is.
         key: Shared with the executor.
@@ -97,13 +95,20 @@ class SessionGoneError(ProtocolError):
     """The client is the right one, and has given up the session that a worker would go on with."""
 
 
-async def _channel(address: Address, patience: float) -> grpc.aio.Channel:
-    """Open a channel.
+async def _channel(address: Address, patience: float) -> Any:
+    """Open a channel: gRPC's, or what stands for one on the client's own machine.
 
     Raises:
         OSError: If the client cannot be reached.
         ProtocolError: If something else answers there.
     """
+    if address.target.startswith("plain:"):
+        from cloudexec._plain import Channel
+
+        return Channel(address.target.removeprefix("plain:"))
+    import grpc
+    import grpc.aio
+
     if not address.certificate_sha256:
         return grpc.aio.insecure_channel(address.target, options=[*CHANNEL_OPTIONS, _OWN])
     # Whoever answers may send any certificate: the pinned fingerprint says which one is right,
@@ -150,24 +155,19 @@ def _certificate(host: str, port: int, patience: float) -> bytes:
             return secured.getpeercert(binary_form=True) or b""
 
 
-_NOT_NOW = (
-    OSError,
-    grpc.aio.AioRpcError,
-    asyncio.InvalidStateError,
-    # gRPC raises it where a call was cancelled, though nobody has cancelled the task that awaits
-    # it. Taken for that, it would end the task, and the worker would never dial again.
-    asyncio.CancelledError,
-)
-
-
 def _is_cancelled() -> bool:
+    """Whether somebody has cancelled this task.
+
+    gRPC raises ``CancelledError`` also where a call was cancelled. Taken for that of the task, it
+    would end it, and the worker would never dial again.
+    """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 async def dial(
     address: Address,
-    enrol: Callable[[grpc.aio.Channel], Awaitable[None]],
+    enrol: Callable[[Any], Awaitable[None]],
     patience: float = CONNECT_TIMEOUT,
 ) -> None:
     """Connect and enrol; what the network does not carry at once is tried again for a while.
@@ -198,19 +198,20 @@ async def dial(
                 async with asyncio.timeout(limit):
                     await enrol(channel)
                 return
-            except _NOT_NOW as exc:
+            except call_errors(OSError, asyncio.InvalidStateError, asyncio.CancelledError) as exc:
                 if isinstance(exc, asyncio.CancelledError) and _is_cancelled():
                     raise
                 # A TimeoutError is an OSError.
-                code = exc.code() if isinstance(exc, grpc.aio.AioRpcError) else None
-                reason = exc.details() if isinstance(exc, grpc.aio.AioRpcError) else str(exc)
+                code, reason = None, str(exc)
+                if isinstance(exc, call_errors()):
+                    code, reason = status_of(exc), exc.details()  # type: ignore[attr-defined]
                 refused = code is not None and code not in _RETRIED
                 # On this machine nothing stands between us: who does not answer is not there.
                 near = not address.certificate_sha256
                 if refused or near or time.monotonic() + pause > deadline:
                     raise LaunchError(_unreachable(address.target, reason)) from exc
                 # What a connection has cost both sides is not spent again on one that works.
-                if channel is not None and code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                if channel is not None and code != "RESOURCE_EXHAUSTED":
                     hang_up(channel)
                     channel = None
                 tried = True
@@ -259,6 +260,9 @@ def hang_up(channel: Any) -> None:
     ``close()`` looks through all tasks of the loop for calls of this channel: with thousands of
     workers on one loop, as in tests, that takes minutes.
     """
+    if hasattr(channel, "abort"):
+        channel.abort()
+        return
     inner = channel._channel
     if not inner.closed():
         inner.close()
@@ -284,7 +288,7 @@ async def shake_hands(
     Raises:
         ProtocolError: The server is an impostor, or refuses us; the message says why.
         SessionGoneError: It has given up the session.
-        grpc.aio.AioRpcError: If the connection fails.
+        CallError: If the connection fails.
     """
     try:
         return await _shake_hands(call, hello, key, target, token=token, received=received)
@@ -318,7 +322,7 @@ async def _shake_hands(
 
 async def _expect(call: Any, what: str) -> pb.ServerMessage:
     message = await call.read()
-    if message is grpc.aio.EOF:
+    if is_end(message):
         raise ProtocolError("the client closed the connection during enrolment")
     if message is None:
         raise ProtocolError("the client sent what is no message")

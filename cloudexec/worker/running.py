@@ -11,12 +11,10 @@ import socket
 import traceback
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from cloudexec import _enrolment
 from cloudexec._errors import LaunchError
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._rpc import call_errors
 from cloudexec.worker.blobs import BlobCache, room
 from cloudexec.worker.dialing import Address, dial
 from cloudexec.worker.session import Session, introduce, package_version
@@ -63,11 +61,9 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     if session.welcome.modules:
         try:
             modules = await session.fetch_modules()
-        except grpc.aio.AioRpcError as exc:
+        except call_errors() as exc:
             await session.close()
-            raise LaunchError(
-                f"the client's modules could not be fetched: {exc.details()}"
-            ) from exc
+            raise LaunchError(f"the client's modules could not be fetched: {exc}") from exc
     welcome = session.welcome
     blobs = BlobCache(
         session.load_blob,
@@ -150,7 +146,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
                 raise LaunchError("the process that forks the slots was killed")
             async with asyncio.timeout(5.0):
                 await pool.stopped.wait()
-    except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+    except call_errors(TimeoutError, asyncio.InvalidStateError):
         pass  # the client is gone, and with it whoever wants to know
     finally:
         for task in background:
@@ -161,12 +157,12 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         await session.close()
         if modules:
             shutil.rmtree(modules, ignore_errors=True)
-        if address.target.startswith("unix:") and not asked:
+        scheme, _, path = address.target.partition(":")
+        if scheme in ("unix", "plain") and not asked:
             # A client that was killed cannot remove its socket's directory. Its connections end
             # an instant before its children are handed to another parent.
             for _ in range(20):
                 if os.getppid() != parent:
-                    path = address.target.removeprefix("unix:")
                     shutil.rmtree(os.path.dirname(path), ignore_errors=True)
                     break
                 await asyncio.sleep(0.05)

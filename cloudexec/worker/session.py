@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import cloudpickle
-import grpc
-import grpc.aio
 
 from cloudexec import _enrolment
 from cloudexec._errors import LaunchError, PayloadError, PayloadTooLargeError, ProtocolError
@@ -23,10 +21,11 @@ from cloudexec._logs import LOG_STREAM
 from cloudexec._objects.link import Link
 from cloudexec._objects.places import Place
 from cloudexec._objects.store import Blob
-from cloudexec._objects.transfer import CALL_ERRORS, code_of, fetch_into, stream_file
+from cloudexec._objects.transfer import code_of, failures, fetch_into, stream_file
 from cloudexec._payload import dumps_exception
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._reliable import ACKNOWLEDGE_AFTER, Reliable
+from cloudexec._rpc import call_errors, is_end
 from cloudexec._wire import (
     BLOB_KEY,
     DELIVERY_TRIES,
@@ -57,11 +56,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "introduce", "package_version"]
 
+_FEW = 4
+"""Results that are sent on the spot: a round of the loop would make one wait."""
 _BATCH_RESULTS = 2048
 _BATCH_BYTES = 512 * 1024
 _FAREWELL = 5.0
 """Seconds for which a client that has all is waited for: a platform gives a worker no more time."""
-_CUT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_CUT = ("UNAVAILABLE", "CANCELLED")
 """How a call ends whose connection does."""
 _OUTPUT_CREDIT = 1024 * 1024
 """Bytes of output that may be on their way to the client, per worker."""
@@ -76,7 +77,7 @@ class Session:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._channel: grpc.aio.Channel | None = None
+        self._channel: Any = None
         self._bucket: BucketPath | None = None
         self._link = Link(enabled=False)
         self._uploads: dict[int, asyncio.Task[None]] = {}  # of what is kept here
@@ -92,6 +93,7 @@ class Session:
         """Set when, after ``flush``, the client has all that was to be said."""
         self._acknowledge_handle: asyncio.TimerHandle | None = None
         self._wanted = asyncio.Event()
+        self._straight: Any = None  # a plain connection that is ready for answers
         self._leases: list[int] = []
         self._payloads: list[bytes] = []
         self._seconds: list[float] = []
@@ -123,7 +125,7 @@ class Session:
         self.blobs: BlobCache | None = None
         self.welcome = pb.Welcome()
 
-    def _bind(self, channel: grpc.aio.Channel) -> None:
+    def _bind(self, channel: Any) -> None:
         """Make calls over a channel from now on."""
         self._channel = channel
         self._session = channel.stream_stream(
@@ -166,14 +168,16 @@ class Session:
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 begun = method(*args, **kwargs)
-            except grpc.aio.UsageError as exc:
+            except Exception as exc:
+                if type(exc).__name__ != "UsageError":  # gRPC's, of a channel that is closed
+                    raise
                 raise asyncio.InvalidStateError("the connection is closed") from exc
             self._calls.add(begun)
             return begun
 
         return call
 
-    async def enrol(self, channel: grpc.aio.Channel) -> None:
+    async def enrol(self, channel: Any) -> None:
         """Prove who we are and check that the server is the right one.
 
         Args:
@@ -181,7 +185,7 @@ class Session:
 
         Raises:
             ProtocolError: The server is an impostor, or refuses us; the message says why.
-            grpc.aio.AioRpcError: If the connection fails.
+            CallError: If the connection fails.
         """
         address = self._address
         is_new = not self._token
@@ -456,7 +460,7 @@ class Session:
         Raises:
             PayloadError: If it arrived other than it was sent.
             OSError: If there is no room for it.
-            grpc.aio.AioRpcError: If the connection fails.
+            CallError: If the connection fails.
         """
         if known.bucket and self._bucket is not None and await self._bucket.load(number, blob):
             return
@@ -555,13 +559,14 @@ class Session:
                 why = f"it cannot be read: {exc.strerror}"
                 if call is not None:
                     call.cancel()
-            except CALL_ERRORS as exc:
+            except failures() as exc:
                 why, code = str(exc), code_of(exc)
                 if call is not None:
-                    code, why = await call.code(), await call.details()
-                if code is grpc.StatusCode.UNAUTHENTICATED and token == self._token:
+                    why, code = await call.details(), await call.code()
+                    code = code if isinstance(code, str) else code.name
+                if code == "UNAUTHENTICATED" and token == self._token:
                     return 0
-                if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                if code == "RESOURCE_EXHAUSTED":
                     raise PayloadTooLargeError(why, size_bytes=place.size) from exc
                 if await self._is_cut(code):
                     continue
@@ -599,7 +604,7 @@ class Session:
             try:
                 fd, offset = kept.segment.fd, kept.offset
                 await bucket.store(number, fd, offset, kept.size)
-            except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            except call_errors(OSError, asyncio.InvalidStateError):
                 pass  # it is here as before
 
         task = asyncio.get_running_loop().create_task(upload())
@@ -626,7 +631,15 @@ class Session:
         self.blobs.claimed(numbers)
 
     def wake(self) -> None:
-        self._wanted.set()
+        frames = self._straight
+        # The client is told that a slot is ready by the one who then lets it begin.
+        many = self._flushing or self._ready or len(self._leases) > _FEW
+        if frames is None or many or not frames.is_writable:
+            self._wanted.set()
+        elif (message := self._compose()) is not None:
+            frames.send_now(message.SerializeToString())
+        else:
+            self._wanted.set()
 
     # The stream.
 
@@ -757,7 +770,7 @@ class Session:
                 outcomes = await asyncio.gather(*both, return_exceptions=True)
             errors = [each for each in outcomes if isinstance(each, Exception)]
             for error in errors:
-                if not isinstance(error, (grpc.aio.AioRpcError, asyncio.InvalidStateError)):
+                if not isinstance(error, call_errors(asyncio.InvalidStateError)):
                     raise error
             if isinstance(outcomes[0], str):
                 if self._said_goodbye:
@@ -859,40 +872,58 @@ class Session:
             self._started = True
             pool.start()
         call = self._call
+        if (frames := getattr(call, "frames", None)) is not None:
+            frames.at_once = self._take_at_once
+            self._straight = frames
         while True:
             message = await call.read()
-            if message is grpc.aio.EOF:
+            if is_end(message):
                 return "closed"
             if not self._is_news(message):
                 continue
-            if message.blobs:
-                introduce(blobs, message.blobs)
-            if message.functions:
-                pool.add_functions(message.functions)
-            if message.HasField("tasks"):
-                if message.tasks.tags:
-                    self._note_tags(message.tasks)
-                pool.add(_items(message.tasks))
-            if message.recall:
-                pool.recall(list(message.recall))
-            if message.kill:
-                pool.kill(list(message.kill), KILLED)
-            if message.forget_functions:
-                pool.forget_functions(list(message.forget_functions))
-            if message.forget_blobs:
-                self.forget_blobs(message.forget_blobs)
-            if message.taken:
-                self.taken(message.taken)
-            if message.wanted:
-                self.deliver_kept(list(message.wanted))
-            if message.output_credit:
-                self._credit += message.output_credit
-                if self._credit > 0:
-                    pool.resume_output()
+            self._take(message)
             if message.terminate:
                 return "terminate"
             if message.drain:
                 ends.put_nowait("drain")
+
+    def _take_at_once(self, data: bytes) -> bool:
+        """Take a message as it comes over a plain connection; False: it is to be read."""
+        message = pb.ServerMessage.FromString(data)
+        if message.terminate or message.drain:
+            return False
+        self._take(message)
+        return True
+
+    def _take(self, message: pb.ServerMessage) -> None:
+        """Take a message, but for what ends the session."""
+        pool, blobs = self.pool, self.blobs
+        assert pool is not None
+        assert blobs is not None
+        if message.blobs:
+            introduce(blobs, message.blobs)
+        if message.functions:
+            pool.add_functions(message.functions)
+        if message.HasField("tasks"):
+            if message.tasks.tags:
+                self._note_tags(message.tasks)
+            pool.add(_items(message.tasks))
+        if message.recall:
+            pool.recall(list(message.recall))
+        if message.kill:
+            pool.kill(list(message.kill), KILLED)
+        if message.forget_functions:
+            pool.forget_functions(list(message.forget_functions))
+        if message.forget_blobs:
+            self.forget_blobs(message.forget_blobs)
+        if message.taken:
+            self.taken(message.taken)
+        if message.wanted:
+            self.deliver_kept(list(message.wanted))
+        if message.output_credit:
+            self._credit += message.output_credit
+            if self._credit > 0:
+                pool.resume_output()
 
     def _note_tags(self, tasks: pb.Tasks) -> None:
         assert self.pool is not None
@@ -927,7 +958,7 @@ class Session:
         if self._reliable.owes:
             self._wanted.set()
 
-    async def _is_cut(self, code: grpc.StatusCode) -> bool:
+    async def _is_cut(self, code: str) -> bool:
         """Say whether a call failed because of its connection, once there is another one."""
         if not (self.welcome.resumable and code in _CUT):
             return False

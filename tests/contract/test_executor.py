@@ -1203,13 +1203,10 @@ _CHILDREN = {
     "new executor": (
         """
     with BatchExecutor(1) as mine:
-        try:
-            mine.submit(tasks.double, 5)
-        except RuntimeError as error:
-            print("refused", "forked" in str(error), "spawn" in str(error), flush=True)
+        print("new", mine.submit(tasks.double, 5).result(), flush=True)
     sys.exit(0)
 """,
-        "refused True True\n",
+        "new 10\n",
         0,
     ),
     "collect": (
@@ -1240,6 +1237,27 @@ def test_forked_child_ends_and_the_parent_goes_on(
     else:
         ours = [line for line in found[2].splitlines() if "DeprecationWarning" not in line]
         assert [line for line in ours if "os.fork()" not in line] == []
+
+
+def test_no_executor_starts_in_a_process_forked_from_one_with_grpc(client: StartClient) -> None:
+    """That cannot start anew there: the child is told what to do instead."""
+    script = """
+import os, contract_tasks as tasks
+from cloudexec import BatchExecutor
+if __name__ == "__main__":
+    with BatchExecutor(1, listen="127.0.0.1:0") as executor:
+        executor.submit(tasks.double, 1).result()
+        pid = os.fork()
+        if not pid:
+            try:
+                BatchExecutor(1).submit(tasks.double, 5)
+            except RuntimeError as error:
+                print("forked" in str(error), "spawn" in str(error), flush=True)
+            os._exit(0)
+        os.waitpid(pid, 0)
+"""
+    code, out, _ = client(script).end()
+    assert (code, out) == (0, "True True\n")
 
 
 def test_forking_pool_works_beside_an_executor(client: StartClient) -> None:

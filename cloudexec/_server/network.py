@@ -1,0 +1,184 @@
+"""The gRPC server, for workers that this process has not started on its own machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from cloudexec._errors import LaunchError
+from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._server.certificate import Certificate
+from cloudexec._server.descriptors import most_connections
+from cloudexec._server.driver import Driver
+from cloudexec._server.servicer import Servicer, lenient
+from cloudexec._wire import CHANNEL_OPTIONS, TOKEN_KEY, pack_chunk, unpack_chunk
+
+__all__ = ["start_server"]
+
+
+class _Methods(grpc.GenericRpcHandler):
+    """Finds the handler of a call, before anything of its request is read."""
+
+    def __init__(self, driver: Driver, handlers: grpc.GenericRpcHandler) -> None:
+        self._driver = driver
+        self._handlers = handlers
+        self._stranger: Any = grpc.stream_stream_rpc_method_handler(self._turn_away)
+
+    def service(self, details: Any) -> Any:
+        handler = self._handlers.service(details)
+        if handler is None:
+            self._driver.refused("unknown method", "a peer called a method that there is none of")
+            return None
+        if details.method.endswith("/Session"):
+            return handler
+        # Of a call without the token of a session not even its first message is taken.
+        token = dict(details.invocation_metadata or ()).get(TOKEN_KEY)
+        known = isinstance(token, bytes) and self._driver.session_of(token) is not None
+        return handler if known else self._stranger
+
+    async def _turn_away(self, _: Any, context: Any) -> None:
+        self._driver.refused("no session", f"{context.peer()} has no session, or has it no more")
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
+
+
+def _handlers(driver: Driver) -> grpc.GenericRpcHandler:
+    servicer = Servicer(driver)
+    handlers = grpc.method_handlers_generic_handler(
+        "cloudexec.v1.TaskServer",
+        {
+            "Session": grpc.stream_stream_rpc_method_handler(
+                servicer.Session,
+                # Parsed here: how much may be said depends on who says it.
+                response_serializer=pb.ServerMessage.SerializeToString,
+            ),
+            "Fetch": grpc.unary_stream_rpc_method_handler(
+                servicer.Fetch,
+                request_deserializer=lenient(pb.FetchRequest),
+                response_serializer=pack_chunk,
+            ),
+            "Deliver": grpc.stream_unary_rpc_method_handler(
+                servicer.Deliver,
+                request_deserializer=unpack_chunk,
+                response_serializer=pb.DeliverReply.SerializeToString,
+            ),
+            "Locate": grpc.unary_unary_rpc_method_handler(
+                servicer.Locate,
+                request_deserializer=lenient(pb.LocateRequest),
+                response_serializer=pb.Location.SerializeToString,
+            ),
+            "Store": grpc.unary_unary_rpc_method_handler(
+                servicer.Store,
+                request_deserializer=lenient(pb.StoreRequest),
+                response_serializer=pb.StoreReply.SerializeToString,
+            ),
+        },
+    )
+    return _Methods(driver, handlers)
+
+
+def _server_options(workers: int) -> dict[str, int]:
+    """Return what a server does not put up with; honest workers notice nothing of it.
+
+    Args:
+        workers: Most that may be connected at once.
+    """
+    return {
+        "grpc.so_reuseport": 0,
+        "grpc.max_allowed_incoming_connections": most_connections(workers),
+        "grpc.server_handshake_timeout_ms": 10_000,
+        "grpc.http2.settings_timeout": 10_000,
+        # Of connections without a call: a worker has its session open all the time.
+        "grpc.max_connection_idle_ms": 30_000,
+        # What a stream may send unread, beside the rest of the message that is being read: 64 KiB
+        # and no more. Windows that grow with what is sent (BDP probing: to 16 MiB each) would let
+        # strangers have us hold gigabytes.
+        "grpc.http2.lookahead_bytes": 64 * 1024,
+        "grpc.http2.bdp_probe": 0,
+        "grpc.max_concurrent_streams": 1024,
+        "grpc.max_metadata_size": 8 * 1024,
+        "grpc.absolute_max_metadata_size": 16 * 1024,
+        # A worker's keepalive comes every 10 s; those count that come less than 5 s apart.
+        "grpc.http2.min_ping_interval_without_data_ms": 5_000,
+        "grpc.http2.max_ping_strikes": 100,
+    }
+
+
+async def start_server(
+    driver: Driver, listen: str, advertise: str, certificate: Certificate | None
+) -> tuple[grpc.aio.Server, str, str]:
+    """Start to listen.
+
+    Args:
+        driver: Whose server it is.
+        listen: ``unix:/path``, or ``host:port`` (port 0: any free one), which is TLS.
+        advertise: Host, or ``host:port``, that workers dial; empty: what is listened on.
+        certificate: What workers know it by; ``None`` for a Unix socket.
+
+    Returns:
+        The server, the target that workers dial, and what is listened on.
+
+    Raises:
+        LaunchError: If it cannot listen there.
+    """
+    scaling = driver.machine.config.scaling
+    workers = -(-scaling.max_slots // scaling.slots_per_worker)
+    options = {**dict(CHANNEL_OPTIONS), **_server_options(workers)}
+    server = grpc.aio.server(options=list(options.items()))
+    server.add_generic_rpc_handlers((_handlers(driver),))
+    try:
+        if certificate is None:
+            server.add_insecure_port(listen)
+            target = listen
+        else:
+            credentials = grpc.ssl_server_credentials([(certificate.key_pem, certificate.pem)])
+            port = server.add_secure_port(listen, credentials)
+            target = listen = f"{listen.rpartition(':')[0]}:{port}"
+            if advertise:
+                alone = ":" not in advertise or advertise.endswith("]")
+                target = f"{advertise}:{port}" if alone else advertise
+    except RuntimeError as exc:
+        raise LaunchError(_cannot_listen(listen, exc)) from exc
+    await server.start()
+    if listen.startswith("unix:"):
+        os.chmod(listen.removeprefix("unix:"), 0o600)
+    return server, target, listen
+
+
+def _cannot_listen(listen: str, error: RuntimeError) -> str:
+    """Say why an address cannot be listened on, which gRPC's own words do not."""
+    if listen.startswith("unix:"):
+        return f"cannot listen on the socket {listen.removeprefix('unix:')}: {error}"
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as tried:
+            if os.name == "posix":
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+            tried.listen()
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            return (
+                f"cannot listen on {listen}: another program, or another executor, has port "
+                f"{port}; give listen= another one, or {host}:0 for any that is free"
+            )
+        if exc.errno == errno.EADDRNOTAVAIL or isinstance(exc, socket.gaierror):
+            return (
+                f"cannot listen on {listen}: this machine has no address {host}; give listen= one "
+                f"of its own, or 0.0.0.0 for all of them, and advertise= what workers dial"
+            )
+        if exc.errno == errno.EACCES:
+            return (
+                f"cannot listen on {listen}: this user may not have port {port}; give listen= one "
+                f"from 1024 on, or {host}:0 for any that is free"
+            )
+        return f"cannot listen on {listen}: {exc.strerror or exc}"
+    return f"cannot listen on {listen}: it was taken, and is free again now"

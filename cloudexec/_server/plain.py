@@ -1,0 +1,166 @@
+"""The server for workers that this process has started here: the same methods, without gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+from cloudexec._plain import (
+    CALL,
+    DONE,
+    MESSAGE,
+    METADATA,
+    STATUS,
+    Frames,
+    pack_metadata,
+    unpack_metadata,
+)
+from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._rpc import END, CallError
+from cloudexec._server.driver import Driver
+from cloudexec._server.servicer import Servicer, lenient
+from cloudexec._wire import TOKEN_KEY, pack_chunk, unpack_chunk
+
+__all__ = ["start_plain_server"]
+
+_FIRST_WORD = 10.0
+"""Seconds in which a connection must have said which method it is for."""
+
+
+class _Context:
+    """One call, as its handler sees it: what it uses of ``grpc.aio.ServicerContext``."""
+
+    is_plain = True
+
+    def __init__(self, frames: Frames, metadata: dict[str, Any], pack: Any, unpack: Any) -> None:
+        self.frames = frames
+        self._metadata = metadata
+        self._pack = pack
+        self._unpack = unpack
+
+    def peer(self) -> str:
+        return "unix:"
+
+    def invocation_metadata(self) -> list[tuple[str, Any]]:
+        return list(self._metadata.items())
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        await self.frames.send(METADATA, pack_metadata(metadata))
+
+    async def read(self) -> Any:
+        kind, data = await self.frames.receive()
+        if kind == MESSAGE:
+            return data if self._unpack is None else self._unpack(data)
+        if kind == DONE:
+            return END
+        raise ConnectionError("it sent what has no place here")
+
+    async def write(self, message: Any) -> None:
+        await self.frames.send(MESSAGE, self._pack(message))
+
+    async def abort(self, status: str, why: str = "") -> None:
+        raise CallError(status, why)
+
+    async def messages(self) -> AsyncIterator[Any]:
+        """Yield what is read until the end."""
+        while (message := await self.read()) is not END:
+            yield message
+
+
+class PlainServer:
+    """Takes connections, and has each served by a handler."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._servicer = Servicer(driver)
+        self._server: asyncio.Server | None = None
+        self._serving: dict[asyncio.Task[None], Frames] = {}
+
+    async def start(self, path: str) -> None:
+        """Begin to listen on a socket."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: Frames(self._made), path, backlog=4096)
+        os.chmod(path, 0o600)
+
+    def _made(self, frames: Frames) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(frames))
+        self._serving[task] = frames
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._serving.pop(task).close()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "a call of a worker could not be served", "exception": error}
+            )
+
+    async def _serve(self, frames: Frames) -> None:
+        with contextlib.suppress(ConnectionError):
+            try:
+                async with asyncio.timeout(_FIRST_WORD):
+                    kind, data = await frames.receive()
+                await self._call(frames, kind, data)
+                status = "OK"
+            except TimeoutError:
+                status = "DEADLINE_EXCEEDED no call was made"
+            except CallError as exc:
+                status = f"{exc.status} {exc.why}"
+            await frames.send(STATUS, status.encode())
+
+    async def _call(self, frames: Frames, kind: int, data: bytes) -> None:
+        driver, servicer = self._driver, self._servicer
+        try:
+            method, told = json.loads(data) if kind == CALL else ("", b"")
+            metadata = unpack_metadata(told)
+        except (ValueError, TypeError, RecursionError):
+            raise CallError("INVALID_ARGUMENT", "this is no call") from None
+        if method.endswith("/Session"):
+            pack = pb.ServerMessage.SerializeToString
+            await servicer.Session(None, _Context(frames, metadata, pack, None))
+            return
+        token = metadata.get(TOKEN_KEY)
+        if not isinstance(token, bytes) or driver.session_of(token) is None:
+            driver.refused("no session", "a process here has no session, or has it no more")
+            raise CallError("UNAUTHENTICATED", "unknown session")
+        if method.endswith("/Fetch"):
+            context = _Context(frames, metadata, pack_chunk, lenient(pb.FetchRequest))
+            async for chunk in servicer.Fetch(await context.read(), context):
+                await context.write(chunk)
+        elif method.endswith("/Deliver"):
+            pack = pb.DeliverReply.SerializeToString
+            context = _Context(frames, metadata, pack, unpack_chunk)
+            await context.write(await servicer.Deliver(context.messages(), context))
+        else:
+            driver.refused("unknown method", "a peer called a method that there is none of")
+            raise CallError("UNIMPLEMENTED", "no such method")
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Take no more connections, and end those that there are."""
+        if self._server is not None:
+            self._server.close()
+        serving = dict(self._serving)
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+        for frames in serving.values():
+            frames.abort()
+
+
+async def start_plain_server(driver: Driver, path: str) -> PlainServer:
+    """Start to listen on a Unix socket.
+
+    Raises:
+        LaunchError: If that is not possible.
+    """
+    from cloudexec._errors import LaunchError
+
+    server = PlainServer(driver)
+    try:
+        await server.start(path)
+    except OSError as exc:
+        raise LaunchError(f"cannot listen on {path}: {exc}") from exc
+    return server
