@@ -5,8 +5,9 @@
                              +-- socket pair --> zygote (zygote) -- forks --+
 
 The supervisor forwards payloads unread and never runs user code, so it answers heartbeats whatever
-a task does. The zygote is forked from it before gRPC starts a thread; it forks the slots, in
-milliseconds, and reports how each one ended. A slot runs one task at a time.
+a task does. On the client's own machine a plain socket stands in the place of gRPC. The zygote is
+forked from the supervisor before that starts a thread; it imports what the tasks will need, forks
+the slots, in milliseconds, and reports how each one ended. A slot runs one task at a time.
 
 Nothing in this package imports an AWS SDK, ``_server`` or ``_launchers``.
 """
