@@ -2,8 +2,8 @@
 
 Each program of ``programs/`` is run as a whole process, from its start to its end, with each
 executor in turn; two workers. The ratio is the other one's time over ours: more than 1, we are
-faster. Beside it is that of CPU time, user and system, of all processes that the program waited
-for: on a machine that is busy with other things that is the better indicator, though not the goal.
+faster. Beside it is that of CPU time, user and system, of all processes: on a machine that is busy
+with other things that is the better indicator, though not the goal.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import re
 import statistics
 import subprocess
 import sys
-import time
+import tempfile
 
+import _cpu
 import _report
 
 _DIRECTORY = pathlib.Path(__file__).parent / "programs"
@@ -44,18 +45,19 @@ def _run(program: pathlib.Path, executor: str) -> tuple[float, float, str]:
     """
     command = [sys.executable, str(program), executor]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    begin, before = time.perf_counter(), os.times()
-    try:
-        done = subprocess.run(
-            command, env=environ, capture_output=True, text=True, timeout=_TIMEOUT, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"not done after {_TIMEOUT:g} s") from None
-    seconds, after = time.perf_counter() - begin, os.times()
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-500:])
-    cpu = after.children_user + after.children_system
-    return seconds, cpu - before.children_user - before.children_system, done.stdout
+    # In files, not pipes: these would be waited for until the last process that has them ends.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        try:
+            done, seconds, cpu = _cpu.run(
+                command, env=environ, stdout=out, stderr=err, timeout=_TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"not done after {_TIMEOUT:g} s") from None
+        out.seek(0)
+        err.seek(0)
+        if done.returncode:
+            raise RuntimeError(err.read().strip()[-500:])
+        return seconds, cpu, out.read()
 
 
 def _round(

@@ -3,7 +3,7 @@
 The import is the time of a fresh interpreter that does nothing else, less that of one that does
 nothing. The first result counts from before the import to the result of a no-op, with one worker
 and with two. A whole program is one process with that no-op alone, from its start to its end; its
-CPU time is that of all processes that it has waited for. Then where the time until our first result
+CPU time is that of all its processes. Then where the time until our first result
 goes: when each step was done, and how long after the one before it; steps of the worker and of the
 client go on side by side.
 """
@@ -19,6 +19,7 @@ import tempfile
 import time
 
 import _calls
+import _cpu
 import _fresh
 import _peers
 import _report
@@ -59,16 +60,12 @@ def _whole(contender: str, workers: int) -> tuple[float, float]:
         f"    with _peers.opened({contender!r}, {workers}) as peer:\n"
         f"        peer.collect([peer.submit(_calls.noop)])\n"
     )
-    begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "program.py")
         with open(path, "w") as file:
             file.write(code)
-        pid = os.posix_spawn(sys.executable, [sys.executable, path], os.environ)
-        _, status, usage = os.wait4(pid, 0)
-    if status:
-        raise RuntimeError(f"{contender} failed")
-    return time.perf_counter() - begin, usage.ru_utime + usage.ru_stime
+        _, seconds, cpu = _cpu.run([sys.executable, path], check=True)
+    return seconds, cpu
 
 
 def _interpreter(code: str) -> float:
