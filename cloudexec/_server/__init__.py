@@ -14,6 +14,7 @@
 ``portal`` owns the thread and is the only crossing; ``driver`` reads the clock, feeds the machine
 and carries out what it says; ``servicer`` turns messages into events and commands into messages,
 and decides nothing. ``plain`` carries them for workers that this process has started on its own
-machine, ``network``, which is gRPC, for all others. Everything mutable belongs to the loop thread, except the inbox (a deque, whose
-append and popleft are atomic) and the futures (each with its own lock).
+machine, ``network``, which is gRPC, for all others. Everything mutable belongs to the loop thread,
+except the inbox (a deque, whose append and popleft are atomic) and the futures (each with its own
+lock).
 """

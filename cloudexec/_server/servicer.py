@@ -497,7 +497,8 @@ class _Session:
 
         def take(data: bytes) -> bool:
             message = parse(data)
-            if message.goodbye or (message.HasField("results") and message.results.blobs):
+            waits = message.HasField("results") and message.results.blobs
+            if waits or message.goodbye or self._closed:
                 return False
             self.take(message)
             return True
