@@ -852,8 +852,7 @@ class BatchExecutor(_Base):
                 except BaseException as exc:
                     if is_interrupt(exc):
                         raise
-                    called = fn._fn if type(fn) is _Chunk else fn
-                    future.set_exception(_pickling_error(exc, called, args))
+                    future.set_exception(_pickling_error(exc, fn, args))
                     continue
                 if (
                     journal is not None
@@ -1106,25 +1105,35 @@ def _pickling_error(
         return exc
     if is_a(exc, PayloadError) and exc.__cause__ is not None:
         return exc  # it says already what cannot be sent, and why
-    from cloudexec import _sharing
     from cloudexec._unsendable import explain_call
 
-    elements: dict[str, object] = {noun.format(i): each for i, each in enumerate(args)}
-    elements |= {f"keyword {name!r}": each for name, each in kwargs.items()}
-    if is_a(exc, _sharing.NotSharedError):
-        where = _sharing.where(exc.element, fn, elements)
-        return PayloadError(f"{where}{name_of(fn)}: {exc.message}")
-    if why := unfinished(fn):
-        return PayloadError(f"the callable is {why}, and give submit() that function itself")
-    for where, value in elements.items():
-        if why := unfinished(value):
-            return PayloadError(f"{where} of {name_of(fn)} is {why}")
     error = PayloadError(
-        explain_call(fn, args, kwargs, exc, noun=noun)
+        _refusal(exc, fn, args, kwargs, noun)
+        or explain_call(fn, args, kwargs, exc, noun=noun)
         or f"{type_name(fn)} {name_of(fn)} or its arguments could not be pickled ({describe(exc)})"
     )
     error.__cause__ = presentable(exc)
     return error
+
+
+def _refusal(
+    exc: BaseException, fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any], noun: str
+) -> str:
+    """Say what is wrong with a callable or an argument that is never sent; ``""``: nothing."""
+    from cloudexec import _sharing
+
+    called = fn._fn if type(fn) is _Chunk else fn
+    elements: dict[str, object] = {noun.format(i): each for i, each in enumerate(args)}
+    elements |= {f"keyword {name!r}": each for name, each in kwargs.items()}
+    if is_a(exc, _sharing.NotSharedError):
+        where = _sharing.where(exc.element, called, elements)
+        return f"{where}{name_of(called)}: {exc.message}"
+    if why := unfinished(called):
+        return f"the callable is {why}, and give submit() that function itself"
+    for where, value in elements.items():
+        if why := unfinished(value):
+            return f"{where} of {name_of(called)} is {why}"
+    return ""
 
 
 def _run(driver: Driver, work: Coroutine[Any, Any, T]) -> T:

@@ -549,7 +549,9 @@ def _pickling_error(exc: BaseException, value: Any) -> BaseException:
     if why := unfinished(value):
         if type(value) is CoroutineType:
             value.close()  # or it warns that nobody has awaited it
-        return PayloadError(f"the call returned {why}")
+        refused = PayloadError(f"the call returned {why}")
+        refused.__cause__ = exc
+        return refused
     said = ""
     remedy = _remedy(exc)
     if not remedy:
