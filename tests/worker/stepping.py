@@ -11,6 +11,7 @@ The caller stands in for the rest: the event loop, whose time is moved by hand, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import heapq
 import itertools
@@ -25,10 +26,13 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import process
 from types import FrameType, ModuleType
 from typing import Any
 
+from cloudexec import _nesting, _payload
 from cloudexec._objects.options import Limits
+from cloudexec._proto import tasks_pb2 as pb
 from cloudexec.worker import slot as slot_module
 from cloudexec.worker import supervisor as supervisor_module
 from cloudexec.worker.blobs import BlobCache
@@ -133,6 +137,31 @@ class HandLoop:
                 handle._callback(*handle._args)  # type: ignore[attr-defined]
                 return True
         return False
+
+
+@contextlib.contextmanager
+def _this_process_unchanged() -> Iterator[None]:
+    """Undo what slots do to their own process, which is this one here."""
+    multi: Any = process
+    names = ("_process_counter", "_children", "_current_process", "_parent_process")
+    numbered = {name: getattr(multi, name) for name in names}
+    modules = {name: sys.modules.get(name) for name in ("__main__", "__mp_main__")}
+    streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__
+    pickler, depth = _payload.result_pickler, os.environ.get(_nesting.DEPTH)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__ = streams  # type: ignore[misc]
+        _payload.result_pickler = pickler
+        for name, value in numbered.items():
+            setattr(multi, name, value)
+        for name, module in modules.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+        os.environ.pop(_nesting.DEPTH, None)
+        if depth is not None:
+            os.environ[_nesting.DEPTH] = depth
 
 
 class Actor:
@@ -335,29 +364,28 @@ class Run:
         """Run to the end; look at ``problems``, and at what was answered, afterwards."""
         self._zygote, ours = socket.socketpair()
         self._zygote.setblocking(False)
-        asyncio._set_running_loop(self._loop)  # type: ignore[arg-type]
-        streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__
-        limits = Limits(2**30, 0)
-        try:
-            blobs = BlobCache(_no_blob, limits, set, direct=False)
-            self.pool = self._supervisor.SlotPool(
-                self._settings, self, ours, lambda: self.problems.append("no zygote"), blobs
-            )
-        finally:
-            asyncio._set_running_loop(None)
-        self._boss = self._current = Actor(self, self._supervise)
-        self._boss.turn.release()
-        if not self._ended.wait(30):
-            self.problems.append("the run hangs")
-        self._clear_up()
-        sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__ = streams  # type: ignore[misc]
+        with _this_process_unchanged():
+            asyncio._set_running_loop(self._loop)  # type: ignore[arg-type]
+            limits = Limits(2**30, 0)
+            try:
+                blobs = BlobCache(_no_blob, limits, set, direct=False)
+                self.pool = self._supervisor.SlotPool(
+                    self._settings, self, ours, lambda: self.problems.append("no zygote"), blobs
+                )
+            finally:
+                asyncio._set_running_loop(None)
+            self._boss = self._current = Actor(self, self._supervise)
+            self._boss.turn.release()
+            if not self._ended.wait(30):
+                self.problems.append("the run hangs")
+            self._clear_up()
         ours.close()
         self._zygote.close()
         return self
 
     def _supervise(self) -> None:
         pool, loop = self.pool, self._loop
-        pool.add_function(1, pickle.dumps(_Task.call, 5), fresh=False)
+        pool.add_functions([pb.Function(number=1, pickle=pickle.dumps(_Task.call, 5))])
         _Task.run = self
         pool.add([WorkItem(n, 1, pickle.dumps((n,), 5), n, 0.0) for n in range(1, self._items + 1)])
         idle = looks = 0
