@@ -6,18 +6,35 @@ In a process that runs tasks it is a mirror of the client's: see ``worker/main_m
 from __future__ import annotations
 
 import ast
+import contextlib
+import enum
 import functools
 import os
 import runpy
 import sys
+import types
+from collections.abc import Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
-__all__ = ["NAMED", "Again", "function", "name_of", "namespace", "way_to_script"]
+import cloudpickle
+
+__all__ = [
+    "NAMED",
+    "NAMES",
+    "Again",
+    "fill_enum",
+    "function",
+    "make_class",
+    "make_enum",
+    "name_of",
+    "namespace",
+    "way_to_script",
+]
 
 NAMED = frozenset({FunctionType, type, type(functools.lru_cache(len))})
 """Types of what a module defines under the name that it knows itself; and all classes."""
-_NAMES = frozenset({"__main__", "__mp_main__"})
+NAMES = frozenset({"__main__", "__mp_main__"})
 """What the script is called, also in a process that ``multiprocessing`` has spawned from it."""
 _ABSENT = object()
 
@@ -33,7 +50,7 @@ def name_of(obj: Any) -> str | None:
         name, module = obj.__qualname__, obj.__module__
     except Exception:
         return None
-    if module not in _NAMES or type(name) is not str:
+    if module not in NAMES or type(name) is not str:
         return None
     first, _, rest = name.partition(".")
     found = namespace().get(first, _ABSENT)
@@ -49,6 +66,116 @@ def name_of(obj: Any) -> str | None:
 def function(code: CodeType, closure: tuple[CellType, ...] | None) -> FunctionType:
     """Make a function that shares the globals of the script."""
     return FunctionType(code, namespace(), None, None, closure)
+
+
+def make_class(
+    meta: type,
+    name: str,
+    bases: tuple[type, ...],
+    content: dict[str, Any],
+    tracker: Any,
+    extra: Any,
+) -> type:
+    """Make a class by value, to be filled, as cloudpickle does, but not as if it were defined anew.
+
+    What ``__init_subclass__`` and metaclasses of the script have done when it was defined travels
+    with the class and with what they have changed. Done once more, a class would be registered
+    twice, and they may ask for keywords that nobody knows any more.
+    """
+    track = cloudpickle.cloudpickle
+    known = track._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker)
+    if known is not None:
+        return known  # type: ignore[no-any-return]
+    maker: Any = _maker(meta)
+    resolved = types.resolve_bases(bases)
+    with _no_hooks(resolved):
+        if maker is meta:
+            return track._make_skeleton_class(  # type: ignore[no-any-return]
+                meta, name, bases, content, tracker, extra
+            )
+        if resolved is not bases:
+            content = {**content, "__orig_bases__": bases}
+        made: Any = maker.__new__(meta, name, resolved, content)
+        maker.__init__(made, name, resolved, content)
+    return track._lookup_class_or_track(tracker, made)  # type: ignore[no-any-return]
+
+
+def make_enum(
+    meta: type,
+    bases: tuple[type, ...],
+    name: str,
+    qualname: str,
+    kind: Any,
+    members: list[tuple[str, Any, Any]],
+    module: str,
+    tracker: Any,
+    extra: Any,
+) -> type:
+    """Make an enum by value, to be filled, with members as they are, however they were made."""
+    track = cloudpickle.cloudpickle
+    known = track._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker)
+    if known is not None:
+        return known  # type: ignore[no-any-return]
+    maker: Any = _maker(meta)
+    turns = iter(members)
+
+    def __new__(cls: type, *_args: Any) -> Any:  # noqa: N807
+        _name, plain, value = next(turns)
+        has_args = kind.__new__ is not object.__new__
+        member = kind.__new__(cls, plain) if has_args else object.__new__(cls)
+        member._value_ = value
+        return member
+
+    content = maker.__prepare__(name, bases)
+    head = {"__module__": module, "__qualname__": qualname, "__new__": __new__}
+    for word, found in {**head, "__init__": lambda *_: None}.items():
+        content[word] = found
+    for key, _plain, each in members:
+        content[key] = enum.member(each)
+    with _no_hooks(bases):
+        made = maker.__new__(meta, name, bases, content)
+    for each in ("__init__", "__new_member__"):  # what it has of its own is set afterwards
+        if each in vars(made):
+            type.__delattr__(made, each)
+    return track._lookup_class_or_track(tracker, made)  # type: ignore[no-any-return]
+
+
+def fill_enum(made: Any, state: tuple[Any, dict[str, dict[str, Any]]]) -> None:
+    """Give an enum what is in it, and its members their attributes."""
+    content, attributes = state
+    cloudpickle.cloudpickle._class_setstate(made, content)
+    for name, found in attributes.items():
+        vars(made._member_map_[name]).update(found)
+
+
+def _maker(meta: type) -> type:
+    """Return what makes classes of a metaclass, without what the script has added."""
+    return next(each for each in meta.__mro__ if each.__module__ not in NAMES)
+
+
+@contextlib.contextmanager
+def _no_hooks(bases: tuple[type, ...]) -> Iterator[None]:
+    """Make the script's ``__init_subclass__`` do nothing while a class is made."""
+    hooks = {
+        each: vars(each)["__init_subclass__"]
+        for base in bases
+        for each in base.__mro__
+        if each.__module__ in NAMES and "__init_subclass__" in vars(each)
+    }
+    try:
+        for each in hooks:
+            type.__setattr__(each, "__init_subclass__", _passed_on(each))
+        yield
+    finally:
+        for each, hook in hooks.items():
+            type.__setattr__(each, "__init_subclass__", hook)
+
+
+def _passed_on(cls: type) -> Any:
+    def __init_subclass__(made: type) -> None:  # noqa: N807
+        super(cls, made).__init_subclass__()  # type: ignore[arg-type]
+
+    return classmethod(__init_subclass__)
 
 
 class Again:

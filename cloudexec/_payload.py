@@ -7,6 +7,8 @@ arrays and the like. The head travels as small payloads do; each worker receives
 
 from __future__ import annotations
 
+import copyreg
+import enum
 import io
 import pickle
 import sys
@@ -228,8 +230,15 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 return known_as
             if kind is FunctionType and obj.__globals__ is _main.namespace():
                 return self._mark(self._of_main(obj))
-        elif kind is MethodType and _is_found(obj):
+        elif kind is MethodType and self._finds(obj):
             return getattr, (obj.__self__, obj.__name__)
+        elif _says_its_name(kind, obj):
+            reduced = obj.__reduce_ex__(5)
+            if type(reduced) is not str:
+                return self._mark(reduced)
+            if self.refers(reduced.partition(".")[0]):
+                return reduced
+            return self._mark(_reduce_named(obj))
         return self._mark(self._reduce(obj))
 
     def refers(self, name: str) -> bool:
@@ -237,6 +246,14 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if self.names is not None:
             self.names.add(name)
         return True
+
+    def _finds(self, method: MethodType) -> bool:
+        """Whether a method can be had from its object: not while their class is being made."""
+        if not _is_found(method):
+            return False
+        owner = method.__self__
+        known_as = _main.name_of(owner if isinstance(owner, type) else type(owner))
+        return known_as is not None and self.refers(known_as.partition(".")[0])
 
     def _reduce(self, obj: Any) -> Any:
         if self._enclosed and (reduced := reduce_anew(obj)) is not None:
@@ -246,6 +263,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             _settle(reduced[2][0])
             if "__slots__" in vars(obj):
                 _keep_slots(obj, reduced)
+            if reduced[0] is cloudpickle.cloudpickle._make_skeleton_class:
+                reduced = _main.make_class, *reduced[1:]
+            elif issubclass(obj, enum.Enum):
+                reduced = _reduce_enum(obj, *reduced)
         return reduced
 
     def _of_main(self, fn: FunctionType) -> Any:
@@ -296,6 +317,32 @@ def _is_found(method: MethodType) -> bool:
         return False
 
 
+_KINDS_OF_NAMES = ("NewType", "ParamSpec", "TypeAliasType", "TypeVarTuple")
+
+
+def _says_its_name(kind: type, obj: Any) -> bool:
+    """Whether an object of the script may travel as the name that it says it has there."""
+    if kind.__module__ in ("typing", "typing_extensions"):
+        return kind.__name__ in _KINDS_OF_NAMES and obj.__module__ in _main.NAMES
+    if kind.__module__ not in _main.NAMES or kind in copyreg.dispatch_table:
+        return False
+    for base in kind.__mro__:
+        if "__reduce_ex__" in vars(base) or "__reduce__" in vars(base):
+            return base.__module__ in _main.NAMES
+    return False
+
+
+def _reduce_named(obj: Any) -> Any:
+    """Pickle by value what says that it has a name, for it to be had under that."""
+    kind = type(obj)
+    if kind.__module__ in _main.NAMES:
+        return copyreg.__newobj__, (kind,), obj.__getstate__()  # type: ignore[attr-defined]
+    if kind.__name__ == "TypeAliasType":
+        return kind, (obj.__name__, obj.__value__)
+    args = (obj.__name__, obj.__supertype__) if kind.__name__ == "NewType" else (obj.__name__,)
+    return kind, args, {"__module__": obj.__module__}
+
+
 def _settle(content: dict[str, Any]) -> None:
     """Take out of what is in a class what Python puts there when it is looked at."""
     content.pop("__slotnames__", None)
@@ -315,6 +362,39 @@ def _keep_slots(cls: type, reduced: tuple[Any, ...]) -> None:
             del content[name]
 
 
+_OF_MEMBERS: dict[type, Callable[[Any], Any]] = {
+    bytes: lambda member: bytes.__getitem__(member, slice(None)),
+    float: float.__float__,
+    int: int.__int__,
+    str: str.__str__,
+}
+"""What members of an enum are, by the type that they derive from."""
+
+
+def _reduce_enum(cls: Any, make: Any, args: tuple[Any, ...], state: Any, *_rest: Any) -> Any:
+    """Pickle an enum with its aliases, and members with what its ``__init__`` has set in them."""
+    kind = cls._member_type_
+    if kind.__new__ is object.__new__:
+        plain: Any = _nothing
+    elif kind in _OF_MEMBERS:
+        plain = _OF_MEMBERS[kind]
+    else:
+        return make, args, state, *_rest
+    bases, name, qualname, _members, module, *tracked = args
+    members = [(key, plain(each), each._value_) for key, each in cls.__members__.items()]
+    attributes = {
+        key: {word: value for word, value in vars(each).items() if word not in _OF_ENUM}
+        for key, each in cls.__members__.items()
+    }
+    content = {key: value for key, value in state[0].items() if key not in cls.__members__}
+    args = type(cls), bases, name, qualname, kind, members, module, *tracked
+    return _main.make_enum, args, ((content, state[1]), attributes), None, None, _main.fill_enum
+
+
+def _nothing(_: Any) -> None: ...
+
+
+_OF_ENUM = frozenset({"_name_", "_value_", "__objclass__", "_sort_order_"})
 _NOT_VALUES = (Future, _ConnectionBase)
 
 

@@ -302,6 +302,9 @@ class Script:
     def _pickle(self, each: _Global, collector: type[Collector]) -> None:
         space = _main.namespace()
         values = {name: space[name] for name in sorted(each.names) if name in space}
+        if len(values) > 1:
+            # What classes are made of comes before what it refers to, which may be these classes.
+            values = dict(sorted(values.items(), key=lambda item: _depth(item[1])))
         file = collector(self._store)
         pickler = _DefinitionPickler(file, each.names, self._shared(values))
         pickled = file.pickle(pickler, values)
@@ -333,7 +336,7 @@ class Script:
             for name, value in list(_main.namespace().items()):
                 if isinstance(value, (*_NOT_SHARED, type)) or name.startswith("__"):
                     continue
-                if _main.name_of(value) is None:
+                if type(value) not in _main.NAMED or _main.name_of(value) is None:
                     self._shared_now.setdefault(id(value), name)
         return self._shared_now
 
@@ -359,6 +362,13 @@ class Script:
         each.watch = [(own, _Same(_main.namespace().get(own))) for own in names]
 
 
+def _depth(value: Any) -> tuple[bool, int]:
+    """Say where a global stands among those that it is sent with: metaclasses, bases, the rest."""
+    if not isinstance(value, type):
+        return True, sys.maxsize
+    return not issubclass(value, type), len(type.mro(value))
+
+
 class _Same:
     """A value that counts as what it was as long as it is the same object."""
 
@@ -378,7 +388,7 @@ def _is_same(one: Payload, other: Payload | None) -> bool:
 def _is_definition(name: str, value: Any) -> bool:
     """Whether a global is one that something may look for at run time."""
     if name.startswith("__"):
-        return False
+        return type(value) is FunctionType and _main.name_of(value) is not None
     module = _imported_from(value)
     if module:
         return module.partition(".")[0] != "cloudexec"

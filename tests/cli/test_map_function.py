@@ -149,8 +149,8 @@ def test_function_that_cannot_be_sent_is_named_before_any_worker_starts() -> Non
     )
     assert refusal("stuck.py:call") == (
         "stuck.py:call cannot be sent to a worker: .lock in the callable (stuck.Call) "
-        "cannot be sent (_thread.lock): it belongs to this process: make it in the call, or use one of a "
-        "multiprocessing.Manager()"
+        "cannot be sent (_thread.lock): it belongs to this process: make it in the call, or use "
+        "one of a multiprocessing.Manager()"
     )
 
 

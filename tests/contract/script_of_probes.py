@@ -313,6 +313,131 @@ def functions_that_call_each_other(ex: Executor) -> Any:
     return ex.submit(factorial, 10).result(60), ex.submit(handlers["double"], 2).result(60)
 
 
+# Classes that do something when they are made, which is done already.
+
+
+class Registry:
+    known: typing.ClassVar[dict[str, type]] = {}
+    made = 0
+
+    def __init_subclass__(cls, *, key: str) -> None:
+        Registry.known[key] = cls
+        Registry.made += 1
+
+
+class Listed(Registry, key="listed"):
+    pass
+
+
+class Also(Listed, key="also"):
+    pass
+
+
+class Meta(type):
+    classes: typing.ClassVar[dict[str, type]] = {}
+    calls = 0
+
+    def __new__(
+        cls, name: str, bases: tuple[type, ...], content: dict[str, Any], *, option: int
+    ) -> Meta:
+        made = super().__new__(cls, name, bases, content)
+        made.option = option  # type: ignore[attr-defined]
+        Meta.classes[name] = made
+        return made
+
+    def __init__(
+        cls, name: str, bases: tuple[type, ...], content: dict[str, Any], *, option: int
+    ) -> None:
+        super().__init__(name, bases, content)
+        Meta.calls += 1
+
+
+class AMade(metaclass=Meta, option=3):
+    pass
+
+
+class Generics(typing.Generic[typing.TypeVar("T")], AMade, option=4):  # type: ignore[misc]
+    pass
+
+
+class Checks:
+    checks: typing.ClassVar[list[Callable[..., Any]]] = []
+
+    @classmethod
+    def check(cls) -> str:
+        return cls.__name__
+
+
+Checks.checks.append(Checks.check)
+
+
+class Counts:
+    def __init__(self, fn: Callable[[int], int]) -> None:
+        self.fn, self.n = fn, 0
+        functools.update_wrapper(self, fn)
+
+    def __call__(self, x: int) -> tuple[int, int]:
+        self.n += 1
+        return self.n, self.fn(x)
+
+
+@Counts
+def counting(x: int) -> int:
+    return x
+
+
+bound = functools.partial(counting, 7)
+Number = typing.NewType("Number", int)
+Parameters = typing.ParamSpec("Parameters")
+
+
+class Sentinel:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> str:
+        return self.name
+
+
+MISSING = Sentinel("MISSING")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "computed":
+        return 42
+    raise AttributeError(name)
+
+
+def registered() -> tuple[Any, ...]:
+    known = Registry.known["listed"] is Listed, Registry.known["also"] is Also, Registry.made
+    made = Meta.classes["AMade"] is AMade, Meta.calls, AMade.option, Generics.option  # type: ignore[attr-defined]
+    return known, made
+
+
+def found_by_name(missing: Any) -> tuple[Any, ...]:
+    return (
+        Checks.checks[0](),
+        (counting(1), bound(), counting(2)),
+        (Number(3), Number.__name__, Parameters.__name__),
+        (missing is MISSING, MISSING.name, sys.modules["__main__"].computed),
+    )
+
+
+def returns_missing() -> Any:
+    return MISSING, Number
+
+
+@probe
+def classes_that_were_registered(ex: Executor) -> Any:
+    return times(ex, registered)
+
+
+@probe
+def what_says_its_name(ex: Executor) -> Any:
+    missing, number = ex.submit(returns_missing).result(60)
+    return times(ex, found_by_name, MISSING), missing is MISSING, number is Number
+
+
 # What goes there and comes back.
 
 
@@ -370,6 +495,40 @@ class Flags(enum.IntFlag):
     B = 2
 
 
+class Planet(enum.Enum):
+    EARTH = (3, 4)
+    WORLD = (3, 4)
+
+    def __init__(self, mass: int, radius: int) -> None:
+        self.mass, self.radius = mass, radius
+
+
+class Base16(bytes, enum.Enum):
+    label: str
+
+    def __new__(cls, value: int, label: str) -> Base16:
+        made = bytes.__new__(cls, [value])
+        made._value_, made.label = value, label
+        return made
+
+    X = (16, "x")
+
+
+class Labelled(enum.Enum):
+    def __init__(self, text: str, size: int) -> None:
+        self.text = text * size
+
+
+class Labels(Labelled):
+    A = ("a", 2)
+
+
+class Perhaps(enum.Flag):
+    A = 1
+    B = 2
+    BOTH = 3
+
+
 class Triple(NamedTuple):
     a: int
     b: int = 2
@@ -422,6 +581,12 @@ def is_red(color: Any) -> bool:
     return color is Color.RED
 
 
+def members() -> tuple[Any, ...]:
+    planet = Planet["WORLD"] is Planet.EARTH, Planet.EARTH.mass, list(Planet.__members__)
+    base = bytes(Base16.X), Base16(16).label, Base16.X.value
+    return planet, base, Labels.A.text, Labels(("a", 2)).name, Perhaps["BOTH"].value
+
+
 def lazy(obj: Lazy) -> int:
     return obj.value
 
@@ -449,7 +614,8 @@ def _state(value: Any) -> list[Any]:
 
 @probe
 def members_of_an_enum(ex: Executor) -> Any:
-    return ex.submit(is_red, Color.RED).result(60), ex.submit(back, Color.RED).result() is Color.RED
+    there = ex.submit(is_red, Color.RED).result(60), ex.submit(members).result(60)
+    return there, ex.submit(back, Color.RED).result() is Color.RED
 
 
 @probe
