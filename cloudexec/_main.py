@@ -13,6 +13,7 @@ import os
 import runpy
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "NAMED",
     "NAMES",
     "Again",
+    "fill_class",
     "fill_enum",
     "function",
     "make_class",
@@ -138,6 +140,20 @@ def make_enum(
         if each in vars(made):
             type.__delattr__(made, each)
     return track._lookup_class_or_track(tracker, made)  # type: ignore[no-any-return]
+
+
+_filled: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+"""What classes have come with, by their own names."""
+
+
+def fill_class(made: type, state: tuple[dict[str, Any], Any]) -> None:
+    """Give a class what is in it, and take away what is no longer."""
+    names = frozenset(state[0])
+    for name in _filled.get(made, names) - names:
+        if name in vars(made):
+            type.__delattr__(made, name)
+    _filled[made] = names
+    cloudpickle.cloudpickle._class_setstate(made, state)
 
 
 def fill_enum(made: Any, state: tuple[Any, dict[str, dict[str, Any]]]) -> None:

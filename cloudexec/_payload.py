@@ -264,7 +264,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             if "__slots__" in vars(obj):
                 _keep_slots(obj, reduced)
             if reduced[0] is cloudpickle.cloudpickle._make_skeleton_class:
-                reduced = _main.make_class, *reduced[1:]
+                reduced = _main.make_class, *reduced[1:5], _main.fill_class
             elif issubclass(obj, enum.Enum):
                 reduced = _reduce_enum(obj, *reduced)
         return reduced

@@ -121,8 +121,10 @@ def test_code_that_the_program_changes_is_sent_again(tmp_path: Path) -> None:
                 print(executor.submit(Model().score).result())
                 Model.score = lambda self: -1
                 print(executor.submit(Model().score).result())
+                del Model.score
+                print(executor.submit(hasattr, Model(), "score").result())
     """
-    assert run_script(tmp_path, text).split() == ["1", "3", "6", "30", "-1"]
+    assert run_script(tmp_path, text).split() == ["1", "3", "6", "30", "-1", "False"]
 
 
 def test_a_global_that_is_defined_later_is_seen(tmp_path: Path) -> None:
