@@ -46,6 +46,9 @@ _logger = logging.getLogger("cloudexec")
 _ABSENT = object()
 _WORD = re.compile(r"\w+")
 _ANSWERS_KEPT = 512
+_DURING = " during iteration"
+"""What Python says of containers that another thread changes while they are pickled."""
+_TRIES = 100
 _HELD_BYTES = 256 * 1024
 """Values that are larger are not kept alive to see whether they are the same ones."""
 _ALONE = (str, bytes, int, float, complex, type(None), ModuleType)
@@ -285,7 +288,7 @@ class Script:
         elif each.holds():
             return each
         try:
-            self._pickle(each, collector)
+            self._pickle_while_it_changes(each, collector)
         except _TooLarge:
             if each.pickled is None:
                 for own in each.names:
@@ -294,10 +297,25 @@ class Script:
         except BaseException as exc:
             if is_interrupt(exc):
                 raise
+            if isinstance(exc.__cause__, RuntimeError) and _DURING in str(exc.__cause__):
+                raise  # not one that cannot be sent
             for own in each.names:
                 self._globals.pop(own, None)
             self._take_from_script(each, name, user, exc)
         return each
+
+    def _pickle_while_it_changes(self, each: _Global, collector: type[Collector]) -> None:
+        """Pickle a global that other threads of the program may be filling."""
+        for left in reversed(range(_TRIES)):
+            try:
+                return self._pickle(each, collector)
+            except RuntimeError as exc:
+                if _DURING not in str(exc):
+                    raise
+                if not left:
+                    names = ", ".join(sorted(each.names))
+                    raise PayloadError(f"global {names} was changed while it was pickled") from exc
+        raise AssertionError
 
     def _pickle(self, each: _Global, collector: type[Collector]) -> None:
         space = _main.namespace()

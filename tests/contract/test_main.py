@@ -127,6 +127,41 @@ def test_code_that_the_program_changes_is_sent_again(tmp_path: Path) -> None:
     assert run_script(tmp_path, text).split() == ["1", "3", "6", "30", "-1", "False"]
 
 
+def test_a_global_that_another_thread_fills_is_sent(tmp_path: Path) -> None:
+    """It is pickled once more when it has changed meanwhile."""
+    text = """
+        import itertools, sys, threading
+        from cloudexec import BatchExecutor
+
+        class Value:
+            pass
+
+        table, stopped = {}, threading.Event()
+
+        def size():
+            return len(table)
+
+        def fill():
+            for i in itertools.count():
+                table[i % 1000 + len(table)] = Value()
+                if stopped.is_set():
+                    return
+                if len(table) > 500:
+                    table.clear()
+
+        if __name__ == "__main__":
+            sys.setswitchinterval(1e-6)
+            with BatchExecutor(1) as executor:
+                thread = threading.Thread(target=fill)
+                thread.start()
+                sizes = {executor.submit(size).result() for _ in range(30)}
+                stopped.set()
+                thread.join()
+                print(len(sizes) > 5, executor.submit(size).result() == len(table))
+    """
+    assert run_script(tmp_path, text).split() == ["True", "True"]
+
+
 def test_a_global_that_is_defined_later_is_seen(tmp_path: Path) -> None:
     """By functions that were sent before, and in the functions that these use."""
     text = """
