@@ -20,6 +20,8 @@ from typing import Any
 
 import cloudpickle
 
+from cloudexec._errors import PayloadError
+
 __all__ = [
     "NAMED",
     "NAMES",
@@ -27,6 +29,7 @@ __all__ = [
     "fill_class",
     "fill_enum",
     "function",
+    "instances_in",
     "make_class",
     "make_enum",
     "name_of",
@@ -36,6 +39,7 @@ __all__ = [
 
 NAMED = frozenset({FunctionType, type, type(functools.lru_cache(len))})
 """Types of what a module defines under the name that it knows itself; and all classes."""
+_LOOKED_AT = 10_000
 NAMES = frozenset({"__main__", "__mp_main__"})
 """What the script is called, also in a process that ``multiprocessing`` has spawned from it."""
 _ABSENT = object()
@@ -200,11 +204,11 @@ class Again:
     Args:
         way: ``"path"`` or ``"module"``.
         where: Which it is.
-        names: Of the globals.
+        kinds: The names of the globals, with what class each is of in the client.
     """
 
-    def __init__(self, way: str, where: str, names: list[str]) -> None:
-        self._arguments = way, where, names
+    def __init__(self, way: str, where: str, kinds: dict[str, str]) -> None:
+        self._arguments = way, where, kinds
 
     def __reduce__(self) -> Any:
         return _take_again, self._arguments
@@ -216,9 +220,43 @@ def _run_again(way: str, where: str) -> dict[str, Any]:
     return run(where, run_name="__mp_main__")
 
 
-def _take_again(way: str, where: str, names: list[str]) -> dict[str, Any]:
+def _take_again(way: str, where: str, kinds: dict[str, str]) -> dict[str, Any]:
     found = _run_again(way, where)
-    return {name: found[name] for name in names}
+    for name, kind in kinds.items():
+        if name not in found or (found[name] is None and kind != "builtins.NoneType"):
+            raise PayloadError(
+                f"global {name} cannot be sent ({kind}), and the script makes it only where it "
+                f"runs as the program: open it in an initializer, or make it above "
+                f"if __name__ == '__main__':"
+            )
+    taken = {name: found[name] for name in kinds}
+    for each, cls in instances_in(taken):
+        mine: Any = sys.modules["__main__"]
+        for part in cls.__qualname__.split("."):
+            mine = getattr(mine, part, None)
+        # Of the class that tasks know, whose functions share their globals.
+        with contextlib.suppress(TypeError, AttributeError):
+            each.__class__ = mine
+    return taken
+
+
+def instances_in(value: Any) -> Iterator[tuple[Any, type]]:
+    """Give the objects of the script's classes in what only the script can make."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting and len(seen) < _LOOKED_AT:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        kind = type(each)
+        if kind is dict:
+            waiting += each.values()
+        elif kind in (list, tuple, set):
+            waiting += each
+        elif kind.__module__ in NAMES and not isinstance(each, type):
+            yield each, kind
+            waiting += getattr(each, "__dict__", {}).values()
 
 
 @functools.cache

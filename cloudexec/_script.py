@@ -373,11 +373,34 @@ class Script:
             noun = f"global {name}{f' of {user}()' if user else ''}"
             said = explain_value(noun, value, exc) or f"{noun} cannot be sent ({describe(exc)})"
             raise PayloadError(f"{said}{why and f'; {why}'}") from exc
-        _logger.debug("%s is taken from the script, which runs in each process", ", ".join(names))
+        kinds = {own: _type_of(_main.namespace().get(own)) for own in names}
+        pickled = pickle.dumps(_main.Again(*again, kinds), 5)
+        if pickled != each.pickled:
+            _logger.debug(
+                "%s is taken from the script, which runs in each process", ", ".join(names)
+            )
+            each.pickled, each.function = pickled, None
         self._globals.update(dict.fromkeys(names, each))
-        each.pickled, each.function = pickle.dumps(_main.Again(*again, names), 5), None
+        values = [(own, _main.namespace().get(own)) for own in names]
         each.uses, each.links = set(), set()
-        each.watch = [(own, _Same(_main.namespace().get(own))) for own in names]
+        for _, cls in _main.instances_in([value for _, value in values]):
+            if (known_as := _main.name_of(cls)) is not None:
+                each.links.add(known_as.partition(".")[0])
+        each.links.difference_update(names)
+        each.watch = None
+        if not any(_may_change(value) for _, value in values):
+            each.watch = [(own, _Same(value)) for own, value in values]
+
+
+def _type_of(value: Any) -> str:
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}".replace("__main__.", "__mp_main__.")
+
+
+def _may_change(value: Any) -> bool:
+    """Whether something that cannot be sent now may be, later, as the same object."""
+    kind = type(value)
+    return kind in (dict, list, set) or kind.__module__ in _main.NAMES
 
 
 def _depth(value: Any) -> tuple[bool, int]:

@@ -513,7 +513,7 @@ class Slot:
 
     def _fail_unpickling(self, delivery: int, seconds: float, exc: BaseException) -> None:
         error = exc
-        if not is_a(exc, NestingError):
+        if not is_a(exc, (NestingError, PayloadError)):
             remedy = _remedy(exc) or if_not_found(exc, "what they need must be importable there")
             error = PayloadError(
                 f"the callable or its arguments could not be unpickled in the worker "

@@ -654,6 +654,18 @@ numbers = itertools.count()
 generator: Iterator[int] = (n for n in range(9))
 this_file = open(__file__)  # noqa: SIM115
 view = memoryview(b"abc")
+
+
+class Store:
+    def __init__(self) -> None:
+        self.database = sqlite3.connect(":memory:", check_same_thread=False)
+        self.lines: list[Any] = [Other()]
+
+    def read(self) -> tuple[Any, int]:
+        return self.database.execute("select 1").fetchone(), bump()
+
+
+stores = {"one": Store()}
 event.set()
 
 
@@ -719,7 +731,11 @@ def references() -> tuple[Any, ...]:
 
 def opened() -> tuple[Any, ...]:
     row = database.execute("select 1").fetchone()
-    return row, next(generator), this_file.readline() != "", bytes(view)
+    store = stores["one"]
+    before = count
+    read, after = store.read()
+    mine = isinstance(store, Store), isinstance(store.lines[0], Other), after - before
+    return row, next(generator), this_file.readline() != "", bytes(view), read, mine
 
 
 @probe

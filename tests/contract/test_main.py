@@ -267,6 +267,35 @@ def test_a_global_that_cannot_be_sent_is_named_with_the_remedy(tmp_path: Path, f
     assert said[1] == "1"
 
 
+def test_what_the_script_makes_later_is_not_taken_from_it(tmp_path: Path) -> None:
+    """What it makes under its guard is named; what can be sent after all is sent."""
+    text = """
+        import sqlite3
+        from cloudexec import BatchExecutor
+
+        DB = None
+        state = {"limit": 1, "db": sqlite3.connect(":memory:")}
+
+        def work():
+            return DB.execute("select 1").fetchone()
+
+        def limit():
+            return state["limit"]
+
+        if __name__ == "__main__":
+            DB = sqlite3.connect(":memory:")
+            with BatchExecutor(1) as executor:
+                print(executor.submit(work).exception())
+                print(executor.submit(limit).result())
+                state["limit"] = 2
+                del state["db"]
+                print(executor.submit(limit).result())
+    """
+    said = run_script(tmp_path, text).splitlines()
+    assert said[0].startswith("global DB cannot be sent (sqlite3.Connection), and the script makes")
+    assert said[1:] == ["1", "2"]
+
+
 def test_an_initializer_elsewhere_has_large_globals(tmp_path: Path) -> None:
     """They travel before the first task does."""
     text = """
