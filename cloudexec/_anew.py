@@ -219,7 +219,7 @@ def _is_of_script(module: Any) -> bool:
 def _wrapper_attributes(wrapper: Any, made: Iterable[str]) -> dict[str, Any]:
     """Return what a wrapper has been given besides what ``functools.update_wrapper`` copies."""
     attributes: dict[str, Any] = {}
-    copied = {*functools.WRAPPER_ASSIGNMENTS, "__wrapped__", "__annotate__", *made}
+    copied = {*functools.WRAPPER_ASSIGNMENTS, "__wrapped__", "__annotate__", "__dict__", *made}
     for name in functools.WRAPPER_ASSIGNMENTS:
         value = getattr(wrapper, name, None)
         if value != getattr(wrapper.__wrapped__, name, None):

@@ -264,6 +264,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             if "__slots__" in vars(obj):
                 _keep_slots(obj, reduced)
             if reduced[0] is cloudpickle.cloudpickle._make_skeleton_class:
+                if "__class__" in reduced[2][0]:  # it can be given to a class only as it is made
+                    reduced[1][3]["__class__"] = reduced[2][0].pop("__class__")
                 reduced = _main.make_class, *reduced[1:5], _main.fill_class
             elif issubclass(obj, enum.Enum):
                 reduced = _reduce_enum(obj, *reduced)

@@ -386,6 +386,26 @@ def counting(x: int) -> int:
     return x
 
 
+class Proxy:
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._target, name)
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._target)
+
+
+@functools.lru_cache
+class Cached:
+    pass
+
+
+proxy = Proxy(collections.Counter(a=3))
 bound = functools.partial(counting, 7)
 Number = typing.NewType("Number", int)
 Parameters = typing.ParamSpec("Parameters")
@@ -419,6 +439,7 @@ def found_by_name(missing: Any) -> tuple[Any, ...]:
         Checks.checks[0](),
         (counting(1), bound(), counting(2)),
         (Number(3), Number.__name__, Parameters.__name__),
+        (isinstance(proxy, collections.Counter), proxy.most_common(), Cached() is Cached()),
         (missing is MISSING, MISSING.name, sys.modules["__main__"].computed),
     )
 
