@@ -175,19 +175,31 @@ _SETTLED = frozenset({"__dataclass_fields__", "__dataclass_params__", "_abc_impl
 """Attributes of a class that say what stands elsewhere in it."""
 
 
+_OF_MEMBERS = frozenset({"_name_", "_value_", "__objclass__", "_sort_order_"})
+"""What every member of an enum has."""
+
+
 class _Class:
     """A class by value."""
 
-    __slots__ = ("_cls", "_names", "_registered")
+    __slots__ = ("_cls", "_members", "_names", "_registered")
 
     def __init__(self, cls: type) -> None:
         self._cls = cls
         self._names = _settled(cls)
+        members: list[Any] = []
+        if isinstance(cls, enum.EnumMeta):
+            members += cls.__members__.values()
+        self._members = [(each, dict(vars(each))) for each in members]
         self._registered = abc.get_cache_token() if isinstance(cls, abc.ABCMeta) else None
 
     def values(self) -> Iterator[Any]:
         if isinstance(self._cls, enum.EnumMeta):
-            return  # its members are what they were when it was defined
+            for _, attributes in self._members:
+                for name, value in attributes.items():
+                    if name not in _OF_MEMBERS:
+                        yield value
+            return  # what else there is of it is what it was when it was defined
         yield from self._cls.__bases__
         for name, value in self._names.items():
             if isinstance(value, _OF_CLASS) or name in _SETTLED:
@@ -209,6 +221,9 @@ class _Class:
                 return False
         for name, value in then.items():
             if now.get(name, _MISSING) is not value:
+                return False
+        for member, attributes in self._members:
+            if not _is_same(member.__dict__, attributes):
                 return False
         return self._registered is None or abc.get_cache_token() == self._registered
 

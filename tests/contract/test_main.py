@@ -96,6 +96,7 @@ def test_a_global_that_the_program_changes_is_sent_again_and_no_other(tmp_path: 
 def test_code_that_the_program_changes_is_sent_again(tmp_path: Path) -> None:
     """A function that is defined anew, a class that gets another attribute, a default."""
     text = """
+        import enum
         from cloudexec import BatchExecutor
 
         class Model:
@@ -106,6 +107,15 @@ def test_code_that_the_program_changes_is_sent_again(tmp_path: Path) -> None:
 
         def scale(by=1):
             return by
+
+        class Kind(enum.Enum):
+            A = 1
+
+            def __init__(self, value):
+                self.label = value
+
+        def label():
+            return Kind.A.label
 
         if __name__ == "__main__":
             with BatchExecutor(1) as executor:
@@ -123,8 +133,20 @@ def test_code_that_the_program_changes_is_sent_again(tmp_path: Path) -> None:
                 print(executor.submit(Model().score).result())
                 del Model.score
                 print(executor.submit(hasattr, Model(), "score").result())
+                print(executor.submit(label).result())
+                Kind.A.label = "changed"
+                print(executor.submit(label).result())
     """
-    assert run_script(tmp_path, text).split() == ["1", "3", "6", "30", "-1", "False"]
+    assert run_script(tmp_path, text).split() == [
+        "1",
+        "3",
+        "6",
+        "30",
+        "-1",
+        "False",
+        "1",
+        "changed",
+    ]
 
 
 def test_a_global_that_another_thread_fills_is_sent(tmp_path: Path) -> None:
