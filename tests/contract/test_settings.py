@@ -35,7 +35,7 @@ def pools():
         context = multiprocessing.get_context(kind)
         yield kind, concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
     from cloudexec import BatchExecutor
-    yield "cloudexec", BatchExecutor(1)
+    yield "cloudexec", BatchExecutor(1, forward_logs=False)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_tasks_of_a_worker_that_stands_still_run_elsewhere(mode: str, tmp_path: 
     with start(mode) as executor:
         hasten(executor)
         futures = []
-        for number in range(20):
+        for number in range(60):
             future = executor.submit(tasks.mark_and_wait, str(tmp_path), number, 0.1, 100_000)
             future.add_done_callback(resolved.append)
             futures.append(future)
@@ -106,14 +106,14 @@ def test_tasks_of_a_worker_that_stands_still_run_elsewhere(mode: str, tmp_path: 
         supervisor.send_signal(signal.SIGSTOP)
         until(lambda: executor.stats().workers.lost)
         results = [future.result(PATIENCE) for future in futures]
-        assert [number for number, _, _ in results] == list(range(20))
+        assert [number for number, _, _ in results] == list(range(60))
         assert all((content == number).all() for number, _, content in results)
         # It is told to end, and cannot hear that.
         assert_gone([supervisor, *slots])
-    assert len(resolved) == len(set(resolved)) == 20
+    assert len(resolved) == len(set(resolved)) == 60
     calls = [path.stat().st_size for path in tmp_path.iterdir()]
     assert max(calls) == 2  # what it ran when it stopped
-    assert sum(calls) <= 20 + 2 * len(slots)
+    assert sum(calls) <= 60 + 2 * len(slots)
 
 
 @pytest.mark.parametrize("mode", ["local", "wire"])

@@ -38,6 +38,8 @@ def key_of(folder: Path) -> str:
     options = TaskOptions(**values.get("options", {}))
     blobs = BlobStore(ObjectOptions().limits(), shared=False)
     function, _, payload = FunctionTable(lambda number: None, blobs).call(fn, args, kwargs)
+    if function is not None and not function.pickle:
+        function = None  # what it stands for comes with the arguments
     store = SqliteStore(folder / "journal")
     nobody: Any = None
     journal = Journal(store, Program(), nobody, nobody, nobody)
