@@ -86,6 +86,7 @@ class Child:
         self.tail: dict[int, bytearray] = {}
         self.timer: asyncio.TimerHandle | None = None
         self.stop_timer: asyncio.TimerHandle | None = None
+        self.unopened: set[int] = set()  # deliveries that it has run, and whose results are lost
         self.arena = -1  # the file with its small results
         self.small = 0  # of these, those that have not been taken
         self.small_bytes = 0

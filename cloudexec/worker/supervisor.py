@@ -670,7 +670,7 @@ class SlotPool:
         if slot.is_lost:  # nobody knows what became of these
             guilty = list(slot.held)
         else:
-            guilty = [number for number in slot.held if number == current]
+            guilty = [n for n in slot.held if n == current or n in slot.unopened]
         if not guilty and slot.held:
             # It had not begun with any: nobody is to blame, unless this happens time and again.
             number, first = next(iter(slot.held.items()))
@@ -1093,11 +1093,12 @@ class SlotPool:
         except OSError as exc:
             for blob in blobs:
                 self._drop(blob)
+            slot.unopened.add(delivery)
             if exc.errno in (errno.EMFILE, errno.ENFILE) and not slot.exited:
                 self._refuse_result(slot, delivery, [place.number for place in places], exc)
             elif not slot.exited:
                 self._kill(slot)  # it is dying, or its files are hidden from us: it waits for us
-            return  # it is to blame for this delivery, which is the last one that it began
+            return  # it is to blame for this delivery, which it has run
         files = [blob.place.number for blob in blobs if blob.owner is None]
         self._waiting_files += len(files)
         self._waiting_bytes += sum([blob.place.size for blob in blobs])
@@ -1176,8 +1177,8 @@ class SlotPool:
             slot.small_bytes -= block_size(blob.place.size)
             if not slot.exited:
                 self._release(slot, [blob.place.number])
-            elif not slot.small:
-                slot.close_arena()
+            elif not slot.small and slot.number not in self._slots:
+                slot.close_arena()  # all that it said has been read
         while self._blocked and not self._is_full():
             self._release(*self._blocked.popleft())
         if self._queue:
@@ -1342,7 +1343,7 @@ class SlotPool:
         taken = [
             slot.held.pop(number)
             for number in list(slot.held)
-            if number != current and number <= slot.fence
+            if number != current and number <= slot.fence and number not in slot.unopened
         ]
         for item in taken:
             slot.seconds -= item.seconds
