@@ -43,6 +43,7 @@ class Frames(asyncio.Protocol):
         self.at_once: Callable[[bytes], bool] | None = None
         """Takes a message as it comes, or says that it is to be read in its turn: this spares the
         reader's task from being woken, and the loop a round."""
+        self._failure: Exception | None = None  # of taking a message as it came
         self._on_made = on_made
         self._input = bytearray()
         self._frames: deque[tuple[int, bytes]] = deque()
@@ -98,8 +99,11 @@ class Frames(asyncio.Protocol):
     def _is_taken(self, message: bytes) -> bool:
         try:
             return self.at_once is not None and self.at_once(message)
-        except Exception:
-            return False  # whoever reads it learns of that
+        except Exception as exc:
+            # Part of it may have been done: it is not to be taken once more by whoever reads.
+            self.at_once, self._failure = None, exc
+            self._wake_reader()
+            return True
 
     def _wake_reader(self) -> None:
         reader, self._reader = self._reader, None
@@ -111,8 +115,11 @@ class Frames(asyncio.Protocol):
 
         Raises:
             ConnectionError: If none will come.
+            Exception: Whatever taking a message as it came has raised.
         """
-        while not self._frames:
+        while not self._frames or self._failure is not None:
+            if self._failure is not None:
+                raise self._failure
             if self.is_lost:
                 raise ConnectionError(_LOST)
             self._reader = asyncio.get_running_loop().create_future()

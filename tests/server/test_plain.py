@@ -15,7 +15,7 @@ from hostile_peers import contact_of, double, hello, refusals, wait_until
 
 from cloudexec import BatchExecutor, ProtocolError, _enrolment
 from cloudexec._errors import LaunchError
-from cloudexec._plain import CALL, MESSAGE, STATUS, Channel
+from cloudexec._plain import CALL, MESSAGE, STATUS, Channel, Frames
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._rpc import CallError
 from cloudexec._wire import MAX_MESSAGE_BYTES
@@ -157,3 +157,24 @@ def test_more_than_anybody_reads_waits_on_its_way(executor: BatchExecutor) -> No
     size, count = 60_000, 400
     results = executor.map(bytes, [size] * count)
     assert sum(map(len, results)) == size * count
+
+
+def test_a_message_that_cannot_be_taken_as_it_comes_is_taken_once() -> None:
+    """Half of it may have been done: whoever reads is told, and does not get it again."""
+    taken: list[bytes] = []
+
+    def take(message: bytes) -> bool:
+        taken.append(message)
+        raise OSError("no room")
+
+    async def read() -> None:
+        frames = Frames()
+        frames.at_once = take
+        header = struct.Struct("<BI").pack(1, 2)
+        frames.data_received(header + b"ab" + header + b"cd")
+        for _ in range(2):
+            with pytest.raises(OSError, match="no room"):
+                await asyncio.wait_for(frames.receive(), 5)
+
+    asyncio.run(read())
+    assert taken == [b"ab"]
