@@ -25,25 +25,25 @@ from cloudexec import PayloadError, RemoteTraceback, WorkerLostError
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("default")]
 
-_PROCESSES = "counts or watches the pool's _processes; the slots here belong to a supervisor"
-_MANAGER = "replaces or watches the pool's _executor_manager_thread, which is not here"
-_ITSELF = "makes a ProcessPoolExecutor, not the executor under test, and watches its _processes"
+_PROCESSES = "It watches the pool's _processes, which belong to another process here."
+_MANAGER = "It replaces or watches the pool's _executor_manager_thread, which does not exist here."
+_ITSELF = "It makes a ProcessPoolExecutor instead of the executor under test."
 
 DESELECTED = {
     "ProcessPoolExecutorTest.test_idle_process_reuse_multiple": _PROCESSES,
     "ProcessPoolExecutorTest.test_idle_process_reuse_one": _PROCESSES,
     "ProcessPoolExecutorTest.test_killed_child": (
-        "kills one of _processes and expects the whole pool to break; here one future fails"
+        "It kills a process and expects the whole pool to break, where one future fails here."
     ),
     "ProcessPoolExecutorTest.test_max_tasks_per_child": _PROCESSES,
     "ProcessPoolExecutorTest.test_max_tasks_per_child_defaults_to_spawn_context": (
-        "looks at _mp_context, which is not here"
+        "It looks at _mp_context, which does not exist here."
     ),
     "ProcessPoolExecutorTest.test_max_workers_too_large": (
-        "makes a ProcessPoolExecutor to look at a limit of its own on Windows"
+        "It makes a ProcessPoolExecutor and looks at a limit of that on Windows."
     ),
     "ProcessPoolExecutorTest.test_python_finalization_error": (
-        "makes the start of the pool's queue feeder thread fail, which is not here"
+        "It makes the start of the pool's queue feeder thread fail, which does not exist here."
     ),
     "ProcessPoolExecutorTest.test_saturation": _PROCESSES,
     "ProcessPoolShutdownTest.test_context_manager_shutdown": _ITSELF,
@@ -51,8 +51,8 @@ DESELECTED = {
     "ProcessPoolShutdownTest.test_processes_terminate": _PROCESSES,
     "ProcessPoolShutdownTest.test_shutdown_no_wait": _ITSELF,
     "ExecutorShutdownTest.test_cancel_futures": (
-        "expects calls to survive because they are in the pool's call queue, where they count as "
-        "running; here what no process has begun is cancelled, as documented"
+        "It expects that calls in the pool's call queue count as running, where calls that no "
+        "process has begun are cancelled here."
     ),
     "ExecutorDeadlockTest.test_gh105829_should_not_deadlock_if_wakeup_pipe_full": _MANAGER,
     "ExecutorDeadlockTest.test_shutdown_deadlock_pickle": _MANAGER,
