@@ -1,4 +1,4 @@
-"""What breaks, and where: the outcome of each pair. README's "When things fail" is this table."""
+"""What breaks, and where: the outcome of each pair. docs/concepts/failures.md has this table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Outcome:
     """What a task comes to.
 
     Attributes:
-        words: As the README says it.
+        words: As the page says it.
         error: The type of its exception.
         attempts: How many were begun.
         lost: How many of them were lost.
@@ -55,12 +55,16 @@ class Outcome:
 
 
 def payload_error(says: str, *, sent: bool = True) -> Outcome:
-    words = "`PayloadError`" if sent else "`PayloadError`; nothing is sent"
+    words = (
+        "It fails with `PayloadError`."
+        if sent
+        else "It fails with `PayloadError`; nothing is sent."
+    )
     return Outcome(words, PayloadError, attempts=int(sent), says=says)
 
 
 EXITED = Outcome(
-    "`WorkerLostError` after three attempts, with `exit_code`",
+    "It fails with `WorkerLostError` after three attempts, with `exit_code`.",
     WorkerLostError,
     attempts=3,
     lost=3,
@@ -68,7 +72,7 @@ EXITED = Outcome(
     says="exited with code 7",
 )
 KILLED = Outcome(
-    "`WorkerLostError` after three attempts, with `signal` and peak memory",
+    "It fails with `WorkerLostError` after three attempts, with `signal` and peak memory.",
     WorkerLostError,
     attempts=3,
     lost=3,
@@ -76,32 +80,35 @@ KILLED = Outcome(
     says="SIGKILL",
 )
 OUTGREW = Outcome(
-    "`WorkerLostError` at once, `out_of_memory`, with peak memory",
+    "It fails at once with `WorkerLostError`, with `out_of_memory` and peak memory.",
     WorkerLostError,
     evidence=(("out_of_memory", True),),
     says="100 MiB",
 )
-HUNG = Outcome("`TaskTimeoutError` at once", TaskTimeoutError, says="timeout")
-NO_ROOM = Outcome("`PayloadTooLargeError`", PayloadTooLargeError, says="no room")
+HUNG = Outcome("It fails at once with `TaskTimeoutError`.", TaskTimeoutError, says="timeout")
+NO_ROOM = Outcome("It fails with `PayloadTooLargeError`.", PayloadTooLargeError, says="no room")
 NO_ROOM_HERE = Outcome(
-    "`PayloadTooLargeError`; nothing is sent", PayloadTooLargeError, attempts=0, says="no room"
+    "It fails with `PayloadTooLargeError`; nothing is sent.",
+    PayloadTooLargeError,
+    attempts=0,
+    says="no room",
 )
-YOURS = Outcome("your program ends, its workers with it", BaseException)
-INTERRUPTED = Outcome("`submit()` hangs; Ctrl-C ends it", KeyboardInterrupt)
-UNLIMITED = Outcome("as far as your machine goes", BaseException)
+YOURS = Outcome("Your program ends, and its workers with it.", BaseException)
+INTERRUPTED = Outcome("`submit()` hangs until you press Ctrl-C.", KeyboardInterrupt)
+UNLIMITED = Outcome("It goes on as far as your machine allows.", BaseException)
 
 PHASES = (
-    "arguments are pickled (in your thread)",
-    "arguments are unpickled",
-    "it runs",
-    "its result is pickled",
-    "a large result is sent",
+    "when its arguments are pickled, in your thread",
+    "when its arguments are unpickled",
+    "while it runs",
+    "when its result is pickled",
+    "when a large result is sent",
 )
 MATRIX: dict[str, tuple[Outcome, ...]] = {
     "error": (
         payload_error("on purpose", sent=False),
         payload_error("on purpose"),
-        Outcome("the exception itself", ArithmeticError, says="on purpose"),
+        Outcome("It fails with the exception itself.", ArithmeticError, says="on purpose"),
         payload_error("on purpose"),
         payload_error("on purpose"),
     ),
@@ -110,7 +117,7 @@ MATRIX: dict[str, tuple[Outcome, ...]] = {
     "memory refused": (
         payload_error("MemoryError", sent=False),
         payload_error("too little memory"),
-        Outcome("`MemoryError`", MemoryError),
+        Outcome("It fails with `MemoryError`.", MemoryError),
         payload_error("too little memory"),
         payload_error("too little memory"),
     ),
@@ -119,34 +126,34 @@ MATRIX: dict[str, tuple[Outcome, ...]] = {
     "disk full": (
         NO_ROOM_HERE,
         NO_ROOM,
-        Outcome("the `OSError` itself", OSError, says="No space left"),
+        Outcome("It fails with the `OSError` itself.", OSError, says="No space left"),
         payload_error("disk is full"),
         NO_ROOM,
     ),
 }
 NAMES = {
-    "error": "an error (`raise`)",
-    "exit": "an exit (`os._exit`)",
-    "signal": "a signal (SIGKILL, a segfault)",
-    "memory refused": "memory refused (`ulimit -v`)",
-    "memory limit": "more memory than `with_options(memory=)`",
-    "hang": "a hang, with `timeout=`",
-    "disk full": "a full disk",
+    "error": "It raises an error.",
+    "exit": "It exits (`os._exit`).",
+    "signal": "A signal ends it (SIGKILL, a segmentation fault).",
+    "memory refused": "The system refuses memory (`ulimit -v`).",
+    "memory limit": "It takes more memory than `with_options(memory=)`.",
+    "hang": "It hangs, and has a `timeout=`.",
+    "disk full": "The disk is full.",
 }
 
 
 def table() -> str:
-    """Return the matrix as the README has it."""
-    lines = ["| what breaks while | " + " | ".join(PHASES) + " |"]
+    """Return the matrix as the page has it."""
+    lines = ["| what breaks | " + " | ".join(PHASES) + " |"]
     lines.append("| --- " * (len(PHASES) + 1) + "|")
     for fault, outcomes in MATRIX.items():
         lines.append("| " + " | ".join((NAMES[fault], *(each.words for each in outcomes))) + " |")
     return "\n".join(lines)
 
 
-def test_readme_has_this_table() -> None:
-    readme = Path(__file__).parents[2] / "README.md"
-    assert table() in readme.read_text()
+def test_page_on_failures_has_this_table() -> None:
+    page = Path(__file__).parents[2] / "docs" / "concepts" / "failures.md"
+    assert table() in page.read_text()
 
 
 def cells(*phases: int, without: tuple[str, ...] = ()) -> pytest.MarkDecorator:
