@@ -456,8 +456,8 @@ class BatchExecutor(_Base):
         journal: A file, or ``s3://bucket/prefix``, that has the result of each call as soon as it
             is there: the same program run again, after whatever has ended it, gets these results
             without running the calls again, and workers elsewhere that still live go on for it. A
-            file belongs to this user alone, and to one program at a time. See the README,
-            "Resuming after a crash".
+            file belongs to this user alone, and to one program at a time. See
+            ``docs/how-to/resuming.md``.
         max_pending_bytes: Bytes, or ``"2GiB"``, of pickled arguments of calls that are submitted
             and not done; their large parts are counted by ``objects``. ``None``: no limit.
         max_pending_tasks: Calls that are submitted and not done; ``None``: no limit.

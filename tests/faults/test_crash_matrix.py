@@ -132,19 +132,19 @@ MATRIX: dict[str, tuple[Outcome, ...]] = {
     ),
 }
 NAMES = {
-    "error": "It raises an error.",
-    "exit": "It exits (`os._exit`).",
-    "signal": "A signal ends it (SIGKILL, a segmentation fault).",
+    "error": "The task raises an error.",
+    "exit": "The task exits (`os._exit`).",
+    "signal": "A signal ends the process (SIGKILL, a segmentation fault).",
     "memory refused": "The system refuses memory (`ulimit -v`).",
-    "memory limit": "It takes more memory than `with_options(memory=)`.",
-    "hang": "It hangs, and has a `timeout=`.",
+    "memory limit": "The task takes more memory than `with_options(memory=)`.",
+    "hang": "The task hangs, and has a `timeout=`.",
     "disk full": "The disk is full.",
 }
 
 
 def table() -> str:
     """Return the matrix as the page has it."""
-    lines = ["| what breaks | " + " | ".join(PHASES) + " |"]
+    lines = ["| what happens | " + " | ".join(PHASES) + " |"]
     lines.append("| --- " * (len(PHASES) + 1) + "|")
     for fault, outcomes in MATRIX.items():
         lines.append("| " + " | ".join((NAMES[fault], *(each.words for each in outcomes))) + " |")
