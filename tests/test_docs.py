@@ -32,7 +32,7 @@ from cloudexec.testing import FakeAWS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 _FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[a-z]+)(?:: (?P<file>\S+))? -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,

@@ -1,4 +1,4 @@
-"""Makes pages of the site from files outside of docs/, and leads links to them there."""
+"""Makes pages of the site from files outside of docs/, and leads links to these pages."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Replace links that lead out of docs/ by links to the pages of the site."""
+    """Replace links between docs/ and files outside of it by links between pages of the site."""
     here = posixpath.dirname(page.file.src_uri)
+    sources = {made: path for path, made in _OUTSIDE.items() if made != "index.md"}
+    source = posixpath.dirname(sources.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 
     def target(match: re.Match[str]) -> str:
-        path = posixpath.normpath(posixpath.join("docs", here, match[1]))
-        if path not in _OUTSIDE:
-            return match[0]
-        return f"]({posixpath.relpath(_OUTSIDE[path], here or '.')}{match[2] or ''})"
+        path = posixpath.normpath(posixpath.join(source, match[1]))
+        made = _OUTSIDE.get(path, path.removeprefix("docs/"))
+        return f"]({posixpath.relpath(made, here or '.')}{match[2] or ''})"
 
     return re.sub(r"\]\(([^)#:\s]+)(#[^)]*)?\)", target, markdown)
