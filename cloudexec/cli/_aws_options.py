@@ -65,7 +65,9 @@ def aws_options_for(profile: str) -> Callable[[Callable[..., Any]], Callable[...
     options = (
         click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs."),
         click.option(
-            "--region", metavar="REGION", help="By default the profile's, or the AWS default."
+            "--region",
+            metavar="REGION",
+            help="AWS region; by default that of the profile, or else of the AWS SDK.",
         ),
         profile_option(profile),
     )
@@ -79,7 +81,7 @@ def aws_options_for(profile: str) -> Callable[[Callable[..., Any]], Callable[...
 
 
 aws_options = aws_options_for(
-    "Look at this profile's queues only; by default at all of the region."
+    "Look only at the queues of this profile; by default at all queues of the region."
 )
 
 

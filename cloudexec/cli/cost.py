@@ -8,11 +8,11 @@ from cloudexec.cli._aws_options import aws_options, echo_json, ends_well
 
 
 @click.command("cost", short_help="Show what executors cost.")
-@click.option("-e", "--executor", metavar="ID", help="Only this executor.")
+@click.option("-e", "--executor", metavar="ID", help="Show only this executor.")
 @click.option(
     "--refresh",
     is_flag=True,
-    help="Look today's list prices up first, and keep them. Needs pricing:GetProducts.",
+    help="Look up today's list prices first, and keep them. This needs pricing:GetProducts.",
 )
 @aws_options
 @ends_well
@@ -23,11 +23,11 @@ def cost_command(
     region: str | None,
     as_json: bool,
 ) -> None:
-    """Show what executors cost so far, as long as AWS Batch remembers their jobs (7 days or more).
+    """Show what executors have cost so far. AWS Batch remembers their jobs for 7 days or more.
 
-    These are list prices of vCPUs, memory, storage and public addresses while workers ran; "~"
-    marks estimates. Images' downloads, logs, data transfer, discounts and taxes are not in them:
-    the bill decides.
+    The costs are the list prices of vCPUs, memory, storage and public addresses while workers ran;
+    "~" marks estimates. Downloads of images, logs, data transfer, discounts and taxes are not
+    included, so the bill of AWS will differ.
     """
     from cloudexec._aws.monitor import Monitor
     from cloudexec.cli._table import Column, duration, show, since, usd

@@ -28,14 +28,16 @@ _options = aws_options_for("Look into the region of this profile.")
 def definitions_command() -> None:
     """Look after the job definitions that executors registered.
 
-    An executor registers a definition once for each combination of image, size, roles and network,
-    and uses it again: its name is a hash of what is in it. Definitions cost nothing, and those
-    that were removed are registered again when they are needed.
+    An executor registers one definition for each combination of image, size, roles and network, and
+    uses it again; its name is a hash of its content. Definitions cost nothing. A definition that
+    was removed is registered again when it is needed.
     """
 
 
 @definitions_command.command("list", short_help="List job definitions.")
-@click.option("--all", "is_all", is_flag=True, help="List removed ones too, which AWS still has.")
+@click.option(
+    "--all", "is_all", is_flag=True, help="List also removed definitions that AWS still has."
+)
 @_options
 @ends_well
 def list_command(is_all: bool, profile: str | None, region: str | None, as_json: bool) -> None:
@@ -81,7 +83,7 @@ def list_command(is_all: bool, profile: str | None, region: str | None, as_json:
 def describe_command(
     definition: str, profile: str | None, region: str | None, as_json: bool
 ) -> None:
-    """Print all that AWS has of a definition, as JSON; by default of its latest revision."""
+    """Print everything that AWS has of a definition, as JSON; by default of its latest revision."""
     name, revision = _parsed(definition)
 
     async def find(clients: AwsClients) -> list[_Definition]:
@@ -102,7 +104,7 @@ def describe_command(
 @click.option(
     "--image",
     metavar="IMAGE",
-    help="By default the profile's, for this Python. In Amazon ECR, a tag becomes a digest.",
+    help="Image of the workers; by default the profile's. In Amazon ECR, its digest is used.",
 )
 @click.option("--vcpus", type=float, default=1.0, show_default=True, metavar="N")
 @click.option("--memory", default="2GiB", show_default=True, metavar="SIZE")
@@ -110,25 +112,25 @@ def describe_command(
 @click.option(
     "--compute", type=click.Choice(["fargate", "ec2"]), default="fargate", show_default=True
 )
-@click.option("--job-role", metavar="ARN", help="What tasks may do. By default the profile's.")
+@click.option("--job-role", metavar="ARN", help="Role of the tasks; by default the profile's.")
 @click.option(
     "--execution-role",
     metavar="ARN",
-    help="Who pulls the image and reads the key. By default the profile's.",
+    help="Role that pulls the image and reads the key; by default the profile's.",
 )
-@click.option("--log-group", metavar="NAME", help="By default the profile's.")
+@click.option("--log-group", metavar="NAME", help="Log group; by default the profile's.")
 @click.option(
     "--ephemeral",
     "ephemeral_gib",
     type=click.IntRange(21, 200),
     metavar="GIB",
-    help="Disk of a Fargate worker; by default 20.",
+    help="Disk of a Fargate worker; 20 by default.",
 )
 @click.option(
     "--public-ip/--no-public-ip",
     "public_ip",
     default=None,
-    help="Whether workers get a public address. By default as the profile says, else yes.",
+    help="Whether workers get a public address; by default the profile decides, or else they do.",
 )
 @aws_options_for("Take its region, and what is not given, from this profile.")
 @ends_well
@@ -149,8 +151,8 @@ def register_command(
 ) -> None:
     """Register a definition and print its ARN, for `Batch(definition=...)` and other tools.
 
-    One with the same content is not registered again. Executors need none: they register what
-    they miss themselves.
+    A definition with the same content is not registered again. Executors do not need this command:
+    they register the definitions that they need.
     """
     from cloudexec._aws.definitions import (
         DefinitionSpec,
@@ -204,7 +206,7 @@ def register_command(
 
 @definitions_command.command("deregister", short_help="Remove definitions.")
 @click.argument("definitions", metavar="[NAME[:REVISION]]...", nargs=-1)
-@click.option("--all", "is_all", is_flag=True, help="Remove all of cloudexec's.")
+@click.option("--all", "is_all", is_flag=True, help="Remove all definitions of cloudexec.")
 @click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
 @_options
 @ends_well
@@ -216,9 +218,9 @@ def deregister_command(
     region: str | None,
     as_json: bool,
 ) -> int:
-    """Remove definitions: all revisions of a NAME, or the one given.
+    """Remove definitions: all revisions of a NAME, or only the given one.
 
-    Jobs that run go on; jobs that wait for capacity still start.
+    Jobs that run continue, and jobs that wait for capacity still start.
     """
     if is_all == bool(definitions):
         raise CommandError("say which definitions to remove, or --all")

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 _HELP = """Check a set-up: credentials, stack, queues, quotas, image, roles, key, network.
 
-Starts one worker, which dials back and runs a task, and shows where the time went; with --dry,
-nothing is started. For each thing that is wrong, it says what to do.
+The command starts one worker, which connects to this machine and runs a task, and shows where the
+time went. With --dry, it starts nothing. For each thing that is wrong, it says what to do.
 """
 
 _EPILOG = """\b
 Exit codes:
-  0    all is fine, or nearly: warnings do not count
+  0    nothing failed; there may be warnings
   1    something failed
   2    the command line is wrong
-  130  interrupted by Ctrl-C
+  130  Ctrl-C interrupted the command
 """
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"}
@@ -37,7 +37,7 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"
     short_help="Check a set-up, and say what to do.",
     context_settings={"max_content_width": 100},
 )
-@profile_option("Which set-up.", name="name", default="default")
+@profile_option("Profile of the set-up to check.", name="name", default="default")
 @click.option("--dry", "is_dry", is_flag=True, help="Start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option(
@@ -46,7 +46,7 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"
     default=600,
     show_default=True,
     metavar="SECONDS",
-    help="Time for the probe worker to dial back: a cold one may take minutes.",
+    help="Time in which the worker must connect; the first one may take minutes.",
 )
 @ends_well
 def doctor_command(name: str, is_dry: bool, as_json: bool, timeout: float) -> int:

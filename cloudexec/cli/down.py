@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 _HELP = """Remove what `cloudexec up` has set up.
 
-Ends all jobs in its queues, empties the bucket and the image repository, deregisters job
-definitions, deletes the stack and the profile, and then asks AWS for everything that carries the
-stack's tag. It says first what would be lost.
+The command first says what would be lost, and asks. Then it ends all jobs in the queues, empties
+the bucket and the image repository, deregisters job definitions, and deletes the stack and the
+profile. At the end it asks AWS for everything that carries the stack's tag.
 
-The same command again continues after an interruption; where there is nothing, it says so.
+After an interruption, the same command continues. If there is nothing to remove, it says so.
 """
 
 _EPILOG = """\b
 Exit codes:
   0    nothing is left
-  1    something is left: it is listed
+  1    something is left, and is listed
   2    the command line is wrong
   3    AWS refused, or cannot be reached
-  130  interrupted by Ctrl-C: the same command continues
+  130  Ctrl-C interrupted the command; the same command continues
 """
 
 
@@ -41,7 +41,9 @@ Exit codes:
     "--name", default="default", show_default=True, metavar="NAME", help="Name of the profile."
 )
 @click.option(
-    "--region", metavar="REGION", help="By default the profile's, else that of the AWS SDK."
+    "--region",
+    metavar="REGION",
+    help="AWS region; by default that of the profile, or else of the AWS SDK.",
 )
 @click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
 def down_command(name: str, region: str | None, is_sure: bool) -> int:

@@ -33,14 +33,14 @@ _platform_option = click.option(
     type=click.Choice(["linux/amd64", "linux/arm64"]),
     default="linux/amd64",
     show_default=True,
-    help="Of the workers, not of this machine.",
+    help="Platform of the workers, which may differ from this machine.",
 )
 _python_option = click.option(
     "--python",
     default=_LOCAL_PYTHON,
     show_default="the one that runs this",
     metavar="X.Y",
-    help="Minor version; it must be the one of the scripts that use the image.",
+    help="Minor version of Python; the scripts that use the image must have the same.",
 )
 
 
@@ -51,7 +51,7 @@ def _image_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "packages",
             multiple=True,
             metavar="PKG",
-            help="Debian package to install as well. Repeatable.",
+            help="Debian package to install as well. Can be repeated.",
         ),
         click.option(
             "--wheelhouse",
@@ -63,7 +63,7 @@ def _image_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--builder",
             default="",
             metavar="IMAGE",
-            help="The base for this machine's platform, where --base is for another one only.",
+            help="Base image for this machine's platform, if --base is for another platform.",
         ),
         click.option(
             "--base",
@@ -98,12 +98,12 @@ def _building_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def image_command() -> None:
     """Build and push the image that workers in the cloud run.
 
-    It has cloudexec, in the version that runs here, and what your functions require. Its tag is a
-    hash of all that goes in: what exists is neither built nor pushed again. Docker or Podman must
-    be running, at DOCKER_HOST or where they usually listen.
+    The image has cloudexec, in the version that runs here, and the packages that your functions
+    require. Its tag is a hash of everything that goes into it, so an image that exists is neither
+    built nor pushed again. Docker or Podman must run, at DOCKER_HOST or at its usual address.
 
-    The build uses PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_TRUSTED_HOST, PIP_CERT and the variables
-    of proxies as they are set here; none of them is in the image.
+    The build uses the variables PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_TRUSTED_HOST, PIP_CERT and
+    those of proxies as they are set here. The image does not contain them.
     """
 
 
@@ -126,13 +126,17 @@ def build_command(refresh: bool, is_verbose: bool, **options: Any) -> None:
     click.echo(image.name)
 
 
-@image_command.command("push", short_help="Push the image, built first if need be.", epilog=_EPILOG)
+@image_command.command(
+    "push", short_help="Build the image if need be, and push it.", epilog=_EPILOG
+)
 @_image_options
 @_building_options
-@profile_option("Whose repository the image goes to, and which notes it.", default="default")
+@profile_option(
+    "Profile whose repository the image goes to, and which then uses it.", default="default"
+)
 @ends_well
 def push_command(refresh: bool, is_verbose: bool, profile: str, **options: Any) -> None:
-    """Push the image to the profile's repository, built first if need be, and print its name.
+    """Build the image if need be, push it to the profile's repository, and print its name.
 
     From then on, executors with this profile and this Python version use it.
     """
@@ -175,8 +179,8 @@ def push_command(refresh: bool, is_verbose: bool, profile: str, **options: Any) 
 def use_command(image: str, python: str, platform: str, profile: str) -> None:
     """Note an image in the profile that somebody else has built and pushed, and print its name.
 
-    From then on, executors with this profile and this Python version use it. It has to be made like
-    those of `cloudexec image build`. In Amazon ECR, a tag becomes a digest.
+    From then on, executors with this profile and this Python version use it. It must be made like
+    the images of `cloudexec image build`. In Amazon ECR, a tag is replaced by its digest.
     """
     import asyncio
 
@@ -206,10 +210,10 @@ def use_command(image: str, python: str, platform: str, profile: str) -> None:
     "show", short_help="Show what would be built, and what is in use.", epilog=_EPILOG
 )
 @_image_options
-@profile_option("Whose images to show.", default="default")
+@profile_option("Profile whose images to show.", default="default")
 @ends_well
 def show_command(profile: str, **options: Any) -> None:
-    """Show what image would be built, whether it is here, and what the profile uses."""
+    """Show which image would be built, whether it is here, and which one the profile uses."""
     from cloudexec._aws.image_contents import worker_pins
     from cloudexec._aws.images import Engine, plan
     from cloudexec._aws.profile import Profile

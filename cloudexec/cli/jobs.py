@@ -23,11 +23,11 @@ _STATES = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING", "SUCCEEDED
     "states",
     type=click.Choice(_STATES, case_sensitive=False),
     multiple=True,
-    help="Only jobs in this state. Repeatable.",
+    help="Show only jobs in this state. Can be repeated.",
 )
-@click.option("--active", "active", flag_value="yes", help="Only jobs that have not ended.")
-@click.option("--inactive", "active", flag_value="no", help="Only jobs that have ended.")
-@click.option("-e", "--executor", metavar="ID", help="Only jobs of this executor.")
+@click.option("--active", "active", flag_value="yes", help="Show only jobs that have not ended.")
+@click.option("--inactive", "active", flag_value="no", help="Show only jobs that have ended.")
+@click.option("-e", "--executor", metavar="ID", help="Show only jobs of this executor.")
 @click.option("-w", "--workers", "each_worker", is_flag=True, help="Show each worker of arrays.")
 @click.option(
     "-n",
@@ -36,7 +36,7 @@ _STATES = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING", "SUCCEEDED
     default=50,
     show_default=True,
     metavar="N",
-    help="Show the N newest; 0 shows all.",
+    help="Show the N newest jobs; 0 shows all.",
 )
 @aws_options
 @ends_well
@@ -50,10 +50,10 @@ def jobs_command(
     region: str | None,
     as_json: bool,
 ) -> None:
-    """Show jobs in AWS Batch, the newest first, as long as Batch remembers them (7 days or more).
+    """Show jobs in AWS Batch, the newest first. Batch remembers them for 7 days or more.
 
-    A job is one worker, or an array of many. What stands under JOB, or its ID, is what
-    `cloudexec logs` and `cloudexec stop` take.
+    A job is one worker, or an array of many. `cloudexec logs` and `cloudexec stop` accept what the
+    column JOB shows, or the job's ID.
     """
     from cloudexec._aws.monitor import Monitor
 

@@ -12,7 +12,7 @@ from cloudexec.cli._aws_options import aws_options, ends_well
 @click.command("logs", short_help="Print what a worker wrote.")
 @click.argument("job", metavar="JOB|WORKER")
 @click.option(
-    "-f", "--follow", is_flag=True, help="Wait for what it writes next, until the job has ended."
+    "-f", "--follow", is_flag=True, help="Wait for further lines until the job has ended."
 )
 @click.option(
     "-n",
@@ -33,9 +33,9 @@ def logs_command(
     region: str | None,
     as_json: bool,
 ) -> None:
-    """Print what a worker wrote to CloudWatch Logs: how it started, and why it ended.
+    """Print the log of a worker from CloudWatch Logs: how it started, and why it ended.
 
-    What tasks print is not there: it goes to the process that submitted them.
+    The output of tasks is not in the log: it goes to the program that submitted them.
 
     \b
     JOB|WORKER is one of
@@ -43,8 +43,8 @@ def logs_command(
       a worker of an array        cloudexec-0f3a7c9912ab44de-1:7, ID:7
       a worker as errors name it  worker-8, or 0f3a7c9912ab44de/worker-8
 
-    Of an array of up to 100 workers, all are printed, one after the other. With --json, each line
-    is an object.
+    For an array of up to 100 workers, the logs of all are printed, one after the other. With
+    --json, each line is an object.
     """
     from cloudexec._aws.monitor import Monitor
 

@@ -17,28 +17,31 @@ FUNCTION is package.module:name or path/to/file.py:name.
 INPUT is one of
   rows.csv     one call per row; columns become keyword arguments
   rows.jsonl   one call per line, a JSON object; keys become keyword arguments
-  'in/*.png'   a quoted glob: one call per file, its path the only argument
-  -            JSON Lines from standard input, run as they arrive
+  'in/*.png'   a quoted pattern; one call per file, with its path as argument
+  -            JSON Lines from standard input; they are run as they arrive
 
-RESULTS are written as calls finish, one line of JSON (or CSV) per row: "row" (its number, from
-1), "input", "value" or else "error" (with "type", "message" and "traceback"), "seconds", "worker",
-"attempts" and "function". What JSON does not know is written as what comes closest; where only
-repr() would do, "value_has_repr" says so. In CSV, the parts of inputs and of dicts that FUNCTION
-returns have columns of their own, such as input.NAME and value.KEY.
+RESULTS are written as calls finish, one line of JSON (or CSV) for each row. A line has "row" (the
+row's number, from 1), "input", "value", "seconds", "worker", "attempts" and "function". If the call
+failed, it has "error" instead of "value", with "type", "message" and "traceback". Values that JSON
+does not know are written in the closest form that it knows; where only repr() is left,
+"value_has_repr" says so. In CSV, the parts of inputs and of dicts that FUNCTION returns have
+columns of their own, such as input.NAME and value.KEY.
 
-RESUMING: after an interruption or a crash, the same command goes on where it stopped. Rows that
-are in the output are not run again, failed ones only with --retry-failed. An output of another
-function or other input is refused. So is one that other code made: OUTPUT.program notes that
-(the modules that FUNCTION needs, the versions of packages and Python). --resume keeps its rows
-all the same, --retry-failed those that succeeded, and --overwrite none.
-Workers on AWS outlive a command that was killed by two minutes, in which the same command takes
-them over, with all that they have done (OUTPUT.journal is for that, and goes when all is done).
+RESUMING: after an interruption or a crash, the same command continues where it stopped. It does not
+run rows again that are in the output, and failed rows only with --retry-failed. It refuses an
+output that another function, other input or other code made. The file OUTPUT.program notes which
+code that was: the modules that FUNCTION needs, and the versions of packages and of Python. If the
+code has changed, --resume keeps all rows, --retry-failed keeps the rows that succeeded, and
+--overwrite keeps none.
+Workers on AWS live on for two minutes when this command is killed. If you run the same command in
+that time, it takes them over, with everything that they have done. The file OUTPUT.journal serves
+that purpose, and is removed when all rows are done.
 
-TYPES: a CSV column has one type in all rows. It is what --type says, else the parameter's
-annotation (str, int, float, bool, list, dict, Path), else int, float or bool if all its cells are
-that, else str. Numbers with a leading zero or plus sign stay str. An empty cell leaves the
-argument to its default; without a default, it is None, or '' in a str column. A file's path is a
-str, or a pathlib.Path where the parameter is annotated so.
+TYPES: a CSV column has one type in all rows. It is the type that --type names, or else that of the
+parameter's annotation (str, int, float, bool, list, dict, Path). If there is neither, it is int,
+float or bool if all cells of the column are that, and str otherwise. Numbers with a leading zero or
+plus sign stay str. An empty cell leaves the argument to its default; without a default, it is None,
+or '' in a str column. A file's path is a str, or a pathlib.Path if the parameter is annotated so.
 """
 
 _EPILOG = """\b
@@ -51,11 +54,11 @@ Examples:
 Exit codes:
   0    every row succeeded, in this run and in those that it resumed
   1    at least one row failed
-  2    the command line, the function, the input or the output is wrong: nothing
-       was run (only a stream's rows before a malformed one were)
+  2    the command line, the function, the input or the output is wrong; nothing
+       was run, except the rows of a stream before a malformed one
   3    the run could not go on: no worker could be started, or the disk is full
-  130  interrupted by Ctrl-C (143 by SIGTERM): the same command goes on from there
-  141  whoever read standard output stopped reading
+  130  Ctrl-C interrupted the run (143: SIGTERM did); the same command continues
+  141  the program that read standard output stopped reading
 """
 
 
@@ -113,14 +116,14 @@ def _parse_output(
     "--output",
     metavar="PATH",
     callback=_parse_output,
-    help="Where results go; standard output if absent.",
+    help="File for the results; without it, they go to standard output.",
 )
 @click.option(
     "-w",
     "--workers",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Calls at once; by default one per processor.",
+    help="Number of calls at once; by default one per processor.",
 )
 @click.option(
     "--ordered",
@@ -132,7 +135,7 @@ def _parse_output(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="Stop a call that runs longer; its row fails.",
+    help="Stop a call that runs longer than this; its row fails.",
 )
 @click.option(
     "--retries",
@@ -140,37 +143,37 @@ def _parse_output(
     default=2,
     show_default=True,
     metavar="N",
-    help="Times to call again for a row whose worker died. A call that raises is not repeated.",
+    help="How often to repeat a call whose worker died. A call that raises is not repeated.",
 )
 @click.option(
     "--max-failures",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Start no more rows once N have failed.",
+    help="Start no more rows when N have failed.",
 )
 @click.option("--fail-fast", is_flag=True, help="The same as --max-failures 1.")
 @click.option(
     "--retry-failed",
     "retries_failed",
     is_flag=True,
-    help="Run rows again that failed in an earlier run.",
+    help="Run those rows again that failed in an earlier run.",
 )
 @click.option(
     "--resume",
     "is_resuming",
     is_flag=True,
-    help="Go on with what is in --output, even if the code has changed since.",
+    help="Keep the rows that are in --output, even if the code has changed since.",
 )
-@click.option("--overwrite", "is_overwriting", is_flag=True, help="Start anew instead of resuming.")
+@click.option("--overwrite", "is_overwriting", is_flag=True, help="Begin anew instead of resuming.")
 @click.option(
     "--input-format",
     type=click.Choice(["csv", "jsonl", "files"]),
-    help="What INPUT is, where its name does not tell.",
+    help="Format of INPUT, if its name does not tell.",
 )
 @click.option(
     "--output-format",
     type=click.Choice(["jsonl", "csv"]),
-    help="How results are written; by default CSV into .csv, else JSON Lines.",
+    help="Format of the results; by default CSV into a .csv file, and else JSON Lines.",
 )
 @click.option(
     "--type",
@@ -178,24 +181,24 @@ def _parse_output(
     multiple=True,
     metavar="COLUMN=TYPE",
     callback=_parse_types,
-    help="A CSV column's type: str, int, float, bool, json or path. Repeatable.",
+    help="Type of a CSV column: str, int, float, bool, json or path. Can be repeated.",
 )
 @click.option(
     "--delimiter",
     metavar="CHAR",
     callback=_parse_delimiter,
-    help="What separates CSV cells; by default a comma, in .tsv a tab.",
+    help="Character between CSV cells; by default a comma, and a tab in .tsv files.",
 )
 @click.option(
     "--ignore-extra",
     is_flag=True,
-    help="Record columns that FUNCTION has no parameter for, without passing them.",
+    help="Accept columns for which FUNCTION has no parameter: record them, and do not pass them.",
 )
 @click.option(
     "--dry-run",
     "is_dry_run",
     is_flag=True,
-    help="Check everything, say what would be run, and stop.",
+    help="Check everything, say what would be run, and end.",
 )
 @click.option("-q", "--quiet", "is_quiet", is_flag=True, help="Show nothing but errors.")
 def map_command(fail_fast: bool, max_failures: int | None, **options: object) -> int:

@@ -6,21 +6,21 @@ import click
 
 from cloudexec.cli._aws_options import ends_well
 
-_HELP = """Print the IAM policy that a person needs who runs executors, and no more than that.
+_HELP = """Print the IAM policy that people need who run executors, and no more than that.
 
-With a profile, it names the resources of its stack; without, it has patterns for any stack of
-cloudexec. Whoever runs `cloudexec up` or `down` needs more: to create and delete what is in
-`cloudexec template`.
+With a profile, the policy names the resources of its stack. Without one, it has patterns for any
+stack of cloudexec. People who run `cloudexec up` or `down` need more: they must be allowed to
+create and delete what `cloudexec template` contains.
 """
 
 
 @click.command(
     "policy",
     help=_HELP,
-    short_help="Print the IAM policy of whoever runs executors.",
+    short_help="Print the IAM policy of people who run executors.",
     context_settings={"max_content_width": 100},
 )
-@click.option("--profile", "name", metavar="NAME", help="Name the resources of this set-up.")
+@click.option("--profile", "name", metavar="NAME", help="Profile whose resources the policy names.")
 @ends_well
 def policy_command(name: str | None) -> int:
     """Print it as JSON."""

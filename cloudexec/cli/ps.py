@@ -8,14 +8,16 @@ from cloudexec.cli._aws_options import aws_options, echo_json, ends_well
 
 
 @click.command("ps", short_help="Show executors that have workers in the cloud.")
-@click.option("-a", "--all", "is_all", is_flag=True, help="Show those too whose jobs have ended.")
+@click.option(
+    "-a", "--all", "is_all", is_flag=True, help="Show also executors whose jobs have ended."
+)
 @aws_options
 @ends_well
 def ps_command(is_all: bool, profile: str | None, region: str | None, as_json: bool) -> None:
-    """Show executors that have jobs in AWS Batch, whoever started them, on whatever machine.
+    """Show executors that have jobs in AWS Batch, whoever has started them on any machine.
 
-    COST is what their workers cost so far, by list prices; "~" marks an estimate. EXPIRES is when
-    time limits end the last of their workers at the latest.
+    COST is what their workers have cost so far, by list prices; "~" marks an estimate. EXPIRES is
+    the time after which the last of their workers has reached its time limit.
     """
     from cloudexec._aws.monitor import Monitor
     from cloudexec.cli._table import Column, memory, show, since, until, usd, workers

@@ -17,10 +17,10 @@ from cloudexec.cli._errors import CommandError
 
 _EPILOG = """\b
 Exit codes:
-  0    all were told to stop, or there was nothing to stop
-  1    AWS refused some, or you said no
+  0    all jobs were told to stop, or there were none
+  1    AWS refused to stop some jobs, or you said no
   2    the command line is wrong, or nobody is there to confirm
-  130  interrupted by Ctrl-C
+  130  Ctrl-C interrupted the command
 """
 
 
@@ -32,7 +32,7 @@ Exit codes:
     "--older-than",
     metavar="TIME",
     callback=parse_duration,
-    help="Stop only jobs submitted so long ago or longer: 90s, 30m, 2h, 1d.",
+    help="Stop only jobs that were submitted at least so long ago: 90s, 30m, 2h, 1d.",
 )
 @click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
 @aws_options
@@ -47,10 +47,10 @@ def stop_command(
     region: str | None,
     as_json: bool,
 ) -> None:
-    """Stop jobs in AWS Batch, and with them their workers, after showing which.
+    """Stop jobs in AWS Batch, and with them their workers, after showing them.
 
-    Workers get SIGTERM and have 30 seconds. An executor that is still running may start new ones:
-    end it where it runs, or stop its jobs again.
+    Workers receive SIGTERM and have 30 seconds to end. An executor that still runs may start new
+    ones: end it on its own machine, or stop its jobs again.
     """
     from cloudexec._aws.monitor import Monitor
     from cloudexec.cli.jobs import show_jobs

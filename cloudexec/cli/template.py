@@ -8,8 +8,8 @@ from cloudexec.cli._aws_options import ends_well
 
 _HELP = """Print the CloudFormation template that `cloudexec up` deploys.
 
-For whoever must review it, or deploys it by hand. A stack that is called cloudexec-NAME is taken
-on by `cloudexec up --name NAME`, which then has nothing to change and writes the profile.
+Use this to review the template, or to deploy it by hand. If the stack is named cloudexec-NAME,
+`cloudexec up --name NAME` finds it, has nothing to change, and writes the profile.
 
 \b
 Example:

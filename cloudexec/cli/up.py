@@ -10,19 +10,19 @@ _HELP = """Set up what workers on AWS need, and write a profile for executors.
 
 One CloudFormation stack, cloudexec-NAME: queues and compute environments of AWS Batch for Fargate
 and Fargate Spot (and EC2, if asked for), roles, a security group, a bucket, an image repository,
-a log group, and the key by which workers are let in. None of it costs anything to speak of while
-no worker runs: the key's secret is the only thing with a price by the month.
+a log group, and a secret with the key by which workers prove who they are. While no worker runs,
+only the secret has a price, less than a dollar a month, and what you store: images and objects.
 
 The same command again brings the stack up to date; options that are not given stay as they are.
-After an interruption, it goes on where things are by then. `cloudexec down` removes everything.
+After an interruption, it continues with what is there. `cloudexec down` removes everything.
 """
 
 _EPILOG = """\b
 Exit codes:
-  0    everything stands
-  2    the command line is wrong, or there is no network to use
+  0    everything is set up
+  2    the command line is wrong, or there is no VPC to use
   3    AWS refused, or the stack failed: the reason of the first failure is shown
-  130  interrupted by Ctrl-C: the stack goes on by itself
+  130  Ctrl-C interrupted the command; AWS continues with the stack
 """
 
 
@@ -37,41 +37,50 @@ Exit codes:
     "--name", default="default", show_default=True, metavar="NAME", help="Name of the profile."
 )
 @click.option(
-    "--region", metavar="REGION", help="By default the profile's, else that of the AWS SDK."
+    "--region",
+    metavar="REGION",
+    help="AWS region; by default that of the profile, or else of the AWS SDK.",
 )
-@click.option("--vpc", default="", metavar="ID", help="By default the account's default VPC.")
+@click.option(
+    "--vpc",
+    default="",
+    metavar="ID",
+    help="VPC of the workers; by default the account's default VPC.",
+)
 @click.option(
     "--subnet",
     "subnets",
     multiple=True,
     metavar="ID",
-    help="A subnet for workers; by default those of the VPC. Repeatable.",
+    help="Subnet for workers; by default all of the VPC. Can be repeated.",
 )
 @click.option(
     "--max-vcpus",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Most vCPUs at once in each compute environment; at first 256.",
+    help="Largest number of vCPUs at once in each compute environment; 256 at first.",
 )
-@click.option("--ec2/--no-ec2", default=None, help="With queues for EC2 instances, or without.")
+@click.option("--ec2/--no-ec2", default=None, help="Whether there are queues for EC2 instances.")
 @click.option(
     "--public-ip/--no-public-ip",
     default=None,
-    help="Whether workers get public addresses: needed in public subnets, at first so.",
+    help="Whether workers get public addresses, as they must in public subnets; at first yes.",
 )
 @click.option(
     "--log-days",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Days for which what workers print is kept; at first 30.",
+    help="Number of days for which the workers' log is kept; 30 at first.",
 )
 @click.option(
     "--bucket-days",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Days after which objects in the bucket are deleted; at first 7.",
+    help="Number of days after which objects in the bucket are deleted; 7 at first.",
 )
-@click.option("--project", default="", metavar="NAME", help="Goes into a tag of every job.")
+@click.option(
+    "--project", default="", metavar="NAME", help="Name that goes into a tag of every job."
+)
 @click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
 def up_command(
     name: str,
