@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib
 import inspect
 import os
 import re
@@ -129,15 +128,15 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page: Path, tmp_
             assert same, f"{where} prints\n{done.stdout}"
 
 
-def keywords(tree: ast.AST) -> Iterator[tuple[str, str, int]]:
-    """Yield callables of ours, each with a keyword that it is called with and the line."""
+def keywords(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield callables of ours, each with a keyword that it is called with."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = node.func
             name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
             for keyword in node.keywords:
                 if name in _CHECKED and keyword.arg:
-                    yield name, keyword.arg, node.lineno
+                    yield name, keyword.arg
 
 
 def test_python_blocks_use_names_and_parameters_that_exist() -> None:
@@ -152,14 +151,8 @@ def test_python_blocks_use_names_and_parameters_that_exist() -> None:
             tree = ast.parse(block["text"], where)
             for node in ast.walk(tree):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cloudexec"):
-                    module = importlib.import_module(node.module or "")
-                    for alias in node.names:
-                        assert getattr(
-                            module, alias.name, None
-                        ) is not None or importlib.util.find_spec(f"{node.module}.{alias.name}"), (
-                            f"{where}: {node.module} has no {alias.name}"
-                        )
-            for name, keyword, _ in keywords(tree):
+                    exec(compile(ast.Module([node], []), where, "exec"), {})
+            for name, keyword in keywords(tree):
                 accepted = inspect.signature(_CHECKED[name]).parameters
                 assert keyword in accepted, f"{where}: {name}() takes no {keyword}="
     assert seen > 20
