@@ -20,9 +20,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ _FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _MARKS = {None, "file", "continued", "compiled", "run", "output"}
-_CHECKED = {
+_CHECKED: dict[str, Callable[..., Any]] = {
     "Batch": cloudexec.Batch,
     "BatchExecutor": cloudexec.BatchExecutor,
     "FakeAWS": FakeAWS,
