@@ -32,15 +32,16 @@ from typing import Any
 
 from cloudexec import _nesting, _payload
 from cloudexec._objects.options import Limits
+from cloudexec._payload import INLINE_BYTES
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec.worker import slot as slot_module
 from cloudexec.worker import supervisor as supervisor_module
 from cloudexec.worker.blobs import BlobCache
 from cloudexec.worker.child import WorkItem
-from cloudexec.worker.supervisor import Failure, Settings
+from cloudexec.worker.supervisor import Failure, ResultBlob, Settings
 from cloudexec.worker.zygote import EXITED, FORK, KILL, MESSAGE, STARTED
 
-SHARED = re.compile(r"cells\[|page\[|os\.read\(|os\.write\(|write_all\(|pack_into\(page|_header\(")
+SHARED = re.compile(r"cells\[|page\[|os\.(read|write|open)\(|write_all\(|pack_into\(page|_header\(")
 """What a line has that touches what supervisor and slot share."""
 Action = Callable[[Any, int], None]
 """Called in the supervisor's thread with the pool, and how often that was done before."""
@@ -171,6 +172,7 @@ class Actor:
         self.turn = threading.Semaphore(0)
         self.done = False
         self.dead = False  # killed: it never goes on
+        self.slot: Any = None
         self.waits_for: int | None = None  # a pipe's end that it is about to read from
         self._run = run
         self._body = body
@@ -206,6 +208,7 @@ class Run:
         items: What the pool is given, in order.
         stops: Where to stop who has the turn.
         slots: How many.
+        large: Whether some results are left in the slot's file.
         during: What the client asks meanwhile.
         modules: The supervisor's and the slot's code; others than the real ones show what the
             search finds.
@@ -217,6 +220,7 @@ class Run:
         stops: Sequence[Stop] = (),
         *,
         slots: int = 1,
+        large: bool = False,
         during: Action | None = None,
         modules: tuple[ModuleType, ModuleType] = (supervisor_module, slot_module),
     ) -> None:
@@ -231,6 +235,7 @@ class Run:
         self.trail: list[str] = []
         self._stops = {stop.step: stop for stop in stops}
         self._items = items
+        self._large = large
         self._during = during
         self._supervisor, self._slot = modules
         self._files = {module.__file__: _shared_lines(module) for module in modules}
@@ -266,6 +271,23 @@ class Run:
     # Answers of the pool.
 
     def result(self, lease: int, payload: bytes, seconds: float) -> None:
+        self.results[lease] += 1
+
+    def composed(
+        self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob], *, keep: bool
+    ) -> None:
+        """Some are let go of at once, as a session does that sends them on, others later."""
+        if lease % 3:
+            self._take(lease, blobs)
+        else:
+            self._loop.call_soon(self._take, lease, blobs)
+
+    def _take(self, lease: int, blobs: Sequence[ResultBlob]) -> None:
+        (blob,) = blobs
+        content = os.pread(blob.fd, blob.place.size, blob.place.offset)
+        if pickle.loads(content) != _large_value(lease):
+            self.problems.append(f"the result of task {lease} is not what it returned")
+        self.pool.let_go(blob)
         self.results[lease] += 1
 
     def failure(self, failure: Failure) -> None:
@@ -324,6 +346,11 @@ class Run:
     def _die(self, actor: Actor) -> None:
         actor.dead = True
         self.kills += 1
+        results = None if actor.slot is None else actor.slot._results
+        if results is not None and results._arena is not None:
+            # As with a process that is gone, nobody can open its file any more: not by this path,
+            # which leads to a socket.
+            os.dup2(self._zygote.fileno(), results._arena.segment.fd, inheritable=False)
         (number,) = [number for number, each in self._slots.items() if each is actor]
         self._zygote.send(MESSAGE.pack(EXITED, number, int(signal.SIGKILL), 0, number))
 
@@ -430,7 +457,7 @@ class Run:
             return False
         kind, pid, _, _, number = MESSAGE.unpack(data)
         if kind == FORK:
-            self._slots[number] = Actor(self, lambda: self._be_slot(fds))
+            self._slots[number] = Actor(self, lambda: self._be_slot(number, fds))
             self._zygote.send(MESSAGE.pack(STARTED, number, 0, 0, number))
         elif kind == KILL:
             slot = self._slots[pid]
@@ -441,10 +468,11 @@ class Run:
                 self._die(slot)
         return True
 
-    def _be_slot(self, fds: list[int]) -> None:
+    def _be_slot(self, number: int, fds: list[int]) -> None:
         tasks_fd, results_fd, page_fd, out_fd, err_fd = fds
+        slot = self._slots[number].slot = self._slot.Slot(tasks_fd, results_fd, page_fd)
         try:
-            self._slot.Slot(tasks_fd, results_fd, page_fd).run()
+            slot.run()
         except EOFError:
             pass
         finally:
@@ -458,6 +486,7 @@ class Run:
         for child in self.pool._slots.values():
             for fd in child.fds():
                 os.close(fd)
+            child.close_arena()
         for actor in self._slots.values():
             actor.turn.release()
             actor.thread.join(10)
@@ -471,13 +500,19 @@ class _Task:
     run: Run
 
     @staticmethod
-    def call(number: int) -> None:
+    def call(number: int) -> bytes | None:
         run = _Task.run
         actor = run._current
         if run.over or actor is None or threading.current_thread() is not actor.thread:
-            return  # its slot was killed: it does not run any more
+            return None  # its slot was killed: it does not run any more
         run.ran[number] += 1
         run.step(None)
+        return _large_value(number) if run._large and number % 4 else None
+
+
+def _large_value(number: int) -> bytes:
+    """Return what does not go through the pipe."""
+    return number.to_bytes(8, "little") * (INLINE_BYTES // 8)
 
 
 def _shared_lines(module: ModuleType) -> frozenset[int]:
@@ -506,6 +541,7 @@ def search(
     schedules: Iterable[tuple[Sequence[Stop], Action | None]],
     *,
     slots: int = 1,
+    large: bool = False,
     modules: tuple[ModuleType, ModuleType] = (supervisor_module, slot_module),
 ) -> str:
     """Run a scenario under each schedule, up to the first under which something is wrong.
@@ -514,13 +550,14 @@ def search(
         items: How many tasks.
         schedules: Where to stop, and what the client asks meanwhile.
         slots: How many.
+        large: Whether some results are left in the slot's file.
         modules: The code to be run.
 
     Returns:
         What is wrong, with its schedule; empty: nothing.
     """
     for n, (stops, during) in enumerate(schedules):
-        run = Run(items, stops, slots=slots, during=during, modules=modules).go()
+        run = Run(items, stops, slots=slots, large=large, during=during, modules=modules).go()
         wrong = run.judge()
         if wrong:
             return f"{wrong} with {list(stops)}, after {n} schedules"

@@ -5,15 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import random
-import signal
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import cloudpickle
 import numpy as np
-import psutil
 import pytest
 
 from cloudexec import BatchExecutor, WorkerLostError
@@ -116,50 +113,3 @@ def test_a_task_that_its_slot_has_lost_is_noticed() -> None:
         assert isinstance(error, WorkerLostError)
         assert "has lost it" in str(error)
         assert executor.submit(abs, -3).result(60) == 3
-
-
-def stop_supervisor(ledger: str, number: int, size: int, end: bool = False) -> np.ndarray:
-    """Do as ``leave()``; the first one stops the supervisor, which so learns of all at once."""
-    if number == 0:
-        zygote = psutil.Process(os.getppid())
-        os.kill(zygote.ppid(), signal.SIGSTOP)
-    return leave(ledger, number, size, end)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", [80, 100_000])
-def test_results_that_a_supervisor_finds_of_a_slot_that_is_gone_are_taken(
-    mode: str, size: int, tmp_path: Path
-) -> None:
-    """All of them, also where the first ones are on their way, and let go of, before the last."""
-    ledger = tmp_path / "ledger"
-    with start(mode, 1, retries=0) as executor:
-        for future in [executor.submit(stop_supervisor, str(ledger), -1, 8) for _ in range(100)]:
-            future.result(60)
-        executor.submit(stop_supervisor, str(ledger), -1, size).result(60)  # its file is open now
-        (supervisor,) = psutil.Process().children()
-        try:
-            results = executor.map(
-                stop_supervisor, [str(ledger)] * 9, range(9), [size] * 9, [n == 7 for n in range(9)]
-            )
-            while lines(str(ledger))[7] == 0:
-                time.sleep(0.01)  # it is looked at again and again
-            until_gone = time.monotonic() + 30
-            while _slots_of(supervisor) and time.monotonic() < until_gone:
-                time.sleep(0.01)
-        finally:
-            supervisor.resume()
-        for _ in range(7):
-            assert next(results).nbytes == size
-        with pytest.raises(WorkerLostError):
-            next(results)
-        executor.submit(leave, str(ledger), 9, 8).result(60)
-    counts = lines(str(ledger))
-    assert {n: counts[n] for n in range(8)} == dict.fromkeys(range(8), 1)
-    assert counts[8] <= 1
-
-
-def _slots_of(supervisor: psutil.Process) -> list[psutil.Process]:
-    """Return the slots that live; one that has ended stays until its supervisor has heard of it."""
-    (zygote,) = supervisor.children()
-    return [each for each in zygote.children() if each.status() != psutil.STATUS_ZOMBIE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import random
 import sys
@@ -17,8 +18,8 @@ from stepping import Action, Run, Stop, many_stops, one_stop, search
 from cloudexec.worker import slot, supervisor
 from cloudexec.worker.supervisor import KILLED
 
-SIZES = [(1, 4), (1, 9), (2, 8)]
-"""Slots and tasks."""
+SIZES = [(1, 4, False), (1, 6, True), (1, 9, False), (2, 8, False)]
+"""Slots, tasks, and whether some of these have results that are left in the slot's file."""
 
 
 @pytest.fixture(autouse=True)
@@ -27,32 +28,36 @@ def no_fork_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "register_at_fork", lambda **_: None)
 
 
-def steps_of(items: int, slots: int) -> int:
-    run = Run(items, slots=slots).go()
+def steps_of(items: int, slots: int, large: bool) -> int:
+    run = Run(items, slots=slots, large=large).go()
     assert run.judge() == ""
     return run.steps
 
 
-@pytest.mark.parametrize(("slots", "items"), SIZES)
-def test_tasks_run_once_wherever_one_side_is_stopped(slots: int, items: int) -> None:
+@pytest.mark.parametrize(("slots", "items", "large"), SIZES)
+def test_tasks_run_once_wherever_one_side_is_stopped(slots: int, items: int, large: bool) -> None:
     """Either side may be stopped for long before any line that touches what they share."""
-    assert search(items, one_stop(steps_of(items, slots)), slots=slots) == ""
+    assert search(items, one_stop(steps_of(items, slots, large)), slots=slots, large=large) == ""
 
 
-@pytest.mark.parametrize(("slots", "items"), SIZES)
-def test_tasks_run_once_wherever_both_sides_are_stopped(slots: int, items: int) -> None:
+@pytest.mark.parametrize(("slots", "items", "large"), SIZES)
+def test_tasks_run_once_wherever_both_sides_are_stopped(
+    slots: int, items: int, large: bool
+) -> None:
     """They may be stopped several times, in turn."""
-    schedules = many_stops(random.Random(items), 200, steps_of(items, slots))
-    assert search(items, schedules, slots=slots) == ""
+    schedules = many_stops(random.Random(items), 200, steps_of(items, slots, large))
+    assert search(items, schedules, slots=slots, large=large) == ""
 
 
-@pytest.mark.parametrize(("slots", "items"), SIZES)
-def test_a_slot_that_dies_anywhere_takes_one_task_with_it(slots: int, items: int) -> None:
+@pytest.mark.parametrize(("slots", "items", "large"), SIZES)
+def test_a_slot_that_dies_anywhere_takes_one_task_with_it(
+    slots: int, items: int, large: bool
+) -> None:
     """The others have their results, or run elsewhere: none of them twice, and none is lost."""
-    steps = steps_of(items, slots)
-    assert search(items, one_stop(steps, kill=True), slots=slots) == ""
+    steps = steps_of(items, slots, large)
+    assert search(items, one_stop(steps, kill=True), slots=slots, large=large) == ""
     schedules = many_stops(random.Random(items), 120, steps, kill=True)
-    assert search(items, schedules, slots=slots) == ""
+    assert search(items, schedules, slots=slots, large=large) == ""
 
 
 def asked(
@@ -69,19 +74,19 @@ def asked(
         yield list(stops), during
 
 
-@pytest.mark.parametrize(("slots", "items"), SIZES)
-def test_what_a_recall_returns_has_not_run(slots: int, items: int) -> None:
+@pytest.mark.parametrize(("slots", "items", "large"), SIZES)
+def test_what_a_recall_returns_has_not_run(slots: int, items: int, large: bool) -> None:
     """``cancel()`` is true of what was returned, and of nothing that ran."""
 
     def recall(pool: Any, lease: int) -> None:
         pool.recall([number for number in (lease, lease + 2) if number in pool.leases()])
 
-    schedules = asked(random.Random(items), 120, steps_of(items, slots), recall, items)
-    assert search(items, schedules, slots=slots) == ""
+    schedules = asked(random.Random(items), 120, steps_of(items, slots, large), recall, items)
+    assert search(items, schedules, slots=slots, large=large) == ""
 
 
-@pytest.mark.parametrize(("slots", "items"), SIZES)
-def test_a_task_that_is_killed_takes_no_other_with_it(slots: int, items: int) -> None:
+@pytest.mark.parametrize(("slots", "items", "large"), SIZES)
+def test_a_task_that_is_killed_takes_no_other_with_it(slots: int, items: int, large: bool) -> None:
     """The slot may be done with it, and have begun another, in the moment in which it is killed."""
 
     def kill(pool: Any, lease: int) -> None:
@@ -91,21 +96,23 @@ def test_a_task_that_is_killed_takes_no_other_with_it(slots: int, items: int) ->
     def is_theirs(run: Run) -> bool:
         return all(failure.kind == KILLED for failure in run.failures)
 
-    for stops, during in asked(random.Random(items), 120, steps_of(items, slots), kill, items):
-        run = Run(items, stops, slots=slots, during=during).go()
+    for stops, during in asked(
+        random.Random(items), 120, steps_of(items, slots, large), kill, items
+    ):
+        run = Run(items, stops, slots=slots, large=large, during=during).go()
         assert run.judge() == "", stops
         assert is_theirs(run), (stops, run.failures)
 
 
-@pytest.mark.parametrize(("slots", "items"), SIZES)
-def test_a_pool_that_drains_returns_what_has_not_begun(slots: int, items: int) -> None:
+@pytest.mark.parametrize(("slots", "items", "large"), SIZES)
+def test_a_pool_that_drains_returns_what_has_not_begun(slots: int, items: int, large: bool) -> None:
     """Each task has its result, or is handed back and has not run."""
 
     def drain(pool: Any, lease: int) -> None:
         pool.drain()
 
-    schedules = asked(random.Random(items), 80, steps_of(items, slots), drain, items)
-    assert search(items, schedules, slots=slots) == ""
+    schedules = asked(random.Random(items), 80, steps_of(items, slots, large), drain, items)
+    assert search(items, schedules, slots=slots, large=large) == ""
 
 
 def changed(
@@ -168,6 +175,11 @@ MISTAKES = {
         return [(slot, slot.cells[CURRENT]) for slot in slots]
 """,
     ),
+    "the file of a dead slot is closed while results in it have not been read": (
+        supervisor,
+        "            elif not slot.small and slot.number not in self._slots:\n",
+        "            elif not slot.small:\n",
+    ),
     "a slot is killed while it holds other tasks": (
         supervisor,
         "            if len(slot.held) > 1 and marked:\n",
@@ -189,12 +201,11 @@ def test_the_search_finds_a_mistake(
     module, before, after = MISTAKES[mistake]
     wrong = changed(module, tmp_path, monkeypatch, before, after)
     modules = (wrong, slot) if module is supervisor else (supervisor, wrong)
-    for slots, items in SIZES:
-        steps = steps_of(items, slots)
+    for slots, items, large in SIZES:
+        steps = steps_of(items, slots, large)
         rng = random.Random(items)
-        found = search(items, many_stops(rng, 300, steps), slots=slots, modules=modules)
-        found = found or search(items, one_stop(steps, kill=True), slots=slots, modules=modules)
-        if found:
+        schedules = itertools.chain(one_stop(steps, kill=True), many_stops(rng, 300, steps))
+        if search(items, schedules, slots=slots, large=large, modules=modules):
             return
 
         def kill(pool: Any, lease: int) -> None:
@@ -202,7 +213,7 @@ def test_the_search_finds_a_mistake(
                 pool.kill([lease], KILLED)
 
         for stops, during in asked(rng, 200, steps, kill, items):
-            run = Run(items, stops, slots=slots, during=during, modules=modules).go()
+            run = Run(items, stops, slots=slots, large=large, during=during, modules=modules).go()
             if run.judge() or any(failure.kind != KILLED for failure in run.failures):
                 return
     pytest.fail("not found")
