@@ -18,6 +18,7 @@ from typing import Any
 from cloudexec._aws.names import (
     TAG_EXECUTOR,
 )
+from cloudexec._aws.prices import run_seconds
 from cloudexec._aws.records import ACTIVE, ENDED, AttemptInfo, ExecutorInfo, JobInfo
 from cloudexec._errors import ConfigError
 
@@ -188,9 +189,9 @@ def own_runs(detail: Mapping[str, Any], now: float) -> Runs:
     runs = Runs()
     for begin, end in spans.items():
         if end:
-            runs.seconds.append(max(0.0, (end - begin) / 1000))
+            runs.seconds.append(run_seconds(begin / 1000, end / 1000))
         elif detail["status"] == "RUNNING":
-            runs.seconds.append(max(0.0, now - begin / 1000))
+            runs.seconds.append(run_seconds(begin / 1000, now))
             runs.now += 1
     return runs
 

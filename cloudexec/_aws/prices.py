@@ -19,7 +19,15 @@ from cloudexec._errors import AwsError, ConfigError
 if TYPE_CHECKING:
     from cloudexec._aws.clients import AwsClients
 
-__all__ = ["LEAST_SECONDS", "InstancePrice", "PriceTable", "WorkerPrice", "format_usd", "refresh"]
+__all__ = [
+    "LEAST_SECONDS",
+    "InstancePrice",
+    "PriceTable",
+    "WorkerPrice",
+    "format_usd",
+    "refresh",
+    "run_seconds",
+]
 
 LEAST_SECONDS = 60
 """What is paid for at least, each time a worker starts. AWS Fargate pricing, "one-minute minimum";
@@ -29,6 +37,7 @@ _MIB_PER_GB = 1024
 """Fargate's price list says GB where its sizes are GiB."""
 _FREE_EPHEMERAL_GB = 20
 """AWS Fargate pricing: the first 20 GB of a task's storage are free."""
+_SHORTEST_RUN = 0.001
 _ARCHITECTURES = ("x86_64", "arm64")
 _BUILT_IN_REGION = "us-east-1"
 _PRICING_REGION = "us-east-1"
@@ -39,6 +48,14 @@ _FARGATE_USAGE = re.compile(
     r"(vCPU-Hours:perCPU|GB-Hours|EphemeralStorage-GB-Hours)"
 )
 """A region's prefix differs (``USE1-``, ``EUC1-``); Windows has other names, which do not match."""
+
+
+def run_seconds(began: float, ended: float) -> float:
+    """Return how long a run took; never 0, as that would be one that never began and costs nothing.
+
+    AWS counts in milliseconds, within which a run may begin and end.
+    """
+    return max(_SHORTEST_RUN, ended - began)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

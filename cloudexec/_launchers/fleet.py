@@ -35,7 +35,7 @@ from cloudexec._aws.diagnosis import (
     is_definition_gone,
 )
 from cloudexec._aws.limits import DESCRIBE_JOBS, WorkerSize, array_sizes
-from cloudexec._aws.prices import LEAST_SECONDS, PriceTable, WorkerPrice
+from cloudexec._aws.prices import LEAST_SECONDS, PriceTable, WorkerPrice, run_seconds
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request, tag_value
 from cloudexec._enrolment import python_version
@@ -517,7 +517,7 @@ class Fleet:
             # AWS started it again before we had heard of the end.
             member.attempts = arrival.attempt - 1
             if member.began is not None:
-                member.spent.append(time.monotonic() - member.began)
+                member.spent.append(run_seconds(member.began, time.monotonic()))
                 member.began = None
         earlier = (arrival.boot or 0.0) + (arrival.pull or 0.0)
         began = max(time.monotonic() - earlier, job.asked_at)
@@ -558,7 +558,7 @@ class Fleet:
             return
         if member.began is not None:
             until = time.monotonic() if ended_at is None else ended_at
-            member.spent.append(max(0.0, until - member.began))
+            member.spent.append(run_seconds(member.began, until))
             member.began = None
         member.lost_at = None
         member.connected = False
@@ -801,7 +801,7 @@ class Fleet:
             for member in job.members.values():
                 accrued += price.cost_of(member.spent)
                 if member.began is not None:
-                    seconds = now - member.began
+                    seconds = run_seconds(member.began, now)
                     # The first minute is owed as soon as it begins.
                     accrued += price.cost(seconds)
                     rate += price.per_hour

@@ -10,7 +10,7 @@ from typing import Any
 
 from cloudexec._aws.diagnosis import JobEnd
 from cloudexec._aws.limits import WorkerSize
-from cloudexec._aws.prices import WorkerPrice
+from cloudexec._aws.prices import WorkerPrice, run_seconds
 from cloudexec._launchers.base import LaunchEnd
 
 __all__ = ["Job", "Member", "dump", "end_of", "ended_at", "load", "seconds_of"]
@@ -178,4 +178,4 @@ def ended_at(details: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) 
 def seconds_of(attempt: Mapping[str, Any]) -> float:
     """Read how long an attempt ran; AWS counts in milliseconds."""
     began, ended = attempt.get("startedAt"), attempt.get("stoppedAt")
-    return max(0.0, (ended - began) / 1000) if began and ended else 0.0
+    return run_seconds(began / 1000, ended / 1000) if began and ended else 0.0

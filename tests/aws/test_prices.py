@@ -15,8 +15,10 @@ import pytest
 
 from cloudexec import ConfigError
 from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.job_details import own_runs
 from cloudexec._aws.prices import PriceTable, format_usd, refresh
 from cloudexec._aws.profile import Profile
+from cloudexec._launchers.jobs import seconds_of
 
 TABLE = PriceTable.built_in()
 
@@ -131,6 +133,16 @@ def test_a_minute_is_paid_at_least_and_begun_seconds_count() -> None:
 
 def test_what_never_ran_costs_nothing() -> None:
     assert TABLE.worker(vcpus=1, memory_mib=2048).cost(0) == 0
+
+
+def test_a_run_that_begins_and_ends_within_a_millisecond_pays_its_minute() -> None:
+    """AWS says of it that it began and ended at the same time."""
+    price = TABLE.worker(vcpus=1, memory_mib=2048)
+    attempt = {"startedAt": 1_795_913_721_919, "stoppedAt": 1_795_913_721_919}
+    runs = own_runs({"status": "SUCCEEDED", "attempts": [attempt]}, now=0.0)
+    assert price.cost_of(runs.seconds) == price.cost(60)
+    assert price.cost(seconds_of(attempt)) == price.cost(60)
+    assert seconds_of({"stoppedAt": 1_795_913_721_919}) == 0
 
 
 def test_each_run_pays_its_own_minute() -> None:
