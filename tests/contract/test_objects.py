@@ -482,25 +482,6 @@ def test_a_result_that_cannot_be_pickled_to_its_end_leaves_nothing(mode: str) ->
         assert executor.submit(tasks.filled, 3 * MIB).result(PATIENCE).sum() == 3 * MIB
 
 
-# Control goes before data.
-
-
-def test_small_calls_do_not_wait_for_large_ones() -> None:
-    """While half a gibibyte is on its way over the wire, many no-ops come and go."""
-    array = np.zeros(512 * MIB, np.uint8)
-    array[::4096] = 1
-    with start("wire") as executor:
-        executor.submit(tasks.nothing).result(PATIENCE)
-        large = executor.submit(tasks.total, array)
-        until(lambda: executor.stats().bytes_sent > MIB)
-        passed = 0
-        while executor.stats().bytes_sent < 256 * MIB and not large.done():
-            executor.submit(tasks.nothing).result(PATIENCE)
-            passed += 1
-        assert large.result(PATIENCE) == 512 * 256
-        assert passed >= 20
-
-
 # Nothing adds up.
 
 

@@ -36,7 +36,9 @@ def _hard(size: int) -> bytes:
 
 
 @contextmanager
-def _executor_behind(rate: float, *, compression: bool) -> Iterator[tuple[BatchExecutor, Relay]]:
+def _executor_behind(
+    rate: float, *, compression: bool, slots: int = 1
+) -> Iterator[tuple[BatchExecutor, Relay]]:
     """An executor with one worker, which reaches it through a relay."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -44,7 +46,7 @@ def _executor_behind(rate: float, *, compression: bool) -> Iterator[tuple[BatchE
     with (
         Relay(port, rate=rate) as relay,
         BatchExecutor(
-            1,
+            slots,
             listen=f"127.0.0.1:{port}",
             advertise=f"127.0.0.1:{relay.port}",
             objects=options,
@@ -155,3 +157,20 @@ def test_writes_at_the_same_time_count_once() -> None:
         for _ in range(4):
             link.end(data)
     assert link.pack(data) is data
+
+
+def test_small_calls_do_not_wait_for_large_ones() -> None:
+    """They overtake what has not been written to the connection yet: no more is in front of each.
+
+    That is counted in bytes on the link, so that it does not matter how busy the machine is.
+    """
+    with _executor_behind(3 * RATE, compression=False, slots=2) as (executor, relay):
+        large = executor.submit(_length, HARD * 4)
+        while relay.passed["down"] < MIB:
+            assert not large.done()
+        passed = 0
+        while relay.passed["down"] < 48 * MIB:
+            executor.submit(abs, -1).result(timeout=60)
+            passed += 1
+        assert large.result(timeout=60) == (len(HARD) * 4, HARD[-1])
+    assert passed >= 5
