@@ -138,11 +138,18 @@ def mark(path: str) -> None:
 
 
 def mark_and_wait(
-    directory: str, number: int, seconds: float, size: int = 0, argument: Any = b""
+    directory: str,
+    number: int,
+    seconds: float,
+    size: int = 0,
+    argument: Any = b"",
+    gate: str = "",
 ) -> tuple[int, int, Any]:
-    """Leave a trace, take a while, and return much or little."""
+    """Leave a trace, take a while, or until a file is there, and return much or little."""
     mark(os.path.join(directory, str(number)))
     time.sleep(seconds)
+    while gate and not os.path.exists(gate):
+        time.sleep(0.01)
     return number, len(argument), np.full(size, number % 251, np.uint8)
 
 
