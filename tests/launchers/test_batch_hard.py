@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -206,16 +207,26 @@ def test_workers_that_end_at_once(tmp_path: Path, code: int) -> None:
         eventually(lambda: none_left(aws))
 
 
-def test_half_of_the_workers_do_all_of_the_work(aws: Any, launcher: Make) -> None:
+def test_half_of_the_workers_do_all_of_the_work(aws: Any, launcher: Make, tmp_path: Path) -> None:
     """Those that never come are given up; what runs is not disturbed."""
-    batch = launcher(max_vcpus=2)
+    batch, gate = launcher(max_vcpus=2), tmp_path / "gate"
+
+    def square_behind_gate(number: int) -> int:
+        while not gate.exists():
+            time.sleep(0.02)
+        return number * number
+
     for patience in (2.0, 20.0):  # on a busy machine none may come in a short time
         with BatchExecutor(4, launcher=batch, launch_timeout=patience) as executor:
-            # On two workers they take a little longer than that.
-            futures = [executor.submit(slow_square, n, patience / 10) for n in range(24)]
-            if patience == 2.0 and isinstance(futures[0].exception(timeout=30), LaunchError):
+            futures = [executor.submit(square_behind_gate, n) for n in range(24)]
+            while executor.stats().launch_failures < 2 or not executor.stats().tasks.running:
+                if wait(futures[:1], 0.02).done:
+                    break
+            if futures[0].done():
+                assert isinstance(futures[0].exception(), LaunchError)
                 continue
-            assert [f.result(timeout=100) for f in futures] == [n * n for n in range(24)]
+            gate.touch()
+            assert [future.result(50) for future in futures] == [n * n for n in range(24)]
             stats = executor.stats()
             break
     assert (stats.workers.lost, stats.tasks.failed) == (0, 0)
