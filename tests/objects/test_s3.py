@@ -309,9 +309,9 @@ def test_answers_that_do_not_come_are_asked_for_again(aws: FakeAWS, transfer: st
         await _prepared(scene)
         aws.faults.slow_response(operation, 50.0, count=2)
         if transfer == "fetch":
-            assert await scene.fetch("object", *_known(), timeout=0.5)
+            assert await scene.fetch("object", *_known(), timeout=0.5, patience=20.0)
         elif transfer == "store":
-            await scene.store("result", content(3 * PART)[0], timeout=0.5)
+            await scene.store("result", content(3 * PART)[0], timeout=0.5, patience=20.0)
         else:
             await step(scene)
 
