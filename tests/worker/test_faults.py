@@ -115,10 +115,21 @@ def gone(pids: list[int], timeout: float = 10) -> bool:
 
 def worker_processes() -> tuple[list[psutil.Process], list[psutil.Process], list[psutil.Process]]:
     """This process's supervisors, zygotes and slots."""
-    supervisors = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
-    zygotes = [child for p in supervisors for child in p.children()]
-    slots = [child for p in zygotes for child in p.children()]
+    supervisors = _living_children(psutil.Process())
+    zygotes = [child for p in supervisors for child in _living_children(p)]
+    slots = [child for p in zygotes for child in _living_children(p)]
     return supervisors, zygotes, slots
+
+
+def _living_children(process: psutil.Process) -> list[psutil.Process]:
+    """Return children of a process; any of these, and itself, may end while they are looked at."""
+    living = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in process.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    living.append(child)
+    return living
 
 
 # How a task's process can die.
