@@ -138,7 +138,8 @@ class Machine:
         self._lines: dict[object, Line] = {None: self._plain}
         """Waiting tasks, by what they wait for; lines without open tasks are dropped."""
         self._quarantine = Quarantine()
-        self._near: set[Line] = set()  # lines that have, or had, tasks with inputs
+        # Lines that have, or had, tasks with inputs; not a set, whose order differs between runs.
+        self._near: dict[Line, None] = {}
         self._passed: tuple[int, int] = (0, 0)  # who was overtaken last, and how often
         self._machine_account: Account | None = None  # where workers share one
         self._resting: dict[Task, float] = {}  # until when; infinite: not known yet
@@ -303,7 +304,7 @@ class Machine:
             for task in tasks:
                 self._enter(task).tasks.append(task)
         if any(map(_inputs_of, tasks)):
-            self._near.update(self._line_of(task) for task in tasks if task.inputs)
+            self._near.update((self._line_of(task), None) for task in tasks if task.inputs)
         self._waiting += len(tasks)
         self.open_tasks += len(tasks)
 
@@ -354,7 +355,7 @@ class Machine:
             line.open -= 1
             if line.open <= 0:
                 del self._lines[line.key]
-                self._near.discard(line)
+                self._near.pop(line, None)
 
     def _open_of(self, line: Line) -> int:
         if line is not self._plain:
@@ -378,7 +379,7 @@ class Machine:
     def _on_recalled(self, event: TasksRecalled, now: float) -> None:
         # Whoever cancels one task often cancels more: all that were sent ahead come back, and for
         # a moment none is sent ahead, so that the others can be cancelled here.
-        for name in {task.worker for task in event.tasks if task.state is _SENT}:
+        for name in dict.fromkeys(task.worker for task in event.tasks if task.state is _SENT):
             worker = self.workers.get(name or "")
             if worker is None:
                 continue
@@ -662,7 +663,7 @@ class Machine:
             line = self._line_of(task)
             line.tasks.appendleft(task)
             if task.inputs and not line.alone:
-                self._near.add(line)
+                self._near[line] = None
         self._waiting += len(back)
 
     def _on_started(self, event: TasksStarted, now: float) -> None:
@@ -1310,7 +1311,7 @@ class Machine:
             self._assign_suspects(now)
             if not self._others_wait():
                 return
-        near = self._near and self._assign_near(now)
+        near = bool(self._near) and self._assign_near(now)
         simple = len(self._lines) == 1 and not near
         plain = self._plain.tasks
         for name in self._in_turn():
@@ -1528,7 +1529,7 @@ class Machine:
         left = False
         for line in list(self._near):
             if line.head() is None:
-                self._near.discard(line)
+                self._near.pop(line, None)
             elif self._place(line, now):
                 left = True
         return left
