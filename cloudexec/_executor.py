@@ -39,10 +39,10 @@ from cloudexec._errors import (
 from cloudexec._future import BatchFuture
 from cloudexec._launchers.base import Cost
 from cloudexec._objects.options import ObjectOptions
-from cloudexec._sizing import ladder_of, terms_of
+from cloudexec._sizing import ladder_of, requirements_of
 
 if TYPE_CHECKING:
-    from cloudexec._core.claims import Terms
+    from cloudexec._core.resources import Requirements
     from cloudexec._functions import Function, FunctionTable
     from cloudexec._launchers.base import Launcher
     from cloudexec._objects.ref import Ref
@@ -89,7 +89,7 @@ class _Base(Executor):
     """What the executor and its views share: submitting with the options of the one at hand."""
 
     _options: TaskOptions
-    _terms: Terms | None
+    _requirements: Requirements | None
     _executor: BatchExecutor
 
     def __enter__(self) -> Self:
@@ -115,7 +115,7 @@ class _Base(Executor):
                 ``NestingError`` while a module is imported for a task.
             BrokenBatchExecutor: If the executor is broken.
         """
-        return self._executor._submit(fn, args, kwargs, self._options, self._terms)
+        return self._executor._submit(fn, args, kwargs, self._options, self._requirements)
 
     def _prepare(self, fn: Callable[..., T]) -> Callable[..., BatchFuture[T]]:
         """Pickle a callable once, and return what submits calls of it; for graphs.
@@ -124,7 +124,7 @@ class _Base(Executor):
             Takes the arguments, the keyword arguments, a label for the future, and what is to be
             called with its outcome.
         """
-        executor, options, terms = self._executor, self._options, self._terms
+        executor, options, requirements = self._executor, self._options, self._requirements
         if executor._driver is None:
             executor._start(fn)
         executor._check_open()
@@ -142,7 +142,9 @@ class _Base(Executor):
         def submit(
             args: tuple[Any, ...], kwargs: Mapping[str, Any], label: str, on_end: Any
         ) -> BatchFuture[T]:
-            return executor._submit(fn, args, kwargs, options, terms, function, label, on_end)
+            return executor._submit(
+                fn, args, kwargs, options, requirements, function, label, on_end
+            )
 
         return submit
 
@@ -300,7 +302,7 @@ class _Base(Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         submit: Callable[[Iterable[tuple[Any, ...]]], list[BatchFuture[T]]]
         if getattr(self.submit, "__func__", None) is _Base.submit:
-            submit = self._executor._prepare_map(fn, self._options, self._terms)
+            submit = self._executor._prepare_map(fn, self._options, self._requirements)
         else:  # somebody has replaced it, as tqdm does, and expects it to be called
 
             def submit(calls: Iterable[tuple[Any, ...]]) -> list[BatchFuture[T]]:
@@ -571,7 +573,7 @@ class BatchExecutor(_Base):
         self._launcher = launcher
         self._config = ServerConfig(scaling=scaling, reconnect_grace=reconnect_grace)
         self._options = TaskOptions(timeout=task_timeout, retries=retries)
-        self._terms = terms_of(self._options, launcher, scaling)
+        self._requirements = requirements_of(self._options, launcher, scaling)
         self._executor = self
         self._setup: dict[str, Any] = {
             "max_workers": max_workers,
@@ -597,7 +599,7 @@ class BatchExecutor(_Base):
         self._shut_down = False
         self._forked = False
         self._driver: Driver | None = None
-        self._on_submit: Callable[..., Terms | None] | None = None  # see cloudexec.tracing
+        self._on_submit: Callable[..., Requirements | None] | None = None  # see cloudexec.tracing
         self._table: FunctionTable | None = None
         self._journal = journal
         self._preload = preload if isinstance(preload, bool) else list(preload)
@@ -724,7 +726,7 @@ class BatchExecutor(_Base):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         options: TaskOptions,
-        terms: Terms | None,
+        requirements: Requirements | None,
         function: Function | None = None,
         label: str = "",
         on_end: Any = None,
@@ -741,14 +743,14 @@ class BatchExecutor(_Base):
             future._label = label
             future._on_end = on_end
         if self._on_submit is not None:
-            terms = self._on_submit(future, fn, options, terms, driver)
+            requirements = self._on_submit(future, fn, options, requirements, driver)
         try:
             if function is None:
                 function, kind, payload = table.call(fn, args, kwargs)  # type: ignore[arg-type]
             else:
                 names: set[str] = set()
                 payload = _dumps_arguments(args, kwargs, driver.store, names)
-                kind = function.kind
+                kind = function.stats
                 if names:
                     function = table.extended(function, names)
         except BaseException as exc:
@@ -763,10 +765,10 @@ class BatchExecutor(_Base):
                 future, identity, args, kwargs, pickled, options
             ):
                 return future
-        if terms is not None and terms.judged:
+        if requirements is not None and requirements.judged:
             driver.judge.prepare()
         task = _submission()(
-            next(self._numbers), kind, future, function, payload, options.retries, terms
+            next(self._numbers), kind, future, function, payload, options.retries, requirements
         )
         if type(payload) is not bytes:
             try:
@@ -789,7 +791,7 @@ class BatchExecutor(_Base):
         return future
 
     def _prepare_map(
-        self, fn: Callable[..., T], options: TaskOptions, terms: Terms | None
+        self, fn: Callable[..., T], options: TaskOptions, requirements: Requirements | None
     ) -> Callable[[Iterable[tuple[Any, ...]]], list[BatchFuture[T]]]:
         """Pickle the callable once and return what submits calls of it."""
         driver = self._driver
@@ -809,12 +811,12 @@ class BatchExecutor(_Base):
             if function is None:
                 sent, kind, dumps = table.unnumbered(fn)
             else:
-                kind = function.kind
+                kind = function.stats
         except BaseException as exc:
             if is_interrupt(exc):
                 raise
             error = _pickling_error(exc, fn)
-        if terms is not None and terms.judged:
+        if requirements is not None and requirements.judged:
             driver.judge.prepare()
         submission = _submission()
         retries, numbers = options.retries, self._numbers
@@ -839,9 +841,9 @@ class BatchExecutor(_Base):
             for args in calls:
                 future: BatchFuture[T] = BatchFuture(driver)
                 futures.append(future)
-                of_task = terms
+                of_task = requirements
                 if on_submit is not None:
-                    of_task = on_submit(future, fn, options, terms, driver)
+                    of_task = on_submit(future, fn, options, requirements, driver)
                 if error is not None:
                     future.set_exception(error)
                     continue
@@ -1060,7 +1062,7 @@ class OptionsView(_Base):
     def __init__(self, executor: BatchExecutor, options: TaskOptions) -> None:
         self._executor = executor
         self._options = options
-        self._terms = terms_of(options, executor._launcher, executor._config.scaling)
+        self._requirements = requirements_of(options, executor._launcher, executor._config.scaling)
         self._max_workers = executor._max_workers
 
     def put(self, value: T) -> Ref[T]:

@@ -25,7 +25,7 @@ from typing import Any
 import cloudpickle
 
 from cloudexec import _main, _payload
-from cloudexec._core.tasks import Kind
+from cloudexec._core.tasks import FunctionStats
 from cloudexec._describing import attribute_of, is_interrupt
 from cloudexec._fingerprints import Fingerprint, lookup, travels_by_value
 from cloudexec._objects.ref import Ref
@@ -77,7 +77,7 @@ class Function:
         globals: Names in the script that this binds; none: it is a callable.
         module: The module that this is, or comes from, if it is not the script's own.
         uses: Names in the script that the pickle refers to.
-        kind: What is known of its tasks.
+        stats: What is known of its tasks.
         fresh: Whether each task is to have a copy of its own, as if it had been pickled with it.
     """
 
@@ -87,12 +87,12 @@ class Function:
         "composed",
         "fresh",
         "globals",
-        "kind",
         "module",
         "needs",
         "number",
         "pickle",
         "sha256",
+        "stats",
         "uses",
     )
 
@@ -107,7 +107,7 @@ class Function:
         self.globals: tuple[str, ...] = ()
         self.module = ""
         self.uses: frozenset[str] = frozenset()
-        self.kind = Kind()
+        self.stats = FunctionStats()
         self.fresh = False
         self._end = _End(number, on_end)
 
@@ -140,7 +140,7 @@ class FunctionTable:
         self._large: weakref.WeakValueDictionary[bytes, Function] = weakref.WeakValueDictionary()
         self._known: OrderedDict[int, tuple[Any, Function, Any, Any]] = OrderedDict()
         self._unstable: dict[CodeType, int] = {}
-        self._kinds: dict[Any, Kind] = {}
+        self._kinds: dict[Any, FunctionStats] = {}
         self._script = Script(self._define, store, is_near=is_near)
         self._rest: tuple[tuple[Function, ...], Function | None] = ((), None)
 
@@ -185,7 +185,7 @@ class FunctionTable:
             return function
         uses = function.uses | names
         other = self._numbered(function.pickle, uses, fresh=function.fresh, new=False)
-        other.kind = function.kind
+        other.stats = function.stats
         return other
 
     def numbered(self, fn: Callable[..., Any]) -> Function | None:
@@ -211,7 +211,7 @@ class FunctionTable:
         self, fn: Callable[..., Any]
     ) -> tuple[
         Function | None,
-        Kind,
+        FunctionStats,
         Callable[[tuple[Any, ...], _Keywords, BlobStore, set[str]], Payload | Unfinished],
     ]:
         """Say how to send calls of a callable that futures or handles are bound to.
@@ -232,7 +232,7 @@ class FunctionTable:
                 keywords = {**named, **(kwargs or {})}
                 return _payload.dumps_arguments(bound + args, keywords, store, names)
 
-            return inner, inner.kind, arguments
+            return inner, inner.stats, arguments
 
         def together(
             args: tuple[Any, ...], kwargs: _Keywords, store: BlobStore, names: set[str]
@@ -243,7 +243,7 @@ class FunctionTable:
 
     def call(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Function | None, Kind, Payload | Unfinished]:
+    ) -> tuple[Function | None, FunctionStats, Payload | Unfinished]:
         """Pickle a call.
 
         Returns:
@@ -273,7 +273,7 @@ class FunctionTable:
             if names:
                 function = self.extended(function, names)
                 assert function is not None
-            return function, function.kind, payload
+            return function, function.stats, payload
         # Together, so that what a method's object and the arguments share stays shared.
         payload = _payload.dumps_call(fn, args, kwargs, self._store, names)
         return self.extended(None, names), self._kind(fn), payload
@@ -354,7 +354,7 @@ class FunctionTable:
     ) -> Function:
         function = self._numbered(pickled, names, fresh=fresh, new=not fresh)
         # All functions of one code share what is known of their run time.
-        function.kind = self._kind(fn)
+        function.stats = self._kind(fn)
         return function
 
     def _numbered(
@@ -383,7 +383,7 @@ class FunctionTable:
                 self._by_content.move_to_end(sha256)
             return function
 
-    def _kind(self, fn: Callable[..., Any]) -> Kind:
+    def _kind(self, fn: Callable[..., Any]) -> FunctionStats:
         code = attribute_of(attribute_of(fn, "__func__", fn), "__code__")
         key = code if type(code) is CodeType else attribute_of(fn, "__qualname__")
         if type(key) not in (CodeType, str):
@@ -391,11 +391,11 @@ class FunctionTable:
         try:
             kind = self._kinds.get(key)
         except TypeError:
-            return Kind()
+            return FunctionStats()
         if kind is None:
             if len(self._kinds) >= _KINDS_KEPT:
                 self._kinds.clear()
-            kind = self._kinds[key] = Kind()
+            kind = self._kinds[key] = FunctionStats()
         return kind
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from cloudexec._config import ScalingPolicy, TaskOptions, WorkerCapacity
 
 if TYPE_CHECKING:
-    from cloudexec._core.claims import Terms
+    from cloudexec._core.resources import Requirements
     from cloudexec._launchers.base import Launcher
 
-__all__ = ["ladder_of", "terms_of"]
+__all__ = ["ladder_of", "requirements_of"]
 
 
 def ladder_of(launcher: Launcher) -> tuple[WorkerCapacity, ...]:
@@ -20,7 +20,9 @@ def ladder_of(launcher: Launcher) -> tuple[WorkerCapacity, ...]:
     return sizes if len(sizes) == len(found) else ()
 
 
-def terms_of(options: TaskOptions, launcher: Launcher, scaling: ScalingPolicy) -> Terms | None:
+def requirements_of(
+    options: TaskOptions, launcher: Launcher, scaling: ScalingPolicy
+) -> Requirements | None:
     """Return what the scheduler must know of tasks with these options; ``None``: nothing.
 
     Raises:
@@ -28,9 +30,9 @@ def terms_of(options: TaskOptions, launcher: Launcher, scaling: ScalingPolicy) -
     """
     if options == TaskOptions(retries=options.retries, key=options.key):
         return None  # tasks that nothing was said about cost nothing more
-    from cloudexec._core.claims import Claim, Resources, Terms
+    from cloudexec._core.resources import Requirements, ResourceRequest, Resources
 
-    claims: list[Claim] = []
+    requests: list[ResourceRequest] = []
     if not (options.cpus is None and options.memory is None and not options.gpus):
         gpus = options.gpus or 0
         share = WorkerCapacity(cpus=1.0)
@@ -41,18 +43,18 @@ def terms_of(options: TaskOptions, launcher: Launcher, scaling: ScalingPolicy) -
         cpus = share.cpus if options.cpus is None else options.cpus
         memory = options.memory_bytes or share.memory
 
-        def claim(memory: int) -> Claim:
+        def request(memory: int) -> ResourceRequest:
             rung = launcher.size_for(cpus, memory, gpus)
             capacity = launcher.capacity(rung) or WorkerCapacity(cpus=cpus, memory=memory)
             need, whole = Resources.of(cpus, memory, gpus), Resources.had_by(capacity)
             fitting = max(1, min(need.times_in(whole), launcher.most_slots(rung)))
             if scaling.one_machine:
                 fitting = scaling.slots_per_worker  # one worker has it all
-            return Claim(need, rung, whole, fitting, need)
+            return ResourceRequest(need, rung, whole, fitting, need)
 
-        claims.append(claim(memory))
+        requests.append(request(memory))
         # A ladder goes on from there: past what was asked for, all that a larger worker has.
         for larger in scaling.sizes[1:]:
-            if larger.memory > claims[-1].whole.memory:
-                claims.append(claim(larger.memory))
-    return Terms(options, tuple(claims), options.priority, options.retry_on is not None)
+            if larger.memory > requests[-1].whole.memory:
+                requests.append(request(larger.memory))
+    return Requirements(options, tuple(requests), options.priority, options.retry_on is not None)

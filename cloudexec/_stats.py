@@ -140,13 +140,13 @@ class ExecutorStats:
         sent = running = idle = busy = draining = slots = 0
         sizes: dict[int, list[int]] = {}
         for launch in machine.launches.values():
-            sizes.setdefault(launch.rung, [0] * 5)[0] += 1
+            sizes.setdefault(launch.size, [0] * 5)[0] += 1
         for rung, count in machine.waiting_by_size().items():
             sizes.setdefault(rung, [0] * 5)[4] += count
         for worker in machine.workers.values():
             slots += worker.slots
             begun = sum(task.state is TaskState.RUNNING for task in worker.leases.values())
-            size = sizes.setdefault(worker.rung, [0] * 5)
+            size = sizes.setdefault(worker.size, [0] * 5)
             size[1:4] = size[1] + 1, size[2] + worker.slots, size[3] + begun
             if worker.state is WorkerState.DRAINING:
                 draining += 1
@@ -160,8 +160,8 @@ class ExecutorStats:
         takeover = driver.takeover
         return cls(
             tasks=TaskCounts(
-                held=len(machine.held),
-                resting=len(machine.resting_tasks()),
+                held=len(machine.blocked),
+                resting=len(machine.backing_off_tasks()),
                 waiting=machine.waiting,
                 sent=sent,
                 running=running,

@@ -30,7 +30,7 @@ except ModuleNotFoundError as exc:
         "spans need opentelemetry-api: pip install 'cloudexec[otel]'", name=exc.name
     ) from exc
 
-from cloudexec._core.claims import Terms
+from cloudexec._core.resources import Requirements
 from cloudexec._describing import (
     attribute_of,
     describe,
@@ -89,9 +89,9 @@ def instrument(
         future: BatchFuture[Any],
         fn: Callable[..., object],
         options: TaskOptions,
-        terms: Terms | None,
+        requirements: Requirements | None,
         driver: Driver,
-    ) -> Terms | None:
+    ) -> Requirements | None:
         context, start = contexts.get_current(), time.time_ns()
         name = options.name or future._label or _name(fn)
         span: Span | None = None
@@ -101,13 +101,13 @@ def instrument(
 
         if propagate:
             span = begin()
-            terms = _with_context(span, options, terms)
+            requirements = _with_context(span, options, requirements)
 
         def end(done: Future[Any]) -> None:
             _end(begin() if span is None else span, future, driver)
 
         future.add_done_callback(end)
-        return terms
+        return requirements
 
     executor._executor._on_submit = submitted
 
@@ -128,12 +128,14 @@ def task_context() -> contexts.Context:
     return TraceContextTextMapPropagator().extract(carrier, contexts.Context())
 
 
-def _with_context(span: Span, options: TaskOptions, terms: Terms | None) -> Terms:
+def _with_context(
+    span: Span, options: TaskOptions, requirements: Requirements | None
+) -> Requirements:
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier, trace.set_span_in_context(span))
     env = {**(options.env or {}), **{name.upper(): value for name, value in carrier.items()}}
     mine = replace(options, env=env)
-    return Terms(mine) if terms is None else replace(terms, options=mine)
+    return Requirements(mine) if requirements is None else replace(requirements, options=mine)
 
 
 def _end(span: Span, future: BatchFuture[Any], driver: Driver) -> None:

@@ -118,7 +118,7 @@ class LaunchWorker:
     launch: str
     slots: int
     cause: int = 0
-    rung: int = 0
+    size: int = 0
 
 
 @record

@@ -26,7 +26,7 @@ __all__ = [
     "ShutdownRequested",
     "TasksCancelled",
     "TasksDropped",
-    "TasksHeld",
+    "TasksBlocked",
     "TasksRecalled",
     "TasksReleased",
     "TasksStarted",
@@ -103,7 +103,7 @@ class TasksSubmitted:
 
 
 @record
-class TasksHeld:
+class TasksBlocked:
     """Somebody submitted tasks that depend on what is not there yet; their state says so."""
 
     tasks: Sequence[Task]
@@ -315,7 +315,7 @@ class DeadlinePassed:
 
 Event = (
     TasksSubmitted
-    | TasksHeld
+    | TasksBlocked
     | TasksReleased
     | TasksDropped
     | TasksCancelled

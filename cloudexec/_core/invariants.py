@@ -16,7 +16,7 @@ __all__ = ["check"]
 
 _WAITING, _SENT = TaskState.WAITING, TaskState.SENT
 _RUNNING, _DONE = TaskState.RUNNING, TaskState.DONE
-_HELD, _RESTING = TaskState.HELD, TaskState.RESTING
+_BLOCKED, _BACKING_OFF = TaskState.BLOCKED, TaskState.BACKING_OFF
 
 
 def check(machine: Machine) -> None:
@@ -46,25 +46,25 @@ def check(machine: Machine) -> None:
             assert task.state in (_SENT, _RUNNING), "a leased task is neither sent nor running"
             assert task.lost <= task.retries, "a task has more attempts than it may"
     assert not held & set(map(id, waiting)), "a task is both waiting and leased"
-    resting = len(machine._resting)
-    assert all(task.state is _RESTING for task in machine._resting), "a task rests elsewhere"
+    resting = len(machine.backing_off)
+    assert all(task.state is _BACKING_OFF for task in machine.backing_off), "a task rests elsewhere"
     assert machine.open_tasks == len(waiting) + open_held + resting, "open tasks are nowhere"
-    opened = Counter(id(machine._line_of(task)) for task in waiting)
-    opened.update(id(machine._line_of(task)) for task in machine._resting)
+    opened = Counter(id(machine._queue_of(task)) for task in waiting)
+    opened.update(id(machine._queue_of(task)) for task in machine.backing_off)
     for worker in machine.workers.values():
         alive = [task for task in worker.leases.values() if task.state is not _DONE]
-        opened.update(id(machine._line_of(task)) for task in alive)
-    for line in machine._lines.values():
-        assert machine._open_of(line) == opened[id(line)], "open tasks by line are off"
-        assert line is machine._plain or line.open, "a line without tasks is kept"
+        opened.update(id(machine._queue_of(task)) for task in alive)
+    for queue in machine._queues.values():
+        assert machine._open_of(queue) == opened[id(queue)], "open tasks by queue are off"
+        assert queue is machine._plain or queue.open, "a queue without tasks is kept"
         misplaced = [
-            t for t in line.tasks if t.state is _WAITING and machine._line_of(t) is not line
+            t for t in queue.tasks if t.state is _WAITING and machine._queue_of(t) is not queue
         ]
-        assert not misplaced, "a task waits in another line than its own"
-    _check_accounts(machine)
-    for name in machine._hungry:
-        assert machine.workers[name].state is WorkerState.ACTIVE, "a draining worker is hungry"
-        assert machine.workers[name].cut_at is None, "a worker that was cut off is hungry"
+        assert not misplaced, "a task waits in another queue than its own"
+    _check_allocations(machine)
+    for name in machine.available:
+        assert machine.workers[name].state is WorkerState.ACTIVE, "a draining worker is available"
+        assert machine.workers[name].cut_at is None, "a worker that was cut off is available"
     _check_cuts(machine)
     _check_quarantine(machine)
     active = sum(w.slots for w in machine.workers.values() if w.state is WorkerState.ACTIVE)
@@ -74,10 +74,12 @@ def check(machine: Machine) -> None:
     assert machine._active_slots == sum(machine._active_pools.values()), "slots by pool are off"
     assert machine._total_slots == total, "the count of slots is off"
     assert total <= machine.config.scaling.max_slots, "more slots than max_workers"
-    assert all(task.state is _HELD for task in machine.held), "a held task is in another state"
+    assert all(task.state is _BLOCKED for task in machine.blocked), (
+        "a held task is in another state"
+    )
     if machine.finished:
         assert not machine.open_tasks, "finished with tasks left"
-        assert not machine.held, "finished with held tasks left"
+        assert not machine.blocked, "finished with held tasks left"
         assert not machine.workers, "finished with workers left"
 
 
@@ -92,10 +94,10 @@ def _check_cuts(machine: Machine) -> None:
 
 def _check_quarantine(machine: Machine) -> None:
     suspects, kept = machine._quarantine.suspects, machine._quarantine.kept
-    lines = [line for line in machine._lines.values() if line.alone]
-    assert len(suspects) == sum(line.open for line in lines), "suspects are in other lines"
+    queues = [queue for queue in machine._queues.values() if queue.alone]
+    assert len(suspects) == sum(queue.open for queue in queues), "suspects are in other queues"
     assert all(task.state is not _DONE for task in suspects), "a suspect is done"
-    assert not kept.keys() & machine._hungry.keys(), "a worker that is kept gets tasks"
+    assert not kept.keys() & machine.available.keys(), "a worker that is kept gets tasks"
     for worker in machine.workers.values():
         hosts = kept.get(worker.id, False)
         alive = [task for task in worker.leases.values() if task.state is not _DONE]
@@ -107,27 +109,31 @@ def _check_quarantine(machine: Machine) -> None:
         assert machine.workers[name].leases, "a worker is kept for nothing"
 
 
-def _check_accounts(machine: Machine) -> None:
-    accounts = {id(w.account): w.account for w in machine.workers.values()}
-    for account in accounts.values():
+def _check_allocations(machine: Machine) -> None:
+    allocations = {id(w.allocation): w.allocation for w in machine.workers.values()}
+    for allocation in allocations.values():
         takes = any(
-            w.state is WorkerState.ACTIVE and w.cut_at is None for w in account.workers.values()
+            w.state is WorkerState.ACTIVE and w.cut_at is None for w in allocation.workers.values()
         )
-        assert takes or account.held_for is None, "held for tasks where no worker takes any"
-        leases = {lease: task for w in account.workers.values() for lease, task in w.leases.items()}
-        assert account.heavy.keys() <= leases.keys(), "room is kept for a task that is gone"
-        gpus = [each for ids in account.heavy.values() for each in ids]
+        assert takes or allocation.saving_for is None, "held for tasks where no worker takes any"
+        leases = {
+            lease: task for w in allocation.workers.values() for lease, task in w.leases.items()
+        }
+        assert allocation.heavy.keys() <= leases.keys(), "room is kept for a task that is gone"
+        gpus = [each for ids in allocation.heavy.values() for each in ids]
         assert len(set(gpus)) == len(gpus), "two tasks have one GPU"
-        for worker in account.workers.values():
-            assert machine.workers.get(worker.id) is worker, "an account of a worker that is gone"
+        for worker in allocation.workers.values():
+            assert machine.workers.get(worker.id) is worker, (
+                "an allocation of a worker that is gone"
+            )
             for lease, task in worker.leases.items():
-                claim = machine.claim_of(task)
+                request = machine.request_of(task)
                 if task.state is _RUNNING:
-                    assert claim.floor.within(account.capacity), "a task where it cannot be"
-                    assert account.is_light(claim) or lease in account.heavy, "not counted"
-                    wanted = claim.need.gpus
-                    assert len(account.heavy.get(lease, ())) == wanted, "GPUs are off"
-        if account.heavy:
-            room = room_left(account, machine.claim_of)
+                    assert request.floor.within(allocation.capacity), "a task where it cannot be"
+                    assert allocation.is_light(request) or lease in allocation.heavy, "not counted"
+                    wanted = request.need.gpus
+                    assert len(allocation.heavy.get(lease, ())) == wanted, "GPUs are off"
+        if allocation.heavy:
+            room = room_left(allocation, machine.request_of)
             assert room is not None, "tasks were sent ahead beside one with more than its share"
             assert min(room) >= 0, "more is taken of a worker than it has"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from cloudexec._config import ServerConfig, WorkerCapacity
-from cloudexec._core.claims import Claim, Resources
 from cloudexec._core.commands import (
     CancelTasks,
     Command,
@@ -43,9 +42,9 @@ from cloudexec._core.events import (
     LeasesReturned,
     ResultsReceived,
     ShutdownRequested,
+    TasksBlocked,
     TasksCancelled,
     TasksDropped,
-    TasksHeld,
     TasksRecalled,
     TasksReleased,
     TasksStarted,
@@ -60,9 +59,10 @@ from cloudexec._core.events import (
     WorkerReady,
 )
 from cloudexec._core.quarantine import PARTS, Quarantine
+from cloudexec._core.resources import ResourceRequest, Resources
 from cloudexec._core.scaling import sizes_to_launch
 from cloudexec._core.scheduling import (
-    Line,
+    TaskQueue,
     best_holder,
     give,
     in_order,
@@ -70,15 +70,15 @@ from cloudexec._core.scheduling import (
     take_fitting,
     take_tasks,
 )
-from cloudexec._core.tasks import Kind, Task, TaskState
-from cloudexec._core.workers import Account, Launch, Worker, WorkerState
+from cloudexec._core.tasks import FunctionStats, Task, TaskState
+from cloudexec._core.workers import Allocation, Launch, Worker, WorkerState
 
 __all__ = ["Machine"]
 
 _WAITING, _SENT = TaskState.WAITING, TaskState.SENT
 _RUNNING, _DONE = TaskState.RUNNING, TaskState.DONE
-_HELD, _RESTING = TaskState.HELD, TaskState.RESTING
-_terms_of = operator.attrgetter("terms")
+_BLOCKED, _BACKING_OFF = TaskState.BLOCKED, TaskState.BACKING_OFF
+_requirements_of = operator.attrgetter("requirements")
 _inputs_of = operator.attrgetter("inputs")
 
 _REBALANCE_AFTER = 0.1
@@ -107,7 +107,7 @@ _WINDOW = 64
 """Tasks, beyond those that free slots are there for, among which a worker finds those whose inputs
 it has."""
 _OVERTAKEN = 64
-"""Tasks that may go before the first in line because their inputs are where there is room."""
+"""Tasks that may go before the first in queue because their inputs are where there is room."""
 _JUDGED = (FailureKind.RAISED, FailureKind.TIMED_OUT)
 
 
@@ -123,33 +123,33 @@ class Machine:
         scaling = config.scaling
         self._wholes = [Resources.had_by(each) for each in scaling.sizes or _unknown(scaling.rungs)]
         self._gpu_ids = scaling.sizes[0].gpu_ids if scaling.sizes else ()
-        self._plain_claims = [
-            Claim(
+        self._plain_requests = [
+            ResourceRequest(
                 need=whole.share(max(scaling.slots_per_worker, self._sharing(whole))),
-                rung=rung,
+                size=size,
                 whole=whole,
                 slots=scaling.slots_per_worker,
                 # On a ladder, the whole worker counts: with a share of more it may do worse.
-                floor=whole._replace(gpus=0) if rung else whole.share(scaling.max_slots),
+                floor=whole._replace(gpus=0) if size else whole.share(scaling.max_slots),
             )
-            for rung, whole in enumerate(self._wholes)
+            for size, whole in enumerate(self._wholes)
         ]
-        self._plain = Line(None, 0, self._plain_claims[0])
-        self._lines: dict[object, Line] = {None: self._plain}
-        """Waiting tasks, by what they wait for; lines without open tasks are dropped."""
+        self._plain = TaskQueue(None, 0, self._plain_requests[0])
+        self._queues: dict[object, TaskQueue] = {None: self._plain}
+        """Waiting tasks, by what they wait for; queues without open tasks are dropped."""
         self._quarantine = Quarantine()
         # Lines that have, or had, tasks with inputs; not a set, whose order differs between runs.
-        self._near: dict[Line, None] = {}
+        self._near: dict[TaskQueue, None] = {}
         self._passed: tuple[int, int] = (0, 0)  # who was overtaken last, and how often
-        self._machine_account: Account | None = None  # where workers share one
-        self._resting: dict[Task, float] = {}  # until when; infinite: not known yet
+        self._machine_allocation: Allocation | None = None  # where workers share one
+        self.backing_off: dict[Task, float] = {}  # until when; infinite: not known yet
         self._awakenings: list[tuple[float, int, Task]] = []
         self.workers: dict[str, Worker] = {}
         self.launches: dict[str, Launch] = {}
         self.counts: Counter[str] = Counter()
         self.open_tasks = 0
         """Tasks that are not done, nor held: waiting, sent or running."""
-        self.held: dict[Task, None] = {}
+        self.blocked: dict[Task, None] = {}
         """Tasks that wait for what they depend on: no demand, but they are to be finished."""
         self.shutting_down = False
         self.killing = False
@@ -161,7 +161,7 @@ class Machine:
         self._active_pools: dict[tuple[int, int], int] = {}  # the same by size and slots
         self._odd = 0  # how many of these pools are not the plain one
         self._total_slots = 0  # the same and of draining workers
-        self._hungry: dict[str, None] = {}
+        self.available: dict[str, None] = {}
         self._leases = itertools.count(1)
         self._launch_numbers = itertools.count(1)
         self._events = 0
@@ -175,7 +175,7 @@ class Machine:
         self._out: list[Command] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             TasksSubmitted: self._on_submitted,
-            TasksHeld: self._on_held,
+            TasksBlocked: self._on_blocked,
             TasksReleased: self._on_released,
             TasksDropped: self._on_dropped,
             TasksCancelled: self._on_cancelled,
@@ -213,7 +213,7 @@ class Machine:
         """
         self._events += 1
         self._handlers[type(event)](event, now)
-        if self._waiting and (self._hungry or self._quarantine.kept):
+        if self._waiting and (self.available or self._quarantine.kept):
             self._assign(now)
         self._scale(now)
         # Handed over: the commands hold results, which are not ours to keep alive.
@@ -235,14 +235,14 @@ class Machine:
         self.counts["submitted"] += len(event.tasks)
         self._enqueue(event.tasks)
 
-    def _on_held(self, event: TasksHeld, now: float) -> None:
+    def _on_blocked(self, event: TasksBlocked, now: float) -> None:
         self.counts["submitted"] += len(event.tasks)
-        self.held.update(dict.fromkeys(event.tasks))
+        self.blocked.update(dict.fromkeys(event.tasks))
 
     def _on_released(self, event: TasksReleased, now: float) -> None:
-        released = [task for task in event.tasks if task.state is _HELD]
+        released = [task for task in event.tasks if task.state is _BLOCKED]
         for task in released:
-            del self.held[task]
+            del self.blocked[task]
             task.state = _WAITING
         # First: what they depend on lies about until they have run.
         self._enqueue(released, first=True)
@@ -252,37 +252,37 @@ class Machine:
         running: list[Task] = []
         lost: list[Task] = []
         for task, lease in zip(event.tasks, event.leases, strict=True):
-            if task.state is not _HELD:
+            if task.state is not _BLOCKED:
                 continue
             if worker is None or lease in worker.leases:
                 lost.append(task)
                 continue
-            claim = self._enter(task).claim
-            if not self._has_place(worker, claim):
+            request = self._enter(task).request
+            if not self._has_place(worker, request):
                 self._leave(task)
                 lost.append(task)
                 continue
-            del self.held[task]
+            del self.blocked[task]
             give(task, worker, iter((lease,)))
             task.state = _RUNNING
-            account = worker.account
-            if not account.is_light(claim):
-                account.heavy[lease] = account.free_gpus(claim.need.gpus)
+            allocation = worker.allocation
+            if not allocation.is_light(request):
+                allocation.heavy[lease] = allocation.free_gpus(request.need.gpus)
             running.append(task)
         self.open_tasks += len(running)
         if running:
             self._out.append(MarkRunning(running, self._events))
         self._on_released(TasksReleased(lost), now)
 
-    def _has_place(self, worker: Worker, claim: Claim) -> bool:
+    def _has_place(self, worker: Worker, request: ResourceRequest) -> bool:
         """Say whether a worker may have such a task by what is known here, also of its size."""
-        account = worker.account
-        room = room_left(account, self.claim_of)
+        allocation = worker.allocation
+        room = room_left(allocation, self.request_of)
         return (
             len(worker.leases) < worker.slots
-            and claim.floor.within(account.capacity)
+            and request.floor.within(allocation.capacity)
             and room is not None
-            and claim.need.within(room)
+            and request.need.within(room)
         )
 
     def _on_dropped(self, event: TasksDropped, now: float) -> None:
@@ -292,7 +292,7 @@ class Machine:
 
     def _enqueue(self, tasks: Sequence[Task], *, first: bool = False) -> None:
         """Have tasks wait, behind those that do, or before them."""
-        if len(self._wholes) == 1 and not any(map(_terms_of, tasks)):
+        if len(self._wholes) == 1 and not any(map(_requirements_of, tasks)):
             if first:
                 self._plain.tasks.extendleft(reversed(tasks))
             else:
@@ -304,7 +304,7 @@ class Machine:
             for task in tasks:
                 self._enter(task).tasks.append(task)
         if any(map(_inputs_of, tasks)):
-            self._near.update((self._line_of(task), None) for task in tasks if task.inputs)
+            self._near.update((self._queue_of(task), None) for task in tasks if task.inputs)
         self._waiting += len(tasks)
         self.open_tasks += len(tasks)
 
@@ -315,52 +315,52 @@ class Machine:
         scaling = self.config.scaling
         return scaling.max_slots if scaling.one_machine else scaling.slots_per_worker
 
-    def claim_of(self, task: Task) -> Claim:
-        """Return what a task claims of the worker that it runs on."""
-        terms = task.terms
-        if terms is not None and terms.claims:
-            return terms.claims[min(task.rung, len(terms.claims) - 1)]
-        return self._plain_claims[task.rung]
+    def request_of(self, task: Task) -> ResourceRequest:
+        """Return what a task requests of the worker that it runs on."""
+        requirements = task.requirements
+        if requirements is not None and requirements.requests:
+            return requirements.requests[min(task.size, len(requirements.requests) - 1)]
+        return self._plain_requests[task.size]
 
-    def _line_of(self, task: Task) -> Line:
-        """Return the line of a task, a new one if there is none."""
-        terms = task.terms
+    def _queue_of(self, task: Task) -> TaskQueue:
+        """Return the queue of a task, a new one if there is none."""
+        requirements = task.requirements
         suspects = self._quarantine.suspects
         alone = bool(suspects) and task in suspects
-        if terms is None and not task.rung and not alone:
+        if requirements is None and not task.size and not alone:
             return self._plain
-        claim = self.claim_of(task)
-        priority = 0 if terms is None else terms.priority
-        if not priority and claim is self._plain_claims[0] and not alone:
+        request = self.request_of(task)
+        priority = 0 if requirements is None else requirements.priority
+        if not priority and request is self._plain_requests[0] and not alone:
             return self._plain
-        key = (priority, claim, alone)
-        line = self._lines.get(key)
-        if line is None:
-            line = self._lines[key] = Line(key, priority, claim, alone=alone)
-        return line
+        key = (priority, request, alone)
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = TaskQueue(key, priority, request, alone=alone)
+        return queue
 
-    def _enter(self, task: Task) -> Line:
-        """Count an open task where it belongs, and return its line."""
-        terms = task.terms
-        if terms is None or not terms.claims:
-            task.rung = min(max(task.rung, task.kind.rung), len(self._wholes) - 1)
-        line = self._line_of(task)
-        line.open += line is not self._plain
-        return line
+    def _enter(self, task: Task) -> TaskQueue:
+        """Count an open task where it belongs, and return its queue."""
+        requirements = task.requirements
+        if requirements is None or not requirements.requests:
+            task.size = min(max(task.size, task.stats.size), len(self._wholes) - 1)
+        queue = self._queue_of(task)
+        queue.open += queue is not self._plain
+        return queue
 
     def _leave(self, task: Task) -> None:
         """Count an open task no more."""
-        line = self._line_of(task)
-        if line is not self._plain:
-            line.open -= 1
-            if line.open <= 0:
-                del self._lines[line.key]
-                self._near.pop(line, None)
+        queue = self._queue_of(task)
+        if queue is not self._plain:
+            queue.open -= 1
+            if queue.open <= 0:
+                del self._queues[queue.key]
+                self._near.pop(queue, None)
 
-    def _open_of(self, line: Line) -> int:
-        if line is not self._plain:
-            return line.open
-        return self.open_tasks - sum(each.open for each in self._lines.values())
+    def _open_of(self, queue: TaskQueue) -> int:
+        if queue is not self._plain:
+            return queue.open
+        return self.open_tasks - sum(each.open for each in self._queues.values())
 
     def _on_cancelled(self, event: TasksCancelled, now: float) -> None:
         leases: dict[str, list[int]] = {}
@@ -389,40 +389,40 @@ class Machine:
             worker.paused_until = now + _CANCEL_PAUSE
             self._remind(worker.paused_until)
 
-    def _climb(self, task: Task, rung: int) -> None:
+    def _climb(self, task: Task, size: int) -> None:
         """Have a task that ran out of memory on workers of this size go to larger ones."""
         self._leave(task)
-        task.rung = rung + 1
-        if task.terms is not None and task.terms.claims:
+        task.size = size + 1
+        if task.requirements is not None and task.requirements.requests:
             self._enter(task)
             return
-        kind = task.kind
-        before = kind.rung
-        kind.outgrew(rung)
+        kind = task.stats
+        before = kind.size
+        kind.outgrew(size)
         self._enter(task)
-        if kind.rung > before and before < len(self._wholes) - 1:
-            for line in list(self._lines.values()):
-                if line.claim is self._plain_claims[before]:
-                    self._move_on(line, kind)
+        if kind.size > before and before < len(self._wholes) - 1:
+            for queue in list(self._queues.values()):
+                if queue.request is self._plain_requests[before]:
+                    self._move_on(queue, kind)
 
-    def _move_on(self, line: Line, kind: Kind) -> None:
+    def _move_on(self, queue: TaskQueue, kind: FunctionStats) -> None:
         """Have the waiting tasks of a function go where its new ones go."""
-        moving = [task for task in line.tasks if task.kind is kind and task.state is _WAITING]
+        moving = [task for task in queue.tasks if task.stats is kind and task.state is _WAITING]
         if moving:
-            rest = [task for task in line.tasks if task.kind is not kind]
-            line.tasks = deque(rest)
+            rest = [task for task in queue.tasks if task.stats is not kind]
+            queue.tasks = deque(rest)
             for task in moving:
                 self._leave(task)
                 self._enter(task).tasks.append(task)
 
     def waiting_tasks(self) -> list[Task]:
         """Tasks that no worker has."""
-        lines = self._lines.values()
-        return [task for line in lines for task in line.tasks if task.state is _WAITING]
+        queues = self._queues.values()
+        return [task for queue in queues for task in queue.tasks if task.state is _WAITING]
 
-    def resting_tasks(self) -> list[Task]:
+    def backing_off_tasks(self) -> list[Task]:
         """Tasks between two attempts."""
-        return list(self._resting)
+        return list(self.backing_off)
 
     def runs_apart(self, task: Task) -> bool:
         """Say whether a task is among the suspects of a worker's death."""
@@ -431,28 +431,28 @@ class Machine:
     def waiting_by_size(self) -> dict[int, int]:
         """Return how many tasks wait for each size of worker."""
         found: Counter[int] = Counter()
-        for line in self._lines.values():
-            if line is not self._plain:  # that one is long
-                found[line.claim.rung] += sum(task.state is _WAITING for task in line.tasks)
+        for queue in self._queues.values():
+            if queue is not self._plain:  # that one is long
+                found[queue.request.size] += sum(task.state is _WAITING for task in queue.tasks)
         found[0] += self._waiting - found.total()
         return +found
 
     def _clear_queues(self) -> None:
-        for line in self._lines.values():
-            line.tasks.clear()
+        for queue in self._queues.values():
+            queue.tasks.clear()
 
     def _close(self, task: Task, how: str) -> None:
-        if task.state is _HELD:
-            del self.held[task]
+        if task.state is _BLOCKED:
+            del self.blocked[task]
             task.state = _DONE
             self.counts[how] += 1
             return
         if task.state is _WAITING:
             self._waiting -= 1
-        elif task.state is _RESTING:
-            del self._resting[task]
+        elif task.state is _BACKING_OFF:
+            del self.backing_off[task]
         task.state = _DONE
-        if len(self._lines) > 1:
+        if len(self._queues) > 1:
             self._leave(task)
             self._quarantine.suspects.pop(task, None)
         self.open_tasks -= 1
@@ -462,7 +462,7 @@ class Machine:
         """Take a lease back from a worker; ``None`` if it has no such lease (any more)."""
         task = worker.leases.pop(lease, None)
         if task is not None:
-            worker.account.heavy.pop(lease, None)
+            worker.allocation.heavy.pop(lease, None)
             worker.load -= task.cost
             if task.lease == lease:
                 task.worker = None
@@ -470,7 +470,7 @@ class Machine:
         return task
 
     def _settle(self, worker: Worker, now: float) -> None:
-        """After leases were released: is the worker hungry, idle?"""
+        """After leases were released: is the worker available, idle?"""
         if not worker.leases:
             worker.load = 0.0
             worker.idle_since = now
@@ -492,7 +492,7 @@ class Machine:
         if worker.cut_at is None:
             kept = self._quarantine.kept
             if not kept or worker.id not in kept:
-                self._hungry[worker.id] = None
+                self.available[worker.id] = None
 
     def _on_results(self, event: ResultsReceived, now: float) -> None:
         worker = self.workers.get(event.worker)
@@ -511,7 +511,7 @@ class Machine:
                 self.counts["duplicates"] += 1
                 continue
             released += task.cost
-            task.kind.learn(seconds)
+            task.stats.learn(seconds)
             task.worker = None
             if task.state is _DONE:
                 continue
@@ -520,17 +520,17 @@ class Machine:
             results.append(result)
             times.append(seconds)
         worker.load -= released
-        heavy = worker.account.heavy
+        heavy = worker.allocation.heavy
         if heavy:
             for lease in event.leases:
                 heavy.pop(lease, None)
         worker.completed += len(event.leases)
         self._failed_launches = self._killed_launches = 0
         if tasks:
-            if len(self._lines) > 1:
+            if len(self._queues) > 1:
                 suspects = self._quarantine.suspects
                 for task in tasks:
-                    if task.terms is not None or task.rung or task in suspects:
+                    if task.requirements is not None or task.size or task in suspects:
                         self._leave(task)
                         suspects.pop(task, None)
             self.open_tasks -= len(tasks)
@@ -559,11 +559,11 @@ class Machine:
                     self._lose_to_memory(worker, task)
                     self._requeue([task])
                 elif failure.kind is FailureKind.INPUT_LOST and not self.killing:
-                    task.state = _RESTING
-                    self._resting[task] = math.inf
+                    task.state = _BACKING_OFF
+                    self.backing_off[task] = math.inf
                 elif self._is_judged(task, failure):
-                    task.state = _RESTING
-                    self._resting[task] = math.inf
+                    task.state = _BACKING_OFF
+                    self.backing_off[task] = math.inf
                     self._out.append(JudgeFailure(worker.id, task, failure, self._events))
                 else:
                     self._fail(worker.id, task, failure)
@@ -571,10 +571,10 @@ class Machine:
         self._settle(worker, now)
 
     def _is_judged(self, task: Task, failure: Failure) -> bool:
-        terms = task.terms
+        requirements = task.requirements
         return (
-            terms is not None
-            and terms.judged
+            requirements is not None
+            and requirements.judged
             and failure.kind in _JUDGED
             and task.lost < task.retries
             and not self.killing
@@ -582,7 +582,7 @@ class Machine:
 
     def _on_judged(self, event: FailureJudged, now: float) -> None:
         task = event.task
-        if task.state is not _RESTING:
+        if task.state is not _BACKING_OFF:
             return
         if not event.again or self.killing:
             self._fail(event.worker, task, event.failure)
@@ -594,24 +594,24 @@ class Machine:
         task.lost += 1
         self.counts["retried_errors"] += 1
         due = now + pause * spread
-        self._resting[task] = due
+        self.backing_off[task] = due
         heapq.heappush(self._awakenings, (due, task.number, task))
         self._remind(due)
 
     def _on_restored(self, event: InputsRestored, now: float) -> None:
-        ready = [task for task in event.tasks if self._resting.get(task) == math.inf]
+        ready = [task for task in event.tasks if self.backing_off.get(task) == math.inf]
         for task in ready:
-            del self._resting[task]
+            del self.backing_off[task]
         self._requeue(ready)
 
     def _awake(self, now: float) -> None:
-        """Put back into their lines the tasks that have rested long enough."""
+        """Put back into their queues the tasks that have rested long enough."""
         awakenings = self._awakenings
         ready = []
         while awakenings and awakenings[0][0] <= now:
             due, _, task = heapq.heappop(awakenings)
-            if self._resting.get(task) == due:
-                del self._resting[task]
+            if self.backing_off.get(task) == due:
+                del self.backing_off[task]
                 ready.append(task)
         if awakenings:
             self._remind(awakenings[0][0])
@@ -624,22 +624,24 @@ class Machine:
 
     def _may_climb(self, worker: Worker, task: Task) -> bool:
         """Say whether there is a larger size for a task that ran out of memory on this worker."""
-        terms = task.terms
-        if terms is not None and terms.claims:
-            return task.rung + 1 < len(terms.claims) and task.retries > 0
-        return self._rung_of(worker, task) + 1 < len(self._wholes) and task.retries > 0
+        requirements = task.requirements
+        if requirements is not None and requirements.requests:
+            return task.size + 1 < len(requirements.requests) and task.retries > 0
+        return self._size_of(worker, task) + 1 < len(self._wholes) and task.retries > 0
 
-    def _rung_of(self, worker: Worker, task: Task) -> int:
+    def _size_of(self, worker: Worker, task: Task) -> int:
         """Return the size of the ladder that a task ran out of memory on."""
-        if (task.terms is not None and task.terms.claims) or worker.rung >= len(self._wholes):
-            return task.rung
-        return max(worker.rung, task.rung)
+        if (task.requirements is not None and task.requirements.requests) or worker.size >= len(
+            self._wholes
+        ):
+            return task.size
+        return max(worker.size, task.size)
 
     def _lose_to_memory(self, worker: Worker, task: Task) -> None:
         """Have a task try a larger size: another try, not one more of the same."""
         task.retries += 1
         self.counts["out_of_memory"] += 1
-        self._climb(task, self._rung_of(worker, task))
+        self._climb(task, self._size_of(worker, task))
 
     def _lose_attempt(self, worker: Worker, task: Task, failure: Failure) -> None:
         task.lost += 1
@@ -660,10 +662,10 @@ class Machine:
             task.worker = None
             task.lease = 0
         for task in reversed(back):
-            line = self._line_of(task)
-            line.tasks.appendleft(task)
-            if task.inputs and not line.alone:
-                self._near[line] = None
+            queue = self._queue_of(task)
+            queue.tasks.appendleft(task)
+            if task.inputs and not queue.alone:
+                self._near[queue] = None
         self._waiting += len(back)
 
     def _on_started(self, event: TasksStarted, now: float) -> None:
@@ -697,9 +699,9 @@ class Machine:
         self._end_launch(event.launch)
         pool = self._plain_pool if launch is None else launch.pool
         capacity = self._wholes[0] if launch is None else launch.capacity
-        account = self._account(capacity, event.slots)
-        worker = Worker(event.worker, event.slots, event.launch, now, pool, account)
-        account.workers[worker.id] = worker
+        allocation = self._allocation(capacity, event.slots)
+        worker = Worker(event.worker, event.slots, event.launch, now, pool, allocation)
+        allocation.workers[worker.id] = worker
         self.workers[event.worker] = worker
         self._count_active(worker.slots, pool)
         self._total_slots += worker.slots
@@ -722,9 +724,9 @@ class Machine:
         self.counts["workers_cut"] += 1
         self._to_wind_down = True
         worker.cut_at = now
-        self._hungry.pop(worker.id, None)
+        self.available.pop(worker.id, None)
         self._quarantine.release(worker)
-        self._unhold(worker.account)
+        self._unhold(worker.allocation)
         if self.config.reconnect_grace:
             self._remind(now + self.config.reconnect_grace)
         else:
@@ -773,14 +775,14 @@ class Machine:
     def _plain_pool(self) -> tuple[int, int]:
         return 0, self.config.scaling.slots_per_worker
 
-    def _account(self, capacity: Resources, slots: int) -> Account:
-        plain = self._plain_claims[0]
+    def _allocation(self, capacity: Resources, slots: int) -> Allocation:
+        plain = self._plain_requests[0]
         scaling = self.config.scaling
         if not scaling.one_machine:
-            return Account(capacity, slots, plain)
-        if self._machine_account is None:
-            self._machine_account = Account(capacity, scaling.max_slots, plain, self._gpu_ids)
-        return self._machine_account
+            return Allocation(capacity, slots, plain)
+        if self._machine_allocation is None:
+            self._machine_allocation = Allocation(capacity, scaling.max_slots, plain, self._gpu_ids)
+        return self._machine_allocation
 
     def _count_active(self, slots: int, pool: tuple[int, int]) -> None:
         self._active_slots += slots
@@ -795,17 +797,17 @@ class Machine:
         if worker.state is WorkerState.ACTIVE:
             worker.state = WorkerState.DRAINING
             self._count_active(-worker.slots, worker.pool)
-            self._hungry.pop(worker.id, None)
+            self.available.pop(worker.id, None)
             self._quarantine.release(worker)
-            self._unhold(worker.account)
+            self._unhold(worker.allocation)
 
-    def _unhold(self, account: Account) -> None:
+    def _unhold(self, allocation: Allocation) -> None:
         """Hold nothing for tasks that wait for room where no worker takes any: others are held."""
-        if account.held_for is not None and not any(
+        if allocation.saving_for is not None and not any(
             each.state is WorkerState.ACTIVE and each.cut_at is None
-            for each in account.workers.values()
+            for each in allocation.workers.values()
         ):
-            account.held_for = None
+            allocation.saving_for = None
 
     def _retire(self, worker: Worker) -> None:
         """Have a worker finish what it has; another takes its place when there is need."""
@@ -821,7 +823,7 @@ class Machine:
         if worker.over_at is None:
             worker.over_at = now
         # Once all tasks are done, nobody needs what it keeps.
-        winding_down = self.shutting_down and not (self.open_tasks or self.held)
+        winding_down = self.shutting_down and not (self.open_tasks or self.blocked)
         limit = _FAREWELL if winding_down else _HAND_OVER
         if now < worker.over_at + limit:
             self._remind(worker.over_at + limit)
@@ -851,11 +853,11 @@ class Machine:
         expected = worker.state is WorkerState.DRAINING and not worker.leases
         self._drain(worker)
         del self.workers[worker.id]
-        account = worker.account
-        account.workers.pop(worker.id, None)
-        self._unhold(account)
+        allocation = worker.allocation
+        allocation.workers.pop(worker.id, None)
+        self._unhold(allocation)
         for lease in worker.leases:
-            account.heavy.pop(lease, None)
+            allocation.heavy.pop(lease, None)
         self._total_slots -= worker.slots
         if not expected:
             self.counts["workers_lost"] += 1
@@ -890,14 +892,14 @@ class Machine:
                 continue
             if larger:
                 # It had no slot ready: what the tasks need before they begin is too much.
-                self._climb(task, self._rung_of(worker, task))
+                self._climb(task, self._size_of(worker, task))
             elif exposed and (aboard <= max(worker.slots, PARTS) or task.suspected > 1):
                 self._suspect(task, aboard, worker.slots)
             unblamed.append(task)
         worker.leases.clear()
         self._requeue(unblamed)
         if event.relaunched and not self.shutting_down:
-            launch = Launch(worker.launch, worker.slots, now, worker.pool, account.capacity)
+            launch = Launch(worker.launch, worker.slots, now, worker.pool, allocation.capacity)
             self.launches[launch.id] = launch
             self._count_active(launch.slots, launch.pool)
             self._total_slots += launch.slots
@@ -927,12 +929,12 @@ class Machine:
     def _on_launches_taken_over(self, event: LaunchesTakenOver, now: float) -> None:
         self._leases = itertools.count(event.last_lease + 1)
         self._launch_numbers = itertools.count(event.last_launch + 1)
-        for number, slots, rung, capacity in event.launches:
+        for number, slots, size, capacity in event.launches:
             if self._total_slots + slots > self.config.scaling.max_slots:
                 self._out.append(TerminateLaunch(number, self._events))
                 continue
             whole = self._wholes[0] if capacity is None else Resources.had_by(capacity)
-            self._expect(Launch(number, slots, now, (rung, slots), whole))
+            self._expect(Launch(number, slots, now, (size, slots), whole))
 
     def _count_failed_launch(self, reason: str, now: float, *, fatal: bool, killed: bool) -> None:
         self.counts["launch_failures"] += 1
@@ -952,25 +954,25 @@ class Machine:
         # What workers that are there, or may still come, can do is not given up.
         served = {self._capacity_of(pool) for pool in self._active_pools}
         hopeless = [
-            line
-            for line in self._lines.values()
-            if not any(line.claim.floor.within(capacity) for capacity in served)
+            queue
+            for queue in self._queues.values()
+            if not any(queue.request.floor.within(capacity) for capacity in served)
         ]
-        tasks = [task for line in hopeless for task in line.tasks if task.state is _WAITING]
+        tasks = [task for queue in hopeless for task in queue.tasks if task.state is _WAITING]
         if served and not tasks:
             self._launch_not_before = now + _LATER
             self._remind(self._launch_not_before)
             return
         self._failed_launches = self._killed_launches = 0
-        for line in hopeless:
-            line.tasks.clear()
+        for queue in hopeless:
+            queue.tasks.clear()
         for task in tasks:
             self._close(task, "failed")
         if tasks:
             self._out.append(FailTasksUnlaunched(tasks, reason, self._events))
 
     def _scale(self, now: float) -> None:
-        if self.shutting_down and (self.killing or not (self.open_tasks or self.held)):
+        if self.shutting_down and (self.killing or not (self.open_tasks or self.blocked)):
             self._wind_down(now)
             return
         if self.launches:
@@ -978,7 +980,7 @@ class Machine:
         if now < self._launch_not_before or self.refusing or self._is_emptying():
             return
         policy = self.config.scaling
-        if len(self._lines) > 1 or self._odd:
+        if len(self._queues) > 1 or self._odd:
             self._scale_pools(now)
             return
         active, total = self._active_slots, self._total_slots
@@ -987,11 +989,11 @@ class Machine:
         wanted = min(policy.max_slots, max(self.open_tasks, policy.min_slots))
         room = policy.max_slots - total
         for slots in sizes_to_launch(wanted - active, room, policy.slots_per_worker):
-            self._launch(slots, self._plain.claim, now)
+            self._launch(slots, self._plain.request, now)
 
     def _is_emptying(self) -> bool:
         """Say whether all that is left to do is on workers, and no more will come."""
-        return self.shutting_down and not (self._waiting or self.held or self._resting)
+        return self.shutting_down and not (self._waiting or self.blocked or self.backing_off)
 
     def _withdraw_surplus(self, now: float) -> None:
         """Give up workers that have not come, once nothing has waited for them for a while.
@@ -1013,7 +1015,7 @@ class Machine:
             if now < until:
                 self._remind(until)
                 return
-        demand = self._demand() if len(self._lines) > 1 or self._odd else {}
+        demand = self._demand() if len(self._queues) > 1 or self._odd else {}
         for launch in reversed(list(self.launches.values())):
             pool = launch.pool
             needed = self._active_pools.get(pool, 0) - launch.slots < demand.get(pool, 0)
@@ -1027,14 +1029,14 @@ class Machine:
         """Return how many tasks there are for each pool of workers, waiting or not."""
         demand: dict[tuple[int, int], int] = {}
         shared = self.config.scaling.one_machine
-        for line in self._lines.values():
-            count = self._open_of(line)
+        for queue in self._queues.values():
+            count = self._open_of(queue)
             if count:
                 if shared:
-                    count = min(count, line.claim.need.times_in(line.claim.whole))
-                if line.alone:
-                    count *= line.claim.slots
-                demand[line.claim.pool] = demand.get(line.claim.pool, 0) + count
+                    count = min(count, queue.request.need.times_in(queue.request.whole))
+                if queue.alone:
+                    count *= queue.request.slots
+                demand[queue.request.pool] = demand.get(queue.request.pool, 0) + count
         return demand
 
     def _scale_pools(self, now: float) -> None:
@@ -1043,59 +1045,59 @@ class Machine:
         demand = self._demand()
         plain = self._plain_pool
         demand.setdefault(plain, 0)
-        lines: dict[tuple[int, int], Line] = {plain: self._plain}
-        for line in self._lines.values():
-            best = lines.get(line.claim.pool)
-            if best is None or line.priority > best.priority:
-                lines[line.claim.pool] = line
+        queues: dict[tuple[int, int], TaskQueue] = {plain: self._plain}
+        for queue in self._queues.values():
+            best = queues.get(queue.request.pool)
+            if best is None or queue.priority > best.priority:
+                queues[queue.request.pool] = queue
 
-        def rank(line: Line) -> tuple[int, ...]:
-            whole = line.claim.whole
-            return -line.priority, -whole.gpus, -whole.memory, -whole.cpus
+        def rank(queue: TaskQueue) -> tuple[int, ...]:
+            whole = queue.request.whole
+            return -queue.priority, -whole.gpus, -whole.memory, -whole.cpus
 
         spare: list[list[Any]] = []  # capacity, and slots that have nothing to do there
         for pool, slots in self._active_pools.items():
-            if pool not in lines:
+            if pool not in queues:
                 spare.append([self._capacity_of(pool), slots])
-        for pool, line in sorted(lines.items(), key=lambda item: rank(item[1])):
-            claim = line.claim
+        for pool, queue in sorted(queues.items(), key=lambda item: rank(item[1])):
+            request = queue.request
             wanted, have = demand[pool], self._active_pools.get(pool, 0)
             if pool == plain:
                 wanted = max(wanted, policy.min_slots - (self._active_slots - have))
             # A large worker serves small tasks too, once it has nothing else to do.
             for entry in spare:
-                if have < wanted and entry[1] and claim.floor.within(entry[0]):
+                if have < wanted and entry[1] and request.floor.within(entry[0]):
                     lent = min(entry[1], wanted - have)
                     entry[1] -= lent
                     have += lent
             if wanted > have and self._total_slots >= policy.max_slots:
-                self._make_room(line, wanted - have, alone=not have)
+                self._make_room(queue, wanted - have, alone=not have)
             room = policy.max_slots - self._total_slots
-            for slots in sizes_to_launch(wanted - have, room, claim.slots):
-                self._launch(slots, claim, now)
+            for slots in sizes_to_launch(wanted - have, room, request.slots):
+                self._launch(slots, request, now)
                 have += slots
             if have > wanted:
-                spare.append([claim.whole, have - wanted])
+                spare.append([request.whole, have - wanted])
 
     def _capacity_of(self, pool: tuple[int, int]) -> Resources:
         """Return what workers of a pool have of which there is at least one."""
         for worker in self.workers.values():
             if worker.pool == pool:
-                return worker.account.capacity
+                return worker.allocation.capacity
         return next(each.capacity for each in self.launches.values() if each.pool == pool)
 
-    def _make_room(self, line: Line, missing: int, *, alone: bool) -> None:
-        """Give up workers that are of no use for a line, for those that it waits for.
+    def _make_room(self, queue: TaskQueue, missing: int, *, alone: bool) -> None:
+        """Give up workers that are of no use for a queue, for those that it waits for.
 
-        First those that nobody has a use for. If none at all serves the line, and it is its turn,
+        First those that nobody has a use for. If none at all serves the queue, and it is its turn,
         one that others have a use for, too: or it would wait for as long as others have work.
 
         Args:
-            line: What waits.
+            queue: What waits.
             missing: Slots that it could use.
             alone: Whether no worker serves it, nor will.
         """
-        floor = line.claim.floor
+        floor = queue.request.floor
         demand = self._demand()
         for launch in reversed(list(self.launches.values())):
             if missing > 0 and not demand.get(launch.pool) and not floor.within(launch.capacity):
@@ -1110,21 +1112,21 @@ class Machine:
                 and worker.state is WorkerState.ACTIVE
                 and not worker.leases
                 and worker.cut_at is None
-                and not floor.within(worker.account.capacity)
+                and not floor.within(worker.allocation.capacity)
             ):
                 missing -= worker.slots
                 drained += worker.slots
                 self._retire(worker)
         room = self.config.scaling.max_slots - self._total_slots
-        head = line.head()
+        head = queue.head()
         if not alone or drained or room > 0 or head is None:
             return
         turns = [
             (-each.priority, first.number)
-            for each in self._lines.values()
+            for each in self._queues.values()
             if (first := each.head()) is not None
         ]
-        if min(turns) < (-line.priority, head.number):
+        if min(turns) < (-queue.priority, head.number):
             return
         for launch in reversed(list(self.launches.values())):
             if not floor.within(launch.capacity):
@@ -1133,7 +1135,7 @@ class Machine:
         busy = [
             worker
             for worker in self.workers.values()
-            if worker.cut_at is None and not floor.within(worker.account.capacity)
+            if worker.cut_at is None and not floor.within(worker.allocation.capacity)
         ]
         if busy:
             self._retire(min(busy, key=lambda worker: worker.load))
@@ -1143,11 +1145,11 @@ class Machine:
         self._end_launch(launch.id)
         self._out.append(TerminateLaunch(launch.id, self._events))
 
-    def _launch(self, slots: int, claim: Claim, now: float) -> None:
-        launch = Launch(str(next(self._launch_numbers)), slots, now, claim.pool, claim.whole)
+    def _launch(self, slots: int, request: ResourceRequest, now: float) -> None:
+        launch = Launch(str(next(self._launch_numbers)), slots, now, request.pool, request.whole)
         self._expect(launch)
         self.counts["launches"] += 1
-        self._out.append(LaunchWorker(launch.id, slots, self._events, claim.rung))
+        self._out.append(LaunchWorker(launch.id, slots, self._events, request.size))
 
     def _expect(self, launch: Launch) -> None:
         self.launches[launch.id] = launch
@@ -1162,7 +1164,7 @@ class Machine:
         if not (event.cancel or event.kill):
             return
         self.killing = self.killing or event.kill
-        dropped = [*self.waiting_tasks(), *self.held, *self._resting]
+        dropped = [*self.waiting_tasks(), *self.blocked, *self.backing_off]
         self._clear_queues()
         recalls: dict[str, list[int]] = {}
         for worker in self.workers.values():
@@ -1201,7 +1203,7 @@ class Machine:
                     # Cancelled, all of them; some may have begun, and would be waited for.
                     leases = list(worker.leases)
                     self._out.append(KillTasks(worker.id, leases, self._events))
-        if not (self.workers or self.open_tasks or self.held or self.finished):
+        if not (self.workers or self.open_tasks or self.blocked or self.finished):
             self.finished = True
             self._out.append(Finish(self._events))
 
@@ -1274,13 +1276,13 @@ class Machine:
         self._rebalance(now)
 
     def _in_turn(self) -> Iterator[str]:
-        """Go through the hungry workers: of thousands, no more are listed than may be needed."""
+        """Go through the available workers: of thousands, no more are listed than may be needed."""
         most = self._waiting + _SPARE
-        some = list(itertools.islice(self._hungry, most))
+        some = list(itertools.islice(self.available, most))
         yield from some
         if self._waiting and len(some) == most:
             before = set(some)
-            yield from [name for name in self._hungry if name not in before]
+            yield from [name for name in self.available if name not in before]
 
     def _rebalance(self, now: float) -> None:
         """Recall what waits on one worker while another has a free slot."""
@@ -1288,7 +1290,7 @@ class Machine:
             return
         free = sum(
             max(0, self.workers[name].slots - len(self.workers[name].leases))
-            for name in self._hungry
+            for name in self.available
         )
         crowded = [w for w in self.workers.values() if len(w.leases) > w.slots and w.cut_at is None]
         if not crowded:
@@ -1312,22 +1314,22 @@ class Machine:
             if not self._others_wait():
                 return
         near = bool(self._near) and self._assign_near(now)
-        simple = len(self._lines) == 1 and not near
+        simple = len(self._queues) == 1 and not near
         plain = self._plain.tasks
         for name in self._in_turn():
             if not self._waiting:
                 break
             worker = self.workers[name]
-            share = max(worker.slots, -(-self._waiting // len(self._hungry)))
+            share = max(worker.slots, -(-self._waiting // len(self.available)))
             most = self.config.scaling.max_tasks_per_worker
             if most is not None:
                 share = min(share, most - worker.completed - len(worker.leases))
                 if share <= 0:
-                    del self._hungry[name]
+                    del self.available[name]
                     continue
-            account = worker.account
-            if not simple or account.heavy or account.tight:
-                self._serve_lines(worker, share, now)
+            allocation = worker.allocation
+            if not simple or allocation.heavy or allocation.tight:
+                self._serve_queues(worker, share, now)
                 continue
             tasks, starting = take_tasks(plain, worker, sending, self._leases, share, now)
             self._waiting -= len(tasks)
@@ -1337,62 +1339,62 @@ class Machine:
                 self._out.append(SendTasks(name, tasks, self._events))
             if len(tasks) < share and self._waiting and worker.leases:
                 # It took less than it might have: it is full until it answers.
-                del self._hungry[name]
+                del self.available[name]
         if near and self._waiting:
             self._assign_near(now)  # whoever was idle has work now
         if not simple:
-            for name in list(self._hungry):
+            for name in list(self.available):
                 worker = self.workers[name]
-                held_for = worker.account.held_for
-                if held_for is not None and held_for.head() is None:
+                saving_for = worker.allocation.saving_for
+                if saving_for is not None and saving_for.head() is None:
                     # Somebody else has taken what it was held for.
-                    worker.account.held_for = None
+                    worker.allocation.saving_for = None
                     share = worker.slots
                     most = self.config.scaling.max_tasks_per_worker
                     if most is not None:
                         share = min(share, most - worker.completed - len(worker.leases))
-                    self._serve_lines(worker, share, now)
+                    self._serve_queues(worker, share, now)
 
-    def _serve_lines(self, worker: Worker, share: int, now: float) -> None:
-        """Send a worker what it has room for, from one line or several.
+    def _serve_queues(self, worker: Worker, share: int, now: float) -> None:
+        """Send a worker what it has room for, from one queue or several.
 
-        A line whose first task does not fit yet is not passed by: the worker takes nothing from
+        A queue whose first task does not fit yet is not passed by: the worker takes nothing from
         those behind it, until it does. One worker is held for each task that waits like that.
         """
-        account = worker.account
+        allocation = worker.allocation
         taken: list[Task] = []
-        held_for: Line | None = None
-        for line in in_order(self._lines.values(), worker):
+        saving_for: TaskQueue | None = None
+        for queue in in_order(self._queues.values(), worker):
             if share <= 0:
                 break
-            if line.alone and (len(account.workers) == 1 or self._has_room(worker, line)):
+            if queue.alone and (len(allocation.workers) == 1 or self._has_room(worker, queue)):
                 continue  # it is for ``_assign_suspects`` to say who is to have it
-            if account.is_light(line.claim) and not account.heavy and not account.tight:
+            if allocation.is_light(queue.request) and not allocation.heavy and not allocation.tight:
                 ahead = share
-                if line in self._near:
+                if queue in self._near:
                     ahead = min(share, worker.slots - len(worker.leases))
                 if ahead > 0:
                     some, _ = take_tasks(
-                        line.tasks, worker, self.config.sending, self._leases, ahead, now
+                        queue.tasks, worker, self.config.sending, self._leases, ahead, now
                     )
                     taken += some
                     share -= len(some)
                 if len(worker.leases) >= worker.slots:
                     break
                 continue
-            room = room_left(account, self.claim_of)
-            if room is not None and not line.alone:
-                some, room = take_fitting(line, worker, self._leases, share, room)
+            room = room_left(allocation, self.request_of)
+            if room is not None and not queue.alone:
+                some, room = take_fitting(queue, worker, self._leases, share, room)
                 taken += some
                 share -= len(some)
-            if line.head() is None:
+            if queue.head() is None:
                 continue
             if room is not None and len(worker.leases) >= worker.slots:
                 break
-            if account.held_for is line or self._holders(line) < len(line.tasks):
-                held_for = line
+            if allocation.saving_for is queue or self._holders(queue) < len(queue.tasks):
+                saving_for = queue
                 break
-        account.held_for = held_for
+        allocation.saving_for = saving_for
         self._waiting -= len(taken)
         if taken:
             begun = [task for task in taken if task.state is _RUNNING]
@@ -1400,101 +1402,103 @@ class Machine:
                 self._out.append(MarkRunning(begun, self._events))
             self._out.append(SendTasks(worker.id, taken, self._events))
         if len(worker.leases) >= worker.slots and not self._near:
-            self._hungry.pop(worker.id, None)
+            self.available.pop(worker.id, None)
 
-    def _has_room(self, worker: Worker, line: Line) -> bool:
-        """Say whether a task of a line fits beside all that is there, on this machine or worker."""
-        account, claim = worker.account, line.claim
-        if account.is_light(claim) and not (account.heavy or account.tight):
+    def _has_room(self, worker: Worker, queue: TaskQueue) -> bool:
+        """Say whether a task of a queue fits beside all that is on this machine or worker."""
+        allocation, request = worker.allocation, queue.request
+        if allocation.is_light(request) and not (allocation.heavy or allocation.tight):
             return True
-        if len(account.workers) == 1 and not worker.leases:
+        if len(allocation.workers) == 1 and not worker.leases:
             return True
-        room = room_left(account, self.claim_of)
-        return room is not None and claim.need.within(room)
+        room = room_left(allocation, self.request_of)
+        return room is not None and request.need.within(room)
 
     def _others_wait(self) -> bool:
         """Say whether tasks wait that are no suspects."""
-        return any(not line.alone and line.head() is not None for line in self._lines.values())
+        return any(not queue.alone and queue.head() is not None for queue in self._queues.values())
 
     def _assign_suspects(self, now: float) -> None:
         """Send suspects to workers of their own; keep workers for those that wait."""
         quarantine = self._quarantine
-        lines = [line for line in self._lines.values() if line.alone and line.head() is not None]
-        lines.sort(key=lambda line: (-line.priority, line.tasks[0].number))
+        queues = [
+            queue for queue in self._queues.values() if queue.alone and queue.head() is not None
+        ]
+        queues.sort(key=lambda queue: (-queue.priority, queue.tasks[0].number))
         room = 0
-        if lines:  # else nobody has to be looked at but those that are kept
+        if queues:  # else nobody has to be looked at but those that are kept
             for name, hosts in quarantine.kept.items():
                 if hosts:
                     self._top_up(self.workers[name], now)
             room = quarantine.room(self.workers.values(), shared=self._others_wait())
-        wanting: list[Line] = []  # one entry for each worker that is to be emptied
-        for line in lines:
-            while room > 0 and (task := line.head()) is not None:
-                able = [self.workers[name] for name in self._hungry]
-                able = [worker for worker in able if self._may_quarantine(worker, line)]
+        wanting: list[TaskQueue] = []  # one entry for each worker that is to be emptied
+        for queue in queues:
+            while room > 0 and (task := queue.head()) is not None:
+                able = [self.workers[name] for name in self.available]
+                able = [worker for worker in able if self._may_quarantine(worker, queue)]
                 if not able:
                     break
-                self._send_apart(line, best_holder(task.inputs, able) or able[0], now)
+                self._send_apart(queue, best_holder(task.inputs, able) or able[0], now)
                 room -= 1
             # Who comes has nothing to finish.
-            coming = [each for each in self.launches.values() if line.claim.fits(each.capacity)]
-            if line.head() is not None:
-                groups = -(-len(line.tasks) // quarantine.group(line))
-                wanting += [line] * (groups - len(coming))
+            coming = [each for each in self.launches.values() if queue.request.fits(each.capacity)]
+            if queue.head() is not None:
+                groups = -(-len(queue.tasks) // quarantine.group(queue))
+                wanting += [queue] * (groups - len(coming))
         del wanting[max(room, 0) :]
         emptied = [self.workers[name] for name, hosts in quarantine.kept.items() if not hosts]
         for worker in emptied[len(wanting) :]:
             quarantine.release(worker)
             self._welcome(worker)
-        for line in wanting[len(emptied) :]:
-            busy = [w for w in self.workers.values() if not self._outranked(w, line)]
-            chosen = quarantine.to_empty(line, busy)
+        for queue in wanting[len(emptied) :]:
+            busy = [w for w in self.workers.values() if not self._outranked(w, queue)]
+            chosen = quarantine.to_empty(queue, busy)
             if chosen is None:
                 continue
             quarantine.kept[chosen.id] = False
-            self._hungry.pop(chosen.id, None)
+            self.available.pop(chosen.id, None)
             sent = [lease for lease, task in chosen.leases.items() if task.state is _SENT]
             if sent:
                 self._out.append(RecallTasks(chosen.id, sent, self._events))
 
-    def _may_quarantine(self, worker: Worker, line: Line) -> bool:
+    def _may_quarantine(self, worker: Worker, queue: TaskQueue) -> bool:
         """Say whether a worker may be given a suspect now, to have it alone."""
         most = self.config.scaling.max_tasks_per_worker
         return (
             not worker.leases
             and (most is None or worker.completed < most)
-            and line.claim.fits(worker.account.capacity)
-            and self._has_room(worker, line)
-            and not self._outranked(worker, line)
+            and queue.request.fits(worker.allocation.capacity)
+            and self._has_room(worker, queue)
+            and not self._outranked(worker, queue)
         )
 
-    def _outranked(self, worker: Worker, line: Line) -> bool:
-        """Say whether a worker could serve others that wait, and that go before this line."""
+    def _outranked(self, worker: Worker, queue: TaskQueue) -> bool:
+        """Say whether a worker could serve others that wait, and that go before this queue."""
         return any(
-            each.priority > line.priority
+            each.priority > queue.priority
             and each.head() is not None
-            and each.claim.fits(worker.account.capacity)
-            for each in self._lines.values()
+            and each.request.fits(worker.allocation.capacity)
+            for each in self._queues.values()
         )
 
-    def _send_apart(self, line: Line, worker: Worker, now: float) -> None:
-        """Send the first tasks of a line to a worker that has none but their like."""
-        size, account = self._quarantine.group(line, worker.leases.values()), worker.account
+    def _send_apart(self, queue: TaskQueue, worker: Worker, now: float) -> None:
+        """Send the first tasks of a queue to a worker that has none but their like."""
+        size, allocation = self._quarantine.group(queue, worker.leases.values()), worker.allocation
         most = self.config.scaling.max_tasks_per_worker
         if most is not None:
             size = min(size, most - worker.completed - len(worker.leases))
-        if account.is_light(line.claim) and not (account.heavy or account.tight):
+        if allocation.is_light(queue.request) and not (allocation.heavy or allocation.tight):
             tasks, starting = take_tasks(
-                line.tasks, worker, self.config.sending, self._leases, size, now
+                queue.tasks, worker, self.config.sending, self._leases, size, now
             )
         elif not worker.leases:
-            tasks, _ = take_fitting(line, worker, self._leases, 1, line.claim.need)
+            tasks, _ = take_fitting(queue, worker, self._leases, 1, queue.request.need)
             starting = 1
         else:
             return
         self._waiting -= len(tasks)
         self._quarantine.kept[worker.id] = True
-        self._hungry.pop(worker.id, None)
+        self.available.pop(worker.id, None)
         if starting:
             self._out.append(MarkRunning(tasks[:starting], self._events))
         if tasks:
@@ -1507,14 +1511,14 @@ class Machine:
         some = next((task for task in worker.leases.values() if task.state is not _DONE), None)
         if some is None or 2 * len(worker.leases) > self._quarantine.suspects[some]:
             return
-        line = self._line_of(some)
-        if line.head() is not None and not self._outranked(worker, line):
-            self._send_apart(line, worker, now)
+        queue = self._queue_of(some)
+        if queue.head() is not None and not self._outranked(worker, queue):
+            self._send_apart(queue, worker, now)
 
-    def _holders(self, line: Line) -> int:
-        """How many workers, or machines, take nothing until a task of this line fits."""
-        accounts = {id(w.account): w.account for w in self.workers.values()}
-        return sum(account.held_for is line for account in accounts.values())
+    def _holders(self, queue: TaskQueue) -> int:
+        """How many workers, or machines, take nothing until a task of this queue fits."""
+        allocations = {id(w.allocation): w.allocation for w in self.workers.values()}
+        return sum(allocation.saving_for is queue for allocation in allocations.values())
 
     def _assign_near(self, now: float) -> bool:
         """Send tasks to workers that have their inputs.
@@ -1527,22 +1531,22 @@ class Machine:
             Whether there are tasks left that would rather go elsewhere than just anywhere.
         """
         left = False
-        for line in list(self._near):
-            if line.head() is None:
-                self._near.pop(line, None)
-            elif self._place(line, now):
+        for queue in list(self._near):
+            if queue.head() is None:
+                self._near.pop(queue, None)
+            elif self._place(queue, now):
                 left = True
         return left
 
-    def _place(self, line: Line, now: float) -> bool:
-        hungry = [self.workers[name] for name in self._hungry]
-        workers = [w for w in hungry if self._takes_freely(w, line)]
+    def _place(self, queue: TaskQueue, now: float) -> bool:
+        available = [self.workers[name] for name in self.available]
+        workers = [w for w in available if self._takes_freely(w, queue)]
         free = sum(max(0, worker.slots - len(worker.leases)) for worker in workers)
-        head = line.head()
+        head = queue.head()
         assert head is not None
         passed = self._passed[1] if self._passed[0] == head.number else 0
         most = free + (_WINDOW if passed < _OVERTAKEN else 0)
-        window = [task for task in itertools.islice(line.tasks, most) if task.state is _WAITING]
+        window = [task for task in itertools.islice(queue.tasks, most) if task.state is _WAITING]
         given: dict[str, list[Task]] = {}
         picky = False
         for task in window:
@@ -1563,9 +1567,9 @@ class Machine:
             task.state = _RUNNING if begins else _SENT
             given.setdefault(holder.id, []).append(task)
         if given:
-            first = line.tasks[0]
-            line.tasks = deque(task for task in line.tasks if task.state is _WAITING)
-            if line.tasks and line.tasks[0] is first:
+            first = queue.tasks[0]
+            queue.tasks = deque(task for task in queue.tasks if task.state is _WAITING)
+            if queue.tasks and queue.tasks[0] is first:
                 self._passed = (first.number, passed + sum(map(len, given.values())))
         for name, tasks in given.items():
             self._waiting -= len(tasks)
@@ -1577,22 +1581,22 @@ class Machine:
             return False
         return picky
 
-    def _takes_freely(self, worker: Worker, line: Line) -> bool:
-        """Say whether a task of this line may have any free slot of a worker."""
-        account, claim = worker.account, line.claim
+    def _takes_freely(self, worker: Worker, queue: TaskQueue) -> bool:
+        """Say whether a task of this queue may have any free slot of a worker."""
+        allocation, request = worker.allocation, queue.request
         most = self.config.scaling.max_tasks_per_worker
         if most is not None and worker.completed + len(worker.leases) >= most:
             return False
         return (
-            claim.floor.within(account.capacity)
-            and account.is_light(claim)
-            and not (account.heavy or account.tight)
-            and account.held_for in (None, line)
+            request.floor.within(allocation.capacity)
+            and allocation.is_light(request)
+            and not (allocation.heavy or allocation.tight)
+            and allocation.saving_for in (None, queue)
         )
 
     def _takes_ahead(self, worker: Worker, task: Task) -> bool:
         """Say whether a worker may have a task before it has a free slot for it; as elsewhere."""
-        sending, slots, kind = self.config.sending, worker.slots, task.kind
+        sending, slots, kind = self.config.sending, worker.slots, task.stats
         return (
             worker.load + kind.seconds <= sending.lookahead * slots
             and len(worker.leases) < min(sending.max_lookahead * slots, slots + 2 * kind.samples)
@@ -1612,4 +1616,4 @@ class Machine:
 
 def _unknown(rungs: int) -> list[WorkerCapacity]:
     """Stand for sizes of which nothing is known but that each has more memory than the last."""
-    return [WorkerCapacity(cpus=1e6, memory=(rung + 1) << 60) for rung in range(rungs)]
+    return [WorkerCapacity(cpus=1e6, memory=(size + 1) << 60) for size in range(rungs)]

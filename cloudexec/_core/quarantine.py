@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from cloudexec._core.scheduling import Line
+from cloudexec._core.scheduling import TaskQueue
 from cloudexec._core.tasks import Task, TaskState
 from cloudexec._core.workers import Worker, WorkerState
 
@@ -48,16 +48,16 @@ class Quarantine:
         together = min(self.suspects.get(task, aboard), aboard)
         self.suspects[task] = max(1, together // max(slots, PARTS))
 
-    def group(self, line: Line, aboard: Collection[Task] = ()) -> int:
-        """Return how many of a line's tasks, the first ones, may be together on one worker.
+    def group(self, queue: TaskQueue, aboard: Collection[Task] = ()) -> int:
+        """Return how many of a queue's tasks, the first ones, may be together on one worker.
 
         Args:
-            line: Whose tasks.
+            queue: Whose tasks.
             aboard: Those that are there already.
         """
         size = len(aboard)
         most = min([self.suspects.get(task, 0) for task in aboard], default=_MOST)
-        for task in line.tasks:
+        for task in queue.tasks:
             if size >= most:
                 break
             if task.state is TaskState.WAITING:
@@ -81,7 +81,7 @@ class Quarantine:
         hosts = sum(self.kept.values())
         return (max(1, able // 2) if shared else able) - hosts
 
-    def to_empty(self, line: Line, workers: Iterable[Worker]) -> Worker | None:
+    def to_empty(self, queue: TaskQueue, workers: Iterable[Worker]) -> Worker | None:
         """Return the worker that is soonest done with what it has, and may have these tasks."""
         return min(
             (
@@ -91,7 +91,7 @@ class Quarantine:
                 and worker.state is WorkerState.ACTIVE
                 and worker.cut_at is None
                 and worker.id not in self.kept
-                and line.claim.fits(worker.account.capacity)
+                and queue.request.fits(worker.allocation.capacity)
             ),
             key=lambda worker: (worker.load, len(worker.leases)),
             default=None,

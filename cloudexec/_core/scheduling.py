@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from cloudexec._config import SendingPolicy
-from cloudexec._core.claims import Claim, Resources
+from cloudexec._core.resources import ResourceRequest, Resources
 from cloudexec._core.tasks import Input, Task, TaskState
-from cloudexec._core.workers import Account, Worker
+from cloudexec._core.workers import Allocation, Worker
 
 __all__ = [
-    "Line",
+    "TaskQueue",
     "best_holder",
     "bytes_held",
     "in_order",
@@ -23,24 +23,26 @@ __all__ = [
 _WAITING, _SENT, _RUNNING = TaskState.WAITING, TaskState.SENT, TaskState.RUNNING
 
 
-class Line:
-    """Tasks that wait for the same: with one priority and one claim.
+class TaskQueue:
+    """Tasks that wait for the same: with one priority and one request.
 
     Attributes:
         key: What the machine finds it by.
         priority: Higher ones go first.
-        claim: Of each of its tasks.
+        request: Of each of its tasks.
         alone: Whether each of its tasks is to have a worker to itself.
         tasks: Those that wait, in the order they came; some may have been cancelled meanwhile.
         open: Its tasks that are not done, waiting or not. Not kept for plain tasks.
     """
 
-    __slots__ = ("alone", "claim", "key", "open", "priority", "tasks")
+    __slots__ = ("alone", "key", "open", "priority", "request", "tasks")
 
-    def __init__(self, key: object, priority: int, claim: Claim, *, alone: bool = False) -> None:
+    def __init__(
+        self, key: object, priority: int, request: ResourceRequest, *, alone: bool = False
+    ) -> None:
         self.key = key
         self.priority = priority
-        self.claim = claim
+        self.request = request
         self.alone = alone
         self.tasks: deque[Task] = deque()
         self.open = 0
@@ -55,37 +57,39 @@ class Line:
         return None
 
 
-def in_order(lines: Iterable[Line], worker: Worker) -> list[Line]:
-    """Return the lines that a worker may serve, in the order in which it should.
+def in_order(queues: Iterable[TaskQueue], worker: Worker) -> list[TaskQueue]:
+    """Return the queues that a worker may serve, in the order in which it should.
 
     Higher priorities first; then what this size of worker was launched for, so that larger ones
     serve small tasks only when they have nothing else to do; then the largest size; then who came
     first.
     """
     found = []
-    capacity, rung = worker.account.capacity, worker.rung
-    for line in lines:
-        claim = line.claim
-        head = line.head()
-        if head is not None and claim.floor.within(capacity):
-            stranger = claim.rung != rung
-            least = -claim.whole.memory if stranger else 0
-            found.append(((-line.priority, stranger, least, head.number), line))
+    capacity, size = worker.allocation.capacity, worker.size
+    for queue in queues:
+        request = queue.request
+        head = queue.head()
+        if head is not None and request.floor.within(capacity):
+            stranger = request.size != size
+            least = -request.whole.memory if stranger else 0
+            found.append(((-queue.priority, stranger, least, head.number), queue))
     found.sort(key=lambda entry: entry[0])
-    return [line for _, line in found]
+    return [queue for _, queue in found]
 
 
-def room_left(account: Account, claim_of: Callable[[Task], Claim]) -> Resources | None:
+def room_left(
+    allocation: Allocation, request_of: Callable[[Task], ResourceRequest]
+) -> Resources | None:
     """Return what the tasks at hand leave; ``None`` while some were sent ahead of need.
 
     Those wait on their worker for a slot: when they begin is for the worker to say.
     """
-    cpus, memory, gpus = account.capacity
-    for worker in account.workers.values():
+    cpus, memory, gpus = allocation.capacity
+    for worker in allocation.workers.values():
         if len(worker.leases) > worker.slots:
             return None
         for task in worker.leases.values():
-            need = claim_of(task).need
+            need = request_of(task).need
             cpus -= need.cpus
             memory -= need.memory
             gpus -= need.gpus
@@ -93,33 +97,33 @@ def room_left(account: Account, claim_of: Callable[[Task], Claim]) -> Resources 
 
 
 def take_fitting(
-    line: Line, worker: Worker, leases: Iterator[int], share: int, room: Resources
+    queue: TaskQueue, worker: Worker, leases: Iterator[int], share: int, room: Resources
 ) -> tuple[list[Task], Resources]:
-    """Move tasks from the head of a line to free slots of a worker, as many as fit; none ahead.
+    """Move tasks from the head of a queue to free slots of a worker, as many as fit; none ahead.
 
     Args:
-        line: Whose tasks.
+        queue: Whose tasks.
         worker: Who has free slots.
         leases: Where new lease numbers come from.
         share: Most tasks to take.
-        room: What its account has left.
+        room: What its allocation has left.
 
     Returns:
         The tasks, which begin at once, and what is left then.
     """
     taken: list[Task] = []
-    claim, account = line.claim, worker.account
-    need = claim.need
-    light = account.is_light(claim)
+    request, allocation = queue.request, worker.allocation
+    need = request.need
+    light = allocation.is_light(request)
     while len(taken) < share and len(worker.leases) < worker.slots and need.within(room):
-        task = line.head()
+        task = queue.head()
         if task is None:
             break
-        line.tasks.popleft()
+        queue.tasks.popleft()
         lease = give(task, worker, leases)
         task.state = _RUNNING
         if not light:
-            account.heavy[lease] = account.free_gpus(need.gpus) if need.gpus else ()
+            allocation.heavy[lease] = allocation.free_gpus(need.gpus) if need.gpus else ()
         room = Resources(room.cpus - need.cpus, room.memory - need.memory, room.gpus - need.gpus)
         taken.append(task)
     return taken, room
@@ -129,7 +133,7 @@ def give(task: Task, worker: Worker, leases: Iterator[int]) -> int:
     """Give a task's lease to a worker, and return the lease; its state is for the caller to set."""
     task.lease = lease = next(leases)
     task.worker = worker.id
-    task.cost = task.kind.seconds
+    task.cost = task.stats.seconds
     worker.load += task.cost
     worker.leases[lease] = task
     worker.idle_since = None
@@ -207,7 +211,7 @@ def take_tasks(
         if task.state is not _WAITING:
             queue.popleft()
             continue
-        kind = task.kind
+        kind = task.stats
         seconds = kind.seconds
         if in_flight < slots:
             starting += 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 from typing import Any, Protocol
 
-from cloudexec._core.claims import Terms
+from cloudexec._core.resources import Requirements
 
-__all__ = ["UNKNOWN_SECONDS", "Input", "Kind", "Task", "TaskState", "TRANSITIONS"]
+__all__ = ["UNKNOWN_SECONDS", "Input", "FunctionStats", "Task", "TaskState", "TRANSITIONS"]
 
 UNKNOWN_SECONDS = 3600.0
 """Estimate for a kind of task that has not been seen to finish: long, so never sent ahead."""
@@ -18,7 +18,7 @@ LEAST_SECONDS = 10e-6
 class TaskState(enum.Enum):
     """Where a task is. One of its states, always."""
 
-    HELD = "held"
+    BLOCKED = "held"
     """Waits for what it depends on, or to be found on a worker; not in the queue."""
     WAITING = "waiting"
     """In the queue."""
@@ -26,41 +26,41 @@ class TaskState(enum.Enum):
     """On a worker, not known to have begun."""
     RUNNING = "running"
     """On a worker, in a slot."""
-    RESTING = "resting"
+    BACKING_OFF = "resting"
     """Between two attempts, because it raised what is worth another: not in the queue."""
     DONE = "done"
     """Resolved or cancelled."""
 
 
 TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
-    TaskState.HELD: frozenset({TaskState.WAITING, TaskState.RUNNING, TaskState.DONE}),
+    TaskState.BLOCKED: frozenset({TaskState.WAITING, TaskState.RUNNING, TaskState.DONE}),
     TaskState.WAITING: frozenset({TaskState.SENT, TaskState.RUNNING, TaskState.DONE}),
     TaskState.SENT: frozenset(
-        {TaskState.WAITING, TaskState.RUNNING, TaskState.RESTING, TaskState.DONE}
+        {TaskState.WAITING, TaskState.RUNNING, TaskState.BACKING_OFF, TaskState.DONE}
     ),
-    TaskState.RUNNING: frozenset({TaskState.WAITING, TaskState.RESTING, TaskState.DONE}),
-    TaskState.RESTING: frozenset({TaskState.WAITING, TaskState.DONE}),
+    TaskState.RUNNING: frozenset({TaskState.WAITING, TaskState.BACKING_OFF, TaskState.DONE}),
+    TaskState.BACKING_OFF: frozenset({TaskState.WAITING, TaskState.DONE}),
     TaskState.DONE: frozenset(),
 }
 """From a state to those that may follow: sent tasks come back, finished ones never do. Not looked
 at for each task, of which there are many; tests see that no history of events leaves it."""
 
 
-class Kind:
+class FunctionStats:
     """Tasks of one function: how long they take, and what size of worker they need.
 
     Attributes:
         seconds: Estimate of one task's run time, a moving average that follows slow ones fast.
         samples: Tasks seen to finish; look-ahead grows with it.
-        rung: The size of worker that new tasks are sent to.
+        size: The size of worker that new tasks are sent to.
     """
 
-    __slots__ = ("_fitted_before", "_too_large", "rung", "samples", "seconds")
+    __slots__ = ("_fitted_before", "_too_large", "samples", "seconds", "size")
 
     def __init__(self) -> None:
         self.seconds = UNKNOWN_SECONDS
         self.samples = 0
-        self.rung = 0
+        self.size = 0
         self._too_large = 0
         self._fitted_before = 0
 
@@ -75,17 +75,17 @@ class Kind:
             self.seconds = seconds
             self.samples = 1
 
-    def outgrew(self, rung: int) -> None:
+    def outgrew(self, size: int) -> None:
         """Take in that a task ran out of memory on a worker of this size.
 
         Once more of them did than finished on that size, the next size is where others begin: one
         outlier does not move the rest.
         """
-        if rung != self.rung:
+        if size != self.size:
             return
         self._too_large += 1
         if self._too_large > self.samples - self._fitted_before:
-            self.rung += 1
+            self.size += 1
             self._too_large = 0
             self._fitted_before = self.samples
 
@@ -104,7 +104,7 @@ class Task:
 
     Attributes:
         number: Counts from 1 in the order of submission.
-        kind: Tasks of the same function share it.
+        stats: What is known of its function; tasks of the same function share it.
         retries: Attempts that may be lost beyond the first.
         handle: The shell's own, untouched here (future, payload).
         state: See ``TaskState``.
@@ -112,10 +112,10 @@ class Task:
         worker: The worker that holds the lease.
         cost: Estimated seconds that it was sent with.
         lost: Attempts lost so far.
-        rung: How often it climbed: the smallest size of worker that it may be sent to, or which of
-            its claims counts.
+        size: How often it climbed: the smallest size of worker that it may be sent to, or which of
+            its requests counts.
         suspected: Workers lost that may have begun with it, or were to begin with it.
-        terms: What was said about it; ``None``: nothing.
+        requirements: What was said about it; ``None``: nothing.
         inputs: What it would rather not have sent.
     """
 
@@ -123,30 +123,30 @@ class Task:
         "cost",
         "handle",
         "inputs",
-        "kind",
         "lease",
         "lost",
         "number",
+        "requirements",
         "retries",
-        "rung",
+        "size",
         "state",
+        "stats",
         "suspected",
-        "terms",
         "worker",
     )
 
     def __init__(
         self,
         number: int,
-        kind: Kind,
+        stats: FunctionStats,
         *,
         retries: int = 2,
         handle: Any = None,
-        terms: Terms | None = None,
+        requirements: Requirements | None = None,
         inputs: tuple[Input, ...] = (),
     ) -> None:
         self.number = number
-        self.kind = kind
+        self.stats = stats
         self.retries = retries
         self.handle = handle
         self.state = TaskState.WAITING
@@ -155,8 +155,8 @@ class Task:
         self.cost = 0.0
         self.lost = 0
         self.suspected = 0
-        self.rung = 0
-        self.terms = terms
+        self.size = 0
+        self.requirements = requirements
         self.inputs = inputs
 
     def __repr__(self) -> str:

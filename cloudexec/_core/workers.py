@@ -5,10 +5,10 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-from cloudexec._core.claims import Claim, Resources
+from cloudexec._core.resources import ResourceRequest, Resources
 from cloudexec._core.tasks import Task
 
-__all__ = ["Account", "Launch", "Worker", "WorkerState"]
+__all__ = ["Allocation", "Launch", "Worker", "WorkerState"]
 
 
 class WorkerState(enum.Enum):
@@ -19,46 +19,55 @@ class WorkerState(enum.Enum):
     """Finishes what it has, gets nothing new."""
 
 
-class Account:
+class Allocation:
     """What a worker, or a machine with several, has for tasks.
 
-    Most tasks claim no more than one slot's share: any of them fit, as many as there are slots, and
-    nothing is counted. Only while a heavier one is there, all are.
+    Most tasks ask for no more than one slot's share: any of them fit, as many as there are slots,
+    and nothing is counted. Only while a heavier one is there, all are.
 
     Attributes:
         capacity: What there is.
         slots: Among how many slots.
-        tight: Whether tasks that claim nothing do not fit into all of its slots.
+        tight: Whether tasks that request nothing do not fit into all of its slots.
         workers: Whose it is.
         heavy: Leases of tasks with more than a slot's share, each with the GPUs that are its.
-        held_for: The line whose first task waits for room here; nothing behind it is sent.
+        saving_for: The queue whose first task waits for room here; nothing behind it is sent.
     """
 
-    __slots__ = ("_light", "capacity", "gpu_ids", "heavy", "held_for", "slots", "tight", "workers")
+    __slots__ = (
+        "_light",
+        "capacity",
+        "gpu_ids",
+        "heavy",
+        "saving_for",
+        "slots",
+        "tight",
+        "workers",
+    )
 
     def __init__(
-        self, capacity: Resources, slots: int, plain: Claim, gpu_ids: tuple[str, ...] = ()
+        self, capacity: Resources, slots: int, plain: ResourceRequest, gpu_ids: tuple[str, ...] = ()
     ) -> None:
         self.capacity = capacity
         self.slots = slots
         self.gpu_ids = gpu_ids or tuple(map(str, range(capacity.gpus)))
         self.workers: dict[str, Worker] = {}
         self.heavy: dict[int, tuple[str, ...]] = {}
-        self.held_for: Any = None
-        self._light: dict[Claim, bool] = {}
+        self.saving_for: Any = None
+        self._light: dict[ResourceRequest, bool] = {}
         self.tight = not self.is_light(plain)
 
-    def is_light(self, claim: Claim) -> bool:
-        """Say whether a claim is no more than one slot's share."""
-        known = self._light.get(claim)
+    def is_light(self, request: ResourceRequest) -> bool:
+        """Say whether a request is no more than one slot's share."""
+        known = self._light.get(request)
         if known is None:
-            need, have, slots = claim.need, self.capacity, self.slots
+            need, have, slots = request.need, self.capacity, self.slots
             known = not need.gpus and (
                 need.cpus * slots <= have.cpus and need.memory * slots <= have.memory
             )
             if len(self._light) > 1000:
                 self._light.clear()
-            self._light[claim] = known
+            self._light[request] = known
         return known
 
     def free_gpus(self, count: int) -> tuple[str, ...]:
@@ -76,9 +85,9 @@ class Worker:
         leases: Lease -> task, in the order sent; cancelled tasks stay until the worker answers.
         load: Estimated seconds of work behind those leases.
         ready: Whether it may have begun any of its tasks.
-        rung: Which size it has, from 0.
+        size: Which size it has, from 0.
         pool: Size and slots that it was launched with: those alike serve the same tasks.
-        account: What it has for tasks, and who uses it.
+        allocation: What it has for tasks, and who uses it.
         connected_at: When it dialed back.
         paused_until: Until then it gets nothing ahead of need.
         completed: Tasks it has answered for.
@@ -89,7 +98,7 @@ class Worker:
     """
 
     __slots__ = (
-        "account",
+        "allocation",
         "completed",
         "connected_at",
         "cut_at",
@@ -103,7 +112,7 @@ class Worker:
         "paused_until",
         "pool",
         "ready",
-        "rung",
+        "size",
         "slots",
         "state",
     )
@@ -115,12 +124,12 @@ class Worker:
         launch: str,
         now: float,
         pool: tuple[int, int],
-        account: Account,
+        allocation: Allocation,
     ) -> None:
         self.id = worker_id
         self.pool = pool
-        self.rung = pool[0]
-        self.account = account
+        self.size = pool[0]
+        self.allocation = allocation
         self.connected_at = now
         self.slots = slots
         self.launch = launch
@@ -139,7 +148,7 @@ class Worker:
 class Launch:
     """A worker that was asked for and has not dialed back."""
 
-    __slots__ = ("capacity", "id", "pool", "rung", "slots", "started_at")
+    __slots__ = ("capacity", "id", "pool", "size", "slots", "started_at")
 
     def __init__(
         self, launch_id: str, slots: int, now: float, pool: tuple[int, int], capacity: Resources
@@ -147,6 +156,6 @@ class Launch:
         self.id = launch_id
         self.slots = slots
         self.pool = pool
-        self.rung = pool[0]
+        self.size = pool[0]
         self.capacity = capacity
         self.started_at = now

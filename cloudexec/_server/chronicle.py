@@ -41,7 +41,7 @@ _MOST_NOTES = 64
 """Unusual events that are kept of one task: the first ones, and the last."""
 _FINAL = ("lost", "timed out", "killed", "reclaimed", "raised", "judged")
 """After these, the last attempt has been told of."""
-_OUTLOOKS = {TaskState.DONE: "it has failed", TaskState.RESTING: "retry_on is asked"}
+_OUTLOOKS = {TaskState.DONE: "it has failed", TaskState.BACKING_OFF: "retry_on is asked"}
 _NAMES_OF_STATES = {"PENDING": "pending", "RUNNING": "running", "FINISHED": "finished"}
 
 
@@ -186,7 +186,7 @@ class Chronicle:
 
         def note() -> None:
             known: dict[tuple[str, int, bool], StoryEvent] = {}
-            for task, future, lease, lost, rung, begun in before:
+            for task, future, lease, lost, size, begun in before:
                 what: StoryStep = "lost" if begun or task.lost > lost else "returned"
                 why = reason
                 if reclaimed and task.lost == lost:
@@ -207,7 +207,7 @@ class Chronicle:
                         out_of_memory=memory,
                     )
                 self._note(task, future, lease, event)
-                self._note_climb(task, future, rung)
+                self._note_climb(task, future, size)
             if expected or machine.killing or (machine.shutting_down and not before):
                 return
             begun_there = sum(each[5] for each in before)
@@ -313,12 +313,12 @@ class Chronicle:
         name = worker.id
 
         def note() -> None:
-            for (task, future, lease, lost, rung, _), failure in before:
+            for (task, future, lease, lost, size, _), failure in before:
                 if failure.kind not in _STEPS:
                     self._begin_notes(task, future, lease, name, lost + 1)
                     continue
                 self._note_failure(name, task, future, lease, lost, failure)
-                self._note_climb(task, future, rung)
+                self._note_climb(task, future, size)
 
         return note
 
@@ -368,7 +368,7 @@ class Chronicle:
             what: It raised, in words.
             again: What it said.
         """
-        if task.handle is None or task.state is not TaskState.RESTING:
+        if task.handle is None or task.state is not TaskState.BACKING_OFF:
             return
         raised = StoryEvent(
             what="raised", worker_id=worker, attempt=task.lost + 1, reason=what or "something"
@@ -499,11 +499,11 @@ class Chronicle:
             future._notes = _Notes(name_of(task))
         future._notes.add(self._driver.moment, event)
 
-    def _note_climb(self, task: Any, future: Any, rung: int) -> None:
-        if task.rung > rung and task.state is not TaskState.DONE:
+    def _note_climb(self, task: Any, future: Any, size: int) -> None:
+        if task.size > size and task.state is not TaskState.DONE:
             machine, driver = self._driver.machine, self._driver
-            size = driver.size_name(machine.claim_of(task).rung)
-            self._note(task, future, 0, StoryEvent(what="climbed", reason=size))
+            name = driver.size_name(machine.request_of(task).size)
+            self._note(task, future, 0, StoryEvent(what="climbed", reason=name))
 
     def _job_of(self, worker: str) -> str:
         return self._driver.launches.job_of(worker)
@@ -578,7 +578,7 @@ class Chronicle:
         driver = self._driver
         if task.state is TaskState.WAITING:
             add(driver.moment, StoryEvent(what="waiting", reason=self._why_waiting()))
-        elif task.state is TaskState.RESTING:
+        elif task.state is TaskState.BACKING_OFF:
             resting = "until it is time for the next attempt, or what it takes is there again"
             add(driver.moment, StoryEvent(what="waiting", reason=resting))
         elif task.worker is not None:
@@ -631,17 +631,17 @@ class Chronicle:
 def _look(tasks: Any) -> list[tuple[Any, Any, int, int, int, bool]]:
     """Return what is known of tasks that have no outcome.
 
-    Task, future, lease, attempts lost, rung, and whether it is known to have begun.
+    Task, future, lease, attempts lost, size, and whether it is known to have begun.
     """
     return [
-        (task, task.handle, task.lease, task.lost, task.rung, task.state is TaskState.RUNNING)
+        (task, task.handle, task.lease, task.lost, task.size, task.state is TaskState.RUNNING)
         for task in tasks
         if task.state is not TaskState.DONE and task.handle is not None
     ]
 
 
 def _is_judged(task: Task) -> bool:
-    return task.terms is not None and task.terms.judged
+    return task.requirements is not None and task.requirements.judged
 
 
 def _all_of(notes: list[_Then]) -> _Then:

@@ -78,7 +78,7 @@ def hold_back(
     if None not in inputs:
         task.payload = Spliced(unfinished.payload, inputs)
         return
-    task.state = TaskState.HELD
+    task.state = TaskState.BLOCKED
     task.payload = unfinished.payload
     waiting = [None if isinstance(each, Ref) else each for each in futures]
     needs = task.needs = Needs(name, waiting, _places(futures, args, kwargs))
@@ -185,7 +185,7 @@ class Dependencies:
 
     def hold(self, tasks: list[Submission]) -> None:
         """Take in new tasks that wait for others."""
-        self._driver.feed(events.TasksHeld(tasks))
+        self._driver.feed(events.TasksBlocked(tasks))
         for task in tasks:
             needs = task.needs
             if needs is None or task.handle is None or task.handle.done():
@@ -347,7 +347,7 @@ class Dependencies:
             if task.dependents is not None and future is not None:
                 waiting, task.dependents = task.dependents, None
                 self.concluded.append((waiting, _CANCELLED))
-            if task.state is TaskState.HELD:
+            if task.state is TaskState.BLOCKED:
                 task.payload = None
                 if future is not None:
                     future._owner = None

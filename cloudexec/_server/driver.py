@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 from cloudexec import _payload
 from cloudexec._config import ServerConfig
 from cloudexec._core import commands, events
-from cloudexec._core.claims import Terms
 from cloudexec._core.events import Event, Failure, FailureKind
 from cloudexec._core.machine import Machine
-from cloudexec._core.tasks import Kind, Task, TaskState
+from cloudexec._core.resources import Requirements
+from cloudexec._core.tasks import FunctionStats, Task, TaskState
 from cloudexec._core.workers import WorkerState
 from cloudexec._describing import describe, text_of, type_name
 from cloudexec._errors import (
@@ -110,16 +110,16 @@ class Submission(Task):
     def __init__(
         self,
         number: int,
-        kind: Kind,
+        stats: FunctionStats,
         future: BatchFuture[Any],
         function: Function | None,
         payload: Payload,
         retries: int,
-        terms: Terms | None = None,
+        requirements: Requirements | None = None,
     ) -> None:
         # Written out: this runs once per task, in the caller's thread.
         self.number = number
-        self.kind = kind
+        self.stats = stats
         self.retries = retries
         self.handle = future
         self.state = _WAITING
@@ -128,10 +128,10 @@ class Submission(Task):
         self.cost = 0.0
         self.lost = 0
         self.suspected = 0
-        self.rung = 0
+        self.size = 0
         self.function = function
         self.payload: Payload | Spliced | None = payload
-        self.terms = terms
+        self.requirements = requirements
         self.inputs = ()
         self.needs: Needs | None = None  # what it waits for, if it does
         self.dependents: list[Any] | None = None  # who waits for its result; see Dependencies
@@ -139,7 +139,7 @@ class Submission(Task):
     @property
     def timeout(self) -> float | None:
         """Seconds that it may run; ``None``: no limit."""
-        return None if self.terms is None else self.terms.options.timeout
+        return None if self.requirements is None else self.requirements.options.timeout
 
 
 _WAITING = TaskState.WAITING
@@ -673,8 +673,8 @@ class Driver:
         if kind is bytes:
             done = future._finish(result, None, decode_result)
         elif kind is Composed:
-            if task.terms is not None and task.terms.options.keep:
-                if task.terms.options.on_loss == "recompute":
+            if task.requirements is not None and task.requirements.options.keep:
+                if task.requirements.options.on_loss == "recompute":
                     result.recipe = Recipe(task)
                 result = Ref(result, self.keeper)
                 done = future._finish(result, None, None)
@@ -756,8 +756,8 @@ class Driver:
             self.chronicle.raised(task, worker, raised, again=again)
             self.feed(events.FailureJudged(worker, task, failure, again))
 
-        assert task.terms is not None
-        self.judge.ask(task.terms.options.retry_on, error, verdict)
+        assert task.requirements is not None
+        self.judge.ask(task.requirements.options.retry_on, error, verdict)
 
     def terms_of(self, worker: str, task: Task) -> tuple[dict[str, str], int, bool]:
         """Say what a worker must know of a task beyond the usual.
@@ -766,23 +766,23 @@ class Driver:
             Variables, bytes of memory that it may take (0: no limit), and whether its process is to
             end with it.
         """
-        terms, known = task.terms, self.machine.workers.get(worker)
-        assert terms is not None
-        options = terms.options
+        requirements, known = task.requirements, self.machine.workers.get(worker)
+        assert requirements is not None
+        options = requirements.options
         env = dict(options.env or {})
-        gpus = () if known is None else known.account.heavy.get(task.lease, ())
+        gpus = () if known is None else known.allocation.heavy.get(task.lease, ())
         if gpus:
             env.setdefault("CUDA_VISIBLE_DEVICES", ",".join(gpus))
         # Who climbed a ladder may have all that a worker of the next size has.
         memory = options.memory_bytes or 0
-        return env, memory if not task.rung else 0, bool(gpus)
+        return env, memory if not task.size else 0, bool(gpus)
 
     def shares_gpus(self, task: Task) -> bool:
         """Say whether a task that was sent has some of its worker's GPUs, and others the rest."""
         known = self.machine.workers.get(task.worker or "")
-        if known is None or known.account.capacity.gpus < 2:
+        if known is None or known.allocation.capacity.gpus < 2:
             return False
-        return bool(known.account.heavy.get(task.lease))
+        return bool(known.allocation.heavy.get(task.lease))
 
     def size_name(self, rung: int) -> str:
         """Say what a worker of a size has."""
@@ -807,7 +807,7 @@ class Driver:
             self._set_exception(task, error_of(worker, task, failure))
 
     def _fail_unlaunched(self, command: commands.FailTasksUnlaunched) -> None:
-        rungs = sorted({self.machine.claim_of(task).rung for task in command.tasks})
+        rungs = sorted({self.machine.request_of(task).size for task in command.tasks})
         what = self._launcher.describe()
         if rungs != [0]:
             what += f"; wanted: {' or '.join(map(self.size_name, rungs))}"
@@ -1131,7 +1131,7 @@ class Driver:
         if self.budget is not None:
             self.budget.wake()
         machine = self.machine
-        waiting = [*machine.waiting_tasks(), *machine.held, *machine.resting_tasks()]
+        waiting = [*machine.waiting_tasks(), *machine.blocked, *machine.backing_off_tasks()]
         tasks: list[Any] = [task for task in waiting if task.handle is not None]
         for worker in machine.workers.values():
             tasks.extend(task for task in worker.leases.values() if task.handle is not None)

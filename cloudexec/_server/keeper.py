@@ -46,13 +46,13 @@ class Recipe:
         task: That made it, while it still has its function and payload.
     """
 
-    __slots__ = ("_call", "_inputs", "_made", "function", "kind", "retries", "terms")
+    __slots__ = ("_call", "_inputs", "_made", "function", "requirements", "retries", "stats")
 
     def __init__(self, task: Submission) -> None:
         self.function = task.function
-        self.kind = task.kind
+        self.stats = task.stats
         self.retries = task.retries
-        self.terms = task.terms
+        self.requirements = task.requirements
         self._made: weakref.ref[Composed] | None = None  # what it stands for, while that is needed
         self._inputs: tuple[Payload | Recipe, ...] | None = None
         if isinstance(task.payload, Spliced):
@@ -383,7 +383,7 @@ class Keeper:
         session.ending = True
         kept = session.kept_blobs()
         machine = self._driver.machine
-        if kept and (machine.open_tasks or machine.held or not machine.shutting_down):
+        if kept and (machine.open_tasks or machine.blocked or not machine.shutting_down):
             pulls = [self.pull(blob) for blob in kept if not blob.stored]
             done = asyncio.gather(*pulls, return_exceptions=True)
             try:
@@ -461,12 +461,12 @@ class Keeper:
         future: BatchFuture[Any] = BatchFuture(driver)
         task = Submission(
             next(driver.numbers),
-            recipe.kind,
+            recipe.stats,
             future,
             recipe.function,
             recipe.payload(driver.store),
             recipe.retries,
-            recipe.terms,
+            recipe.requirements,
         )
         future._task = task
 

@@ -64,7 +64,7 @@ class Launches:
         if not self._wanted:
             # Not from within the machine's answer: a failure is an event of its own.
             self._driver.portal.loop.call_later(self._launcher.linger, self._launch_soon, 0, 0)
-        self._wanted.append(LaunchRequest(command.launch, command.slots, command.rung))
+        self._wanted.append(LaunchRequest(command.launch, command.slots, command.size))
         self._asked_at[command.launch] = time.monotonic()
         _bound(self._asked_at)
 
@@ -181,7 +181,7 @@ class Launches:
     def in_words(self) -> str:
         """Say how many workers were asked for and have not come: by size, if there are several."""
         launches = self._driver.machine.launches.values()
-        by_rung = Counter(launch.rung for launch in launches)
+        by_rung = Counter(launch.size for launch in launches)
         words = counted(len(launches), "worker")
         if set(by_rung) <= {0}:
             return words

@@ -113,12 +113,12 @@ def error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
 
 
 def _timeout_of(task: Task) -> str:
-    seconds = None if task.terms is None else task.terms.options.timeout
+    seconds = None if task.requirements is None else task.requirements.options.timeout
     return "" if seconds is None else f" of {seconds:g} s"
 
 
 def _outgrew(worker: str, task: Task, detail: Any) -> WorkerLostError:
-    limit = 0 if task.terms is None else task.terms.options.memory_bytes or 0
+    limit = 0 if task.requirements is None else task.requirements.options.memory_bytes or 0
     taken = int(detail.message) if detail.message.isdecimal() else 0
     return WorkerLostError(
         f"{_who(task)} took more memory than it had asked for, and was killed on {worker}: "
@@ -135,7 +135,7 @@ def _outgrew(worker: str, task: Task, detail: Any) -> WorkerLostError:
 
 def name_of(task: Task) -> str:
     """Return what people call a task: its name, or that of its stage in a graph."""
-    name = "" if task.terms is None else task.terms.options.name
+    name = "" if task.requirements is None else task.requirements.options.name
     return name or (task.handle._label if task.handle is not None else "")
 
 

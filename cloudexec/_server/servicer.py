@@ -356,13 +356,13 @@ class _Session:
                 size += sum([self._introduce_blob(blob, message) for blob in payload.blobs])
                 self.payloads[task.lease] = payload, function
                 payload = payload.head
-            if task.terms is not None:
+            if task.requirements is not None:
                 self._state_terms(message, len(leases), task, timeouts)
             if takeover is not None:
                 tags.append(takeover.tag(self.identity, task))
             leases.append(task.lease)
             payloads.append(payload)
-            estimates.append(task.kind.seconds)
+            estimates.append(task.stats.seconds)
             numbers.append(task.number)
             size += len(payload)
         if tags:
@@ -394,7 +394,7 @@ class _Session:
     def _state_terms(
         self, message: pb.ServerMessage, index: int, task: Any, timeouts: dict[int, float]
     ) -> None:
-        options = task.terms.options
+        options = task.requirements.options
         if options.keep:
             message.tasks.kept.append(index)
         if options.timeout is not None:

@@ -363,7 +363,7 @@ class Takeover:
                 unwanted.append(lease)
                 continue
             task = self._waiting.pop(claim.key, None)
-            if task is not None and task.state is TaskState.HELD:
+            if task is not None and task.state is TaskState.BLOCKED:
                 adopted.append((task, claim))
                 continue
             self._claims[claim.key] = self._by_lease[worker, lease] = claim
@@ -424,8 +424,8 @@ class Takeover:
             kept.append(task)
         if kept and not held:
             for task in kept:
-                task.state = TaskState.HELD
-            self._driver.feed(events.TasksHeld(kept))
+                task.state = TaskState.BLOCKED
+            self._driver.feed(events.TasksBlocked(kept))
         self._adopt(adopted)
         return rest
 
@@ -479,7 +479,7 @@ class Takeover:
             return
         self._is_open = False
         missing, self._expected = self._expected, set()
-        waiting = [task for task in self._waiting.values() if task.state is TaskState.HELD]
+        waiting = [task for task in self._waiting.values() if task.state is TaskState.BLOCKED]
         self._waiting.clear()
         if missing:
             _logger.info(

@@ -29,8 +29,6 @@ from cloudexec._core.tasks import Task
 
 __all__ = ["digest_of", "digest_of_all"]
 
-_ALIASES = {"TasksHeld": "TasksBlocked"}
-
 
 def digest_of(seed: int) -> str:
     """Play one history, and return the digest of all that was decided in it."""
@@ -75,8 +73,7 @@ def _spell(value: Any) -> Iterator[str]:
             yield from _spell(each)
         yield "]"
     elif type(value).__module__.startswith("cloudexec._core."):
-        name = type(value).__name__
-        yield _ALIASES.get(name, name)
+        yield type(value).__name__
         for name in value.__slots__:
             if name != "cause":
                 yield from _spell(getattr(value, name))

@@ -23,10 +23,10 @@ from cloudexec._config import (
     WorkerCapacity,
 )
 from cloudexec._core import commands, events
-from cloudexec._core.claims import Claim, Resources, Terms
 from cloudexec._core.events import Event, Failure, FailureKind
 from cloudexec._core.machine import Machine
-from cloudexec._core.tasks import Kind, Task, TaskState
+from cloudexec._core.resources import Requirements, ResourceRequest, Resources
+from cloudexec._core.tasks import FunctionStats, Task, TaskState
 from cloudexec._core.workers import WorkerState
 
 __all__ = ["Simulation", "Wrong"]
@@ -348,7 +348,7 @@ class Simulation:
         self.pending: set[str] = set()
         self.tasks: list[Task] = []
         self.inputs = [Input(r.choice([0, 10, 1000]), set()) for _ in range(3)]
-        self.kinds = [Kind() for _ in range(3)]
+        self.kinds = [FunctionStats() for _ in range(3)]
         self.finished = 0
         self.counts: Counter[str] = Counter()
         self._task_numbers = itertools.count(1)
@@ -359,7 +359,7 @@ class Simulation:
         self._drained: set[str] = set()
         self._busy_until = 0.0
         self._gone: dict[str, list[Event]] = {}
-        self.terms = self._some_terms()
+        self.requirements = self._some_requirements()
 
     # The clock.
 
@@ -516,7 +516,7 @@ class Simulation:
 
     def grows_too_far(self, worker: SimulatedWorker, task: Task) -> bool:
         known = self.machine.workers.get(worker.name)
-        return known is None or known.rung == 0 or task.number % 3 == 0
+        return known is None or known.size == 0 or task.number % 3 == 0
 
     def _look_at_the_idle(self) -> None:
         """See that no worker idles while work waits that it could do."""
@@ -524,7 +524,7 @@ class Simulation:
         if self.rich or not machine.waiting or machine.shutting_down:
             self._idle_since.clear()
             return
-        plain = any(not line.alone and line.head() for line in machine._lines.values())
+        plain = any(not queue.alone and queue.head() for queue in machine._queues.values())
         for name, worker in machine.workers.items():
             able = (
                 plain
@@ -532,8 +532,10 @@ class Simulation:
                 and worker.cut_at is None
                 and not worker.leases
                 and any(
-                    not line.alone and line.head() and line.claim.fits(worker.account.capacity)
-                    for line in machine._lines.values()
+                    not queue.alone
+                    and queue.head()
+                    and queue.request.fits(worker.allocation.capacity)
+                    for queue in machine._queues.values()
                 )
             )
             if not able:
@@ -583,18 +585,20 @@ class Simulation:
 
     # Users, and what goes wrong.
 
-    def _some_terms(self) -> list[Terms | None]:
+    def _some_requirements(self) -> list[Requirements | None]:
         r, scaling = self.random, self.machine.config.scaling
-        found: list[Terms | None] = [None, None]
-        found.append(Terms(TaskOptions(), (), r.choice([0, 1, -1]), judged=True))
+        found: list[Requirements | None] = [None, None]
+        found.append(Requirements(TaskOptions(), (), r.choice([0, 1, -1]), judged=True))
         if self.rich:
             whole = Resources.had_by(scaling.sizes[0])
             for _ in range(3):
                 need = Resources.of(r.choice([0.5, 1, 3, 8]), r.choice([1, 4]) * GIB)
                 fitting = max(1, need.times_in(whole))
                 slots = scaling.slots_per_worker if scaling.one_machine else fitting
-                claims = (Claim(need, 0, whole, slots, need),)
-                found.append(Terms(TaskOptions(), claims, r.choice([0, 0, 1]), judged=False))
+                requests = (ResourceRequest(need, 0, whole, slots, need),)
+                found.append(
+                    Requirements(TaskOptions(), requests, r.choice([0, 0, 1]), judged=False)
+                )
         return found
 
     def _plan(self) -> None:
@@ -630,7 +634,7 @@ class Simulation:
                 r.choice(self.kinds),
                 retries=r.choice([0, 1, 2, 2]),
                 handle=Call(r.choice(lengths), ends, times),
-                terms=r.choice(self.terms),
+                requirements=r.choice(self.requirements),
             )
             if r.random() < 0.1:
                 task.inputs = (r.choice(self.inputs),)
@@ -638,8 +642,8 @@ class Simulation:
         self.tasks += batch
         if r.random() < 0.2:
             for task in batch:
-                task.state = TaskState.HELD
-            self.tell(events.TasksHeld(batch))
+                task.state = TaskState.BLOCKED
+            self.tell(events.TasksBlocked(batch))
             self.after(r.uniform(0, 5), lambda: self._release(batch))
         else:
             self.tell(events.TasksSubmitted(batch))
@@ -649,7 +653,7 @@ class Simulation:
             self.tell(events.TasksReleased(batch))
             return
         for task in batch:
-            if task.state is TaskState.HELD:
+            if task.state is TaskState.BLOCKED:
                 self._outcome(task, "dropped")
         self.tell(events.TasksDropped(batch))
 
@@ -703,7 +707,7 @@ class Simulation:
         for task in hung:
             self._outcome(task, "cancelled")
         self.tell(events.TasksCancelled(hung, kill=True))
-        self.tell(events.InputsRestored(self.machine.resting_tasks()))
+        self.tell(events.InputsRestored(self.machine.backing_off_tasks()))
         self.after(30.0, self._stop_the_hung)
 
     def _shut_down(self, how: str) -> None:
@@ -724,13 +728,13 @@ class Simulation:
     def _state(self) -> str:
         machine = self.machine
         workers = {
-            w.id: (w.state.value, len(w.leases), w.cut_at, w.id in machine._hungry)
+            w.id: (w.state.value, len(w.leases), w.cut_at, w.id in machine.available)
             for w in machine.workers.values()
         }
         left = [task for task in self.tasks if not task.handle.outcome]
         return (
             f"at {self.now:.2f} {workers}, launches {list(machine.launches)}, "
             f"{machine.waiting} waiting, {len(left)} open {left[:5]}, "
-            f"{len(machine.resting_tasks())} resting, {len(machine.held)} held, "
+            f"{len(machine.backing_off_tasks())} resting, {len(machine.blocked)} held, "
             f"quarantine {machine._quarantine.kept}"
         )

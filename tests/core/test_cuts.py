@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, WorkerCapacity
-from cloudexec._core.claims import Claim, Resources, Terms
 from cloudexec._core.commands import (
     DrainWorker,
     FailTask,
@@ -35,7 +34,8 @@ from cloudexec._core.events import (
     WorkerReady,
 )
 from cloudexec._core.machine import Machine
-from cloudexec._core.tasks import Kind, Task
+from cloudexec._core.resources import Requirements, ResourceRequest, Resources
+from cloudexec._core.tasks import FunctionStats, Task
 from cloudexec._errors import ConfigError
 
 
@@ -44,8 +44,8 @@ def make(max_slots: int = 2, grace: float = 30.0, **scaling: Any) -> Machine:
     return Machine(ServerConfig(scaling=policy, reconnect_grace=grace))
 
 
-def some(count: int, *, kind: Kind | None = None, retries: int = 2) -> list[Task]:
-    return [Task(n, kind or Kind(), retries=retries) for n in range(1, count + 1)]
+def some(count: int, *, kind: FunctionStats | None = None, retries: int = 2) -> list[Task]:
+    return [Task(n, kind or FunctionStats(), retries=retries) for n in range(1, count + 1)]
 
 
 def only(commands: list[Any], kind: type) -> list[Any]:
@@ -169,7 +169,7 @@ def test_tasks_on_a_cut_worker_can_be_cancelled() -> None:
 
 def test_nothing_is_recalled_from_a_cut_worker_for_an_idle_one() -> None:
     machine = make(2)
-    quick = Kind()
+    quick = FunctionStats()
     for _ in range(100):
         quick.learn(1e-5)
     with_worker(machine, *some(10, kind=quick))
@@ -230,18 +230,18 @@ def test_no_cut_or_draining_worker_is_held_for_a_large_task() -> None:
     policy = ScalingPolicy(max_slots=4, slots_per_worker=2, sizes=(size,))
     for gone in (WorkerCut, WorkerDraining):
         machine = Machine(ServerConfig(scaling=policy))
-        machine.handle(TasksSubmitted([Task(n, Kind()) for n in range(1, 9)]), 0.0)
+        machine.handle(TasksSubmitted([Task(n, FunctionStats()) for n in range(1, 9)]), 0.0)
         for name, launch in (("a", "1"), ("b", "2")):
             machine.handle(WorkerConnected(name, 2, launch), 0.0)
         whole = Resources.had_by(size)
         need = Resources.of(2, 1 << 30)
-        large = Task(9, Kind())
-        claim = Claim(need, 0, whole, 2, need)
-        large.terms = Terms(TaskOptions(), (claim,), priority=1)
+        large = Task(9, FunctionStats())
+        request = ResourceRequest(need, 0, whole, 2, need)
+        large.requirements = Requirements(TaskOptions(), (request,), priority=1)
         machine.handle(TasksSubmitted([large]), 1.0)
         first = next(iter(machine.workers["a"].leases))
         machine.handle(ResultsReceived("a", [first], ["r"], [9.0]), 1.5)
-        held = [w for w in machine.workers.values() if w.account.held_for is not None]
+        held = [w for w in machine.workers.values() if w.allocation.saving_for is not None]
         assert len(held) == 1
         machine.handle(gone(held[0].id), 2.0)
         machine.validate()

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, WorkerCapacity
-from cloudexec._core.claims import Claim, Resources, Terms
 from cloudexec._core.commands import (
     CancelTasks,
     DrainWorker,
@@ -36,9 +35,9 @@ from cloudexec._core.events import (
     LeasesReturned,
     ResultsReceived,
     ShutdownRequested,
+    TasksBlocked,
     TasksCancelled,
     TasksDropped,
-    TasksHeld,
     TasksReleased,
     TasksStarted,
     TasksSubmitted,
@@ -51,7 +50,8 @@ from cloudexec._core.events import (
     WorkerReady,
 )
 from cloudexec._core.machine import Machine
-from cloudexec._core.tasks import Kind, Task, TaskState
+from cloudexec._core.resources import Requirements, ResourceRequest, Resources
+from cloudexec._core.tasks import FunctionStats, Task, TaskState
 
 LOST = Failure(FailureKind.SLOT_LOST)
 
@@ -61,13 +61,13 @@ def make(max_slots: int = 4, slots_per_worker: int = 2, **scaling: Any) -> Machi
     return Machine(ServerConfig(scaling=policy))
 
 
-def tasks(count: int, kind: Kind | None = None, **options: Any) -> list[Task]:
-    kind = kind or Kind()
+def tasks(count: int, kind: FunctionStats | None = None, **options: Any) -> list[Task]:
+    kind = kind or FunctionStats()
     return [Task(number, kind, **options) for number in range(1, count + 1)]
 
 
-def quick() -> Kind:
-    kind = Kind()
+def quick() -> FunctionStats:
+    kind = FunctionStats()
     for _ in range(100):
         kind.learn(0.00001)
     return kind
@@ -88,27 +88,29 @@ class Held:
     workers: set[str]
 
 
-def claim(
+def request(
     machine: Machine,
     cpus: float,
     gib: float = 1.0,
     gpus: int = 0,
     *,
     whole: WorkerCapacity | None = None,
-    rung: int = 0,
-) -> Claim:
-    """Make a claim on workers of the first size, or another, as the executor does it."""
+    size: int = 0,
+) -> ResourceRequest:
+    """Make a request on workers of the first size, or another, as the executor does it."""
     need = Resources.of(cpus, int(gib * 2**30), gpus)
     capacity = Resources.had_by(whole or machine.config.scaling.sizes[0])
     fitting = max(1, need.times_in(capacity))
     scaling = machine.config.scaling
     if scaling.one_machine:
         fitting = scaling.slots_per_worker
-    return Claim(need, rung, capacity, fitting, need)
+    return ResourceRequest(need, size, capacity, fitting, need)
 
 
-def terms(*claims: Claim, priority: int = 0, judged: bool = False) -> Terms:
-    return Terms(TaskOptions(), claims, priority, judged)
+def requirements(
+    *requests: ResourceRequest, priority: int = 0, judged: bool = False
+) -> Requirements:
+    return Requirements(TaskOptions(), requests, priority, judged)
 
 
 def test_a_task_launches_a_worker_and_is_sent_when_it_connects() -> None:
@@ -422,7 +424,7 @@ def test_a_worker_that_was_to_make_room_and_does_not_is_given_up() -> None:
 def held(count: int) -> list[Task]:
     batch = tasks(count)
     for task in batch:
-        task.state = TaskState.HELD
+        task.state = TaskState.BLOCKED
     return batch
 
 
@@ -430,7 +432,7 @@ def test_a_held_task_is_no_demand_until_it_is_released() -> None:
     """No worker is launched for what cannot begin."""
     machine = make(max_slots=4, slots_per_worker=1)
     batch = held(2)
-    assert machine.handle(TasksHeld(batch), 0.0) == []
+    assert machine.handle(TasksBlocked(batch), 0.0) == []
     assert machine.open_tasks == 0
     commands = machine.handle(TasksReleased(batch[:1]), 1.0)
     assert commands == [LaunchWorker("1", 1, 2)]
@@ -443,7 +445,7 @@ def test_shutdown_waits_for_held_tasks() -> None:
     machine = make(max_slots=1, slots_per_worker=1)
     (task,), (dependent,) = tasks(1), held(1)
     machine.handle(TasksSubmitted([task]), 0.0)
-    machine.handle(TasksHeld([dependent]), 0.0)
+    machine.handle(TasksBlocked([dependent]), 0.0)
     machine.handle(WorkerConnected("w", 1, "1"), 0.0)
     machine.handle(ShutdownRequested(), 0.0)
     commands = machine.handle(ResultsReceived("w", [task.lease], [b""], [0.0]), 1.0)
@@ -458,7 +460,7 @@ def test_held_tasks_fail_or_are_cancelled_where_they_are() -> None:
     """Dropped, cancelled by their user, and cancelled with the executor."""
     machine = make()
     batch = held(3)
-    machine.handle(TasksHeld(batch), 0.0)
+    machine.handle(TasksBlocked(batch), 0.0)
     assert machine.handle(TasksDropped(batch[:1]), 0.0) == []
     assert machine.handle(TasksCancelled(batch[1:2]), 0.0) == []
     commands = machine.handle(ShutdownRequested(cancel=True), 0.0)
@@ -478,7 +480,7 @@ def test_a_worker_that_is_taken_over_goes_on_with_its_tasks() -> None:
     machine = make(max_slots=2, slots_per_worker=1)
     assert take_over(machine, "7") == []
     batch = held(2)
-    machine.handle(TasksHeld(batch), 0.0)
+    machine.handle(TasksBlocked(batch), 0.0)
     # Until it has said what it holds, it gets nothing.
     other = tasks(1)
     machine.handle(TasksSubmitted(other), 0.0)
@@ -505,7 +507,7 @@ def test_tasks_of_a_worker_that_was_lost_again_wait() -> None:
     machine = make(max_slots=2, slots_per_worker=2)
     take_over(machine, "7", slots=2)
     batch = held(3)
-    machine.handle(TasksHeld(batch), 0.0)
+    machine.handle(TasksBlocked(batch), 0.0)
     machine.handle(TasksCancelled(batch[:1]), 0.0)
     machine.handle(TasksTakenOver("w", batch[:2], [98, 99]), 0.0)
     assert machine.waiting_tasks() == batch[1:2]
@@ -584,7 +586,7 @@ def test_a_task_lost_to_memory_runs_again_on_the_next_larger_size() -> None:
     assert only(commands, DrainWorker) == [DrainWorker("small", 4)]
     machine.validate()
     (launch,) = only(machine.handle(WorkerLost("small", "ended"), 2.0), LaunchWorker)
-    assert launch.rung == 1
+    assert launch.size == 1
     (sent,) = only(machine.handle(WorkerConnected("large", 1, launch.launch), 3.0), SendTasks)
     assert sent.tasks == [task]
     machine.validate()
@@ -603,7 +605,7 @@ def test_climbing_costs_no_attempt_and_the_largest_size_is_the_last() -> None:
         machine.handle(WorkerReady(worker), 0.0)
         if task.worker is None:
             break
-        rungs.append(machine.workers[task.worker].rung)
+        rungs.append(machine.workers[task.worker].size)
         commands = out_of_memory(machine, task.worker, task)
         machine.validate()
         launches = only(commands, LaunchWorker)
@@ -615,16 +617,16 @@ def test_climbing_costs_no_attempt_and_the_largest_size_is_the_last() -> None:
 def test_what_was_enough_for_a_function_is_remembered() -> None:
     """Waiting tasks of a function that outgrew a size, and new ones, go to the next at once."""
     machine = ladder(max_slots=1)
-    kind = Kind()
+    kind = FunctionStats()
     batch = tasks(3, kind)
     machine.handle(TasksSubmitted(batch), 0.0)
     machine.handle(WorkerConnected("w", 1, "1"), 0.0)
     machine.handle(WorkerReady("w"), 0.0)
     out_of_memory(machine, "w", batch[0])
-    assert [task.rung for task in batch] == [1, 1, 1]
+    assert [task.size for task in batch] == [1, 1, 1]
     other, later = tasks(1)[0], tasks(1, kind)[0]
     machine.handle(TasksSubmitted([other, later]), 2.0)
-    assert (other.rung, later.rung) == (0, 1)
+    assert (other.size, later.size) == (0, 1)
     machine.validate()
 
 
@@ -637,7 +639,7 @@ def test_one_outlier_does_not_move_the_others_to_larger_workers() -> None:
     machine.handle(WorkerConnected("w", 1, "1"), 0.0)
     machine.handle(WorkerReady("w"), 0.0)
     out_of_memory(machine, "w", batch[0])
-    assert [task.rung for task in batch] == [1, 0, 0]
+    assert [task.size for task in batch] == [1, 0, 0]
     machine.validate()
 
 
@@ -648,8 +650,8 @@ def test_a_worker_that_ran_out_of_memory_before_it_was_ready_is_followed_by_a_la
     machine.handle(TasksSubmitted([task]), 0.0)
     machine.handle(WorkerConnected("a", 1, "1"), 0.0)
     commands = machine.handle(WorkerLost("a", "killed", out_of_memory=True), 1.0)
-    assert [launch.rung for launch in only(commands, LaunchWorker)] == [1]
-    assert (task.rung, task.lost) == (1, 0)
+    assert [launch.size for launch in only(commands, LaunchWorker)] == [1]
+    assert (task.size, task.lost) == (1, 0)
     machine.validate()
 
 
@@ -729,7 +731,7 @@ def test_tasks_that_need_a_larger_worker_fail_when_none_can_be_had() -> None:
     commands = out_of_memory(machine, "a", batch[0])
     assert [each.launch for each in only(commands, TerminateLaunch)] == ["3"]
     (launch,) = only(commands, LaunchWorker)
-    assert launch.rung == 1
+    assert launch.size == 1
     commands = machine.handle(LaunchFailed(launch.launch, "no such size", fatal=True), 2.0)
     (failed,) = only(commands, FailTasksUnlaunched)
     assert failed.tasks == [batch[0]]
@@ -784,7 +786,7 @@ def test_a_shutdown_launches_nothing_for_what_runs_on_a_draining_worker() -> Non
 def test_a_shutdown_keeps_the_worker_that_a_resting_task_will_need() -> None:
     """A task between two attempts is work still to come."""
     machine = make(slots_per_worker=1)
-    (task,) = tasks(1, terms=terms(judged=True))
+    (task,) = tasks(1, requirements=requirements(judged=True))
     machine.handle(TasksSubmitted([task]), 0.0)
     machine.handle(WorkerConnected("w", 1, "1"), 0.0)
     failure = Failure(FailureKind.RAISED, "boom")

@@ -18,10 +18,10 @@ from hypothesis.stateful import (
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, WorkerCapacity
 from cloudexec._core import commands, events
-from cloudexec._core.claims import Claim, Resources, Terms
 from cloudexec._core.events import Event, Failure, FailureKind
 from cloudexec._core.machine import Machine
-from cloudexec._core.tasks import TRANSITIONS, Kind, Task, TaskState
+from cloudexec._core.resources import Requirements, ResourceRequest, Resources
+from cloudexec._core.tasks import TRANSITIONS, FunctionStats, Task, TaskState
 
 GIB = 2**30
 DATA = st.data()
@@ -134,18 +134,24 @@ class History(RuleBasedStateMachine):
         self.past: list[Event] = []
         self.asked: list[commands.JudgeFailure] = []
         self.finished = 0
-        quick = Kind()
+        quick = FunctionStats()
         for _ in range(50):
             quick.learn(1e-5)
-        self.kinds = [Kind(), quick]
+        self.kinds = [FunctionStats(), quick]
         self.inputs = [Input(10, set()), Input(1000, set())]
-        self.terms: list[Terms | None] = [None, None, Terms(TaskOptions(), (), 1, judged=True)]
+        self.requirements: list[Requirements | None] = [
+            None,
+            None,
+            Requirements(TaskOptions(), (), 1, judged=True),
+        ]
         if sized:
             whole = Resources.had_by(sizes[0])
             for cpus in (0.5, 3):
                 need = Resources.of(cpus, GIB)
                 fitting = slots if scaling.one_machine else need.times_in(whole)
-                self.terms.append(Terms(TaskOptions(), (Claim(need, 0, whole, fitting, need),)))
+                self.requirements.append(
+                    Requirements(TaskOptions(), (ResourceRequest(need, 0, whole, fitting, need),))
+                )
 
     # Events and commands.
 
@@ -239,24 +245,27 @@ class History(RuleBasedStateMachine):
     def submit(self, data: Any, retries: int, count: int, held: bool) -> None:
         if self.machine.shutting_down:
             return
-        kind, terms = data.draw(st.sampled_from(self.kinds)), data.draw(st.sampled_from(self.terms))
+        kind, requirements = (
+            data.draw(st.sampled_from(self.kinds)),
+            data.draw(st.sampled_from(self.requirements)),
+        )
         inputs = data.draw(st.sampled_from([(), (), tuple(self.inputs[:1]), tuple(self.inputs)]))
         batch: list[Task] = []
         for number in range(len(self.futures) + 1, len(self.futures) + 1 + count):
-            task = Traced(number, kind, retries=retries, terms=terms, inputs=inputs)
+            task = Traced(number, kind, retries=retries, requirements=requirements, inputs=inputs)
             batch.append(task)
             self.futures[number] = Future(task)
         if held:
             for task in batch:
-                task._state = TaskState.HELD  # type: ignore[attr-defined]
-            self.tell(events.TasksHeld(batch))
+                task._state = TaskState.BLOCKED  # type: ignore[attr-defined]
+            self.tell(events.TasksBlocked(batch))
         else:
             self.tell(events.TasksSubmitted(batch))
 
-    @precondition(lambda self: self.machine.held)
+    @precondition(lambda self: self.machine.blocked)
     @rule(data=DATA, drop=st.booleans())
     def release(self, data: Any, drop: bool) -> None:
-        numbers = self.some(data, [task.number for task in self.machine.held])
+        numbers = self.some(data, [task.number for task in self.machine.blocked])
         batch = [self.futures[number].task for number in numbers]
         if not drop:
             self.tell(events.TasksReleased(batch))
@@ -305,7 +314,7 @@ class History(RuleBasedStateMachine):
     def hand_over(self, data: Any, peer: Peer) -> None:
         """Have a worker say that it has held tasks already, be it more than it can have."""
         batch = [
-            self.futures[n].task for n in self.some(data, [t.number for t in self.machine.held])
+            self.futures[n].task for n in self.some(data, [t.number for t in self.machine.blocked])
         ]
         leases = [(1 << 40) + len(self.past) * 100 + n for n in range(len(batch))]
         self.tell(events.TasksTakenOver(peer.name, batch, leases))
@@ -455,11 +464,11 @@ class History(RuleBasedStateMachine):
         asked = self.asked.pop(0)
         self.tell(events.FailureJudged(asked.worker, asked.task, asked.failure, again))
 
-    @precondition(lambda self: self.machine.resting_tasks())
+    @precondition(lambda self: self.machine.backing_off_tasks())
     @rule()
     def restore(self) -> None:
         judged = {asked.task.number for asked in self.asked}
-        resting = [t for t in self.machine.resting_tasks() if t.number not in judged]
+        resting = [t for t in self.machine.backing_off_tasks() if t.number not in judged]
         self.tell(events.InputsRestored(resting))
 
     # What holds, always.
@@ -484,8 +493,8 @@ class History(RuleBasedStateMachine):
             while self.asked:
                 self.judge(again=False)
             self.restore()
-            if self.machine.held:
-                self.tell(events.TasksReleased(list(self.machine.held)))
+            if self.machine.blocked:
+                self.tell(events.TasksReleased(list(self.machine.blocked)))
             for launch in list(self.launches):
                 if launch in self.launches:
                     slots = self.launches.pop(launch)

@@ -26,7 +26,7 @@ from cloudexec._core.events import (
     WorkerLost,
 )
 from cloudexec._core.machine import Machine
-from cloudexec._core.tasks import Kind, Task
+from cloudexec._core.tasks import FunctionStats, Task
 
 FEW, MANY = 50, 800
 
@@ -76,7 +76,7 @@ def arrive(workers: int) -> Crowd:
 
 def work(workers: int) -> Crowd:
     crowd = Crowd(workers)
-    kind = Kind()
+    kind = FunctionStats()
     for number in range(workers):
         sent = crowd.handle(TasksSubmitted([Task(number, kind)]))
         for command in sent:

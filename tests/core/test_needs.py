@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_machine import SIZES, Held, claim, make, only, out_of_memory, quick, tasks, terms
+from test_machine import SIZES, Held, make, only, out_of_memory, quick, request, requirements, tasks
 
 from cloudexec._config import WorkerCapacity
-from cloudexec._core.claims import Claim, Resources
 from cloudexec._core.commands import (
     CancelTasks,
     DrainWorker,
@@ -39,9 +38,10 @@ from cloudexec._core.events import (
     WorkerReady,
 )
 from cloudexec._core.machine import Machine
+from cloudexec._core.resources import ResourceRequest, Resources
 from cloudexec._core.scheduling import best_holder, bytes_held
-from cloudexec._core.tasks import Kind, Task, TaskState
-from cloudexec._core.workers import Account, Worker
+from cloudexec._core.tasks import FunctionStats, Task, TaskState
+from cloudexec._core.workers import Allocation, Worker
 
 LARGE = WorkerCapacity(cpus=8, memory=32 * 2**30)
 RAISED = Failure(FailureKind.RAISED)
@@ -63,9 +63,11 @@ def fleet(max_slots: int = 4, slots_per_worker: int = 1, **scaling: Any) -> Mach
     return make(max_slots, slots_per_worker, sizes=SIZES[:1], **scaling)
 
 
-def some(count: int, *claims: Claim, first: int = 100, **how: Any) -> list[Task]:
-    said = terms(*claims, **how)
-    return [Task(number, Kind(), terms=said) for number in range(first, first + count)]
+def some(count: int, *requests: ResourceRequest, first: int = 100, **how: Any) -> list[Task]:
+    said = requirements(*requests, **how)
+    return [
+        Task(number, FunctionStats(), requirements=said) for number in range(first, first + count)
+    ]
 
 
 def sent(commands: list[Any]) -> list[Task]:
@@ -99,9 +101,9 @@ def connect(machine: Machine, command: LaunchWorker, now: float = 1.0) -> list[A
 
 
 def test_ten_tenths_of_a_processor_are_one() -> None:
-    """Sums of claims are exact."""
+    """Sums of requests are exact."""
     machine = machine_of(cpus=1, slots=20)
-    batch = some(15, claim(machine, 0.1, 0.1))
+    batch = some(15, request(machine, 0.1, 0.1))
     assert len(sent(submit(machine, batch))) == 10
 
 
@@ -113,7 +115,7 @@ def test_so_many_equal_parts_fit_into_the_whole(parts: int) -> None:
 
 def test_two_tasks_with_all_processors_run_one_after_another() -> None:
     machine = machine_of(cpus=2, slots=2)
-    batch = some(2, claim(machine, 2))
+    batch = some(2, request(machine, 2))
     assert sent(submit(machine, batch)) == batch[:1]
     assert sent(answer(machine, "w")) == batch[1:]
 
@@ -121,21 +123,21 @@ def test_two_tasks_with_all_processors_run_one_after_another() -> None:
 def test_a_task_within_its_slots_share_is_sent_ahead_like_any_other() -> None:
     """No accounting is needed where any mix of tasks fits."""
     machine = machine_of(cpus=2, slots=2)
-    kind, said = quick(), terms(claim(machine, 1, 1))
-    batch = [Task(number, kind, terms=said) for number in range(100)]
+    kind, said = quick(), requirements(request(machine, 1, 1))
+    batch = [Task(number, kind, requirements=said) for number in range(100)]
     assert len(sent(submit(machine, batch))) == 100
 
 
 def test_memory_is_counted_like_processors() -> None:
     machine = machine_of(cpus=8, slots=8, gib=8)
-    batch = some(4, claim(machine, 0.5, 3))
+    batch = some(4, request(machine, 0.5, 3))
     assert len(sent(submit(machine, batch))) == 2
 
 
 def test_small_tasks_fill_what_a_large_one_leaves() -> None:
     """Those without needs count as a slot's share."""
     machine = machine_of(cpus=4, slots=4)
-    (large,) = some(1, claim(machine, 2.5))
+    (large,) = some(1, request(machine, 2.5))
     plain = tasks(4)
     assert sent(submit(machine, [large])) == [large]
     assert len(sent(submit(machine, plain))) == 1
@@ -148,7 +150,7 @@ def test_what_was_sent_ahead_is_finished_before_a_large_task_comes() -> None:
     submit(machine, tasks(50, kind))
     ahead = list(machine.workers["w"].leases.values())
     assert len(ahead) == 50
-    (large,) = some(1, claim(machine, 2))
+    (large,) = some(1, request(machine, 2))
     assert sent(submit(machine, [large])) == []
     assert sent(answer(machine, "w", *ahead[:49])) == []
     assert sent(answer(machine, "w")) == [large]
@@ -162,8 +164,8 @@ def test_a_large_task_does_not_wait_behind_small_ones_for_ever() -> None:
     machine = machine_of(cpus=2, slots=2)
     small = tasks(2)
     submit(machine, small)
-    (large,) = some(1, claim(machine, 2), first=50)
-    later = [Task(number, Kind()) for number in range(60, 70)]
+    (large,) = some(1, request(machine, 2), first=50)
+    later = [Task(number, FunctionStats()) for number in range(60, 70)]
     submit(machine, [large])
     submit(machine, later)
     assert sent(answer(machine, "w", small[0])) == []
@@ -177,8 +179,8 @@ def test_only_as_many_workers_are_held_as_there_are_large_tasks() -> None:
     for launch in launches:
         connect(machine, launch)
     first = [list(worker.leases.values()) for worker in machine.workers.values()]
-    (large,) = some(1, claim(machine, 2), first=50)
-    later = [Task(number, Kind()) for number in range(60, 70)]
+    (large,) = some(1, request(machine, 2), first=50)
+    later = [Task(number, FunctionStats()) for number in range(60, 70)]
     submit(machine, [large, *later])
     assert sent(answer(machine, "w1", first[0][0])) == []
     assert len(sent(answer(machine, "w2", first[1][0]))) == 1
@@ -190,8 +192,8 @@ def test_a_held_worker_is_free_again_when_the_large_task_went_elsewhere() -> Non
     for launch in only(submit(machine, tasks(4)), LaunchWorker):
         connect(machine, launch)
     first = [list(worker.leases.values()) for worker in machine.workers.values()]
-    (large,) = some(1, claim(machine, 2), first=50)
-    later = [Task(number, Kind()) for number in range(60, 70)]
+    (large,) = some(1, request(machine, 2), first=50)
+    later = [Task(number, FunctionStats()) for number in range(60, 70)]
     submit(machine, [large, *later])
     assert sent(answer(machine, "w1", first[0][0])) == []
     commands = answer(machine, "w2", *first[1])
@@ -203,8 +205,8 @@ def test_cancelling_a_large_task_lets_the_others_go_on() -> None:
     machine = machine_of(cpus=2, slots=2)
     small = tasks(1)
     submit(machine, small)
-    (large,) = some(1, claim(machine, 2), first=50)
-    later = [Task(60, Kind())]
+    (large,) = some(1, request(machine, 2), first=50)
+    later = [Task(60, FunctionStats())]
     submit(machine, [large, *later])
     commands = machine.handle(TasksCancelled([large]), 1.0)
     assert sent(commands) == later
@@ -213,7 +215,7 @@ def test_cancelling_a_large_task_lets_the_others_go_on() -> None:
 
 def test_a_large_task_that_is_cancelled_while_it_runs_keeps_its_room_until_it_is_gone() -> None:
     machine = machine_of(cpus=2, slots=2)
-    first, second = some(2, claim(machine, 2))
+    first, second = some(2, request(machine, 2))
     submit(machine, [first, second])
     assert sent(machine.handle(TasksCancelled([first], kill=True), 1.0)) == []
     killed = (first.lease or next(iter(machine.workers["w"].leases)), Failure(FailureKind.KILLED))
@@ -226,19 +228,19 @@ def test_a_large_task_that_is_cancelled_while_it_runs_keeps_its_room_until_it_is
 
 def test_a_worker_of_the_size_that_a_task_needs_is_launched() -> None:
     machine = fleet()
-    (large,) = some(1, claim(machine, 6, 16, whole=LARGE, rung=3))
+    (large,) = some(1, request(machine, 6, 16, whole=LARGE, size=3))
     (launch,) = only(submit(machine, [large]), LaunchWorker)
-    assert (launch.rung, launch.slots) == (3, 1)
+    assert (launch.size, launch.slots) == (3, 1)
     plain = tasks(1)
     (usual,) = only(submit(machine, plain), LaunchWorker)
-    assert usual.rung == 0
+    assert usual.size == 0
     assert sent(connect(machine, usual)) == plain
     assert sent(connect(machine, launch)) == [large]
 
 
 def test_a_large_worker_is_launched_for_as_many_as_fit() -> None:
     machine = fleet(max_slots=5)
-    batch = some(8, claim(machine, 3, 8, whole=LARGE, rung=1))
+    batch = some(8, request(machine, 3, 8, whole=LARGE, size=1))
     launches = only(submit(machine, batch), LaunchWorker)
     assert [launch.slots for launch in launches] == [2, 2, 1]
     assert sent(connect(machine, launches[0])) == batch[:2]
@@ -246,7 +248,7 @@ def test_a_large_worker_is_launched_for_as_many_as_fit() -> None:
 
 def test_a_large_worker_serves_small_tasks_when_it_has_nothing_else_to_do() -> None:
     machine = fleet(max_slots=1)
-    (large,) = some(1, claim(machine, 6, 16, whole=LARGE, rung=1))
+    (large,) = some(1, request(machine, 6, 16, whole=LARGE, size=1))
     (launch,) = only(submit(machine, [large]), LaunchWorker)
     plain = tasks(1)
     submit(machine, plain)
@@ -259,7 +261,7 @@ def test_a_large_worker_serves_small_tasks_when_it_has_nothing_else_to_do() -> N
 def test_small_claims_share_a_worker_of_the_usual_size() -> None:
     """A worker is launched with as many slots as fit, and plain tasks count for more there."""
     machine = fleet(max_slots=8)
-    packed = claim(machine, 0.5, 0.5)
+    packed = request(machine, 0.5, 0.5)
     (one, two) = only(submit(machine, some(8, packed)), LaunchWorker)
     assert (one.slots, two.slots) == (4, 4)
     assert len(sent(connect(machine, one))) == 4
@@ -275,16 +277,16 @@ def test_room_is_made_for_a_size_that_nobody_else_serves_when_it_is_its_turn() -
     machine = fleet(max_slots=2)
     for launch in only(submit(machine, tasks(3)), LaunchWorker):
         connect(machine, launch)
-    (large,) = some(1, claim(machine, 6, 16, whole=LARGE, rung=1), first=50)
+    (large,) = some(1, request(machine, 6, 16, whole=LARGE, size=1), first=50)
     commands = submit(machine, [large])
-    commands += submit(machine, [Task(number, Kind()) for number in range(60, 90)])
+    commands += submit(machine, [Task(number, FunctionStats()) for number in range(60, 90)])
     assert only(commands, DrainWorker) == []  # task 3 was there before it
     commands = answer(machine, "w1")
     (drain,) = only(commands, DrainWorker)
     answer(machine, drain.worker)
     commands = machine.handle(WorkerLost(drain.worker, "ended"), 2.0)
     (launch,) = only(commands, LaunchWorker)
-    assert launch.rung == 1
+    assert launch.size == 1
     assert sent(connect(machine, launch)) == [large]
 
 
@@ -293,21 +295,21 @@ def test_workers_that_have_not_come_make_way_first() -> None:
     first, second = only(submit(machine, tasks(2)), LaunchWorker)
     connect(machine, first)
     machine.handle(TasksCancelled(machine.waiting_tasks()), 1.0)
-    (large,) = some(1, claim(machine, 6, 16, whole=LARGE, rung=1), first=50)
+    (large,) = some(1, request(machine, 6, 16, whole=LARGE, size=1), first=50)
     commands = submit(machine, [large])
     assert [each.launch for each in only(commands, TerminateLaunch)] == [second.launch]
-    assert [each.rung for each in only(commands, LaunchWorker)] == [1]
+    assert [each.size for each in only(commands, LaunchWorker)] == [1]
 
 
 def test_a_worker_lost_with_a_large_task_is_replaced_by_its_like() -> None:
     machine = fleet()
-    (large,) = some(1, claim(machine, 6, 16, whole=LARGE, rung=2))
+    (large,) = some(1, request(machine, 6, 16, whole=LARGE, size=2))
     (launch,) = only(submit(machine, [large]), LaunchWorker)
     connect(machine, launch)
     commands = machine.handle(WorkerLost("w1", "gone"), 1.0)
     machine.validate()
     (again,) = only(commands, LaunchWorker)
-    assert (again.rung, large.lost) == (2, 1)
+    assert (again.size, large.lost) == (2, 1)
     assert sent(connect(machine, again)) == [large]
 
 
@@ -316,7 +318,7 @@ def test_launches_that_fail_fail_only_those_that_nobody_else_serves() -> None:
     plain = tasks(1)
     for launch in only(submit(machine, plain), LaunchWorker):
         connect(machine, launch)
-    (large,) = some(1, claim(machine, 6, 16, whole=LARGE, rung=1))
+    (large,) = some(1, request(machine, 6, 16, whole=LARGE, size=1))
     (launch,) = only(submit(machine, [large]), LaunchWorker)
     commands = machine.handle(LaunchFailed(launch.launch, "no such size", fatal=True), 1.0)
     assert [each.tasks for each in only(commands, FailTasksUnlaunched)] == [[large]]
@@ -326,7 +328,7 @@ def test_launches_that_fail_fail_only_those_that_nobody_else_serves() -> None:
 
 def test_a_large_task_that_waits_is_cancelled_by_a_shutdown() -> None:
     machine = fleet()
-    (large,) = some(1, claim(machine, 6, 16, whole=LARGE, rung=1))
+    (large,) = some(1, request(machine, 6, 16, whole=LARGE, size=1))
     submit(machine, [large])
     commands = machine.handle(ShutdownRequested(cancel=True), 1.0)
     assert [list(each.tasks) for each in only(commands, CancelTasks)] == [[large]]
@@ -336,7 +338,7 @@ def test_a_large_task_that_waits_is_cancelled_by_a_shutdown() -> None:
 
 def test_a_large_worker_that_has_nothing_to_do_is_stopped() -> None:
     machine = fleet(idle_timeout=10.0, min_slots=1)
-    (large,) = some(1, claim(machine, 6, 16, whole=LARGE, rung=1))
+    (large,) = some(1, request(machine, 6, 16, whole=LARGE, size=1))
     for launch in only(submit(machine, [large]), LaunchWorker):
         connect(machine, launch)
     answer(machine, "w1", now=2.0)
@@ -348,12 +350,12 @@ def test_a_large_worker_that_has_nothing_to_do_is_stopped() -> None:
 def test_the_minimum_of_workers_is_kept_once_not_for_each_size_of_a_ladder() -> None:
     machine = make(8, 1, sizes=SIZES, rungs=3, min_slots=2)
     launches = only(machine.handle(DeadlinePassed(), 0.0), LaunchWorker)
-    assert [launch.rung for launch in launches] == [0, 0]
+    assert [launch.size for launch in launches] == [0, 0]
 
 
 def test_a_worker_is_replaced_after_so_many_tasks_large_or_not() -> None:
     machine = fleet(max_slots=1, max_tasks_per_worker=2)
-    batch = some(3, claim(machine, 2, 4))
+    batch = some(3, request(machine, 2, 4))
     (launch,) = only(submit(machine, batch), LaunchWorker)
     assert sent(connect(machine, launch)) == batch[:1]
     assert sent(answer(machine, "w1")) == batch[1:2]
@@ -366,14 +368,14 @@ def test_a_worker_is_replaced_after_so_many_tasks_large_or_not() -> None:
 def test_a_task_with_needs_climbs_its_own_ladder() -> None:
     """And costs no attempt by it; past its end it has those that it was given."""
     machine = fleet()
-    small = claim(machine, 2, 4)
-    large = claim(machine, 2, 8, whole=LARGE, rung=1)
+    small = request(machine, 2, 4)
+    large = request(machine, 2, 8, whole=LARGE, size=1)
     (task,) = some(1, small, large)
     task.retries = 1
     (launch,) = only(submit(machine, [task]), LaunchWorker)
     connect(machine, launch)
     (launch,) = only(out_of_memory(machine, "w1", task), LaunchWorker)
-    assert (launch.rung, task.rung) == (1, 1)
+    assert (launch.size, task.size) == (1, 1)
     connect(machine, launch)
     machine.validate()
     assert only(out_of_memory(machine, f"w{launch.launch}", task), FailTask) == []
@@ -384,10 +386,10 @@ def test_a_task_with_needs_climbs_its_own_ladder() -> None:
 def test_a_task_that_outgrew_what_it_asked_for(ladder: bool) -> None:
     """Fails at once, or goes where there is more."""
     machine = fleet()
-    claims = [claim(machine, 1, 1)]
+    requests = [request(machine, 1, 1)]
     if ladder:
-        claims.append(claim(machine, 1, 8, whole=LARGE, rung=1))
-    (task,) = some(1, *claims)
+        requests.append(request(machine, 1, 8, whole=LARGE, size=1))
+    (task,) = some(1, *requests)
     (launch,) = only(submit(machine, [task]), LaunchWorker)
     connect(machine, launch)
     failure = Failure(FailureKind.OUTGREW)
@@ -399,10 +401,10 @@ def test_a_task_that_outgrew_what_it_asked_for(ladder: bool) -> None:
 
 def test_each_gpu_has_one_task() -> None:
     machine = machine_of(cpus=8, slots=8, gpus=3)
-    batch = some(3, claim(machine, 1, 1, 1))
-    pair = some(1, claim(machine, 1, 1, 2), first=200)
+    batch = some(3, request(machine, 1, 1, 1))
+    pair = some(1, request(machine, 1, 1, 2), first=200)
     assert sent(submit(machine, [*batch, *pair])) == batch
-    heavy = machine.workers["w"].account.heavy
+    heavy = machine.workers["w"].allocation.heavy
     assert sorted(heavy[task.lease] for task in batch) == [("0",), ("1",), ("2",)]
     answer(machine, "w", batch[0])
     assert sent(answer(machine, "w", batch[2])) == pair
@@ -416,7 +418,7 @@ def test_higher_priorities_go_first_and_equals_in_order() -> None:
     machine = machine_of(cpus=1, slots=1)
     submit(machine, tasks(1))
     low = some(2, priority=-1, first=10)
-    usual = [Task(20, Kind()), Task(21, Kind())]
+    usual = [Task(20, FunctionStats()), Task(21, FunctionStats())]
     high = some(2, priority=5, first=30)
     for batch in (low, usual, high):
         submit(machine, batch)
@@ -460,7 +462,7 @@ def judged(retries: int = 2) -> tuple[Machine, Task]:
 def test_a_task_that_raised_what_is_worth_it_rests_and_runs_again() -> None:
     machine, task = judged()
     (ask,) = only(machine.handle(FailuresReceived("w", [(task.lease, RAISED)]), 1.0), JudgeFailure)
-    assert (ask.task, task.state) == (task, TaskState.RESTING)
+    assert (ask.task, task.state) == (task, TaskState.BACKING_OFF)
     machine.validate()
     assert machine.handle(FailureJudged("w", task, RAISED, again=True), 1.0) == []
     due = machine.next_deadline()
@@ -477,8 +479,8 @@ def test_pauses_grow_and_have_an_end() -> None:
     for _ in range(40):
         machine.handle(FailuresReceived("w", [(task.lease, RAISED)]), now)
         machine.handle(FailureJudged("w", task, RAISED, again=True), now)
-        pauses.append(machine._resting[task] - now)
-        now = machine._resting[task]
+        pauses.append(machine.backing_off[task] - now)
+        now = machine.backing_off[task]
         machine.handle(DeadlinePassed(), now)
     assert all(after > before - 1e-9 for before, after in itertools.pairwise(pauses))
     assert pauses[0] < 0.2
@@ -523,8 +525,8 @@ def test_a_shutdown_waits_for_a_resting_task_and_one_that_cancels_does_not() -> 
 # Inputs.
 
 
-def near(machine: Machine, *inputs: Held, number: int, kind: Kind | None = None) -> Task:
-    return Task(number, kind or Kind(), inputs=inputs)
+def near(machine: Machine, *inputs: Held, number: int, kind: FunctionStats | None = None) -> Task:
+    return Task(number, kind or FunctionStats(), inputs=inputs)
 
 
 def pair(slots: int = 1) -> Machine:
@@ -601,9 +603,9 @@ def test_short_tasks_are_sent_ahead_to_holders_only() -> None:
 def test_the_best_holder_holds_most(inputs: list[tuple[int, set[str]]], names: list[str]) -> None:
     """Nobody else among those that may have the task holds more; who holds nothing is not it."""
     held = [Held(size, workers) for size, workers in inputs]
-    plain = Claim(Resources(1, 1), 0, Resources(1, 1), 1, Resources(1, 1))
-    account = Account(Resources(1, 1), 1, plain)
-    workers = [Worker(name, 1, "", 0.0, (0, 1), account) for name in names]
+    plain = ResourceRequest(Resources(1, 1), 0, Resources(1, 1), 1, Resources(1, 1))
+    allocation = Allocation(Resources(1, 1), 1, plain)
+    workers = [Worker(name, 1, "", 0.0, (0, 1), allocation) for name in names]
     best = best_holder(held, workers)
     most = max((bytes_held(held, name) for name in names), default=0)
     assert (0 if best is None else bytes_held(held, best.id)) == most
@@ -619,7 +621,7 @@ def test_what_runs_together_always_fits(needs: list[tuple[float, int]], slots: i
     machine = machine_of(cpus=4, slots=slots, gib=8)
     batch = []
     for number, (cpus, memory) in enumerate(needs):
-        batch.append(some(1, claim(machine, cpus, memory / 2**30), first=100 + number)[0])
+        batch.append(some(1, request(machine, cpus, memory / 2**30), first=100 + number)[0])
     submit(machine, batch)
     for _ in range(len(batch)):
         running = list(machine.workers["w"].leases.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions
-from cloudexec._core.claims import Terms
 from cloudexec._core.commands import FailTask, LaunchWorker, RecallTasks, SendTasks
 from cloudexec._core.events import (
     Event,
@@ -23,7 +22,8 @@ from cloudexec._core.events import (
     WorkerReady,
 )
 from cloudexec._core.machine import Machine
-from cloudexec._core.tasks import Kind, Task
+from cloudexec._core.resources import Requirements
+from cloudexec._core.tasks import FunctionStats, Task
 
 
 class Fleet:
@@ -76,13 +76,15 @@ class Fleet:
         return task.worker
 
 
-def some(count: int, *, first: int = 1, kind: Kind | None = None, retries: int = 1) -> list[Task]:
-    kind = kind or Kind()
+def some(
+    count: int, *, first: int = 1, kind: FunctionStats | None = None, retries: int = 1
+) -> list[Task]:
+    kind = kind or FunctionStats()
     return [Task(first + n, kind, retries=retries) for n in range(count)]
 
 
-def quick() -> Kind:
-    kind = Kind()
+def quick() -> FunctionStats:
+    kind = FunctionStats()
     for _ in range(5000):
         kind.learn(1e-5)
     return kind
@@ -171,7 +173,7 @@ def test_a_task_of_higher_priority_goes_before_a_suspect() -> None:
     fleet.coming = False
     fleet.die("w1")
     urgent = some(1, first=50)
-    urgent[0].terms = Terms(TaskOptions(), (), priority=1)
+    urgent[0].requirements = Requirements(TaskOptions(), (), priority=1)
     fleet.submit(*urgent)
     fleet.come(next(iter(fleet.machine.launches)), 4)
     assert fleet.aboard["w2"] == urgent
@@ -265,7 +267,7 @@ def test_out_of_memory_together_tries_larger_workers_and_then_alone() -> None:
     tasks = some(4)
     fleet.submit(*tasks)
     fleet.die("w1", out_of_memory=True)
-    assert [task.rung for task in tasks] == [1] * 4
+    assert [task.size for task in tasks] == [1] * 4
     assert len(fleet.aboard["w2"]) == 4
     fleet.die("w2", out_of_memory=True)
     assert not fleet.failed

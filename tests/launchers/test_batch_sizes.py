@@ -97,8 +97,8 @@ def test_a_task_goes_to_the_smallest_size_that_will_do(
 ) -> None:
     batch = Batch(queue="q", **settings)
     view = BatchExecutor(4, launcher=batch).with_options(**needs)
-    assert view._terms is not None
-    assert batch.size_name(view._terms.claims[0].rung) == size
+    assert view._requirements is not None
+    assert batch.size_name(view._requirements.requests[0].size) == size
 
 
 def test_sizes_are_found_in_many_threads_at_once() -> None:
@@ -110,8 +110,8 @@ def test_sizes_are_found_in_many_threads_at_once() -> None:
     def ask() -> None:
         for cpus in (2, 4, 8, 16):
             view = executor.with_options(cpus=cpus)
-            assert view._terms is not None
-            found.append((cpus, view._terms.claims[0].rung))
+            assert view._requirements is not None
+            found.append((cpus, view._requirements.requests[0].size))
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:

@@ -1,4 +1,4 @@
-"""What tasks claim of a worker, and what a worker has: whole numbers, so that sums are exact."""
+"""What tasks request of a worker, and what a worker has: whole numbers, so that sums are exact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from cloudexec._config import TaskOptions, WorkerCapacity
 
-__all__ = ["Claim", "Resources", "Terms"]
+__all__ = ["ResourceRequest", "Resources", "Requirements"]
 
 _MICRO = 1_000_000
 _UNKNOWN = 1 << 62
@@ -52,19 +52,19 @@ class Resources(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class ResourceRequest:
     """What one task needs, and which size of worker is launched for it.
 
     Attributes:
         need: Taken from a worker while the task runs there.
-        rung: The launcher's size of a worker for such tasks.
+        size: The launcher's size of a worker for such tasks.
         whole: What a worker of that size has.
         slots: How many such tasks a worker of that size is launched for.
         floor: What a worker must have in all for the task to be sent there.
     """
 
     need: Resources
-    rung: int
+    size: int
     whole: Resources
     slots: int
     floor: Resources
@@ -76,22 +76,22 @@ class Claim:
     @property
     def pool(self) -> tuple[int, int]:
         """Workers that are launched alike: size and slots."""
-        return self.rung, self.slots
+        return self.size, self.slots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Terms:
+class Requirements:
     """How the tasks of a view differ from those that nothing was said about.
 
     Attributes:
         options: What was said.
-        claims: What they claim, and what after they ran out of memory with that, once, twice...;
-            empty: one slot.
+        requests: What they ask for, then what after they ran out of memory with that, once, twice
+            and so on; empty: one slot.
         priority: Higher ones go first.
         judged: Whether what they raise may be a reason to run them again.
     """
 
     options: TaskOptions
-    claims: tuple[Claim, ...] = ()
+    requests: tuple[ResourceRequest, ...] = ()
     priority: int = 0
     judged: bool = False
