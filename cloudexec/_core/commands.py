@@ -1,4 +1,4 @@
-"""What to do: the machine's answers. ``cause`` is the number of the event that led to it."""
+"""What to do: the machine's answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ class SendTasks:
 
     worker: str
     tasks: Sequence[Task]
-    cause: int = 0
 
 
 @record
@@ -42,7 +41,6 @@ class MarkRunning:
     """These tasks run now: their futures can no longer be cancelled."""
 
     tasks: Sequence[Task]
-    cause: int = 0
 
 
 @record
@@ -53,7 +51,6 @@ class ResolveTasks:
     tasks: Sequence[Task]
     results: Sequence[Any]
     seconds: Sequence[float]
-    cause: int = 0
 
 
 @record
@@ -63,7 +60,6 @@ class FailTask:
     worker: str
     task: Task
     failure: Failure
-    cause: int = 0
 
 
 @record
@@ -73,7 +69,6 @@ class JudgeFailure:
     worker: str
     task: Task
     failure: Failure
-    cause: int = 0
 
 
 @record
@@ -82,7 +77,6 @@ class FailTasksUnlaunched:
 
     tasks: Sequence[Task]
     reason: str
-    cause: int = 0
 
 
 @record
@@ -90,7 +84,6 @@ class CancelTasks:
     """Cancel the futures of tasks that were dropped."""
 
     tasks: Sequence[Task]
-    cause: int = 0
 
 
 @record
@@ -99,7 +92,6 @@ class RecallTasks:
 
     worker: str
     leases: Sequence[int]
-    cause: int = 0
 
 
 @record
@@ -108,7 +100,6 @@ class KillTasks:
 
     worker: str
     leases: Sequence[int]
-    cause: int = 0
 
 
 @record
@@ -117,7 +108,6 @@ class LaunchWorker:
 
     launch: str
     slots: int
-    cause: int = 0
     size: int = 0
 
 
@@ -126,7 +116,6 @@ class TerminateLaunch:
     """Stop a launch that has not dialed back."""
 
     launch: str
-    cause: int = 0
 
 
 @record
@@ -134,7 +123,6 @@ class DrainWorker:
     """Have a worker finish what it has and end."""
 
     worker: str
-    cause: int = 0
 
 
 @record
@@ -142,14 +130,11 @@ class TerminateWorker:
     """Have a worker end at once."""
 
     worker: str
-    cause: int = 0
 
 
 @record
 class Finish:
     """Shutdown is complete: no task is open and no worker left."""
-
-    cause: int = 0
 
 
 Command = (

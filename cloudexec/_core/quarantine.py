@@ -1,4 +1,4 @@
-"""Which tasks may have killed a worker, and which workers are kept so that those run alone.
+"""Which tasks may have killed a worker, and which workers are reserved so that those run alone.
 
 When a worker dies with several tasks aboard, any of them may be the cause. None is blamed: each is
 run again with nothing beside it, and whoever takes a worker along then has shown that it was the
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from cloudexec._core.scheduling import TaskQueue
+from cloudexec._core.queue import Queues, TaskQueue
 from cloudexec._core.tasks import Task, TaskState
-from cloudexec._core.workers import Worker, WorkerState
+from cloudexec._core.workers import Worker
 
 __all__ = ["PARTS", "Quarantine"]
 
@@ -28,25 +28,24 @@ _MOST = 1 << 30
 
 
 class Quarantine:
-    """What is known of suspects.
+    """Who is reserved for suspects; the suspects themselves are in the queues.
 
     Attributes:
-        suspects: Open tasks that run apart from others, each with how many may be together: 1 is
-            alone.
-        kept: Ids of the workers that are kept for them: whether some are there (``True``), or the
-            worker is to finish first what it has.
+        reserved: Ids of the workers that are reserved for suspects: whether some are there
+            (``True``), or the worker is to finish first what it has.
     """
 
-    __slots__ = ("kept", "suspects")
+    __slots__ = ("_queues", "_suspects", "reserved")
 
-    def __init__(self) -> None:
-        self.suspects: dict[Task, int] = {}
-        self.kept: dict[str, bool] = {}
+    def __init__(self, queues: Queues) -> None:
+        self._queues = queues
+        self._suspects = queues.suspects
+        self.reserved: dict[str, bool] = {}
 
-    def narrow(self, task: Task, aboard: int, slots: int) -> None:
+    def suspect(self, task: Task, aboard: int, slots: int) -> None:
         """Take in that a worker with so many slots died under a task and others, so many in all."""
-        together = min(self.suspects.get(task, aboard), aboard)
-        self.suspects[task] = max(1, together // max(slots, PARTS))
+        together = min(self._suspects.get(task, aboard), aboard)
+        self._queues.set_apart(task, max(1, together // max(slots, PARTS)))
 
     def group(self, queue: TaskQueue, aboard: Collection[Task] = ()) -> int:
         """Return how many of a queue's tasks, the first ones, may be together on one worker.
@@ -56,19 +55,19 @@ class Quarantine:
             aboard: Those that are there already.
         """
         size = len(aboard)
-        most = min([self.suspects.get(task, 0) for task in aboard], default=_MOST)
+        most = min([self._suspects.get(task, 0) for task in aboard], default=_MOST)
         for task in queue.tasks:
             if size >= most:
                 break
             if task.state is TaskState.WAITING:
-                most = min(most, self.suspects[task])
+                most = min(most, self._suspects[task])
                 size += size < most
         return size - len(aboard)
 
     def release(self, worker: Worker) -> None:
-        """Keep a worker no longer that will not come to serve a suspect, unless it has one."""
-        if self.kept.get(worker.id) is False:
-            del self.kept[worker.id]
+        """Reserve a worker no longer that will not come to serve a suspect, unless it has one."""
+        if self.reserved.get(worker.id) is False:
+            del self.reserved[worker.id]
 
     def room(self, workers: Iterable[Worker], *, shared: bool) -> int:
         """Return how many more workers may have a suspect.
@@ -77,8 +76,8 @@ class Quarantine:
             workers: All there are.
             shared: Whether other tasks wait, too: half of the workers are theirs, if there are two.
         """
-        able = sum(w.state is WorkerState.ACTIVE and w.cut_at is None for w in workers)
-        hosts = sum(self.kept.values())
+        able = sum(worker.takes_tasks for worker in workers)
+        hosts = sum(self.reserved.values())
         return (max(1, able // 2) if shared else able) - hosts
 
     def to_empty(self, queue: TaskQueue, workers: Iterable[Worker]) -> Worker | None:
@@ -88,9 +87,8 @@ class Quarantine:
                 worker
                 for worker in workers
                 if worker.leases
-                and worker.state is WorkerState.ACTIVE
-                and worker.cut_at is None
-                and worker.id not in self.kept
+                and worker.takes_tasks
+                and worker.id not in self.reserved
                 and queue.request.fits(worker.allocation.capacity)
             ),
             key=lambda worker: (worker.load, len(worker.leases)),

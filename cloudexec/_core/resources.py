@@ -1,4 +1,4 @@
-"""What tasks request of a worker, and what a worker has: whole numbers, so that sums are exact."""
+"""What tasks ask of a worker, and what a worker has: whole numbers, so that sums are exact."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cloudexec._config import TaskOptions, WorkerCapacity
+from cloudexec._config import ScalingPolicy, TaskOptions, WorkerCapacity
 
-__all__ = ["ResourceRequest", "Resources", "Requirements"]
+__all__ = ["Requirements", "ResourceRequest", "Resources", "plain_requests"]
 
 _MICRO = 1_000_000
 _UNKNOWN = 1 << 62
@@ -74,8 +74,8 @@ class ResourceRequest:
         return self.floor.within(capacity)
 
     @property
-    def pool(self) -> tuple[int, int]:
-        """Workers that are launched alike: size and slots."""
+    def shape(self) -> tuple[int, int]:
+        """Size and slots of the workers for it: those of one shape are launched alike."""
         return self.size, self.slots
 
 
@@ -95,3 +95,25 @@ class Requirements:
     requests: tuple[ResourceRequest, ...] = ()
     priority: int = 0
     judged: bool = False
+
+
+def plain_requests(scaling: ScalingPolicy) -> list[ResourceRequest]:
+    """Return, for each size of worker, what a task takes there that asked for nothing: one slot."""
+    # Of sizes that the launcher does not know, each stands for more memory than the one before.
+    sizes = scaling.sizes or [
+        WorkerCapacity(cpus=1e6, memory=(size + 1) << 60) for size in range(scaling.rungs)
+    ]
+    slots = scaling.slots_per_worker
+    # On one machine, all workers share what there is.
+    sharing = max(slots, scaling.max_slots) if scaling.one_machine else slots
+    return [
+        ResourceRequest(
+            need=whole.share(sharing),
+            size=size,
+            whole=whole,
+            slots=slots,
+            # Of a larger size, the whole worker counts: with a share of more it may do worse.
+            floor=whole._replace(gpus=0) if size else whole.share(scaling.max_slots),
+        )
+        for size, whole in enumerate(map(Resources.had_by, sizes))
+    ]

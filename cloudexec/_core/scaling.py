@@ -1,8 +1,255 @@
-"""Demand and supply -> how many workers to launch."""
+"""How many workers there are to be: demand, supply and policy decide on launches and retirements.
+
+Demand is the open tasks, waiting or not, by the shape of worker that they ask for. Supply is the
+slots of workers that are there or about to come. What is missing is launched, within ``max_slots``,
+which counts workers that drain, too: they still run. What is too much is given up only after a
+while (``idle_timeout``), because what is asked for next may need it: launches are withdrawn, and
+workers that idle are retired.
+
+As long as all tasks are plain and all workers of one shape, this is one comparison of two numbers,
+after each event. Only otherwise are shapes looked at one by one.
+"""
 
 from __future__ import annotations
 
-__all__ = ["sizes_to_launch"]
+from dataclasses import dataclass
+
+from cloudexec._config import ServerConfig
+from cloudexec._core.decisions import Decisions
+from cloudexec._core.events import LaunchesRefused
+from cloudexec._core.losses import Losses
+from cloudexec._core.pool import Pool
+from cloudexec._core.queue import Queues, TaskQueue
+from cloudexec._core.resources import Resources
+from cloudexec._core.workers import Worker
+
+__all__ = ["Scaling", "sizes_to_launch"]
+
+
+@dataclass(slots=True)
+class _Spare:
+    """Workers that have nothing to do in their own shape, and can be lent to another."""
+
+    capacity: Resources
+    slots: int
+
+
+class Scaling:
+    """Launches workers, and gives up those that are too many.
+
+    Args:
+        config: What to decide by.
+        queues: The demand.
+        pool: The supply.
+        losses: Whether launches have failed.
+        decisions: When to look again.
+
+    Attributes:
+        refusing: Whether no worker may be launched any more.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        queues: Queues,
+        pool: Pool,
+        losses: Losses,
+        decisions: Decisions,
+    ) -> None:
+        self.refusing = False
+        self._scaling = config.scaling
+        self._queues = queues
+        self._pool = pool
+        self._losses = losses
+        self._remind = decisions.remind
+        self._surplus_since: float | None = None
+
+    def on_launches_refused(self, event: LaunchesRefused, now: float) -> None:
+        self.refusing = True
+        for launch in event.launches:
+            self._pool.end_launch(launch)
+
+    # Up.
+
+    def scale(self, now: float) -> None:
+        """Launch what is missing; withdraw launches that are not needed any more."""
+        queues, pool, policy = self._queues, self._pool, self._scaling
+        if pool.launches:
+            self._withdraw_surplus(now)
+        active, demand = pool.active_slots, queues.open_tasks
+        simple = len(queues.by_key) == 1 and not pool.has_other_shapes
+        enough = active >= demand and active >= policy.min_slots
+        if simple and (enough or active >= policy.max_slots):
+            return
+        if now < self._losses.launch_not_before or self.refusing or queues.is_emptying:
+            return
+        if not simple:
+            self._scale_shapes(now)
+            return
+        wanted = min(policy.max_slots, max(demand, policy.min_slots))
+        room = policy.max_slots - pool.total_slots
+        for slots in sizes_to_launch(wanted - active, room, policy.slots_per_worker):
+            pool.launch(slots, queues.plain.request, now)
+
+    def _demand(self) -> dict[tuple[int, int], int]:
+        """Return how many tasks there are for each shape of worker, waiting or not."""
+        demand: dict[tuple[int, int], int] = {}
+        for queue in self._queues.by_key.values():
+            count = self._queues.open_in(queue)
+            request = queue.request
+            if count:
+                if self._scaling.one_machine:
+                    count = min(count, request.need.times_in(request.whole))
+                if queue.apart:
+                    count *= request.slots
+                demand[request.shape] = demand.get(request.shape, 0) + count
+        return demand
+
+    def _scale_shapes(self, now: float) -> None:
+        """Scale each shape of worker to the tasks that need it, the largest first.
+
+        What one shape has too much is lent to those after it, if their tasks fit there, and is not
+        launched for them.
+        """
+        policy, pool = self._scaling, self._pool
+        demand = self._demand()
+        plain = self._queues.plain
+        plain_shape = plain.request.shape
+        demand.setdefault(plain_shape, 0)
+        most_urgent: dict[tuple[int, int], TaskQueue] = {plain_shape: plain}
+        for queue in self._queues.by_key.values():
+            best = most_urgent.get(queue.request.shape)
+            if best is None or queue.priority > best.priority:
+                most_urgent[queue.request.shape] = queue
+        spare = [
+            _Spare(pool.capacity_of(shape), slots)
+            for shape, slots in pool.active_by_shape.items()
+            if shape not in most_urgent
+        ]
+
+        def rank(queue: TaskQueue) -> tuple[int, ...]:
+            whole = queue.request.whole
+            return -queue.priority, -whole.gpus, -whole.memory, -whole.cpus
+
+        for shape, queue in sorted(most_urgent.items(), key=lambda item: rank(item[1])):
+            request = queue.request
+            wanted, have = demand[shape], pool.active_by_shape.get(shape, 0)
+            if shape == plain_shape:
+                wanted = max(wanted, policy.min_slots - (pool.active_slots - have))
+            # A large worker serves small tasks too, once it has nothing else to do.
+            for each in spare:
+                if have < wanted and each.slots and request.fits(each.capacity):
+                    lent = min(each.slots, wanted - have)
+                    each.slots -= lent
+                    have += lent
+            if wanted > have and pool.total_slots >= policy.max_slots:
+                self._make_room(queue, wanted - have, alone=not have)
+            room = policy.max_slots - pool.total_slots
+            for slots in sizes_to_launch(wanted - have, room, request.slots):
+                pool.launch(slots, request, now)
+                have += slots
+            if have > wanted:
+                spare.append(_Spare(request.whole, have - wanted))
+
+    def _make_room(self, queue: TaskQueue, missing: int, *, alone: bool) -> None:
+        """Give up workers that are of no use for a queue, for those that it waits for.
+
+        First those that nobody has a use for. If none at all serves the queue, and it is its turn,
+        one that others have a use for, too: or it would wait for as long as others have work.
+
+        Args:
+            queue: What waits.
+            missing: Slots that it could use.
+            alone: Whether no worker serves it, nor will.
+        """
+        pool, fits = self._pool, queue.request.fits
+        demand = self._demand()
+        useless = [each for each in reversed(pool.launches.values()) if not fits(each.capacity)]
+        for launch in useless:
+            if missing > 0 and not demand.get(launch.shape):
+                missing -= launch.slots
+                pool.withdraw(launch)
+        drained = sum(w.slots for w in pool.workers.values() if not w.is_active)
+        missing -= drained
+        # Whoever is idle now had its chance: what waits is not for it.
+        strangers = [w for w in pool.workers.values() if not fits(w.allocation.capacity)]
+        for worker in strangers:
+            if missing > 0 and worker.takes_tasks and not worker.leases:
+                missing -= worker.slots
+                drained += worker.slots
+                pool.retire(worker)
+        head = queue.head()
+        if not alone or drained or pool.total_slots < self._scaling.max_slots or head is None:
+            return
+        turns = [
+            (-each.priority, first.number)
+            for each in self._queues.by_key.values()
+            if (first := each.head()) is not None
+        ]
+        if min(turns) < (-queue.priority, head.number):
+            return
+        pending = [launch for launch in useless if launch.id in pool.launches]
+        if pending:
+            pool.withdraw(pending[0])
+            return
+        busy = [worker for worker in strangers if worker.cut_at is None]
+        if busy:
+            pool.retire(min(busy, key=lambda worker: worker.load))
+
+    # Down.
+
+    def _withdraw_surplus(self, now: float) -> None:
+        """Give up workers that have not come, once nothing has waited for them for a while.
+
+        As long as an idle worker would be kept: what is asked for next may need them.
+        """
+        scaling, pool, queues = self._scaling, self._pool, self._queues
+        surplus = pool.active_slots - max(queues.open_tasks, scaling.min_slots)
+        at_once = queues.is_emptying
+        if surplus <= 0 and not at_once:
+            self._surplus_since = None
+            return
+        if not at_once:
+            if scaling.idle_timeout is None:
+                return
+            if self._surplus_since is None:
+                self._surplus_since = now
+            until = self._surplus_since + scaling.idle_timeout
+            if now < until:
+                self._remind(until)
+                return
+        demand = self._demand() if len(queues.by_key) > 1 or pool.has_other_shapes else {}
+        for launch in reversed(list(pool.launches.values())):
+            supply = pool.active_by_shape.get(launch.shape, 0) - launch.slots
+            needed = supply < demand.get(launch.shape, 0)
+            if not at_once and (surplus < launch.slots or needed):
+                continue
+            surplus -= launch.slots
+            pool.withdraw(launch)
+        self._surplus_since = None
+
+    def retire_old(self, worker: Worker, now: float) -> bool:
+        """Retire a worker that is there for as long as it may be; say whether it is."""
+        lifetime = self._scaling.max_worker_lifetime
+        if lifetime is None or not worker.is_active:
+            return False
+        if now < worker.connected_at + lifetime:
+            self._remind(worker.connected_at + lifetime)
+            return False
+        self._pool.retire(worker)
+        return True
+
+    def retire_idle(self, worker: Worker, now: float) -> None:
+        """Retire a worker that has had nothing to do for a while, unless it is to be kept."""
+        scaling, pool = self._scaling, self._pool
+        if worker.idle_since is None or scaling.idle_timeout is None or not worker.is_active:
+            return
+        if pool.active_slots - pool.starting_slots - worker.slots < scaling.min_slots:
+            return
+        if now >= worker.idle_since + scaling.idle_timeout:
+            pool.retire(worker)
+        else:
+            self._remind(worker.idle_since + scaling.idle_timeout)
 
 
 def sizes_to_launch(missing: int, room: int, slots_per_worker: int) -> list[int]:

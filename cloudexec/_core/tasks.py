@@ -7,34 +7,36 @@ from typing import Any, Protocol
 
 from cloudexec._core.resources import Requirements
 
-__all__ = ["UNKNOWN_SECONDS", "Input", "FunctionStats", "Task", "TaskState", "TRANSITIONS"]
+__all__ = ["TRANSITIONS", "UNKNOWN_SECONDS", "FunctionStats", "Input", "Task", "TaskState"]
 
 UNKNOWN_SECONDS = 3600.0
-"""Estimate for a kind of task that has not been seen to finish: long, so never sent ahead."""
+"""Estimate for a function none of whose tasks has finished: long, so none is sent ahead."""
 LEAST_SECONDS = 10e-6
 """Least estimate: what a task that does nothing costs a slot."""
 
 
 class TaskState(enum.Enum):
-    """Where a task is. One of its states, always."""
+    """Where a task is. Only ``queue`` changes it."""
 
-    BLOCKED = "held"
-    """Waits for what it depends on, or to be found on a worker; not in the queue."""
+    BLOCKED = "blocked"
+    """Waits for what it depends on, or to be found on a worker; in no queue."""
     WAITING = "waiting"
-    """In the queue."""
+    """In a queue. A new task is made like this."""
     SENT = "sent"
     """On a worker, not known to have begun."""
     RUNNING = "running"
     """On a worker, in a slot."""
-    BACKING_OFF = "resting"
-    """Between two attempts, because it raised what is worth another: not in the queue."""
+    BACKING_OFF = "backing off"
+    """Between two attempts, for a while or until what it takes is there again; in no queue."""
     DONE = "done"
     """Resolved or cancelled."""
 
 
 TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
     TaskState.BLOCKED: frozenset({TaskState.WAITING, TaskState.RUNNING, TaskState.DONE}),
-    TaskState.WAITING: frozenset({TaskState.SENT, TaskState.RUNNING, TaskState.DONE}),
+    TaskState.WAITING: frozenset(
+        {TaskState.BLOCKED, TaskState.SENT, TaskState.RUNNING, TaskState.DONE}
+    ),
     TaskState.SENT: frozenset(
         {TaskState.WAITING, TaskState.RUNNING, TaskState.BACKING_OFF, TaskState.DONE}
     ),
@@ -42,8 +44,8 @@ TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
     TaskState.BACKING_OFF: frozenset({TaskState.WAITING, TaskState.DONE}),
     TaskState.DONE: frozenset(),
 }
-"""From a state to those that may follow: sent tasks come back, finished ones never do. Not looked
-at for each task, of which there are many; tests see that no history of events leaves it."""
+"""From a state to those that may follow: sent tasks come back, finished ones never do, and only new
+ones become blocked. ``queue`` refuses any other change."""
 
 
 class FunctionStats:

@@ -1,12 +1,13 @@
-"""Workers and launches as the core sees them."""
+"""A worker, a launch, and what a worker has for tasks, as the core sees them."""
 
 from __future__ import annotations
 
 import enum
-from typing import Any
+from collections.abc import Callable
 
+from cloudexec._core.queue import TaskQueue
 from cloudexec._core.resources import ResourceRequest, Resources
-from cloudexec._core.tasks import Task
+from cloudexec._core.tasks import Task, TaskState
 
 __all__ = ["Allocation", "Launch", "Worker", "WorkerState"]
 
@@ -28,7 +29,7 @@ class Allocation:
     Attributes:
         capacity: What there is.
         slots: Among how many slots.
-        tight: Whether tasks that request nothing do not fit into all of its slots.
+        tight: Whether tasks that ask for nothing do not fit into all of its slots.
         workers: Whose it is.
         heavy: Leases of tasks with more than a slot's share, each with the GPUs that are its.
         saving_for: The queue whose first task waits for room here; nothing behind it is sent.
@@ -53,7 +54,7 @@ class Allocation:
         self.gpu_ids = gpu_ids or tuple(map(str, range(capacity.gpus)))
         self.workers: dict[str, Worker] = {}
         self.heavy: dict[int, tuple[str, ...]] = {}
-        self.saving_for: Any = None
+        self.saving_for: TaskQueue | None = None
         self._light: dict[ResourceRequest, bool] = {}
         self.tight = not self.is_light(plain)
 
@@ -69,6 +70,31 @@ class Allocation:
                 self._light.clear()
             self._light[request] = known
         return known
+
+    def needs_only_a_slot(self, request: ResourceRequest) -> bool:
+        """Say whether any free slot here has room for such a task, and nothing is counted."""
+        return not (self.heavy or self.tight) and self.is_light(request)
+
+    def room_left(self, request_of: Callable[[Task], ResourceRequest]) -> Resources | None:
+        """Return what the tasks at hand leave; ``None`` while some were sent ahead of need.
+
+        Those wait on their worker for a slot: when they begin is for the worker to say.
+        """
+        cpus, memory, gpus = self.capacity
+        for worker in self.workers.values():
+            if len(worker.leases) > worker.slots:
+                return None
+            for task in worker.leases.values():
+                need = request_of(task).need
+                cpus -= need.cpus
+                memory -= need.memory
+                gpus -= need.gpus
+        return Resources(cpus, memory, gpus)
+
+    def give_up_saving(self) -> None:
+        """Save no room where no worker takes tasks: whoever waits for it may have it elsewhere."""
+        if not any(worker.takes_tasks for worker in self.workers.values()):
+            self.saving_for = None
 
     def free_gpus(self, count: int) -> tuple[str, ...]:
         """Return the first GPUs that no task has."""
@@ -86,7 +112,7 @@ class Worker:
         load: Estimated seconds of work behind those leases.
         ready: Whether it may have begun any of its tasks.
         size: Which size it has, from 0.
-        pool: Size and slots that it was launched with: those alike serve the same tasks.
+        shape: Size and slots that it was launched with: those alike serve the same tasks.
         allocation: What it has for tasks, and who uses it.
         connected_at: When it dialed back.
         paused_until: Until then it gets nothing ahead of need.
@@ -110,8 +136,8 @@ class Worker:
         "load",
         "over_at",
         "paused_until",
-        "pool",
         "ready",
+        "shape",
         "size",
         "slots",
         "state",
@@ -123,12 +149,12 @@ class Worker:
         slots: int,
         launch: str,
         now: float,
-        pool: tuple[int, int],
+        shape: tuple[int, int],
         allocation: Allocation,
     ) -> None:
         self.id = worker_id
-        self.pool = pool
-        self.size = pool[0]
+        self.shape = shape
+        self.size = shape[0]
         self.allocation = allocation
         self.connected_at = now
         self.slots = slots
@@ -144,18 +170,62 @@ class Worker:
         self.cut_at: float | None = None
         self.over_at: float | None = None
 
+    @property
+    def is_active(self) -> bool:
+        """Whether it is not told to end: it gets tasks, now or once it is back."""
+        return self.state is WorkerState.ACTIVE
+
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether it can be sent tasks now."""
+        return self.state is WorkerState.ACTIVE and self.cut_at is None
+
+    @property
+    def free(self) -> int:
+        """Slots without a task."""
+        return max(0, self.slots - len(self.leases))
+
+    def sent_ahead(self) -> list[int]:
+        """Return the leases of tasks that are not known to have begun."""
+        return [lease for lease, task in self.leases.items() if task.state is TaskState.SENT]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any of its tasks is not done."""
+        return any(task.state is not TaskState.DONE for task in self.leases.values())
+
+    def give(self, task: Task, lease: int) -> None:
+        """Have this worker hold a task's lease."""
+        task.lease = lease
+        task.worker = self.id
+        task.cost = task.stats.seconds
+        self.load += task.cost
+        self.leases[lease] = task
+        self.idle_since = None
+
+    def take_back(self, lease: int) -> Task | None:
+        """Have this worker hold a lease no more; ``None`` if it has no such lease (any more)."""
+        task = self.leases.pop(lease, None)
+        if task is not None:
+            self.allocation.heavy.pop(lease, None)
+            self.load -= task.cost
+            if task.lease == lease:
+                task.worker = None
+                task.lease = 0
+        return task
+
 
 class Launch:
     """A worker that was asked for and has not dialed back."""
 
-    __slots__ = ("capacity", "id", "pool", "size", "slots", "started_at")
+    __slots__ = ("capacity", "id", "shape", "size", "slots", "started_at")
 
     def __init__(
-        self, launch_id: str, slots: int, now: float, pool: tuple[int, int], capacity: Resources
+        self, launch_id: str, slots: int, now: float, shape: tuple[int, int], capacity: Resources
     ) -> None:
         self.id = launch_id
         self.slots = slots
-        self.pool = pool
-        self.size = pool[0]
+        self.shape = shape
+        self.size = shape[0]
         self.capacity = capacity
         self.started_at = now

@@ -78,7 +78,6 @@ def hold_back(
     if None not in inputs:
         task.payload = Spliced(unfinished.payload, inputs)
         return
-    task.state = TaskState.BLOCKED
     task.payload = unfinished.payload
     waiting = [None if isinstance(each, Ref) else each for each in futures]
     needs = task.needs = Needs(name, waiting, _places(futures, args, kwargs))
@@ -305,7 +304,7 @@ class Dependencies:
                 if outcome is _CANCELLED:
                     task.needs = None
                     cancelled.append(task)
-                    self._driver._cancel(commands.CancelTasks([task], 0))
+                    self._driver._cancel(commands.CancelTasks([task]))
                 elif type(outcome) is _Failed:
                     task.needs = None
                     dropped.append(task)

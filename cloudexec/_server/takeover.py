@@ -423,8 +423,6 @@ class Takeover:
                 continue
             kept.append(task)
         if kept and not held:
-            for task in kept:
-                task.state = TaskState.BLOCKED
             self._driver.feed(events.TasksBlocked(kept))
         self._adopt(adopted)
         return rest

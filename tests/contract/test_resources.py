@@ -219,7 +219,8 @@ def test_a_view_maps_and_composes(executor: BatchExecutor) -> None:
     assert list(view.map(tasks.double, range(20))) == list(range(0, 40, 2))
     assert list(view.map(tasks.double, range(20), chunksize=7)) == list(range(0, 40, 2))
     assert view.submit(operator.add, view.submit(tasks.double, 2), 1).result(PATIENCE) == 5
-    assert view.with_options(cpus=None, memory=None)._requirements is not None  # its priority is left
+    plain = view.with_options(cpus=None, memory=None)
+    assert plain._requirements is not None  # its priority is left
 
 
 def test_a_view_puts_says_what_it_is_and_stays_here(executor: BatchExecutor) -> None:

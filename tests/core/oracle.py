@@ -75,8 +75,7 @@ def _spell(value: Any) -> Iterator[str]:
     elif type(value).__module__.startswith("cloudexec._core."):
         yield type(value).__name__
         for name in value.__slots__:
-            if name != "cause":
-                yield from _spell(getattr(value, name))
+            yield from _spell(getattr(value, name))
     else:
         raise TypeError(f"no digest of a {type(value).__name__}")
 

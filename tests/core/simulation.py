@@ -524,7 +524,7 @@ class Simulation:
         if self.rich or not machine.waiting or machine.shutting_down:
             self._idle_since.clear()
             return
-        plain = any(not queue.alone and queue.head() for queue in machine._queues.values())
+        plain = any(not queue.apart and queue.head() for queue in machine._queues.by_key.values())
         for name, worker in machine.workers.items():
             able = (
                 plain
@@ -532,10 +532,10 @@ class Simulation:
                 and worker.cut_at is None
                 and not worker.leases
                 and any(
-                    not queue.alone
+                    not queue.apart
                     and queue.head()
                     and queue.request.fits(worker.allocation.capacity)
-                    for queue in machine._queues.values()
+                    for queue in machine._queues.by_key.values()
                 )
             )
             if not able:
@@ -641,8 +641,6 @@ class Simulation:
             batch.append(task)
         self.tasks += batch
         if r.random() < 0.2:
-            for task in batch:
-                task.state = TaskState.BLOCKED
             self.tell(events.TasksBlocked(batch))
             self.after(r.uniform(0, 5), lambda: self._release(batch))
         else:
@@ -728,7 +726,7 @@ class Simulation:
     def _state(self) -> str:
         machine = self.machine
         workers = {
-            w.id: (w.state.value, len(w.leases), w.cut_at, w.id in machine.available)
+            w.id: (w.state.value, len(w.leases), w.cut_at, w.id in machine._pool.available)
             for w in machine.workers.values()
         }
         left = [task for task in self.tasks if not task.handle.outcome]
@@ -736,5 +734,5 @@ class Simulation:
             f"at {self.now:.2f} {workers}, launches {list(machine.launches)}, "
             f"{machine.waiting} waiting, {len(left)} open {left[:5]}, "
             f"{len(machine.backing_off_tasks())} resting, {len(machine.blocked)} held, "
-            f"quarantine {machine._quarantine.kept}"
+            f"quarantine {machine._quarantine.reserved}"
         )

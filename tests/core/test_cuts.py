@@ -163,7 +163,7 @@ def test_tasks_on_a_cut_worker_can_be_cancelled() -> None:
     with_worker(machine, task)
     cut(machine)
     lease = task.lease
-    assert machine.handle(TasksCancelled([task], kill=True), 2.0) == [KillTasks("w", [lease], 5)]
+    assert machine.handle(TasksCancelled([task], kill=True), 2.0) == [KillTasks("w", [lease])]
     machine.validate()
 
 

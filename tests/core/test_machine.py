@@ -117,12 +117,12 @@ def test_a_task_launches_a_worker_and_is_sent_when_it_connects() -> None:
     """A task waits for the worker it caused, and starts in its free slot at once."""
     machine = make()
     (task,) = tasks(1)
-    assert machine.handle(TasksSubmitted([task]), 0.0) == [LaunchWorker("1", 2, 1)]
+    assert machine.handle(TasksSubmitted([task]), 0.0) == [LaunchWorker("1", 2)]
     connected = machine.handle(WorkerConnected("w", 2, "1"), 1.0)
-    assert connected == [MarkRunning([task], 2), SendTasks("w", [task], 2)]
+    assert connected == [MarkRunning([task]), SendTasks("w", [task])]
     resolved = machine.handle(ResultsReceived("w", [task.lease], [b"r"], [0.5]), 2.0)
     # The lease is gone with the result: number 1 was the first.
-    assert resolved == [ResolveTasks("w", [task], [b"r"], [0.5], 3)]
+    assert resolved == [ResolveTasks("w", [task], [b"r"], [0.5])]
     machine.validate()
 
 
@@ -264,11 +264,11 @@ def test_cancelling_recalls_what_was_sent_and_kills_only_when_told() -> None:
     machine.handle(TasksSubmitted([first, second]), 0.0)
     machine.handle(WorkerConnected("w", 1, "1"), 0.0)
     lease = second.lease
-    assert machine.handle(TasksCancelled([second]), 0.0) == [RecallTasks("w", [lease], 3)]
+    assert machine.handle(TasksCancelled([second]), 0.0) == [RecallTasks("w", [lease])]
     machine.validate()
     assert only(machine.handle(LeasesReturned("w", [lease]), 0.0), SendTasks) == []
     lease = first.lease
-    assert machine.handle(TasksCancelled([first], kill=True), 0.0) == [KillTasks("w", [lease], 5)]
+    assert machine.handle(TasksCancelled([first], kill=True), 0.0) == [KillTasks("w", [lease])]
     machine.validate()
 
 
@@ -352,7 +352,7 @@ def test_a_fatal_launch_failure_fails_what_waits_at_once() -> None:
     batch = tasks(1)
     machine.handle(TasksSubmitted(batch), 0.0)
     commands = machine.handle(LaunchFailed("1", "wrong Python", fatal=True), 0.0)
-    assert commands == [FailTasksUnlaunched(batch, "wrong Python", 2)]
+    assert commands == [FailTasksUnlaunched(batch, "wrong Python")]
 
 
 def test_shutdown_waits_for_tasks_and_finishes_when_the_last_worker_is_gone() -> None:
@@ -364,7 +364,7 @@ def test_shutdown_waits_for_tasks_and_finishes_when_the_last_worker_is_gone() ->
     assert machine.handle(ShutdownRequested(), 0.0) == []
     commands = machine.handle(ResultsReceived("w", [task.lease], [b""], [0.0]), 1.0)
     assert len(only(commands, DrainWorker)) == 1
-    assert only(machine.handle(WorkerLost("w"), 2.0), Finish) == [Finish(5)]
+    assert only(machine.handle(WorkerLost("w"), 2.0), Finish) == [Finish()]
     assert machine.handle(DeadlinePassed(), 3.0) == []
 
 
@@ -421,21 +421,14 @@ def test_a_worker_that_was_to_make_room_and_does_not_is_given_up() -> None:
     machine.validate()
 
 
-def held(count: int) -> list[Task]:
-    batch = tasks(count)
-    for task in batch:
-        task.state = TaskState.BLOCKED
-    return batch
-
-
 def test_a_held_task_is_no_demand_until_it_is_released() -> None:
     """No worker is launched for what cannot begin."""
     machine = make(max_slots=4, slots_per_worker=1)
-    batch = held(2)
+    batch = tasks(2)
     assert machine.handle(TasksBlocked(batch), 0.0) == []
     assert machine.open_tasks == 0
     commands = machine.handle(TasksReleased(batch[:1]), 1.0)
-    assert commands == [LaunchWorker("1", 1, 2)]
+    assert commands == [LaunchWorker("1", 1)]
     assert machine.waiting_tasks() == batch[:1]
     machine.validate()
 
@@ -443,7 +436,7 @@ def test_a_held_task_is_no_demand_until_it_is_released() -> None:
 def test_shutdown_waits_for_held_tasks() -> None:
     """The last result of others and the release of what waited for it are two events."""
     machine = make(max_slots=1, slots_per_worker=1)
-    (task,), (dependent,) = tasks(1), held(1)
+    (task,), (dependent,) = tasks(1), tasks(1)
     machine.handle(TasksSubmitted([task]), 0.0)
     machine.handle(TasksBlocked([dependent]), 0.0)
     machine.handle(WorkerConnected("w", 1, "1"), 0.0)
@@ -459,7 +452,7 @@ def test_shutdown_waits_for_held_tasks() -> None:
 def test_held_tasks_fail_or_are_cancelled_where_they_are() -> None:
     """Dropped, cancelled by their user, and cancelled with the executor."""
     machine = make()
-    batch = held(3)
+    batch = tasks(3)
     machine.handle(TasksBlocked(batch), 0.0)
     assert machine.handle(TasksDropped(batch[:1]), 0.0) == []
     assert machine.handle(TasksCancelled(batch[1:2]), 0.0) == []
@@ -479,7 +472,7 @@ def test_a_worker_that_is_taken_over_goes_on_with_its_tasks() -> None:
     """Nobody else is sent them, nor launched for them; what comes of them counts."""
     machine = make(max_slots=2, slots_per_worker=1)
     assert take_over(machine, "7") == []
-    batch = held(2)
+    batch = tasks(2)
     machine.handle(TasksBlocked(batch), 0.0)
     # Until it has said what it holds, it gets nothing.
     other = tasks(1)
@@ -506,7 +499,7 @@ def test_tasks_of_a_worker_that_was_lost_again_wait() -> None:
     """Before it could be said that they are its own, or after that."""
     machine = make(max_slots=2, slots_per_worker=2)
     take_over(machine, "7", slots=2)
-    batch = held(3)
+    batch = tasks(3)
     machine.handle(TasksBlocked(batch), 0.0)
     machine.handle(TasksCancelled(batch[:1]), 0.0)
     machine.handle(TasksTakenOver("w", batch[:2], [98, 99]), 0.0)
@@ -555,15 +548,7 @@ def test_shutdown_with_kill_cancels_what_runs_too() -> None:
         1,
         2,
     }
-    assert only(commands, TerminateWorker) == [TerminateWorker("w", 3)]
-
-
-def test_every_command_names_the_event_that_caused_it() -> None:
-    """``cause`` counts events from one."""
-    machine = make()
-    machine.handle(WorkerHeard("nobody"), 0.0)
-    commands = machine.handle(TasksSubmitted(tasks(1)), 0.0)
-    assert [command.cause for command in commands] == [2]
+    assert only(commands, TerminateWorker) == [TerminateWorker("w")]
 
 
 def ladder(rungs: int = 3, max_slots: int = 2) -> Machine:
@@ -583,7 +568,7 @@ def test_a_task_lost_to_memory_runs_again_on_the_next_larger_size() -> None:
     machine.handle(WorkerConnected("small", 1, "1"), 0.0)
     machine.handle(WorkerReady("small"), 0.0)
     commands = out_of_memory(machine, "small", task)
-    assert only(commands, DrainWorker) == [DrainWorker("small", 4)]
+    assert only(commands, DrainWorker) == [DrainWorker("small")]
     machine.validate()
     (launch,) = only(machine.handle(WorkerLost("small", "ended"), 2.0), LaunchWorker)
     assert launch.size == 1
@@ -689,7 +674,7 @@ def test_a_worker_is_replaced_after_so_many_tasks() -> None:
     assert len(sent.tasks) == 3
     leases = [task.lease for task in sent.tasks]
     answers = ResultsReceived("a", leases, [b""] * 3, [0.1] * 3)
-    assert only(machine.handle(answers, 1.0), DrainWorker) == [DrainWorker("a", 3)]
+    assert only(machine.handle(answers, 1.0), DrainWorker) == [DrainWorker("a")]
     assert len(only(machine.handle(WorkerLost("a", "ended"), 1.0), LaunchWorker)) == 1
     machine.validate()
 
@@ -701,7 +686,7 @@ def test_a_worker_is_replaced_when_it_is_too_old() -> None:
     machine.handle(WorkerConnected("a", 1, "1"), 1.0)
     machine.handle(WorkerHeard("a"), 10.5)
     assert only(machine.handle(DeadlinePassed(), 10.9), DrainWorker) == []
-    assert only(machine.handle(DeadlinePassed(), 11.0), DrainWorker) == [DrainWorker("a", 5)]
+    assert only(machine.handle(DeadlinePassed(), 11.0), DrainWorker) == [DrainWorker("a")]
     machine.validate()
 
 

@@ -256,8 +256,6 @@ class History(RuleBasedStateMachine):
             batch.append(task)
             self.futures[number] = Future(task)
         if held:
-            for task in batch:
-                task._state = TaskState.BLOCKED  # type: ignore[attr-defined]
             self.tell(events.TasksBlocked(batch))
         else:
             self.tell(events.TasksSubmitted(batch))
@@ -333,7 +331,7 @@ class History(RuleBasedStateMachine):
             refused = list(self.launches)
             self.launches.clear()
             self.tell(events.LaunchesRefused(refused))
-            self.machine.refusing = False  # or little would follow
+            self.machine._scaling.refusing = False  # or little would follow
             return
         del self.launches[launch]
         failed = events.LaunchFailed(

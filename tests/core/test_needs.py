@@ -22,6 +22,7 @@ from cloudexec._core.commands import (
     SendTasks,
     TerminateLaunch,
 )
+from cloudexec._core.dispatch import best_holder
 from cloudexec._core.events import (
     DeadlinePassed,
     Failure,
@@ -39,7 +40,6 @@ from cloudexec._core.events import (
 )
 from cloudexec._core.machine import Machine
 from cloudexec._core.resources import ResourceRequest, Resources
-from cloudexec._core.scheduling import best_holder, bytes_held
 from cloudexec._core.tasks import FunctionStats, Task, TaskState
 from cloudexec._core.workers import Allocation, Worker
 
@@ -479,8 +479,8 @@ def test_pauses_grow_and_have_an_end() -> None:
     for _ in range(40):
         machine.handle(FailuresReceived("w", [(task.lease, RAISED)]), now)
         machine.handle(FailureJudged("w", task, RAISED, again=True), now)
-        pauses.append(machine.backing_off[task] - now)
-        now = machine.backing_off[task]
+        pauses.append(machine._queues.backing_off[task] - now)
+        now = machine._queues.backing_off[task]
         machine.handle(DeadlinePassed(), now)
     assert all(after > before - 1e-9 for before, after in itertools.pairwise(pauses))
     assert pauses[0] < 0.2
@@ -603,12 +603,16 @@ def test_short_tasks_are_sent_ahead_to_holders_only() -> None:
 def test_the_best_holder_holds_most(inputs: list[tuple[int, set[str]]], names: list[str]) -> None:
     """Nobody else among those that may have the task holds more; who holds nothing is not it."""
     held = [Held(size, workers) for size, workers in inputs]
+
+    def bytes_held(worker: str) -> int:
+        return sum(each.size for each in held if worker in each.workers)
+
     plain = ResourceRequest(Resources(1, 1), 0, Resources(1, 1), 1, Resources(1, 1))
     allocation = Allocation(Resources(1, 1), 1, plain)
     workers = [Worker(name, 1, "", 0.0, (0, 1), allocation) for name in names]
     best = best_holder(held, workers)
-    most = max((bytes_held(held, name) for name in names), default=0)
-    assert (0 if best is None else bytes_held(held, best.id)) == most
+    most = max((bytes_held(name) for name in names), default=0)
+    assert (0 if best is None else bytes_held(best.id)) == most
     assert best is None or most > 0
 
 

@@ -130,7 +130,7 @@ def test_suspects_run_beside_each_other_on_different_workers() -> None:
     hosts = [name for name, aboard in fleet.aboard.items() if set(aboard) & set(first)]
     assert hosts == ["w5"]  # the only one that has nothing to finish
     assert len(fleet.aboard["w5"]) == 1
-    kept = fleet.machine._quarantine.kept
+    kept = fleet.machine._quarantine.reserved
     assert sorted(kept.values()) == [False, True]
     (emptied,) = [name for name, hosts in kept.items() if not hosts]
     for task in list(fleet.aboard[emptied]):
@@ -152,7 +152,7 @@ def test_a_worker_is_emptied_no_longer_once_nobody_waits_for_it() -> None:
     fleet.answer("w2", *busy[:2])
     fleet.tell(TasksCancelled(first))
     assert len(fleet.aboard["w2"]) == 4
-    assert not fleet.machine._quarantine.kept
+    assert not fleet.machine._quarantine.reserved
 
 
 def test_what_was_sent_ahead_leaves_a_worker_that_is_emptied() -> None:

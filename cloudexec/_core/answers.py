@@ -1,0 +1,144 @@
+"""What workers answer: that tasks have begun, have results, come back, or were theirs already.
+
+A lease is a worker's right to a task. Whatever comes under a lease that the worker does not have
+(any more) is a duplicate: it is counted, and changes nothing. Attempts that failed are dealt with
+in ``losses``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cloudexec._core.commands import MarkRunning, ResolveTasks
+from cloudexec._core.decisions import Decisions
+from cloudexec._core.events import (
+    LeasesReturned,
+    ResultsReceived,
+    TasksStarted,
+    TasksTakenOver,
+)
+from cloudexec._core.losses import Losses
+from cloudexec._core.pool import Pool
+from cloudexec._core.queue import Queues
+from cloudexec._core.resources import ResourceRequest
+from cloudexec._core.tasks import Task, TaskState
+from cloudexec._core.workers import Worker
+
+__all__ = ["Answers"]
+
+_SENT, _BLOCKED, _DONE = TaskState.SENT, TaskState.BLOCKED, TaskState.DONE
+
+
+class Answers:
+    """Takes in what workers say of tasks.
+
+    Args:
+        queues: The open tasks.
+        pool: Who has leases.
+        losses: Who is told that workers are of use.
+        decisions: Where commands go.
+    """
+
+    def __init__(self, queues: Queues, pool: Pool, losses: Losses, decisions: Decisions) -> None:
+        self._queues = queues
+        self._pool = pool
+        self._losses = losses
+        self._commands = decisions.commands
+        self._counts = decisions.counts
+
+    def on_started(self, event: TasksStarted, now: float) -> None:
+        worker = self._pool.workers.get(event.worker)
+        if worker is None:
+            return
+        worker.heard_at = now
+        started = []
+        for lease in event.leases:
+            task = worker.leases.get(lease)
+            if task is not None and task.state is _SENT:
+                self._queues.begin(task)
+                started.append(task)
+        if started:
+            self._commands.append(MarkRunning(started))
+
+    def on_results(self, event: ResultsReceived, now: float) -> None:
+        worker = self._pool.workers.get(event.worker)
+        if worker is None:
+            self._counts["duplicates"] += len(event.leases)
+            return
+        worker.heard_at = now
+        held = worker.leases
+        tasks: list[Task] = []
+        results: list[Any] = []
+        times: list[float] = []
+        released = 0.0
+        for lease, result, seconds in zip(event.leases, event.results, event.seconds, strict=True):
+            task = held.pop(lease, None)
+            if task is None:
+                self._counts["duplicates"] += 1
+                continue
+            released += task.cost
+            task.stats.learn(seconds)
+            task.worker = None
+            if task.state is _DONE:
+                continue
+            tasks.append(task)
+            results.append(result)
+            times.append(seconds)
+        worker.load -= released
+        heavy = worker.allocation.heavy
+        if heavy:
+            for lease in event.leases:
+                heavy.pop(lease, None)
+        worker.completed += len(event.leases)
+        self._losses.note_results()
+        if tasks:
+            self._queues.finish(tasks)
+            self._commands.append(ResolveTasks(worker.id, tasks, results, times))
+        self._pool.settle(worker, now)
+
+    def on_returned(self, event: LeasesReturned, now: float) -> None:
+        worker = self._pool.workers.get(event.worker)
+        if worker is None:
+            return
+        if event.heard:
+            worker.heard_at = now
+        tasks = [worker.take_back(lease) for lease in event.leases]
+        self._queues.requeue(task for task in tasks if task is not None)
+        self._pool.settle(worker, now)
+
+    def on_taken_over(self, event: TasksTakenOver, now: float) -> None:
+        """Have tasks, blocked until now, be those that a worker has; or have them wait, if not."""
+        queues = self._queues
+        worker = self._pool.workers.get(event.worker)
+        running: list[Task] = []
+        lost: list[Task] = []
+        for task, lease in zip(event.tasks, event.leases, strict=True):
+            if task.state is not _BLOCKED:
+                continue
+            if worker is None or lease in worker.leases:
+                lost.append(task)
+                continue
+            request = queues.enter(task).request
+            if not self._has_place(worker, request):
+                queues.leave(task)
+                lost.append(task)
+                continue
+            worker.give(task, lease)
+            queues.adopt(task)
+            allocation = worker.allocation
+            if not allocation.is_light(request):
+                allocation.heavy[lease] = allocation.free_gpus(request.need.gpus)
+            running.append(task)
+        if running:
+            self._commands.append(MarkRunning(running))
+        queues.unblock(lost)
+
+    def _has_place(self, worker: Worker, request: ResourceRequest) -> bool:
+        """Say whether a worker may have such a task by what is known here, also of its size."""
+        room = worker.allocation.room_left(self._queues.request_of)
+        return (
+            worker.free > 0
+            and request.fits(worker.allocation.capacity)
+            and room is not None
+            and request.need.within(room)
+        )

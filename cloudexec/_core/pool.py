@@ -1,0 +1,278 @@
+"""Workers and launches: who is there, who is to come, and how many slots that makes.
+
+A launch becomes a worker when that dials back. A worker is connected; it may be cut off for a while
+and come back; it drains, that is, finishes what it has and gets nothing new; and it is gone. Each
+of these steps is a method here, so that the sums of slots always agree with who is there. Whether a
+step is taken is decided elsewhere: in ``losses``, ``scaling`` and ``closing``.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from cloudexec._config import ServerConfig
+from cloudexec._core.commands import DrainWorker, LaunchWorker, TerminateLaunch, TerminateWorker
+from cloudexec._core.decisions import Decisions
+from cloudexec._core.events import (
+    LaunchesTakenOver,
+    WorkerBack,
+    WorkerConnected,
+    WorkerDraining,
+    WorkerHeard,
+    WorkerReady,
+)
+from cloudexec._core.quarantine import Quarantine
+from cloudexec._core.queue import Queues
+from cloudexec._core.resources import ResourceRequest, Resources
+from cloudexec._core.workers import Allocation, Launch, Worker, WorkerState
+
+__all__ = ["REBALANCE_AFTER", "Pool"]
+
+REBALANCE_AFTER = 0.1
+"""Seconds between looks at whether one worker sits on tasks that another could run."""
+
+
+class Pool:
+    """All workers and launches.
+
+    Args:
+        config: What to decide by.
+        plain: What a task takes that asked for nothing, on the smallest size of worker.
+        queues: The open tasks.
+        quarantine: Which workers are reserved.
+        decisions: Where commands go.
+
+    Attributes:
+        workers: Those that are connected or cut off, by id.
+        launches: Those that have not dialed back, by id.
+        available: Ids of workers that may have room for tasks; a few turn out to be full.
+        leases: Where new lease numbers come from.
+        active_slots: Of launches and of workers that do not drain.
+        starting_slots: Of launches.
+        total_slots: Of all, those that drain included: what ``max_slots`` limits.
+        active_by_shape: ``active_slots`` by size and slots of the worker.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        plain: ResourceRequest,
+        queues: Queues,
+        quarantine: Quarantine,
+        decisions: Decisions,
+    ) -> None:
+        self.workers: dict[str, Worker] = {}
+        self.launches: dict[str, Launch] = {}
+        self.available: dict[str, None] = {}
+        self.leases = itertools.count(1)
+        self.active_slots = 0
+        self.starting_slots = 0
+        self.total_slots = 0
+        self.active_by_shape: dict[tuple[int, int], int] = {}
+        self.plain = plain
+        self.has_other_shapes = False
+        """Whether there is any worker, or launch, that is not of the plain shape."""
+        self._config = config
+        self._scaling = config.scaling
+        self._queues = queues
+        self._quarantine = quarantine
+        self._decisions = decisions
+        self._remind = decisions.remind
+        self._launch_numbers = itertools.count(1)
+        self._machine: Allocation | None = None  # where all workers are on one
+
+    # Launches.
+
+    def launch(self, slots: int, request: ResourceRequest, now: float) -> None:
+        """Ask for a worker for such tasks."""
+        number = str(next(self._launch_numbers))
+        self.expect(Launch(number, slots, now, request.shape, request.whole))
+        self._decisions.counts["launches"] += 1
+        self._decisions.commands.append(LaunchWorker(number, slots, request.size))
+
+    def expect(self, launch: Launch) -> None:
+        """Count a launch, whoever asked for it."""
+        self.launches[launch.id] = launch
+        self.starting_slots += launch.slots
+        self.total_slots += launch.slots
+        self._count_active(launch.slots, launch.shape)
+        self._remind(launch.started_at + self._scaling.launch_timeout)
+
+    def withdraw(self, launch: Launch) -> None:
+        """Give up a worker that has not come."""
+        self.end_launch(launch.id)
+        self._decisions.commands.append(TerminateLaunch(launch.id))
+
+    def end_launch(self, launch_id: str) -> bool:
+        """Count a launch no more; say whether it was there."""
+        launch = self.launches.pop(launch_id, None)
+        if launch is None:
+            return False
+        self.starting_slots -= launch.slots
+        self.total_slots -= launch.slots
+        self._count_active(-launch.slots, launch.shape)
+        return True
+
+    def on_launches_taken_over(self, event: LaunchesTakenOver, now: float) -> None:
+        self.leases = itertools.count(event.last_lease + 1)
+        self._launch_numbers = itertools.count(event.last_launch + 1)
+        for number, slots, size, capacity in event.launches:
+            if self.total_slots + slots > self._scaling.max_slots:
+                self._decisions.commands.append(TerminateLaunch(number))
+                continue
+            whole = self.plain.whole if capacity is None else Resources.had_by(capacity)
+            self.expect(Launch(number, slots, now, (size, slots), whole))
+
+    # Workers: connected, cut off, back, draining, gone.
+
+    def on_connected(self, event: WorkerConnected, now: float) -> None:
+        launch = self.launches.get(event.launch)
+        self.end_launch(event.launch)
+        shape = self.plain.shape if launch is None else launch.shape
+        capacity = self.plain.whole if launch is None else launch.capacity
+        allocation = self._allocation(capacity, event.slots)
+        worker = Worker(event.worker, event.slots, event.launch, now, shape, allocation)
+        allocation.workers[worker.id] = worker
+        self.workers[worker.id] = worker
+        self.total_slots += worker.slots
+        self._count_active(worker.slots, shape)
+        self._decisions.counts["workers_connected"] += 1
+        self._remind(now + self._config.lease_timeout)
+        if self._scaling.max_worker_lifetime is not None:
+            self._remind(now + self._scaling.max_worker_lifetime)
+        if event.taken_over:
+            # It gets nothing until it has said what it holds.
+            worker.cut_at = now
+            self._remind(now + self._config.reconnect_grace)
+        self.settle(worker, now)
+        if self._queues.killing:
+            self._decisions.commands.append(TerminateWorker(worker.id))
+
+    def cut_off(self, worker: Worker, now: float) -> None:
+        """Send a worker nothing until it is back."""
+        worker.cut_at = now
+        self._withhold(worker)
+
+    def on_back(self, event: WorkerBack, now: float) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is None or worker.cut_at is None:
+            return
+        self._decisions.counts["workers_back"] += 1
+        worker.cut_at = None
+        worker.heard_at = now
+        self._remind(now + self._config.lease_timeout)
+        lifetime = self._scaling.max_worker_lifetime
+        if lifetime is not None:
+            self._remind(max(now, worker.connected_at + lifetime))
+        self.settle(worker, now)
+
+    def on_heard(self, event: WorkerHeard, now: float) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is not None:
+            worker.heard_at = now
+
+    def on_ready(self, event: WorkerReady, now: float) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is not None:
+            worker.heard_at = now
+            worker.ready = True
+
+    def on_draining(self, event: WorkerDraining, now: float) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is not None:
+            self.drain(worker)
+
+    def drain(self, worker: Worker) -> None:
+        """Send a worker nothing any more."""
+        if worker.state is WorkerState.ACTIVE:
+            worker.state = WorkerState.DRAINING
+            self._count_active(-worker.slots, worker.shape)
+            self._withhold(worker)
+
+    def retire(self, worker: Worker) -> None:
+        """Have a worker finish what it has; another takes its place when there is need."""
+        if worker.state is WorkerState.ACTIVE:
+            self.drain(worker)
+            self._decisions.commands.append(DrainWorker(worker.id))
+
+    def remove(self, worker: Worker) -> None:
+        """Have a worker be gone; its leases are for the caller to take back."""
+        self.drain(worker)
+        del self.workers[worker.id]
+        self.total_slots -= worker.slots
+        self._quarantine.reserved.pop(worker.id, None)
+        allocation = worker.allocation
+        allocation.workers.pop(worker.id, None)
+        allocation.give_up_saving()
+        for lease in worker.leases:
+            allocation.heavy.pop(lease, None)
+
+    def _withhold(self, worker: Worker) -> None:
+        self.available.pop(worker.id, None)
+        self._quarantine.release(worker)
+        worker.allocation.give_up_saving()
+
+    # Who may be sent tasks.
+
+    def settle(self, worker: Worker, now: float) -> None:
+        """After leases have come back, see whether a worker is available, idle, or used up."""
+        if not worker.leases:
+            worker.load = 0.0
+            worker.idle_since = now
+            if self._quarantine.reserved:
+                self._quarantine.reserved.pop(worker.id, None)
+            if self._scaling.idle_timeout is not None:
+                self._remind(now + self._scaling.idle_timeout)
+        if worker.state is WorkerState.ACTIVE:
+            most = self._scaling.max_tasks_per_worker
+            if most is not None and worker.completed >= most:
+                self.retire(worker)
+            else:
+                self.welcome(worker)
+        if len(self.workers) > 1 and self._queues.open_tasks:
+            self._remind(now + REBALANCE_AFTER)
+
+    def welcome(self, worker: Worker) -> None:
+        """Have an active worker get tasks again, unless it is cut off, or reserved for suspects."""
+        if worker.cut_at is None:
+            reserved = self._quarantine.reserved
+            if not reserved or worker.id not in reserved:
+                self.available[worker.id] = None
+
+    def reserve(self, worker: Worker, *, hosts: bool) -> None:
+        """Keep a worker for suspects: some are there, or it finishes first what it has."""
+        self._quarantine.reserved[worker.id] = hosts
+        self.available.pop(worker.id, None)
+
+    def release(self, worker: Worker) -> None:
+        """Keep a worker no longer that was to be emptied for suspects."""
+        self._quarantine.release(worker)
+        self.welcome(worker)
+
+    # What others ask.
+
+    def capacity_of(self, shape: tuple[int, int]) -> Resources:
+        """Return what workers of a shape have of which there is at least one."""
+        for worker in self.workers.values():
+            if worker.shape == shape:
+                return worker.allocation.capacity
+        return next(each.capacity for each in self.launches.values() if each.shape == shape)
+
+    def _allocation(self, capacity: Resources, slots: int) -> Allocation:
+        scaling = self._scaling
+        if not scaling.one_machine:
+            return Allocation(capacity, slots, self.plain)
+        if self._machine is None:
+            gpu_ids = scaling.sizes[0].gpu_ids if scaling.sizes else ()
+            self._machine = Allocation(capacity, scaling.max_slots, self.plain, gpu_ids)
+        return self._machine
+
+    def _count_active(self, slots: int, shape: tuple[int, int]) -> None:
+        self.active_slots += slots
+        active = self.active_by_shape.get(shape, 0) + slots
+        if active:
+            self.active_by_shape[shape] = active
+        else:
+            self.active_by_shape.pop(shape, None)
+        plain = self.plain.shape in self.active_by_shape
+        self.has_other_shapes = len(self.active_by_shape) > plain
