@@ -9,14 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cloudexec._core.commands import MarkRunning, ResolveTasks
+from cloudexec._core import commands, events
 from cloudexec._core.decisions import Decisions
-from cloudexec._core.events import (
-    LeasesReturned,
-    ResultsReceived,
-    TasksStarted,
-    TasksTakenOver,
-)
 from cloudexec._core.losses import Losses
 from cloudexec._core.pool import Pool
 from cloudexec._core.queue import Queues
@@ -30,23 +24,16 @@ _SENT, _BLOCKED, _DONE = TaskState.SENT, TaskState.BLOCKED, TaskState.DONE
 
 
 class Answers:
-    """Takes in what workers say of tasks.
-
-    Args:
-        queues: The open tasks.
-        pool: Who has leases.
-        losses: Who is told that workers are of use.
-        decisions: Where commands go.
-    """
+    """Takes in what workers say of tasks."""
 
     def __init__(self, queues: Queues, pool: Pool, losses: Losses, decisions: Decisions) -> None:
         self._queues = queues
         self._pool = pool
         self._losses = losses
-        self._commands = decisions.commands
+        self._do = decisions.commands.append
         self._counts = decisions.counts
 
-    def on_started(self, event: TasksStarted, now: float) -> None:
+    def on_started(self, event: events.TasksStarted, now: float) -> None:
         worker = self._pool.workers.get(event.worker)
         if worker is None:
             return
@@ -58,9 +45,9 @@ class Answers:
                 self._queues.begin(task)
                 started.append(task)
         if started:
-            self._commands.append(MarkRunning(started))
+            self._do(commands.MarkRunning(started))
 
-    def on_results(self, event: ResultsReceived, now: float) -> None:
+    def on_results(self, event: events.ResultsReceived, now: float) -> None:
         worker = self._pool.workers.get(event.worker)
         if worker is None:
             self._counts["duplicates"] += len(event.leases)
@@ -93,10 +80,10 @@ class Answers:
         self._losses.note_results()
         if tasks:
             self._queues.finish(tasks)
-            self._commands.append(ResolveTasks(worker.id, tasks, results, times))
+            self._do(commands.ResolveTasks(worker.id, tasks, results, times))
         self._pool.settle(worker, now)
 
-    def on_returned(self, event: LeasesReturned, now: float) -> None:
+    def on_returned(self, event: events.LeasesReturned, now: float) -> None:
         worker = self._pool.workers.get(event.worker)
         if worker is None:
             return
@@ -106,7 +93,7 @@ class Answers:
         self._queues.requeue(task for task in tasks if task is not None)
         self._pool.settle(worker, now)
 
-    def on_taken_over(self, event: TasksTakenOver, now: float) -> None:
+    def on_taken_over(self, event: events.TasksTakenOver, now: float) -> None:
         """Have tasks, blocked until now, be those that a worker has; or have them wait, if not."""
         queues = self._queues
         worker = self._pool.workers.get(event.worker)
@@ -130,7 +117,7 @@ class Answers:
                 allocation.heavy[lease] = allocation.free_gpus(request.need.gpus)
             running.append(task)
         if running:
-            self._commands.append(MarkRunning(running))
+            self._do(commands.MarkRunning(running))
         queues.unblock(lost)
 
     def _has_place(self, worker: Worker, request: ResourceRequest) -> bool:

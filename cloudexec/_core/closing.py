@@ -8,15 +8,8 @@ said, once.
 
 from __future__ import annotations
 
-from cloudexec._core.commands import (
-    CancelTasks,
-    Finish,
-    KillTasks,
-    RecallTasks,
-    TerminateWorker,
-)
+from cloudexec._core import commands, events
 from cloudexec._core.decisions import Decisions
-from cloudexec._core.events import ShutdownRequested
 from cloudexec._core.losses import Losses
 from cloudexec._core.pool import Pool
 from cloudexec._core.queue import Queues
@@ -28,12 +21,6 @@ __all__ = ["Closing"]
 class Closing:
     """Ends an executor.
 
-    Args:
-        queues: The open tasks.
-        pool: Who is to end.
-        losses: Who gives up those that are cut off.
-        decisions: Where commands go.
-
     Attributes:
         finished: Whether the end was said.
     """
@@ -43,7 +30,7 @@ class Closing:
         self._queues = queues
         self._pool = pool
         self._losses = losses
-        self._commands = decisions.commands
+        self._do = decisions.commands.append
         self._remind = decisions.remind
         self._to_look = True
 
@@ -56,7 +43,7 @@ class Closing:
         """Take in that somebody may have to be told to end although nobody is active."""
         self._to_look = True
 
-    def on_shutdown(self, event: ShutdownRequested, now: float) -> None:
+    def on_shutdown(self, event: events.ShutdownRequested, now: float) -> None:
         queues = self._queues
         queues.shut_down(kill=event.kill)
         self.look_again()
@@ -74,10 +61,10 @@ class Closing:
         for task in dropped:
             queues.close(task, "cancelled")
         if dropped:
-            self._commands.append(CancelTasks(dropped))
+            self._do(commands.CancelTasks(dropped))
         if not event.kill:  # else the workers end anyway
             for name, leases in recalls.items():
-                self._commands.append(RecallTasks(name, leases))
+                self._do(commands.RecallTasks(name, leases))
 
     def wind_down(self, now: float) -> None:
         """Stop whatever still runs; once it is all gone, finish."""
@@ -87,7 +74,7 @@ class Closing:
             self._stop_all(now)
         if not (self._pool.workers or self._queues.has_work or self.finished):
             self.finished = True
-            self._commands.append(Finish())
+            self._do(commands.Finish())
 
     def _stop_all(self, now: float) -> None:
         pool, killing = self._pool, self._queues.killing
@@ -100,10 +87,10 @@ class Closing:
             elif killing:
                 # Also one that drains and has nothing left: it may never end by itself.
                 pool.drain(worker)
-                self._commands.append(TerminateWorker(worker.id))
+                self._do(commands.TerminateWorker(worker.id))
             else:
                 pool.retire(worker)
             self._remind(now)  # how long it takes to end is limited
             if worker.leases and not killing:
                 # Cancelled, all of them; some may have begun, and would be waited for.
-                self._commands.append(KillTasks(worker.id, list(worker.leases)))
+                self._do(commands.KillTasks(worker.id, list(worker.leases)))

@@ -9,27 +9,15 @@ from cloudexec._core.events import Failure
 from cloudexec._core.record import record
 from cloudexec._core.tasks import Task
 
-__all__ = [
-    "CancelTasks",
-    "Command",
-    "DrainWorker",
-    "FailTask",
-    "FailTasksUnlaunched",
-    "Finish",
-    "JudgeFailure",
-    "KillTasks",
-    "LaunchWorker",
-    "MarkRunning",
-    "RecallTasks",
-    "ResolveTasks",
-    "SendTasks",
-    "TerminateLaunch",
-    "TerminateWorker",
-]
+
+class Command:
+    """Something to do; its subclasses are all there are."""
+
+    __slots__ = ()
 
 
 @record
-class SendTasks:
+class SendTasks(Command):
     """Send tasks, each under its new ``lease``, to a worker."""
 
     worker: str
@@ -37,14 +25,14 @@ class SendTasks:
 
 
 @record
-class MarkRunning:
+class MarkRunning(Command):
     """These tasks run now: their futures can no longer be cancelled."""
 
     tasks: Sequence[Task]
 
 
 @record
-class ResolveTasks:
+class ResolveTasks(Command):
     """Give futures their results; entry i of each column belongs to task i."""
 
     worker: str
@@ -54,7 +42,7 @@ class ResolveTasks:
 
 
 @record
-class FailTask:
+class FailTask(Command):
     """Give a future its exception."""
 
     worker: str
@@ -63,7 +51,7 @@ class FailTask:
 
 
 @record
-class JudgeFailure:
+class JudgeFailure(Command):
     """Find out whether a task that failed like this is to be run again; ``FailureJudged`` says."""
 
     worker: str
@@ -72,7 +60,7 @@ class JudgeFailure:
 
 
 @record
-class FailTasksUnlaunched:
+class FailTasksUnlaunched(Command):
     """Fail tasks because no worker can be had."""
 
     tasks: Sequence[Task]
@@ -80,14 +68,14 @@ class FailTasksUnlaunched:
 
 
 @record
-class CancelTasks:
+class CancelTasks(Command):
     """Cancel the futures of tasks that were dropped."""
 
     tasks: Sequence[Task]
 
 
 @record
-class RecallTasks:
+class RecallTasks(Command):
     """Ask a worker to hand leases back unless they have begun."""
 
     worker: str
@@ -95,7 +83,7 @@ class RecallTasks:
 
 
 @record
-class KillTasks:
+class KillTasks(Command):
     """Have a worker kill the slots that run these leases."""
 
     worker: str
@@ -103,7 +91,7 @@ class KillTasks:
 
 
 @record
-class LaunchWorker:
+class LaunchWorker(Command):
     """Ask the launcher for a worker of a size; those of one answer go in one request."""
 
     launch: str
@@ -112,44 +100,26 @@ class LaunchWorker:
 
 
 @record
-class TerminateLaunch:
+class TerminateLaunch(Command):
     """Stop a launch that has not dialed back."""
 
     launch: str
 
 
 @record
-class DrainWorker:
+class DrainWorker(Command):
     """Have a worker finish what it has and end."""
 
     worker: str
 
 
 @record
-class TerminateWorker:
+class TerminateWorker(Command):
     """Have a worker end at once."""
 
     worker: str
 
 
 @record
-class Finish:
+class Finish(Command):
     """Shutdown is complete: no task is open and no worker left."""
-
-
-Command = (
-    SendTasks
-    | MarkRunning
-    | ResolveTasks
-    | FailTask
-    | JudgeFailure
-    | FailTasksUnlaunched
-    | CancelTasks
-    | RecallTasks
-    | KillTasks
-    | LaunchWorker
-    | TerminateLaunch
-    | DrainWorker
-    | TerminateWorker
-    | Finish
-)

@@ -19,9 +19,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from cloudexec._config import SendingPolicy, ServerConfig
-from cloudexec._core.commands import MarkRunning, RecallTasks, SendTasks
+from cloudexec._core import commands, events
 from cloudexec._core.decisions import Decisions
-from cloudexec._core.events import TasksRecalled
 from cloudexec._core.pool import REBALANCE_AFTER, Pool
 from cloudexec._core.quarantine import Quarantine
 from cloudexec._core.queue import Queues, TaskQueue
@@ -45,15 +44,7 @@ _OVERTAKEN = 64
 
 
 class Dispatch:
-    """Sends tasks to workers, and recalls those that would be better elsewhere.
-
-    Args:
-        config: What to decide by.
-        queues: Where tasks wait.
-        pool: Who is there.
-        quarantine: Who is reserved for suspects.
-        decisions: Where commands go.
-    """
+    """Sends tasks to workers, and recalls those that would be better elsewhere."""
 
     def __init__(
         self,
@@ -68,7 +59,7 @@ class Dispatch:
         self._queues = queues
         self._pool = pool
         self._quarantine = quarantine
-        self._commands = decisions.commands
+        self._do = decisions.commands.append
         self._remind = decisions.remind
         self._passed: tuple[int, int] = (0, 0)  # who was overtaken last, and how often
 
@@ -90,7 +81,7 @@ class Dispatch:
             if self._most is not None:
                 share = self._limit(worker, share)
                 if share <= 0:
-                    del pool.available[name]
+                    pool.pass_by(worker)
                     continue
             allocation = worker.allocation
             if not simple or allocation.heavy or allocation.tight:
@@ -99,10 +90,10 @@ class Dispatch:
             tasks, begun = take_tasks(plain, worker, self._sending, pool.leases, share, now)
             if tasks:
                 queues.send(tasks, begun)
-                self._send(name, tasks, tasks[:begun])
+                self._send(name, tasks, tasks[:begun] if begun else ())
             if len(tasks) < share and queues.waiting and worker.leases:
                 # It took less than it might have: it is full until it answers.
-                del pool.available[name]
+                pool.pass_by(worker)
         if near and queues.waiting:
             self._assign_near(now)  # whoever was idle has work now
         if not simple:
@@ -135,9 +126,9 @@ class Dispatch:
 
     def _send(self, worker: str, tasks: Sequence[Task], begun: Sequence[Task]) -> None:
         if begun:
-            self._commands.append(MarkRunning(begun))
+            self._do(commands.MarkRunning(begun))
         if tasks:
-            self._commands.append(SendTasks(worker, tasks))
+            self._do(commands.SendTasks(worker, tasks))
 
     # Several queues, and tasks that ask for more than a slot's share.
 
@@ -191,7 +182,7 @@ class Dispatch:
         allocation.saving_for = saving_for
         self._send(worker.id, taken, begun)
         if len(worker.leases) >= worker.slots and not queues.with_inputs:
-            self._pool.available.pop(worker.id, None)
+            self._pool.pass_by(worker)
 
     def _savers(self, queue: TaskQueue) -> int:
         """How many workers, or machines, take nothing until a task of this queue fits."""
@@ -242,16 +233,18 @@ class Dispatch:
         del wanting[max(room, 0) :]
         emptied = [pool.workers[name] for name, hosts in quarantine.reserved.items() if not hosts]
         for worker in emptied[len(wanting) :]:
-            pool.release(worker)
+            quarantine.release(worker)
+            pool.welcome(worker)
         for queue in wanting[len(emptied) :]:
             busy = [w for w in pool.workers.values() if not self._outranked(w, queue)]
             chosen = quarantine.to_empty(queue, busy)
             if chosen is None:
                 continue
-            pool.reserve(chosen, hosts=False)
+            quarantine.reserve(chosen, hosts=False)
+            pool.pass_by(chosen)
             sent = chosen.sent_ahead()
             if sent:
-                self._commands.append(RecallTasks(chosen.id, sent))
+                self._do(commands.RecallTasks(chosen.id, sent))
 
     def _may_host(self, worker: Worker, queue: TaskQueue) -> bool:
         """Say whether a worker may be given a suspect now, to have it alone."""
@@ -284,7 +277,8 @@ class Dispatch:
         else:
             return
         self._queues.send(tasks, begun)
-        self._pool.reserve(worker, hosts=True)
+        self._quarantine.reserve(worker, hosts=True)
+        self._pool.pass_by(worker)
         self._send(worker.id, tasks, tasks[:begun])
 
     def _top_up(self, worker: Worker, now: float) -> None:
@@ -313,7 +307,7 @@ class Dispatch:
         left = False
         for queue in list(self._queues.with_inputs):
             if queue.head() is None:
-                self._queues.with_inputs.pop(queue, None)
+                self._queues.forget_inputs(queue)
             elif self._place(queue, now):
                 left = True
         return left
@@ -353,7 +347,7 @@ class Dispatch:
             self._send(name, tasks, starting)
         if begun:
             first = queue.tasks[0]
-            queue.tasks = deque(task for task in queue.tasks if task.state is _WAITING)
+            queue.tidy()
             if queue.tasks and queue.tasks[0] is first:
                 given = sum(map(len, begun.values())) + sum(map(len, ahead.values()))
                 self._passed = (first.number, passed + given)
@@ -381,7 +375,7 @@ class Dispatch:
 
     # Tasks that were sent ahead come back.
 
-    def on_recalled(self, event: TasksRecalled, now: float) -> None:
+    def on_recalled(self, event: events.TasksRecalled, now: float) -> None:
         # Whoever cancels one task often cancels more: all that were sent ahead come back, and for
         # a moment none is sent ahead, so that the others can be cancelled here.
         sent = [task for task in event.tasks if task.state is TaskState.SENT]
@@ -390,7 +384,7 @@ class Dispatch:
             if worker is None:
                 continue
             if now >= worker.paused_until:
-                self._commands.append(RecallTasks(worker.id, worker.sent_ahead()))
+                self._do(commands.RecallTasks(worker.id, worker.sent_ahead()))
             worker.paused_until = now + _CANCEL_PAUSE
             self._remind(worker.paused_until)
 
@@ -421,7 +415,7 @@ class Dispatch:
             sent = worker.sent_ahead()
             some = sent[-math.ceil(len(sent) / 2) :] if sent else []
             if some:
-                self._commands.append(RecallTasks(worker.id, some))
+                self._do(commands.RecallTasks(worker.id, some))
                 free -= len(some)
             if free <= 0:
                 break

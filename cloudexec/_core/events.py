@@ -10,36 +10,11 @@ from cloudexec._config import WorkerCapacity
 from cloudexec._core.record import record
 from cloudexec._core.tasks import Task
 
-__all__ = [
-    "DeadlinePassed",
-    "Event",
-    "Failure",
-    "FailureJudged",
-    "FailureKind",
-    "FailuresReceived",
-    "InputsRestored",
-    "LaunchFailed",
-    "LaunchesRefused",
-    "LaunchesTakenOver",
-    "LeasesReturned",
-    "ResultsReceived",
-    "ShutdownRequested",
-    "TasksCancelled",
-    "TasksDropped",
-    "TasksBlocked",
-    "TasksRecalled",
-    "TasksReleased",
-    "TasksStarted",
-    "TasksSubmitted",
-    "TasksTakenOver",
-    "WorkerBack",
-    "WorkerConnected",
-    "WorkerCut",
-    "WorkerDraining",
-    "WorkerHeard",
-    "WorkerLost",
-    "WorkerReady",
-]
+
+class Event:
+    """Something that happened; its subclasses are all there are."""
+
+    __slots__ = ()
 
 
 class FailureKind(enum.Enum):
@@ -79,7 +54,7 @@ class Failure:
 
 
 @record
-class FailureJudged:
+class FailureJudged(Event):
     """Somebody looked at what a task raised, and says whether it is worth another attempt."""
 
     worker: str
@@ -89,42 +64,42 @@ class FailureJudged:
 
 
 @record
-class InputsRestored:
+class InputsRestored(Event):
     """What tasks take that had none of it is there again."""
 
     tasks: Sequence[Task]
 
 
 @record
-class TasksSubmitted:
+class TasksSubmitted(Event):
     """Somebody submitted tasks."""
 
     tasks: Sequence[Task]
 
 
 @record
-class TasksBlocked:
+class TasksBlocked(Event):
     """Somebody submitted tasks that depend on what is not there yet; their state says so."""
 
     tasks: Sequence[Task]
 
 
 @record
-class TasksReleased:
+class TasksReleased(Event):
     """What held tasks depend on is there."""
 
     tasks: Sequence[Task]
 
 
 @record
-class TasksDropped:
+class TasksDropped(Event):
     """What held tasks depend on will never be there: they have failed."""
 
     tasks: Sequence[Task]
 
 
 @record
-class TasksTakenOver:
+class TasksTakenOver(Event):
     """A worker that was taken over has held tasks already, under these leases."""
 
     worker: str
@@ -133,7 +108,7 @@ class TasksTakenOver:
 
 
 @record
-class TasksCancelled:
+class TasksCancelled(Event):
     """Somebody cancelled tasks; with ``kill``, although they run."""
 
     tasks: Sequence[Task]
@@ -141,14 +116,14 @@ class TasksCancelled:
 
 
 @record
-class TasksRecalled:
+class TasksRecalled(Event):
     """Somebody wants to cancel tasks that were sent ahead, and to know whether they had begun."""
 
     tasks: Sequence[Task]
 
 
 @record
-class WorkerConnected:
+class WorkerConnected(Event):
     """A worker dialed back and proved who it is.
 
     Attributes:
@@ -163,42 +138,42 @@ class WorkerConnected:
 
 
 @record
-class WorkerCut:
+class WorkerCut(Event):
     """A worker's connection is gone; the worker may live, work on, and come back."""
 
     worker: str
 
 
 @record
-class WorkerBack:
+class WorkerBack(Event):
     """A worker whose connection was cut has another, and goes on as before."""
 
     worker: str
 
 
 @record
-class WorkerHeard:
+class WorkerHeard(Event):
     """A worker gave a sign of life."""
 
     worker: str
 
 
 @record
-class WorkerReady:
+class WorkerReady(Event):
     """A worker has a slot that can run tasks; before this it began none."""
 
     worker: str
 
 
 @record
-class WorkerDraining:
+class WorkerDraining(Event):
     """A worker will take nothing new (it was told to stop by its platform)."""
 
     worker: str
 
 
 @record
-class WorkerLost:
+class WorkerLost(Event):
     """A worker's connection ended.
 
     Attributes:
@@ -216,7 +191,7 @@ class WorkerLost:
 
 
 @record
-class ResultsReceived:
+class ResultsReceived(Event):
     """A worker returned results; entry i of each column belongs to lease i."""
 
     worker: str
@@ -226,7 +201,7 @@ class ResultsReceived:
 
 
 @record
-class FailuresReceived:
+class FailuresReceived(Event):
     """A worker reports attempts without a result."""
 
     worker: str
@@ -234,7 +209,7 @@ class FailuresReceived:
 
 
 @record
-class TasksStarted:
+class TasksStarted(Event):
     """Leases that now run in a slot."""
 
     worker: str
@@ -242,7 +217,7 @@ class TasksStarted:
 
 
 @record
-class LeasesReturned:
+class LeasesReturned(Event):
     """Leases that the worker hands back unstarted.
 
     Attributes:
@@ -257,7 +232,7 @@ class LeasesReturned:
 
 
 @record
-class LaunchFailed:
+class LaunchFailed(Event):
     """A launch ended before its worker dialed back.
 
     Attributes:
@@ -274,14 +249,14 @@ class LaunchFailed:
 
 
 @record
-class LaunchesRefused:
+class LaunchesRefused(Event):
     """Launches that were not made, and none will be from now on: the budget is used up."""
 
     launches: Sequence[str]
 
 
 @record
-class LaunchesTakenOver:
+class LaunchesTakenOver(Event):
     """What an earlier client launched, which was killed, is this one's now.
 
     Attributes:
@@ -296,7 +271,7 @@ class LaunchesTakenOver:
 
 
 @record
-class ShutdownRequested:
+class ShutdownRequested(Event):
     """The executor takes no more tasks.
 
     Attributes:
@@ -309,34 +284,5 @@ class ShutdownRequested:
 
 
 @record
-class DeadlinePassed:
+class DeadlinePassed(Event):
     """The time that ``next_deadline()`` named has come."""
-
-
-Event = (
-    TasksSubmitted
-    | TasksBlocked
-    | TasksReleased
-    | TasksDropped
-    | TasksCancelled
-    | TasksRecalled
-    | TasksTakenOver
-    | WorkerConnected
-    | WorkerCut
-    | WorkerBack
-    | WorkerHeard
-    | WorkerReady
-    | WorkerDraining
-    | WorkerLost
-    | ResultsReceived
-    | FailuresReceived
-    | FailureJudged
-    | InputsRestored
-    | TasksStarted
-    | LeasesReturned
-    | LaunchFailed
-    | LaunchesRefused
-    | LaunchesTakenOver
-    | ShutdownRequested
-    | DeadlinePassed
-)

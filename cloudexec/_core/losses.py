@@ -15,17 +15,9 @@ do are failed with the reason: nothing is to wait for ever for what does not com
 from __future__ import annotations
 
 from cloudexec._config import ServerConfig
-from cloudexec._core.commands import FailTask, FailTasksUnlaunched, JudgeFailure, TerminateWorker
+from cloudexec._core import commands, events
 from cloudexec._core.decisions import Decisions
-from cloudexec._core.events import (
-    Failure,
-    FailureJudged,
-    FailureKind,
-    FailuresReceived,
-    LaunchFailed,
-    WorkerCut,
-    WorkerLost,
-)
+from cloudexec._core.events import Failure, FailureKind
 from cloudexec._core.pool import Pool
 from cloudexec._core.quarantine import PARTS, Quarantine
 from cloudexec._core.queue import Queues
@@ -55,13 +47,6 @@ _JUDGED = (FailureKind.RAISED, FailureKind.TIMED_OUT)
 class Losses:
     """Decides what becomes of whatever was lost.
 
-    Args:
-        config: What to decide by.
-        queues: Where tasks go back to.
-        pool: Who is there.
-        quarantine: What is known of suspects.
-        decisions: Where commands go.
-
     Attributes:
         launch_not_before: Until then no worker is launched, because launches have failed.
     """
@@ -81,13 +66,13 @@ class Losses:
         self._queues = queues
         self._pool = pool
         self._quarantine = quarantine
-        self._commands = decisions.commands
+        self._do = decisions.commands.append
         self._counts = decisions.counts
         self._remind = decisions.remind
 
     # An attempt brought no result.
 
-    def on_failures(self, event: FailuresReceived, now: float) -> None:
+    def on_failures(self, event: events.FailuresReceived, now: float) -> None:
         worker = self._pool.workers.get(event.worker)
         if worker is None:
             self._counts["duplicates"] += len(event.failures)
@@ -117,7 +102,7 @@ class Losses:
             queues.back_off(task)  # until it is restored
         elif self._is_judged(task, failure):
             queues.back_off(task)  # until somebody has looked at what it raised
-            self._commands.append(JudgeFailure(worker.id, task, failure))
+            self._do(commands.JudgeFailure(worker.id, task, failure))
         else:
             self._fail(worker.id, task, failure)
 
@@ -141,7 +126,7 @@ class Losses:
 
     def _fail(self, worker: str, task: Task, failure: Failure) -> None:
         self._queues.close(task, "failed")
-        self._commands.append(FailTask(worker, task, failure))
+        self._do(commands.FailTask(worker, task, failure))
 
     # A task raised what may be worth another attempt.
 
@@ -155,7 +140,7 @@ class Losses:
             and not self._queues.killing
         )
 
-    def on_judged(self, event: FailureJudged, now: float) -> None:
+    def on_judged(self, event: events.FailureJudged, now: float) -> None:
         task = event.task
         if task.state is not TaskState.BACKING_OFF:
             return
@@ -172,12 +157,12 @@ class Losses:
 
     # A worker is lost.
 
-    def on_lost(self, event: WorkerLost, now: float) -> None:
+    def on_lost(self, event: events.WorkerLost, now: float) -> None:
         worker = self._pool.workers.get(event.worker)
         if worker is not None:
             self._lose_worker(worker, event, now)
 
-    def on_cut(self, event: WorkerCut, now: float) -> bool:
+    def on_cut(self, event: events.WorkerCut, now: float) -> bool:
         """Wait for a worker whose connection was cut, for a while; say whether this is news."""
         worker = self._pool.workers.get(event.worker)
         if worker is None or worker.cut_at is not None:
@@ -237,16 +222,19 @@ class Losses:
 
     def _terminate(self, worker: Worker, reason: str, now: float, *, silent: bool = False) -> None:
         """Lose a worker of which nobody has said that it is gone."""
-        self._commands.append(TerminateWorker(worker.id))
-        self._lose_worker(worker, WorkerLost(worker.id, reason), now, silent=silent)
+        self._do(commands.TerminateWorker(worker.id))
+        self._lose_worker(worker, events.WorkerLost(worker.id, reason), now, silent=silent)
 
     def _lose_worker(
-        self, worker: Worker, event: WorkerLost, now: float, *, silent: bool = False
+        self, worker: Worker, event: events.WorkerLost, now: float, *, silent: bool = False
     ) -> None:
-        """Have a worker be gone, and decide for each task aboard whether that was its fault.
+        """Have a worker be gone, and its tasks run again, unless that costs them an attempt.
 
-        The worker runs tasks in the order sent: those that were to begin first, as many as it has
-        slots, may have begun; the others have not, whatever happened.
+        Args:
+            worker: Which.
+            event: How it was lost, in the words of whoever noticed it.
+            now: The time.
+            silent: Whether nothing was heard of it for a while before.
         """
         unheard = silent or worker.cut_at is not None
         expected = not worker.is_active and not worker.leases
@@ -257,13 +245,16 @@ class Losses:
             self._counts["workers_reclaimed"] += 1
         tasks = list(worker.leases.values())
         worker.leases.clear()
-        unblamed: list[Task] = []
+        again: list[Task] = []
         for position, task in enumerate(tasks):
-            if task.state is not _DONE and not self._blame(
-                worker, event, task, position, len(tasks), unheard=unheard
+            # Slots take tasks in the order sent: of those that were sent ahead, the first may have
+            # begun although nobody has said so.
+            first = task.state is _RUNNING or position < worker.slots
+            if task.state is not _DONE and not self._costs_attempt(
+                worker, event, task, aboard=len(tasks), first=first, unheard=unheard
             ):
-                unblamed.append(task)
-        self._queues.requeue(unblamed)
+                again.append(task)
+        self._queues.requeue(again)
         if event.relaunched and not self._queues.shutting_down:
             capacity = worker.allocation.capacity
             self._pool.expect(Launch(worker.launch, worker.slots, now, worker.shape, capacity))
@@ -271,32 +262,36 @@ class Losses:
             # It died before it was of use to anybody, as if it had not come.
             self._count_failed_launch(str(event.detail), now, killed=True)
 
-    def _blame(
+    def _costs_attempt(
         self,
         worker: Worker,
-        event: WorkerLost,
+        event: events.WorkerLost,
         task: Task,
-        position: int,
-        aboard: int,
         *,
+        aboard: int,
+        first: bool,
         unheard: bool,
     ) -> bool:
-        """Decide what the loss of its worker means for a task.
+        """Decide what the loss of a worker means for a task aboard.
+
+        It costs an attempt where there is nobody else to blame, because the task was alone; where
+        it may have begun, and must not run twice; and where it may have begun, memory was the
+        reason, and there is a larger size. In all other cases the task just runs again: apart from
+        others if it may have been the cause, on a larger size if that may help.
 
         Args:
             worker: Which is gone.
-            event: How.
+            event: How it was lost.
             task: One of those that it had.
-            position: How many were sent before it.
             aboard: How many there were.
+            first: Whether it may have begun, or would have been among the first to begin.
             unheard: Whether what the worker said last may be lost, too.
 
         Returns:
             Whether it has lost an attempt, and is dealt with; otherwise it is to run again.
         """
-        # Slots take tasks in the order sent. One that was not ready may have died of what it
-        # does before it begins with the first.
-        first = task.state is _RUNNING or position < worker.slots
+        # A worker that was not ready has begun nothing. But it may have died of what it does
+        # before it begins with its first tasks: loading what they need.
         task.suspected += worker.ready or first
         task.worker = None
         task.lease = 0
@@ -309,9 +304,7 @@ class Losses:
         larger = event.out_of_memory and first and self._queues.can_grow(task, worker.size)
         exposed = worker.ready or task.suspected > _SUSPICIONS
         if (exposed and aboard == 1) or (begun and (larger or not task.retries)):
-            # It was alone, or it may not run twice, or its memory is the reason.
-            suspects = 0 if event.reclaimed else aboard
-            kind = FailureKind.WORKER_LOST
+            kind, suspects = FailureKind.WORKER_LOST, 0 if event.reclaimed else aboard
             failure = Failure(kind, event.detail, event.out_of_memory, suspects)
             self._lose_attempt(worker, task, failure)
             return True
@@ -319,12 +312,13 @@ class Losses:
             # It had no slot ready: what the tasks need before they begin is too much.
             self._queues.grow(task, worker.size)
         elif exposed and (aboard <= max(worker.slots, PARTS) or task.suspected > 1):
+            # Of thousands aboard, most were not begun: those are suspects only the second time.
             self._quarantine.suspect(task, aboard, worker.slots)
         return False
 
     # A launch is lost.
 
-    def on_launch_failed(self, event: LaunchFailed, now: float) -> None:
+    def on_launch_failed(self, event: events.LaunchFailed, now: float) -> None:
         if self._pool.end_launch(event.launch) and not event.reclaimed:
             self._count_failed_launch(event.reason, now, killed=event.killed, fatal=event.fatal)
 
@@ -387,4 +381,4 @@ class Losses:
         for task in tasks:
             self._queues.close(task, "failed")
         if tasks:
-            self._commands.append(FailTasksUnlaunched(tasks, reason))
+            self._do(commands.FailTasksUnlaunched(tasks, reason))

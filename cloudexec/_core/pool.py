@@ -11,16 +11,8 @@ from __future__ import annotations
 import itertools
 
 from cloudexec._config import ServerConfig
-from cloudexec._core.commands import DrainWorker, LaunchWorker, TerminateLaunch, TerminateWorker
+from cloudexec._core import commands, events
 from cloudexec._core.decisions import Decisions
-from cloudexec._core.events import (
-    LaunchesTakenOver,
-    WorkerBack,
-    WorkerConnected,
-    WorkerDraining,
-    WorkerHeard,
-    WorkerReady,
-)
 from cloudexec._core.quarantine import Quarantine
 from cloudexec._core.queue import Queues
 from cloudexec._core.resources import ResourceRequest, Resources
@@ -34,13 +26,6 @@ REBALANCE_AFTER = 0.1
 
 class Pool:
     """All workers and launches.
-
-    Args:
-        config: What to decide by.
-        plain: What a task takes that asked for nothing, on the smallest size of worker.
-        queues: The open tasks.
-        quarantine: Which workers are reserved.
-        decisions: Where commands go.
 
     Attributes:
         workers: Those that are connected or cut off, by id.
@@ -76,7 +61,8 @@ class Pool:
         self._scaling = config.scaling
         self._queues = queues
         self._quarantine = quarantine
-        self._decisions = decisions
+        self._counts = decisions.counts
+        self._do = decisions.commands.append
         self._remind = decisions.remind
         self._launch_numbers = itertools.count(1)
         self._machine: Allocation | None = None  # where all workers are on one
@@ -87,8 +73,8 @@ class Pool:
         """Ask for a worker for such tasks."""
         number = str(next(self._launch_numbers))
         self.expect(Launch(number, slots, now, request.shape, request.whole))
-        self._decisions.counts["launches"] += 1
-        self._decisions.commands.append(LaunchWorker(number, slots, request.size))
+        self._counts["launches"] += 1
+        self._do(commands.LaunchWorker(number, slots, request.size))
 
     def expect(self, launch: Launch) -> None:
         """Count a launch, whoever asked for it."""
@@ -101,7 +87,7 @@ class Pool:
     def withdraw(self, launch: Launch) -> None:
         """Give up a worker that has not come."""
         self.end_launch(launch.id)
-        self._decisions.commands.append(TerminateLaunch(launch.id))
+        self._do(commands.TerminateLaunch(launch.id))
 
     def end_launch(self, launch_id: str) -> bool:
         """Count a launch no more; say whether it was there."""
@@ -113,19 +99,19 @@ class Pool:
         self._count_active(-launch.slots, launch.shape)
         return True
 
-    def on_launches_taken_over(self, event: LaunchesTakenOver, now: float) -> None:
+    def on_launches_taken_over(self, event: events.LaunchesTakenOver, now: float) -> None:
         self.leases = itertools.count(event.last_lease + 1)
         self._launch_numbers = itertools.count(event.last_launch + 1)
         for number, slots, size, capacity in event.launches:
             if self.total_slots + slots > self._scaling.max_slots:
-                self._decisions.commands.append(TerminateLaunch(number))
+                self._do(commands.TerminateLaunch(number))
                 continue
             whole = self.plain.whole if capacity is None else Resources.had_by(capacity)
             self.expect(Launch(number, slots, now, (size, slots), whole))
 
     # Workers: connected, cut off, back, draining, gone.
 
-    def on_connected(self, event: WorkerConnected, now: float) -> None:
+    def on_connected(self, event: events.WorkerConnected, now: float) -> None:
         launch = self.launches.get(event.launch)
         self.end_launch(event.launch)
         shape = self.plain.shape if launch is None else launch.shape
@@ -136,7 +122,7 @@ class Pool:
         self.workers[worker.id] = worker
         self.total_slots += worker.slots
         self._count_active(worker.slots, shape)
-        self._decisions.counts["workers_connected"] += 1
+        self._counts["workers_connected"] += 1
         self._remind(now + self._config.lease_timeout)
         if self._scaling.max_worker_lifetime is not None:
             self._remind(now + self._scaling.max_worker_lifetime)
@@ -146,18 +132,18 @@ class Pool:
             self._remind(now + self._config.reconnect_grace)
         self.settle(worker, now)
         if self._queues.killing:
-            self._decisions.commands.append(TerminateWorker(worker.id))
+            self._do(commands.TerminateWorker(worker.id))
 
     def cut_off(self, worker: Worker, now: float) -> None:
         """Send a worker nothing until it is back."""
         worker.cut_at = now
         self._withhold(worker)
 
-    def on_back(self, event: WorkerBack, now: float) -> None:
+    def on_back(self, event: events.WorkerBack, now: float) -> None:
         worker = self.workers.get(event.worker)
         if worker is None or worker.cut_at is None:
             return
-        self._decisions.counts["workers_back"] += 1
+        self._counts["workers_back"] += 1
         worker.cut_at = None
         worker.heard_at = now
         self._remind(now + self._config.lease_timeout)
@@ -166,18 +152,18 @@ class Pool:
             self._remind(max(now, worker.connected_at + lifetime))
         self.settle(worker, now)
 
-    def on_heard(self, event: WorkerHeard, now: float) -> None:
+    def on_heard(self, event: events.WorkerHeard, now: float) -> None:
         worker = self.workers.get(event.worker)
         if worker is not None:
             worker.heard_at = now
 
-    def on_ready(self, event: WorkerReady, now: float) -> None:
+    def on_ready(self, event: events.WorkerReady, now: float) -> None:
         worker = self.workers.get(event.worker)
         if worker is not None:
             worker.heard_at = now
             worker.ready = True
 
-    def on_draining(self, event: WorkerDraining, now: float) -> None:
+    def on_draining(self, event: events.WorkerDraining, now: float) -> None:
         worker = self.workers.get(event.worker)
         if worker is not None:
             self.drain(worker)
@@ -193,14 +179,14 @@ class Pool:
         """Have a worker finish what it has; another takes its place when there is need."""
         if worker.state is WorkerState.ACTIVE:
             self.drain(worker)
-            self._decisions.commands.append(DrainWorker(worker.id))
+            self._do(commands.DrainWorker(worker.id))
 
     def remove(self, worker: Worker) -> None:
         """Have a worker be gone; its leases are for the caller to take back."""
         self.drain(worker)
         del self.workers[worker.id]
         self.total_slots -= worker.slots
-        self._quarantine.reserved.pop(worker.id, None)
+        self._quarantine.release(worker, empty=True)
         allocation = worker.allocation
         allocation.workers.pop(worker.id, None)
         allocation.give_up_saving()
@@ -220,7 +206,7 @@ class Pool:
             worker.load = 0.0
             worker.idle_since = now
             if self._quarantine.reserved:
-                self._quarantine.reserved.pop(worker.id, None)
+                self._quarantine.release(worker, empty=True)
             if self._scaling.idle_timeout is not None:
                 self._remind(now + self._scaling.idle_timeout)
         if worker.state is WorkerState.ACTIVE:
@@ -233,21 +219,15 @@ class Pool:
             self._remind(now + REBALANCE_AFTER)
 
     def welcome(self, worker: Worker) -> None:
-        """Have an active worker get tasks again, unless it is cut off, or reserved for suspects."""
+        """Have an active worker get tasks, unless it is cut off, or reserved for suspects."""
         if worker.cut_at is None:
             reserved = self._quarantine.reserved
             if not reserved or worker.id not in reserved:
                 self.available[worker.id] = None
 
-    def reserve(self, worker: Worker, *, hosts: bool) -> None:
-        """Keep a worker for suspects: some are there, or it finishes first what it has."""
-        self._quarantine.reserved[worker.id] = hosts
+    def pass_by(self, worker: Worker) -> None:
+        """Send a worker nothing until it has answered: it has no room, or is for others."""
         self.available.pop(worker.id, None)
-
-    def release(self, worker: Worker) -> None:
-        """Keep a worker no longer that was to be emptied for suspects."""
-        self._quarantine.release(worker)
-        self.welcome(worker)
 
     # What others ask.
 

@@ -64,10 +64,14 @@ class Quarantine:
                 size += size < most
         return size - len(aboard)
 
-    def release(self, worker: Worker) -> None:
-        """Reserve a worker no longer that will not come to serve a suspect, unless it has one."""
-        if self.reserved.get(worker.id) is False:
-            del self.reserved[worker.id]
+    def reserve(self, worker: Worker, *, hosts: bool) -> None:
+        """Reserve a worker for suspects: some are there, or it finishes first what it has."""
+        self.reserved[worker.id] = hosts
+
+    def release(self, worker: Worker, *, empty: bool = False) -> None:
+        """Reserve a worker no longer, unless suspects are there and it is not empty."""
+        if empty or self.reserved.get(worker.id) is False:
+            self.reserved.pop(worker.id, None)
 
     def room(self, workers: Iterable[Worker], *, shared: bool) -> int:
         """Return how many more workers may have a suspect.

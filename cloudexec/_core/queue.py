@@ -14,17 +14,10 @@ import math
 import operator
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
-from cloudexec._core.commands import KillTasks, RecallTasks
+from cloudexec._core import commands, events
 from cloudexec._core.decisions import Decisions
-from cloudexec._core.events import (
-    InputsRestored,
-    TasksBlocked,
-    TasksCancelled,
-    TasksDropped,
-    TasksReleased,
-    TasksSubmitted,
-)
 from cloudexec._core.resources import ResourceRequest
 from cloudexec._core.tasks import TRANSITIONS, FunctionStats, Task, TaskState
 
@@ -44,7 +37,6 @@ _BEFORE_SENT, _BEFORE_RUNNING = _BEFORE[_SENT], _BEFORE[_RUNNING]
 _BEFORE_DONE = _BEFORE[_DONE]
 
 _requirements_of = operator.attrgetter("requirements")
-_inputs_of = operator.attrgetter("inputs")
 
 
 def _refusal(task: Task, state: TaskState) -> RuntimeError:
@@ -57,6 +49,7 @@ def _change(task: Task, state: TaskState) -> None:
     task.state = state
 
 
+@dataclass(slots=True, eq=False)
 class TaskQueue:
     """Tasks that wait for the same: with one priority and one request.
 
@@ -69,17 +62,12 @@ class TaskQueue:
         open: Its tasks that are not done, waiting or not. Not counted for plain tasks.
     """
 
-    __slots__ = ("apart", "key", "open", "priority", "request", "tasks")
-
-    def __init__(
-        self, key: object, priority: int, request: ResourceRequest, *, apart: bool = False
-    ) -> None:
-        self.key = key
-        self.priority = priority
-        self.request = request
-        self.apart = apart
-        self.tasks: deque[Task] = deque()
-        self.open = 0
+    key: object
+    priority: int
+    request: ResourceRequest
+    apart: bool = False
+    tasks: deque[Task] = field(default_factory=deque)
+    open: int = 0
 
     def head(self) -> Task | None:
         """Return the first task that still waits; those cancelled before it are dropped."""
@@ -90,13 +78,13 @@ class TaskQueue:
             tasks.popleft()
         return None
 
+    def tidy(self) -> None:
+        """Let go of all tasks that do not wait any more, wherever they stand."""
+        self.tasks = deque(task for task in self.tasks if task.state is _WAITING)
+
 
 class Queues:
     """All open tasks.
-
-    Args:
-        plain: What a task takes that asked for nothing, for each size of worker.
-        decisions: Where commands go.
 
     Attributes:
         plain: The queue of tasks about which nothing was said. As long as there is no other, next
@@ -127,22 +115,23 @@ class Queues:
         self.killing = False
         self._wakeups: list[tuple[float, int, Task]] = []
         self._plain_requests = plain
-        self._decisions = decisions
+        self._do = decisions.commands.append
         self._counts = decisions.counts
+        self._remind = decisions.remind
 
     # Tasks come.
 
-    def on_submitted(self, event: TasksSubmitted, now: float) -> None:
+    def on_submitted(self, event: events.TasksSubmitted, now: float) -> None:
         self._counts["submitted"] += len(event.tasks)
         self._enqueue(event.tasks)
 
-    def on_blocked(self, event: TasksBlocked, now: float) -> None:
+    def on_blocked(self, event: events.TasksBlocked, now: float) -> None:
         self._counts["submitted"] += len(event.tasks)
         for task in event.tasks:
             _change(task, _BLOCKED)
             self.blocked[task] = None
 
-    def on_released(self, event: TasksReleased, now: float) -> None:
+    def on_released(self, event: events.TasksReleased, now: float) -> None:
         self.unblock(event.tasks)
 
     def unblock(self, tasks: Iterable[Task]) -> None:
@@ -169,8 +158,9 @@ class Queues:
         else:
             for task in tasks:
                 self.enter(task).tasks.append(task)
-        if any(map(_inputs_of, tasks)):
-            self.with_inputs.update((self.queue_of(task), None) for task in tasks if task.inputs)
+        for task in tasks:
+            if task.inputs:
+                self.with_inputs[self.queue_of(task)] = None
         self.waiting += len(tasks)
         self.open_tasks += len(tasks)
 
@@ -216,7 +206,11 @@ class Queues:
             queue.open -= 1
             if queue.open <= 0:
                 del self.by_key[queue.key]
-                self.with_inputs.pop(queue, None)
+                self.forget_inputs(queue)
+
+    def forget_inputs(self, queue: TaskQueue) -> None:
+        """Take in that no task with inputs waits in a queue."""
+        self.with_inputs.pop(queue, None)
 
     def open_in(self, queue: TaskQueue) -> int:
         """Return how many open tasks a queue has, waiting or not."""
@@ -331,9 +325,9 @@ class Queues:
         """Have a task that backs off wait in its queue again at this time."""
         self.backing_off[task] = due
         heapq.heappush(self._wakeups, (due, task.number, task))
-        self._decisions.remind(due)
+        self._remind(due)
 
-    def on_restored(self, event: InputsRestored, now: float) -> None:
+    def on_restored(self, event: events.InputsRestored, now: float) -> None:
         ready = [task for task in event.tasks if self.backing_off.get(task) == math.inf]
         for task in ready:
             del self.backing_off[task]
@@ -349,7 +343,7 @@ class Queues:
                 del self.backing_off[task]
                 ready.append(task)
         if wakeups:
-            self._decisions.remind(wakeups[0][0])
+            self._remind(wakeups[0][0])
         self.requeue(ready)
 
     # Tasks end.
@@ -386,12 +380,12 @@ class Queues:
             self.suspects.pop(task, None)
         self.open_tasks -= 1
 
-    def on_dropped(self, event: TasksDropped, now: float) -> None:
+    def on_dropped(self, event: events.TasksDropped, now: float) -> None:
         for task in event.tasks:
             if task.state is not _DONE:
                 self.close(task, "failed")
 
-    def on_cancelled(self, event: TasksCancelled, now: float) -> None:
+    def on_cancelled(self, event: events.TasksCancelled, now: float) -> None:
         leases: dict[str, list[int]] = {}
         for task in event.tasks:
             if task.state is _DONE:
@@ -401,9 +395,9 @@ class Queues:
             self.close(task, "cancelled")
         if not self.waiting:
             self.clear()
-        command = KillTasks if event.kill else RecallTasks
+        command = commands.KillTasks if event.kill else commands.RecallTasks
         for worker, numbers in leases.items():
-            self._decisions.commands.append(command(worker, numbers))
+            self._do(command(worker, numbers))
 
     def clear(self) -> None:
         """Let go of the tasks in queues, all of which are done."""

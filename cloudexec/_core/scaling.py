@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cloudexec._config import ServerConfig
+from cloudexec._core import events
 from cloudexec._core.decisions import Decisions
-from cloudexec._core.events import LaunchesRefused
 from cloudexec._core.losses import Losses
 from cloudexec._core.pool import Pool
 from cloudexec._core.queue import Queues, TaskQueue
@@ -36,13 +36,6 @@ class _Spare:
 
 class Scaling:
     """Launches workers, and gives up those that are too many.
-
-    Args:
-        config: What to decide by.
-        queues: The demand.
-        pool: The supply.
-        losses: Whether launches have failed.
-        decisions: When to look again.
 
     Attributes:
         refusing: Whether no worker may be launched any more.
@@ -64,7 +57,7 @@ class Scaling:
         self._remind = decisions.remind
         self._surplus_since: float | None = None
 
-    def on_launches_refused(self, event: LaunchesRefused, now: float) -> None:
+    def on_launches_refused(self, event: events.LaunchesRefused, now: float) -> None:
         self.refusing = True
         for launch in event.launches:
             self._pool.end_launch(launch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from cloudexec._core.queue import TaskQueue
 from cloudexec._core.resources import ResourceRequest, Resources
@@ -102,19 +103,21 @@ class Allocation:
         return tuple([each for each in self.gpu_ids if each not in taken][:count])
 
 
+@dataclass(slots=True, eq=False)
 class Worker:
     """A process that dialed back.
 
     Attributes:
         id: Its name.
         slots: Tasks it can run at once.
+        launch: Which launch it came of.
+        connected_at: When it dialed back.
+        shape: Size and slots that it was launched with: those alike serve the same tasks.
+        allocation: What it has for tasks, and who uses it.
+        state: Whether it is to get tasks.
         leases: Lease -> task, in the order sent; cancelled tasks stay until the worker answers.
         load: Estimated seconds of work behind those leases.
         ready: Whether it may have begun any of its tasks.
-        size: Which size it has, from 0.
-        shape: Size and slots that it was launched with: those alike serve the same tasks.
-        allocation: What it has for tasks, and who uses it.
-        connected_at: When it dialed back.
         paused_until: Until then it gets nothing ahead of need.
         completed: Tasks it has answered for.
         idle_since: When its last lease went; ``None`` while it has one.
@@ -123,52 +126,30 @@ class Worker:
         over_at: When it was found to drain with nothing left to do; ``None`` otherwise.
     """
 
-    __slots__ = (
-        "allocation",
-        "completed",
-        "connected_at",
-        "cut_at",
-        "heard_at",
-        "id",
-        "idle_since",
-        "launch",
-        "leases",
-        "load",
-        "over_at",
-        "paused_until",
-        "ready",
-        "shape",
-        "size",
-        "slots",
-        "state",
-    )
+    id: str
+    slots: int
+    launch: str
+    connected_at: float
+    shape: tuple[int, int]
+    allocation: Allocation
+    state: WorkerState = WorkerState.ACTIVE
+    leases: dict[int, Task] = field(default_factory=dict)
+    load: float = 0.0
+    ready: bool = False
+    paused_until: float = 0.0
+    completed: int = 0
+    idle_since: float | None = None
+    heard_at: float = 0.0
+    cut_at: float | None = None
+    over_at: float | None = None
 
-    def __init__(
-        self,
-        worker_id: str,
-        slots: int,
-        launch: str,
-        now: float,
-        shape: tuple[int, int],
-        allocation: Allocation,
-    ) -> None:
-        self.id = worker_id
-        self.shape = shape
-        self.size = shape[0]
-        self.allocation = allocation
-        self.connected_at = now
-        self.slots = slots
-        self.launch = launch
-        self.state = WorkerState.ACTIVE
-        self.leases: dict[int, Task] = {}
-        self.load = 0.0
-        self.ready = False
-        self.paused_until = 0.0
-        self.completed = 0
-        self.idle_since: float | None = now
-        self.heard_at = now
-        self.cut_at: float | None = None
-        self.over_at: float | None = None
+    def __post_init__(self) -> None:
+        self.idle_since = self.heard_at = self.connected_at
+
+    @property
+    def size(self) -> int:
+        """Which of the launcher's sizes it has, from 0."""
+        return self.shape[0]
 
     @property
     def is_active(self) -> bool:
@@ -215,17 +196,17 @@ class Worker:
         return task
 
 
+@dataclass(slots=True, eq=False)
 class Launch:
-    """A worker that was asked for and has not dialed back."""
+    """A worker that was asked for and has not dialed back; what it has is as for a worker."""
 
-    __slots__ = ("capacity", "id", "shape", "size", "slots", "started_at")
+    id: str
+    slots: int
+    started_at: float
+    shape: tuple[int, int]
+    capacity: Resources
 
-    def __init__(
-        self, launch_id: str, slots: int, now: float, shape: tuple[int, int], capacity: Resources
-    ) -> None:
-        self.id = launch_id
-        self.slots = slots
-        self.shape = shape
-        self.size = shape[0]
-        self.capacity = capacity
-        self.started_at = now
+    @property
+    def size(self) -> int:
+        """Which of the launcher's sizes it has, from 0."""
+        return self.shape[0]
