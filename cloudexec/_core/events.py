@@ -1,4 +1,4 @@
-"""What happened: the only things that move the machine."""
+"""What happened: nothing else moves the machine."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class FailureKind(enum.Enum):
 
 @record
 class Failure:
-    """One failed attempt, with the evidence that the shell will turn into an exception.
+    """One failed attempt, with the evidence that the server will turn into an exception.
 
     Attributes:
         kind: Why there is no result.
-        detail: The shell's evidence.
+        detail: The server's evidence.
         out_of_memory: Whether memory was what it died of.
         suspects: Of a lost worker, tasks that may have been the cause, this one among them; 0: not
             known, or none of them was.
@@ -79,28 +79,28 @@ class TasksSubmitted(Event):
 
 @record
 class TasksBlocked(Event):
-    """Somebody submitted tasks that depend on what is not there yet; their state says so."""
+    """Somebody submitted tasks that depend on what is not there yet."""
 
     tasks: Sequence[Task]
 
 
 @record
 class TasksReleased(Event):
-    """What held tasks depend on is there."""
+    """What blocked tasks depend on is there: they wait for workers from now on."""
 
     tasks: Sequence[Task]
 
 
 @record
 class TasksDropped(Event):
-    """What held tasks depend on will never be there: they have failed."""
+    """What blocked tasks depend on will never be there: they have failed."""
 
     tasks: Sequence[Task]
 
 
 @record
 class TasksTakenOver(Event):
-    """A worker that was taken over has held tasks already, under these leases."""
+    """A worker that was taken over has blocked tasks already, under these leases."""
 
     worker: str
     tasks: Sequence[Task]
@@ -177,7 +177,7 @@ class WorkerLost(Event):
     """A worker's connection ended.
 
     Attributes:
-        detail: The shell's evidence.
+        detail: The server's evidence.
         reclaimed: Its platform took it back: no fault of any task.
         out_of_memory: It was killed as a whole for want of memory.
         relaunched: Its platform starts it again, under the same launch.

@@ -1,4 +1,4 @@
-"""What holds for a machine between any two events; tests look after each of them."""
+"""What holds between any two events; tests look after each of them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check(
             assert task.lost <= task.retries, "a task has more attempts than it may"
     assert not held & set(map(id, waiting)), "a task is both waiting and leased"
     resting = len(queues.backing_off)
-    assert all(task.state is _BACKING_OFF for task in queues.backing_off), "a task rests elsewhere"
+    assert all(task.state is _BACKING_OFF for task in queues.backing_off), "not backing off"
     assert queues.open_tasks == len(waiting) + open_held + resting, "open tasks are nowhere"
     opened = Counter(id(queues.queue_of(task)) for task in waiting)
     opened.update(id(queues.queue_of(task)) for task in queues.backing_off)
@@ -116,7 +116,7 @@ def _check_allocations(queues: Queues, pool: Pool) -> None:
         takes = any(
             w.state is WorkerState.ACTIVE and w.cut_at is None for w in allocation.workers.values()
         )
-        assert takes or allocation.saving_for is None, "held for tasks where no worker takes any"
+        assert takes or allocation.saving_for is None, "room is saved where no worker takes tasks"
         leases = {
             lease: task for w in allocation.workers.values() for lease, task in w.leases.items()
         }

@@ -14,7 +14,6 @@ import math
 import operator
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from cloudexec._core import commands, events
 from cloudexec._core.decisions import Decisions
@@ -49,7 +48,6 @@ def _change(task: Task, state: TaskState) -> None:
     task.state = state
 
 
-@dataclass(slots=True, eq=False)
 class TaskQueue:
     """Tasks that wait for the same: with one priority and one request.
 
@@ -62,12 +60,15 @@ class TaskQueue:
         open: Its tasks that are not done, waiting or not. Not counted for plain tasks.
     """
 
-    key: object
-    priority: int
-    request: ResourceRequest
-    apart: bool = False
-    tasks: deque[Task] = field(default_factory=deque)
-    open: int = 0
+    def __init__(
+        self, key: object, priority: int, request: ResourceRequest, *, apart: bool = False
+    ) -> None:
+        self.key = key
+        self.priority = priority
+        self.request = request
+        self.apart = apart
+        self.tasks: deque[Task] = deque()
+        self.open = 0
 
     def head(self) -> Task | None:
         """Return the first task that still waits; those cancelled before it are dropped."""

@@ -12,8 +12,6 @@ after each event. Only otherwise are shapes looked at one by one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from cloudexec._config import ServerConfig
 from cloudexec._core import events
 from cloudexec._core.decisions import Decisions
@@ -26,12 +24,12 @@ from cloudexec._core.workers import Worker
 __all__ = ["Scaling", "sizes_to_launch"]
 
 
-@dataclass(slots=True)
 class _Spare:
     """Workers that have nothing to do in their own shape, and can be lent to another."""
 
-    capacity: Resources
-    slots: int
+    def __init__(self, capacity: Resources, slots: int) -> None:
+        self.capacity = capacity
+        self.slots = slots
 
 
 class Scaling:
@@ -92,8 +90,10 @@ class Scaling:
             request = queue.request
             if count:
                 if self._scaling.one_machine:
+                    # More workers would not have more room: they share it.
                     count = min(count, request.need.times_in(request.whole))
                 if queue.apart:
+                    # Each is to be alone on a worker, whatever slots that has.
                     count *= request.slots
                 demand[request.shape] = demand.get(request.shape, 0) + count
         return demand

@@ -108,17 +108,17 @@ class Task:
         number: Counts from 1 in the order of submission.
         stats: What is known of its function; tasks of the same function share it.
         retries: Attempts that may be lost beyond the first.
-        handle: The shell's own, untouched here (future, payload).
+        handle: The server's own, untouched here: the future, the payload.
         state: See ``TaskState``.
         lease: The right of a worker to this task; new for each time it is sent. 0: none.
         worker: The worker that holds the lease.
         cost: Estimated seconds that it was sent with.
         lost: Attempts lost so far.
-        size: How often it climbed: the smallest size of worker that it may be sent to, or which of
-            its requests counts.
+        size: The smallest size of worker that it may be sent to; of a task with requests of its
+            own, which of these counts. It grows when the task runs out of memory.
         suspected: Workers lost that may have begun with it, or were to begin with it.
-        requirements: What was said about it; ``None``: nothing.
-        inputs: What it would rather not have sent.
+        requirements: What was asked for it; ``None``: nothing.
+        inputs: Large things that it takes: it had better run where these are already.
     """
 
     __slots__ = (

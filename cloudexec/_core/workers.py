@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from cloudexec._core.queue import TaskQueue
 from cloudexec._core.resources import ResourceRequest, Resources
@@ -103,7 +102,6 @@ class Allocation:
         return tuple([each for each in self.gpu_ids if each not in taken][:count])
 
 
-@dataclass(slots=True, eq=False)
 class Worker:
     """A process that dialed back.
 
@@ -126,25 +124,31 @@ class Worker:
         over_at: When it was found to drain with nothing left to do; ``None`` otherwise.
     """
 
-    id: str
-    slots: int
-    launch: str
-    connected_at: float
-    shape: tuple[int, int]
-    allocation: Allocation
-    state: WorkerState = WorkerState.ACTIVE
-    leases: dict[int, Task] = field(default_factory=dict)
-    load: float = 0.0
-    ready: bool = False
-    paused_until: float = 0.0
-    completed: int = 0
-    idle_since: float | None = None
-    heard_at: float = 0.0
-    cut_at: float | None = None
-    over_at: float | None = None
-
-    def __post_init__(self) -> None:
-        self.idle_since = self.heard_at = self.connected_at
+    def __init__(
+        self,
+        worker_id: str,
+        slots: int,
+        launch: str,
+        now: float,
+        shape: tuple[int, int],
+        allocation: Allocation,
+    ) -> None:
+        self.id = worker_id
+        self.slots = slots
+        self.launch = launch
+        self.connected_at = now
+        self.shape = shape
+        self.allocation = allocation
+        self.state = WorkerState.ACTIVE
+        self.leases: dict[int, Task] = {}
+        self.load = 0.0
+        self.ready = False
+        self.paused_until = 0.0
+        self.completed = 0
+        self.idle_since: float | None = now
+        self.heard_at = now
+        self.cut_at: float | None = None
+        self.over_at: float | None = None
 
     @property
     def size(self) -> int:
@@ -196,15 +200,17 @@ class Worker:
         return task
 
 
-@dataclass(slots=True, eq=False)
 class Launch:
     """A worker that was asked for and has not dialed back; what it has is as for a worker."""
 
-    id: str
-    slots: int
-    started_at: float
-    shape: tuple[int, int]
-    capacity: Resources
+    def __init__(
+        self, launch_id: str, slots: int, now: float, shape: tuple[int, int], capacity: Resources
+    ) -> None:
+        self.id = launch_id
+        self.slots = slots
+        self.started_at = now
+        self.shape = shape
+        self.capacity = capacity
 
     @property
     def size(self) -> int:
