@@ -348,7 +348,7 @@ class Simulation:
         self.pending: set[str] = set()
         self.tasks: list[Task] = []
         self.inputs = [Input(r.choice([0, 10, 1000]), set()) for _ in range(3)]
-        self.kinds = [FunctionStats() for _ in range(3)]
+        self.functions = [FunctionStats() for _ in range(3)]
         self.finished = 0
         self.counts: Counter[str] = Counter()
         self._task_numbers = itertools.count(1)
@@ -631,7 +631,7 @@ class Simulation:
             times = 1 if ends == "misses its input" else r.choice([1, 2, 1 << 30])
             task = Task(
                 next(self._task_numbers),
-                r.choice(self.kinds),
+                r.choice(self.functions),
                 retries=r.choice([0, 1, 2, 2]),
                 handle=Call(r.choice(lengths), ends, times),
                 requirements=r.choice(self.requirements),

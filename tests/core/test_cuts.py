@@ -44,8 +44,8 @@ def make(max_slots: int = 2, grace: float = 30.0, **scaling: Any) -> Machine:
     return Machine(ServerConfig(scaling=policy, reconnect_grace=grace))
 
 
-def some(count: int, *, kind: FunctionStats | None = None, retries: int = 2) -> list[Task]:
-    return [Task(n, kind or FunctionStats(), retries=retries) for n in range(1, count + 1)]
+def some(count: int, *, stats: FunctionStats | None = None, retries: int = 2) -> list[Task]:
+    return [Task(n, stats or FunctionStats(), retries=retries) for n in range(1, count + 1)]
 
 
 def only(commands: list[Any], kind: type) -> list[Any]:
@@ -172,7 +172,7 @@ def test_nothing_is_recalled_from_a_cut_worker_for_an_idle_one() -> None:
     quick = FunctionStats()
     for _ in range(100):
         quick.learn(1e-5)
-    with_worker(machine, *some(10, kind=quick))
+    with_worker(machine, *some(10, stats=quick))
     with_worker(machine, name="v", launch="2")
     cut(machine)
     for worker in ("v", "w"):

@@ -61,16 +61,16 @@ def make(max_slots: int = 4, slots_per_worker: int = 2, **scaling: Any) -> Machi
     return Machine(ServerConfig(scaling=policy))
 
 
-def tasks(count: int, kind: FunctionStats | None = None, **options: Any) -> list[Task]:
-    kind = kind or FunctionStats()
-    return [Task(number, kind, **options) for number in range(1, count + 1)]
+def tasks(count: int, stats: FunctionStats | None = None, **options: Any) -> list[Task]:
+    stats = stats or FunctionStats()
+    return [Task(number, stats, **options) for number in range(1, count + 1)]
 
 
 def quick() -> FunctionStats:
-    kind = FunctionStats()
+    stats = FunctionStats()
     for _ in range(100):
-        kind.learn(0.00001)
-    return kind
+        stats.learn(0.00001)
+    return stats
 
 
 def only(commands: list[Any], kind: type) -> list[Any]:
@@ -152,9 +152,9 @@ def test_a_task_of_unknown_length_is_not_sent_ahead() -> None:
 def test_short_tasks_travel_by_the_thousand() -> None:
     """No-ops are sent far ahead of need, within the limit per slot."""
     machine = make(max_slots=2)
-    kind = quick()
-    kind.samples = 100_000
-    machine.handle(TasksSubmitted(tasks(10_000, kind)), 0.0)
+    stats = quick()
+    stats.samples = 100_000
+    machine.handle(TasksSubmitted(tasks(10_000, stats)), 0.0)
     (sent,) = only(machine.handle(WorkerConnected("w", 2, "1"), 0.0), SendTasks)
     assert 3000 < len(sent.tasks) <= 2 * 2048
     machine.validate()
@@ -163,13 +163,13 @@ def test_short_tasks_travel_by_the_thousand() -> None:
 def test_a_slow_one_among_short_tasks_closes_the_look_ahead() -> None:
     """One long run time is enough to stop sending ahead."""
     machine = make(max_slots=1, slots_per_worker=1)
-    kind = quick()
-    machine.handle(TasksSubmitted(tasks(50, kind)), 0.0)
+    stats = quick()
+    machine.handle(TasksSubmitted(tasks(50, stats)), 0.0)
     machine.handle(WorkerConnected("w", 1, "1"), 0.0)
     worker = machine.workers["w"]
     leases = list(worker.leases)
     assert len(leases) > 1
-    machine.handle(TasksSubmitted(tasks(50, kind)), 0.0)
+    machine.handle(TasksSubmitted(tasks(50, stats)), 0.0)
     more = machine.handle(ResultsReceived("w", leases[:1], [b""], [5.0]), 5.0)
     assert only(more, SendTasks) == []
     machine.validate()
@@ -602,14 +602,14 @@ def test_climbing_costs_no_attempt_and_the_largest_size_is_the_last() -> None:
 def test_what_was_enough_for_a_function_is_remembered() -> None:
     """Waiting tasks of a function that outgrew a size, and new ones, go to the next at once."""
     machine = ladder(max_slots=1)
-    kind = FunctionStats()
-    batch = tasks(3, kind)
+    stats = FunctionStats()
+    batch = tasks(3, stats)
     machine.handle(TasksSubmitted(batch), 0.0)
     machine.handle(WorkerConnected("w", 1, "1"), 0.0)
     machine.handle(WorkerReady("w"), 0.0)
     out_of_memory(machine, "w", batch[0])
     assert [task.size for task in batch] == [1, 1, 1]
-    other, later = tasks(1)[0], tasks(1, kind)[0]
+    other, later = tasks(1)[0], tasks(1, stats)[0]
     machine.handle(TasksSubmitted([other, later]), 2.0)
     assert (other.size, later.size) == (0, 1)
     machine.validate()
@@ -618,8 +618,8 @@ def test_what_was_enough_for_a_function_is_remembered() -> None:
 def test_one_outlier_does_not_move_the_others_to_larger_workers() -> None:
     """A size is left behind only once more tasks outgrew it than finished on it."""
     machine = ladder(max_slots=1)
-    kind = quick()
-    batch = tasks(3, kind)
+    stats = quick()
+    batch = tasks(3, stats)
     machine.handle(TasksSubmitted(batch), 0.0)
     machine.handle(WorkerConnected("w", 1, "1"), 0.0)
     machine.handle(WorkerReady("w"), 0.0)
@@ -706,8 +706,8 @@ def test_launches_that_fail_do_not_fail_what_other_workers_can_do() -> None:
 def test_tasks_that_need_a_larger_worker_fail_when_none_can_be_had() -> None:
     """Smaller workers are no help to them; the others go on."""
     machine = ladder(max_slots=2)
-    kind = quick()
-    batch = tasks(4, kind)
+    stats = quick()
+    batch = tasks(4, stats)
     machine.handle(TasksSubmitted([*batch, *tasks(1)]), 0.0)
     machine.handle(WorkerConnected("a", 1, "1"), 0.0)
     machine.handle(WorkerReady("a"), 0.0)

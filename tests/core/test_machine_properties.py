@@ -137,7 +137,7 @@ class History(RuleBasedStateMachine):
         quick = FunctionStats()
         for _ in range(50):
             quick.learn(1e-5)
-        self.kinds = [FunctionStats(), quick]
+        self.functions = [FunctionStats(), quick]
         self.inputs = [Input(10, set()), Input(1000, set())]
         self.requirements: list[Requirements | None] = [
             None,
@@ -245,14 +245,12 @@ class History(RuleBasedStateMachine):
     def submit(self, data: Any, retries: int, count: int, held: bool) -> None:
         if self.machine.shutting_down:
             return
-        kind, requirements = (
-            data.draw(st.sampled_from(self.kinds)),
-            data.draw(st.sampled_from(self.requirements)),
-        )
+        stats = data.draw(st.sampled_from(self.functions))
+        requirements = data.draw(st.sampled_from(self.requirements))
         inputs = data.draw(st.sampled_from([(), (), tuple(self.inputs[:1]), tuple(self.inputs)]))
         batch: list[Task] = []
         for number in range(len(self.futures) + 1, len(self.futures) + 1 + count):
-            task = Traced(number, kind, retries=retries, requirements=requirements, inputs=inputs)
+            task = Traced(number, stats, retries=retries, requirements=requirements, inputs=inputs)
             batch.append(task)
             self.futures[number] = Future(task)
         if held:

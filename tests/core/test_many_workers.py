@@ -78,9 +78,9 @@ def arrive(workers: int) -> Crowd:
 
 def work(workers: int) -> Crowd:
     crowd = Crowd(workers)
-    kind = FunctionStats()
+    stats = FunctionStats()
     for number in range(workers):
-        sent = crowd.handle(TasksSubmitted([Task(number, kind)]))
+        sent = crowd.handle(TasksSubmitted([Task(number, stats)]))
         for command in sent:
             if isinstance(command, SendTasks):
                 leases = [task.lease for task in command.tasks]

@@ -123,8 +123,8 @@ def test_two_tasks_with_all_processors_run_one_after_another() -> None:
 def test_a_task_within_its_slots_share_is_sent_ahead_like_any_other() -> None:
     """No accounting is needed where any mix of tasks fits."""
     machine = machine_of(cpus=2, slots=2)
-    kind, said = quick(), requirements(request(machine, 1, 1))
-    batch = [Task(number, kind, requirements=said) for number in range(100)]
+    stats, said = quick(), requirements(request(machine, 1, 1))
+    batch = [Task(number, stats, requirements=said) for number in range(100)]
     assert len(sent(submit(machine, batch))) == 100
 
 
@@ -146,8 +146,8 @@ def test_small_tasks_fill_what_a_large_one_leaves() -> None:
 
 def test_what_was_sent_ahead_is_finished_before_a_large_task_comes() -> None:
     machine = machine_of(cpus=2, slots=2)
-    kind = quick()
-    submit(machine, tasks(50, kind))
+    stats = quick()
+    submit(machine, tasks(50, stats))
     ahead = list(machine.workers["w"].leases.values())
     assert len(ahead) == 50
     (large,) = some(1, request(machine, 2))
@@ -525,8 +525,8 @@ def test_a_shutdown_waits_for_a_resting_task_and_one_that_cancels_does_not() -> 
 # Inputs.
 
 
-def near(machine: Machine, *inputs: Held, number: int, kind: FunctionStats | None = None) -> Task:
-    return Task(number, kind or FunctionStats(), inputs=inputs)
+def near(machine: Machine, *inputs: Held, number: int, stats: FunctionStats | None = None) -> Task:
+    return Task(number, stats or FunctionStats(), inputs=inputs)
 
 
 def pair(slots: int = 1) -> Machine:
@@ -587,8 +587,8 @@ def test_who_is_overtaken_is_not_overtaken_for_ever() -> None:
 
 def test_short_tasks_are_sent_ahead_to_holders_only() -> None:
     machine = pair()
-    kind = quick()
-    batch = [near(machine, Held(10, {"w1"}), number=number, kind=kind) for number in range(30)]
+    stats = quick()
+    batch = [near(machine, Held(10, {"w1"}), number=number, stats=stats) for number in range(30)]
     submit(machine, batch)
     assert len(machine.workers["w1"].leases) > 1
     assert len(machine.workers["w2"].leases) == 1

@@ -77,17 +77,17 @@ class Fleet:
 
 
 def some(
-    count: int, *, first: int = 1, kind: FunctionStats | None = None, retries: int = 1
+    count: int, *, first: int = 1, stats: FunctionStats | None = None, retries: int = 1
 ) -> list[Task]:
-    kind = kind or FunctionStats()
-    return [Task(first + n, kind, retries=retries) for n in range(count)]
+    stats = stats or FunctionStats()
+    return [Task(first + n, stats, retries=retries) for n in range(count)]
 
 
 def quick() -> FunctionStats:
-    kind = FunctionStats()
+    stats = FunctionStats()
     for _ in range(5000):
-        kind.learn(1e-5)
-    return kind
+        stats.learn(1e-5)
+    return stats
 
 
 def test_suspects_run_alone_and_only_the_guilty_one_fails() -> None:
@@ -158,7 +158,7 @@ def test_a_worker_is_emptied_no_longer_once_nobody_waits_for_it() -> None:
 def test_what_was_sent_ahead_leaves_a_worker_that_is_emptied() -> None:
     fleet = Fleet(2, slots=2)
     first = some(2)
-    fleet.submit(*first, *some(300, first=10, kind=quick()))
+    fleet.submit(*first, *some(300, first=10, stats=quick()))
     fleet.coming = False
     fleet.die("w1")
     fleet.tell(LaunchFailed(next(iter(fleet.machine.launches)), "no luck"))
@@ -210,7 +210,7 @@ def test_a_cancelled_task_that_may_have_run_is_a_suspect_too() -> None:
 def test_short_tasks_are_divided_until_the_guilty_one_is_found(slots: int) -> None:
     """By the thousand: it takes few workers, and costs the others nothing."""
     fleet = Fleet(1, slots=slots)
-    tasks = some(1000, kind=quick())
+    tasks = some(1000, stats=quick())
     guilty = tasks[700]
     fleet.submit(*tasks)
     died = 0
@@ -234,7 +234,7 @@ def test_short_tasks_are_divided_until_the_guilty_one_is_found(slots: int) -> No
 def test_machines_that_die_for_reasons_of_their_own_come_to_an_end() -> None:
     """Each loss uses something up, whoever is aboard."""
     fleet = Fleet(2)
-    fleet.submit(*some(20), *some(100, first=100, kind=quick()))
+    fleet.submit(*some(20), *some(100, first=100, stats=quick()))
     for died in range(3000):
         names = [name for name, aboard in fleet.aboard.items() if aboard]
         if not names:
