@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -18,7 +19,8 @@ def run(
 
     Args:
         command: The program and its arguments.
-        **options: As ``subprocess.run()`` takes them.
+        **options: As ``subprocess.run()`` takes them; it looks for the end only every 50 ms, so
+            that its ``timeout`` is counted here.
 
     Returns:
         How it ended, its seconds from start to end, and those of CPU time of all processes, user
@@ -30,8 +32,20 @@ def run(
 
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     begin, before = time.perf_counter(), os.times()
-    done = subprocess.run(command, **options)
-    seconds = time.perf_counter() - begin
+    timeout, check = options.pop("timeout", None), options.pop("check", False)
+    with subprocess.Popen(command, **options) as program:
+        timer = threading.Timer(timeout, program.kill) if timeout is not None else None
+        if timer is not None:
+            timer.start()
+        code = program.wait()
+        seconds = time.perf_counter() - begin
+    if timer is not None:
+        timer.cancel()
+        if seconds >= timeout:
+            raise subprocess.TimeoutExpired(command, timeout)
+    done = subprocess.CompletedProcess[str](command, code)
+    if check:
+        done.check_returncode()
     try:
         while os.waitpid(-1, 0):
             pass
