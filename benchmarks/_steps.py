@@ -61,8 +61,17 @@ def watch_client() -> None:
     """Note the steps of this process, and have workers note theirs."""
     from cloudexec._executor import BatchExecutor
     from cloudexec._launchers import local
+    from cloudexec.worker import copied
 
-    _wrap(local, "_start", after="client: worker's process launched")
+    forget = copied._forget_client
+
+    def forget_and_watch() -> Any:
+        found = forget()
+        watch_worker()
+        return found
+
+    copied._forget_client = forget_and_watch
+    _wrap(local.Local, "begin", after="client: worker's process launched")
     _wrap(BatchExecutor, "_start_server", after="client: server up")
     _wrap(local.Local, "_launch", after="client: worker told whom to dial")
     here = os.path.dirname(os.path.abspath(__file__))
@@ -74,19 +83,19 @@ def watch_client() -> None:
 
 def watch_worker() -> None:
     """Note the steps of a worker's processes."""
-    note("worker: interpreter")
+    note("worker: process")
     from cloudexec.worker import slot
 
     note("worker: what all its processes need imported")
     from cloudexec.worker import __main__ as worker
     from cloudexec.worker import zygote
 
-    def told() -> Any:
+    def told(client: Any) -> Any:
         from cloudexec.worker.session import Session
 
-        note("worker: gRPC imported")
+        note("worker: ready for the address")
         _wrap_coroutine(Session, "enrol", "worker: enrolled")
-        return second_line()
+        return second_line(client)
 
     second_line = worker._second_line
     worker._second_line = told

@@ -466,10 +466,11 @@ class BatchExecutor(_Base):
         when_full: What ``submit()`` and ``map()`` do when such a limit is reached: ``"block"``
             until there is room, or ``"raise"`` ``QueueFullError``. A call that a done-callback
             submits never waits, as it would hold up what it waits for.
-        preload: Whether workers on this machine import, before their first task, the installed
-            modules that the script has imported: once for all their processes, which share them.
-            Or the names of modules to import, in place of those. Modules that cannot be imported,
-            or start threads then, are left to the tasks that need them.
+        preload: Whether workers on this machine have, before their first task, the installed
+            modules that the script has imported: as copies of this process where a fork of it is
+            safe (see ``Local``), and otherwise by importing them once for all their processes,
+            which share them. Or the names of modules that fresh interpreters import. Modules that
+            cannot be imported, or start threads then, are left to the tasks that need them.
 
     Raises:
         ValueError: If an argument is out of its range (a ``ConfigError`` that names it).
@@ -620,27 +621,20 @@ class BatchExecutor(_Base):
                     "start anew in it: use multiprocessing's 'spawn' or 'forkserver', or fork first"
                 )
             _send_spawned_main_by_value()
-            if self._journal is None:  # nor may all results be there already
-                slots = self._config.scaling.slots_per_worker
-                self._launcher.begin(slots, functools.partial(self._modules_to_preload, fn))
+            if "cloudexec._server.portal" in sys.modules:
+                from cloudexec._server.portal import Portal
+
+                Portal.wait_for_end(_THREAD_ENDS)
+            looked_up = functools.partial(_modules_to_preload, fn)
+            preload = looked_up if self._preload is True else self._preload or []
+            # With a journal, all results may be there already.
+            slots = 0 if self._journal is not None else self._config.scaling.slots_per_worker
+            self._launcher.begin(slots, preload)
             try:
                 return self._start_server()
             except BaseException:
                 self._launcher.stand_down()
                 raise
-
-    def _modules_to_preload(self, fn: object) -> list[str]:
-        """Return the names of what workers are to import before their first task."""
-        if isinstance(self._preload, list):
-            return self._preload
-        if not self._preload:
-            return []
-        from cloudexec._preload import modules_of
-
-        try:
-            return modules_of(fn)
-        except Exception:
-            return []  # some module is not what it seems; tasks import what they need
 
     def _start_server(self) -> Driver:
         """Start the server; the lock is held."""
@@ -1239,6 +1233,16 @@ def _wait_for_end(driver: Driver, *, at_exit: bool = False) -> None:
     _drivers.pop(driver, None)
 
 
+def _modules_to_preload(fn: object) -> list[str]:
+    """Return the names of what workers will probably need for their first task."""
+    from cloudexec._preload import modules_of
+
+    try:
+        return modules_of(fn)
+    except Exception:
+        return []  # some module is not what it seems; tasks import what they need
+
+
 def _outlast(driver: Driver) -> None:
     """Wait for the end, but not for futures that nobody is left to complete."""
     waited = 0.0
@@ -1259,6 +1263,8 @@ def _outlast(driver: Driver) -> None:
             waited = 0.0
 
 
+_THREAD_ENDS = 0.1
+"""Seconds that the thread of executors before this one has to end, for a fork to be safe."""
 _EXIT_LOOK = 0.25
 """Seconds between two looks at what the interpreter's end still waits for."""
 _EXIT_ALONE = 1.0

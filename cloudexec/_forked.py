@@ -13,7 +13,17 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-__all__ = ["OwnThread", "end_child", "end_if_forked"]
+__all__ = [
+    "OwnThread",
+    "end_child",
+    "end_if_forked",
+    "forget_exit_functions",
+    "run_exit_functions",
+    "templates",
+]
+
+templates: set[int] = set()
+"""Forks of this process, of which workers are forked: they use nothing of the program's."""
 
 
 class OwnThread(threading.Thread):
@@ -56,12 +66,16 @@ def end_child(exc: BaseException | None) -> NoReturn:
             for thread in threading.enumerate():
                 if not thread.daemon and thread is not threading.current_thread():
                     thread.join()
-            atexit._run_exitfuncs()
+            run_exit_functions(lambda: _flush_and_exit(code))
         elif exc is not None:
             code = 1
             sys.excepthook(type(exc), exc, exc.__traceback__)
     except BaseException:
         pass  # neither what it says nor a handler of the program's keeps it from ending
+    _flush_and_exit(code)
+
+
+def _flush_and_exit(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -78,3 +92,31 @@ def _exit_code(exc: BaseException) -> int:
         return value & 0xFF
     print(value, file=sys.stderr)
     return 1
+
+
+def run_exit_functions(rest: Callable[[], NoReturn]) -> NoReturn:
+    """Call the functions that were registered with ``atexit`` in this process.
+
+    Args:
+        rest: Ends the process, afterwards.
+    """
+    global _rest
+    _rest = rest
+    atexit._run_exitfuncs()
+    rest()
+
+
+def forget_exit_functions() -> None:
+    """Have the functions that are registered now never called: they are another process's.
+
+    They are not let go of, as that would run finalizers. The last one registered is called first,
+    and this process ends before their turn.
+    """
+    atexit.register(lambda: _rest())
+
+
+def _exit_at_once() -> NoReturn:
+    os._exit(0)
+
+
+_rest: Callable[[], NoReturn] = _exit_at_once

@@ -16,7 +16,13 @@ from types import ModuleType
 
 from cloudexec._errors import PayloadTooLargeError
 
-__all__ = ["MODULES_LIMIT_BYTES", "installed_directories", "local_modules", "pack_modules"]
+__all__ = [
+    "MODULES_LIMIT_BYTES",
+    "installed_directories",
+    "local_modules",
+    "own_modules",
+    "pack_modules",
+]
 
 MODULES_LIMIT_BYTES = 64 * 1024 * 1024
 """Most that is sent, before compression: beyond it, something was imported that is no source."""
@@ -34,6 +40,33 @@ def installed_directories() -> tuple[str, ...]:
         path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")
     )
     return tuple(os.path.realpath(path) + os.sep for path in found)
+
+
+def own_modules() -> list[str]:
+    """Return the names of the modules here that are the user's own, in the order of their imports.
+
+    Those are all that come from files which are neither installed nor part of Python or of this
+    package; not ``__main__``.
+    """
+    installed = installed_directories()
+    places: dict[str, bool] = {}
+
+    def is_installed(path: str) -> bool:
+        directory = os.path.dirname(path)
+        if directory not in places:
+            places[directory] = (os.path.realpath(directory) + os.sep).startswith(installed)
+        return places[directory]
+
+    found = []
+    for name, module in list(sys.modules.items()):
+        top = name.partition(".")[0]
+        if top in sys.stdlib_module_names or top in ("__main__", "__mp_main__", "cloudexec"):
+            continue
+        where = getattr(module, "__file__", None)
+        paths = [where] if where else [f"{path}/" for path in getattr(module, "__path__", ())]
+        if paths and not any(isinstance(path, str) and is_installed(path) for path in paths):
+            found.append(name)
+    return found
 
 
 def local_modules(only: Container[str] | None = None) -> dict[str, str]:

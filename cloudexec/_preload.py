@@ -23,8 +23,9 @@ __all__ = ["modules_of"]
 
 _MOST_SOURCE = 512 * 1024
 """Bytes of source that are looked at: parsing takes some ten milliseconds per thousand lines."""
-_NEVER = {"cloudexec", "IPython", "ipykernel", "ipywidgets"}
-"""Packages that serve the client alone."""
+_NEVER = {"cloudexec", "IPython", "ipykernel", "ipywidgets", "polars"}
+"""Packages that serve the client alone, or that start threads when they are imported: a worker
+would find that out by itself, and start over, which takes it as long as the import."""
 
 
 def modules_of(fn: object) -> list[str]:

@@ -30,6 +30,7 @@ from typing import Any
 
 from cloudexec import _direct
 from cloudexec._errors import PayloadError
+from cloudexec._forked import templates
 
 __all__ = [
     "NotSharedError",
@@ -299,6 +300,8 @@ def _other_owner(address: int) -> int:
     me = os.getpid()
     family |= {pid for pid in parents if me in _ancestors(pid, parents)}
     for pid in family - {me}:
+        if templates & {pid, *_ancestors(pid, parents)}:
+            continue
         try:
             with open(f"/proc/{pid}/maps") as file:
                 if any(" ".join(line.split()[3:5]) == shared for line in file if "/sem." in line):

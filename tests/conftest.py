@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,6 +18,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # And one that outlives its terminal, SIGHUP.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+_over = threading.Event()
+
+
+def pytest_sessionstart() -> None:
+    """Have a second thread, as xdist has one: workers of this process are no copies of it then.
+
+    So tests find the same processes with xdist and without. Programs that tests start have copies.
+    """
+    threading.Thread(target=_over.wait, name="second", daemon=True).start()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the thread end."""
+    _over.set()
 
 
 @pytest.fixture

@@ -267,15 +267,16 @@ class Launcher(Protocol):
             listen = "127.0.0.1:0"
         return Network(listen, advertise)
 
-    def begin(self, slots: int, preload: Callable[[], Sequence[str]]) -> None:
+    def begin(self, slots: int, preload: Sequence[str] | Callable[[], Sequence[str]]) -> None:
         """Do what can be done for the first worker before the executor can be reached.
 
         Called by the thread whose task is the first, before anything else; ``stand_down`` follows
         if the executor could not start.
 
         Args:
-            slots: That the worker will have.
-            preload: Returns the names of modules that its tasks will probably import.
+            slots: That the worker will have; 0: perhaps none is needed.
+            preload: The names of modules that its tasks are to find imported, or what looks up
+                which they will probably import.
         """
         return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ from cloudexec._config import WorkerCapacity, check_count, format_bytes
 from cloudexec._descriptors import too_many_files
 from cloudexec._errors import ConfigError, LaunchError
 from cloudexec._launchers.base import Contact, LaunchEnd, Launcher, LaunchRequest
+from cloudexec._launchers.copies import Copy, Template, why_not
+from cloudexec._log import Log
 
 if TYPE_CHECKING:
     import subprocess
@@ -27,10 +30,16 @@ _BOOT = (
     "from cloudexec.worker.__main__ import main;sys.exit(main(b))"
 )
 _TAIL_BYTES = 8192
+_log = Log()
 
 
 class Local(Launcher):
     """Runs workers as subprocesses on this machine; the default.
+
+    Where a fork is safe, workers are copies of this process: they have the installed modules that
+    it has imported, with their settings. A fork is safe on Linux if this process has one thread
+    when the first task is submitted. Otherwise workers are fresh interpreters, which import what
+    the executor's ``preload`` says.
 
     Args:
         slots_per_worker: Tasks that one supervisor process serves; ``None``: one serves them all.
@@ -46,9 +55,11 @@ class Local(Launcher):
         if slots_per_worker is not None:
             check_count("slots_per_worker", slots_per_worker, least=1)
         self._slots_per_worker = slots_per_worker
+        self._why_not = ""
+        self._template: Template | None = None
         self._processes: dict[str, _Process] = {}
-        self._begun: deque[subprocess.Popen[bytes]] = deque()
-        self._preload: Sequence[str] = ()
+        self._begun: deque[subprocess.Popen[bytes] | Copy] = deque()
+        self._preload: Sequence[str] | Callable[[], Sequence[str]] = ()
         self._hash_seed = str(int.from_bytes(os.urandom(4)))
         self._machine: WorkerCapacity | None = None
 
@@ -93,15 +104,37 @@ class Local(Launcher):
         """Local workers use a Unix socket where there is one."""
         return False
 
-    def begin(self, slots: int, preload: Callable[[], Sequence[str]]) -> None:
+    def begin(self, slots: int, preload: Sequence[str] | Callable[[], Sequence[str]]) -> None:
         """Start the first worker: it imports what it needs while this process does."""
+        self._preload = preload
+        if self._template is None:
+            self._why_not = why_not() if callable(preload) else "preload= says so"
+            if not self._why_not:
+                # Both sides need them.
+                import asyncio  # noqa: F401
 
-        def looked_up() -> Sequence[str]:
-            self._preload = preload()
-            return self._preload
+                from cloudexec._proto import tasks_pb2  # noqa: F401
 
-        with contextlib.suppress(LaunchError):  # the launch that follows says why
-            self._begun.append(_start(slots, looked_up, self._hash_seed))
+                with contextlib.suppress(OSError):
+                    self._template = Template()
+        if slots:
+            with contextlib.suppress(LaunchError):  # the launch that follows says why
+                self._begun.append(self._start(slots))
+
+    def _start(self, slots: int) -> subprocess.Popen[bytes] | Copy:
+        if self._template is not None:
+            try:
+                return _start_copy(self._template, slots, self._hash_seed)
+            except OSError as exc:
+                if self._template is not None and exc.errno != errno.EMFILE:
+                    self._template.close()
+                    self._template = None
+        return _start(slots, self._modules_to_preload, self._hash_seed)
+
+    def _modules_to_preload(self) -> Sequence[str]:
+        if callable(self._preload):
+            self._preload = self._preload()
+        return self._preload
 
     def stand_down(self) -> None:
         """Kill the workers that were started and not launched."""
@@ -115,6 +148,10 @@ class Local(Launcher):
             for pipe in (popen.stdin, popen.stderr):
                 assert pipe is not None
                 pipe.close()
+        template = self._template
+        if template is not None and not self._processes:
+            self._template = None
+            template.close()
 
     async def close(self) -> None:
         """Kill the workers that were started and not launched: all others have ended."""
@@ -151,7 +188,11 @@ class Local(Launcher):
         try:
             popen = self._begun.popleft()
         except IndexError:
-            popen = _start(slots, lambda: self._preload, self._hash_seed)
+            popen = self._start(slots)
+        what = "copy of this process"
+        if not isinstance(popen, Copy):
+            what = "fresh interpreter" + (self._why_not and f": {self._why_not}")
+        _log.debug("launch %s: process %d, a %s", launch_id, popen.pid, what)
         _write(popen, contact_line)
         assert popen.stdin is not None
         with contextlib.suppress(OSError):
@@ -226,21 +267,43 @@ def _start(
         why = f"{exc}{too_many_files(exc)}"
         raise LaunchError(f"cannot start {sys.executable}: {why}", reason=why) from exc
     # Looked for while the interpreter starts.
-    bootstrap = {
-        "slots": slots,
-        "preload": list(preload()),
-        "argv": sys.argv,
-        "unset": unset,
-    }
-    try:
-        here = os.getcwd()
-    except OSError:
-        here = ""  # the directory is gone
-    _write(popen, {**bootstrap, "sys_path": [path or here for path in sys.path]})
+    _write(popen, {**_bootstrap(slots, preload()), "unset": unset})
     return popen
 
 
-def _write(popen: subprocess.Popen[bytes], line: dict[str, Any]) -> None:
+def _start_copy(template: Template, slots: int, hash_seed: str) -> Copy:
+    """Start a worker whose slots are copies of this process.
+
+    Raises:
+        OSError: If it cannot be started.
+    """
+    bootstrap = _bootstrap(slots, ())
+    if os.environ.get("PYTHONHASHSEED", "random") == "random":
+        bootstrap["hash_seed"] = hash_seed
+    return template.start(
+        {"environ": dict(os.environ), "cwd": _directory(), "bootstrap": bootstrap}
+    )
+
+
+def _bootstrap(slots: int, preload: Sequence[str]) -> dict[str, Any]:
+    here = _directory()
+    return {
+        "slots": slots,
+        "preload": list(preload),
+        "argv": sys.argv,
+        "sys_path": [path or here for path in sys.path],
+        "client_pid": os.getpid(),
+    }
+
+
+def _directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""  # it is gone
+
+
+def _write(popen: subprocess.Popen[bytes] | Copy, line: dict[str, Any]) -> None:
     assert popen.stdin is not None
     data = memoryview(json.dumps(line).encode() + b"\n")
     with contextlib.suppress(OSError):  # it is dead already, and its end says why
@@ -251,7 +314,9 @@ def _write(popen: subprocess.Popen[bytes], line: dict[str, Any]) -> None:
 class _Process:
     """Watches one subprocess from the event loop: its last words, and its end."""
 
-    def __init__(self, popen: subprocess.Popen[bytes], on_end: Callable[[LaunchEnd], None]) -> None:
+    def __init__(
+        self, popen: subprocess.Popen[bytes] | Copy, on_end: Callable[[LaunchEnd], None]
+    ) -> None:
         assert popen.stderr is not None
         self._popen = popen
         self.pid = popen.pid

@@ -153,12 +153,10 @@ class Hello(_message.Message):
     EXECUTOR_ID_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
-    CLOUDEXEC_VERSION_FIELD_NUMBER: _builtins.int
     PYTHON_VERSION_FIELD_NUMBER: _builtins.int
     CLOUDPICKLE_VERSION_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
-    HOST_FIELD_NUMBER: _builtins.int
     JOB_ID_FIELD_NUMBER: _builtins.int
     BOOT_SECONDS_FIELD_NUMBER: _builtins.int
     PULL_SECONDS_FIELD_NUMBER: _builtins.int
@@ -169,12 +167,10 @@ class Hello(_message.Message):
     identity: _builtins.str
     """Who dials: launch id, then what the platform says (job id, array index, attempt)."""
     nonce: _builtins.bytes
-    cloudexec_version: _builtins.str
     python_version: _builtins.str
     cloudpickle_version: _builtins.str
     slots: _builtins.int
     pid: _builtins.int
-    host: _builtins.str
     job_id: _builtins.str
     """The platform's name for the worker, such as a job id."""
     boot_seconds: _builtins.float
@@ -195,12 +191,10 @@ class Hello(_message.Message):
         executor_id: _builtins.str = ...,
         identity: _builtins.str = ...,
         nonce: _builtins.bytes = ...,
-        cloudexec_version: _builtins.str = ...,
         python_version: _builtins.str = ...,
         cloudpickle_version: _builtins.str = ...,
         slots: _builtins.int = ...,
         pid: _builtins.int = ...,
-        host: _builtins.str = ...,
         job_id: _builtins.str = ...,
         boot_seconds: _builtins.float = ...,
         pull_seconds: _builtins.float = ...,
@@ -209,7 +203,7 @@ class Hello(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "boot_seconds", b"boot_seconds", "cloudexec_version", b"cloudexec_version", "cloudpickle_version", b"cloudpickle_version", "executor_id", b"executor_id", "host", b"host", "identity", b"identity", "job_id", b"job_id", "nonce", b"nonce", "pid", b"pid", "pull_seconds", b"pull_seconds", "python_version", b"python_version", "resume", b"resume", "slots", b"slots", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "boot_seconds", b"boot_seconds", "cloudpickle_version", b"cloudpickle_version", "executor_id", b"executor_id", "identity", b"identity", "job_id", b"job_id", "nonce", b"nonce", "pid", b"pid", "pull_seconds", b"pull_seconds", "python_version", b"python_version", "resume", b"resume", "slots", b"slots", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

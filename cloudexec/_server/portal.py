@@ -23,6 +23,7 @@ class Portal:
     """A daemon thread that runs an event loop as long as somebody needs it."""
 
     _current: Portal | None = None
+    _ending: OwnThread | None = None
     _lock = threading.Lock()
 
     def __init__(self) -> None:
@@ -54,7 +55,15 @@ class Portal:
                 return
             if Portal._current is self:
                 Portal._current = None
+                Portal._ending = self.thread
         self.loop.call_soon_threadsafe(self._stop)
+
+    @classmethod
+    def wait_for_end(cls, timeout: float) -> None:
+        """Wait until the thread of a portal that nobody needs any more has ended."""
+        thread, cls._ending = cls._ending, None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
 
     def _stop(self) -> None:
         self._stopped = True
@@ -125,7 +134,7 @@ class Portal:
         # destructors would wait in this process for threads that are not here.
         if cls._current is not None:
             _kept.append(cls._current)
-        cls._current = None
+        cls._current = cls._ending = None
         cls._lock = threading.Lock()
 
 

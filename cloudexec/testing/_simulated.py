@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
-import platform
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -127,12 +126,10 @@ class SimulatedWorker:
             wire_version=_enrolment.WIRE_VERSION,
             executor_id=address.executor_id,
             identity=address.identity,
-            cloudexec_version="simulated",
             python_version=_enrolment.python_version(),
             cloudpickle_version=cloudpickle.__version__,
             slots=address.slots,
             pid=os.getpid(),
-            host=platform.node(),
         )
         token = self._welcome.session_token
         answer = await shake_hands(

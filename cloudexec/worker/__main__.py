@@ -18,6 +18,7 @@ import sys
 from typing import Any, NoReturn
 
 from cloudexec._descriptors import BASE_FILES, FILES_PER_SLOT, file_limits, raise_file_limit
+from cloudexec.worker.client import Client
 
 __all__ = ["EXIT_RECLAIMED", "EXIT_REFUSED", "main"]
 
@@ -71,8 +72,9 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     from cloudexec.worker.dialing import Address
     from cloudexec.worker.running import run_worker
 
-    if is_child:
-        bootstrap |= _second_line()
+    client = Client(bootstrap["client_pid"]) if is_child else None
+    if client is not None:
+        bootstrap |= _second_line(client)
     address = Address(
         target=bootstrap["target"],
         executor_id=bootstrap["executor_id"],
@@ -85,7 +87,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
         memory_mib=int(bootstrap.get("memory_mib") or 0),
         drain_grace=bootstrap.get("drain_grace"),
         log=bootstrap.get("log", False),
-        is_child=is_child,
+        client=client,
     )
     try:
         code = EXIT_RECLAIMED if asyncio.run(run_worker(address, ours)) else 0
@@ -101,13 +103,13 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     os._exit(code)
 
 
-def _second_line() -> dict[str, Any]:
+def _second_line(client: Client) -> dict[str, Any]:
     """Wait until the client says where it is and who this worker is; end if it is gone."""
-    line, parent = b"", os.getppid()
+    line = b""
     while not line.endswith(b"\n"):
         # Some other child of the client may hold the pipe open that the client has left.
         data = os.read(0, 65536) if select.select([0], [], [], 1.0)[0] else None
-        if data == b"" or os.getppid() != parent:
+        if data == b"" or client.is_gone():
             os._exit(0)
         line += data or b""
     found: dict[str, Any] = json.loads(line)

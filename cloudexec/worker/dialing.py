@@ -17,6 +17,7 @@ from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._reliable import longest_pause
 from cloudexec._rpc import call_errors, is_end, status_of
 from cloudexec._wire import CHANNEL_OPTIONS
+from cloudexec.worker.client import Client
 
 __all__ = ["CONNECT_TIMEOUT", "Address", "SessionGoneError", "dial", "hang_up", "shake_hands"]
 
@@ -66,7 +67,7 @@ class Address:
         memory_mib: What this worker's container may use; 0: unknown.
         drain_grace: Seconds after SIGTERM in which tasks may finish; ``None``: no limit.
         log: Whether to say on stderr what happens: where a platform keeps that.
-        is_child: Whether the client is the process that started this one.
+        client: The client, if it has started this process itself.
     """
 
     target: str
@@ -80,7 +81,7 @@ class Address:
     memory_mib: int = 0
     drain_grace: float | None = None
     log: bool = False
-    is_child: bool = False
+    client: Client | None = None
 
     def say(self, text: str) -> None:
         """Write a line to the log, if there is one."""

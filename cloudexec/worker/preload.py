@@ -11,15 +11,21 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from cloudexec import _nesting
 
-__all__ = ["preload", "seed_generators"]
+__all__ = ["can_import_again", "preload", "seed_generators"]
+
+_TRIAL_SECONDS = 0.5
+"""In which the user's modules must be importable: longer, and a fresh interpreter costs no more."""
 
 _generators: list[Any] = []
 
@@ -78,6 +84,50 @@ def _threads() -> int:
         return len(os.listdir("/proc/self/task"))
     except OSError:
         return 1
+
+
+def can_import_again(names: Sequence[str]) -> bool:
+    """Whether modules can be imported here, in a copy of a process that has imported them.
+
+    Some register themselves with a library that takes each name only once, or warns otherwise. So
+    they are imported in a process that is forked for that.
+
+    Args:
+        names: Of the user's own modules.
+    """
+    if not names:
+        return True
+    pid = os.fork()
+    if not pid:
+        _try_to_import(names)
+    ends = time.monotonic() + _TRIAL_SECONDS
+    while time.monotonic() < ends:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return status == 0
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return False
+
+
+def _try_to_import(names: Sequence[str]) -> NoReturn:
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (1, 2):
+            os.dup2(null, fd)
+        signal.set_wakeup_fd(-1)
+        for category in (UserWarning, RuntimeWarning):
+            warnings.simplefilter("error", category)
+        loading = _nesting.loading
+        loading.active = True
+        for name in names:
+            import_module(name)
+        from cloudexec.worker.process import leave
+
+        leave()
+    finally:
+        os._exit(1)
 
 
 def _find_generators() -> None:

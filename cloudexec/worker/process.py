@@ -6,7 +6,6 @@ parent of ``multiprocessing.current_process()``.
 
 from __future__ import annotations
 
-import atexit
 import gc
 import io
 import itertools
@@ -17,7 +16,9 @@ import time
 import traceback
 from collections.abc import Mapping
 from multiprocessing import process
-from typing import Any
+from typing import Any, NoReturn
+
+from cloudexec._forked import run_exit_functions
 
 __all__ = ["become", "leave", "number_of"]
 
@@ -113,22 +114,30 @@ def become(number: int, client_pid: int, authkey: bytes, inheritance: Mapping[st
     seen_by_all._parent_process = _Client(own._parent_name, own._parent_pid)
 
 
-def leave() -> None:
-    """Do what the interpreter does at its end, before this process ends without that.
+def leave() -> NoReturn:
+    """Do what the interpreter does at its end, and end this process.
 
     Threads are waited for, functions that are registered for the end are called, and what is in the
     buffers of files is written.
     """
-    for step in (threading._shutdown, atexit._run_exitfuncs, _finish_files):  # type: ignore[attr-defined]
-        try:
-            step()
-        except BaseException:
-            traceback.print_exc()
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+    except BaseException:
+        traceback.print_exc()
+    run_exit_functions(_finish)
+
+
+def _finish() -> NoReturn:
+    try:
+        _finish_files()
+    except BaseException:
+        traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BaseException:
             pass  # a task closed it, or put something of its own there
+    os._exit(0)
 
 
 def _finish_files() -> None:

@@ -11,13 +11,14 @@ import socket
 import traceback
 from typing import Any
 
+import cloudexec
 from cloudexec import _enrolment
 from cloudexec._errors import LaunchError
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._rpc import call_errors
 from cloudexec.worker.blobs import BlobCache, room
 from cloudexec.worker.dialing import Address, dial
-from cloudexec.worker.session import Session, introduce, package_version
+from cloudexec.worker.session import Session, introduce
 from cloudexec.worker.supervisor import Settings, SlotPool
 
 __all__ = ["run_worker"]
@@ -48,13 +49,13 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         ProtocolError: If either side refuses the other.
     """
     loop = asyncio.get_running_loop()
-    address.say(
-        f"cloudexec {package_version()}, Python {_enrolment.python_version()}, "
-        f"{address.slots} slot{'s' * (address.slots != 1)}; dialing {address.target}"
-    )
+    if address.log:
+        address.say(
+            f"cloudexec {cloudexec.__version__}, Python {_enrolment.python_version()}, "
+            f"{address.slots} slot{'s' * (address.slots != 1)}; dialing {address.target}"
+        )
     session = Session(address)
     await dial(address, session.enrol)
-    parent = os.getppid()
     ends: asyncio.Queue[str] = asyncio.Queue()
     address.say(f"enrolled as {session.welcome.worker_id}")
     modules = ""
@@ -98,11 +99,10 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
 
     loop.set_exception_handler(on_bug)
 
-    async def watch_parent() -> None:
-        # Started by the client itself: if it was killed, we were handed to another parent.
-        while address.is_child:
+    async def watch_client() -> None:
+        while address.client is not None:
             await asyncio.sleep(1.0)
-            if os.getppid() != parent:
+            if address.client.is_gone():
                 ends.put_nowait("orphaned")
 
     async def converse() -> None:
@@ -117,7 +117,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     background = [
         loop.create_task(converse()),
         loop.create_task(session.beat()),
-        loop.create_task(watch_parent()),
+        loop.create_task(watch_client()),
     ]
     asked = reclaimed = lost = False
     try:
@@ -158,11 +158,11 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         if modules:
             shutil.rmtree(modules, ignore_errors=True)
         scheme, _, path = address.target.partition(":")
-        if scheme in ("unix", "plain") and not asked:
+        if scheme in ("unix", "plain") and address.client is not None and not asked:
             # A client that was killed cannot remove its socket's directory. Its connections end
-            # an instant before its children are handed to another parent.
+            # an instant before it does.
             for _ in range(20):
-                if os.getppid() != parent:
+                if address.client.is_gone():
                     shutil.rmtree(os.path.dirname(path), ignore_errors=True)
                     break
                 await asyncio.sleep(0.05)
@@ -215,6 +215,6 @@ def _settings(welcome: pb.Welcome, address: Address, modules: str) -> Settings:
         memory_mib=address.memory_mib,
         modules=modules,
         number=int(address.identity) if address.identity.isdigit() else 1,
-        client_pid=os.getppid() if address.is_child else 0,
+        client_pid=0 if address.client is None else address.client.pid,
         inheritance=json.loads(welcome.inheritance or b"{}"),
     )

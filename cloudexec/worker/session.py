@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-import socket
 import tempfile
 import weakref
 import zipfile
@@ -54,7 +53,7 @@ from cloudexec.worker.supervisor import (
 if TYPE_CHECKING:
     from cloudexec.worker.bucket import BucketPath
 
-__all__ = ["Session", "introduce", "package_version"]
+__all__ = ["Session", "introduce"]
 
 _FEW = 4
 """Results that are sent on the spot: a round of the loop would make one wait."""
@@ -194,12 +193,10 @@ class Session:
             wire_version=_enrolment.WIRE_VERSION,
             executor_id=address.executor_id,
             identity=address.identity,
-            cloudexec_version=package_version(),
             python_version=_enrolment.python_version(),
             cloudpickle_version=cloudpickle.__version__,
             slots=address.slots,
             pid=os.getpid(),
-            host=socket.gethostname(),
             job_id=address.job_id,
             attempt=address.attempt,
             boot_seconds=seconds_since_start() if is_new else 0.0,
@@ -1023,13 +1020,3 @@ def introduce(cache: BlobCache, blobs: Sequence[pb.Blob]) -> None:
         )
         if blob.content:
             cache.take(blob.id, blob.content)
-
-
-def package_version() -> str:
-    """Return the version of cloudexec that is installed here."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("cloudexec")
-    except PackageNotFoundError:
-        return "unknown"

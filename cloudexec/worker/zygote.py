@@ -24,7 +24,15 @@ import time
 from collections.abc import Container, Mapping
 from typing import Any
 
-__all__ = ["MESSAGE", "ORPHAN_GRACE", "adopt_orphans", "kill_children", "run_again", "run_zygote"]
+__all__ = [
+    "MESSAGE",
+    "ORPHAN_GRACE",
+    "adopt_orphans",
+    "end_with_parent",
+    "kill_children",
+    "run_again",
+    "run_zygote",
+]
 
 MESSAGE = struct.Struct("<BxxxiiqI")
 """Kind, pid, wait status, peak resident bytes, number of the slot."""
@@ -53,6 +61,18 @@ def _prctl(option: int, value: int) -> None:
     import ctypes
 
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def end_with_parent(parent_pid: int, signum: int = signal.SIGKILL) -> None:
+    """Have a signal sent to this process when its parent ends; end it if that is so already.
+
+    Args:
+        parent_pid: The parent.
+        signum: The signal.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signum)
+    if os.getppid() != parent_pid:
+        os._exit(1)
 
 
 def adopt_orphans() -> None:
@@ -165,10 +185,8 @@ def run_zygote(
     """
     # Not killed along with the supervisor: what tasks started would outlive both. The end of the
     # connection says that it is gone; who was stopped goes on for that.
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
+    end_with_parent(supervisor_pid, signal.SIGCONT)
     adopt_orphans()
-    if os.getppid() != supervisor_pid:
-        os._exit(1)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     wake_read, wake_write = os.pipe()
@@ -180,11 +198,11 @@ def run_zygote(
     # Every slot needs it: imported here, it costs a slot nothing.
     from cloudexec.worker import main_module  # noqa: F401
 
-    if bootstrap is not None and bootstrap.get("preload"):
-        from cloudexec.worker.preload import preload
+    if bootstrap is not None and ("own_modules" in bootstrap or bootstrap.get("preload")):
+        from cloudexec.worker.preload import can_import_again, preload
 
         refused = preload(bootstrap["preload"], bootstrap["argv"])
-        if refused:
+        if refused or not can_import_again(bootstrap.get("own_modules", ())):
             _start_over(connection, supervisor_pid, files, bootstrap, refused)
 
     children: dict[int, int] = {}
@@ -232,23 +250,33 @@ def _start_over(
     bootstrap: Mapping[str, Any],
     refused: str,
 ) -> None:
-    """Become a zygote that has not imported a module whose threads would not survive a fork."""
+    """Become a zygote that is no copy of the client, or that has not imported a certain module.
+
+    Args:
+        refused: The module that has started threads, which would not survive a fork.
+    """
     import subprocess
 
     names = [name for name in bootstrap["preload"] if name != refused]
+    left = {name: value for name, value in bootstrap.items() if name != "own_modules"}
     told = {
         "fd": connection.fileno(),
         "supervisor_pid": supervisor_pid,
         "files": files,
-        "bootstrap": {**bootstrap, "preload": names, "sys_path": sys.path},
+        "bootstrap": {**left, "preload": names, "sys_path": sys.path},
     }
     os.set_inheritable(connection.fileno(), True)
+    if "hash_seed" in bootstrap:
+        # A copy has that of the client. All fresh ones are to have the same.
+        os.environ["PYTHONHASHSEED"] = bootstrap["hash_seed"]
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     os.execv(sys.executable, [sys.executable, *flags, "-c", _AGAIN, json.dumps(told)])
 
 
 def run_again(told: Mapping[str, Any]) -> None:
     """Go on as the zygote that a process was before it started over. Never returns."""
+    if "hash_seed" in told["bootstrap"]:
+        os.environ.pop("PYTHONHASHSEED", None)
     from cloudexec.worker import slot  # noqa: F401
 
     connection = socket.socket(fileno=told["fd"])
@@ -296,10 +324,8 @@ def _fork_slot(fds: list[int], inherited: list[int], number: int, files: int | N
     code = 1
     try:
         os.setsid()
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(zygote_pid)
         _set_mark(_mark(zygote_pid, number))
-        if os.getppid() != zygote_pid:
-            os._exit(1)
         signal.set_wakeup_fd(-1)
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(signum, signal.SIG_DFL)
@@ -351,7 +377,6 @@ def _run_slot(tasks_fd: int, results_fd: int, page_fd: int, out_fd: int, err_fd:
     except EOFError:
         return 0  # the supervisor is gone
     leave()
-    return 0
 
 
 def _prefer_for_oom() -> None:

@@ -1,0 +1,305 @@
+"""Workers as copies of the client: what this has imported is there, and its memory is shared.
+
+The client forks one process while it has a single thread: the template. It does nothing but fork
+when the client asks for a worker. What it forks has the installed modules of the client and, like a
+fresh interpreter, none of its other objects:
+
+- What the client has is kept here and never let go of, since letting go runs finalizers, which
+  would remove the client's temporary files, for instance.
+- Sockets, pipes and terminals are replaced by the null device: their other ends are to see that the
+  client has closed them.
+- The user's own modules are imported anew by the slots that need them, as elsewhere. Whether they
+  can be imported a second time is tried first: some register themselves with a library that takes
+  each name only once. If not, the zygote starts over as a fresh interpreter.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextvars
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, NoReturn
+
+__all__ = ["BEGUN", "ENDED", "MESSAGE", "serve_template"]
+
+MESSAGE = struct.Struct("<Bii")
+"""What the template says: a kind, the process, its wait status."""
+BEGUN, ENDED = 1, 2
+_REQUEST_BYTES = 1 << 20
+
+_STATELESS = {
+    "cloudexec._config",
+    "cloudexec._errors",
+    "cloudexec._proto",
+    "cloudexec._proto.tasks_pb2",
+}
+"""Modules of this package that remember nothing, and take their time to be imported."""
+_kept: list[object] = []
+"""What belongs to the client."""
+
+
+def serve_template(connection: socket.socket, clients: socket.socket, client_pid: int) -> NoReturn:
+    """Be the template, in a process that was just forked, until the client is gone.
+
+    Args:
+        connection: To the client.
+        clients: The client's end of it.
+        client_pid: The client's process.
+    """
+    try:
+        gc.disable()
+        gc.freeze()
+        from cloudexec.worker.zygote import end_with_parent
+
+        end_with_parent(client_pid, signal.SIGKILL)
+        clients.close()
+        _replace_files({connection.fileno()})
+        _reset_signals()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the client
+        _keep_what_is_of_this_thread()
+        # Forked from a thread, a process has that thread alone: neither the frames of the client's
+        # program nor its context, nor the exception that it handles, nor what it has per thread.
+        wake_ups = _wake_up_files()
+        thread = threading.Thread(target=_serve, args=(connection, *wake_ups), name="MainThread")
+        thread.start()
+        thread.join()
+    finally:
+        os._exit(1)
+
+
+def _keep_what_is_of_this_thread() -> None:
+    _kept.extend((contextvars.copy_context(), sys.exc_info()))
+    if sys.version_info < (3, 13):
+        import ctypes
+
+        get_dict = ctypes.pythonapi.PyThreadState_GetDict
+        get_dict.restype = ctypes.py_object
+        found = get_dict()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(found))  # it is the thread's, not ours
+        _kept.append(dict(found))
+        return
+    # There, what objects have for a thread is only found by way of them.
+    for module in list(sys.modules.values()):
+        for value in list(getattr(module, "__dict__", {}).values()):
+            if issubclass(type(value), threading.local):
+                _kept.append(dict(value.__dict__))
+
+
+def _serve(connection: socket.socket, wake_read: int, wake_write: int) -> None:
+    try:
+        while True:
+            sources: list[Any] = [connection, wake_read]
+            ready = select.select(sources, [], [])[0]
+            if wake_read in ready:
+                os.read(wake_read, 4096)
+                _tell_ends(connection)
+            if connection in ready:
+                data, files, _, _ = socket.recv_fds(connection, _REQUEST_BYTES, 2)
+                if not data:
+                    break
+                told = json.loads(data)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see above
+                    pid = os.fork()
+                if not pid:
+                    connection.close()
+                    for fd in (wake_read, wake_write):
+                        os.close(fd)
+                    _become_worker(told, *files)
+                for fd in files:
+                    os.close(fd)
+                connection.send(MESSAGE.pack(BEGUN, pid, 0))
+    except OSError:
+        pass  # the client is gone
+    finally:
+        os._exit(0)
+
+
+def _wake_up_files() -> tuple[int, int]:
+    files = os.pipe()
+    for fd in files:
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(files[1], warn_on_full_buffer=False)
+    return files
+
+
+def _tell_ends(connection: socket.socket) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            return
+        connection.send(MESSAGE.pack(ENDED, pid, status))
+
+
+def _become_worker(told: Mapping[str, Any], stdin: int, stderr: int) -> NoReturn:
+    """Go on as a worker does that was started as a fresh interpreter."""
+    try:
+        os.setsid()  # Ctrl-C in the terminal is the client's to handle
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd, number in ((stdin, 0), (null, 1), (stderr, 2)):
+            os.dup2(fd, number)
+        for fd in (stdin, null, stderr):
+            if fd > 2:
+                os.close(fd)
+        try:
+            os.chdir(told["cwd"])
+        except OSError:
+            pass  # it is gone: this process stays where the client was
+        os.environ.clear()
+        os.environ.update(told["environ"])
+        own_modules = _forget_client()
+        gc.enable()
+        from cloudexec.worker.__main__ import main
+
+        main({**told["bootstrap"], "own_modules": own_modules})
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _replace_files(but: set[int]) -> None:
+    """Have nothing open that somebody waits for the end of."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    while null <= 2:  # the client has closed some of these
+        null = os.dup(null)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd in but or fd == null:
+            continue
+        try:
+            mode = os.fstat(fd).st_mode
+            # Files stay: libraries that have one open go on reading it when they open it again.
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                os.dup2(null, fd, os.get_inheritable(fd))
+        except OSError:
+            continue  # that of the listing
+    os.close(null)
+
+
+def _reset_signals() -> None:
+    """Have the handlers that a fresh interpreter has."""
+    signal.set_wakeup_fd(-1)
+    for signum in signal.valid_signals():
+        if callable(signal.getsignal(signum)):
+            signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+
+
+def _forget_client() -> list[str]:
+    """Make this copy of the client what an interpreter is that has only imported modules.
+
+    Returns:
+        The user's own modules that the client had imported, and this has no more.
+    """
+    own = _forget_modules()
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        errors = "backslashreplace" if fd == 2 else None
+        file = os.fdopen(fd, "w" if fd else "r", 1, errors=errors, closefd=False)
+        for attribute in (name, f"__{name}__"):
+            _kept.append(getattr(sys, attribute))
+            setattr(sys, attribute, file)
+    sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
+    threading.excepthook = threading.__excepthook__
+    _forget_ends()
+    _forget_logging()
+    _forget_multiprocessing()
+    _forget_loop()
+    return own
+
+
+def _forget_modules() -> list[str]:
+    from cloudexec._modules import own_modules
+
+    own = own_modules()
+    for name in list(sys.modules):
+        is_ours = name.partition(".")[0] == "cloudexec" and name not in _STATELESS
+        if name in own or is_ours or name == "__mp_main__":
+            _kept.append(sys.modules.pop(name))
+    _kept.append(sys.modules["__main__"])
+    sys.modules["__main__"] = ModuleType("__main__")
+    sys.meta_path[:] = [
+        each for each in sys.meta_path if not type(each).__module__.startswith("cloudexec")
+    ]
+    return own
+
+
+def _forget_loop() -> None:
+    events: Any = sys.modules.get("asyncio.events")
+    if events is None:
+        return
+    events._set_running_loop(None)
+    policy = getattr(events, "_event_loop_policy", None)
+    if policy is not None:
+        _kept.append(policy)
+        events._event_loop_policy = type(policy)() if _is_standard(policy) else None
+
+
+def _is_standard(policy: object) -> bool:
+    return type(policy).__module__.partition(".")[0] == "asyncio"
+
+
+def _forget_ends() -> None:
+    """Forget what the client does at its end."""
+    from cloudexec._forked import forget_exit_functions  # that of this process
+
+    ends: Any = threading
+    _kept.append(list(ends._threading_atexits))
+    ends._threading_atexits.clear()
+    forget_exit_functions()
+    finalizers: Any = weakref.finalize
+    _kept.append(dict(finalizers._registry))
+    finalizers._registry.clear()
+    finalizers._registered_with_atexit = False
+
+
+def _forget_logging() -> None:
+    logging: Any = sys.modules.get("logging")
+    if logging is None:
+        return
+    atexit.register(logging.shutdown)
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):
+            _kept.append(logger.handlers)
+            logger.handlers = []
+    _kept.extend((list(logging._handlerList), dict(logging._handlers)))
+    logging._handlerList.clear()
+    logging._handlers.clear()
+
+
+def _forget_multiprocessing() -> None:
+    modules: Mapping[str, Any] = sys.modules
+    util = modules.get("multiprocessing.util")
+    if util is not None:
+        _kept.append(dict(util._finalizer_registry))
+        util._finalizer_registry.clear()
+        atexit.register(util._exit_function)
+    tracker = modules.get("multiprocessing.resource_tracker")
+    if tracker is not None:
+        _kept.append(tracker._resource_tracker)
+        tracker._resource_tracker.__dict__.update(type(tracker._resource_tracker)().__dict__)
+    server = modules.get("multiprocessing.forkserver")
+    if server is not None:
+        server._forkserver.__dict__.update(type(server._forkserver)().__dict__)
