@@ -13,9 +13,12 @@ from cloudexec._core.decisions import Decisions
 from cloudexec._core.losses import Losses
 from cloudexec._core.pool import Pool
 from cloudexec._core.queue import Queues
-from cloudexec._core.tasks import TaskState
+from cloudexec._core.tasks import Task, TaskState
 
 __all__ = ["Closing"]
+
+_ANSWERS = 1.0
+"""Seconds that workers have to say which tasks they have not begun."""
 
 
 class Closing:
@@ -33,6 +36,13 @@ class Closing:
         self._do = decisions.commands.append
         self._remind = decisions.remind
         self._to_look = True
+        self._asked: dict[Task, None] = {}
+        self._answers_due = 0.0
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether workers are to say which tasks they have not begun, so that nothing is sent."""
+        return bool(self._asked)
 
     @property
     def is_due(self) -> bool:
@@ -51,20 +61,53 @@ class Closing:
             return
         dropped = [*queues.waiting_tasks(), *queues.blocked, *queues.backing_off]
         queues.clear()
+        self._asked.clear()
         recalls: dict[str, list[int]] = {}
         for worker in self._pool.workers.values():
             for lease, task in worker.leases.items():
-                running = event.kill and task.state is TaskState.RUNNING
-                if task.state is TaskState.SENT or running:
-                    dropped.append(task)
+                if event.kill:
+                    if task.state is not TaskState.DONE:
+                        dropped.append(task)  # the workers end anyway
+                elif task.state is TaskState.SENT:
+                    # It may have begun. Only if its worker hands it back, it is cancelled.
+                    self._asked[task] = None
                     recalls.setdefault(worker.id, []).append(lease)
-        for task in dropped:
-            queues.close(task, "cancelled")
-        if dropped:
-            self._do(commands.CancelTasks(dropped))
-        if not event.kill:  # else the workers end anyway
-            for name, leases in recalls.items():
-                self._do(commands.RecallTasks(name, leases))
+        self._cancel(dropped)
+        for name, leases in recalls.items():
+            self._do(commands.RecallTasks(name, leases))
+        if recalls:
+            self._answers_due = now + _ANSWERS
+            self._remind(self._answers_due)
+
+    def cancel_returned(self, now: float) -> None:
+        """Cancel what workers have handed back, and in the end what silent workers have.
+
+        A worker that has said something since and has not handed a task back has begun it.
+        """
+        is_late = now >= self._answers_due
+        dropped = []
+        for task in list(self._asked):
+            if task.state is TaskState.SENT:
+                if not is_late:
+                    continue
+                worker = self._pool.workers.get(task.worker or "")
+                has_begun = worker is not None and worker.heard_at > self._answers_due - _ANSWERS
+            else:
+                has_begun = task.state in (TaskState.RUNNING, TaskState.DONE)
+            del self._asked[task]
+            if not has_begun:
+                dropped.append(task)
+        self._cancel(dropped)
+        if dropped and not self._queues.waiting:
+            self._queues.clear()
+        if self._asked:
+            self._remind(self._answers_due)
+
+    def _cancel(self, tasks: list[Task]) -> None:
+        for task in tasks:
+            self._queues.close(task, "cancelled")
+        if tasks:
+            self._do(commands.CancelTasks(tasks))
 
     def wind_down(self, now: float) -> None:
         """Stop whatever still runs; once it is all gone, finish."""

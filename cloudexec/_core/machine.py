@@ -100,6 +100,10 @@ class Machine:
             What to do, in order.
         """
         self._handlers[type(event)](event, now)
+        if self._closing.is_asking:
+            self._closing.cancel_returned(now)
+            if self._closing.is_asking:
+                return self._decisions.take()
         if self._queues.waiting and (self._pool.available or self._quarantine.reserved):
             self._dispatch.assign(now)
         if self._queues.shutting_down and self._closing.is_due:

@@ -530,10 +530,35 @@ def test_shutdown_with_cancel_keeps_only_what_runs() -> None:
     batch = tasks(5, quick())
     machine.handle(TasksSubmitted(batch), 0.0)
     machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    machine.handle(TasksStarted("w", [batch[0].lease]), 0.0)
+    sent = [task for task in batch if task.state is TaskState.SENT]
     commands = machine.handle(ShutdownRequested(cancel=True), 0.0)
-    (cancel,) = only(commands, CancelTasks)
-    assert list(cancel.tasks) == batch[1:]
+    waiting = [task for command in only(commands, CancelTasks) for task in command.tasks]
+    assert [*sent, *waiting] == batch[1:]
+    # What was sent ahead may have begun: its worker is asked, and nothing is sent meanwhile.
+    assert [list(c.leases) for c in only(commands, RecallTasks)] == [[task.lease for task in sent]]
+    assert len(sent) > 1
+    commands = machine.handle(LeasesReturned("w", [sent[0].lease]), 0.1)
+    assert [list(c.tasks) for c in only(commands, CancelTasks)] == [sent[:1]]
+    assert only(commands, SendTasks) == []
+    # The others have begun: they are waited for.
+    commands = machine.handle(DeadlinePassed(), 2.0)
+    assert only(commands, CancelTasks) == []
     assert only(commands, DrainWorker) == []
+    machine.validate()
+
+
+def test_shutdown_with_cancel_does_not_wait_for_a_silent_worker() -> None:
+    """What was sent ahead to it, and it may have begun, is cancelled after a second."""
+    machine = make(max_slots=1, slots_per_worker=1)
+    batch = tasks(3, quick())
+    machine.handle(TasksSubmitted(batch), 0.0)
+    machine.handle(WorkerConnected("w", 1, "1"), 0.0)
+    machine.handle(ShutdownRequested(cancel=True), 1.0)
+    assert machine.next_deadline() is not None
+    assert machine.next_deadline() <= 2.0
+    commands = machine.handle(DeadlinePassed(), 2.0)
+    assert {task for c in only(commands, CancelTasks) for task in c.tasks} == set(batch[1:])
     machine.validate()
 
 

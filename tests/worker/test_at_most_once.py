@@ -113,3 +113,18 @@ def test_a_task_that_its_slot_has_lost_is_noticed() -> None:
         assert isinstance(error, WorkerLostError)
         assert "has lost it" in str(error)
         assert executor.submit(abs, -3).result(60) == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shutdown_cancels_only_what_has_not_run(mode: str, tmp_path: Path) -> None:
+    """Whatever was sent ahead, and begun just then, is finished and not said to be cancelled."""
+    for turn in range(12):
+        ledger = tmp_path / f"ledger{turn}"
+        executor = start(mode, 2)
+        futures = [executor.submit(leave, str(ledger), n, 8) for n in range(300)]
+        futures[25 * turn].result(60)
+        executor.shutdown(cancel_futures=True)
+        assert all(future.done() for future in futures)
+        counts = lines(str(ledger))
+        ran = {n for n, future in enumerate(futures) if not future.cancelled()}
+        assert counts == Counter(ran)
