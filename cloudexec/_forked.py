@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
 __all__ = [
     "OwnThread",
+    "count_threads",
+    "count_threads_after_fork",
     "end_child",
     "end_if_forked",
     "forget_exit_functions",
@@ -22,6 +27,8 @@ __all__ = [
     "templates",
 ]
 
+_PROBE_SECONDS = 1.0
+"""That a process which is forked for nothing may take to end."""
 templates: set[int] = set()
 """Forks of this process, of which workers are forked: they use nothing of the program's."""
 
@@ -92,6 +99,44 @@ def _exit_code(exc: BaseException) -> int:
         return value & 0xFF
     print(value, file=sys.stderr)
     return 1
+
+
+def count_threads() -> int:
+    """Return how many threads this process has, those included that Python does not know of."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return threading.active_count()
+
+
+def count_threads_after_fork() -> int:
+    """Fork a process that ends at once, and return how many threads this one has afterwards.
+
+    Some libraries end their threads before each fork, as OpenBLAS does, which numpy uses.
+
+    Returns:
+        At least 2 if there can be no such process, or if it does not end: it waits for a lock that
+        a thread has.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the threads that may be there
+            pid = os.fork()
+    except OSError:
+        return max(2, count_threads())
+    if not pid:
+        os._exit(0)
+    ends = time.monotonic() + _PROBE_SECONDS
+    try:
+        while not os.waitpid(pid, os.WNOHANG)[0]:
+            if time.monotonic() > ends:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return max(2, count_threads())
+            time.sleep(0.0002)
+    except ChildProcessError:
+        pass  # it has ended: the program ignores SIGCHLD, or waits for all of its children
+    return count_threads()
 
 
 def run_exit_functions(rest: Callable[[], NoReturn]) -> NoReturn:

@@ -10,20 +10,20 @@ import socket
 import sys
 import threading
 import time
-import warnings
 from typing import Any
 
-from cloudexec._forked import templates
+from cloudexec._forked import count_threads, count_threads_after_fork, templates
 from cloudexec.worker import copied
 
 __all__ = ["Copy", "Template", "why_not"]
 
 _MOST_MEMORY = 1 << 30
 """Bytes of this process that a copy may hold on to, after this process has let go of them."""
-_PROBE_SECONDS = 1.0
 _ANSWER_SECONDS = 5.0
 _LOOK, _LOOKS = 0.0005, 40
 """Seconds between two looks whether a thread of ours has ended, and how many."""
+_MOST_FILES = 200
+"""Files open here: a copy has each of them open, too, and needs some for itself."""
 _UNSAFE = {"gevent": "gevent", "eventlet": "eventlet", "mpi4py.MPI": "MPI"}
 """What has threads, or something like them, that the system does not show."""
 
@@ -53,6 +53,8 @@ def why_not() -> str:
         return f"it has chosen {chosen!r} (multiprocessing.set_start_method)"
     if _own_memory() > _MOST_MEMORY:
         return "it has taken more than 1 GiB of memory"
+    if len(os.listdir("/proc/self/fd")) > _MOST_FILES:
+        return f"it has more than {_MOST_FILES} files open"
     if _has_own_extensions():
         return "it has imported a compiled module that is not installed"
     if _has_other_threads():
@@ -84,7 +86,7 @@ def _has_other_threads() -> bool:
     """
     ending = "cloudexec._server.portal" in sys.modules  # that of an executor before this one
     for _ in range(_LOOKS if ending else 1):
-        if _threads() == 1:
+        if count_threads() == 1:
             return False
         time.sleep(_LOOK)
     try:
@@ -93,25 +95,7 @@ def _has_other_threads() -> bool:
                 return True
     except OSError:
         return True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the threads that may be there
-        pid = os.fork()
-    if not pid:
-        os._exit(0)
-    ends = time.monotonic() + _PROBE_SECONDS
-    while not os.waitpid(pid, os.WNOHANG)[0]:
-        if time.monotonic() > ends:  # it waits for a lock
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return True
-    return _threads() > 1
-
-
-def _threads() -> int:
-    try:
-        return len(os.listdir("/proc/self/task"))
-    except OSError:
-        return 2
+    return count_threads_after_fork() > 1
 
 
 class Template:
@@ -182,7 +166,7 @@ class Template:
                     self._receive()
             except OSError:
                 return signal.SIGKILL  # the template has ended, and nobody knows it
-            return self._ended[pid]
+            return self._ended.pop(pid)
 
     def close(self) -> None:
         """End the template; workers go on."""

@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from cloudexec import _nesting
+from cloudexec._forked import count_threads, count_threads_after_fork
 
 __all__ = ["can_import_again", "preload", "seed_generators"]
 
@@ -70,20 +71,7 @@ def _has_threads() -> bool:
     """Whether there are threads that are still there when this process has been forked."""
     if threading.active_count() > 1:
         return True
-    if _threads() <= 1:
-        return False
-    pid = os.fork()
-    if not pid:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    return _threads() > 1
-
-
-def _threads() -> int:
-    try:
-        return len(os.listdir("/proc/self/task"))
-    except OSError:
-        return 1
+    return count_threads() > 1 and count_threads_after_fork() > 1
 
 
 def can_import_again(names: Sequence[str]) -> bool:

@@ -344,6 +344,7 @@ _REASONS = {
         multiprocessing.set_start_method("spawn")
     """,
     "it has taken more than 1 GiB of memory": "data = b'x' * (1100 << 20)",
+    "it has more than 200 files open": "import os; files = [os.dup(0) for _ in range(200)]",
     "it uses gevent": "import sys, types; sys.modules['gevent'] = types.ModuleType('gevent')",
     "preload= says so": "options['preload'] = False",
     "": "",
@@ -456,6 +457,31 @@ def client(tmp_path: Path) -> Any:
         assert program.stdout.readline() == "1\n"
         yield program
         program.kill()
+
+
+def test_a_program_that_ignores_the_end_of_its_children_has_copies(tmp_path: Path) -> None:
+    """Whether threads of a library outlive a fork is found out without waiting for the child."""
+    found = run_script(
+        tmp_path,
+        """
+        import signal
+        import numpy
+        from cloudexec import BatchExecutor
+
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        numpy.of_client = True
+        numpy.ones((500, 500)) @ numpy.ones((500, 500))  # starts OpenBLAS's threads
+
+        def look():
+            return hasattr(numpy, "of_client")
+
+        for _ in range(2):
+            with BatchExecutor(1) as executor:
+                print(executor.submit(look).result())
+        """,
+        OPENBLAS_NUM_THREADS="2",
+    )
+    assert found == ["True", "True"]
 
 
 def test_ctrl_c_and_the_end_of_children_do_not_end_the_process_that_forks_workers(
