@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from typing import Any
@@ -77,3 +78,10 @@ def wait_for_file(path: str, started: str) -> None:
         pass
     while not os.path.exists(path):
         time.sleep(0.001)
+
+
+def use(modules: tuple[str, ...], seconds: float) -> None:
+    """Import modules, and take some time."""
+    for name in modules:
+        importlib.import_module(name)
+    time.sleep(seconds)

@@ -13,6 +13,16 @@ def resident(pid: int | str = "self") -> int:
     return _field(pid, "VmRSS")
 
 
+def share(pid: int | str = "self") -> int:
+    """Return the bytes a process occupies, its part of what it shares; 0 if it is gone."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            found = re.search(r"^Pss:\s*(\d+) kB", file.read(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
 def peak(pid: int | str = "self") -> int:
     """Return the most bytes it occupied since ``reset_peak()``; 0 if it is gone."""
     return _field(pid, "VmHWM")

@@ -1,13 +1,16 @@
-"""How much client memory does a pending task take?
+"""How much client memory does a pending task take, and how much do libraries take in all processes?
 
 The only worker is busy; the tasks wait. The growth of the client's resident memory over their
-number, futures and the list that holds them included. Linux only.
+number, futures and the list that holds them included. Then a client that has imported numpy,
+pandas and scikit-learn, with two workers whose tasks have used them: all processes together, where
+what some share counts once. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import os
 import tempfile
 import time
@@ -17,12 +20,27 @@ import _fresh
 import _memory
 import _peers
 import _report
-from _peers import OURS, POOL
+from _peers import OURS, POOL, SPAWN
 
 _TASK_BYTES = 1536
+_LIBRARIES = ("numpy", "pandas", "sklearn.ensemble")
+_MOST_OF_FORK = 1.2
+"""Of the memory that a process pool takes whose workers are forked from the client."""
 
 
-def measure(contender: str, tasks: int, payload: int) -> _fresh.Figures:
+def _with_libraries(contender: str) -> _fresh.Figures:
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+    with _peers.opened(contender, 2) as peer:
+        # Each takes so long that no worker gets two of them.
+        peer.collect([peer.submit(_calls.use, _LIBRARIES, 0.5) for _ in range(2)])
+        total = sum(map(_memory.share, [os.getpid(), *_memory.descendants()]))
+    return {"MiB": total / _memory.MIB}
+
+
+def measure(contender: str, tasks: int = 0, payload: int = 0) -> _fresh.Figures:
+    if not tasks:
+        return _with_libraries(contender)
     with tempfile.TemporaryDirectory() as directory, _peers.opened(contender, 1) as peer:
         release, occupied = os.path.join(directory, "release"), os.path.join(directory, "occupied")
         blocker = peer.submit(_calls.wait_for_file, release, occupied)
@@ -60,6 +78,23 @@ def main(options: argparse.Namespace, report: _report.Report) -> None:
             at_most=_TASK_BYTES + payload,
             peer=POOL,
             theirs=_report.median(figures[POOL], "bytes"),
+        )
+    what = "client and two workers with numpy, pandas and scikit-learn"
+    tops = [name.partition(".")[0] for name in _LIBRARIES]
+    missing = [name for name in tops if importlib.util.find_spec(name) is None]
+    if missing:
+        report.missing(what, "", f"skipped: no {', '.join(missing)}")
+        return
+    figures = _peers.rounds([OURS, POOL, SPAWN], options.rounds, report, what, lambda _: {})
+    least = _report.median(figures[POOL], "MiB")
+    for name in (POOL, SPAWN):
+        report.number(
+            what,
+            _report.median(figures[OURS], "MiB"),
+            "MiB",
+            at_most=_MOST_OF_FORK * least if name == POOL else None,
+            peer=name,
+            theirs=_report.median(figures[name], "MiB"),
         )
 
 
