@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from cloudexec._objects.store import BlobStore
     from cloudexec._progress import ProgressBar
     from cloudexec._server.budget import PendingBudget
-    from cloudexec._server.driver import Driver, Submission
+    from cloudexec._server.driver import Driver
+    from cloudexec._server.submission import Submission
     from cloudexec._stats import ExecutorStats
     from cloudexec._story import TaskStory
 
@@ -287,7 +288,7 @@ class _Base(Executor):
             TypeError: If it is not a future that ``submit()`` or a graph returned.
             ValueError: If it belongs to another executor.
         """
-        from cloudexec._server.chronicle import explain
+        from cloudexec._server.explaining import explain
 
         return explain(self._executor._driver, future)
 
@@ -641,7 +642,8 @@ class BatchExecutor(_Base):
         from cloudexec import _payload, _settings
         from cloudexec._functions import FunctionTable
         from cloudexec._objects.store import BlobStore
-        from cloudexec._server.driver import Driver, Setup
+        from cloudexec._server.driver import Driver
+        from cloudexec._server.submission import Setup
 
         program: Any = None
         if self._journal is not None:
@@ -677,7 +679,9 @@ class BatchExecutor(_Base):
         else:
             setup["cwd"] = _working_directory()
             setup["sys_path"] = tuple(path or setup["cwd"] for path in sys.path)
-        driver = Driver(self._config, Setup(**setup), self._launcher, store)
+        driver = Driver(
+            self._config, Setup(**setup), self._launcher, store, self._numbers, self._budget
+        )
         started.append(driver)
         try:
             if self._journal is not None:
@@ -687,8 +691,6 @@ class BatchExecutor(_Base):
             driver.portal.run(driver.abandon()).result()
             driver.join()
             raise
-        driver.numbers = self._numbers
-        driver.budget = self._budget
         self._table = table
         _drivers[driver] = None
         # Once nobody can submit any more, what was submitted is finished and workers stop.
@@ -712,7 +714,7 @@ class BatchExecutor(_Base):
             )
         driver = self._driver
         if driver is not None and driver.broken is not None:
-            raise driver._broken_error()
+            raise driver.futures.broken_error()
 
     def _submit(
         self,
@@ -774,7 +776,7 @@ class BatchExecutor(_Base):
                 return _failed(future, _pickling_error(exc, fn, args, kwargs), driver)
         future._task = task
         if driver.budget is not None:
-            driver.budget.take(task, driver, self._check_open)
+            driver.budget.take(task, driver.engine.executor_id, driver.is_busy, self._check_open)
         with self._lock:
             # Under the lock: nothing may come into the inbox behind the request to shut down.
             if self._shut_down:
@@ -873,7 +875,9 @@ class BatchExecutor(_Base):
                     if tasks:
                         flush()  # or it would wait for these, too
                     try:
-                        budget.take(task, driver, self._check_open)
+                        budget.take(
+                            task, driver.engine.executor_id, driver.is_busy, self._check_open
+                        )
                     except BaseException:
                         futures.pop()
                         for each in futures:
@@ -1019,7 +1023,6 @@ class BatchExecutor(_Base):
             return
 
         async def break_down() -> None:
-            driver._take_inbox()
             driver.break_down(BrokenBatchExecutor(f"the executor is broken: {why}"))
 
         driver.portal.run(break_down()).result()
@@ -1148,7 +1151,7 @@ def default_launcher() -> Launcher:
 
 
 def _submission() -> Any:
-    from cloudexec._server.driver import Submission
+    from cloudexec._server.submission import Submission
 
     return Submission
 

@@ -85,7 +85,7 @@ class BatchFuture(Future[T]):
         _ended: tuple[float, float, str]
         _released: tuple[float, float, str]
     _notes: Any = None
-    """What happened to its task beyond the usual; see ``cloudexec._server.chronicle``. So are
+    """What happened to its task beyond the usual; see ``cloudexec._server.story``. So are
     ``_number``, ``_ended`` and ``_released``, slots that are empty until there is something to
     say."""
     _on_end: Callable[[BatchFuture[Any], bool], None] | None = None

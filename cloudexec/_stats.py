@@ -157,7 +157,9 @@ class ExecutorStats:
             running += begun
             for task in worker.leases.values():
                 sent += task.state is TaskState.SENT
-        takeover = driver.takeover
+        takeover, transfers = driver.takeover, driver.transfers
+        put = 0 if transfers is None else transfers.bytes_received
+        size_name = driver.launches.size_name
         return cls(
             tasks=TaskCounts(
                 held=len(machine.blocked),
@@ -179,25 +181,25 @@ class ExecutorStats:
                 cut=sum(worker.cut_at is not None for worker in machine.workers.values()),
                 lost=counts["workers_lost"],
                 reclaimed=counts["workers_reclaimed"],
-                reconnected=driver.reconnections,
+                reconnected=driver.workers.reconnections,
                 launched=counts["launches"],
                 taken_over=0 if takeover is None else takeover.workers,
                 slots=slots,
             ),
-            bytes_sent=driver.bytes_sent,
-            bytes_received=driver.bytes_received,
-            bytes_uploaded=0 if driver.depot is None else driver.depot.bytes_uploaded,
-            bytes_downloaded=0 if driver.depot is None else driver.depot.bytes_downloaded,
+            bytes_sent=driver.service.bytes_sent,
+            bytes_received=driver.service.bytes_received + put,
+            bytes_uploaded=0 if transfers is None else transfers.bytes_uploaded,
+            bytes_downloaded=0 if transfers is None else transfers.bytes_downloaded,
             lost_attempts=counts["lost_attempts"],
             retries=counts["retries"],
             retried_errors=counts["retried_errors"],
             duplicates=counts["duplicates"],
             pending_bytes=0 if driver.budget is None else driver.budget.bytes,
             launch_failures=counts["launch_failures"],
-            refused=sum(driver.refusals.values()),
+            refused=sum(driver.refusals.counts.values()),
             sizes=tuple(
                 SizeCounts(
-                    size=driver.size_name(rung),
+                    size=size_name(rung),
                     starting=found[0],
                     connected=found[1],
                     slots=found[2],

@@ -39,7 +39,7 @@ from cloudexec._describing import (
     type_name,
 )
 from cloudexec._executor import BatchExecutor, OptionsView
-from cloudexec._server.chronicle import explain
+from cloudexec._server.explaining import explain
 
 if TYPE_CHECKING:
     from cloudexec._config import TaskOptions

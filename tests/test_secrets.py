@@ -64,13 +64,14 @@ class _Inspection:
         failing = executor.submit(divmod, 1, 0)
         self.shown.append(repr(failing.exception(30)))
         driver: Any = executor._driver
-        self.secrets.add(driver.key)
+        self.secrets.add(driver.engine.key)
         sessions = list(driver.sessions.values())
         assert sessions
         for session in sessions:
             self.secrets.add(session.token)
-            self.secrets.add(driver.key_of(session.identity))
-        for each in (executor, driver, driver.contact, driver.setup, driver.machine, failing,
+            self.secrets.add(driver.workers.key_of(session.identity))
+        contact = driver.launches.contact
+        for each in (executor, driver, contact, driver.setup, driver.machine, failing,
                      driver._launcher, executor.stats(), *sessions, driver.portal):  # fmt: skip
             self.shown += [repr(each), str(each)]
 
@@ -221,7 +222,7 @@ def test_sockets_and_their_directory_are_private() -> None:
     with BatchExecutor(1, launcher=Local()) as executor:
         executor.submit(len, b"").result(30)
         driver: Any = executor._driver
-        socket_path = Path(driver.contact.target.removeprefix("plain:"))
+        socket_path = Path(driver.launches.contact.target.removeprefix("plain:"))
         assert stat.S_IMODE(socket_path.parent.stat().st_mode) == 0o700
         assert {each.name for each in socket_path.parent.iterdir()} == {"s", "d"}
         for each in socket_path.parent.iterdir():

@@ -16,22 +16,23 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from cloudexec._aws.names import object_prefix
 from cloudexec._errors import AwsError, CloudexecError, PayloadError
 from cloudexec._log import Log
-from cloudexec._objects.store import Blob
+from cloudexec._objects.store import Blob, BlobStore
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._server.engine import Engine
+from cloudexec._server.sessions import Sessions
 from cloudexec._transfer import PART_BYTES, SignedRequest
 
 if TYPE_CHECKING:
     from cloudexec._aws.clients import AwsClients
     from cloudexec._objects.s3 import Bucket
-    from cloudexec._server.driver import Driver
 
-__all__ = ["Depot"]
+__all__ = ["BucketTransfers"]
 
 _logger = Log()
 _PATIENCE = 20.0
@@ -52,23 +53,40 @@ _WHY_KEPT = 300
 """Characters of a worker's own words that are logged."""
 
 
-class Depot:
-    """What one driver has in its bucket. On its loop thread.
+class BucketTransfers:
+    """What one executor has in its bucket. On its loop thread.
 
     Args:
-        driver: Whose.
+        engine: Whose.
+        sessions: Of its workers.
+        store: Of what is here.
         name: Of the bucket.
         region: Of the AWS calls; empty: the SDK's default.
         threshold: Bytes from which blobs go through the bucket.
+        expects: Says whether the worker of a session has a lease.
     """
 
-    def __init__(self, driver: Driver, name: str, region: str, threshold: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        sessions: Sessions,
+        store: BlobStore,
+        name: str,
+        region: str,
+        threshold: int,
+        expects: Callable[[Any, int], bool],
+    ) -> None:
         self.name = name
         self.threshold = threshold
         self.part_bytes = PART_BYTES
         self.bytes_uploaded = 0
         self.bytes_downloaded = 0
-        self._driver = driver
+        self.bytes_received = 0
+        """Of results that workers have put there; also among those downloaded."""
+        self._engine = engine
+        self._sessions = sessions
+        self._store = store
+        self._is_expected = expects
         self._region = region
         self._clients: AwsClients | None = None
         self._bucket: Bucket | None = None
@@ -166,7 +184,7 @@ class Depot:
             self.forget([request.blob])
             return False
         try:
-            blob = await asyncio.to_thread(self._driver.store.new, request.size)
+            blob = await asyncio.to_thread(self._store.new, request.size)
             await self._read(str(request.blob), blob, request.sha256)
         except (PayloadError, OSError):
             return False  # whoever takes it on the other way says what is wrong
@@ -177,20 +195,20 @@ class Depot:
             return False
         finally:
             self.forget([request.blob])
-        self._driver.bytes_received += blob.size
+        self.bytes_received += blob.size
         if self._expects(session, request):
             session.arrived[request.blob] = blob
             session.parts.setdefault(request.lease, []).append(request.blob)
         return True
 
     def _expects(self, session: Any, request: pb.StoreRequest) -> bool:
-        return self._driver.expects(session.token, request.lease)
+        return self._is_expected(session, request.lease)
 
     def session_ended(self, session: Any) -> None:
         """A worker is gone: what it has begun to upload is given up."""
         for number, upload_id in session.uploads.items():
             if upload_id and not self._closed:
-                self._driver.create_task(self._abort(number, upload_id))
+                self._engine.create_task(self._abort(number, upload_id))
         session.uploads.clear()
 
     # Up and down.
@@ -211,7 +229,7 @@ class Depot:
         return await asyncio.shield(running)
 
     def _is_alone(self) -> bool:
-        return len(self._driver.sessions) + len(self._driver.machine.launches) <= 1
+        return len(self._sessions) + len(self._engine.machine.launches) <= 1
 
     async def _upload(self, blob: Blob) -> bool:
         view = blob.view()
@@ -238,7 +256,7 @@ class Depot:
             PayloadTooLargeError: If there is no room for it.
             OSError: If it cannot be written.
         """
-        content = await asyncio.to_thread(self._driver.store.new, blob.size)
+        content = await asyncio.to_thread(self._store.new, blob.size)
         await self._read(str(blob.id), content, blob.sha256)
         return content
 
@@ -257,7 +275,7 @@ class Depot:
                 # The SDK takes half a second to be imported.
                 clients_of, bucket_of = await asyncio.to_thread(_import)
                 self._clients = clients_of(self._region or None)
-                prefix = object_prefix(self._driver.executor_id)
+                prefix = object_prefix(self._engine.executor_id)
                 self._bucket = bucket_of(self._clients, self.name, prefix, patience=_PATIENCE)
         return self._bucket
 

@@ -12,7 +12,7 @@ from cloudexec._errors import ConfigError, QueueFullError
 from cloudexec._log import Log
 
 if TYPE_CHECKING:
-    from cloudexec._server.driver import Driver, Submission
+    from cloudexec._server.submission import Submission
 
 __all__ = ["PendingBudget", "pending_budget"]
 
@@ -79,12 +79,19 @@ class PendingBudget:
         with self._lock:
             return self._take(task, size)
 
-    def take(self, task: Submission, driver: Driver, check_open: Callable[[], object]) -> None:
+    def take(
+        self,
+        task: Submission,
+        executor_id: str,
+        is_busy: Callable[[], bool],
+        check_open: Callable[[], object],
+    ) -> None:
         """Count a task once there is room for it.
 
         Args:
             task: Which; not posted yet.
-            driver: Whose.
+            executor_id: Whose, for the log.
+            is_busy: Says whether the executor has tasks that it can run.
             check_open: Raises if nothing can be submitted any more.
 
         Raises:
@@ -108,13 +115,13 @@ class PendingBudget:
                 finally:
                     self._waiting -= 1
                 check_open()
-                if not (woken or driver.machine.open_tasks or driver.inbox):
+                if not (woken or is_busy()):
                     # All that is pending is held for futures, which it may be for us to complete.
                     self._count(task, size)
                     return
                 if not mentioned and time.monotonic() - since > _LONG:
                     mentioned = True
-                    self._mention(driver)
+                    self._mention(executor_id)
 
     def give(self, task: Any) -> None:
         """A task has its outcome, or was not posted after all; it may be said more than once."""
@@ -154,14 +161,14 @@ class PendingBudget:
             most_tasks is None or self.tasks <= int(most_tasks * _ROOM)
         )
 
-    def _mention(self, driver: Driver) -> None:
+    def _mention(self, executor_id: str) -> None:
         from cloudexec._server.telling import fields
 
         _logger.info(
             "submit() has waited %.0f s for room: %s",
             _LONG,
             self._state(),
-            extra=fields("submit_blocked", driver.executor_id, reason=self._state()),
+            extra=fields("submit_blocked", executor_id, reason=self._state()),
         )
 
     def _state(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -21,44 +21,27 @@ from cloudexec._core.tasks import TaskState
 from cloudexec._describing import cause_of, describe, is_a, presentable, type_name
 from cloudexec._errors import DependencyError, PayloadError
 from cloudexec._forked import OwnThread, end_if_forked
-from cloudexec._future import BatchFuture
+from cloudexec._future import BatchFuture, Owner
 from cloudexec._journal.packing import Stored
 from cloudexec._objects.ref import Ref
+from cloudexec._objects.store import BlobStore
 from cloudexec._payload import Composed, Payload, Unfinished
+from cloudexec._server.engine import Engine
+from cloudexec._server.futures import Futures
+from cloudexec._server.keeper import Keeper
+from cloudexec._server.outcomes import decode_result
 from cloudexec._server.splicing import Spliced
+from cloudexec._server.submission import Needs, Submission
 
 if TYPE_CHECKING:
-    from cloudexec._server.driver import Driver, Submission
+    from cloudexec._server.takeover import Takeover
 
-__all__ = ["Dependencies", "Needs", "hold_back"]
+__all__ = ["Dependencies", "hold_back"]
 
 _CANCELLED = object()
 _Waiting = list[Any]
 """Held tasks, each followed by the index of the dependency that it waits for. Flat: every object
 that the garbage collector must visit is felt in a graph of 100,000 tasks."""
-
-
-class Needs:
-    """What a held task waits for.
-
-    Attributes:
-        name: The function's, for messages.
-        futures: Its dependencies, until it stands in their lists.
-        inputs: Their pickled values, as they come.
-        missing: How many have not come.
-        places: Where among the arguments each stands; see ``_places``.
-    """
-
-    __slots__ = ("futures", "inputs", "missing", "name", "places")
-
-    def __init__(
-        self, name: str, futures: Sequence[Future[Any] | None], places: tuple[Any, ...]
-    ) -> None:
-        self.name = name
-        self.futures = futures
-        self.inputs: list[Any] = [None] * len(futures)
-        self.missing = len(futures)
-        self.places = places
 
 
 def hold_back(
@@ -152,20 +135,30 @@ def _decode_failed(future: BatchFuture[Any]) -> None:
 
 
 class Dependencies:
-    """The held tasks of one driver; everything here happens on its loop thread.
+    """The held tasks of one executor; everything here happens on its loop thread.
 
     Args:
-        driver: Whose.
-        decode_result: How it marks a future whose result is still bytes.
+        engine: Is told when they can be sent.
+        futures: Of all its tasks.
+        keeper: Of results that stay on workers.
+        store: Takes in values that are objects here.
+        owner: Of the executor's futures.
     """
 
-    def __init__(self, driver: Driver, decode_result: Callable[[BatchFuture[Any]], None]) -> None:
-        self._driver = driver
-        self._decode_result = decode_result
-        self.concluded: deque[tuple[_Waiting, Any]] = deque()
-        """Those who waited for a future, and its outcome: not carried out yet."""
+    def __init__(
+        self, engine: Engine, futures: Futures, keeper: Keeper, store: BlobStore, owner: Owner
+    ) -> None:
+        self.takeover: Takeover | None = None
+        """Knows which calls workers of an earlier process hold."""
         self.foreign: dict[Future[Any], _Waiting] = {}
         """Futures that others complete, and who waits for them."""
+        self._engine = engine
+        self._futures = futures
+        self._keeper = keeper
+        self._store = store
+        self._owner = owner
+        # Those who waited for a future, and its outcome: not carried out yet.
+        self._concluded: deque[tuple[_Waiting, Any]] = deque()
         self._values: queue.SimpleQueue[tuple[_Waiting, Future[Any]] | None] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -184,7 +177,7 @@ class Dependencies:
 
     def hold(self, tasks: list[Submission]) -> None:
         """Take in new tasks that wait for others."""
-        self._driver.feed(events.TasksBlocked(tasks))
+        self._engine.feed(events.TasksBlocked(tasks))
         for task in tasks:
             needs = task.needs
             if needs is None or task.handle is None or task.handle.done():
@@ -196,20 +189,20 @@ class Dependencies:
                         self._wait_for(future, task, index)
                     except BaseException as exc:
                         # Of a class of the user's, with methods of its own.
-                        self.concluded.append(([task, index], self._failed_with(future, exc)))
+                        self._concluded.append(([task, index], self._failed_with(future, exc)))
         self.settle()
 
     def _wait_for(self, future: Future[Any], task: Submission, index: int) -> None:
         if isinstance(future, BatchFuture):
             producer = future._task
-            if producer is not None and future._owner is self._driver and not future.done():
+            if producer is not None and future._owner is self._owner and not future.done():
                 if producer.dependents is None:
                     producer.dependents = [task, index]
                 else:
                     producer.dependents += (task, index)
                 return
         if future.done():
-            self.conclude([task, index], future, None)
+            self._conclude([task, index], future, None)
         elif future in self.foreign:
             self.foreign[future] += (task, index)
         else:
@@ -219,20 +212,20 @@ class Dependencies:
     def _on_foreign(self, future: Future[Any]) -> None:
         """Somebody else's future is done; called in whatever thread completed it."""
         try:
-            self._driver.portal.post(self._take_foreign, future)
+            self._engine.portal.post(self._take_foreign, future)
         except RuntimeError:
             pass  # the loop has closed: nobody waits any more
 
     def _take_foreign(self, future: Future[Any]) -> None:
         waiting = self.foreign.pop(future, None)
         if waiting:
-            self._driver.now()
-            self.conclude(waiting, future, None)
+            self._engine.now()
+            self._conclude(waiting, future, None)
             self.settle()
 
     # Outcomes.
 
-    def conclude(self, waiting: _Waiting, future: Future[Any], result: object) -> None:
+    def _conclude(self, waiting: _Waiting, future: Future[Any], result: object) -> None:
         """Note that a future is done; ``settle`` does what follows.
 
         Args:
@@ -250,7 +243,7 @@ class Dependencies:
             if result is None:
                 self._values.put((waiting, future))
                 return
-        self.concluded.append((waiting, result))
+        self._concluded.append((waiting, result))
 
     def _look(self, future: Future[Any]) -> Any:
         """Return a future's outcome; ``None`` if the other thread is to look at it."""
@@ -263,10 +256,10 @@ class Dependencies:
                 return None
             try:
                 decode = future._decode
-                if decode is self._decode_result:
+                if decode is decode_result:
                     if type(future._result) is Composed:
                         future._result.shared = True
-                        if not self._driver.keeper.has(future._result):
+                        if not self._keeper.has(future._result):
                             return None  # another executor's, to be copied
                     elif type(future._result) is Stored:
                         return None  # to be read from a disk
@@ -276,7 +269,7 @@ class Dependencies:
                     return _Failed("", "", failed.origin, direct=False, stage=failed.stage)
                 if decode is not None:
                     return _Failed("", "", future, direct=True, stage=future._label)
-                if type(future._result) is Ref and future._result._keeper is self._driver.keeper:
+                if type(future._result) is Ref and future._result._keeper is self._keeper:
                     return future._result._payload
             finally:
                 future._lock.release()
@@ -295,8 +288,15 @@ class Dependencies:
         released: list[Submission] = []
         dropped: list[Submission] = []
         cancelled: list[Submission] = []
-        while self.concluded:
-            waiting, outcome = self.concluded.popleft()
+        finished = self._futures.concluded
+        if not (finished or self._concluded):
+            return
+        while finished or self._concluded:
+            while finished:
+                self._conclude(*finished.popleft())
+            if not self._concluded:
+                break
+            waiting, outcome = self._concluded.popleft()
             for task, index in zip(waiting[::2], waiting[1::2], strict=True):
                 needs = task.needs
                 if needs is None or task.handle is None:
@@ -304,7 +304,7 @@ class Dependencies:
                 if outcome is _CANCELLED:
                     task.needs = None
                     cancelled.append(task)
-                    self._driver._cancel(commands.CancelTasks([task]))
+                    self._futures.cancel(commands.CancelTasks([task]))
                 elif type(outcome) is _Failed:
                     task.needs = None
                     dropped.append(task)
@@ -316,16 +316,18 @@ class Dependencies:
                         task.needs = None
                         assert task.payload is not None
                         task.payload = Spliced(task.payload, needs.inputs)
-                        self._driver.keeper.note_inputs(task)
-                        task.handle._released = self._driver.moment
+                        self._keeper.note_inputs(task)
+                        task.handle._released = self._engine.moment
                         released.append(task)
-        feed = self._driver.feed
+        feed = self._engine.feed
         if dropped:
             feed(events.TasksDropped(dropped))
         if cancelled:
             feed(events.TasksCancelled(cancelled))
         if released:
-            self._driver.release(released)
+            if self.takeover is not None:
+                released = self.takeover.sift(released, held=True)
+            feed(events.TasksReleased(released))
 
     def _fail(self, task: Submission, needs: Needs, index: int, failed: _Failed) -> None:
         future: BatchFuture[Any] | None = task.handle
@@ -336,7 +338,7 @@ class Dependencies:
             needs.name, dependency, failed.origin, direct=failed.direct, stage=failed.stage
         )
         done = future._finish(why, None, _decode_failed, failed=True)
-        self._driver._let_go(task, future, done)
+        self._futures.let_go(task, future, done)
 
     def cancelled(self, tasks: list[Submission]) -> None:
         """Tasks were cancelled by their user: so is what waits for them."""
@@ -345,7 +347,7 @@ class Dependencies:
             future = task.handle
             if task.dependents is not None and future is not None:
                 waiting, task.dependents = task.dependents, None
-                self.concluded.append((waiting, _CANCELLED))
+                self._concluded.append((waiting, _CANCELLED))
             if task.state is TaskState.BLOCKED:
                 task.payload = None
                 if future is not None:
@@ -355,7 +357,7 @@ class Dependencies:
         """Cancel what waits for futures that nobody is left to complete."""
         foreign, self.foreign = self.foreign, {}
         for waiting in foreign.values():
-            self.concluded.append((waiting, _CANCELLED))
+            self._concluded.append((waiting, _CANCELLED))
         self.settle()
 
     # Values.
@@ -373,9 +375,9 @@ class Dependencies:
                 elif failure is None:
                     value = future.result()
                     if type(value) is Ref:
-                        outcome = self._driver.keeper.payload_of(value)
+                        outcome = self._keeper.payload_of(value)
                     else:
-                        outcome = _payload.dumps(value, self._driver.store)
+                        outcome = _payload.dumps(value, self._store)
                     del value
                 else:
                     outcome = self._failed_with(future, failure)
@@ -388,7 +390,7 @@ class Dependencies:
                 error.__cause__ = presentable(exc)
                 outcome = _Failed("", "", error, direct=True)
             try:
-                self._driver.portal.post(self._take_value, waiting, outcome)
+                self._engine.portal.post(self._take_value, waiting, outcome)
             except RuntimeError:
                 pass  # the loop has closed
             del wanted, waiting, future, outcome, pickled
@@ -398,18 +400,18 @@ class Dependencies:
         if not isinstance(future, BatchFuture):
             return None
         with future._lock:
-            result = future._result if future._decode is self._decode_result else None
+            result = future._result if future._decode is decode_result else None
             if type(result) is Composed:
                 result.shared = True
         if type(result) is Stored:
-            return result.composed(self._driver.store)
+            return result.composed(self._store)
         if type(result) is not Composed:
             return None
-        keeper = self._driver.keeper
+        keeper = self._keeper
         return result if keeper.has(result) else keeper.copy_of(result)
 
     def _take_value(self, waiting: _Waiting, outcome: Payload | _Failed) -> None:
-        self.concluded.append((waiting, outcome))
+        self._concluded.append((waiting, outcome))
         self.settle()
 
     def stop(self) -> None:

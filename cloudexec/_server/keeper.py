@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import threading
 import weakref
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from cloudexec import _payload, _records
 from cloudexec._core import events
 from cloudexec._core.events import Failure, FailureKind
 from cloudexec._describing import cause_of, describe, is_interrupt, presentable
 from cloudexec._errors import CloudexecError, PayloadError, RefLostError
-from cloudexec._future import BatchFuture
+from cloudexec._future import BatchFuture, Owner
 from cloudexec._objects.places import FileSource, open_shared
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import Blob, BlobStore
 from cloudexec._payload import Composed, Payload
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._server.bucket import BucketTransfers
+from cloudexec._server.engine import Engine
+from cloudexec._server.sessions import Sessions
 from cloudexec._server.splicing import Spliced
-
-if TYPE_CHECKING:
-    from cloudexec._server.driver import Driver, Submission
+from cloudexec._server.submission import Submission
 
 __all__ = ["Keeper", "Recipe"]
 
@@ -92,15 +94,37 @@ def _way_to(part: Payload) -> Payload | Recipe:
 
 
 class Keeper:
-    """What the workers of one driver keep. On its loop thread, but for what ``Ref`` calls.
+    """What the workers of one executor keep. On its loop thread, but for what ``Ref`` calls.
 
     Args:
-        driver: Whose.
+        engine: Whose workers.
+        sessions: Of these.
+        store: Of what is here.
+        owner: Of the futures of tasks that are run once more.
+        numbers: Of tasks.
+        finished: Set when the executor has ended.
     """
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self.is_far = not driver.store.shared
+    def __init__(
+        self,
+        engine: Engine,
+        sessions: Sessions,
+        store: BlobStore,
+        owner: Owner,
+        numbers: Iterator[int],
+        finished: threading.Event,
+    ) -> None:
+        self.is_far = not store.shared
+        self.one_machine = False
+        """Whether workers may open what others on this machine keep."""
+        self.transfers: BucketTransfers | None = None
+        """What is in the bucket, where there is one."""
+        self._engine = engine
+        self._sessions = sessions
+        self._store = store
+        self._owner = owner
+        self._numbers = numbers
+        self._finished = finished
         self._pulls: dict[int, asyncio.Future[None]] = {}
         self._remaking: dict[Composed, asyncio.Future[BaseException | None]] = {}
         self._downloading: set[int] = set()
@@ -114,10 +138,10 @@ class Keeper:
         assert isinstance(payload, Composed)
         if not any(blob.origin or blob.lost for blob in payload.blobs):
             return _loaded(payload.load)
-        if self._driver.portal.is_this_thread:
+        if self._engine.portal.is_this_thread:
             raise RuntimeError("Ref.get() would wait for the thread that it is called in")
         try:
-            running = self._driver.portal.run(self._sources(payload))
+            running = self._engine.portal.run(self._sources(payload))
         except RuntimeError as exc:
             raise self._gone() from exc
         try:
@@ -147,7 +171,7 @@ class Keeper:
         if ref._keeper is self:
             return payload
         if ref._keeper is None:  # in a task, whose own executor this is
-            return _payload.dumps(ref.get(), self._driver.store)
+            return _payload.dumps(ref.get(), self._store)
         if type(payload) is bytes:
             return payload
         assert isinstance(payload, Composed)
@@ -156,7 +180,7 @@ class Keeper:
 
     def has(self, payload: Composed) -> bool:
         """Say whether a payload is of this executor: numbers of blobs mean nothing elsewhere."""
-        store = self._driver.store
+        store = self._store
         return all(store.has(blob) for blob in payload.blobs)
 
     def copy_of(self, payload: Composed) -> Composed:
@@ -165,7 +189,7 @@ class Keeper:
         Raises:
             PayloadTooLargeError: If there is no room for it.
         """
-        blobs = tuple([self._driver.store.intern(blob.view()) for blob in payload.blobs])
+        blobs = tuple([self._store.intern(blob.view()) for blob in payload.blobs])
         return Composed(payload.head, blobs, payload.numbers)
 
     def is_gone(self, payload: Payload) -> bool:
@@ -173,7 +197,7 @@ class Keeper:
         if type(payload) is bytes:
             return False
         assert isinstance(payload, Composed)
-        ended = self._driver.finished.is_set()
+        ended = self._finished.is_set()
         return any(
             (blob.origin and ended) or (blob.lost and (ended or payload.recipe is None))
             for blob in payload.blobs
@@ -197,7 +221,7 @@ class Keeper:
         assert isinstance(payload, Composed)
         if any(blob.origin or blob.lost for blob in payload.blobs):
             try:
-                bringing = self._driver.portal.run(self._bring(payload))
+                bringing = self._engine.portal.run(self._bring(payload))
             except RuntimeError as exc:
                 raise self._gone() from exc
             try:
@@ -247,17 +271,17 @@ class Keeper:
 
         The future fails with ``FileNotFoundError`` if it is lost.
         """
-        loop = self._driver.portal.loop
+        loop = self._engine.portal.loop
         pulling = self._pulls.get(blob.id)
         if pulling is not None and not pulling.done():
             return pulling
         pulling = loop.create_future()
         # Whoever asked may have gone meanwhile.
         pulling.add_done_callback(lambda done: None if done.cancelled() else done.exception())
-        session = self._driver.sessions.get(blob.origin or "")
-        if blob.origin is not None and blob.stored and self._driver.depot is not None:
+        session = self._sessions.get(blob.origin or "")
+        if blob.origin is not None and blob.stored and self.transfers is not None:
             self._pulls[blob.id] = pulling
-            self._driver.create_task(self._download(blob))
+            self._engine.create_task(self._download(blob))
         elif blob.lost or (blob.origin is not None and session is None):
             pulling.set_exception(FileNotFoundError())
         elif blob.origin is None:
@@ -281,7 +305,7 @@ class Keeper:
         return pulling
 
     def _look_later(self, pause: float, blob: Blob, session: Any, asked_at: float) -> None:
-        loop = self._driver.portal.loop
+        loop = self._engine.portal.loop
         timer = loop.call_later(pause, self._look_after, blob, session, asked_at)
         # Not to be kept by the timer once it is here.
         self._pulls[blob.id].add_done_callback(lambda _: timer.cancel())
@@ -291,7 +315,7 @@ class Keeper:
         pulling = self._pulls.get(blob.id)
         if pulling is None or pulling.done():
             return
-        loop = self._driver.portal.loop
+        loop = self._engine.portal.loop
         now = loop.time()
         # What waits for its turn behind others comes in time.
         since = now if session.is_cut else max(asked_at, session.progress_at)
@@ -303,20 +327,20 @@ class Keeper:
 
     async def _download(self, blob: Blob) -> None:
         """Bring a blob from the bucket; if it is not to be had there, from its worker."""
-        depot = self._driver.depot
-        assert depot is not None
+        transfers = self.transfers
+        assert transfers is not None
         if blob.id in self._downloading:
             return
         self._downloading.add(blob.id)
         try:
-            content = await depot.download(blob)
+            content = await transfers.download(blob)
         except (PayloadError, OSError) as exc:
             pulling = self._pulls.pop(blob.id, None)
             if pulling is not None and not pulling.done():
                 pulling.set_exception(exc)
         except CloudexecError as exc:
-            depot.lost(blob, exc)
-            session = self._driver.sessions.get(blob.origin or "")
+            transfers.lost(blob, exc)
+            session = self._sessions.get(blob.origin or "")
             if session is not None:
                 session.want(blob)
             else:
@@ -329,7 +353,7 @@ class Keeper:
 
     def _open(self, blob: Blob) -> None:
         """Take a blob over from a worker on this machine."""
-        place, store = blob.place, self._driver.store
+        place, store = blob.place, self._store
         assert place is not None
         if place.mappable:
             other = store.take_over(blob.size, fd=open_shared(place), spill=True)
@@ -338,11 +362,11 @@ class Keeper:
         self._adopt(blob, other)
 
     def _adopt(self, blob: Blob, other: Blob) -> None:
-        keeping = self._driver.sessions.get(blob.origin or "")
+        keeping = self._sessions.get(blob.origin or "")
         if keeping is not None:
             keeping.release([blob])  # it need not wait with its end for this one
-        self._driver.store.adopt(blob, other)
-        for session in self._driver.sessions.values():
+        self._store.adopt(blob, other)
+        for session in self._sessions.values():
             session.moved(blob.id)
 
     def waits_for(self, number: int, size: int, session: Any) -> bool:
@@ -373,7 +397,7 @@ class Keeper:
             if blob.origin == worker and blob.stored:
                 blob.origin = _NOWHERE
                 if blob.id in self._pulls:
-                    self._driver.create_task(self._download(blob))
+                    self._engine.create_task(self._download(blob))
             elif blob.origin == worker:
                 blob.lost = True
                 self.failed(blob.id)
@@ -382,7 +406,7 @@ class Keeper:
         """Have a worker that is to end hand over what it keeps, unless nobody can need it."""
         session.ending = True
         kept = session.kept_blobs()
-        machine = self._driver.machine
+        machine = self._engine.machine
         if kept and (machine.open_tasks or machine.blocked or not machine.shutting_down):
             pulls = [self.pull(blob) for blob in kept if not blob.stored]
             done = asyncio.gather(*pulls, return_exceptions=True)
@@ -401,7 +425,7 @@ class Keeper:
 
     def is_at_hand(self, payload: Payload | Spliced, worker: str) -> bool:
         """Say whether a task can be sent to a worker, or must wait for what it takes."""
-        shared = bool(self._driver.direct_path)
+        shared = self.one_machine
         for blob in _blobs_of(payload):
             near = blob.origin in (None, worker) or shared or blob.stored
             if blob.lost or not near:
@@ -412,8 +436,8 @@ class Keeper:
         """Have a task wait until what it takes is here."""
         payload = task.payload
         failure = Failure(FailureKind.INPUT_LOST, pb.Failure(lease=lease))
-        self._driver.feed(events.FailuresReceived(worker, [(lease, failure)]))
-        self._driver.create_task(self._supply(task, worker, payload, failure))
+        self._engine.feed(events.FailuresReceived(worker, [(lease, failure)]))
+        self._engine.create_task(self._supply(task, worker, payload, failure))
 
     async def _supply(
         self, task: Any, worker: str, payload: Payload | Spliced, failure: Failure
@@ -424,11 +448,11 @@ class Keeper:
         except BaseException as exc:
             error = exc.error if type(exc) is _MadeAgainError else exc
             failure.detail.payload = _payload.dumps_exception(error)
-            self._driver.feed(events.FailureJudged(worker, task, failure, again=False))
+            self._engine.feed(events.FailureJudged(worker, task, failure, again=False))
             if not isinstance(exc, Exception):
                 raise
         else:
-            self._driver.feed(events.InputsRestored([task]))
+            self._engine.feed(events.InputsRestored([task]))
 
     async def _make_again(self, payload: Composed) -> None:
         """Run the task once more whose result was lost.
@@ -440,14 +464,14 @@ class Keeper:
         remaking = self._remaking.get(payload)
         if remaking is None:
             recipe: Recipe | None = payload.recipe
-            if self._driver.machine.finished:
+            if self._engine.machine.finished:
                 raise self._gone()
             if recipe is None:
                 raise RefLostError(
                     "a result was kept on a worker that is gone, and it is not made again "
                     "(on_loss='raise', or it was not a task's)"
                 )
-            remaking = self._driver.portal.loop.create_future()
+            remaking = self._engine.portal.loop.create_future()
             self._remaking[payload] = remaking
             self._submit(payload, recipe)
         error = await asyncio.shield(remaking)
@@ -455,16 +479,13 @@ class Keeper:
             raise _MadeAgainError(error)
 
     def _submit(self, payload: Composed, recipe: Recipe) -> None:
-        from cloudexec._server.driver import Submission
-
-        driver = self._driver
-        future: BatchFuture[Any] = BatchFuture(driver)
+        future: BatchFuture[Any] = BatchFuture(self._owner)
         task = Submission(
-            next(driver.numbers),
+            next(self._numbers),
             recipe.stats,
             future,
             recipe.function,
-            recipe.payload(driver.store),
+            recipe.payload(self._store),
             recipe.retries,
             recipe.requirements,
         )
@@ -472,13 +493,13 @@ class Keeper:
 
         def done(made: Any) -> None:  # not by its own name: it would refer to itself
             try:
-                driver.portal.post(self._made_again, payload, made)
+                self._engine.portal.post(self._made_again, payload, made)
             except RuntimeError:
                 pass  # the loop has closed
 
         future.add_done_callback(done)
         self.note_inputs(task)  # what it takes may be lost too
-        driver.feed(events.TasksSubmitted([task]))
+        self._engine.feed(events.TasksSubmitted([task]))
 
     def _made_again(self, payload: Composed, future: BatchFuture[Any]) -> None:
         remaking = self._remaking.pop(payload)

@@ -14,7 +14,7 @@ from cloudexec._errors import LaunchError
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server.certificate import Certificate
 from cloudexec._server.descriptors import most_connections
-from cloudexec._server.driver import Driver
+from cloudexec._server.service import Service
 from cloudexec._server.servicer import Servicer, lenient
 from cloudexec._wire import CHANNEL_OPTIONS, TOKEN_KEY, pack_chunk, unpack_chunk
 
@@ -24,30 +24,30 @@ __all__ = ["start_server"]
 class _Methods(grpc.GenericRpcHandler):
     """Finds the handler of a call, before anything of its request is read."""
 
-    def __init__(self, driver: Driver, handlers: grpc.GenericRpcHandler) -> None:
-        self._driver = driver
+    def __init__(self, service: Service, handlers: grpc.GenericRpcHandler) -> None:
+        self._service = service
         self._handlers = handlers
         self._stranger: Any = grpc.stream_stream_rpc_method_handler(self._turn_away)
 
     def service(self, details: Any) -> Any:
         handler = self._handlers.service(details)
         if handler is None:
-            self._driver.refused("unknown method", "a peer called a method that there is none of")
+            self._service.refused("unknown method", "a peer called a method that there is none of")
             return None
         if details.method.endswith("/Session"):
             return handler
         # Of a call without the token of a session not even its first message is taken.
         token = dict(details.invocation_metadata or ()).get(TOKEN_KEY)
-        known = isinstance(token, bytes) and self._driver.session_of(token) is not None
+        known = isinstance(token, bytes) and self._service.session_of(token) is not None
         return handler if known else self._stranger
 
     async def _turn_away(self, _: Any, context: Any) -> None:
-        self._driver.refused("no session", f"{context.peer()} has no session, or has it no more")
+        self._service.refused("no session", f"{context.peer()} has no session, or has it no more")
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown session")
 
 
-def _handlers(driver: Driver) -> grpc.GenericRpcHandler:
-    servicer = Servicer(driver)
+def _handlers(service: Service) -> grpc.GenericRpcHandler:
+    servicer = Servicer(service)
     handlers = grpc.method_handlers_generic_handler(
         "cloudexec.v1.TaskServer",
         {
@@ -78,7 +78,7 @@ def _handlers(driver: Driver) -> grpc.GenericRpcHandler:
             ),
         },
     )
-    return _Methods(driver, handlers)
+    return _Methods(service, handlers)
 
 
 def _server_options(workers: int) -> dict[str, int]:
@@ -109,12 +109,12 @@ def _server_options(workers: int) -> dict[str, int]:
 
 
 async def start_server(
-    driver: Driver, listen: str, advertise: str, certificate: Certificate | None
+    service: Service, listen: str, advertise: str, certificate: Certificate | None
 ) -> tuple[grpc.aio.Server, str, str]:
     """Start to listen.
 
     Args:
-        driver: Whose server it is.
+        service: Whose server it is.
         listen: ``unix:/path``, or ``host:port`` (port 0: any free one), which is TLS.
         advertise: Host, or ``host:port``, that workers dial; empty: what is listened on.
         certificate: What workers know it by; ``None`` for a Unix socket.
@@ -125,11 +125,11 @@ async def start_server(
     Raises:
         LaunchError: If it cannot listen there.
     """
-    scaling = driver.machine.config.scaling
+    scaling = service.machine.config.scaling
     workers = -(-scaling.max_slots // scaling.slots_per_worker)
     options = {**dict(CHANNEL_OPTIONS), **_server_options(workers)}
     server = grpc.aio.server(options=list(options.items()))
-    server.add_generic_rpc_handlers((_handlers(driver),))
+    server.add_generic_rpc_handlers((_handlers(service),))
     try:
         if certificate is None:
             server.add_insecure_port(listen)

@@ -21,7 +21,7 @@ from cloudexec._plain import (
 )
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._rpc import END, CallError
-from cloudexec._server.driver import Driver
+from cloudexec._server.service import Service
 from cloudexec._server.servicer import Servicer, lenient
 from cloudexec._wire import TOKEN_KEY, pack_chunk, unpack_chunk
 
@@ -74,9 +74,9 @@ class _Context:
 class PlainServer:
     """Takes connections, and has each served by a handler."""
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self._servicer = Servicer(driver)
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._servicer = Servicer(service)
         self._server: asyncio.Server | None = None
         self._serving: dict[asyncio.Task[None], Frames] = {}
 
@@ -112,7 +112,7 @@ class PlainServer:
             await frames.send(STATUS, status.encode())
 
     async def _call(self, frames: Frames, kind: int, data: bytes) -> None:
-        driver, servicer = self._driver, self._servicer
+        service, servicer = self._service, self._servicer
         try:
             method, told = json.loads(data) if kind == CALL else ("", b"")
             metadata = unpack_metadata(told)
@@ -123,8 +123,8 @@ class PlainServer:
             await servicer.Session(None, _Context(frames, metadata, pack, None))
             return
         token = metadata.get(TOKEN_KEY)
-        if not isinstance(token, bytes) or driver.session_of(token) is None:
-            driver.refused("no session", "a process here has no session, or has it no more")
+        if not isinstance(token, bytes) or service.session_of(token) is None:
+            service.refused("no session", "a process here has no session, or has it no more")
             raise CallError("UNAUTHENTICATED", "unknown session")
         if method.endswith("/Fetch"):
             context = _Context(frames, metadata, pack_chunk, lenient(pb.FetchRequest))
@@ -135,7 +135,7 @@ class PlainServer:
             context = _Context(frames, metadata, pack, unpack_chunk)
             await context.write(await servicer.Deliver(context.messages(), context))
         else:
-            driver.refused("unknown method", "a peer called a method that there is none of")
+            service.refused("unknown method", "a peer called a method that there is none of")
             raise CallError("UNIMPLEMENTED", "no such method")
 
     async def stop(self, grace: float | None = None) -> None:
@@ -150,7 +150,7 @@ class PlainServer:
             frames.abort()
 
 
-async def start_plain_server(driver: Driver, path: str) -> PlainServer:
+async def start_plain_server(service: Service, path: str) -> PlainServer:
     """Start to listen on a Unix socket.
 
     Raises:
@@ -158,7 +158,7 @@ async def start_plain_server(driver: Driver, path: str) -> PlainServer:
     """
     from cloudexec._errors import LaunchError
 
-    server = PlainServer(driver)
+    server = PlainServer(service)
     try:
         await server.start(path)
     except OSError as exc:

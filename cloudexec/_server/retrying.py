@@ -10,23 +10,31 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from cloudexec import _payload
+from cloudexec._core import commands, events
+from cloudexec._describing import describe
 from cloudexec._forked import OwnThread, end_if_forked
 from cloudexec._log import Log
+from cloudexec._server.engine import Engine
+from cloudexec._server.outcomes import error_of
+from cloudexec._server.story import Story
 
-__all__ = ["Judge"]
+__all__ = ["RetryPredicate"]
 
 _logger = Log()
 
 
-class Judge:
-    """A thread that looks at exceptions, one at a time; started with the first task that has need.
+class RetryPredicate:
+    """Has ``retry_on`` look at exceptions, one at a time, in a thread that the first one starts.
 
     Args:
-        post: Calls something on the loop thread; raises RuntimeError once that is gone.
+        engine: Is told of each verdict.
+        story: Notes it.
     """
 
-    def __init__(self, post: Callable[..., object]) -> None:
-        self._post = post
+    def __init__(self, engine: Engine, story: Story) -> None:
+        self._engine = engine
+        self._story = story
         self._queue: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -41,27 +49,34 @@ class Judge:
                     thread.start()
                     self._thread = thread
 
-    def ask(
-        self,
-        retry_on: Any,
-        error: Callable[[], BaseException],
-        verdict: Callable[[bool], object],
-    ) -> None:
-        """Have an exception looked at.
+    def judge(self, command: commands.JudgeFailure) -> None:
+        """Have the exception of a task looked at."""
+        worker, failure = command.worker, command.failure
+        task: Any = command.task
+        raised = ""
 
-        Args:
-            retry_on: Types of exceptions, or a function.
-            error: Makes the exception; called in the thread.
-            verdict: Called on the loop thread.
-        """
-        self._queue.put((retry_on, error, verdict))
+        def error() -> BaseException:
+            nonlocal raised
+            payload = failure.detail.payload
+            exc: BaseException
+            exc = _payload.loads_exception(payload) if payload else error_of(worker, task, failure)
+            raised = describe(exc).partition("\n")[0]
+            return exc
+
+        def verdict(again: bool) -> None:
+            self._engine.now()
+            self._story.raised(task, worker, raised, again=again)
+            self._engine.feed(events.FailureJudged(worker, task, failure, again))
+
+        assert task.requirements is not None
+        self._queue.put((task.requirements.options.retry_on, error, verdict))
 
     def _run(self) -> None:
         while (asked := self._queue.get()) is not None:
             retry_on, error, verdict = asked
             again = _is_worth_it(retry_on, error)
             try:
-                self._post(verdict, again)
+                self._engine.portal.post(verdict, again)
             except RuntimeError:
                 pass  # the loop has closed
             del asked, retry_on, error, verdict

@@ -34,9 +34,9 @@ from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._reliable import ACKNOWLEDGE_AFTER, Reliable
 from cloudexec._rpc import is_end
 from cloudexec._server.direct import Delivered
-from cloudexec._server.driver import Driver
 from cloudexec._server.gate import Gate, Guest
 from cloudexec._server.inspection import parse
+from cloudexec._server.service import Service
 from cloudexec._server.splicing import Spliced
 from cloudexec._wire import (
     BLOB_KEY,
@@ -102,7 +102,7 @@ class _Session:
     """One enrolled worker: what is on its way to it, and what it may fetch."""
 
     def __init__(
-        self, driver: Driver, identity: str, attempt: int, pid: int, *, resumable: bool
+        self, driver: Service, identity: str, attempt: int, pid: int, *, resumable: bool
     ) -> None:
         self.identity = identity
         self.resumable = resumable  # whether a cut connection may be replaced by another one
@@ -406,7 +406,7 @@ class _Session:
     def _introduce(self, message: pb.ServerMessage, function: Function) -> int:
         """Tell the worker of a function, and before it of what it needs; return the bytes."""
         self._known.add(function.number)
-        self._driver.note_told(self.worker_id, function.number)
+        self._driver.sessions.note_told(self.worker_id, function.number)
         size = sum(
             [
                 self._introduce(message, need)
@@ -423,7 +423,7 @@ class _Session:
     def introduce_first(self, welcome: pb.Welcome, function: Function) -> None:
         """Tell the worker of what its initializer needs."""
         self._known.add(function.number)
-        self._driver.note_told(self.worker_id, function.number)
+        self._driver.sessions.note_told(self.worker_id, function.number)
         for need in function.needs:
             if need.number not in self._known:
                 self.introduce_first(welcome, need)
@@ -435,7 +435,7 @@ class _Session:
     def _know_blob(self, number: int) -> None:
         if number not in self._known_blobs:
             self._known_blobs.add(number)
-            self._driver.note_told(self.worker_id, -number)
+            self._driver.sessions.note_told(self.worker_id, -number)
 
     def _introduce_blob(self, blob: Blob, message: pb.ServerMessage) -> int:
         """Tell the worker of a blob, if it does not know it; return the bytes that this takes."""
@@ -461,7 +461,7 @@ class _Session:
             described.offset = blob.offset
             described.mappable = blob.mappable
         else:
-            depot = self._driver.depot
+            depot = self._driver.transfers
             described.bucket = depot is not None and (blob.stored or depot.takes(blob.size))
             goes_along = blob.size <= min(PUSHED_BYTES, self._room) and not self.link.is_slow
             if goes_along and blob.origin is None and not described.bucket:
@@ -652,7 +652,7 @@ class _Session:
             heard = False
         if message.draining:
             self._drain_said = True
-            driver.draining(self)
+            driver.workers.draining(self)
             heard = False
         if message.initializer_failed:
             driver.initializer_failed(message.initializer_failed)
@@ -861,7 +861,7 @@ class _HungUpError(Exception):
 class Servicer:
     """The methods of the service."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Service) -> None:
         self._driver = driver
         self._gate = Gate(_UNPROVEN_PEERS)
 
@@ -900,7 +900,7 @@ class Servicer:
         if session.is_closed:
             return
         if session.attach(reading):
-            driver.reconnected(session)
+            driver.workers.reconnected(session)
         if getattr(context, "is_plain", False):
             session.go_straight(context.frames)
         sending = driver.portal.loop.create_task(session.send(context))
@@ -941,7 +941,7 @@ class Servicer:
             sending.cancel()
             if session.is_read_by(reading):  # else another connection has taken over
                 session.detach()
-                driver.disconnected(session, reason, cut=cut)
+                driver.workers.disconnected(session, reason, cut=cut)
 
     async def _enrol(self, context: Any, guest: Guest) -> _Session | None:
         driver = self._driver
@@ -956,14 +956,14 @@ class Servicer:
             driver.refused("malformed hello", f"{context.peer()} sent a malformed hello")
             await _abort(context, "INVALID_ARGUMENT", "malformed hello")
         nonce = _enrolment.make_nonce()
-        key = driver.key_of(hello.identity)
+        key = driver.workers.key_of(hello.identity)
         resumed: _Session | None = None
         if hello.resume:
             # The one that has given this session up says so by proving to know the key alone.
-            resumed = driver.session_to_resume(hello.identity, hello.resume)
+            resumed = driver.workers.session_to_resume(hello.identity, hello.resume)
             if resumed is not None:
                 key = _enrolment.session_key(key, resumed.token)
-        parts = (driver.executor_id, hello.identity, hello.nonce, nonce)
+        parts = (driver.engine.executor_id, hello.identity, hello.nonce, nonce)
         mac = _enrolment.proof(key, "server", *parts)
         # Whoever stands in the place of one that was killed has none of its sessions.
         takeover = driver.takeover if hello.resume and resumed is None else None
@@ -973,7 +973,7 @@ class Servicer:
         message = await self._hear(context, guest)
         expected = _enrolment.proof(key, "worker", *parts)
         proved = _enrolment.proves(message.proof.mac, expected)
-        if hello.executor_id != driver.executor_id or not proved:
+        if hello.executor_id != driver.engine.executor_id or not proved:
             driver.refused("no proof", f"{context.peer()} could not prove that it knows the key")
             await _abort(context, "UNAUTHENTICATED", "proof refused")
         if hello.resume and not takes_over:
@@ -983,8 +983,8 @@ class Servicer:
         )
         if not 0 < hello.slots <= _MOST_SLOTS:
             mismatch = f"a worker cannot have {hello.slots} slots"
-        driver.returning(hello.identity, hello.attempt)
-        unwanted = driver.admit(hello.identity)
+        driver.workers.returning(hello.identity, hello.attempt)
+        unwanted = driver.workers.admit(hello.identity)
         refusal = unwanted or mismatch
         if refusal is not None:
             await context.write(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
@@ -994,7 +994,7 @@ class Servicer:
                 driver.refused("not expected", f"{context.peer()} knows the key, but {unwanted}")
             return None
         resumable = not driver.direct_path and driver.machine.config.reconnect_grace > 0
-        pid = _pid_of(driver.pid_of(hello.identity), hello.pid)
+        pid = _pid_of(driver.workers.pid_of(hello.identity), hello.pid)
         session = _Session(driver, hello.identity, hello.attempt, pid, resumable=resumable)
         session.taken_over = takes_over
         setup = driver.setup
@@ -1022,9 +1022,9 @@ class Servicer:
             inheritance=_inheritance(driver),
             main=setup.main,
         )
-        if driver.depot is not None:
-            welcome.bucket_threshold = driver.depot.threshold
-            welcome.bucket_part_bytes = driver.depot.part_bytes
+        if driver.transfers is not None:
+            welcome.bucket_threshold = driver.transfers.threshold
+            welcome.bucket_part_bytes = driver.transfers.part_bytes
         initializer = setup.initializer
         if type(initializer) is Composed:
             welcome.initializer_blobs.extend(map(session.describe, initializer.blobs))
@@ -1036,11 +1036,11 @@ class Servicer:
             welcome.initializer_needs = setup.initializer_needs.number
         await context.write(pb.ServerMessage(welcome=welcome))
         # Nothing is awaited between the check above and here but that write: check once more.
-        if driver.admit(hello.identity) is not None:
+        if driver.workers.admit(hello.identity) is not None:
             return None
         pull, boot = _seconds(hello.pull_seconds) or None, _seconds(hello.boot_seconds)
         arrival = Arrival(hello.job_id[:256], hello.attempt, boot, pull)
-        driver.connected(session, hello.slots, arrival, time.monotonic() - heard_at)
+        driver.workers.connected(session, hello.slots, arrival, time.monotonic() - heard_at)
         return session
 
     async def _resume(
@@ -1187,7 +1187,7 @@ class Servicer:
 
     async def Locate(self, request: pb.LocateRequest | None, context: Any) -> pb.Location:
         """Say where in the bucket a blob is."""
-        session, depot = self._session_of(context), self._driver.depot
+        session, depot = self._session_of(context), self._driver.transfers
         if session is None or depot is None or request is None:
             await _abort(context, "UNAUTHENTICATED", "unknown session")
             return pb.Location()
@@ -1195,7 +1195,7 @@ class Servicer:
 
     async def Store(self, request: pb.StoreRequest | None, context: Any) -> pb.StoreReply:
         """Let a worker put a blob into the bucket."""
-        session, depot = self._session_of(context), self._driver.depot
+        session, depot = self._session_of(context), self._driver.transfers
         if session is None or depot is None or request is None or not session.owns(request.blob):
             await _abort(context, "UNAUTHENTICATED", "nobody waits for this")
             return pb.StoreReply()
@@ -1230,7 +1230,7 @@ def _natural(text: object) -> int:
     return -1
 
 
-def _inheritance(driver: Driver) -> bytes:
+def _inheritance(driver: Service) -> bytes:
     """Say what the processes that run tasks have from this one, as if it had forked them."""
     import multiprocessing
 

@@ -35,11 +35,18 @@ from cloudexec._payload import Composed, Payload
 from cloudexec._reliable import longest_pause
 from cloudexec._server.certificate import Certificate
 from cloudexec._server.direct import Delivered
+from cloudexec._server.terms import shares_gpus
 
 if TYPE_CHECKING:
     from cloudexec._journal.journal import Journal
     from cloudexec._launchers.base import LaunchEnd, Launcher, Survivor
-    from cloudexec._server.driver import Driver, Submission
+    from cloudexec._objects.store import BlobStore
+    from cloudexec._server.engine import Engine
+    from cloudexec._server.futures import Futures
+    from cloudexec._server.launches import Launches
+    from cloudexec._server.sessions import Sessions
+    from cloudexec._server.story import Story
+    from cloudexec._server.submission import Setup, Submission
 
 __all__ = ["Takeover"]
 
@@ -155,7 +162,13 @@ class Takeover:
     """One executor's line of clients: what it leaves, and what was left to it.
 
     Args:
-        driver: Whose.
+        engine: Of the executor; it adopts the identity of the one before.
+        sessions: Of its workers.
+        launches: Of these.
+        futures: Of its calls.
+        story: Notes which calls are taken over.
+        setup: What workers are told.
+        store: Numbers its blobs.
         journal: Where it is noted.
         launcher: Starts the workers.
         on_end: What the launcher is to tell of their ends.
@@ -163,7 +176,14 @@ class Takeover:
 
     def __init__(
         self,
-        driver: Driver,
+        *,
+        engine: Engine,
+        sessions: Sessions,
+        launches: Launches,
+        futures: Futures,
+        story: Story,
+        setup: Setup,
+        store: BlobStore,
         journal: Journal,
         launcher: Launcher,
         on_end: Callable[[str, LaunchEnd], None],
@@ -172,14 +192,20 @@ class Takeover:
         """Workers that were taken over."""
         self.tasks = 0
         """Calls that were not sent to anybody, as a worker held them."""
-        self._driver = driver
+        self._engine = engine
+        self._sessions = sessions
+        self._launches = launches
+        self._futures = futures
+        self._story = story
+        self._orphan_timeout = setup.orphan_timeout
         self._journal = journal
         self._launcher = launcher
         self._on_end = on_end
-        self._setup = _digest(driver, launcher)
+        self._setup = _digest(setup, launcher)
         self._secret = secrets.token_bytes(32)
         self._generation = 1
         self._certificate: Certificate | None = None
+        self._listening = ""
         self._estate = self._find()
         self._alive: Mapping[str, Survivor] = {}
         self._established = False
@@ -193,9 +219,9 @@ class Takeover:
         if self._estate is not None:
             self._generation = self._estate.generation + 1
             self._secret = self._estate.secret
-            driver.be(self._estate.executor_id, self._estate.key)
-            driver.store.number_from((self._generation % _GENERATIONS) * _BLOBS + 1)
-        self._key = driver.key  # not what the launcher may put in its place: that is a stack's
+            engine.adopt_identity(self._estate.executor_id, self._estate.key)
+            store.number_from((self._generation % _GENERATIONS) * _BLOBS + 1)
+        self._key = engine.key  # not what the launcher may put in its place: that is a stack's
 
     def _find(self) -> _Estate | None:
         data = self._journal.store.get_state(_STATE)
@@ -233,23 +259,23 @@ class Takeover:
     def changed(self) -> None:
         """Something was launched, or has ended: a successor must know."""
         if self._established and self._save_handle is None:
-            self._save_handle = self._driver.portal.loop.call_later(_SAVE_AFTER, self._save)
+            self._save_handle = self._engine.portal.loop.call_later(_SAVE_AFTER, self._save)
 
     def _save(self) -> None:
-        driver, machine = self._driver, self._driver.machine
+        machine = self._engine.machine
         self._save_handle = None
         assert self._certificate is not None
         launches = [(each.launch, each.slots) for each in machine.workers.values()]
         launches += [(each.id, each.slots) for each in machine.launches.values()]
         estate = _Estate(
             self._generation,
-            driver.executor_id,
+            self._engine.executor_id,
             self._key,
             self._secret,
             self._certificate,
-            driver.listening,
+            self._listening,
             self._setup,
-            driver.setup.orphan_timeout,
+            self._orphan_timeout,
             launches,
             self._launcher.hand_over(),
         )
@@ -270,7 +296,7 @@ class Takeover:
     def tag(self, identity: str, task: Submission) -> bytes:
         """Return what a successor knows a task by that is about to be sent; empty: by nothing."""
         call = task.handle._journaled
-        if call is None or call.kept or self._driver.shares_gpus(task):
+        if call is None or call.kept or shares_gpus(self._engine.machine, task):
             return b""
         version, name = call.identity.version, call.identity.name.encode()
         told: bytes = call.key + bytes((len(version),)) + version + name
@@ -292,14 +318,15 @@ class Takeover:
         if self._estate is not None:
             self._alive = await self._launcher.take_over(self._estate.launcher, self._on_end)
 
-    def begin(self, certificate: Certificate) -> None:
-        """The server listens: take over what there is, and be somebody who leaves something.
+    def begin(self, certificate: Certificate, listening: str) -> None:
+        """The server listens: take over the workers that are left, and note what a successor needs.
 
         Args:
             certificate: The server's.
+            listening: ``host:port`` where it listens.
         """
-        driver, estate, alive = self._driver, self._estate, self._alive
-        self._certificate = certificate
+        estate, alive, feed = self._estate, self._alive, self._engine.feed
+        self._certificate, self._listening = certificate, listening
         if estate is not None:
             numbers = [int(launch) for launch, _ in estate.launches]
             last = (max(numbers, default=0) // _GAP + 1) * _GAP
@@ -309,10 +336,10 @@ class Takeover:
                 for launch, slots in estate.launches
                 if launch in alive
             ]
-            driver.launches.running.update(alive)
-            driver.feed(events.LaunchesTakenOver(launches, last, self._generation * _LEASES))
+            self._launches.running.update(alive)
+            feed(events.LaunchesTakenOver(launches, last, self._generation * _LEASES))
             running = {launch for launch, survivor in alive.items() if survivor.running}
-            self._expected = running & driver.machine.launches.keys()
+            self._expected = running & self._engine.machine.launches.keys()
             if self._expected:
                 self._open_window(estate.orphan_timeout)
         self._established = True
@@ -322,7 +349,7 @@ class Takeover:
         """Have calls wait until it is known which of them workers hold."""
         self._is_open = True
         pause = 1.5 * longest_pause(orphan_timeout) + _SLACK
-        later = self._driver.portal.loop.call_later
+        later = self._engine.portal.loop.call_later
         self._timers = [
             later(pause, self._close_window),
             later(max(pause, orphan_timeout), self._let_go_of_unclaimed),
@@ -368,7 +395,7 @@ class Takeover:
                 continue
             self._claims[claim.key] = self._by_lease[worker, lease] = claim
         self._adopt(adopted)
-        self._driver.feed(events.WorkerBack(worker))
+        self._engine.feed(events.WorkerBack(worker))
         if unwanted:
             session.kill(unwanted)
         self._expected.discard(session.identity)
@@ -377,20 +404,18 @@ class Takeover:
 
     def _adopt(self, adopted: Iterable[tuple[Submission, _Claim]]) -> None:
         """Have tasks, held by the machine, be those that workers hold."""
-        driver = self._driver
+        sessions, feed = self._sessions, self._engine.feed
         for task, claim in adopted:
             self.tasks += 1
-            driver.feed(events.TasksTakenOver(claim.worker, [task], [claim.lease]))
+            feed(events.TasksTakenOver(claim.worker, [task], [claim.lease]))
             if task.lease == claim.lease:
-                driver.chronicle.taken_over(task, claim.worker)
-            elif claim.outcome is None and claim.worker in driver.sessions:
-                driver.sessions[claim.worker].kill([claim.lease])  # it needs another size by now
+                self._story.taken_over(task, claim.worker)
+            elif claim.outcome is None and claim.worker in sessions:
+                sessions[claim.worker].kill([claim.lease])  # it needs another size by now
             if claim.outcome is not None:
                 result, seconds = claim.outcome
                 task.handle._journaled = None  # it is in there
-                driver.feed(
-                    events.ResultsReceived(claim.worker, [claim.lease], [result], [seconds])
-                )
+                feed(events.ResultsReceived(claim.worker, [claim.lease], [result], [seconds]))
 
     def sift(self, tasks: list[Submission], *, held: bool = False) -> list[Submission]:
         """Take out of tasks that could be sent those that workers hold, or may hold.
@@ -413,7 +438,7 @@ class Takeover:
             if claim is not None:
                 self._by_lease.pop((claim.worker, claim.lease), None)
                 if claim.outcome is not None and not held:
-                    self._driver.give_resumed(task, *claim.outcome)
+                    self._futures.give_resumed(task, *claim.outcome)
                     continue
                 adopted.append((task, claim))
             elif self._is_open:
@@ -423,7 +448,7 @@ class Takeover:
                 continue
             kept.append(task)
         if kept and not held:
-            self._driver.feed(events.TasksBlocked(kept))
+            self._engine.feed(events.TasksBlocked(kept))
         self._adopt(adopted)
         return rest
 
@@ -469,7 +494,7 @@ class Takeover:
         if launch in self._expected:
             self._expected.discard(launch)
             if self._is_open and not self._expected:
-                self._driver.portal.loop.call_soon(self._close_window)
+                self._engine.portal.loop.call_soon(self._close_window)
 
     def _close_window(self) -> None:
         """Whoever was to come is there, or will not come: go on with all that waits."""
@@ -485,25 +510,25 @@ class Takeover:
                 len(missing),
             )
             for launch in missing:
-                self._driver.launches.running.discard(launch)
+                self._launches.running.discard(launch)
                 why = "its client was killed, and it did not come back to the one after that"
-                self._driver.feed(events.LaunchFailed(launch, why, reclaimed=True))
+                self._engine.feed(events.LaunchFailed(launch, why, reclaimed=True))
             # After that: how they end says nothing about the launches to come.
             self._launcher.terminate(sorted(missing))
         if waiting:
-            self._driver.feed(events.TasksReleased(waiting))
+            self._engine.feed(events.TasksReleased(waiting))
 
     def _let_go_of_unclaimed(self) -> None:
         """Nobody has called for what still runs: it is in nobody's way any more."""
         for claim in self._by_lease.values():
-            session = self._driver.sessions.get(claim.worker)
+            session = self._sessions.get(claim.worker)
             if claim.outcome is None and session is not None:
                 session.kill([claim.lease])
 
 
-def _digest(driver: Driver, launcher: Launcher) -> str:
+def _digest(setup: Setup, launcher: Launcher) -> str:
     """Return what workers have in common that were told the same."""
-    setup, initializer = driver.setup, driver.setup.initializer
+    initializer = setup.initializer
     versions = _enrolment.WIRE_VERSION, _enrolment.python_version(), cloudpickle.__version__
     pieces: list[Any] = [
         repr(versions).encode(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from cloudexec._log import Log
@@ -45,12 +46,12 @@ class Teller:
     """Logs events to the logger ``cloudexec``; those that come in floods, in sum.
 
     Args:
-        executor: The id that records carry.
+        executor_id: Returns the id that records carry.
         loop: On which it is used.
     """
 
-    def __init__(self, executor: str, loop: asyncio.AbstractEventLoop) -> None:
-        self._executor = executor
+    def __init__(self, executor_id: Callable[[], str], loop: asyncio.AbstractEventLoop) -> None:
+        self._executor_id = executor_id
         self._loop = loop
         self._told: dict[str, int] = {}
         self._kept_back: dict[str, tuple[int, int]] = {}  # level, how many
@@ -74,7 +75,7 @@ class Teller:
             highest, count = self._kept_back.get(event, (level, 0))
             self._kept_back[event] = max(highest, level), count + 1
             return
-        _logger.log(level, "%s", message, extra=fields(event, self._executor, **details))
+        _logger.log(level, "%s", message, extra=fields(event, self._executor_id(), **details))
 
     def _next_window(self) -> None:
         self._timer = None
@@ -89,5 +90,5 @@ class Teller:
         kept_back, self._kept_back = self._kept_back, {}
         for event, (level, count) in kept_back.items():
             words = event.replace("_", " ")
-            extra = fields(event, self._executor, count=count, reason="summed up")
+            extra = fields(event, self._executor_id(), count=count, reason="summed up")
             _logger.log(level, "and %d more: %s", count, words, extra=extra)

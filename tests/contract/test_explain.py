@@ -31,7 +31,7 @@ from cloudexec import (
     run,
     stage,
 )
-from cloudexec._server.chronicle import Marks
+from cloudexec._server.marks import Marks
 from cloudexec.testing import FakeAWS, ManualLauncher, SimulatedWorker
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_left")]

@@ -21,7 +21,7 @@ import pytest
 from cloudexec import Batch, BatchExecutor, Local, ObjectOptions, Ref
 from cloudexec._aws.names import OBJECTS_PREFIX
 from cloudexec._aws.profile import Profile
-from cloudexec._server import bucket as depots
+from cloudexec._server import bucket as transfers
 from cloudexec.testing import FakeAWS
 
 pytestmark = pytest.mark.timeout(120)
@@ -78,7 +78,7 @@ def aws() -> Iterator[FakeAWS]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client gives S3 up sooner than it would elsewhere."""
-    monkeypatch.setattr(depots, "_PATIENCE", 2.0)
+    monkeypatch.setattr(transfers, "_PATIENCE", 2.0)
 
 
 @contextmanager
@@ -442,7 +442,8 @@ def test_a_worker_that_dies_uploading_leaves_nothing(aws: FakeAWS) -> None:
         future = executor.submit(_make, 18)
         _await(lambda: any(each.operation == "CreateMultipartUpload" for each in aws.requests))
         _await(lambda: any(session.uploads for session in _sessions(executor).values()))
-        name = next(name for name, each in _sessions(executor).items() if each.uploads)
+        sessions = _sessions(executor).values()
+        name = next(each.worker_id for each in sessions if each.uploads)
         _kill(executor, name)
         aws.faults.clear()
         assert future.result(timeout=60) == _bytes(18)

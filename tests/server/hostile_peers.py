@@ -208,13 +208,13 @@ def executor_at(place: str, **options: Any) -> BatchExecutor:
 
 
 def contact_of(executor: BatchExecutor) -> Contact:
-    contact = executor._driver.contact  # type: ignore[union-attr]
+    contact = executor._driver.launches.contact  # type: ignore[union-attr]
     assert contact is not None
     return contact
 
 
 def refusals(executor: BatchExecutor) -> dict[str, int]:
-    return dict(executor._driver.refusals)  # type: ignore[union-attr]
+    return dict(executor._driver.refusals.counts)  # type: ignore[union-attr]
 
 
 def wait_until(

@@ -207,14 +207,14 @@ def test_a_transfer_that_stands_still_does_not_hold_up_the_end() -> None:
         blob = driver.store.intern(memoryview(os.urandom(16 * MIB)))
         session.describe(blob)
         silent = socket.socket(socket.AF_UNIX)
-        silent.connect(driver.direct_path)
-        unread = _direct.connect(driver.direct_path, session.token, _direct.FETCH, blob.id)
+        silent.connect(driver.service.direct_path)
+        unread = _direct.connect(driver.service.direct_path, session.token, _direct.FETCH, blob.id)
         assert unread.recv(1) == _direct.ACCEPTED
         future = executor.submit(time.sleep, 1000)
         wait_until(lambda: session.worker_id in driver.machine.workers)
         wait_until(future.running)
         lease = next(iter(driver.machine.workers[session.worker_id].leases))
-        unsent = _direct.connect(driver.direct_path, session.token, _direct.DELIVER, lease)
+        unsent = _direct.connect(driver.service.direct_path, session.token, _direct.DELIVER, lease)
         assert unsent.recv(1) == _direct.ACCEPTED
         began = time.monotonic()
         executor.kill_workers()

@@ -299,7 +299,7 @@ def test_garbage_on_the_sockets_disturbs_nobody(tmp_path: Path) -> None:
     """Bytes that are no protocol at all are dropped, and tasks go on."""
     with BatchExecutor(1) as executor:
         assert executor.submit(pow, 2, 5).result(20) == 32
-        directory = Path(executor._driver.direct_path).parent  # type: ignore[union-attr]
+        directory = Path(executor._driver.service.direct_path).parent  # type: ignore[union-attr]
         trap = pickle.dumps(_Trap(tmp_path / "sprung"))
         for name in ("s", "d"):
             for garbage in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(1000), b"", trap * 10):
@@ -314,7 +314,7 @@ def test_the_socket_lies_in_a_private_directory_that_goes() -> None:
     """Only this user can enter it, and nothing of it is left."""
     with BatchExecutor(1) as executor:
         executor.submit(pow, 2, 5).result(20)
-        directory = Path(executor._driver.direct_path).parent  # type: ignore[union-attr]
+        directory = Path(executor._driver.service.direct_path).parent  # type: ignore[union-attr]
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
         assert directory.stat().st_uid == os.getuid()
     assert not directory.exists()
@@ -324,7 +324,7 @@ def test_the_key_is_in_no_environment_and_no_command_line() -> None:
     """Processes lists tell nothing."""
     with BatchExecutor(1) as executor:
         executor.submit(pow, 2, 5).result(20)
-        key = executor._driver.key.hex()  # type: ignore[union-attr]
+        key = executor._driver.engine.key.hex()  # type: ignore[union-attr]
         looked_at = 0
         for process in psutil.Process().children(recursive=True):
             try:
@@ -342,7 +342,7 @@ def test_tls_over_tcp_serves_the_whole_path() -> None:
         assert list(executor.map(abs, range(-500, 0))) == list(range(500, 0, -1))
         data = os.urandom(3_000_000)
         assert executor.submit(bytes, data).result(30) == data
-        target = executor._driver.contact.target  # type: ignore[union-attr]
+        target = executor._driver.launches.contact.target  # type: ignore[union-attr]
         plain = Peer(target)
         plain.send(hello=pb.Hello())
         assert refused(plain) is grpc.StatusCode.UNAVAILABLE
@@ -353,7 +353,7 @@ def test_a_worker_refuses_an_impostor() -> None:
     """Another certificate than the pinned one ends the worker before it says who it is."""
     with BatchExecutor(1, listen="127.0.0.1:0") as executor:
         executor.submit(pow, 2, 5).result(20)
-        contact = executor._driver.contact  # type: ignore[union-attr]
+        contact = executor._driver.launches.contact  # type: ignore[union-attr]
         assert contact is not None
         env = {
             **os.environ,

@@ -468,7 +468,7 @@ def test_any_bytes_on_the_direct_socket(tmp_path: Path, caplog: pytest.LogCaptur
     def run(said: bytes) -> None:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(5)
-            connection.connect(driver.direct_path)
+            connection.connect(driver.service.direct_path)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(said)
                 connection.shutdown(socket.SHUT_WR)
@@ -482,7 +482,7 @@ def test_any_bytes_on_the_direct_socket(tmp_path: Path, caplog: pytest.LogCaptur
     assert not future.done()
     # And an honest one is served, after all of them.
     connection = _direct.connect(
-        driver.direct_path, inside.welcome.session_token, _direct.DELIVER, inside.lease
+        driver.service.direct_path, inside.welcome.session_token, _direct.DELIVER, inside.lease
     )
     with connection:
         assert connection.recv(1) == _direct.ACCEPTED

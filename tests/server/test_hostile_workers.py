@@ -493,7 +493,7 @@ def test_the_direct_socket_is_not_held_up_by_those_who_say_nothing() -> None:
         connections = []
         for number in range(200):
             connection = socket.socket(socket.AF_UNIX)
-            connection.connect(driver.direct_path)
+            connection.connect(driver.service.direct_path)
             with contextlib.suppress(OSError):
                 connection.sendall(random.Random(number).randbytes(number % 30))
             connections.append(connection)

@@ -1,0 +1,169 @@
+"""Tells the core what happened, at what time, and has its decisions carried out.
+
+Everything on the loop thread that learns of something calls ``Engine.feed``. The engine knows none
+of those that carry out commands: the driver connects them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeAlias
+
+from cloudexec._config import ServerConfig
+from cloudexec._core.events import DeadlinePassed, Event
+from cloudexec._core.machine import Machine
+from cloudexec._describing import describe
+from cloudexec._errors import BrokenBatchExecutor
+from cloudexec._log import Log
+from cloudexec._server.portal import Portal
+from cloudexec._server.telling import fields
+
+__all__ = ["Engine", "Moment", "Then"]
+
+Moment: TypeAlias = tuple[float, float, str]
+"""Seconds on the monotonic clock, seconds since 1970, and the id of the executor."""
+Then: TypeAlias = Callable[[], None]
+
+_logger = Log()
+_MOST_STALL = 2.0
+"""Seconds that the machine's clock moves at most between two looks: while this process was stopped
+or its main thread held the GIL, workers were silent through no fault of theirs."""
+
+
+class Engine:
+    """The core of one executor, its clock and its timer.
+
+    Args:
+        config: For the machine.
+        portal: Runs the loop thread.
+    """
+
+    def __init__(self, config: ServerConfig, portal: Portal) -> None:
+        self.machine = Machine(config)
+        self.portal = portal
+        self.executor_id = secrets.token_hex(8)
+        self.key = secrets.token_bytes(32)
+        """Secret that workers prove to know when they enrol."""
+        self.clock = 0.0
+        """Seconds, as the machine is told; it stands still while this process is stopped."""
+        self.moment: Moment = (time.monotonic(), time.time(), self.executor_id)
+        """When what is being handled came."""
+        self.broken: BaseException | None = None
+        """Why every task fails, if it does; see ``Futures.break_down``."""
+        self.is_closing = False
+        """Whether no worker is let in, or told anything, any more."""
+        self._looked_at = time.monotonic()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._carry_out: Mapping[type, Callable[[Any], None]] = {}
+        self._watches: Mapping[type, Callable[[Any], Then | None]] = {}
+        self._settle: Callable[[], None]
+        self._break_down: Callable[[BaseException], None]
+
+    def connect(
+        self,
+        *,
+        carry_out: Mapping[type, Callable[[Any], None]],
+        watches: Mapping[type, Callable[[Any], Then | None]],
+        settle: Callable[[], None],
+        break_down: Callable[[BaseException], None],
+    ) -> None:
+        """Say who does what; called once, before anything is fed.
+
+        Args:
+            carry_out: By type of command, what carries it out.
+            watches: By type of event, what is called before the machine handles it; what that
+                returns is called before the commands are carried out.
+            settle: Called when they have been.
+            break_down: Fails everything, after an internal error.
+        """
+        self._carry_out = carry_out
+        self._watches = watches
+        self._settle = settle
+        self._break_down = break_down
+
+    def adopt_identity(self, executor_id: str, key: bytes) -> None:
+        """Stand in the place of an executor whose process was killed, before the start.
+
+        Args:
+            executor_id: Its name.
+            key: The secret that its workers know.
+        """
+        self.executor_id, self.key = executor_id, key
+        self.now()
+
+    def now(self) -> Moment:
+        """Look at the clocks, for whatever is noted next."""
+        self.moment = (time.monotonic(), time.time(), self.executor_id)
+        return self.moment
+
+    def fields(self, event: str, **details: Any) -> dict[str, object]:
+        """Return the ``extra=`` of a log record."""
+        return fields(event, self.executor_id, **details)
+
+    def start_clock(self) -> None:
+        """Count time from now on: what came before was the start."""
+        self._looked_at = time.monotonic()
+
+    def feed(self, event: Event) -> None:
+        """Tell the machine what happened, and do what it says."""
+        now = self.now()[0]
+        self.clock += min(now - self._looked_at, _MOST_STALL)
+        self._looked_at = now
+        watch = self._watches.get(type(event))
+        try:
+            note = None if watch is None else watch(event)
+            answer = self.machine.handle(event, self.clock)
+            if note is not None:
+                note()  # before a caller can learn of the outcome, and ask about it
+            for command in answer:
+                self._carry_out[type(command)](command)
+        except BaseException as exc:
+            # A bug of ours. All who wait for a future learn of it, rather than wait for ever.
+            if self.broken is not None:
+                raise
+            _logger.exception("internal error while handling %s", type(event).__name__)
+            error = BrokenBatchExecutor(f"internal error ({describe(exc)})")
+            error.__cause__ = exc
+            self._break_down(error)
+        deadline = self.machine.next_deadline()
+        if deadline is not None and (self._timer is None or deadline < self._timer_at):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = deadline
+            self._set_timer()
+        self._settle()
+
+    def _set_timer(self) -> None:
+        # Not in one go past a stall: the clock of the machine may then be behind.
+        pause = min(max(self._timer_at - self.clock, 0.001), 1.0)
+        self._timer = self.portal.loop.call_later(pause, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        if self.is_closing:
+            return
+        if self.clock + min(now - self._looked_at, _MOST_STALL) >= self._timer_at:
+            self.feed(DeadlinePassed())
+        else:
+            self.clock += min(now - self._looked_at, _MOST_STALL)
+            self._looked_at = now
+            self._set_timer()
+
+    def create_task(self, work: Coroutine[Any, Any, object]) -> None:
+        """Run a coroutine in the background until the executor ends."""
+        task = self.portal.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def stop(self) -> None:
+        """Cancel the timer, and all that runs in the background but the caller."""
+        for task in list(self._tasks - {asyncio.current_task()}):
+            task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()

@@ -1,0 +1,43 @@
+"""What a worker must know of a task beyond its function and its arguments."""
+
+from __future__ import annotations
+
+from cloudexec._core.machine import Machine
+from cloudexec._core.tasks import Task
+from cloudexec._server.outcomes import name_of
+
+__all__ = ["name_at", "shares_gpus", "terms_of"]
+
+
+def terms_of(machine: Machine, worker: str, task: Task) -> tuple[dict[str, str], int, bool]:
+    """Say under which terms a worker runs a task that has requirements.
+
+    Returns:
+        Variables, bytes of memory that it may take (0: no limit), and whether its process is to
+        end with it.
+    """
+    requirements, known = task.requirements, machine.workers.get(worker)
+    assert requirements is not None
+    options = requirements.options
+    env = dict(options.env or {})
+    gpus = () if known is None else known.allocation.heavy.get(task.lease, ())
+    if gpus:
+        env.setdefault("CUDA_VISIBLE_DEVICES", ",".join(gpus))
+    # A task on a larger worker than it asked for may have all that this worker has.
+    memory = options.memory_bytes or 0
+    return env, memory if not task.size else 0, bool(gpus)
+
+
+def shares_gpus(machine: Machine, task: Task) -> bool:
+    """Say whether a task that was sent has some of its worker's GPUs, and others the rest."""
+    known = machine.workers.get(task.worker or "")
+    if known is None or known.allocation.capacity.gpus < 2:
+        return False
+    return bool(known.allocation.heavy.get(task.lease))
+
+
+def name_at(machine: Machine, worker: str, lease: int) -> str:
+    """Return what people call the task of a lease, or an empty string."""
+    known = machine.workers.get(worker)
+    task = None if known is None else known.leases.get(lease)
+    return "" if task is None else name_of(task)
