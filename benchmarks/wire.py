@@ -31,7 +31,7 @@ def _bare_server(size: int, pipe: Any) -> None:
     import grpc.aio
 
     from cloudexec._server.certificate import make_certificate
-    from cloudexec._wire import CHANNEL_OPTIONS, pack_chunk, unpack_chunk
+    from cloudexec._wire.channel import CHANNEL_OPTIONS, pack_chunk, unpack_chunk
 
     data = memoryview(b"x" * size)
 
@@ -68,7 +68,7 @@ def _measure_bare(direction: str, size: int) -> _fresh.Figures:
     import grpc
     import grpc.aio
 
-    from cloudexec._wire import CHANNEL_OPTIONS, pack_chunk, unpack_chunk
+    from cloudexec._wire.channel import CHANNEL_OPTIONS, pack_chunk, unpack_chunk
 
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from cloudexec._rpc import END, CallError
-from cloudexec._wire import MAX_MESSAGE_BYTES
+from cloudexec._wire.channel import MAX_MESSAGE_BYTES
 
 __all__ = ["CALL", "METADATA", "STATUS", "Channel", "Frames"]
 

@@ -14,7 +14,7 @@ from cloudexec._objects.link import Link
 from cloudexec._objects.store import Blob
 from cloudexec._proto.tasks_pb2 import Chunk
 from cloudexec._rpc import call_errors, status_of
-from cloudexec._wire import CHUNK_BYTES
+from cloudexec._wire.channel import CHUNK_BYTES
 
 __all__ = ["Incoming", "code_of", "failures", "fetch_into", "stream_file", "stream_view"]
 

@@ -16,7 +16,7 @@ from cloudexec._server.certificate import Certificate
 from cloudexec._server.descriptors import most_connections
 from cloudexec._server.service import Service
 from cloudexec._server.servicer import Servicer, lenient
-from cloudexec._wire import CHANNEL_OPTIONS, TOKEN_KEY, pack_chunk, unpack_chunk
+from cloudexec._wire.channel import CHANNEL_OPTIONS, TOKEN_KEY, pack_chunk, unpack_chunk
 
 __all__ = ["start_server"]
 

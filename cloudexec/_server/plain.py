@@ -23,7 +23,7 @@ from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._rpc import END, CallError
 from cloudexec._server.service import Service
 from cloudexec._server.servicer import Servicer, lenient
-from cloudexec._wire import TOKEN_KEY, pack_chunk, unpack_chunk
+from cloudexec._wire.channel import TOKEN_KEY, pack_chunk, unpack_chunk
 
 __all__ = ["start_plain_server"]
 

@@ -31,14 +31,13 @@ from cloudexec._objects.transfer import Incoming, stream_view
 from cloudexec._payload import Composed
 from cloudexec._plain import Frames
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._reliable import ACKNOWLEDGE_AFTER, Reliable
 from cloudexec._rpc import is_end
 from cloudexec._server.direct import Delivered
 from cloudexec._server.gate import Gate, Guest
 from cloudexec._server.inspection import parse
 from cloudexec._server.service import Service
 from cloudexec._server.splicing import Spliced
-from cloudexec._wire import (
+from cloudexec._wire.channel import (
     BLOB_KEY,
     CHUNK_BYTES,
     DELIVERY_TRIES,
@@ -48,6 +47,7 @@ from cloudexec._wire import (
     SIZE_KEY,
     TOKEN_KEY,
 )
+from cloudexec._wire.stream import Stream
 
 __all__ = ["Servicer", "lenient"]
 
@@ -108,7 +108,7 @@ class _Session:
         self.resumable = resumable  # whether a cut connection may be replaced by another one
         self.is_cut = False
         self.taken_over = False  # it is about to say what it holds of an earlier client's
-        self.reliable: Reliable[pb.ServerMessage] = Reliable()
+        self.stream: Stream[pb.ServerMessage] = Stream()
         self.pid = pid  # of its process, where that is on this machine
         self.attempt = attempt  # which run of its launch this is, from 1
         self.worker_id = f"worker-{identity}"
@@ -513,8 +513,8 @@ class _Session:
         Raises:
             ValueError: If the worker acknowledges nothing.
         """
-        reliable = self.reliable
-        for sent in reliable.missing():
+        stream = self.stream
+        for sent in stream.missing():
             await context.write(sent)
         self._wanted.set()
         while not self._closed:
@@ -523,11 +523,11 @@ class _Session:
             message = self._compose()
             if message is not None:
                 if self.resumable:
-                    reliable.stamp(message)
+                    stream.stamp(message)
                 await context.write(message)
-            elif reliable.owes:
+            elif stream.owes:
                 message = pb.ServerMessage()
-                reliable.acknowledge(message)
+                stream.acknowledge(message)
                 await context.write(message)
 
     def is_news(self, message: pb.WorkerMessage) -> bool:
@@ -536,21 +536,21 @@ class _Session:
         Raises:
             ValueError: If it says what cannot be.
         """
-        reliable = self.reliable
+        stream = self.stream
         if not self.resumable:
             return True
-        is_news = reliable.take(message)
-        if reliable.is_urgent or (message.draining or self._drain_said):
+        is_news = stream.take(message)
+        pause = stream.acknowledge_within
+        if pause == 0 or message.draining or self._drain_said:
             self._wanted.set()
-        elif reliable.owes and self._acknowledge_handle is None:
-            self._acknowledge_handle = self._driver.portal.loop.call_later(
-                ACKNOWLEDGE_AFTER, self._acknowledge
-            )
+        elif pause is not None and self._acknowledge_handle is None:
+            loop = self._driver.portal.loop
+            self._acknowledge_handle = loop.call_later(pause, self._acknowledge)
         return is_news
 
     def _acknowledge(self) -> None:
         self._acknowledge_handle = None
-        if self.reliable.owes:
+        if self.stream.owes:
             self._wanted.set()
 
     def take(self, message: pb.WorkerMessage) -> None:
@@ -1050,15 +1050,15 @@ class Servicer:
         if session is None or session.is_closed:
             await context.write(pb.ServerMessage(refusal=pb.Refusal(reason="it was given up")))
             return None
-        reliable = session.reliable
+        stream = session.stream
         try:
-            reliable.arrived(received)
+            stream.arrived(received)
         except ValueError as exc:
             self._driver.refused("malformed hello", f"{session.worker_id} cannot go on: {exc}")
             await _abort(context, "INVALID_ARGUMENT", str(exc))
         # What still comes over the connection before this one comes twice, and is read once.
         answer = pb.ServerMessage(resumed=True)
-        reliable.acknowledge(answer)
+        stream.acknowledge(answer)
         await context.write(answer)
         return session
 

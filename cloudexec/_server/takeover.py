@@ -32,10 +32,10 @@ from cloudexec._core.tasks import TaskState
 from cloudexec._journal.journal import KEY_BYTES as _KEY_BYTES
 from cloudexec._log import Log
 from cloudexec._payload import Composed, Payload
-from cloudexec._reliable import longest_pause
 from cloudexec._server.certificate import Certificate
 from cloudexec._server.direct import Delivered
 from cloudexec._server.terms import shares_gpus
+from cloudexec._wire.channel import longest_pause
 
 if TYPE_CHECKING:
     from cloudexec._journal.journal import Journal

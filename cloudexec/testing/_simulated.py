@@ -17,8 +17,8 @@ from cloudexec import _enrolment
 from cloudexec._errors import LaunchError, ProtocolError
 from cloudexec._launchers.base import Contact
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._reliable import Reliable
-from cloudexec._wire import TOKEN_KEY, unpack_chunk
+from cloudexec._wire.channel import TOKEN_KEY, unpack_chunk
+from cloudexec._wire.stream import Stream
 from cloudexec.worker.dialing import CONNECT_TIMEOUT, Address, dial, hang_up, shake_hands
 
 __all__ = ["Answer", "SimulatedWorker", "answer_none"]
@@ -84,7 +84,7 @@ class SimulatedWorker:
         self._call: Any = None
         # gRPC allows one write at a time; results and heartbeats share the stream.
         self._writing = asyncio.Lock()
-        self._reliable: Reliable[pb.WorkerMessage] = Reliable()
+        self._stream: Stream[pb.WorkerMessage] = Stream()
         self._todo: deque[tuple[int, bytes, list[int]]] = deque()  # lease, payload, blobs
         self._draining = False
         self._welcome = pb.Welcome()
@@ -138,10 +138,10 @@ class SimulatedWorker:
             address.key,
             address.target,
             token=token,
-            received=self._reliable.received,
+            received=self._stream.received,
         )
         if answer.resumed:
-            self._reliable.arrived(answer.received)
+            self._stream.arrived(answer.received)
         elif token:
             raise ProtocolError("its client was killed, and it has nothing to hand to the next one")
         else:
@@ -192,11 +192,11 @@ class SimulatedWorker:
     async def _converse(self) -> str:
         """Exchange messages over one connection, until the session ends."""
         async with self._writing:
-            for sent in self._reliable.missing():
+            for sent in self._stream.missing():
                 await self._call.write(sent)
         await self._answer_all()
         while True:
-            if self._draining and self._reliable.is_clear:
+            if self._draining and self._stream.is_clear:
                 # Nothing is left to hand back: what came was answered at once.
                 await self._write(pb.WorkerMessage(goodbye=True), keep=False)
                 await self._call.done_writing()
@@ -206,7 +206,7 @@ class SimulatedWorker:
             message = await self._call.read()
             if message is grpc.aio.EOF:
                 return "closed"
-            if self._welcome.resumable and not self._reliable.take(message):
+            if self._welcome.resumable and not self._stream.take(message):
                 continue
             if message.HasField("tasks"):
                 self._take(message.tasks)
@@ -270,7 +270,7 @@ class SimulatedWorker:
         async with self._writing:
             if self._welcome.resumable:
                 if keep:
-                    self._reliable.stamp(message)
+                    self._stream.stamp(message)
                 else:
-                    self._reliable.acknowledge(message)
+                    self._stream.acknowledge(message)
             await self._call.write(message)

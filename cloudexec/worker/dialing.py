@@ -14,9 +14,8 @@ from typing import Any
 from cloudexec import _enrolment
 from cloudexec._errors import LaunchError, ProtocolError
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._reliable import longest_pause
 from cloudexec._rpc import call_errors, is_end, status_of
-from cloudexec._wire import CHANNEL_OPTIONS
+from cloudexec._wire.channel import CHANNEL_OPTIONS, longest_pause
 from cloudexec.worker.client import Client
 
 __all__ = ["CONNECT_TIMEOUT", "Address", "SessionGoneError", "dial", "hang_up", "shake_hands"]

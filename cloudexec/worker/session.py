@@ -23,9 +23,8 @@ from cloudexec._objects.store import Blob
 from cloudexec._objects.transfer import code_of, failures, fetch_into, stream_file
 from cloudexec._payload import dumps_exception
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._reliable import ACKNOWLEDGE_AFTER, Reliable
 from cloudexec._rpc import call_errors, is_end
-from cloudexec._wire import (
+from cloudexec._wire.channel import (
     BLOB_KEY,
     DELIVERY_TRIES,
     GO_ON_KEY,
@@ -36,6 +35,7 @@ from cloudexec._wire import (
     pack_chunk,
     unpack_chunk,
 )
+from cloudexec._wire.stream import Stream
 from cloudexec.worker.birth import pull_seconds, seconds_since_start
 from cloudexec.worker.blobs import BlobCache, Known
 from cloudexec.worker.child import Terms
@@ -82,7 +82,7 @@ class Session:
         self._uploads: dict[int, asyncio.Task[None]] = {}  # of what is kept here
         self._call: Any = None
         self._token = b""
-        self._reliable: Reliable[pb.WorkerMessage] = Reliable()
+        self._stream: Stream[pb.WorkerMessage] = Stream()
         self._connected = asyncio.Event()
         self._calls: weakref.WeakSet[Any] = weakref.WeakSet()  # of transfers, over what there is
         self._started = False
@@ -213,10 +213,10 @@ class Session:
             address.key,
             address.target,
             token=self._token,
-            received=self._reliable.received,
+            received=self._stream.received,
         )
         if answer.resumed:
-            self._reliable.arrived(answer.received)
+            self._stream.arrived(answer.received)
             return
         self._take_welcome(answer.welcome)
         if not is_new:
@@ -248,11 +248,11 @@ class Session:
         pool, blobs = self.pool, self.blobs
         assert pool is not None
         assert blobs is not None
-        pending = [*self._reliable.missing()]
+        pending = [*self._stream.missing()]
         while (message := self._compose()) is not None:
             pending.append(message)
         results, failures = parked(pending)
-        self._reliable = Reliable()
+        self._stream = Stream()
         for uploading in self._uploads.values():
             uploading.cancel()
         running = pool.hand_back()
@@ -799,8 +799,8 @@ class Session:
 
         What was sent over an earlier connection, and may not have arrived, comes first.
         """
-        reliable, resumable = self._reliable, self.welcome.resumable
-        for sent in reliable.missing():
+        stream, resumable = self._stream, self.welcome.resumable
+        for sent in stream.missing():
             await self._call.write(sent)
         self._wanted.set()
         while True:
@@ -809,13 +809,13 @@ class Session:
             message = self._compose()
             if message is not None:
                 if resumable:
-                    reliable.stamp(message)
+                    stream.stamp(message)
                 await self._call.write(message)
                 if message.ready and self.pool is not None:
                     self.pool.announced()
-            elif self._heartbeat_due or reliable.owes:
+            elif self._heartbeat_due or stream.owes:
                 await self._call.write(self._sign_of_life())
-            elif self._flushing and reliable.is_clear:
+            elif self._flushing and stream.is_clear:
                 await self._call.write(pb.WorkerMessage(goodbye=True))
                 await self._call.done_writing()
                 self._said_goodbye = True
@@ -828,7 +828,7 @@ class Session:
     def _sign_of_life(self) -> pb.WorkerMessage:
         """Return what need not arrive."""
         message = pb.WorkerMessage()
-        self._reliable.acknowledge(message)
+        self._stream.acknowledge(message)
         if self._heartbeat_due and self.pool is not None:
             self._heartbeat_due = False
             message.heartbeat.resident_bytes = (
@@ -926,7 +926,7 @@ class Session:
         assert self.pool is not None
         self._holdings.take(tasks)
         if self._holdings.is_full:
-            results, failures = parked(self._reliable.missing())
+            results, failures = parked(self._stream.missing())
             said = [*(each[0] for each in results), *(each.lease for each in failures)]
             here = [*self.pool.leases(), *self._delivering, *self._leases, *tasks.leases]
             here.extend(failure.lease for failure in self._failures)
@@ -934,25 +934,26 @@ class Session:
 
     def _is_news(self, message: pb.ServerMessage) -> bool:
         """Take note of a message's number; say whether it is to be read."""
-        reliable = self._reliable
+        stream = self._stream
         try:
-            is_news = reliable.take(message)
+            is_news = stream.take(message)
         except ValueError as exc:
             raise ProtocolError(f"the client's messages are out of order: {exc}") from exc
-        if reliable.has_begun:
+        if stream.has_begun:
             self._is_known.set()
-        if self._flushing and reliable.is_clear:
+        if self._flushing and stream.is_clear:
             self._wanted.set()
-        if reliable.is_urgent:
+        pause = stream.acknowledge_within
+        if pause == 0:
             self._wanted.set()
-        elif reliable.owes and self._acknowledge_handle is None:
+        elif pause is not None and self._acknowledge_handle is None:
             loop = asyncio.get_running_loop()
-            self._acknowledge_handle = loop.call_later(ACKNOWLEDGE_AFTER, self._acknowledge)
+            self._acknowledge_handle = loop.call_later(pause, self._acknowledge)
         return is_news
 
     def _acknowledge(self) -> None:
         self._acknowledge_handle = None
-        if self._reliable.owes:
+        if self._stream.owes:
             self._wanted.set()
 
     async def _is_cut(self, code: str) -> bool:

@@ -24,7 +24,7 @@ from test_enrolment import PROXY_OFF, Peer
 from cloudexec import BatchExecutor, Local, _enrolment
 from cloudexec._launchers.base import Contact
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._wire import BLOB_KEY, LEASE_KEY, SIZE_KEY, TOKEN_KEY
+from cloudexec._wire.channel import BLOB_KEY, LEASE_KEY, SIZE_KEY, TOKEN_KEY
 from cloudexec.testing import ManualLauncher
 
 MIB = 1024 * 1024

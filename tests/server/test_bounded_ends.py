@@ -25,7 +25,7 @@ from cloudexec import BatchExecutor, BrokenBatchExecutor, ObjectOptions, _direct
 from cloudexec._core import losses
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server import driver
-from cloudexec._wire import BLOB_KEY, LEASE_KEY, SIZE_KEY
+from cloudexec._wire.channel import BLOB_KEY, LEASE_KEY, SIZE_KEY
 from cloudexec.testing import ManualLauncher
 
 pytestmark = pytest.mark.timeout(60)

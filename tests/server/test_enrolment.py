@@ -21,7 +21,7 @@ import pytest
 
 from cloudexec import BatchExecutor, LaunchError, Local, _enrolment
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._wire import BLOB_KEY, SIZE_KEY, TOKEN_KEY
+from cloudexec._wire.channel import BLOB_KEY, SIZE_KEY, TOKEN_KEY
 from cloudexec.testing import ManualLauncher
 
 pytestmark = pytest.mark.timeout(60)

@@ -37,7 +37,14 @@ from cloudexec import BatchExecutor, ObjectOptions, _direct, _enrolment
 from cloudexec._launchers.base import Contact
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server.inspection import parse
-from cloudexec._wire import BLOB_KEY, LEASE_KEY, SIZE_KEY, TOKEN_KEY, pack_chunk, unpack_chunk
+from cloudexec._wire.channel import (
+    BLOB_KEY,
+    LEASE_KEY,
+    SIZE_KEY,
+    TOKEN_KEY,
+    pack_chunk,
+    unpack_chunk,
+)
 from cloudexec.testing import FakeAWS, ManualLauncher
 
 _MANY = "CLOUDEXEC_FUZZ" in os.environ  # as ``python -m tests.soak`` asks for

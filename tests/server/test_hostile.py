@@ -63,7 +63,7 @@ from cloudexec._launchers.base import Contact
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server import servicer
 from cloudexec._server.certificate import make_certificate
-from cloudexec._wire import BLOB_KEY, LEASE_KEY, SIZE_KEY, TOKEN_KEY
+from cloudexec._wire.channel import BLOB_KEY, LEASE_KEY, SIZE_KEY, TOKEN_KEY
 
 pytestmark = pytest.mark.timeout(90)
 

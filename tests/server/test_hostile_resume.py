@@ -20,9 +20,10 @@ from hostile_peers import (
 )
 from test_enrolment import Peer
 
-from cloudexec import BatchExecutor, _enrolment, _reliable
+from cloudexec import BatchExecutor, _enrolment
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._wire import TOKEN_KEY
+from cloudexec._wire import stream
+from cloudexec._wire.channel import TOKEN_KEY
 from cloudexec.testing import ManualLauncher
 
 pytestmark = pytest.mark.timeout(60)
@@ -162,7 +163,7 @@ def test_a_worker_that_acknowledges_nothing_is_cut_off(
     scene: _Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it may still have to be sent again is kept, and is not to grow for ever."""
-    monkeypatch.setattr(_reliable, "_MOST_KEPT_BYTES", 1024 * 1024)
+    monkeypatch.setattr(stream, "_MOST_KEPT_BYTES", 1024 * 1024)
     tasks = [scene.executor.submit(len, bytes(50_000)) for _ in range(60)]
     owner, sent = scene.owner, 0
     leases = [scene.lease]

@@ -18,7 +18,7 @@ from cloudexec._errors import LaunchError
 from cloudexec._plain import CALL, MESSAGE, STATUS, Channel, Frames
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._rpc import CallError
-from cloudexec._wire import MAX_MESSAGE_BYTES
+from cloudexec._wire.channel import MAX_MESSAGE_BYTES
 from cloudexec.worker.dialing import shake_hands
 
 SESSION = "/cloudexec.v1.TaskServer/Session"

@@ -27,7 +27,7 @@ from cloudexec import (
 from cloudexec._objects.segments import Segment
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server import keeper, servicer
-from cloudexec._wire import BLOB_KEY, LEASE_KEY, SIZE_KEY, TOKEN_KEY
+from cloudexec._wire.channel import BLOB_KEY, LEASE_KEY, SIZE_KEY, TOKEN_KEY
 from cloudexec.testing import ManualLauncher
 
 pytestmark = pytest.mark.timeout(60)

@@ -1,4 +1,4 @@
-"""What both ends of the gRPC connection share: method names, limits, serializers, chunk framing."""
+"""What both ends of the gRPC connection share: metadata keys, limits, options, chunk framing."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "PUSHED_BYTES",
     "SIZE_KEY",
     "TOKEN_KEY",
+    "longest_pause",
     "pack_chunk",
     "unpack_chunk",
 ]
@@ -35,6 +36,11 @@ GO_ON_KEY = "cloudexec-go-on"
 """In the initial metadata of the answer to a Deliver call: there is room for it."""
 DELIVERY_TRIES = 3
 """Times that a part of a result is sent which does not arrive as it should."""
+_LONGEST_PAUSE = 4.0
+_PART_OF_PATIENCE = 20
+"""Who has minutes to go on dials less often in the end: ten thousand workers that dial again
+every few seconds would keep their client, once it is there, too busy to let them in."""
+_MOST_PAUSE = 15.0
 
 # Liveness is HTTP/2 pings: gRPC's own threads answer them, so that a client whose main thread
 # holds the GIL for minutes is alive to its workers.
@@ -51,6 +57,15 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.http2.lookahead_bytes", 4 * 1024 * 1024),
     ("grpc.http2.write_buffer_size", 1024 * 1024),
 ]
+
+
+def longest_pause(patience: float) -> float:
+    """Say how long a worker waits, at most and on average, between two tries to reach its client.
+
+    Args:
+        patience: Seconds for which it tries.
+    """
+    return min(max(_LONGEST_PAUSE, patience / _PART_OF_PATIENCE), _MOST_PAUSE)
 
 
 def pack_chunk(data: bytes | memoryview | Chunk) -> bytes:

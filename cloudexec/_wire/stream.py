@@ -1,8 +1,11 @@
-"""A session's messages over more than one connection: numbered, and kept until they arrived.
+"""A stream of messages that survives cut connections, for both ends of a session.
 
-A stream delivers in order and without gaps until it is cut; then neither side knows what the other
-has. So each message that must arrive has a number, each side says how many of the other's have
-come, and what is missing is sent again over the next connection. Nothing is lost, nothing doubled.
+A connection delivers in order and without gaps until it is cut; then neither end knows how much of
+what it wrote the other end has read. So each message that must arrive has a number, each end tells
+the other how many of its messages have come, and the next connection begins with what is missing.
+No message is lost, and none is read twice.
+
+A ``Stream`` does no I/O and reads no clock: its owner writes the messages and keeps the timer.
 """
 
 from __future__ import annotations
@@ -12,40 +15,26 @@ from typing import Generic, TypeVar
 
 from cloudexec._proto import tasks_pb2 as pb
 
-__all__ = ["ACKNOWLEDGE_AFTER", "Reliable", "longest_pause"]
+__all__ = ["Stream"]
 
 _MessageT = TypeVar("_MessageT", pb.WorkerMessage, pb.ServerMessage)
 
-ACKNOWLEDGE_AFTER = 0.1
-"""Seconds after which it is said what has come, if there is nothing else to say."""
+_ACKNOWLEDGE_AFTER = 0.1
+"""Seconds for which an acknowledgement may wait for a message that it can go along with."""
 _ACKNOWLEDGE_AT = 32
-"""Messages after which they are acknowledged though there is nothing else to say."""
+"""Messages after which an acknowledgement waits no longer."""
 _MOST_KEPT = 65_536
-"""Messages that may be on their way; a peer that takes them has acknowledged long before."""
+"""Messages that may be unacknowledged; a peer that reads them has acknowledged long before."""
 _MOST_KEPT_BYTES = 256 * 1024 * 1024
-_LONGEST_PAUSE = 4.0
-_PART_OF_PATIENCE = 20
-"""Who has minutes to go on dials less often in the end: ten thousand workers that dial again
-every few seconds would keep their client, once it is there, too busy to let them in."""
-_MOST_PAUSE = 15.0
 
 
-def longest_pause(patience: float) -> float:
-    """Say how long a worker waits, at most and on average, between two tries to reach its client.
-
-    Args:
-        patience: Seconds for which it tries.
-    """
-    return min(max(_LONGEST_PAUSE, patience / _PART_OF_PATIENCE), _MOST_PAUSE)
-
-
-class Reliable(Generic[_MessageT]):
-    """One side of a session: what it sent that may not have arrived, and what has come."""
+class Stream(Generic[_MessageT]):
+    """One end: the messages it sent that may not have arrived, and how many have come to it."""
 
     def __init__(self) -> None:
         self.received = 0
-        """Messages of the other side that have come."""
-        self._acknowledged = 0  # of these, how many the other side knows of
+        """Messages of the other end that have come."""
+        self._acknowledged = 0  # how many of these the other end was told of
         self._sent = 0
         self._kept: deque[tuple[_MessageT, int]] = deque()  # with their bytes
         self._kept_bytes = 0
@@ -62,19 +51,22 @@ class Reliable(Generic[_MessageT]):
 
     @property
     def owes(self) -> bool:
-        """Whether messages have come that the other side does not know to have arrived."""
+        """Whether messages have come that the other end was not told of."""
         return self.received > self._acknowledged
 
     @property
-    def is_urgent(self) -> bool:
-        """Whether it is time to say so."""
-        return self.received - self._acknowledged >= _ACKNOWLEDGE_AT
+    def acknowledge_within(self) -> float | None:
+        """Seconds within which an acknowledgement is to be sent; None if none is due."""
+        owed = self.received - self._acknowledged
+        if not owed:
+            return None
+        return 0.0 if owed >= _ACKNOWLEDGE_AT else _ACKNOWLEDGE_AFTER
 
     def stamp(self, message: _MessageT) -> None:
-        """Number a message that is about to be sent, and keep it.
+        """Number a message that is about to be sent, and keep it until it has arrived.
 
         Raises:
-            ValueError: If the other side acknowledges nothing.
+            ValueError: If too much of what was sent is unacknowledged.
         """
         if len(self._kept) >= _MOST_KEPT or self._kept_bytes >= _MOST_KEPT_BYTES:
             count, size = len(self._kept), self._kept_bytes
@@ -87,14 +79,14 @@ class Reliable(Generic[_MessageT]):
         self.acknowledge(message)
 
     def acknowledge(self, message: _MessageT) -> None:
-        """Say in a message what has come."""
+        """Write into a message how many messages have come."""
         message.received = self._acknowledged = self.received
 
     def take(self, message: pb.WorkerMessage | pb.ServerMessage) -> bool:
-        """Note a message that came; say whether it is to be read: it may have come before.
+        """Note a message that came; say whether it is new, and so to be read.
 
         Raises:
-            ValueError: If it says what cannot be.
+            ValueError: If its number leaves a gap, or it acknowledges what was never sent.
         """
         self.arrived(message.received)
         if not message.number:
@@ -107,7 +99,7 @@ class Reliable(Generic[_MessageT]):
         return True
 
     def arrived(self, count: int) -> None:
-        """The other side has that many of our messages; those need not be kept.
+        """Note that the other end has that many of our messages: those need not be kept.
 
         Raises:
             ValueError: If there are not that many.
@@ -119,5 +111,5 @@ class Reliable(Generic[_MessageT]):
             self._kept_bytes -= kept.popleft()[1]
 
     def missing(self) -> list[_MessageT]:
-        """Return what is to be sent again, in order."""
+        """Return what the next connection is to begin with, in order."""
         return [message for message, _ in self._kept]
