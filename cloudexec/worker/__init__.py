@@ -9,5 +9,7 @@ a task does. On the client's own machine a plain socket stands in the place of g
 forked from the supervisor before that starts a thread; it imports what the tasks will need, forks
 the slots, in milliseconds, and reports how each one ended. A slot runs one task at a time.
 
+Which platform a worker is on, and what it is called there, is read in ``platform`` alone.
+
 Nothing in this package imports an AWS SDK, ``_server`` or ``_launchers``.
 """

@@ -4,8 +4,8 @@ It learns whom to dial from two lines of JSON on its standard input (the local l
 keeps the key out of environment and process list, and starts the first worker before there is
 anybody to be dialed), or from the environment (containers): the
 variables ``CLOUDEXEC_TARGET``, ``_EXECUTOR_ID``, ``_SLOTS``, ``_KEY``, ``_CERTIFICATE_SHA256``,
-``_MEMORY_MIB``, and ``_IDENTITY`` or, under AWS Batch, ``_LAUNCH`` (the number of the job's first
-worker, to which the index in an array job is added).
+``_MEMORY_MIB``, and ``_IDENTITY`` or ``_LAUNCH``, the number of the first worker of those that were
+launched together. To that, the worker adds its own number among them: see ``platform``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from cloudexec._descriptors import BASE_FILES, FILES_PER_SLOT, file_limits, raise_file_limit
 from cloudexec.worker.client import Client
+from cloudexec.worker.platform import OWN_VARIABLES, ask_metadata, find_place
 
 __all__ = ["EXIT_RECLAIMED", "EXIT_REFUSED", "main"]
 
@@ -156,12 +157,16 @@ def _from_environment() -> dict[str, Any]:
     for name in {"slots", who} - {"identity"}:
         if not found[name].isdigit():
             raise SystemExit(f"cloudexec worker: CLOUDEXEC_{name.upper()} must be a whole number")
+    try:
+        place = find_place(environ)
+    except ValueError as exc:
+        raise SystemExit(f"cloudexec worker: {exc}") from exc
+    for name in OWN_VARIABLES:
+        environ.pop(name, None)
     if who == "launch":
-        # All children of an array job have the same environment, but for their index.
-        index = environ.get("AWS_BATCH_JOB_ARRAY_INDEX", "0")
-        found["identity"] = str(int(found["launch"]) + int(index))
-    found["job_id"] = environ.get("AWS_BATCH_JOB_ID", "")
-    found["attempt"] = environ.get("AWS_BATCH_JOB_ATTEMPT", "1")
+        found["identity"] = str(int(found["launch"]) + place.launch_index)
+    found["job_id"] = place.job_id or str(ask_metadata(place).get("TaskARN", ""))
+    found["attempt"] = place.attempt
     found["unset"] = environ.pop("CLOUDEXEC_UNSET", "").split()
     found["log"] = True
     found["drain_grace"] = float(environ.pop("CLOUDEXEC_DRAIN_GRACE", _DRAIN_GRACE))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
-import urllib.parse
+
+from cloudexec.worker.platform import ask_metadata, find_place
 
 __all__ = ["pull_seconds", "seconds_since_start"]
-
-_METADATA = "ECS_CONTAINER_METADATA_URI_V4"
-_TIMEOUT = 1.0
 
 
 def seconds_since_start() -> float:
@@ -27,24 +24,11 @@ def seconds_since_start() -> float:
 
 
 def pull_seconds() -> float:
-    """Ask the platform how long pulling the image took; 0.0 where it does not say.
-
-    References:
-        Amazon ECS Developer Guide, "Task metadata endpoint version 4".
-    """
-    where = urllib.parse.urlsplit(os.environ.get(_METADATA, ""))
-    if where.scheme != "http" or not where.hostname:
-        return 0.0
-    import http.client  # most platforms have no such address
-
-    connection = http.client.HTTPConnection(where.hostname, where.port or 80, timeout=_TIMEOUT)
+    """Ask the platform how long pulling the image took; 0.0 where it does not say."""
+    task = ask_metadata(find_place(os.environ))
     try:
-        connection.request("GET", f"{where.path}/task")
-        task = json.loads(connection.getresponse().read())
         began = datetime.datetime.fromisoformat(task["PullStartedAt"])
         ended = datetime.datetime.fromisoformat(task["PullStoppedAt"])
         return max(0.0, (ended - began).total_seconds())
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return 0.0
-    finally:
-        connection.close()

@@ -1,0 +1,136 @@
+"""Where this worker is: one table says which variables each platform gives to its workers.
+
+A launcher for another platform needs a row here only if its workers cannot be told by variables of
+ours. Whoever starts each worker separately sets ``CLOUDEXEC_INDEX``, and, if they are known,
+``CLOUDEXEC_JOB_ID`` and ``CLOUDEXEC_ATTEMPT``: these count more than what the platform says, which
+may be about the client, if the client runs on such a platform and has started this worker.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.parse
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["OWN_VARIABLES", "Place", "Platform", "ask_metadata", "find_place"]
+
+OWN_VARIABLES = ("CLOUDEXEC_INDEX", "CLOUDEXEC_JOB_ID", "CLOUDEXEC_ATTEMPT")
+"""What a launcher says to each worker separately. The processes that tasks start do not get it."""
+_METADATA_TIMEOUT = 1.0
+
+
+class Platform(NamedTuple):
+    """One row of the table: the names of variables, empty where a platform has no such thing.
+
+    Attributes:
+        name: What people call the platform.
+        sign: The variable that only workers on this platform have.
+        launch_index: The worker's number among those that were launched together, from 0.
+        job_id: The platform's name for the worker.
+        attempt: Which run of this worker it is.
+        first_attempt: The number that the platform gives to the first run.
+        metadata: The address that answers questions about the worker over HTTP.
+    """
+
+    name: str
+    sign: str
+    launch_index: str = ""
+    job_id: str = ""
+    attempt: str = ""
+    first_attempt: int = 1
+    metadata: str = ""
+
+
+PLATFORMS = (
+    # The first row that fits counts: a job of AWS Batch is a task of Amazon ECS, too.
+    Platform(
+        name="AWS Batch",
+        sign="AWS_BATCH_JOB_ID",
+        launch_index="AWS_BATCH_JOB_ARRAY_INDEX",
+        job_id="AWS_BATCH_JOB_ID",
+        attempt="AWS_BATCH_JOB_ATTEMPT",
+        metadata="ECS_CONTAINER_METADATA_URI_V4",
+    ),
+    Platform(
+        name="Amazon ECS",
+        sign="ECS_CONTAINER_METADATA_URI_V4",
+        metadata="ECS_CONTAINER_METADATA_URI_V4",
+    ),
+)
+THIS_MACHINE = Platform(name="this machine", sign="")
+
+
+class Place(NamedTuple):
+    """Where a worker is, and what it is called there.
+
+    Attributes:
+        platform: The name of the platform.
+        launch_index: The worker's number among those that were launched together, from 0.
+        job_id: The platform's name for the worker; empty if it has none.
+        attempt: Which run of this worker it is, from 1.
+        metadata: The address that answers questions about the worker over HTTP; empty: there is
+            none.
+    """
+
+    platform: str
+    launch_index: int = 0
+    job_id: str = ""
+    attempt: int = 1
+    metadata: str = ""
+
+
+def find_place(environ: Mapping[str, str]) -> Place:
+    """Read where a worker is from its environment.
+
+    Raises:
+        ValueError: If a variable that must be a whole number is not; the message names it.
+    """
+    row = next((each for each in PLATFORMS if each.sign in environ), THIS_MACHINE)
+    index = _number(environ, "CLOUDEXEC_INDEX", 0)
+    attempt = _number(environ, "CLOUDEXEC_ATTEMPT", 1)
+    if index is None:
+        index = _number(environ, row.launch_index, 0) or 0
+    if attempt is None:
+        found = _number(environ, row.attempt, row.first_attempt)
+        attempt = 1 if found is None else found - row.first_attempt + 1
+    return Place(
+        platform=row.name,
+        launch_index=index,
+        job_id=environ.get("CLOUDEXEC_JOB_ID") or environ.get(row.job_id, ""),
+        attempt=attempt,
+        metadata=environ.get(row.metadata, ""),
+    )
+
+
+def _number(environ: Mapping[str, str], name: str, least: int) -> int | None:
+    text = environ.get(name, "") if name else ""
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name} must be a whole number, {least} or more, not {text!r}")
+    return int(text)
+
+
+def ask_metadata(place: Place) -> Mapping[str, Any]:
+    """Ask the platform about this worker; return nothing if it does not answer.
+
+    References:
+        Amazon ECS Developer Guide, "Task metadata endpoint version 4".
+    """
+    where = urllib.parse.urlsplit(place.metadata)
+    if where.scheme != "http" or not where.hostname:
+        return {}
+    import http.client  # most platforms have no such address
+
+    connection = http.client.HTTPConnection(
+        where.hostname, where.port or 80, timeout=_METADATA_TIMEOUT
+    )
+    try:
+        connection.request("GET", f"{where.path}/task")
+        answer = json.loads(connection.getresponse().read())
+    except (OSError, http.client.HTTPException, ValueError):
+        return {}
+    finally:
+        connection.close()
+    return answer if isinstance(answer, dict) else {}
