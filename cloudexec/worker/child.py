@@ -7,11 +7,12 @@ import os
 import tempfile
 from collections import deque
 from dataclasses import dataclass
+from enum import Enum
 from mmap import mmap
 
 from cloudexec.worker.frames import PAGE_BYTES, RESULTS_AT
 
-__all__ = ["PIPE_BYTES", "Child", "Terms", "WorkItem", "oom_kills"]
+__all__ = ["PIPE_BYTES", "Child", "SlotState", "Terms", "WorkItem", "oom_kills"]
 
 PIPE_BYTES = 1024 * 1024
 
@@ -49,8 +50,39 @@ class WorkItem:
     terms: Terms | None = None
 
 
+class SlotState(Enum):
+    """How far a slot's process is in its life. ``TRANSITIONS`` says what may follow what."""
+
+    STARTING = "starting"
+    """It is being forked, or runs the initializer."""
+    READY = "ready"
+    """It takes tasks."""
+    STOPPING = "stopping"
+    """It was told to end, and may take a few seconds for its exit handlers."""
+    KILLED = "killed"
+    """It is being killed. Nothing more is written to it, and what it wrote is still read."""
+    EXITED = "exited"
+    """Its process is gone. What is left in its pipes is read once more."""
+
+
+TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
+    SlotState.STARTING: frozenset(
+        (SlotState.READY, SlotState.STOPPING, SlotState.KILLED, SlotState.EXITED)
+    ),
+    SlotState.READY: frozenset((SlotState.STOPPING, SlotState.KILLED, SlotState.EXITED)),
+    SlotState.STOPPING: frozenset((SlotState.KILLED, SlotState.EXITED)),
+    SlotState.KILLED: frozenset((SlotState.EXITED,)),
+    SlotState.EXITED: frozenset(),
+}
+
+
 class Child:
     """One child process as the supervisor sees it.
+
+    Attributes:
+        state: How far its process is in its life; only ``enter`` writes it.
+        start_is_open: Whether its end would count as a failed start: it has not said that it is
+            ready, its initializer has not raised, and nobody has told it to end.
 
     Raises:
         OSError: If no more files can be opened.
@@ -59,10 +91,8 @@ class Child:
     def __init__(self, number: int) -> None:
         self.number = number
         self.pid = 0
-        self.ready = False
-        self.stopping = False
-        self.dead = False
-        self.exited = False
+        self.state = SlotState.STARTING
+        self.start_is_open = True
         self.kill_reason = 0  # a Failure kind, when we killed it
         self.kill_lease = 0
         self.kill_message = ""
@@ -114,6 +144,28 @@ class Child:
             os.set_blocking(fd, False)
         for fd in (self.tasks_fd, self.results_fd):
             _widen(fd)
+
+    def enter(self, state: SlotState) -> None:
+        """Go on to another state.
+
+        Raises:
+            RuntimeError: If ``TRANSITIONS`` does not list that; nothing has changed then.
+        """
+        if state not in TRANSITIONS[self.state]:
+            raise RuntimeError(
+                f"slot {self.number} cannot become {state.value}: it is {self.state.value}"
+            )
+        self.state = state
+
+    @property
+    def is_staying(self) -> bool:
+        """Whether it is starting or ready: nothing has begun to end it."""
+        return self.state in (SlotState.STARTING, SlotState.READY)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was killed or has exited: nothing reaches it any more."""
+        return self.state in (SlotState.KILLED, SlotState.EXITED)
 
     def fds(self) -> list[int]:
         return [self.tasks_fd, self.results_fd, self.stdout_fd, self.stderr_fd]

@@ -23,7 +23,7 @@ from cloudexec._objects.places import Place, unpack_places
 from cloudexec._objects.segments import block_size
 from cloudexec.worker import frames
 from cloudexec.worker.blobs import BlobCache
-from cloudexec.worker.child import PIPE_BYTES, Child, WorkItem, oom_kills
+from cloudexec.worker.child import PIPE_BYTES, Child, SlotState, WorkItem, oom_kills
 from cloudexec.worker.footprint import memory_taken
 from cloudexec.worker.frames import (
     COMPOSED,
@@ -293,7 +293,7 @@ class SlotPool:
         for number in numbers:
             self._functions.pop(number, None)
             for slot in self._slots.values():
-                if number in slot.functions and not slot.dead:
+                if number in slot.functions and not slot.is_over:
                     slot.functions.discard(number)
                     self._write(slot, HEADER.pack(Kind.FORGET, 0, number))
 
@@ -491,7 +491,7 @@ class SlotPool:
         for slot in list(self._slots.values()):
             if kill:
                 self._kill(slot)
-            elif not slot.stopping:
+            elif slot.is_staying:
                 self._stop_slot(slot)
         if not self._slots:
             self.stopped.set()
@@ -617,13 +617,16 @@ class SlotPool:
                 self._forking.popleft()
                 if self._forking:
                     self._fork_next()
-                if slot.dead:
-                    self._kill(slot)
+                if slot.state is SlotState.KILLED:
+                    self._kill(slot)  # that was asked for before it had a process
             elif kind == EXITED:
                 self._on_exit(slot, status, peak)
 
     def _kill(self, slot: Child) -> None:
-        slot.dead = True
+        if slot.state is SlotState.EXITED:
+            return
+        if slot.state is not SlotState.KILLED:
+            slot.enter(SlotState.KILLED)
         if slot.pid:
             try:
                 self._zygote.send(MESSAGE.pack(KILL, slot.pid, 0, 0, slot.number))
@@ -631,19 +634,18 @@ class SlotPool:
                 self._on_zygote_gone()
 
     def _stop_slot(self, slot: Child) -> None:
-        slot.stopping = True
+        slot.enter(SlotState.STOPPING)
+        slot.start_is_open = False
         self._write(slot, HEADER.pack(Kind.STOP, 0, 0))
         slot.stop_timer = self._loop.call_later(_STOP_GRACE, self._kill, slot)
 
     def _on_exit(self, slot: Child, status: int, peak: int) -> None:
-        slot.exited = True
-        paused, slot.paused = slot.paused, False
+        slot.enter(SlotState.EXITED)
+        slot.paused = False
         self._read_answers(slot, last=True)
-        del paused
         self._take_finished(slot, self._finished(slot))
         for fd, stream in ((slot.stdout_fd, 1), (slot.stderr_fd, 2)):
             self._on_raw_output(slot, fd, stream, last=True)
-        slot.dead = True
         del self._slots[slot.number]
         for timer in (slot.timer, slot.stop_timer):
             if timer is not None:
@@ -656,7 +658,7 @@ class SlotPool:
             slot.close_arena()
         code = os.waitstatus_to_exitcode(status)
         self._blame(slot, code, peak)
-        if not slot.ready and not slot.stopping and not slot.kill_reason:
+        if slot.start_is_open and not slot.kill_reason:
             self._on_failed_start(code)
         self._note_idle()
         if self._draining and not self._slots:
@@ -748,7 +750,7 @@ class SlotPool:
             busy: list[Child] = []
             alive = 0
             for slot in self._slots.values():
-                if slot.stopping or slot.dead:
+                if not slot.is_staying:
                     continue
                 alive += 1
                 if slot.blocked:
@@ -758,9 +760,9 @@ class SlotPool:
                 elif not (slot.exclusive or slot.taking_back or slot.straggling):
                     busy.append(slot)
             # Ready slots first; forking ones take tasks too, they come up in milliseconds.
-            idle.sort(key=lambda slot: not slot.ready)
+            idle.sort(key=lambda slot: slot.state is SlotState.STARTING)
             room = self._settings.slots - len(self._slots)
-            starting = sum(1 for slot in idle if not slot.ready)
+            starting = sum(1 for slot in idle if slot.state is SlotState.STARTING)
             wanted = len(queue) - len(idle)
             while room > 0 and wanted > 0 and starting < 4:
                 forked = None if self._refork is not None else self._fork()
@@ -787,7 +789,7 @@ class SlotPool:
 
     def _send_batch(self, slot: Child, share: int) -> None:
         """Send as many tasks as the slot should hold, at most ``share`` of them."""
-        if not (slot.ready and self._announced):
+        if slot.state is not SlotState.READY or not self._announced:
             return
         queue = self._queue
         most = min(share, _BATCH_TASKS - len(slot.held))
@@ -862,7 +864,7 @@ class SlotPool:
         self._memory_handle = None
         for slot in list(self._slots.values()):
             current = slot.cells[CURRENT]
-            if not slot.limit or current not in slot.held or slot.dead:
+            if not slot.limit or current not in slot.held or slot.is_over:
                 continue
             taken = memory_taken(slot.pid, slot.limit + slot.taken_before) - slot.taken_before
             if taken > slot.limit:
@@ -900,7 +902,7 @@ class SlotPool:
         slot.timer = self._loop.call_later(item.timeout, self.kill, [item.lease], TIMED_OUT)
 
     def _write(self, slot: Child, data: bytes | memoryview) -> None:
-        if slot.dead:
+        if slot.is_over:
             return
         slot.written += len(data)
         if not slot.out:
@@ -1034,7 +1036,7 @@ class SlotPool:
             slot.tail.clear()
             self._note_idle()
             most = self._settings.max_tasks_per_child
-            if ((most and slot.sent >= most) or slot.ends) and not slot.stopping:
+            if ((most and slot.sent >= most) or slot.ends) and slot.is_staying:
                 self._stop_slot(slot)
 
     def _take_frame(self, slot: Child, kind: int, number: int, body: bytes) -> None:
@@ -1063,12 +1065,14 @@ class SlotPool:
                     self._requeue([item])
                 self._after_answer(slot)
         elif kind == Kind.READY:
-            slot.ready = True
+            slot.start_is_open = False
+            if slot.state is SlotState.STARTING:  # else its end overtook what it says here
+                slot.enter(SlotState.READY)
             self._failed_starts = 0
             if not self._announced:
                 self._answers.ready()
         elif kind == Kind.INITIALIZER_FAILED:
-            slot.stopping = True
+            slot.start_is_open = False
             self._kill(slot)
             self._answers.initializer_failed(body)
 
@@ -1094,9 +1098,9 @@ class SlotPool:
             for blob in blobs:
                 self._drop(blob)
             slot.unopened.add(delivery)
-            if exc.errno in (errno.EMFILE, errno.ENFILE) and not slot.exited:
+            if exc.errno in (errno.EMFILE, errno.ENFILE) and slot.state is not SlotState.EXITED:
                 self._refuse_result(slot, delivery, [place.number for place in places], exc)
-            elif not slot.exited:
+            elif slot.state is not SlotState.EXITED:
                 self._kill(slot)  # it is dying, or its files are hidden from us: it waits for us
             return  # it is to blame for this delivery, which it has run
         files = [blob.place.number for blob in blobs if blob.owner is None]
@@ -1148,7 +1152,7 @@ class SlotPool:
 
     def _release(self, slot: Child, files: Sequence[int]) -> None:
         """Tell a slot that files of its results are open here."""
-        if not slot.exited:
+        if slot.state is not SlotState.EXITED:
             for number in files:
                 self._write(slot, HEADER.pack(Kind.RELEASE, 0, number))
         slot.blocked = slot.small_bytes > MOST_WAITING or any(
@@ -1175,7 +1179,7 @@ class SlotPool:
         else:
             slot.small -= 1
             slot.small_bytes -= block_size(blob.place.size)
-            if not slot.exited:
+            if slot.state is not SlotState.EXITED:
                 self._release(slot, [blob.place.number])
             elif not slot.small and slot.number not in self._slots:
                 slot.close_arena()  # all that it said has been read
@@ -1192,19 +1196,19 @@ class SlotPool:
                 slot.cells[SPILL] = on
 
     def _resume(self, slot: Child) -> None:
-        if slot.paused and not slot.exited:
+        if slot.paused and slot.state is not SlotState.EXITED:
             slot.paused = False
             self._loop.add_reader(slot.results_fd, self._on_answers, slot)
             self._loop.call_soon(self._on_answers_again, slot)
 
     def _on_answers_again(self, slot: Child) -> None:
-        if not slot.exited and not slot.paused:
+        if slot.state is not SlotState.EXITED and not slot.paused:
             self._on_answers(slot)
 
     def resume_output(self) -> None:
         """The client has taken output: go on reading from slots that were held for it."""
         for slot in list(self._slots.values()):
-            if slot.raw_paused and not slot.exited:
+            if slot.raw_paused and slot.state is not SlotState.EXITED:
                 slot.raw_paused = False
                 self._watch_raw_output(slot)
             self._resume(slot)
@@ -1219,7 +1223,7 @@ class SlotPool:
             del tail[:-_TAIL_BYTES]
         lease, number = (item.lease, item.number) if item is not None else (0, 0)
         go_on = self._answers.output(lease, number, stream, data)
-        if not go_on and not slot.exited:
+        if not go_on and slot.state is not SlotState.EXITED:
             if not slot.paused:
                 slot.paused = True
                 self._loop.remove_reader(slot.results_fd)
@@ -1316,7 +1320,7 @@ class SlotPool:
         counts as an attempt, and it is tried again if it may be.
         """
         for slot in self._slots.values():
-            if slot.taking_back or slot.dead:
+            if slot.taking_back or slot.is_over:
                 continue  # what it has dropped without a word is taken back at the next tick
             if slot.held and slot.cells[WAITING] == slot.written + 1:
                 self._look([slot])
@@ -1358,12 +1362,16 @@ class SlotPool:
         self._trim_handle = None
         settings = self._settings
         now = self._loop.time()
-        alive = [slot for slot in self._slots.values() if not slot.stopping and not slot.dead]
+        alive = [slot for slot in self._slots.values() if slot.is_staying]
         spare = len(alive) - settings.min_slots
         for slot in alive:
             if spare <= 0:
                 break
-            if not slot.held and slot.ready and now - slot.idle_since >= settings.idle_timeout:
+            if (
+                not slot.held
+                and slot.state is SlotState.READY
+                and now - slot.idle_since >= settings.idle_timeout
+            ):
                 self._stop_slot(slot)
                 spare -= 1
         if self._slots and settings.idle_timeout >= 0:
