@@ -81,6 +81,9 @@ class Child:
 
     Attributes:
         state: How far its process is in its life; only ``enter`` writes it.
+        is_staying: Whether it is starting or ready: nothing has begun to end it.
+        is_over: Whether it was killed or has exited: nothing reaches it any more. These two follow
+            from the state, and are kept as they are asked for with each task.
         start_is_open: Whether its end would count as a failed start: it has not said that it is
             ready, its initializer has not raised, and nobody has told it to end.
 
@@ -92,6 +95,8 @@ class Child:
         self.number = number
         self.pid = 0
         self.state = SlotState.STARTING
+        self.is_staying = True
+        self.is_over = False
         self.start_is_open = True
         self.kill_reason = 0  # a Failure kind, when we killed it
         self.kill_lease = 0
@@ -156,16 +161,8 @@ class Child:
                 f"slot {self.number} cannot become {state.value}: it is {self.state.value}"
             )
         self.state = state
-
-    @property
-    def is_staying(self) -> bool:
-        """Whether it is starting or ready: nothing has begun to end it."""
-        return self.state in (SlotState.STARTING, SlotState.READY)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it was killed or has exited: nothing reaches it any more."""
-        return self.state in (SlotState.KILLED, SlotState.EXITED)
+        self.is_staying = state is SlotState.READY
+        self.is_over = state is SlotState.KILLED or state is SlotState.EXITED
 
     def fds(self) -> list[int]:
         return [self.tasks_fd, self.results_fd, self.stdout_fd, self.stderr_fd]
