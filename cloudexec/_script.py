@@ -57,6 +57,10 @@ _NOT_SHARED = (*_ALONE, tuple, frozenset)
 """Types whose objects may be copied unseen."""
 
 
+_DEFINED = (FunctionType, BuiltinFunctionType, type, ModuleType)
+"""Types of what is a definition or not by more than its type; see ``_is_definition``."""
+
+
 class _TooLarge(Exception):
     """A value is not to be sent unless a task uses it."""
 
@@ -143,6 +147,44 @@ class _Global:
         return True
 
 
+class _Look:
+    """All globals as they were at one time, to tell whether another one may be a definition now.
+
+    Each map asks for that, so it must not take longer for each global than a few comparisons.
+
+    Args:
+        names: The globals.
+    """
+
+    def __init__(self, names: list[tuple[str, Any]]) -> None:
+        self.definitions: dict[str, Any] = {}
+        self._kept: dict[str, Any] = {}
+        self._kinds: dict[str, type] = {}
+        for name, value in names:
+            if _is_definition(name, value):
+                self.definitions[name] = self._kept[name] = value
+            elif isinstance(value, _DEFINED):
+                self._kept[name] = value
+            else:
+                self._kinds[name] = type(value)  # not kept alive: it may be large
+
+    def is_current(self, names: list[tuple[str, Any]]) -> bool:
+        """Say whether what was a definition is the same one, and nothing else has become one."""
+        kept, kinds = self._kept, self._kinds
+        if len(names) != len(kept) + len(kinds):
+            return False
+        for name, value in names:
+            if kept.get(name, _ABSENT) is value:
+                continue
+            if kinds.get(name) is not type(value):
+                return False
+            # Whether it is a definition follows from its type, unless it can be called: then it
+            # may stand for a function that it wraps.
+            if callable(value) and _is_definition(name, value):
+                return False
+        return True
+
+
 _Answer = tuple[tuple[tuple[_Global, Any], ...], frozenset[str], tuple[Any, ...]]
 """To the names that something uses: the globals that it needs, as they were sent; the names of
 which there was none; the definitions."""
@@ -175,7 +217,7 @@ class Script:
         self._by_value: Any = None
         self._rest: tuple[Function, ...] = ()
         self._answers: dict[frozenset[str], _Answer] = {}
-        self._seen: dict[str, Any] = {}
+        self._look = _Look([])
         self._shared_now: dict[int, str] | None = None
 
     def needs(self, names: frozenset[str]) -> tuple[Function, ...]:
@@ -213,17 +255,15 @@ class Script:
     def rest(self) -> tuple[Function, ...]:
         """Return what else the script defines and is small, for what finds it at run time."""
         with self._lock:
-            names = _main.namespace()
-            now = {
-                name: value for name, value in list(names.items()) if _is_definition(name, value)
-            }
-            then = self._seen
-            if len(now) != len(then) or any(
-                then.get(name, _ABSENT) is not value for name, value in now.items()
-            ):
-                self._seen = now
-                self._shared_now = None
-                self._rest = self._needs(now, _Small, {})
+            names = list(_main.namespace().items())
+            if not self._look.is_current(names):
+                then, self._look = self._look.definitions, _Look(names)
+                now = self._look.definitions
+                if len(now) != len(then) or any(
+                    then.get(name, _ABSENT) is not value for name, value in now.items()
+                ):
+                    self._shared_now = None
+                    self._rest = self._needs(now, _Small, {})
             return self._rest
 
     def _needs(

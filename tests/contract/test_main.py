@@ -258,6 +258,47 @@ def test_what_no_task_uses_is_not_sent(tmp_path: Path) -> None:
     assert run_script(tmp_path, text).splitlines() == ["7", "True", "(30000000, 3000000)"]
 
 
+def test_what_becomes_a_definition_later_is_found_by_its_name(tmp_path: Path) -> None:
+    """Whether its name was bound to something else before, of another type or of the same one."""
+    text = """
+        import functools
+        from cloudexec import BatchExecutor
+
+        number = 1
+        same_type = functools.partial(abs)
+
+        def twice(x):
+            return 2 * x
+
+        def find(name):
+            return eval(name)(4)
+
+        if __name__ == "__main__":
+            with BatchExecutor(1) as executor:
+                said = [*executor.map(find, ["twice"])]
+                number = twice
+                said += executor.map(find, ["number"])
+
+                def same_type(x):
+                    return 3 * x
+
+                same_type = functools.update_wrapper(functools.partial(same_type), same_type)
+                said += executor.map(find, ["same_type"])
+
+                def new(x):
+                    return 4 * x
+
+                said += executor.map(find, ["new"])
+
+                def new(x):
+                    return 5 * x
+
+                said += executor.map(find, ["new"])
+                print(*said)
+    """
+    assert run_script(tmp_path, text) == "8 8 12 16 20\n"
+
+
 @pytest.mark.parametrize("far", [False, True], ids=["here", "elsewhere"])
 def test_a_global_that_cannot_be_sent_is_named_with_the_remedy(tmp_path: Path, far: bool) -> None:
     """Without a guard, or on another machine, the script cannot be run again for it."""
