@@ -5,7 +5,7 @@
     submit() -> inbox  --wake-->     engine: event -> machine -> commands
     Future.cancel()                    |            ^
                                        v            |
-                                     servicer <== gRPC ==> workers
+                                     rpc <==== gRPC ==> workers
                                        |
     Future.result() <---- state -------+----> callbacks: Future.add_done_callback
                                        +----> output: what tasks print
@@ -22,8 +22,8 @@ Which rule lives where:
   ``bucket`` what goes through S3, ``takeover`` what an earlier process has left.
 - ``story`` notes what is unusual, and ``explaining`` tells it to the user.
 - ``listener`` opens the server: ``plain`` for workers that this process has started on its own
-  machine, ``network``, which is gRPC, for all others. ``servicer`` turns their messages into events
-  and commands into messages; of the executor it knows what ``service`` has.
+  machine, ``network``, which is gRPC, for all others. ``rpc`` turns their messages into events and
+  commands into messages; of the executor it knows what ``service`` has.
 
 Each part is given what it needs and none of them knows the driver; no module here imports itself by
 a detour. Everything mutable belongs to the loop thread, except the inbox (a deque, whose append and

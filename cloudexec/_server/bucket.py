@@ -47,8 +47,7 @@ _CLOSE = 30.0
 _CLOSE_DOWN = 5.0
 _DIGEST_BYTES = 1024 * 1024
 _MOST_UPLOADS = 256
-"""Blobs that one worker may be in the middle of uploading, and such as it may have uploaded before
-it says what they belong to."""
+"""Blobs that one worker may be in the middle of uploading."""
 _WHY_KEPT = 300
 """Characters of a worker's own words that are logged."""
 
@@ -172,9 +171,7 @@ class BucketTransfers:
     def _keep(self, session: Any, number: int, sha256: bytes) -> None:
         blob: Blob | None = session.blob(number)
         if blob is None:
-            session.stored_ahead[number] = sha256  # the result itself is still to come, or is gone
-            if len(session.stored_ahead) > _MOST_UPLOADS:
-                del session.stored_ahead[next(iter(session.stored_ahead))]
+            session.results.stored_ahead(number, sha256)  # the result is still to come, or is gone
         else:
             blob.stored, blob.sha256 = True, sha256
 
@@ -197,8 +194,7 @@ class BucketTransfers:
             self.forget([request.blob])
         self.bytes_received += blob.size
         if self._expects(session, request):
-            session.arrived[request.blob] = blob
-            session.parts.setdefault(request.lease, []).append(request.blob)
+            session.results.part_arrived(request.lease, request.blob, blob)
         return True
 
     def _expects(self, session: Any, request: pb.StoreRequest) -> bool:

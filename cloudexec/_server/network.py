@@ -14,8 +14,9 @@ from cloudexec._errors import LaunchError
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server.certificate import Certificate
 from cloudexec._server.descriptors import most_connections
+from cloudexec._server.rpc.calls import lenient
+from cloudexec._server.rpc.servicer import Servicer
 from cloudexec._server.service import Service
-from cloudexec._server.servicer import Servicer, lenient
 from cloudexec._wire.channel import CHANNEL_OPTIONS, TOKEN_KEY, pack_chunk, unpack_chunk
 
 __all__ = ["start_server"]
@@ -52,27 +53,27 @@ def _handlers(service: Service) -> grpc.GenericRpcHandler:
         "cloudexec.v1.TaskServer",
         {
             "Session": grpc.stream_stream_rpc_method_handler(
-                servicer.Session,
+                servicer.session,
                 # Parsed here: how much may be said depends on who says it.
                 response_serializer=pb.ServerMessage.SerializeToString,
             ),
             "Fetch": grpc.unary_stream_rpc_method_handler(
-                servicer.Fetch,
+                servicer.transfers.fetch,
                 request_deserializer=lenient(pb.FetchRequest),
                 response_serializer=pack_chunk,
             ),
             "Deliver": grpc.stream_unary_rpc_method_handler(
-                servicer.Deliver,
+                servicer.transfers.deliver,
                 request_deserializer=unpack_chunk,
                 response_serializer=pb.DeliverReply.SerializeToString,
             ),
             "Locate": grpc.unary_unary_rpc_method_handler(
-                servicer.Locate,
+                servicer.transfers.locate,
                 request_deserializer=lenient(pb.LocateRequest),
                 response_serializer=pb.Location.SerializeToString,
             ),
             "Store": grpc.unary_unary_rpc_method_handler(
-                servicer.Store,
+                servicer.transfers.store,
                 request_deserializer=lenient(pb.StoreRequest),
                 response_serializer=pb.StoreReply.SerializeToString,
             ),

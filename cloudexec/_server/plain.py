@@ -21,8 +21,9 @@ from cloudexec._plain import (
 )
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._rpc import END, CallError
+from cloudexec._server.rpc.calls import lenient
+from cloudexec._server.rpc.servicer import Servicer
 from cloudexec._server.service import Service
-from cloudexec._server.servicer import Servicer, lenient
 from cloudexec._wire.channel import TOKEN_KEY, pack_chunk, unpack_chunk
 
 __all__ = ["start_plain_server"]
@@ -120,7 +121,7 @@ class PlainServer:
             raise CallError("INVALID_ARGUMENT", "this is no call") from None
         if method.endswith("/Session"):
             pack = pb.ServerMessage.SerializeToString
-            await servicer.Session(None, _Context(frames, metadata, pack, None))
+            await servicer.session(None, _Context(frames, metadata, pack, None))
             return
         token = metadata.get(TOKEN_KEY)
         if not isinstance(token, bytes) or service.session_of(token) is None:
@@ -128,12 +129,12 @@ class PlainServer:
             raise CallError("UNAUTHENTICATED", "unknown session")
         if method.endswith("/Fetch"):
             context = _Context(frames, metadata, pack_chunk, lenient(pb.FetchRequest))
-            async for chunk in servicer.Fetch(await context.read(), context):
+            async for chunk in servicer.transfers.fetch(await context.read(), context):
                 await context.write(chunk)
         elif method.endswith("/Deliver"):
             pack = pb.DeliverReply.SerializeToString
             context = _Context(frames, metadata, pack, unpack_chunk)
-            await context.write(await servicer.Deliver(context.messages(), context))
+            await context.write(await servicer.transfers.deliver(context.messages(), context))
         else:
             service.refused("unknown method", "a peer called a method that there is none of")
             raise CallError("UNIMPLEMENTED", "no such method")

@@ -134,7 +134,7 @@ class Service:
     def deliver(self, token: bytes, lease: int, delivered: Delivered | Composed) -> None:
         """Take a result that a worker delivered over its own socket."""
         if self.expects(token, lease):
-            self.session_of(token).delivered[lease] = delivered
+            self.session_of(token).results.delivered[lease] = delivered
 
     def count_sent(self, size: int) -> None:
         """So many bytes of content have gone to a worker."""

@@ -512,7 +512,13 @@ def test_nothing_is_left_after_many_tasks(mode: str) -> None:
                 for process in sorted(descendants(), key=lambda each: each.pid)
             ]
             tables = [
-                (len(s._known_blobs), len(s.payloads), len(s.arrived), len(s.parts), len(s._moved))
+                (
+                    len(s._known_blobs),
+                    len(s.payloads),
+                    len(s.results.arrived),
+                    len(s.results._parts),
+                    len(s._moved),
+                )
                 for s in driver.sessions.values()
             ]
             return client, tuple(remote), tables, len(driver.inbox)

@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 from cloudexec import BatchExecutor, ObjectOptions, _direct, _enrolment
 from cloudexec._launchers.base import Contact
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._server.inspection import parse
+from cloudexec._server.rpc.inspection import parse
 from cloudexec._wire.channel import (
     BLOB_KEY,
     LEASE_KEY,

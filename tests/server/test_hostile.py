@@ -61,8 +61,8 @@ from test_enrolment import Peer
 from cloudexec import BatchExecutor, _enrolment
 from cloudexec._launchers.base import Contact
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._server import servicer
 from cloudexec._server.certificate import make_certificate
+from cloudexec._server.rpc import enrolment
 from cloudexec._wire.channel import BLOB_KEY, LEASE_KEY, SIZE_KEY, TOKEN_KEY
 
 pytestmark = pytest.mark.timeout(90)
@@ -464,7 +464,7 @@ def test_a_proof_that_comes_too_late_is_refused(
     tls_executor: BatchExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A nonce is good for a few seconds; here, for less than one."""
-    monkeypatch.setattr(servicer, "_ENROLMENT_TIMEOUT", 0.5)
+    monkeypatch.setattr(enrolment, "_ENROLMENT_TIMEOUT", 0.5)
     contact = contact_of(tls_executor)
     stranger = peer(contact)
     nonces = stranger.hello(contact.executor_id, "9")

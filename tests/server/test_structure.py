@@ -13,16 +13,20 @@ ABOVE = {"explaining"}
 """What is asked about an executor as a whole, by its user."""
 
 
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(SERVER).with_suffix("").parts)
+
+
 def imports() -> dict[str, set[str]]:
     """Return which modules of the package each of them imports, for typing too."""
-    names = {file.stem for file in SERVER.glob("*.py")}
+    files = {name_of(file): file for file in SERVER.rglob("*.py") if file.stem != "__init__"}
     found: dict[str, set[str]] = {}
-    for file in SERVER.glob("*.py"):
-        found[file.stem] = {
+    for name, file in files.items():
+        found[name] = {
             node.module.removeprefix("cloudexec._server.")
             for node in ast.walk(ast.parse(file.read_text()))
             if isinstance(node, ast.ImportFrom) and node.module is not None
-        } & names
+        } & files.keys()
     return found
 
 

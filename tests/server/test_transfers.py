@@ -26,7 +26,8 @@ from cloudexec import (
 )
 from cloudexec._objects.segments import Segment
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._server import keeper, servicer
+from cloudexec._server import keeper
+from cloudexec._server.rpc import transfers
 from cloudexec._wire.channel import BLOB_KEY, LEASE_KEY, SIZE_KEY, TOKEN_KEY
 from cloudexec.testing import ManualLauncher
 
@@ -517,7 +518,7 @@ def test_an_upload_that_does_not_go_on_is_ended(
     executor: BatchExecutor, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many bytes it is that come, one by one."""
-    monkeypatch.setattr(servicer, "_STALLED", 0.3)
+    monkeypatch.setattr(transfers, "_STALLED", 0.3)
     over = threading.Event()
 
     def trickle() -> Iterator[pb.Chunk]:

@@ -1,0 +1,250 @@
+"""Lets workers in: each proves that it knows the key, and is told what it must know."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from cloudexec import _enrolment, _nesting
+from cloudexec._core import events
+from cloudexec._launchers.base import Arrival
+from cloudexec._log import Log
+from cloudexec._logs import state_of_logging
+from cloudexec._objects.places import is_descendant
+from cloudexec._payload import Composed
+from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._rpc import is_end
+from cloudexec._server.rpc.calls import LONGEST, abort
+from cloudexec._server.rpc.gate import Gate, Guest
+from cloudexec._server.rpc.session import WorkerSession
+from cloudexec._server.service import Service
+
+__all__ = ["Enrolment"]
+
+_logger = Log()
+_ENROLMENT_TIMEOUT = 10.0
+"""Seconds in which a peer must have proved who it is."""
+_UNPROVEN_PEERS = 256
+"""Peers that may be in the middle of enrolment at once; see ``Gate`` for who has to go then."""
+_HELLO_BYTES = 16 * 1024
+"""Largest message of a peer that has not proved yet who it is. Nothing larger is parsed: a few
+megabytes of empty fields would take up hundreds of megabytes as objects."""
+_MOST_SLOTS = 65_536
+
+
+class _HungUpError(Exception):
+    """A peer ended its call before it had proved who it is."""
+
+
+class Enrolment:
+    """Enrols the workers of one executor.
+
+    Args:
+        service: Whose.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._gate = Gate(_UNPROVEN_PEERS)
+
+    async def enrol(self, context: Any) -> WorkerSession | None:
+        """Find out who calls; ``None``, or an end of the call: it is not let in."""
+        service, peer = self._service, context.peer()
+        guest = self._gate.enter(peer)
+        if guest is None:
+            service.refused("too many at once", f"{peer} is one of too many that come at once")
+            await abort(context, "RESOURCE_EXHAUSTED", "too many peers at once")
+            return None
+        try:
+            async with asyncio.timeout(_ENROLMENT_TIMEOUT) as guest.timeout:
+                session = await self._let_in(context, guest)
+        except TimeoutError:
+            if guest.evicted:
+                service.refused("too many at once", f"{peer} took its time, and others wait")
+                await abort(context, "RESOURCE_EXHAUSTED", "too many peers at once")
+            service.refused("too slow", f"{peer} did not say in time who it is")
+            await abort(context, "DEADLINE_EXCEEDED", "enrolment took too long")
+        except _HungUpError:
+            # Nobody to warn of: a worker that was ended, or found its session gone, or a network
+            # that failed once more.
+            _logger.debug("%s hung up before it had proved who it is", peer)
+            await abort(context, "UNAUTHENTICATED", "say who you are")
+        finally:
+            self._gate.leave(guest)
+        return session
+
+    async def _let_in(self, context: Any, guest: Guest) -> WorkerSession | None:
+        service = self._service
+        heard_at = time.monotonic()
+        message = await self._hear(context, guest)
+        if not message.HasField("hello"):
+            service.refused("no hello", f"{context.peer()} said something else than who it is")
+            await abort(context, "UNAUTHENTICATED", "say hello first")
+            return None
+        hello = message.hello
+        if len(hello.identity) > 1024 or len(hello.nonce) != _enrolment.NONCE_BYTES:
+            service.refused("malformed hello", f"{context.peer()} sent a malformed hello")
+            await abort(context, "INVALID_ARGUMENT", "malformed hello")
+        nonce = _enrolment.make_nonce()
+        key = service.workers.key_of(hello.identity)
+        resumed: WorkerSession | None = None
+        if hello.resume:
+            # The one that has given this session up says so by proving to know the key alone.
+            resumed = service.workers.session_to_resume(hello.identity, hello.resume)
+            if resumed is not None:
+                key = _enrolment.session_key(key, resumed.token)
+        parts = (service.engine.executor_id, hello.identity, hello.nonce, nonce)
+        mac = _enrolment.proof(key, "server", *parts)
+        # Whoever stands in the place of one that was killed has none of its sessions.
+        takeover = service.takeover if hello.resume and resumed is None else None
+        takes_over = takeover is not None and takeover.takes(hello.identity)
+        challenge = pb.Challenge(nonce=nonce, mac=mac, takes_over=takes_over)
+        await context.write(pb.ServerMessage(challenge=challenge))
+        message = await self._hear(context, guest)
+        expected = _enrolment.proof(key, "worker", *parts)
+        proved = _enrolment.proves(message.proof.mac, expected)
+        if hello.executor_id != service.engine.executor_id or not proved:
+            service.refused("no proof", f"{context.peer()} could not prove that it knows the key")
+            await abort(context, "UNAUTHENTICATED", "proof refused")
+        if hello.resume and not takes_over:
+            return await self._resume(resumed, message.proof.received, context)
+        mismatch = _enrolment.versions_mismatch(
+            wire=hello.wire_version, python=hello.python_version, pickle=hello.cloudpickle_version
+        )
+        if not 0 < hello.slots <= _MOST_SLOTS:
+            mismatch = f"a worker cannot have {hello.slots} slots"
+        service.workers.returning(hello.identity, hello.attempt)
+        unwanted = service.workers.admit(hello.identity)
+        refusal = unwanted or mismatch
+        if refusal is not None:
+            await context.write(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
+            if unwanted is None:
+                service.feed(events.LaunchFailed(hello.identity, refusal, fatal=True))
+            elif not service.launches.has_given_up(hello.identity):  # that one just comes too late
+                service.refused("not expected", f"{context.peer()} knows the key, but {unwanted}")
+            return None
+        resumable = not service.direct_path and service.machine.config.reconnect_grace > 0
+        pid = _pid_of(service.workers.pid_of(hello.identity), hello.pid)
+        session = WorkerSession(service, hello.identity, hello.attempt, pid, resumable=resumable)
+        session.taken_over = takes_over
+        setup = service.setup
+        welcome = pb.Welcome(
+            worker_id=session.worker_id,
+            session_token=session.token,
+            cwd=setup.cwd,
+            sys_path=setup.sys_path,
+            argv=setup.argv,
+            settings=setup.settings,
+            max_tasks_per_child=setup.max_tasks_per_child,
+            orphan_timeout=setup.orphan_timeout,
+            heartbeat_interval=service.machine.config.lease_timeout / 6,
+            capture_output=service.setup.output != "off",
+            min_slots=setup.min_workers,
+            idle_timeout=-1.0 if setup.idle_timeout is None else setup.idle_timeout,
+            direct_path=service.direct_path,
+            authkey=_authkey() if service.machine.config.scaling.one_machine else b"",
+            modules=bool(setup.modules),
+            first_blob=session.first_blob,
+            blob_memory=setup.objects.worker_memory or 0,  # type: ignore[arg-type]
+            compress=service.compresses,
+            resumable=resumable,
+            depth=_nesting.depth() + 1,
+            inheritance=_inheritance(service),
+            main=setup.main,
+        )
+        if service.transfers is not None:
+            welcome.bucket_threshold = service.transfers.threshold
+            welcome.bucket_part_bytes = service.transfers.part_bytes
+        initializer = setup.initializer
+        if type(initializer) is Composed:
+            welcome.initializer_blobs.extend(map(session.describe, initializer.blobs))
+            initializer = initializer.head
+        assert type(initializer) is bytes
+        welcome.initializer = initializer
+        if setup.initializer_needs is not None:
+            session.introduce_first(welcome, setup.initializer_needs)
+            welcome.initializer_needs = setup.initializer_needs.number
+        await context.write(pb.ServerMessage(welcome=welcome))
+        # Nothing is awaited between the check above and here but that write: check once more.
+        if service.workers.admit(hello.identity) is not None:
+            return None
+        pull, boot = _seconds(hello.pull_seconds) or None, _seconds(hello.boot_seconds)
+        arrival = Arrival(hello.job_id[:256], hello.attempt, boot, pull)
+        service.workers.connected(session, hello.slots, arrival, time.monotonic() - heard_at)
+        return session
+
+    async def _resume(
+        self, session: WorkerSession | None, received: int, context: Any
+    ) -> WorkerSession | None:
+        """Have a worker that has proved who it is go on with its session over this connection."""
+        if session is None or session.is_closed:
+            await context.write(pb.ServerMessage(refusal=pb.Refusal(reason="it was given up")))
+            return None
+        stream = session.stream
+        try:
+            stream.arrived(received)
+        except ValueError as exc:
+            self._service.refused("malformed hello", f"{session.worker_id} cannot go on: {exc}")
+            await abort(context, "INVALID_ARGUMENT", str(exc))
+        # What still comes over the connection before this one comes twice, and is read once.
+        answer = pb.ServerMessage(resumed=True)
+        stream.acknowledge(answer)
+        await context.write(answer)
+        return session
+
+    async def _hear(self, context: Any, guest: Guest) -> pb.WorkerMessage:
+        """Read a message of a peer that has not proved who it is; an empty one for what is none.
+
+        Raises:
+            _HungUpError: It sent nothing more.
+        """
+        async with self._gate.turn(guest):
+            data = await context.read()
+        if is_end(data):
+            raise _HungUpError
+        if len(data) > _HELLO_BYTES:
+            return pb.WorkerMessage()
+        try:
+            return pb.WorkerMessage.FromString(data)
+        except DecodeError:
+            return pb.WorkerMessage()
+
+
+def _pid_of(launched: int, claimed: int) -> int:
+    """Return the process that a worker on this machine is: of which files are its own.
+
+    Args:
+        launched: What was started for it; 0: we do not know.
+        claimed: What it says: the same, or what that one has started.
+    """
+    return claimed if not launched or is_descendant(claimed, launched) else launched
+
+
+def _seconds(value: float) -> float:
+    """Return how long something took, as a peer says; what is no such time is 0."""
+    return value if 0.0 <= value < LONGEST else 0.0
+
+
+def _inheritance(service: Service) -> bytes:
+    """Say what the processes that run tasks have from this one, as if it had forked them."""
+    import multiprocessing
+
+    process: Any = multiprocessing.current_process()
+    inheritance = {
+        "max_workers": service.setup.max_workers,
+        "identity": process._identity,
+        "name": process.name,
+    }
+    if service.setup.forward_logs:
+        inheritance["logging"] = state_of_logging()
+    return json.dumps(inheritance).encode()
+
+
+def _authkey() -> bytes:
+    import multiprocessing
+
+    return bytes(multiprocessing.current_process().authkey)

@@ -1,0 +1,642 @@
+"""One enrolled worker: what is on its way to it, and what it may fetch."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from cloudexec import _enrolment, _payload
+from cloudexec._core import events
+from cloudexec._core.events import FailureKind
+from cloudexec._errors import PayloadError
+from cloudexec._functions import Function
+from cloudexec._objects.link import Link
+from cloudexec._objects.store import Blob
+from cloudexec._payload import Composed
+from cloudexec._plain import Frames
+from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._server.direct import Delivered
+from cloudexec._server.rpc.calls import LONGEST
+from cloudexec._server.rpc.inspection import parse
+from cloudexec._server.rpc.results import OWN_BLOBS, ResultParts
+from cloudexec._server.service import Service
+from cloudexec._server.splicing import Spliced
+from cloudexec._wire.channel import PUSHED_BYTES
+from cloudexec._wire.stream import Stream
+
+__all__ = ["WorkerSession"]
+
+_MOST_OUTPUT = 64 * 1024 * 1024
+"""Bytes of output that a worker may have sent and we not shown; it is to stop long before."""
+_OUTPUT_ENTRY = 32
+"""Bytes that a piece of output counts beside its own: there may be many empty ones."""
+_BATCH_TASKS = 2048
+_BATCH_BYTES = 512 * 1024
+_FEW = 4
+"""Tasks that are sent on the spot: a round of the loop would make one wait. More go in the next
+round, with whatever else comes in this one."""
+_TRANSFERS = 16
+"""Blobs that one worker may be sent at once, and that it may send: each takes a few MiB of memory
+while it is under way. What is more waits."""
+_MOST_PUSHED = 2 * 1024 * 1024
+
+_KINDS = {
+    pb.Failure.RAISED: FailureKind.RAISED,
+    pb.Failure.UNPICKLE_FAILED: FailureKind.UNPICKLE_FAILED,
+    pb.Failure.PICKLE_FAILED: FailureKind.PICKLE_FAILED,
+    pb.Failure.SLOT_LOST: FailureKind.SLOT_LOST,
+    pb.Failure.TIMED_OUT: FailureKind.TIMED_OUT,
+    pb.Failure.KILLED: FailureKind.KILLED,
+    pb.Failure.RECLAIMED: FailureKind.RECLAIMED,
+    pb.Failure.OUTGREW: FailureKind.OUTGREW,
+}
+
+
+class WorkerSession:
+    """One enrolled worker: what is on its way to it, and what it may fetch."""
+
+    def __init__(
+        self, service: Service, identity: str, attempt: int, pid: int, *, resumable: bool
+    ) -> None:
+        self.identity = identity
+        self.resumable = resumable  # whether a cut connection may be replaced by another one
+        self.is_cut = False
+        self.taken_over = False  # it is about to say what it holds of an earlier client's
+        self.stream: Stream[pb.ServerMessage] = Stream()
+        self.pid = pid  # of its process, where that is on this machine
+        self.attempt = attempt  # which run of its launch this is, from 1
+        self.worker_id = f"worker-{identity}"
+        self.token = secrets.token_bytes(16)
+        self.name = _enrolment.session_name(self.token)  # what it may be called before a proof
+        # By lease: what a worker may still read.
+        self.payloads: dict[int, tuple[Composed | None, Function | None]] = {}
+        self.damaged: dict[int, int] = {}  # how often a kept blob has arrived other than it was
+        self.progress_at = 0.0  # when something of a blob came last, by the loop's clock
+        self.ending = False  # what it keeps is to be brought here
+        self.uploads: dict[int, str] = {}  # ids of those that are on their way into the bucket
+        self.link = Link(enabled=service.compresses)
+        # Apart from each other: what it is sent may wait for what others send.
+        self.outgoing = asyncio.Semaphore(_TRANSFERS)
+        self.incoming = asyncio.Semaphore(_TRANSFERS)
+        self.first_blob = next(service.blob_ranges) * OWN_BLOBS
+        self.results = ResultParts(service, self.worker_id, pid, self.first_blob)
+        self._known_blobs: set[int] = set()
+        self._blobs: weakref.WeakValueDictionary[int, Blob] = weakref.WeakValueDictionary()
+        self._moved: set[int] = set()  # known blobs that are somewhere else now
+        self._forget_blobs: list[int] = []
+        self._taken: list[int] = []
+        self._want: list[int] = []
+        self.slot_groups: list[int] = []
+        self.printed: set[int] = set()  # leases whose task has printed
+        self._unshown = 0  # bytes of output that came and were not shown yet
+        self.reclaimed = False  # its platform told it to end
+        self._service = service
+        self._reading: asyncio.Task[Any] | None = None  # of the connection that there is
+        self._acknowledge_handle: asyncio.TimerHandle | None = None
+        self._wanted = asyncio.Event()
+        self._straight: Frames | None = None  # a plain connection that is ready for tasks
+        self._tasks: list[Any] = []
+        self._known: set[int] = set()
+        self._forget: list[int] = []
+        self._recall: list[int] = []
+        self._kill: list[int] = []
+        self._drain = False
+        self._drain_said = False
+        self._terminate = False
+        self._credit = 0
+        self._room = _MOST_PUSHED  # for blobs that go along, in the message that is composed
+        self._closed = False
+
+    # Commands.
+
+    def send_tasks(self, tasks: Sequence[Any]) -> None:
+        self._tasks.extend(tasks)
+        frames = self._straight
+        if frames is None or self._closed or len(self._tasks) > _FEW or not frames.is_writable:
+            self._wanted.set()
+        elif (message := self._compose()) is not None:
+            frames.send_now(message.SerializeToString())
+
+    def recall(self, leases: Sequence[int]) -> None:
+        self._recall.extend(leases)
+        self._wanted.set()
+
+    def kill(self, leases: Sequence[int]) -> None:
+        self._kill.extend(leases)
+        self._wanted.set()
+
+    def forget_functions(self, numbers: Sequence[int]) -> None:
+        known = [number for number in numbers if number in self._known]
+        if known:
+            self._known.difference_update(known)
+            self._forget.extend(known)
+            self._wanted.set()
+
+    def forget_blobs(self, numbers: Sequence[int]) -> None:
+        known = self._known_blobs.intersection(numbers)
+        if known:
+            self._known_blobs -= known
+            self._moved -= known
+            self._forget_blobs.extend(known)
+            self._wanted.set()
+
+    def moved(self, number: int) -> None:
+        """A blob is not where its worker was told that it is."""
+        if number in self._known_blobs:
+            self._moved.add(number)
+
+    def release(self, blobs: Sequence[Blob]) -> None:
+        """Tell the worker that nobody needs any more that it keeps these."""
+        if blobs:
+            self._taken.extend([blob.id for blob in blobs])
+            self._wanted.set()
+
+    def drain(self) -> None:
+        self._drain = True
+        self._wanted.set()
+
+    def terminate(self) -> None:
+        self._terminate = True
+        self._wanted.set()
+
+    def close(self) -> None:
+        """Exchange nothing more with the worker, whether it has hung up or not."""
+        self._closed = True
+        self._wanted.set()
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._acknowledge_handle is not None:
+            self._acknowledge_handle.cancel()
+            self._acknowledge_handle = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the worker was given up, or has ended."""
+        return self._closed
+
+    def attach(self, reading: asyncio.Task[Any]) -> bool:
+        """Have another connection of the worker be the one: the one before it ends.
+
+        Returns:
+            Whether there was one before, though it may have ended already.
+        """
+        before, self._reading = self._reading, reading
+        if before is not None:
+            before.cancel()
+        return before is not None or self.is_cut
+
+    def is_read_by(self, task: asyncio.Task[Any]) -> bool:
+        """Say whether a task reads the connection that there is, not an earlier one."""
+        return self._reading is task
+
+    def detach(self) -> None:
+        """The connection that there was has ended."""
+        self._reading = None
+
+    def output_taken(self, size: int) -> None:
+        """The output thread has shown this much: the worker may send as much again."""
+
+        def credit() -> None:
+            self._credit += size
+            self._unshown -= size + _OUTPUT_ENTRY
+            if self._credit > 65536 or not self._closed:
+                self._wanted.set()
+
+        try:
+            self._service.portal.post(credit)
+        except RuntimeError:
+            pass  # the loop has closed
+
+    # The stream.
+
+    def _compose(self) -> pb.ServerMessage | None:
+        message = pb.ServerMessage()
+        self._room = _MOST_PUSHED
+        some = False
+        if self._tasks:
+            self._compose_tasks(message)
+            some = True
+        if self._forget:
+            message.forget_functions.extend(self._forget)
+            self._forget.clear()
+            some = True
+        if self._forget_blobs:
+            message.forget_blobs.extend(self._forget_blobs)
+            self._forget_blobs.clear()
+            some = True
+        if self._want:
+            message.wanted.extend(self._want)
+            self._want.clear()
+            some = True
+        if self._taken:
+            message.taken.extend(self._taken)
+            self._taken.clear()
+            some = True
+        if self._recall:
+            message.recall.extend(self._recall)
+            self._recall.clear()
+            some = True
+        if self._kill:
+            message.kill.extend(self._kill)
+            self._kill.clear()
+            some = True
+        if self._credit:
+            message.output_credit = self._credit
+            self._credit = 0
+            some = True
+        if self._drain and not self._tasks:
+            message.drain = True
+            self._drain = False
+            some = True
+        if self._terminate:
+            message.terminate = True
+            self._terminate = False
+            some = True
+        return message if some else None
+
+    def _compose_tasks(self, message: pb.ServerMessage) -> None:
+        tasks = self._tasks
+        leases: list[int] = []
+        functions: list[int] = []
+        payloads: list[bytes] = []
+        estimates: list[float] = []
+        numbers: list[int] = []
+        timeouts: dict[int, float] = {}
+        columns = message.tasks
+        size = 0
+        taken = 0
+        keeper = self._service.keeper
+        missing: list[Any] = []
+        holds, kept = self._service.holds, []
+        takeover, tags = self._service.takeover, []
+        for task in tasks:
+            if len(leases) >= _BATCH_TASKS or size >= _BATCH_BYTES:
+                break
+            taken += 1
+            payload = task.payload
+            future = task.handle
+            if payload is None or future is None or future.done():
+                continue  # cancelled meanwhile; the worker will hand back what it never had
+            if holds and (hold := holds.get(future)) is not None:
+                hold.was_kept = True
+                kept.append(task.lease)
+                continue
+            if task.inputs and not keeper.is_at_hand(payload, self.worker_id):
+                missing.append(task)
+                continue
+            if type(payload) is Spliced:
+                try:
+                    payload = payload.join(self._service.store)
+                except PayloadError as exc:
+                    self._service.portal.loop.call_soon(self._cannot_send, task.lease, exc)
+                    continue
+            function = task.function
+            if function is None:
+                functions.append(0)
+            else:
+                functions.append(function.number)
+                if function.number not in self._known:
+                    size += self._introduce(message, function)
+            if function is not None and function.composed:
+                self.payloads[task.lease] = None, function
+            if type(payload) is Composed:
+                columns.composed.append(len(leases))
+                columns.blob_counts.append(len(payload.blobs))
+                columns.blobs.extend([blob.id for blob in payload.blobs])
+                size += sum([self._introduce_blob(blob, message) for blob in payload.blobs])
+                self.payloads[task.lease] = payload, function
+                payload = payload.head
+            if task.requirements is not None:
+                self._state_terms(message, len(leases), task, timeouts)
+            if takeover is not None:
+                tags.append(takeover.tag(self.identity, task))
+            leases.append(task.lease)
+            payloads.append(payload)
+            estimates.append(task.stats.seconds)
+            numbers.append(task.number)
+            size += len(payload)
+        if tags:
+            columns.tags.extend(tags)
+        if timeouts:
+            message.tasks.timeouts.extend(timeouts.get(i, 0.0) for i in range(len(leases)))
+        del tasks[:taken]
+        if tasks:
+            self._wanted.set()
+        loop = self._service.portal.loop
+        if kept:
+            returned = events.LeasesReturned(self.worker_id, kept, heard=False)
+            loop.call_soon(self._service.feed, returned)
+        for task in missing:
+            loop.call_soon(keeper.supply, task, self.worker_id, task.lease)
+        columns.leases.extend(leases)
+        columns.functions.extend(functions)
+        columns.payloads.extend(payloads)
+        columns.estimates.extend(estimates)
+        columns.numbers.extend(numbers)
+        self._service.bytes_sent += size
+
+    def _cannot_send(self, lease: int, error: PayloadError) -> None:
+        """There is no room for what a task takes: it fails."""
+        detail = pb.Failure(lease=lease, payload=_payload.dumps_exception(error))
+        failure = events.Failure(FailureKind.PICKLE_FAILED, detail)
+        self._service.feed(events.FailuresReceived(self.worker_id, [(lease, failure)]))
+
+    def _state_terms(
+        self, message: pb.ServerMessage, index: int, task: Any, timeouts: dict[int, float]
+    ) -> None:
+        options = task.requirements.options
+        if options.keep:
+            message.tasks.kept.append(index)
+        if options.timeout is not None:
+            timeouts[index] = options.timeout
+        env, memory, last = self._service.terms_of(self.worker_id, task)
+        if env or memory or last:
+            message.tasks.terms.add(index=index, env=env, memory_bytes=memory, last=last)
+
+    def _introduce(self, message: pb.ServerMessage, function: Function) -> int:
+        """Tell the worker of a function, and before it of what it needs; return the bytes."""
+        self._known.add(function.number)
+        self._service.sessions.note_told(self.worker_id, function.number)
+        size = sum(
+            [
+                self._introduce(message, need)
+                for need in function.needs
+                if need.number not in self._known
+            ]
+        )
+        pickled = function.pickle
+        if type(pickled) is Composed:
+            size += sum([self._introduce_blob(blob, message) for blob in pickled.blobs])
+        _describe_function(message.functions.add(), function)
+        return size + len(message.functions[-1].pickle)
+
+    def introduce_first(self, welcome: pb.Welcome, function: Function) -> None:
+        """Tell the worker of what its initializer needs."""
+        self._known.add(function.number)
+        self._service.sessions.note_told(self.worker_id, function.number)
+        for need in function.needs:
+            if need.number not in self._known:
+                self.introduce_first(welcome, need)
+        pickled = function.pickle
+        if type(pickled) is Composed:
+            welcome.function_blobs.extend(map(self.describe, pickled.blobs))
+        _describe_function(welcome.functions.add(), function)
+
+    def _know_blob(self, number: int) -> None:
+        if number not in self._known_blobs:
+            self._known_blobs.add(number)
+            self._service.sessions.note_told(self.worker_id, -number)
+
+    def _introduce_blob(self, blob: Blob, message: pb.ServerMessage) -> int:
+        """Tell the worker of a blob, if it does not know it; return the bytes that this takes."""
+        if blob.id in self._known_blobs and blob.id not in self._moved:
+            return 8
+        described = self.describe(blob)
+        message.blobs.append(described)
+        return 64 + len(described.content)
+
+    def describe(self, blob: Blob) -> pb.Blob:
+        """Say of a blob what its worker must know, who now may ask for it."""
+        self._know_blob(blob.id)
+        self._moved.discard(blob.id)
+        self._blobs[blob.id] = blob
+        blob.workers.add(self.worker_id)
+        described = pb.Blob(id=blob.id, size=blob.size)
+        place = blob.place
+        if place is not None and blob.origin != self.worker_id:
+            described.path, described.offset = place.path, place.offset
+            described.mappable = place.mappable
+        elif self._service.direct_path and blob.segment is not None:
+            described.path = blob.segment.path
+            described.offset = blob.offset
+            described.mappable = blob.mappable
+        else:
+            transfers = self._service.transfers
+            described.bucket = transfers is not None and (blob.stored or transfers.takes(blob.size))
+            goes_along = blob.size <= min(PUSHED_BYTES, self._room) and not self.link.is_slow
+            if goes_along and blob.origin is None and not described.bucket:
+                described.content = bytes(blob.view())
+                self._room -= blob.size
+                self._service.bytes_sent += blob.size
+        return described
+
+    def blob(self, number: int) -> Blob | None:
+        """Return a blob that the worker may ask for."""
+        return self._blobs.get(number)
+
+    def blobs(self) -> list[Blob]:
+        """Return the blobs that the worker was told of, or told of itself."""
+        return list(self._blobs.values())
+
+    def kept_blobs(self) -> list[Blob]:
+        """Return the blobs that this worker alone has."""
+        return [blob for blob in self._blobs.values() if blob.origin == self.worker_id]
+
+    def want(self, blob: Blob) -> None:
+        """Have the worker send a blob that it keeps."""
+        self._want.append(blob.id)
+        self._wanted.set()
+
+    def go_straight(self, frames: Frames) -> None:
+        """Take messages as they come, and send few tasks at once, over a plain connection."""
+        self._straight = frames
+
+        def take(data: bytes) -> bool:
+            message = parse(data)
+            waits = message.HasField("results") and message.results.blobs
+            if waits or message.goodbye or self._closed:
+                return False
+            self.take(message)
+            return True
+
+        frames.at_once = take
+
+    async def send(self, context: Any) -> None:
+        """Send what is wanted, in batches as large as the stream makes them.
+
+        What was sent over an earlier connection, and may not have arrived, comes first.
+
+        Raises:
+            ValueError: If the worker acknowledges nothing.
+        """
+        stream = self.stream
+        for sent in stream.missing():
+            await context.write(sent)
+        self._wanted.set()
+        while not self._closed:
+            await self._wanted.wait()
+            self._wanted.clear()
+            message = self._compose()
+            if message is not None:
+                if self.resumable:
+                    stream.stamp(message)
+                await context.write(message)
+            elif stream.owes:
+                message = pb.ServerMessage()
+                stream.acknowledge(message)
+                await context.write(message)
+
+    def is_news(self, message: pb.WorkerMessage) -> bool:
+        """Take note of a message's number; say whether it is to be read.
+
+        Raises:
+            ValueError: If it says what cannot be.
+        """
+        stream = self.stream
+        if not self.resumable:
+            return True
+        is_news = stream.take(message)
+        pause = stream.acknowledge_within
+        if pause == 0 or message.draining or self._drain_said:
+            self._wanted.set()
+        elif pause is not None and self._acknowledge_handle is None:
+            loop = self._service.portal.loop
+            self._acknowledge_handle = loop.call_later(pause, self._acknowledge)
+        return is_news
+
+    def _acknowledge(self) -> None:
+        self._acknowledge_handle = None
+        if self.stream.owes:
+            self._wanted.set()
+
+    def take(self, message: pb.WorkerMessage) -> None:
+        """Turn one message into events."""
+        service = self._service
+        worker = self.worker_id
+        heard = True
+        if message.HasField("holding"):
+            if service.takeover is None:
+                raise ValueError("it holds what nobody gave it")
+            service.takeover.holding(self, message.holding.leases, message.holding.tags)
+        if message.output:
+            for output in message.output:
+                service.bytes_received += len(output.data)
+                if service.output is not None:
+                    if service.expects(self.token, output.lease):
+                        self.printed.add(output.lease)
+                    self._unshown += len(output.data) + _OUTPUT_ENTRY
+                    if self._unshown > _MOST_OUTPUT:
+                        raise ValueError("more output than it may send ahead")
+                    service.output.put(
+                        worker,
+                        output.number,
+                        output.stream,
+                        output.data,
+                        self.output_taken,
+                        service.name_of(worker, output.lease),
+                    )
+        if message.slot_groups:
+            # They are to be killed one day: 0 and 1 mean others than a group of theirs.
+            self.slot_groups = [each for each in message.slot_groups if 1 < each < 1 << 31]
+        if message.ready:
+            service.feed(events.WorkerReady(worker))
+            heard = False
+        if message.started:
+            service.feed(events.TasksStarted(worker, list(message.started)))
+            heard = False
+        if message.HasField("results"):
+            columns = message.results
+            leases = list(columns.leases)
+            results: list[Any] = list(columns.payloads)
+            seconds = list(columns.seconds)
+            if not len(leases) == len(results) == len(seconds):
+                raise ValueError("columns of different length")
+            if seconds and not (min(seconds) >= 0.0 and sum(seconds) < LONGEST):
+                raise ValueError("run times that are none")
+            if columns.direct or columns.composed:
+                large = [*columns.direct, *columns.composed]
+                if len(set(large)) != len(large):
+                    raise ValueError("one result in several places")
+            for index in columns.direct:
+                lease = leases[index]
+                missing = Delivered(None, PayloadError("the result announced never arrived"))
+                results[index] = self.results.delivered.pop(lease, missing)
+            vanished: list[int] = []
+            if columns.composed:
+                vanished, taken, staying = self.results.take(columns, results)
+                self._taken.extend(taken)
+                for blob in staying:
+                    self._know_blob(blob.id)
+                    self._blobs[blob.id] = blob
+                self._wanted.set()
+            if self.payloads or not self.results.is_empty:
+                for lease in leases:
+                    self._end_lease(lease)
+            if vanished:
+                self._lose_results(vanished, leases, results, seconds)
+            if service.takeover is not None:
+                service.takeover.park(worker, leases, results, seconds)
+            service.feed(events.ResultsReceived(worker, leases, results, seconds))
+            if self.ending and columns.kept:
+                service.create_task(service.keeper.evacuate(self))
+            heard = False
+        if message.failures:
+            failures = []
+            for failure in message.failures:
+                self._end_lease(failure.lease)
+                if failure.lease in self.results.delivered:
+                    # All of its result is here: the slot ended before it could say so.
+                    result = self.results.delivered.pop(failure.lease)
+                    leases, results, seconds = [failure.lease], [result], [failure.seconds]
+                    if service.takeover is not None:
+                        service.takeover.park(worker, leases, results, seconds)
+                    service.feed(events.ResultsReceived(worker, leases, results, seconds))
+                    continue
+                self.printed.discard(failure.lease)
+                kind = _KINDS.get(failure.kind, FailureKind.SLOT_LOST)
+                lost = events.Failure(kind, failure, failure.out_of_memory)
+                failures.append((failure.lease, lost))
+            if service.takeover is not None:
+                service.takeover.gone(worker, [lease for lease, _ in failures])
+            service.feed(events.FailuresReceived(worker, failures))
+            heard = False
+        returned = list(message.returned)
+        if message.goodbye and worker in service.machine.workers:
+            # It has answered all that it began: it has not begun with what was on its way to it.
+            returned += service.machine.workers[worker].leases
+        if returned:
+            for lease in returned:
+                self._end_lease(lease)
+            if service.takeover is not None:
+                service.takeover.gone(worker, returned)
+            service.feed(events.LeasesReturned(worker, returned))
+            heard = False
+        if message.draining:
+            self._drain_said = True
+            service.workers.draining(self)
+            heard = False
+        if message.initializer_failed:
+            service.initializer_failed(message.initializer_failed)
+        if heard:
+            service.feed(events.WorkerHeard(worker))
+
+    def _end_lease(self, lease: int) -> None:
+        """Let go of what was for a task that the worker has no more."""
+        self.payloads.pop(lease, None)
+        self.results.end_lease(lease)
+
+    def _lose_results(self, indexes: list[int], *columns: list[Any]) -> None:
+        """Count results whose files are gone, as their worker is, as attempts that were lost."""
+        failures = []
+        for index in reversed(indexes):
+            lease, _, seconds = [column.pop(index) for column in columns]
+            detail = pb.Failure(lease=lease, seconds=seconds)
+            failures.append((lease, events.Failure(FailureKind.SLOT_LOST, detail)))
+        self._service.feed(events.FailuresReceived(self.worker_id, failures))
+
+
+def _describe_function(described: pb.Function, function: Function) -> None:
+    pickled = function.pickle
+    if isinstance(pickled, Composed):
+        described.blobs.extend([blob.id for blob in pickled.blobs])
+        pickled = pickled.head
+    described.number = function.number
+    described.pickle = pickled
+    described.sha256 = function.sha256
+    described.fresh = function.fresh
+    described.needs.extend([need.number for need in function.needs])
+    described.globals.extend(function.globals)
+    described.module = function.module
