@@ -119,7 +119,9 @@ def test_workers_hand_over_what_they_held(scene: _Scene) -> None:
 
 def test_who_is_cut_off_before_it_could_say_what_it_holds(scene: _Scene) -> None:
     """It gets nothing before it has said so over the next connection."""
-    scene.come_back("1").close()
+    peer = scene.come_back("1")
+    wait_until(lambda: scene.executor.stats().workers.slots)  # its welcome was sent before that
+    peer.close()
     token, contact = scene.token, scene.contact
     wait_until(lambda: scene.executor.stats().workers.cut == 1)
     peer = scene.dial()
