@@ -762,7 +762,7 @@ class BatchExecutor(_Base):
             ):
                 return future
         if requirements is not None and requirements.judged:
-            driver.judge.prepare()
+            driver.retry_predicate.prepare()
         task = _submission()(
             next(self._numbers), kind, future, function, payload, options.retries, requirements
         )
@@ -813,7 +813,7 @@ class BatchExecutor(_Base):
                 raise
             error = _pickling_error(exc, fn)
         if requirements is not None and requirements.judged:
-            driver.judge.prepare()
+            driver.retry_predicate.prepare()
         submission = _submission()
         retries, numbers = options.retries, self._numbers
         store, budget, on_submit = driver.store, driver.budget, self._on_submit

@@ -147,10 +147,10 @@ class _Global:
         return True
 
 
-class _Look:
-    """All globals as they were at one time, to tell whether another one may be a definition now.
+class _Snapshot:
+    """The script's globals at one time, to tell later whether any definition is another one.
 
-    Each map asks for that, so it must not take longer for each global than a few comparisons.
+    Each map asks that, so it must not take more than a few comparisons for each global.
 
     Args:
         names: The globals.
@@ -217,7 +217,7 @@ class Script:
         self._by_value: Any = None
         self._rest: tuple[Function, ...] = ()
         self._answers: dict[frozenset[str], _Answer] = {}
-        self._look = _Look([])
+        self._snapshot = _Snapshot([])
         self._shared_now: dict[int, str] | None = None
 
     def needs(self, names: frozenset[str]) -> tuple[Function, ...]:
@@ -256,9 +256,9 @@ class Script:
         """Return what else the script defines and is small, for what finds it at run time."""
         with self._lock:
             names = list(_main.namespace().items())
-            if not self._look.is_current(names):
-                then, self._look = self._look.definitions, _Look(names)
-                now = self._look.definitions
+            if not self._snapshot.is_current(names):
+                then, self._snapshot = self._snapshot.definitions, _Snapshot(names)
+                now = self._snapshot.definitions
                 if len(now) != len(then) or any(
                     then.get(name, _ABSENT) is not value for name, value in now.items()
                 ):

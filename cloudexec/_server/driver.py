@@ -99,7 +99,7 @@ class Driver:
         self._started_at = time.monotonic()
         is_shown = setup.output != "off" or setup.forward_logs
         self.output = OutputThread(setup.output) if is_shown else None
-        # Each part knows those above it here, and none of those below.
+        # Each part knows those above it here, and of those below only what it is given to call.
         self.sessions = Sessions()
         self.keeper = Keeper(engine, self.sessions, store, self, numbers, self.finished)
         self.futures = Futures(engine, self.sessions, self.keeper, self.output, budget)
@@ -112,7 +112,7 @@ class Driver:
             lambda launch, end: self.workers.launch_ended(launch, end),
         )
         self.story = Story(engine, self.sessions, self.launches, launcher)
-        self.judge = RetryPredicate(engine, self.story)
+        self.retry_predicate = RetryPredicate(engine, self.story)
         self.dependencies = Dependencies(engine, self.futures, self.keeper, store, self)
         self.workers = Workers(engine, self.sessions, self.launches, self.keeper, launcher)
         self.refusals = Refusals(engine)
@@ -129,14 +129,13 @@ class Driver:
             output=self.output,
         )
         self.listener = Listener(self.service)
-        self.futures.connect(self.dependencies.settle)
         engine.connect(
             carry_out={
                 commands.SendTasks: self._send,
                 commands.MarkRunning: self.futures.mark_running,
                 commands.ResolveTasks: self._resolve,
                 commands.FailTask: self.futures.fail,
-                commands.JudgeFailure: self.judge.judge,
+                commands.JudgeFailure: self.retry_predicate.judge,
                 commands.FailTasksUnlaunched: self.launches.fail_tasks,
                 commands.CancelTasks: self.futures.cancel,
                 commands.RecallTasks: self.workers.recall,
@@ -450,7 +449,7 @@ class Driver:
         if self.output is not None:
             self.output.stop()
         self.dependencies.stop()
-        self.judge.stop()
+        self.retry_predicate.stop()
         self.futures.stop()
 
     async def _see_launches_end(self) -> None:
@@ -507,5 +506,5 @@ class Driver:
         if self.output is not None:
             self.output.join()
         self.dependencies.join()
-        self.judge.join()
+        self.retry_predicate.join()
         self.futures.join()

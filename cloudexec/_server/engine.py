@@ -61,7 +61,8 @@ class Engine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._carry_out: Mapping[type, Callable[[Any], None]] = {}
         self._watches: Mapping[type, Callable[[Any], Then | None]] = {}
-        self._settle: Callable[[], None]
+        self.settle: Callable[[], None]
+        """Tells those who wait for what has ended; see ``connect``."""
         self._break_down: Callable[[BaseException], None]
 
     def connect(
@@ -78,12 +79,13 @@ class Engine:
             carry_out: By type of command, what carries it out.
             watches: By type of event, what is called before the machine handles it; what that
                 returns is called before the commands are carried out.
-            settle: Called when they have been.
+            settle: Called after that, and wherever a task ends outside of an event: it tells those
+                who wait for the task.
             break_down: Fails everything, after an internal error.
         """
         self._carry_out = carry_out
         self._watches = watches
-        self._settle = settle
+        self.settle = settle
         self._break_down = break_down
 
     def adopt_identity(self, executor_id: str, key: bytes) -> None:
@@ -136,7 +138,7 @@ class Engine:
                 self._timer.cancel()
             self._timer_at = deadline
             self._set_timer()
-        self._settle()
+        self.settle()
 
     def _set_timer(self) -> None:
         # Not in one go past a stall: the clock of the machine may then be behind.

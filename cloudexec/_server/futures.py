@@ -63,12 +63,7 @@ class Futures:
         self._keeper = keeper
         self._output = output
         self._budget = budget
-        self._settle: Callable[[], None]
         self._callbacks = CallbackThread()
-
-    def connect(self, settle: Callable[[], None]) -> None:
-        """Say what goes on with ``concluded`` where futures end outside of an event."""
-        self._settle = settle
 
     # Commands.
 
@@ -138,7 +133,7 @@ class Futures:
         for task, future, result in given:
             if task is not None:
                 self._give_result(task, future, result)
-        self._settle()
+        self._engine.settle()
 
     def give_resumed(self, task: Any, result: Payload, seconds: float) -> None:
         """Give a call that no worker has a result that is in the journal."""
@@ -219,7 +214,7 @@ class Futures:
         def carry_on() -> None:
             self._engine.now()
             call(*args)
-            self._settle()
+            self._engine.settle()
 
         self._output.after(lambda: self._engine.portal.post(carry_on))
 

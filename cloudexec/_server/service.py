@@ -52,10 +52,10 @@ class Service:
         setup: What each of them is told.
         store: Of blobs.
         sessions: Of those that are enrolled.
-        workers: Their coming and going.
-        launches: Those that were asked for.
-        keeper: Of what they keep.
-        futures: Of their tasks.
+        workers: Is told when a worker comes or goes.
+        launches: Knows which workers were asked for.
+        keeper: Knows which results workers keep.
+        futures: Has the futures of all tasks.
         refusals: Counts peers that are turned away.
         output: Shows what tasks print; ``None``: that is not shown.
     """

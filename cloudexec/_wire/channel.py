@@ -38,7 +38,7 @@ DELIVERY_TRIES = 3
 """Times that a part of a result is sent which does not arrive as it should."""
 _LONGEST_PAUSE = 4.0
 _PART_OF_PATIENCE = 20
-"""Who has minutes to go on dials less often in the end: ten thousand workers that dial again
+"""A worker that may try for minutes dials less often after a while: ten thousand workers that dial
 every few seconds would keep their client, once it is there, too busy to let them in."""
 _MOST_PAUSE = 15.0
 

@@ -25,8 +25,8 @@ def seconds_since_start() -> float:
 
 def pull_seconds() -> float:
     """Ask the platform how long pulling the image took; 0.0 where it does not say."""
-    task = ask_metadata(find_place(os.environ))
     try:
+        task = ask_metadata(find_place(os.environ))
         began = datetime.datetime.fromisoformat(task["PullStartedAt"])
         ended = datetime.datetime.fromisoformat(task["PullStoppedAt"])
         return max(0.0, (ended - began).total_seconds())

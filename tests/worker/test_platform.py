@@ -15,6 +15,7 @@ import pytest
 
 from cloudexec import BatchExecutor
 from cloudexec.testing import ManualLauncher
+from cloudexec.worker.birth import pull_seconds
 from cloudexec.worker.platform import Place, ask_metadata, find_place
 
 BATCH = {
@@ -75,6 +76,16 @@ def test_a_number_that_is_none_ends_the_worker_with_the_reason(name: str, value:
     assert done.returncode == 1
     assert f"{name} must be a whole number" in done.stderr
     assert repr(value) in done.stderr
+
+
+def test_a_platform_that_says_nonsense_costs_a_worker_only_the_time_of_its_pull(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The launcher has said which worker it is, and that counts: so it is not to end for this."""
+    monkeypatch.setenv("AWS_BATCH_JOB_ID", "job")
+    monkeypatch.setenv("AWS_BATCH_JOB_ARRAY_INDEX", "x")
+    assert find_place({**os.environ, "CLOUDEXEC_INDEX": "2"}).launch_index == 2
+    assert pull_seconds() == 0.0
 
 
 class _Metadata(http.server.BaseHTTPRequestHandler):
