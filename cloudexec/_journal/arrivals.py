@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.machinery
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from cloudexec._journal.sources import COARSE, stamp_of
@@ -54,23 +54,32 @@ class Arrivals:
         self._settled: dict[str, list[tuple[int, ...]]] = {}  # the times of a folder, when read
         self._inner: dict[str, list[str]] = {}  # folders in it that may become packages
 
-    def watch(self, name: str, folders: Iterable[str]) -> None:
-        """Look for a module from now on.
+    def watch(self, names: Mapping[str, Iterable[str]]) -> None:
+        """Look for modules from now on.
 
         Args:
-            name: Its name.
-            folders: Where it may be.
+            names: Their names, and the folders that each may be in.
         """
-        all_of = tuple([os.path.abspath(folder) for folder in folders])
-        known = self._names.get(name)
-        if known is not None and known.folders == all_of:
-            return
-        last = name.rpartition(".")[2]
-        own = [folder for folder in all_of if self._is_own(folder)]
-        before = {path for folder in own for path in _files(folder, last)}
-        self._names[name] = _Watched(all_of, frozenset(before))
-        for folder in own:
-            self._in_folder.setdefault(folder, set()).add(name)
+        listings: dict[str, frozenset[str]] = {}
+        places: dict[tuple[str, ...], tuple[str, ...]] = {}
+        for name, folders in names.items():
+            as_given = tuple(folders)
+            all_of = places.get(as_given)
+            if all_of is None:
+                all_of = places[as_given] = tuple(map(os.path.abspath, as_given))
+            known = self._names.get(name)
+            if known is not None and known.folders == all_of:
+                continue
+            last = name.rpartition(".")[2]
+            before: set[str] = set()
+            for folder in all_of:
+                if not self._is_own(folder):
+                    continue
+                if folder not in listings:
+                    listings[folder] = _listing(folder)
+                before.update(_files(folder, last, listings[folder]))
+                self._in_folder.setdefault(folder, set()).add(name)
+            self._names[name] = _Watched(all_of, frozenset(before))
 
     def first(self, place_of: Callable[[str], Place | None]) -> str:
         """Return what people call a module's file that an import would take now; empty: none.
@@ -83,11 +92,12 @@ class Arrivals:
             if self._settled.get(folder) == stamps:
                 continue
             inner = self._inner[folder] = []
+            listing = _listing(folder)
             for name in names:
                 watched = self._names[name]
                 if folder not in watched.folders:
                     continue
-                for path in _files(folder, name.rpartition(".")[2]):
+                for path in _files(folder, name.rpartition(".")[2], listing):
                     if os.path.isdir(path):
                         inner.append(path)
                     if path not in watched.before and _is_taken(
@@ -104,14 +114,24 @@ class Arrivals:
         return [stamp_of(each) for each in (folder, *self._inner.get(folder, ()))]
 
 
-def _files(folder: str, name: str) -> Iterator[str]:
+def _listing(folder: str) -> frozenset[str]:
+    """Return the names of what is in a folder: thousands of modules may be looked for in it."""
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:  # it is gone, or is an archive
+        return frozenset()
+
+
+def _files(folder: str, name: str, listing: frozenset[str]) -> Iterator[str]:
     """Yield what an import of a name could take in a folder."""
-    path = os.path.join(folder, name)
-    if os.path.isdir(path):
+    if name in listing and os.path.isdir(path := os.path.join(folder, name)):
         if os.path.isfile(inner := os.path.join(path, "__init__.py")):
             yield inner
         yield path
-    yield from [path + suffix for suffix in _SUFFIXES if os.path.isfile(path + suffix)]
+    for suffix in _SUFFIXES:
+        file = name + suffix
+        if file in listing and os.path.isfile(path := os.path.join(folder, file)):
+            yield path
 
 
 def _is_taken(path: str, folder: str, folders: Sequence[str], place: Place | None) -> bool:

@@ -99,6 +99,7 @@ class Program:
         self._arrivals = Arrivals(lambda folder: _kind_of_folder(folder) == "own")
         self._watched: set[str] = set()
         self._path: tuple[str, ...] = ()  # where top-level modules are looked for
+        self._stems: dict[str, frozenset[str] | None] = {}  # while modules are followed
         self._loaded: dict[str, Any] = {}
         self._last: Any = None
         self._count = -1
@@ -167,14 +168,15 @@ class Program:
         if path != self._path:
             self._path = path
             names, self._watched = self._watched | set(names), set()
+        places: dict[str, Iterable[str]] = {}
         for name in [name for name in names if name not in self._watched]:
             self._watched.add(name)
             parent, _, last = name.rpartition(".")
             if last == "*" or name == "__main__" or name.partition(".")[0] == _OURS:
                 continue
             above = self._places.get(parent)
-            folders = path if not parent else above.search if above is not None else None
-            self._arrivals.watch(name, folders or ())
+            places[name] = path if not parent else (above and above.search) or ()
+        self._arrivals.watch(places)
 
     def _sum_up(self) -> None:
         for name, source in self._found.sources.items():
@@ -213,6 +215,7 @@ class Program:
 
     def _follow(self, names: Iterable[str], found: _Found) -> None:
         """Look at modules, at the packages that they are in, and at what they import."""
+        self._stems.clear()  # a folder may hold others by now
         waiting = list(names)
         while True:
             if not waiting and found.is_importing:
@@ -265,7 +268,11 @@ class Program:
             if place is None or place.search is None:
                 return None
             search = place.search
+        last = name.rpartition(".")[2]
+        is_ruled_out = not self._may_hold(sys.path if search is None else search, last)
         for finder in sys.meta_path:
+            if is_ruled_out and finder is importlib.machinery.PathFinder:
+                continue
             try:
                 spec = finder.find_spec(name, search, None)
             except Exception:  # it is somebody else's, and this is no import
@@ -275,10 +282,22 @@ class Program:
                 below = spec.submodule_search_locations
                 return _Place(path, None if below is None else list(below), spec.loader)
         # What has no file itself, in another such package, is not found before that is imported.
-        last = name.rpartition(".")[2]
         folders = [os.path.join(each, last) for each in search or ()]
         folders = [folder for folder in folders if os.path.isdir(folder)]
         return _Place("", folders, None) if folders else None
+
+    def _may_hold(self, folders: Iterable[str], name: str) -> bool:
+        """Say whether a module can be in one of these folders: most strings name none.
+
+        Python asks each folder for each name, which takes seconds for thousands of strings.
+        """
+        for folder in folders:
+            if folder not in self._stems:
+                self._stems[folder] = _stems(folder)
+            stems = self._stems[folder]
+            if stems is None or name.lower() in stems:
+                return True
+        return False
 
     @staticmethod
     def _distributions(found: _Found) -> set[str]:
@@ -382,6 +401,19 @@ def _file_name(name: str, source: Source) -> str:
     parts = name.split(".")
     parts[-1:] = [parts[-1], base] if base.startswith("__init__.") else [base or parts[-1]]
     return "/".join(parts)
+
+
+def _stems(folder: str) -> frozenset[str] | None:
+    """Return what names of files in a folder begin with; ``None``: it may be something else."""
+    finder = sys.path_importer_cache.get(folder or os.getcwd())
+    if finder is not None and type(finder) is not importlib.machinery.FileFinder:
+        return None
+    try:
+        return frozenset([each.partition(".")[0].lower() for each in os.listdir(folder or ".")])
+    except NotADirectoryError:
+        return None
+    except OSError:
+        return frozenset()
 
 
 def _values(name: str) -> dict[str, Any]:
