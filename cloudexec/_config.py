@@ -21,8 +21,7 @@ __all__ = [
     "parse_bytes",
 ]
 
-_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(k|m|g|t)i?b?\s*", re.IGNORECASE)
-_BYTES_PER = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(k|m|g|t)(i?b?)\s*", re.IGNORECASE)
 _MOST_BYTES = 1 << 60
 
 
@@ -60,10 +59,10 @@ def check_count(name: str, value: int, *, least: int) -> None:
 
 
 def parse_bytes(memory: object) -> int:
-    """Read an amount of memory as people write it: ``"2GiB"``, ``"512 MiB"``, ``"2g"``.
+    """Read an amount of memory as people write it: ``"2GiB"``, ``"512 MiB"``, ``"2g"``, ``"2GB"``.
 
     Returns:
-        Bytes, rounded up; units count in powers of 1024.
+        Bytes, rounded up. ``"2GB"`` is 2,000,000,000; all other units are powers of 1024.
 
     Raises:
         ConfigError: If it cannot be read.
@@ -71,7 +70,8 @@ def parse_bytes(memory: object) -> int:
     found = _MEMORY.fullmatch(memory) if isinstance(memory, str) else None
     if found is None:
         raise ConfigError(f"memory must be like '2GiB' or '512MiB', not {memory!r}")
-    return math.ceil(float(found[1]) * _BYTES_PER[found[2].lower()])
+    base = 1000 if found[3].lower() == "b" else 1024
+    return math.ceil(float(found[1]) * base ** (1 + "kmgt".index(found[2].lower())))
 
 
 def format_bytes(size: float) -> str:

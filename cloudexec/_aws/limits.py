@@ -85,8 +85,8 @@ def parse_memory(memory: str | int) -> int:
     """Read an amount of memory.
 
     Args:
-        memory: ``"2GiB"``, ``"512 MiB"``, ``"2g"``; units count in powers of 1024. An integer is
-            MiB, as in AWS Batch.
+        memory: ``"2GiB"``, ``"512 MiB"``, ``"2g"``; ``"2GB"`` is 2,000,000,000 bytes, and units
+            without a B count in powers of 1024. An integer is MiB, as in AWS Batch.
 
     Returns:
         MiB, rounded up.

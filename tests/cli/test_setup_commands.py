@@ -70,15 +70,15 @@ def simulate(seed):
     return os.environ.get("AWS_BATCH_JOB_ID", "here")
 
 if __name__ == "__main__":
-    with BatchExecutor(max_workers=40) as executor:
+    with BatchExecutor(max_workers=12) as executor:
         places = list(executor.map(simulate, range(10_000)))
     print(len(places), "here" in places)
 """
 
 
 def test_from_up_to_down(aws: FakeAWS, run: Run, folder: Path, environment: dict[str, str]) -> None:
-    """Set up, check, run an unmodified script on 40 workers, look at them, remove it all."""
-    done = run("up", "--max-vcpus", "40", "--project", "sweeps", "--log-days", "3")
+    """Set up, check, run an unmodified script on 12 workers, look at them, remove it all."""
+    done = run("up", "--max-vcpus", "12", "--project", "sweeps", "--log-days", "3")
     assert done.returncode == 0, done.stderr
     for line in ("Credentials: account", "FargateQueue (Batch::JobQueue) CREATE_COMPLETE"):
         assert line in done.stderr
@@ -127,11 +127,11 @@ def test_from_up_to_down(aws: FakeAWS, run: Run, folder: Path, environment: dict
             shown = json.loads(run("ps", "--json").stdout)
         output, errors = process.communicate(timeout=60)
     assert output == "10000 False\n", errors
-    assert re.fullmatch(r"cloudexec: 10000 tasks on .*40 workers in .*\n", errors)
+    assert re.fullmatch(r"cloudexec: 10000 tasks on .*12 workers in .*\n", errors)
     (executor,) = shown
-    assert sum(executor["workers"].values()) == 40
+    assert sum(executor["workers"].values()) == 12
     (submitted,) = (r.parameters for r in aws.requests if r.operation == "SubmitJob")
-    assert submitted["arrayProperties"] == {"size": 40}
+    assert submitted["arrayProperties"] == {"size": 12}
     assert "enrolled as worker-1\n" in run("logs", f"{executor['id']}/worker-1").stdout
     (ended,) = json.loads(run("jobs", "--json").stdout)
     assert ended["state"] in ("SUCCEEDED", "FAILED")

@@ -164,11 +164,20 @@ def test_fargate_needs_an_execution_role() -> None:
 
 @pytest.mark.parametrize(
     ("text", "mib"),
-    [("2GiB", 2048), ("512 MiB", 512), ("1.5g", 1536), ("1T", 2**20), (300, 300), ("1KiB", 1)],
+    [
+        *[("2GiB", 2048), ("512 MiB", 512), ("1.5g", 1536), ("1T", 2**20), (300, 300), ("1KiB", 1)],
+        *[("2GB", 1908), ("512 MB", 489), ("1.5gb", 1431)],
+    ],
 )
 def test_memory_as_people_write_it(text: str | int, mib: int) -> None:
-    """Units count in powers of 1024, and fractions round up."""
+    """Units with a B alone count in powers of 1000, others of 1024, and fractions round up."""
     assert parse_memory(text) == mib
+
+
+def test_a_gigabyte_is_no_size_of_fargate() -> None:
+    """It is less than the GiB that was meant: the error names that."""
+    with pytest.raises(ConfigError, match=r"1908 MiB; the nearest: 1 vCPU with 2 GiB"):
+        fargate_size(1, "2GB")
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "2 apples", 0, -5, None, True, 1.5])
