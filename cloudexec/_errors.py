@@ -4,7 +4,8 @@ CloudexecError
 ├── ConfigError (also ValueError)        your settings
 ├── LaunchError                          workers could not be started, or never dialed back
 │   └── BudgetExceededError              ... or would cost more than max_cost_usd
-├── AwsError                             AWS refused a request, or could not be reached
+├── PlatformError                        a platform refused a request, or could not be reached
+│   └── AwsError                         ... and the platform is AWS
 ├── WorkerLostError (also BrokenProcessPool)
 │                                        whatever ran the task died; its attempts are used up
 ├── TaskTimeoutError (also TimeoutError) the task ran past its own time limit
@@ -57,6 +58,7 @@ __all__ = [
     "NestingError",
     "PayloadError",
     "PayloadTooLargeError",
+    "PlatformError",
     "ProtocolError",
     "QueueFullError",
     "RefLostError",
@@ -139,7 +141,28 @@ class BudgetExceededError(LaunchError):
         self.max_cost_usd = max_cost_usd
 
 
-class AwsError(CloudexecError):
+class PlatformError(CloudexecError):
+    """What runs the workers of a launcher refused a request, or could not be reached.
+
+    Attributes:
+        transient: Whether the same request may succeed a little later.
+        uncertain: Whether the request may have been carried out although no answer came.
+    """
+
+    def __init__(
+        self, message: str = "", *, transient: bool = False, uncertain: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.transient = transient
+        self.uncertain = uncertain
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether it is worth while to make the same request again."""
+        return self.transient
+
+
+class AwsError(PlatformError):
     """AWS refused a request, or could not be reached.
 
     Attributes:
@@ -159,11 +182,15 @@ class AwsError(CloudexecError):
         transient: bool = False,
         expired: bool = False,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, transient=transient)
         self.code = code
         self.operation = operation
-        self.transient = transient
         self.expired = expired
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether it is worth while to make the same call again: credentials are renewed, too."""
+        return self.transient or self.expired
 
 
 class WorkerLostError(_LostProcessError):

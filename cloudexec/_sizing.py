@@ -15,7 +15,7 @@ __all__ = ["ladder_of", "requirements_of"]
 
 def ladder_of(launcher: Launcher) -> tuple[WorkerCapacity, ...]:
     """Return what workers of the launcher's own sizes have; nothing if it does not say."""
-    found = [launcher.capacity(rung) for rung in range(launcher.rungs)]
+    found = [launcher.capacity(size) for size in range(launcher.size_count)]
     sizes = tuple(capacity for capacity in found if capacity is not None)
     return sizes if len(sizes) == len(found) else ()
 
@@ -44,13 +44,13 @@ def requirements_of(
         memory = options.memory_bytes or share.memory
 
         def request(memory: int) -> ResourceRequest:
-            rung = launcher.size_for(cpus, memory, gpus)
-            capacity = launcher.capacity(rung) or WorkerCapacity(cpus=cpus, memory=memory)
+            size = launcher.size_for(cpus, memory, gpus)
+            capacity = launcher.capacity(size) or WorkerCapacity(cpus=cpus, memory=memory)
             need, whole = Resources.of(cpus, memory, gpus), Resources.had_by(capacity)
-            fitting = max(1, min(need.times_in(whole), launcher.most_slots(rung)))
+            fitting = max(1, min(need.times_in(whole), launcher.most_slots(size)))
             if scaling.one_machine:
                 fitting = scaling.slots_per_worker  # one worker has it all
-            return ResourceRequest(need, rung, whole, fitting, need)
+            return ResourceRequest(need, size, whole, fitting, need)
 
         requests.append(request(memory))
         # A ladder goes on from there: past what was asked for, all that a larger worker has.

@@ -17,7 +17,6 @@ __all__ = [
     "SUBMIT_BYTES",
     "TAGS",
     "WorkerSize",
-    "array_sizes",
     "default_memory",
     "fargate_memories",
     "fargate_size",
@@ -234,24 +233,3 @@ def default_memory(vcpus: float, compute: str) -> int:
     if compute == "ec2":
         return wanted
     return next((mib for mib in fargate_memories(vcpus) if mib >= wanted), wanted)
-
-
-def array_sizes(workers: int) -> list[int]:
-    """Split a launch into array-job sizes, one SubmitJob request each.
-
-    Args:
-        workers: Workers to launch, zero or more.
-
-    Returns:
-        One size per request, in order, summing to ``workers``. A size of 1 is a plain job.
-
-    Raises:
-        ValueError: If ``workers`` is negative.
-
-    References:
-        Array size 2 to 10,000: AWS Batch User Guide, "Array jobs".
-    """
-    if workers < 0:
-        raise ValueError(f"workers must be 0 or more, not {workers}")
-    full, rest = divmod(workers, ARRAY_LARGEST)
-    return [ARRAY_LARGEST] * full + ([rest] if rest else [])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloudexec._aws.profile import profile_directory
 from cloudexec._errors import AwsError, ConfigError
+from cloudexec._pricing import WorkerPrice, run_seconds
 
 if TYPE_CHECKING:
     from cloudexec._aws.clients import AwsClients
@@ -37,7 +37,6 @@ _MIB_PER_GB = 1024
 """Fargate's price list says GB where its sizes are GiB."""
 _FREE_EPHEMERAL_GB = 20
 """AWS Fargate pricing: the first 20 GB of a task's storage are free."""
-_SHORTEST_RUN = 0.001
 _ARCHITECTURES = ("x86_64", "arm64")
 _BUILT_IN_REGION = "us-east-1"
 _PRICING_REGION = "us-east-1"
@@ -50,14 +49,6 @@ _FARGATE_USAGE = re.compile(
 """A region's prefix differs (``USE1-``, ``EUC1-``); Windows has other names, which do not match."""
 
 
-def run_seconds(began: float, ended: float) -> float:
-    """Return how long a run took; never 0, as that would be one that never began and costs nothing.
-
-    AWS counts in milliseconds, within which a run may begin and end.
-    """
-    return max(_SHORTEST_RUN, ended - began)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstancePrice:
     """An EC2 instance type, of which a job takes a share."""
@@ -68,40 +59,6 @@ class InstancePrice:
     per_hour: float
     """On demand, Linux, shared tenancy, in USD."""
     gpus: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerPrice:
-    """What one worker costs while it runs."""
-
-    per_second: float
-    """USD."""
-    assumed: bool = False
-    """Whether it is another region's price, for want of this one's."""
-    estimated: bool = False
-    """Whether it moves with supply (Spot), or depends on what instance is chosen (EC2)."""
-    table: str = ""
-    """Whose price it is and of when, for texts."""
-
-    @property
-    def per_hour(self) -> float:
-        """USD."""
-        return self.per_second * _HOUR
-
-    def cost(self, seconds: float) -> float:
-        """Return what one run of so long costs, in USD.
-
-        Args:
-            seconds: From the start of the image's download to the end. Nothing for a run that
-                never began; otherwise begun seconds count, and 60 of them at least.
-        """
-        if seconds <= 0:
-            return 0.0
-        return max(math.ceil(seconds), LEAST_SECONDS) * self.per_second
-
-    def cost_of(self, runs: Iterable[float]) -> float:
-        """Return what several runs cost together, in USD."""
-        return math.fsum(self.cost(seconds) for seconds in runs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,9 +163,11 @@ class PriceTable:
             hourly += address_share * self.public_ipv4_hour
         return WorkerPrice(
             per_second=hourly / _HOUR,
+            least_seconds=LEAST_SECONDS,
             assumed=bool(region) and region != self.region,
             estimated=spot or compute == "ec2",
             table=str(self),
+            note=f"Spot at {self.spot_factor:.0%} of it" if spot else "",
         )
 
     def _share(self, vcpus: float, memory_mib: int, gpus: int, arch: str) -> tuple[float, float]:

@@ -50,7 +50,7 @@ class Survivor:
     """A worker that outlived the process which launched it.
 
     Attributes:
-        size: As in ``LaunchRequest.rung``.
+        size: As in ``LaunchRequest.size``.
         running: Whether it is there, rather than waits for a place.
     """
 
@@ -90,12 +90,12 @@ class LaunchRequest:
     Attributes:
         launch_id: Its number, as a string; those of one request count up by one.
         slots: Tasks that it is to run at once.
-        rung: Which of the launcher's sizes, from 0: one of its own, or one that ``size_for`` named.
+        size: Which of the launcher's sizes, from 0: one of its own, or one that ``size_for`` named.
     """
 
     launch_id: str
     slots: int
-    rung: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ class Launcher(Protocol):
     modules: bool | Sequence[str] = True
     """Where workers are on other machines: whether the user's own modules, those that are imported
     and not installed, are sent along; or the top-level names of those that are."""
-    rungs: int = 1
+    size_count: int = 1
     """Sizes of worker that it can start; a task lost to memory goes to the next one."""
     own_processes: bool = False
     """Whether all workers are processes of this machine that it starts itself, so that a plain
@@ -223,7 +223,7 @@ class Launcher(Protocol):
             gpus: GPUs that it needs.
 
         Returns:
-            A number for ``LaunchRequest.rung``: that of the smallest size that will do.
+            A number for ``LaunchRequest.size``: that of the smallest size that will do.
 
         Raises:
             ConfigError: If there is none; it names the nearest.

@@ -1,116 +1,96 @@
-"""Ending jobs: tried for a while, many at once, and said loudly where it fails."""
+"""Ending jobs: tried for a while, and said loudly where it fails."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import TypeVar
 
 import tenacity
 
-from cloudexec._errors import AwsError
+from cloudexec._errors import PlatformError
+from cloudexec._launchers.ledger import Job, Member
+from cloudexec._launchers.platform import Platform
 from cloudexec._log import Log
 
-__all__ = ["Terminator"]
+__all__ = ["Terminator", "insist", "may_pass"]
 
 _logger = Log()
+T = TypeVar("T")
 
 PATIENCE = 20.0
-"""Seconds for which AWS is asked to end something."""
-_BULK = 50
-"""Jobs in one TerminateJobs call. AWS Batch API Reference."""
+"""Seconds for which a platform is asked to end something."""
+
+
+def may_pass(exc: BaseException) -> bool:
+    """Say whether it is worth while to make a request again that ended like this."""
+    return isinstance(exc, PlatformError) and exc.may_pass
+
+
+async def insist(
+    request: Callable[[], Coroutine[object, object, T]], patience: float | None = None
+) -> T:
+    """Make a request, and try again for a while what a platform cannot answer now.
+
+    Args:
+        request: Makes it.
+        patience: Seconds after which no further try begins; ``None``: ``PATIENCE``.
+
+    Raises:
+        PlatformError: If it will not, or not in time.
+    """
+    retrying = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception(may_pass),
+        wait=tenacity.wait_random_exponential(multiplier=0.3, max=5.0),
+        stop=tenacity.stop_after_delay(PATIENCE if patience is None else patience),
+        reraise=True,
+    )
+    async for attempt in retrying:
+        with attempt:
+            return await request()
+    raise AssertionError("tenacity returned without a result")
 
 
 class Terminator:
-    """Ends jobs of one executor.
+    """Ends workers.
 
     Args:
-        call: Makes a call to AWS: service, operation, parameters.
-        client: Returns the SDK's client for AWS Batch.
-        executor_id: Whose jobs they are.
+        platform: What runs them.
     """
 
-    def __init__(
-        self,
-        call: Callable[..., Coroutine[Any, Any, Any]],
-        client: Callable[[], Coroutine[Any, Any, Any]],
-        executor_id: str,
-    ) -> None:
-        self._call = call
-        self._client = client
-        self._executor_id = executor_id
+    def __init__(self, platform: Platform) -> None:
+        self._platform = platform
 
-    async def insist(
-        self,
-        call: Callable[..., Coroutine[Any, Any, Any]],
-        *args: Any,
-        patience: float = PATIENCE,
-    ) -> Any:
-        """Make a call, and try again for a while what AWS cannot answer now.
+    async def end_jobs(self, jobs: Sequence[Job], why: str) -> None:
+        """End jobs with all their workers; what cannot be ended is said loudly."""
+        await self._end([(job, list(job.members.values())) for job in jobs], why)
 
-        Args:
-            call: What makes it.
-            args: Of that.
-            patience: Seconds after which no further try begins.
+    async def end_members(self, job: Job, members: Sequence[Member], why: str) -> None:
+        """End some workers of a job that goes on."""
+        await self._end([(job, members)], why)
 
-        Raises:
-            AwsError: If it will not, or not in time.
-        """
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(
-                lambda exc: isinstance(exc, AwsError) and (exc.transient or exc.expired)
-            ),
-            wait=tenacity.wait_random_exponential(multiplier=0.3, max=5.0),
-            stop=tenacity.stop_after_delay(patience),
-            reraise=True,
-        )
-        async for attempt in retrying:
-            with attempt:
-                return await call(*args)
-        raise AssertionError("tenacity returned without a result")
-
-    async def terminate(self, ids: Sequence[str], why: str) -> bool:
-        """Terminate jobs; what cannot be terminated is said loudly.
-
-        Returns:
-            Whether AWS took it all.
-        """
-        reason = f"cloudexec: {why}"
-
-        async def one(job_id: str) -> None:
-            await self.insist(
-                lambda: self._call("batch", "terminate_job", jobId=job_id, reason=reason)
-            )
-
-        async def many(some: Sequence[str]) -> None:
-            try:
-                answer = await self.insist(
-                    lambda: self._call("batch", "terminate_jobs", jobs=list(some), reason=reason)
-                )
-            except AwsError as exc:
-                if exc.transient or exc.expired:
-                    raise
-                # An endpoint that does not know the newer call.
-                await asyncio.gather(*(one(job_id) for job_id in some))
-                return
-            for failed in answer.get("errors", ()):
-                await one(str(failed.get("jobId") or failed.get("job")))
-
+    async def _end(self, doomed: Sequence[tuple[Job, Sequence[Member]]], why: str) -> None:
+        targets = [job.target(members) for job, members in doomed]
         try:
             async with asyncio.timeout(PATIENCE):
-                # Older SDKs do not know of it.
-                if len(ids) > 1 and hasattr(await self._client(), "terminate_jobs"):
-                    pages = [ids[at : at + _BULK] for at in range(0, len(ids), _BULK)]
-                    await asyncio.gather(*(many(page) for page in pages))
-                else:
-                    await asyncio.gather(*(one(job_id) for job_id in ids))
-        except (AwsError, TimeoutError) as exc:
+                await insist(
+                    lambda: self._platform.terminate(targets, f"cloudexec: {why}"), PATIENCE
+                )
+        except (PlatformError, TimeoutError) as exc:
+            ids = [
+                job.id if target.workers is None else job.worker_id(member)
+                for (job, members), target in zip(doomed, targets, strict=True)
+                for member in (members[:1] if target.workers is None else members)
+            ]
+            hint = self._platform.stop_hint
             _logger.error(
-                "jobs could not be terminated (%s): %s. `cloudexec stop --executor %s` tries "
-                "again; workers that find nobody end by themselves",
+                "jobs could not be terminated (%s): %s. %sworkers that find nobody end by "
+                "themselves",
                 ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else ""),
-                str(exc) or "AWS does not answer",
-                self._executor_id,
+                str(exc) or f"{self._platform.name} does not answer",
+                f"{hint}; " if hint else "",
             )
-            return False
-        return True
+            return
+        for _, members in doomed:
+            for member in members:
+                member.gone = True

@@ -114,7 +114,7 @@ class Launches:
             first = wanted[0]
             count = 1
             while count < len(wanted) and wanted[count] == LaunchRequest(
-                str(int(first.launch_id) + count), first.slots, first.rung
+                str(int(first.launch_id) + count), first.slots, first.size
             ):
                 count += 1
             together, wanted = wanted[:count], wanted[count:]

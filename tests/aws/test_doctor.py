@@ -21,7 +21,7 @@ from cloudexec._aws.profile import Profile
 from cloudexec._aws.quotas import kind_of_quota
 from cloudexec._aws.setup import SetupOptions, up
 from cloudexec._errors import ConfigError
-from cloudexec._launchers import fleet
+from cloudexec._launchers import watching
 from cloudexec.cli._probe import _remedy, probe
 from cloudexec.testing import FakeAWS
 
@@ -368,8 +368,8 @@ def test_probe_asks_for_one_worker_and_waits_no_longer_than_told(
     aws: FakeAWS, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that does not come is not asked for again: each would cost."""
-    monkeypatch.setattr(fleet, "_DIAGNOSE_AFTER", 0.2)
-    monkeypatch.setattr(fleet, "_DIAGNOSE_EVERY", 0.2)
+    monkeypatch.setattr(watching, "_DIAGNOSE_AFTER", 0.2)
+    monkeypatch.setattr(watching, "_DIAGNOSE_EVERY", 0.2)
     aws.faults.no_capacity()
     for probes, timeout in enumerate((2, 6, 18), 1):
         began = time.monotonic()

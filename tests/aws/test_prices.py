@@ -18,7 +18,8 @@ from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.job_details import own_runs
 from cloudexec._aws.prices import PriceTable, format_usd, refresh
 from cloudexec._aws.profile import Profile
-from cloudexec._launchers.jobs import seconds_of
+from cloudexec._launchers.batch.reading import run_of
+from cloudexec._launchers.ledger import seconds_of
 
 TABLE = PriceTable.built_in()
 
@@ -141,8 +142,8 @@ def test_a_run_that_begins_and_ends_within_a_millisecond_pays_its_minute() -> No
     attempt = {"startedAt": 1_795_913_721_919, "stoppedAt": 1_795_913_721_919}
     runs = own_runs({"status": "SUCCEEDED", "attempts": [attempt]}, now=0.0)
     assert price.cost_of(runs.seconds) == price.cost(60)
-    assert price.cost(seconds_of(attempt)) == price.cost(60)
-    assert seconds_of({"stoppedAt": 1_795_913_721_919}) == 0
+    assert price.cost(seconds_of(run_of(attempt))) == price.cost(60)
+    assert seconds_of(run_of({"stoppedAt": 1_795_913_721_919})) == 0
 
 
 def test_each_run_pays_its_own_minute() -> None:

@@ -13,7 +13,7 @@ import pytest
 from launcher_helpers import eventually
 
 from cloudexec import Batch, BatchExecutor, BudgetExceededError, ConfigError, LaunchError
-from cloudexec._launchers import fleet
+from cloudexec._launchers import ledger, watching
 from cloudexec.testing import FakeAWS
 
 Make = Callable[..., Batch]
@@ -22,8 +22,8 @@ Make = Callable[..., Batch]
 @pytest.fixture
 def curious(monkeypatch: pytest.MonkeyPatch) -> None:
     """AWS is asked for causes soon, and often."""
-    monkeypatch.setattr(fleet, "_DIAGNOSE_AFTER", 0.2)
-    monkeypatch.setattr(fleet, "_DIAGNOSE_EVERY", 0.5)
+    monkeypatch.setattr(watching, "_DIAGNOSE_AFTER", 0.2)
+    monkeypatch.setattr(watching, "_DIAGNOSE_EVERY", 0.5)
 
 
 def no_route(aws: Any) -> None:
@@ -118,8 +118,7 @@ def test_the_ceiling_is_kept_in_mid_run(
 ) -> None:
     """Before it is reached, workers end, and what is not done fails with a typed error."""
     # Each second is paid as it comes, so that the test need not run for minutes.
-    monkeypatch.setattr(fleet, "LEAST_SECONDS", 1)
-    monkeypatch.setattr(fleet, "_STOP_SECONDS", 1.0)
+    monkeypatch.setattr(ledger, "_STOP_SECONDS", 1.0)
     monkeypatch.setattr("cloudexec._aws.prices.LEAST_SECONDS", 1)
     a_second = 0.05437 / 3600
     with BatchExecutor(1, launcher=launcher(), max_cost_usd=6 * a_second) as executor:

@@ -119,7 +119,7 @@ def test_sizes_are_found_in_many_threads_at_once() -> None:
     for thread in threads:
         thread.join()
     assert len(set(found)) == 4
-    assert {batch.size_of(rung).vcpus for _, rung in found} == {2, 4, 8, 16}
+    assert {batch.size_of(size).vcpus for _, size in found} == {2, 4, 8, 16}
 
 
 def test_workers_are_launched_in_the_sizes_that_the_queue_needs(aws: Any, launcher: Make) -> None:

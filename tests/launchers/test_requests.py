@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from cloudexec import ConfigError
 from cloudexec._aws.limits import (
+    ARRAY_LARGEST,
     WorkerSize,
-    array_sizes,
     default_memory,
     fargate_memories,
     fargate_size,
@@ -29,6 +29,7 @@ from cloudexec._aws.requests import (
     submit_request,
     tag_value,
 )
+from cloudexec._launchers.fleet import job_sizes
 
 LARGE = {f"VARIABLE_{n}": "x" * 100 for n in range(100)}
 
@@ -61,7 +62,7 @@ def submission(**changes: Any) -> dict[str, Any]:
 @given(st.integers(0, 60_000))
 def test_a_launch_is_split_into_as_few_jobs_as_hold_it(workers: int) -> None:
     """No job is empty or larger than AWS allows, and none is missing."""
-    sizes = array_sizes(workers)
+    sizes = job_sizes(workers, ARRAY_LARGEST)
     assert sum(sizes) == workers
     assert all(1 <= size <= 10_000 for size in sizes)
     assert len(sizes) == -(-workers // 10_000)
@@ -80,7 +81,7 @@ def test_a_launch_is_split_into_as_few_jobs_as_hold_it(workers: int) -> None:
 )
 def test_the_edges_of_an_array_job(workers: int, sizes: list[int]) -> None:
     """A multiple of the largest array leaves no empty job behind; a rest of one is a plain job."""
-    assert array_sizes(workers) == sizes
+    assert job_sizes(workers, ARRAY_LARGEST) == sizes
 
 
 @pytest.mark.parametrize("workers", [1, 2, 10_000])

@@ -1,13 +1,12 @@
-"""The AWS Batch launcher: what workers to run there. The running of them is ``_fleet``'s."""
+"""The settings of the launcher for AWS Batch: what workers to run there."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from cloudexec._aws.limits import (
     WorkerSize,
@@ -20,20 +19,9 @@ from cloudexec._aws.limits import (
 from cloudexec._aws.requests import check_environment, check_tags
 from cloudexec._config import WorkerCapacity, check_count, check_positive
 from cloudexec._errors import ConfigError
-from cloudexec._launchers.base import (
-    Arrival,
-    Contact,
-    Cost,
-    LaunchEnd,
-    Launcher,
-    LaunchRequest,
-    LaunchTimes,
-    Network,
-    Survivor,
-)
-
-if TYPE_CHECKING:
-    from cloudexec._launchers.fleet import Fleet
+from cloudexec._launchers.base import Cost
+from cloudexec._launchers.platform import ExecutorInfo, Site
+from cloudexec._launchers.platform_launcher import PlatformLauncher
 
 __all__ = ["Batch"]
 
@@ -48,7 +36,7 @@ _EC2_TIMEOUT = 900.0
 """A first instance takes minutes. AWS Batch User Guide, "AWS Batch on Fargate"."""
 
 
-class Batch(Launcher):
+class Batch(PlatformLauncher):
     """Runs workers as AWS Batch jobs, on Fargate or EC2, on demand or Spot.
 
     What it needs in the account comes from a profile, which ``cloudexec up`` writes, or from
@@ -91,10 +79,6 @@ class Batch(Launcher):
     Raises:
         ConfigError: If a setting is out of its range; wrong sizes name the nearest right ones.
     """
-
-    linger = 0.25
-    last_words = 10.0
-    ends_are_seen = False
 
     def __init__(
         self,
@@ -190,9 +174,6 @@ class Batch(Launcher):
             raise ConfigError("CLOUDEXEC_KEY in environment= is cloudexec's own")
         check_tags(tags or {})
         self.sizes = _sizes(vcpus, memory, compute)
-        self.rungs = len(self.sizes)
-        self._catalogue = list(self.sizes)  # and sizes that tasks asked for; only added to
-        self._adding = threading.Lock()
         self.launch_timeout = _FARGATE_TIMEOUT if compute == "fargate" else _EC2_TIMEOUT
         self.spot = spot
         self.compute = compute
@@ -216,30 +197,24 @@ class Batch(Launcher):
         self.project = project
         self.modules = several if isinstance(several, bool) else tuple(several)
         self.max_runtime = max_runtime
-        self._slots_per_worker = slots_per_worker or max(1, int(vcpus))
+        self.slots = slots_per_worker or max(1, int(vcpus))
         self._most_slots = slots_per_worker
-        self._fleet: Fleet | None = None
-        self._last_cost = Cost()
 
-    def slots_per_worker(self, max_workers: int) -> int:
-        """Say how many slots one worker has."""
-        return min(self._slots_per_worker, max_workers)
+    def capacities(self) -> Sequence[WorkerCapacity]:
+        """Return what workers of each size of the ladder have."""
+        return [_capacity(size) for size in self.sizes]
 
-    def size_of(self, rung: int) -> WorkerSize:
-        """Return a size: of the ladder, or one that tasks asked for."""
-        return self._catalogue[rung]
-
-    def capacity(self, size: int) -> WorkerCapacity:
-        """Say what a worker of a size has."""
+    def size_of(self, size: int) -> WorkerSize:
+        """Return a size as AWS has it: of the ladder, or one that tasks asked for."""
         found = self._catalogue[size]
-        return WorkerCapacity(cpus=found.vcpus, memory=found.memory_mib * 2**20, gpus=found.gpus)
+        return WorkerSize(memory_mib=found.memory >> 20, vcpus=found.cpus, gpus=found.gpus)
 
     def most_slots(self, size: int) -> int:
         """Say how many tasks a worker may run at once: what was given, or as many as fit."""
         return self._most_slots or super().most_slots(size)
 
-    def size_for(self, cpus: float, memory: int, gpus: int) -> int:
-        """Find the smallest size for a task: of the ladder, or else the least that AWS has.
+    def capacity_for(self, cpus: float, memory: int, gpus: int) -> WorkerCapacity:
+        """Return the least that AWS has for a task which fits no size of the ladder.
 
         Raises:
             ConfigError: If there is none; it names the nearest.
@@ -250,99 +225,27 @@ class Batch(Launcher):
                 f"Batch(compute='ec2') has them"
             )
         mib = -(-memory // 2**20)
-        for rung, size in enumerate(self.sizes):
-            if size.vcpus >= cpus - 1e-9 and size.memory_mib >= mib and not gpus:
-                return rung
         if self.compute == "fargate":
-            needed = fargate_size_for(cpus, mib)
-        else:
-            needed = instance_size_for(cpus, mib, gpus)
-        return self.number_of(needed)
-
-    def number_of(self, size: WorkerSize) -> int:
-        """Return the number of a size: of the ladder, or one that tasks asked for."""
-        with self._adding:
-            if size not in self._catalogue:
-                self._catalogue.append(size)
-            return self._catalogue.index(size)
+            return _capacity(fargate_size_for(cpus, mib))
+        return _capacity(instance_size_for(cpus, mib, gpus))
 
     def size_name(self, size: int) -> str:
         """Say in a few words what a worker of a size has."""
-        return str(self._catalogue[size])
+        return str(self.size_of(size))
 
-    def needs_network(self) -> bool:
-        """Workers are elsewhere."""
-        return True
-
-    async def start(
-        self, executor_id: str, listen: str, advertise: str, launch_timeout: float
-    ) -> Network:
+    @contextlib.asynccontextmanager
+    async def connect(self, executor: ExecutorInfo) -> AsyncIterator[Site]:
         """Read the profile and the key, and find the address that workers dial.
 
         Raises:
             ConfigError: If there is no such profile, or no address that workers can reach.
             AwsError: If AWS refuses.
-            LaunchError: If another executor uses this launcher.
+            LaunchError: If the stack's key cannot be used.
         """
-        from cloudexec._launchers.fleet import Fleet
+        from cloudexec._launchers.batch.platform import connect
 
-        if self._fleet is not None and not self._fleet.closed:
-            from cloudexec._errors import LaunchError
-
-            raise LaunchError("this Batch(...) serves an executor already: make one for each")
-        fleet = Fleet(self, executor_id)
-        try:
-            network = await fleet.start(listen, advertise, launch_timeout)
-        except BaseException:
-            await fleet.close()
-            raise
-        self._fleet = fleet
-        return network
-
-    def launch(
-        self,
-        contact: Contact,
-        requests: Sequence[LaunchRequest],
-        on_end: Callable[[str, LaunchEnd], None],
-    ) -> None:
-        """Submit one job for all of them."""
-        self._running().launch(contact, requests, on_end)
-
-    def terminate(self, launch_ids: Sequence[str]) -> None:
-        """Terminate the jobs of workers."""
-        self._running().terminate(launch_ids)
-
-    def key_of(self, launch_id: str) -> bytes | None:
-        """Return the token that a job without a stack's key was given."""
-        return self._running().key_of(launch_id)
-
-    def connected(self, launch_id: str, arrival: Arrival) -> None:
-        """A worker has dialed back."""
-        self._running().connected(launch_id, arrival)
-
-    def disconnected(self, launch_id: str, *, orderly: bool, reclaimed: bool) -> None:
-        """A worker's session ended."""
-        self._running().disconnected(launch_id, orderly=orderly, reclaimed=reclaimed)
-
-    def bucket(self) -> tuple[str, str]:
-        """Name the profile's bucket, and the region."""
-        return self._running().bucket()
-
-    def times(self, launch_id: str) -> LaunchTimes | None:
-        """Say what is known of how a launch went."""
-        return None if self._fleet is None else self._fleet.times(launch_id)
-
-    def explain(self) -> str:
-        """Say why workers that were asked for are not there."""
-        return "" if self._fleet is None else self._fleet.explanation
-
-    def cost(self) -> Cost:
-        """Estimate what the workers have cost, and will at least."""
-        return self._last_cost if self._fleet is None else self._fleet.cost()
-
-    def affordable(self, requests: Sequence[LaunchRequest], max_cost_usd: float) -> int:
-        """Say how many of these workers can be had for that much in all."""
-        return self._running().affordable(requests, max_cost_usd)
+        async with connect(self, executor) as site:
+            yield site
 
     def fingerprint(self) -> str:
         """Return what tells its workers from those of another one."""
@@ -357,23 +260,6 @@ class Batch(Launcher):
             sorted(self.environment.items()),
         )
         return repr(of_workers)
-
-    def hand_over(self) -> dict[str, Any]:
-        """Return what a later process needs to know of the jobs."""
-        return self._running().hand_over()
-
-    async def take_over(
-        self, left: dict[str, Any], on_end: Callable[[str, LaunchEnd], None]
-    ) -> Mapping[str, Survivor]:
-        """Take over the jobs of an earlier process."""
-        return await self._running().take_over(left, on_end)
-
-    async def close(self) -> None:
-        """Terminate what still runs, and close the connections to AWS."""
-        fleet = self._fleet
-        if fleet is not None:
-            await fleet.close()
-            self._last_cost = fleet.cost()
 
     def estimate(self, workers: int, seconds: float) -> Cost:
         """Estimate what workers would cost, before any is launched.
@@ -426,9 +312,9 @@ class Batch(Launcher):
         where = f"profile={self.profile!r}" if self.queue is None else f"queue={self.queue!r}"
         return f"Batch({where}, {self.describe()})"
 
-    def _running(self) -> Fleet:
-        assert self._fleet is not None, "start() comes first"
-        return self._fleet
+
+def _capacity(size: WorkerSize) -> WorkerCapacity:
+    return WorkerCapacity(cpus=size.vcpus, memory=size.memory_mib * 2**20, gpus=size.gpus)
 
 
 def _sizes(

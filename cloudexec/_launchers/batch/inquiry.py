@@ -10,7 +10,7 @@ from typing import Any
 from cloudexec._aws.diagnosis import JobEnd, Situation
 from cloudexec._aws.quotas import vcpu_quotas
 from cloudexec._errors import AwsError
-from cloudexec._launchers.jobs import Job
+from cloudexec._launchers.platform import Phase, WaitingJob
 
 __all__ = ["DEFAULT_LOG_GROUP", "Inquiry"]
 
@@ -19,6 +19,14 @@ DEFAULT_LOG_GROUP = "/aws/batch/job"
 _LOG_LINES = 20
 _QUOTAS_HOLD = 60.0
 """Seconds after which quotas are read again: they change when somebody at AWS grants more."""
+
+
+_STATES = {
+    Phase.ACCEPTED: "SUBMITTED",
+    Phase.WAITING: "RUNNABLE",
+    Phase.STARTING: "STARTING",
+    Phase.RUNNING: "RUNNING",
+}
 
 
 class Inquiry:
@@ -64,23 +72,24 @@ class Inquiry:
         return "\n".join(event["message"].rstrip() for event in page.get("events", ()))
 
     async def situation(
-        self, job: Job, missing: Sequence[Job], ends: Sequence[JobEnd]
+        self, waiting: Sequence[WaitingJob], ends: Sequence[JobEnd], *, queue: str, vcpus: float
     ) -> Situation:
         """Gather what is known while workers are waited for.
 
         Args:
-            job: The one that waits longest.
-            missing: All that wait.
+            waiting: The jobs that wait, the oldest first.
             ends: Attempts that ended before they dialed back.
+            queue: Name or ARN of the queue in which the first of them waits.
+            vcpus: What each worker of that one asks for.
 
         Raises:
             AwsError: If AWS refuses, or cannot be reached.
         """
-        queues = (await self._call("batch", "describe_job_queues", jobQueues=[job.queue])).get(
+        queues = (await self._call("batch", "describe_job_queues", jobQueues=[queue])).get(
             "jobQueues", ()
         )
-        queue: Mapping[str, Any] = queues[0] if queues else {}
-        order = [e["computeEnvironment"] for e in queue.get("computeEnvironmentOrder", ())]
+        found: Mapping[str, Any] = queues[0] if queues else {}
+        order = [e["computeEnvironment"] for e in found.get("computeEnvironmentOrder", ())]
         environments: Sequence[Mapping[str, Any]] = ()
         if order:
             environments = (
@@ -89,34 +98,34 @@ class Inquiry:
                 )
             )["computeEnvironments"]
         statuses: Counter[str] = Counter()
-        for each in missing:
-            statuses.update(each.statuses)
-        statuses["RUNNING"] -= sum(m.connected for each in missing for m in each.members.values())
-        quota = await self._quota(spot=job.spot) if statuses["RUNNABLE"] else None
+        for each in waiting:
+            statuses.update({_STATES[p]: n for p, n in each.counts.items() if p in _STATES})
+            statuses["RUNNING"] -= each.connected
+        is_stuck = bool(statuses["RUNNABLE"])
         return Situation(
             statuses=statuses,
-            reasons=[each.reason for each in missing if each.reason],
+            reasons=[each.reason for each in waiting if each.reason],
             ends=ends,
-            queue=job.queue.rpartition("/")[2],
-            queue_state=queue.get("state", ""),
-            queue_status=queue.get("status", ""),
-            queue_reason=queue.get("statusReason", ""),
+            queue=queue.rpartition("/")[2],
+            queue_state=found.get("state", ""),
+            queue_status=found.get("status", ""),
+            queue_reason=found.get("statusReason", ""),
             environments=environments,
-            ahead=await self._ahead(job) if statuses["RUNNABLE"] else 0,
-            vcpus=job.size.vcpus,
-            quota_vcpus=quota,
+            ahead=await self._ahead(queue, waiting[0].job_id) if is_stuck else 0,
+            vcpus=vcpus,
+            quota_vcpus=await self._quota(spot=waiting[0].spot) if is_stuck else None,
             advertised=self.advertised,
         )
 
-    async def _ahead(self, job: Job) -> int:
+    async def _ahead(self, queue: str, job_id: str) -> int:
         """Count jobs of others before ours in the queue, among the first that AWS shows."""
         try:
-            snapshot = await self._call("batch", "get_job_queue_snapshot", jobQueue=job.queue)
+            snapshot = await self._call("batch", "get_job_queue_snapshot", jobQueue=queue)
         except (AwsError, KeyError):
             return 0  # not allowed, or an SDK that does not know of it: an aid, not a need
         ahead = 0
         for each in snapshot.get("frontOfQueue", {}).get("jobs", ()):
-            if each["jobArn"].partition("job/")[2].partition(":")[0] == job.id:
+            if each["jobArn"].partition("job/")[2].partition(":")[0] == job_id:
                 break
             ahead += 1
         return ahead

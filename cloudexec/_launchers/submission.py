@@ -1,0 +1,145 @@
+"""Submitting jobs: tried again while the platform cannot take them, and never twice."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+import tenacity
+
+from cloudexec._errors import CloudexecError, LaunchError, PlatformError
+from cloudexec._launchers.base import LaunchEnd
+from cloudexec._launchers.ending import Terminator, insist, may_pass
+from cloudexec._launchers.ledger import Job, Ledger
+from cloudexec._launchers.platform import JobRequest, Platform, Submitted
+from cloudexec._log import Log
+
+__all__ = ["Submitter"]
+
+_logger = Log()
+
+_PATIENCE = 300.0
+"""Seconds for which a submission that the platform cannot take now is tried again."""
+_LOOK_UP_PAUSE = 1.0
+"""Seconds before a job whose submission went unanswered is looked up: lists lag a little."""
+
+
+class Submitter:
+    """Submits the jobs of one executor.
+
+    Args:
+        platform: What takes them.
+        ledger: Is told of refusals.
+        terminator: Ends jobs that are not needed any more by the time they are accepted.
+
+    Attributes:
+        closing: Set when the executor has shut down: nothing is submitted any more.
+    """
+
+    def __init__(self, platform: Platform, ledger: Ledger, terminator: Terminator) -> None:
+        self.closing = asyncio.Event()
+        self._platform = platform
+        self._ledger = ledger
+        self._terminator = terminator
+        self._said = ""
+
+    async def submit(self, job: Job, request: JobRequest) -> None:
+        """Submit a job. If the platform refuses, that is the end of its workers."""
+        try:
+            submitted = await self._persist(job, request)
+        except Exception as exc:
+            if not isinstance(exc, CloudexecError):
+                _logger.exception("internal error while submitting jobs")
+            if job.unanswered and not job.id:
+                await self._end_unanswered(job)
+            self._ledger.explanation = str(exc)
+            end = LaunchEnd(str(exc), fatal=not may_pass(exc))
+            for launch_id in list(job.members):
+                self._ledger.end(job, launch_id, end)
+            return
+        job.taken(submitted)
+        job.api = time.monotonic() - job.asked_at
+        self._end_shortfall(job, submitted.shortfall)
+        if job.terminated or self.closing.is_set():
+            await self._terminator.end_jobs([job], "it is not needed any more")
+
+    def _end_shortfall(self, job: Job, shortfall: int) -> None:
+        """Say of workers that the platform did not take that they have ended."""
+        if shortfall <= 0:
+            return
+        taken = len(job.members) - shortfall
+        end = LaunchEnd(f"{self._platform.name} took {taken} of {len(job.members)} workers")
+        for launch_id, member in list(job.members.items())[taken:]:
+            member.gone = True
+            self._ledger.end(job, launch_id, end)
+
+    async def _persist(self, job: Job, request: JobRequest) -> Submitted:
+        """Try again what the platform cannot answer now: throttled, unreachable, locked out."""
+
+        def worth_it(exc: BaseException) -> bool:
+            if not may_pass(exc) or self.closing.is_set():
+                return False
+            if str(exc) != self._ledger.explanation:
+                self._ledger.explanation = self._said = str(exc)
+                _logger.warning("trying again: %s", exc)
+            return True
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(worth_it),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=15.0),
+            stop=tenacity.stop_after_delay(_PATIENCE),
+            sleep=self._nap,
+            reraise=True,
+        )
+        async for one in retrying:
+            with one:
+                submitted = await self._submit_once(job, request)
+                if self._ledger.explanation == self._said:
+                    self._ledger.explanation = ""
+                return submitted
+        raise AssertionError("tenacity returned without a result")
+
+    async def _nap(self, seconds: float) -> None:
+        """Sleep, but not past the end."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.closing.wait(), seconds)
+
+    async def _submit_once(self, job: Job, request: JobRequest) -> Submitted:
+        """Submit a job, or find out that it was, where an earlier answer got lost."""
+        self._check_need(job)
+        if job.unanswered:
+            await asyncio.sleep(_LOOK_UP_PAUSE)
+            found = await self._platform.find(job.name, spot=job.spot)
+            if found is not None:
+                return found
+        await self._platform.prepare()
+        self._check_need(job)
+        job.sent = True
+        try:
+            return await self._platform.submit(request)
+        except PlatformError as exc:
+            job.unanswered = job.unanswered or exc.uncertain
+            raise
+
+    def _check_need(self, job: Job) -> None:
+        if self.closing.is_set() or job.terminated:
+            raise LaunchError("the executor has shut down")
+
+    async def _end_unanswered(self, job: Job) -> None:
+        """Find a job that nobody needs any more, if the platform has it, and end it."""
+        try:
+            await asyncio.sleep(_LOOK_UP_PAUSE)
+            found = await insist(lambda: self._platform.find(job.name, spot=job.spot))
+        except PlatformError as exc:
+            hint = self._platform.stop_hint
+            _logger.error(
+                "the job %s may have been submitted, and cannot be looked for: %s%s",
+                job.name,
+                exc,
+                f". {hint}" if hint else "",
+            )
+            return
+        if found is not None:
+            job.taken(found)
+            await self._terminator.end_jobs([job], "it is not needed any more")

@@ -1,0 +1,236 @@
+"""Watching jobs: their states, their workers' ends, and why workers do not come.
+
+The connection of a worker is the sign that it lives; the platform is asked for the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+
+from cloudexec._errors import PlatformError
+from cloudexec._launchers.base import LaunchEnd
+from cloudexec._launchers.ledger import Job, Ledger, seconds_of, until
+from cloudexec._launchers.platform import (
+    Inspection,
+    JobStatus,
+    Phase,
+    Platform,
+    WaitingJob,
+    WorkerEnd,
+    WorkerStatus,
+)
+from cloudexec._launchers.spot import SpotPolicy
+from cloudexec._log import Log
+
+__all__ = ["Watcher"]
+
+_logger = Log()
+
+_POLL_EVIDENCE = 0.5
+"""Seconds between looks at the platform while the end of a lost worker is to be explained."""
+_POLL_WAITING = 1.0
+_POLL_WAITING_LONG = 6.0
+_POLL_SLOWEST = 15.0
+_POLL_GROWTH = 1.25
+_DIAGNOSE_AFTER = 2.0
+_DIAGNOSE_EVERY = 5.0
+_MOST_ENDS = 5
+_SAMPLE = 3
+"""Workers of a job that are asked why they wait."""
+
+
+class Watcher:
+    """Watches the jobs of one executor.
+
+    Args:
+        platform: What is asked.
+        ledger: The jobs.
+        spot: Is told of machines that were taken back, and says which jobs wait in vain.
+        terminate: Ends workers: launch ids, how they are said to have ended.
+        launch_timeout: Seconds in which a worker has to dial back.
+    """
+
+    def __init__(
+        self,
+        platform: Platform,
+        ledger: Ledger,
+        spot: SpotPolicy,
+        terminate: Callable[[Sequence[str], LaunchEnd], None],
+        launch_timeout: float,
+    ) -> None:
+        self._platform = platform
+        self._ledger = ledger
+        self._spot = spot
+        self._terminate = terminate
+        self._launch_timeout = launch_timeout
+        self._look = asyncio.Event()
+        self._ends: list[WorkerEnd] = []
+        self._diagnosed_at = float("-inf")
+        self._unreachable = False
+
+    def look_soon(self) -> None:
+        """Have the platform asked at once."""
+        self._look.set()
+
+    async def watch(self) -> None:
+        """Ask again and again, more often while something is waited for; until cancelled."""
+        pause = _POLL_WAITING
+        while True:
+            pause = self._pause(pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), pause)
+                pause = _POLL_WAITING
+            self._look.clear()
+            alive = self._ledger.alive()
+            try:
+                if alive:
+                    await self.inspect(alive)
+                self._leave_spot(alive, time.monotonic())
+                await self._diagnose(alive, time.monotonic())
+                self._unreachable = False
+            except PlatformError as exc:
+                if not self._unreachable:
+                    self._unreachable = True
+                    _logger.warning(
+                        "%s cannot be asked for the state of jobs now: %s", self._platform.name, exc
+                    )
+            except Exception:
+                # A bug must not end the watch: nobody would learn why workers do not come.
+                _logger.exception("internal error while watching jobs")
+            pause = min(pause * _POLL_GROWTH, _POLL_SLOWEST)
+
+    def _pause(self, pause: float) -> float:
+        """Return how long to wait until the next look, where the last wait was that long."""
+        away = [m for job in self._ledger.alive() for _, m in job.waiting()]
+        if any(member.lost_at is not None for member in away):
+            return _POLL_EVIDENCE
+        if not away:
+            return _POLL_SLOWEST
+        return min(max(pause, _POLL_WAITING), _POLL_WAITING_LONG, self._launch_timeout / 6)
+
+    async def inspect(self, jobs: Sequence[Job], *, survey: bool = False) -> dict[int, JobStatus]:
+        """Ask for the states of jobs, and of those of their workers that matter.
+
+        Args:
+            jobs: Which.
+            survey: Whether they are taken over: they may have ended long ago, and nobody asks why.
+
+        Returns:
+            What is said of those that the platform knows of, by the numbers of their first workers.
+        """
+        statuses = await self._platform.describe([self._inspection(job, survey) for job in jobs])
+        known: dict[int, JobStatus] = {}
+        for job in jobs:
+            status = statuses.get(job.id)
+            if status is None:
+                continue
+            known[job.first] = status
+            job.counts, job.reason = status.counts, status.reason
+            job.note_begun()
+            by_index = {member.index: launch_id for launch_id, member in job.members.items()}
+            for index, worker in status.workers.items():
+                if index in by_index:
+                    self._take(job, by_index[index], worker, late=survey)
+        return known
+
+    def _inspection(self, job: Job, survey: bool) -> Inspection:
+        members = job.members.values()
+        wanted = [m.index for m in members if m.lost_at is not None and not m.ended]
+        if not wanted and time.monotonic() - job.asked_at > _DIAGNOSE_AFTER:
+            # Any one of those that wait says why they do.
+            wanted = [m.index for _, m in job.waiting()][:_SAMPLE]
+        return Inspection(
+            job_id=job.id,
+            workers=len(job.members),
+            settled={m.index for m in members if m.ended},
+            connected={m.index for m in members if m.connected},
+            known_ends={m.index: m.attempts for m in members if m.attempts},
+            wanted=wanted,
+            survey=survey,
+        )
+
+    def _take(self, job: Job, launch_id: str, status: WorkerStatus, *, late: bool) -> None:
+        """Take in what the platform says of one worker."""
+        member = job.members[launch_id]
+        if member.ended:
+            return
+        ends = status.ends
+        over = status.phase is Phase.ENDED
+        again = len(ends) > member.attempts and not over
+        if not over and not again:
+            if not job.reason and status.phase is Phase.WAITING:
+                job.reason = status.reason
+            return
+        if member.connected:
+            # Its session will end in a moment, and what it still says counts more.
+            member.attempts = len(ends) - 1 if again else member.attempts
+            return
+        if member.began is None:
+            # It came and went between two looks.
+            member.spent += [seconds_of(each) for each in ends[member.attempts :]]
+        member.attempts = len(ends)
+        end = ends[-1] if ends else WorkerEnd()
+        if not end.reclaimed and not late and member.lost_at is None:
+            self._ends = [*self._ends[1 - _MOST_ENDS :], end]
+            self._diagnosed_at = float("-inf")
+        if end.reclaimed:
+            self._spot.note_reclaim(job)
+        if again and member.lost_at is None:
+            return  # it never dialed back, and the platform tries it once more
+        member.gone = over
+        told = LaunchEnd(
+            str(end.reason),
+            killed=end.killed,
+            fatal=end.reason.fatal and over,
+            reclaimed=end.reclaimed,
+            out_of_memory=end.out_of_memory,
+            relaunched=again,
+        )
+        self._ledger.end(job, launch_id, told, ended_at=until(end) if late else None)
+
+    def _leave_spot(self, jobs: Sequence[Job], now: float) -> None:
+        """Where it is only preferred, have on demand what waits for spare capacity too long."""
+        for job in jobs:
+            if self._spot.leave(job, now):
+                waiting = [launch_id for launch_id, _ in job.waiting()]
+                self._terminate(waiting, LaunchEnd("there was no Spot capacity", reclaimed=True))
+
+    async def _diagnose(self, jobs: Sequence[Job], now: float) -> None:
+        """While workers are waited for, find out why."""
+        missing = sorted((job for job in jobs if any(job.waiting())), key=lambda job: job.asked_at)
+        if not missing:
+            if any(member.connected for job in jobs for member in job.members.values()):
+                self._ledger.explanation = ""
+                self._ends.clear()
+            return
+        news = bool(self._ends) and self._diagnosed_at == float("-inf")
+        early = now - missing[0].asked_at < _DIAGNOSE_AFTER
+        if (early or now - self._diagnosed_at < _DIAGNOSE_EVERY) and not news:
+            return
+        self._diagnosed_at = now
+        ends = tuple(self._ends)
+        reason = await self._platform.explain([_waiting_job(job) for job in missing], ends)
+        before, explanation = self._ledger.explanation, "" if reason is None else str(reason)
+        self._ledger.explanation = explanation
+        if reason is None or not reason.fatal or ends:
+            return  # a worker that ended fails its own launch, and not those that may do better
+        if before != explanation:
+            self._diagnosed_at -= _DIAGNOSE_EVERY - 1.0  # look again soon
+        else:
+            # Seen twice, and waiting does not change it.
+            waiting = [launch_id for each in missing for launch_id, _ in each.waiting()]
+            self._terminate(waiting, LaunchEnd(explanation, fatal=True))
+
+
+def _waiting_job(job: Job) -> WaitingJob:
+    return WaitingJob(
+        job_id=job.id,
+        size=job.size,
+        spot=job.spot,
+        counts=job.counts,
+        connected=sum(member.connected for member in job.members.values()),
+        reason=job.reason,
+    )
