@@ -425,8 +425,10 @@ class BatchExecutor(_Base):
         initargs: Its arguments; pickled once, when the workers are started. If that fails,
             ``submit()`` raises ``PayloadError``, as no task could run.
         max_tasks_per_child: Tasks after which a process is replaced by a fresh one.
-        launcher: Starts the workers; by default subprocesses on this machine, or, where the
-            environment variable ``CLOUDEXEC_PROFILE`` names a profile, ``Batch()``.
+        launcher: Starts the workers: an object such as ``Batch()``, or the name under which a
+            package registers one. By default, the environment variable ``CLOUDEXEC_LAUNCHER``
+            names it; or it is ``Batch()`` where ``CLOUDEXEC_PROFILE`` names a profile; or else
+            workers are subprocesses on this machine.
         min_workers: How many to start at once, and to keep when there is nothing to do.
         idle_timeout: Seconds after which what has nothing to do is stopped; ``None``: never.
         retries: How often a task is run again when the process or worker that ran it died. An
@@ -490,7 +492,7 @@ class BatchExecutor(_Base):
         initargs: tuple[Any, ...] = (),
         *,
         max_tasks_per_child: int | None = None,
-        launcher: Launcher | None = None,
+        launcher: Launcher | str | None = None,
         min_workers: int = 0,
         idle_timeout: float | None = 60.0,
         retries: int = 2,
@@ -555,8 +557,10 @@ class BatchExecutor(_Base):
             or not all(isinstance(name, str) for name in preload)
         ):
             raise TypeError(f"preload must be True, False or names of modules, not {preload!r}")
-        if launcher is None:
-            launcher = default_launcher()
+        if launcher is None or isinstance(launcher, str):
+            from cloudexec._launchers.registry import default_launcher, launcher_named
+
+            launcher = default_launcher() if launcher is None else launcher_named(launcher)
         elif isinstance(launcher, type) or not hasattr(launcher, "slots_per_worker"):
             raise TypeError(f"launcher must be one such as Local() or Batch(), not {launcher!r}")
         scaling = ScalingPolicy(
@@ -1137,17 +1141,6 @@ def _refusal(
 
 def _run(driver: Driver, work: Coroutine[Any, Any, T]) -> T:
     return driver.portal.run(work).result()
-
-
-def default_launcher() -> Launcher:
-    """Return what ``CLOUDEXEC_PROFILE`` names, or subprocesses on this machine."""
-    if os.environ.get("CLOUDEXEC_PROFILE", "local") not in ("", "local"):
-        from cloudexec._launchers.batch import Batch
-
-        return Batch()
-    from cloudexec._launchers.local import Local
-
-    return Local()
 
 
 def _submission() -> Any:

@@ -95,6 +95,7 @@ MAY_IMPORT = {
     },
     "_journal/bucket.py": {"_aws", "_log", "_objects", "_payload"},
     "_story": {"_config"},
+    "launchers": {"_config", "_launchers", "_pricing"},
     "metrics": {"_executor", "_launchers", "_stats"},
     "tracing": {"_core", "_executor", "_server"},
     "_sizing": {"_config", "_core", "_launchers"},

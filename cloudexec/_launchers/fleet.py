@@ -166,6 +166,10 @@ class Fleet:
 
     async def _submit(self, job: Job, request: JobRequest) -> None:
         await self._submitter.submit(job, request)
+        # Those that were given up while the platform had not answered yet.
+        doomed = [member for member in job.members.values() if member.ended and not member.gone]
+        if job.id and doomed and not job.over:
+            await self._terminator.end_members(job, doomed, "it is not needed any more")
         if job.id and not job.over:
             self._watch()
             self._watcher.look_soon()

@@ -334,7 +334,7 @@ def _run(job: _Job, report: Report, recorder: Recorder) -> None:
         CommandError: If the run could not reach its end.
     """
     from cloudexec import BatchExecutor, CloudexecError
-    from cloudexec._executor import default_launcher
+    from cloudexec._launchers.registry import default_launcher
 
     options, launcher = job.options, default_launcher()
     journal: Path | None = None

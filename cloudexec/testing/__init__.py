@@ -1,5 +1,6 @@
 """Tools for testing what uses or extends cloudexec: fakes of workers, launchers and AWS.
 
+``check_launcher`` tries whether an executor can rely on a launcher.
 ``ManualLauncher`` starts nothing and lets a test say what happened; ``SimulatedWorker`` speaks the
 real protocol to a real executor and answers tasks without running them. ``FakeAWS`` is an AWS on
 this machine that runs real workers (``pip install 'cloudexec[testing]'``).
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from cloudexec.testing._aws.fake import FakeAWS, Setup
     from cloudexec.testing._aws.faults import Faults
     from cloudexec.testing._aws.records import AttemptRecord, JobRecord, Request
+    from cloudexec.testing._conformance import check_launcher
     from cloudexec.testing._manual import ManualLaunch, ManualLauncher
+    from cloudexec.testing._platform_trial import LauncherCheckError
     from cloudexec.testing._simulated import Answer, SimulatedWorker, answer_none
 
 __all__ = [
@@ -23,12 +26,14 @@ __all__ = [
     "FakeAWS",
     "Faults",
     "JobRecord",
+    "LauncherCheckError",
     "ManualLaunch",
     "ManualLauncher",
     "Request",
     "Setup",
     "SimulatedWorker",
     "answer_none",
+    "check_launcher",
 ]
 
 _LAZY = {
@@ -37,12 +42,14 @@ _LAZY = {
     "FakeAWS": "_aws.fake",
     "Faults": "_aws.faults",
     "JobRecord": "_aws.records",
+    "LauncherCheckError": "_platform_trial",
     "ManualLaunch": "_manual",
     "ManualLauncher": "_manual",
     "Request": "_aws.records",
     "Setup": "_aws.fake",
     "SimulatedWorker": "_simulated",
     "answer_none": "_simulated",
+    "check_launcher": "_conformance",
 }
 """Loaded on first use: pytest imports this package in every run, for its plugin, and who tests
 without AWS or gRPC is to have none of it loaded."""

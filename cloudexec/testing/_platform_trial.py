@@ -1,0 +1,214 @@
+"""Whether a platform keeps its word, tried without an executor."""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import secrets
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from cloudexec._launchers.platform import (
+    ExecutorInfo,
+    Inspection,
+    JobRequest,
+    JobStatus,
+    Phase,
+    Reason,
+    Site,
+    Submitted,
+    Target,
+    WaitingJob,
+    WorkerStatus,
+)
+from cloudexec._launchers.platform_launcher import PlatformLauncher
+
+__all__ = ["LauncherCheckError", "PlatformTrial", "all_ended", "until"]
+
+T = TypeVar("T")
+_PAUSE = 0.1
+_NOBODY = "127.0.0.1:9"
+"""Where workers find no executor: whatever listens at this port discards what it is sent."""
+
+
+class LauncherCheckError(AssertionError):
+    """A launcher does not do what an executor expects of it.
+
+    Attributes:
+        check: Which check failed, as ``check_launcher`` lists them.
+    """
+
+    def __init__(self, message: str = "", *, check: str = "") -> None:
+        super().__init__(f"{check}: {message}" if check else message)
+        self.check = check
+
+
+async def until(look: Callable[[], Awaitable[T]], good: Callable[[T], bool], patience: float) -> T:
+    """Look until it is good, or the time is over; return what was seen last."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = await look()
+        if good(found) or time.monotonic() > deadline:
+            return found
+        await asyncio.sleep(_PAUSE)
+
+
+def all_ended(status: JobStatus) -> bool:
+    """Say whether no worker is left; a platform forgets jobs that have ended at last."""
+    return not any(n for phase, n in status.counts.items() if phase is not Phase.ENDED)
+
+
+def _expect(condition: object, message: str) -> None:
+    if not condition:
+        raise LauncherCheckError(message)
+
+
+class PlatformTrial:
+    """One job with two workers, which find no executor.
+
+    Args:
+        launcher: Says which sizes there are.
+        site: The platform.
+        executor: Who the job says it belongs to.
+        timeout: Seconds in which each single thing must have happened.
+    """
+
+    def __init__(
+        self, launcher: PlatformLauncher, site: Site, executor: ExecutorInfo, timeout: float
+    ) -> None:
+        self._platform = site.platform
+        self._timeout = timeout
+        self._key = "" if site.key else secrets.token_hex(32)
+        environment = {
+            **launcher.environment,
+            "CLOUDEXEC_TARGET": _NOBODY,
+            "CLOUDEXEC_EXECUTOR_ID": executor.id,
+            "CLOUDEXEC_LAUNCH": "1",
+            "CLOUDEXEC_SLOTS": "1",
+            "CLOUDEXEC_CERTIFICATE_SHA256": "00" * 32,
+        }
+        self._request = JobRequest(
+            name=f"cloudexec-{executor.id}-1",
+            workers=min(2, site.platform.most_workers or 2),
+            capacity=launcher.capacity(0),
+            spot=bool(launcher.spot),
+            environment=environment,
+            secrets={"CLOUDEXEC_KEY": self._key} if self._key else {},
+        )
+
+    async def run(self) -> None:
+        """Submit the job, look at it, and end it.
+
+        Raises:
+            LauncherCheckError: If the platform does not do what it should.
+            CloudexecError: If the platform says that it cannot.
+        """
+        platform, request = self._platform, self._request
+        await platform.prepare()
+        submitted = await platform.submit(request)
+        whole = Target(job_id=submitted.job_id)
+        try:
+            await self._look_at(submitted)
+            if request.workers - submitted.shortfall > 1:
+                await self._end_one(submitted)
+        finally:
+            await platform.terminate([whole], "a check of the launcher")
+        found = await until(lambda: self._status(submitted), all_ended, self._timeout)
+        _expect(
+            all_ended(found),
+            f"terminate() was called for a job, and {self._timeout:g} s later describe() says "
+            f"{_said(found)} of it, and not that each of its workers has ended",
+        )
+        await platform.terminate([whole], "a check of the launcher")  # again: it is no error
+
+    async def _look_at(self, submitted: Submitted) -> None:
+        platform, request = self._platform, self._request
+        _expect(submitted.job_id, "submit() returned a job with an empty id")
+        _expect(
+            0 <= submitted.shortfall < request.workers,
+            f"submit() was asked for {request.workers} workers and says that "
+            f"{submitted.shortfall} of them are missing; if it can start none, it must raise a "
+            f"PlatformError",
+        )
+        self._see_that_the_key_is_secret()
+        found = await until(
+            lambda: platform.find(request.name, spot=request.spot), bool, self._timeout
+        )
+        _expect(
+            found is not None and found.job_id == submitted.job_id,
+            f"find() with the name of the job {submitted.job_id!r} returned {found!r}: if the "
+            f"answer to a submission gets lost, its workers would be started twice",
+        )
+        missing = await platform.find(f"{request.name}0", spot=request.spot)
+        _expect(missing is None, f"find() with a name that no job has returned {missing!r}")
+        status = await until(
+            lambda: self._status(submitted), lambda status: bool(status.counts), self._timeout
+        )
+        total = sum(status.counts.values())
+        _expect(
+            0 < total <= request.workers,
+            f"describe() says {_said(status)} of a job with {request.workers} workers",
+        )
+        others = await platform.describe([Inspection(job_id="no-such-job")])
+        _expect(
+            "no-such-job" not in others,
+            "describe() knows a job that there is none of: it must leave out what it does not know",
+        )
+        waiting = WaitingJob(job_id=submitted.job_id, spot=request.spot, counts=status.counts)
+        reason = await platform.explain([waiting], [])
+        _expect(
+            reason is None or isinstance(reason, Reason),
+            f"explain() must return a Reason or None, not {reason!r}",
+        )
+
+    async def _end_one(self, submitted: Submitted) -> None:
+        """End the first worker, and see that the second one is left alone."""
+        target = Target(job_id=submitted.job_id, workers=[0])
+        await self._platform.terminate([target], "a check of the launcher")
+
+        def first_ended(status: JobStatus) -> bool:
+            worker = status.workers.get(0)
+            return worker is not None and worker.phase is Phase.ENDED
+
+        status = await until(lambda: self._status(submitted), first_ended, self._timeout)
+        _expect(
+            first_ended(status),
+            f"terminate() was called for worker 0, and {self._timeout:g} s later describe() says "
+            f"{_said(status)}, and not that worker 0 has ended",
+        )
+        other: WorkerStatus | None = status.workers.get(1)
+        killed = other is not None and any(end.killed for end in other.ends)
+        _expect(
+            not killed, "terminate() was called for worker 0 alone, and worker 1 was killed, too"
+        )
+
+    def _see_that_the_key_is_secret(self) -> None:
+        """Look at the command lines of this machine: where else workers run is out of sight."""
+        if not self._key or not sys.platform.startswith("linux"):
+            return
+        for path in glob.glob("/proc/[0-9]*/cmdline"):
+            try:
+                with open(path, "rb") as file:
+                    line = file.read()
+            except OSError:
+                continue  # it has ended
+            _expect(
+                self._key.encode() not in line,
+                "JobRequest.secrets is in a command line, where every user of the machine can "
+                "read it: give it to workers as environment variables, or in a file that only "
+                "they can read",
+            )
+
+    async def _status(self, submitted: Submitted) -> JobStatus:
+        """Return what the platform says of the job; of one that it forgot, that all has ended."""
+        taken = self._request.workers - submitted.shortfall
+        inspection = Inspection(job_id=submitted.job_id, workers=taken, wanted=range(taken))
+        found = (await self._platform.describe([inspection])).get(submitted.job_id)
+        return JobStatus() if found is None else found
+
+
+def _said(status: JobStatus) -> str:
+    counts = [f"{count} {phase.value}" for phase, count in status.counts.items() if count]
+    return repr(", ".join(counts) or "nothing")

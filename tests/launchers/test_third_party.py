@@ -1,0 +1,218 @@
+"""A launcher of another package: found by its name, and served by the fleet as well as Batch is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import process_farm
+import pytest
+from launcher_helpers import eventually
+from process_farm import Farm, ProcessFarm
+
+from cloudexec import BatchExecutor, ConfigError, LaunchError
+from cloudexec.launchers import JobRequest, PlatformError, Submitted, Target
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder with the launcher's package, as an installer leaves it."""
+    shutil.copy(process_farm.__file__, tmp_path / "process_farm.py")
+    info = tmp_path / "process_farm-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: process-farm\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[cloudexec.launchers]\n"
+        "farm = process_farm:ProcessFarm\n"
+        "ruin = process_farm:NothingOfThatName\n"
+        "folder = pathlib:Path\n"
+    )
+    return tmp_path
+
+
+def run(script: str, path: Path, **variables: str) -> str:
+    """Run a script with a package installed; return what it prints."""
+    (path / "script.py").write_text(textwrap.dedent(script))
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=path,
+        env={**os.environ, "PYTHONPATH": str(path), **variables},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_launcher_of_another_package_is_found_by_its_name(installed: Path) -> None:
+    """And loaded when it is asked for, not before."""
+    script = """
+        import sys
+        from cloudexec import BatchExecutor
+
+        BatchExecutor(1)
+        print("process_farm" in sys.modules, "importlib.metadata" in sys.modules)
+        with BatchExecutor(2, launcher="farm") as executor:
+            print(executor)
+            print(list(executor.map(abs, [-1, -2])))
+        print("process_farm" in sys.modules)
+    """
+    before, executor, results, after = run(script, installed).splitlines()
+    assert (before, results, after) == ("False False", "[1, 2]", "True")
+    assert "ProcessFarm(" in executor
+
+
+def test_a_variable_names_the_launcher_of_an_unchanged_script(installed: Path) -> None:
+    """It counts more than the one that names a profile."""
+    script = """
+        from cloudexec import BatchExecutor
+        print(BatchExecutor(1))
+    """
+    printed = run(script, installed, CLOUDEXEC_LAUNCHER="farm", CLOUDEXEC_PROFILE="there")
+    assert "ProcessFarm(" in printed
+    assert " Local(" in run(script, installed, CLOUDEXEC_LAUNCHER="local")
+    assert " Batch(" in run(script, installed, CLOUDEXEC_LAUNCHER="batch")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("frm", r"launcher='frm': there is no such launcher; installed are: batch, farm, .*local"),
+        ("ruin", r"launcher='ruin': the launcher cannot be made from process_farm:NothingOfThatN"),
+        ("folder", r"launcher='folder': pathlib:Path is no launcher: .*PlatformLauncher"),
+    ],
+)
+def test_a_name_that_gives_no_launcher_is_refused_with_a_remedy(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    monkeypatch.syspath_prepend(str(installed))
+    with pytest.raises(ConfigError, match=words):
+        BatchExecutor(1, launcher=name)
+
+
+def test_a_submission_that_may_pass_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    """What is said of it meanwhile is the platform's words."""
+    farm = ProcessFarm(faults=[PlatformError("the farm is being fed", transient=True)])
+    with BatchExecutor(1, launcher=farm) as executor:
+        assert executor.submit(abs, -1).result(30) == 1
+        assert farm.explain() == ""
+    assert "trying again: the farm is being fed" in caplog.text
+
+
+def test_a_submission_without_an_answer_is_looked_up_and_not_made_twice() -> None:
+    farm = ProcessFarm(faults=[PlatformError("no answer", transient=True, uncertain=True)])
+    with BatchExecutor(2, launcher=farm) as executor:
+        assert list(executor.map(abs, [-1, -2])) == [1, 2]
+        eventually(lambda: executor.stats().workers.slots == 2)
+    assert len(list(Path(farm.folder).iterdir())) == 1
+    assert len(list(Path(farm.folder).glob("*/*.pid"))) == 2
+
+
+def test_a_submission_that_was_refused_fails_the_calls_with_the_reason() -> None:
+    """The platform's own words are in it."""
+    farm = ProcessFarm(faults=[PlatformError("wolves in the farm")] * 10)
+    with BatchExecutor(1, launcher=farm) as executor:
+        with pytest.raises(LaunchError, match="wolves in the farm"):
+            executor.submit(abs, -1).result(30)
+
+
+def test_workers_that_the_platform_had_no_room_for_are_said_to_be_missing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The others work."""
+    farm = ProcessFarm(room=1)
+    with BatchExecutor(3, launcher=farm) as executor:
+        assert list(executor.map(abs, range(-50, 0))) == list(range(50, 0, -1))
+        eventually(lambda: executor.stats().workers.slots == 1)
+    assert "the farm took 1 of 3 workers" in caplog.text
+
+
+def test_a_launch_is_split_into_as_many_jobs_as_the_platform_needs() -> None:
+    farm = ProcessFarm(most_workers=2)
+    with BatchExecutor(3, launcher=farm) as executor:
+        list(executor.map(abs, range(3)))
+        eventually(lambda: executor.stats().workers.slots == 3)
+    workers = sorted(len(list(job.glob("*.pid"))) for job in Path(farm.folder).iterdir())
+    assert workers == [1, 2]
+
+
+def test_what_workers_cost_is_counted_by_the_price_that_the_platform_names() -> None:
+    farm = ProcessFarm(hourly_usd=3600.0)
+    with BatchExecutor(1, launcher=farm) as executor:
+        executor.submit(abs, -1).result(30)
+        cost = executor.cost()
+        assert cost.per_hour_usd == 3600.0
+        assert cost.note == "estimated from the price of electricity"
+    assert executor.cost().accrued_usd >= 1.0
+
+
+def test_a_worker_that_ended_before_it_connected_says_why() -> None:
+    """Its exit code and its last words are in the error."""
+    farm = ProcessFarm(environment={"PYTHONHOME": "/nowhere"})
+    with BatchExecutor(1, launcher=farm, launch_timeout=20) as executor:
+        with pytest.raises(LaunchError, match=r"(?s)exit code 1.*encodings"):
+            executor.submit(abs, -1).result(60)
+
+
+def test_sizes_are_those_that_the_launcher_names() -> None:
+    farm = ProcessFarm(cpus=2)
+    executor = BatchExecutor(2, launcher=farm)
+    view = executor.with_options(cpus=2)
+    assert view._requirements is not None
+    assert farm.size_name(view._requirements.requests[0].size) == "2 CPUs"
+    with pytest.raises(ConfigError, match=r"cpus=3, .*: the largest of ProcessFarm has 2 CPUs"):
+        executor.with_options(cpus=3)
+    with pytest.raises(ConfigError, match=r"has workers of one size, and does not say what"):
+        BatchExecutor(1, launcher=ProcessFarm()).with_options(cpus=3)
+
+
+def test_one_launcher_serves_one_executor_at_a_time() -> None:
+    farm = ProcessFarm()
+    with BatchExecutor(1, launcher=farm) as executor:
+        executor.submit(abs, -1).result(30)
+        with pytest.raises(LaunchError, match=r"this ProcessFarm\(...\) serves an executor"):
+            BatchExecutor(1, launcher=farm).submit(abs, -1)
+    with BatchExecutor(1, launcher=farm) as executor:
+        assert executor.submit(abs, -2).result(30) == 2
+
+
+class SlowFarm(Farm):
+    """Takes a job only when it is told to."""
+
+    asked = threading.Event()
+    answer = threading.Event()
+    ended: ClassVar[list[Sequence[int] | None]] = []
+
+    async def submit(self, request: JobRequest) -> Submitted:
+        self.asked.set()
+        await asyncio.to_thread(self.answer.wait)
+        return await super().submit(request)
+
+    async def terminate(self, targets: Sequence[Target], reason: str) -> None:
+        self.ended.extend(target.workers for target in targets)
+        await super().terminate(targets, reason)
+
+
+def test_a_worker_that_is_given_up_before_the_platform_has_answered_is_ended() -> None:
+    """The others of its job go on."""
+    farm = ProcessFarm(kind=SlowFarm)
+    with BatchExecutor(2, launcher=farm, idle_timeout=0.3) as executor:
+        first, second = executor.submit(abs, -1), executor.submit(abs, -2)
+        assert SlowFarm.asked.wait(30)
+        assert second.cancel()
+        eventually(lambda: executor.stats().workers.starting == 1)
+        SlowFarm.answer.set()
+        assert first.result(30) == 1
+        (workers,) = eventually(lambda: SlowFarm.ended)
+        assert workers is not None
+        assert len(workers) == 1
