@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,16 @@ def test_a_launcher_passes(launcher: Any) -> None:
 
 def test_batch_passes(launcher: Callable[..., Batch]) -> None:
     assert len(check_launcher(launcher())) == 6
+
+
+def test_the_example_of_the_documentation_passes(tmp_path: Path) -> None:
+    """As readers have it: the file and the program of the page."""
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "launchers.md"
+    found = re.search(r"<!-- file: processes.py -->\n```python\n(.*?)```", page.read_text(), re.S)
+    assert found is not None
+    (tmp_path / "processes.py").write_text(found[1])
+    script = "import processes, cloudexec.testing as t; t.check_launcher(processes.Processes())"
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, timeout=100, check=True)
 
 
 class Forgetful(Farm):

@@ -216,3 +216,42 @@ def test_a_worker_that_is_given_up_before_the_platform_has_answered_is_ended() -
         (workers,) = eventually(lambda: SlowFarm.ended)
         assert workers is not None
         assert len(workers) == 1
+
+
+TAKEN_OVER = """
+    import time
+    from cloudexec import BatchExecutor
+    from process_farm import ProcessFarm
+
+    def slowly(n):
+        open(f"begun-{n}", "w").close()
+        while not __import__("os").path.exists("go"):
+            time.sleep(0.01)
+        return n + 1
+
+    if __name__ == "__main__":
+        farm = ProcessFarm(folder="farm", cpus=1)
+        with BatchExecutor(2, launcher=farm, journal="journal", orphan_timeout=60) as executor:
+            futures = [executor.submit(slowly, n) for n in (1, 2)]
+            print([future.result(60) for future in futures], executor.stats().workers.launched)
+            print(executor.stats().workers.taken_over, executor.stats().tasks.taken_over)
+"""
+
+
+def test_workers_outlive_a_program_that_was_killed_and_are_taken_over(
+    installed: Path,
+) -> None:
+    """The same program, run again, launches none."""
+    (installed / "farm").mkdir()
+    (installed / "script.py").write_text(textwrap.dedent(TAKEN_OVER))
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    first = subprocess.Popen([sys.executable, "script.py"], cwd=installed, env=environment)
+    try:
+        eventually(lambda: all((installed / f"begun-{n}").exists() for n in (1, 2)))
+    finally:
+        first.kill()
+        first.wait()
+    (installed / "go").touch()
+    printed = run(TAKEN_OVER, installed)
+    assert printed.splitlines() == ["[2, 3] 0", "2 2"]
+    assert len(list((installed / "farm").iterdir())) == 1
