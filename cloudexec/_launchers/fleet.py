@@ -131,12 +131,14 @@ class Fleet:
             task = self._spawn(self._submit(job, self._request(job, contact, some[0].slots)))
             self._submitting[task] = job
             task.add_done_callback(lambda done: self._submitting.pop(done, None))
-        what = f"{self._settings.size_name(size)}{', Spot' if spot else ''}"
-        if price.per_second:
-            rate, table = len(requests) * price.per_hour, price.table
-            what += f"): about ${rate:.2f} an hour while they run ({table}"
-        workers = "1 worker" if len(requests) == 1 else f"{len(requests)} workers"
-        _logger.info("launching %s (%s)", workers, what)
+        rate = len(requests) * price.per_hour
+        _logger.info(
+            "launching %s (%s%s)%s",
+            "1 worker" if len(requests) == 1 else f"{len(requests)} workers",
+            self._settings.size_name(size),
+            ", Spot" if spot else "",
+            f": about ${rate:.2f} an hour while they run ({price.table})" if rate else "",
+        )
 
     def _request(self, job: Job, contact: Contact, slots: int) -> JobRequest:
         capacity = self._settings.capacity(job.size)

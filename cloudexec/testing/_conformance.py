@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cloudexec._errors import CloudexecError
+from cloudexec._errors import LaunchError, PlatformError
 from cloudexec._executor import BatchExecutor
 from cloudexec._launchers.base import Launcher
 from cloudexec._launchers.ledger import Job
@@ -23,7 +23,11 @@ _PAUSE = 0.05
 
 
 def check_launcher(
-    launcher: Launcher, *, timeout: float = 60.0, report: Callable[[str], object] | None = None
+    launcher: Launcher,
+    *,
+    timeout: float = 60.0,
+    report: Callable[[str], object] | None = None,
+    fail_next: Callable[[PlatformError], object] | None = None,
 ) -> list[str]:
     """Check that an executor can rely on a launcher. It runs workers, a dozen or so, two at once.
 
@@ -38,6 +42,8 @@ def check_launcher(
         timeout: Seconds in which each single thing must have happened, such as that a worker has
             started.
         report: Called with the name of each check before it begins.
+        fail_next: Has the next ``Platform.submit`` raise the error that it is called with, if your
+            launcher can do that for tests: then failed submissions are tried, too.
 
     Returns:
         The names of all checks, which the launcher has passed.
@@ -46,7 +52,7 @@ def check_launcher(
         LauncherCheckError: If it fails one. The message says which and what that means.
     """
     passed: list[str] = []
-    check = _Check(launcher, timeout)
+    check = _Check(launcher, timeout, fail_next)
     for name, method in check.all():
         if report is not None:
             report(name)
@@ -54,7 +60,7 @@ def check_launcher(
             method()
         except LauncherCheckError as exc:
             raise LauncherCheckError(str(exc), check=name) from exc.__cause__
-        except (TimeoutError, CloudexecError) as exc:
+        except Exception as exc:
             what = str(exc) or f"it was not done within {timeout:g} s"
             raise LauncherCheckError(f"{type(exc).__name__}: {what}", check=name) from exc
         passed.append(name)
@@ -69,9 +75,15 @@ def _expect(condition: object, message: str) -> None:
 class _Check:
     """The checks of one launcher."""
 
-    def __init__(self, launcher: Launcher, timeout: float) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        timeout: float,
+        fail_next: Callable[[PlatformError], object] | None,
+    ) -> None:
         self._launcher = launcher
         self._timeout = timeout
+        self._fail_next = fail_next
 
     def all(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """Yield all checks that apply, with their names."""
@@ -82,6 +94,8 @@ class _Check:
         yield "idle workers end and new ones come", self._idle_workers_end
         yield "work goes on after workers were lost", self._lost_workers_are_replaced
         yield "workers that are not needed any more are withdrawn", self._launches_are_withdrawn
+        if self._fail_next is not None:
+            yield "failed submissions are tried again or told", self._failures_are_told
 
     # The platform alone.
 
@@ -167,10 +181,12 @@ class _Check:
             is_alone = self._launcher.slots_per_worker(slots) >= slots
             while len(workers) < (1 if is_alone else 2):
                 workers |= set(executor.map(who, many, timeout=self._timeout))
+                failures = executor.stats().launch_failures
                 _expect(
-                    len(workers) > 1 or time.monotonic() < deadline,
-                    "two workers were asked for, and all tasks ran on one: submit() must start "
-                    "each worker of a job, and each must know its own index (CLOUDEXEC_INDEX)",
+                    not failures and (len(workers) > 1 or time.monotonic() < deadline),
+                    f"two workers were asked for, {failures} of them failed to start, and tasks "
+                    f"ran on {len(workers)}: submit() must start each worker of a job, and each "
+                    f"must know its own index (CLOUDEXEC_INDEX)",
                 )
 
     def _idle_workers_end(self) -> None:
@@ -221,6 +237,22 @@ class _Check:
             executor.submit(time.sleep, 600)
             self._wait(lambda: executor.stats().workers.launched, "no worker was launched")
             executor.kill_workers()  # while the worker starts
+
+    def _failures_are_told(self) -> None:
+        assert self._fail_next is not None
+        words = "check_launcher has made this submission fail"
+        with self._executor() as executor:
+            self._fail_next(PlatformError(words, transient=True))
+            found = executor.submit(abs, -5).result(self._timeout)
+            _expect(found == 5, f"abs(-5) returned {found!r}")
+        with self._executor() as executor:
+            self._fail_next(PlatformError(words))
+            error = executor.submit(abs, -6).exception(self._timeout)
+            _expect(
+                isinstance(error, LaunchError) and words in str(error),
+                f"submit() was to raise {words!r}, and the call ended with {error!r}: the error "
+                f"that submit() raises must be a PlatformError with the platform's words",
+            )
 
     def _wait(self, condition: Callable[[], object], otherwise: str) -> None:
         """Wait until something holds; fail if it does not in time."""

@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from cloudexec._aws import names
 from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.definitions import ensure_definition, pin_image
 from cloudexec._aws.diagnosis import JobEnd, cause_of_refusal, cause_of_waiting, is_definition_gone
-from cloudexec._aws.limits import ARRAY_LARGEST, DESCRIBE_JOBS
+from cloudexec._aws.limits import ARRAY_LARGEST, DESCRIBE_JOBS, WorkerSize
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request, tag_value
@@ -41,10 +41,7 @@ from cloudexec._launchers.platform import (
 )
 from cloudexec._pricing import WorkerPrice
 
-if TYPE_CHECKING:
-    from cloudexec._launchers.batch.settings import Batch
-
-__all__ = ["BatchPlatform", "connect"]
+__all__ = ["BatchPlatform", "Settings", "connect"]
 
 _KEY_BYTES = 32
 _CONCURRENT_CALLS = 8
@@ -52,8 +49,34 @@ _TERMINATED_AT_ONCE = 50
 """Jobs in one TerminateJobs call. AWS Batch API Reference."""
 
 
+class Settings(Protocol):
+    """What the platform must know of the settings of ``Batch``, which describes them."""
+
+    arch: str
+    assign_public_ip: bool | None
+    compute: str
+    definition: str | None
+    ephemeral_gib: int | None
+    execution_role: str | None
+    image: str | None
+    job_role: str | None
+    max_runtime: float
+    profile: str | None
+    project: str
+    queue: str | None
+    region: str | None
+    scheduling_priority: int
+    share_identifier: str
+    sizes: tuple[WorkerSize, ...]
+    spot: bool | str
+    tags: dict[str, str]
+
+    def size_of(self, size: int) -> WorkerSize:
+        """Return a size as AWS has it."""
+
+
 @contextlib.asynccontextmanager
-async def connect(settings: Batch, executor: ExecutorInfo) -> AsyncIterator[Site]:
+async def connect(settings: Settings, executor: ExecutorInfo) -> AsyncIterator[Site]:
     """Connect to AWS, check what can be checked, and find the address that workers dial.
 
     Raises:
@@ -92,7 +115,7 @@ class BatchPlatform(Platform):
 
     def __init__(
         self,
-        settings: Batch,
+        settings: Settings,
         executor: ExecutorInfo,
         clients: AwsClients,
         profile: Profile,
