@@ -12,6 +12,7 @@ from types import FunctionType
 import pytest
 
 import cloudexec
+from cloudexec import launchers
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cloudexec"
@@ -231,6 +232,13 @@ def test_what_is_exported_is_listed_sorted_and_named_after_the_package() -> None
     assert public == set(cloudexec.__all__)
     for name in cloudexec.__all__:
         assert getattr(cloudexec, name).__module__ == "cloudexec", name
+
+
+def test_what_launchers_of_others_are_written_with_is_listed_and_public() -> None:
+    """Their tracebacks, and their documentation, say where it is to be imported from."""
+    assert list(launchers.__all__) == sorted(launchers.__all__)
+    for name in launchers.__all__:
+        assert getattr(launchers, name).__module__ in ("cloudexec", "cloudexec.launchers"), name
 
 
 def _is_error(value: object) -> bool:

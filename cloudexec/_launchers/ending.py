@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import tenacity
 
-from cloudexec._errors import PlatformError
+from cloudexec._errors import CloudexecError, PlatformError
 from cloudexec._launchers.ledger import Job, Member
 from cloudexec._launchers.platform import Platform
 from cloudexec._log import Log
@@ -76,7 +76,7 @@ class Terminator:
                 await insist(
                     lambda: self._platform.terminate(targets, f"cloudexec: {why}"), PATIENCE
                 )
-        except (PlatformError, TimeoutError) as exc:
+        except Exception as exc:  # of a launcher that others have written, too
             ids = [
                 job.id if target.workers is None else job.worker_id(member)
                 for (job, members), target in zip(doomed, targets, strict=True)
@@ -89,6 +89,7 @@ class Terminator:
                 ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else ""),
                 str(exc) or f"{self._platform.name} does not answer",
                 f"{hint}; " if hint else "",
+                exc_info=not isinstance(exc, CloudexecError | TimeoutError),
             )
             return
         for _, members in doomed:

@@ -11,7 +11,7 @@ from cloudexec._launchers.base import Arrival, Cost, LaunchEnd, LaunchTimes
 from cloudexec._launchers.platform import Phase, Submitted, Target, WorkerEnd
 from cloudexec._pricing import WorkerPrice, run_seconds
 
-__all__ = ["Job", "Ledger", "Member", "dump", "load", "seconds_of", "until"]
+__all__ = ["Job", "Ledger", "Member", "dump", "ended_at", "load", "seconds_of"]
 
 _STOP_SECONDS = 30.0
 """What it takes to stop a worker: the time between SIGTERM and SIGKILL."""
@@ -341,7 +341,7 @@ def seconds_of(end: WorkerEnd) -> float:
     return run_seconds(end.began_at, end.ended_at)
 
 
-def until(end: WorkerEnd) -> float | None:
+def ended_at(end: WorkerEnd) -> float | None:
     """Return when a run ended, on the monotonic clock; it may be told of much later."""
     if end.ended_at is None:
         return None

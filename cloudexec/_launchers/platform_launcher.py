@@ -22,12 +22,14 @@ from cloudexec._launchers.base import (
     Survivor,
 )
 from cloudexec._launchers.platform import ExecutorInfo, Site
+from cloudexec._log import Log
 
 if TYPE_CHECKING:
     from cloudexec._launchers.fleet import Fleet
 
 __all__ = ["PlatformLauncher"]
 
+_logger = Log()
 _adding = threading.Lock()
 """Held while a size is added to those of a launcher."""
 
@@ -236,11 +238,13 @@ class PlatformLauncher(Launcher):
 
     async def close(self) -> None:
         """Terminate what still runs, and let go of the platform."""
-        if self._fleet is not None:
-            try:
-                await self._fleet.close()
-            finally:
-                await self.__dict__["_connection"].aclose()
+        if self._fleet is None:
+            return
+        await self._fleet.close()
+        try:
+            await self.__dict__["_connection"].aclose()
+        except Exception:  # of a launcher that others have written: the executor ends nevertheless
+            _logger.exception("the connection of %r could not be closed", self)
 
     @property
     def _running(self) -> Fleet:

@@ -48,6 +48,7 @@ class Submitter:
         """Submit a job. If the platform refuses, that is the end of its workers."""
         try:
             submitted = await self._persist(job, request)
+            job.taken(submitted)
         except Exception as exc:
             if not isinstance(exc, CloudexecError):
                 _logger.exception("internal error while submitting jobs")
@@ -58,7 +59,6 @@ class Submitter:
             for launch_id in list(job.members):
                 self._ledger.end(job, launch_id, end)
             return
-        job.taken(submitted)
         job.api = time.monotonic() - job.asked_at
         self._end_shortfall(job, submitted.shortfall)
         if job.terminated or self.closing.is_set():
@@ -131,13 +131,14 @@ class Submitter:
         try:
             await asyncio.sleep(_LOOK_UP_PAUSE)
             found = await insist(lambda: self._platform.find(job.name, spot=job.spot))
-        except PlatformError as exc:
+        except Exception as exc:  # of a launcher that others have written, too
             hint = self._platform.stop_hint
             _logger.error(
                 "the job %s may have been submitted, and cannot be looked for: %s%s",
                 job.name,
                 exc,
                 f". {hint}" if hint else "",
+                exc_info=not isinstance(exc, CloudexecError),
             )
             return
         if found is not None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from cloudexec._errors import PlatformError
 from cloudexec._launchers.base import LaunchEnd
-from cloudexec._launchers.ledger import Job, Ledger, seconds_of, until
+from cloudexec._launchers.ledger import Job, Ledger, ended_at, seconds_of
 from cloudexec._launchers.platform import (
     Inspection,
     JobStatus,
@@ -189,7 +189,7 @@ class Watcher:
             out_of_memory=end.out_of_memory,
             relaunched=again,
         )
-        self._ledger.end(job, launch_id, told, ended_at=until(end) if late else None)
+        self._ledger.end(job, launch_id, told, ended_at=ended_at(end) if late else None)
 
     def _leave_spot(self, jobs: Sequence[Job], now: float) -> None:
         """Where it is only preferred, have on demand what waits for spare capacity too long."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,8 +18,15 @@ import pytest
 from launcher_helpers import eventually
 from process_farm import Farm, ProcessFarm
 
-from cloudexec import BatchExecutor, ConfigError, LaunchError
-from cloudexec.launchers import JobRequest, PlatformError, Submitted, Target
+from cloudexec import BatchExecutor, BrokenBatchExecutor, ConfigError, LaunchError
+from cloudexec.launchers import (
+    Inspection,
+    JobRequest,
+    JobStatus,
+    PlatformError,
+    Submitted,
+    Target,
+)
 
 
 @pytest.fixture
@@ -216,6 +223,48 @@ def test_a_worker_that_is_given_up_before_the_platform_has_answered_is_ended() -
         (workers,) = eventually(lambda: SlowFarm.ended)
         assert workers is not None
         assert len(workers) == 1
+
+
+class BuggyFarm(Farm):
+    """Fails as no platform is meant to: not with a ``PlatformError``."""
+
+    asked = threading.Event()
+
+    async def submit(self, request: JobRequest) -> Submitted:
+        self.asked.set()
+        return Submitted(job_id="nothing")
+
+    async def describe(self, inspections: Sequence[Inspection]) -> Mapping[str, JobStatus]:
+        raise KeyError("describe")
+
+    async def terminate(self, targets: Sequence[Target], reason: str) -> None:
+        raise KeyError("terminate")
+
+
+def test_a_bug_in_a_platform_keeps_no_executor_from_ending(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is logged with its traceback."""
+    with BatchExecutor(1, launcher=ProcessFarm(kind=BuggyFarm)) as executor:
+        future = executor.submit(abs, -1)
+        assert BuggyFarm.asked.wait(30)
+        executor.kill_workers()
+    assert isinstance(future.exception(30), BrokenBatchExecutor)
+    assert "jobs could not be terminated" in caplog.text
+    assert "KeyError: 'terminate'" in caplog.text
+
+
+class SilentFarm(Farm):
+    """Forgets to say what it has submitted."""
+
+    async def submit(self, request: JobRequest) -> Submitted:
+        return None  # type: ignore[return-value]
+
+
+def test_a_submission_that_returns_nonsense_fails_the_calls() -> None:
+    with BatchExecutor(1, launcher=ProcessFarm(kind=SilentFarm)) as executor:
+        with pytest.raises(LaunchError, match="job_id"):
+            executor.submit(abs, -1).result(30)
 
 
 TAKEN_OVER = """

@@ -42,6 +42,11 @@ def use() -> None:
     print(base, list(results), waiting, cancelled)
 
 
+def use_named_launcher() -> None:
+    BatchExecutor(2, launcher="local").shutdown()
+    BatchExecutor(2, launcher=3)  # type: ignore[arg-type]
+
+
 def use_needs(executor: BatchExecutor) -> None:
     view = executor.with_options(cpus=2, memory="4GiB", gpus=0, priority=1, name="fit")
     view = view.with_options(retry_on=ConnectionError, env={"A": "1"}).with_options(
