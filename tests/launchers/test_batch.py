@@ -524,7 +524,7 @@ def test_workers_asked_for_one_by_one_share_a_job(aws: Any, launcher: Make) -> N
     assert len(submits(aws)) == 1
 
 
-@pytest.mark.parametrize("launcher", [Batch, "batch", 5, False])
+@pytest.mark.parametrize("launcher", [Batch, b"batch", 5, False])
 def test_what_is_no_launcher_is_refused(launcher: Any) -> None:
     """The class instead of an object of it is an easy mistake."""
     with pytest.raises(TypeError, match=r"launcher must be one such as Local\(\) or Batch\(\)"):
