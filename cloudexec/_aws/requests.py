@@ -119,8 +119,10 @@ def definition_request(spec: DefinitionSpec) -> dict[str, Any]:
         "containerProperties": container,
         "platformCapabilities": [spec.compute.upper()],
         "propagateTags": True,
-        "tags": {TAG_STACK: spec.stack} if spec.stack else {},
     }
+    if spec.stack:
+        # Tags may be absent, not empty. AWS Batch API Reference, "RegisterJobDefinition".
+        request["tags"] = {TAG_STACK: spec.stack}
     text = json.dumps(request, sort_keys=True)
     if len(text) > limits.DEFINITION_BYTES:
         raise ConfigError(
@@ -206,9 +208,10 @@ def submit_request(
             ],
         },
         "timeout": {"attemptDurationSeconds": max(attempt_seconds, limits.LEAST_ATTEMPT_SECONDS)},
-        "tags": dict(tags),
         "propagateTags": True,
     }
+    if tags:
+        request["tags"] = dict(tags)
     if workers > 1:
         request["arrayProperties"] = {"size": workers}
     if share_identifier:

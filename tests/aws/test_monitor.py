@@ -81,23 +81,23 @@ class Account:
         tags: dict[str, str] | None = None,
     ) -> str:
         """Submit a job of ours that runs Python code, and return its id."""
-        array = {"arrayProperties": {"size": size}} if size > 1 else {}
-        user = "ann" if executor == ANN else "bert"
+        extra: dict[str, Any] = {"arrayProperties": {"size": size}} if size > 1 else {}
+        if tags is None:
+            tags = {
+                "cloudexec:executor": executor,
+                "cloudexec:user": "ann" if executor == ANN else "bert",
+                "cloudexec:project": "sweep",
+                "cloudexec:expires": EXPIRES,
+            }
+        if tags:
+            extra["tags"] = tags
         answer = self.batch.submit_job(
             jobName=name or f"cloudexec-{executor}-{first}",
             jobQueue=queue or self.setup.queue,
             jobDefinition=definition or self.define(),
             containerOverrides={"command": [sys.executable, "-c", code]},
             retryStrategy={"attempts": attempts},
-            tags={
-                "cloudexec:executor": executor,
-                "cloudexec:user": user,
-                "cloudexec:project": "sweep",
-                "cloudexec:expires": EXPIRES,
-            }
-            if tags is None
-            else tags,
-            **array,
+            **extra,
         )
         return str(answer["jobId"])
 

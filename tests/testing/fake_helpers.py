@@ -44,9 +44,18 @@ class Account:
         for client in self._clients.values():
             client.close()
 
-    def define(self, script: str | None = None, **container: Any) -> str:
+    def define(
+        self,
+        script: str | None = None,
+        *,
+        tags: dict[str, str] | None = None,
+        capabilities: list[str] | None = None,
+        **container: Any,
+    ) -> str:
         """Register a definition that runs a shell script; return its ARN."""
         self._definitions += 1
+        platform = ["FARGATE" if self.fargate else "EC2"]
+        extra: dict[str, Any] = {"tags": tags} if tags else {}
         properties: dict[str, Any] = {
             "image": "worker:1",
             "resourceRequirements": [
@@ -63,8 +72,9 @@ class Account:
             self.batch.register_job_definition(
                 jobDefinitionName=f"definition-{self._definitions}",
                 type="container",
-                platformCapabilities=["FARGATE" if self.fargate else "EC2"],
+                platformCapabilities=capabilities or platform,
                 containerProperties=properties,
+                **extra,
             )["jobDefinitionArn"]
         )
 

@@ -10,7 +10,12 @@ from typing import Any
 from cloudexec.testing._aws.batch_resources import find_definition
 from cloudexec.testing._aws.engine import Engine
 from cloudexec.testing._aws.jobs import Job, JobSpec, RetryRule, substituted
-from cloudexec.testing._aws.limits import ClientError, check_resources, check_submit
+from cloudexec.testing._aws.limits import (
+    ClientError,
+    check_resources,
+    check_submit,
+    tags_of_task,
+)
 from cloudexec.testing._aws.logs import DEFAULT_GROUP
 from cloudexec.testing._aws.resources import batch_backend
 
@@ -230,6 +235,7 @@ def _spec(region: str, parameters: Mapping[str, Any], queue: Any, definition: An
     retry = parameters.get("retryStrategy") or definition.extra.get("retryStrategy") or {}
     timeout = parameters.get("timeout") or definition.extra.get("timeout") or {}
     tags = {**parameters.get("tags", {})}
+    propagate = parameters.get("propagateTags", definition.extra.get("propagateTags"))
     handed_over = {
         "command": overrides.get("command", []),
         "environment": [
@@ -288,9 +294,11 @@ def _spec(region: str, parameters: Mapping[str, Any], queue: Any, definition: An
             "timeout": timeout or None,
             "shareIdentifier": parameters.get("shareIdentifier"),
             "schedulingPriority": parameters.get("schedulingPriorityOverride"),
-            "propagateTags": parameters.get("propagateTags")
-            or definition.extra.get("propagateTags"),
+            "propagateTags": propagate,
         },
+        tags_of_task=tags_of_task(
+            definition.extra.get("tags") or {}, tags, propagate=bool(propagate)
+        ),
         fargate=fargate,
     )
 

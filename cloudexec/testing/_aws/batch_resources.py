@@ -16,6 +16,7 @@ from cloudexec.testing._aws.limits import (
     NAME,
     ClientError,
     check_compute_environment,
+    check_compute_resources,
     check_definition,
     check_tags,
 )
@@ -133,6 +134,7 @@ class BatchResources:
         if parameters.get("state"):
             environment.state = parameters["state"]
         resources = parameters.get("computeResources") or {}
+        check_compute_resources(environment.compute_resources["type"], resources)
         environment.compute_resources = {**environment.compute_resources, **resources}
         if parameters.get("serviceRole"):
             _check_role(batch_backend(region), parameters["serviceRole"])

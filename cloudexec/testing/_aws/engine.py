@@ -31,6 +31,9 @@ TIMED_OUT = "Job attempt duration exceeded timeout"
 TASK_FAILED = "Task failed to start"
 OVERRIDES_TOO_LONG = "Container Overrides length must be at most 8192"
 OVERRIDES_MAX = 8192
+TAGS_MAX = 50
+TOO_MANY_TAGS = "The total number of tags from the job and the job definition is over 50."
+"""That the job fails is documented, in which words is not. AWS Batch API Reference, "SubmitJob"."""
 _QUOTAS = {
     "FARGATE": "fargate",
     "FARGATE_SPOT": "fargate_spot",
@@ -603,6 +606,8 @@ class Engine:
     def _check_start(self, job: Job) -> None:
         if job.spec.overrides_length > OVERRIDES_MAX:
             raise StartError(OVERRIDES_TOO_LONG)
+        if job.spec.tags_of_task > TAGS_MAX:
+            raise StartError(TOO_MANY_TAGS)
         error = self._faults.start_error()
         if error is not None:
             raise StartError(error)

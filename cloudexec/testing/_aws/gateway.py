@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from cloudexec._aws.clients import known_regions
 from cloudexec.testing._aws.faults import Faults
+from cloudexec.testing._aws.judge import problems
 from cloudexec.testing._aws.limits import ClientError
 from cloudexec.testing._aws.object_requests import (
     path_style,
@@ -31,7 +32,6 @@ from cloudexec.testing._aws.wire import (
     UnknownCallError,
     error_response,
     json_response,
-    problems,
     read_call,
 )
 
@@ -50,6 +50,9 @@ _THROTTLED = {
     "iam": ("Throttling", "Rate exceeded", 400),
 }
 _DENIED = {"ec2": "UnauthorizedOperation"}
+_INVALID = {"batch": "ClientException", "ec2": "InvalidParameterValue", "s3": "InvalidRequest"}
+"""What a service calls a request that its model does not allow; others have one name, by
+protocol. "Common Errors" of each API reference."""
 _EXPIRED = {"ec2": "RequestExpired", "s3": "ExpiredToken", "cloudformation": "ExpiredToken"}
 
 
@@ -153,9 +156,10 @@ class Gateway:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [text]
         self._faults.wait_before(call.operation)
-        response = self._refusal(call, headers, query)
+        found = problems(call, body)
+        response = self._refusal(call, headers, query, found)
         if response is None and call.service == "s3":
-            found = refusal(
+            reason = refusal(
                 method=environ["REQUEST_METHOD"],
                 path=sent,
                 query=query,
@@ -163,7 +167,7 @@ class Gateway:
                 body=body,
                 secret=self._secret,
             )
-            response = error_response(call, *found) if found is not None else None
+            response = error_response(call, *reason) if reason is not None else None
         if response is None:
             response = self._carry_out(call, environ, body)
         lost = response.status < 300 and self._faults.loses(call.operation)
@@ -174,6 +178,7 @@ class Gateway:
             0 if lost else response.status,
             response.error,
             _message(response) if response.error else None,
+            tuple(found),
         )
         if lost:
             return _drop(environ, start_response)
@@ -190,7 +195,9 @@ class Gateway:
             return _cut(environ, answer)
         return [answer]
 
-    def _refusal(self, call: Call, headers: Mapping[str, str], query: str) -> Response | None:
+    def _refusal(
+        self, call: Call, headers: Mapping[str, str], query: str, found: list[str]
+    ) -> Response | None:
         token = headers.get("x-amz-security-token", "") or query_token(query)
         if call.region not in known_regions():
             text = (
@@ -215,10 +222,9 @@ class Gateway:
         if over or self._faults.throttled(call.service, call.operation):
             throttled = ("ThrottlingException", "Rate exceeded", 400)
             return error_response(call, *_THROTTLED.get(call.service, throttled))
-        found = problems(call)
         if found:
-            code = "ClientException" if call.service == "batch" else "ValidationException"
-            return error_response(call, code, "; ".join(found), 400)
+            code = "ValidationException" if _is_json(call) else "ValidationError"
+            return error_response(call, _INVALID.get(call.service, code), "; ".join(found), 400)
         return None
 
     def _carry_out(self, call: Call, environ: dict[str, Any], body: bytes) -> Response:
@@ -275,6 +281,7 @@ class Gateway:
         status: int,
         error: str | None,
         message: str | None = None,
+        found: tuple[str, ...] = (),
     ) -> None:
         request = Request(
             service=service,
@@ -284,6 +291,7 @@ class Gateway:
             error=error,
             message=message,
             at=time.time(),
+            problems=found,
         )
         with self._lock:
             self._requests.append(request)

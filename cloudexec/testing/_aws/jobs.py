@@ -75,6 +75,8 @@ class JobSpec:
     log_create: bool
     overrides_length: int
     """Characters of what Batch hands to ECS as container overrides."""
+    tags_of_task: int
+    """How many tags are propagated to the task."""
     container: Mapping[str, Any]
     """What DescribeJobs shows of the container before it runs."""
     tags: Mapping[str, str]

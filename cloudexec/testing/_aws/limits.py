@@ -1,4 +1,8 @@
-"""What AWS refuses of a well-formed Batch request: limits that moto does not know."""
+"""What AWS refuses of a well-formed Batch request: limits that moto does not know.
+
+Where nothing else is named, a limit stands in the description of the parameter itself, in the AWS
+Batch API Reference, whose text is also that of botocore's model.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ from typing import Any
 __all__ = [
     "ClientError",
     "check_compute_environment",
+    "check_compute_resources",
     "check_definition",
     "check_resources",
     "check_submit",
     "check_tags",
     "is_fargate_size",
+    "tags_of_task",
 ]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
@@ -51,6 +57,25 @@ _EC2_ONLY = (
 )
 
 
+_FARGATE_LOG_DRIVERS = ("awslogs", "splunk")
+"""AWS Batch API Reference, "LogConfiguration"."""
+_FARGATE_PLATFORMS = ("LATEST", "1.4.0")
+"""Of Linux, version 1.3.0 being retired. "Fargate platform versions for Amazon ECS", Amazon ECS
+Developer Guide."""
+_NOT_ON_FARGATE = ("ulimits", "instanceType", "privileged", "vcpus", "memory")
+"""AWS Batch API Reference, "ContainerProperties"."""
+_NOT_ON_FARGATE_LINUX = ("devices", "sharedMemorySize", "tmpfs", "maxSwap", "swappiness")
+"""AWS Batch API Reference, "LinuxParameters"."""
+_ONLY_FARGATE = ("networkConfiguration", "fargatePlatformConfiguration")
+"""AWS Batch API Reference, "ContainerProperties"."""
+_ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+")
+"""AWS Identity and Access Management User Guide, "IAM identifiers"."""
+_SECRET = re.compile(
+    r"arn:aws[a-z-]*:(secretsmanager:[a-z0-9-]+:\d{12}:secret|ssm:[a-z0-9-]+:\d{12}:parameter).+"
+)
+"""AWS Batch API Reference, "Secret": a whole ARN, where it is not the name of a parameter."""
+
+
 class ClientError(Exception):
     """A refusal: what AWS answers instead of carrying the call out."""
 
@@ -79,6 +104,15 @@ def check_tags(tags: Mapping[str, str] | None) -> None:
         # "Tag naming limits and requirements", AWS General Reference.
         if re.search(r"[^\w +\-=.:/@]", key + value):
             raise ClientError(f"Tag {key!r} or its value {value!r} has a character not allowed")
+
+
+def tags_of_task(definition: Mapping[str, str], job: Mapping[str, str], *, propagate: bool) -> int:
+    """Return how many tags a job's task would get: over 50, and the job fails.
+
+    References:
+        AWS Batch API Reference, "SubmitJob", propagateTags.
+    """
+    return len({*definition, *job}) if propagate else 0
 
 
 def check_environment(entries: Iterable[Mapping[str, str]], name: str = "name") -> None:
@@ -169,38 +203,89 @@ def check_definition(parameters: Mapping[str, Any]) -> None:
     container = parameters.get("containerProperties")
     if container is None:
         return
-    fargate = "FARGATE" in parameters.get("platformCapabilities", [])
+    capabilities = parameters.get("platformCapabilities") or ["EC2"]
+    if len(capabilities) > 1:
+        raise ClientError(
+            "Error executing request, Exception : A job definition has one platform capability, "
+            f"not {', '.join(capabilities)}."
+        )
+    fargate = capabilities == ["FARGATE"]
     if len(container.get("image", "")) > 255 or not container.get("image"):
         raise ClientError("Error executing request, Exception : Container properties need image.")
     check_environment(container.get("environment", []))
     check_resources(container.get("resourceRequirements", []), fargate=fargate)
+    for name in ("executionRoleArn", "jobRoleArn"):
+        if container.get(name) and not _ROLE.fullmatch(container[name]):
+            raise ClientError(
+                f"Error executing request, Exception : {name} {container[name]!r} is not the ARN "
+                "of a role."
+            )
+    _check_secrets(container)
     if fargate:
-        if not container.get("executionRoleArn"):
+        _check_fargate(container)
+        return
+    for forbidden in _ONLY_FARGATE:
+        if container.get(forbidden):
             raise ClientError(
-                "Error executing request, Exception : Fargate requires that 'executionRoleArn' "
-                "is specified."
+                f"Error executing request, Exception : {forbidden} is only applicable to Fargate "
+                "jobs."
             )
-        for forbidden in ("ulimits", "instanceType", "privileged"):
-            if container.get(forbidden):
-                raise ClientError(
-                    f"Error executing request, Exception : {forbidden} is not applicable to "
-                    "Fargate jobs."
-                )
-        storage = container.get("ephemeralStorage", {}).get("sizeInGiB", 21)
-        if not 21 <= storage <= 200:
-            raise ClientError(
-                "Error executing request, Exception : ephemeralStorage is 21 to 200 GiB."
-            )
-    else:
-        for forbidden in ("networkConfiguration", "fargatePlatformConfiguration"):
-            if container.get(forbidden):
-                raise ClientError(
-                    f"Error executing request, Exception : {forbidden} is only applicable to "
-                    "Fargate jobs."
-                )
+
+
+def _check_secrets(container: Mapping[str, Any]) -> None:
+    variables = {entry.get("name") for entry in container.get("environment", [])}
     for secret in container.get("secrets", []):
-        if secret["name"].startswith("AWS_BATCH"):
-            check_environment([secret])
+        check_environment([secret])
+        name, source = secret["name"], secret["valueFrom"]
+        if source.startswith("arn:") and not _SECRET.fullmatch(source):
+            raise ClientError(
+                f"Error executing request, Exception : The secret {name} has the malformed ARN "
+                f"{source!r}."
+            )
+        if name in variables:
+            # What Amazon ECS answers to RegisterTaskDefinition, as users quote it.
+            raise ClientError(
+                "The secret name must be unique and not shared with any new or existing "
+                f"environment variables set on the container, such as '{name}'."
+            )
+        variables.add(name)
+
+
+def _check_fargate(container: Mapping[str, Any]) -> None:
+    if not container.get("executionRoleArn"):
+        raise ClientError(
+            "Error executing request, Exception : Fargate requires that 'executionRoleArn' is "
+            "specified."
+        )
+    linux = container.get("linuxParameters") or {}
+    given = [
+        *(name for name in _NOT_ON_FARGATE if container.get(name)),
+        *(f"linuxParameters.{name}" for name in _NOT_ON_FARGATE_LINUX if name in linux),
+        # "Volume": a directory of the host is no part of a task on Fargate.
+        *("volumes.host" for volume in container.get("volumes", []) if volume.get("host")),
+    ]
+    if given:
+        raise ClientError(
+            f"Error executing request, Exception : {given[0]} is not applicable to Fargate jobs."
+        )
+    driver = (container.get("logConfiguration") or {}).get("logDriver", "awslogs")
+    if driver not in _FARGATE_LOG_DRIVERS:
+        raise ClientError(
+            f"Error executing request, Exception : Log driver {driver} is not supported on Fargate."
+        )
+    platform = container.get("fargatePlatformConfiguration") or {}
+    version = platform.get("platformVersion", "LATEST")
+    if version not in _FARGATE_PLATFORMS:
+        raise ClientError(
+            f"Error executing request, Exception : There is no Fargate platform version {version}."
+        )
+    runtime = container.get("runtimePlatform") or {}
+    if runtime.get("cpuArchitecture", "X86_64") not in ("X86_64", "ARM64"):
+        raise ClientError(
+            "Error executing request, Exception : cpuArchitecture is X86_64 or ARM64."
+        )
+    if not 21 <= container.get("ephemeralStorage", {}).get("sizeInGiB", 21) <= 200:
+        raise ClientError("Error executing request, Exception : ephemeralStorage is 21 to 200 GiB.")
 
 
 def check_submit(parameters: Mapping[str, Any], length: int) -> None:
@@ -222,6 +307,8 @@ def check_submit(parameters: Mapping[str, Any], length: int) -> None:
     array = parameters.get("arrayProperties") or {}
     if "size" in array and not 2 <= array["size"] <= 10_000:
         raise ClientError("Array job size must be between 2 and 10000.")
+    if not 0 <= parameters.get("schedulingPriorityOverride", 0) <= 9999:
+        raise ClientError("schedulingPriorityOverride is 0 to 9999.")
     if len(parameters.get("dependsOn", [])) > 20:
         raise ClientError("A job can depend upon 20 jobs at most.")
     check_tags(parameters.get("tags"))
@@ -248,20 +335,13 @@ def check_compute_environment(parameters: Mapping[str, Any]) -> None:
     resources = parameters.get("computeResources")
     if not resources:
         raise ClientError("computeResources must be specified for a MANAGED environment.")
+    check_compute_resources(resources["type"], resources)
     kind = resources["type"]
     if not resources.get("subnets"):
         raise ClientError("Error executing request, Exception : Subnets are required.")
     if kind.startswith("FARGATE"):
         if not resources.get("securityGroupIds"):
             raise ClientError("Error executing request, Exception : Security groups are required.")
-        if len(resources["subnets"]) > 16:
-            raise ClientError("Error executing request, Exception : 16 subnets at most.")
-        given = [field for field in _EC2_ONLY if field in resources]
-        if given:
-            raise ClientError(
-                "Error executing request, Exception : "
-                f"{', '.join(given)} not applicable to {kind} compute environments."
-            )
         return
     if kind not in ("EC2", "SPOT"):
         raise ClientError(f"FakeAWS has no compute environments of type {kind}.")
@@ -275,3 +355,21 @@ def check_compute_environment(parameters: Mapping[str, Any]) -> None:
         and not resources.get("spotIamFleetRole")
     ):
         raise ClientError("Error executing request, Exception : spotIamFleetRole is required.")
+
+
+def check_compute_resources(kind: str, resources: Mapping[str, Any]) -> None:
+    """Refuse resources that a compute environment of that type cannot have, new or changed.
+
+    References:
+        AWS Batch API Reference, "ComputeResource" and "ComputeResourceUpdate".
+    """
+    if not kind.startswith("FARGATE"):
+        return
+    if len(resources.get("subnets", ())) > 16:
+        raise ClientError("Error executing request, Exception : 16 subnets at most.")
+    given = [field for field in _EC2_ONLY if field in resources]
+    if given:
+        raise ClientError(
+            "Error executing request, Exception : "
+            f"{', '.join(given)} not applicable to {kind} compute environments."
+        )

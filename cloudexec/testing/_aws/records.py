@@ -26,6 +26,9 @@ class Request:
     """AWS's sentence with the error code."""
     at: float = 0.0
     """When it arrived, in seconds since the epoch."""
+    problems: tuple[str, ...] = ()
+    """What botocore's model of the service has against it: bounds, patterns and enumerations
+    included, whoever sent it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

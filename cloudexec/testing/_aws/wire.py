@@ -1,4 +1,4 @@
-"""Requests as the wire carries them, read and checked against botocore's service models."""
+"""Requests as the wire carries them, read with botocore's service models."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from botocore.model import (
     OperationModel,
     ServiceModel,
     Shape,
-    StringShape,
     StructureShape,
 )
-from botocore.validate import ParamValidator
 
 __all__ = [
     "Call",
@@ -28,8 +26,8 @@ __all__ = [
     "UnknownCallError",
     "error_response",
     "json_response",
-    "problems",
     "read_call",
+    "scalar",
 ]
 
 SIGNING_NAMES = {
@@ -135,28 +133,12 @@ def read_call(
                 several = [v for k, v in parse_qsl(query) if k == wire_name]
                 parameters[member] = several
             else:
-                parameters[member] = _scalar(member_shape, value)
+                parameters[member] = scalar(member_shape, value)
         elif location == "header" and wire_name.lower() in headers:
-            parameters[member] = _scalar(member_shape, headers[wire_name.lower()])
+            parameters[member] = scalar(member_shape, headers[wire_name.lower()])
     if protocol == "rest-json" and body.strip():
         parameters.update(json.loads(body))
     return Call(operation=operation.name, parameters=parameters, model=operation, **call)
-
-
-def problems(call: Call) -> list[str]:
-    """What the service model has against a call; empty where it is well formed."""
-    found = [f"Unknown parameter: {name}" for name in call.unknown]
-    shape = call.model.input_shape
-    if shape is None:
-        return found
-    if call.service == "s3":
-        # Bodies in XML and blobs are moto's to judge; names and locations have been read already.
-        return found
-    report = ParamValidator().validate(call.parameters, shape)
-    if report.has_errors():
-        found.append(report.generate_report())
-    found.extend(_enum_problems(shape, call.parameters, ""))
-    return found
 
 
 def json_response(payload: Mapping[str, Any], status: int = 200) -> Response:
@@ -195,7 +177,8 @@ def _operation(model: ServiceModel, name: str) -> OperationModel:
     return model.operation_model(name)
 
 
-def _scalar(shape: Shape, text: str) -> Any:
+def scalar(shape: Shape, text: str) -> Any:
+    """Return what a text says, as the shape has it; the text itself where it is none such."""
     try:
         if shape.type_name in ("integer", "long"):
             return int(text)
@@ -206,31 +189,6 @@ def _scalar(shape: Shape, text: str) -> Any:
     if shape.type_name == "boolean":
         return {"true": True, "false": False}.get(text.lower(), text)
     return text
-
-
-def _enum_problems(shape: Shape, value: Any, path: str) -> list[str]:
-    if isinstance(shape, StructureShape) and isinstance(value, dict):
-        return [
-            problem
-            for name, inner in value.items()
-            if name in shape.members
-            for problem in _enum_problems(shape.members[name], inner, f"{path}.{name}")
-        ]
-    if isinstance(shape, ListShape) and isinstance(value, list):
-        return [
-            problem
-            for index, inner in enumerate(value)
-            for problem in _enum_problems(shape.member, inner, f"{path}[{index}]")
-        ]
-    if isinstance(shape, MapShape) and isinstance(value, dict):
-        return [
-            problem
-            for name, inner in value.items()
-            for problem in _enum_problems(shape.value, inner, f"{path}.{name}")
-        ]
-    if isinstance(shape, StringShape) and shape.enum and value not in shape.enum:
-        return [f"Value {value!r} at {path.lstrip('.')} is none of {', '.join(shape.enum)}"]
-    return []
 
 
 class _QueryReader:
@@ -255,7 +213,7 @@ class _QueryReader:
         if prefix not in self._pairs:
             return None
         self.used.add(prefix)
-        return _scalar(shape, self._pairs[prefix])
+        return scalar(shape, self._pairs[prefix])
 
     def _name(self, shape: Shape, default: str) -> str:
         if self._ec2:
