@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cloudexec._aws.profile import Profile
 from cloudexec._errors import ConfigError
 
-__all__ = ["Advertised", "advertised_address"]
+__all__ = ["Advertised", "advertised_address", "vpcs_of_this_machine"]
 
 _ADDRESS = re.compile(
     r"(?P<host>[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?"
@@ -23,6 +23,8 @@ _LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 _METADATA_HOST = "169.254.169.254"
 _METADATA_TIMEOUT = 1.0
 _VENDOR_FILE = "/sys/class/dmi/id/sys_vendor"
+_SAGEMAKER_FILE = "/opt/ml/metadata/resource-metadata.json"
+"""What SageMaker tells its notebooks and apps about themselves; Studio's have nothing else."""
 _SOMEWHERE = ("198.51.100.1", 9)
 """An address for documentation (RFC 5737): a UDP socket connected to it sends nothing, and tells
 which of this machine's addresses leads out."""
@@ -51,8 +53,8 @@ async def advertised_address(
     """Find the address that workers dial.
 
     In this order: what is given; ``CLOUDEXEC_ADVERTISE``; the profile's; loopback, where the AWS
-    endpoint is on this machine and so are its workers; the private address of an EC2 instance or
-    ECS task in the workers' own VPC; a public address.
+    endpoint is on this machine and so are its workers; the address of an ECS task; that of an EC2
+    instance's interface in the workers' own VPC; a public address.
 
     Args:
         profile: Says in which VPC the workers are.
@@ -74,17 +76,7 @@ async def advertised_address(
         return Advertised(
             "127.0.0.1", "AWS is emulated on this machine, and so are its workers", "127.0.0.1"
         )
-    found = await asyncio.to_thread(_look_around, profile.vpc if profile is not None else "")
-    if found is not None:
-        return found
-    own = _outward_address()
-    raise ConfigError(
-        f"workers in AWS cannot reach this machine at {own or 'any address'}: it is in a private "
-        f"network of its own. Run this program in the workers' VPC (an EC2 instance, SageMaker, "
-        f"Cloud9, an ECS task); or forward a port of a public address here and give "
-        f"advertise='HOST:PORT' (and listen='0.0.0.0:PORT' where it is another one here); or, "
-        f"where a VPN or Direct Connect leads here, advertise={own or 'ADDRESS'!r}"
-    )
+    return await asyncio.to_thread(_look_around, profile.vpc if profile is not None else "")
 
 
 def _named(address: str, how: str) -> Advertised:
@@ -146,21 +138,73 @@ def _outward_address() -> str:
         return str(probe.getsockname()[0])
 
 
-def _look_around(vpc: str) -> Advertised | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Interface:
+    """A network interface of this instance, as the metadata service has it."""
+
+    vpc: str
+    private: str
+    public: str
+
+
+async def vpcs_of_this_machine() -> tuple[str, ...]:
+    """Return the VPCs in which this EC2 instance is; empty where it is none."""
+    interfaces = await asyncio.to_thread(_interfaces) if _is_ec2_instance() else []
+    return tuple(dict.fromkeys(each.vpc for each in interfaces if each.vpc))
+
+
+def _look_around(vpc: str) -> Advertised:
+    """Find an address of this machine that workers in a VPC reach.
+
+    Raises:
+        ConfigError: If there is none.
+    """
     task = os.environ.get("ECS_CONTAINER_METADATA_URI_V4", "")
     own = _outward_address()
     if task and own:
         return Advertised(own, "this is a task of Amazon ECS: its address in the VPC")
-    if _is_ec2_instance():
-        found = _instance_address(vpc)
-        if found is not None:
-            return found
+    interfaces = _interfaces() if _is_ec2_instance() else []
+    for each in interfaces:
+        if each.private and (not vpc or each.vpc == vpc):
+            return Advertised(each.private, f"this instance's address in {each.vpc}")
+    elsewhere = ", ".join(dict.fromkeys(each.vpc for each in interfaces if each.vpc))
+    for each in interfaces:
+        if each.public:
+            how = f"this instance's public address: it is in {elsewhere}, not in {vpc}"
+            return Advertised(each.public, how)
     if own and ipaddress.ip_address(own).is_global:
         return Advertised(own, "this machine's public address")
-    return None
+    if elsewhere:
+        raise ConfigError(
+            f"workers in AWS cannot reach this instance: it is in {elsewhere}, the workers are in "
+            f"{vpc}. Run this program in {vpc}, or set workers up here with `cloudexec up --vpc`; "
+            f"where the two VPCs are peered, give advertise={interfaces[0].private!r}"
+        )
+    raise ConfigError(
+        f"workers in AWS cannot reach this machine at {own or 'any address'}: it is in a private "
+        f"network of its own. {_ways_out(own)}"
+    )
+
+
+def _ways_out(own: str) -> str:
+    if os.path.exists(_SAGEMAKER_FILE):
+        return (
+            "In SageMaker Studio, the domain must have the network access type VpcOnly and be in "
+            "the workers' VPC: then give the address that the app has there as advertise='ADDRESS'"
+        )
+    return (
+        f"Run this program in the workers' VPC (an EC2 instance, a SageMaker notebook instance, an "
+        f"ECS task); or forward a port of a public address here and give advertise='HOST:PORT' "
+        f"(and listen='0.0.0.0:PORT' where it is another one here); or, where a VPN or Direct "
+        f"Connect leads here, advertise={own or 'ADDRESS'!r}"
+    )
 
 
 def _is_ec2_instance() -> bool:
+    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+        return False
+    if os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT"):
+        return True
     try:
         with open(_VENDOR_FILE) as file:
             return "amazon" in file.read().lower()
@@ -168,9 +212,16 @@ def _is_ec2_instance() -> bool:
         return False
 
 
-def _instance_address(vpc: str) -> Advertised | None:
-    """Ask the instance metadata service, version 2, where this instance is."""
-    connection = http.client.HTTPConnection(_METADATA_HOST, timeout=_METADATA_TIMEOUT)
+def _interfaces() -> list[_Interface]:
+    """Ask the instance metadata service, version 2, for every interface, the primary one first.
+
+    A SageMaker notebook instance with direct internet access has its primary interface in
+    SageMaker's VPC, and another one in its owner's. Amazon EC2 User Guide, "Instance metadata
+    categories".
+    """
+    endpoint = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "")
+    host = urllib.parse.urlsplit(endpoint).netloc or _METADATA_HOST
+    connection = http.client.HTTPConnection(host, timeout=_METADATA_TIMEOUT)
 
     def ask(method: str, path: str, headers: dict[str, str]) -> str:
         connection.request(method, f"/latest/{path}", headers=headers)
@@ -178,19 +229,22 @@ def _instance_address(vpc: str) -> Advertised | None:
         text = response.read().decode()
         return text if response.status == 200 else ""
 
+    found: list[tuple[int, _Interface]] = []
     try:
         token = ask("PUT", "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
         headers = {"X-aws-ec2-metadata-token": token}
-        mac = ask("GET", "meta-data/mac", headers)
-        here = ask("GET", f"meta-data/network/interfaces/macs/{mac}/vpc-id", headers)
-        private = ask("GET", "meta-data/local-ipv4", headers)
-        public = ask("GET", "meta-data/public-ipv4", headers)
-    except (OSError, http.client.HTTPException):
-        return None
+        macs = "meta-data/network/interfaces/macs"
+        for line in ask("GET", f"{macs}/", headers).split():
+            base = f"{macs}/{line.strip('/')}"
+            number, vpc, private, public = (
+                ask("GET", f"{base}/{name}", headers)
+                for name in ("device-number", "vpc-id", "local-ipv4s", "public-ipv4s")
+            )
+            addresses = [(each.split() or [""])[0] for each in (private, public)]
+            interface = _Interface(vpc=vpc, private=addresses[0], public=addresses[1])
+            found.append((int(number or 0), interface))
+    except (OSError, ValueError, http.client.HTTPException):
+        return []
     finally:
         connection.close()
-    if private and (not vpc or here == vpc):
-        return Advertised(private, f"this instance's address in {here}")
-    if public:
-        return Advertised(public, f"this instance's public address: it is in {here}, not in {vpc}")
-    return None
+    return [each for _, each in sorted(found, key=lambda pair: pair[0])]

@@ -15,9 +15,11 @@ from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients, is_region, known_regions
 from cloudexec._aws.diagnosis import mend_invalid
 from cloudexec._aws.names import is_setup_name
+from cloudexec._aws.network import look_at_subnets
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.quotas import vcpu_quotas
-from cloudexec._aws.stack import find_stack
+from cloudexec._aws.stack import STANDING, find_stack
+from cloudexec._aws.steps import counted
 from cloudexec._aws.template import TEMPLATE_VERSION
 from cloudexec._errors import AwsError, ConfigError
 
@@ -30,7 +32,6 @@ _ECR = re.compile(
     r"(?P<repository>[^:@]+)(?::(?P<tag>[^@]+))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
 _USUAL_PLATFORM = "linux/amd64"
-_STANDING = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IMPORT_COMPLETE")
 _FATAL = (
     "profile",
     "region",
@@ -89,7 +90,9 @@ async def examine(name: str, report: Report) -> tuple[Check, ...]:
     try:
         profile = Profile.load(name)
     except ConfigError as exc:
-        remedy = _up(name) if is_setup_name(name) else "choose another --profile"
+        remedy = (
+            f"`cloudexec up --name {name}`" if is_setup_name(name) else "choose another --profile"
+        )
         add(Check(name="profile", outcome="failed", found=str(exc), remedy=remedy))
         return tuple(checks)
     add(_profile(profile))
@@ -108,6 +111,7 @@ async def examine(name: str, report: Report) -> tuple[Check, ...]:
         "stack": _stack,
         "queues": _queues,
         "compute environments": _environments,
+        "network": _network,
         "vCPU quota": _quota,
         "image": _image,
         "roles": _roles,
@@ -152,13 +156,16 @@ async def _carefully(
         return Check(name=name, outcome="failed", found=str(exc), remedy=remedy)
 
 
-def _up(name: str) -> str:
-    return f"`cloudexec up --name {name}`"
+def _up(profile: Profile) -> str:
+    """Return the command that brings the profile's stack in order."""
+    if profile.is_adopted:
+        return f"`cloudexec up --adopt {profile.stack} --name {profile.name}`"
+    return f"`cloudexec up --name {profile.name}`"
 
 
 def _mend(profile: Profile) -> str:
     """Say what brings a set-up in order."""
-    return _up(profile.name) if profile.stack else f"correct {Profile.path(profile.name)}"
+    return _up(profile) if profile.stack else f"correct {Profile.path(profile.name)}"
 
 
 def _profile(profile: Profile) -> Check:
@@ -169,7 +176,7 @@ def _profile(profile: Profile) -> Check:
             name="profile",
             outcome="failed",
             found=f"{found}; nothing to launch with",
-            remedy=_up(profile.name),
+            remedy=_up(profile),
         )
     return Check(name="profile", outcome="ok", found=found)
 
@@ -204,7 +211,7 @@ async def _stack(examination: _Examination) -> Check:
     if not profile.stack:
         return Check(name="stack", outcome="skipped", found="the profile has none")
     stack = await find_stack(examination.clients, profile.stack)
-    if stack is None or stack.status not in _STANDING:
+    if stack is None or stack.status not in STANDING:
         state = (
             "does not exist" if stack is None else f"is in {stack.status} {stack.reason}".strip()
         )
@@ -212,7 +219,7 @@ async def _stack(examination: _Examination) -> Check:
             name="stack",
             outcome="failed",
             found=f"{profile.stack} {state}",
-            remedy=_up(profile.name),
+            remedy=_up(profile),
         )
     version = stack.outputs.get("Version", "?")
     found = f"{stack.name}: {stack.status}, template version {version}"
@@ -222,7 +229,7 @@ async def _stack(examination: _Examination) -> Check:
             name="stack",
             outcome="warning",
             found=f"{found}, while this cloudexec has {TEMPLATE_VERSION}",
-            remedy="upgrade cloudexec" if newer else _up(profile.name),
+            remedy="upgrade cloudexec" if newer else _up(profile),
         )
     said = {profile.queues.get("fargate"), profile.key_secret, profile.repository}
     if not said <= set(stack.outputs.values()):
@@ -230,7 +237,7 @@ async def _stack(examination: _Examination) -> Check:
             name="stack",
             outcome="warning",
             found=f"{found}; the profile says otherwise than its outputs",
-            remedy=f"{_up(profile.name)} writes the profile anew",
+            remedy=f"{_up(profile)} writes the profile anew",
         )
     return Check(name="stack", outcome="ok", found=found)
 
@@ -282,9 +289,9 @@ def _wrong(kind: str, each: Mapping[str, Any]) -> list[str]:
 def _verdict(name: str, wrong: list[str], right: str, profile: Profile) -> Check:
     if not wrong:
         return Check(name=name, outcome="ok", found=f"VALID and ENABLED: {right}")
-    remedy = f"{_up(profile.name)} enables what is disabled and makes anew what is missing"
+    remedy = f"{_up(profile)} enables what is disabled and makes anew what is missing"
     if any("INVALID" in each for each in wrong):
-        remedy = mend_invalid(_up(profile.name))
+        remedy = mend_invalid(_up(profile))
     if not profile.stack:
         remedy = "mend or enable it in the AWS Batch console"
     return Check(name=name, outcome="failed", found="; ".join(wrong), remedy=remedy)
@@ -292,6 +299,42 @@ def _verdict(name: str, wrong: list[str], right: str, profile: Profile) -> Check
 
 def _max_vcpus(environment: Mapping[str, Any]) -> int:
     return int(environment.get("computeResources", {}).get("maxvCpus", 0))
+
+
+async def _network(examination: _Examination) -> Check:
+    """See whether workers can start where the profile says."""
+    profile, name = examination.profile, "network"
+    if not profile.subnets:
+        return Check(name=name, outcome="skipped", found="the profile names no subnets")
+    change = f"{_up(profile)} with --vpc, --subnet or --public-ip chooses others"
+    try:
+        subnets = await look_at_subnets(examination.clients, ids=profile.subnets)
+    except AwsError as exc:
+        if not exc.code.startswith("InvalidSubnet"):
+            raise
+        return Check(name=name, outcome="failed", found=str(exc), remedy=change)
+    public_ip = profile.assign_public_ip
+    wrong = [
+        f"{each}: {problem}" for each in subnets if (problem := each.problem(public_ip=public_ip))
+    ]
+    if wrong:
+        found = f"workers cannot start in {'; '.join(wrong)}"
+        remedy = f"mend the routes or endpoints of the VPC; or {change}"
+        return Check(name=name, outcome="failed", found=found, remedy=remedy)
+    hidden = [str(each) for each in subnets if each.reach == "public" and not each.maps_public]
+    if hidden and any(kind.startswith("ec2") for kind in profile.queues):
+        return Check(
+            name=name,
+            outcome="warning",
+            found=f"instances get no public address, and so no way out, in {', '.join(hidden)}",
+            remedy="`aws ec2 modify-subnet-attribute --map-public-ip-on-launch --subnet-id ID`",
+        )
+    reaches = sorted({each.reach for each in subnets})
+    return Check(
+        name=name,
+        outcome="ok",
+        found=f"{counted(len(subnets), 'subnet')} of {profile.vpc}: {', '.join(reaches)}",
+    )
 
 
 async def _quota(examination: _Examination) -> Check:

@@ -18,6 +18,7 @@ __all__ = [
     "is_setup_name",
     "job_name",
     "object_prefix",
+    "partition_of",
     "region_of",
     "stack_name",
 ]
@@ -42,6 +43,17 @@ _NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 def region_of(arn: str) -> str:
     """Return the region in an ARN; empty for a name."""
     return arn.split(":")[3] if arn.startswith("arn:") and arn.count(":") >= 5 else ""
+
+
+def partition_of(region: str) -> str:
+    """Return the partition of a region, as the AWS SDK knows it; ``"aws"`` of one it does not."""
+    import botocore.session
+    from botocore.exceptions import UnknownRegionError
+
+    try:
+        return str(botocore.session.get_session().get_partition_for_region(region))
+    except UnknownRegionError:
+        return "aws"
 
 
 def is_setup_name(name: str) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from cloudexec._aws.names import DEFINITION_PREFIX, OBJECTS_PREFIX, TAG_STACK
+from cloudexec._aws.names import DEFINITION_PREFIX, OBJECTS_PREFIX, TAG_STACK, partition_of
 from cloudexec._aws.profile import Profile
+from cloudexec._errors import ConfigError
 
 __all__ = ["CALLS", "Call", "Grant", "actions_for", "policy", "unknown_calls"]
 
@@ -37,8 +38,8 @@ class Grant:
     action: str
     """As IAM names it: ``"batch:SubmitJob"``."""
     resource: Resource
-    passed_to: str = ""
-    """For ``iam:PassRole``: the service that may be given the role."""
+    passed_to: tuple[str, ...] = ()
+    """For ``iam:PassRole``: the services that may be given the role."""
 
 
 def _any(*actions: str) -> tuple[Grant, ...]:
@@ -47,7 +48,12 @@ def _any(*actions: str) -> tuple[Grant, ...]:
 
 _TAG_JOB = Grant("batch:TagResource", "job")
 _TAG_DEFINITION = Grant("batch:TagResource", "definition")
-_PASS_ROLE = Grant("iam:PassRole", "role", passed_to="ecs-tasks.amazonaws.com")
+_PASS_ROLE = Grant(
+    "iam:PassRole",
+    "role",
+    # Guides that AWS and others publish name either as the one that AWS Batch gives roles to.
+    passed_to=("batch.amazonaws.com", "ecs-tasks.amazonaws.com"),
+)
 _PUSH = (
     # `docker push` and its like talk to the registry with the token; these are what it checks.
     Grant("ecr:BatchCheckLayerAvailability", "image"),
@@ -65,6 +71,8 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("batch", "SubmitJob"): (
         Grant("batch:SubmitJob", "queue"),
         Grant("batch:SubmitJob", "definition"),
+        # Service Authorization Reference, "Actions, resources, and condition keys for AWS Batch".
+        Grant("batch:SubmitJob", "job"),
         _TAG_JOB,
     ),
     ("batch", "RegisterJobDefinition"): (
@@ -87,6 +95,10 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("pricing", "GetProducts"): _any("pricing:GetProducts"),
     ("service-quotas", "ListServiceQuotas"): _any("servicequotas:ListServiceQuotas"),
     ("cloudformation", "DescribeStacks"): (Grant("cloudformation:DescribeStacks", "stack"),),
+    ("ec2", "DescribeAvailabilityZones"): _any("ec2:DescribeAvailabilityZones"),
+    ("ec2", "DescribeRouteTables"): _any("ec2:DescribeRouteTables"),
+    ("ec2", "DescribeSubnets"): _any("ec2:DescribeSubnets"),
+    ("ec2", "DescribeVpcEndpoints"): _any("ec2:DescribeVpcEndpoints"),
     ("iam", "GetRole"): (Grant("iam:GetRole", "role"),),
     # Letting workers in.
     ("secretsmanager", "GetSecretValue"): (Grant("secretsmanager:GetSecretValue", "secret"),),
@@ -111,13 +123,18 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
 """Operation -> what must be allowed. Compared by a test with the calls that are made."""
 
 
-def policy(profile: Profile | None = None) -> dict[str, Any]:
+def policy(profile: Profile | None = None, partition: str = "") -> dict[str, Any]:
     """Return the policy for every call in the table.
 
     Args:
         profile: Name the resources of this set-up; ``None``: patterns for any of cloudexec's.
+        partition: In which these patterns are, such as ``"aws-cn"``: needed without a profile,
+            for a resource in another partition than the caller's is nobody's.
+
+    Raises:
+        ConfigError: If neither is given.
     """
-    return actions_for(CALLS, profile)
+    return actions_for(CALLS, profile, partition)
 
 
 def unknown_calls(calls: Iterable[Call]) -> set[Call]:
@@ -125,17 +142,22 @@ def unknown_calls(calls: Iterable[Call]) -> set[Call]:
     return set(calls) - CALLS.keys()
 
 
-def actions_for(calls: Iterable[Call], profile: Profile | None = None) -> dict[str, Any]:
+def actions_for(
+    calls: Iterable[Call], profile: Profile | None = None, partition: str = ""
+) -> dict[str, Any]:
     """Return the policy that allows these calls, and nothing else.
 
     Args:
         calls: Such as those recorded in a run.
         profile: As for ``policy``.
+        partition: As for ``policy``.
 
     Raises:
+        ConfigError: If neither is given.
         ValueError: If the table lacks a call.
     """
     calls = set(calls)
+    place = _place(profile, partition)
     if unknown := unknown_calls(calls):
         names = ", ".join(sorted(f"{service}:{operation}" for service, operation in unknown))
         raise ValueError(f"not in the table of calls: {names}")
@@ -147,9 +169,9 @@ def actions_for(calls: Iterable[Call], profile: Profile | None = None) -> dict[s
             for each in grants
             if (each.resource, each.passed_to) == (resource, passed_to)
         )
-        arns, condition = _resources(resource, profile)
+        arns, condition = _resources(resource, profile, place)
         if passed_to:
-            condition = {"StringEquals": {"iam:PassedToService": passed_to}}
+            condition = {"StringEquals": {"iam:PassedToService": list(passed_to)}}
         statement: dict[str, Any] = {
             "Sid": ("Pass" if passed_to else "") + _SIDS[resource],
             "Effect": "Allow",
@@ -178,10 +200,10 @@ _SIDS: dict[Resource, str] = {
 
 
 def _resources(
-    resource: Resource, profile: Profile | None
-) -> tuple[list[str], dict[str, dict[str, str]]]:
+    resource: Resource, profile: Profile | None, place: tuple[str, str, str]
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """Return ARNs, or patterns of such, and a condition."""
-    partition, region, account = _place(profile)
+    partition, region, account = place
 
     def arn(service: str, name: str) -> str:
         where = "" if service == "iam" else region
@@ -227,12 +249,16 @@ def _resources(
             return ["*"], {}
 
 
-def _place(profile: Profile | None) -> tuple[str, str, str]:
+def _place(profile: Profile | None, partition: str) -> tuple[str, str, str]:
     """Return partition, region and account, as far as they are known."""
     if profile is None:
-        return "aws", "*", "*"
+        if not partition:
+            raise ConfigError(
+                "without a profile, the partition is needed: 'aws', 'aws-cn' or 'aws-us-gov'"
+            )
+        return partition, "*", "*"
     for arn in (*profile.queues.values(), profile.execution_role, profile.key_secret):
         found = re.match(r"arn:([^:]+):[^:]+:[^:]*:(\d+):", arn)
         if found:
             return found[1], profile.region, found[2]
-    return "aws", profile.region, "*"
+    return partition or partition_of(profile.region), profile.region, "*"

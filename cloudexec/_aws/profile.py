@@ -54,6 +54,11 @@ class Profile:
     project: str = ""
     """Goes into a tag of every job."""
 
+    @property
+    def is_adopted(self) -> bool:
+        """Whether somebody else deployed the stack, so that it is not ours to change or delete."""
+        return bool(self.stack) and self.stack != f"cloudexec-{self.name}"
+
     def image(self, python: str, platform: str) -> str:
         """Return the image for a Python version and platform, or an empty string."""
         return self.images.get(f"{python}-{platform}", "")

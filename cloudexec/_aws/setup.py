@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cloudexec._aws.address import vpcs_of_this_machine
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.diagnosis import mend_invalid
 from cloudexec._aws.names import TAG_STACK, is_setup_name, stack_name
+from cloudexec._aws.network import SUBNETS_LARGEST, choose_network
 from cloudexec._aws.profile import Profile
-from cloudexec._aws.stack import Stack, event_ids, find_stack, follow, stack_failure
+from cloudexec._aws.requests import check_tags
+from cloudexec._aws.stack import STANDING, Stack, event_ids, find_stack, follow, stack_failure
 from cloudexec._aws.steps import Noted, Report, counted, stepping
 from cloudexec._aws.template import LOG_RETENTION_DAYS, TEMPLATE_VERSION, template
 from cloudexec._errors import AwsError, ConfigError
 
-__all__ = ["SetupOptions", "up"]
+__all__ = ["SetupOptions", "adopt", "up"]
 
 _INTERVAL = 2.0
 _VALID_WITHIN = 600.0
 """Seconds for queues and environments to become VALID; CloudFormation has waited for them once."""
-_SUBNETS = 16
-"""Subnets of one compute environment. AWS Batch API Reference, "ComputeResource"."""
 _QUEUES = {
     "fargate": "FargateQueue",
     "fargate_spot": "FargateSpotQueue",
     "ec2": "Ec2Queue",
     "ec2_spot": "Ec2SpotQueue",
 }
+_NEEDED_OUTPUTS = ("FargateQueue", "ExecutionRole", "JobRole", "KeySecret", "LogGroup", "Version")
+_POLICY = re.compile(r"arn:aws[a-z-]*:iam::(\d{12}|aws):policy/[\w+=,.@/-]+")
 _UNBORN = ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED")
 
 
@@ -43,14 +47,21 @@ class SetupOptions:
     vpc: str = ""
     """A new stack uses the default VPC if none is given."""
     subnets: tuple[str, ...] = ()
-    """A new stack uses all default subnets, or those of the VPC that is given."""
+    """A new stack uses the default subnets, or those of the VPC that is given, as far as workers
+    can start in them."""
     max_vcpus: int | None = None
     ec2: bool | None = None
     """Whether there are queues for EC2 instances too."""
     public_ip: bool | None = None
+    """Whether workers get public addresses. A new stack, and one whose network is changed: if
+    there are subnets in which that helps."""
     log_retention_days: int | None = None
     bucket_expire_days: int | None = None
     project: str = ""
+    permissions_boundary: str | None = None
+    """ARN of the policy that bounds the stack's roles; empty: none."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Of the stack, and so of all in it that can have tags."""
 
     def __post_init__(self) -> None:
         stack_name(self.name)
@@ -69,8 +80,14 @@ class SetupOptions:
             )
         if self.max_vcpus is not None and self.max_vcpus < 1:
             raise ConfigError(f"max_vcpus must be 1 or more, not {self.max_vcpus}")
-        if len(self.subnets) > _SUBNETS:
-            raise ConfigError(f"at most {_SUBNETS} subnets, not {len(self.subnets)}")
+        if len(self.subnets) > SUBNETS_LARGEST:
+            raise ConfigError(f"at most {SUBNETS_LARGEST} subnets, not {len(self.subnets)}")
+        if self.permissions_boundary and not _POLICY.fullmatch(self.permissions_boundary):
+            raise ConfigError(
+                f"a permissions boundary is the ARN of a policy, arn:aws:iam::ACCOUNT:policy/NAME, "
+                f"not {self.permissions_boundary!r}"
+            )
+        check_tags(self.tags)
 
 
 async def up(
@@ -94,25 +111,99 @@ async def up(
     name = stack_name(options.name)
     await asyncio.to_thread(Profile.check_writable, options.name)
     earlier = _earlier_profile(options.name, report)
+    if earlier is not None and earlier.is_adopted:
+        raise ConfigError(
+            f"the profile {options.name!r} uses the stack {earlier.stack}, which somebody else "
+            f"deployed: `cloudexec up --adopt {earlier.stack} --name {options.name}` writes it "
+            f"anew; for a stack of your own, give another --name"
+        )
     if earlier is not None and earlier.stack and earlier.region != clients.region:
         raise ConfigError(
             f"the profile {options.name!r} is of a stack in {earlier.region}, not in "
             f"{clients.region}: give another --name, or first `cloudexec down --name "
             f"{options.name}`"
         )
-    with stepping(report, "Credentials") as step:
-        identity = await clients.call("sts", "get_caller_identity")
-        step.found = f"account {identity['Account']}, {clients.region}, as {identity['Arn']}"
+    await _say_who(clients, report)
     stack = await _settle(clients, name, report, interval)
     if stack is None:
         stack = await _create(clients, name, options, report, interval)
     else:
         stack = await _update(clients, stack, options, report, interval)
     with stepping(report, "Queues and compute environments") as step:
-        queues = [stack.outputs[key] for key in _QUEUES.values() if key in stack.outputs]
-        step.found = await _await_valid(clients, queues, interval)
+        step.found = await _await_valid(clients, _queues(stack), interval)
+    return _write_profile(clients.region, stack, options, earlier, report)
+
+
+async def adopt(
+    clients: AwsClients, stack_name: str, options: SetupOptions, report: Report
+) -> Profile:
+    """Write a profile of a stack that somebody else has deployed from our template.
+
+    Nothing in AWS is changed: whoever deployed the stack updates and deletes it too. What is
+    needed are permissions to describe the stack and its queues.
+
+    Args:
+        clients: Account and region of the stack.
+        stack_name: Its name or ARN.
+        options: Name of the profile, and its project; nothing else.
+        report: Told of each step.
+
+    Raises:
+        AwsError: If AWS refuses, or a queue cannot be used.
+        ConfigError: If there is no such stack, or it is not made of our template.
+    """
+    await asyncio.to_thread(Profile.check_writable, options.name)
+    earlier = _earlier_profile(options.name, report)
+    if earlier is not None and earlier.stack and not earlier.is_adopted:
+        raise ConfigError(
+            f"the profile {options.name!r} is of a stack of its own, {earlier.stack}: give another "
+            f"--name, or first `cloudexec down --name {options.name}`"
+        )
+    await _say_who(clients, report)
+    with stepping(report, f"Stack {stack_name}") as step:
+        stack = await find_stack(clients, stack_name)
+        if stack is None:
+            raise ConfigError(f"there is no stack {stack_name} in {clients.region}")
+        if stack.status not in STANDING:
+            raise AwsError(
+                f"the stack {stack.name} is in {stack.status} and cannot be used: whoever deployed "
+                f"it must finish or mend it",
+                code=stack.status,
+            )
+        version = stack.outputs.get("Version", "")
+        missing = [key for key in _NEEDED_OUTPUTS if not stack.outputs.get(key)]
+        if missing:
+            raise ConfigError(
+                f"the stack {stack.name} was not deployed from `cloudexec template`: it has no "
+                f"output {', '.join(missing)}"
+            )
+        step.found = f"{stack.status}, template version {version}"
+    if version != TEMPLATE_VERSION:
+        text = (
+            f"the stack has template version {version}, this cloudexec {TEMPLATE_VERSION}: whoever "
+            f"deployed it may bring it up to date with `cloudexec template`"
+        )
+        report(Noted(text=text))
+    with stepping(report, "Queues and compute environments") as step:
+        step.found = await _await_valid(clients, _queues(stack), 0.0, is_ours=False)
+    return _write_profile(clients.region, stack, options, earlier, report)
+
+
+async def _say_who(clients: AwsClients, report: Report) -> None:
+    with stepping(report, "Credentials") as step:
+        identity = await clients.call("sts", "get_caller_identity")
+        step.found = f"account {identity['Account']}, {clients.region}, as {identity['Arn']}"
+
+
+def _queues(stack: Stack) -> list[str]:
+    return [stack.outputs[key] for key in _QUEUES.values() if key in stack.outputs]
+
+
+def _write_profile(
+    region: str, stack: Stack, options: SetupOptions, earlier: Profile | None, report: Report
+) -> Profile:
     with stepping(report, f"Profile {options.name}") as step:
-        profile = _profile(clients.region, stack, options, earlier)
+        profile = _profile(region, stack, options, earlier)
         step.found = str(profile.save())
     return profile
 
@@ -165,13 +256,10 @@ async def _settle(clients: AwsClients, name: str, report: Report, interval: floa
 async def _create(
     clients: AwsClients, name: str, options: SetupOptions, report: Report, interval: float
 ) -> Stack:
-    with stepping(report, "Network") as step:
-        vpc, subnets = await _network(clients, options)
-        step.found = f"{vpc} with {counted(len(subnets), 'subnet')}"
+    network = await _network(clients, options, report)
     body = template()
     defaults = {k: str(v["Default"]) for k, v in body["Parameters"].items() if "Default" in v}
-    network = {"VpcId": vpc, "SubnetIds": ",".join(subnets)}
-    given = {**network, **defaults, **_parameters(options)}
+    given = {**defaults, **_parameters(options), **network}
     with stepping(report, f"Creating the stack {name}") as step:
         created = await clients.call(
             "cloudformation",
@@ -180,7 +268,7 @@ async def _create(
             TemplateBody=json.dumps(body),
             Parameters=_pairs(given),
             Capabilities=["CAPABILITY_IAM"],
-            Tags=[{"Key": TAG_STACK, "Value": name}],
+            Tags=_tags(name, options),
         )
         begun = Stack(id=created["StackId"], name=name, status="CREATE_IN_PROGRESS", reason="")
         done, failures = await follow(clients, begun, set(), report, interval)
@@ -200,9 +288,8 @@ async def _update(
             f"than this one, which has {TEMPLATE_VERSION}: upgrade cloudexec"
         )
     given = _parameters(options)
-    if options.vpc or options.subnets:
-        vpc, subnets = await _network(clients, options)
-        given |= {"VpcId": vpc, "SubnetIds": ",".join(subnets)}
+    if options.vpc or options.subnets or options.public_ip is not None:
+        given |= await _network(clients, options, report, stack)
     body = template()
     kept = [
         {"ParameterKey": key, "UsePreviousValue": True}
@@ -211,6 +298,8 @@ async def _update(
     ]
     with stepping(report, f"Updating the stack {stack.name}") as step:
         seen = await event_ids(clients, stack)
+        # Without any, the stack keeps those that it has.
+        tags: dict[str, Any] = {"Tags": _tags(stack.name, options)} if options.tags else {}
         try:
             await clients.call(
                 "cloudformation",
@@ -219,6 +308,7 @@ async def _update(
                 TemplateBody=json.dumps(body),
                 Parameters=[*_pairs(given), *kept],
                 Capabilities=["CAPABILITY_IAM"],
+                **tags,
             )
         except AwsError as exc:
             if "No updates are to be performed" not in exc.message:
@@ -237,12 +327,16 @@ def _parameters(options: SetupOptions) -> dict[str, str]:
         "MaxVcpus": _text(options.max_vcpus),
         "LogRetentionDays": _text(options.log_retention_days),
         "BucketExpireDays": _text(options.bucket_expire_days),
+        "PermissionsBoundary": options.permissions_boundary,
         "Ec2": None if options.ec2 is None else ("true" if options.ec2 else "false"),
-        "AssignPublicIp": (
-            None if options.public_ip is None else ("ENABLED" if options.public_ip else "DISABLED")
-        ),
     }
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _tags(name: str, options: SetupOptions) -> list[dict[str, str]]:
+    return [
+        {"Key": key, "Value": value} for key, value in {**options.tags, TAG_STACK: name}.items()
+    ]
 
 
 def _pairs(parameters: Mapping[str, str]) -> list[dict[str, str]]:
@@ -253,52 +347,53 @@ def _text(number: int | None) -> str | None:
     return None if number is None else str(number)
 
 
-async def _network(clients: AwsClients, options: SetupOptions) -> tuple[str, tuple[str, ...]]:
-    """Return the VPC and subnets that are asked for, or the account's default ones."""
-    if options.subnets:
-        found = [
-            each
-            async for each in clients.pages(
-                "ec2", "describe_subnets", "Subnets", SubnetIds=list(options.subnets)
-            )
-        ]
-        vpcs = sorted({each["VpcId"] for each in found} | ({options.vpc} - {""}))
-        if len(vpcs) != 1:
-            raise ConfigError(f"all subnets must be in one VPC, but these are in {', '.join(vpcs)}")
-        return vpcs[0], options.subnets
-    filters: list[dict[str, Any]] = [{"Name": "state", "Values": ["available"]}]
-    vpc = options.vpc
-    if not vpc:
-        defaults = await clients.call(
-            "ec2", "describe_vpcs", Filters=[{"Name": "is-default", "Values": ["true"]}]
+async def _network(
+    clients: AwsClients, options: SetupOptions, report: Report, stack: Stack | None = None
+) -> dict[str, str]:
+    """Return the template's parameters of the network: as asked for, or the account's own."""
+    subnets: Sequence[str] = options.subnets
+    if stack is not None and not (options.vpc or options.subnets):
+        # Only whether workers have public addresses changes.
+        subnets = stack.parameters.get("SubnetIds", "").split(",")
+    with stepping(report, "Network") as step:
+        network = await choose_network(
+            clients, vpc=options.vpc, subnets=subnets, public_ip=options.public_ip
         )
-        if not defaults["Vpcs"]:
-            raise ConfigError(
-                f"there is no default VPC in {clients.region}: name one with --vpc and, if not all "
-                f"of its subnets are meant, --subnet; or make one with `aws ec2 create-default-vpc`"
-            )
-        vpc = defaults["Vpcs"][0]["VpcId"]
-        filters.append({"Name": "default-for-az", "Values": ["true"]})
-    subnets = [
-        each
-        async for each in clients.pages(
-            "ec2",
-            "describe_subnets",
-            "Subnets",
-            Filters=[*filters, {"Name": "vpc-id", "Values": [vpc]}],
+        address = "with" if network.public_ip else "without"
+        number = counted(len(network.subnets), "subnet")
+        step.found = f"{network.vpc} with {number}; workers {address} public addresses"
+    for text in network.left_out:
+        report(Noted(text=f"not used: {text}"))
+    maps = all(each.maps_public for each in network.subnets if each.reach == "public")
+    if options.ec2 and not maps:
+        text = (
+            "instances get no public address in some of these public subnets, and so no way out: "
+            "`aws ec2 modify-subnet-attribute --map-public-ip-on-launch --subnet-id ID` gives "
+            "them one"
         )
-    ]
-    if options.vpc and options.public_ip is not False:
-        # A public address is of no use in a private subnet.
-        subnets = [each for each in subnets if each.get("MapPublicIpOnLaunch")] or subnets
-    if not subnets:
-        raise ConfigError(f"{vpc} has no subnets to run workers in: name them with --subnet")
-    subnets.sort(key=lambda each: (each.get("AvailabilityZone", ""), each["SubnetId"]))
-    return vpc, tuple(each["SubnetId"] for each in subnets[:_SUBNETS])
+        report(Noted(text=text))
+    elsewhere = await vpcs_of_this_machine()
+    if elsewhere and network.vpc not in elsewhere:
+        text = (
+            f"this instance is in {', '.join(elsewhere)}, the workers will be in {network.vpc}: "
+            f"they reach it at its public address only, or where the two VPCs are peered; with "
+            f"--vpc {elsewhere[0]}, they are beside it"
+        )
+        report(Noted(text=text))
+    return {
+        "VpcId": network.vpc,
+        "SubnetIds": ",".join(each.id for each in network.subnets),
+        "AssignPublicIp": "ENABLED" if network.public_ip else "DISABLED",
+    }
 
 
-async def _await_valid(clients: AwsClients, queues: Sequence[str], interval: float) -> str:
-    """Wait until queues and their environments are VALID, and enable those that are not."""
+async def _await_valid(
+    clients: AwsClients, queues: Sequence[str], interval: float, *, is_ours: bool = True
+) -> str:
+    """Wait until queues and their environments are VALID, and enable those that are not.
+
+    Those of a stack that is not ours must be so already.
+    """
     started = time.monotonic()
     touched: set[str] = set()
     while True:
@@ -323,6 +418,12 @@ async def _await_valid(clients: AwsClients, queues: Sequence[str], interval: flo
                     f"; once that is mended, {mend_invalid('`cloudexec up`')}",
                     code="INVALID",
                 )
+            if not is_ours and (status, state) != ("VALID", "ENABLED"):
+                raise AwsError(
+                    f"the {kind} {name} is {status} and {state}: whoever deployed the stack must "
+                    f"mend or enable it",
+                    code=status,
+                )
             is_off = status == "VALID" and state != "ENABLED"
             if (is_off or status == "INVALID") and name not in touched:
                 # `down` disables queues first, and may have been interrupted after that. What was
@@ -335,6 +436,8 @@ async def _await_valid(clients: AwsClients, queues: Sequence[str], interval: flo
                 )
             if status != "VALID" or state != "ENABLED":
                 waiting.append(f"{kind} {name} is {status} and {state}")
+        if waiting and not is_ours:
+            raise AwsError("; ".join(waiting), code="NotValid")
         if not waiting:
             return f"{counted(len(queues), 'queue')} VALID and ENABLED"
         if time.monotonic() - started > _VALID_WITHIN:

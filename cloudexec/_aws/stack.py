@@ -10,7 +10,10 @@ from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.steps import Report, ResourceChanged
 from cloudexec._errors import AwsError
 
-__all__ = ["Stack", "event_ids", "find_stack", "follow", "stack_failure"]
+__all__ = ["STANDING", "Stack", "event_ids", "find_stack", "follow", "stack_failure"]
+
+STANDING = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IMPORT_COMPLETE")
+"""States of a stack whose resources can be used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,6 +52,8 @@ async def take_stock(clients: AwsClients, name: str) -> Stock:
     Raises:
         AwsError: If AWS refuses, or cannot be reached.
     """
+    if _adopted_profile(name) is not None:
+        return Stock(stack=None, jobs=0, objects=0, has_more_objects=False, images=0, definitions=0)
     stack = await find_stack(clients, stack_name(name))
     resources = await _resources(clients, stack)
     jobs: set[str] = set()
@@ -111,6 +113,12 @@ async def down(
         AwsError: If AWS refuses, or cannot be reached.
     """
     stack_of = stack_name(name)
+    if (adopted := _adopted_profile(name)) is not None:
+        # It is for whoever deployed the stack to delete it.
+        adopted.delete()
+        text = f"profile {name} deleted; its stack, {adopted.stack}, stays: somebody else's"
+        report(Noted(text=text))
+        return ()
     with stepping(report, "Credentials") as step:
         identity = await clients.call("sts", "get_caller_identity")
         step.found = f"account {identity['Account']}, {clients.region}, as {identity['Arn']}"
@@ -146,6 +154,14 @@ async def down(
         remnants = await find_remnants(clients, stack_of, report)
         step.found = f"{counted(len(remnants), 'thing')}" if remnants else "nothing"
     return remnants
+
+
+def _adopted_profile(name: str) -> Profile | None:
+    try:
+        profile = Profile.load(name)
+    except ConfigError:
+        return None
+    return profile if profile.is_adopted else None
 
 
 def _delete_profile(name: str, stack: str, region: str, report: Report) -> None:

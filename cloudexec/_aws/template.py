@@ -9,7 +9,7 @@ from cloudexec._aws.names import TAG_REGION, TAG_STACK
 
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
 
-TEMPLATE_VERSION = "2"
+TEMPLATE_VERSION = "3"
 """Raised when the template changes; ``cloudexec doctor`` compares it with the stack's output."""
 DATA_PREFIX = "data/"
 """Keys of the bucket that tasks may read and write."""
@@ -18,6 +18,11 @@ LOG_RETENTION_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 
 
 _IMAGES_KEPT = 20
 _STACK = {"Ref": "AWS::StackName"}
+_BOUNDARY = {
+    "PermissionsBoundary": {
+        "Fn::If": ["Bounded", {"Ref": "PermissionsBoundary"}, {"Ref": "AWS::NoValue"}]
+    }
+}
 
 Json = dict[str, Any]
 
@@ -40,6 +45,10 @@ def template() -> Json:
                         "Label": {"default": "Network"},
                         "Parameters": ["VpcId", "SubnetIds", "AssignPublicIp"],
                     },
+                    {
+                        "Label": {"default": "Permissions"},
+                        "Parameters": ["PermissionsBoundary"],
+                    },
                     {"Label": {"default": "Capacity"}, "Parameters": ["MaxVcpus", "Ec2"]},
                     {
                         "Label": {"default": "Retention"},
@@ -49,7 +58,10 @@ def template() -> Json:
             }
         },
         "Parameters": _parameters(),
-        "Conditions": {"Ec2": {"Fn::Equals": [{"Ref": "Ec2"}, "true"]}},
+        "Conditions": {
+            "Ec2": {"Fn::Equals": [{"Ref": "Ec2"}, "true"]},
+            "Bounded": {"Fn::Not": [{"Fn::Equals": [{"Ref": "PermissionsBoundary"}, ""]}]},
+        },
         "Resources": {
             **_network(),
             **_storage(),
@@ -84,6 +96,12 @@ def _parameters() -> Json:
                 "ENABLED in public subnets; DISABLED in private ones, which need a NAT gateway or "
                 "VPC endpoints."
             ),
+        },
+        "PermissionsBoundary": {
+            "Type": "String",
+            "Default": "",
+            "AllowedPattern": r"|arn:aws[a-z-]*:iam::(\d{12}|aws):policy/[\w+=,.@/-]+",
+            "Description": "ARN of the policy that bounds the roles; empty for none.",
         },
         "MaxVcpus": {
             "Type": "Number",
@@ -239,6 +257,7 @@ def _roles() -> Json:
         "JobRole": {
             "Type": "AWS::IAM::Role",
             "Properties": {
+                **_BOUNDARY,
                 "Description": "What tasks may do",
                 "AssumeRolePolicyDocument": _trust_tasks(),
                 "Policies": [
@@ -257,6 +276,7 @@ def _roles() -> Json:
         "ExecutionRole": {
             "Type": "AWS::IAM::Role",
             "Properties": {
+                **_BOUNDARY,
                 "Description": "Starts workers: pulls the image, reads the key, writes the log",
                 "AssumeRolePolicyDocument": _trust_tasks(),
                 "Policies": [
@@ -323,6 +343,7 @@ def _ec2() -> Json:
         "InstanceRole": {
             "Type": "AWS::IAM::Role",
             "Properties": {
+                **_BOUNDARY,
                 "Description": "Lets instances join the cluster of their compute environment",
                 "AssumeRolePolicyDocument": _trust("ec2.amazonaws.com"),
                 "ManagedPolicyArns": [

@@ -9,8 +9,11 @@ from cloudexec.cli._aws_options import ends_well
 _HELP = """Print the IAM policy that people need who run executors, and no more than that.
 
 With a profile, the policy names the resources of its stack. Without one, it has patterns for any
-stack of cloudexec. People who run `cloudexec up` or `down` need more: they must be allowed to
-create and delete what `cloudexec template` contains.
+stack of cloudexec, and needs to know the partition that the account is in: `aws`, but for accounts
+in China, `aws-cn`, and in GovCloud, `aws-us-gov`. A policy for another one allows nothing.
+
+People who run `cloudexec up` or `down` need more: they must be allowed to create and delete what
+`cloudexec template` contains.
 """
 
 
@@ -21,18 +24,34 @@ create and delete what `cloudexec template` contains.
     context_settings={"max_content_width": 100},
 )
 @click.option("--profile", "name", metavar="NAME", help="Profile whose resources the policy names.")
+@click.option(
+    "--partition",
+    metavar="NAME",
+    help="Partition of the account, where no profile is given: aws, aws-cn, aws-us-gov.",
+)
 @ends_well
-def policy_command(name: str | None) -> int:
+def policy_command(name: str | None, partition: str | None) -> int:
     """Print it as JSON."""
     import json
+    import re
+    import sys
 
     from cloudexec._aws.policy import policy
     from cloudexec._aws.profile import Profile
     from cloudexec._errors import ConfigError
     from cloudexec.cli._errors import CommandError
 
+    if name is None and partition is None and sys.stdin.isatty():
+        partition = click.prompt("Partition of the account", default="aws", err=True)
+    if name is None and partition is None:
+        raise CommandError(
+            "without --profile, say --partition aws, or aws-cn for an account in China, or "
+            "aws-us-gov for one in GovCloud: a policy for another partition allows nothing"
+        )
+    if partition is not None and not re.fullmatch(r"aws(-[a-z]+)*", partition):
+        raise CommandError(f"a partition is aws, aws-cn, aws-us-gov or the like, not {partition!r}")
     try:
-        document = policy(Profile.load(name) if name else None)
+        document = policy(Profile.load(name) if name else None, partition or "")
     except ConfigError as exc:
         raise CommandError(str(exc)) from exc
     click.echo(json.dumps(document, indent=2))

@@ -81,6 +81,25 @@ Exit codes:
 @click.option(
     "--project", default="", metavar="NAME", help="Name that goes into a tag of every job."
 )
+@click.option(
+    "--adopt",
+    default="",
+    metavar="STACK",
+    help="Use a stack that somebody else deployed from `cloudexec template`, and change nothing "
+    "in it: only write the profile.",
+)
+@click.option(
+    "--permissions-boundary",
+    metavar="ARN",
+    help="Policy that bounds the roles of the stack, where the account demands one; '' for none.",
+)
+@click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Tag of the stack and of all in it that can have tags. Can be repeated.",
+)
 @click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
 def up_command(
     name: str,
@@ -93,6 +112,9 @@ def up_command(
     log_days: int | None,
     bucket_days: int | None,
     project: str,
+    adopt: str,
+    permissions_boundary: str | None,
+    tags: tuple[str, ...],
     is_sure: bool,
 ) -> int:
     """Deploy the stack, show each step, and say what comes next."""
@@ -100,6 +122,7 @@ def up_command(
     from cloudexec._aws.names import stack_name
     from cloudexec._aws.profile import Profile
     from cloudexec._aws.setup import SetupOptions, up
+    from cloudexec._aws.setup import adopt as adopt_stack
     from cloudexec._aws.stack import find_stack
     from cloudexec._errors import ConfigError
     from cloudexec.cli._errors import CommandError
@@ -116,12 +139,16 @@ def up_command(
             log_retention_days=log_days,
             bucket_expire_days=bucket_days,
             project=project,
+            permissions_boundary=permissions_boundary,
+            tags=_pairs(tags),
         )
     except ConfigError as exc:
         raise CommandError(str(exc)) from exc
 
     async def work(steps: Steps) -> Profile:
         async with AwsClients(region or region_of(name)) as clients:
+            if adopt:
+                return await adopt_stack(clients, adopt, options, steps.show)
             return await up(clients, options, steps.show)
 
     async def question() -> str:
@@ -132,9 +159,14 @@ def up_command(
             what = "Create the stack" if stack is None else "Bring up to date the stack"
             return f"{what} {stack_id} in account {identity['Account']}, {clients.region}?"
 
+    if adopt and options != SetupOptions(name=name, project=project):
+        raise CommandError(
+            "--adopt changes nothing in the stack: it goes with --name and --project"
+        )
     # Asked outside of the event loop, where an interrupt would not end the question.
     if (
         not is_sure
+        and not adopt
         and sys.stdin.isatty()
         and not click.confirm(run_or_explain(question()), default=True, err=True)
     ):
@@ -155,6 +187,15 @@ def up_command(
         else:
             steps.say(f"Next: `cloudexec doctor{option}`.")
     return 0
+
+
+def _pairs(tags: tuple[str, ...]) -> dict[str, str]:
+    from cloudexec.cli._errors import CommandError
+
+    pairs = dict(each.partition("=")[::2] for each in tags)
+    if wrong := [each for each in tags if "=" not in each]:
+        raise CommandError(f"--tag is KEY=VALUE, not {wrong[0]!r}")
+    return pairs
 
 
 def region_of(name: str) -> str | None:

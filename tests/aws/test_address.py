@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from cloudexec import ConfigError
 from cloudexec._aws import address
-from cloudexec._aws.address import advertised_address
+from cloudexec._aws.address import advertised_address, vpcs_of_this_machine
 from cloudexec._aws.profile import Profile
 
 PROFILE = Profile(name="p", region="r", vpc="vpc-1", advertise="profile.example:99")
@@ -19,7 +24,11 @@ PROFILE = Profile(name="p", region="r", vpc="vpc-1", advertise="profile.example:
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of this machine's environment counts."""
-    for name in ("CLOUDEXEC_ADVERTISE", "ECS_CONTAINER_METADATA_URI_V4"):
+    for name in (
+        "CLOUDEXEC_ADVERTISE",
+        "ECS_CONTAINER_METADATA_URI_V4",
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -108,3 +117,90 @@ def test_what_is_listened_on_is_what_is_dialed(value: str, listen: str, port: in
     """The port that is named, in the family of the address; loopback for loopback alone."""
     found = find(None, advertise=value)
     assert (found.listen, found.port) == (listen, port)
+
+
+class Instance(ThreadingHTTPServer):
+    """The metadata service, version 2, of an instance with these interfaces."""
+
+    def __init__(self, *interfaces: tuple[str, str, str]) -> None:
+        super().__init__(("127.0.0.1", 0), _Metadata)
+        self.answers = {}
+        macs = "/latest/meta-data/network/interfaces/macs/"
+        # Not in the order of their numbers, as the real one.
+        numbered = list(enumerate(interfaces))[::-1]
+        self.answers[macs] = "\n".join(f"02:00:00:00:00:0{number}/" for number, _ in numbered)
+        for number, (vpc, private, public) in numbered:
+            base = f"{macs}02:00:00:00:00:0{number}/"
+            self.answers[f"{base}device-number"] = str(number)
+            self.answers[f"{base}vpc-id"] = vpc
+            self.answers[f"{base}local-ipv4s"] = private
+            if public:
+                self.answers[f"{base}public-ipv4s"] = public
+
+
+class _Metadata(BaseHTTPRequestHandler):
+    server: Instance
+
+    def do_PUT(self) -> None:
+        self._answer("token" if self.path == "/latest/api/token" else None)
+
+    def do_GET(self) -> None:
+        known = self.headers.get("X-aws-ec2-metadata-token") == "token"
+        self._answer(self.server.answers.get(self.path) if known else None)
+
+    def _answer(self, text: str | None) -> None:
+        self.send_response(200 if text is not None else 404)
+        self.send_header("Content-Length", str(len(text or "")))
+        self.end_headers()
+        self.wfile.write((text or "").encode())
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Nothing."""
+
+
+@contextlib.contextmanager
+def on_instance(
+    monkeypatch: pytest.MonkeyPatch, *interfaces: tuple[str, str, str]
+) -> Iterator[None]:
+    """Let this machine be an EC2 instance: each interface has a VPC, and addresses."""
+    with Instance(*interfaces) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", endpoint)
+        yield
+        server.shutdown()
+        thread.join()
+
+
+def test_an_instance_in_the_workers_vpc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its private address, although it has a public one."""
+    with on_instance(monkeypatch, ("vpc-1", "10.1.0.5", "8.8.4.4")):
+        found = find(dataclasses.replace(PROFILE, advertise=""))
+        assert (found.address, found.listen) == ("10.1.0.5", "0.0.0.0")
+        assert asyncio.run(vpcs_of_this_machine()) == ("vpc-1",)
+
+
+def test_any_interface_may_be_in_the_workers_vpc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The primary one of a SageMaker notebook is in SageMaker's VPC, another in the owner's."""
+    with on_instance(monkeypatch, ("vpc-s", "172.16.0.9", ""), ("vpc-1", "10.1.0.5", "")):
+        found = find(dataclasses.replace(PROFILE, advertise=""))
+        assert found.address == "10.1.0.5"
+        assert "vpc-1" in found.how
+
+
+def test_an_instance_in_another_vpc_with_a_public_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    with on_instance(monkeypatch, ("vpc-2", "10.2.0.5", "8.8.4.4")):
+        found = find(dataclasses.replace(PROFILE, advertise=""))
+        assert found.address == "8.8.4.4"
+        assert "it is in vpc-2, not in vpc-1" in found.how
+
+
+def test_an_instance_in_another_vpc_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody in the workers' VPC reaches its private address."""
+    monkeypatch.setattr(address, "_outward_address", lambda: "10.2.0.5")
+    with (
+        on_instance(monkeypatch, ("vpc-2", "10.2.0.5", "")),
+        pytest.raises(ConfigError, match=r"in vpc-2, the workers are in vpc-1.*up --vpc"),
+    ):
+        find(dataclasses.replace(PROFILE, advertise=""))

@@ -105,6 +105,7 @@ def test_a_set_up_that_stands_has_nothing_wrong(aws: FakeAWS, profile: Profile) 
         "image",
         "key",
         "log group",
+        "network",
         "profile",
         "queues",
         "region",
@@ -112,6 +113,35 @@ def test_a_set_up_that_stands_has_nothing_wrong(aws: FakeAWS, profile: Profile) 
         "stack",
         "vCPU quota",
     }
+
+
+def test_a_network_that_workers_cannot_start_in(aws: FakeAWS, profile: Profile) -> None:
+    """The routes were changed since; or the profile says what they do not allow."""
+    assert "public" in _examine()["network"].found
+    dataclasses.replace(profile, assign_public_ip=False).save()
+    check = _examine()["network"]
+    assert check.outcome == "failed"
+    assert "no use without a public address" in check.found
+    assert "--public-ip" in check.remedy
+    dataclasses.replace(profile, subnets=("subnet-0123456789abcdef0",)).save()
+    check = _examine()["network"]
+    assert check.outcome == "failed"
+    assert "subnet-0123456789abcdef0" in check.found
+    dataclasses.replace(profile, subnets=()).save()
+    assert _examine()["network"].outcome == "skipped"
+
+
+def test_instances_without_public_addresses_are_a_warning(aws: FakeAWS, profile: Profile) -> None:
+    """On EC2, the subnet decides, not the job."""
+    first = profile.subnets[0]
+    off = {"Value": False}
+    _call("ec2", "modify_subnet_attribute", SubnetId=first, MapPublicIpOnLaunch=off)
+    assert _examine()["network"].outcome == "ok"
+    queues = {**profile.queues, "ec2": profile.queues["fargate"]}
+    dataclasses.replace(profile, queues=queues).save()
+    check = _examine()["network"]
+    assert check.outcome == "warning"
+    assert first in check.found
 
 
 def test_looking_changes_nothing(aws: FakeAWS, profile: Profile) -> None:

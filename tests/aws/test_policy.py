@@ -14,6 +14,7 @@ import pytest
 from botocore import xform_name
 
 import cloudexec
+from cloudexec import ConfigError
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.doctor import examine
 from cloudexec._aws.policy import CALLS, Call, actions_for, policy, unknown_calls
@@ -76,7 +77,7 @@ def test_a_call_that_is_not_in_the_table_is_found() -> None:
     calls = {("batch", "SubmitJob"), ("batch", "DeleteJobQueue")}
     assert unknown_calls(calls) == {("batch", "DeleteJobQueue")}
     with pytest.raises(ValueError, match="batch:DeleteJobQueue"):
-        actions_for(calls)
+        actions_for(calls, PROFILE)
     with pytest.raises(AssertionError, match="DeleteJobQueue"):
         check_calls(calls)
     check_calls([("batch", "SubmitJob"), ("sts", "GetCallerIdentity")])
@@ -115,6 +116,32 @@ def test_policy_of_a_few_calls_allows_no_more() -> None:
     assert allowed["batch:DescribeJobs"] == "*"
 
 
+@pytest.mark.parametrize("partition", ["aws-cn", "aws-us-gov"])
+def test_patterns_are_of_one_partition(partition: str) -> None:
+    """ARNs of another one name nothing in the account, so it has to be given."""
+    for statement in policy(partition=partition)["Statement"]:
+        for arn in [statement["Resource"]] if isinstance(statement["Resource"], str) else []:
+            assert arn == "*" or arn.startswith(f"arn:{partition}:")
+    with pytest.raises(ConfigError, match="the partition is needed"):
+        policy()
+
+
+def test_partition_of_a_profile_without_arns_is_its_regions() -> None:
+    profile = Profile(name="p", region="cn-north-1", queues={"fargate": "by-name"})
+    queues = _statements(policy(profile))["Queues"]["Resource"]
+    assert queues == "arn:aws-cn:batch:cn-north-1:*:job-queue/by-name"
+
+
+def test_a_job_is_submitted_on_jobs_too() -> None:
+    """The Service Authorization Reference marks the resource type as required."""
+    allowed = [
+        each["Resource"]
+        for each in policy(PROFILE)["Statement"]
+        if "batch:SubmitJob" in each["Action"]
+    ]
+    assert f"arn:aws:batch:eu-central-1:{ACCOUNT}:job/*" in allowed
+
+
 def test_with_a_profile_the_resources_are_that_stacks() -> None:
     statements = _statements(policy(PROFILE))
     here = f"eu-central-1:{ACCOUNT}"
@@ -133,18 +160,19 @@ def test_with_a_profile_the_resources_are_that_stacks() -> None:
     assert statements["Logs"]["Resource"] == [group, f"{group}:*"]
 
 
-def test_roles_can_be_passed_to_tasks_only() -> None:
+def test_roles_can_be_passed_to_tasks_and_to_batch_only() -> None:
+    """Which of the two AWS Batch passes them to is published both ways."""
     statement = _statements(policy(PROFILE))["PassRoles"]
     assert statement["Action"] == ["iam:PassRole"]
     assert statement["Resource"] == [PROFILE.execution_role, PROFILE.job_role]
     assert statement["Condition"] == {
-        "StringEquals": {"iam:PassedToService": "ecs-tasks.amazonaws.com"}
+        "StringEquals": {"iam:PassedToService": ["batch.amazonaws.com", "ecs-tasks.amazonaws.com"]}
     }
 
 
 @pytest.mark.parametrize("profile", [None, PROFILE], ids=["patterns", "profile"])
 def test_only_what_reads_or_logs_in_is_allowed_on_everything(profile: Profile | None) -> None:
-    for statement in policy(profile)["Statement"]:
+    for statement in policy(profile, "aws")["Statement"]:
         if statement["Resource"] == "*":
             for action in statement["Action"]:
                 verb = action.partition(":")[2]
@@ -155,7 +183,7 @@ def test_only_what_reads_or_logs_in_is_allowed_on_everything(profile: Profile | 
 def test_policy_is_well_formed(profile: Profile | None) -> None:
     """It fits into a managed policy: 6,144 characters without spaces. IAM User Guide, "IAM and
     AWS STS quotas"."""
-    document = policy(profile)
+    document = policy(profile, "aws")
     assert document["Version"] == "2012-10-17"
     sids = [each["Sid"] for each in document["Statement"]]
     assert len(set(sids)) == len(sids)
@@ -169,7 +197,7 @@ def test_policy_is_well_formed(profile: Profile | None) -> None:
 
 
 def test_without_a_profile_the_key_is_told_by_its_tag() -> None:
-    statement = _statements(policy())["Key"]
+    statement = _statements(policy(partition="aws"))["Key"]
     assert statement["Condition"] == {
         "StringLike": {"aws:ResourceTag/cloudexec:stack": "cloudexec-*"}
     }
@@ -177,7 +205,7 @@ def test_without_a_profile_the_key_is_told_by_its_tag() -> None:
 
 def test_nobody_is_let_delete_or_create_what_costs() -> None:
     """But for the objects that executors make, and delete."""
-    actions = {action for each in policy()["Statement"] for action in each["Action"]}
+    actions = {action for each in policy(partition="aws")["Statement"] for action in each["Action"]}
     found = [each for each in actions if each.partition(":")[2].startswith(("Delete", "Create"))]
     assert found == ["s3:DeleteObject"]
 
@@ -188,4 +216,7 @@ def test_objects_are_those_of_executors_only() -> None:
     bucket = f"arn:aws:s3:::{PROFILE.bucket}"
     assert statements["Objects"]["Resource"] == f"{bucket}/cloudexec/*"
     assert statements["Bucket"]["Resource"] == bucket
-    assert _statements(policy())["Objects"]["Resource"] == "arn:aws:s3:::cloudexec-*/cloudexec/*"
+    assert (
+        _statements(policy(partition="aws"))["Objects"]["Resource"]
+        == "arn:aws:s3:::cloudexec-*/cloudexec/*"
+    )

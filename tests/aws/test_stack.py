@@ -16,7 +16,7 @@ from cloudexec import AwsError, ConfigError
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.remnants import Remnant
-from cloudexec._aws.setup import SetupOptions, up
+from cloudexec._aws.setup import SetupOptions, adopt, up
 from cloudexec._aws.stack import find_stack
 from cloudexec._aws.steps import Event, Noted, ResourceChanged, StepFinished, StepStarted
 from cloudexec._aws.teardown import down, take_stock
@@ -240,21 +240,117 @@ def test_up_uses_the_network_that_it_is_given(aws: FakeAWS) -> None:
     with pytest.raises(ConfigError, match="no subnets"):
         _up(vpc=vpc)
     subnet = _call("ec2", "create_subnet", VpcId=vpc, CidrBlock="10.9.1.0/24")["Subnet"]["SubnetId"]
-    profile = _up(vpc=vpc, public_ip=False)
+    with pytest.raises(ConfigError, match=r"no default route.*NAT gateway"):
+        _up(vpc=vpc)
+    assert "CreateStack" not in _operations(aws)
+    # A NAT gateway there, in place of one in a public subnet: what counts is the route.
+    address = _call("ec2", "allocate_address", Domain="vpc")["AllocationId"]
+    nat = _call("ec2", "create_nat_gateway", SubnetId=subnet, AllocationId=address)["NatGateway"]
+    filters = [{"Name": "vpc-id", "Values": [vpc]}]
+    (table,) = _call("ec2", "describe_route_tables", Filters=filters)["RouteTables"]
+    _call(
+        "ec2",
+        "create_route",
+        RouteTableId=table["RouteTableId"],
+        DestinationCidrBlock="0.0.0.0/0",
+        NatGatewayId=nat["NatGatewayId"],
+    )
+    profile = _up(vpc=vpc)
     assert (profile.vpc, profile.subnets) == (vpc, (subnet,))
     assert not profile.assign_public_ip
 
 
-def test_subnets_of_two_vpcs_are_refused(aws: FakeAWS) -> None:
-    vpc = _call("ec2", "create_vpc", CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
-    other = _call("ec2", "create_subnet", VpcId=vpc, CidrBlock="10.9.1.0/24")["Subnet"]["SubnetId"]
-    default = next(
-        each["SubnetId"]
-        for each in _call("ec2", "describe_subnets")["Subnets"]
-        if each["VpcId"] != vpc
+def test_up_does_not_take_public_addresses_from_where_they_are_needed(aws: FakeAWS) -> None:
+    """An existing stack keeps its subnets, which are looked at once more."""
+    _up()
+    with pytest.raises(ConfigError, match=r"of no use without a public address"):
+        _up(public_ip=False)
+    assert "UpdateStack" not in _operations(aws)
+
+
+def test_boundary_and_tags_reach_what_the_stack_makes(aws: FakeAWS) -> None:
+    """Where an account demands both of every role; what is not given later stays."""
+    boundary = "arn:aws:iam::123456789012:policy/boundary"
+    profile = _up(permissions_boundary=boundary, tags={"team": "weather"})
+    _up(max_vcpus=8)
+    role = profile.job_role.rpartition("/")[2]
+    found = _call("iam", "get_role", RoleName=role)["Role"]
+    assert found["PermissionsBoundary"]["PermissionsBoundaryArn"] == boundary
+    tags = _call("iam", "list_role_tags", RoleName=role)["Tags"]
+    assert {"Key": "team", "Value": "weather"} in tags
+    answer = _call("batch", "describe_job_queues", jobQueues=[profile.queues["fargate"]])
+    assert answer["jobQueues"][0]["tags"]["team"] == "weather"
+
+
+# Adopt
+
+
+def _deploy(name: str, *, version: str | None = None) -> None:
+    """Deploy the template as an administrator does, without us."""
+    body = template()
+    if version is not None:
+        body["Outputs"]["Version"]["Value"] = version
+    subnets = [each["SubnetId"] for each in _call("ec2", "describe_subnets")["Subnets"]]
+    (vpc,) = _call("ec2", "describe_vpcs")["Vpcs"]
+    network = {"VpcId": vpc["VpcId"], "SubnetIds": ",".join(subnets)}
+    _call(
+        "cloudformation",
+        "create_stack",
+        StackName=name,
+        TemplateBody=json.dumps(body),
+        Parameters=[{"ParameterKey": key, "ParameterValue": network[key]} for key in network],
+        Capabilities=["CAPABILITY_IAM"],
     )
-    with pytest.raises(ConfigError, match="must be in one VPC"):
-        _up(subnets=(default, other))
+    while (stack := _run(lambda c: find_stack(c, name))) is None or stack.is_moving:
+        pass
+    assert stack.status == "CREATE_COMPLETE"
+
+
+def _adopt(stack: str, report: Callable[[Event], None] = _ignore, **options: Any) -> Profile:
+    return _run(lambda c: adopt(c, stack, SetupOptions(**options), report))
+
+
+def test_a_stack_of_an_administrator_is_adopted_and_left_alone(aws: FakeAWS) -> None:
+    """Whatever it is called; neither ``up`` nor ``down`` changes anything of it."""
+    _deploy("research-batch")
+    aws.clear_requests()
+    profile = _adopt("research-batch", name="mine", project="p")
+    assert Profile.load("mine") == profile
+    assert (profile.stack, profile.project) == ("research-batch", "p")
+    assert set(profile.queues) == {"fargate", "fargate_spot"}
+    with pytest.raises(ConfigError, match="up --adopt research-batch --name mine"):
+        _up(name="mine")
+    assert _adopt("research-batch", name="mine") == profile
+    assert _run(lambda c: take_stock(c, "mine")).stack is None
+    events: list[Event] = []
+    assert _down(events.append, name="mine") == ()
+    assert Profile.names() == []
+    assert any(isinstance(each, Noted) and "somebody else's" in each.text for each in events)
+    for each in aws.requests:
+        assert each.operation.startswith(("Describe", "Get", "List")), each.operation
+
+
+def test_what_cannot_be_adopted(aws: FakeAWS) -> None:
+    """No stack, one that is not of our template, one that is disabled; a profile in use."""
+    with pytest.raises(ConfigError, match="no stack absent in"):
+        _adopt("absent")
+    _deploy("old", version="1")
+    events: list[Event] = []
+    profile = _adopt("old", events.append)
+    assert any(isinstance(each, Noted) and "version 1" in each.text for each in events)
+    _call("batch", "update_job_queue", jobQueue=profile.queues["fargate"], state="DISABLED")
+    with pytest.raises(AwsError, match=r"VALID and DISABLED: whoever deployed the stack"):
+        _adopt("old")
+    profile.delete()
+    body = {"Resources": {"Group": {"Type": "AWS::Logs::LogGroup"}}}
+    _call("cloudformation", "create_stack", StackName="x", TemplateBody=json.dumps(body))
+    while (stack := _run(lambda c: find_stack(c, "x"))) is None or stack.is_moving:
+        pass
+    with pytest.raises(ConfigError, match="not deployed from `cloudexec template`"):
+        _adopt("x")
+    Profile(name="own", region=aws.region, stack="cloudexec-own").save()
+    with pytest.raises(ConfigError, match="of a stack of its own"):
+        _adopt("old", name="own")
 
 
 def test_profile_of_another_region_is_not_overwritten(aws: FakeAWS) -> None:
@@ -304,6 +400,8 @@ def test_names_that_cannot_be_are_refused(name: str) -> None:
         ({"bucket_expire_days": 0}, "bucket_expire_days"),
         ({"max_vcpus": 0}, "max_vcpus"),
         ({"subnets": ("s",) * 17}, "at most 16"),
+        ({"permissions_boundary": "boundary"}, "ARN of a policy"),
+        ({"tags": {"aws:x": "1"}}, "not yours"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: Any, words: str) -> None:

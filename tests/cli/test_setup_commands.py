@@ -50,9 +50,20 @@ def test_template_is_printed(run: Run) -> None:
 
 
 def test_policy_is_printed(run: Run) -> None:
-    done = run("policy")
+    done = run("policy", "--partition", "aws-cn")
     assert done.returncode == 0
     assert json.loads(done.stdout)["Version"] == "2012-10-17"
+    assert "arn:aws:" not in done.stdout
+
+
+def test_policy_without_a_profile_asks_for_the_partition(run: Run) -> None:
+    """A policy for another one allows nothing, and nobody would be told."""
+    done = run("policy")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "say --partition aws" in done.stderr
+    done = run("policy", "--partition", "china")
+    assert done.returncode == 2
+    assert "'china'" in done.stderr
 
 
 def test_policy_of_a_profile_that_is_not_there(aws: FakeAWS, run: Run) -> None:
@@ -100,7 +111,7 @@ def test_from_up_to_down(aws: FakeAWS, run: Run, folder: Path, environment: dict
     assert done.returncode == 1
     assert "failed  image: there is none for Python" in done.stdout
     assert "-> `cloudexec image push --profile default`" in done.stdout
-    assert "1 of 13 checks failed." in done.stdout
+    assert "1 of 14 checks failed." in done.stdout
 
     image = f"registry.example/w@sha256:{'0' * 64}"
     done = run("image", "use", image)

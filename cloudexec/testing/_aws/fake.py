@@ -99,6 +99,8 @@ class FakeAWS:
         stack_seconds: How long CloudFormation takes to create or delete a stack.
         registry: Registry on this machine, ``host:port`` over plain HTTP, that stands for ECR: what
             is pushed there appears in ECR, and containers are run from there.
+        zones: More zones of the region, by name: id and type (``"availability-zone"``,
+            ``"local-zone"`` or ``"wavelength-zone"``), in which subnets can be made.
 
     Raises:
         ConfigError: If a setting is out of its range.
@@ -122,6 +124,7 @@ class FakeAWS:
         job_environment: Mapping[str, str] | None = None,
         stack_seconds: float = 0.2,
         registry: str | None = None,
+        zones: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         if mode not in get_args(Mode):
             raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
@@ -139,6 +142,7 @@ class FakeAWS:
         self.max_running = max_running
         self.stack_seconds = stack_seconds
         self.registry = registry
+        self.zones = dict(zones or {})
         self.python = python or sys.executable
         self.images = dict(images or {})
         self.aws_in_jobs = aws_in_jobs

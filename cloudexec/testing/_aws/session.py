@@ -27,6 +27,7 @@ from cloudexec.testing._aws.containers import ContainerRunner, engine_answers
 from cloudexec.testing._aws.engine import Engine, Timing
 from cloudexec.testing._aws.gateway import Gateway
 from cloudexec.testing._aws.logs import LogWriter
+from cloudexec.testing._aws.networks import Networks
 from cloudexec.testing._aws.prices import products, quota_response
 from cloudexec.testing._aws.registry import RegistryMirror
 from cloudexec.testing._aws.resources import ACCOUNT, MotoPlatform, logs_backend
@@ -122,12 +123,15 @@ class Session:
         self._closers.append(self.engine.close)
         self.resources = BatchResources(self.engine, owner.faults)
         self._jobs = BatchJobs(self.engine)
+        networks = Networks(owner.region, owner.zones)
+        self._closers.append(networks.close)
         mirror = RegistryMirror(owner.registry) if owner.registry else None
         self.gateway = Gateway(
             DomainDispatcherApplication(create_backend_app),
             handlers={
                 "ecr": lambda call, _: mirror.answer(call) if mirror else None,
                 "batch": self._batch,
+                "ec2": lambda call, _: networks.prepare(call.region),
                 "pricing": lambda call, _: products(call.operation, call.parameters),
                 "service-quotas": lambda call, _: quota_response(
                     call.operation, call.parameters, owner.faults
