@@ -16,6 +16,16 @@ __all__ = ["Remnant", "find_remnants", "tagged_secrets"]
 
 _TYPES_SEEN_DIRECTLY = ("batch", "cloudformation", "ecr", "iam", "logs", "s3", "secretsmanager")
 
+_DESCRIBED = {
+    "launch-template": "describe_launch_templates",
+    "network-interface": "describe_network_interfaces",
+    "snapshot": "describe_snapshots",
+    "subnet": "describe_subnets",
+    "volume": "describe_volumes",
+    "vpc": "describe_vpcs",
+}
+"""Types of EC2's, each with the call that describes it by its id."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remnant:
@@ -195,8 +205,32 @@ async def _left_elsewhere(clients: AwsClients, stack: str) -> AsyncIterator[str]
         # This service lags behind: what was asked for directly is not asked for twice. Jobs that
         # have ended and definitions that are deregistered stay listed for a time, as AWS has it.
         is_known = service == "ec2" and resource.startswith(("security-group", "instance"))
-        if service not in _TYPES_SEEN_DIRECTLY and not is_known:
+        if service in _TYPES_SEEN_DIRECTLY or is_known:
+            continue
+        is_there = await _is_there(clients, arn, service, resource)
+        if is_there is None:
+            yield f"{arn} (as the tagging service says, which lists for hours what is deleted)"
+        elif is_there:
             yield arn
+
+
+async def _is_there(clients: AwsClients, arn: str, service: str, resource: str) -> bool | None:
+    """Describe what the tagging service lists; ``None`` if there is no telling."""
+    kind, _, name = resource.partition("/")
+    try:
+        if service == "ecs" and kind == "cluster":
+            answer = await clients.call("ecs", "describe_clusters", clusters=[arn])
+            return any(each.get("status") != "INACTIVE" for each in answer["clusters"])
+        if service != "ec2" or kind not in _DESCRIBED:
+            return None
+        plural = "".join(part.capitalize() for part in kind.split("-"))
+        wanted: dict[str, Any] = {f"{plural}Ids": [name]}
+        answer = await clients.call("ec2", _DESCRIBED[kind], **wanted)
+    except AwsError as exc:
+        if exc.transient or exc.expired:
+            raise
+        return False if "NotFound" in exc.code else None
+    return bool(answer.get(f"{plural}s"))
 
 
 def _beginning(stack: str) -> str:

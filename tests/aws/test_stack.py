@@ -617,6 +617,44 @@ def test_what_only_the_tagging_service_knows_is_found(aws: FakeAWS) -> None:
     assert left.id.endswith(f"vpc/{answer['Vpc']['VpcId']}")
 
 
+def test_what_the_tagging_service_still_lists_is_described(aws: FakeAWS) -> None:
+    """It goes on listing what is deleted: only what can be described is left."""
+    tags = [{"Key": "cloudexec:stack", "Value": "cloudexec-default"}]
+    specification = [{"ResourceType": "volume", "Tags": tags}]
+    volumes = [
+        _call(
+            "ec2",
+            "create_volume",
+            Size=1,
+            AvailabilityZone="us-east-1a",
+            TagSpecifications=specification,
+        )["VolumeId"]
+        for _ in range(2)
+    ]
+    _call(
+        "ecs",
+        "create_cluster",
+        clusterName="c",
+        tags=[{"key": tags[0]["Key"], "value": tags[0]["Value"]}],
+    )
+    aws.faults.deleted_stay_listed()
+    _call("ec2", "delete_volume", VolumeId=volumes[0])
+    _call("ecs", "delete_cluster", cluster="c")
+    listed = _call("resourcegroupstaggingapi", "get_resources")["ResourceTagMappingList"]
+    assert sum(volumes[0] in each["ResourceARN"] for each in listed) == 1
+    (left,) = _down()
+    assert left.id.endswith(f"volume/{volumes[1]}")
+
+
+def test_what_cannot_be_described_is_said_to_be_listed_only(aws: FakeAWS) -> None:
+    tags = [{"Key": "cloudexec:stack", "Value": "cloudexec-default"}]
+    _call("ssm", "put_parameter", Name="p", Value="x", Type="String", Tags=tags)
+    (left,) = _down()
+    assert left.id.endswith(
+        "parameter/p (as the tagging service says, which lists for hours what is deleted)"
+    )
+
+
 def test_what_may_not_be_looked_for_counts_as_left(aws: FakeAWS) -> None:
     _up()
     aws.faults.deny("ListRoles")

@@ -425,3 +425,48 @@ def test_leaving_kills_what_runs(tmp_path: Any) -> None:
     assert set(threading.enumerate()) <= before
     assert pid is not None
     assert not os.path.exists(f"/proc/{pid}")
+
+
+# As slow and as small as the real one, on request.
+
+
+def _waiting(account: Account, *, size: int) -> str:
+    """Submit workers that do nothing for long."""
+    return account.submit("exec sleep 60", arrayProperties={"size": size})
+
+
+def _placed(account: Account) -> int:
+    return sum(job.status in ("STARTING", "RUNNING") for job in account.aws.jobs())
+
+
+def test_an_instance_boots_before_its_first_job() -> None:
+    """A second job that fits on it does not wait for another."""
+    with FakeAWS(step=0.005, boot=1.0) as aws:
+        account = Account(aws, kinds=("EC2",))
+        first = account.ended(account.submit("exit 0"))
+        second = account.ended(account.submit("exit 0"))
+        account.close()
+    assert (first.started_at or 0) - first.created_at >= 1.0
+    assert (second.started_at or 0) - second.created_at < 1.0
+
+
+def test_fargate_starts_so_many_tasks_at_once() -> None:
+    """The others follow at the rate; here none does within the test."""
+    with FakeAWS(step=0.005, launch_rate=(2, 0.001)) as aws:
+        account = Account(aws)
+        _waiting(account, size=4)
+        eventually(lambda: _placed(account) == 2)
+        states = [job.status for job in aws.jobs() if job.index is not None]
+        assert states.count("RUNNABLE") == 2
+        account.close()
+
+
+def test_a_new_account_runs_six_vcpus() -> None:
+    """And says so when it is asked for its quotas."""
+    with FakeAWS(step=0.005, new_account=True) as aws:
+        account = Account(aws)
+        _waiting(account, size=8)
+        eventually(lambda: _placed(account) == 6)
+        quotas = account.service_quotas.list_service_quotas(ServiceCode="fargate")["Quotas"]
+        assert {each["Value"] for each in quotas} == {6.0}
+        account.close()

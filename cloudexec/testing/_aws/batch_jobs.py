@@ -9,6 +9,7 @@ from typing import Any
 
 from cloudexec.testing._aws.batch_resources import find_definition
 from cloudexec.testing._aws.engine import Engine
+from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.jobs import Job, JobSpec, RetryRule, substituted
 from cloudexec.testing._aws.limits import (
     ClientError,
@@ -25,10 +26,16 @@ Handler = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 
 
 class BatchJobs:
-    """Carries out calls on jobs."""
+    """Carries out calls on jobs.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: Whose jobs.
+        faults: How late lists are.
+    """
+
+    def __init__(self, engine: Engine, faults: Faults) -> None:
         self._engine = engine
+        self._faults = faults
         self.handlers: dict[str, Handler] = {
             "DescribeJobs": self._describe,
             "ListJobs": self._list,
@@ -140,10 +147,11 @@ class BatchJobs:
         queue = batch_backend(region).get_job_queue(parameters["jobQueue"])
         if queue is None:
             raise ClientError(f"Job Queue: {parameters['jobQueue']} does not exist")
+        since = self._faults.listed_since()
         return [
             job
             for job in self._engine.jobs.values()
-            if job.parent is None and job.spec.queue_arn == queue.arn
+            if job.parent is None and job.spec.queue_arn == queue.arn and job.created_at <= since
         ]
 
     def _cancel(self, region: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

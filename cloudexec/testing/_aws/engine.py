@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from cloudexec.testing._aws.capacity import Capacity
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.jobs import Attempt, Job, JobSpec
 from cloudexec.testing._aws.logs import LogWriter
@@ -34,13 +35,6 @@ OVERRIDES_MAX = 8192
 TAGS_MAX = 50
 TOO_MANY_TAGS = "The total number of tags from the job and the job definition is over 50."
 """That the job fails is documented, in which words is not. AWS Batch API Reference, "SubmitJob"."""
-_QUOTAS = {
-    "FARGATE": "fargate",
-    "FARGATE_SPOT": "fargate_spot",
-    "EC2": "ec2",
-    "SPOT": "ec2_spot",
-}
-"""Type of compute environment -> the quota that bounds it."""
 INSUFFICIENT = (
     "CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY - All compute environments have insufficient "
     "capacity to service the job."
@@ -69,6 +63,10 @@ class Timing:
     """From SIGTERM to SIGKILL."""
     speed: float
     """AWS's seconds per real second, for attempt timeouts and queue time limits."""
+    boot: float = 0.0
+    """Until a new EC2 instance runs jobs."""
+    launch_rate: tuple[int, float] | None = None
+    """Tasks that Fargate starts at once, and per second after that, of each kind of capacity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +136,6 @@ class Engine:
         self._logs = logs
         self._faults = faults
         self._timing = timing
-        self._max_running = max_running
         self.lock = threading.RLock()
         self.jobs: dict[str, Job] = {}
         """Every job by id, children included, in the order of submission."""
@@ -146,9 +143,14 @@ class Engine:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._queues: dict[str, deque[Job]] = {}
-        self._used: dict[str, float] = {}
-        self._used_of_quota = dict.fromkeys(_QUOTAS.values(), 0.0)
-        self._placed = 0
+        self._capacity = Capacity(
+            faults,
+            self._later,
+            self._schedule,
+            max_running=max_running,
+            boot=timing.boot,
+            launch_rate=timing.launch_rate,
+        )
         self._dependents: dict[str, list[Job]] = {}
         self._attempt_threads: set[threading.Thread] = set()
         self._closing = False
@@ -253,7 +255,7 @@ class Engine:
     def used(self, environment_arn: str) -> float:
         """vCPUs in use in an environment."""
         with self.lock:
-            return self._used.get(environment_arn, 0.0)
+            return self._capacity.used(environment_arn)
 
     def poke(self) -> None:
         """Look again whether waiting jobs can be placed: something about capacity has changed."""
@@ -456,7 +458,7 @@ class Engine:
                 self._start(job, environment)
 
     def _place(self, view: QueueView, job: Job) -> tuple[EnvironmentView | None, str | None]:
-        """Where a job can go now; else why it cannot, where AWS says so."""
+        """Take a place where a job can go now; else say why it cannot, where AWS does."""
         vcpus = job.spec.vcpus
         reasons: set[str | None] = set()
         for environment in view.environments:
@@ -470,21 +472,14 @@ class Engine:
                 reasons.add(NO_INSTANCE)
             elif not self._faults.has_capacity(*_names(view, environment)):
                 reasons.add(INSUFFICIENT)
-            elif self._has_room(environment, vcpus):
+            elif self._capacity.take(
+                environment.arn, environment.kind, vcpus, environment.max_vcpus
+            ):
                 return environment, None
             else:
                 reasons.add(None)
         # AWS names a reason where it holds of every environment of the queue.
         return None, reasons.pop() if len(reasons) == 1 else None
-
-    def _has_room(self, environment: EnvironmentView, vcpus: float) -> bool:
-        if self._placed >= self._max_running:
-            return False
-        if self._used.get(environment.arn, 0.0) + vcpus > environment.max_vcpus:
-            return False
-        kind = _QUOTAS[environment.kind]
-        quota = self._faults.quota(kind)
-        return quota is None or self._used_of_quota[kind] + vcpus <= quota
 
     def _at_head(self, view: QueueView, job: Job, reason: str | None) -> None:
         now = time.time()
@@ -513,9 +508,6 @@ class Engine:
         job.environment_arn = environment.arn
         job.environment_name = environment.name
         job.environment_type = environment.kind
-        self._placed += 1
-        self._used[environment.arn] = self._used.get(environment.arn, 0.0) + job.spec.vcpus
-        self._used_of_quota[_QUOTAS[environment.kind]] += job.spec.vcpus
         job.task_id = uuid.uuid4().hex
         job.instance_id = None if job.spec.fargate else f"i-{uuid.uuid4().hex[:17]}"
         job.status_reason = None
@@ -696,10 +688,8 @@ class Engine:
 
     def _free(self, job: Job) -> None:
         assert job.environment_arn is not None
-        self._placed -= 1
-        self._used[job.environment_arn] -= job.spec.vcpus
         assert job.environment_type is not None
-        self._used_of_quota[_QUOTAS[job.environment_type]] -= job.spec.vcpus
+        self._capacity.give_back(job.environment_arn, job.environment_type, job.spec.vcpus)
         job.environment_arn = None
         self._later(0.0, self._schedule)
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["FakeAWS", "Setup"]
 
 Mode = Literal["process", "container", "auto"]
+_NEW_ACCOUNT = {"fargate": 6.0, "fargate_spot": 6.0}
+"""vCPUs at once. AWS Batch API Reference, "ResourceRequirement"; of Spot, AWS names none there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,12 @@ class FakeAWS:
         stack_seconds: How long CloudFormation takes to create or delete a stack.
         registry: Registry on this machine, ``host:port`` over plain HTTP, that stands for ECR: what
             is pushed there appears in ECR, and containers are run from there.
+        boot: Seconds that an EC2 instance takes until it can run jobs. AWS's take minutes.
+        launch_rate: How many tasks Fargate starts at once after a pause, and how many a second
+            from then on, of each kind of capacity; ``None``: any number. AWS's are 100 and 20
+            ("AWS Fargate throttling quotas", Amazon ECS Developer Guide).
+        new_account: Whether the account has the quotas of a new one: 6 vCPUs at once on Fargate,
+            and as many on Fargate Spot.
         zones: More zones of the region, by name: id and type (``"availability-zone"``,
             ``"local-zone"`` or ``"wavelength-zone"``), in which subnets can be made.
 
@@ -124,17 +133,30 @@ class FakeAWS:
         job_environment: Mapping[str, str] | None = None,
         stack_seconds: float = 0.2,
         registry: str | None = None,
+        boot: float = 0.0,
+        launch_rate: tuple[int, float] | None = None,
+        new_account: bool = False,
         zones: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         if mode not in get_args(Mode):
             raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
-        for name, value in (("step", step), ("grace", grace), ("stack_seconds", stack_seconds)):
+        for name, value in (
+            ("step", step),
+            ("grace", grace),
+            ("stack_seconds", stack_seconds),
+            ("boot", boot),
+        ):
             check_positive(name, value, zero=True)
+        if launch_rate is not None:
+            check_count("launch_rate[0]", launch_rate[0], least=1)
+            check_positive("launch_rate[1]", launch_rate[1])
         check_positive("speed", speed)
         check_positive("calls_per_second", calls_per_second)
         check_count("max_running", max_running, least=1)
         self.region = region
-        self.faults = Faults(self._renewed)
+        self.faults = Faults(self._renewed, _NEW_ACCOUNT if new_account else None)
+        self.boot = boot
+        self.launch_rate = launch_rate
         self.step = step
         self.grace = grace
         self.speed = speed
@@ -281,8 +303,10 @@ class FakeAWS:
         os.environ["AWS_SESSION_TOKEN"] = token
 
     def _leave(self) -> None:
+        mistakes: list[str] = []
         try:
             if self._session is not None:
+                mistakes = self._session.own_mistakes()
                 self._session.close()
                 self._session = None
             if self._directory is not None:
@@ -296,3 +320,6 @@ class FakeAWS:
                     os.environ[name] = value
             self._saved.clear()
             FakeAWS._entered.release()
+        if mistakes:
+            text = f"cloudexec made requests that AWS refuses: {'; '.join(mistakes)}"
+            warnings.warn(text, stacklevel=3)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import threading
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cloudexec.testing._aws.engine import Engine
+    from cloudexec.testing._aws.permissions import Permissions
+    from cloudexec.testing._aws.wire import Call
 
 __all__ = ["Faults"]
 
@@ -38,7 +41,10 @@ class Faults:
     What a fault does lasts until :meth:`clear`, unless it takes a count or a number of seconds.
     """
 
-    def __init__(self, renewed: Callable[[str], None]) -> None:
+    def __init__(
+        self, renewed: Callable[[str], None], quota: Mapping[str, float] | None = None
+    ) -> None:
+        self._usual_quota = dict(quota or {})
         self._lock = threading.RLock()
         self._renewed = renewed
         self._engine: Engine | None = None
@@ -65,8 +71,11 @@ class Faults:
         self._corrupted: list[list[object]] = []
         self._denied: list[list[object]] = []
         self._failing_resources: dict[str, str] = {}
-        self._quota: dict[str, float] = {}
+        self._quota = dict(self._usual_quota)
         self._unreachable_until = 0.0
+        self._ghosts = False
+        self._permissions: Permissions | None = None
+        self._list_lag = 0.0
 
     # Work that does not start.
 
@@ -312,10 +321,46 @@ class Faults:
         with self._lock:
             self._denied.append([operation, count])
 
+    def allow_only(
+        self,
+        policy: Mapping[str, Any],
+        *,
+        roles_are_passed_to: str = "ecs-tasks.amazonaws.com",
+        submit_names_jobs: bool = True,
+    ) -> None:
+        """Refuse whatever a policy does not allow, as for a user who has no other.
+
+        Args:
+            policy: As `cloudexec policy` prints it.
+            roles_are_passed_to: Service that AWS Batch passes roles to, which ``iam:PassRole``
+                may be bound to; published are this one and ``"batch.amazonaws.com"``.
+            submit_names_jobs: Whether ``batch:SubmitJob`` must be allowed on the job too, which
+                the Service Authorization Reference says and not everybody sees.
+        """
+        from cloudexec.testing._aws.permissions import Permissions
+
+        with self._lock:
+            self._permissions = Permissions(
+                policy=policy, passed_to=roles_are_passed_to, submit_names_jobs=submit_names_jobs
+            )
+
+    def list_lag(self, seconds: float) -> None:
+        """Let ListJobs miss jobs that were submitted so short a time ago. 0 undoes it.
+
+        AWS documents no bound for how late lists are.
+        """
+        with self._lock:
+            self._list_lag = seconds
+
     def unreachable(self, seconds: float) -> None:
         """Close every connection at once for so long. 0 ends it."""
         with self._lock:
             self._unreachable_until = time.monotonic() + seconds
+
+    def deleted_stay_listed(self) -> None:
+        """Let the tagging service list what has been deleted, as AWS's does for hours."""
+        with self._lock:
+            self._ghosts = True
 
     def expire_credentials(self) -> None:
         """Let the credentials of now be expired until :meth:`renew_credentials`."""
@@ -446,6 +491,22 @@ class Faults:
         """Whether connections are closed at once."""
         with self._lock:
             return time.monotonic() < self._unreachable_until
+
+    def missing_permission(self, call: Call) -> str | None:
+        """What the only policy does not allow of a call, as AWS says it."""
+        with self._lock:
+            permissions = self._permissions
+        return permissions.refusal(call) if permissions is not None else None
+
+    def listed_since(self) -> float:
+        """Time since the epoch after which jobs are not listed yet."""
+        with self._lock:
+            return time.time() - self._list_lag if self._list_lag else math.inf
+
+    def keeps_ghosts(self) -> bool:
+        """Whether the tagging service lists what has been deleted."""
+        with self._lock:
+            return self._ghosts
 
     def has_expired(self, token: str) -> bool:
         """Whether a session token is an expired one."""

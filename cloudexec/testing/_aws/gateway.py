@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from cloudexec._aws.clients import known_regions
+from cloudexec.testing._aws.bucket import Bucket
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.judge import problems
 from cloudexec.testing._aws.limits import ClientError
@@ -62,6 +63,7 @@ class Gateway:
     Args:
         moto: moto's application.
         handlers: By service, what answers instead of moto.
+        before: Told of each call that is to be carried out.
         faults: What goes wrong.
         calls_per_second: How many Batch calls are taken; also how many at once after a pause.
         metadata: Answers ``/v4/<task id>...``.
@@ -73,6 +75,7 @@ class Gateway:
         moto: Application,
         *,
         handlers: Mapping[str, Handler],
+        before: Callable[[Call], None],
         faults: Faults,
         calls_per_second: float,
         metadata: Callable[[str], Mapping[str, Any] | None],
@@ -80,16 +83,19 @@ class Gateway:
     ) -> None:
         self._moto = moto
         self._handlers = handlers
+        self._before = before
         self._faults = faults
         self._metadata = metadata
         self._secret = secret
-        self._bucket = _Bucket(calls_per_second)
+        self._bucket = Bucket(calls_per_second)
         self._lock = threading.Lock()
         # moto's back ends take no locks; a server with many threads would lose updates.
         self.moto_lock = threading.RLock()
         self._requests: list[Request] = []
         self._in_flight = 0
         self._idle = threading.Condition(self._lock)
+        self.own_mistakes: list[str] = []
+        """What the models have against requests of cloudexec's own; never forgotten."""
 
     @property
     def requests(self) -> list[Request]:
@@ -157,6 +163,9 @@ class Gateway:
             return [text]
         self._faults.wait_before(call.operation)
         found = problems(call, body)
+        if found and "cloudexec" in headers.get("user-agent", ""):
+            with self._lock:
+                self.own_mistakes += [f"{call.service}:{call.operation}: {each}" for each in found]
         response = self._refusal(call, headers, query, found)
         if response is None and call.service == "s3":
             reason = refusal(
@@ -218,6 +227,9 @@ class Gateway:
                 f"{call.service}:{call.operation} action"
             )
             return error_response(call, code, message, 403)
+        if not found and (lacking := self._faults.missing_permission(call)) is not None:
+            denied = "AccessDeniedException" if _is_json(call) else "AccessDenied"
+            return error_response(call, _DENIED.get(call.service, denied), lacking, 403)
         over = call.service == "batch" and not self._bucket.take()
         if over or self._faults.throttled(call.service, call.operation):
             throttled = ("ThrottlingException", "Rate exceeded", 400)
@@ -231,6 +243,7 @@ class Gateway:
         handler = self._handlers.get(call.service)
         try:
             with self.moto_lock:
+                self._before(call)
                 payload = handler(call, len(body)) if handler is not None else None
             if payload is None:
                 return self._from_moto(call, environ)
@@ -295,26 +308,6 @@ class Gateway:
         )
         with self._lock:
             self._requests.append(request)
-
-
-class _Bucket:
-    """A token bucket that holds one second's worth."""
-
-    def __init__(self, per_second: float) -> None:
-        self._rate = per_second
-        self._tokens = per_second
-        self._at = time.monotonic()
-        self._lock = threading.Lock()
-
-    def take(self) -> bool:
-        with self._lock:
-            now = time.monotonic()
-            self._tokens = min(self._rate, self._tokens + (now - self._at) * self._rate)
-            self._at = now
-            if self._tokens < 1:
-                return False
-            self._tokens -= 1
-            return True
 
 
 def _body(environ: dict[str, Any]) -> bytes:

@@ -26,6 +26,7 @@ from cloudexec.testing._aws.cloudformation import CloudFormation
 from cloudexec.testing._aws.containers import ContainerRunner, engine_answers
 from cloudexec.testing._aws.engine import Engine, Timing
 from cloudexec.testing._aws.gateway import Gateway
+from cloudexec.testing._aws.ghosts import Ghosts
 from cloudexec.testing._aws.logs import LogWriter
 from cloudexec.testing._aws.networks import Networks
 from cloudexec.testing._aws.prices import products, quota_response
@@ -116,15 +117,22 @@ class Session:
             runner=runner,
             logs=logs,
             faults=owner.faults,
-            timing=Timing(step=owner.step, grace=owner.grace, speed=owner.speed),
+            timing=Timing(
+                step=owner.step,
+                grace=owner.grace,
+                speed=owner.speed,
+                boot=owner.boot,
+                launch_rate=owner.launch_rate,
+            ),
             max_running=owner.max_running,
         )
         owner.faults.attach(self.engine)
         self._closers.append(self.engine.close)
         self.resources = BatchResources(self.engine, owner.faults)
-        self._jobs = BatchJobs(self.engine)
+        self._jobs = BatchJobs(self.engine, owner.faults)
         networks = Networks(owner.region, owner.zones)
         self._closers.append(networks.close)
+        ghosts = Ghosts(owner.faults)
         mirror = RegistryMirror(owner.registry) if owner.registry else None
         self.gateway = Gateway(
             DomainDispatcherApplication(create_backend_app),
@@ -132,12 +140,14 @@ class Session:
                 "ecr": lambda call, _: mirror.answer(call) if mirror else None,
                 "batch": self._batch,
                 "ec2": lambda call, _: networks.prepare(call.region),
+                "resourcegroupstaggingapi": lambda call, _: ghosts.answer(call),
                 "pricing": lambda call, _: products(call.operation, call.parameters),
                 "service-quotas": lambda call, _: quota_response(
                     call.operation, call.parameters, owner.faults
                 ),
                 "cloudformation": lambda call, _: self._stacks.answer(call),
             },
+            before=ghosts.note,
             faults=owner.faults,
             calls_per_second=owner.calls_per_second,
             metadata=self._metadata,
@@ -159,6 +169,10 @@ class Session:
         )
         self._thread.start()
         self._closers.append(self._stop_server)
+
+    def own_mistakes(self) -> list[str]:
+        """What the service models have against requests that cloudexec itself has made."""
+        return list(self.gateway.own_mistakes) if hasattr(self, "gateway") else []
 
     def close(self) -> None:
         """End everything, the last started first."""
