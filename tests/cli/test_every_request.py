@@ -1,0 +1,135 @@
+"""Every command and every way to launch, judged: nothing is sent that AWS would refuse.
+
+The emulation holds each request against botocore's model of the service, bounds and patterns
+included, and against what AWS documents beyond the models. Here nothing starts: jobs wait.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloudexec import Batch, BatchExecutor
+from cloudexec._aws.profile import Profile
+from cloudexec.testing import FakeAWS
+
+pytestmark = pytest.mark.timeout(300)
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+MODES: dict[str, dict[str, Any]] = {
+    "fargate": {},
+    "fargate-spot": {"spot": True},
+    "spot-preferred": {"spot": "prefer"},
+    "ec2": {"compute": "ec2", "vcpus": 2},
+    "ec2-spot": {"compute": "ec2", "spot": True},
+    "arm64": {"arch": "arm64", "vcpus": 0.5, "memory": "1GiB"},
+    "ladder": {"memory": ("2GiB", "4GiB")},
+    "by-hand": {
+        "image": "registry.example/worker:1",
+        "assign_public_ip": False,
+        "ephemeral_gib": 100,
+        "tags": {"team": "weather"},
+        "environment": {"MODE": "x" * 500},
+        "project": "p",
+    },
+}
+
+
+@pytest.fixture
+def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
+    """AWS in which nothing starts, and no profiles."""
+    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path / "profiles"))
+    monkeypatch.delenv("CLOUDEXEC_PROFILE", raising=False)
+    with FakeAWS(calls_per_second=1000, stack_seconds=0.0) as fake:
+        fake.faults.no_capacity()
+        yield fake
+
+
+def _launch(aws: FakeAWS, mode: str, workers: int) -> None:
+    """Ask for workers until the request has come in."""
+    before = sum(each.operation == "SubmitJob" for each in aws.requests)
+    executor = BatchExecutor(workers, launcher=Batch(**MODES[mode]), min_workers=workers)
+    try:
+        executor.submit(pow, 2, 3)
+        deadline = time.monotonic() + 30
+        while sum(each.operation == "SubmitJob" for each in aws.requests) == before:
+            assert time.monotonic() < deadline, f"{mode}: nothing was submitted"
+            time.sleep(0.01)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def test_nothing_is_sent_that_aws_would_refuse(
+    aws: FakeAWS, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an empty account through every command and way to launch to an empty account."""
+    run = run_here
+    called: dict[str, set[str]] = {}
+
+    def command(*words: str, code: int = 0) -> str:
+        first = len(aws.requests)
+        done = run(*words)
+        assert done.returncode == code, f"{words}: {done.stdout}{done.stderr}"
+        name = " ".join(words[:2]) if words[0] in ("image", "definitions") else words[0]
+        calls = {each.operation for each in aws.requests[first:]}
+        called[name] = called.get(name, set()) | calls
+        return done.stdout
+
+    command("up", "--ec2", "--project", "p", "--tag", "team=weather", "--max-vcpus", "64")
+    command("up", "--ec2", "--log-days", "7", "--bucket-days", "2", "--public-ip")
+    profile = Profile.load("default")
+    for platform in ("linux/amd64", "linux/arm64"):
+        image = f"registry.example/worker@sha256:{'0' * 64}"
+        command("image", "use", image, "--platform", platform)
+    command("image", "show")
+    command("doctor", "--dry")
+    command("policy", "--profile", "default")
+    command("template")
+    monkeypatch.setenv("CLOUDEXEC_PROFILE", "default")
+    for workers, mode in enumerate(MODES, 1):
+        _launch(aws, mode, workers)
+    other = ("--image", "registry.example/worker:2")
+    registered = command("definitions", "register", "--profile", "default", *other)
+    name = registered.strip().rpartition("/")[2]
+    command("definitions", "list")
+    command("definitions", "describe", name)
+    command("definitions", "deregister", name, "--yes")
+    job = next(each for each in aws.jobs() if each.parent is None)
+    command("ps", "--all")
+    command("jobs", "--workers")
+    command("jobs", "--active", "--executor", job.tags["cloudexec:executor"])
+    command("logs", job.job_id, code=1)
+    command("cost", "--refresh")
+    command("stop", "--all", "--yes")
+    command("down", code=2)
+    command("down", "--yes")
+
+    assert Profile.names() == []
+    wrong = [each for each in aws.requests if each.problems]
+    assert not wrong
+    refused = {(each.operation, each.error) for each in aws.requests if each.error}
+    assert refused <= {
+        ("DescribeStacks", "ValidationError"),  # how CloudFormation says that there is none
+        ("UpdateStack", "ValidationError"),  # likewise that nothing is to change
+        ("GetLogEvents", "ResourceNotFoundException"),
+    }
+    silent = {name for name, calls in called.items() if not calls}
+    assert silent <= {"policy", "template", "image use", "image show"}
+    definitions = [
+        each.parameters for each in aws.requests if each.operation == "RegisterJobDefinition"
+    ]
+    submitted = {
+        each.parameters["jobQueue"] for each in aws.requests if each.operation == "SubmitJob"
+    }
+    assert submitted == set(profile.queues.values())
+    assert {each["platformCapabilities"][0] for each in definitions} == {"FARGATE", "EC2"}
+    assert json.dumps(definitions).count("ARM64") >= 1
