@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from cloudexec._aws.address import vpcs_of_this_machine
 from cloudexec._aws.clients import AwsClients
@@ -61,7 +60,7 @@ class SetupOptions:
     permissions_boundary: str | None = None
     """ARN of the policy that bounds the stack's roles; empty: none."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """Of the stack, and so of all in it that can have tags."""
+    """Of a new stack, and so of all in it that can have tags."""
 
     def __post_init__(self) -> None:
         stack_name(self.name)
@@ -268,7 +267,10 @@ async def _create(
             TemplateBody=json.dumps(body),
             Parameters=_pairs(given),
             Capabilities=["CAPABILITY_IAM"],
-            Tags=_tags(name, options),
+            Tags=[
+                {"Key": key, "Value": value}
+                for key, value in {**options.tags, TAG_STACK: name}.items()
+            ],
         )
         begun = Stack(id=created["StackId"], name=name, status="CREATE_IN_PROGRESS", reason="")
         done, failures = await follow(clients, begun, set(), report, interval)
@@ -287,6 +289,13 @@ async def _update(
             f"the stack {stack.name} has template version {version}, made by a newer cloudexec "
             f"than this one, which has {TEMPLATE_VERSION}: upgrade cloudexec"
         )
+    if not options.tags.items() <= stack.tags.items():
+        # Tags of AWS Batch's resources are fixed when these are made: CloudFormation would have to
+        # replace queues whose names are taken. CloudFormation Template Reference, "JobQueue".
+        raise ConfigError(
+            f"the stack {stack.name} was made with other tags, and those of its queues cannot be "
+            f"changed: leave --tag out, or begin anew with `cloudexec down`"
+        )
     given = _parameters(options)
     if options.vpc or options.subnets or options.public_ip is not None:
         given |= await _network(clients, options, report, stack)
@@ -298,8 +307,6 @@ async def _update(
     ]
     with stepping(report, f"Updating the stack {stack.name}") as step:
         seen = await event_ids(clients, stack)
-        # Without any, the stack keeps those that it has.
-        tags: dict[str, Any] = {"Tags": _tags(stack.name, options)} if options.tags else {}
         try:
             await clients.call(
                 "cloudformation",
@@ -308,7 +315,6 @@ async def _update(
                 TemplateBody=json.dumps(body),
                 Parameters=[*_pairs(given), *kept],
                 Capabilities=["CAPABILITY_IAM"],
-                **tags,
             )
         except AwsError as exc:
             if "No updates are to be performed" not in exc.message:
@@ -331,12 +337,6 @@ def _parameters(options: SetupOptions) -> dict[str, str]:
         "Ec2": None if options.ec2 is None else ("true" if options.ec2 else "false"),
     }
     return {key: value for key, value in given.items() if value is not None}
-
-
-def _tags(name: str, options: SetupOptions) -> list[dict[str, str]]:
-    return [
-        {"Key": key, "Value": value} for key, value in {**options.tags, TAG_STACK: name}.items()
-    ]
 
 
 def _pairs(parameters: Mapping[str, str]) -> list[dict[str, str]]:

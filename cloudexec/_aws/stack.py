@@ -27,6 +27,7 @@ class Stack:
     reason: str
     outputs: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_moving(self) -> bool:
@@ -64,6 +65,7 @@ async def find_stack(clients: AwsClients, name: str) -> Stack | None:
             each["ParameterKey"]: each.get("ParameterValue", "")
             for each in found.get("Parameters", ())
         },
+        tags={each["Key"]: each["Value"] for each in found.get("Tags", ())},
     )
 
 

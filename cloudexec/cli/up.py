@@ -98,7 +98,7 @@ Exit codes:
     "tags",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Tag of the stack and of all in it that can have tags. Can be repeated.",
+    help="Tag of a new stack and of all in it that can have tags. Can be repeated.",
 )
 @click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
 def up_command(

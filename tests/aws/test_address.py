@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import re
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from instance_metadata import on_instance
 
 from cloudexec import ConfigError
 from cloudexec._aws import address
@@ -117,60 +114,6 @@ def test_what_is_listened_on_is_what_is_dialed(value: str, listen: str, port: in
     """The port that is named, in the family of the address; loopback for loopback alone."""
     found = find(None, advertise=value)
     assert (found.listen, found.port) == (listen, port)
-
-
-class Instance(ThreadingHTTPServer):
-    """The metadata service, version 2, of an instance with these interfaces."""
-
-    def __init__(self, *interfaces: tuple[str, str, str]) -> None:
-        super().__init__(("127.0.0.1", 0), _Metadata)
-        self.answers = {}
-        macs = "/latest/meta-data/network/interfaces/macs/"
-        # Not in the order of their numbers, as the real one.
-        numbered = list(enumerate(interfaces))[::-1]
-        self.answers[macs] = "\n".join(f"02:00:00:00:00:0{number}/" for number, _ in numbered)
-        for number, (vpc, private, public) in numbered:
-            base = f"{macs}02:00:00:00:00:0{number}/"
-            self.answers[f"{base}device-number"] = str(number)
-            self.answers[f"{base}vpc-id"] = vpc
-            self.answers[f"{base}local-ipv4s"] = private
-            if public:
-                self.answers[f"{base}public-ipv4s"] = public
-
-
-class _Metadata(BaseHTTPRequestHandler):
-    server: Instance
-
-    def do_PUT(self) -> None:
-        self._answer("token" if self.path == "/latest/api/token" else None)
-
-    def do_GET(self) -> None:
-        known = self.headers.get("X-aws-ec2-metadata-token") == "token"
-        self._answer(self.server.answers.get(self.path) if known else None)
-
-    def _answer(self, text: str | None) -> None:
-        self.send_response(200 if text is not None else 404)
-        self.send_header("Content-Length", str(len(text or "")))
-        self.end_headers()
-        self.wfile.write((text or "").encode())
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Nothing."""
-
-
-@contextlib.contextmanager
-def on_instance(
-    monkeypatch: pytest.MonkeyPatch, *interfaces: tuple[str, str, str]
-) -> Iterator[None]:
-    """Let this machine be an EC2 instance: each interface has a VPC, and addresses."""
-    with Instance(*interfaces) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", endpoint)
-        yield
-        server.shutdown()
-        thread.join()
 
 
 def test_an_instance_in_the_workers_vpc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from instance_metadata import on_instance
 
 from cloudexec import AwsError, ConfigError
 from cloudexec._aws.clients import AwsClients
@@ -260,6 +261,18 @@ def test_up_uses_the_network_that_it_is_given(aws: FakeAWS) -> None:
     assert not profile.assign_public_ip
 
 
+def test_up_on_an_instance_in_another_vpc_says_so(
+    aws: FakeAWS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its program would have to be reached at a public address, if there is one."""
+    events: list[Event] = []
+    with on_instance(monkeypatch, ("vpc-elsewhere", "10.9.0.5", "")):
+        profile = _up(events.append)
+    (text,) = [each.text for each in events if isinstance(each, Noted)]
+    assert f"in vpc-elsewhere, the workers will be in {profile.vpc}" in text
+    assert "--vpc vpc-elsewhere" in text
+
+
 def test_up_does_not_take_public_addresses_from_where_they_are_needed(aws: FakeAWS) -> None:
     """An existing stack keeps its subnets, which are looked at once more."""
     _up()
@@ -272,7 +285,9 @@ def test_boundary_and_tags_reach_what_the_stack_makes(aws: FakeAWS) -> None:
     """Where an account demands both of every role; what is not given later stays."""
     boundary = "arn:aws:iam::123456789012:policy/boundary"
     profile = _up(permissions_boundary=boundary, tags={"team": "weather"})
-    _up(max_vcpus=8)
+    _up(max_vcpus=8, tags={"team": "weather"})
+    with pytest.raises(ConfigError, match="made with other tags"):
+        _up(tags={"team": "climate"})
     role = profile.job_role.rpartition("/")[2]
     found = _call("iam", "get_role", RoleName=role)["Role"]
     assert found["PermissionsBoundary"]["PermissionsBoundaryArn"] == boundary

@@ -262,6 +262,15 @@ def test_secret_that_cannot_be_read_keeps_the_job_from_starting(
     assert job.exit_code is None
 
 
+def test_variable_with_the_name_of_a_secret_keeps_the_job_from_starting(account: Account) -> None:
+    """The definition has no such variable; the submission adds one."""
+    definition = account.define("exit 0", secrets=[{"name": "KEY", "valueFrom": "/my/key"}])
+    overrides = {"environment": [{"name": "KEY", "value": "1"}]}
+    job = account.ended(account.submit(jobDefinition=definition, containerOverrides=overrides))
+    assert job.status == "FAILED"
+    assert "unique and not shared" in (job.status_reason or "")
+
+
 # The fake itself.
 
 

@@ -600,6 +600,12 @@ class Engine:
             raise StartError(OVERRIDES_TOO_LONG)
         if job.spec.tags_of_task > TAGS_MAX:
             raise StartError(TOO_MANY_TAGS)
+        if shared := sorted(job.spec.secrets.keys() & job.spec.environment.keys()):
+            # What Amazon ECS answers to RunTask, as users quote it: overrides may add variables.
+            raise StartError(
+                "The secret name must be unique and not shared with any new or existing "
+                f"environment variables set on the container, such as '{shared[0]}'."
+            )
         error = self._faults.start_error()
         if error is not None:
             raise StartError(error)
