@@ -290,11 +290,11 @@ async def _update(
             f"than this one, which has {TEMPLATE_VERSION}: upgrade cloudexec"
         )
     if not options.tags.items() <= stack.tags.items():
-        # Tags of AWS Batch's resources are fixed when these are made: CloudFormation would have to
-        # replace queues whose names are taken. CloudFormation Template Reference, "JobQueue".
+        # That CloudFormation changes the tags of a job queue in place is not certain. If it made a
+        # new one, the name would be taken, and the update would fail.
         raise ConfigError(
-            f"the stack {stack.name} was made with other tags, and those of its queues cannot be "
-            f"changed: leave --tag out, or begin anew with `cloudexec down`"
+            f"the stack {stack.name} was made with other tags, which stay as they are: leave --tag "
+            f"out, or begin anew with `cloudexec down`"
         )
     given = _parameters(options)
     if options.vpc or options.subnets or options.public_ip is not None:
