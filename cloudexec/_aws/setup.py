@@ -134,7 +134,7 @@ async def up(
 
 
 async def adopt(
-    clients: AwsClients, stack_name: str, options: SetupOptions, report: Report
+    clients: AwsClients, deployed: str, options: SetupOptions, report: Report
 ) -> Profile:
     """Write a profile of a stack that somebody else has deployed from our template.
 
@@ -143,7 +143,7 @@ async def adopt(
 
     Args:
         clients: Account and region of the stack.
-        stack_name: Its name or ARN.
+        deployed: Its name or ARN.
         options: Name of the profile, and its project; nothing else.
         report: Told of each step.
 
@@ -159,15 +159,20 @@ async def adopt(
             f"--name, or first `cloudexec down --name {options.name}`"
         )
     await _say_who(clients, report)
-    with stepping(report, f"Stack {stack_name}") as step:
-        stack = await find_stack(clients, stack_name)
+    with stepping(report, f"Stack {deployed}") as step:
+        stack = await find_stack(clients, deployed)
         if stack is None:
-            raise ConfigError(f"there is no stack {stack_name} in {clients.region}")
+            raise ConfigError(f"there is no stack {deployed} in {clients.region}")
         if stack.status not in STANDING:
             raise AwsError(
                 f"the stack {stack.name} is in {stack.status} and cannot be used: whoever deployed "
                 f"it must finish or mend it",
                 code=stack.status,
+            )
+        if stack.name == stack_name(options.name):
+            raise ConfigError(
+                f"the stack {stack.name} is called as one of this profile's own, which `cloudexec "
+                f"down` would delete: give another --name"
             )
         version = stack.outputs.get("Version", "")
         missing = [key for key in _NEEDED_OUTPUTS if not stack.outputs.get(key)]

@@ -366,6 +366,9 @@ def test_what_cannot_be_adopted(aws: FakeAWS) -> None:
     Profile(name="own", region=aws.region, stack="cloudexec-own").save()
     with pytest.raises(ConfigError, match="of a stack of its own"):
         _adopt("old", name="own")
+    _deploy("cloudexec-theirs")
+    with pytest.raises(ConfigError, match="`cloudexec down` would delete: give another --name"):
+        _adopt("cloudexec-theirs", name="theirs")
 
 
 def test_profile_of_another_region_is_not_overwritten(aws: FakeAWS) -> None:
