@@ -87,7 +87,7 @@ def test_a_call_that_is_not_in_the_table_is_found() -> None:
 def test_whatever_a_run_calls_is_in_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A set-up is checked, and a worker of it runs a task."""
+    """A set-up is checked, and a worker of it runs a task, by a user with that policy alone."""
     monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path))
 
     async def set_up() -> Profile:
@@ -100,9 +100,11 @@ def test_whatever_a_run_calls_is_in_the_table(
         image = f"registry.example/worker@sha256:{'0' * 64}"
         profile.with_image(python, "linux/amd64", image).save()
         aws.clear_requests()
+        aws.faults.allow_only(policy(profile))
         checks = asyncio.run(examine("default", lambda check: None))
         assert probe("default", checks, timeout=30).outcome == "ok"
         calls = {(each.service, each.operation) for each in aws.requests}
+        assert not [each for each in aws.requests if each.status == 403]
     assert ("batch", "SubmitJob") in calls
     check_calls(calls)
 
