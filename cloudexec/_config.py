@@ -71,7 +71,8 @@ def parse_bytes(memory: object) -> int:
     if found is None:
         raise ConfigError(f"memory must be like '2GiB' or '512MiB', not {memory!r}")
     base = 1000 if found[3].lower() == "b" else 1024
-    return math.ceil(float(found[1]) * base ** (1 + "kmgt".index(found[2].lower())))
+    unit = math.pow(base, 1 + "kmgt".index(found[2].lower()))
+    return math.ceil(float(found[1]) * unit)
 
 
 def format_bytes(size: float) -> str:

@@ -67,12 +67,14 @@ class Contact:
         executor_id: Which executor.
         key: Shared secret of the enrolment.
         certificate_sha256: Fingerprint to pin, in hex; empty for a Unix socket.
+        relay: ``host:port`` of the relay that leads to the target; empty: it is dialed itself.
     """
 
     target: str
     executor_id: str
     key: bytes
     certificate_sha256: str = ""
+    relay: str = ""
 
     @property
     def hash_seed(self) -> str:
@@ -106,11 +108,14 @@ class Network:
         listen: ``host:port`` (port 0: any free one); empty: a private Unix socket.
         advertise: Host, or ``host:port``, that workers dial; empty: the one listened on.
         key: Secret that workers have already; empty: the executor makes one up.
+        relay: ``host:port`` of a relay that both sides dial, and that knows the same secret; empty:
+            workers dial this process.
     """
 
     listen: str = ""
     advertise: str = ""
     key: bytes = b""
+    relay: str = ""
 
     def __repr__(self) -> str:
         return f"Network(listen={self.listen!r}, advertise={self.advertise!r})"

@@ -10,18 +10,24 @@ import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from cloudexec._errors import LaunchError
 from cloudexec._launchers.base import Contact, Network
+from cloudexec._log import Log
 from cloudexec._objects.store import BlobStore
 from cloudexec._server.direct import DirectChannel
 from cloudexec._server.service import Service
 
 if TYPE_CHECKING:
+    from cloudexec._relay.process import TunnelProcess
     from cloudexec._server.certificate import Certificate
 
 __all__ = ["Listener"]
 
+_logger = Log()
 _STOP_TIMEOUT = 5.0
 """Seconds in which the server must have let go of all connections."""
+_REGISTER_TIMEOUT = 60.0
+"""Seconds in which a relay must have been reached."""
 
 
 class Listener:
@@ -39,6 +45,7 @@ class Listener:
         self._directory: str | None = None
         self._direct: DirectChannel | None = None
         self._server: Any = None
+        self._tunnel: TunnelProcess | None = None
 
     def prepare(self, listen: str, gathers: BlobStore | None) -> bool:
         """Have a private directory, and a socket in it, where all workers are on this machine.
@@ -102,7 +109,42 @@ class Listener:
                 self._service, listen, network.advertise, self.certificate
             )
         sha256 = "" if self.certificate is None else self.certificate.sha256
-        return Contact(target, engine.executor_id, engine.key, sha256)
+        if network.relay:
+            target = await self._register(network.relay)
+        return Contact(target, engine.executor_id, engine.key, sha256, network.relay)
+
+    async def _register(self, relay: str) -> str:
+        """Have a relay send workers here.
+
+        Returns:
+            What workers call this server.
+
+        Raises:
+            LaunchError: If the relay cannot be reached, or refuses us.
+        """
+        from cloudexec._relay.process import TunnelProcess
+
+        engine = self._service.engine
+        executor_id = engine.executor_id
+        try:
+            self._tunnel = TunnelProcess(
+                relay, engine.key, executor_id, self.address, self._on_relay
+            )
+        except OSError as exc:
+            raise LaunchError(f"cannot start the process that dials the relay: {exc}") from exc
+        if not await self._tunnel.registered(_REGISTER_TIMEOUT):
+            raise LaunchError(
+                f"cannot reach the relay at {relay}: {self._tunnel.why}; is it still there, and "
+                f"may this machine open connections to it (HTTPS_PROXY names a proxy)?"
+            )
+        return f"{executor_id}.cloudexec.invalid:443"
+
+    @staticmethod
+    def _on_relay(state: str, why: str) -> None:
+        if state == "lost":
+            _logger.warning("the connection to the relay is lost, and dialed again: %s", why)
+        else:
+            _logger.debug("registered with the relay")
 
     def close_direct(self) -> None:
         """Close the socket of the private directory."""
@@ -115,13 +157,17 @@ class Listener:
             stopping = asyncio.ensure_future(self._server.stop(grace=None))
             await asyncio.wait({stopping}, timeout=_STOP_TIMEOUT)
             self._server = None
+        if self._tunnel is not None:
+            self._tunnel.close()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def join(self) -> None:
-        """Wait for the thread of the private socket, after ``stop``."""
+        """Wait for what serves the private socket, and the relay, after ``stop``."""
         if self._direct is not None:
             self._direct.join()
+        if self._tunnel is not None:
+            self._tunnel.join()
 
 
 @contextlib.contextmanager

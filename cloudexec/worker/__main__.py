@@ -83,6 +83,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
         key=bytes.fromhex(bootstrap["key"]),
         slots=_slots_with_files(int(bootstrap["slots"])),
         certificate_sha256=bootstrap.get("certificate_sha256", ""),
+        relay=bootstrap.get("relay", ""),
         job_id=bootstrap.get("job_id", ""),
         attempt=int(bootstrap.get("attempt") or 1),
         memory_mib=int(bootstrap.get("memory_mib") or 0),
@@ -143,7 +144,7 @@ def _from_environment() -> dict[str, Any]:
     environ = os.environ
     who = "identity" if "CLOUDEXEC_IDENTITY" in environ else "launch"
     needed = ("target", "executor_id", who, "key", "slots")
-    names = (*needed, "certificate_sha256", "memory_mib")
+    names = (*needed, "certificate_sha256", "memory_mib", "relay")
     # Taken out: what tasks start does not inherit the key, and what they print of themselves does
     # not show it.
     _blank("CLOUDEXEC_KEY")

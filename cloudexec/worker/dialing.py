@@ -31,6 +31,7 @@ _SHORT_TRIES = 2
 the 30 seconds that a client waits for a worker to come back (``reconnect_grace``): one connection
 that is accepted and then forgotten, by a proxy for instance, does not use these up."""
 _PROBE_TIMEOUT = 3.0
+_LONGEST_ANSWER = 4096
 _KEEPALIVE = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 10_000)]
 """A worker notices sooner than its client that a connection is dead: it is the one that dials."""
 _OWN = ("grpc.use_local_subchannel_pool", 1)
@@ -61,6 +62,7 @@ class Address:
         key: Shared with the executor.
         slots: Tasks to run at once.
         certificate_sha256: Of the server's certificate, in hex; empty for a Unix socket.
+        relay: ``host:port`` of the relay that leads to the client; empty: it is dialed itself.
         job_id: The platform's name for this worker.
         attempt: Which run of the launch this is, from 1.
         memory_mib: What this worker's container may use; 0: unknown.
@@ -75,12 +77,23 @@ class Address:
     key: bytes
     slots: int
     certificate_sha256: str = ""
+    relay: str = ""
     job_id: str = ""
     attempt: int = 1
     memory_mib: int = 0
     drain_grace: float | None = None
     log: bool = False
     client: Client | None = None
+
+    @property
+    def gate(self) -> str:
+        """``host:port`` of what takes this worker's connections."""
+        return self.relay or self.target
+
+    @property
+    def shown(self) -> str:
+        """The target, as it is named in messages."""
+        return f"the relay {self.relay}" if self.relay else self.target
 
     def say(self, text: str) -> None:
         """Write a line to the log, if there is one."""
@@ -118,12 +131,12 @@ async def _channel(address: Address, patience: float) -> Any:
         import hashlib
         import ssl
 
-        host, _, port = address.target.rpartition(":")
-        certificate = await asyncio.to_thread(_certificate, host.strip("[]"), int(port), patience)
+        ticket = await _ticket(address) if address.relay else ""
+        certificate = await asyncio.to_thread(_certificate, address, ticket, patience)
         found = hashlib.sha256(certificate).hexdigest()
         if found != address.certificate_sha256:
             raise ProtocolError(
-                f"{address.target} has another certificate than the one pinned for this worker "
+                f"{address.shown} has another certificate than the one pinned for this worker "
                 f"(sha256 {found}): refusing to talk to it"
             )
         pem = _pinned[found] = ssl.DER_cert_to_PEM_cert(certificate)
@@ -135,10 +148,35 @@ async def _channel(address: Address, patience: float) -> Any:
         ("grpc.min_reconnect_backoff_ms", int(_LONG_TRY * 1000)),  # how long connecting may take
         _OWN,
     ]
+    if address.relay:
+        ticket = await _ticket(address)
+        options = [each for each in options if each[0] != "grpc.enable_http_proxy"]
+        options.append(("grpc.http_proxy", f"http://worker:{ticket}@{address.relay}"))
     return grpc.aio.secure_channel(address.target, credentials, options=options)
 
 
-def _certificate(host: str, port: int, patience: float) -> bytes:
+async def _ticket(address: Address) -> str:
+    """Prove to the relay that we belong to the executor; return what lets us dial once.
+
+    Raises:
+        OSError: If the relay cannot be reached, or refuses us.
+    """
+    from cloudexec._relay.handshake import TICKET, Line, greet, relay_key
+    from cloudexec._relay.joining import dial as dial_relay
+
+    async with asyncio.timeout(_TRY_TIMEOUT):
+        connection = await dial_relay(*_parts(address.relay))
+        with connection:
+            key = relay_key(address.key)
+            return await greet(Line(connection), key, TICKET, address.executor_id)
+
+
+def _parts(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _certificate(address: Address, ticket: str, patience: float) -> bytes:
     """Fetch the certificate that somebody presents by TLS 1.3, and has the key of.
 
     Raises:
@@ -150,9 +188,32 @@ def _certificate(host: str, port: int, patience: float) -> bytes:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # its fingerprint is compared instead
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    with socket.create_connection((host, port), patience) as connection:
+    with socket.create_connection(_parts(address.gate), patience) as connection:
+        if ticket:
+            _pass_relay(connection, address.target, ticket)
         with context.wrap_socket(connection, server_hostname="cloudexec") as secured:
             return secured.getpeercert(binary_form=True) or b""
+
+
+def _pass_relay(connection: socket.socket, target: str, ticket: str) -> None:
+    """Have a relay join a connection with the client; gRPC does the same for its own.
+
+    Raises:
+        OSError: If it does not.
+    """
+    import base64
+
+    login = base64.b64encode(f"worker:{ticket}".encode()).decode()
+    head = f"CONNECT {target} HTTP/1.1\r\nProxy-Authorization: Basic {login}\r\n\r\n"
+    connection.sendall(head.encode())
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):
+        byte = connection.recv(1)  # what follows is TLS
+        answer += byte
+        if not byte or len(answer) > _LONGEST_ANSWER:
+            raise ConnectionResetError("the relay has closed the connection")
+    if b" 200 " not in answer.split(b"\r\n", 1)[0]:
+        raise ConnectionRefusedError(answer.split(b"\r\n", 1)[0].decode("latin-1"))
 
 
 def _is_cancelled() -> bool:
@@ -193,7 +254,7 @@ async def dial(
             try:
                 if channel is None:
                     if tried:
-                        await _probe(address.target)
+                        await _probe(address.gate)
                     channel = await _channel(address, limit)
                 async with asyncio.timeout(limit):
                     await enrol(channel)
@@ -209,7 +270,7 @@ async def dial(
                 # On this machine nothing stands between us: who does not answer is not there.
                 near = not address.certificate_sha256
                 if refused or near or time.monotonic() + pause > deadline:
-                    raise LaunchError(_unreachable(address.target, reason)) from exc
+                    raise LaunchError(_unreachable(address.shown, reason)) from exc
                 # What a connection has cost both sides is not spent again on one that works.
                 if channel is not None and code != "RESOURCE_EXHAUSTED":
                     hang_up(channel)
@@ -248,9 +309,8 @@ async def _probe(target: str) -> None:
     Raises:
         OSError: If nobody does.
     """
-    host, _, port = target.rpartition(":")
     async with asyncio.timeout(_PROBE_TIMEOUT):
-        _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        _, writer = await asyncio.open_connection(*_parts(target))
     writer.close()
 
 

@@ -52,7 +52,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     if address.log:
         address.say(
             f"cloudexec {cloudexec.__version__}, Python {_enrolment.python_version()}, "
-            f"{address.slots} slot{'s' * (address.slots != 1)}; dialing {address.target}"
+            f"{address.slots} slot{'s' * (address.slots != 1)}; dialing {address.shown}"
         )
     session = Session(address)
     await dial(address, session.enrol)

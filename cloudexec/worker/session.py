@@ -211,7 +211,7 @@ class Session:
             self._call,
             hello,
             address.key,
-            address.target,
+            address.shown,
             token=self._token,
             received=self._stream.received,
         )

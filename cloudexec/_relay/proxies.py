@@ -1,0 +1,118 @@
+"""The way out of a network that has a proxy: the variables and settings that people have."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import socket
+import urllib.parse
+import urllib.request
+
+from cloudexec._relay.joining import dial
+
+__all__ = ["ProxyError", "connect", "proxy_for"]
+
+_LONGEST_HEAD = 64 * 1024
+
+
+class ProxyError(OSError):
+    """A proxy does not let a connection through; the message names it and says why."""
+
+
+def proxy_for(host: str) -> str:
+    """Return the URL of the proxy that connections to a host go through; empty: none.
+
+    ``HTTPS_PROXY`` and ``ALL_PROXY`` say so, or the system's settings on macOS and Windows;
+    ``NO_PROXY`` names the hosts that are reached without one.
+    """
+    proxies = urllib.request.getproxies()
+    found = proxies.get("https") or proxies.get("all") or ""
+    if not found or urllib.request.proxy_bypass(host):
+        return ""
+    return found if "://" in found else f"http://{found}"
+
+
+async def connect(host: str, port: int, proxy: str = "") -> socket.socket:
+    """Open a connection.
+
+    Args:
+        host: Where to.
+        port: Its port.
+        proxy: URL of an ``http``, ``socks5`` or ``socks4`` proxy; empty: none.
+
+    Returns:
+        A connected socket that does not block.
+
+    Raises:
+        ProxyError: If the proxy refuses, or is of an unknown kind.
+        OSError: If there is no connection.
+    """
+    if not proxy:
+        return await dial(host, port)
+    url = urllib.parse.urlsplit(proxy)
+    if url.scheme.startswith("socks"):
+        return await _over_socks(proxy, host, port)
+    if url.scheme != "http" or not url.hostname:
+        raise ProxyError(
+            f"the proxy {_shown(proxy)} is of an unknown kind: http://host:port and "
+            f"socks5://host:port are known"
+        )
+    connection = await dial(url.hostname, url.port or 80)
+    try:
+        await _ask(connection, proxy, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+async def _ask(connection: socket.socket, proxy: str, target: str) -> None:
+    """Have an HTTP proxy connect us; nothing behind its answer is read."""
+    loop = asyncio.get_running_loop()
+    url = urllib.parse.urlsplit(proxy)
+    head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
+    if url.username is not None:
+        user = urllib.parse.unquote(url.username)
+        word = f"{user}:{urllib.parse.unquote(url.password or '')}"
+        head += f"Proxy-Authorization: Basic {base64.b64encode(word.encode()).decode()}\r\n"
+    await loop.sock_sendall(connection, f"{head}\r\n".encode())
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):
+        byte = await loop.sock_recv(connection, 1)
+        answer += byte
+        if not byte or len(answer) > _LONGEST_HEAD:
+            raise ProxyError(f"the proxy {_shown(proxy)} has closed the connection to {target}")
+    line = answer.split(b"\r\n", 1)[0].decode("latin-1")
+    words = line.split(" ", 2)
+    if not line.startswith("HTTP/1.") or len(words) < 2 or not words[1].startswith("2"):
+        why = " ".join(words[1:]) or line
+        raise ProxyError(f"the proxy {_shown(proxy)} does not connect to {target}: {why}")
+
+
+async def _over_socks(proxy: str, host: str, port: int) -> socket.socket:
+    try:
+        from python_socks import ProxyError as SocksError
+        from python_socks.async_.asyncio import Proxy
+    except ImportError:
+        raise ProxyError(
+            f"the proxy {_shown(proxy)} speaks SOCKS: install it with `pip install "
+            f"'cloudexec[socks]'`"
+        ) from None
+    # "h" asks for names to be looked up by the proxy, which it does in any case.
+    url = proxy.replace("socks5h://", "socks5://").replace("socks4a://", "socks4://")
+    if url.startswith("socks://"):
+        url = url.replace("socks://", "socks5://")
+    try:
+        found = await Proxy.from_url(url, rdns=True).connect(host, port)
+    except SocksError as exc:
+        why = f"the proxy {_shown(proxy)} does not connect to {host}:{port}: {exc}"
+        raise ProxyError(why) from exc
+    found.setblocking(False)
+    return found
+
+
+def _shown(proxy: str) -> str:
+    """Return a proxy's URL without its password."""
+    url = urllib.parse.urlsplit(proxy)
+    host = url.netloc.rpartition("@")[2]
+    return f"{url.scheme}://{host}"
