@@ -42,6 +42,7 @@ MAY_IMPORT = {
         "_plain",
         "_proto",
         "_records",
+        "_relay",
         "_sharing",
         "_story",
         "_transfer",
@@ -63,6 +64,7 @@ MAY_IMPORT = {
     "_launchers/local.py": {"_config", "_descriptors", "_log", "_proto"},
     "_launchers/copies.py": {"_forked", "_modules", "worker"},
     "_aws": {"_config", "_enrolment", "_pricing"},
+    "_relay": {"_enrolment"},
     "worker": {
         "_descriptors",
         "_direct",
@@ -78,6 +80,7 @@ MAY_IMPORT = {
         "_plain",
         "_proto",
         "_records",
+        "_relay",
         "_settings",
         "_sharing",
         "_transfer",

@@ -129,8 +129,10 @@ async def greet(line: Line, key: bytes, purpose: str, executor_id: str, argument
     """
     await line.say(opening(purpose, executor_id, argument))
     nonce = await line.read()
+    if nonce.startswith("no "):
+        raise RelayRefusedError(nonce.removeprefix("no ")[:200])
     if not nonce.startswith("nonce "):
-        raise RelayRefusedError(nonce.removeprefix("no ")[:200] or "it is no relay of cloudexec")
+        raise RelayRefusedError("it is no relay of cloudexec")
     await line.say(proof(key, purpose, executor_id, argument, nonce.removeprefix("nonce ")))
     answer, _, given = (await line.read()).partition(" ")
     if answer != "ok":

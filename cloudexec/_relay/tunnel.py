@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from cloudexec._relay.handshake import ACCEPT, REGISTER, Line, greet
+from cloudexec._relay.handshake import ACCEPT, REGISTER, Line, RelayRefusedError, greet
 from cloudexec._relay.joining import join, prepare
 from cloudexec._relay.proxies import connect, proxy_for
 
@@ -59,7 +59,7 @@ class Tunnel:
 
     Args:
         route: Where it goes.
-        tell: Is given each change: ``registered``, or ``lost`` and why.
+        tell: Is given each change: ``registered``; ``lost`` or ``refused``, and why.
     """
 
     def __init__(self, route: Route, tell: Any) -> None:
@@ -77,7 +77,8 @@ class Tunnel:
                     async with asyncio.timeout(CONNECT_TIMEOUT):
                         line = await self._connect(REGISTER)
                 except OSError as exc:
-                    self._tell("lost", _why(exc))
+                    is_refused = isinstance(exc, RelayRefusedError)
+                    self._tell("refused" if is_refused else "lost", _why(exc))
                 else:
                     pause = _SHORTEST_PAUSE
                     self._tell("registered", "")

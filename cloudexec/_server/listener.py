@@ -18,7 +18,7 @@ from cloudexec._server.direct import DirectChannel
 from cloudexec._server.service import Service
 
 if TYPE_CHECKING:
-    from cloudexec._relay.process import TunnelProcess
+    from cloudexec._relay.process import Tunnel
     from cloudexec._server.certificate import Certificate
 
 __all__ = ["Listener"]
@@ -45,7 +45,8 @@ class Listener:
         self._directory: str | None = None
         self._direct: DirectChannel | None = None
         self._server: Any = None
-        self._tunnel: TunnelProcess | None = None
+        self._tunnel: Tunnel | None = None
+        self._at_relay = False
 
     def prepare(self, listen: str, gathers: BlobStore | None) -> bool:
         """Have a private directory, and a socket in it, where all workers are on this machine.
@@ -109,11 +110,13 @@ class Listener:
                 self._service, listen, network.advertise, self.certificate
             )
         sha256 = "" if self.certificate is None else self.certificate.sha256
-        if network.relay:
-            target = await self._register(network.relay)
-        return Contact(target, engine.executor_id, engine.key, sha256, network.relay)
+        if not network.relay:
+            return Contact(target, engine.executor_id, engine.key, sha256)
+        target = await self._register(network)
+        relay = "" if network.relay.startswith("ssh://") else network.relay
+        return Contact(target, engine.executor_id, engine.key, sha256, relay)
 
-    async def _register(self, relay: str) -> str:
+    async def _register(self, network: Network) -> str:
         """Have a relay send workers here.
 
         Returns:
@@ -121,30 +124,35 @@ class Listener:
 
         Raises:
             LaunchError: If the relay cannot be reached, or refuses us.
+            ConfigError: If it is none.
         """
-        from cloudexec._relay.process import TunnelProcess
+        from cloudexec._relay.process import open_tunnel
 
         engine = self._service.engine
-        executor_id = engine.executor_id
         try:
-            self._tunnel = TunnelProcess(
-                relay, engine.key, executor_id, self.address, self._on_relay
+            self._tunnel = open_tunnel(
+                network.relay,
+                engine.key,
+                engine.executor_id,
+                self.address,
+                network.advertise,
+                self._on_relay,
             )
         except OSError as exc:
             raise LaunchError(f"cannot start the process that dials the relay: {exc}") from exc
         if not await self._tunnel.registered(_REGISTER_TIMEOUT):
             raise LaunchError(
-                f"cannot reach the relay at {relay}: {self._tunnel.why}; is it still there, and "
-                f"may this machine open connections to it (HTTPS_PROXY names a proxy)?"
+                f"cannot reach the relay at {network.relay}: {self._tunnel.why}; is it still "
+                f"there, and may this machine open connections to it (HTTPS_PROXY names a proxy)?"
             )
-        return f"{executor_id}.cloudexec.invalid:443"
+        return self._tunnel.target
 
-    @staticmethod
-    def _on_relay(state: str, why: str) -> None:
-        if state == "lost":
-            _logger.warning("the connection to the relay is lost, and dialed again: %s", why)
-        else:
+    def _on_relay(self, state: str, why: str) -> None:
+        if state == "registered":
             _logger.debug("registered with the relay")
+        elif self._at_relay:  # said once, however often it is dialed
+            _logger.warning("the connection to the relay is lost, and dialed again: %s", why)
+        self._at_relay = state == "registered"
 
     def close_direct(self) -> None:
         """Close the socket of the private directory."""

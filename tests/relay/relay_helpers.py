@@ -73,6 +73,8 @@ class RelayLauncher(ManualLauncher):
         prefix: What runs before each worker's command.
         slots_per_worker: Tasks that each worker runs at once.
         key: What client and workers share.
+        advertise: Host that workers dial instead of the relay's.
+        environment: What the workers have besides.
     """
 
     def __init__(
@@ -82,17 +84,18 @@ class RelayLauncher(ManualLauncher):
         prefix: Sequence[str] = (),
         slots_per_worker: int = 1,
         key: bytes = KEY,
+        advertise: str = "",
         environment: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(needs_network=True, slots_per_worker=slots_per_worker)
         self.relay = relay
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
-        self._prefix, self._key = list(prefix), key
+        self._prefix, self._key, self._advertise = list(prefix), key, advertise
         self._environment = dict(environment or {})
 
     async def start(self, *_: Any) -> Network:
         """Have the client register with the relay."""
-        return Network("127.0.0.1:0", "", self._key, self.relay)
+        return Network("127.0.0.1:0", self._advertise, self._key, self.relay)
 
     def launch(
         self,
