@@ -9,6 +9,13 @@ a task does. On the client's own machine a plain socket stands in the place of g
 forked from the supervisor before that starts a thread; it imports what the tasks will need, forks
 the slots, in milliseconds, and reports how each one ended. A slot runs one task at a time.
 
+``supervisor`` puts the parts together that serve the slots. Each knows those before it here, and
+of those behind it only what it is given to call: ``functions`` (which callables there are),
+``waiting`` (tasks that no slot has), ``slots`` (the processes), ``large_results`` (results in
+files), ``footprint`` (limits of time and memory), ``answers`` (what slots say), ``dispatch`` (which
+task goes where) and ``taking_back`` (tasks that are to come back). What is concluded from the cells
+that a slot shares with its supervisor is in ``slot_model``, without I/O.
+
 Which platform a worker is on, and what it is called there, is read in ``platform`` alone.
 
 Nothing in this package imports an AWS SDK, ``_server`` or ``_launchers``.

@@ -4,132 +4,83 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import tempfile
 from collections import deque
 from dataclasses import dataclass
-from enum import Enum
 from mmap import mmap
 
 from cloudexec.worker.frames import PAGE_BYTES, RESULTS_AT
+from cloudexec.worker.slot_model import SlotModel
 
-__all__ = ["PIPE_BYTES", "Child", "SlotState", "Terms", "WorkItem", "oom_kills"]
+__all__ = ["PIPE_BYTES", "Child", "OpenFiles", "oom_kills"]
 
 PIPE_BYTES = 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What few tasks have.
+@dataclass(slots=True)
+class OpenFiles:
+    """What is open here of one slot's large results. ``LargeResults`` alone writes it.
 
     Attributes:
-        env: Variables that it has while it runs.
-        memory: Bytes that its processes may take; 0: no limit.
-        last: Whether its slot ends with it.
+        arena: The file with its small ones; -1: there is none.
+        small: How many of these have not been taken.
+        small_bytes: Of those.
+        is_waiting: Whether the slot goes on only when some have been taken. It may do so in any
+            state: the task that it runs has ended, and it takes what was sent behind that later.
     """
 
-    env: dict[str, str]
-    memory: int = 0
-    last: bool = False
+    arena: int = -1
+    small: int = 0
+    small_bytes: int = 0
+    is_waiting: bool = False
+
+    def close(self) -> None:
+        if self.arena >= 0:
+            os.close(self.arena)
+            self.arena = -1
 
 
-@dataclass(slots=True)
-class WorkItem:
-    """A task on this worker."""
+class Child(SlotModel):
+    """One slot with the pipes and the page that it shares with its process.
 
-    lease: int
-    function: int
-    payload: bytes
-    number: int
-    seconds: float
-    timeout: float = 0.0
-    blobs: tuple[int, ...] | None = None  # of a composed payload
-    keep: bool = False
-    spared: int = 0
-    recalled: bool = False  # to be handed back rather than sent once more
-    kill: int = 0  # a Failure kind: its slot is to be killed once it holds nothing else
-    terms: Terms | None = None
-
-
-class SlotState(Enum):
-    """How far a slot's process is in its life. ``TRANSITIONS`` says what may follow what."""
-
-    STARTING = "starting"
-    """It is being forked, or runs the initializer."""
-    READY = "ready"
-    """It takes tasks."""
-    STOPPING = "stopping"
-    """It was told to end, and may take a few seconds for its exit handlers."""
-    KILLED = "killed"
-    """It is being killed. Nothing more is written to it, and what it wrote is still read."""
-    EXITED = "exited"
-    """Its process is gone. What is left in its pipes is read once more."""
-
-
-TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
-    SlotState.STARTING: frozenset(
-        (SlotState.READY, SlotState.STOPPING, SlotState.KILLED, SlotState.EXITED)
-    ),
-    SlotState.READY: frozenset((SlotState.STOPPING, SlotState.KILLED, SlotState.EXITED)),
-    SlotState.STOPPING: frozenset((SlotState.KILLED, SlotState.EXITED)),
-    SlotState.KILLED: frozenset((SlotState.EXITED,)),
-    SlotState.EXITED: frozenset(),
-}
-
-
-class Child:
-    """One child process as the supervisor sees it.
+    Args:
+        number: Of the slot.
+        loop: That its pipes are served by.
+        last: The delivery after which it is to end.
 
     Attributes:
-        state: How far its process is in its life; only ``enter`` writes it.
-        is_staying: Whether it is starting or ready: nothing has begun to end it.
-        is_over: Whether it was killed or has exited: nothing reaches it any more. These two follow
-            from the state, and are kept as they are asked for with each task.
         start_is_open: Whether its end would count as a failed start: it has not said that it is
-            ready, its initializer has not raised, and nobody has told it to end.
+            ready, its initializer has not raised, and nobody has told it to end. The state does not
+            say so: what it said last is read when it has exited.
+        functions: Numbers of the callables that it knows.
+        idle_since: When it last answered all that it was sent.
+        files: What is open here of its results.
+        input: Part of a frame that has been read.
+        tail: The last part of what tasks printed, by the number of the delivery.
+        is_paused: Whether neither its answers nor what it prints is read, until the client has
+            taken output. That has nothing to do with its state: it goes on until its pipes are
+            full.
 
     Raises:
         OSError: If no more files can be opened.
     """
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(
+        self, number: int, loop: asyncio.AbstractEventLoop, last: int = sys.maxsize
+    ) -> None:
+        super().__init__(number, last)
         self.pid = 0
-        self.state = SlotState.STARTING
-        self.is_staying = True
-        self.is_over = False
         self.start_is_open = True
-        self.kill_reason = 0  # a Failure kind, when we killed it
-        self.kill_lease = 0
-        self.kill_message = ""
-        self.limit = 0  # bytes that its task may take; 0: no limit
-        self.taken_before = 0  # bytes that it had when the task came
-        self.ends = False  # after its task
-        # What it was sent and has not answered, by the number of the delivery, in that order.
-        self.held: dict[int, WorkItem] = {}
-        self.seconds = 0.0  # estimated, of that
-        self.sent = 0  # deliveries; the number of the last one
-        self.fence = 0  # the last one that it was told not to begin any more
-        self.written = 0  # bytes of frames for it
-        self.is_lost = False  # it holds tasks, as far as we know, and waits for some
-        self.exclusive = False  # holds a task behind which nothing may be sent
-        self.taking_back = False
-        self.straggling = False  # its task takes longer than estimated: send nothing behind it
-        self.progress_at = 0.0
-        self.reported = 0  # the delivery last reported as started
         self.functions: set[int] = set()
         self.idle_since = 0.0
-        self.tail: dict[int, bytearray] = {}
-        self.timer: asyncio.TimerHandle | None = None
         self.stop_timer: asyncio.TimerHandle | None = None
-        self.unopened: set[int] = set()  # deliveries that it has run, and whose results are lost
-        self.arena = -1  # the file with its small results
-        self.small = 0  # of these, those that have not been taken
-        self.small_bytes = 0
-        self.blocked = False  # it goes on when some of its results have been taken
-        self.paused = False  # its answers are not read
-        self.raw_paused = False  # nor what it prints past sys.stdout
-        self.out: deque[memoryview] = deque()
+        self.files = OpenFiles()
         self.input = bytearray()
+        self.tail: dict[int, bytearray] = {}
+        self.is_paused = False
+        self._loop = loop
+        self._out: deque[memoryview] = deque()
 
         opened: list[int] = []
         try:
@@ -150,27 +101,49 @@ class Child:
         for fd in (self.tasks_fd, self.results_fd):
             _widen(fd)
 
-    def enter(self, state: SlotState) -> None:
-        """Go on to another state.
+    def write(self, data: bytes | memoryview) -> None:
+        """Write frames for it, now or when its pipe has room, unless nothing reaches it."""
+        if self.is_over:
+            return
+        self.written += len(data)
+        if not self._out:
+            try:
+                done = os.write(self.tasks_fd, data)
+            except BlockingIOError:
+                done = 0
+            except OSError:
+                return  # it is dying; its exit tells the rest
+            if done == len(data):
+                return
+            data = memoryview(data)[done:]
+            self._loop.add_writer(self.tasks_fd, self._on_writable)
+        self._out.append(memoryview(data))
 
-        Raises:
-            RuntimeError: If ``TRANSITIONS`` does not list that; nothing has changed then.
-        """
-        if state not in TRANSITIONS[self.state]:
-            raise RuntimeError(
-                f"slot {self.number} cannot become {state.value}: it is {self.state.value}"
-            )
-        self.state = state
-        self.is_staying = state is SlotState.READY
-        self.is_over = state is SlotState.KILLED or state is SlotState.EXITED
+    def _on_writable(self) -> None:
+        out = self._out
+        try:
+            while out:
+                data = out[0]
+                done = os.write(self.tasks_fd, data)
+                if done < len(data):
+                    out[0] = data[done:]
+                    return
+                out.popleft()
+        except BlockingIOError:
+            return
+        except OSError:
+            out.clear()
+        self._loop.remove_writer(self.tasks_fd)
 
     def fds(self) -> list[int]:
         return [self.tasks_fd, self.results_fd, self.stdout_fd, self.stderr_fd]
 
-    def close_arena(self) -> None:
-        if self.arena >= 0:
-            os.close(self.arena)
-            self.arena = -1
+    def close(self) -> None:
+        """Close its pipes."""
+        for fd in self.fds():
+            self._loop.remove_reader(fd)
+            self._loop.remove_writer(fd)
+            os.close(fd)
 
 
 def _shared_file() -> int:

@@ -1,10 +1,23 @@
-"""How much memory a slot and what it started have taken."""
+"""What tasks take: how long they run, and how much memory they and what they started have."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
 
-__all__ = ["memory_taken"]
+from cloudexec.worker.child import Child, oom_kills
+from cloudexec.worker.frames import CURRENT
+from cloudexec.worker.tasks import OUTGREW, TIMED_OUT, WorkItem
+
+__all__ = ["Footprint", "memory_taken"]
+
+_MEMORY_TICK = 0.02
+"""Seconds between looks at what tasks with a limit have taken."""
+_FULL = 0.8
+"""Part of its share of the container's memory past which a slot that was killed filled it."""
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _MOST_PROCESSES = 1000
@@ -66,3 +79,75 @@ def _proportional(pid: int) -> int:
     except (OSError, ValueError, IndexError):
         pass
     return _anonymous(pid)
+
+
+@dataclass(slots=True)
+class _Limit:
+    """What one task may take, and what its slot had when it came; in bytes."""
+
+    most: int
+    before: int
+
+
+class Footprint:
+    """Ends tasks that take more time or memory than they may, and says who ran out of memory.
+
+    Args:
+        memory: Bytes of the container; 0: not known, as on a machine that is not ours alone.
+        slots: That share it.
+        kill: Called with leases, and the kind of failure that they are to have.
+    """
+
+    def __init__(self, memory: int, slots: int, kill: Callable[[list[int], int], None]) -> None:
+        self._is_container = memory > 0
+        self._share = memory / slots
+        self._kill = kill
+        self._loop = asyncio.get_running_loop()
+        self._timers: dict[Child, asyncio.TimerHandle] = {}
+        self._limits: dict[Child, _Limit] = {}
+        self._look_handle: asyncio.TimerHandle | None = None
+        self._oom_kills = oom_kills(alone=self._is_container)
+
+    def begin(self, slot: Child, item: WorkItem) -> None:
+        """A task is about to be sent to a slot that holds no other."""
+        if item.timeout > 0:
+            kill = self._loop.call_later(item.timeout, self._kill, [item.lease], TIMED_OUT)
+            self._timers[slot] = kill
+        most = 0 if item.terms is None else item.terms.memory
+        if most:
+            self._limits[slot] = _Limit(most, memory_taken(slot.pid, most))
+            if self._look_handle is None:
+                self._look_handle = self._loop.call_later(_MEMORY_TICK, self._look)
+
+    def end(self, slot: Child) -> None:
+        """A slot has answered all that it was sent, or is gone."""
+        if (timer := self._timers.pop(slot, None)) is not None:
+            timer.cancel()
+        self._limits.pop(slot, None)
+
+    def _look(self) -> None:
+        """Kill the slots whose tasks have taken more than they may."""
+        self._look_handle = None
+        for slot, limit in list(self._limits.items()):
+            item = slot.held.get(slot.cells[CURRENT])
+            if item is None or slot.is_over:
+                continue
+            taken = memory_taken(slot.pid, limit.most + limit.before) - limit.before
+            if taken > limit.most:
+                slot.kill_message = str(taken)
+                self._kill([item.lease], OUTGREW)
+        if self._limits:
+            self._look_handle = self._loop.call_later(_MEMORY_TICK, self._look)
+
+    def ran_out(self, code: int, peak: int) -> bool:
+        """Say whether a slot that nobody here has killed was killed for want of memory.
+
+        Args:
+            code: Its exit code, or less than 0: the signal that ended it.
+            peak: The most memory that it had, in bytes.
+        """
+        kills = oom_kills(alone=self._is_container)
+        before, self._oom_kills = self._oom_kills, kills
+        # Where the container's own counters cannot be read, its share is the evidence there is.
+        filled = 0 < _FULL * self._share <= peak
+        return code == -signal.SIGKILL and (kills > before or filled)

@@ -19,7 +19,8 @@ from cloudexec._rpc import call_errors
 from cloudexec.worker.blobs import BlobCache, room
 from cloudexec.worker.dialing import Address, dial
 from cloudexec.worker.session import Session, introduce
-from cloudexec.worker.supervisor import Settings, SlotPool
+from cloudexec.worker.slots import Settings
+from cloudexec.worker.supervisor import SlotPool
 
 __all__ = ["run_worker"]
 

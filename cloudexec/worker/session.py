@@ -38,17 +38,11 @@ from cloudexec._wire.channel import (
 from cloudexec._wire.stream import Stream
 from cloudexec.worker.birth import pull_seconds, seconds_since_start
 from cloudexec.worker.blobs import BlobCache, Known
-from cloudexec.worker.child import Terms
 from cloudexec.worker.dialing import Address, dial, shake_hands
 from cloudexec.worker.holdings import Holdings, parked
-from cloudexec.worker.supervisor import (
-    KILLED,
-    PICKLE_FAILED,
-    Failure,
-    ResultBlob,
-    SlotPool,
-    WorkItem,
-)
+from cloudexec.worker.reporting import ResultBlob
+from cloudexec.worker.supervisor import SlotPool
+from cloudexec.worker.tasks import KILLED, PICKLE_FAILED, Failure, Terms, WorkItem
 
 if TYPE_CHECKING:
     from cloudexec.worker.bucket import BucketPath

@@ -27,6 +27,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import process
+from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -37,12 +38,24 @@ from cloudexec._proto import tasks_pb2 as pb
 from cloudexec.worker import slot as slot_module
 from cloudexec.worker import supervisor as supervisor_module
 from cloudexec.worker.blobs import BlobCache
-from cloudexec.worker.child import WorkItem
-from cloudexec.worker.supervisor import Failure, ResultBlob, Settings
+from cloudexec.worker.reporting import ResultBlob
+from cloudexec.worker.slots import Settings
+from cloudexec.worker.tasks import Failure, WorkItem
 from cloudexec.worker.zygote import EXITED, FORK, KILL, MESSAGE, STARTED
 
 SHARED = re.compile(r"cells\[|page\[|os\.(read|write|open)\(|write_all\(|pack_into\(page|_header\(")
 """What a line has that touches what supervisor and slot share."""
+PARTS = (
+    "answers",
+    "child",
+    "dispatch",
+    "large_results",
+    "slot",
+    "slots",
+    "supervisor",
+    "taking_back",
+)
+"""The modules of the two sides that have such lines."""
 Action = Callable[[Any, int], None]
 """Called in the supervisor's thread with the pool, and how often that was done before."""
 TICKS = 8
@@ -238,7 +251,7 @@ class Run:
         self._large = large
         self._during = during
         self._supervisor, self._slot = modules
-        self._files = {module.__file__: _shared_lines(module) for module in modules}
+        self._files = _shared_lines(modules)
         self._loop = HandLoop()
         self._ended = threading.Event()
         self._slots: dict[int, Actor] = {}  # by process number
@@ -483,10 +496,9 @@ class Run:
         """End all threads: whoever was stopped runs into closed pipes."""
         self.over = True
         self.pool.close()
-        for child in self.pool._slots.values():
-            for fd in child.fds():
-                os.close(fd)
-            child.close_arena()
+        for child in self.pool._slots.children.values():
+            child.close()
+            child.files.close()
         for actor in self._slots.values():
             actor.turn.release()
             actor.thread.join(10)
@@ -515,10 +527,17 @@ def _large_value(number: int) -> bytes:
     return number.to_bytes(8, "little") * (INLINE_BYTES // 8)
 
 
-def _shared_lines(module: ModuleType) -> frozenset[int]:
-    assert module.__file__ is not None
-    with open(module.__file__) as file:
-        return frozenset(n for n, line in enumerate(file, 1) if SHARED.search(line))
+def _shared_lines(modules: Iterable[ModuleType]) -> dict[str, frozenset[int]]:
+    """Return the lines that touch what is shared, by file, of the packages of these modules."""
+    found = {}
+    for folder in {Path(str(module.__file__)).parent for module in modules}:
+        for part in PARTS:
+            file = folder / f"{part}.py"
+            lines = file.read_text().splitlines()
+            found[str(file)] = frozenset(
+                n for n, line in enumerate(lines, 1) if SHARED.search(line)
+            )
+    return found
 
 
 _texts: dict[str, list[str]] = {}

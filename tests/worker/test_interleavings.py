@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 import os
 import random
@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from stepping import Action, Run, Stop, many_stops, one_stop, search
 
-from cloudexec.worker import slot, supervisor
-from cloudexec.worker.supervisor import KILLED
+from cloudexec import worker
+from cloudexec.worker.tasks import KILLED
 
 SIZES = [(1, 4, False), (1, 6, True), (1, 9, False), (2, 8, False)]
 """Slots, tasks, and whether some of these have results that are left in the slot's file."""
@@ -116,26 +116,27 @@ def test_a_pool_that_drains_returns_what_has_not_begun(slots: int, items: int, l
 
 
 def changed(
-    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
-) -> ModuleType:
-    """Return a module whose code has one mistake."""
-    assert module.__file__ is not None
-    text = Path(module.__file__).read_text()
-    assert text.count(before) == 1
-    path = tmp_path / f"changed_{module.__name__.rpartition('.')[2]}.py"
-    path.write_text(text.replace(before, after))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, path.stem, found)
-    spec.loader.exec_module(found)
-    return found
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, before: str, after: str
+) -> tuple[ModuleType, ModuleType]:
+    """Return the supervisor and the slot of a copy of the package whose code has one mistake."""
+    copy = tmp_path / "changed_worker"
+    copy.mkdir()
+    for file in Path(worker.__path__[0]).glob("*.py"):
+        text = file.read_text()
+        if file.stem == part:
+            assert text.count(before) == 1
+            text = text.replace(before, after)
+        (copy / file.name).write_text(text.replace("cloudexec.worker", copy.name))
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == copy.name]:
+        del sys.modules[name]  # of the mistake before this one
+    supervisor = importlib.import_module(f"{copy.name}.supervisor")
+    return supervisor, importlib.import_module(f"{copy.name}.slot")
 
 
 MISTAKES = {
     "the fence is read before the delivery is named": (
-        slot,
+        "slot",
         """            cells[CURRENT] = delivery
             if cells[FENCE] >= delivery:  # to be read after CURRENT has been written
 """,
@@ -144,9 +145,9 @@ MISTAKES = {
             if fence >= delivery:
 """,
     ),
-    "a dropped task is not told of": (slot, "self.send(Kind.DROPPED, delivery)", "pass"),
+    "a dropped task is not told of": ("slot", "self.send(Kind.DROPPED, delivery)", "pass"),
     "the next one is named before the answer is there": (
-        slot,
+        "slot",
         """        self._used += size
         self._cells[USED] = self._used
 """,
@@ -156,37 +157,37 @@ MISTAKES = {
 """,
     ),
     "the fence is not written": (
-        supervisor,
-        "slot.fence = slot.cells[FENCE] = slot.sent",
-        "slot.fence = slot.sent",
+        "taking_back",
+        "            slot.cells[FENCE] = slot.fence\n",
+        "",
     ),
     "results are looked for before the delivery that runs": (
-        supervisor,
+        "answers",
         """        for slot, _ in found:
             results = self._finished(slot)
-            self._read_answers(slot, rest=True)  # first: what these tasks printed is there
+            self._read(slot, rest=True)  # first: what these tasks printed is there
             self._take_finished(slot, results)
         return found
 """,
         """        for slot, _ in found:
             results = self._finished(slot)
-            self._read_answers(slot, rest=True)
+            self._read(slot, rest=True)
             self._take_finished(slot, results)
         return [(slot, slot.cells[CURRENT]) for slot in slots]
 """,
     ),
     "the file of a dead slot is closed while results in it have not been read": (
-        supervisor,
-        "            elif not slot.small and slot.number not in self._slots:\n",
-        "            elif not slot.small:\n",
+        "large_results",
+        "            elif slot.number not in self._slots.children:\n",
+        "            else:\n",
     ),
     "a slot is killed while it holds other tasks": (
-        supervisor,
+        "taking_back",
         "            if len(slot.held) > 1 and marked:\n",
         """            current = slot.held.get(slot.cells[CURRENT])
             if len(slot.held) > 1 and current is not None and current.kill:
                 slot.kill_reason, slot.kill_lease = kind, current.lease
-                self._kill(slot)
+                self._slots.kill(slot)
             elif len(slot.held) > 1 and marked:
 """,
     ),
@@ -198,9 +199,7 @@ def test_the_search_finds_a_mistake(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A search that finds nothing says something only if it would have found this."""
-    module, before, after = MISTAKES[mistake]
-    wrong = changed(module, tmp_path, monkeypatch, before, after)
-    modules = (wrong, slot) if module is supervisor else (supervisor, wrong)
+    modules = changed(tmp_path, monkeypatch, *MISTAKES[mistake])
     for slots, items, large in SIZES:
         steps = steps_of(items, slots, large)
         rng = random.Random(items)

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Iterator
 
 import pytest
 
-from cloudexec.worker.child import TRANSITIONS, Child, SlotState
+from cloudexec.worker.slot_model import TRANSITIONS, SlotModel, SlotState
 
 PATHS = {
     SlotState.STARTING: (),
     SlotState.READY: (SlotState.READY,),
+    SlotState.FULL: (SlotState.READY, SlotState.FULL),
+    SlotState.TAKING_BACK: (SlotState.READY, SlotState.FULL, SlotState.TAKING_BACK),
     SlotState.STOPPING: (SlotState.READY, SlotState.STOPPING),
     SlotState.KILLED: (SlotState.READY, SlotState.STOPPING, SlotState.KILLED),
     SlotState.EXITED: (SlotState.EXITED,),
 }
 """How a new slot comes to each state."""
-
-
-@pytest.fixture
-def slot() -> Iterator[Child]:
-    slot = Child(1)
-    yield slot
-    for fd in (*slot.fds(), *slot.child_fds):
-        os.close(fd)
+SERVING = (SlotState.READY, SlotState.FULL, SlotState.TAKING_BACK)
+"""It goes from one of these to another as it is sent tasks and answers them."""
 
 
 @pytest.mark.parametrize(("before", "after"), [*itertools.product(SlotState, SlotState)])
 def test_a_slot_changes_its_state_only_as_the_table_says(
-    slot: Child, before: SlotState, after: SlotState
+    before: SlotState, after: SlotState
 ) -> None:
     """A transition that is not listed raises, and changes nothing."""
+    slot = SlotModel(1)
     for state in PATHS[before]:
         slot.enter(state)
     if after in TRANSITIONS[before]:
@@ -44,9 +39,11 @@ def test_a_slot_changes_its_state_only_as_the_table_says(
         assert slot.state is before
 
 
-def test_no_state_comes_back() -> None:
+def test_no_state_comes_back_once_a_slot_serves_no_more() -> None:
     """A slot that was told to end, was killed or has exited takes no task any more."""
     order = list(SlotState)
     for before, following in TRANSITIONS.items():
-        assert all(order.index(after) > order.index(before) for after in following)
+        for after in following:
+            both_serve = before in SERVING and after in SERVING
+            assert both_serve or order.index(after) > order.index(before)
     assert TRANSITIONS[SlotState.EXITED] == frozenset()
