@@ -16,6 +16,9 @@ files), ``footprint`` (limits of time and memory), ``answers`` (what slots say),
 task goes where) and ``taking_back`` (tasks that are to come back). What is concluded from the cells
 that a slot shares with its supervisor is in ``slot_model``, without I/O.
 
+``session`` speaks with the client: over ``calls``, with messages from ``outbox`` and to ``inbox``.
+Large results go through ``uploads``, and what the client has to give through ``downloads``.
+
 Which platform a worker is on, and what it is called there, is read in ``platform`` alone.
 
 Nothing in this package imports an AWS SDK, ``_server`` or ``_launchers``.

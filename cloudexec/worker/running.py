@@ -18,7 +18,8 @@ from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._rpc import call_errors
 from cloudexec.worker.blobs import BlobCache, room
 from cloudexec.worker.dialing import Address, dial
-from cloudexec.worker.session import Session, introduce
+from cloudexec.worker.inbox import introduce
+from cloudexec.worker.session import Session
 from cloudexec.worker.slots import Settings
 from cloudexec.worker.supervisor import SlotPool
 
@@ -73,15 +74,14 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         lambda: pool.blobs_in_use(),
         direct=bool(welcome.direct_path),
     )
-    session.blobs = blobs
     pool = SlotPool(
         _settings(welcome, address, modules),
-        session,
+        session.outbox,
         zygote,
         lambda: ends.put_nowait("zygote"),
         blobs,
     )
-    session.pool = pool
+    session.attach(pool, blobs)
     pool.add_functions(welcome.functions)
     introduce(blobs, welcome.initializer_blobs)
     introduce(blobs, welcome.function_blobs)
@@ -127,7 +127,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         asked = why in ("drain", "sigterm", "terminate")
         reclaimed = why == "sigterm"
         if why in ("drain", "sigterm"):
-            session.start_draining()
+            session.outbox.start_draining()
             pool.drain()
             why = await _first(pool.idle, ends)
         if why == "idle":
