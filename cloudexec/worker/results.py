@@ -7,17 +7,15 @@ die. Small ones lie in blocks of one file, which are used again.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from cloudexec._objects.places import Place, pack_places
 from cloudexec._objects.segments import Arena, Segment
 from cloudexec._objects.store import MAPPED_BYTES
 from cloudexec.worker.frames import SPILL, Kind
+from cloudexec.worker.outlet import Outlet
 from cloudexec.worker.reach import out_of_reach
-
-if TYPE_CHECKING:
-    from cloudexec.worker.slot import Slot
 
 __all__ = ["MOST_WAITING", "ResultFiles"]
 
@@ -30,11 +28,14 @@ class ResultFiles:
     """Where one slot leaves its large results.
 
     Args:
-        cells: Of the page shared with the supervisor.
+        outlet: Where the supervisor is told of them.
+        await_release: Returns once the supervisor has said that it has a file open, or has taken
+            what was in one.
     """
 
-    def __init__(self, cells: memoryview) -> None:
-        self._cells = cells
+    def __init__(self, outlet: Outlet, await_release: Callable[[], None]) -> None:
+        self._outlet = outlet
+        self._await_release = await_release
         self._numbers = 0
         self._files: dict[int, Segment] = {}
         self._blocks: dict[int, tuple[int, int]] = {}
@@ -66,7 +67,7 @@ class ResultFiles:
         self._numbers += 1
         number = self._numbers
         if size >= MAPPED_BYTES:
-            segment = Segment(_spill_directory() if self._cells[SPILL] else None)
+            segment = Segment(_spill_directory() if self._outlet.cells[SPILL] else None)
             segment.renumber(out_of_reach(segment.fd))
             try:
                 segment.write_all(pieces)
@@ -86,7 +87,6 @@ class ResultFiles:
 
     def send(
         self,
-        slot: Slot,
         delivery: int,
         seconds: float,
         places: Sequence[Place],
@@ -99,7 +99,7 @@ class ResultFiles:
         this process ends, and not too much of it waits to be taken.
         """
         body = _SECONDS.pack(seconds, keep) + pack_places(places) + head
-        slot.send(Kind.RESULT_COMPOSED, delivery, body)
+        self._outlet.send(Kind.RESULT_COMPOSED, delivery, body)
         while any(place.number in self._files for place in places) or (
             self._arena is not None
             and (
@@ -107,7 +107,7 @@ class ResultFiles:
                 or (not self._arena_is_shared and any(p.number in self._blocks for p in places))
             )
         ):
-            slot.await_release()
+            self._await_release()
 
     def release(self, number: int) -> None:
         """A blob has been taken; 0: the arena is open in the supervisor."""

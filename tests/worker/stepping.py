@@ -50,6 +50,7 @@ PARTS = (
     "child",
     "dispatch",
     "large_results",
+    "outlet",
     "slot",
     "slots",
     "supervisor",
@@ -359,7 +360,7 @@ class Run:
     def _die(self, actor: Actor) -> None:
         actor.dead = True
         self.kills += 1
-        results = None if actor.slot is None else actor.slot._results
+        results = None if actor.slot is None else actor.slot._paths._files
         if results is not None and results._arena is not None:
             # As with a process that is gone, nobody can open its file any more: not by this path,
             # which leads to a socket.

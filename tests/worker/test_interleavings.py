@@ -145,15 +145,15 @@ MISTAKES = {
             if fence >= delivery:
 """,
     ),
-    "a dropped task is not told of": ("slot", "self.send(Kind.DROPPED, delivery)", "pass"),
+    "a dropped task is not told of": ("slot", "outlet.send(Kind.DROPPED, delivery)", "pass"),
     "the next one is named before the answer is there": (
-        "slot",
-        """        self._used += size
-        self._cells[USED] = self._used
+        "outlet",
+        """        self.used += size
+        self.cells[USED] = self.used
 """,
-        """        self._cells[CURRENT] = 0
-        self._used += size
-        self._cells[USED] = self._used
+        """        self.cells[CURRENT] = 0
+        self.used += size
+        self.cells[USED] = self.used
 """,
     ),
     "the fence is not written": (
