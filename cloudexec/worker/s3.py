@@ -11,26 +11,22 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import base64
 import contextlib
 import functools
 import hashlib
 import http.client
 import os
 import random
-import re
-import socket
 import ssl
 import threading
 import time
-import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from cloudexec._errors import CloudexecError
 from cloudexec._transfer import PART_BYTES, Part, SignedRequest, parts_of
+from cloudexec.worker.s3_digests import Digests, digests, read_at
+from cloudexec.worker.s3_link import Link, tag, total_size
 
 __all__ = [
     "Digests",
@@ -49,7 +45,6 @@ _SEND = 256 * 1024
 """Bytes per send: each has the whole socket timeout, so this is what a slow link must manage."""
 _RANGE = 8 * 1024 * 1024
 _PARALLEL = 4
-_CONNECT_TIMEOUT = 10.0
 _TIMEOUT = 30.0
 _PATIENCE = 60.0
 _FEWEST_TRIES = 3
@@ -89,52 +84,6 @@ class UrlRefusedError(S3TransferError):
 
 class S3DigestError(S3TransferError):
     """What came, or was sent, is not what was announced."""
-
-
-@dataclass(frozen=True, slots=True)
-class Digests:
-    """What S3 checks an upload by.
-
-    Attributes:
-        sha256: Of the whole.
-        parts: Of each part; of one that is the whole, the same.
-    """
-
-    sha256: bytes
-    parts: tuple[bytes, ...]
-
-
-def digests(
-    fd: int, size: int, *, offset: int = 0, part_bytes: int = PART_BYTES, sha256: bytes = b""
-) -> Digests:
-    """Read a stretch of a file and return its digests.
-
-    Args:
-        fd: Open for reading.
-        size: Bytes.
-        offset: Where they begin.
-        part_bytes: As for ``parts_of``.
-        sha256: Of the whole, where it is known already: saves half of the work, or all.
-
-    Raises:
-        OSError: If the file cannot be read, or is shorter.
-    """
-    parts = parts_of(size, part_bytes)
-    if sha256 and len(parts) == 1:
-        return Digests(sha256, (sha256,))
-    whole = hashlib.sha256()
-    found = []
-    for part in parts:
-        of_part = hashlib.sha256()
-        at, end = offset + part.offset, offset + part.offset + part.length
-        while at < end:
-            data = _read(fd, min(_CHUNK, end - at), at)
-            of_part.update(data)
-            if not sha256 and len(parts) > 1:
-                whole.update(data)
-            at += len(data)
-        found.append(of_part.digest())
-    return Digests(sha256 or (whole.digest() if len(parts) > 1 else found[0]), tuple(found))
 
 
 async def fetch(download: Download, ask: Callable[[bool], Awaitable[SignedRequest]]) -> None:
@@ -249,7 +198,7 @@ class _Transfer(abc.ABC):
         self._halted = False
         self._cancelled = False
         self._error: BaseException | None = None
-        self._links: set[_Link] = set()
+        self._links: set[Link] = set()
         self._progress_at = 0.0
         # Not the module's own numbers: a program's seeds are its own.
         self._random = random.Random()
@@ -305,7 +254,7 @@ class _Transfer(abc.ABC):
                 del error
 
     def _work(self) -> None:
-        link = _Link(self._timeout)
+        link = Link(self._timeout)
         with self._changed:
             self._links.add(link)
         try:
@@ -344,7 +293,7 @@ class _Transfer(abc.ABC):
                 self._in_file -= 1
                 self._changed.notify_all()
 
-    def _insist(self, link: _Link, item: Any) -> None:
+    def _insist(self, link: Link, item: Any) -> None:
         """Make a request until it succeeds, or nothing has moved for too long."""
         pause = _FIRST_PAUSE
         tries = 0
@@ -383,14 +332,14 @@ class _Transfer(abc.ABC):
             pause = min(pause * 2, _LONGEST_PAUSE)
 
     @abc.abstractmethod
-    def _do(self, link: _Link, item: Any) -> None:
+    def _do(self, link: Link, item: Any) -> None:
         """Make the request for one item of the work, once."""
 
-    def _refusal(self, link: _Link, response: http.client.HTTPResponse) -> Exception:
+    def _refusal(self, link: Link, response: http.client.HTTPResponse) -> Exception:
         """Turn an answer that is none of the expected into what to raise."""
         body = response.read(_ERROR_BYTES).decode("utf-8", "replace")
-        code = _tag(body, "Code")
-        said = f"{response.status} {code}: {_tag(body, 'Message') or response.reason}"
+        code = tag(body, "Code")
+        said = f"{response.status} {code}: {tag(body, 'Message') or response.reason}"
         what = f"{self._verb} of {link.place}"
         if response.status in _RETRIED_STATUS or code in _RETRIED_CODE:
             return _AgainError(said, status=response.status, code=code)
@@ -521,11 +470,11 @@ class Download(_Transfer):
 
     def _hash_to(self, end: int) -> None:
         while self._hashed < end:
-            data = _read(self._fd, min(_CHUNK, end - self._hashed), self._base + self._hashed)
+            data = read_at(self._fd, min(_CHUNK, end - self._hashed), self._base + self._hashed)
             self._hash.update(data)
             self._hashed += len(data)
 
-    def _do(self, link: _Link, item: Any) -> None:
+    def _do(self, link: Link, item: Any) -> None:
         assert self._request is not None
         piece: list[int] = item
         first, end = piece
@@ -533,7 +482,7 @@ class Download(_Transfer):
         response = link.request("GET", self._request.url, headers)
         if response.status not in (200, 206):
             raise self._refusal(link, response)
-        total = _total(response)
+        total = total_size(response)
         if total is not None and total != self._size:
             raise S3DigestError(
                 f"download of {link.place}: the object has {total} bytes, not {self._size}",
@@ -625,7 +574,7 @@ class Upload(_Transfer):
         ]
         self._finish(self._start())
 
-    def _do(self, link: _Link, item: Any) -> None:
+    def _do(self, link: Link, item: Any) -> None:
         part: Part = item
         request = self._requests[part.number]
         headers = [*request.headers, ("Content-Length", str(part.length))]
@@ -648,7 +597,7 @@ class Upload(_Transfer):
             if at == end:
                 return b""
             with self._file():
-                data = _read(self._fd, min(_SEND, end - at), at)
+                data = read_at(self._fd, min(_SEND, end - at), at)
             at += len(data)
             with self._changed:
                 if at > self._sent.get(part.number, 0):
@@ -659,135 +608,8 @@ class Upload(_Transfer):
         return piece
 
 
-class _Link:
-    """One connection at a time to wherever a URL points, kept for the next request."""
-
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
-        self._connection: http.client.HTTPConnection | None = None
-        self._response: http.client.HTTPResponse | None = None
-        self._key: tuple[str, str] = ("", "")
-        self._proxied = False
-        self.place = "S3"
-        """What the last request was about, without the signature."""
-
-    def request(
-        self,
-        method: str,
-        url: str,
-        headers: Sequence[tuple[str, str]],
-        body: Callable[[], bytes] | None = None,
-    ) -> http.client.HTTPResponse:
-        """Make a request; the caller reads the answer to its end before the next."""
-        split = urlsplit(url)
-        self.place = f"{split.netloc}{unquote(split.path)}"
-        if self._connection is None or self._key != (split.scheme, split.netloc):
-            self.close()
-            self._connection, self._proxied = _connect(split.scheme, split.netloc)
-            self._key = (split.scheme, split.netloc)
-            self._connection.connect()
-            self._connection.sock.settimeout(self._timeout)
-        connection = self._connection
-        target = url if self._proxied else f"{split.path or '/'}?{split.query}"
-        connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
-        connection.putheader("Host", split.netloc)
-        for name, value in headers:
-            connection.putheader(name, value)
-        sent: OSError | None = None
-        try:
-            connection.endheaders()
-            while body is not None and (data := body()):
-                connection.send(data)
-        except (BrokenPipeError, ConnectionResetError) as exc:
-            # A server that has seen enough answers before it has read all: why, is in the answer.
-            sent = exc
-        try:
-            response = self._response = connection.getresponse()
-        except (OSError, http.client.HTTPException):
-            if sent is not None:
-                raise sent from None
-            raise
-        if sent is not None and response.status < 300:
-            raise sent
-        return response
-
-    def interrupt(self) -> None:
-        """Let whichever thread uses the connection fail at once."""
-        connection = self._connection
-        sock = connection.sock if connection is not None else None
-        if sock is not None:
-            try:
-                # Not a TLS socket's own: that one is for its user to call.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-            except OSError:
-                pass
-
-    def close(self) -> None:
-        """Close the connection; the next request makes a new one."""
-        response, self._response = self._response, None
-        if response is not None:
-            response.close()  # it may have taken the socket over
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-
-
-@functools.lru_cache(maxsize=2)
-def _tls(authorities: str | None) -> ssl.SSLContext:
-    """Made once: reading the authorities takes longer than a request."""
-    return ssl.create_default_context(cafile=authorities)
-
-
-def _connect(scheme: str, netloc: str) -> tuple[http.client.HTTPConnection, bool]:
-    """Return a connection not made yet, and whether requests on it name the whole URL.
-
-    Goes through the proxy that the environment names for it (``https_proxy``, ``no_proxy``).
-    """
-    proxy = urllib.request.getproxies_environment().get(scheme, "")
-    trust = _tls(os.environ.get("AWS_CA_BUNDLE") or None) if scheme == "https" else None
-    # typeshed does not know it.
-    if proxy and urllib.request.proxy_bypass_environment(netloc):  # type: ignore[attr-defined]
-        proxy = ""
-    if not proxy:
-        if scheme == "https":
-            return http.client.HTTPSConnection(
-                netloc, timeout=_CONNECT_TIMEOUT, context=trust
-            ), False
-        return http.client.HTTPConnection(netloc, timeout=_CONNECT_TIMEOUT), False
-    split = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    where = f"{split.hostname}:{split.port or 80}"
-    auth = {}
-    if split.username is not None:
-        pair = f"{unquote(split.username)}:{unquote(split.password or '')}"
-        auth["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-    if scheme == "https":
-        secure = http.client.HTTPSConnection(where, timeout=_CONNECT_TIMEOUT, context=trust)
-        secure.set_tunnel(netloc, headers=auth)
-        return secure, False
-    return http.client.HTTPConnection(where, timeout=_CONNECT_TIMEOUT), True
-
-
-def _read(fd: int, length: int, offset: int) -> bytes:
-    data = os.pread(fd, length, offset)
-    if not data:
-        raise OSError(f"the file ends at {offset}, and {length} bytes more were announced")
-    return data
-
-
 def _write(fd: int, data: memoryview, offset: int) -> None:
     while data:
         done = os.pwrite(fd, data, offset)
         data = data[done:]
         offset += done
-
-
-def _total(response: http.client.HTTPResponse) -> int | None:
-    """Return how long the whole object is, as the answer has it."""
-    if response.status == 200:
-        return response.length
-    found = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", ""))
-    return int(found[1]) if found else None
-
-
-def _tag(text: str, name: str) -> str:
-    return text.partition(f"<{name}>")[2].partition(f"</{name}>")[0]
