@@ -161,6 +161,16 @@ MISTAKES = {
         "            slot.cells[FENCE] = slot.fence\n",
         "",
     ),
+    "the delivery that runs is taken back": (
+        "slot_model",
+        "if number != current and number <= self.fence",
+        "if number <= self.fence",
+    ),
+    "a slot that died has begun nothing": (
+        "slot_model",
+        "[n for n in self.held if n == current or n in self.unopened]",
+        "[n for n in self.held if n in self.unopened]",
+    ),
     "results are looked for before the delivery that runs": (
         "answers",
         """        for slot, _ in found:
