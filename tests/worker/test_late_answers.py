@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Iterator, Sequence
 
-import pytest
 from stepping import HandLoop
 
 from cloudexec._objects.options import Limits
+from cloudexec._proto import tasks_pb2 as pb
 from cloudexec.worker import frames
 from cloudexec.worker.blobs import BlobCache
+from cloudexec.worker.dialing import Address
 from cloudexec.worker.frames import CURRENT, HEADER, RESULT, RESULTS_AT, USED, Kind
-from cloudexec.worker.reporting import ResultBlob
+from cloudexec.worker.reporting import Answers, ResultBlob
+from cloudexec.worker.session import Session
+from cloudexec.worker.slot_model import SlotState
 from cloudexec.worker.slots import Settings
 from cloudexec.worker.supervisor import SlotPool
 from cloudexec.worker.tasks import TIMED_OUT, Failure, WorkItem
@@ -28,7 +32,6 @@ class Client:
         self.results: list[int] = []
         self.failures: list[Failure] = []
         self.handed_back: list[int] = []
-        self.is_ready = False
 
     def result(self, lease: int, payload: bytes, seconds: float) -> None:
         self.results.append(lease)
@@ -51,7 +54,7 @@ class Client:
         raise AssertionError(data)
 
     def ready(self) -> None:
-        self.is_ready = True
+        pass
 
     def groups_changed(self) -> None:
         pass
@@ -66,15 +69,14 @@ class Client:
 class Stage:
     """A pool with one slot; the test plays the zygote and the slot's process."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: Answers) -> None:
         self.loop = HandLoop()
-        self.client = Client()
         self.zygote, ours = socket.socketpair()
         self.zygote.setblocking(False)
         asyncio._set_running_loop(self.loop)  # type: ignore[arg-type]
         try:
-            blobs = BlobCache(_no_blob, Limits(2**30, 0), set, direct=False)
-            self.pool = SlotPool(Settings(slots=1), self.client, ours, _no_zygote, blobs)
+            self.blobs = BlobCache(_no_blob, Limits(2**30, 0), set, direct=False)
+            self.pool = SlotPool(Settings(slots=1), answers, ours, _no_zygote, self.blobs)
         finally:
             asyncio._set_running_loop(None)
         self.pool.add([WorkItem(1, 0, b"", 1, 0.0)])
@@ -84,9 +86,9 @@ class Stage:
         self.tell(STARTED)
         os.write(self.results_fd, HEADER.pack(Kind.READY, 0, 0))
         self.run()
-        assert self.client.is_ready
-        self.pool.announced()
         (self.child,) = self.pool._slots.children.values()
+        assert self.child.state is SlotState.READY
+        self.pool.announced()
 
     @property
     def results_fd(self) -> int:
@@ -131,28 +133,47 @@ def _no_zygote() -> None:
     raise AssertionError("the zygote is there")
 
 
-@pytest.fixture
-def stage() -> Iterator[Stage]:
-    stage = Stage()
-    yield stage
-    stage.close()
+@contextlib.contextmanager
+def staged(answers: Answers) -> Iterator[Stage]:
+    stage = Stage(answers)
+    try:
+        yield stage
+    finally:
+        stage.close()
 
 
-def test_a_timeout_holds_though_the_answer_before_it_comes_twice(stage: Stage) -> None:
+def test_a_timeout_holds_though_the_answer_before_it_comes_twice() -> None:
     """The slot was descheduled between the page and the pipe; its next task has a timeout."""
-    frame = stage.finish(1)
-    assert stage.pool.hand_back() == []  # this looks at the page
-    assert stage.client.results == [1]
-    stage.pool.add([WorkItem(2, 0, b"", 2, 0.0, timeout=5.0)])
-    os.write(stage.results_fd, frame)
-    stage.child.cells[USED] = 0
-    stage.child.cells[CURRENT] = 2
-    stage.run()
-    end = stage.loop.now + 6.0
-    while (told := stage.told()) != KILL and stage.loop.now < end and stage.loop.run_timer():
+    client = Client()
+    with staged(client) as stage:
+        frame = stage.finish(1)
+        assert stage.pool.hand_back() == []  # this looks at the page
+        assert client.results == [1]
+        stage.pool.add([WorkItem(2, 0, b"", 2, 0.0, timeout=5.0)])
+        os.write(stage.results_fd, frame)
+        stage.child.cells[USED] = 0
+        stage.child.cells[CURRENT] = 2
         stage.run()
-    assert told == KILL
-    stage.tell(EXITED, status=9)
-    stage.run()
-    assert [(each.lease, each.kind) for each in stage.client.failures] == [(2, TIMED_OUT)]
-    assert stage.client.results == [1]
+        end = stage.loop.now + 6.0
+        while (told := stage.told()) != KILL and stage.loop.now < end and stage.loop.run_timer():
+            stage.run()
+        assert told == KILL
+        stage.tell(EXITED, status=9)
+        stage.run()
+        assert [(each.lease, each.kind) for each in client.failures] == [(2, TIMED_OUT)]
+        assert client.results == [1]
+
+
+def test_a_result_that_is_found_when_another_client_takes_over_is_handed_to_it() -> None:
+    """It was in the page, and not in the pipe, in that moment."""
+    session = Session(Address("unix:/nowhere", "x", "1", bytes(32), 1))
+    with staged(session.outbox) as stage:
+        session.attach(stage.pool, stage.blobs)
+        session._inbox.holdings.take(pb.Tasks(leases=[1], tags=[b"the first"]))
+        stage.finish(1)
+        session._begin_anew()
+        message = session.outbox.compose(stage.pool)
+        assert message is not None
+        assert [*message.holding.leases] == [*message.results.leases] == [1]
+        assert [*message.holding.tags] == [b"the first"]
+        assert [*message.results.payloads] == [b"N."]
