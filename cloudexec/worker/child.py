@@ -13,7 +13,7 @@ from mmap import mmap
 from cloudexec.worker.frames import PAGE_BYTES, RESULTS_AT
 from cloudexec.worker.slot_model import SlotModel
 
-__all__ = ["PIPE_BYTES", "Child", "OpenFiles", "oom_kills"]
+__all__ = ["PIPE_BYTES", "Child", "OpenFiles"]
 
 PIPE_BYTES = 1024 * 1024
 
@@ -163,28 +163,3 @@ def _widen(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     except (ImportError, AttributeError, OSError):
         pass  # not Linux, or over the user's limit: a smaller pipe is only slower
-
-
-_CONTAINER_EVENTS = (
-    "/sys/fs/cgroup/memory.events",  # version 2
-    "/sys/fs/cgroup/memory/memory.oom_control",  # version 1
-)
-
-
-def oom_kills(*, alone: bool) -> int:
-    """How often the kernel has killed for want of memory, as far as can be seen from here.
-
-    Args:
-        alone: Whether this is a container with a limit of its own: what happens on the rest of
-            the machine says nothing then.
-    """
-    count = 0
-    for path in _CONTAINER_EVENTS if alone else (*_CONTAINER_EVENTS[:1], "/proc/vmstat"):
-        try:
-            with open(path) as file:
-                for line in file:
-                    if line.startswith("oom_kill "):
-                        count += int(line.split()[1])
-        except (OSError, ValueError):
-            continue
-    return count

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cloudexec.worker.child import Child, oom_kills
+from cloudexec.worker.child import Child
 from cloudexec.worker.frames import CURRENT
 from cloudexec.worker.tasks import OUTGREW, TIMED_OUT, WorkItem
 
@@ -81,6 +81,31 @@ def _proportional(pid: int) -> int:
     return _anonymous(pid)
 
 
+_CONTAINER_EVENTS = (
+    "/sys/fs/cgroup/memory.events",  # version 2
+    "/sys/fs/cgroup/memory/memory.oom_control",  # version 1
+)
+
+
+def _oom_kills(*, alone: bool) -> int:
+    """How often the kernel has killed for want of memory, as far as can be seen from here.
+
+    Args:
+        alone: Whether this is a container with a limit of its own: what happens on the rest of
+            the machine says nothing then.
+    """
+    count = 0
+    for path in _CONTAINER_EVENTS if alone else (*_CONTAINER_EVENTS[:1], "/proc/vmstat"):
+        try:
+            with open(path) as file:
+                for line in file:
+                    if line.startswith("oom_kill "):
+                        count += int(line.split()[1])
+        except (OSError, ValueError):
+            continue
+    return count
+
+
 @dataclass(slots=True)
 class _Limit:
     """What one task may take, and what its slot had when it came; in bytes."""
@@ -106,7 +131,7 @@ class Footprint:
         self._timers: dict[Child, asyncio.TimerHandle] = {}
         self._limits: dict[Child, _Limit] = {}
         self._look_handle: asyncio.TimerHandle | None = None
-        self._oom_kills = oom_kills(alone=self._is_container)
+        self._oom_kills = _oom_kills(alone=self._is_container)
 
     def begin(self, slot: Child, item: WorkItem) -> None:
         """A task is about to be sent to a slot that holds no other."""
@@ -146,7 +171,7 @@ class Footprint:
             code: Its exit code, or less than 0: the signal that ended it.
             peak: The most memory that it had, in bytes.
         """
-        kills = oom_kills(alone=self._is_container)
+        kills = _oom_kills(alone=self._is_container)
         before, self._oom_kills = self._oom_kills, kills
         # Where the container's own counters cannot be read, its share is the evidence there is.
         filled = 0 < _FULL * self._share <= peak
