@@ -38,6 +38,8 @@ _WHY = {
 }
 _HAND_OVER = 30.0
 """Seconds that a worker with nothing left to do waits until the client has taken what it keeps."""
+_COME_BACK = 5.0
+"""Seconds that a worker whose platform ends it waits for a client that it has lost."""
 
 
 async def run_worker(address: Address, zygote: socket.socket) -> bool:
@@ -64,7 +66,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     if session.welcome.modules:
         try:
             modules = await session.fetch_modules()
-        except call_errors() as exc:
+        except call_errors(asyncio.InvalidStateError) as exc:
             await session.close()
             raise LaunchError(f"the client's modules could not be fetched: {exc}") from exc
     welcome = session.welcome
@@ -130,15 +132,17 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             session.outbox.start_draining()
             pool.drain()
             why = await _first(pool.idle, ends)
+        most = address.drain_grace or _HAND_OVER
         if why == "idle":
             # What is kept here, the client takes first.
-            why = await _first(blobs.all_claimed, ends, address.drain_grace or _HAND_OVER)
+            is_alone = reclaimed and not session.is_connected
+            why = await _first(blobs.all_claimed, ends, _COME_BACK if is_alone else most)
         if why == "idle":
             pool.stop(kill=False)
             why = await _first(pool.stopped, ends)
         if why == "idle":
             background.append(loop.create_task(session.flush()))
-            why = await _first(session.flushed, ends)
+            why = await _last_words(session, ends, most if reclaimed else None)
         if why != "idle":
             pool.stop(kill=True)
             lost = why in ("disconnected", "orphaned", "gone") and not asked
@@ -170,6 +174,25 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     if lost:
         raise LaunchError("the connection to the client was lost")
     return reclaimed
+
+
+async def _last_words(session: Session, ends: asyncio.Queue[str], most: float | None) -> str:
+    """Wait until the client has all that was to be said.
+
+    Args:
+        session: With the client.
+        ends: Reasons to end at once.
+        most: Seconds until the platform kills this process, which then does not wait for a client
+            that is gone; ``None``: nothing presses.
+    """
+    if most is None:
+        return await _first(session.flushed, ends)
+    deadline = asyncio.get_running_loop().time() + most
+    while True:
+        why = await _first(session.flushed, ends, _COME_BACK)
+        is_late = asyncio.get_running_loop().time() > deadline
+        if why != "idle" or session.flushed.is_set() or is_late or not session.is_connected:
+            return why
 
 
 async def _first(event: asyncio.Event, ends: asyncio.Queue[str], most: float | None = None) -> str:

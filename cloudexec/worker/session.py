@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import time
 from typing import Any
 
 import cloudpickle
@@ -64,6 +65,11 @@ class Session:
         self.pool: SlotPool | None = None
         """``None``: tasks cannot come yet, as ``attach`` has not been called."""
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection to the client."""
+        return self._calls.connected.is_set()
+
     def attach(self, pool: SlotPool, blobs: BlobCache) -> None:
         """Begin to serve: tasks go to this pool from now on."""
         self.pool = pool
@@ -116,7 +122,10 @@ class Session:
         self.outbox.captures_output = self.welcome.capture_output
         if not is_new:
             self._address.say("another client takes this worker over")
-            self._begin_anew()
+            if self.pool is None:
+                self._stream = Stream()  # nothing has begun yet
+            else:
+                self._begin_anew()
 
     def _begin_anew(self) -> None:
         """Prepare for a client that has the journal of the one before, and nothing else.
@@ -146,8 +155,36 @@ class Session:
         await fetch_blob(self._calls, number, known, blob)
 
     async def fetch_modules(self) -> str:
-        """Fetch the user's own modules; return the directory they are in now."""
-        return await fetch_modules(self._calls)
+        """Fetch the user's own modules, before ``converse``; return the directory they are in now.
+
+        A connection that is cut meanwhile is replaced, as later: tasks may have been sent already.
+
+        Raises:
+            LaunchError: If the client cannot be reached any more.
+            ProtocolError: If it has given this worker up.
+            CallError: If they do not come although it can be reached.
+        """
+        deadline = time.monotonic() + self.welcome.orphan_timeout
+        while True:
+            try:
+                return await fetch_modules(self._calls)
+            except call_errors(asyncio.InvalidStateError):
+                if not self.welcome.resumable or time.monotonic() > deadline:
+                    raise
+            await self._dial_again()
+
+    async def _dial_again(self) -> None:
+        """Replace a connection that was cut.
+
+        Raises:
+            LaunchError: If the client cannot be reached for as long as it may stay away.
+            ProtocolError: If it has given this worker up.
+        """
+        self._calls.note_cut()
+        patience = self.welcome.orphan_timeout
+        self._address.say(f"the connection was lost; dialing again, for {patience:g} s")
+        await dial(self._address, self.enrol, patience)
+        self._address.say("connected again")
 
     # The stream.
 
@@ -205,18 +242,14 @@ class Session:
             if self._said_goodbye:
                 self.flushed.set()  # it was acknowledged before
                 return "closed"
-            self._calls.note_cut()
-            patience = self.welcome.orphan_timeout
-            self._address.say(f"the connection was lost; dialing again, for {patience:g} s")
             try:
-                await dial(self._address, self.enrol, patience)
+                await self._dial_again()
             except LaunchError as exc:
                 self._address.say(str(exc))
                 return "orphaned"
             except ProtocolError as exc:
                 self._address.say(str(exc))
                 return "gone"
-            self._address.say("connected again")
 
     async def _send(self) -> None:
         """Send answers as they come, in batches as large as the stream makes them.

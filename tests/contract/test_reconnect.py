@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from contract_helpers import Signals, descendants, supervisors, until
 from cuttable import CLIENT, WORKER, CuttableLink
 
 from cloudexec import BatchExecutor, Local
+from cloudexec.testing import ManualLauncher
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("nothing_left")]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -36,9 +39,9 @@ class _Cluster:
     def __init__(self, workers: int = 2, **options: object) -> None:
         port = _free_port()
         self.link = CuttableLink(port)
+        options = {"launcher": Local(slots_per_worker=1), **options}
         self.executor = BatchExecutor(
             workers,
-            launcher=Local(slots_per_worker=1),
             listen=f"127.0.0.1:{port}",
             advertise=f"127.0.0.1:{self.link.port}",
             **options,  # type: ignore[arg-type]
@@ -105,6 +108,64 @@ def test_what_runs_goes_on_while_the_connection_is_cut(signals: Signals, tmp_pat
         assert cluster.lost == (0, 0, 0)
         assert cluster.executor.stats().workers.cut == 0
         assert submit(pow, 2, 3).result(PATIENCE) == 8
+
+
+def test_a_worker_that_its_platform_ends_does_not_wait_for_a_client_that_is_gone() -> None:
+    """It can hand nothing back. Its platform would kill it half a minute later, and bill that."""
+    launcher = ManualLauncher(needs_network=True)
+    with _Cluster(1, launcher=launcher) as cluster:
+        future = cluster.executor.submit(abs, -1)
+        contact = launcher.wait(1, PATIENCE)[0].contact
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "cloudexec.worker"],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                "CLOUDEXEC_TARGET": contact.target,
+                "CLOUDEXEC_EXECUTOR_ID": contact.executor_id,
+                "CLOUDEXEC_IDENTITY": "1",
+                "CLOUDEXEC_KEY": contact.key.hex(),
+                "CLOUDEXEC_SLOTS": "1",
+                "CLOUDEXEC_CERTIFICATE_SHA256": contact.certificate_sha256,
+            },
+        )
+        try:
+            assert future.result(PATIENCE) == 1
+            cluster.link.cut(stay_down=True)
+            until(lambda: cluster.executor.stats().workers.cut == 1)
+            worker.send_signal(signal.SIGTERM)
+            assert worker.wait(30) == 128 + signal.SIGTERM
+        finally:
+            worker.kill()
+            worker.wait()
+        launcher.end_all()
+
+
+class _Elsewhere(Local):
+    """Workers that fetch this program's modules first, as on another machine."""
+
+    def needs_network(self) -> bool:
+        """Say that the files of this machine are not there."""
+        return True
+
+
+def test_a_worker_that_is_cut_while_it_fetches_modules_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Tasks were sent to it already, and with retries=0 no other may have them."""
+    log = tmp_path / "log"
+    (tmp_path / "large_module.py").write_text(f"TEXT = {os.urandom(1_000_000).hex()!r}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("large_module")
+    request.addfinalizer(lambda: sys.modules.pop("large_module"))
+    with _Cluster(1, retries=0, launcher=_Elsewhere(slots_per_worker=1)) as cluster:
+        cluster.link.cut_after(300_000)
+        futures = [cluster.executor.submit(_note, str(log), n) for n in range(50)]
+        assert [future.result(PATIENCE) for future in futures] == [n * n for n in range(50)]
+        assert cluster.link.is_cut_yet
+        assert cluster.link.accepted > 2  # the certificate, what was cut, and another
+        assert cluster.lost == (0, 0, 0)
+    assert set(_runs(log).values()) == {1}
 
 
 def test_many_cuts_under_load(tmp_path: Path) -> None:
