@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -499,6 +500,9 @@ async def _log_group(examination: _Examination) -> Check:
 
 
 async def _address(examination: _Examination) -> Check:
+    if relay := os.environ.get("CLOUDEXEC_RELAY", ""):
+        how = f"workers come through the relay {relay}: from CLOUDEXEC_RELAY"
+        return Check(name="address", outcome="ok", found=how)
     try:
         found = await advertised_address(examination.profile, endpoint=examination.clients.endpoint)
     except ConfigError as exc:

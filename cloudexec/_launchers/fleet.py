@@ -150,6 +150,8 @@ class Fleet:
             "CLOUDEXEC_SLOTS": str(slots),
             "CLOUDEXEC_CERTIFICATE_SHA256": contact.certificate_sha256,
         }
+        if contact.relay:
+            environment["CLOUDEXEC_RELAY"] = contact.relay
         if capacity is not None and capacity.memory:
             environment["CLOUDEXEC_MEMORY_MIB"] = str(capacity.memory >> 20)
         if "PYTHONHASHSEED" not in environment:

@@ -365,6 +365,8 @@ class Site:
             one of its own.
         bucket: The S3 bucket through which large objects may go; empty: none.
         region: The bucket's region.
+        relay: ``host:port`` of a relay that this process and workers dial, and that knows ``key``,
+            or ``ssh://user@host``, whose OpenSSH forwards a port; empty: workers dial this process.
     """
 
     platform: Platform
@@ -373,6 +375,7 @@ class Site:
     key: bytes = field(default=b"", repr=False)
     bucket: str = ""
     region: str = ""
+    relay: str = ""
 
 
 for _name in __all__:

@@ -173,7 +173,10 @@ class PlatformLauncher(Launcher):
         self.__dict__["_connection"] = connection
         self.__dict__["_fleet"] = Fleet(self, site, executor)
         return Network(
-            listen or site.listen or "127.0.0.1:0", advertise or site.advertise, site.key
+            listen or site.listen or "127.0.0.1:0",
+            advertise or site.advertise,
+            site.key,
+            site.relay,
         )
 
     def launch(

@@ -5,7 +5,8 @@ on. TLS runs from worker to client, so the relay sees ciphertext.
 
 * ``handshake`` has what each side says first: a line that names the executor, and a proof that it
   knows the key of the relay.
-* ``server`` is the relay, a program of its own (``python -m cloudexec._relay``).
+* ``server`` is the relay, and ``program`` runs it (``cloudexec relay``, or where only a worker is
+  installed, ``python -m cloudexec._relay``).
 * ``tunnel`` is the client's end, a process that the client starts: it stays registered with the
   relay, and opens a connection for each worker that dials.
 * ``joining`` passes bytes on, for both.

@@ -77,6 +77,7 @@ def _remedy(name: str, reason: str) -> str:
         return (
             f"workers must reach the address above: from within the VPC, put this machine into "
             f"the stack's security group{inside}; from elsewhere, forward a port and set "
-            f"CLOUDEXEC_ADVERTISE=HOST:PORT"
+            f"CLOUDEXEC_ADVERTISE=HOST:PORT, or set CLOUDEXEC_RELAY=ssh://USER@HOST, a host that "
+            f"both sides reach"
         )
     return "mend what the message names, then run this command again"

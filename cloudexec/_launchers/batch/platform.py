@@ -16,6 +16,7 @@ from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.definitions import ensure_definition, pin_image
 from cloudexec._aws.diagnosis import JobEnd, cause_of_refusal, cause_of_waiting, is_definition_gone
+from cloudexec._aws.key import stack_key
 from cloudexec._aws.limits import ARRAY_LARGEST, DESCRIBE_JOBS, WorkerSize
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
@@ -43,7 +44,6 @@ from cloudexec._pricing import WorkerPrice
 
 __all__ = ["BatchPlatform", "Settings", "connect"]
 
-_KEY_BYTES = 32
 _CONCURRENT_CALLS = 8
 _TERMINATED_AT_ONCE = 50
 """Jobs in one TerminateJobs call. AWS Batch API Reference."""
@@ -65,6 +65,7 @@ class Settings(Protocol):
     project: str
     queue: str | None
     region: str | None
+    relay: str
     scheduling_priority: int
     share_identifier: str
     sizes: tuple[WorkerSize, ...]
@@ -148,7 +149,9 @@ class BatchPlatform(Platform):
             )
         if settings.definition is not None:
             await self._check_definition(settings.definition)
-        key = await self._read_key() if self._keyed_by_stack else b""
+        key = await stack_key(self._call, self._profile) if self._keyed_by_stack else b""
+        if settings.relay:
+            return self._behind_relay(settings.relay, key)
         found = await advertised_address(
             self._profile, advertise=executor.advertise, endpoint=self._clients.endpoint
         )
@@ -162,20 +165,22 @@ class BatchPlatform(Platform):
             region=self._profile.region,
         )
 
-    async def _read_key(self) -> bytes:
-        key = b""
-        secret = await self._call(
-            "secretsmanager", "get_secret_value", SecretId=self._profile.key_secret
-        )
-        with contextlib.suppress(KeyError, ValueError):
-            key = bytes.fromhex(secret["SecretString"])
-        if len(key) != _KEY_BYTES:
-            raise LaunchError(
-                f"the stack's key cannot be used: {self._profile.key_secret} does not hold "
-                f"{2 * _KEY_BYTES} hexadecimal digits; put such a value into it, or "
-                f"`cloudexec down` and `cloudexec up` make it anew"
+    def _behind_relay(self, relay: str, key: bytes) -> Site:
+        if not key and not relay.startswith("ssh://"):
+            raise ConfigError(
+                f"relay={relay!r} checks who belongs to the executor by the key of a stack: give "
+                f"profile=, and no definition= without that key; or use relay='ssh://user@host'"
             )
-        return key
+        self._inquiry.advertised = f"the relay {relay}"
+        return Site(
+            platform=self,
+            listen="127.0.0.1:0",
+            advertise=self._executor.advertise,
+            key=key,
+            bucket=self._profile.bucket,
+            region=self._profile.region,
+            relay=relay,
+        )
 
     async def _check_definition(self, name: str) -> None:
         """Look at a definition that the user wants: whether it is there, and whose key it has."""

@@ -74,6 +74,9 @@ class Batch(PlatformLauncher):
         modules: Whether your own modules, those that are imported and not installed, are sent to
             the workers; or the names of the top-level ones that are.
         project: Goes into a tag, for ``cloudexec ps`` and the bill.
+        relay: How workers reach a machine that nothing can dial: ``"ssh://user@host"``, a host of
+            yours whose OpenSSH forwards a port, or ``"host:port"`` of a ``cloudexec relay`` that
+            you run; by default what ``CLOUDEXEC_RELAY`` says. Workers must reach that host.
         max_runtime: Seconds after which AWS ends a worker, whatever became of this process.
 
     Raises:
@@ -104,6 +107,7 @@ class Batch(PlatformLauncher):
         tags: Mapping[str, str] | None = None,
         modules: bool | Sequence[str] = True,
         project: str = "",
+        relay: str | None = None,
         max_runtime: float = _DAY,
     ) -> None:
         if compute not in ("fargate", "ec2"):
@@ -120,6 +124,7 @@ class Batch(PlatformLauncher):
             "job_role": job_role,
             "execution_role": execution_role,
             "region": region,
+            "relay": relay,
         }
         for name, text in texts.items():
             if text is not None and (not isinstance(text, str) or not text.strip()):
@@ -195,6 +200,7 @@ class Batch(PlatformLauncher):
         self.environment = dict(environment or {})
         self.tags = dict(tags or {})
         self.project = project
+        self.relay = os.environ.get("CLOUDEXEC_RELAY", "") if relay is None else relay
         self.modules = several if isinstance(several, bool) else tuple(several)
         self.max_runtime = max_runtime
         self.slots = slots_per_worker or max(1, int(vcpus))
