@@ -268,7 +268,8 @@ def test_output_that_is_not_read_holds_up_who_prints() -> None:
 
     handler, logger = Slow(), logging.getLogger("cloudexec.output")
     logger.addHandler(handler)
-    level, logger.level, logger.propagate = logger.level, logging.INFO, False
+    level, logger.propagate = logger.level, False
+    logger.setLevel(logging.INFO)  # which forgets what logging remembers of the level
     try:
         with BatchExecutor(1, output="logging") as executor:
             future = executor.submit(chatter, 20)
@@ -282,5 +283,6 @@ def test_output_that_is_not_read_holds_up_who_prints() -> None:
             future.result(PATIENCE)
     finally:
         logger.removeHandler(handler)
-        logger.level, logger.propagate = level, True
+        logger.setLevel(level)
+        logger.propagate = True
     assert count == 20 * 1024

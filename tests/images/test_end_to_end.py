@@ -178,8 +178,7 @@ def test_containers_end_when_the_client_is_killed(aws: Any, ready: None, tmp_pat
         textwrap.dedent(
             """
             import time
-            import cloudexec
-from cloudexec import Batch, BatchExecutor
+            from cloudexec import Batch, BatchExecutor
             if __name__ == "__main__":
                 executor = BatchExecutor(
                     2, launcher=Batch(), min_workers=2, orphan_timeout=3.0
