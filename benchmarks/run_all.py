@@ -19,6 +19,7 @@ _SCRIPTS: list[list[str]] = [
     ["large.py"],
     ["arrays.py"],
     ["wire.py"],
+    ["relay.py"],
     ["memory.py"],
     ["scale.py"],
     ["workers.py"],

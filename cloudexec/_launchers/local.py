@@ -184,6 +184,7 @@ class Local(Launcher):
             "key": contact.key.hex(),
             "slots": slots,
             "certificate_sha256": contact.certificate_sha256,
+            "relay": contact.relay,
         }
         try:
             popen = self._begun.popleft()
