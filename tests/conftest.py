@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 
@@ -20,6 +23,24 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _over = threading.Event()
+_TEMPORARY = "CLOUDEXEC_TESTS_TEMPORARY"
+_ours: list[str] = []
+
+
+def pytest_configure() -> None:
+    """Have a directory for temporary files of this run, which programs that tests kill leave."""
+    if _TEMPORARY not in os.environ:
+        # pytest's own directories stay where they are: sockets in them have short paths.
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+        _ours.append(tempfile.mkdtemp(prefix="ce-tests-"))
+        os.environ[_TEMPORARY] = _ours[0]
+    os.environ["TMPDIR"] = tempfile.tempdir = os.environ[_TEMPORARY]
+
+
+def pytest_unconfigure() -> None:
+    """Remove it, where it was made: other processes of the run share it."""
+    for directory in _ours:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def pytest_sessionstart() -> None:
