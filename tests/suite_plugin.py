@@ -1,7 +1,7 @@
 """How the whole suite runs: in several processes, then what runs alone, then what failed once more.
 
-Most tests wait longer than they compute, so three processes for each core run them (pytest-xdist).
-What is marked ``alone``, because it measures time, runs after all others, one at
+Most tests wait longer than they compute, so twice as many processes as there are cores run them
+(pytest-xdist). What is marked ``alone``, because it measures time, runs after all others, one at
 a time. A test that has failed runs once more, alone, at the very end: if it then passes it is
 listed as FLAKY with all that it said the first time. Three such are let through, a fourth fails.
 
@@ -65,7 +65,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.suite = "off" if selected or option.usepdb or option.collectonly else "on"
     if option.suite == "on" and hasattr(option, "numprocesses") and not option.tx:
         if option.numprocesses is None:
-            option.numprocesses = min(8, 3 * (os.cpu_count() or 1))
+            option.numprocesses = min(8, 2 * (os.cpu_count() or 1))
         if option.numprocesses and option.dist == "no":
             option.dist = "loadfile"
 
