@@ -23,7 +23,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _over = threading.Event()
-_TEMPORARY = "CLOUDEXEC_TESTS_TEMPORARY"
+_TEMPORARY = "CE_TESTS_TEMPORARY"
 _ours: list[str] = []
 
 
