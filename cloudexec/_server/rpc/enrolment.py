@@ -121,11 +121,14 @@ class Enrolment:
         unwanted = service.workers.admit(hello.identity)
         refusal = unwanted or mismatch
         if refusal is not None:
-            await context.write(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
-            if unwanted is None:
-                service.feed(events.LaunchFailed(hello.identity, refusal, fatal=True))
-            elif not service.launches.has_given_up(hello.identity):  # that one just comes too late
-                service.refused("not expected", f"{context.peer()} knows the key, but {unwanted}")
+            try:
+                await context.write(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
+            finally:  # also if the worker does not wait for it
+                if unwanted is None:
+                    service.feed(events.LaunchFailed(hello.identity, refusal, fatal=True))
+                elif not service.launches.has_given_up(hello.identity):  # else it just comes late
+                    what = f"{context.peer()} knows the key, but {unwanted}"
+                    service.refused("not expected", what)
             return None
         resumable = not service.direct_path and service.machine.config.reconnect_grace > 0
         pid = _pid_of(service.workers.pid_of(hello.identity), hello.pid)
