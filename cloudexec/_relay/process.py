@@ -19,11 +19,9 @@ from cloudexec._errors import ConfigError
 from cloudexec._relay.handshake import relay_key
 from cloudexec._relay.joining import dial
 
-__all__ = ["RelayTunnel", "SshTunnel", "Tunnel", "open_tunnel"]
+__all__ = ["RelayTunnel", "SshTunnel", "Tunnel", "check_relay", "open_tunnel"]
 
-_BOOT = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from cloudexec._relay.tunnel import main; main()"
-)
+_BOOT = "import sys; sys.path.append(sys.argv[1]); from cloudexec._relay.tunnel import main; main()"
 _END_TIMEOUT = 2.0
 """Seconds in which the process ends by itself once it is told to."""
 _PAUSE = 0.5
@@ -49,6 +47,7 @@ class Tunnel(ABC):
         self._loop = asyncio.get_running_loop()
         self._decided: asyncio.Future[bool] = self._loop.create_future()
         self._is_closed = False
+        self._probing: asyncio.Task[None] | None = None
         self._said = ""
         self.why = "no answer"
         """Why workers are not led here, if they are not."""
@@ -155,6 +154,8 @@ class Tunnel(ABC):
     def close(self) -> None:
         """Have the process end. Connections of workers end with it."""
         self._is_closed = True
+        if self._probing is not None:
+            self._probing.cancel()
         if not self._output.closed:
             self._close_pipes()
 
@@ -204,7 +205,8 @@ class RelayTunnel(Tunnel):
 
     def command(self) -> Sequence[str]:
         """Return the command of our own tunnel."""
-        return [sys.executable, "-c", _BOOT, str(Path(__file__).parents[2])]
+        # -P: a module of the user's, in the current folder, is none of Python's own.
+        return [sys.executable, "-P", "-c", _BOOT, str(Path(__file__).parents[2])]
 
     def input(self) -> bytes:
         """Return where it leads: the key is on no command line."""
@@ -234,12 +236,9 @@ class SshTunnel(Tunnel):
     ends_as = "refused"  # OpenSSH has said why, and would say the same again
 
     def __init__(self, url: str, server: str, advertise: str, on_change: OnChange) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if not parts.hostname or parts.hostname.startswith("-") or parts.password:
-            raise ConfigError(f"relay must be like 'ssh://user@host', not {url!r}")
-        self._host, self._ssh_port, self._user = parts.hostname, parts.port, parts.username
+        self._user, self._host, self._ssh_port = _parts_of(url)
         self._server = server
-        self._advertise = advertise or parts.hostname
+        self._advertise = advertise or self._host
         self._port = 0  # one that the host chooses, and then that one again
         super().__init__(on_change)
 
@@ -261,35 +260,46 @@ class SshTunnel(Tunnel):
         ]
 
     def start(self) -> None:
-        """Start OpenSSH; one that has had its port for a second time says nothing."""
+        """Start OpenSSH; when it is given its earlier port again, it says nothing of it."""
         super().start()
         if self._port:
-            self._probing = self._loop.create_task(self._probe())
+            self._probe_soon()
 
     def heard(self, line: str) -> None:
         """Take what OpenSSH says: the port, or what is wrong."""
         found = _ALLOCATED.search(line)
         if found is not None:
             self._port = int(found[1])
-            self._probing = self._loop.create_task(self._probe())
+            self._probe_soon()
         else:
             self.why = line
 
+    def _probe_soon(self) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+        self._probing = self._loop.create_task(self._probe())
+
     async def _probe(self) -> None:
         """Find out whether the port is there for others, and not for the host alone."""
-        try:
-            async with asyncio.timeout(_PROBE_TIMEOUT):
-                connection = await dial(self._advertise, self._port)
-        except OSError as exc:
-            self.changed(
-                "refused",
-                f"{self._host} has opened port {self._port}, and {self.target} takes no connection "
-                f"({str(exc) or 'no answer'}): the host needs `GatewayPorts clientspecified` in "
-                f"its sshd_config, and its firewall must let the port through",
-            )
-        else:
-            connection.close()
-            self.changed("registered", "")
+        deadline = self._loop.time() + _PROBE_TIMEOUT
+        why = "no answer"
+        while self._loop.time() < deadline:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    connection = await dial(self._advertise, self._port)
+            except OSError as exc:
+                why = str(exc) or why
+                await asyncio.sleep(_PAUSE)  # OpenSSH may still be logging in
+            else:
+                connection.close()
+                self.changed("registered", "")
+                return
+        self.changed(
+            "refused",
+            f"{self._host} has opened port {self._port}, and {self.target} takes no connection "
+            f"({why}): the host needs `GatewayPorts clientspecified` in its sshd_config, and its "
+            f"firewall must let the port through",
+        )
 
 
 def open_tunnel(
@@ -312,6 +322,29 @@ def open_tunnel(
     if relay.startswith("ssh://"):
         return SshTunnel(relay, server, advertise, on_change)
     return RelayTunnel(relay, key, executor_id, server, on_change)
+
+
+def check_relay(relay: str) -> None:
+    """Refuse what is no relay.
+
+    Raises:
+        ConfigError: If it is neither ``host:port`` nor ``ssh://user@host``.
+    """
+    if relay.startswith("ssh://"):
+        _parts_of(relay)
+    else:
+        _split(relay)
+
+
+def _parts_of(url: str) -> tuple[str | None, str, int | None]:
+    """Return user, host and port of a URL of OpenSSH."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.hostname and not parts.hostname.startswith("-") and not parts.password:
+            return parts.username, parts.hostname, parts.port
+    except ValueError:  # a port that is none
+        pass
+    raise ConfigError(f"relay must be like 'ssh://user@host', not {url!r}")
 
 
 def _split(address: str) -> tuple[str, int]:

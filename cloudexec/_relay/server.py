@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import re
 import socket
 import sys
@@ -43,21 +44,22 @@ class _Refusal(Exception):
 class _Client:
     """A client that is registered.
 
-    Args:
-        line: The connection over which it is told of workers.
+    Attributes:
+        task: Serves its connection, for as long as it is registered.
+        news: What it is told next: nobody waits for a client that does not read.
     """
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self.line = line
         self.task = task
-        self._saying = asyncio.Lock()
+        self.news: asyncio.Queue[str] = asyncio.Queue()
 
-    async def say(self, text: str) -> None:
-        """Tell it something."""
-        async with self._saying:
-            await self.line.say(text)
+    async def tell(self, line: Line) -> None:
+        """Tell it the news, over its connection."""
+        with contextlib.suppress(OSError):  # who reads notices it, too
+            while True:
+                await line.say(await self.news.get())
 
 
 class Relay:
@@ -118,13 +120,17 @@ class Relay:
                 await asyncio.sleep(0.1)
                 continue
             if len(self._strangers) >= STRANGERS:
-                next(iter(self._strangers)).cancel()
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]
+                oldest.cancel()
             task = loop.create_task(self._attend(connection))
             self._tasks.add(task)
             self._strangers[task] = None
-            task.add_done_callback(self._forget)
+            task.add_done_callback(functools.partial(self._forget, connection))
+            await asyncio.sleep(0)  # taking does not wait while others dial: let them be heard
 
-    def _forget(self, task: asyncio.Task[None]) -> None:
+    def _forget(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
+        connection.close()  # of one that was sent away before it was attended to
         self._tasks.discard(task)
         self._strangers.pop(task, None)
         if not task.cancelled() and (failed := task.exception()) is not None:
@@ -160,8 +166,6 @@ class Relay:
                 await Line(connection).say(f"no {exc}")
         except OSError:  # a TimeoutError is one
             pass
-        finally:
-            connection.close()
 
     async def _proven(self, line: Line, first: str) -> tuple[str, str, str]:
         found = handshake.read_opening(first)
@@ -205,22 +209,26 @@ class Relay:
 
     async def _keep(self, line: Line, executor_id: str) -> None:
         """Keep a client registered for as long as it shows signs of life."""
-        client = _Client(line)
+        client = _Client()
         before = self._clients.get(executor_id)
         self._clients[executor_id] = client
         if before is not None:
             before.task.cancel()  # it has left the network from which it came
+        client.news.put_nowait("ok")
+        for token, (owner, taken) in self._waiting.items():
+            if owner == executor_id and not taken.done():
+                client.news.put_nowait(f"open {token}")
+        self._say(f"executor {executor_id} is registered")
+        telling = asyncio.get_running_loop().create_task(client.tell(line))
         try:
-            await client.say("ok")
-            self._say(f"executor {executor_id} is registered")
-            for token, (owner, taken) in list(self._waiting.items()):
-                if owner == executor_id and not taken.done():
-                    await client.say(f"open {token}")
             while True:
                 async with asyncio.timeout(SILENCE):
                     await line.read()
-                await client.say("alive")
+                client.news.put_nowait("alive")
         finally:
+            # Before its connection is closed: the next one may have the same number.
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
             if self._clients.get(executor_id) is client:
                 del self._clients[executor_id]
                 self._say(f"executor {executor_id} has left")
@@ -246,8 +254,7 @@ class Relay:
         try:
             async with asyncio.timeout(WAIT_FOR_CLIENT):
                 if (client := self._clients.get(executor_id)) is not None:
-                    with contextlib.suppress(OSError):  # it has gone, and may come back
-                        await client.say(f"open {token}")
+                    client.news.put_nowait(f"open {token}")
                 other = await taken
         except BaseException as exc:
             if taken.done() and not taken.cancelled() and taken.exception() is None:
@@ -277,6 +284,7 @@ class Relay:
             if not taken.done():
                 # The task that waits for it closes it.
                 other = Line(socket.socket(fileno=line.connection.detach()))
+                other.connection.setblocking(False)
                 other.rest = line.rest
                 taken.set_result(other)
                 return

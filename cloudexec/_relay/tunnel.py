@@ -19,7 +19,7 @@ from cloudexec._relay.handshake import ACCEPT, REGISTER, Line, RelayRefusedError
 from cloudexec._relay.joining import join, prepare
 from cloudexec._relay.proxies import connect, proxy_for
 
-__all__ = ["Tunnel", "main"]
+__all__ = ["Registration", "main"]
 
 HEARTBEAT = 10.0
 """Seconds between signs of life. The relay answers each."""
@@ -54,7 +54,7 @@ class Route:
         return f"Route({self.host!r}, {self.port!r})"
 
 
-class Tunnel:
+class Registration:
     """Stays registered with a relay, and opens a connection for each worker that dials.
 
     Args:
@@ -173,7 +173,7 @@ async def _run(route: Route, parent: int) -> None:
 
     os.set_blocking(0, False)
     loop.add_reader(0, on_input)
-    running = loop.create_task(Tunnel(route, tell).run())
+    running = loop.create_task(Registration(route, tell).run())
     running.add_done_callback(lambda _: over.set())
     while not over.is_set() and os.getppid() == parent:
         # Some other child of the client may hold the pipe open that the client has left.

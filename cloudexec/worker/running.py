@@ -132,17 +132,17 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             session.outbox.start_draining()
             pool.drain()
             why = await _first(pool.idle, ends)
-        most = address.drain_grace or _HAND_OVER
         if why == "idle":
             # What is kept here, the client takes first.
             is_alone = reclaimed and not session.is_connected
-            why = await _first(blobs.all_claimed, ends, _COME_BACK if is_alone else most)
+            most = _COME_BACK if is_alone else address.drain_grace or _HAND_OVER
+            why = await _first(blobs.all_claimed, ends, most)
         if why == "idle":
             pool.stop(kill=False)
             why = await _first(pool.stopped, ends)
         if why == "idle":
             background.append(loop.create_task(session.flush()))
-            why = await _last_words(session, ends, most if reclaimed else None)
+            why = await _last_words(session, ends, presses=reclaimed)
         if why != "idle":
             pool.stop(kill=True)
             lost = why in ("disconnected", "orphaned", "gone") and not asked
@@ -176,22 +176,18 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     return reclaimed
 
 
-async def _last_words(session: Session, ends: asyncio.Queue[str], most: float | None) -> str:
+async def _last_words(session: Session, ends: asyncio.Queue[str], *, presses: bool) -> str:
     """Wait until the client has all that was to be said.
 
     Args:
         session: With the client.
         ends: Reasons to end at once.
-        most: Seconds until the platform kills this process, which then does not wait for a client
-            that is gone; ``None``: nothing presses.
+        presses: Whether the platform will kill this process: a client that is gone is then not
+            waited for.
     """
-    if most is None:
-        return await _first(session.flushed, ends)
-    deadline = asyncio.get_running_loop().time() + most
     while True:
-        why = await _first(session.flushed, ends, _COME_BACK)
-        is_late = asyncio.get_running_loop().time() > deadline
-        if why != "idle" or session.flushed.is_set() or is_late or not session.is_connected:
+        why = await _first(session.flushed, ends, _COME_BACK if presses else None)
+        if why != "idle" or session.flushed.is_set() or not session.is_connected:
             return why
 
 

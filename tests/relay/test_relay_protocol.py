@@ -302,6 +302,43 @@ def test_strangers_make_room_for_those_who_belong(
     play(scene)
 
 
+def test_a_burst_of_strangers_is_bounded_too(
+    play: Callable[[Scene], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have dialed before the relay takes the first of them, and leave no socket behind."""
+    monkeypatch.setattr(server, "STRANGERS", 8)
+
+    async def scene(peers: Peers) -> None:
+        await peers.greet(REGISTER, "e1")
+        burst = [socket.create_connection(peers._address) for _ in range(100)]
+        async with asyncio.timeout(server.PROOF_TIMEOUT / 2):  # not because they are too slow
+            await come_true(lambda: len(peers.relay._tasks) <= 1 + 8)
+        assert len(peers.relay._strangers) <= 8
+        for each in burst:
+            each.close()
+
+    play(scene)
+
+
+def test_a_client_that_does_not_read_holds_up_no_worker_of_another(
+    play: Callable[[Scene], None],
+) -> None:
+    async def scene(peers: Peers) -> None:
+        deaf, _ = await peers.greet(REGISTER, "e1")
+        relay_end = peers.relay._clients["e1"]
+        for _ in range(200_000):
+            relay_end.news.put_nowait("open " + "x" * 32)  # as if so many workers had dialed
+        workers = [await peers.worker("e1") for _ in range(3)]
+        client, _ = await peers.greet(REGISTER, "e2")
+        await peers.pair("e2", client)
+        again, _ = await peers.greet(REGISTER, "e1")  # from another network
+        told = {await heard(again) for _ in workers}
+        assert len(told) == len(workers)
+        assert await at_end(deaf)
+
+    play(scene)
+
+
 def test_who_says_nothing_is_let_go(
     play: Callable[[Scene], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,19 @@ def test_the_process_of_the_client_is_replaced_when_it_is_killed(
     assert not _tunnels()
 
 
+def test_modules_in_the_current_folder_do_not_reach_the_process_of_the_client(
+    launcher: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script's neighbour may have the name of one of Python's own modules."""
+    for name in ("random", "json", "asyncio"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    workers = launcher(prefix=["env", "-C", "/"])  # workers are on other machines
+    executor = BatchExecutor(1, launcher=workers)
+    assert executor.submit(abs, -1).result(PATIENCE) == 1
+    end(executor, workers)
+
+
 def _tunnels(of: int | None = None) -> list[psutil.Process]:
     return [
         each

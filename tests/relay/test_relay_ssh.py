@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -16,7 +17,7 @@ import cloudpickle
 import pytest
 from relay_helpers import RelayLauncher
 
-from cloudexec import BatchExecutor, ConfigError, LaunchError
+from cloudexec import Batch, BatchExecutor, ConfigError, LaunchError
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 pytestmark = [
@@ -98,8 +99,11 @@ def sshd(
     server.stop()
 
 
-def test_workers_reach_the_client_through_a_host_of_the_users(sshd: Sshd) -> None:
-    """Also after that host was down for a while."""
+def test_workers_reach_the_client_through_a_host_of_the_users(
+    sshd: Sshd, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also after that host was down for a while; the log says both."""
+    caplog.set_level(logging.DEBUG, "cloudexec")
     launcher = RelayLauncher(f"ssh://root@127.0.0.1:{sshd.port}", advertise="127.0.0.2")
     executor = BatchExecutor(1, launcher=launcher, retries=0)
     try:
@@ -108,6 +112,11 @@ def test_workers_reach_the_client_through_a_host_of_the_users(sshd: Sshd) -> Non
         future = executor.submit(bytes, 3 << 20)
         sshd.start()
         assert future.result(PATIENCE) == bytes(3 << 20)
+        deadline = time.monotonic() + PATIENCE
+        while caplog.text.count("registered with the relay") < 2:
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.05)
+        assert caplog.text.count("the connection to the relay is lost") == 1
         executor.shutdown(wait=False)
         assert [each.wait(PATIENCE) for each in launcher.workers.values()] == [0]
         launcher.end_all()
@@ -136,7 +145,12 @@ def test_a_host_that_opens_ports_for_itself_alone_is_an_error_that_says_so(sshd:
         BatchExecutor(1, launcher=launcher).submit(abs, -1).result(PATIENCE)
 
 
-@pytest.mark.parametrize("url", ["ssh://", "ssh://-oProxyCommand=x", "somewhere", "ssh://a:b@c"])
+@pytest.mark.parametrize(
+    "url",
+    ["ssh://", "ssh://-oProxyCommand=x", "somewhere", "ssh://a:b@c", "ssh://a:99999", "host:ssh"],
+)
 def test_what_is_no_relay_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="relay must be"):
         BatchExecutor(1, launcher=RelayLauncher(url)).submit(abs, -1).result(PATIENCE)
+    with pytest.raises(ConfigError, match="relay must be"):
+        Batch(relay=url)

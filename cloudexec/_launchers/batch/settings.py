@@ -201,6 +201,10 @@ class Batch(PlatformLauncher):
         self.tags = dict(tags or {})
         self.project = project
         self.relay = os.environ.get("CLOUDEXEC_RELAY", "") if relay is None else relay
+        if self.relay:
+            from cloudexec._relay.process import check_relay
+
+            check_relay(self.relay)
         self.modules = several if isinstance(several, bool) else tuple(several)
         self.max_runtime = max_runtime
         self.slots = slots_per_worker or max(1, int(vcpus))
