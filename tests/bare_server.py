@@ -13,12 +13,15 @@ __all__ = ["serve_sessions"]
 
 
 def serve_sessions(
-    path: Path | str, session: Callable[[Iterator[bytes], Any], Iterator[bytes]]
+    path: Path | str,
+    session: Callable[[Iterator[bytes], Any], Iterator[bytes]],
+    fetch: Callable[[bytes, Any], Iterator[bytes]] | None = None,
 ) -> grpc.Server:
-    """Serve sessions on a Unix socket: what each side says is bytes."""
-    handler = grpc.method_handlers_generic_handler(
-        "cloudexec.v1.TaskServer", {"Session": grpc.stream_stream_rpc_method_handler(session)}
-    )
+    """Serve sessions, and what is fetched, on a Unix socket: what each side says is bytes."""
+    methods = {"Session": grpc.stream_stream_rpc_method_handler(session)}
+    if fetch is not None:
+        methods["Fetch"] = grpc.unary_stream_rpc_method_handler(fetch)
+    handler = grpc.method_handlers_generic_handler("cloudexec.v1.TaskServer", methods)
     server = grpc.server(ThreadPoolExecutor(4))
     server.add_generic_rpc_handlers((handler,))
     server.add_insecure_port(f"unix:{path}")

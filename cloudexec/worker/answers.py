@@ -193,7 +193,6 @@ class AnswerReader:
 
     def _take_results(self, slot: Child, data: bytes, at: int, end: int) -> None:
         held = slot.held
-        before = len(held)
         unpack = RESULT.unpack_from
         header = RESULT.size
         result = self._answers.result
@@ -216,15 +215,14 @@ class AnswerReader:
                 self._answers.failure(failure)
             if slot.tail:
                 slot.tail.pop(delivery, None)
-        self.note_answered(slot, news=len(held) != before)
+        self.note_answered(slot)
 
     def _take_frame(self, slot: Child, kind: int, number: int, body: bytes) -> None:
         if kind == Kind.OUTPUT:
             self._take_output(slot, number, body[0], body[1:])
         elif kind == Kind.RESULT_COMPOSED:
-            is_news = number in slot.held
             if self._large.take(slot, number, body):
-                self.note_answered(slot, news=is_news)
+                self.note_answered(slot)
         elif kind == Kind.FAILURE:
             item = slot.take_out(number)
             if item is not None:
@@ -233,7 +231,7 @@ class AnswerReader:
                 self._answers.failure(
                     Failure(item.lease, status, body[5:], output=tail, seconds=seconds)
                 )
-            self.note_answered(slot, news=item is not None)
+            self.note_answered(slot)
         elif kind in (Kind.DROPPED, Kind.GONE):
             item = slot.take_out(number)
             if item is not None:  # else it was taken back already
@@ -248,15 +246,10 @@ class AnswerReader:
         elif kind == Kind.INITIALIZER_FAILED:
             self._slots.note_initializer_failed(slot, body)
 
-    def note_answered(self, slot: Child, *, news: bool = True) -> None:
-        """Note that a slot has answered, or that what it held was taken back.
-
-        Args:
-            slot: Which.
-            news: Whether that was about something which it still held.
-        """
+    def note_answered(self, slot: Child) -> None:
+        """Note that a slot has answered, or that what it held was taken back."""
         now = self._loop.time()
-        if slot.answered(now, news=news):
+        if slot.answered(now):
             slot.idle_since = now
             slot.tail.clear()
             self._footprint.end(slot)

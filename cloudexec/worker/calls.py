@@ -13,9 +13,9 @@ from cloudexec._wire.channel import TOKEN_KEY, pack_chunk, unpack_chunk
 if TYPE_CHECKING:
     from cloudexec.worker.bucket import BucketPath
 
-__all__ = ["Calls"]
+__all__ = ["CUT", "Calls"]
 
-_CUT = ("UNAVAILABLE", "CANCELLED")
+CUT = ("UNAVAILABLE", "CANCELLED")
 """How a call ends whose connection does."""
 _CUT_PAUSE = 0.2
 """Seconds after such an end in which the session's own stream notices, too."""
@@ -125,7 +125,7 @@ class Calls:
 
     async def is_cut(self, code: str) -> bool:
         """Say whether a call failed because of its connection, once there is another one."""
-        if not (self._is_resumable and code in _CUT):
+        if not (self._is_resumable and code in CUT):
             return False
         await asyncio.sleep(_CUT_PAUSE)
         await self.connected.wait()

@@ -224,6 +224,10 @@ class Outbox:
         self._groups_changed = True
         self._drain_said = False
 
+    def hold_nothing(self) -> None:
+        """Tell a client that takes this worker over that it has nothing yet."""
+        self._holding = pb.Holding()
+
     def compose(self, pool: SlotPool | None) -> pb.WorkerMessage | None:
         """Return the next message, of bounded size; ``None``: there is nothing to be said.
 
@@ -235,7 +239,8 @@ class Outbox:
         message = pb.WorkerMessage()
         some = False
         if self._holding is not None:
-            message.holding.CopyFrom(self._holding)
+            message.holding.SetInParent()  # it may be empty
+            message.holding.MergeFrom(self._holding)
             self._holding = None
             some = True
         if self._output:

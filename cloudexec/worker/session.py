@@ -14,11 +14,11 @@ from cloudexec import _enrolment
 from cloudexec._errors import LaunchError, ProtocolError
 from cloudexec._objects.store import Blob
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._rpc import call_errors, is_end
+from cloudexec._rpc import call_errors, is_end, status_of
 from cloudexec._wire.stream import Stream
 from cloudexec.worker.birth import pull_seconds, seconds_since_start
 from cloudexec.worker.blobs import BlobCache, Known
-from cloudexec.worker.calls import Calls
+from cloudexec.worker.calls import CUT, Calls
 from cloudexec.worker.dialing import Address, dial, shake_hands
 from cloudexec.worker.downloads import fetch_blob, fetch_modules
 from cloudexec.worker.inbox import Inbox
@@ -123,7 +123,8 @@ class Session:
         if not is_new:
             self._address.say("another client takes this worker over")
             if self.pool is None:
-                self._stream = Stream()  # nothing has begun yet
+                self._stream = Stream()
+                self.outbox.hold_nothing()
             else:
                 self._begin_anew()
 
@@ -165,12 +166,17 @@ class Session:
             CallError: If they do not come although it can be reached.
         """
         deadline = time.monotonic() + self.welcome.orphan_timeout
+        pause = 0.1
         while True:
             try:
                 return await fetch_modules(self._calls)
-            except call_errors(asyncio.InvalidStateError):
-                if not self.welcome.resumable or time.monotonic() > deadline:
+            except call_errors(asyncio.InvalidStateError) as exc:
+                # The latter is of a channel that is closed.
+                is_cut = isinstance(exc, asyncio.InvalidStateError) or status_of(exc) in CUT
+                if not self.welcome.resumable or not is_cut or time.monotonic() > deadline:
                     raise
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
             await self._dial_again()
 
     async def _dial_again(self) -> None:

@@ -40,6 +40,8 @@ class SlotState(Enum):
     EXITED = "exited"
     """Its process is gone. What is left in its pipes is read once more."""
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and asked for with each task
+
 
 _ENDS = frozenset((SlotState.STOPPING, SlotState.KILLED, SlotState.EXITED))
 TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
@@ -119,19 +121,13 @@ class SlotModel:
             self.seconds -= item.seconds
         return item
 
-    def answered(self, now: float, *, news: bool = True) -> bool:
+    def answered(self, now: float) -> bool:
         """Note that answers have come; say whether the slot now holds nothing.
 
-        Args:
-            now: The time.
-            news: Whether any of them was of a delivery that was still held. Results that were found
-                in the shared page come through the pipe later on, and say nothing of what was sent
-                in between.
+        A slot that is full holds one task: one that still holds something stays as it is.
         """
         self.progress_at = now
         if self.held:
-            if news and self.state is SlotState.FULL:
-                self.enter(SlotState.READY)
             return False
         if self.state is SlotState.FULL or self.state is SlotState.TAKING_BACK:
             # Nothing is left to be taken back, and what is sent now is not to be.
@@ -162,7 +158,7 @@ class SlotModel:
         """Say whether tasks wait in it behind one that takes long."""
         return (
             len(self.held) > 1
-            and (self.state is SlotState.READY or self.state is SlotState.FULL)
+            and self.state is SlotState.READY
             and now - self.progress_at > _STRAGGLER
         )
 
@@ -205,6 +201,17 @@ class SlotModel:
         # What it drops without a word while it is being taken back from is returned by that.
         is_asked = not self.is_over and self.state is not SlotState.TAKING_BACK
         return bool(self.held) and is_asked and waiting == self.written + 1
+
+    def to_be_killed(self, reason: int, lease: int = 0) -> None:
+        """Note why it is being killed.
+
+        Args:
+            reason: A ``Failure`` kind. That it has lost its tasks stays, whatever comes after it:
+                nobody knows what became of these.
+            lease: The task that it is killed for; 0: whichever it runs by then.
+        """
+        if self.kill_reason != SLOT_LOST:
+            self.kill_reason, self.kill_lease = reason, lease
 
     def at_fault(self, current: int) -> list[int]:
         """Return the deliveries that are lost with it, now that it is gone; the others never began.

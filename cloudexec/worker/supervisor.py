@@ -86,7 +86,6 @@ class SlotPool:
         self.add_functions = self._functions.add
         self.recall = self._taking_back.recall
         self.kill = self._taking_back.kill
-        self.hand_back = self._taking_back.hand_back
         self.reclaim = self._taking_back.reclaim
         self.groups = self._slots.groups
         self.kill_groups = self._slots.kill_groups
@@ -117,6 +116,12 @@ class SlotPool:
         self._taking_back.drain()
         self._note_idle()
         self._answers.wake()
+
+    def hand_back(self) -> list[int]:
+        """Hand back what has not begun, and go on; return the leases of what has."""
+        running = self._taking_back.hand_back()
+        self._note_idle()  # the last answers may have been found on the way
+        return running
 
     def stop(self, *, kill: bool) -> None:
         """End every slot; ``stopped`` is set when the last one is gone."""

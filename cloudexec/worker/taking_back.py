@@ -90,14 +90,14 @@ class TakingBack:
         """Kill a slot if the only task that it holds is to be killed."""
         (item,) = slot.held.values()
         if item.kill:
-            slot.kill_reason, slot.kill_lease = item.kill, item.lease
+            slot.to_be_killed(item.kill, item.lease)
             self._slots.kill(slot)
 
     def reclaim(self) -> None:
         """Hand back, unfinished, what runs: the platform gives no more time."""
         for slot in list(self._slots.children.values()):
             if slot.held:
-                slot.kill_reason, slot.kill_lease = RECLAIMED, 0  # whichever it runs by then
+                slot.to_be_killed(RECLAIMED)
                 self._slots.kill(slot)
 
     def drain(self) -> None:
@@ -174,5 +174,5 @@ class TakingBack:
                     leases = [item.lease for item in slot.held.values()]
                     print(f"slot {slot.pid} has lost its tasks {leases}", file=sys.stderr)
                     slot.kill_message = "the process that was to run it has lost it"
-                    slot.kill_reason, slot.kill_lease = SLOT_LOST, 0
+                    slot.to_be_killed(SLOT_LOST)
                     self._slots.kill(slot)

@@ -177,3 +177,15 @@ def test_a_result_that_is_found_when_another_client_takes_over_is_handed_to_it()
         assert [*message.holding.leases] == [*message.results.leases] == [1]
         assert [*message.holding.tags] == [b"the first"]
         assert [*message.results.payloads] == [b"N."]
+
+
+def test_a_worker_that_drains_is_idle_once_its_last_answer_was_found() -> None:
+    """By a client that takes it over: the pipe has nothing left then that would wake the worker."""
+    client = Client()
+    with staged(client) as stage:
+        stage.pool.drain()
+        assert not stage.pool.idle.is_set()
+        os.write(stage.results_fd, stage.finish(1))
+        assert stage.pool.hand_back() == []
+        assert client.results == [1]
+        assert stage.pool.idle.is_set()

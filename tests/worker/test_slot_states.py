@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from cloudexec.worker.slot_model import TRANSITIONS, SlotModel, SlotState
-from cloudexec.worker.tasks import SLOT_LOST, WorkItem
+from cloudexec.worker.tasks import KILLED, RECLAIMED, SLOT_LOST, TIMED_OUT, WorkItem
 
 PATHS = {
     SlotState.STARTING: (),
@@ -103,7 +103,7 @@ def test_an_answer_that_was_known_opens_no_slot_that_is_full() -> None:
     """It is of a task before the one that the slot has now."""
     slot = serving(0.5)
     slot.enter(SlotState.FULL)
-    assert not slot.answered(1.0, news=False)
+    assert not slot.answered(1.0)
     assert slot.state is SlotState.FULL
     assert slot.progress_at == 1.0
 
@@ -123,6 +123,16 @@ def test_a_delivery_behind_the_fence_has_not_begun() -> None:
     slot = serving(0.5, 0.5)
     slot.begin_taking_back()
     assert slot.begun(2, now=1.0) is None
+
+
+@pytest.mark.parametrize("reason", [TIMED_OUT, KILLED, RECLAIMED])
+def test_tasks_that_a_slot_has_lost_stay_lost_whatever_it_is_killed_for(reason: int) -> None:
+    """Their answers may be lost: to run them again would be to run them twice."""
+    slot = serving(0.5)
+    slot.to_be_killed(SLOT_LOST)
+    slot.to_be_killed(reason, slot.held[1].lease)
+    assert (slot.kill_reason, slot.kill_lease) == (SLOT_LOST, 0)
+    assert slot.at_fault(0) == [1]
 
 
 def test_the_task_that_ran_is_to_blame_for_the_end_of_its_slot() -> None:
