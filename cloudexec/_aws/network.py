@@ -133,8 +133,9 @@ async def choose_network(
         # Where nothing is known of the routes, as the template has it.
         public_ip = bool(with_public) or any(each.reach == "unknown" for each in fit)
     usable = [each for each in found if not each.problem(public_ip=public_ip)]
+    private: list[Subnet] = []
     if public_ip and with_public and not subnets:
-        # A public address is of no use in a private subnet.
+        private = [each for each in usable if each not in with_public]
         usable = with_public
     refused = [each for each in found if each.problem(public_ip=public_ip)]
     if not usable or (subnets and refused):
@@ -147,7 +148,8 @@ async def choose_network(
         public_ip=public_ip,
         left_out=(
             *(f"{each}: {each.problem(public_ip=public_ip)}" for each in refused),
-            *(f"{each}: {SUBNETS_LARGEST} others have more free addresses" for each in unused),
+            *(f"{each}: workers have public addresses, of no use there" for each in private),
+            *(f"{each}: {SUBNETS_LARGEST} subnets are the most, of all zones" for each in unused),
         ),
     )
 

@@ -366,7 +366,8 @@ async def _network(
         )
         address = "with" if network.public_ip else "without"
         number = counted(len(network.subnets), "subnet")
-        step.found = f"{network.vpc} with {number}; workers {address} public addresses"
+        names = ", ".join(map(str, network.subnets))
+        step.found = f"{network.vpc} with {number}: {names}; workers {address} public addresses"
     for text in network.left_out:
         report(Noted(text=f"not used: {text}"))
     maps = all(each.maps_public for each in network.subnets if each.reach == "public")

@@ -263,7 +263,10 @@ class Fleet:
                 if (found := await insist(look_up, _TAKE_OVER_PATIENCE)) is not None:
                     job.taken(found)
         sent = [job for job in jobs if job.id]
-        known = await insist(lambda: self._watcher.inspect(sent, survey=True), _TAKE_OVER_PATIENCE)
+        known = {}
+        if sent:
+            look = functools.partial(self._watcher.inspect, sent, survey=True)
+            known = await insist(look, _TAKE_OVER_PATIENCE)
         alive: dict[str, Survivor] = {}
         for job in jobs:
             # Not before the platform has told: close() ends what is in here, also when this start
@@ -344,6 +347,8 @@ class Fleet:
         for task in list(self._tasks):
             task.cancel()  # what was being ended is ended below
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # The platform has not said yet whether it has taken these.
+        await asyncio.gather(*map(self._submitter.end_unanswered, self.ledger.jobs))
         left = [
             job
             for job in self.ledger.jobs

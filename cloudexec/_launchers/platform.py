@@ -176,7 +176,8 @@ class JobStatus:
     Attributes:
         workers: The workers that it says something of, by index: at least those that have ended,
             but for those that ``Inspection.settled`` names.
-        counts: How many workers are in which phase; by default as ``workers`` says.
+        counts: How many workers are in which phase; by default as ``workers`` says, which then has
+            to name all of them.
         reason: What the platform says of the job while it waits.
     """
 
@@ -323,7 +324,8 @@ class Platform(ABC):
     ) -> Reason | None:
         """Say why workers do not come; ``None``: nothing is known to be wrong.
 
-        If a reason is ``fatal`` twice in a row, the workers that wait are given up.
+        If the same reason is ``fatal`` twice in a row, and no worker has ended before it connected,
+        the workers that wait are given up.
 
         Args:
             waiting: Jobs whose workers have not all connected, the oldest first; one at least.
@@ -333,7 +335,8 @@ class Platform(ABC):
     async def prepare(self) -> None:
         """Do what must be done before a job can be submitted; called before each submission.
 
-        It may be interrupted when the executor shuts down, which ``submit`` never is.
+        It is interrupted when the executor shuts down. ``submit`` has some seconds then, as what it
+        has submitted is to be ended.
 
         Raises:
             PlatformError: As of ``submit``.

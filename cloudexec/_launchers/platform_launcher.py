@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["PlatformLauncher"]
 
 _logger = Log()
-_adding = threading.Lock()
+_changing = threading.Lock()
 """Held while a size is added to those of a launcher."""
 
 
@@ -134,7 +134,7 @@ class PlatformLauncher(Launcher):
             if each.cpus >= cpus - 1e-9 and has_memory and each.gpus >= gpus:
                 return size
         made = self.capacity_for(cpus, memory, gpus)
-        with _adding:
+        with _changing:
             if made not in self._catalogue:
                 self._catalogue.append(made)
             return self._catalogue.index(made)
@@ -160,18 +160,25 @@ class PlatformLauncher(Launcher):
         """
         from cloudexec._launchers.fleet import Fleet
 
-        if self._fleet is not None and not self._fleet.closed:
-            raise LaunchError(
-                f"this {type(self).__name__}(...) serves an executor already: make one for each"
-            )
+        # Settings may be frozen: their dictionary is not. Each executor has a thread of its own.
+        with _changing:
+            if self.__dict__.get("_is_serving"):
+                raise LaunchError(
+                    f"this {type(self).__name__}(...) serves an executor already: make one for each"
+                )
+            self.__dict__["_is_serving"] = True
         executor = ExecutorInfo(
             id=executor_id, listen=listen, advertise=advertise, launch_timeout=launch_timeout
         )
         connection = contextlib.AsyncExitStack()
-        site = await connection.enter_async_context(self.connect(executor))
-        # Settings may be frozen: their dictionary is not.
+        try:
+            site = await connection.enter_async_context(self.connect(executor))
+            self.__dict__["_fleet"] = Fleet(self, site, executor)
+        except BaseException:
+            await connection.aclose()
+            self.__dict__["_is_serving"] = False
+            raise
         self.__dict__["_connection"] = connection
-        self.__dict__["_fleet"] = Fleet(self, site, executor)
         return Network(
             listen or site.listen or "127.0.0.1:0",
             advertise or site.advertise,
@@ -243,11 +250,13 @@ class PlatformLauncher(Launcher):
         """Terminate what still runs, and let go of the platform."""
         if self._fleet is None:
             return
-        await self._fleet.close()
         try:
+            await self._fleet.close()
             await self.__dict__["_connection"].aclose()
         except Exception:  # of a launcher that others have written: the executor ends nevertheless
             _logger.exception("the connection of %r could not be closed", self)
+        finally:
+            self.__dict__["_is_serving"] = False
 
     @property
     def _running(self) -> Fleet:

@@ -10,7 +10,7 @@ import tenacity
 
 from cloudexec._errors import CloudexecError, LaunchError, PlatformError
 from cloudexec._launchers.base import LaunchEnd
-from cloudexec._launchers.ending import Terminator, insist, may_pass
+from cloudexec._launchers.ending import PATIENCE, Terminator, insist, may_pass
 from cloudexec._launchers.ledger import Job, Ledger
 from cloudexec._launchers.platform import JobRequest, Platform, Submitted
 from cloudexec._log import Log
@@ -23,6 +23,10 @@ _PATIENCE = 300.0
 """Seconds for which a submission that the platform cannot take now is tried again."""
 _LOOK_UP_PAUSE = 1.0
 """Seconds before a job whose submission went unanswered is looked up: lists lag a little."""
+
+
+class _NotNeededError(LaunchError):
+    """Nobody waits for the job any more."""
 
 
 class Submitter:
@@ -52,9 +56,9 @@ class Submitter:
         except Exception as exc:
             if not isinstance(exc, CloudexecError):
                 _logger.exception("internal error while submitting jobs")
-            if job.unanswered and not job.id:
-                await self._end_unanswered(job)
-            self._ledger.explanation = str(exc)
+            await self.end_unanswered(job)
+            if not isinstance(exc, _NotNeededError):
+                self._ledger.explanation = str(exc)
             end = LaunchEnd(str(exc), fatal=not may_pass(exc))
             for launch_id in list(job.members):
                 self._ledger.end(job, launch_id, end)
@@ -116,29 +120,38 @@ class Submitter:
         await self._platform.prepare()
         self._check_need(job)
         job.sent = True
+        before, job.unanswered = job.unanswered, True  # whatever ends this, also an end of patience
         try:
-            return await self._platform.submit(request)
-        except PlatformError as exc:
-            job.unanswered = job.unanswered or exc.uncertain
+            submitted = await self._platform.submit(request)
+        except CloudexecError as exc:
+            job.unanswered = before or (isinstance(exc, PlatformError) and exc.uncertain)
             raise
+        job.unanswered = False
+        return submitted
 
     def _check_need(self, job: Job) -> None:
-        if self.closing.is_set() or job.terminated:
-            raise LaunchError("the executor has shut down")
+        if self.closing.is_set():
+            raise _NotNeededError("the executor has shut down")
+        if job.terminated:
+            raise _NotNeededError("it was not needed any more before it was submitted")
 
-    async def _end_unanswered(self, job: Job) -> None:
-        """Find a job that nobody needs any more, if the platform has it, and end it."""
+    async def end_unanswered(self, job: Job) -> None:
+        """Find a job of whose submission no answer came, if the platform has it, and end it."""
+        if not job.unanswered or job.id:
+            return
         try:
-            await asyncio.sleep(_LOOK_UP_PAUSE)
-            found = await insist(lambda: self._platform.find(job.name, spot=job.spot))
+            async with asyncio.timeout(_LOOK_UP_PAUSE + PATIENCE):
+                await asyncio.sleep(_LOOK_UP_PAUSE)
+                found = await insist(lambda: self._platform.find(job.name, spot=job.spot))
+            job.unanswered = False
         except Exception as exc:  # of a launcher that others have written, too
             hint = self._platform.stop_hint
             _logger.error(
                 "the job %s may have been submitted, and cannot be looked for: %s%s",
                 job.name,
-                exc,
+                str(exc) or f"{self._platform.name} does not answer",
                 f". {hint}" if hint else "",
-                exc_info=not isinstance(exc, CloudexecError),
+                exc_info=not isinstance(exc, CloudexecError | TimeoutError),
             )
             return
         if found is not None:

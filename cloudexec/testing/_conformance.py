@@ -6,16 +6,22 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from cloudexec._errors import LaunchError, PlatformError
 from cloudexec._executor import BatchExecutor
 from cloudexec._launchers.base import Launcher
 from cloudexec._launchers.ledger import Job
-from cloudexec._launchers.platform import ExecutorInfo, Inspection, Target
+from cloudexec._launchers.platform import ExecutorInfo, Inspection, Site, Target
 from cloudexec._launchers.platform_launcher import PlatformLauncher
-from cloudexec.testing._platform_trial import LauncherCheckError, PlatformTrial, all_ended, until
+from cloudexec.testing._platform_trial import (
+    LauncherCheckError,
+    PlatformTrial,
+    all_ended,
+    in_time,
+    until,
+)
 
 __all__ = ["check_launcher"]
 
@@ -105,10 +111,19 @@ class _Check:
         launcher = self._launcher
 
         async def run() -> None:
-            async with launcher.connect(executor) as site:
+            async with self._connected(launcher, executor) as site:
                 await PlatformTrial(launcher, site, executor, self._timeout).run()
 
         asyncio.run(run())
+
+    @contextlib.asynccontextmanager
+    async def _connected(
+        self, launcher: PlatformLauncher, executor: ExecutorInfo
+    ) -> AsyncIterator[Site]:
+        async with contextlib.AsyncExitStack() as stack:
+            entering = stack.enter_async_context(launcher.connect(executor))
+            yield await in_time(entering, "connect()", self._timeout)
+            await in_time(stack.aclose(), "the end of connect()", self._timeout)
 
     # Executors.
 
@@ -140,10 +155,11 @@ class _Check:
         inspections = [
             Inspection(job_id=job.id, workers=len(job.members)) for job in jobs if job.id
         ]
-        async with launcher.connect(executor) as site:
+        async with self._connected(launcher, executor) as site:
 
             async def left() -> list[str]:
-                found = await site.platform.describe(inspections)
+                telling = site.platform.describe(inspections)
+                found = await in_time(telling, "describe()", self._timeout)
                 return [
                     each.job_id
                     for each in inspections

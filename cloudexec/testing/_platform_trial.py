@@ -55,9 +55,23 @@ async def until(look: Callable[[], Awaitable[T]], good: Callable[[T], bool], pat
         await asyncio.sleep(_PAUSE)
 
 
-def all_ended(status: JobStatus) -> bool:
-    """Say whether no worker is left; a platform forgets jobs that have ended at last."""
-    return not any(n for phase, n in status.counts.items() if phase is not Phase.ENDED)
+async def in_time(request: Awaitable[T], what: str, patience: float) -> T:
+    """Make a request of a platform, which must be answered in time.
+
+    Raises:
+        LauncherCheckError: If it is not.
+    """
+    try:
+        async with asyncio.timeout(patience):
+            return await request
+    except TimeoutError as exc:
+        raise LauncherCheckError(f"{what} has not returned within {patience:g} s") from exc
+
+
+def all_ended(status: JobStatus, workers: int = 0) -> bool:
+    """Say whether no worker is left, and so many have ended."""
+    left = sum(count for phase, count in status.counts.items() if phase is not Phase.ENDED)
+    return not left and status.counts.get(Phase.ENDED, 0) >= workers
 
 
 def _expect(condition: object, message: str) -> None:
@@ -106,22 +120,35 @@ class PlatformTrial:
             CloudexecError: If the platform says that it cannot.
         """
         platform, request = self._platform, self._request
-        await platform.prepare()
-        submitted = await platform.submit(request)
+        await self._in_time(platform.prepare(), "prepare()")
+        submitted = await self._in_time(platform.submit(request), "submit()")
         whole = Target(job_id=submitted.job_id)
+        taken = request.workers - submitted.shortfall
         try:
             await self._look_at(submitted)
-            if request.workers - submitted.shortfall > 1:
+            if taken > 1:
                 await self._end_one(submitted)
         finally:
-            await platform.terminate([whole], "a check of the launcher")
-        found = await until(lambda: self._status(submitted), all_ended, self._timeout)
-        _expect(
-            all_ended(found),
-            f"terminate() was called for a job, and {self._timeout:g} s later describe() says "
-            f"{_said(found)} of it, and not that each of its workers has ended",
+            await self._terminate(whole)
+        found = await until(
+            lambda: self._status(submitted), lambda status: all_ended(status, taken), self._timeout
         )
-        await platform.terminate([whole], "a check of the launcher")  # again: it is no error
+        _expect(
+            all_ended(found, taken),
+            f"terminate() was called for a job with {taken} workers, and {self._timeout:g} s later "
+            f"describe() says {_said(found)} of it, and not that each of its workers has ended",
+        )
+        await self._terminate(whole)  # again: it is no error
+
+    async def _in_time(self, request: Awaitable[T], what: str) -> T:
+        return await in_time(request, what, self._timeout)
+
+    async def _terminate(self, target: Target) -> None:
+        ending = self._platform.terminate([target], "a check of the launcher")
+        await self._in_time(ending, "terminate()")
+
+    async def _find(self, name: str) -> Submitted | None:
+        return await self._in_time(self._platform.find(name, spot=self._request.spot), "find()")
 
     async def _look_at(self, submitted: Submitted) -> None:
         platform, request = self._platform, self._request
@@ -133,15 +160,13 @@ class PlatformTrial:
             f"PlatformError",
         )
         self._see_that_the_key_is_secret()
-        found = await until(
-            lambda: platform.find(request.name, spot=request.spot), bool, self._timeout
-        )
+        found = await until(lambda: self._find(request.name), bool, self._timeout)
         _expect(
             found is not None and found.job_id == submitted.job_id,
             f"find() with the name of the job {submitted.job_id!r} returned {found!r}: if the "
             f"answer to a submission gets lost, its workers would be started twice",
         )
-        missing = await platform.find(f"{request.name}0", spot=request.spot)
+        missing = await self._find(f"{request.name}0")
         _expect(missing is None, f"find() with a name that no job has returned {missing!r}")
         status = await until(
             lambda: self._status(submitted), lambda status: bool(status.counts), self._timeout
@@ -151,13 +176,14 @@ class PlatformTrial:
             0 < total <= request.workers,
             f"describe() says {_said(status)} of a job with {request.workers} workers",
         )
-        others = await platform.describe([Inspection(job_id="no-such-job")])
+        nobody = Inspection(job_id="no-such-job")
+        others = await self._in_time(platform.describe([nobody]), "describe()")
         _expect(
             "no-such-job" not in others,
             "describe() knows a job that there is none of: it must leave out what it does not know",
         )
         waiting = WaitingJob(job_id=submitted.job_id, spot=request.spot, counts=status.counts)
-        reason = await platform.explain([waiting], [])
+        reason = await self._in_time(platform.explain([waiting], []), "explain()")
         _expect(
             reason is None or isinstance(reason, Reason),
             f"explain() must return a Reason or None, not {reason!r}",
@@ -165,8 +191,7 @@ class PlatformTrial:
 
     async def _end_one(self, submitted: Submitted) -> None:
         """End the first worker, and see that the second one is left alone."""
-        target = Target(job_id=submitted.job_id, workers=[0])
-        await self._platform.terminate([target], "a check of the launcher")
+        await self._terminate(Target(job_id=submitted.job_id, workers=[0]))
 
         def first_ended(status: JobStatus) -> bool:
             worker = status.workers.get(0)
@@ -205,8 +230,8 @@ class PlatformTrial:
         """Return what the platform says of the job; of one that it forgot, that all has ended."""
         taken = self._request.workers - submitted.shortfall
         inspection = Inspection(job_id=submitted.job_id, workers=taken, wanted=range(taken))
-        found = (await self._platform.describe([inspection])).get(submitted.job_id)
-        return JobStatus() if found is None else found
+        told = await self._in_time(self._platform.describe([inspection]), "describe()")
+        return told.get(submitted.job_id, JobStatus(counts={Phase.ENDED: taken}))
 
 
 def _said(status: JobStatus) -> str:

@@ -221,7 +221,17 @@ def test_too_many_subnets_keep_every_zone(vpc: Vpc) -> None:
     assert len(network.subnets) == 16
     assert alone in _ids(network)
     assert len(network.left_out) == 2
+    assert all("16 subnets are the most, of all zones" in each for each in network.left_out)
     assert _ids(network) <= {*rest, alone}
+
+
+def test_private_subnets_beside_public_ones_are_named_as_left_out(vpc: Vpc) -> None:
+    private = vpc.private()  # and the public one that its NAT gateway is in
+    network = _choose(vpc=vpc.id)
+    assert network.public_ip
+    assert private not in _ids(network)
+    (said,) = network.left_out
+    assert said.startswith(f"{private} (us-west-1a): workers have public addresses")
 
 
 def test_a_route_whose_target_is_gone_leads_nowhere() -> None:

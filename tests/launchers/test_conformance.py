@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -120,9 +121,36 @@ class Uniform(Farm):
         return request.environment_of(0)
 
 
+class Stuck(Farm):
+    async def describe(self, inspections: Sequence[Inspection]) -> Mapping[str, JobStatus]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+class Lenient(Farm):
+    """Ends no whole job, and tells of those workers alone that have ended."""
+
+    async def describe(self, inspections: Sequence[Inspection]) -> Mapping[str, JobStatus]:
+        found = await super().describe(inspections)
+        for job_id in found:
+            ended = {
+                index: worker
+                for index, worker in self.workers(job_id).items()
+                if worker.phase is Phase.ENDED
+            }
+            found = {**found, job_id: JobStatus(workers=ended) if ended else found[job_id]}
+        return found
+
+    async def terminate(self, targets: Sequence[Target], reason: str) -> None:
+        self.ignored = [each for each in targets if each.workers is None]
+        await super().terminate([each for each in targets if each.workers is not None], reason)
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
+        (Stuck, r"describe\(\) has not returned within 2 s"),
+        (Lenient, r"for a job with 2 workers, and 2 s later describe\(\) says '1 ended' of it"),
         (Forgetful, r"find\(\) with the name of the job .* would be started twice"),
         (Confused, r"find\(\) with a name that no job has returned"),
         (Loud, r"JobRequest.secrets is in a command line"),

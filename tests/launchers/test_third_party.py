@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,11 +21,14 @@ from launcher_helpers import eventually
 from process_farm import Farm, ProcessFarm
 
 from cloudexec import BatchExecutor, BrokenBatchExecutor, ConfigError, LaunchError
+from cloudexec._launchers import ending
 from cloudexec.launchers import (
+    ExecutorInfo,
     Inspection,
     JobRequest,
     JobStatus,
     PlatformError,
+    Site,
     Submitted,
     Target,
 )
@@ -190,6 +195,115 @@ def test_one_launcher_serves_one_executor_at_a_time() -> None:
         with pytest.raises(LaunchError, match=r"this ProcessFarm\(...\) serves an executor"):
             BatchExecutor(1, launcher=farm).submit(abs, -1)
     with BatchExecutor(1, launcher=farm) as executor:
+        assert executor.submit(abs, -2).result(30) == 2
+
+
+class DeafFarm(Farm):
+    """Takes a job, and answers neither the submission nor its end."""
+
+    asked = threading.Event()
+    ended: ClassVar[list[str]] = []
+
+    async def submit(self, request: JobRequest) -> Submitted:
+        await super().submit(request)
+        self.asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def terminate(self, targets: Sequence[Target], reason: str) -> None:
+        self.ended.extend(target.job_id for target in targets)
+        await super().terminate(targets, reason)
+
+
+def test_a_job_of_whose_submission_no_answer_comes_is_ended_with_the_executor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long the platform takes to answer."""
+    monkeypatch.setattr(ending, "PATIENCE", 0.5)
+    farm = ProcessFarm(kind=DeafFarm)
+    executor = BatchExecutor(1, launcher=farm)
+    executor.submit(abs, -1)
+    assert DeafFarm.asked.wait(30)
+    executor.kill_workers()
+    executor.shutdown()
+    (job,) = Path(farm.folder).iterdir()
+    assert DeafFarm.ended == [job.name]
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowToClose(ProcessFarm):
+    """Lets go of its platform when it is told to."""
+
+    closing: threading.Event = dataclasses.field(default_factory=threading.Event)
+    hold: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    @contextlib.asynccontextmanager
+    async def connect(self, executor: ExecutorInfo) -> AsyncIterator[Site]:
+        async with super().connect(executor) as site:
+            yield site
+        self.closing.set()
+        await asyncio.to_thread(self.hold.wait)
+
+
+def test_a_launcher_that_is_closing_serves_no_other_executor() -> None:
+    """The connection of the second one would be closed with that of the first."""
+    farm = SlowToClose()
+    executor = BatchExecutor(1, launcher=farm)
+    assert executor.submit(abs, -1).result(30) == 1
+    executor.shutdown(wait=False)
+    assert farm.closing.wait(30)
+    with pytest.raises(LaunchError, match="serves an executor already"):
+        BatchExecutor(1, launcher=farm).submit(abs, -1)
+    farm.hold.set()
+    executor.shutdown()
+    with BatchExecutor(1, launcher=farm) as another:
+        assert another.submit(abs, -2).result(30) == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowToConnect(ProcessFarm):
+    """Connects when two have asked, or a moment has passed."""
+
+    both: threading.Barrier = dataclasses.field(default_factory=lambda: threading.Barrier(2))
+
+    @contextlib.asynccontextmanager
+    async def connect(self, executor: ExecutorInfo) -> AsyncIterator[Site]:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            await asyncio.to_thread(self.both.wait, 1.0)
+        async with super().connect(executor) as site:
+            yield site
+
+
+def test_of_two_executors_that_start_at_once_one_has_the_launcher() -> None:
+    farm = SlowToConnect()
+    outcomes: list[object] = []
+
+    def use() -> None:
+        try:
+            with BatchExecutor(1, launcher=farm) as executor:
+                outcomes.append(executor.submit(abs, -1).result(30))
+        except LaunchError as exc:
+            outcomes.append(str(exc)[:4])
+
+    both = [threading.Thread(target=use) for _ in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert sorted(outcomes, key=str) == [1, "this"]
+
+
+def test_a_job_that_was_not_needed_any_more_says_nothing_of_the_executor() -> None:
+    """Its submission was tried again when its call was cancelled; the executor goes on."""
+    busy = PlatformError("too many requests", transient=True)
+    farm = ProcessFarm(faults=[busy] * 3)
+    with BatchExecutor(1, launcher=farm, idle_timeout=0.1) as executor:
+        future = executor.submit(abs, -1)
+        eventually(lambda: "too many requests" in farm.explain())
+        future.cancel()
+        eventually(lambda: not executor.stats().workers.starting)
+        eventually(lambda: not farm._running._submitting)
+        assert "shut down" not in farm.explain()
         assert executor.submit(abs, -2).result(30) == 2
 
 
