@@ -24,7 +24,6 @@ import cloudpickle
 from cloudexec import _inputs, _main, _sharing
 from cloudexec._anew import reduce_anew
 from cloudexec._describing import (
-    attribute_of,
     describe,
     format_plainly,
     if_not_found,
@@ -252,8 +251,12 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if not _is_found(method):
             return False
         owner = method.__self__
-        known_as = _main.name_of(owner if isinstance(owner, type) else type(owner))
-        return known_as is not None and self.refers(known_as.partition(".")[0])
+        kind = owner if isinstance(owner, type) else type(owner)
+        known_as = _main.name_of(kind)
+        if known_as is None:
+            # Its function alone could not be told from a copy: a class method is found bound.
+            return bool(cloudpickle.cloudpickle._should_pickle_by_reference(kind))
+        return self.refers(known_as.partition(".")[0])
 
     def _reduce(self, obj: Any) -> Any:
         if self._enclosed and (reduced := reduce_anew(obj)) is not None:
@@ -310,9 +313,7 @@ result_pickler: type[Pickler] = Pickler
 
 
 def _is_found(method: MethodType) -> bool:
-    """Whether a method of the script's is what its object has under its name."""
-    if attribute_of(method.__func__, "__globals__") is not _main.namespace():
-        return False
+    """Whether a method is what its object has under the method's name."""
     try:
         return bool(getattr(method.__self__, method.__name__) == method)
     except Exception:

@@ -69,7 +69,7 @@ _MODULES = (
     "tqdm.std",
 )
 _reducers: dict[type, Callable[[Any], Any]] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-_NOT_FILES: tuple[type, ...] = (MethodType, type([].append), type(int.__add__), functools.partial)
+_NOT_FILES: tuple[type, ...] = (MethodType, type(list.append), type(int.__add__), functools.partial)
 """Kinds that have such a reducer, and are pickled as always."""
 
 

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import operator
 import os
+import pickle
 import subprocess
 import sys
 import traceback
@@ -697,6 +698,68 @@ def test_class_that_is_unknown_here_fails_its_future(
     assert "only_there" in str(error)
     assert "what it says" in "".join(traceback.format_exception(error))
     assert shared.submit(abs, -1).result(30) == 1
+
+
+# What pickle sends by its name.
+
+
+def public_names(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
+    """Yield what a module and its classes have under public names."""
+    for name, value in list(vars(module).items()):
+        if name.startswith("_"):
+            continue
+        yield name, value
+        if isinstance(value, type):
+            for inner in list(vars(value)):
+                yield f"{name}.{inner}", getattr(value, inner, None)
+
+
+MODULES = "builtins collections ctypes datetime decimal functools math multiprocessing.pool "
+MODULES += "operator pathlib re socket string threading types"
+
+
+@pytest.mark.parametrize("name", MODULES.split())
+def test_what_pickle_can_send_of_a_module_arrives(shared: BatchExecutor, name: str) -> None:
+    """Methods of built-in types among it, which multiprocessing treats as its own objects."""
+    sent = {}
+    for each, value in public_names(importlib.import_module(name)):
+        try:
+            arrived = pickle.loads(pickle.dumps(value))
+        except Exception:
+            continue
+        if arrived is value or arrived == value:
+            sent[each] = value
+    assert sent
+    for each, there in zip(sent, shared.map(whole, sent.values(), chunksize=50), strict=True):
+        assert there is sent[each] or there == sent[each], each
+
+
+def whole(value: Any) -> Any:
+    return value
+
+
+class Text(str):
+    """Has methods that are no Python functions."""
+
+    @classmethod
+    @functools.lru_cache
+    def fetch(cls, text: str) -> Text:
+        return cls(text)
+
+
+def test_methods_with_functions_of_other_kinds_arrive(shared: BatchExecutor) -> None:
+    text = Text("a")
+    calls: list[tuple[Any, tuple[object, ...], object]] = [
+        (Text.fetch, ("b",), "b"),
+        (text.upper, (), "A"),
+        (text.__add__, ("b",), "ab"),
+        ([1, 2, 1].count, (1,), 2),
+        (np.array([5, 7]).max, (), 7),
+        (str.upper, ("b",), "B"),
+    ]
+    for method, args, expected in calls:
+        assert shared.submit(whole, method).result()(*args) == expected
+        assert shared.submit(method, *args).result() == expected
 
 
 # Arrays and buffers.
