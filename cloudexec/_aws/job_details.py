@@ -33,6 +33,7 @@ __all__ = [
     "exit_code_of",
     "first_worker",
     "last_part",
+    "log_group_of",
     "may_run_again",
     "own_runs",
     "reason_of",
@@ -47,6 +48,8 @@ __all__ = [
 ]
 
 _LAUNCH = re.compile(r"-(\d+)$")
+_BATCH_LOG_GROUP = "/aws/batch/job"
+"""Where AWS Batch writes unless told otherwise. AWS Batch User Guide, "Job states"."""
 _FAILED_STARTS = ("CannotPullContainerError", "ResourceInitializationError")
 
 
@@ -95,6 +98,12 @@ def executor_of(detail: Mapping[str, Any]) -> str:
 def first_worker(detail: Mapping[str, Any]) -> int | None:
     found = _LAUNCH.search(str(detail["jobName"]))
     return None if found is None else int(found[1])
+
+
+def log_group_of(detail: Mapping[str, Any], otherwise: str) -> str:
+    """Return where a job's logs are: what it says itself, else what a profile says."""
+    options = container_of(detail).get("logConfiguration", {}).get("options", {})
+    return str(options.get("awslogs-group") or otherwise or _BATCH_LOG_GROUP)
 
 
 def container_of(detail: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,0 +1,219 @@
+"""Finding cloudexec's jobs in an account, at a pace that leaves calls for executors."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.job_details import executor_of, first_worker, last_part
+from cloudexec._aws.limits import DESCRIBE_JOBS
+from cloudexec._aws.names import JOB_PREFIX, TAG_EXECUTOR
+from cloudexec._aws.records import ACTIVE, ENDED
+from cloudexec._errors import AwsError, ConfigError
+
+__all__ = ["JobSearch", "PacedCalls"]
+
+_CALL_INTERVAL = 0.04
+"""Seconds between calls: AWS Batch takes about 50 a second of a whole account, and an executor
+that is being watched needs its own."""
+_CALLS_AT_ONCE = 10
+
+_JOB_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?::\d+)?")
+_JOB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_-]{0,127})(?::(?P<index>\d+))?")
+_WORKER = re.compile(r"(?:(?P<executor>[^/]+)/)?worker-(?P<number>\d+)")
+
+
+class PacedCalls:
+    """Calls to AWS, with a pause between them."""
+
+    def __init__(self, clients: AwsClients) -> None:
+        self.region = clients.region
+        self._clients = clients
+        self._gate = asyncio.Semaphore(_CALLS_AT_ONCE)
+        self._next_call = 0.0
+
+    async def call(self, service: str, operation: str, **parameters: Any) -> Any:
+        async with self._gate:
+            loop = asyncio.get_running_loop()
+            wait = self._next_call - loop.time()
+            self._next_call = max(self._next_call, loop.time()) + _CALL_INTERVAL
+            if wait > 0:
+                await asyncio.sleep(wait)
+            return await self._clients.call(service, operation, **parameters)
+
+    async def pages(
+        self, service: str, operation: str, key: str, **parameters: Any
+    ) -> AsyncIterator[Mapping[str, Any]]:
+        token: dict[str, Any] = {}
+        while True:
+            page = await self.call(service, operation, **parameters, **token)
+            for each in page.get(key, ()):
+                yield each
+            if not page.get("nextToken"):
+                return
+            token = {"nextToken": page["nextToken"]}
+
+
+class JobSearch:
+    """Finds jobs by executor, name, id or worker.
+
+    Args:
+        calls: How AWS is asked.
+        queues: Name or ARN by kind, as a profile has them; empty: all queues of the region.
+    """
+
+    def __init__(self, calls: PacedCalls, queues: Mapping[str, str]) -> None:
+        self._calls = calls
+        self._given = dict(queues)
+        self._known_queues: dict[str, tuple[str, bool]] = {}
+
+    def compute_of(self, queue: str) -> tuple[str, bool]:
+        """Return the compute of a queue, empty if it is not known, and whether it is Spot."""
+        return self._known_queues.get(last_part(queue), ("", False))
+
+    async def jobs(
+        self, *, executor: str | None = None, active: bool | None = None, name: str = ""
+    ) -> list[Mapping[str, Any]]:
+        """Return what DescribeJobs says of jobs of ours, without the children of arrays."""
+        if executor is not None and not executor.strip():
+            raise ConfigError("an executor is its id, as `cloudexec ps` shows it, not nothing")
+        pattern = name or f"{JOB_PREFIX}{executor}-*" if executor or name else f"{JOB_PREFIX}*"
+        listed = await asyncio.gather(
+            *(self._listed(queue, pattern) for queue in await self._queues())
+        )
+        wanted = (*ACTIVE, *ENDED) if active is None else ACTIVE if active else ENDED
+        ids = {each["jobId"]: None for jobs in listed for each in jobs if each["status"] in wanted}
+        details = [each for each in await self.describe(list(ids)) if executor_of(each)]
+        if executor is not None:
+            details = [each for each in details if executor_of(each) == executor]
+        # Time has passed since they were listed.
+        return [each for each in details if each["status"] in wanted]
+
+    async def _listed(self, queue: str, pattern: str) -> list[Mapping[str, Any]]:
+        prefix, is_prefix = pattern.rstrip("*").lower(), pattern.endswith("*")
+        found = [
+            each
+            async for each in self._calls.pages(
+                "batch",
+                "list_jobs",
+                "jobSummaryList",
+                jobQueue=queue,
+                filters=[{"name": "JOB_NAME", "values": [pattern]}],
+            )
+        ]
+        return [
+            each
+            for each in found
+            if (each["jobName"].lower().startswith(prefix))
+            and (is_prefix or each["jobName"].lower() == prefix)
+        ]
+
+    async def _queues(self) -> list[str]:
+        if self._given:
+            for kind, queue in self._given.items():
+                compute, _, spot = kind.partition("_")
+                self._known_queues[last_part(queue)] = (compute, spot == "spot")
+            return list(dict.fromkeys(self._given.values()))
+        queues = [
+            each async for each in self._calls.pages("batch", "describe_job_queues", "jobQueues")
+        ]
+        environments = {
+            each["computeEnvironmentArn"]: each.get("computeResources", {}).get("type", "")
+            async for each in self._calls.pages(
+                "batch", "describe_compute_environments", "computeEnvironments"
+            )
+        }
+        for each in queues:
+            kinds = [
+                environments.get(order["computeEnvironment"], "")
+                for order in each.get("computeEnvironmentOrder", ())
+            ]
+            self._known_queues[each["jobQueueName"]] = (
+                "fargate" if any(kind.startswith("FARGATE") for kind in kinds) else "ec2",
+                # One that falls back to on demand is priced as that: rather too much.
+                bool(kinds) and all(kind.endswith("SPOT") for kind in kinds),
+            )
+        return [each["jobQueueArn"] for each in queues]
+
+    async def describe(self, ids: Sequence[str]) -> list[Mapping[str, Any]]:
+        chunks = [ids[i : i + DESCRIBE_JOBS] for i in range(0, len(ids), DESCRIBE_JOBS)]
+        answers = await asyncio.gather(
+            *(self._calls.call("batch", "describe_jobs", jobs=list(chunk)) for chunk in chunks)
+        )
+        return [each for answer in answers for each in answer["jobs"]]
+
+    async def resolve(self, name: str) -> Mapping[str, Any]:
+        """Return what DescribeJobs says of what the user named.
+
+        Raises:
+            AwsError: If there is no such job, or it is not ours.
+            ConfigError: If several answer to the name.
+        """
+        name = name.strip()
+        if name.startswith("arn:"):
+            name = name.rpartition("/")[2]
+        worker = _WORKER.fullmatch(name)
+        if _JOB_ID.fullmatch(name):
+            return await self._by_id(name)
+        if worker is not None:
+            return await self._by_worker(worker["executor"], int(worker["number"]))
+        if not name:
+            raise ConfigError("a job or worker is named, as `cloudexec jobs` shows it, not nothing")
+        # One with a star would fit what nobody meant.
+        named = _JOB_NAME.fullmatch(name)
+        details = [] if named is None else await self.jobs(name=named["name"])
+        if named is None or not details:
+            raise _not_found(name, self._calls.region)
+        latest = max(details, key=lambda each: int(each["createdAt"]))
+        index = named["index"]
+        return latest if index is None else await self._by_id(f"{latest['jobId']}:{int(index)}")
+
+    async def _by_id(self, job_id: str) -> Mapping[str, Any]:
+        parent_id, _, index = job_id.partition(":")
+        found = {
+            each["jobId"]: each
+            for each in await self.describe([parent_id, job_id] if index else [job_id])
+        }
+        parent = found.get(parent_id)
+        if parent is None or job_id not in found:
+            raise _not_found(job_id, self._calls.region)
+        if not executor_of(parent):
+            raise AwsError(
+                f"job {job_id} is not one of cloudexec's: it has no tag {TAG_EXECUTOR}",
+                code="NotOurs",
+                operation="batch:DescribeJobs",
+            )
+        # Whether children carry their parent's tags is not documented.
+        return {**found[job_id], "tags": parent["tags"]}
+
+    async def _by_worker(self, executor: str | None, number: int) -> Mapping[str, Any]:
+        name = f"worker-{number}"
+        fitting: list[Mapping[str, Any]] = []
+        for each in await self.jobs(executor=executor):
+            first = first_worker(each)
+            size = int(each.get("arrayProperties", {}).get("size", 1))
+            if first is not None and first <= number < first + size:
+                fitting.append(each)
+        if len(fitting) > 1:
+            fitting = [each for each in fitting if each["status"] in ACTIVE] or fitting
+        if not fitting:
+            raise _not_found(f"{executor}/{name}" if executor else name, self._calls.region)
+        if len(fitting) > 1:
+            names = ", ".join(sorted(f"{executor_of(each)}/{name}" for each in fitting)[:5])
+            raise ConfigError(f"several executors have a {name}: say which, such as {names}")
+        found = fitting[0]
+        if found.get("arrayProperties", {}).get("size"):
+            return await self._by_id(f"{found['jobId']}:{number - (first_worker(found) or 0)}")
+        return found
+
+
+def _not_found(name: str, region: str) -> AwsError:
+    return AwsError(
+        f"there is no job {name} of cloudexec's in {region}, or AWS Batch has forgotten it: "
+        f"`cloudexec jobs` lists them",
+        code="NotFound",
+        operation="batch:DescribeJobs",
+    )
