@@ -12,9 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cloudexec.testing._aws.fake import FakeAWS, Setup
+    from cloudexec.testing._aws.fake import FakeAWS
     from cloudexec.testing._aws.faults import Faults
-    from cloudexec.testing._aws.records import AttemptRecord, JobRecord, Request
+    from cloudexec.testing._aws.records import AttemptRecord, JobRecord, Request, Setup
     from cloudexec.testing._conformance import check_launcher
     from cloudexec.testing._manual import ManualLaunch, ManualLauncher
     from cloudexec.testing._platform_trial import LauncherCheckError
@@ -46,7 +46,7 @@ _LAZY = {
     "ManualLaunch": "_manual",
     "ManualLauncher": "_manual",
     "Request": "_aws.records",
-    "Setup": "_aws.fake",
+    "Setup": "_aws.records",
     "SimulatedWorker": "_simulated",
     "answer_none": "_simulated",
     "check_launcher": "_conformance",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from cloudexec.testing._aws.backends import batch_backend
 from cloudexec.testing._aws.batch_resources import find_definition
 from cloudexec.testing._aws.engine import Engine
 from cloudexec.testing._aws.faults import Faults
@@ -18,7 +19,6 @@ from cloudexec.testing._aws.limits import (
     tags_of_task,
 )
 from cloudexec.testing._aws.logs import DEFAULT_GROUP
-from cloudexec.testing._aws.resources import batch_backend
 
 __all__ = ["BatchJobs"]
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cloudexec.testing._aws.backends import ACCOUNT, batch_backend
 from cloudexec.testing._aws.engine import Engine
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.limits import (
@@ -20,7 +21,6 @@ from cloudexec.testing._aws.limits import (
     check_definition,
     check_tags,
 )
-from cloudexec.testing._aws.resources import ACCOUNT, batch_backend
 
 __all__ = ["BatchResources"]
 

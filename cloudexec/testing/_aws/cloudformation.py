@@ -16,9 +16,9 @@ from typing import Any
 
 from botocore.model import ListShape, MapShape, Shape, StructureShape
 
+from cloudexec.testing._aws.backends import ACCOUNT
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.limits import ClientError
-from cloudexec.testing._aws.resources import ACCOUNT
 from cloudexec.testing._aws.stack_resources import Resource, ResourceError, StackResources
 from cloudexec.testing._aws.templates import (
     Evaluator,

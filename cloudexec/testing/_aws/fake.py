@@ -10,7 +10,6 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
@@ -18,30 +17,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from cloudexec._config import check_count, check_positive
 from cloudexec._errors import ConfigError
 from cloudexec.testing._aws.faults import Faults
-from cloudexec.testing._aws.records import JobRecord, Request
+from cloudexec.testing._aws.records import JobRecord, Request, Setup
 
 if TYPE_CHECKING:
     from cloudexec.testing._aws.session import Session
 
-__all__ = ["FakeAWS", "Setup"]
+__all__ = ["FakeAWS"]
 
 Mode = Literal["process", "container", "auto"]
 _NEW_ACCOUNT = {"fargate": 6.0, "fargate_spot": 6.0}
 """vCPUs at once. AWS Batch API Reference, "ResourceRequirement"; of Spot, AWS names none there."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """What :meth:`FakeAWS.set_up` made."""
-
-    queue: str
-    """ARN of the job queue."""
-    compute_environments: tuple[str, ...]
-    """ARNs, in the queue's order."""
-    job_role: str
-    execution_role: str
-    subnets: tuple[str, ...]
-    security_group: str
 
 
 class FakeAWS:

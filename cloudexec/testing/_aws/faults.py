@@ -7,10 +7,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from cloudexec.testing._aws.engine import Engine
     from cloudexec.testing._aws.permissions import Permissions
     from cloudexec.testing._aws.wire import Call
 
@@ -35,6 +34,28 @@ _SERVICES = (
 """Names of botocore's models; the largest is asked last."""
 
 
+class Jobs(Protocol):
+    """The jobs that faults are about; see ``engine.Engine``."""
+
+    def reclaim(self, job_id: str, *, notice: float, grace: float | None) -> None:
+        """See ``Faults.reclaim``."""
+
+    def reclaim_fraction(self, fraction: float, *, notice: float, grace: float | None) -> list[str]:
+        """See ``Faults.reclaim_fraction``."""
+
+    def out_of_memory(self, job_id: str) -> None:
+        """See ``Faults.out_of_memory``."""
+
+    def kill_instance(self, job_id: str) -> None:
+        """See ``Faults.kill_instance``."""
+
+    def forget_ended(self) -> list[str]:
+        """See ``Faults.forget_ended``."""
+
+    def poke(self) -> None:
+        """Look again whether waiting jobs can be placed."""
+
+
 class Faults:
     """Faults of a FakeAWS; every method may be called from any thread, at any time.
 
@@ -47,7 +68,7 @@ class Faults:
         self._usual_quota = dict(quota or {})
         self._lock = threading.RLock()
         self._renewed = renewed
-        self._engine: Engine | None = None
+        self._jobs: Jobs | None = None
         self._expired: set[str] = set()
         self._token_number = 0
         self.token = "fake-session-token-0"
@@ -204,7 +225,7 @@ class Faults:
         Raises:
             ValueError: If the job does not run.
         """
-        self._required_engine().reclaim(job_id, notice=notice, grace=grace)
+        self._required_jobs().reclaim(job_id, notice=notice, grace=grace)
 
     def reclaim_fraction(
         self, fraction: float, *, notice: float = 0.0, grace: float | None = None
@@ -219,15 +240,15 @@ class Faults:
         Returns:
             Job ids of those reclaimed.
         """
-        return self._required_engine().reclaim_fraction(fraction, notice=notice, grace=grace)
+        return self._required_jobs().reclaim_fraction(fraction, notice=notice, grace=grace)
 
     def out_of_memory(self, job_id: str) -> None:
         """Kill all of a running job as the kernel does where memory runs out."""
-        self._required_engine().out_of_memory(job_id)
+        self._required_jobs().out_of_memory(job_id)
 
     def kill_instance(self, job_id: str) -> None:
         """Let the machine under a running job vanish without a notice."""
-        self._required_engine().kill_instance(job_id)
+        self._required_jobs().kill_instance(job_id)
 
     def forget_ended(self) -> list[str]:
         """Forget all jobs that have ended, as AWS may after seven days.
@@ -235,7 +256,7 @@ class Faults:
         Returns:
             Job ids of those forgotten; array jobs stand for their children.
         """
-        return self._required_engine().forget_ended()
+        return self._required_jobs().forget_ended()
 
     # The API.
 
@@ -391,9 +412,9 @@ class Faults:
 
     # What the rest of the package asks.
 
-    def attach(self, engine: Engine) -> None:
-        """Say which engine's jobs the faults are about."""
-        self._engine = engine
+    def attach(self, jobs: Jobs) -> None:
+        """Say which jobs the faults are about."""
+        self._jobs = jobs
 
     def has_capacity(self, *names: str) -> bool:
         """Whether a place known by any of these names takes jobs."""
@@ -518,14 +539,14 @@ class Faults:
         with self._lock:
             return self._failing_resources.get(logical_id)
 
-    def _required_engine(self) -> Engine:
-        if self._engine is None:
+    def _required_jobs(self) -> Jobs:
+        if self._jobs is None:
             raise RuntimeError("the FakeAWS has not been entered")
-        return self._engine
+        return self._jobs
 
     def _poke(self) -> None:
-        if self._engine is not None:
-            self._engine.poke()
+        if self._jobs is not None:
+            self._jobs.poke()
 
 
 def _check_operation(name: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cloudexec.testing._aws.backends import ACCOUNT
 from cloudexec.testing._aws.faults import Faults
-from cloudexec.testing._aws.resources import ACCOUNT
 from cloudexec.testing._aws.wire import Call
 
 __all__ = ["Ghosts"]

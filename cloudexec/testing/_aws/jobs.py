@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import time
 from collections import Counter
@@ -178,9 +177,12 @@ class Job:
         """Whether the attempt runs in a spot environment."""
         return self.environment_type in ("SPOT", "FARGATE_SPOT")
 
-    def image_fits(self, pattern: str) -> bool:
-        """Whether the image's name fits a shell pattern."""
-        return fnmatch.fnmatchcase(self.spec.image, pattern)
+    def enter(self, status: str) -> None:
+        """Be in another state, and be counted in it by the parent."""
+        if self.parent is not None:
+            self.parent.counts[self.status] -= 1
+            self.parent.counts[status] += 1
+        self.status = status
 
     def record(self) -> JobRecord:
         """What a test sees of it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cloudexec.testing._aws.resources import ACCOUNT
+from cloudexec.testing._aws.backends import ACCOUNT
 
 __all__ = ["Networks"]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cloudexec.testing._aws.resources import ACCOUNT
+from cloudexec.testing._aws.backends import ACCOUNT
 from cloudexec.testing._aws.wire import Call
 
 __all__ = ["Permissions"]

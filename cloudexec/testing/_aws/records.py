@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["AttemptRecord", "JobRecord", "Request"]
+__all__ = ["AttemptRecord", "JobRecord", "Request", "Setup"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,3 +83,17 @@ class JobRecord:
     created_at: float
     started_at: float | None
     stopped_at: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What :meth:`FakeAWS.set_up` made."""
+
+    queue: str
+    """ARN of the job queue."""
+    compute_environments: tuple[str, ...]
+    """ARNs, in the queue's order."""
+    job_role: str
+    execution_role: str
+    subnets: tuple[str, ...]
+    security_group: str

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-from cloudexec.testing._aws.resources import ACCOUNT
+from cloudexec.testing._aws.backends import ACCOUNT
 from cloudexec.testing._aws.wire import Call
 
 __all__ = ["RegistryMirror"]

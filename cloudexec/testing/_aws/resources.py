@@ -6,29 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from cloudexec.testing._aws.engine import EnvironmentView, QueueView
+from cloudexec.testing._aws.backends import ACCOUNT, batch_backend
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.jobs import Job, JobSpec
+from cloudexec.testing._aws.platform import EnvironmentView, QueueView
 from cloudexec.testing._aws.runners import StartError
 
-__all__ = ["ACCOUNT", "MotoPlatform", "batch_backend", "logs_backend"]
-
-ACCOUNT = "123456789012"
-"""moto's account."""
-
-
-def batch_backend(region: str) -> Any:
-    """moto's Batch of a Region."""
-    from moto.batch.models import batch_backends
-
-    return batch_backends[ACCOUNT][region]
-
-
-def logs_backend(region: str) -> Any:
-    """moto's CloudWatch Logs of a Region."""
-    from moto.logs.models import logs_backends
-
-    return logs_backends[ACCOUNT][region]
+__all__ = ["MotoPlatform"]
 
 
 class MotoPlatform:

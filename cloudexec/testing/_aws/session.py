@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 from moto.core.base_backend import BackendDict
 from moto.core.model_instances import reset_model_data
@@ -20,24 +20,25 @@ from werkzeug.serving import make_server
 
 from cloudexec._aws.clients import known_regions
 from cloudexec._errors import ConfigError
+from cloudexec.testing._aws.backends import ACCOUNT, logs_backend
 from cloudexec.testing._aws.batch_jobs import BatchJobs
 from cloudexec.testing._aws.batch_resources import BatchResources
 from cloudexec.testing._aws.cloudformation import CloudFormation
 from cloudexec.testing._aws.containers import ContainerRunner, engine_answers
-from cloudexec.testing._aws.engine import Engine, Timing
+from cloudexec.testing._aws.engine import Engine
+from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.gateway import Gateway
 from cloudexec.testing._aws.ghosts import Ghosts
 from cloudexec.testing._aws.logs import LogWriter
 from cloudexec.testing._aws.networks import Networks
 from cloudexec.testing._aws.prices import products, quota_response
+from cloudexec.testing._aws.records import Setup
 from cloudexec.testing._aws.registry import RegistryMirror
-from cloudexec.testing._aws.resources import ACCOUNT, MotoPlatform, logs_backend
+from cloudexec.testing._aws.resources import MotoPlatform
 from cloudexec.testing._aws.runners import ProcessRunner, Runner
 from cloudexec.testing._aws.stack_resources import StackResources
+from cloudexec.testing._aws.timers import Timing
 from cloudexec.testing._aws.wire import Call
-
-if TYPE_CHECKING:
-    from cloudexec.testing._aws.fake import FakeAWS, Setup
 
 __all__ = ["Session", "check_region"]
 
@@ -70,6 +71,29 @@ class _Handler(MotoRequestHandler):
         """Nothing."""
 
 
+class Settings(Protocol):
+    """What is wanted; see ``fake.FakeAWS``."""
+
+    region: str
+    faults: Faults
+    boot: float
+    launch_rate: tuple[int, float] | None
+    step: float
+    grace: float
+    speed: float
+    calls_per_second: float
+    max_running: int
+    stack_seconds: float
+    registry: str | None
+    zones: dict[str, tuple[str, str]]
+    python: str
+    images: dict[str, str]
+    aws_in_jobs: bool
+    job_environment: dict[str, str]
+    environment: dict[str, str]
+    mode: Literal["process", "container", "auto"]
+
+
 class Session:
     """Starts everything; :meth:`close` ends it.
 
@@ -78,7 +102,7 @@ class Session:
         directory: Empty, for jobs' files.
     """
 
-    def __init__(self, owner: FakeAWS, directory: Path) -> None:
+    def __init__(self, owner: Settings, directory: Path) -> None:
         self._owner = owner
         self._closers: list[Any] = []
         self.host_for_jobs = "127.0.0.1"
@@ -287,8 +311,6 @@ class Session:
         """See ``FakeAWS.set_up``."""
         from moto.ec2.models import ec2_backends
         from moto.iam.models import iam_backends
-
-        from cloudexec.testing._aws.fake import Setup
 
         region = self._owner.region
         ec2: Any = ec2_backends[ACCOUNT][region]

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cloudexec.testing._aws.backends import ACCOUNT, batch_backend, logs_backend
 from cloudexec.testing._aws.batch_resources import BatchResources
 from cloudexec.testing._aws.engine import Engine
-from cloudexec.testing._aws.resources import ACCOUNT, batch_backend, logs_backend
 
 __all__ = ["Resource", "ResourceError", "StackResources"]
 
