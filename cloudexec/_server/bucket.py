@@ -109,7 +109,7 @@ class BucketTransfers:
         if request.failed:
             self._worker_failed(session, request.failed)
             return pb.Location()
-        blob: Blob | None = session.blob(request.blob)
+        blob: Blob | None = session.told.blob(request.blob)
         if blob is None or not (blob.stored or await self._put(blob)):
             return pb.Location()
         try:
@@ -169,7 +169,7 @@ class BucketTransfers:
             return pb.StoreReply()
 
     def _keep(self, session: Any, number: int, sha256: bytes) -> None:
-        blob: Blob | None = session.blob(number)
+        blob: Blob | None = session.told.blob(number)
         if blob is None:
             session.results.stored_ahead(number, sha256)  # the result is still to come, or is gone
         else:

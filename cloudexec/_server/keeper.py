@@ -367,11 +367,11 @@ class Keeper:
             keeping.release([blob])  # it need not wait with its end for this one
         self._store.adopt(blob, other)
         for session in self._sessions.values():
-            session.moved(blob.id)
+            session.told.moved(blob.id)
 
     def waits_for(self, number: int, size: int, session: Any) -> bool:
         """Say whether a worker was asked for a blob of this size."""
-        blob = session.blob(number)
+        blob = session.told.blob(number)
         return number in self._pulls and blob is not None and blob.size == size
 
     def arrived(self, number: int, content: Blob, blob: Blob | None) -> None:
@@ -405,7 +405,7 @@ class Keeper:
     async def evacuate(self, session: Any) -> None:
         """Have a worker that is to end hand over what it keeps, unless nobody can need it."""
         session.ending = True
-        kept = session.kept_blobs()
+        kept = session.told.kept_blobs()
         machine = self._engine.machine
         if kept and (machine.open_tasks or machine.blocked or not machine.shutting_down):
             pulls = [self.pull(blob) for blob in kept if not blob.stored]

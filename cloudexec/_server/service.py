@@ -121,7 +121,7 @@ class Service:
     def blob_of(self, token: bytes, number: int) -> Blob | None:
         """Find a blob that a worker fetches over its own socket; counts it as sent."""
         session = self.session_of(token)
-        blob: Blob | None = None if session is None else session.blob(number)
+        blob: Blob | None = None if session is None else session.told.blob(number)
         if blob is None or blob.origin is not None:
             return None  # the worker that has it is no longer there
         self.bytes_sent += blob.size

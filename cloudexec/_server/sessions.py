@@ -75,5 +75,5 @@ class Sessions:
         for worker, numbers in told.items():
             session = self._by_worker.get(worker)
             if session is not None:
-                session.forget_functions([number for number in numbers if number > 0])
-                session.forget_blobs([-number for number in numbers if number < 0])
+                session.told.forget_functions([number for number in numbers if number > 0])
+                session.told.forget_blobs([-number for number in numbers if number < 0])

@@ -265,7 +265,7 @@ class Workers:
         session.close()
         if self.takeover is not None:
             self.takeover.worker_lost(session)
-        self._keeper.worker_lost(worker, session.blobs())
+        self._keeper.worker_lost(worker, session.told.blobs())
         if self.transfers is not None:
             self.transfers.session_ended(session)
         self._launcher.clean_up(session.slot_groups)

@@ -513,11 +513,11 @@ def test_nothing_is_left_after_many_tasks(mode: str) -> None:
             ]
             tables = [
                 (
-                    len(s._known_blobs),
+                    len(s.told._known_blobs),
                     len(s.payloads),
                     len(s.results.arrived),
                     len(s.results._parts),
-                    len(s._moved),
+                    len(s.told._moved),
                 )
                 for s in driver.sessions.values()
             ]
@@ -557,7 +557,7 @@ def test_functions_with_large_closures_are_forgotten(mode: str) -> None:
         settled(executor)
         assert executor._driver is not None
         sessions = executor._driver.sessions.values()
-        until(lambda: not any(session._known_blobs for session in sessions))
+        until(lambda: not any(session.told._known_blobs for session in sessions))
 
 
 def test_after_shutdown_nothing_is_held() -> None:

@@ -342,7 +342,7 @@ def test_kept_results_that_nobody_refers_to_are_freed(mode: str) -> None:
         until(lambda: shared() < 5 * MIB)
         assert executor._driver is not None
         (session,) = executor._driver.sessions.values()
-        until(lambda: not session._known_blobs)
+        until(lambda: not session.told._known_blobs)
 
 
 def test_more_kept_results_than_memory_go_to_the_disk_of_the_worker(mode: str) -> None:
@@ -399,11 +399,11 @@ def test_of_a_chain_of_kept_results_only_the_last_stays(mode: str) -> None:
         del last
         assert executor._driver is not None
         sessions = executor._driver.sessions
-        until(lambda: sum(len(each.kept_blobs()) for each in sessions.values()) == 1)
+        until(lambda: sum(len(each.told.kept_blobs()) for each in sessions.values()) == 1)
         kill_workers()
         assert executor.submit(tasks.total, ref).result(PATIENCE) == 21 * 3 * MIB
         assert ref.get(PATIENCE)[0] == 21
-        until(lambda: sum(len(each.blobs()) for each in sessions.values()) <= 1)
+        until(lambda: sum(len(each.told.blobs()) for each in sessions.values()) <= 1)
 
 
 def test_on_loss_raise_says_so(mode: str) -> None:
@@ -579,7 +579,7 @@ def test_many_kept_results_and_their_ends_leave_nothing(mode: str) -> None:
         settled(executor)
         assert executor._driver is not None
         for session in executor._driver.sessions.values():
-            until(lambda session=session: not (session._known_blobs or session.payloads))
+            until(lambda session=session: not (session.told._known_blobs or session.payloads))
         assert not executor._driver.keeper._pulls
         assert not executor._driver.keeper._remaking
         assert store_of(executor).memory == 0

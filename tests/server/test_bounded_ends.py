@@ -205,7 +205,7 @@ def test_a_transfer_that_stands_still_does_not_hold_up_the_end() -> None:
         driver: Any = executor._driver
         session = next(iter(driver.sessions.values()))
         blob = driver.store.intern(memoryview(os.urandom(16 * MIB)))
-        session.describe(blob)
+        session.told.describe(blob)
         silent = socket.socket(socket.AF_UNIX)
         silent.connect(driver.service.direct_path)
         unread = _direct.connect(driver.service.direct_path, session.token, _direct.FETCH, blob.id)

@@ -164,12 +164,12 @@ class Enrolment:
             welcome.bucket_part_bytes = service.transfers.part_bytes
         initializer = setup.initializer
         if type(initializer) is Composed:
-            welcome.initializer_blobs.extend(map(session.describe, initializer.blobs))
+            welcome.initializer_blobs.extend(map(session.told.describe, initializer.blobs))
             initializer = initializer.head
         assert type(initializer) is bytes
         welcome.initializer = initializer
         if setup.initializer_needs is not None:
-            session.introduce_first(welcome, setup.initializer_needs)
+            session.told.introduce_first(welcome, setup.initializer_needs)
             welcome.initializer_needs = setup.initializer_needs.number
         await context.write(pb.ServerMessage(welcome=welcome))
         # Nothing is awaited between the check above and here but that write: check once more.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +20,10 @@ from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server.direct import Delivered
 from cloudexec._server.rpc.calls import LONGEST
 from cloudexec._server.rpc.inspection import parse
+from cloudexec._server.rpc.introductions import MOST_PUSHED, Introductions
 from cloudexec._server.rpc.results import OWN_BLOBS, ResultParts
 from cloudexec._server.service import Service
 from cloudexec._server.splicing import Spliced
-from cloudexec._wire.channel import PUSHED_BYTES
 from cloudexec._wire.stream import Stream
 
 __all__ = ["WorkerSession"]
@@ -41,8 +40,6 @@ round, with whatever else comes in this one."""
 _TRANSFERS = 16
 """Blobs that one worker may be sent at once, and that it may send: each takes a few MiB of memory
 while it is under way. What is more waits."""
-_MOST_PUSHED = 2 * 1024 * 1024
-
 _KINDS = {
     pb.Failure.RAISED: FailureKind.RAISED,
     pb.Failure.UNPICKLE_FAILED: FailureKind.UNPICKLE_FAILED,
@@ -83,10 +80,6 @@ class WorkerSession:
         self.incoming = asyncio.Semaphore(_TRANSFERS)
         self.first_blob = next(service.blob_ranges) * OWN_BLOBS
         self.results = ResultParts(service, self.worker_id, pid, self.first_blob)
-        self._known_blobs: set[int] = set()
-        self._blobs: weakref.WeakValueDictionary[int, Blob] = weakref.WeakValueDictionary()
-        self._moved: set[int] = set()  # known blobs that are somewhere else now
-        self._forget_blobs: list[int] = []
         self._taken: list[int] = []
         self._want: list[int] = []
         self.slot_groups: list[int] = []
@@ -97,17 +90,15 @@ class WorkerSession:
         self._reading: asyncio.Task[Any] | None = None  # of the connection that there is
         self._acknowledge_handle: asyncio.TimerHandle | None = None
         self._wanted = asyncio.Event()
+        self.told = Introductions(service, self.worker_id, self.link, self._wanted.set)
         self._straight: Frames | None = None  # a plain connection that is ready for tasks
         self._tasks: list[Any] = []
-        self._known: set[int] = set()
-        self._forget: list[int] = []
         self._recall: list[int] = []
         self._kill: list[int] = []
         self._drain = False
         self._drain_said = False
         self._terminate = False
         self._credit = 0
-        self._room = _MOST_PUSHED  # for blobs that go along, in the message that is composed
         self._closed = False
 
     # Commands.
@@ -127,26 +118,6 @@ class WorkerSession:
     def kill(self, leases: Sequence[int]) -> None:
         self._kill.extend(leases)
         self._wanted.set()
-
-    def forget_functions(self, numbers: Sequence[int]) -> None:
-        known = [number for number in numbers if number in self._known]
-        if known:
-            self._known.difference_update(known)
-            self._forget.extend(known)
-            self._wanted.set()
-
-    def forget_blobs(self, numbers: Sequence[int]) -> None:
-        known = self._known_blobs.intersection(numbers)
-        if known:
-            self._known_blobs -= known
-            self._moved -= known
-            self._forget_blobs.extend(known)
-            self._wanted.set()
-
-    def moved(self, number: int) -> None:
-        """A blob is not where its worker was told that it is."""
-        if number in self._known_blobs:
-            self._moved.add(number)
 
     def release(self, blobs: Sequence[Blob]) -> None:
         """Tell the worker that nobody needs any more that it keeps these."""
@@ -214,18 +185,19 @@ class WorkerSession:
 
     def _compose(self) -> pb.ServerMessage | None:
         message = pb.ServerMessage()
-        self._room = _MOST_PUSHED
+        self.told.room = MOST_PUSHED
         some = False
         if self._tasks:
             self._compose_tasks(message)
             some = True
-        if self._forget:
-            message.forget_functions.extend(self._forget)
-            self._forget.clear()
+        told = self.told
+        if told.forgotten_functions:
+            message.forget_functions.extend(told.forgotten_functions)
+            told.forgotten_functions.clear()
             some = True
-        if self._forget_blobs:
-            message.forget_blobs.extend(self._forget_blobs)
-            self._forget_blobs.clear()
+        if told.forgotten_blobs:
+            message.forget_blobs.extend(told.forgotten_blobs)
+            told.forgotten_blobs.clear()
             some = True
         if self._want:
             message.wanted.extend(self._want)
@@ -259,6 +231,7 @@ class WorkerSession:
 
     def _compose_tasks(self, message: pb.ServerMessage) -> None:
         tasks = self._tasks
+        told = self.told
         leases: list[int] = []
         functions: list[int] = []
         payloads: list[bytes] = []
@@ -298,15 +271,15 @@ class WorkerSession:
                 functions.append(0)
             else:
                 functions.append(function.number)
-                if function.number not in self._known:
-                    size += self._introduce(message, function)
+                if function.number not in told.functions:
+                    size += told.introduce(message, function)
             if function is not None and function.composed:
                 self.payloads[task.lease] = None, function
             if type(payload) is Composed:
                 columns.composed.append(len(leases))
                 columns.blob_counts.append(len(payload.blobs))
                 columns.blobs.extend([blob.id for blob in payload.blobs])
-                size += sum([self._introduce_blob(blob, message) for blob in payload.blobs])
+                size += sum([told.introduce_blob(blob, message) for blob in payload.blobs])
                 self.payloads[task.lease] = payload, function
                 payload = payload.head
             if task.requirements is not None:
@@ -355,85 +328,6 @@ class WorkerSession:
         env, memory, last = self._service.terms_of(self.worker_id, task)
         if env or memory or last:
             message.tasks.terms.add(index=index, env=env, memory_bytes=memory, last=last)
-
-    def _introduce(self, message: pb.ServerMessage, function: Function) -> int:
-        """Tell the worker of a function, and before it of what it needs; return the bytes."""
-        self._known.add(function.number)
-        self._service.sessions.note_told(self.worker_id, function.number)
-        size = sum(
-            [
-                self._introduce(message, need)
-                for need in function.needs
-                if need.number not in self._known
-            ]
-        )
-        pickled = function.pickle
-        if type(pickled) is Composed:
-            size += sum([self._introduce_blob(blob, message) for blob in pickled.blobs])
-        _describe_function(message.functions.add(), function)
-        return size + len(message.functions[-1].pickle)
-
-    def introduce_first(self, welcome: pb.Welcome, function: Function) -> None:
-        """Tell the worker of what its initializer needs."""
-        self._known.add(function.number)
-        self._service.sessions.note_told(self.worker_id, function.number)
-        for need in function.needs:
-            if need.number not in self._known:
-                self.introduce_first(welcome, need)
-        pickled = function.pickle
-        if type(pickled) is Composed:
-            welcome.function_blobs.extend(map(self.describe, pickled.blobs))
-        _describe_function(welcome.functions.add(), function)
-
-    def _know_blob(self, number: int) -> None:
-        if number not in self._known_blobs:
-            self._known_blobs.add(number)
-            self._service.sessions.note_told(self.worker_id, -number)
-
-    def _introduce_blob(self, blob: Blob, message: pb.ServerMessage) -> int:
-        """Tell the worker of a blob, if it does not know it; return the bytes that this takes."""
-        if blob.id in self._known_blobs and blob.id not in self._moved:
-            return 8
-        described = self.describe(blob)
-        message.blobs.append(described)
-        return 64 + len(described.content)
-
-    def describe(self, blob: Blob) -> pb.Blob:
-        """Say of a blob what its worker must know, who now may ask for it."""
-        self._know_blob(blob.id)
-        self._moved.discard(blob.id)
-        self._blobs[blob.id] = blob
-        blob.workers.add(self.worker_id)
-        described = pb.Blob(id=blob.id, size=blob.size)
-        place = blob.place
-        if place is not None and blob.origin != self.worker_id:
-            described.path, described.offset = place.path, place.offset
-            described.mappable = place.mappable
-        elif self._service.direct_path and blob.segment is not None:
-            described.path = blob.segment.path
-            described.offset = blob.offset
-            described.mappable = blob.mappable
-        else:
-            transfers = self._service.transfers
-            described.bucket = transfers is not None and (blob.stored or transfers.takes(blob.size))
-            goes_along = blob.size <= min(PUSHED_BYTES, self._room) and not self.link.is_slow
-            if goes_along and blob.origin is None and not described.bucket:
-                described.content = bytes(blob.view())
-                self._room -= blob.size
-                self._service.bytes_sent += blob.size
-        return described
-
-    def blob(self, number: int) -> Blob | None:
-        """Return a blob that the worker may ask for."""
-        return self._blobs.get(number)
-
-    def blobs(self) -> list[Blob]:
-        """Return the blobs that the worker was told of, or told of itself."""
-        return list(self._blobs.values())
-
-    def kept_blobs(self) -> list[Blob]:
-        """Return the blobs that this worker alone has."""
-        return [blob for blob in self._blobs.values() if blob.origin == self.worker_id]
 
     def want(self, blob: Blob) -> None:
         """Have the worker send a blob that it keeps."""
@@ -559,8 +453,7 @@ class WorkerSession:
                 vanished, taken, staying = self.results.take(columns, results)
                 self._taken.extend(taken)
                 for blob in staying:
-                    self._know_blob(blob.id)
-                    self._blobs[blob.id] = blob
+                    self.told.keep(blob)
                 self._wanted.set()
             if self.payloads or not self.results.is_empty:
                 for lease in leases:
@@ -626,17 +519,3 @@ class WorkerSession:
             detail = pb.Failure(lease=lease, seconds=seconds)
             failures.append((lease, events.Failure(FailureKind.SLOT_LOST, detail)))
         self._service.feed(events.FailuresReceived(self.worker_id, failures))
-
-
-def _describe_function(described: pb.Function, function: Function) -> None:
-    pickled = function.pickle
-    if isinstance(pickled, Composed):
-        described.blobs.extend([blob.id for blob in pickled.blobs])
-        pickled = pickled.head
-    described.number = function.number
-    described.pickle = pickled
-    described.sha256 = function.sha256
-    described.fresh = function.fresh
-    described.needs.extend([need.number for need in function.needs])
-    described.globals.extend(function.globals)
-    described.module = function.module

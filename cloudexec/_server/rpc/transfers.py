@@ -55,7 +55,7 @@ class Transfers:
             for at in range(0, len(archive), CHUNK_BYTES):
                 yield archive[at : at + CHUNK_BYTES]
             return
-        blob = session.blob(request.blob)
+        blob = session.told.blob(request.blob)
         if blob is None or request.offset > blob.size:
             await abort(context, "NOT_FOUND", "no such blob")
             return
@@ -106,7 +106,7 @@ class Transfers:
             await abort(context, refusal, why[:1000])
         service.bytes_received += blob.size
         if pulled:
-            service.keeper.arrived(number, blob, session.blob(number))
+            service.keeper.arrived(number, blob, session.told.blob(number))
         elif service.expects(session.token, lease):
             session.results.part_arrived(lease, number, blob)
         return pb.DeliverReply(accepted=True)
