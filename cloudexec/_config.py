@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -44,6 +45,24 @@ def check_positive(name: str, value: float | None, *, zero: bool = False) -> Non
     if value < 0 or (value == 0 and not zero):
         bound = "0 or more" if zero else "greater than 0"
         raise ConfigError(f"{name} must be {bound}, not {value!r}")
+
+
+def check_addresses(listen: str | None, advertise: str | None) -> None:
+    """Refuse what cannot be listened on or dialled.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    if listen is not None and (not isinstance(listen, str) or ":" not in listen):
+        raise ConfigError(f"listen must be 'host:port', such as '127.0.0.1:0', not {listen!r}")
+    if listen is not None and not listen.startswith("unix:"):
+        port = listen.rpartition(":")[2]
+        if not (port.isascii() and port.isdigit() and int(port) < 2**16):
+            raise ConfigError(f"the port of listen={listen!r} must be a number from 0 to 65535")
+    if advertise is not None and (not isinstance(advertise, str) or not advertise.strip()):
+        raise ConfigError(
+            f"advertise must be a host or 'host:port' that workers can dial, not {advertise!r}"
+        )
 
 
 def check_count(name: str, value: int, *, least: int) -> None:
@@ -302,3 +321,11 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_positive("reconnect_grace", self.reconnect_grace, zero=True)
+
+
+def usable_cpus() -> int:
+    """Return how many processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0)) or 1
+    except AttributeError:
+        return os.cpu_count() or 1

@@ -530,10 +530,12 @@ class Graph:
             submit = submits.get((stage, is_inner))
             if submit is None:
                 view = views[stage]
-                if is_inner and view._executor._is_far and "keep" not in stage._options:
+                if is_inner and view._submitter.is_far and "keep" not in stage._options:
                     view = view.with_options(keep=True)
                 # The function is pickled once, as map() does it.
-                submit = submits[stage, is_inner] = view._prepare(stage._sent())
+                submit = submits[stage, is_inner] = view._submitter.prepare(
+                    stage._sent(), view._options, view._requirements
+                )
             args = tuple([_filled(value, futures) for value in node._args])
             kwargs = _NOTHING
             if node._kwargs:

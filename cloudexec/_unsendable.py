@@ -11,17 +11,35 @@ import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import (
+    CodeType,
+    FunctionType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any, NamedTuple
 
 import cloudpickle
 
 from cloudexec import _payload
-from cloudexec._describing import attribute_of, describe, is_a, is_interrupt, repr_of, text_of
-from cloudexec._errors import CloudexecError
+from cloudexec._describing import (
+    attribute_of,
+    describe,
+    is_a,
+    is_interrupt,
+    name_of,
+    presentable,
+    repr_of,
+    text_of,
+    type_name,
+    unfinished,
+)
+from cloudexec._errors import CloudexecError, PayloadError, PayloadTooLargeError, RefLostError
 from cloudexec._fingerprints import lookup, travels_by_value
 
-__all__ = ["explain_call", "explain_value"]
+__all__ = ["explain_call", "explain_value", "pickling_error"]
 
 _MOST_OBJECTS = 20_000
 """How many are looked at to find the way to the one that cannot be pickled."""
@@ -29,6 +47,8 @@ _DEEPEST = 50
 _MOST_PATH = 120
 _OF_RESULT = "it belongs to the worker: return data instead"
 _ATOMS = (str, bytes, int, float, complex, bool, type(None))
+
+_NO_KEYWORDS: Mapping[str, Any] = MappingProxyType({})
 
 
 class _Remedy(NamedTuple):
@@ -154,6 +174,48 @@ class _Place(NamedTuple):
         if not self.noun or self.is_variable:
             return f"{self.noun}{path}{self.of}{self.by}" if self.noun else f"{self.of}{path}"
         return f"{path} in {self.noun}{self.of}" if path else f"{self.noun}{self.of}"
+
+
+def pickling_error(
+    exc: BaseException,
+    fn: object,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] = _NO_KEYWORDS,
+    noun: str = "argument {}",
+) -> CloudexecError:
+    """Return what a call fails with that cannot be pickled: what in it, why, and what to do."""
+    if is_a(exc, (PayloadTooLargeError, RefLostError)):
+        return exc
+    if is_a(exc, PayloadError) and exc.__cause__ is not None:
+        return exc  # it says already what cannot be sent, and why
+    error = PayloadError(
+        _refusal(exc, fn, args, kwargs, noun)
+        or explain_call(fn, args, kwargs, exc, noun=noun)
+        or f"{type_name(fn)} {name_of(fn)} or its arguments could not be pickled ({describe(exc)})"
+    )
+    error.__cause__ = presentable(exc)
+    return error
+
+
+def _refusal(
+    exc: BaseException, fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any], noun: str
+) -> str:
+    """Say what is wrong with a callable or an argument that is never sent; ``""``: nothing."""
+    from cloudexec import _sharing
+
+    chunked = attribute_of(type(fn), "_called_for_each")
+    called = attribute_of(fn, "_called_for_each") if chunked else fn
+    elements: dict[str, object] = {noun.format(i): each for i, each in enumerate(args)}
+    elements |= {f"keyword {name!r}": each for name, each in kwargs.items()}
+    if is_a(exc, _sharing.NotSharedError):
+        where = _sharing.where(exc.element, called, elements)
+        return f"{where}{name_of(called)}: {exc.message}"
+    if why := unfinished(called):
+        return f"the callable is {why}, and give submit() that function itself"
+    for where, value in elements.items():
+        if why := unfinished(value):
+            return f"{where} of {name_of(called)} is {why}"
+    return ""
 
 
 def explain_call(

@@ -27,7 +27,8 @@ from joblib._parallel_backends import (
     SequentialBackend,
 )
 
-from cloudexec._executor import BatchExecutor, _usable_cpus
+from cloudexec._config import usable_cpus
+from cloudexec._executor import BatchExecutor
 from cloudexec._objects.ref import Ref
 
 __all__ = ["CloudexecBackend"]
@@ -101,7 +102,7 @@ class CloudexecBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[
         if n_jobs is None:
             return 1
         if n_jobs < 0:
-            most = self._given._max_workers if self._given is not None else _usable_cpus()
+            most = self._given._max_workers if self._given is not None else usable_cpus()
             n_jobs = max(most + 1 + n_jobs, 1)
         return n_jobs
 

@@ -109,12 +109,12 @@ def instrument(
         future.add_done_callback(end)
         return requirements
 
-    executor._executor._on_submit = submitted
+    executor._submitter.on_submit = submitted
 
 
 def uninstrument(executor: BatchExecutor | OptionsView) -> None:
     """Make no more spans of calls; those of earlier ones are still made."""
-    executor._executor._on_submit = None
+    executor._submitter.on_submit = None
 
 
 def task_context() -> contexts.Context:

@@ -259,15 +259,17 @@ def test_stages_of_a_graph_are_told(executor: BatchExecutor) -> None:
     """By the names of their stages."""
     futures: list[BatchFuture[Any]] = []
 
-    class Watching(BatchExecutor):
-        def _submit(self, *args: Any, **kwargs: Any) -> BatchFuture[Any]:
-            futures.append(super()._submit(*args, **kwargs))
-            return futures[-1]
+    def submitted(
+        future: BatchFuture[Any], fn: object, options: object, needs: Any, _: object
+    ) -> Any:
+        futures.append(future)
+        return needs
 
     doubled = stage(tasks.double)
-    with Watching(1) as watching:
-        assert run(doubled(doubled(1)), executor=watching) == 4
-        stories = [watching.explain(each) for each in futures]
+    executor._submitter.on_submit = submitted  # as cloudexec.tracing does
+    assert run(doubled(doubled(1)), executor=executor) == 4
+    executor._submitter.on_submit = None
+    stories = [executor.explain(each) for each in futures]
     assert [story.name for story in stories] == ["double", "double"]
     assert all(whats(story)[-1] == "result" for story in stories)
 

@@ -106,5 +106,5 @@ def test_an_executor_is_kept_for_calls_with_the_same_settings() -> None:
         joblib.Parallel()(joblib.delayed(_process)() for _ in range(4))
     (other,) = cloudexec.joblib._executors.values()
     assert other is not kept
-    assert kept.executor._shut_down
+    assert kept.executor._submitter.is_shut
     other.executor.shutdown()

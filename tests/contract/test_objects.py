@@ -490,7 +490,7 @@ def test_nothing_is_left_after_many_tasks(mode: str) -> None:
     """Memory, files and tables of client and workers are as they were."""
     random = np.random.default_rng(2)
     with start(mode) as executor:
-        driver = executor._driver or executor._start()
+        driver = executor._driver or executor._submitter.start()
 
         def work(small: int, large: int) -> None:
             for _ in executor.map(tasks.nothing, range(small)):

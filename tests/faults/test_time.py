@@ -39,7 +39,8 @@ LEASE = 3.0
 
 def hasten(executor: BatchExecutor) -> None:
     """Have silence noticed soon; before the first task."""
-    executor._config = dataclasses.replace(executor._config, lease_timeout=LEASE)
+    submitter = executor._submitter
+    submitter._config = dataclasses.replace(submitter._config, lease_timeout=LEASE)
 
 
 CLIENT = """
