@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "_wire",
     },
     "_objects/s3.py": {"_aws", "_transfer"},
+    "_objects/s3_requests.py": {"_aws"},
     "_launchers": {"_config", "_log", "_pricing"},
     "_launchers/batch": {"_aws", "_config", "_enrolment", "_pricing", "_relay"},
     "_launchers/local.py": {"_config", "_descriptors", "_log", "_proto"},

@@ -29,45 +29,30 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import io
 import math
 import time
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
     Collection,
     Coroutine,
     Iterable,
     Sequence,
 )
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
-
-import aiohttp
-import tenacity
+from typing import Any, Literal, TypeVar
 
 from cloudexec._aws.clients import AwsClients, translated
 from cloudexec._errors import AwsError, ConfigError
+from cloudexec._objects.s3_requests import CHUNK, InOrder, Requests, Sink, Source
 from cloudexec._transfer import PART_BYTES, Part, SignedRequest, part_length, parts_of
 
 __all__ = ["Bucket", "SignedUpload"]
 
 T = TypeVar("T")
 
-Source: TypeAlias = Callable[[int, int], "bytes | bytearray | memoryview"]
-"""Offset and length to content; may block; is called again where a request is repeated. A call may
-still run when an upload that failed or was cancelled has returned: it must do no harm then."""
-Sink: TypeAlias = Callable[[int, bytes], object]
-"""Takes content at an offset; may block; not in order, several at a time; never after the download
-has returned."""
-
-_CHUNK = 1024 * 1024
 _RANGE = 8 * 1024 * 1024
 _DELETE_BATCH = 1000
-_REQUESTS = 20
-"""Requests at a time, for all transfers: fewer than the client has connections for."""
 _PATIENCE = 60.0
 _STALL = 60.0
 _ABORT_TIMEOUT = 10.0
@@ -75,7 +60,6 @@ _RENEW_INTERVAL = 30.0
 _URL_SECONDS = 12 * 3600.0
 _LONGEST_URL = 7 * 24 * 3600.0
 """Amazon S3 User Guide, "Download and upload objects with presigned URLs"."""
-_EXPIRED_TRIES = 2
 _HEADERS = {
     "ChecksumSHA256": "x-amz-checksum-sha256",
     "ServerSideEncryption": "x-amz-server-side-encryption",
@@ -146,11 +130,7 @@ class Bucket:
         self._clients = clients
         self._parallel = parallel
         self._encryption = encryption
-        self._patience = patience
-        self._stall = stall
-        self._region = ""
-        self._opening: asyncio.Lock = asyncio.Lock()
-        self._requests = asyncio.Semaphore(_REQUESTS)
+        self._requests = Requests(clients, name, prefix, patience=patience, stall=stall)
         self._renewed_at = float("-inf")
         self._used = False
         self._closed = False
@@ -161,33 +141,7 @@ class Bucket:
         Raises:
             AwsError: If it is not, or not for these credentials.
         """
-        async with self._opening:
-            if self._region:
-                return
-            try:
-                try:
-                    answer = await self._call("", "head_bucket")
-                except AwsError as exc:
-                    # The answer to a HEAD has a status and no reason. With 400 S3 refuses
-                    # credentials that have expired.
-                    if exc.code != "400":
-                        raise
-                    self._clients.renew()
-                    answer = await self._call("", "head_bucket")
-            except AwsError as exc:
-                code = {"403": "AccessDenied", "404": "NoSuchBucket", "400": "ExpiredToken"}.get(
-                    exc.code, exc.code
-                )
-                if code == exc.code:
-                    raise
-                error = AwsError(
-                    f"{exc.operation} failed: {code}",
-                    code=code,
-                    operation=exc.operation,
-                    expired=code == "ExpiredToken",
-                )
-                raise self._explained(error, "") from exc
-            self._region = answer.get("BucketRegion") or self._clients.region
+        await self._requests.open()
 
     async def upload(self, name: str, source: Source, size: int, sha256: bytes) -> None:
         """Make an object.
@@ -204,7 +158,7 @@ class Bucket:
         await self._ready()
         self._used = True
         if size <= self.part_bytes:
-            await self._send(
+            await self._requests.send(
                 name, "put_object", source, 0, size, sha256, **self._put_parameters(sha256)
             )
             return
@@ -215,7 +169,7 @@ class Bucket:
 
             async def send(part: Part) -> None:
                 digest = await asyncio.to_thread(_digest, source, part.offset, part.length)
-                answer = await self._send(
+                answer = await self._requests.send(
                     name,
                     "upload_part",
                     source,
@@ -346,7 +300,7 @@ class Bucket:
         if not upload_id:
             return
         try:
-            await self._call(name, "abort_multipart_upload", UploadId=upload_id)
+            await self._requests.call(name, "abort_multipart_upload", UploadId=upload_id)
         except AwsError as exc:
             if exc.code != "NoSuchUpload":
                 raise
@@ -366,15 +320,15 @@ class Bucket:
             AwsError: If it is not to be had; with the code ``"BadDigest"``, if it is another.
         """
         await self._ready()
-        check = _InOrder()
+        check = InOrder()
 
         async def read(start: int) -> None:
-            await self._read(name, start, min(start + _RANGE, size), size, sink, check)
+            await self._requests.read(name, start, min(start + _RANGE, size), size, sink, check)
 
         await _each(self._parallel, range(0, size, _RANGE), read)
         found = check.digest()
         if found != sha256:
-            raise self._explained(
+            raise self._requests.explained(
                 AwsError(
                     f"s3:GetObject: the content is not what was sent: SHA-256 {found.hex()} "
                     f"instead of {sha256.hex()}",
@@ -390,7 +344,7 @@ class Bucket:
         Raises:
             AwsError: If some are left, with the first one's reason; the others are deleted.
         """
-        keys = [self._key(name) for name in names]
+        keys = [self._requests.key(name) for name in names]
         await self._delete_keys(keys)
 
     async def close(self, seconds: float = 30.0) -> None:
@@ -439,9 +393,6 @@ class Bucket:
             expired=exc.expired,
         )
 
-    def _key(self, name: str) -> str:
-        return self.prefix + name
-
     def _put_parameters(self, sha256: bytes) -> dict[str, str]:
         return {"ChecksumSHA256": _base64(sha256), **self._encrypted()}
 
@@ -454,7 +405,7 @@ class Bucket:
                 f"the executor's part of the bucket, s3://{self.name}/{self.prefix}, is closed",
                 code="Closed",
             )
-        if not self._region:
+        if not self._requests.region:
             await self.open()
 
     def _renew(self, wanted: bool) -> None:
@@ -467,12 +418,12 @@ class Bucket:
         self, operation: str, name: str, expires: float, **parameters: Any
     ) -> SignedRequest:
         seconds = max(1, round(min(expires, _LONGEST_URL)))
-        client = await self._clients.client("s3", region=self._region, once=True)
+        client = await self._clients.client("s3", region=self._requests.region, once=True)
         began = time.time()
         with translated("s3", client.meta.method_to_api_mapping[operation]):
             url = await client.generate_presigned_url(
                 operation,
-                Params={"Bucket": self.name, "Key": self._key(name), **parameters},
+                Params={"Bucket": self.name, "Key": self._requests.key(name), **parameters},
                 ExpiresIn=seconds,
             )
         # Asked afterwards: signing renews credentials that are about to end.
@@ -484,7 +435,7 @@ class Bucket:
         return SignedRequest(url, _headers_of(parameters), expires_at)
 
     async def _create_upload(self, name: str) -> str:
-        answer = await self._call(
+        answer = await self._requests.call(
             name, "create_multipart_upload", ChecksumAlgorithm="SHA256", **self._encrypted()
         )
         return str(answer["UploadId"])
@@ -497,7 +448,7 @@ class Bucket:
             for number, (etag, digest) in enumerate(parts, 1)
         ]
         try:
-            await self._call(
+            await self._requests.call(
                 name,
                 "complete_multipart_upload",
                 UploadId=upload_id,
@@ -508,7 +459,7 @@ class Bucket:
                 raise
             # The answer to an earlier try may have been lost: then the object is there.
             try:
-                found = await self._call(name, "head_object")
+                found = await self._requests.call(name, "head_object")
             except AwsError:
                 raise exc from None
             if found.get("ContentLength") != size:
@@ -546,7 +497,7 @@ class Bucket:
 
         async def delete(start: int) -> None:
             batch = [{"Key": key} for key in keys[start : start + _DELETE_BATCH]]
-            answer = await self._call(
+            answer = await self._requests.call(
                 "", "delete_objects", Delete={"Objects": batch, "Quiet": True}
             )
             refused.extend(answer.get("Errors", ()))
@@ -560,330 +511,9 @@ class Bucket:
                 code=str(first.get("Code")),
                 operation="s3:DeleteObjects",
             )
-            raise self._explained(error, str(first.get("Key", "")).removeprefix(self.prefix))
-
-    async def _call(self, name: str, operation: str, **parameters: Any) -> Any:
-        """Make a call about an object, or about the bucket, until it succeeds or patience ends."""
-        if name:
-            parameters["Key"] = self._key(name)
-
-        async def once() -> Any:
-            async with self._requests, asyncio.timeout(2 * self._stall):
-                return await self._clients.call(
-                    "s3",
-                    operation,
-                    region=self._region,
-                    once=True,
-                    Bucket=self.name,
-                    **parameters,
-                )
-
-        return await self._insist(name, once)
-
-    async def _send(
-        self,
-        name: str,
-        operation: str,
-        source: Source,
-        offset: int,
-        length: int,
-        digest: bytes,
-        **parameters: Any,
-    ) -> Any:
-        """Make a call that carries content."""
-
-        async def once() -> Any:
-            body = _Body(source, offset, length)
-            try:
-                async with self._requests, _moving(body, self._stall):
-                    return await self._clients.call(
-                        "s3",
-                        operation,
-                        region=self._region,
-                        once=True,
-                        Bucket=self.name,
-                        Key=self._key(name),
-                        Body=body,
-                        ContentLength=length,
-                        **parameters,
-                    )
-            except AwsError:
-                # The SDK takes what the source raises for a broken connection.
-                if body.error is not None:
-                    raise body.error from None
-                raise
-
-        return await self._insist(name, once)
-
-    async def _read(
-        self, name: str, start: int, end: int, size: int, sink: Sink, check: _InOrder
-    ) -> None:
-        at = start
-
-        async def rest() -> None:
-            nonlocal at
-            watch = _Watch()
-            async with self._requests, _moving(watch, self._stall):
-                answer = await self._clients.call(
-                    "s3",
-                    "get_object",
-                    region=self._region,
-                    once=True,
-                    Bucket=self.name,
-                    Key=self._key(name),
-                    Range=f"bytes={at}-{end - 1}",
-                )
-                total = str(answer.get("ContentRange", "")).rpartition("/")[2]
-                body = answer["Body"]
-                try:
-                    if total.isdigit() and int(total) != size:
-                        raise AwsError(
-                            f"s3:GetObject: the object has {total} bytes, not {size}",
-                            code="BadDigest",
-                            operation="s3:GetObject",
-                        )
-                    while at < end:
-                        data = await _chunk(body, min(_CHUNK, end - at))
-                        watch.moved()
-                        await _to_the_end(sink, at, data)
-                        await check.add(at, data)
-                        at += len(data)
-                finally:
-                    body.close()
-
-        while True:
-
-            def has_moved(before: int = at) -> bool:
-                return at > before
-
-            try:
-                return await self._insist(name, rest, keep_on=has_moved)
-            except _MovedError:
-                continue
-
-    async def _insist(
-        self,
-        name: str,
-        once: Callable[[], Awaitable[T]],
-        *,
-        keep_on: Callable[[], bool] = lambda: False,
-    ) -> T:
-        """Do something until it succeeds or patience ends.
-
-        Raises:
-            AwsError: If it does not succeed.
-            _MovedError: Where it failed, but ``keep_on``: patience begins anew.
-        """
-        expired = 0
-
-        def worth_it(exc: BaseException) -> bool:
-            nonlocal expired
-            if not isinstance(exc, AwsError):
-                return False
-            expired += exc.expired
-            return exc.transient or (exc.expired and expired <= _EXPIRED_TRIES)
-
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(worth_it),
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=10.0),
-            stop=tenacity.stop_after_delay(self._patience),
-            reraise=True,
-        )
-        try:
-            async for attempt in retrying:
-                with attempt:
-                    try:
-                        return await once()
-                    except TimeoutError as exc:
-                        raise AwsError(
-                            f"s3: nothing has moved for {self._stall:g} s; check the network and "
-                            "proxies",
-                            code="Unreachable",
-                            operation="s3",
-                            transient=True,
-                        ) from exc
-                    except AwsError as exc:
-                        if exc.transient and keep_on():
-                            raise _MovedError from exc
-                        raise
-        except AwsError as exc:
-            raise self._explained(exc, name) from exc
-        raise AssertionError("tenacity returned without a result")
-
-    def _explained(self, exc: AwsError, name: str) -> AwsError:
-        """Return the error with the place, and what helps where the SDK's seam cannot know."""
-        place = f"s3://{self.name}/{self._key(name) if name else ''}"
-        remedy = {
-            "NoSuchBucket": "the bucket does not exist: `cloudexec up` makes one, or name another",
-            "AccessDenied": (
-                "these credentials need s3:GetObject, s3:PutObject, s3:DeleteObject and "
-                f"s3:AbortMultipartUpload on {self.name}/{self.prefix}*, s3:ListBucket and "
-                f"s3:ListBucketMultipartUploads on {self.name}"
-            ),
-            "ExpiredToken": "renew the AWS credentials (`aws sso login`); they are read again",
-            "NoSuchKey": "it has been deleted, or was never sent",
-            "NoSuchUpload": "the upload has been ended",
-            "BadDigest": "it was changed on the way, or while it was sent",
-            "SlowDown": f"S3 has asked to slow down for {self._patience:g} s: it recovers by itself"
-            ", and fewer transfers at once help",
-        }.get(exc.code, "")
-        return AwsError(
-            f"{place}: {exc}" + (f"; {remedy}" if remedy else ""),
-            code=exc.code,
-            operation=exc.operation,
-            transient=exc.transient,
-            expired=exc.expired,
-        )
-
-
-class _MovedError(Exception):
-    """A request failed, but not before it had brought something."""
-
-
-class _Watch:
-    """When something last moved."""
-
-    def __init__(self) -> None:
-        self.at = time.monotonic()
-
-    def moved(self) -> None:
-        self.at = time.monotonic()
-
-
-class _Body(io.RawIOBase):
-    """A stretch of a source as the file that the SDK sends from, on threads of the loop."""
-
-    def __init__(self, source: Source, offset: int, length: int) -> None:
-        super().__init__()
-        self._source = source
-        self._offset = offset
-        self._length = length
-        self._position = 0
-        self.at = time.monotonic()
-        self.error: Exception | None = None
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def seekable(self) -> bool:
-        """Yes."""
-        return True
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to a position."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def read(self, size: int | None = -1) -> bytes:
-        """Return as much as is wanted and there; what ``readinto`` would copy once more."""
-        left = max(0, self._length - self._position)
-        count = left if size is None or size < 0 else min(size, left)
-        try:
-            data = bytes(self._source(self._offset + self._position, count)) if count else b""
-            if len(data) != count:
-                raise OSError(f"{count} bytes were asked of a source, and it gave {len(data)}")
-        except Exception as exc:
-            self.error = exc
-            raise
-        self._position += count
-        self.at = time.monotonic()
-        return data
-
-
-class _InOrder:
-    """A digest of content that comes out of order: what is ahead waits."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._next = 0
-        self._waiting: dict[int, bytes] = {}
-        self._lock = asyncio.Lock()
-
-    async def add(self, offset: int, data: bytes) -> None:
-        """Take a stretch; each comes once."""
-        self._waiting[offset] = data
-        async with self._lock:
-            while (ready := self._waiting.pop(self._next, None)) is not None:
-                await asyncio.to_thread(self._hash.update, ready)
-                self._next += len(ready)
-
-    def digest(self) -> bytes:
-        """Return the digest of what has come."""
-        return self._hash.digest()
-
-
-@asynccontextmanager
-async def _moving(watch: _Watch | _Body, stall: float) -> AsyncIterator[None]:
-    """Raise TimeoutError once nothing has moved for so many seconds."""
-    loop = asyncio.get_running_loop()
-    watch.at = time.monotonic()
-    handle: asyncio.TimerHandle | None = None
-    async with asyncio.timeout(None) as scope:
-
-        def look() -> None:
-            nonlocal handle
-            left = watch.at + stall - time.monotonic()
-            if left <= 0:
-                if not scope.expired():
-                    scope.reschedule(loop.time())
-            else:
-                handle = loop.call_later(left, look)
-
-        handle = loop.call_later(stall, look)
-        try:
-            yield
-        finally:
-            if handle is not None:
-                handle.cancel()
-
-
-async def _to_the_end(sink: Sink, offset: int, data: bytes) -> None:
-    """Call a sink on a thread, and see it through even where we are cancelled meanwhile."""
-    running = asyncio.ensure_future(asyncio.to_thread(sink, offset, data))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        while not running.done():
-            try:
-                await asyncio.wait([running])
-            except asyncio.CancelledError:
-                pass  # raised below
-        if not running.cancelled():
-            running.exception()
-        raise
-
-
-async def _chunk(body: Any, length: int) -> bytes:
-    """Read so many bytes of an answer."""
-    pieces = []
-    while length:
-        try:
-            with translated("s3", "GetObject"):
-                data: bytes = await body.read(length)
-        except aiohttp.ClientError as exc:
-            # What the SDK leaves as it is.
-            raise AwsError(
-                f"s3:GetObject: the answer broke off: {exc}; check the network and proxies",
-                code="Unreachable",
-                operation="s3:GetObject",
-                transient=True,
-            ) from exc
-        if not data:
-            raise AwsError(
-                f"s3:GetObject: the answer ended {length} bytes early",
-                code="Short",
-                operation="s3:GetObject",
-                transient=True,
+            raise self._requests.explained(
+                error, str(first.get("Key", "")).removeprefix(self.prefix)
             )
-        pieces.append(data)
-        length -= len(data)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 async def _each(
@@ -906,8 +536,8 @@ async def _each(
 
 def _digest(source: Source, offset: int, length: int) -> bytes:
     found = hashlib.sha256()
-    for at in range(offset, offset + length, _CHUNK):
-        found.update(source(at, min(_CHUNK, offset + length - at)))
+    for at in range(offset, offset + length, CHUNK):
+        found.update(source(at, min(CHUNK, offset + length - at)))
     return found.digest()
 
 
