@@ -16,16 +16,22 @@ import functools
 import gc
 import importlib
 import logging
-import operator
 import sys
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType
 from typing import Any, cast
 
-import cloudpickle
+from cloudexec._anew_basics import (
+    attributes_of,
+    bare,
+    is_importable,
+    is_of_script,
+    make,
+    reduce_by_init,
+    set_attributes,
+)
 
 __all__ = ["reduce_anew", "set_process_number"]
 
@@ -40,8 +46,6 @@ _DISPATCHER = cast("FunctionType", functools.singledispatch(len)).__code__
 """All functions that ``functools.singledispatch`` makes have the same code."""
 
 _reducers: dict[type, _Reducer | None] = {}
-_held: deque[Any] = deque(maxlen=1024)
-"""What weak references point to lives on: what holds it in the client may not have been sent."""
 _process_number: int | None = None
 
 
@@ -104,40 +108,6 @@ def _look_for_reducer(kind: type) -> _Reducer | None:
 # Objects that their class makes anew from a few parameters
 
 
-def _bare(kind: Any) -> Any:
-    """Make an object whose ``__init__`` is still to be called."""
-    return kind.__new__(kind)
-
-
-def _attributes(obj: Any) -> dict[str, Any]:
-    """Return all attributes of an object, those in slots too."""
-    found = dict(getattr(obj, "__dict__", ()))
-    for name in copyreg._slotnames(type(obj)):  # type: ignore[attr-defined]
-        with contextlib.suppress(AttributeError):
-            found[name] = getattr(obj, name)
-    return found
-
-
-def _own_attributes(obj: Any, base: type, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the attributes that a class of the user's has added to one of the library's."""
-    usual = _attributes(base(**parameters))
-    return {name: value for name, value in _attributes(obj).items() if name not in usual}
-
-
-def _reduce_by_init(
-    obj: Any, base: type, parameters: dict[str, Any], kept: dict[str, Any]
-) -> tuple[Any, ...]:
-    state = (base, parameters, _own_attributes(obj, base, parameters) | kept)
-    return _bare, (type(obj),), state, None, None, _initialize
-
-
-def _initialize(obj: Any, state: tuple[type[Any], dict[str, Any], dict[str, Any]]) -> None:
-    base, parameters, attributes = state
-    base.__init__(obj, **parameters)
-    for name, value in attributes.items():
-        setattr(obj, name, value)
-
-
 def _reduce_remade(
     base: type, parameters: dict[str, str], kept: tuple[str, ...], obj: Any
 ) -> tuple[Any, ...]:
@@ -145,7 +115,7 @@ def _reduce_remade(
     # While others use it: a queue's items are taken at one moment.
     with getattr(obj, "mutex", None) or contextlib.nullcontext():
         rest = {name: _copied(getattr(obj, name)) for name in kept}
-    return _reduce_by_init(obj, base, given, rest)
+    return reduce_by_init(obj, base, given, rest)
 
 
 def _copied(value: Any) -> Any:
@@ -190,32 +160,6 @@ _REMADE: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
 # functools
 
 
-def _is_importable(fn: Any) -> bool:
-    """Whether a function travels by its name: it is in a module that can be imported elsewhere."""
-    module = getattr(fn, "__module__", None)
-    if _is_of_script(module):
-        return False
-    found: Any = sys.modules.get(module) if isinstance(module, str) else None
-    try:
-        for part in fn.__qualname__.split("."):
-            found = getattr(found, part)
-    except AttributeError:
-        return False
-    return found is fn
-
-
-def _is_of_script(module: Any) -> bool:
-    """Whether what is in the module of that name travels by value."""
-    if not isinstance(module, str) or module in ("__main__", "__mp_main__"):
-        return True
-    by_value = cloudpickle.list_registry_pickle_by_value()
-    while by_value and module:
-        if module in by_value:
-            return True
-        module = module.rpartition(".")[0]
-    return False
-
-
 def _wrapper_attributes(wrapper: Any, made: Iterable[str]) -> dict[str, Any]:
     """Return what a wrapper has been given besides what ``functools.update_wrapper`` copies."""
     attributes: dict[str, Any] = {}
@@ -230,20 +174,15 @@ def _wrapper_attributes(wrapper: Any, made: Iterable[str]) -> dict[str, Any]:
     return attributes
 
 
-def _set_attributes(obj: Any, attributes: dict[str, Any]) -> None:
-    for name, value in attributes.items():
-        setattr(obj, name, value)
-
-
 def _reduce_cached(wrapper: Any) -> tuple[Any, ...] | None:
     if not hasattr(wrapper, "__wrapped__") or not hasattr(wrapper, "cache_parameters"):
         return None
-    if _is_importable(wrapper):
+    if is_importable(wrapper):
         return None
     parameters = wrapper.cache_parameters()
     state = _wrapper_attributes(wrapper, ["cache_parameters"])
     args = wrapper.__wrapped__, parameters["maxsize"], parameters["typed"]
-    return _make_cached, args, state, None, None, _set_attributes
+    return _make_cached, args, state, None, None, set_attributes
 
 
 def _make_cached(fn: Callable[..., Any], maxsize: int | None, typed: bool) -> Any:
@@ -254,13 +193,13 @@ def _reduce_function(fn: Any) -> tuple[Any, ...] | None:
     if fn.__code__ is not _DISPATCHER:
         return None
     registry = list(fn.registry.items())
-    if _is_importable(fn):
+    if is_importable(fn):
         # It is there already, but not what the script has registered with it.
         own = [
             (cls, implementation)
             for cls, implementation in registry
-            if _is_of_script(cls.__module__)
-            or _is_of_script(getattr(implementation, "__module__", ""))
+            if is_of_script(cls.__module__)
+            or is_of_script(getattr(implementation, "__module__", ""))
         ]
         if not own:
             return None
@@ -287,7 +226,7 @@ def _register(dispatcher: Any, state: tuple[list[tuple[type, Any]], dict[str, An
     registry, attributes = state
     for cls, implementation in registry:
         dispatcher.register(cls, implementation)
-    _set_attributes(dispatcher, attributes)
+    set_attributes(dispatcher, attributes)
 
 
 def _reduce_key(key: Any) -> tuple[Any, ...] | None:
@@ -314,15 +253,11 @@ def _reduce_local(local: Any) -> tuple[Any, ...]:
     keywords = next(
         (each for each in referents if type(each) is dict and each and _has_names(each)), {}
     )
-    return _make, (type(local), args, keywords)
+    return make, (type(local), args, keywords)
 
 
 def _has_names(keys: Iterable[Any]) -> bool:
     return all(type(key) is str for key in keys)
-
-
-def _make(kind: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    return kind(*args, **keywords)
 
 
 def _reduce_thread(thread: Any) -> tuple[Any, ...] | None:
@@ -337,7 +272,7 @@ def _reduce_thread(thread: Any) -> tuple[Any, ...] | None:
         "kwargs": thread._kwargs,
         "daemon": thread._daemonic,
     }
-    return _reduce_by_init(thread, threading.Thread, parameters, {})
+    return reduce_by_init(thread, threading.Thread, parameters, {})
 
 
 def _reduce_simple_queue(simple: Any) -> tuple[Any, ...]:
@@ -366,7 +301,7 @@ def _reduce_thread_pool_executor(pool: Any) -> tuple[Any, ...]:
         **_initializer_of(pool),
     }
     kept = {"_shutdown": True} if pool._shutdown else {}
-    return _reduce_by_init(pool, ThreadPoolExecutor, parameters, kept)
+    return reduce_by_init(pool, ThreadPoolExecutor, parameters, kept)
 
 
 def _initializer_of(pool: Any) -> dict[str, Any]:
@@ -402,10 +337,10 @@ def _make_process_pool_executor(parameters: dict[str, Any], method: str) -> Any:
 def _reduce_thread_pool(pool: Any) -> tuple[Any, ...] | None:
     if pool._state != "RUN":
         return None
-    return _make, (type(pool), (pool._processes, pool._initializer, pool._initargs), {})
+    return make, (type(pool), (pool._processes, pool._initializer, pool._initargs), {})
 
 
-# contextvars and weakref
+# contextvars
 
 
 def _reduce_context_variable(variable: Any) -> tuple[Any, ...]:
@@ -441,169 +376,7 @@ def _set_variable(variable: Any, value: list[Any]) -> None:
     variable.set(value[0])
 
 
-class _Dead:
-    """Something to refer to that has ended."""
-
-    def method(self) -> None: ...
-
-
-def _reduce_reference(reference: Any) -> tuple[Any, ...] | None:
-    if type(reference) is not weakref.ref:
-        return None
-    target = reference()
-    if target is None:
-        return _make_dead, (weakref.ref,)
-    callback = reference.__callback__
-    args = (target,) if callback is None else (target, callback)
-    return _refer, (weakref.ref, target, *args)
-
-
-def _reduce_weak_method(reference: Any) -> tuple[Any, ...] | None:
-    method = reference()
-    if method is None:
-        return _make_dead, (weakref.WeakMethod,)
-    return _refer, (weakref.WeakMethod, method.__self__, method)
-
-
-def _reduce_proxy(proxy: Any) -> tuple[Any, ...] | None:
-    try:
-        target = proxy.__repr__.__self__
-    except ReferenceError:
-        return _make_dead, (weakref.proxy,)
-    return _refer, (weakref.proxy, target, target)
-
-
-def _refer(make: Callable[..., Any], target: Any, *args: Any) -> Any:
-    _held.append(target)
-    return make(*args)
-
-
-def _make_dead(make: Callable[..., Any]) -> Any:
-    dead = _Dead()
-    return make(dead.method if make is weakref.WeakMethod else dead)
-
-
-def _reduce_weak_container(container: Any) -> tuple[Any, ...]:
-    base = next(base for base in _WEAK_CONTAINERS if isinstance(container, base))
-    items = list(container if base is weakref.WeakSet else container.items())
-    attributes = _own_attributes(container, base, {})
-    return _bare, (type(container),), (base, items, attributes), None, None, _fill
-
-
-_WEAK_CONTAINERS: tuple[type[Any], ...] = (
-    weakref.WeakSet,
-    weakref.WeakKeyDictionary,
-    weakref.WeakValueDictionary,
-)
-
-
-def _fill(container: Any, state: tuple[type[Any], list[Any], dict[str, Any]]) -> None:
-    base, items, attributes = state
-    base.__init__(container, items)
-    _set_attributes(container, attributes)
-    _held.append(items)
-
-
-def _reduce_finalizer(_: Any) -> tuple[Any, ...]:
-    """Reduce a finalizer to one that has nothing to do: what it ends is the original's."""
-    return _bare, (weakref.finalize,)
-
-
-# ctypes
-
-
-def _reduce_library(library: Any) -> tuple[Any, ...]:
-    import ctypes
-
-    if library is ctypes.pythonapi:
-        return getattr, (ctypes, "pythonapi")
-    function = library._FuncPtr
-    settings = {
-        name: _function_settings(value)
-        for name, value in vars(library).items()
-        if isinstance(value, function)
-    }
-    flags = function._flags_
-    keywords = {
-        "use_errno": bool(flags & ctypes._FUNCFLAG_USE_ERRNO),  # type: ignore[attr-defined]
-        "use_last_error": bool(flags & ctypes._FUNCFLAG_USE_LASTERROR),  # type: ignore[attr-defined]
-    }
-    args = type(library), (library._name,), keywords
-    return _make, args, settings, None, None, _set_functions
-
-
-def _function_settings(function: Any) -> dict[str, Any]:
-    """Return what the script has told about a function of a library."""
-    kind = type(function)
-    names = ("argtypes", "restype", "errcheck")
-    found = {name: getattr(function, name, None) for name in names}
-    usual = {"argtypes": None, "restype": kind._restype_, "errcheck": None}
-    return {name: value for name, value in found.items() if value is not usual[name]}
-
-
-def _set_functions(library: Any, settings: dict[str, dict[str, Any]]) -> None:
-    for name, attributes in settings.items():
-        _set_attributes(getattr(library, name), attributes)
-
-
-def _reduce_function_pointer(function: Any) -> tuple[Any, ...] | None:
-    import ctypes
-
-    kind = type(function)
-    if kind.__module__ == "ctypes" and kind.__qualname__ in _CALLBACKS:
-        targets = [
-            each
-            for each in gc.get_referents(function)
-            if callable(each) and each is not kind and not isinstance(each, type)
-        ]
-        return (kind, (targets[0],)) if len(targets) == 1 else None
-    library = (function._objects or {}).get("0")
-    name = getattr(function, "__name__", None)
-    if not isinstance(library, ctypes.CDLL) or not isinstance(name, str):
-        return None
-    args = library, name, vars(library).get(name) is function
-    state = _function_settings(function) or None
-    return _find_in_library, args, state, None, None, _set_attributes
-
-
-def _find_in_library(library: Any, name: str, is_attribute: bool) -> Any:
-    return getattr(library, name) if is_attribute else library[name]
-
-
-_CALLBACKS = {"CFUNCTYPE.<locals>.CFunctionType", "PYFUNCTYPE.<locals>.CFunctionType"}
-
-
-def _reduce_function_pointer_type(kind: Any) -> tuple[Any, ...] | None:
-    import ctypes
-
-    if kind.__module__ != "ctypes" or kind.__qualname__ not in _CALLBACKS:
-        return None
-    args = kind._restype_, *kind._argtypes_
-    if kind.__qualname__.startswith("PYFUNCTYPE"):
-        return ctypes.PYFUNCTYPE, args
-    flags = kind._flags_
-    keywords = {
-        "use_errno": bool(flags & ctypes._FUNCFLAG_USE_ERRNO),  # type: ignore[attr-defined]
-        "use_last_error": bool(flags & ctypes._FUNCFLAG_USE_LASTERROR),  # type: ignore[attr-defined]
-    }
-    return _make, (ctypes.CFUNCTYPE, args, keywords)
-
-
-def _reduce_array_type(kind: Any) -> tuple[Any, ...] | None:
-    """Reduce the type of ``c_int * 3``, of which a process has one."""
-    type_, length = getattr(kind, "_type_", None), getattr(kind, "_length_", None)
-    if type_ is None or type_ * length is not kind:
-        return None  # a class of the user's
-    return operator.mul, (type_, length)
-
-
-def _reduce_pointer_type(kind: Any) -> tuple[Any, ...] | None:
-    import ctypes
-
-    type_ = getattr(kind, "_type_", None)
-    if type_ is None or ctypes.POINTER(type_) is not kind:
-        return None
-    return ctypes.POINTER, (type_,)
+# What each process has one of
 
 
 def _reduce_class(kind: Any) -> tuple[Any, ...] | None:
@@ -616,33 +389,6 @@ def _reduce_class(kind: Any) -> tuple[Any, ...] | None:
         if type(base) is kind:
             return type, (base,)
     return None
-
-
-def _reduce_structure(kind: Any) -> tuple[Any, ...] | None:
-    """Reduce a structure or union of the script's: setting ``_fields_`` makes its descriptors."""
-    if _is_importable(kind):
-        return None
-    make, args, state, *_, _set = cloudpickle.cloudpickle._dynamic_class_reduce(kind)
-    attributes, slots = state
-    fields = attributes.pop("_fields_", None)
-    attributes = {
-        name: value
-        for name, value in attributes.items()
-        if f"{type(value).__module__}.{type(value).__qualname__}" != "_ctypes.CField"
-    }
-    if fields is not None:
-        attributes["_fields_"] = fields  # behind what says how they are laid out
-    return make, args, (attributes, slots), None, None, _set_structure
-
-
-def _set_structure(kind: Any, state: tuple[dict[str, Any], Any]) -> Any:
-    attributes, slots = state
-    if "_fields_" in vars(kind):
-        attributes.pop("_fields_", None)  # it has come before, and they are final
-    return cloudpickle.cloudpickle._class_setstate(kind, (attributes, slots))
-
-
-# What each process has one of
 
 
 def _reduce_module(module: Any) -> tuple[Any, ...] | None:
@@ -680,16 +426,16 @@ def _reduce_environment(environment: Any) -> tuple[Any, ...] | None:
 
 
 def _reduce_handler(handler: Any) -> tuple[Any, ...]:
-    state = _attributes(handler)
+    state = attributes_of(handler)
     state.pop("lock", None)
     if isinstance(handler, logging.FileHandler):
         # Opened there when it is used, and not emptied.
         state |= {"stream": None, "mode": handler.mode.replace("w", "a").replace("x", "a")}
-    return _bare, (type(handler),), state, None, None, _set_handler
+    return bare, (type(handler),), state, None, None, _set_handler
 
 
 def _set_handler(handler: Any, state: dict[str, Any]) -> None:
-    _set_attributes(handler, state)
+    set_attributes(handler, state)
     handler.createLock()
     logging._addHandlerRef(handler)  # type: ignore[attr-defined]
 
@@ -702,15 +448,15 @@ def _reduce_struct(struct: Any) -> tuple[Any, ...]:
 
 
 def _reduce_json_decoder(decoder: Any) -> tuple[Any, ...]:
-    state = _attributes(decoder)
+    state = attributes_of(decoder)
     state.pop("scan_once", None)
-    return _bare, (type(decoder),), state, None, None, _set_json_decoder
+    return bare, (type(decoder),), state, None, None, _set_json_decoder
 
 
 def _set_json_decoder(decoder: Any, state: dict[str, Any]) -> None:
     from json import scanner
 
-    _set_attributes(decoder, state)
+    set_attributes(decoder, state)
     decoder.scan_once = scanner.make_scanner(decoder)
 
 
@@ -722,8 +468,8 @@ def _reduce_random(generator: Any) -> tuple[Any, ...]:
 
     if generator is random._inst:
         return getattr, (random, "_inst")
-    state = generator.getstate(), _attributes(generator)
-    return _bare, (type(generator),), state, None, None, _set_random
+    state = generator.getstate(), attributes_of(generator)
+    return bare, (type(generator),), state, None, None, _set_random
 
 
 def _set_random(generator: Any, state: tuple[Any, dict[str, Any]]) -> None:
@@ -731,7 +477,7 @@ def _set_random(generator: Any, state: tuple[Any, dict[str, Any]]) -> None:
     import random
 
     stands_at, attributes = state
-    _set_attributes(generator, attributes)
+    set_attributes(generator, attributes)
     generator.setstate(stands_at)
     if _process_number is not None:
         seed = hashlib.sha256(repr((stands_at, _process_number)).encode()).digest()
@@ -739,7 +485,7 @@ def _set_random(generator: Any, state: tuple[Any, dict[str, Any]]) -> None:
 
 
 def _reduce_system_random(generator: Any) -> tuple[Any, ...]:
-    return _bare, (type(generator),), _attributes(generator), None, None, _set_attributes
+    return bare, (type(generator),), attributes_of(generator), None, None, set_attributes
 
 
 def _reduce_bit_generator(generator: Any) -> tuple[Any, ...]:
@@ -779,14 +525,24 @@ def _make_random_state(kind: type[Any], bits: type[Any], state: dict[str, Any]) 
     return kind(_own_stream(generator._bit_generator))
 
 
+def _late(module: str, name: str) -> _Reducer:
+    """Return a reducer whose module is loaded when the first such object is met."""
+
+    def reduce(obj: Any) -> tuple[Any, ...] | None:
+        found = importlib.import_module(f"cloudexec._anew_{module}")
+        return cast("_Reducer", getattr(found, name))(obj)
+
+    return reduce
+
+
 _REDUCERS: dict[str, _Reducer] = {
     "_contextvars.ContextVar": _reduce_context_variable,
-    "_ctypes.CFuncPtr": _reduce_function_pointer,
-    "_ctypes.PyCArrayType": _reduce_array_type,
-    "_ctypes.PyCFuncPtrType": _reduce_function_pointer_type,
-    "_ctypes.PyCPointerType": _reduce_pointer_type,
-    "_ctypes.PyCStructType": _reduce_structure,
-    "_ctypes.UnionType": _reduce_structure,
+    "_ctypes.CFuncPtr": _late("ctypes", "reduce_function_pointer"),
+    "_ctypes.PyCArrayType": _late("ctypes", "reduce_array_type"),
+    "_ctypes.PyCFuncPtrType": _late("ctypes", "reduce_function_pointer_type"),
+    "_ctypes.PyCPointerType": _late("ctypes", "reduce_pointer_type"),
+    "_ctypes.PyCStructType": _late("ctypes", "reduce_structure"),
+    "_ctypes.UnionType": _late("ctypes", "reduce_structure"),
     "_io.BufferedReader": _reduce_stream,
     "_io.BufferedWriter": _reduce_stream,
     "_io.FileIO": _reduce_stream,
@@ -800,7 +556,7 @@ _REDUCERS: dict[str, _Reducer] = {
     "builtins.type": _reduce_class,
     "concurrent.futures.process.ProcessPoolExecutor": _reduce_process_pool_executor,
     "concurrent.futures.thread.ThreadPoolExecutor": _reduce_thread_pool_executor,
-    "ctypes.CDLL": _reduce_library,
+    "ctypes.CDLL": _late("ctypes", "reduce_library"),
     "functools.KeyWrapper": _reduce_key,
     "functools._lru_cache_wrapper": _reduce_cached,
     "json.decoder.JSONDecoder": _reduce_json_decoder,
@@ -813,14 +569,14 @@ _REDUCERS: dict[str, _Reducer] = {
     "random.SystemRandom": _reduce_system_random,
     "threading.Thread": _reduce_thread,
     "threading._RLock": _reduce_rlock,
-    "weakref.ProxyType": _reduce_proxy,
-    "weakref.CallableProxyType": _reduce_proxy,
-    "weakref.ReferenceType": _reduce_reference,
-    "weakref.WeakMethod": _reduce_weak_method,
-    "weakref.WeakKeyDictionary": _reduce_weak_container,
-    "_weakrefset.WeakSet": _reduce_weak_container,
-    "weakref.WeakValueDictionary": _reduce_weak_container,
-    "weakref.finalize": _reduce_finalizer,
+    "weakref.ProxyType": _late("weak", "reduce_proxy"),
+    "weakref.CallableProxyType": _late("weak", "reduce_proxy"),
+    "weakref.ReferenceType": _late("weak", "reduce_reference"),
+    "weakref.WeakMethod": _late("weak", "reduce_weak_method"),
+    "weakref.WeakKeyDictionary": _late("weak", "reduce_weak_container"),
+    "_weakrefset.WeakSet": _late("weak", "reduce_weak_container"),
+    "weakref.WeakValueDictionary": _late("weak", "reduce_weak_container"),
+    "weakref.finalize": _late("weak", "reduce_finalizer"),
 }
 """By the name of the class, so that nothing has to be imported for it."""
 
