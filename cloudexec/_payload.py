@@ -47,13 +47,12 @@ from cloudexec._records import (
     NUMBER,
     READONLY_BLOB,
     RECORD,
-    Held,
-    load_composed,
+    Composed,
+    Payload,
 )
 
 if TYPE_CHECKING:
     from cloudexec._objects.store import Blob, BlobStore
-    from cloudexec._server.keeper import Recipe
 
 __all__ = [
     "INLINE_BYTES",
@@ -76,51 +75,6 @@ _TRACEBACK_KEPT = 128 * 1024
 
 _ATOMS = frozenset({int, float, complex, bool, NoneType})
 _loads = pickle.loads
-
-
-class Composed:
-    """A large payload: a small head, and the blobs it refers to.
-
-    Attributes:
-        head: Records; see ``_records``.
-        blobs: Each blob once.
-        numbers: What the head calls them; their own numbers, but in results.
-        shared: Whether something else than the future it belongs to may still load it.
-        recipe: How to make it again, should a worker that keeps it be lost.
-        files: Held open for whoever unpickles it.
-    """
-
-    __slots__ = ("__weakref__", "blobs", "files", "head", "numbers", "recipe", "shared")
-
-    def __init__(
-        self, head: bytes, blobs: tuple[Blob, ...], numbers: tuple[int, ...] | None = None
-    ) -> None:
-        self.head = head
-        self.blobs = blobs
-        self.numbers = tuple([blob.id for blob in blobs]) if numbers is None else numbers
-        self.shared = False
-        self.recipe: Recipe | None = None
-        self.files: tuple[_sharing.SharedFile, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.head) + sum([blob.size for blob in self.blobs])
-
-    def load(self) -> Any:
-        """Unpickle it, here.
-
-        Raises:
-            BaseException: Whatever unpickling raises.
-        """
-        blobs: dict[int, Any] = dict(zip(self.numbers, self.blobs, strict=True))
-        if not self.shared:
-            # Nobody else will: what came as an object of our own need not be copied.
-            for number, blob in blobs.items():
-                if blob.segment is None and type(blob.content) is not bytes:
-                    blobs[number] = Held(blob.content)
-        return load_composed(self.head, blobs.__getitem__)
-
-
-Payload = bytes | Composed
 
 
 Dependency = Future[Any] | Ref[Any]
@@ -594,11 +548,6 @@ def without_end(payload: Composed, blobs: dict[int, Blob]) -> bytes:
 def pack_numbers(payload: Composed) -> bytes:
     """Return what a payload's head calls its blobs, as ``load_nested`` takes it."""
     return b"".join(map(NUMBER.pack, payload.numbers))
-
-
-def loads_payload(payload: Payload) -> Any:
-    """Unpickle a payload."""
-    return _loads(payload) if isinstance(payload, bytes) else payload.load()
 
 
 def dumps_exception(exc: BaseException) -> bytes:

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from cloudexec._objects.store import Blob
+    from cloudexec._sharing import SharedFile
 
 __all__ = [
     "END_RECORD",
+    "Composed",
     "Held",
+    "Payload",
     "Source",
     "buffer_record",
     "in_band_record",
@@ -314,3 +317,48 @@ def load_nested(head: bytes, numbers: bytes, buffers: tuple[Any, ...]) -> Any:
         for (number,), buffer in zip(NUMBER.iter_unpack(numbers), buffers, strict=True)
     }
     return load_composed(head, held.__getitem__)
+
+
+class Composed:
+    """A large payload: a small head, and the blobs it refers to.
+
+    Attributes:
+        head: Records; see ``_records``.
+        blobs: Each blob once.
+        numbers: What the head calls them; their own numbers, but in results.
+        shared: Whether something else than the future it belongs to may still load it.
+        recipe: How to make it again, should a worker that keeps it be lost; see ``keeper.Recipe``.
+        files: Held open for whoever unpickles it.
+    """
+
+    __slots__ = ("__weakref__", "blobs", "files", "head", "numbers", "recipe", "shared")
+
+    def __init__(
+        self, head: bytes, blobs: tuple[Blob, ...], numbers: tuple[int, ...] | None = None
+    ) -> None:
+        self.head = head
+        self.blobs = blobs
+        self.numbers = tuple([blob.id for blob in blobs]) if numbers is None else numbers
+        self.shared = False
+        self.recipe: Any = None
+        self.files: tuple[SharedFile, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.head) + sum([blob.size for blob in self.blobs])
+
+    def load(self) -> Any:
+        """Unpickle it, here.
+
+        Raises:
+            BaseException: Whatever unpickling raises.
+        """
+        blobs: dict[int, Any] = dict(zip(self.numbers, self.blobs, strict=True))
+        if not self.shared:
+            # Nobody else will: what came as an object of our own need not be copied.
+            for number, blob in blobs.items():
+                if blob.segment is None and type(blob.content) is not bytes:
+                    blobs[number] = Held(blob.content)
+        return load_composed(self.head, blobs.__getitem__)
+
+
+Payload = bytes | Composed

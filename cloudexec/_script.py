@@ -25,7 +25,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import cloudpickle
 
@@ -37,10 +37,12 @@ from cloudexec._fingerprints import Definition, Unstable, lookup
 from cloudexec._payload import INLINE_BYTES, Collector, Composed, Payload, Pickler
 
 if TYPE_CHECKING:
-    from cloudexec._functions import Function
     from cloudexec._objects.store import BlobStore
 
 __all__ = ["Script"]
+
+F = TypeVar("F")
+"""What tells workers of a global."""
 
 _logger = logging.getLogger("cloudexec")
 _ABSENT = object()
@@ -132,9 +134,9 @@ class _Global:
         self.uses: set[str] = set()
         self.links: set[str] = set()
         self.pickled: Payload | None = None
-        self.behind: list[Function] = []
+        self.behind: list[Any] = []
         self.watch: list[tuple[str, Definition | _Same]] | None = None
-        self.function: Function | None = None  # of this pickle, behind these
+        self.function: Any = None  # of this pickle, behind these
 
     def holds(self) -> bool:
         """Whether it is what it was, as far as can be told without a pickle."""
@@ -191,7 +193,7 @@ which there was none; the definitions."""
 _NO_ANSWER: _Answer = ((), frozenset(), ())
 
 
-class Script:
+class Script(Generic[F]):
     """The globals of the script that an executor has sent. Used under its own lock.
 
     Args:
@@ -204,7 +206,7 @@ class Script:
 
     def __init__(
         self,
-        make: Callable[[Payload, Iterable[str], tuple[Function, ...], str], Function],
+        make: Callable[[Payload, Iterable[str], tuple[F, ...], str], F],
         store: BlobStore,
         *,
         is_near: bool,
@@ -215,12 +217,12 @@ class Script:
         self._lock = threading.RLock()
         self._globals: dict[str, _Global] = {}
         self._by_value: Any = None
-        self._rest: tuple[Function, ...] = ()
+        self._rest: tuple[F, ...] = ()
         self._answers: dict[frozenset[str], _Answer] = {}
         self._snapshot = _Snapshot([])
         self._shared_now: dict[int, str] | None = None
 
-    def needs(self, names: frozenset[str]) -> tuple[Function, ...]:
+    def needs(self, names: frozenset[str]) -> tuple[F, ...]:
         """Return what a task is to have that refers to some globals, as they are now.
 
         Returns:
@@ -252,7 +254,7 @@ class Script:
             self._answers[names] = known, used.difference(_main.namespace()), needs
             return needs
 
-    def rest(self) -> tuple[Function, ...]:
+    def rest(self) -> tuple[F, ...]:
         """Return what else the script defines and is small, for what finds it at run time."""
         with self._lock:
             names = list(_main.namespace().items())
@@ -268,7 +270,7 @@ class Script:
 
     def _needs(
         self, names: Iterable[str], collector: type[Collector], found: dict[str, _Global]
-    ) -> tuple[Function, ...]:
+    ) -> tuple[F, ...]:
         space = _main.namespace()
         waiting = [(name, "") for name in names]
         while waiting:
@@ -292,19 +294,17 @@ class Script:
                 self._globals[name] = joint
             found.clear()
             return self._needs(names, collector, found)
-        numbered: dict[_Global, Function] = {}
+        numbered: dict[_Global, F] = {}
         for each in found.values():
             self._number(each, found, numbered)
         return tuple(numbered.values())
 
-    def _number(
-        self, each: _Global, found: dict[str, _Global], numbered: dict[_Global, Function]
-    ) -> Function:
+    def _number(self, each: _Global, found: dict[str, _Global], numbered: dict[_Global, F]) -> F:
         """Number a global, behind those that it refers to."""
         if each in numbered:
             return numbered[each]
         space = _main.namespace()
-        behind: list[Function] = []
+        behind: list[F] = []
         for link in sorted(each.links):
             if link in found:
                 function = self._number(found[link], found, numbered)
@@ -317,8 +317,8 @@ class Script:
             assert each.pickled is not None
             each.behind = behind
             each.function = self._make(each.pickled, sorted(each.names), tuple(behind), module)
-        numbered[each] = each.function
-        return each.function
+        function = numbered[each] = each.function
+        return function
 
     def _current(self, name: str, user: str, collector: type[Collector]) -> _Global:
         """Return a global as it is now, pickled anew if it may have changed."""

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from cloudexec._records import load_nested
 
 if TYPE_CHECKING:
-    from cloudexec._payload import Payload
-    from cloudexec._server.keeper import Keeper
+    from cloudexec._records import Payload
 
 __all__ = ["Ref"]
 
 T = TypeVar("T")
+
+
+class Keeper(Protocol):
+    """What knows, in the client, where values are; see ``_server.keeper``."""
+
+    def value_of(self, payload: Payload, timeout: float | None) -> Any:
+        """Return a value, once it is here."""
+
+    def is_gone(self, payload: Payload) -> bool:
+        """Whether a value is lost, and cannot be made again."""
+
+    def parts_of(self, payload: Payload) -> tuple[bytes, bytes | None, list[Any]]:
+        """Return a value's head, what it calls its buffers, and these."""
 
 
 class Ref(Generic[T]):

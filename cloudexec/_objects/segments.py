@@ -287,6 +287,16 @@ def map_private(fd: int, size: int, offset: int = 0) -> memoryview:
     return map_file(fd, size, offset, private=True)
 
 
+def read_into(fd: int, target: memoryview, offset: int) -> None:
+    """Fill memory from a place in a file."""
+    at = 0
+    while at < len(target):
+        n = os.preadv(fd, [target[at:]], offset + at)
+        if not n:
+            raise EOFError("the file is shorter than its blob")
+        at += n
+
+
 def _on_disk(fd: int) -> bool:
     """Say whether a file takes disk space rather than memory."""
     global _memory_device

@@ -7,7 +7,6 @@ that need not be made costs no memory. A digest is taken only of what leaves the
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -27,6 +26,7 @@ from cloudexec._objects.segments import (
     first_difference,
     large_pages,
     map_private,
+    read_into,
 )
 
 __all__ = ["BLOB_BYTES", "MAPPED_BYTES", "Blob", "BlobStore", "Limits"]
@@ -148,7 +148,7 @@ class Blob:
             return map_private(self.segment.fd, self.size, self.offset)
         if self.segment is not None:
             data = room_for(self.size)
-            _read_into(self.segment.fd, memoryview(data), self.offset)
+            read_into(self.segment.fd, memoryview(data), self.offset)
             return data
         return bytearray(self.view())
 
@@ -177,15 +177,6 @@ class Blob:
 
     def __repr__(self) -> str:
         return f"<Blob {self.id} of {self.size} bytes>"
-
-
-def _read_into(fd: int, target: memoryview, offset: int) -> None:
-    at = 0
-    while at < len(target):
-        n = os.preadv(fd, [target[at:]], offset + at)
-        if not n:
-            raise EOFError("the file is shorter than its blob")
-        at += n
 
 
 class BlobStore:

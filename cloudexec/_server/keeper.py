@@ -89,8 +89,9 @@ def _way_to(part: Payload) -> Payload | Recipe:
     if not part.blobs:
         part.recipe = None  # small: it is here, and cannot be lost
         return part
-    part.recipe._made = weakref.ref(part)
-    return part.recipe
+    recipe: Recipe = part.recipe
+    recipe._made = weakref.ref(part)
+    return recipe
 
 
 class Keeper:
