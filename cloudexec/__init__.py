@@ -35,7 +35,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cloudexec._executor import BatchExecutor, OptionsView
     from cloudexec._future import BatchFuture
-    from cloudexec._graph import Graph, Node, Stage, StageReport, run, stage
+    from cloudexec._graph import Graph, Node, Stage, run, stage
+    from cloudexec._graph_report import StageReport
     from cloudexec._launchers.base import Cost, LaunchTimes, WorkerCapacity
     from cloudexec._launchers.batch import Batch
     from cloudexec._launchers.local import Local
@@ -96,7 +97,8 @@ __all__ = [
 _LATER = {
     "_executor": ("BatchExecutor", "OptionsView"),
     "_future": ("BatchFuture",),
-    "_graph": ("Graph", "Node", "Stage", "StageReport", "run", "stage"),
+    "_graph": ("Graph", "Node", "Stage", "run", "stage"),
+    "_graph_report": ("StageReport",),
     "_launchers.base": ("Cost", "LaunchTimes", "WorkerCapacity"),
     "_launchers.batch": ("Batch",),
     "_launchers.local": ("Local",),

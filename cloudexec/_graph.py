@@ -27,7 +27,6 @@ from cloudexec._config import TaskOptions
 from cloudexec._describing import attribute_of, cause_of, describe, is_a, repr_of, type_name
 from cloudexec._errors import (
     BrokenBatchExecutor,
-    CloudexecError,
     ConfigError,
     DependencyError,
     LaunchError,
@@ -35,6 +34,7 @@ from cloudexec._errors import (
 )
 from cloudexec._executor import BatchExecutor, OptionsView, RetryOn
 from cloudexec._future import BatchFuture
+from cloudexec._graph_report import Call, StageReport, Tally, report
 from cloudexec._objects.ref import Ref
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from cloudexec._progress import StageBars
 
-__all__ = ["Graph", "Node", "Stage", "StageReport", "run", "stage"]
+__all__ = ["Graph", "Node", "Stage", "run", "stage"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -309,68 +309,6 @@ def _make_dataclass(like: Any, names: list[str], values: list[Any]) -> Any:
     return made
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageReport:
-    """What became of the calls of one stage when a graph was run."""
-
-    stage: str
-    tasks: int
-    """Calls that ended: with a result, or without."""
-    failed: int
-    """Of these, those without."""
-    resumed: int
-    """Calls that were not run, because an earlier run had their results."""
-    seconds: float
-    """That its calls ran in slots, those of the last attempt of each."""
-    cost_usd: float
-    """Its share of what the executor's workers cost meanwhile, idle ones included: by these
-    seconds, and by the processors that its calls asked for."""
-
-
-class _Tally:
-    """Counts the calls of one stage; touched by the loop thread alone while they run."""
-
-    __slots__ = ("failed", "resumed", "seconds", "tasks", "weight")
-
-    def __init__(self, weight: float) -> None:
-        self.tasks = self.failed = self.resumed = 0
-        self.seconds = 0.0
-        self.weight = weight
-
-    def __call__(self, future: BatchFuture[Any], succeeded: bool) -> None:
-        self.tasks += 1
-        self.seconds += future._run_time or 0.0
-        if succeeded:
-            future._has_result = True
-        else:
-            self.failed += 1
-
-
-class _Call:
-    """Holds what one call takes its values from until it has succeeded.
-
-    So the results of finished calls live for as long as one that is not finished needs them, and
-    no longer; those of calls that fail are put aside, for another run of the graph.
-    """
-
-    __slots__ = ("_aside", "_inputs", "_tally")
-
-    def __init__(
-        self,
-        tally: Callable[[BatchFuture[Any], bool], None],
-        inputs: tuple[BatchFuture[Any], ...],
-        aside: list[BatchFuture[Any]],
-    ) -> None:
-        self._tally = tally
-        self._inputs = inputs
-        self._aside = aside
-
-    def __call__(self, future: BatchFuture[Any], succeeded: bool) -> None:
-        self._tally(future, succeeded)
-        if not succeeded:
-            self._aside.extend(self._inputs)
-
-
 class Graph:
     """Nodes to be run together, and all that they depend on.
 
@@ -443,7 +381,7 @@ class Graph:
         missing = list(_in_order(self._targets, kept))
         stages = dict.fromkeys([node.stage for node in self.nodes])
         views = {stage: _view(executor, stage) for stage in stages}
-        tallies = {stage: _Tally(view._options.cpus or 1.0) for stage, view in views.items()}
+        tallies = {stage: Tally(view._options.cpus or 1.0) for stage, view in views.items()}
         if kept:
             for node in {*self.nodes} - {*missing}:
                 tallies[node.stage].resumed += 1
@@ -482,7 +420,10 @@ class Graph:
         finally:
             if complete:
                 self._kept = {}
-            self.report = _report(tallies, base.cost().accrued_usd - spent_before)
+            self.report = report(
+                ((stage.name, tally) for stage, tally in tallies.items()),
+                base.cost().accrued_usd - spent_before,
+            )
             if bars is not None:
                 bars.close(self.report, complete=complete)
 
@@ -501,7 +442,7 @@ class Graph:
         nodes: list[Node[Any]],
         views: dict[Stage[..., Any], OptionsView],
         kept: dict[Node[Any], BatchFuture[Any]],
-        tallies: dict[Stage[..., Any], _Tally],
+        tallies: dict[Stage[..., Any], Tally],
         aside: list[BatchFuture[Any]],
         started: list[tuple[Node[Any], weakref.ref[BatchFuture[Any]]]],
         bars: StageBars | None,
@@ -543,7 +484,7 @@ class Graph:
             on_end: Callable[[BatchFuture[Any], bool], None] = tallies[stage]
             if node.dependencies:
                 inputs = tuple([futures[dependency] for dependency in node.dependencies])
-                on_end = _Call(on_end, inputs, aside)
+                on_end = Call(on_end, inputs, aside)
             future = futures[node] = submit(args, kwargs, stage.name, on_end)
             if future._resumed:
                 tallies[stage].resumed += 1
@@ -563,22 +504,9 @@ class Graph:
         Args:
             by_stage: One box for each stage, with the number of its calls, not one for each call.
         """
-        lines = ["digraph {", "  rankdir=LR;", "  node [shape=box, style=rounded];"]
-        number: dict[object, int] = {}
-        edges: Counter[tuple[int, int]] = Counter()
-        calls: Counter[object] = Counter()
-        for node in self.nodes:
-            key: object = node.stage if by_stage else node
-            at = number.setdefault(key, len(number) + 1)
-            calls[key] += 1
-            for dependency in node.dependencies:
-                edges[number[dependency.stage if by_stage else dependency], at] += 1
-        for key, at in number.items():
-            of = key if isinstance(key, Stage) else key.stage  # type: ignore[attr-defined]
-            label = f"{of.name} ({calls[key]})" if by_stage else of.name
-            lines.append(f"  n{at} [label={_quoted(label)}];")
-        lines += [f"  n{tail} -> n{head};" for tail, head in edges]
-        return "\n".join([*lines, "}", ""])
+        from cloudexec._graph_drawing import dot
+
+        return dot(self.nodes, by_stage=by_stage)
 
     def to_svg(self, path: str | Path | None = None, *, by_stage: bool = False) -> str:
         """Draw the graph as SVG, with Graphviz's program ``dot``.
@@ -590,28 +518,9 @@ class Graph:
         Raises:
             CloudexecError: If ``dot`` is not installed, or fails.
         """
-        import shutil
-        import subprocess
-        from pathlib import Path
+        from cloudexec._graph_drawing import svg
 
-        program = shutil.which("dot")
-        if program is None:
-            raise CloudexecError(
-                "drawing SVG needs Graphviz's program 'dot', which is not on the PATH: install "
-                "Graphviz, or use to_dot()"
-            )
-        done = subprocess.run(
-            [program, "-Tsvg"],
-            input=self.to_dot(by_stage=by_stage),
-            capture_output=True,
-            encoding="utf-8",
-            check=False,
-        )
-        if done.returncode:
-            raise CloudexecError(f"'dot' failed: {done.stderr.strip()}")
-        if path is not None:
-            Path(path).write_text(done.stdout, encoding="utf-8")
-        return done.stdout
+        return svg(self.to_dot(by_stage=by_stage), path)
 
 
 @overload
@@ -701,27 +610,6 @@ def _view(executor: BatchExecutor | OptionsView, stage: Stage[..., Any]) -> Opti
         raise ConfigError(f"stage {stage.name!r}: {exc}") from exc
 
 
-def _report(tallies: Mapping[Stage[..., Any], _Tally], spent_usd: float) -> tuple[StageReport, ...]:
-    by_name: dict[str, list[_Tally]] = {}  # several stages may share one
-    for stage, tally in tallies.items():
-        by_name.setdefault(stage.name, []).append(tally)
-    work = {
-        name: sum(tally.seconds * tally.weight for tally in each) for name, each in by_name.items()
-    }
-    total = sum(work.values()) or 1.0
-    return tuple(
-        StageReport(
-            stage=name,
-            tasks=sum(tally.tasks for tally in each),
-            failed=sum(tally.failed for tally in each),
-            resumed=sum(tally.resumed for tally in each),
-            seconds=sum(tally.seconds for tally in each),
-            cost_usd=max(0.0, spent_usd) * work[name] / total,
-        )
-        for name, each in by_name.items()
-    )
-
-
 def _check(node: Node[Any], future: BatchFuture[Any]) -> None:
     """Raise what a future that is done failed with, in the words of the graph."""
     error = future.exception()
@@ -751,10 +639,5 @@ def _outcome(node: Node[Any], future: BatchFuture[Any]) -> Any:
     return future.result()
 
 
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
-
-
-for _class in (Graph, Node, Stage, StageReport, run, stage):
+for _class in (Graph, Node, Stage, run, stage):
     _class.__module__ = "cloudexec"

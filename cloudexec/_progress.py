@@ -22,7 +22,7 @@ from cloudexec._errors import DependencyError
 from cloudexec._future import BatchFuture
 
 if TYPE_CHECKING:
-    from cloudexec._graph import StageReport
+    from cloudexec._graph_report import StageReport
 
 __all__ = ["ProgressBar", "StageBars"]
 

@@ -88,7 +88,17 @@ MAY_IMPORT = {
         "_unsendable",
         "_wire",
     },
-    "_graph": {"_config", "_executor", "_future", "_objects", "_progress"},
+    "_graph": {
+        "_config",
+        "_executor",
+        "_future",
+        "_graph_drawing",
+        "_graph_report",
+        "_objects",
+        "_progress",
+    },
+    "_graph_drawing": set(),
+    "_graph_report": {"_future"},
     "_journal": {
         "_fingerprints",
         "_functions",

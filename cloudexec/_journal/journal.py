@@ -30,8 +30,9 @@ from cloudexec._journal.keys import (
     digest_of,
     name_of,
 )
+from cloudexec._journal.opening import open_store
 from cloudexec._journal.program import Program
-from cloudexec._journal.store import Found, Record, Store, open_store
+from cloudexec._journal.store import Found, Record, Store
 from cloudexec._log import Log
 from cloudexec._payload import Composed, Payload, Unfinished
 

@@ -11,7 +11,6 @@ import socket
 import traceback
 from typing import Any
 
-import cloudexec
 from cloudexec import _enrolment
 from cloudexec._errors import LaunchError
 from cloudexec._proto import tasks_pb2 as pb
@@ -54,8 +53,10 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     """
     loop = asyncio.get_running_loop()
     if address.log:
+        from importlib.metadata import version
+
         address.say(
-            f"cloudexec {cloudexec.__version__}, Python {_enrolment.python_version()}, "
+            f"cloudexec {version('cloudexec')}, Python {_enrolment.python_version()}, "
             f"{address.slots} slot{'s' * (address.slots != 1)}; dialing {address.shown}"
         )
     session = Session(address)
