@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import cloudexec.worker
@@ -31,15 +30,6 @@ def imports() -> dict[str, set[str]]:
     return found
 
 
-def test_no_module_imports_itself_by_a_detour() -> None:
-    found = imports()
-    assert found["supervisor"] >= {"slots", "dispatch", "answers", "taking_back"}
-    try:
-        TopologicalSorter(found).prepare()
-    except CycleError as exc:
-        raise AssertionError(f"these import each other: {' -> '.join(exc.args[1])}") from exc
-
-
 def test_no_part_of_the_pool_knows_what_is_above_it() -> None:
     """Each knows those before it, and of those behind it only what it is given to call."""
     order = [
@@ -58,6 +48,7 @@ def test_no_part_of_the_pool_knows_what_is_above_it() -> None:
         "supervisor",
     ]
     found = imports()
+    assert found["supervisor"] >= {"slots", "dispatch", "answers", "taking_back"}
     for place, name in enumerate(order):
         assert not found[name] & set(order[place:]), name
 
@@ -70,16 +61,6 @@ def test_what_is_concluded_about_a_slot_needs_no_file_and_no_clock() -> None:
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
     assert imported == {"__future__", "sys", "enum", "cloudexec.worker.tasks"}
-
-
-def test_no_part_of_a_worker_owns_everything() -> None:
-    """What a reader has to hold in mind at once has a limit: 500 lines a class, 650 a module."""
-    for file in FILES:
-        text = file.read_text()
-        assert len(text.splitlines()) <= 650, file.name
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ClassDef):
-                assert (node.end_lineno or 0) - node.lineno < 500, node.name
 
 
 def test_only_one_method_writes_the_state_of_a_slot() -> None:
