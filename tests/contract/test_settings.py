@@ -194,7 +194,8 @@ def in_new_process(data: bytes, program: str) -> list[str]:
 
 def test_process_that_has_set_nothing_carries_nothing_over() -> None:
     program = (
-        "import csv, decimal, locale, socket, tempfile, cloudexec; tempfile.gettempdir()\n"
+        "import csv, decimal, locale, socket, sys, tempfile, cloudexec; tempfile.gettempdir()\n"
+        "sys.setswitchinterval(0.005)\n"  # --restless has set another one
         "from cloudexec import _settings; print(_settings.collect())"
     )
     command = [sys.executable, "-I", "-c", program]

@@ -131,6 +131,8 @@ _STAND_INS: dict[str, Any] = {
     "assert_python_ok": _assert_python_ok,
 }
 _ran: list[str] = []
+_ALONE = {"WaitTests.test_timeout"}
+"""Gives five seconds to an executor that has not started yet, however busy the machine is."""
 
 
 def _generate() -> dict[str, type[unittest.TestCase]]:
@@ -156,8 +158,14 @@ def _generate() -> dict[str, type[unittest.TestCase]]:
             for owner in tests.__mro__
             if f"{owner.__name__}.{method}" in DESELECTED
         }
+        alone = {
+            method: pytest.mark.alone(getattr(tests, method))
+            for method in dir(tests)
+            if f"{name}.{method}" in _ALONE
+        }
         bases = (_OnBatchExecutor, tests, mixin, base)
-        made[f"Test{name}"] = type(f"Test{name}", bases, {**deselected, "__module__": __name__})
+        body = {**deselected, **alone, "__module__": __name__}
+        made[f"Test{name}"] = type(f"Test{name}", bases, body)
     return made
 
 
@@ -222,5 +230,6 @@ def test_enough_cases_ran(request: pytest.FixtureRequest) -> None:
     ]
     assert len(cases) >= _LEAST_CASES
     here = [item for item in request.session.items if item.fspath == request.node.fspath]
-    if len(here) == len(cases) + 3:  # all were asked for
-        assert set(_ran) >= set(cases)
+    together = {case for case in cases if not case.endswith(tuple(_ALONE))}
+    if len(here) >= len(together) + 3:  # all were asked for
+        assert set(_ran) >= together
