@@ -247,7 +247,8 @@ class RetryPolicy:
     """How lost launches are tried again."""
 
     launch_failures: int = 3
-    """Launches that may fail in a row before waiting tasks fail with ``LaunchError``."""
+    """Launches that may fail in a row before waiting tasks fail with ``LaunchError``. Those that
+    were asked for together count once."""
     backoff: float = 0.5
     """Seconds before the launch after the first failure; doubled for each further one."""
     task_backoff: float = 0.1

@@ -100,7 +100,18 @@ _NO_ADDRESS = re.compile(
 )
 _LOG = re.compile(r"log ?(stream|group)|logger args", re.I)
 _REGISTRY = re.compile(r"\becr\b", re.I)
-_TIMED_OUT = re.compile(r"i/o timeout|dial tcp|context deadline exceeded|connection issue", re.I)
+_TIMED_OUT = re.compile(
+    r"i/o timeout|dial tcp|context deadline exceeded|context canceled|connection issue"
+    r"|Client\.Timeout|handshake timeout",
+    re.I,
+)
+_BUSY = re.compile(
+    r"toomanyrequests|too many requests|throttl|rate exceeded|status(?: code)?:? (?:429|5\d\d)\b"
+    r"|\b5\d\d (?:Internal Server Error|Bad Gateway|Service Unavailable|Gateway Time-?out)"
+    r"|service ?unavailable|InternalFailure|InternalServer|connection reset|unexpected EOF",
+    re.I,
+)
+"""What registries, Secrets Manager and CloudWatch Logs answer when they cannot answer now."""
 
 
 def is_definition_gone(said: str) -> bool:
@@ -156,9 +167,12 @@ def _cause_of_end(end: JobEnd) -> Cause:
             remedy="environment= of the launcher is too long: send data as arguments instead",
             fatal=True,
         )
-    if "CannotPullContainer" in said:
+    if "CannotPullContainer" in said or "ResourceInitializationError" in said:
         if _TIMED_OUT.search(said):
             return _no_route(said)
+        if _BUSY.search(said):
+            return _busy(said)
+    if "CannotPullContainer" in said:
         return Cause(
             text=f"the worker's image cannot be pulled: {said}",
             remedy=(
@@ -168,8 +182,6 @@ def _cause_of_end(end: JobEnd) -> Cause:
             fatal=True,
         )
     if "ResourceInitializationError" in said:
-        if _TIMED_OUT.search(said):
-            return _no_route(said)
         if _LOG.search(said):
             return Cause(
                 text=f"the worker's log cannot be written: {said}",
@@ -365,13 +377,24 @@ def _workers(count: int, one: str, several: str) -> str:
 
 
 def _no_route(said: str) -> Cause:
+    """A network that is slow for once times out as one that leads nowhere: not fatal."""
     return Cause(
         text=f"workers cannot reach AWS's own services from their subnet: {said}",
         remedy=(
-            "public subnets need assign_public_ip (`cloudexec up` without --no-public-ip); private "
-            "ones a NAT gateway, or endpoints for ECR, S3, CloudWatch Logs and Secrets Manager"
+            "unless it was slow for once: public subnets need assign_public_ip (`cloudexec up` "
+            "without --no-public-ip); private ones a NAT gateway, or endpoints for ECR, S3, "
+            "CloudWatch Logs and Secrets Manager"
         ),
-        fatal=True,
+    )
+
+
+def _busy(said: str) -> Cause:
+    return Cause(
+        text=f"what a worker needs to start could not be had at this moment: {said}",
+        remedy=(
+            "this usually passes. If it is a registry that allows too few pulls, use an image in "
+            "Amazon ECR (`cloudexec image push`)"
+        ),
     )
 
 

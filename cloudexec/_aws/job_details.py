@@ -20,6 +20,7 @@ from cloudexec._aws.names import (
 )
 from cloudexec._aws.prices import run_seconds
 from cloudexec._aws.records import ACTIVE, ENDED, AttemptInfo, ExecutorInfo, JobInfo
+from cloudexec._aws.requests import FAILED_STARTS
 from cloudexec._errors import ConfigError
 
 __all__ = [
@@ -50,7 +51,6 @@ __all__ = [
 _LAUNCH = re.compile(r"-(\d+)$")
 _BATCH_LOG_GROUP = "/aws/batch/job"
 """Where AWS Batch writes unless told otherwise. AWS Batch User Guide, "Job states"."""
-_FAILED_STARTS = ("CannotPullContainerError", "ResourceInitializationError")
 
 
 @dataclass(slots=True)
@@ -219,7 +219,7 @@ def may_run_again(detail: Mapping[str, Any]) -> bool:
         return True  # what fits no rule is retried
     return any(
         each["action"].upper() == "RETRY"
-        and not str(each.get("onReason", "")).startswith(_FAILED_STARTS)
+        and not (each.get("onStatusReason") or each.get("onReason", "")).startswith(FAILED_STARTS)
         for each in rules
     )
 

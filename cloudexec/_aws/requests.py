@@ -15,6 +15,7 @@ from cloudexec._aws.names import TAG_STACK, definition_name
 from cloudexec._errors import ConfigError
 
 __all__ = [
+    "FAILED_STARTS",
     "RECLAIM_REASONS",
     "DefinitionSpec",
     "check_environment",
@@ -27,6 +28,9 @@ __all__ = [
 RECLAIM_REASONS = ("Your Spot Task was interrupted", "Host EC2")
 """How the reason begins when AWS takes a machine back. AWS Batch User Guide, "Best practices";
 Amazon ECS Developer Guide, "Fargate capacity providers"."""
+FAILED_STARTS = ("CannotPullContainer", "ResourceInitializationError", "Task failed to start")
+"""How the reason begins when a container could not be started. On Fargate, the first two are
+reported to be the status reason; on EC2, the container's reason beside the third."""
 _ATTEMPTS = 3
 _JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -152,6 +156,7 @@ def submit_request(
     environment: Mapping[str, str],
     tags: Mapping[str, str],
     attempt_seconds: int,
+    compute: str,
     retry_reclaimed: bool,
     share_identifier: str = "",
     scheduling_priority: int = 0,
@@ -167,6 +172,7 @@ def submit_request(
         environment: Variables, the same for all.
         tags: Of the job, and of what runs it.
         attempt_seconds: After which AWS ends a worker, whatever became of us.
+        compute: ``"fargate"`` or ``"ec2"``.
         retry_reclaimed: Whether AWS starts a worker again whose machine it took back; otherwise
             that is left to the executor, which may want it elsewhere.
         share_identifier: For a queue with a fair-share policy; empty: it has none.
@@ -185,7 +191,6 @@ def submit_request(
     check_environment(environment)
     if len(tags) > limits.TAGS:
         raise ConfigError(f"a job has up to {limits.TAGS} tags, not {len(tags)}")
-    reclaims = "RETRY" if retry_reclaimed else "EXIT"
     overrides = {
         "environment": [{"name": key, "value": value} for key, value in environment.items()],
         "resourceRequirements": _requirements(size),
@@ -197,15 +202,7 @@ def submit_request(
         "containerOverrides": overrides,
         "retryStrategy": {
             "attempts": _ATTEMPTS,
-            # The first rule that fits counts. What ends by itself, or by running out of memory,
-            # is the executor's to deal with.
-            "evaluateOnExit": [
-                {"onStatusReason": f"{RECLAIM_REASONS[0]}*", "action": reclaims},
-                {"onStatusReason": f"{RECLAIM_REASONS[1]}*", "action": reclaims},
-                {"onReason": "CannotPullContainerError*", "action": "RETRY"},
-                {"onReason": "ResourceInitializationError*", "action": "RETRY"},
-                {"onReason": "*", "action": "EXIT"},
-            ],
+            "evaluateOnExit": _retry_rules(compute, retry_reclaimed=retry_reclaimed),
         },
         "timeout": {"attemptDurationSeconds": max(attempt_seconds, limits.LEAST_ATTEMPT_SECONDS)},
         "propagateTags": True,
@@ -232,6 +229,21 @@ def submit_request(
             f"the request has {size_bytes} bytes; AWS Batch takes {limits.SUBMIT_BYTES}"
         )
     return request
+
+
+def _retry_rules(compute: str, *, retry_reclaimed: bool) -> list[dict[str, str]]:
+    """Return which attempts AWS makes again; the first rule that fits counts, and five are allowed.
+
+    A start that failed is tried again, whichever field has the reason. What ends by itself, or by
+    running out of memory, is the executor's to deal with.
+    """
+    # Each of the two reasons for a reclaim belongs to one kind of compute environment.
+    reclaimed = RECLAIM_REASONS[0 if compute == "fargate" else 1]
+    return [
+        {"onStatusReason": f"{reclaimed}*", "action": "RETRY" if retry_reclaimed else "EXIT"},
+        *({"onStatusReason": f"{reason}*", "action": "RETRY"} for reason in FAILED_STARTS),
+        {"onReason": "*", "action": "EXIT"},
+    ]
 
 
 def check_environment(environment: Mapping[str, str]) -> None:

@@ -61,6 +61,7 @@ class Losses:
     ) -> None:
         self.launch_not_before = 0.0
         self._failed_in_a_row = 0
+        self._failed_at = float("-inf")
         self._killed_in_a_row = 0
         self._config = config
         self._queues = queues
@@ -319,8 +320,14 @@ class Losses:
     # A launch is lost.
 
     def on_launch_failed(self, event: events.LaunchFailed, now: float) -> None:
-        if self._pool.end_launch(event.launch) and not event.reclaimed:
-            self._count_failed_launch(event.reason, now, killed=event.killed, fatal=event.fatal)
+        launch = self._pool.end_launch(event.launch)
+        if launch is not None and not event.reclaimed:
+            # Those that were asked for before another one failed may all have one cause: together,
+            # they are one failure.
+            again = launch.started_at < self._failed_at
+            self._count_failed_launch(
+                event.reason, now, killed=event.killed, fatal=event.fatal, again=again
+            )
 
     def time_out_launches(self, now: float) -> None:
         """Give up workers that have not come in time."""
@@ -344,7 +351,13 @@ class Losses:
         self._failed_in_a_row = self._killed_in_a_row = 0
 
     def _count_failed_launch(
-        self, reason: str, now: float, *, killed: bool, fatal: bool = False
+        self,
+        reason: str,
+        now: float,
+        *,
+        killed: bool,
+        fatal: bool = False,
+        again: bool = False,
     ) -> None:
         """Launch no worker for a while, or give up the tasks that nobody else can do."""
         self._counts["launch_failures"] += 1
@@ -354,7 +367,9 @@ class Losses:
             failures, most = self._killed_in_a_row, _KILLED_LAUNCHES
             pause = 0.0
         else:
-            self._failed_in_a_row += 1
+            if not again:
+                self._failed_in_a_row += 1
+                self._failed_at = now
             failures, most = self._failed_in_a_row, policy.launch_failures
             pause = policy.backoff * 2 ** min(failures - 1, 6)
         if not (fatal or failures >= most):

@@ -89,15 +89,15 @@ class Pool:
         self.end_launch(launch.id)
         self._do(commands.TerminateLaunch(launch.id))
 
-    def end_launch(self, launch_id: str) -> bool:
-        """Count a launch no more; say whether it was there."""
+    def end_launch(self, launch_id: str) -> Launch | None:
+        """Count a launch no more; return it, if it was there."""
         launch = self.launches.pop(launch_id, None)
         if launch is None:
-            return False
+            return None
         self.starting_slots -= launch.slots
         self.total_slots -= launch.slots
         self._count_active(-launch.slots, launch.shape)
-        return True
+        return launch
 
     def on_launches_taken_over(self, event: events.LaunchesTakenOver, now: float) -> None:
         self.leases = itertools.count(event.last_lease + 1)

@@ -355,6 +355,24 @@ def test_a_fatal_launch_failure_fails_what_waits_at_once() -> None:
     assert commands == [FailTasksUnlaunched(batch, "wrong Python")]
 
 
+def test_launches_that_fail_together_count_as_one_failure() -> None:
+    """A registry that is busy for a minute fails a whole round: the next one may do."""
+    machine = make(max_slots=10, slots_per_worker=1)
+    batch = tasks(10)
+    machine.handle(TasksSubmitted(batch), 0.0)
+    for at in (10.0, 20.0, 30.0):
+        assert len(machine.launches) == 10
+        failed = []
+        for number, launch in enumerate(list(machine.launches)):
+            assert not failed
+            commands = machine.handle(LaunchFailed(launch, "busy"), at + number / 1000)
+            failed += only(commands, FailTasksUnlaunched)
+        machine.validate()
+        if at < 30.0:
+            machine.handle(DeadlinePassed(), at + 5.0)
+    assert failed == [FailTasksUnlaunched(batch, "busy")]
+
+
 def test_shutdown_waits_for_tasks_and_finishes_when_the_last_worker_is_gone() -> None:
     """Finish comes once, after tasks and workers."""
     machine = make(max_slots=1, slots_per_worker=1)

@@ -130,6 +130,44 @@ def test_pulls_that_fail_at_first_are_waited_for(aws: Any, launcher: Make) -> No
     eventually(lambda: none_left(aws))
 
 
+@pytest.mark.parametrize("compute", ["fargate", "ec2"])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_registry_that_is_busy_for_longer_is_waited_for(
+    aws: Any, launcher: Make, compute: str, workers: int
+) -> None:
+    """All attempts of AWS fail, of all workers at once: they are launched anew, and nobody fails.
+
+    On Fargate the reason is in another field than on EC2.
+    """
+    kinds = ("FARGATE",) if compute == "fargate" else ("EC2",)
+    batch = launcher(compute=compute, kinds=kinds)
+    aws.faults.image_pull_fails(count=3 * workers, why="429 Too Many Requests")
+    with BatchExecutor(workers, launcher=batch) as executor:
+        futures = [executor.submit(square, n) for n in range(3 * workers)]
+        assert [future.result(60) for future in futures] == [n * n for n in range(3 * workers)]
+    attempts = [len(job.attempts) for job in aws.jobs() if job.status == "FAILED" and job.attempts]
+    assert attempts == [3] * workers
+    assert len(requests(aws, "SubmitJob")) == 2
+    eventually(lambda: none_left(aws))
+
+
+@pytest.mark.parametrize(
+    "text", ["context deadline exceeded", "dial tcp 10.0.0.1:443: i/o timeout"]
+)
+def test_one_slow_start_does_not_end_a_run_with_one_worker(
+    aws: Any, launcher: Make, text: str
+) -> None:
+    """AWS tries it again, since the rules fit where Fargate has the reason."""
+    batch = launcher()
+    aws.faults.start_fails(f"ResourceInitializationError: unable to pull: {text}", count=1)
+    with BatchExecutor(1, launcher=batch) as executor:
+        assert executor.submit(square, 3).result(60) == 9
+    eventually(lambda: none_left(aws))
+    (job,) = aws.jobs()
+    assert len(job.attempts) == 2
+    assert len(requests(aws, "SubmitJob")) == 1
+
+
 def test_all_workers_are_reclaimed_twice(aws: Any, launcher: Make) -> None:
     """Nothing is lost, and no attempt is counted."""
     batch = launcher(spot=True, environment={"CLOUDEXEC_DRAIN_GRACE": "0.3"})

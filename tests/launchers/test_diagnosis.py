@@ -44,7 +44,7 @@ ENVIRONMENT: dict[str, Any] = {
                 container_reason="CannotPullContainerError: dial tcp 1.2.3.4:443: i/o timeout",
             ),
             "NAT gateway",
-            True,
+            False,
         ),
         (
             JobEnd(
@@ -187,6 +187,71 @@ def test_why_workers_do_not_come(situation: Situation, words: str, fatal: bool) 
     assert cause is not None
     assert re.search(words, str(cause)), str(cause)
     assert cause.fatal is fatal
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            "CannotPullContainerError: failed to resolve ref x: unexpected status from HEAD "
+            "request to https://1.dkr.ecr.us-east-1.amazonaws.com/v2/x: 503 Service Unavailable",
+            "could not be had",
+        ),
+        (
+            "CannotPullContainerError: Error response from daemon: toomanyrequests: You have "
+            "reached your pull rate limit",
+            "image in Amazon ECR",
+        ),
+        ("CannotPullContainerError: received unexpected HTTP status: 500", "could not be had"),
+        (
+            "CannotPullContainerError: httpReadSeeker: failed open: 429 Too Many Requests",
+            "usually passes",
+        ),
+        (
+            "ResourceInitializationError: unable to pull secrets or registry auth: execution "
+            "resource retrieval failed: unable to retrieve secret from asm: failed to fetch "
+            "secret x from secrets manager: ThrottlingException: Rate exceeded status code: 400",
+            "could not be had",
+        ),
+        (
+            "ResourceInitializationError: failed to validate logger args: create stream has been "
+            "retried 1 times: failed to create Cloudwatch log stream: ServiceUnavailable: status "
+            "code: 503, request id: 5",
+            "could not be had",
+        ),
+        (
+            "ResourceInitializationError: unable to pull secrets or registry auth: RequestCanceled "
+            "caused by: context deadline exceeded",
+            "NAT gateway",
+        ),
+        ("CannotPullContainerError: net/http: TLS handshake timeout", "unless it was slow"),
+    ],
+)
+@pytest.mark.parametrize("on_fargate", [True, False])
+def test_what_may_pass_is_tried_again(said: str, words: str, on_fargate: bool) -> None:
+    """Throttling, errors of servers and timeouts are no reason to give a run up."""
+    end = JobEnd(
+        status_reason=said if on_fargate else "Task failed to start",
+        container_reason="" if on_fargate else said,
+    )
+    cause = cause_of_end(end)
+    assert words in str(cause)
+    assert not cause.fatal
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CannotPullContainerError: pull image manifest has been retried 5 time(s): failed to "
+        "resolve ref x: 503.dkr.ecr.us-east-1.amazonaws.com/x:1: not found",
+        "CannotPullContainerError: pull access denied, status code: 403, request id: 500-503",
+        "ResourceInitializationError: failed to fetch secret x: AccessDeniedException: status "
+        "code: 400, request id: 429",
+    ],
+)
+def test_what_does_not_pass_is_not(said: str) -> None:
+    """Numbers elsewhere in AWS's words are no HTTP status."""
+    assert cause_of_end(JobEnd(status_reason=said)).fatal
 
 
 def test_a_worker_that_failed_outweighs_those_that_wait() -> None:

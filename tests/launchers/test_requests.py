@@ -30,6 +30,7 @@ from cloudexec._aws.requests import (
     tag_value,
 )
 from cloudexec._launchers.fleet import job_sizes
+from cloudexec.testing._aws.jobs import Attempt, RetryRule
 
 LARGE = {f"VARIABLE_{n}": "x" * 100 for n in range(100)}
 
@@ -53,6 +54,7 @@ def submission(**changes: Any) -> dict[str, Any]:
         "environment": {"CLOUDEXEC_TARGET": "10.0.0.1:8765"},
         "tags": {"cloudexec:executor": "0123456789abcdef"},
         "attempt_seconds": 86400,
+        "compute": "fargate",
         "retry_reclaimed": True,
         **changes,
     }
@@ -125,13 +127,73 @@ def test_a_definition_is_named_by_its_content() -> None:
     assert len(names) == 2
 
 
-def test_retry_rules_tell_what_aws_did_from_what_the_worker_did() -> None:
-    """AWS runs again what it took back or could not start; the rest is the executor's."""
-    rules = submission()["retryStrategy"]["evaluateOnExit"]
-    assert [rule["action"] for rule in rules] == ["RETRY"] * 4 + ["EXIT"]
-    left_to_us = submission(retry_reclaimed=False)["retryStrategy"]["evaluateOnExit"]
-    assert [rule["action"] for rule in left_to_us] == ["EXIT", "EXIT", "RETRY", "RETRY", "EXIT"]
-    assert len(rules) <= 5
+PULL = "CannotPullContainerError: pull image manifest has been retried 1 time(s): 503"
+SET_UP = "ResourceInitializationError: unable to pull secrets or registry auth"
+EXITED = "Essential container in task exited"
+
+
+def what_aws_does(compute: str, retry_reclaimed: bool, end: tuple[str, str, int | None]) -> str:
+    """Apply the retry rules to an attempt: its status reason, its container's, its exit code."""
+    request = submission(compute=compute, retry_reclaimed=retry_reclaimed)
+    assert_fits_the_model("SubmitJob", request)
+    status_reason, reason, exit_code = end
+    attempt = Attempt(
+        exit_code=exit_code,
+        reason=reason or None,
+        status_reason=status_reason or None,
+        task_arn=None,
+        log_stream=None,
+        instance_arn=None,
+        started_at=None,
+        stopped_at=None,
+    )
+    rules = request["retryStrategy"]["evaluateOnExit"]
+    assert len(rules) <= 5, "AWS takes no more"
+    for rule in rules:
+        found = RetryRule(
+            action=rule["action"],
+            on_status_reason=rule.get("onStatusReason"),
+            on_reason=rule.get("onReason"),
+            on_exit_code=rule.get("onExitCode"),
+        )
+        if found.fits(attempt):
+            return found.action
+    return "RETRY"
+
+
+@pytest.mark.parametrize("compute", ["fargate", "ec2"])
+@pytest.mark.parametrize("retry_reclaimed", [True, False])
+@pytest.mark.parametrize(
+    ("end", "action"),
+    [
+        ((PULL, "", None), "RETRY"),
+        ((SET_UP, "", None), "RETRY"),
+        (("Task failed to start", PULL, None), "RETRY"),
+        (("Task failed to start", SET_UP, None), "RETRY"),
+        ((EXITED, "", 0), "EXIT"),
+        ((EXITED, "", 4), "EXIT"),
+        ((EXITED, "OutOfMemoryError: Container killed due to memory usage", 137), "EXIT"),
+        (("Container Overrides length must be at most 8192", "", None), "EXIT"),
+    ],
+)
+def test_retry_rules_tell_what_aws_did_from_what_the_worker_did(
+    compute: str, retry_reclaimed: bool, end: tuple[str, str, int | None], action: str
+) -> None:
+    """AWS starts again what it could not start, whichever field says so; the rest is ours."""
+    assert what_aws_does(compute, retry_reclaimed, end) == action
+
+
+@pytest.mark.parametrize(
+    ("compute", "reason"),
+    [
+        ("fargate", "Your Spot Task was interrupted."),
+        ("ec2", "Host EC2 (instance i-0123456789abcdef0) terminated."),
+    ],
+)
+def test_aws_starts_what_it_took_back_again_unless_that_is_ours(compute: str, reason: str) -> None:
+    """With ``spot="prefer"`` the executor says where it runs next."""
+    assert what_aws_does(compute, True, (reason, "", 143)) == "RETRY"
+    assert what_aws_does(compute, False, (reason, "", 143)) == "EXIT"
 
 
 @pytest.mark.parametrize(

@@ -108,20 +108,42 @@ def test_slow_start_keeps_jobs_starting(account: Account) -> None:
     assert account.ended(job_id).status_reason == "too slow"
 
 
-def test_image_that_cannot_be_pulled(account: Account) -> None:
-    """As often as asked for; a retry rule on the reason brings the job through."""
-    account.aws.faults.image_pull_fails("worker:*", count=1)
+@pytest.mark.parametrize("kind", ["FARGATE", "EC2"])
+def test_image_that_cannot_be_pulled(aws: FakeAWS, kind: str) -> None:
+    """As often as asked for; a retry rule on the field that has the reason brings the job through.
+
+    On Fargate that is the status reason, on EC2 the container's.
+    """
+    account = Account(aws, kinds=(kind,))
+    aws.faults.image_pull_fails("worker:*", count=1, why="429 Too Many Requests")
+    field = "onStatusReason" if kind == "FARGATE" else "onReason"
     rules = [
-        {"onReason": "CannotPullContainerError*", "action": "RETRY"},
+        {field: "CannotPullContainerError*", "action": "RETRY"},
         {"onReason": "*", "action": "EXIT"},
     ]
     job_id = account.submit("exit 0", retryStrategy={"attempts": 2, "evaluateOnExit": rules})
     job = account.ended(job_id)
+    account.close()
     assert job.status == "SUCCEEDED"
     first = job.attempts[0]
-    assert first.status_reason == "Task failed to start"
-    assert (first.reason or "").startswith("CannotPullContainerError: ")
+    said = {"FARGATE": first.status_reason, "EC2": first.reason}[kind] or ""
+    assert said.startswith("CannotPullContainerError: ")
+    assert said.endswith("429 Too Many Requests")
+    other = {"FARGATE": first.reason, "EC2": first.status_reason}[kind]
+    assert other == {"FARGATE": None, "EC2": "Task failed to start"}[kind]
     assert first.exit_code is None
+
+
+@pytest.mark.parametrize("kind", ["FARGATE", "EC2"])
+def test_task_that_cannot_be_set_up(aws: FakeAWS, kind: str) -> None:
+    """The same two fields."""
+    account = Account(aws, kinds=(kind,))
+    text = "ResourceInitializationError: context deadline exceeded"
+    aws.faults.start_fails(text, count=1)
+    (attempt,) = account.ended(account.submit("exit 0")).attempts
+    account.close()
+    expected = {"FARGATE": (text, None), "EC2": ("Task failed to start", text)}[kind]
+    assert (attempt.status_reason, attempt.reason) == expected
 
 
 def test_no_route_and_missing_role_fail_with_their_texts(account: Account) -> None:

@@ -331,6 +331,7 @@ class BatchPlatform(Platform):
             environment={**request.environment, **request.secrets},
             tags=tags,
             attempt_seconds=int(settings.max_runtime),
+            compute=settings.compute,
             retry_reclaimed=settings.spot != "prefer",
             share_identifier=settings.share_identifier,
             scheduling_priority=settings.scheduling_priority,

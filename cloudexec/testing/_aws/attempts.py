@@ -23,6 +23,8 @@ OUT_OF_MEMORY = "OutOfMemoryError: Container killed due to memory usage"
 ESSENTIAL = "Essential container in task exited"
 TIMED_OUT = "Job attempt duration exceeded timeout"
 TASK_FAILED = "Task failed to start"
+CONTAINER_REASONS = ("Cannot", "ResourceInitializationError")
+FARGATE_STATUS_REASONS = ("CannotPullContainer", "ResourceInitializationError")
 OVERRIDES_TOO_LONG = "Container Overrides length must be at most 8192"
 OVERRIDES_MAX = 8192
 TAGS_MAX = 50
@@ -145,10 +147,7 @@ class Attempts:
             stream = f"{spec.log_prefix}/default/{job.task_id}"
             output = self._logs.open(spec.region, spec.log_group, stream, create=spec.log_create)
         except StartError as exc:
-            with self._timers.lock:
-                text = str(exc)
-                pulled = text.startswith(("CannotPullContainer", "CannotStartContainer"))
-                self._finish(job, None, text if pulled else None, TASK_FAILED if pulled else text)
+            self._fail_start(job, exc)
             return None
         request = StartRequest(
             name=name,
@@ -161,8 +160,7 @@ class Attempts:
         try:
             running = self._runner.start(request, output)
         except StartError as exc:
-            with self._timers.lock:
-                self._finish(job, exc.exit_code, str(exc), TASK_FAILED)
+            self._fail_start(job, exc)
             return None
         with self._timers.lock:
             job.running = running
@@ -180,6 +178,21 @@ class Attempts:
                 )
         return running
 
+    def _fail_start(self, job: Job, error: StartError) -> None:
+        """End an attempt that could not be started, with the words where AWS puts them.
+
+        Users report that Fargate gives them as the status reason, with no container's reason
+        (nextflow#5681), and EC2 as the container's reason (nextflow#5099).
+        """
+        text = str(error)
+        with self._timers.lock:
+            if not text.startswith(CONTAINER_REASONS) or (
+                job.spec.fargate and text.startswith(FARGATE_STATUS_REASONS)
+            ):
+                self._finish(job, error.exit_code, None, text)
+            else:
+                self._finish(job, error.exit_code, text, TASK_FAILED)
+
     def _check_start(self, job: Job) -> None:
         if job.spec.overrides_length > OVERRIDES_MAX:
             raise StartError(OVERRIDES_TOO_LONG)
@@ -194,10 +207,10 @@ class Attempts:
         error = self._faults.start_error()
         if error is not None:
             raise StartError(error)
-        if self._faults.pull_fails(job.spec.image):
+        if why := self._faults.pull_error(job.spec.image):
             raise StartError(
                 "CannotPullContainerError: pull image manifest has been retried 1 time(s): failed "
-                f"to resolve ref {job.spec.image}: {job.spec.image}: not found"
+                f"to resolve ref {job.spec.image}: {why}"
             )
 
     def _time_out(self, job: Job, attempt: int) -> None:

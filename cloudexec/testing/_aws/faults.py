@@ -137,19 +137,22 @@ class Faults:
         with self._lock:
             self._slow_start = seconds
 
-    def image_pull_fails(self, image: str = "*", count: int | None = None) -> None:
+    def image_pull_fails(
+        self, image: str = "*", count: int | None = None, *, why: str = "not found"
+    ) -> None:
         """Let images that fit a shell pattern fail to be pulled.
 
         Args:
             image: Shell pattern of image names.
             count: How many pulls fail; ``None``: all.
+            why: What the registry says, such as ``"429 Too Many Requests"``.
         """
         with self._lock:
-            self._pulls.append([image, count])
+            self._pulls.append([(image, why), count])
 
     def no_route(self, count: int | None = None) -> None:
         """Let tasks find no way to the registry, as in a subnet without NAT or public address."""
-        self._start_fails(
+        self.start_fails(
             "ResourceInitializationError: unable to pull secrets or registry auth: The task cannot "
             "pull registry auth from Amazon ECR: There is a connection issue between the task and "
             "Amazon ECR. Check your task network configuration. RequestError: send request failed "
@@ -160,7 +163,7 @@ class Faults:
 
     def missing_execution_role(self, count: int | None = None) -> None:
         """Let the execution role be one that ECS cannot assume."""
-        self._start_fails(
+        self.start_fails(
             "ECS was unable to assume the role 'arn:aws:iam::123456789012:role/execution' that was "
             "provided for this task. Please verify that the role being passed has the proper trust "
             "relationship and permissions and that your IAM user has permissions to pass this "
@@ -168,7 +171,13 @@ class Faults:
             count,
         )
 
-    def _start_fails(self, reason: str, count: int | None) -> None:
+    def start_fails(self, reason: str, count: int | None = None) -> None:
+        """Let tasks fail before they run.
+
+        Args:
+            reason: What Amazon ECS says, such as ``"ResourceInitializationError: ..."``.
+            count: How many starts fail; ``None``: all.
+        """
         with self._lock:
             self._start_errors.append([reason, count])
 
@@ -445,10 +454,19 @@ class Faults:
         with self._lock:
             return self._slow_start
 
-    def pull_fails(self, image: str) -> bool:
-        """Whether this pull fails; counts it."""
+    def pull_error(self, image: str) -> str | None:
+        """Why this pull fails, if it does; counts it."""
+        found: list[str] = []
+
+        def fits(wanted: object) -> bool:
+            assert isinstance(wanted, tuple)
+            pattern, why = wanted
+            if fnmatch.fnmatchcase(image, pattern):
+                found.append(why)
+            return bool(found)
+
         with self._lock:
-            return _take(self._pulls, lambda pattern: fnmatch.fnmatchcase(image, str(pattern)))
+            return found[-1] if _take(self._pulls, fits) else None
 
     def start_error(self) -> str | None:
         """Why this start fails, if it does; counts it."""
