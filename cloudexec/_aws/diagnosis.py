@@ -16,6 +16,7 @@ __all__ = [
     "cause_of_refusal",
     "cause_of_waiting",
     "is_definition_gone",
+    "is_out_of_capacity",
     "mend_invalid",
 ]
 
@@ -117,6 +118,15 @@ _BUSY = re.compile(
 def is_definition_gone(said: str) -> bool:
     """Whether AWS refused a submission because its job definition was deregistered."""
     return "ClientException" in said and re.search(r"job ?definition", said, re.I) is not None
+
+
+def is_out_of_capacity(said: str) -> bool:
+    """Whether AWS Batch says of a job that waits that no compute environment has capacity for it.
+
+    References:
+        AWS Batch User Guide, "Jobs stuck in RUNNABLE status".
+    """
+    return "CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY" in said
 
 
 def cause_of_refusal(said: str) -> Cause:
@@ -354,7 +364,7 @@ def _cause_of_reason(reason: str, situation: Situation) -> Cause | None:
             remedy="ask for a smaller size, or `cloudexec up --max-vcpus`",
             fatal=True,
         )
-    if "INSUFFICIENT_INSTANCE_CAPACITY" in reason:
+    if is_out_of_capacity(reason):
         return Cause(
             text=f"AWS has no capacity of this kind: {reason}",
             remedy="spot=False or spot='prefer', another size, more subnets, or waiting",

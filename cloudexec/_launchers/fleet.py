@@ -88,7 +88,7 @@ class Fleet:
         self._platform = platform = site.platform
         self._secret = secrets.token_bytes(32)
         self._terminator = Terminator(platform)
-        self._spot = SpotPolicy(self.ledger, settings.spot, executor.launch_timeout)
+        self._spot = SpotPolicy(self.ledger, platform, settings.spot, executor.launch_timeout)
         self._submitter = Submitter(platform, self.ledger, self._terminator)
         self._watcher = Watcher(
             platform, self.ledger, self._spot, self.terminate, executor.launch_timeout

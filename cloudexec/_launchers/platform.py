@@ -344,6 +344,26 @@ class Platform(ABC):
         """
         return
 
+    def spot_patience(self, workers: int) -> float:
+        """Say in how many seconds so many workers find a place on spare capacity, if there is any.
+
+        With ``spot="prefer"``, those that still wait after that are launched on demand.
+
+        Args:
+            workers: How many look for a place at the same time.
+        """
+        return 60.0
+
+    def lacks_capacity(self, reason: str) -> bool:
+        """Say whether there is no capacity where a job waits, by what the platform says of it.
+
+        With ``spot="prefer"``, workers that wait are then launched on demand at once.
+
+        Args:
+            reason: As in ``JobStatus`` or ``WorkerStatus``.
+        """
+        return False
+
     def price(self, size: int, spot: bool) -> WorkerPrice | None:
         """Say what a worker of a size costs; ``None``: nothing.
 

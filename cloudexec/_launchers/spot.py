@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from cloudexec._launchers.ledger import Job, Ledger
-from cloudexec._launchers.platform import Phase
+from cloudexec._launchers.platform import Phase, Platform
 from cloudexec._log import Log
 
 __all__ = ["SpotPolicy"]
@@ -15,8 +15,9 @@ _logger = Log()
 _RECLAIMS_BEFORE_ON_DEMAND = 3
 _RECLAIMED_SHARE = 0.25
 """Of all Spot workers launched so far: one wave among many is no reason to leave."""
-_PATIENCE = 60.0
-"""Seconds for which ``spot="prefer"`` waits for spare capacity, or a third of ``launch_timeout``"""
+_SHARE_OF_TIMEOUT = 2 / 3
+"""Of ``launch_timeout``, for which ``spot="prefer"`` waits for spare capacity at most: then workers
+would count as failed to start."""
 _PAUSE = 600.0
 """Seconds in which it is not asked for again."""
 
@@ -26,16 +27,21 @@ class SpotPolicy:
 
     Args:
         ledger: The jobs.
+        platform: Says how long spare capacity takes, and when there is none.
         wanted: What the user wants: ``True``, ``False`` or ``"prefer"``.
         launch_timeout: Seconds in which a worker has to dial back.
     """
 
-    def __init__(self, ledger: Ledger, wanted: bool | str, launch_timeout: float) -> None:
+    def __init__(
+        self, ledger: Ledger, platform: Platform, wanted: bool | str, launch_timeout: float
+    ) -> None:
         self._ledger = ledger
+        self._platform = platform
         self._wanted = wanted
         self._launch_timeout = launch_timeout
         self._reclaims = 0
         self._no_spot_until = float("-inf")
+        self._left: set[int] = set()
 
     @property
     def is_on(self) -> bool:
@@ -55,19 +61,34 @@ class SpotPolicy:
         if job.spot:
             self._reclaims += 1
 
-    def leave(self, job: Job, now: float) -> bool:
-        """Say whether a job waits for spare capacity in vain; for a while, none is asked for then.
+    def waits_in_vain(self, job: Job, now: float) -> bool:
+        """Say whether workers of a job that wait for spare capacity are to run on demand.
 
         Args:
             job: The job.
             now: The time, on the monotonic clock.
         """
-        if not job.spot or job.over or self._wanted != "prefer":
+        if not job.spot or job.over or self._wanted != "prefer" or job.first in self._left:
             return False
-        waiting = job.count(Phase.ACCEPTED, Phase.WAITING)
-        patience = min(_PATIENCE, self._launch_timeout / 3)
-        if not waiting or now - job.asked_at <= patience:
+        if not job.count(Phase.ACCEPTED, Phase.WAITING):
             return False
-        _logger.info("no Spot capacity in %.0f s: going on demand", now - job.asked_at)
+        lacking = self._platform.lacks_capacity(job.reason)
+        return lacking or now - job.asked_at > self._patience()
+
+    def leave(self, job: Job, now: float) -> None:
+        """Ask for no spare capacity for a while, since a job waits for it in vain.
+
+        Args:
+            job: The job.
+            now: The time, on the monotonic clock.
+        """
+        why = f" ({job.reason})" if job.reason else ""
+        _logger.info("no Spot capacity in %.0f s%s: going on demand", now - job.asked_at, why)
+        self._left.add(job.first)
         self._no_spot_until = now + _PAUSE
-        return True
+
+    def _patience(self) -> float:
+        """Return how long a job may wait; the executor's own other jobs may be before it."""
+        workers = sum(len(job.members) for job in self._ledger.alive() if job.spot)
+        patience = self._platform.spot_patience(workers)
+        return min(patience, self._launch_timeout * _SHARE_OF_TIMEOUT)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cloudexec._errors import PlatformError
 from cloudexec._launchers.base import LaunchEnd
@@ -88,7 +89,7 @@ class Watcher:
             try:
                 if alive:
                     await self.inspect(alive)
-                self._leave_spot(alive, time.monotonic())
+                await self._leave_spot(alive)
                 await self._diagnose(alive, time.monotonic())
                 self._unreachable = False
             except PlatformError as exc:
@@ -191,12 +192,23 @@ class Watcher:
         )
         self._ledger.end(job, launch_id, told, ended_at=ended_at(end) if late else None)
 
-    def _leave_spot(self, jobs: Sequence[Job], now: float) -> None:
+    async def _leave_spot(self, jobs: Sequence[Job]) -> None:
         """Where it is only preferred, have on demand what waits for spare capacity too long."""
         for job in jobs:
-            if self._spot.leave(job, now):
-                waiting = [launch_id for launch_id, _ in job.waiting()]
-                self._terminate(waiting, LaunchEnd("there was no Spot capacity", reclaimed=True))
+            if not self._spot.waits_in_vain(job, time.monotonic()):
+                continue
+            members = {m.index: launch_id for launch_id, m in job.waiting()}
+            inspection = replace(self._inspection(job, survey=False), wanted=list(members))
+            statuses = await self._platform.describe([inspection])
+            known = statuses[job.id].workers if job.id in statuses else {}
+            # Those that have a place, and only did not dial back yet, are paid for.
+            waiting = [
+                launch_id
+                for index, launch_id in members.items()
+                if index not in known or known[index].phase in (Phase.ACCEPTED, Phase.WAITING)
+            ]
+            self._spot.leave(job, time.monotonic())
+            self._terminate(waiting, LaunchEnd("there was no Spot capacity", reclaimed=True))
 
     async def _diagnose(self, jobs: Sequence[Job], now: float) -> None:
         """While workers are waited for, find out why."""

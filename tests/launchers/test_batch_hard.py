@@ -298,7 +298,7 @@ def test_spot_that_does_not_come_is_bought_on_demand(
         queues={"fargate": plain.queue, "fargate_spot": spot.queue},
         execution_role=plain.execution_role,
     ).with_image(version, "linux/amd64", "example.com/worker:1").save()
-    aws.faults.no_capacity(spot.compute_environments[0])
+    aws.faults.no_capacity(spot.compute_environments[0], silent=True)
     with BatchExecutor(3, launcher=Batch(spot="prefer"), launch_timeout=6.0) as executor:
         assert list(executor.map(square, range(6), timeout=30)) == [0, 1, 4, 9, 16, 25]
     queues = [each["jobQueue"] for each in requests(aws, "SubmitJob")]

@@ -15,7 +15,13 @@ from cloudexec._aws import names
 from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.definitions import ensure_definition, pin_image
-from cloudexec._aws.diagnosis import JobEnd, cause_of_refusal, cause_of_waiting, is_definition_gone
+from cloudexec._aws.diagnosis import (
+    JobEnd,
+    cause_of_refusal,
+    cause_of_waiting,
+    is_definition_gone,
+    is_out_of_capacity,
+)
 from cloudexec._aws.key import stack_key
 from cloudexec._aws.limits import ARRAY_LARGEST, DESCRIBE_JOBS, WorkerSize
 from cloudexec._aws.prices import PriceTable
@@ -45,6 +51,13 @@ from cloudexec._pricing import WorkerPrice
 __all__ = ["BatchPlatform", "Settings", "connect"]
 
 _CONCURRENT_CALLS = 8
+_FARGATE_SPOT_PATIENCE = 60.0
+_EC2_SPOT_PATIENCE = 300.0
+"""An instance takes minutes until it runs a job: until then, a job that waits tells nothing."""
+_FARGATE_BURST = 100
+_FARGATE_PER_SECOND = 20
+"""Tasks that Fargate starts at once, and per second after that, on Spot as on demand. Amazon ECS
+Developer Guide, "AWS Fargate throttling quotas"."""
 _TERMINATED_AT_ONCE = 50
 """Jobs in one TerminateJobs call. AWS Batch API Reference."""
 
@@ -249,6 +262,16 @@ class BatchPlatform(Platform):
             public_ip=self._public_ip,
             region=self._clients.region,
         )
+
+    def spot_patience(self, workers: int) -> float:
+        """Say in how many seconds so many workers find a place on Spot, if there is any."""
+        if self._settings.compute == "ec2":
+            return _EC2_SPOT_PATIENCE
+        return _FARGATE_SPOT_PATIENCE + max(0, workers - _FARGATE_BURST) / _FARGATE_PER_SECOND
+
+    def lacks_capacity(self, reason: str) -> bool:
+        """Say whether AWS Batch has said that there is no capacity."""
+        return is_out_of_capacity(reason)
 
     # Submission.
 

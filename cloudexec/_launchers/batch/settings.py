@@ -49,7 +49,8 @@ class Batch(PlatformLauncher):
             2 GiB per vCPU or more. Several sizes are a ladder: a task lost to memory runs again
             on the next larger one, ``("4GiB", "8GiB", "16GiB")``.
         spot: Whether workers run on spare capacity, cheaper, which AWS takes back at will:
-            ``"prefer"`` goes on demand after repeated reclaims or when there is none.
+            ``"prefer"`` goes on demand after repeated reclaims or when there is none, and needs a
+            profile, which has a queue for each.
         compute: ``"fargate"`` or ``"ec2"``.
         arch: ``"x86_64"`` or ``"arm64"``.
         slots_per_worker: Tasks that one worker runs at once; by default one per whole vCPU, or, of
@@ -134,6 +135,11 @@ class Batch(PlatformLauncher):
         ):
             raise ConfigError(
                 f"share_identifier must be 1 to 255 letters and digits, not {share_identifier!r}"
+            )
+        if spot == "prefer" and queue is not None:
+            raise ConfigError(
+                f"spot='prefer' needs two queues, such as those of a profile, and queue={queue!r} "
+                f"is one: give profile= instead, or spot=True or False"
             )
         check_count("scheduling_priority", scheduling_priority, least=0)
         if scheduling_priority > _PRIORITY_LARGEST:

@@ -79,7 +79,8 @@ class Faults:
         # Who waits because of a fault that has been undone waits no longer.
         self._ended.set()
         self._ended = threading.Event()
-        self._no_capacity: set[str] = set()
+        self._no_capacity: dict[str, bool] = {}
+        """Places without capacity, and whether jobs there say nothing of it."""
         self._no_instance: set[str] = set()
         self._broken_roles: set[str] = set()
         self._slow_start = 0.0
@@ -100,16 +101,18 @@ class Faults:
 
     # Work that does not start.
 
-    def no_capacity(self, target: str | None = None) -> None:
+    def no_capacity(self, target: str | None = None, *, silent: bool = False) -> None:
         """Let nothing be placed: jobs stay RUNNABLE and say so.
 
         Args:
             target: Name or ARN of a queue or compute environment, or a type of compute
                 environment (``"FARGATE"``, ``"FARGATE_SPOT"``, ``"EC2"``, ``"SPOT"``); ``None``:
                 everywhere.
+            silent: Whether jobs say nothing. That AWS Batch names the reason is documented, for
+                scarce Spot capacity on Fargate it is not.
         """
         with self._lock:
-            self._no_capacity.add(target or "*")
+            self._no_capacity[target or "*"] = silent
         self._poke()
 
     def no_fitting_instance(self, target: str | None = None) -> None:
@@ -125,11 +128,12 @@ class Faults:
     def capacity_returns(self, target: str | None = None) -> None:
         """Undo both of the above for the same target; ``None``: for all."""
         with self._lock:
-            for places in (self._no_capacity, self._no_instance):
-                if target is None:
-                    places.clear()
-                else:
-                    places.discard(target)
+            if target is None:
+                self._no_capacity.clear()
+                self._no_instance.clear()
+            else:
+                self._no_capacity.pop(target, None)
+                self._no_instance.discard(target)
         self._poke()
 
     def slow_start(self, seconds: float) -> None:
@@ -428,7 +432,13 @@ class Faults:
     def has_capacity(self, *names: str) -> bool:
         """Whether a place known by any of these names takes jobs."""
         with self._lock:
-            return not self._no_capacity.intersection((*names, "*"))
+            return self._no_capacity.keys().isdisjoint((*names, "*"))
+
+    def says_no_capacity(self, *names: str) -> bool:
+        """Whether jobs say that a place known by any of these names has no capacity."""
+        with self._lock:
+            found = [self._no_capacity[name] for name in (*names, "*") if name in self._no_capacity]
+            return not all(found)
 
     def has_instances(self, *names: str) -> bool:
         """Whether a place known by any of these names has instances that are large enough."""

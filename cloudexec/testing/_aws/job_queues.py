@@ -157,7 +157,8 @@ class JobQueues:
             elif not self._faults.has_instances(*_names(view, environment)):
                 reasons.add(NO_INSTANCE)
             elif not self._faults.has_capacity(*_names(view, environment)):
-                reasons.add(INSUFFICIENT)
+                says_so = self._faults.says_no_capacity(*_names(view, environment))
+                reasons.add(INSUFFICIENT if says_so else None)
             elif self._capacity.take(
                 environment.arn, environment.kind, vcpus, environment.max_vcpus
             ):
