@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from cloudexec._launchers.ledger import Job, Ledger
 from cloudexec._launchers.platform import Phase, Platform
@@ -14,7 +15,9 @@ _logger = Log()
 
 _RECLAIMS_BEFORE_ON_DEMAND = 3
 _RECLAIMED_SHARE = 0.25
-"""Of all Spot workers launched so far: one wave among many is no reason to leave."""
+"""Of the Spot workers that there are: one wave among many is no reason to leave."""
+_RECLAIMS_COUNT = 3600.0
+"""Seconds for which a reclaim counts: over days, some are usual."""
 _SHARE_OF_TIMEOUT = 2 / 3
 """Of ``launch_timeout``, for which ``spot="prefer"`` waits for spare capacity at most: then workers
 would count as failed to start."""
@@ -39,7 +42,7 @@ class SpotPolicy:
         self._platform = platform
         self._wanted = wanted
         self._launch_timeout = launch_timeout
-        self._reclaims = 0
+        self._reclaims: deque[float] = deque()
         self._no_spot_until = float("-inf")
         self._left: set[int] = set()
 
@@ -51,15 +54,22 @@ class SpotPolicy:
     @property
     def _is_scarce(self) -> bool:
         """Whether spare capacity did not come, or was taken back more often than it is worth."""
-        if time.monotonic() < self._no_spot_until:
+        now = time.monotonic()
+        if now < self._no_spot_until:
             return True
-        workers = sum(len(job.members) for job in self._ledger.jobs if job.spot)
-        return self._reclaims >= max(_RECLAIMS_BEFORE_ON_DEMAND, workers * _RECLAIMED_SHARE)
+        while self._reclaims and now - self._reclaims[0] > _RECLAIMS_COUNT:
+            self._reclaims.popleft()
+        reclaims = len(self._reclaims)
+        if reclaims < _RECLAIMS_BEFORE_ON_DEMAND:
+            return False
+        jobs = [job for job in self._ledger.alive() if job.spot]
+        workers = sum(not member.ended for job in jobs for member in job.members.values())
+        return reclaims >= (reclaims + workers) * _RECLAIMED_SHARE
 
     def note_reclaim(self, job: Job) -> None:
         """The platform took the machine of a worker back."""
         if job.spot:
-            self._reclaims += 1
+            self._reclaims.append(time.monotonic())
 
     def waits_in_vain(self, job: Job, now: float) -> bool:
         """Say whether workers of a job that wait for spare capacity are to run on demand.

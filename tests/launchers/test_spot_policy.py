@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from cloudexec import Batch, BatchExecutor, ConfigError
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.prices import PriceTable
 from cloudexec._enrolment import python_version
+from cloudexec._launchers import spot as spot_module
 from cloudexec._launchers.batch import platform as batch_platform
 from cloudexec._launchers.batch.platform import BatchPlatform
 from cloudexec._launchers.ledger import Job, Ledger, Member
@@ -108,6 +110,27 @@ def test_what_aws_says_counts_at_once(compute: str) -> None:
     assert not spot.waits_in_vain(job, 1.0)
     job.reason, job.counts = DRY, {Phase.STARTING: 3}
     assert not spot.waits_in_vain(job, 1.0), "nobody waits"
+
+
+@pytest.mark.parametrize(("workers", "reclaims"), [(1, 3), (9, 3), (10, 4), (300, 100)])
+def test_reclaims_in_a_row_end_spot_for_an_hour(
+    monkeypatch: pytest.MonkeyPatch, workers: int, reclaims: int
+) -> None:
+    """A quarter of all, or three: over days, a few of them are usual."""
+    now = 1000.0
+    monkeypatch.setattr(spot_module, "time", SimpleNamespace(monotonic=lambda: now))
+    ledger = Ledger()
+    job = job_of(workers)
+    ledger.add(job)
+    spot = policy("fargate", ledger, 300.0)
+    for _ in range(reclaims - 1):
+        spot.note_reclaim(job)
+        now += 1.0
+        assert spot.is_on
+    spot.note_reclaim(job)
+    assert not spot.is_on
+    now = 1000.0 + 3600.5
+    assert spot.is_on, "the first one does not count any more"
 
 
 # With workers.
