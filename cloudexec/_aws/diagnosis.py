@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cloudexec._aws.job_details import NO_CLIENT
 from cloudexec._aws.requests import RECLAIM_REASONS
 
 __all__ = [
@@ -258,7 +259,7 @@ def _cause_of_end(end: JobEnd) -> Cause:
             remedy="where it is about versions, `cloudexec image push` makes an image that fits",
             fatal=True,
         )
-    if end.exit_code == 1 and "cannot reach the client" in end.log_tail:
+    if end.exit_code == NO_CLIENT:
         return Cause(
             text=f"the worker started, and could not reach this process{words}",
             remedy=(

@@ -24,6 +24,7 @@ from cloudexec._aws.requests import FAILED_STARTS
 from cloudexec._errors import ConfigError
 
 __all__ = [
+    "NO_CLIENT",
     "Runs",
     "arch_of",
     "attempts_of",
@@ -48,6 +49,9 @@ __all__ = [
     "workers_of",
 ]
 
+NO_CLIENT = 4
+"""The exit code of a worker that could not reach its client, or not any more."""
+_FOUND_NO_CLIENT = "it could not reach the program (exit code 4)"
 _LAUNCH = re.compile(r"-(\d+)$")
 _BATCH_LOG_GROUP = "/aws/batch/job"
 """Where AWS Batch writes unless told otherwise. AWS Batch User Guide, "Job states"."""
@@ -63,6 +67,8 @@ class Runs:
     is_complete: bool = True
     failures: Counter[str] = field(default_factory=Counter)
     """Reasons of failed workers."""
+    without_client: int = 0
+    """Failed workers that could not reach the program, or not any more."""
     waiting: str = ""
     """Why a worker waits, where AWS Batch says so."""
 
@@ -145,6 +151,8 @@ def workers_of(detail: Mapping[str, Any]) -> Mapping[str, int]:
 
 def reason_of(detail: Mapping[str, Any]) -> str:
     """Return the container's reason, which says more, and the job's."""
+    if exit_code_of(detail) == NO_CLIENT:
+        return _FOUND_NO_CLIENT
     container = detail.get("container", {}).get("reason")
     if not container and detail.get("attempts"):
         container = detail["attempts"][-1].get("container", {}).get("reason")
@@ -195,7 +203,7 @@ def own_runs(detail: Mapping[str, Any], now: float) -> Runs:
     # What runs now is not among the attempts until it has ended.
     if started and int(started) not in spans and (not has_ended or not spans):
         spans[int(started)] = detail.get("stoppedAt")
-    runs = Runs()
+    runs = Runs(without_client=int(has_ended and exit_code_of(detail) == NO_CLIENT))
     for begin, end in spans.items():
         if end:
             runs.seconds.append(run_seconds(begin / 1000, end / 1000))
@@ -270,5 +278,6 @@ def executor_info(jobs: Sequence[JobInfo], now: datetime) -> ExecutorInfo:
         memory_mib=memory_mib,
         cost_usd=math.fsum(job.cost_usd for job in jobs),
         per_hour_usd=math.fsum(job.per_hour_usd for job in jobs),
+        without_client=sum(job.without_client for job in jobs),
         is_estimate=any(job.is_estimate for job in jobs),
     )

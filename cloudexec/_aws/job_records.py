@@ -144,6 +144,7 @@ class JobRecords:
             stopped_at=time_of(detail.get("stoppedAt")),
             expires_at=time_of_text(tags.get(TAG_EXPIRES)),
             exit_code=exit_code_of(detail),
+            without_client=runs.without_client,
             reason=reason,
             attempts=tuple(attempts_of(detail)),
             log_group=log_group_of(detail, self._log_group),
@@ -240,6 +241,7 @@ class JobRecords:
             own = own_runs(child, now)
             runs.seconds += own.seconds
             runs.now += own.now
+            runs.without_client += own.without_client
             if child["status"] == "FAILED" and (reason := reason_of(child)):
                 runs.failures[reason] += 1
         if counts.get("RUNNABLE") and budget.take():

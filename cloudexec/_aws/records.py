@@ -103,6 +103,8 @@ class JobInfo(_Record):
     reason: str
     """What AWS says of how it ended or why it waits; empty while there is nothing to say. For an
     array, what it says of most of its failed workers."""
+    without_client: int
+    """Workers of it that could not reach the program, or not any more: it may have been killed."""
     attempts: tuple[AttemptInfo, ...]
     log_group: str
     log_stream: str
@@ -149,6 +151,8 @@ class ExecutorInfo(_Record):
     """Up to now."""
     per_hour_usd: float
     """What it costs at present."""
+    without_client: int
+    """Workers that could not reach the program, or not any more: it may have been killed."""
     is_estimate: bool
 
 

@@ -85,6 +85,7 @@ class Fleet:
         self.site = site
         self._settings = settings
         self._executor_id = executor.id
+        self._launch_timeout = executor.launch_timeout
         self._platform = platform = site.platform
         self._secret = secrets.token_bytes(32)
         self._terminator = Terminator(platform)
@@ -149,6 +150,8 @@ class Fleet:
             "CLOUDEXEC_LAUNCH": str(job.first),
             "CLOUDEXEC_SLOTS": str(slots),
             "CLOUDEXEC_CERTIFICATE_SHA256": contact.certificate_sha256,
+            # Whoever starts after that finds nobody who waits for it, unless it is taken over.
+            "CLOUDEXEC_AWAITED_UNTIL": str(int(time.time() + self._launch_timeout)),
         }
         if contact.relay:
             environment["CLOUDEXEC_RELAY"] = contact.relay

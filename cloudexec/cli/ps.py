@@ -59,3 +59,12 @@ def ps_command(is_all: bool, profile: str | None, region: str | None, as_json: b
             for each in executors
         ],
     )
+    for each in executors:
+        if each.is_active and each.without_client:
+            count = each.without_client
+            click.echo(
+                f"{count} worker{'' if count == 1 else 's'} of {each.id} could not reach the "
+                f"program. If it has ended, `cloudexec stop --executor {each.id}` ends those that "
+                f"still wait.",
+                err=True,
+            )

@@ -5,7 +5,8 @@ keeps the key out of environment and process list, and starts the first worker b
 anybody to be dialed), or from the environment (containers): the
 variables ``CLOUDEXEC_TARGET``, ``_EXECUTOR_ID``, ``_SLOTS``, ``_KEY``, ``_CERTIFICATE_SHA256``,
 ``_MEMORY_MIB``, and ``_IDENTITY`` or ``_LAUNCH``, the number of the first worker of those that were
-launched together. To that, the worker adds its own number among them: see ``platform``.
+launched together. To that, the worker adds its own number among them: see ``platform``. After
+``_AWAITED_UNTIL``, in Unix time, the client does not wait for the worker any more.
 """
 
 from __future__ import annotations
@@ -15,19 +16,26 @@ import os
 import select
 import socket
 import sys
+import time
 from typing import Any, NoReturn
 
 from cloudexec._descriptors import BASE_FILES, FILES_PER_SLOT, file_limits, raise_file_limit
 from cloudexec.worker.client import Client
 from cloudexec.worker.platform import OWN_VARIABLES, ask_metadata, find_place
 
-__all__ = ["EXIT_RECLAIMED", "EXIT_REFUSED", "main"]
+__all__ = ["EXIT_NO_CLIENT", "EXIT_RECLAIMED", "EXIT_REFUSED", "main"]
 
 EXIT_REFUSED = 3
 """Exit code where either side refused the other: to try again is no use."""
+EXIT_NO_CLIENT = 4
+"""Exit code where the client cannot be reached, or not any more: whoever sees that can stop workers
+that still wait for a place."""
 EXIT_RECLAIMED = 128 + 15
 """Exit code after SIGTERM: a platform that wants its machine back is to start the worker again
 elsewhere, which AWS Batch does only for a job that failed."""
+_LATE_PATIENCE = 5.0
+"""Seconds for which the client is dialed by a worker that started when nobody waited for it any
+more: usually because the client was killed, and each second of such a worker is paid for."""
 _DRAIN_GRACE = 20.0
 """Seconds after SIGTERM in which tasks may finish: AWS sends SIGKILL after 30, and handing back
 takes a moment."""
@@ -70,7 +78,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     import asyncio
 
     from cloudexec._errors import CloudexecError, ProtocolError
-    from cloudexec.worker.dialing import Address
+    from cloudexec.worker.dialing import CONNECT_TIMEOUT, Address, ClientGoneError
     from cloudexec.worker.running import run_worker
 
     client = Client(bootstrap["client_pid"]) if is_child else None
@@ -87,6 +95,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
         job_id=bootstrap.get("job_id", ""),
         attempt=int(bootstrap.get("attempt") or 1),
         memory_mib=int(bootstrap.get("memory_mib") or 0),
+        patience=_LATE_PATIENCE if bootstrap.get("late") else CONNECT_TIMEOUT,
         drain_grace=bootstrap.get("drain_grace"),
         log=bootstrap.get("log", False),
         client=client,
@@ -99,6 +108,14 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     except CloudexecError as exc:
         print(f"cloudexec worker: {exc}", file=sys.stderr)
         code = 1
+        if isinstance(exc, ClientGoneError):
+            code = EXIT_NO_CLIENT
+            if stop := bootstrap.get("stop"):
+                print(
+                    f"cloudexec worker: if that program has ended, `{stop}` ends those of its "
+                    f"workers that still wait for a place",
+                    file=sys.stderr,
+                )
     sys.stdout.flush()
     sys.stderr.flush()
     # gRPC would wait for two seconds behind a TLS connection, and nothing is left to be done.
@@ -166,6 +183,10 @@ def _from_environment() -> dict[str, Any]:
         environ.pop(name, None)
     if who == "launch":
         found["identity"] = str(int(found["launch"]) + place.launch_index)
+    # A worker that its platform starts once more is expected whenever it comes.
+    until = environ.pop("CLOUDEXEC_AWAITED_UNTIL", "")
+    found["late"] = until.isdecimal() and place.attempt == 1 and time.time() > int(until)
+    found["stop"] = place.stop and place.stop.format(executor=found["executor_id"])
     found["job_id"] = place.job_id or str(ask_metadata(place).get("TaskARN", ""))
     found["attempt"] = place.attempt
     found["unset"] = environ.pop("CLOUDEXEC_UNSET", "").split()

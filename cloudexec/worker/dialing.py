@@ -18,7 +18,15 @@ from cloudexec._rpc import call_errors, is_end, status_of
 from cloudexec._wire.channel import CHANNEL_OPTIONS, longest_pause
 from cloudexec.worker.client import Client
 
-__all__ = ["CONNECT_TIMEOUT", "Address", "SessionGoneError", "dial", "hang_up", "shake_hands"]
+__all__ = [
+    "CONNECT_TIMEOUT",
+    "Address",
+    "ClientGoneError",
+    "SessionGoneError",
+    "dial",
+    "hang_up",
+    "shake_hands",
+]
 
 CONNECT_TIMEOUT = 30.0
 """Seconds for which a client elsewhere is dialed the first time."""
@@ -66,6 +74,7 @@ class Address:
         job_id: The platform's name for this worker.
         attempt: Which run of the launch this is, from 1.
         memory_mib: What this worker's container may use; 0: unknown.
+        patience: Seconds for which the client is dialed the first time.
         drain_grace: Seconds after SIGTERM in which tasks may finish; ``None``: no limit.
         log: Whether to say on stderr what happens: where a platform keeps that.
         client: The client, if it has started this process itself.
@@ -81,6 +90,7 @@ class Address:
     job_id: str = ""
     attempt: int = 1
     memory_mib: int = 0
+    patience: float = CONNECT_TIMEOUT
     drain_grace: float | None = None
     log: bool = False
     client: Client | None = None
@@ -102,6 +112,10 @@ class Address:
 
     def __repr__(self) -> str:
         return f"Address(target={self.target!r}, identity={self.identity!r})"
+
+
+class ClientGoneError(LaunchError):
+    """The client cannot be reached, for as long as a worker waits for it."""
 
 
 class SessionGoneError(ProtocolError):
@@ -240,12 +254,12 @@ async def dial(
         patience: Seconds for which it is tried.
 
     Raises:
-        LaunchError: If the client cannot be reached.
+        ClientGoneError: If the client cannot be reached.
         ProtocolError: If either side refuses the other.
     """
     deadline = time.monotonic() + patience
     longest = longest_pause(patience)
-    pause, limit = 0.1, _TRY_TIMEOUT
+    pause, limit = 0.1, min(_TRY_TIMEOUT, patience)
     short = _SHORT_TRIES
     tried = False
     channel = None
@@ -270,7 +284,7 @@ async def dial(
                 # On this machine nothing stands between us: who does not answer is not there.
                 near = not address.certificate_sha256
                 if refused or near or time.monotonic() + pause > deadline:
-                    raise LaunchError(_unreachable(address.shown, reason)) from exc
+                    raise ClientGoneError(_unreachable(address.shown, reason)) from exc
                 # What a connection has cost both sides is not spent again on one that works.
                 if channel is not None and code != "RESOURCE_EXHAUSTED":
                     hang_up(channel)

@@ -31,6 +31,7 @@ class Platform(NamedTuple):
         attempt: Which run of this worker it is.
         first_attempt: The number that the platform gives to the first run.
         metadata: The address that answers questions about the worker over HTTP.
+        stop: The command that ends all workers of ``{executor}``.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Platform(NamedTuple):
     attempt: str = ""
     first_attempt: int = 1
     metadata: str = ""
+    stop: str = ""
 
 
 PLATFORMS = (
@@ -51,6 +53,7 @@ PLATFORMS = (
         job_id="AWS_BATCH_JOB_ID",
         attempt="AWS_BATCH_JOB_ATTEMPT",
         metadata="ECS_CONTAINER_METADATA_URI_V4",
+        stop="cloudexec stop --executor {executor}",
     ),
     Platform(
         name="Amazon ECS",
@@ -71,6 +74,7 @@ class Place(NamedTuple):
         attempt: Which run of this worker it is, from 1.
         metadata: The address that answers questions about the worker over HTTP; empty: there is
             none.
+        stop: The command that ends all workers of ``{executor}``; empty: there is none.
     """
 
     platform: str
@@ -78,6 +82,7 @@ class Place(NamedTuple):
     job_id: str = ""
     attempt: int = 1
     metadata: str = ""
+    stop: str = ""
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
@@ -89,6 +94,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
     row = next((each for each in PLATFORMS if each.sign in environ), THIS_MACHINE)
     index = _number(environ, "CLOUDEXEC_INDEX", 0)
     attempt = _number(environ, "CLOUDEXEC_ATTEMPT", 1)
+    stop = row.stop if index is None else ""
     if index is None:
         index = _number(environ, row.launch_index, 0) or 0
     if attempt is None:
@@ -100,6 +106,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
         job_id=environ.get("CLOUDEXEC_JOB_ID") or environ.get(row.job_id, ""),
         attempt=attempt,
         metadata=environ.get(row.metadata, ""),
+        stop=stop,
     )
 
 

@@ -16,7 +16,7 @@ from cloudexec._errors import LaunchError
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._rpc import call_errors
 from cloudexec.worker.blobs import BlobCache, room
-from cloudexec.worker.dialing import Address, dial
+from cloudexec.worker.dialing import Address, ClientGoneError, dial
 from cloudexec.worker.inbox import introduce
 from cloudexec.worker.session import Session
 from cloudexec.worker.slots import Settings
@@ -48,7 +48,8 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         Whether it was the platform, not the client, that wanted it to stop (SIGTERM).
 
     Raises:
-        LaunchError: If the client cannot be reached.
+        ClientGoneError: If the client cannot be reached.
+        LaunchError: If this worker cannot go on for another reason.
         ProtocolError: If either side refuses the other.
     """
     loop = asyncio.get_running_loop()
@@ -60,7 +61,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             f"{address.slots} slot{'s' * (address.slots != 1)}; dialing {address.shown}"
         )
     session = Session(address)
-    await dial(address, session.enrol)
+    await dial(address, session.enrol, address.patience)
     ends: asyncio.Queue[str] = asyncio.Queue()
     address.say(f"enrolled as {session.welcome.worker_id}")
     modules = ""
@@ -123,7 +124,8 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         loop.create_task(session.beat()),
         loop.create_task(watch_client()),
     ]
-    asked = reclaimed = lost = False
+    asked = reclaimed = False
+    lost = ""
     try:
         why = await ends.get()
         address.say(f"ends: {_WHY.get(why, why)}")
@@ -146,7 +148,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             why = await _last_words(session, ends, presses=reclaimed)
         if why != "idle":
             pool.stop(kill=True)
-            lost = why in ("disconnected", "orphaned", "gone") and not asked
+            lost = why if why in ("disconnected", "orphaned", "gone") and not asked else ""
             if why == "zygote":
                 pool.kill_groups()
                 raise LaunchError("the process that forks the slots was killed")
@@ -173,7 +175,8 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
                     break
                 await asyncio.sleep(0.05)
     if lost:
-        raise LaunchError("the connection to the client was lost")
+        kind = LaunchError if lost == "gone" else ClientGoneError
+        raise kind("the connection to the client was lost")
     return reclaimed
 
 

@@ -142,6 +142,21 @@ class TestPs:
         assert data["workers"] == {"RUNNING": 3}
         assert data["expires_at"] == "2099-01-01T00:00:00+00:00"
 
+    def test_names_the_remedy_where_workers_found_nobody(self, account: Account, run: Run) -> None:
+        index = "int(os.environ['AWS_BATCH_JOB_ARRAY_INDEX'])"
+        code = f"import os, time; {index} or time.sleep(60); raise SystemExit(4)"
+        job_id = account.submit(code, size=3)
+        for child in (1, 2):
+            account.until(f"{job_id}:{child}", "FAILED")
+        hint = f"2 workers of {ANN} could not reach the program."
+        result = run("ps")
+        assert len(rows(result)) == 1
+        assert hint in result.stderr
+        assert f"`cloudexec stop --executor {ANN}`" in result.stderr
+        run("stop", "--executor", ANN, "--yes")
+        account.until(job_id, "FAILED")
+        assert hint not in run("ps", "--all").stderr
+
     def test_tables_fit_the_terminal(
         self, account: Account, environment: dict[str, str], run: Run
     ) -> None:

@@ -165,7 +165,8 @@ def test_all_workers_hash_alike(aws: Any, launcher: Make) -> None:
 
 def test_a_worker_whose_machine_dies_costs_no_task(aws: Any, launcher: Make) -> None:
     """Without a notice, AWS says afterwards what it was: the task runs again, unblamed."""
-    with BatchExecutor(1, launcher=launcher(), retries=1) as executor:
+    batch = launcher(compute="ec2", kinds=("EC2",))
+    with BatchExecutor(1, launcher=batch, retries=1) as executor:
         future = executor.submit(wait_for_file_or_die, "")
         job = eventually(lambda: [j for j in aws.jobs() if j.status == "RUNNING"])[0]
         eventually(lambda: executor.stats().tasks.running == 1)

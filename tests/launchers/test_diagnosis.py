@@ -78,12 +78,13 @@ ENVIRONMENT: dict[str, Any] = {
         (
             JobEnd(
                 status_reason="Essential container in task exited",
-                exit_code=1,
+                exit_code=4,
                 log_tail="cloudexec worker: cannot reach the client at 10.0.0.1:5",
             ),
             "advertise=",
             False,
         ),
+        (JobEnd(status_reason="Essential container in task exited", exit_code=4), "listen=", False),
         (
             JobEnd(
                 status_reason="You've reached the limit on the number of vCPUs you can run "

@@ -24,6 +24,7 @@ BATCH = {
     "AWS_BATCH_JOB_ATTEMPT": "2",
     "ECS_CONTAINER_METADATA_URI_V4": "http://169.254.170.2/v4/x",
 }
+STOP = "cloudexec stop --executor {executor}"
 ADDRESS = BATCH["ECS_CONTAINER_METADATA_URI_V4"]
 
 
@@ -34,10 +35,15 @@ ADDRESS = BATCH["ECS_CONTAINER_METADATA_URI_V4"]
         (
             BATCH,
             Place(
-                platform="AWS Batch", launch_index=3, job_id="job:3", attempt=2, metadata=ADDRESS
+                platform="AWS Batch",
+                launch_index=3,
+                job_id="job:3",
+                attempt=2,
+                metadata=ADDRESS,
+                stop=STOP,
             ),
         ),
-        ({"AWS_BATCH_JOB_ID": "job"}, Place(platform="AWS Batch", job_id="job")),
+        ({"AWS_BATCH_JOB_ID": "job"}, Place(platform="AWS Batch", job_id="job", stop=STOP)),
         (
             {"ECS_CONTAINER_METADATA_URI_V4": ADDRESS},
             Place(platform="Amazon ECS", metadata=ADDRESS),
@@ -56,7 +62,7 @@ def test_a_platform_says_who_a_worker_is(environ: dict[str, str], place: Place) 
 def test_what_the_launcher_says_counts_more_than_where_the_client_runs() -> None:
     """A client in a child of an array job may start workers that inherit its variables."""
     found = find_place({**BATCH, "CLOUDEXEC_INDEX": "0", "CLOUDEXEC_ATTEMPT": "1"})
-    assert (found.launch_index, found.attempt) == (0, 1)
+    assert (found.launch_index, found.attempt, found.stop) == (0, 1, "")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,114 @@
+"""Workers that find no client: how they end, what they cost, and who says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launcher_helpers import eventually
+
+from cloudexec import Batch
+from cloudexec.aws import Monitor
+
+Make = Callable[..., Batch]
+
+
+def none_left(aws: Any) -> bool:
+    return all(job.status in ("SUCCEEDED", "FAILED") for job in aws.jobs())
+
+
+def kill_a_client(batch: Batch, path: Path, **options: object) -> None:
+    """Start a client with three workers in a process of its own, and kill it while one runs."""
+    script = textwrap.dedent(
+        f"""
+        import time
+        from cloudexec import Batch, BatchExecutor
+        batch = Batch(queue={batch.queue!r}, job_role={batch.job_role!r}, image="x",
+                      execution_role={batch.execution_role!r}, region={batch.region!r})
+        executor = BatchExecutor(3, launcher=batch, min_workers=3, **{options!r})
+        futures = [executor.submit(time.sleep, 60) for _ in range(3)]
+        while not executor.stats().tasks.running:
+            time.sleep(0.05)
+        print("running", flush=True)
+        time.sleep(60)
+        """
+    )
+    path.write_text(script)
+    client = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    try:
+        assert client.stdout.readline() == "running\n"
+    finally:
+        client.send_signal(signal.SIGKILL)
+        client.wait()
+        client.stdout.close()
+
+
+def test_workers_that_are_still_queued_end_soon_and_name_the_remedy(
+    aws: Any, launcher: Make, tmp_path: Path
+) -> None:
+    """Each starts after the other, finds nobody, is not started again, and is not paid for long."""
+    batch = launcher(max_vcpus=1)
+    # By the time the first worker gives its client up, nobody has to wait for the others any more.
+    kill_a_client(batch, tmp_path / "client.py", launch_timeout=15.0, orphan_timeout=16.0)
+    workers = [job for job in aws.jobs() if not job.size]
+    assert sorted(job.status for job in workers) == ["RUNNABLE", "RUNNABLE", "RUNNING"]
+    (executor,) = {job.tags["cloudexec:executor"] for job in workers}
+    hint = f"if that program has ended, `cloudexec stop --executor {executor}` ends those"
+    eventually(lambda: none_left(aws), timeout=100.0)
+    workers = [job for job in aws.jobs() if not job.size]
+    assert [(job.exit_code, len(job.attempts)) for job in workers] == [(4, 1)] * 3
+    for job in workers:
+        assert [line for line in aws.logs(job.job_id) if hint in line], aws.logs(job.job_id)
+    for job in workers[1:]:
+        (attempt,) = job.attempts
+        assert attempt.started_at is not None
+        assert attempt.stopped_at is not None
+        assert attempt.stopped_at - attempt.started_at < 20.0, "a first dial takes 30 s otherwise"
+    with Monitor(region=aws.region) as monitor:
+        (found,) = monitor.executors(active=None)
+        (array,) = monitor.jobs()
+    assert found.without_client == array.without_client == 3
+    assert array.reason == "3 failed: it could not reach the program (exit code 4)"
+
+
+def start_worker(until: int, attempt: str) -> subprocess.Popen[str]:
+    """Start a worker in AWS Batch whose client is gone."""
+    environ = {
+        "CLOUDEXEC_TARGET": "127.0.0.1:1",
+        "CLOUDEXEC_EXECUTOR_ID": "0123456789abcdef",
+        "CLOUDEXEC_LAUNCH": "1",
+        "CLOUDEXEC_KEY": "00" * 32,
+        "CLOUDEXEC_SLOTS": "1",
+        "CLOUDEXEC_CERTIFICATE_SHA256": "00" * 32,
+        "CLOUDEXEC_AWAITED_UNTIL": str(until),
+        "AWS_BATCH_JOB_ID": "job",
+        "AWS_BATCH_JOB_ATTEMPT": attempt,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "cloudexec.worker"],
+        env={**os.environ, **environ},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_only_a_worker_that_nobody_waits_for_gives_up_soon() -> None:
+    """One that AWS starts again after a reclaim is expected whenever it comes."""
+    expected = [start_worker(2**33, "1"), start_worker(1, "2")]
+    late = start_worker(1, "1")
+    try:
+        _, said = late.communicate(timeout=25.0)
+        assert late.returncode == 4
+        assert "cloudexec stop --executor 0123456789abcdef" in said
+        assert [worker.poll() for worker in expected] == [None, None]
+    finally:
+        for worker in (*expected, late):
+            worker.kill()
+            worker.communicate()
