@@ -89,6 +89,10 @@ class Situation:
     """Jobs of others that wait before ours."""
     vcpus: float = 0.0
     """What one worker asks for."""
+    used_vcpus: float = 0.0
+    """What those of our workers have that have a place, of the same kind of capacity."""
+    spot: bool = False
+    """Whether those that wait are to run on Spot."""
     quota_vcpus: float | None = None
     """The account's limit for such workers, where it could be read."""
     advertised: str = ""
@@ -313,8 +317,12 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
     statuses = situation.statuses
     if statuses.get("RUNNABLE"):
         most = sum(_max_vcpus(e) for e in situation.environments)
-        if situation.quota_vcpus is not None and situation.quota_vcpus < situation.vcpus:
-            return _quota(f"the account may run {situation.quota_vcpus:g} vCPUs at once")
+        ours = situation.used_vcpus
+        with_one_more = ours + situation.vcpus
+        if situation.quota_vcpus is not None and situation.quota_vcpus < with_one_more:
+            kind = "Spot vCPUs" if situation.spot else "vCPUs"
+            used = f", and {ours:g} are in use by this executor" if ours else ""
+            return _quota(f"the account may run {situation.quota_vcpus:g} {kind} at once{used}")
         if 0 < most < situation.vcpus:
             return Cause(
                 text=(
@@ -323,6 +331,15 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
                 ),
                 remedy="ask for less (vcpus=), or `cloudexec up --max-vcpus`",
                 fatal=True,
+            )
+        if 0 < most < with_one_more:
+            return Cause(
+                text=(
+                    f"{_workers(statuses['RUNNABLE'], 'waits', 'wait')} for a place (RUNNABLE): "
+                    f"the compute environments allow {most:g} vCPUs in all, and {ours:g} are in "
+                    f"use by this executor"
+                ),
+                remedy="`cloudexec up --max-vcpus` allows more, or wait until others have ended",
             )
         ahead = f", {situation.ahead} jobs before them" if situation.ahead else ""
         limit = ""
@@ -335,7 +352,7 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
             ),
             remedy=(
                 "others may use them (`cloudexec ps`), or AWS has none of this kind left: "
-                "spot=False or spot='prefer', another size, or waiting"
+                f"{_spot_remedy(situation)}another size, or waiting"
             ),
         )
     if statuses.get("STARTING"):
@@ -368,7 +385,7 @@ def _cause_of_reason(reason: str, situation: Situation) -> Cause | None:
     if is_out_of_capacity(reason):
         return Cause(
             text=f"AWS has no capacity of this kind: {reason}",
-            remedy="spot=False or spot='prefer', another size, more subnets, or waiting",
+            remedy=f"{_spot_remedy(situation)}another size, more subnets, or waiting",
         )
     if "SERVICE_ROLE_PERMISSIONS" in reason or _ACCESS.search(reason):
         return Cause(
@@ -381,6 +398,10 @@ def _cause_of_reason(reason: str, situation: Situation) -> Cause | None:
     if reason.startswith(RECLAIM_REASONS):
         return None  # it is being placed again
     return Cause(text=f"AWS Batch says: {reason}")
+
+
+def _spot_remedy(situation: Situation) -> str:
+    return "spot=False or spot='prefer', " if situation.spot else ""
 
 
 def _workers(count: int, one: str, several: str) -> str:

@@ -285,7 +285,7 @@ def test_capacity_that_never_comes_is_a_launch_error_with_the_reason(
                 executor.submit(square, 1).result(timeout=120)
         if "CAPACITY" in str(caught.value):
             break
-    assert re.search(r"capacity.*CAPACITY.*spot=False", str(caught.value))
+    assert re.search(r"capacity.*CAPACITY.*another size", str(caught.value))
     assert caught.value.reason
     eventually(lambda: not unfinished(aws))
 

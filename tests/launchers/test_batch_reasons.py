@@ -77,6 +77,19 @@ def test_a_cause_is_named_with_its_remedy(
     eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))
 
 
+def test_a_new_accounts_quota_is_named_while_some_work(
+    launcher_factory: Callable[[Any], Make], curious: None
+) -> None:
+    """Six vCPUs at once: those that wait are told apart from those for which AWS has no place."""
+    with FakeAWS(grace=2.0, calls_per_second=1000, new_account=True) as aws:
+        batch = launcher_factory(aws)()
+        with BatchExecutor(8, launcher=batch, min_workers=8) as executor:
+            expected = r"may run 6 vCPUs at once, and 6 are in use by this executor.*Service Quotas"
+            eventually(lambda: executor.stats().workers.slots == 6)
+            eventually(lambda: re.search(expected, batch.explain()))
+        eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()))
+
+
 def test_a_quota_of_instances_is_a_cause_too(aws: Any, launcher: Make, curious: None) -> None:
     """AWS Batch itself says nothing of it."""
     batch = launcher(compute="ec2", kinds=("EC2",), memory="1GiB")

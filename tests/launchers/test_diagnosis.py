@@ -157,7 +157,26 @@ def test_the_end_of_a_worker(end: JobEnd, words: str, fatal: bool) -> None:
             "smaller size",
             True,
         ),
-        (Situation(reasons=["CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY - x"]), "spot=False", False),
+        (
+            Situation(reasons=["CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY - x"], spot=True),
+            "spot=False",
+            False,
+        ),
+        (
+            Situation(reasons=["CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY - x"]),
+            "; another size",
+            False,
+        ),
+        (
+            Situation(statuses={"RUNNABLE": 14}, vcpus=1, quota_vcpus=6, used_vcpus=6),
+            "may run 6 vCPUs at once, and 6 are in use by this executor; .*Service Quotas",
+            False,
+        ),
+        (
+            Situation(statuses={"RUNNABLE": 4}, vcpus=4, environments=[ENVIRONMENT], used_vcpus=16),
+            "4 workers wait .*allow 16 vCPUs in all, and 16 are in use.*--max-vcpus",
+            False,
+        ),
         (
             Situation(reasons=["MISCONFIGURATION:SERVICE_ROLE_PERMISSIONS - x"]),
             "lacks a permission",

@@ -72,7 +72,13 @@ class Inquiry:
         return "\n".join(event["message"].rstrip() for event in page.get("events", ()))
 
     async def situation(
-        self, waiting: Sequence[WaitingJob], ends: Sequence[JobEnd], *, queue: str, vcpus: float
+        self,
+        waiting: Sequence[WaitingJob],
+        ends: Sequence[JobEnd],
+        *,
+        queue: str,
+        vcpus: float,
+        used_vcpus: float,
     ) -> Situation:
         """Gather what is known while workers are waited for.
 
@@ -81,6 +87,7 @@ class Inquiry:
             ends: Attempts that ended before they dialed back.
             queue: Name or ARN of the queue in which the first of them waits.
             vcpus: What each worker of that one asks for.
+            used_vcpus: What those workers have that have a place, on the same kind of capacity.
 
         Raises:
             AwsError: If AWS refuses, or cannot be reached.
@@ -113,6 +120,8 @@ class Inquiry:
             environments=environments,
             ahead=await self._ahead(queue, waiting[0].job_id) if is_stuck else 0,
             vcpus=vcpus,
+            used_vcpus=used_vcpus,
+            spot=waiting[0].spot,
             quota_vcpus=await self._quota(spot=waiting[0].spot) if is_stuck else None,
             advertised=self.advertised,
         )

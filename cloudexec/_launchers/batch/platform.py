@@ -450,11 +450,18 @@ class BatchPlatform(Platform):
     ) -> Reason | None:
         """Ask AWS why workers do not come: queue, environments, quotas."""
         oldest = waiting[0]
+        used_vcpus = sum(
+            self._settings.size_of(each.size).vcpus * each.counts.get(phase, 0)
+            for each in waiting
+            for phase in (Phase.STARTING, Phase.RUNNING)
+            if each.spot == oldest.spot
+        )
         situation = await self._inquiry.situation(
             waiting,
             [end.details for end in ends if isinstance(end.details, JobEnd)],
             queue=self._queue(spot=oldest.spot),
             vcpus=self._settings.size_of(oldest.size).vcpus,
+            used_vcpus=used_vcpus,
         )
         cause = cause_of_waiting(situation)
         return None if cause is None else Reason(cause.text, cause.remedy, cause.fatal)
