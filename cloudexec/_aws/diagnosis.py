@@ -108,13 +108,13 @@ _LOG = re.compile(r"log ?(stream|group)|logger args", re.I)
 _REGISTRY = re.compile(r"\becr\b", re.I)
 _TIMED_OUT = re.compile(
     r"i/o timeout|dial tcp|context deadline exceeded|context canceled|connection issue"
-    r"|Client\.Timeout|handshake timeout",
+    r"|request ?canceled|Client\.Timeout|handshake timeout",
     re.I,
 )
 _BUSY = re.compile(
     r"toomanyrequests|too many requests|throttl|rate exceeded|status(?: code)?:? (?:429|5\d\d)\b"
     r"|\b5\d\d (?:Internal Server Error|Bad Gateway|Service Unavailable|Gateway Time-?out)"
-    r"|service ?unavailable|InternalFailure|InternalServer|connection reset|unexpected EOF",
+    r"|service ?unavailable|InternalFailure|InternalServer|connection re(?:set|fused)|\bEOF\b",
     re.I,
 )
 """What registries, Secrets Manager and CloudWatch Logs answer when they cannot answer now."""

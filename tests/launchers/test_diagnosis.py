@@ -244,6 +244,8 @@ def test_why_workers_do_not_come(situation: Situation, words: str, fatal: bool) 
             "caused by: context deadline exceeded",
             "NAT gateway",
         ),
+        ("CannotPullContainerError: failed to do request: Head https://x: EOF", "usually passes"),
+        ("CannotPullContainerError: failed to do request: connection refused", "usually passes"),
         ("CannotPullContainerError: net/http: TLS handshake timeout", "unless it was slow"),
     ],
 )
