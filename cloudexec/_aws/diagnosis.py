@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cloudexec._aws.job_details import NO_CLIENT
@@ -13,6 +13,7 @@ __all__ = [
     "Cause",
     "JobEnd",
     "Situation",
+    "allowed_vcpus",
     "cause_of_end",
     "cause_of_refusal",
     "cause_of_waiting",
@@ -316,7 +317,7 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
             return found
     statuses = situation.statuses
     if statuses.get("RUNNABLE"):
-        most = sum(_max_vcpus(e) for e in situation.environments)
+        most = allowed_vcpus(situation.environments)
         ours = situation.used_vcpus
         with_one_more = ours + situation.vcpus
         if situation.quota_vcpus is not None and situation.quota_vcpus < with_one_more:
@@ -435,6 +436,11 @@ def _quota(said: str) -> Cause:
         text=f"the account's vCPU quota is used up: {said}",
         remedy="ask for more in the Service Quotas console, or use fewer or smaller workers",
     )
+
+
+def allowed_vcpus(environments: Iterable[Mapping[str, object]]) -> float:
+    """Return how many vCPUs compute environments allow in all, as they are described."""
+    return sum(map(_max_vcpus, environments))
 
 
 def _max_vcpus(environment: Mapping[str, object]) -> float:

@@ -364,6 +364,16 @@ class Platform(ABC):
         """
         return False
 
+    async def is_full(self, jobs: Sequence[WaitingJob]) -> bool:
+        """Say whether workers wait since those of the same executor use up what they may have.
+
+        With ``spot="prefer"``, they then wait on: there is spare capacity.
+
+        Args:
+            jobs: All jobs of the executor on spare capacity that have not ended.
+        """
+        return False
+
     def price(self, size: int, spot: bool) -> WorkerPrice | None:
         """Say what a worker of a size costs; ``None``: nothing.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from cloudexec._errors import PlatformError
@@ -197,10 +197,16 @@ class Watcher:
         for job in jobs:
             if not self._spot.waits_in_vain(job, time.monotonic()):
                 continue
+            if not self._platform.lacks_capacity(job.reason) and await self._platform.is_full(
+                [_waiting_job(each) for each in jobs if each.spot]
+            ):
+                continue
             members = {m.index: launch_id for launch_id, m in job.waiting()}
-            inspection = replace(self._inspection(job, survey=False), wanted=list(members))
-            statuses = await self._platform.describe([inspection])
-            known = statuses[job.id].workers if job.id in statuses else {}
+            known: Mapping[int, WorkerStatus] = {}
+            if job.count(Phase.STARTING, Phase.RUNNING):
+                inspection = replace(self._inspection(job, survey=False), wanted=list(members))
+                statuses = await self._platform.describe([inspection])
+                known = statuses[job.id].workers if job.id in statuses else {}
             # Those that have a place, and only did not dial back yet, are paid for.
             waiting = [
                 launch_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,16 +197,17 @@ def test_capacity_that_aws_says_it_lacks_is_bought_on_demand(aws: Any, configure
 
 
 def test_workers_that_have_a_place_keep_it(
-    aws: Any, configured: None, monkeypatch: pytest.MonkeyPatch
+    configured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While their image is pulled, they are paid for: only the others run on demand."""
     monkeypatch.setattr(batch_platform, "_FARGATE_SPOT_PATIENCE", 2.0)
-    save_profile(aws, spot_vcpus=2)
-    aws.faults.slow_start(6.0)
-    with BatchExecutor(4, launcher=Batch(spot="prefer"), min_workers=4) as executor:
-        eventually(lambda: executor.stats().workers.slots == 4)
-    eventually(lambda: none_left(aws))
-    workers = [job for job in aws.jobs() if not job.size]
+    with FakeAWS(grace=2.0, calls_per_second=1000, launch_rate=(2, 0.001)) as aws:
+        save_profile(aws)
+        aws.faults.slow_start(6.0)
+        with BatchExecutor(4, launcher=Batch(spot="prefer"), min_workers=4) as executor:
+            eventually(lambda: executor.stats().workers.slots == 4)
+        eventually(lambda: none_left(aws))
+        workers = [job for job in aws.jobs() if not job.size]
     assert sorted((job.queue, job.status) for job in workers) == [
         ("plain", "SUCCEEDED"),
         ("plain", "SUCCEEDED"),
@@ -214,6 +216,24 @@ def test_workers_that_have_a_place_keep_it(
         ("spot", "SUCCEEDED"),
         ("spot", "SUCCEEDED"),
     ]
+
+
+def test_workers_wait_on_while_others_of_theirs_use_what_is_allowed(
+    aws: Any, configured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is Spot capacity: ``--max-vcpus`` limits how much of it is used."""
+    monkeypatch.setattr(batch_platform, "_FARGATE_SPOT_PATIENCE", 1.0)
+    save_profile(aws, spot_vcpus=2)
+    with BatchExecutor(4, launcher=Batch(spot="prefer")) as executor:
+        found = list(executor.map(slow_queue_of_worker, range(12)))
+    assert found == ["spot"] * 12
+    assert queues(aws) == ["spot"]
+    eventually(lambda: none_left(aws))
+
+
+def slow_queue_of_worker(_: int) -> str:
+    time.sleep(1.0)
+    return queue_of_worker()
 
 
 def test_preferring_spot_needs_two_queues() -> None:

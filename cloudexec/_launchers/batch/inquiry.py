@@ -71,6 +71,26 @@ class Inquiry:
             return ""  # an aid, not a need
         return "\n".join(event["message"].rstrip() for event in page.get("events", ()))
 
+    async def queue(self, name: str) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
+        """Look up a job queue and its compute environments.
+
+        Args:
+            name: Name or ARN.
+
+        Raises:
+            AwsError: If AWS refuses, or cannot be reached.
+        """
+        answer = await self._call("batch", "describe_job_queues", jobQueues=[name])
+        queues = answer.get("jobQueues", ())
+        found: Mapping[str, Any] = queues[0] if queues else {}
+        order = [e["computeEnvironment"] for e in found.get("computeEnvironmentOrder", ())]
+        if not order:
+            return found, ()
+        described = await self._call(
+            "batch", "describe_compute_environments", computeEnvironments=order
+        )
+        return found, described["computeEnvironments"]
+
     async def situation(
         self,
         waiting: Sequence[WaitingJob],
@@ -92,18 +112,7 @@ class Inquiry:
         Raises:
             AwsError: If AWS refuses, or cannot be reached.
         """
-        queues = (await self._call("batch", "describe_job_queues", jobQueues=[queue])).get(
-            "jobQueues", ()
-        )
-        found: Mapping[str, Any] = queues[0] if queues else {}
-        order = [e["computeEnvironment"] for e in found.get("computeEnvironmentOrder", ())]
-        environments: Sequence[Mapping[str, Any]] = ()
-        if order:
-            environments = (
-                await self._call(
-                    "batch", "describe_compute_environments", computeEnvironments=order
-                )
-            )["computeEnvironments"]
+        found, environments = await self.queue(queue)
         statuses: Counter[str] = Counter()
         for each in waiting:
             statuses.update({_STATES[p]: n for p, n in each.counts.items() if p in _STATES})

@@ -17,6 +17,7 @@ from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.definitions import ensure_definition, pin_image
 from cloudexec._aws.diagnosis import (
     JobEnd,
+    allowed_vcpus,
     cause_of_refusal,
     cause_of_waiting,
     is_definition_gone,
@@ -273,6 +274,19 @@ class BatchPlatform(Platform):
         """Say whether AWS Batch has said that there is no capacity."""
         return is_out_of_capacity(reason)
 
+    async def is_full(self, jobs: Sequence[WaitingJob]) -> bool:
+        """Say whether workers of ours use all that the compute environments allow."""
+        _, environments = await self._inquiry.queue(self._queue(spot=True))
+        least = min(self._settings.size_of(each.size).vcpus for each in jobs)
+        return 0 < allowed_vcpus(environments) < self._used_vcpus(jobs) + least
+
+    def _used_vcpus(self, jobs: Iterable[WaitingJob]) -> float:
+        return sum(
+            self._settings.size_of(each.size).vcpus * each.counts.get(phase, 0)
+            for each in jobs
+            for phase in (Phase.STARTING, Phase.RUNNING)
+        )
+
     # Submission.
 
     async def prepare(self) -> None:
@@ -450,18 +464,12 @@ class BatchPlatform(Platform):
     ) -> Reason | None:
         """Ask AWS why workers do not come: queue, environments, quotas."""
         oldest = waiting[0]
-        used_vcpus = sum(
-            self._settings.size_of(each.size).vcpus * each.counts.get(phase, 0)
-            for each in waiting
-            for phase in (Phase.STARTING, Phase.RUNNING)
-            if each.spot == oldest.spot
-        )
         situation = await self._inquiry.situation(
             waiting,
             [end.details for end in ends if isinstance(end.details, JobEnd)],
             queue=self._queue(spot=oldest.spot),
             vcpus=self._settings.size_of(oldest.size).vcpus,
-            used_vcpus=used_vcpus,
+            used_vcpus=self._used_vcpus(each for each in waiting if each.spot == oldest.spot),
         )
         cause = cause_of_waiting(situation)
         return None if cause is None else Reason(cause.text, cause.remedy, cause.fatal)
