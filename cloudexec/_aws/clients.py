@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+import botocore.configprovider
 import botocore.exceptions
 import botocore.loaders
 import botocore.parsers
@@ -16,6 +18,13 @@ import botocore.regions
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 
+from cloudexec._aws.refusals import (
+    EXPIRED,
+    NO_CREDENTIALS,
+    THROTTLES,
+    remedy_of_credentials,
+    remedy_of_refusal,
+)
 from cloudexec._errors import AwsError, ConfigError
 
 __all__ = ["AwsClients", "Recorder", "is_region", "known_regions"]
@@ -47,24 +56,6 @@ _READ_TIMEOUT = 60.0
 _MAX_CONNECTIONS = 25
 _ATTEMPTS = 6
 """Tries of one call on throttling, connection errors and 5xx; botocore backs off in between."""
-_THROTTLES = (
-    "TooManyRequestsException",
-    "ThrottlingException",
-    "Throttling",
-    "RequestLimitExceeded",
-    "SlowDown",
-)
-_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
-_DENIED = (
-    "AccessDenied",
-    "AccessDeniedException",
-    "UnauthorizedOperation",
-    "AuthFailure",
-    "InvalidClientTokenId",
-    "UnrecognizedClientException",
-    "SignatureDoesNotMatch",
-    "InvalidSignatureException",
-)
 _SERVER = ("InternalFailure", "InternalServerError", "ServiceUnavailable", "ServerException")
 
 
@@ -94,7 +85,8 @@ class AwsClients:
     """Calls to AWS in one region, on one event loop.
 
     Credentials come from where the AWS SDKs look: environment, configuration files, roles. An
-    endpoint may be set with ``AWS_ENDPOINT_URL``. Use as ``async with``.
+    endpoint may be set with ``AWS_ENDPOINT_URL``, or for each service with
+    ``AWS_ENDPOINT_URL_BATCH`` and the like. Use as ``async with``.
 
     Args:
         region: Such as ``"eu-central-1"``; ``None``: the SDK's default.
@@ -107,10 +99,13 @@ class AwsClients:
     def __init__(self, region: str | None = None, *, recorder: Recorder | None = None) -> None:
         self._session = _new_session()
         self._recorder = recorder
-        found = region or self._session.get_config_variable("region")
+        # Of all AWS SDKs, the one for Python alone does not read AWS_REGION. AWS SDKs and Tools
+        # Reference Guide, "AWS Region".
+        found = region or os.environ.get("AWS_REGION")
+        found = found or self._session.get_config_variable("region")
         if not found:
             raise ConfigError(
-                "no AWS region: give one (region=, in the shell --region), set "
+                "no AWS region: give one (region=, in the shell --region), set AWS_REGION or "
                 "AWS_DEFAULT_REGION, or run `aws configure`"
             )
         if not is_region(found):
@@ -143,7 +138,7 @@ class AwsClients:
         except AwsError as exc:
             if exc.expired and client in self._clients.values():
                 self.renew()
-            if exc.code == "Unreachable" and not self.endpoint:
+            if exc.code == "Unreachable" and not self.endpoint_of(_service_of(client)):
                 region = client.meta.region_name
                 if region not in known_regions():
                     raise AwsError(
@@ -175,10 +170,23 @@ class AwsClients:
 
     @property
     def endpoint(self) -> str:
-        """Where calls go if not to AWS itself (``AWS_ENDPOINT_URL``), or an empty string."""
-        import os
+        """Where jobs are submitted if not at AWS itself, or an empty string."""
+        return self.endpoint_of("batch")
 
-        return os.environ.get("AWS_ENDPOINT_URL", "")
+    def endpoint_of(self, service: str) -> str:
+        """Return where calls to a service go by environment or configuration, if not to AWS.
+
+        That is ``AWS_ENDPOINT_URL_BATCH`` and the like, ``AWS_ENDPOINT_URL``, or what a
+        configuration file has. AWS SDKs and Tools Reference Guide, "Service-specific endpoints".
+        """
+        if self._session.get_config_variable("ignore_configured_endpoint_urls"):
+            return ""
+        provider = botocore.configprovider.ConfiguredEndpointProvider(
+            full_config=self._session.full_config,
+            scoped_config=self._session.get_scoped_config(),
+            client_name=service,
+        )
+        return str(provider.provide() or "")
 
     async def client(self, service: str, *, region: str = "", once: bool = False) -> Any:
         """Return a client, made on first use; for what ``call`` and ``pages`` cannot do.
@@ -235,7 +243,8 @@ class AwsClients:
         name: str = client.meta.method_to_api_mapping[operation]
         if self._recorder is not None:
             self._recorder(service, name, parameters)
-        with self._reviewing(client), translated(service, name), _discretion(service, name):
+        translating = translated(service, name, region=client.meta.region_name)
+        with self._reviewing(client), translating, _discretion(service, name):
             response = await getattr(client, operation)(**parameters)
         response.pop("ResponseMetadata", None)
         return response
@@ -260,12 +269,17 @@ class AwsClients:
             self._recorder(service, name, parameters)
         pages = aiter(client.get_paginator(operation).paginate(**parameters))
         while True:
-            with self._reviewing(client), translated(service, name):
+            translating = translated(service, name, region=client.meta.region_name)
+            with self._reviewing(client), translating:
                 page = await anext(pages, None)
             if page is None:
                 return
             for item in page.get(key, ()):
                 yield item
+
+
+def _service_of(client: Any) -> str:
+    return str(client.meta.service_model.service_name)
 
 
 @functools.lru_cache(maxsize=4)
@@ -313,8 +327,14 @@ def _new_session() -> Any:
 
 
 @contextlib.contextmanager
-def translated(service: str, operation: str) -> Iterator[None]:
-    """Turn what botocore raises into ``AwsError``."""
+def translated(service: str, operation: str, *, region: str = "") -> Iterator[None]:
+    """Turn what botocore raises into ``AwsError``.
+
+    Args:
+        service: As botocore names it.
+        operation: As the API names it.
+        region: Where the call goes, if that is known.
+    """
     what = f"{service}:{operation}"
     try:
         yield
@@ -324,26 +344,19 @@ def translated(service: str, operation: str) -> Iterator[None]:
         code = str(details.get("Code", "?"))
         status = metadata.get("HTTPStatusCode", 0)
         message = f"{what} failed: {code}: {details.get('Message') or '(AWS gave no message)'}"
-        remedy = _remedy(code, what)
+        remedy = remedy_of_refusal(
+            code, str(details.get("Message", "")), what, region=region, metadata=metadata
+        )
         raise AwsError(
             message + (f"; {remedy}" if remedy else ""),
             code=code,
             operation=what,
-            transient=code in _THROTTLES or code in _SERVER or status >= 500 or status == 429,
-            expired=code in _EXPIRED,
+            transient=code in THROTTLES or code in _SERVER or status >= 500 or status == 429,
+            expired=code in EXPIRED,
         ) from exc
-    except (
-        botocore.exceptions.NoCredentialsError,
-        botocore.exceptions.PartialCredentialsError,
-        botocore.exceptions.CredentialRetrievalError,
-        botocore.exceptions.ProfileNotFound,
-        botocore.exceptions.TokenRetrievalError,
-        botocore.exceptions.SSOTokenLoadError,
-        botocore.exceptions.UnauthorizedSSOTokenError,
-    ) as exc:
+    except NO_CREDENTIALS as exc:
         raise AwsError(
-            f"{what}: no usable AWS credentials ({exc}); "
-            f"log in (`aws sso login`, `aws configure`) or set AWS_PROFILE",
+            f"{what}: no usable AWS credentials ({exc}); {remedy_of_credentials(exc)}",
             code="NoCredentials",
             operation=what,
             expired=True,
@@ -367,16 +380,3 @@ def translated(service: str, operation: str) -> Iterator[None]:
         ) from exc
     except botocore.exceptions.BotoCoreError as exc:
         raise AwsError(f"{what}: {exc}", code=type(exc).__name__, operation=what) from exc
-
-
-def _remedy(code: str, what: str) -> str:
-    if code in _EXPIRED:
-        return "the AWS credentials have expired: renew them (`aws sso login`); they are read again"
-    if code in _THROTTLES:
-        return "this account makes more calls than AWS takes: try again in a minute"
-    if code in _DENIED:
-        return (
-            f"these credentials may not call {what}: `cloudexec policy` prints what is needed, "
-            f"`aws sts get-caller-identity` says who you are"
-        )
-    return ""

@@ -199,7 +199,7 @@ async def _credentials(examination: _Examination) -> Check:
 def _region(clients: AwsClients) -> Check:
     found = f"{clients.region}, as the profile says"
     if clients.endpoint:
-        found += f"; calls go to {clients.endpoint} (AWS_ENDPOINT_URL)"
+        found += f"; calls go to {clients.endpoint}, not to AWS (AWS_ENDPOINT_URL)"
     if clients.region not in known_regions():
         found += "; the AWS SDK that is installed does not know it"
         remedy = "unless it is a new one, correct the profile; if it is, upgrade botocore"
