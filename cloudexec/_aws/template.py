@@ -9,14 +9,13 @@ from cloudexec._aws.names import TAG_REGION, TAG_STACK
 
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
 
-TEMPLATE_VERSION = "3"
+TEMPLATE_VERSION = "4"
 """Raised when the template changes; ``cloudexec doctor`` compares it with the stack's output."""
 DATA_PREFIX = "data/"
 """Keys of the bucket that tasks may read and write."""
 LOG_RETENTION_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827)
 """What CloudWatch Logs offers. CloudWatch Logs API Reference, "PutRetentionPolicy"."""
 
-_IMAGES_KEPT = 20
 _STACK = {"Ref": "AWS::StackName"}
 _BOUNDARY = {
     "PermissionsBoundary": {
@@ -160,27 +159,6 @@ def _network() -> Json:
 
 def _storage() -> Json:
     expire = {"Ref": "BucketExpireDays"}
-    untagged = {
-        "rulePriority": 1,
-        "description": "what lost its tag",
-        "selection": {
-            "tagStatus": "untagged",
-            "countType": "sinceImagePushed",
-            "countUnit": "days",
-            "countNumber": 1,
-        },
-        "action": {"type": "expire"},
-    }
-    kept = {
-        "rulePriority": 2,
-        "description": f"the latest {_IMAGES_KEPT}",
-        "selection": {
-            "tagStatus": "any",
-            "countType": "imageCountMoreThan",
-            "countNumber": _IMAGES_KEPT,
-        },
-        "action": {"type": "expire"},
-    }
     return {
         "LogGroup": {
             "Type": "AWS::Logs::LogGroup",
@@ -229,7 +207,8 @@ def _storage() -> Json:
             "Properties": {
                 "RepositoryName": _STACK,
                 "ImageScanningConfiguration": {"ScanOnPush": True},
-                "LifecyclePolicy": {"LifecyclePolicyText": json.dumps({"rules": [untagged, kept]})},
+                # No lifecycle policy: profiles on anybody's machine pin images by their digest,
+                # and nobody here can tell which.
                 "Tags": _tags(),
             },
         },

@@ -178,11 +178,10 @@ def test_bucket_is_private_encrypted_and_empties_itself() -> None:
     assert rule["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 1}
 
 
-def test_repository_keeps_twenty_images() -> None:
+def test_no_image_that_a_profile_pins_is_ever_dropped() -> None:
+    """Profiles are on anybody's machine, and pin a digest, with or without a tag."""
     properties = RESOURCES["Repository"]["Properties"]
-    rules = json.loads(properties["LifecyclePolicy"]["LifecyclePolicyText"])["rules"]
-    counts = {each["selection"]["tagStatus"]: each["selection"]["countNumber"] for each in rules}
-    assert counts == {"untagged": 1, "any": 20}
+    assert "LifecyclePolicy" not in properties
     assert properties["ImageScanningConfiguration"] == {"ScanOnPush": True}
 
 
