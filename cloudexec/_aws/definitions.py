@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.ecr import EcrImage
 from cloudexec._aws.names import DEFINITION_PREFIX
 from cloudexec._aws.requests import DefinitionSpec, definition_request
 
@@ -18,11 +18,6 @@ __all__ = [
     "list_definitions",
     "pin_image",
 ]
-
-_ECR = re.compile(
-    r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/"
-    r"(?P<repository>[^:@]+)(?::(?P<tag>[^@]+))?"
-)
 
 
 async def ensure_definition(clients: AwsClients, request: Mapping[str, Any]) -> str:
@@ -72,16 +67,15 @@ async def pin_image(clients: AwsClients, image: str) -> str:
     Raises:
         AwsError: If the repository has no such image, or AWS refuses.
     """
-    found = _ECR.fullmatch(image)
+    found = EcrImage.parse(image)
     if found is None or "@" in image:
         return image
     details = await clients.call(
         "ecr",
         "describe_images",
-        region=found["region"],
-        registryId=found["account"],
-        repositoryName=found["repository"],
-        imageIds=[{"imageTag": found["tag"] or "latest"}],
+        region=found.region,
+        registryId=found.account,
+        repositoryName=found.repository,
+        imageIds=[{"imageTag": found.tag or "latest"}],
     )
-    digest = details["imageDetails"][0]["imageDigest"]
-    return f"{image.partition(':')[0] if found['tag'] else image}@{digest}"
+    return f"{found.name}@{details['imageDetails'][0]['imageDigest']}"

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients, is_region, known_regions
 from cloudexec._aws.diagnosis import mend_invalid
+from cloudexec._aws.ecr import EcrImage
 from cloudexec._aws.names import is_setup_name
 from cloudexec._aws.network import look_at_subnets
 from cloudexec._aws.profile import Profile
@@ -28,10 +29,6 @@ __all__ = ["Check", "Outcome", "Report", "examine", "prevents_probe"]
 
 Outcome: TypeAlias = Literal["ok", "warning", "failed", "skipped"]
 
-_ECR = re.compile(
-    r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/"
-    r"(?P<repository>[^:@]+)(?::(?P<tag>[^@]+))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
-)
 _USUAL_PLATFORM = "linux/amd64"
 _FATAL = (
     "profile",
@@ -382,20 +379,20 @@ async def _image(examination: _Examination) -> Check:
         had = ", ".join(sorted(ours))
         doubts.append(f"{had} only: workers without arch='arm64' need {_USUAL_PLATFORM}")
     for key, uri in sorted(ours.items()):
-        parts = _ECR.fullmatch(uri)
+        parts = EcrImage.parse(uri)
         if "@sha256:" not in uri:
             doubts.append(f"{key}: {uri} is not pinned by digest, so what it names may change")
-        if parts is None or parts["digest"] is None:
+        if parts is None or not parts.digest:
             notes.append(f"{key}: {uri}")
             continue
         try:
             answer = await examination.clients.call(
                 "ecr",
                 "describe_images",
-                region=parts["region"],
-                registryId=parts["account"],
-                repositoryName=parts["repository"],
-                imageIds=[{"imageDigest": parts["digest"]}],
+                region=parts.region,
+                registryId=parts.account,
+                repositoryName=parts.repository,
+                imageIds=[{"imageDigest": parts.digest}],
             )
         except AwsError as exc:
             if exc.code not in ("ImageNotFoundException", "RepositoryNotFoundException"):
@@ -410,7 +407,7 @@ async def _image(examination: _Examination) -> Check:
         if version and not any(tag.startswith(f"{version}-py") for tag in tags):
             had = ", ".join(tags) or "without a tag"
             doubts.append(f"{key}: {had}, while this is cloudexec {version}")
-        notes.append(f"{key}: {parts['repository']}, {', '.join(tags) or parts['digest'][:19]}")
+        notes.append(f"{key}: {parts.repository}, {', '.join(tags) or parts.digest[:19]}")
     if doubts:
         return Check(name="image", outcome="warning", found="; ".join(doubts), remedy=push)
     return Check(name="image", outcome="ok", found="; ".join(notes))

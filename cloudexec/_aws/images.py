@@ -12,9 +12,10 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from cloudexec._aws.ecr import EcrImage, is_repository_name
 from cloudexec._aws.image_contents import Contents, ImageSpec, collect
 from cloudexec._aws.image_engine import Engine, PushReport, Report, ignore_line, ignore_push
 from cloudexec._errors import AwsError, ConfigError, LaunchError
@@ -122,14 +123,18 @@ class EcrRepository:
 
     def __init__(self, clients: AwsClients, uri: str) -> None:
         self._clients = clients
-        host, _, self._name = uri.partition("/")
-        parts = host.split(".")
-        if not self._name or len(parts) < 5 or parts[1:3] != ["dkr", "ecr"]:
+        found = EcrImage.parse(uri)
+        if found is None or found.tag or found.digest:
             raise ConfigError(
                 f"{uri!r} is not a repository of Amazon ECR; expected "
                 f"<account>.dkr.ecr.<region>.amazonaws.com/<name>"
             )
-        self._account, self._region = parts[0], parts[3]
+        if not is_repository_name(found.repository):
+            raise ConfigError(
+                f"Amazon ECR has no repository {found.repository!r}: names have lower-case "
+                f"letters and digits, and single characters . _ - / between them"
+            )
+        self._name, self._account, self._region = found.repository, found.account, found.region
 
     async def digest(self, tag: str) -> str | None:
         """Return the digest of the image with this tag, or ``None`` if there is none."""
@@ -323,5 +328,7 @@ async def push_to_profile(
     repository = EcrRepository(clients, profile.repository)
     pushed = await push(planned, repository, engine=engine, report=report, report_push=report_push)
     spec = planned.contents.spec
+    # By the name that AWS has for it: what stands in for ECR on this machine is nobody else's.
+    pushed = replace(pushed, uri=f"{profile.repository}@{pushed.uri.rpartition('@')[2]}")
     profile.with_image(spec.python, spec.platform, pushed.uri).save()
     return pushed

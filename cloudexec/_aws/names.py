@@ -37,7 +37,9 @@ JOB_PREFIX = "cloudexec-"
 DEFINITION_PREFIX = "cloudexec-"
 OBJECTS_PREFIX = "cloudexec/"
 """Keys of the bucket that executors use: apart from those of tasks, which may not touch them."""
-_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_NAME = re.compile(r"(?=.{1,32}$)[a-z][a-z0-9]*(-[a-z0-9]+)*")
+"""The repository is called so, too, and Amazon ECR takes no two hyphens in a row nor one at the
+end. Amazon ECR API Reference, "CreateRepository"."""
 
 
 def region_of(arn: str) -> str:
@@ -65,7 +67,8 @@ def stack_name(name: str) -> str:
     """Return the CloudFormation stack of a set-up.
 
     Args:
-        name: As given to ``cloudexec up --name``: lower-case letters, digits and hyphens.
+        name: As given to ``cloudexec up --name``: lower-case letters and digits, with single
+            hyphens between them.
 
     Raises:
         ConfigError: If the name cannot be one.
@@ -74,8 +77,8 @@ def stack_name(name: str) -> str:
         from cloudexec._errors import ConfigError
 
         raise ConfigError(
-            f"a name is 1 to 32 lower-case letters, digits and hyphens, beginning with a letter, "
-            f"not {name!r}"
+            f"a name is 1 to 32 lower-case letters and digits, beginning with a letter, with "
+            f"single hyphens between them, not {name!r}"
         )
     return f"cloudexec-{name}"
 

@@ -16,6 +16,7 @@ import pytest
 
 from cloudexec._aws import doctor
 from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.definitions import pin_image
 from cloudexec._aws.doctor import Check, examine
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.quotas import kind_of_quota
@@ -285,6 +286,21 @@ def test_image_that_is_not_in_the_repository(aws: FakeAWS, profile: Profile) -> 
     check = _examine()["image"]
     assert check.outcome == "failed"
     assert "not in the repository" in check.found
+
+
+def test_image_by_another_host_name_of_the_registry(aws: FakeAWS, profile: Profile) -> None:
+    """It is looked for as well, and its tag can be pinned."""
+    repository = profile.repository.partition("/")[2]
+    host = "123456789012.dkr-ecr.us-east-1.on.aws"
+    profile.with_image(PYTHON, PLATFORM, f"{host}/{repository}@sha256:{'0' * 64}").save()
+    assert "not in the repository" in _examine()["image"].found
+
+    async def main() -> str:
+        async with AwsClients() as clients:
+            tag = f"1.2.3-py{PYTHON}-amd64-0123456789abcdef"
+            return await pin_image(clients, f"{host}/{repository}:{tag}")
+
+    assert asyncio.run(main()).startswith(f"{host}/{repository}@sha256:")
 
 
 def test_image_that_was_made_for_another_python(aws: FakeAWS, profile: Profile) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from cloudexec._aws.setup import SetupOptions, adopt, up
 from cloudexec._aws.stack import find_stack
 from cloudexec._aws.steps import Event, Noted, ResourceChanged, StepFinished, StepStarted
 from cloudexec._aws.teardown import down, take_stock
-from cloudexec._aws.template import template
+from cloudexec._aws.template import template, template_text
 from cloudexec.testing import FakeAWS
 
 pytestmark = pytest.mark.timeout(60)
@@ -404,7 +405,33 @@ def test_stack_of_a_newer_release_is_left_alone(aws: FakeAWS) -> None:
         _up()
 
 
-@pytest.mark.parametrize("name", ["", "Upper", "9", "a" * 33, "under_score"])
+def test_a_stack_whose_name_cannot_be_a_repositorys_fails(aws: FakeAWS) -> None:
+    """CloudFormation takes more names than Amazon ECR does: by hand, one may be given."""
+    vpc = _call("ec2", "describe_vpcs")["Vpcs"][0]["VpcId"]
+    subnets = [each["SubnetId"] for each in _call("ec2", "describe_subnets")["Subnets"]]
+    _call(
+        "cloudformation",
+        "create_stack",
+        StackName="Team--A",
+        TemplateBody=template_text(),
+        Parameters=[
+            {"ParameterKey": "VpcId", "ParameterValue": vpc},
+            {"ParameterKey": "SubnetIds", "ParameterValue": ",".join(subnets)},
+        ],
+        Capabilities=["CAPABILITY_IAM"],
+    )
+
+    def events() -> list[str]:
+        found = _call("cloudformation", "describe_stack_events", StackName="Team--A")
+        return [each.get("ResourceStatusReason", "") for each in found["StackEvents"]]
+
+    deadline = time.monotonic() + 30
+    while not any("'repositoryName'" in each for each in events()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", ["", "Upper", "9", "a" * 33, "under_score", "a--b", "a-"])
 def test_names_that_cannot_be_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="lower-case"):
         SetupOptions(name=name)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cloudexec import ConfigError, LaunchError
+from cloudexec._aws.ecr import EcrImage
 from cloudexec._aws.image_contents import Contents, ImageSpec
 from cloudexec._aws.image_engine import PushReport, Report, ignore_line, ignore_push
 from cloudexec._aws.images import (
@@ -84,6 +85,7 @@ class PretendAws:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.appears_after = 0
         self.error = "ImageNotFoundException"
+        self.endpoint = f"https://{HOST}"
 
     async def call(
         self, service: str, operation: str, /, *, region: str = "", **parameters: Any
@@ -92,7 +94,7 @@ class PretendAws:
         self.calls.append((operation, parameters))
         if operation == "get_authorization_token":
             token = base64.b64encode(b"AWS:secret").decode()
-            entry = {"authorizationToken": token, "proxyEndpoint": f"https://{HOST}"}
+            entry = {"authorizationToken": token, "proxyEndpoint": self.endpoint}
             return {"authorizationData": [entry]}
         asked = [each for each, _ in self.calls].count("describe_images")
         tag = parameters["imageIds"][0]["imageTag"]
@@ -246,3 +248,46 @@ def test_other_registries_are_refused(aws: Any, uri: str) -> None:
     """Only a repository of ECR has its region and account in its name."""
     with pytest.raises(ConfigError, match="Amazon ECR"):
         EcrRepository(aws, uri)
+
+
+def test_the_profile_has_the_name_that_aws_has_for_an_image(
+    engine: PretendEngine, aws: Any, profile: Profile
+) -> None:
+    """Also where a registry on this machine stands for Amazon ECR: jobs are told that name."""
+    aws.endpoint = "http://127.0.0.1:5000"
+    planned = plan(ImageSpec(base="base"), engine=engine)
+    pushed = asyncio.run(push_to_profile(planned, profile, aws, engine=engine))
+    assert engine.pushed[0][0] == "127.0.0.1:5000/cloudexec-default"
+    assert pushed.uri == f"{URI}@{DIGEST}"
+    assert list(Profile.load("default").images.values()) == [f"{URI}@{DIGEST}"]
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "123456789012.dkr.ecr-fips.us-gov-west-1.amazonaws.com",
+        "123456789012.dkr-ecr.eu-central-1.on.aws",
+        "123456789012.dkr-ecr-fips.us-east-1.on.aws",
+        "123456789012.dkr.ecr.cn-north-1.amazonaws.com.cn",
+        "123456789012.dkr-ecr.cn-north-1.on.amazonwebservices.com.cn",
+    ],
+)
+def test_registries_have_several_kinds_of_host_names(host: str) -> None:
+    """Those of FIPS and of IPv6 are Amazon ECR's as well."""
+    found = EcrImage.parse(f"{host}/team/worker:v1@{DIGEST}")
+    assert found is not None
+    assert f".{found.region}." in host
+    assert found.region.count("-") >= 2
+    assert (found.name, found.tag, found.digest) == (f"{host}/team/worker", "v1", DIGEST)
+    assert found.account == "123456789012"
+
+
+def test_images_elsewhere_are_not_taken_for_those_of_ecr() -> None:
+    for name in ("python:3.11", "public.ecr.aws/docker/library/python:3.11", "localhost:5000/x"):
+        assert EcrImage.parse(name) is None
+
+
+@pytest.mark.parametrize("name", ["Upper", "a--b", "a-", "-a", "a", "a//b"])
+def test_a_repository_that_ecr_refuses_is_refused_here(aws: Any, name: str) -> None:
+    with pytest.raises(ConfigError, match="Amazon ECR has no repository"):
+        EcrRepository(aws, f"{HOST}/{name}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
+from botocore.exceptions import ClientError
 from fake_helpers import Account
 
 from cloudexec.testing import FakeAWS
@@ -174,3 +176,15 @@ def test_what_is_pushed_to_the_registry_appears_in_ecr() -> None:
             account.close()
         server.shutdown()
         thread.join()
+
+
+def test_a_registry_that_is_down_is_named_at_once() -> None:
+    """An error of the server would be tried again for a while, and name nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with FakeAWS(registry=address) as aws:
+        account = Account(aws)
+        with pytest.raises(ClientError, match=f"does not answer at {address}") as caught:
+            account.ecr.get_authorization_token()
+        assert caught.value.response["ResponseMetadata"]["RetryAttempts"] == 0
+        account.close()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cloudexec.testing._aws.backends import ACCOUNT
+from cloudexec.testing._aws.limits import ClientError
 from cloudexec.testing._aws.wire import Call
 
 __all__ = ["RegistryMirror"]
@@ -39,6 +40,7 @@ class RegistryMirror:
     def answer(self, call: Call) -> Mapping[str, Any] | None:
         """Answer a call, or leave it to moto with the registry's images in place."""
         if call.operation == "GetAuthorizationToken":
+            self._get("")
             return {
                 "authorizationData": [
                     {
@@ -87,3 +89,13 @@ class RegistryMirror:
         except urllib.error.HTTPError as exc:
             exc.close()
             return None, {}
+        except OSError as exc:
+            raise self._is_down(exc) from exc
+
+    def _is_down(self, exc: OSError) -> ClientError:
+        """Say so at once: with an error that clients do not try again."""
+        return ClientError(
+            f"FakeAWS: the registry that stands for Amazon ECR does not answer at "
+            f"{self._address}: {getattr(exc, 'reason', exc)}; start it again",
+            "RegistryUnreachableException",
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import secrets
 import string
 import uuid
@@ -25,6 +26,10 @@ _TAGGED = (
     "AWS::SecretsManager::Secret",
 )
 """Types with a list of tags, which CloudFormation completes by the stack's."""
+
+
+_REPOSITORY = re.compile(r"(?:[a-z0-9]+(?:[._-][a-z0-9]+)*/)*[a-z0-9]+(?:[._-][a-z0-9]+)*")
+"""Amazon ECR API Reference, "CreateRepository"."""
 
 
 class ResourceError(Exception):
@@ -82,6 +87,7 @@ class StackResources:
             elif resource.type == "AWS::SecretsManager::Secret":
                 _create_secret(region, name, resource, properties)
             else:
+                _check_repository(resource, properties)
                 self._create_with_moto(region, stack, resource, properties)
         except ResourceError:
             raise
@@ -306,6 +312,16 @@ def _s3() -> Any:
     from moto.s3.models import s3_backends
 
     return s3_backends[ACCOUNT]["aws"]
+
+
+def _check_repository(resource: Resource, properties: Mapping[str, Any]) -> None:
+    """Refuse a name that Amazon ECR does not take, which moto lets pass here."""
+    name = str(properties.get("RepositoryName", ""))
+    if resource.type == "AWS::ECR::Repository" and name and not _REPOSITORY.fullmatch(name):
+        raise ResourceError(
+            f"Invalid parameter at 'repositoryName' failed to satisfy constraint: 'must satisfy "
+            f"regular expression '{_REPOSITORY.pattern}'' (Service: Ecr, Status Code: 400)"
+        )
 
 
 def _set_lifecycle(bucket: str, properties: Mapping[str, Any]) -> None:
