@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cloudexec._aws.job_details import NO_CLIENT
+from cloudexec._aws.limits import WorkerSize, more_memory
+from cloudexec._aws.refusals import make_service_role
 from cloudexec._aws.requests import RECLAIM_REASONS
 
 __all__ = [
+    "LOG_LINES",
     "Cause",
     "JobEnd",
     "Situation",
@@ -51,6 +54,9 @@ class JobEnd:
         exit_code: The container's, or ``None``.
         log_tail: The last lines it wrote.
         retried: Whether AWS starts it again by itself.
+        size: What the worker had; ``None``: unknown.
+        compute: ``"fargate"`` or ``"ec2"``.
+        image: Of the worker.
     """
 
     status_reason: str = ""
@@ -58,6 +64,9 @@ class JobEnd:
     exit_code: int | None = None
     log_tail: str = ""
     retried: bool = False
+    size: WorkerSize | None = None
+    compute: str = "fargate"
+    image: str = ""
 
     @property
     def reclaimed(self) -> bool:
@@ -119,6 +128,15 @@ _BUSY = re.compile(
     re.I,
 )
 """What registries, Secrets Manager and CloudWatch Logs answer when they cannot answer now."""
+_FULL = re.compile(r"no space left on device|disk quota exceeded", re.I)
+_EXEC_FORMAT = re.compile(r"exec format error", re.I)
+_WRONG_PLATFORM = re.compile(
+    r"exec format error|does not contain descriptor matching platform|no matching manifest for",
+    re.I,
+)
+"""Amazon ECS Developer Guide, "CannotPullContainer task errors"."""
+LOG_LINES = 20
+"""How many of the last lines of a log are read."""
 
 
 def is_definition_gone(said: str) -> bool:
@@ -147,19 +165,18 @@ def cause_of_refusal(said: str) -> Cause:
     return Cause(text=said)
 
 
-def mend_invalid(up: str) -> str:
+def mend_invalid(up: str, said: str = "") -> str:
     """Say what may make an INVALID compute environment VALID again.
 
     Args:
         up: The command that sets up.
+        said: Why it is INVALID, in AWS's words.
 
     References:
         AWS Batch User Guide, "Troubleshooting", "INVALID compute environment".
     """
-    return (
-        f"{up} has AWS Batch look again; if its own role is gone, first `aws iam "
-        f"create-service-linked-role --aws-service-name batch.amazonaws.com`"
-    )
+    role = make_service_role(said, otherwise="batch")
+    return f"{up} has AWS Batch look again; if its own role is gone, first {role}"
 
 
 def cause_of_end(end: JobEnd) -> Cause:
@@ -176,7 +193,26 @@ def cause_of_end(end: JobEnd) -> Cause:
 
 
 def _cause_of_end(end: JobEnd) -> Cause:
-    said = " | ".join(filter(None, (end.status_reason, end.container_reason)))
+    said = end.status_reason
+    if end.container_reason not in said:
+        said = " | ".join(filter(None, (said, end.container_reason)))
+    if _WRONG_PLATFORM.search(said) or _EXEC_FORMAT.search(end.log_tail):
+        return Cause(
+            text=f"the worker's image is for another kind of processor: {said}",
+            remedy=(
+                "`cloudexec image push` makes one for x86-64, and `cloudexec image push --platform "
+                "linux/arm64` one for Batch(arch='arm64')"
+            ),
+            fatal=True,
+        )
+    if _FULL.search(said) or _FULL.search(end.log_tail):
+        return _disk_is_full(end, said)
+    if make := make_service_role(said):
+        return Cause(
+            text=f"AWS misses a role of its own: {said}",
+            remedy=f"somebody who may call iam:CreateServiceLinkedRole makes it once: {make}",
+            fatal=True,
+        )
     if "Container Overrides length" in said:
         return Cause(
             text=f"AWS refused the worker's settings: {said}",
@@ -252,7 +288,11 @@ def _cause_of_end(end: JobEnd) -> Cause:
     if end.out_of_memory:
         return Cause(
             text=f"the worker ran out of memory: {said}",
-            remedy="give memory= a larger size, or several to climb: memory=('4GiB', '8GiB')",
+            remedy=(
+                "give memory= a larger size"
+                if end.size is None
+                else more_memory(end.size, end.compute)
+            ),
         )
     if "exceeded timeout" in said:
         return Cause(text=f"the worker reached its time limit: {said}", remedy="raise max_runtime=")
@@ -272,7 +312,44 @@ def _cause_of_end(end: JobEnd) -> Cause:
                 "security groups and firewalls let through; `cloudexec doctor` tries it"
             ),
         )
+    if end.exit_code not in (None, 137, 143) and _is_strange(end.log_tail):
+        named = f" {end.image}" if end.image else ""
+        return Cause(
+            text=(
+                f"the image{named} does not start a worker: it ended{how}: "
+                f"{said or 'AWS gives no reason'}{words}"
+            ),
+            remedy=(
+                "`cloudexec image push` makes one that does; one of your own needs the entry "
+                "point `python -m cloudexec.worker`"
+            ),
+        )
     return Cause(text=f"the worker ended{how}: {said or 'AWS gives no reason'}{words}")
+
+
+def _is_strange(log_tail: str) -> bool:
+    """Whether what a container wrote is no worker's, as far as that can be told.
+
+    A worker begins with a line of its own. Lines may come late to the log, and only the last ones
+    are read.
+    """
+    lines = log_tail.strip().splitlines()
+    if "No module named cloudexec" in log_tail.replace("'", ""):
+        return True
+    return 0 < len(lines) < LOG_LINES and not any("cloudexec worker" in each for each in lines)
+
+
+def _disk_is_full(end: JobEnd, said: str) -> Cause:
+    if end.compute == "fargate":
+        remedy = "Batch(ephemeral_gib=...) gives a worker more, up to 200 GiB"
+    else:
+        remedy = "the instances need larger volumes: set them in the launch template of the queue"
+    words = f"\n{end.log_tail.strip()}" if end.log_tail.strip() else ""
+    return Cause(
+        text=f"the worker's disk is full: {said}{words}",
+        remedy=f"{remedy}; or use a smaller image, or write less",
+        fatal="CannotPull" in said,
+    )
 
 
 def cause_of_waiting(situation: Situation) -> Cause | None:
@@ -301,7 +378,9 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
         why = broken[0].get("statusReason", "")
         return Cause(
             text=f"no compute environment of {situation.queue} is valid: {why}",
-            remedy=f"usually a role is missing or changed: {mend_invalid('`cloudexec up`')}",
+            remedy=(
+                f"usually a role is missing or changed: {mend_invalid('`cloudexec up`', str(why))}"
+            ),
             fatal=True,
         )
     off = [e for e in situation.environments if e.get("state") == "DISABLED"]

@@ -289,7 +289,7 @@ def _verdict(name: str, wrong: list[str], right: str, profile: Profile) -> Check
         return Check(name=name, outcome="ok", found=f"VALID and ENABLED: {right}")
     remedy = f"{_up(profile)} enables what is disabled and makes anew what is missing"
     if any("INVALID" in each for each in wrong):
-        remedy = mend_invalid(_up(profile))
+        remedy = mend_invalid(_up(profile), "; ".join(wrong))
     if not profile.stack:
         remedy = "mend or enable it in the AWS Batch console"
     return Check(name=name, outcome="failed", found="; ".join(wrong), remedy=remedy)

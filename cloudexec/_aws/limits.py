@@ -24,6 +24,7 @@ __all__ = [
     "format_memory",
     "instance_size",
     "instance_size_for",
+    "more_memory",
     "parse_memory",
 ]
 
@@ -233,3 +234,41 @@ def default_memory(vcpus: float, compute: str) -> int:
     if compute == "ec2":
         return wanted
     return next((mib for mib in fargate_memories(vcpus) if mib >= wanted), wanted)
+
+
+def more_memory(size: WorkerSize, compute: str) -> str:
+    """Say which settings give a worker more memory: sizes that there are.
+
+    Args:
+        size: The worker that had too little.
+        compute: ``"fargate"`` or ``"ec2"``.
+    """
+    vcpus, mib = size.vcpus, size.memory_mib
+    if compute == "ec2":
+        offered: tuple[int, ...] = (min(2 * mib, _MOST_MIB),)
+    else:
+        offered = fargate_memories(vcpus)
+    above = [each for each in offered if each > mib]
+    if above:
+        larger = next((each for each in above if each >= 2 * mib), above[-1])
+        return (
+            f"give memory= a larger size, or several to climb: memory=({_as_setting(mib)!r}, "
+            f"{_as_setting(larger)!r})"
+        )
+    if compute == "ec2":
+        return "no instance of AWS has more memory: divide the task"
+    for cpus, memories in _FARGATE.items():
+        larger = next((each for each in memories if each >= 2 * mib), memories[-1])
+        if cpus > vcpus and larger > mib:
+            return (
+                f"{vcpus:g} vCPU have {format_memory(mib)} at the most on Fargate: give "
+                f"vcpus={cpus:g} and memory={_as_setting(larger)!r}"
+            )
+    return (
+        f"Fargate has no worker with more than {format_memory(mib)}: give compute='ec2' and "
+        f"memory={_as_setting(2 * mib)!r}"
+    )
+
+
+def _as_setting(mib: int) -> str:
+    return f"{mib // _GIB}GiB" if mib % _GIB == 0 else f"{mib}MiB"

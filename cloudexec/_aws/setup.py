@@ -419,9 +419,10 @@ async def _await_valid(
             name = each["jobQueueName" if is_queue else "computeEnvironmentName"]
             status, state = each.get("status", "VALID"), each.get("state", "ENABLED")
             if status == "INVALID" and name in touched:
+                why = str(each.get("statusReason") or "no reason given")
                 raise AwsError(
-                    f"the {kind} {name} is INVALID: {each.get('statusReason') or 'no reason given'}"
-                    f"; once that is mended, {mend_invalid('`cloudexec up`')}",
+                    f"the {kind} {name} is INVALID: {why}; once that is mended, "
+                    f"{mend_invalid('`cloudexec up`', why)}",
                     code="INVALID",
                 )
             if not is_ours and (status, state) != ("VALID", "ENABLED"):

@@ -250,6 +250,10 @@ class Launcher(Protocol):
             name += f" and {capacity.gpus} GPU{'s' * (capacity.gpus != 1)}"
         return name
 
+    def more_memory(self, size: int) -> str:
+        """Say which settings give a worker of a size more memory; empty: nobody knows."""
+        return ""
+
     def needs_network(self) -> bool:
         """Say whether workers are elsewhere, so that a Unix socket will not do."""
         return False

@@ -211,6 +211,8 @@ class Ledger:
         member.lost_at = None
         member.connected = False
         member.ended = not end.relaunched
+        if end.fatal:
+            self.explanation = end.reason  # what was known while it was tried again is outdated
         member.on_end(launch_id, end)
 
     def times(self, launch_id: str) -> LaunchTimes | None:

@@ -102,7 +102,9 @@ class Driver:
         # Each part knows those above it here, and of those below only what it is given to call.
         self.sessions = Sessions()
         self.keeper = Keeper(engine, self.sessions, store, self, numbers, self.finished)
-        self.futures = Futures(engine, self.sessions, self.keeper, self.output, budget)
+        self.futures = Futures(
+            engine, self.sessions, self.keeper, self.output, budget, launcher.more_memory
+        )
         self.launches = Launches(
             engine,
             self.sessions,

@@ -44,6 +44,7 @@ class Futures:
         keeper: Of results that stay on workers.
         output: Shows what tasks print; ``None``: that is not shown.
         budget: Of what is submitted and not done; ``None``: there is no limit.
+        more_memory: Says which settings give a worker of a size more memory.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Futures:
         keeper: Keeper,
         output: OutputThread | None,
         budget: PendingBudget | None,
+        more_memory: Callable[[int], str],
     ) -> None:
         self.journal: Journal | None = None
         """Has results before their futures have them."""
@@ -63,6 +65,7 @@ class Futures:
         self._keeper = keeper
         self._output = output
         self._budget = budget
+        self._more_memory = more_memory
         self._callbacks = CallbackThread()
 
     # Commands.
@@ -170,7 +173,10 @@ class Futures:
             future.cancel(running=True)
             self.let_go(task, future, True)
         else:
-            self.set_exception(task, error_of(worker, task, failure))
+            more = ""
+            if failure.out_of_memory:
+                more = self._more_memory(self._engine.machine.request_of(task).size)
+            self.set_exception(task, error_of(worker, task, failure, more))
 
     def set_exception(self, task: Any, error: BaseException) -> None:
         """End a task with an exception that no worker has sent."""

@@ -51,8 +51,15 @@ def decode_exception(future: BatchFuture[Any]) -> None:
     future._exception = error
 
 
-def error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
-    """Say what became of a task that has no exception of its own."""
+def error_of(worker: str, task: Task, failure: Failure, more_memory: str = "") -> CloudexecError:
+    """Say what became of a task that has no exception of its own.
+
+    Args:
+        worker: Where it ran.
+        task: The task.
+        failure: What happened.
+        more_memory: What gives a worker more memory, if that is known.
+    """
     detail = failure.detail
     who = _who(task)
     if failure.kind is FailureKind.WORKER_LOST:
@@ -94,6 +101,8 @@ def error_of(worker: str, task: Task, failure: Failure) -> CloudexecError:
         how += f" ({detail.message[:200]})"
     if detail.out_of_memory:
         how += ", because the machine or container ran out of memory"
+        if more_memory:
+            how += f" ({more_memory})"
     message = (
         f"the process that ran {who} on {worker} {how} "
         f"({counted(task.lost, 'attempt')}; peak memory {peak / 2**20:.0f} MiB)"

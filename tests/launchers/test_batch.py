@@ -246,6 +246,7 @@ def test_a_task_too_large_for_every_size_says_so(aws: Any, launcher: Make) -> No
             executor.submit(fill, 700).result(timeout=60)
     assert caught.value.out_of_memory
     assert (caught.value.peak_memory_bytes or 0) > 300 * 2**20
+    assert "memory=('512MiB', '1GiB')" in str(caught.value)
 
 
 def test_an_image_that_cannot_be_pulled_fails_the_tasks_with_the_remedy(
@@ -255,8 +256,11 @@ def test_an_image_that_cannot_be_pulled_fails_the_tasks_with_the_remedy(
     aws.faults.image_pull_fails()
     with BatchExecutor(2, launcher=launcher()) as executor:
         future = executor.submit(square, 1)
-        with pytest.raises(LaunchError, match=r"CannotPullContainer.*cloudexec image push"):
+        with pytest.raises(
+            LaunchError, match=r"CannotPullContainer.*cloudexec image push"
+        ) as error:
             future.result(timeout=60)
+    assert str(error.value).count("CannotPullContainer") == 1
 
 
 def test_waiting_for_capacity_is_explained_first_and_an_error_later(

@@ -218,6 +218,7 @@ def test_a_container_that_runs_out_of_memory(aws: Any, launcher: Make, retries: 
             with pytest.raises(WorkerLostError, match="memory") as caught:
                 future.result(timeout=30)
             assert caught.value.out_of_memory
+            assert "memory=('512MiB', '1GiB')" in str(caught.value)
     sizes = [
         each["containerOverrides"]["resourceRequirements"][1]["value"]
         for each in requests(aws, "SubmitJob")

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
+from cloudexec import Batch
 from cloudexec._aws.diagnosis import (
+    LOG_LINES,
     JobEnd,
     Situation,
     cause_of_end,
     cause_of_refusal,
     cause_of_waiting,
 )
+from cloudexec._aws.limits import WorkerSize, fargate_memories, more_memory
 
 ENVIRONMENT: dict[str, Any] = {
     "state": "ENABLED",
@@ -302,3 +305,130 @@ def test_a_queue_that_takes_no_job(said: str, words: str) -> None:
 def test_nothing_known_is_nothing_said() -> None:
     """A job that was just submitted is no problem."""
     assert cause_of_waiting(Situation(statuses={"SUBMITTED": 1})) is None
+
+
+PULL = "CannotPullContainerError: "
+
+
+@pytest.mark.parametrize(
+    ("end", "words", "fatal"),
+    [
+        (
+            JobEnd(
+                status_reason="Task failed to start",
+                container_reason=f"{PULL}image Manifest does not contain descriptor matching "
+                "platform 'linux/amd64'",
+            ),
+            "another kind of processor.*--platform linux/arm64",
+            True,
+        ),
+        (
+            JobEnd(
+                status_reason="Essential container in task exited",
+                exit_code=255,
+                log_tail="exec /usr/local/bin/python3: exec format error",
+            ),
+            "another kind of processor.*--platform linux/arm64",
+            True,
+        ),
+        (
+            JobEnd(
+                status_reason="Task failed to start",
+                container_reason=f"{PULL}failed to register layer: no space left on device",
+            ),
+            r"disk is full.*ephemeral_gib=.*200 GiB",
+            True,
+        ),
+        (
+            JobEnd(
+                status_reason="Essential container in task exited",
+                exit_code=1,
+                log_tail="cloudexec worker 1: x\nOSError: [Errno 28] No space left on device",
+                compute="ec2",
+            ),
+            "disk is full.*launch template",
+            False,
+        ),
+        (
+            JobEnd(
+                status_reason="Unable to assume the service linked role. Please verify that the "
+                "ECS service linked role exists."
+            ),
+            "create-service-linked-role --aws-service-name ecs.amazonaws.com",
+            True,
+        ),
+        (
+            JobEnd(
+                status_reason="Essential container in task exited",
+                exit_code=0,
+                log_tail="nginx: ready",
+                image="nginx:1",
+            ),
+            "the image nginx:1 does not start a worker: it ended with exit code 0.*image push",
+            False,
+        ),
+        (
+            JobEnd(exit_code=1, log_tail="/usr/bin/python3: No module named 'cloudexec'"),
+            "does not start a worker",
+            False,
+        ),
+    ],
+)
+def test_causes_of_the_first_day_have_remedies(end: JobEnd, words: str, fatal: bool) -> None:
+    cause = cause_of_end(end)
+    assert re.search(f"(?s){words}", str(cause))
+    assert cause.fatal is fatal
+
+
+def test_a_worker_that_fails_is_not_taken_for_an_image_that_has_none() -> None:
+    tail = "cloudexec worker 1: cloudexec 1.0, Python 3.11, 1 slot; dialing x\nTraceback"
+    for end in (
+        JobEnd(exit_code=1, log_tail=tail),
+        JobEnd(exit_code=1),  # lines come late to the log
+        JobEnd(exit_code=1, log_tail="line\n" * LOG_LINES),  # there was more
+        JobEnd(exit_code=137, log_tail="killed before it said anything"),
+    ):
+        assert "does not start a worker" not in str(cause_of_end(end))
+
+
+def test_what_aws_says_in_two_places_is_said_once() -> None:
+    said = f"{PULL}pull access denied"
+    text = str(cause_of_end(JobEnd(status_reason=said, container_reason=said)))
+    assert text.count("pull access denied") == 1
+
+
+@pytest.mark.parametrize(
+    ("vcpus", "mib", "compute", "words"),
+    [
+        (0.25, 512, "fargate", "memory=('512MiB', '1GiB')"),
+        (0.25, 2048, "fargate", "give vcpus=0.5 and memory='4GiB'"),
+        (1, 5120, "fargate", "memory=('5GiB', '8GiB')"),
+        (16, 32 * 1024, "fargate", "memory=('32GiB', '64GiB')"),
+        (16, 120 * 1024, "fargate", "give vcpus=32 and memory='244GiB'"),
+        (32, 244 * 1024, "fargate", "give compute='ec2' and memory='488GiB'"),
+        (3, 5000, "ec2", "memory=('5000MiB', '10000MiB')"),
+    ],
+)
+def test_more_memory_is_a_size_that_there_is(
+    vcpus: float, mib: int, compute: str, words: str
+) -> None:
+    size = WorkerSize(vcpus=vcpus, memory_mib=mib)
+    end = JobEnd(
+        container_reason="OutOfMemoryError: Container killed due to memory usage",
+        exit_code=137,
+        size=size,
+        compute=compute,
+    )
+    assert words in str(cause_of_end(end))
+
+
+def test_every_size_of_fargate_has_advice_that_is_a_size() -> None:
+    for vcpus in (0.25, 0.5, 1, 2, 4, 8, 16, 32):
+        for mib in fargate_memories(vcpus):
+            text = more_memory(WorkerSize(vcpus=vcpus, memory_mib=mib), "fargate")
+            if found := re.search(r"memory=\('(\w+)', '(\w+)'\)", text):
+                Batch(vcpus=vcpus, memory=(found[1], found[2]))
+            elif found := re.search(r"vcpus=(\S+) and memory='(\w+)'", text):
+                Batch(vcpus=float(found[1]), memory=found[2])
+            else:
+                assert "compute='ec2'" in text

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from cloudexec._aws.diagnosis import JobEnd, Situation
+from cloudexec._aws.diagnosis import LOG_LINES, JobEnd, Situation
 from cloudexec._aws.quotas import vcpu_quotas
 from cloudexec._errors import AwsError
 from cloudexec._launchers.platform import Phase, WaitingJob
@@ -16,7 +16,6 @@ __all__ = ["DEFAULT_LOG_GROUP", "Inquiry"]
 
 DEFAULT_LOG_GROUP = "/aws/batch/job"
 """Where jobs log that were told nothing. AWS Batch User Guide, "Using CloudWatch Logs"."""
-_LOG_LINES = 20
 _QUOTAS_HOLD = 60.0
 """Seconds after which quotas are read again: they change when somebody at AWS grants more."""
 
@@ -64,7 +63,7 @@ class Inquiry:
                 "get_log_events",
                 logGroupName=self.log_group,
                 logStreamName=stream,
-                limit=_LOG_LINES,
+                limit=LOG_LINES,
                 startFromHead=False,
             )
         except AwsError:

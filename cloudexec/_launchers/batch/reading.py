@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cloudexec._aws.diagnosis import JobEnd, cause_of_end
+from cloudexec._aws.job_details import container_of, size_of
+from cloudexec._aws.limits import WorkerSize
 from cloudexec._launchers.platform import Phase, Reason, WorkerEnd
 
 __all__ = ["PHASES", "end_of", "run_of", "worker_end"]
@@ -28,10 +30,15 @@ def end_of(details: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) ->
     """Read how the last attempt ended."""
     last: Mapping[str, Any] = attempts[-1] if attempts else {}
     container = last.get("container") or details.get("container") or {}
+    asked = container_of(details)
+    vcpus, memory_mib = size_of(asked)
     return JobEnd(
         status_reason=last.get("statusReason") or details.get("statusReason", ""),
         container_reason=container.get("reason", ""),
         exit_code=container.get("exitCode"),
+        size=WorkerSize(vcpus=vcpus, memory_mib=memory_mib) if memory_mib else None,
+        compute="ec2" if "EC2" in details.get("platformCapabilities", ()) else "fargate",
+        image=str(asked.get("image", "")),
     )
 
 

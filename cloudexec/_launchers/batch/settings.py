@@ -15,6 +15,7 @@ from cloudexec._aws.limits import (
     fargate_size_for,
     instance_size,
     instance_size_for,
+    more_memory,
 )
 from cloudexec._aws.requests import check_environment, check_tags
 from cloudexec._config import WorkerCapacity, check_count, check_positive
@@ -248,6 +249,10 @@ class Batch(PlatformLauncher):
     def size_name(self, size: int) -> str:
         """Say in a few words what a worker of a size has."""
         return str(self.size_of(size))
+
+    def more_memory(self, size: int) -> str:
+        """Say which settings give a worker of a size more memory."""
+        return more_memory(self.size_of(size), self.compute)
 
     @contextlib.asynccontextmanager
     async def connect(self, executor: ExecutorInfo) -> AsyncIterator[Site]:
