@@ -21,8 +21,9 @@ _logger = Log()
 
 _PATIENCE = 300.0
 """Seconds for which a submission that the platform cannot take now is tried again."""
-_LOOK_UP_PAUSE = 1.0
-"""Seconds before a job whose submission went unanswered is looked up: lists lag a little."""
+_LOOK_UP_PAUSES = (1.0, 2.0, 4.0)
+"""Seconds before a job whose submission went unanswered is looked up, and up again: lists lag, and
+to submit it once more would start all of its workers twice."""
 
 
 class _NotNeededError(LaunchError):
@@ -113,8 +114,7 @@ class Submitter:
         """Submit a job, or find out that it was, where an earlier answer got lost."""
         self._check_need(job)
         if job.unanswered:
-            await asyncio.sleep(_LOOK_UP_PAUSE)
-            found = await self._platform.find(job.name, spot=job.spot)
+            found = await self._look_up(job)
             if found is not None:
                 return found
         await self._platform.prepare()
@@ -129,6 +129,15 @@ class Submitter:
         job.unanswered = False
         return submitted
 
+    async def _look_up(self, job: Job) -> Submitted | None:
+        """Find a job that may have been submitted."""
+        for pause in _LOOK_UP_PAUSES:
+            await asyncio.sleep(pause)
+            found = await self._platform.find(job.name, spot=job.spot)
+            if found is not None:
+                return found
+        return None
+
     def _check_need(self, job: Job) -> None:
         if self.closing.is_set():
             raise _NotNeededError("the executor has shut down")
@@ -140,9 +149,8 @@ class Submitter:
         if not job.unanswered or job.id:
             return
         try:
-            async with asyncio.timeout(_LOOK_UP_PAUSE + PATIENCE):
-                await asyncio.sleep(_LOOK_UP_PAUSE)
-                found = await insist(lambda: self._platform.find(job.name, spot=job.spot))
+            async with asyncio.timeout(sum(_LOOK_UP_PAUSES) + PATIENCE):
+                found = await insist(lambda: self._look_up(job))
             job.unanswered = False
         except Exception as exc:  # of a launcher that others have written, too
             hint = self._platform.stop_hint

@@ -125,6 +125,30 @@ def test_a_lost_answer_does_not_launch_twice(aws: Any, launcher: Make) -> None:
     assert len(parents) == 1
 
 
+def test_a_lost_answer_does_not_launch_twice_where_lists_lag(aws: Any, launcher: Make) -> None:
+    """ListJobs shows a job only some time after it was submitted."""
+    batch = launcher()
+    aws.faults.list_lag(2.5)
+    aws.faults.lose_response("SubmitJob")
+    with BatchExecutor(3, launcher=batch) as executor:
+        assert sum(executor.map(square, range(100))) == sum(n * n for n in range(100))
+    assert len([job for job in aws.jobs() if job.parent is None]) == 1
+
+
+def test_a_lost_answer_before_the_shutdown_leaves_no_job_where_lists_lag(
+    aws: Any, launcher: Make
+) -> None:
+    batch = launcher()
+    aws.faults.no_capacity()
+    aws.faults.list_lag(2.5)
+    aws.faults.lose_response("SubmitJob")
+    executor = BatchExecutor(3, launcher=batch)
+    executor.submit(square, 1)
+    eventually(aws.jobs)
+    executor.shutdown(wait=True, cancel_futures=True)
+    assert not unfinished(aws)
+
+
 def test_a_throttled_submission_is_tried_again(aws: Any, launcher: Make) -> None:
     """Too many requests is not an error of the user's."""
     aws.faults.throttle("SubmitJob", 3)

@@ -369,6 +369,35 @@ def test_a_definition_that_was_removed_is_refused(aws: Any, launcher: Make) -> N
     assert not requests(aws, "SubmitJob")
 
 
+def test_a_definition_with_ecs_properties_is_refused(aws: Any, launcher: Make) -> None:
+    """What is said when a job is submitted does not reach its containers."""
+    client = boto3.client("batch", region_name=aws.region)
+    arn = client.register_job_definition(
+        jobDefinitionName="theirs",
+        type="container",
+        ecsProperties={
+            "taskProperties": [
+                {
+                    "containers": [
+                        {
+                            "image": "x",
+                            "resourceRequirements": [
+                                {"type": "VCPU", "value": "1"},
+                                {"type": "MEMORY", "value": "2048"},
+                            ],
+                        }
+                    ]
+                }
+            ]
+        },
+    )["jobDefinitionArn"]
+    executor = BatchExecutor(1, launcher=launcher(definition=arn))
+    with pytest.raises(ConfigError, match=r"has ecsProperties.*leave definition= out"):
+        executor.submit(square, 1)
+    executor.shutdown()
+    assert not requests(aws, "SubmitJob")
+
+
 def test_a_queue_says_in_which_region_it_is(aws: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing else does; and a contradiction is found at once."""
     made = aws.set_up("queue")

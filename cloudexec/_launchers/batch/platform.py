@@ -209,8 +209,16 @@ class BatchPlatform(Platform):
         newest = max(found["jobDefinitions"], key=lambda each: int(each["revision"]))
         if newest.get("status", "ACTIVE") != "ACTIVE":
             raise ConfigError(f"the job definition {name!r} has been deregistered")
+        container = newest.get("containerProperties")
+        if not container:
+            kinds = ("ecsProperties", "eksProperties", "nodeProperties")
+            kind = next((each for each in kinds if newest.get(each)), "no containerProperties")
+            raise ConfigError(
+                f"the job definition {name!r} has {kind}, and workers run only in definitions with "
+                f"containerProperties: register such a one, or leave definition= out and let the "
+                f"executor register its own"
+            )
         self._definition = newest["jobDefinitionArn"]
-        container = newest.get("containerProperties", {})
         options = container.get("logConfiguration", {}).get("options", {})
         self._inquiry.log_group = options.get("awslogs-group", DEFAULT_LOG_GROUP)
         secrets_ = container.get("secrets", ())

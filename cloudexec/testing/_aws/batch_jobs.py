@@ -218,6 +218,8 @@ class BatchJobs:
 
 
 def _spec(region: str, parameters: Mapping[str, Any], queue: Any, definition: Any) -> JobSpec:
+    if "containerProperties" not in definition.extra:
+        raise ClientError("FakeAWS runs definitions with containerProperties only.")
     container = dict(definition.extra["containerProperties"])
     overrides = parameters.get("containerOverrides") or {}
     fargate = "FARGATE" in definition.platform_capabilities

@@ -29,6 +29,9 @@ QUOTA = 50
 
 Handler = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 
+_NO_CONTAINER = {"image": "none", "vcpus": 1, "memory": 4}
+"""What moto wants of a definition that has its containers elsewhere."""
+
 
 class BatchResources:
     """Carries out calls on compute environments, queues and definitions.
@@ -277,8 +280,9 @@ class BatchResources:
         from moto.batch.models import JobDefinition
 
         check_definition(parameters)
-        if parameters["type"] != "container" or "containerProperties" not in parameters:
-            raise ClientError("FakeAWS runs definitions with containerProperties only.")
+        kinds = {"containerProperties", "ecsProperties"} & parameters.keys()
+        if parameters["type"] != "container" or len(kinds) != 1:
+            raise ClientError("FakeAWS has definitions with containerProperties or ecsProperties.")
         backend = batch_backend(region)
         name = parameters["jobDefinitionName"]
         revision = max(
@@ -289,7 +293,7 @@ class BatchResources:
             name,
             parameters.get("parameters"),
             "container",
-            {**parameters["containerProperties"]},
+            {**parameters.get("containerProperties", _NO_CONTAINER)},
             node_properties=None,
             eks_properties=None,
             tags=parameters.get("tags") or {},
@@ -333,21 +337,22 @@ class BatchResources:
                 if key != "tags"
             }
             container = extra.get("containerProperties") or {}
-            extra["containerProperties"] = {
-                **{
-                    key: []
-                    for key in (
-                        "command",
-                        "volumes",
-                        "environment",
-                        "mountPoints",
-                        "ulimits",
-                        "resourceRequirements",
-                        "secrets",
-                    )
-                },
-                **container,
-            }
+            if container:
+                extra["containerProperties"] = {
+                    **{
+                        key: []
+                        for key in (
+                            "command",
+                            "volumes",
+                            "environment",
+                            "mountPoints",
+                            "ulimits",
+                            "resourceRequirements",
+                            "secrets",
+                        )
+                    },
+                    **container,
+                }
             found.append(
                 {
                     **extra,
