@@ -15,11 +15,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from cloudexec._aws.names import (
-    TAG_EXECUTOR,
-)
+from cloudexec._aws.names import ORDERED_ENDS, TAG_EXECUTOR
 from cloudexec._aws.prices import run_seconds
-from cloudexec._aws.records import ACTIVE, ENDED, AttemptInfo, ExecutorInfo, JobInfo
+from cloudexec._aws.records import ACTIVE, ENDED, TOLD_TO_END, AttemptInfo, ExecutorInfo, JobInfo
 from cloudexec._aws.requests import FAILED_STARTS
 from cloudexec._errors import ConfigError
 
@@ -46,6 +44,7 @@ __all__ = [
     "time_of",
     "time_of_text",
     "utc_now",
+    "was_ordered",
     "workers_of",
 ]
 
@@ -69,6 +68,8 @@ class Runs:
     """Reasons of failed workers."""
     without_client: int = 0
     """Failed workers that could not reach the program, or not any more."""
+    ordered: int = 0
+    """How many workers AWS Batch calls FAILED because they were told to end."""
     waiting: str = ""
     """Why a worker waits, where AWS Batch says so."""
 
@@ -136,8 +137,31 @@ def arch_of(container: Mapping[str, Any]) -> str:
     return "arm64" if is_arm else "x86_64"
 
 
-def workers_of(detail: Mapping[str, Any]) -> Mapping[str, int]:
-    """Return how many workers are in which state."""
+def was_ordered(detail: Mapping[str, Any]) -> bool:
+    """Whether AWS Batch calls a worker FAILED because it was told to end."""
+    reason = str(detail.get("statusReason", ""))
+    return detail["status"] == "FAILED" and reason.startswith(ORDERED_ENDS)
+
+
+def workers_of(detail: Mapping[str, Any], ordered: int = 0) -> Mapping[str, int]:
+    """Return how many workers are in which state.
+
+    Args:
+        detail: Of the job.
+        ordered: How many workers of an array have failed because they were told to end: they are
+            ``TOLD_TO_END`` instead.
+    """
+    counts = _counts_of(detail)
+    if not detail.get("arrayProperties", {}).get("size"):
+        ordered = int(was_ordered(detail))
+    told = min(ordered, counts.get("FAILED", 0))
+    if told:
+        counts[TOLD_TO_END] = told
+        counts["FAILED"] -= told
+    return {state: count for state, count in counts.items() if count}
+
+
+def _counts_of(detail: Mapping[str, Any]) -> dict[str, int]:
     array = detail.get("arrayProperties", {})
     if not array.get("size"):
         return {str(detail["status"]): 1}
@@ -273,7 +297,9 @@ def executor_info(jobs: Sequence[JobInfo], now: datetime) -> ExecutorInfo:
         expires_at=max(expiries, default=None),
         queues=tuple(sorted({job.queue for job in jobs})),
         jobs=len(jobs),
-        workers={state: workers[state] for state in (*ACTIVE, *ENDED) if workers[state]},
+        workers={
+            state: workers[state] for state in (*ACTIVE, *ENDED, TOLD_TO_END) if workers[state]
+        },
         vcpus=vcpus,
         memory_mib=memory_mib,
         cost_usd=math.fsum(job.cost_usd for job in jobs),

@@ -26,6 +26,7 @@ from cloudexec._aws.job_details import (
     time_of,
     time_of_text,
     utc_now,
+    was_ordered,
     workers_of,
 )
 from cloudexec._aws.job_search import JobSearch, PacedCalls
@@ -118,6 +119,8 @@ class JobRecords:
         if runs.failures:
             (common, count), *others = runs.failures.most_common()
             reason = f"{count} failed: {common}" + (" (and otherwise)" if others else "")
+        elif runs.ordered:
+            reason = f"{runs.ordered} told to end"
         if runs.waiting:
             reason = "; ".join(filter(None, (reason, f"waiting: {runs.waiting}")))
         vcpus, memory_mib = size_of(container)
@@ -133,7 +136,7 @@ class JobRecords:
             size=int(array.get("size", 1)),
             index=index,
             first_worker=None if first is None else first + (index or 0),
-            workers=workers_of(detail),
+            workers=workers_of(detail, runs.ordered),
             vcpus=vcpus,
             memory_mib=memory_mib,
             arch=arch_of(container),
@@ -242,7 +245,9 @@ class JobRecords:
             runs.seconds += own.seconds
             runs.now += own.now
             runs.without_client += own.without_client
-            if child["status"] == "FAILED" and (reason := reason_of(child)):
+            if was_ordered(child):
+                runs.ordered += 1
+            elif child["status"] == "FAILED" and (reason := reason_of(child)):
                 runs.failures[reason] += 1
         if counts.get("RUNNABLE") and budget.take():
             # Only the first in the queue is told why it waits: one page has it.

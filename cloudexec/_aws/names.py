@@ -8,6 +8,7 @@ __all__ = [
     "DEFINITION_PREFIX",
     "JOB_PREFIX",
     "OBJECTS_PREFIX",
+    "ORDERED_ENDS",
     "TAG_EXECUTOR",
     "TAG_EXPIRES",
     "TAG_PROJECT",
@@ -33,6 +34,15 @@ TAG_STACK = "cloudexec:stack"
 TAG_REGION = "cloudexec:region"
 """On what of it all regions see: where the stack is, for another region may have its like."""
 
+ORDERED_ENDS = (
+    "cloudexec: the executor does not need it any more",
+    "cloudexec: the executor has shut down",
+    "cloudexec: it is not needed any more",
+    "stopped through cloudexec",
+    "stopped by ",
+)
+"""What reasons begin with for which workers are terminated by the executor, once they are of no use
+any more, or by a person. AWS Batch calls such a job FAILED, whatever its exit code."""
 JOB_PREFIX = "cloudexec-"
 DEFINITION_PREFIX = "cloudexec-"
 OBJECTS_PREFIX = "cloudexec/"

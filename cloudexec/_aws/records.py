@@ -12,6 +12,7 @@ from typing import Any
 __all__ = [
     "ACTIVE",
     "ENDED",
+    "TOLD_TO_END",
     "AttemptInfo",
     "CostReport",
     "ExecutorCost",
@@ -23,6 +24,8 @@ __all__ = [
 ACTIVE = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING")
 """States of a job that has not ended, in their order. AWS Batch User Guide, "Job states"."""
 ENDED = ("SUCCEEDED", "FAILED")
+TOLD_TO_END = "ENDED"
+"""Of workers that AWS Batch calls FAILED because they were told to end: this is ours."""
 
 
 def _plain(value: Any) -> Any:
@@ -84,7 +87,8 @@ class JobInfo(_Record):
     """Number of its first worker: it is ``worker-<first_worker>``, or has that and those that
     follow; ``None`` if its name does not say."""
     workers: Mapping[str, int]
-    """How many workers are in which state. AWS updates it with some delay."""
+    """How many workers are in which state. AWS updates it with some delay. Those that it calls
+    ``FAILED`` because the executor or a person has ended them are ``ENDED``."""
     vcpus: float
     """Of one worker."""
     memory_mib: int

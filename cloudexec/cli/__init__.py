@@ -28,6 +28,15 @@ from cloudexec.cli.up import up_command
 __all__ = ["main"]
 
 _INTERRUPTED = 130
+_USUAL_EXIT_CODES = """\b
+Exit codes:
+  0    the command has done what it was asked for
+  2    the command line, the profile or the AWS configuration is wrong
+  3    AWS refused, or cannot be reached, or the command could not go on
+  130  Ctrl-C interrupted the command
+  141  the program that read standard output stopped reading
+"""
+"""Of a command that does not list its own."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,6 +62,18 @@ for _command in (
     up_command,
 ):
     _group.add_command(_command)
+
+
+def _list_exit_codes(command: click.Command) -> None:
+    """Have the help of each command say which exit codes it has."""
+    if isinstance(command, click.Group):
+        for each in command.commands.values():
+            _list_exit_codes(each)
+    elif "Exit codes:" not in (command.epilog or ""):
+        command.epilog = "\n\n".join(filter(None, (command.epilog, _USUAL_EXIT_CODES)))
+
+
+_list_exit_codes(_group)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec
 import click
 from click.core import ParameterSource
 
-from cloudexec.cli._errors import CommandError
+from cloudexec.cli._errors import CommandError, RunError
 
 _P = ParamSpec("_P")
 
@@ -98,7 +98,7 @@ def ends_well(function: Callable[_P, int | None]) -> Callable[_P, int]:
         except ConfigError as exc:
             raise CommandError(str(exc)) from exc
         except CloudexecError as exc:
-            raise click.ClickException(str(exc)) from exc
+            raise RunError(str(exc)) from exc
         except BrokenPipeError:
             # Python flushes standard output once more when it exits, and would complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,6 +12,6 @@ class CommandError(click.ClickException):
 
 
 class RunError(CommandError):
-    """The run cannot go on, through no fault of a row: the exit code is 3."""
+    """AWS refused, or cannot be reached, or a run cannot go on: the exit code is 3."""
 
     exit_code = 3

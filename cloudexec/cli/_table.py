@@ -131,7 +131,7 @@ def usd(amount: float, *, is_estimate: bool = False) -> str:
     return ("~" if is_estimate and amount else "") + format_usd(amount)
 
 
-_ORDER = ("RUNNING", "STARTING", "RUNNABLE", "PENDING", "SUBMITTED", "SUCCEEDED", "FAILED")
+_ORDER = ("RUNNING", "STARTING", "RUNNABLE", "PENDING", "SUBMITTED", "SUCCEEDED", "ENDED", "FAILED")
 
 
 def workers(counts: dict[str, int]) -> str:

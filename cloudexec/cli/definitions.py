@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cloudexec.cli._aws_options import aws_options_for, confirmed, echo_json, ends_well
-from cloudexec.cli._errors import CommandError
+from cloudexec.cli._errors import CommandError, RunError
 
 if TYPE_CHECKING:
     from cloudexec._aws.clients import AwsClients
@@ -95,7 +95,7 @@ def describe_command(
         if revision is None or each["revision"] == revision
     ]
     if not found:
-        raise click.ClickException(f"there is no job definition {definition} of cloudexec's")
+        raise CommandError(f"there is no job definition {definition} of cloudexec's")
     active = [each for each in found if each.get("status") == "ACTIVE"]
     echo_json(dict((active or found)[-1]))
 
@@ -204,7 +204,18 @@ def register_command(
         click.echo(arn)
 
 
-@definitions_command.command("deregister", short_help="Remove definitions.")
+@definitions_command.command(
+    "deregister",
+    short_help="Remove definitions.",
+    epilog="""\b
+Exit codes:
+  0    all definitions were removed, or there were none
+  1    you said no
+  2    the command line is wrong, or nobody is there to confirm
+  3    AWS refused to remove some, or cannot be reached
+  130  Ctrl-C interrupted the command
+""",
+)
 @click.argument("definitions", metavar="[NAME[:REVISION]]...", nargs=-1)
 @click.option("--all", "is_all", is_flag=True, help="Remove all definitions of cloudexec.")
 @click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
@@ -240,7 +251,7 @@ def deregister_command(
             each["jobDefinitionName"] == name and revision in (None, each["revision"])
             for each in chosen
         ):
-            raise click.ClickException(f"there is no job definition {text} of cloudexec's")
+            raise CommandError(f"there is no job definition {text} of cloudexec's")
     if chosen and not is_sure:
         for each in chosen:
             click.echo(_label(each), err=True)
@@ -258,7 +269,7 @@ def deregister_command(
             click.echo(f"deregistered {label}")
     for line in refused:
         click.echo(f"Error: {line}", err=True)
-    return 1 if refused else 0
+    return RunError.exit_code if refused else 0
 
 
 async def _deregister(

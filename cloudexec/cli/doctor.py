@@ -24,6 +24,7 @@ Exit codes:
   0    nothing failed; there may be warnings
   1    something failed
   2    the command line is wrong
+  3    the checks could not be made
   130  Ctrl-C interrupted the command
 """
 
@@ -39,6 +40,18 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"
 )
 @profile_option("Profile of the set-up to check.", name="name", default="default")
 @click.option("--dry", "is_dry", is_flag=True, help="Start nothing.")
+@click.option(
+    "--advertise",
+    metavar="HOST[:PORT]",
+    default="",
+    help="What workers dial, as the option of BatchExecutor.  [env: CLOUDEXEC_ADVERTISE]",
+)
+@click.option(
+    "--listen",
+    metavar="HOST:PORT",
+    default="",
+    help="What this machine listens on, if that differs.  [env: CLOUDEXEC_LISTEN]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option(
     "--timeout",
@@ -49,7 +62,9 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"
     help="Time in which the worker must connect; the first one may take minutes.",
 )
 @ends_well
-def doctor_command(name: str, is_dry: bool, as_json: bool, timeout: float) -> int:
+def doctor_command(
+    name: str, is_dry: bool, advertise: str, listen: str, as_json: bool, timeout: float
+) -> int:
     """Show each check as soon as it is done."""
     from cloudexec._aws.doctor import Check, examine, prevents_probe
     from cloudexec.cli._probe import probe
@@ -59,13 +74,13 @@ def doctor_command(name: str, is_dry: bool, as_json: bool, timeout: float) -> in
         if not as_json:
             _show(check)
 
-    checks = run_or_explain(examine(name, show))
+    checks = run_or_explain(examine(name, show, advertise=advertise, listen=listen))
     if is_dry:
         last = Check(name="probe worker", outcome="skipped", found="--dry starts nothing")
     else:
         if not as_json and not prevents_probe(checks):
             click.echo("starting a probe worker, which may take minutes ...", err=True)
-        last = probe(name, checks, timeout=timeout)
+        last = probe(name, checks, timeout=timeout, advertise=advertise, listen=listen)
     show(last)
     checks = (*checks, last)
     failed = [each for each in checks if each.outcome == "failed"]

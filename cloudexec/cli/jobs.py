@@ -52,8 +52,11 @@ def jobs_command(
 ) -> None:
     """Show jobs in AWS Batch, the newest first. Batch remembers them for 7 days or more.
 
-    A job is one worker, or an array of many. `cloudexec logs` and `cloudexec stop` accept what the
-    column JOB shows, or the job's ID.
+    A job is one worker, or an array of many. AGE counts from when it was submitted, and WORKER TIME
+    adds up how long each of its workers has run. A worker that was told to end, because it was not
+    needed any more, has `ended`: AWS Batch itself calls it failed.
+
+    `cloudexec logs` and `cloudexec stop` accept what the column JOB shows, or the job's ID.
     """
     from cloudexec._aws.monitor import Monitor
 
@@ -86,7 +89,7 @@ def show_jobs(jobs: Sequence[JobInfo], *, err: bool = False) -> None:
             Column(title="SIZE", leaves=4),
             Column(title="QUEUE", leaves=6, least=12),
             Column(title="AGE", right=True),
-            Column(title="RAN", right=True, leaves=2),
+            Column(title="WORKER TIME", right=True, leaves=2),
             Column(title="EXIT", right=True, leaves=1),
             Column(title="COST", right=True),
             Column(title="ID", leaves=7),
@@ -98,7 +101,7 @@ def show_jobs(jobs: Sequence[JobInfo], *, err: bool = False) -> None:
                 f"worker-{each.first_worker}"
                 if each.size == 1 and each.first_worker is not None
                 else "",
-                workers(dict(each.workers)) if each.size > 1 else each.state.lower(),
+                workers(dict(each.workers)) if each.size > 1 else next(iter(each.workers)).lower(),
                 each.user,
                 f"{each.vcpus:g} vCPU {memory(each.memory_mib)}",
                 each.queue,

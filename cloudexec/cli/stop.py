@@ -18,8 +18,9 @@ from cloudexec.cli._errors import CommandError
 _EPILOG = """\b
 Exit codes:
   0    all jobs were told to stop, or there were none
-  1    AWS refused to stop some jobs, or you said no
+  1    you said no
   2    the command line is wrong, or nobody is there to confirm
+  3    AWS refused to stop some jobs, or cannot be reached
   130  Ctrl-C interrupted the command
 """
 
@@ -69,7 +70,7 @@ def stop_command(
                 number
                 for job in jobs
                 for state, number in job.workers.items()
-                if state not in ("SUCCEEDED", "FAILED")
+                if state not in ("SUCCEEDED", "FAILED", "ENDED")
             )
             question = f"Stop {_count(len(jobs), 'job')} with {_count(count, 'worker')}?"
             if not confirmed(question):

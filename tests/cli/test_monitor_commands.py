@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
+import click
 import pytest
+from click.testing import CliRunner
 
 from cloudexec._aws.profile import Profile
+from cloudexec.cli import _group
 from cloudexec.testing import FakeAWS
 
 T = TypeVar("T")
@@ -257,7 +261,7 @@ class TestLogs:
         account.aws.faults.no_capacity()
         account.until(account.submit("pass"), "RUNNABLE")
         result = run("logs", "worker-1")
-        assert (result.returncode, result.stdout) == (1, "")
+        assert (result.returncode, result.stdout) == (3, "")
         assert "has no log yet" in result.stderr
         assert "Traceback" not in result.stderr
 
@@ -296,7 +300,7 @@ class TestStop:
         job = account.running(account.submit(SLEEP))
         account.aws.faults.deny("TerminateJob")
         result = run("stop", job, "--yes")
-        assert result.returncode == 1
+        assert result.returncode == 3
         assert "1 of 1 jobs could not be stopped" in result.stderr
         assert "Traceback" not in result.stderr
 
@@ -364,13 +368,13 @@ class TestDefinitions:
         account.define("nightly-report", image="report:1")
         for verb in (("describe",), ("deregister", "--yes")):
             result = run("definitions", *verb, "nightly-report")
-            assert result.returncode == 1
+            assert result.returncode == 2
             assert "there is no job definition nightly-report of cloudexec's" in result.stderr
 
     def test_a_refusal_is_reported(self, account: Account, run: Run) -> None:
         account.aws.faults.deny("DeregisterJobDefinition")
         result = run("definitions", "deregister", "--all", "--yes")
-        assert result.returncode == 1
+        assert result.returncode == 3
         assert "Error: cloudexec-0123456789abcdef:1: " in result.stderr
 
     def test_are_registered_once_for_the_same_content(self, account: Account, run: Run) -> None:
@@ -438,13 +442,32 @@ class TestWhereToLook:
         assert result.returncode == 2
         assert result.stderr.startswith("Error: there is no AWS region 'mars-1'")
         misspelt = run("ps", "--region", "us-mars-1")
-        assert misspelt.returncode == 1
+        assert misspelt.returncode == 3
         assert "there is no AWS region 'us-mars-1'" in misspelt.stderr
 
     def test_what_aws_refuses_is_one_line(self, account: Account, run: Run) -> None:
         account.aws.faults.deny("ListJobs")
         for verb in (["ps"], ["jobs"], ["cost"], ["stop", "--all"], ["logs", "worker-1"]):
             result = run(*verb)
-            assert result.returncode == 1
+            assert result.returncode == 3
             assert result.stderr.startswith("Error: batch:ListJobs failed")
             assert "cloudexec policy" in result.stderr
+
+
+def commands(group: click.Group, *names: str) -> Iterator[tuple[str, ...]]:
+    for name, each in sorted(group.commands.items()):
+        if isinstance(each, click.Group):
+            yield from commands(each, *names, name)
+        else:
+            yield (*names, name)
+
+
+@pytest.mark.parametrize("command", list(commands(_group)), ids=" ".join)
+def test_each_command_lists_its_exit_codes(command: tuple[str, ...]) -> None:
+    """A code means the same in all of them."""
+    result = CliRunner().invoke(_group, [*command, "--help"])
+    found = dict(re.findall(r"^ +(\d+) +(\S.*)$", result.output.partition("Exit codes:")[2], re.M))
+    assert {"0", "2", "3", "130"} <= found.keys()
+    assert found.keys() <= {"0", "1", "2", "3", "130", "141"}
+    assert found["2"].startswith("the command line")
+    assert found["130"].startswith("Ctrl-C interrupted")

@@ -308,5 +308,5 @@ def test_image_in_the_repository_is_noted_by_its_digest(aws: FakeAWS, run: Run) 
     assert done.stdout == f"{uri}@{digest}\n", done.stderr
     assert Profile.load("default").images == {f"{PYTHON}-linux/arm64": f"{uri}@{digest}"}
     done = run("image", "use", f"{uri}:v2")
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "ImageNotFoundException" in done.stderr

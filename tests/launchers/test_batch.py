@@ -27,6 +27,7 @@ from cloudexec import (
     LaunchError,
     WorkerLostError,
 )
+from cloudexec.aws import Monitor
 
 Make = Callable[..., Batch]
 
@@ -475,6 +476,27 @@ def test_thousands_of_waiting_workers_end_with_one_request(aws: Any, launcher: M
     assert not unfinished(aws)
     ends = [r for r in aws.requests if r.operation in ("TerminateJob", "TerminateJobs")]
     assert len(ends) <= 2
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_that_were_told_to_end_have_not_failed(
+    aws: Any, launcher: Make, workers: int
+) -> None:
+    """AWS Batch calls each job failed that was terminated; for us it has done what it was for."""
+    batch = launcher()
+    aws.faults.no_capacity()
+    executor = BatchExecutor(workers, launcher=batch)
+    for number in range(workers):
+        executor.submit(square, number)
+    eventually(aws.jobs)
+    executor.shutdown(cancel_futures=True)
+    eventually(lambda: not unfinished(aws))
+    with Monitor(region=aws.region) as monitor:
+        (job,) = monitor.jobs()
+        assert dict(job.workers) == {"ENDED": workers}
+        assert "failed" not in job.reason
+        (found,) = monitor.executors(active=None)
+        assert dict(found.workers) == {"ENDED": workers}
 
 
 def test_a_lost_answer_before_the_shutdown_leaves_no_job(aws: Any, launcher: Make) -> None:
