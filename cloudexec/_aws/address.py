@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import urllib.parse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cloudexec._aws.profile import Profile
 from cloudexec._errors import ConfigError
@@ -50,7 +50,9 @@ class Advertised:
 async def advertised_address(
     profile: Profile | None = None, *, advertise: str = "", endpoint: str = ""
 ) -> Advertised:
-    """Find the address that workers dial.
+    """Find the address that workers dial, and the one to listen on.
+
+    ``CLOUDEXEC_LISTEN`` is the latter, where the port that workers dial is forwarded to another.
 
     In this order: what is given; ``CLOUDEXEC_ADVERTISE``; the profile's; loopback, where the AWS
     endpoint is on this machine and so are its workers; the address of an ECS task; that of an EC2
@@ -64,6 +66,19 @@ async def advertised_address(
     Raises:
         ConfigError: If workers cannot reach this machine, saying what to do.
     """
+    found = await _advertised_address(profile, advertise, endpoint)
+    listen = os.environ.get("CLOUDEXEC_LISTEN", "")
+    if not listen:
+        return found
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(
+            f"CLOUDEXEC_LISTEN must be 'host:port', such as '0.0.0.0:5000', not {listen!r}"
+        )
+    return replace(found, listen=host, port=int(port))
+
+
+async def _advertised_address(profile: Profile | None, advertise: str, endpoint: str) -> Advertised:
     named = os.environ.get("CLOUDEXEC_ADVERTISE", "")
     if advertise:
         return _named(advertise, "given as advertise=")
@@ -82,7 +97,8 @@ async def advertised_address(
 def _named(address: str, how: str) -> Advertised:
     """Take an address that somebody has named.
 
-    A port in it is listened on here too: who forwards another one says so with ``listen=``.
+    A port in it is listened on here too: who forwards another one says so with ``listen=`` or
+    ``CLOUDEXEC_LISTEN``.
 
     Raises:
         ConfigError: If nobody can dial it, before workers are paid for trying.
@@ -195,7 +211,8 @@ def _ways_out(own: str) -> str:
     return (
         f"Run this program in the workers' VPC (an EC2 instance, a SageMaker notebook instance, an "
         f"ECS task); or forward a port of a public address here and give advertise='HOST:PORT' "
-        f"(and listen='0.0.0.0:PORT' where it is another one here); or, where a VPN or Direct "
+        f"(and listen='0.0.0.0:PORT' where it is another one here; CLOUDEXEC_ADVERTISE and "
+        f"CLOUDEXEC_LISTEN do the same); or, where a VPN or Direct "
         f"Connect leads here, advertise={own or 'ADDRESS'!r}"
     )
 

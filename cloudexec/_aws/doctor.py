@@ -64,16 +64,22 @@ class _Examination:
 
     clients: AwsClients
     profile: Profile
+    advertise: str = ""
+    listen: str = ""
     environments: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """Compute environments as AWS describes them, by kind of queue."""
 
 
-async def examine(name: str, report: Report) -> tuple[Check, ...]:
+async def examine(
+    name: str, report: Report, *, advertise: str = "", listen: str = ""
+) -> tuple[Check, ...]:
     """Check everything that can be looked at without starting anything.
 
     Args:
         name: Of the profile.
         report: Told of each check.
+        advertise: What workers are to dial; empty: it is found.
+        listen: What is to be listened on; empty: it is found.
 
     Returns:
         All checks, in order. Those that need what has failed are skipped.
@@ -118,7 +124,9 @@ async def examine(name: str, report: Report) -> tuple[Check, ...]:
         "address": _address,
     }
     async with clients:
-        examination = _Examination(clients=clients, profile=profile)
+        examination = _Examination(
+            clients=clients, profile=profile, advertise=advertise, listen=listen
+        )
         is_let_in = add(await _carefully("credentials", _credentials, examination))
         add(_region(clients))
         for each, look in later.items():
@@ -501,13 +509,21 @@ async def _address(examination: _Examination) -> Check:
         how = f"workers come through the relay {relay}: from CLOUDEXEC_RELAY"
         return Check(name="address", outcome="ok", found=how)
     try:
-        found = await advertised_address(examination.profile, endpoint=examination.clients.endpoint)
+        found = await advertised_address(
+            examination.profile,
+            advertise=examination.advertise,
+            endpoint=examination.clients.endpoint,
+        )
     except ConfigError as exc:
         return Check(
             name="address",
             outcome="failed",
             found=str(exc),
-            remedy="set CLOUDEXEC_ADVERTISE to the address at which workers reach this machine",
+            remedy=(
+                "set CLOUDEXEC_ADVERTISE to the address at which workers reach this machine, and "
+                "CLOUDEXEC_LISTEN if it is forwarded to another port here"
+            ),
         )
-    dialed = f"workers are told to dial {found.address}: {found.how}"
+    listen = examination.listen or f"{found.listen}:{found.port or 'any free port'}"
+    dialed = f"workers are told to dial {found.address}: {found.how}; this side listens on {listen}"
     return Check(name="address", outcome="ok", found=dialed)

@@ -15,7 +15,14 @@ _LATE = "no worker dialed back within"
 _UNREACHED = re.compile(rf"reach this process|did not dial back yet|{_LATE} [\d.]+ s$")
 
 
-def probe(name: str, checks: tuple[Check, ...], *, timeout: float) -> Check:
+def probe(
+    name: str,
+    checks: tuple[Check, ...],
+    *,
+    timeout: float,
+    advertise: str = "",
+    listen: str = "",
+) -> Check:
     """Start one worker, let it run a task, and say where the time went.
 
     Blocks, so that an interrupt ends the executor as anywhere else.
@@ -24,6 +31,8 @@ def probe(name: str, checks: tuple[Check, ...], *, timeout: float) -> Check:
         name: Of the profile.
         checks: Those done before: the probe is skipped where it cannot succeed.
         timeout: Seconds for the worker to dial back.
+        advertise: What the worker dials; empty: it is found.
+        listen: What is listened on; empty: it is found.
     """
     if failed := prevents_probe(checks):
         found = f"cannot succeed before this is mended: {', '.join(failed)}"
@@ -35,7 +44,13 @@ def probe(name: str, checks: tuple[Check, ...], *, timeout: float) -> Check:
     started = time.monotonic()
     try:
         # One that does not come in time is not replaced: another one would do no better.
-        with BatchExecutor(1, launcher=launcher, launch_timeout=2 * timeout) as executor:
+        with BatchExecutor(
+            1,
+            launcher=launcher,
+            launch_timeout=2 * timeout,
+            advertise=advertise or None,
+            listen=listen or None,
+        ) as executor:
             # A builtin: the image need not have what this module imports.
             future = executor.submit(max, 1, 2)
             try:
@@ -77,7 +92,8 @@ def _remedy(name: str, reason: str) -> str:
         return (
             f"workers must reach the address above: from within the VPC, put this machine into "
             f"the stack's security group{inside}; from elsewhere, forward a port and set "
-            f"CLOUDEXEC_ADVERTISE=HOST:PORT, or set CLOUDEXEC_RELAY=ssh://USER@HOST, a host that "
+            f"CLOUDEXEC_ADVERTISE=HOST:PORT (and CLOUDEXEC_LISTEN=0.0.0.0:PORT where it is another "
+            f"one here), or set CLOUDEXEC_RELAY=ssh://USER@HOST, a host that "
             f"both sides reach"
         )
     return "mend what the message names, then run this command again"

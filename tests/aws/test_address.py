@@ -23,6 +23,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of this machine's environment counts."""
     for name in (
         "CLOUDEXEC_ADVERTISE",
+        "CLOUDEXEC_LISTEN",
         "ECS_CONTAINER_METADATA_URI_V4",
         "AWS_EC2_METADATA_SERVICE_ENDPOINT",
     ):
@@ -40,6 +41,23 @@ def test_what_is_given_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find(PROFILE).address == "10.1.2.3"
     monkeypatch.delenv("CLOUDEXEC_ADVERTISE")
     assert find(PROFILE).address == "profile.example:99"
+
+
+def test_a_forwarded_port_is_described_by_two_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a script that nobody changes."""
+    monkeypatch.setenv("CLOUDEXEC_ADVERTISE", "router.example:8443")
+    monkeypatch.setenv("CLOUDEXEC_LISTEN", "0.0.0.0:5000")
+    found = find(PROFILE)
+    assert (found.address, found.listen, found.port) == ("router.example:8443", "0.0.0.0", 5000)
+
+
+@pytest.mark.parametrize("value", ["5000", "0.0.0.0", "0.0.0.0:x", "0.0.0.0:70000", ":5000"])
+def test_a_listen_variable_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("CLOUDEXEC_LISTEN", value)
+    with pytest.raises(ConfigError, match=re.escape(f"not {value!r}")):
+        find(PROFILE)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])

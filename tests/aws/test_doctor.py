@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -407,6 +410,60 @@ def test_probe_worker_dials_back(aws: FakeAWS, profile: Profile) -> None:
     assert check.outcome == "ok", check.found
     assert "ran a task" in check.found
     assert len(aws.jobs()) == 1
+
+
+def _pass(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_RDWR)
+
+
+def _join(near: socket.socket, port: int) -> None:
+    with near, socket.create_connection(("127.0.0.1", port)) as far:
+        back = threading.Thread(target=_pass, args=(far, near))
+        back.start()
+        _pass(near, far)
+        back.join()
+
+
+def _forward(listener: socket.socket, port: int, joined: list[threading.Thread]) -> None:
+    """Do what a router does: pass connections on to another port."""
+    with contextlib.suppress(OSError):
+        while True:
+            joined.append(threading.Thread(target=_join, args=(listener.accept()[0], port)))
+            joined[-1].start()
+
+
+@pytest.mark.parametrize("by", ["variables", "options"])
+def test_probe_worker_comes_through_a_forwarded_port(
+    aws: FakeAWS, profile: Profile, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Workers dial one port, and another one is listened on."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as router:
+        joined: list[threading.Thread] = []
+        forwarding = threading.Thread(target=_forward, args=(router, port, joined))
+        forwarding.start()
+        advertise = f"127.0.0.1:{router.getsockname()[1]}"
+        listen = f"127.0.0.1:{port}"
+        options = {"advertise": advertise, "listen": listen}
+        if by == "variables":
+            monkeypatch.setenv("CLOUDEXEC_ADVERTISE", advertise)
+            monkeypatch.setenv("CLOUDEXEC_LISTEN", listen)
+            options = {}
+        checks = asyncio.run(examine("default", lambda check: None, **options))
+        (found,) = [each.found for each in checks if each.name == "address"]
+        assert found.startswith(f"workers are told to dial {advertise}: ")
+        assert found.endswith(f"listens on {listen}")
+        check = probe("default", checks, timeout=30, **options)
+        router.shutdown(socket.SHUT_RDWR)
+        forwarding.join()
+        for each in joined:
+            each.join()
+    assert check.outcome == "ok", check.found
 
 
 @pytest.mark.alone
