@@ -328,8 +328,9 @@ class BatchExecutor(_Base):
             before its tasks run on another one; 0: not at all. It works on meanwhile, and hands
             over what it has done.
         orphan_timeout: Seconds for which such a worker dials a client that does not answer before
-            it ends; with a ``journal``, the time in which the program can be run again and take
-            it over. Workers on this machine end with the client, at once.
+            it ends, and 10 where the client's own machine refuses connections; with a ``journal``,
+            the time in which the program can be run again and take it over. Workers on this machine
+            end with the client, at once.
         max_tasks_per_worker: Tasks after which a worker, with all its processes, is replaced.
         max_worker_lifetime: Seconds after which a worker is replaced; it finishes what it has.
         max_cost_usd: Ceiling for what the workers may cost, as estimated: no worker is launched

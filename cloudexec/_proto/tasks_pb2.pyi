@@ -414,6 +414,7 @@ class Welcome(_message.Message):
     INHERITANCE_FIELD_NUMBER: _builtins.int
     BUCKET_THRESHOLD_FIELD_NUMBER: _builtins.int
     BUCKET_PART_BYTES_FIELD_NUMBER: _builtins.int
+    REFUSED_IS_GONE_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     session_token: _builtins.bytes
@@ -455,6 +456,10 @@ class Welcome(_message.Message):
     are cut.
     """
     bucket_part_bytes: _builtins.int
+    refused_is_gone: _builtins.bool
+    """The client's own host answers at the port that workers dial, and nobody takes them over: if it
+    refuses connections for a while, the client's process is gone.
+    """
     settings: _builtins.bytes
     """What the program has set in the standard library, numpy and pandas; see _settings."""
     @_builtins.property
@@ -508,11 +513,12 @@ class Welcome(_message.Message):
         inheritance: _builtins.bytes = ...,
         bucket_threshold: _builtins.int = ...,
         bucket_part_bytes: _builtins.int = ...,
+        refused_is_gone: _builtins.bool = ...,
         settings: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "bucket_part_bytes", b"bucket_part_bytes", "bucket_threshold", b"bucket_threshold", "capture_output", b"capture_output", "compress", b"compress", "cwd", b"cwd", "depth", b"depth", "direct_path", b"direct_path", "first_blob", b"first_blob", "function_blobs", b"function_blobs", "functions", b"functions", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "inheritance", b"inheritance", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "initializer_needs", b"initializer_needs", "main", b"main", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "resumable", b"resumable", "session_token", b"session_token", "settings", b"settings", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "authkey", b"authkey", "blob_memory", b"blob_memory", "bucket_part_bytes", b"bucket_part_bytes", "bucket_threshold", b"bucket_threshold", "capture_output", b"capture_output", "compress", b"compress", "cwd", b"cwd", "depth", b"depth", "direct_path", b"direct_path", "first_blob", b"first_blob", "function_blobs", b"function_blobs", "functions", b"functions", "heartbeat_interval", b"heartbeat_interval", "idle_timeout", b"idle_timeout", "inheritance", b"inheritance", "initializer", b"initializer", "initializer_blobs", b"initializer_blobs", "initializer_needs", b"initializer_needs", "main", b"main", "max_tasks_per_child", b"max_tasks_per_child", "min_slots", b"min_slots", "modules", b"modules", "orphan_timeout", b"orphan_timeout", "refused_is_gone", b"refused_is_gone", "resumable", b"resumable", "session_token", b"session_token", "settings", b"settings", "sys_path", b"sys_path", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,9 @@ class Listener:
             )
         sha256 = "" if self.certificate is None else self.certificate.sha256
         if not network.relay:
+            self._service.answers_itself = await asyncio.to_thread(
+                _answers_itself, target, self.address
+            )
             return Contact(target, engine.executor_id, engine.key, sha256)
         target = await self._register(network)
         relay = "" if network.relay.startswith("ssh://") else network.relay
@@ -176,6 +180,22 @@ class Listener:
             self._direct.join()
         if self._tunnel is not None:
             self._tunnel.join()
+
+
+def _answers_itself(target: str, address: str) -> bool:
+    """Whether what workers dial is this machine, and the port that is listened on."""
+    host, _, port = target.rpartition(":")
+    if target.startswith("unix:") or port != address.rpartition(":")[2]:
+        return False
+    try:
+        for family, kind, *_, found in socket.getaddrinfo(
+            host.strip("[]"), 0, type=socket.SOCK_STREAM
+        ):
+            with socket.socket(family, kind) as tried:
+                tried.bind(found)  # which works for addresses of this machine only
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

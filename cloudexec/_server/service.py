@@ -92,6 +92,9 @@ class Service:
         """Where workers outlive this process, and another one may stand in its place."""
         self.transfers: BucketTransfers | None = None
         """What goes through the bucket, where there is one."""
+        self.answers_itself = False
+        """Whether workers dial an address of this machine, at the port that is listened on: nobody
+        in between answers in its place."""
         self.direct_path = ""
         """Socket on which workers of this machine fetch and deliver; empty: there is none."""
         self.holds: dict[BatchFuture[Any], Hold] = {}

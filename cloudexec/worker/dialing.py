@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import sys
@@ -20,6 +21,7 @@ from cloudexec.worker.client import Client
 
 __all__ = [
     "CONNECT_TIMEOUT",
+    "REFUSED_FOR",
     "Address",
     "ClientGoneError",
     "SessionGoneError",
@@ -30,6 +32,10 @@ __all__ = [
 
 CONNECT_TIMEOUT = 30.0
 """Seconds for which a client elsewhere is dialed the first time."""
+REFUSED_FOR = 10.0
+"""Seconds for which the client's own host refuses connections, and nothing else happens, until its
+process is known to be gone. A network that is gone is silent instead; a firewall that is loaded
+anew may refuse, for a moment."""
 _TRY_TIMEOUT = 10.0
 _LONG_TRY = 40.0
 """Seconds for a client that is there, and busy: if thousands of workers dial again at once, each is
@@ -244,14 +250,19 @@ async def dial(
     address: Address,
     enrol: Callable[[Any], Awaitable[None]],
     patience: float = CONNECT_TIMEOUT,
+    refusals: float = math.inf,
 ) -> None:
     """Connect and enrol; what the network does not carry at once is tried again for a while.
+
+    The first failure is logged at once, and each one of another kind.
 
     Args:
         address: Where to.
         enrol: Says who we are over a channel, which is closed if that fails; or called with the
             same one again, if it failed for no other reason than that the client is busy.
         patience: Seconds for which it is tried.
+        refusals: Seconds after which it is not tried any more, if all that time connections were
+            refused.
 
     Raises:
         ClientGoneError: If the client cannot be reached.
@@ -262,6 +273,8 @@ async def dial(
     pause, limit = 0.1, min(_TRY_TIMEOUT, patience)
     short = _SHORT_TRIES
     tried = False
+    told = ""
+    refused_at: float | None = None
     channel = None
     try:
         while True:
@@ -283,8 +296,21 @@ async def dial(
                 refused = code is not None and code not in _RETRIED
                 # On this machine nothing stands between us: who does not answer is not there.
                 near = not address.certificate_sha256
-                if refused or near or time.monotonic() + pause > deadline:
+                now = time.monotonic()
+                known = channel is not None
+                what = "" if near else _what_happened(exc, reason or "", is_known=known)
+                if what != _REFUSED:
+                    refused_at = None
+                elif refused_at is None:
+                    refused_at = now
+                is_gone = refused_at is not None and now - refused_at >= refusals
+                if refused or near or is_gone or now + pause > deadline:
+                    reason = "; ".join(filter(None, (what, reason)))
                     raise ClientGoneError(_unreachable(address.shown, reason)) from exc
+                if what != told:
+                    told = what
+                    left = f"dialing again, for {deadline - now:.0f} s"
+                    address.say(f"no connection to {address.shown} yet: {what or reason}; {left}")
                 # What a connection has cost both sides is not spent again on one that works.
                 if channel is not None and code != "RESOURCE_EXHAUSTED":
                     hang_up(channel)
@@ -301,6 +327,36 @@ async def dial(
         if channel is not None:
             hang_up(channel)
         raise
+
+
+_REFUSED = "it was refused, as the host is there and nobody listens at that port"
+
+
+def _what_happened(error: BaseException, reason: str, *, is_known: bool) -> str:
+    """Tell apart how a try to connect ended; empty: otherwise.
+
+    Args:
+        error: What it raised.
+        reason: Its words.
+        is_known: Whether the right client had answered before.
+    """
+    if isinstance(error, ConnectionRefusedError) or "Connection refused" in reason:
+        return _REFUSED
+    if isinstance(error, TimeoutError):
+        if is_known:
+            return "the client was there, and does not answer in time"
+        return (
+            "nobody answers, as if a security group, a firewall or a missing route drops what is "
+            "sent"
+        )
+    # An error of TLS; not imported for this, where there is none.
+    is_tls = type(error).__module__ == "ssl"
+    if is_tls or isinstance(error, ConnectionResetError | BrokenPipeError):
+        return (
+            "it was accepted and closed again, as by a forwarded port with nobody behind it, or by "
+            "another program"
+        )
+    return ""
 
 
 def _unreachable(target: str, reason: str | None) -> str:

@@ -19,7 +19,7 @@ from cloudexec._wire.stream import Stream
 from cloudexec.worker.birth import pull_seconds, seconds_since_start
 from cloudexec.worker.blobs import BlobCache, Known
 from cloudexec.worker.calls import CUT, Calls
-from cloudexec.worker.dialing import Address, dial, shake_hands
+from cloudexec.worker.dialing import REFUSED_FOR, Address, dial, shake_hands
 from cloudexec.worker.downloads import fetch_blob, fetch_modules
 from cloudexec.worker.inbox import Inbox
 from cloudexec.worker.outbox import Outbox
@@ -188,8 +188,9 @@ class Session:
         """
         self._calls.note_cut()
         patience = self.welcome.orphan_timeout
+        refusals = REFUSED_FOR if self.welcome.refused_is_gone else patience
         self._address.say(f"the connection was lost; dialing again, for {patience:g} s")
-        await dial(self._address, self.enrol, patience)
+        await dial(self._address, self.enrol, patience, refusals)
         self._address.say("connected again")
 
     # The stream.

@@ -360,7 +360,7 @@ def test_an_unreachable_api_stops_no_work(aws: Any, launcher: Make) -> None:
 def test_a_client_that_is_killed_leaves_nothing_running(
     aws: Any, launcher: Make, tmp_path: Path
 ) -> None:
-    """Workers notice by themselves."""
+    """Workers notice by themselves, long before they would give up a network that is gone."""
     batch = launcher()
     script = textwrap.dedent(
         f"""
@@ -369,7 +369,7 @@ def test_a_client_that_is_killed_leaves_nothing_running(
         if __name__ == "__main__":
             batch = Batch(queue={batch.queue!r}, job_role={batch.job_role!r}, image="x",
                           execution_role={batch.execution_role!r}, region={batch.region!r})
-            executor = BatchExecutor(3, launcher=batch, min_workers=3, orphan_timeout=3.0)
+            executor = BatchExecutor(3, launcher=batch, min_workers=3)
             futures = [executor.submit(time.sleep, 60) for _ in range(3)]
             while executor.stats().tasks.running < 3:
                 time.sleep(0.05)

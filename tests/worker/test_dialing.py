@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
+import math
+import re
+import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -83,10 +87,10 @@ class _Worker:
         self.channel = channel
 
 
-async def _dialed(address: Address, patience: float) -> None:
+async def _dialed(address: Address, patience: float, refusals: float = math.inf) -> None:
     worker = _Worker()
     try:
-        await dial(address, worker.enrol, patience)
+        await dial(address, worker.enrol, patience, refusals)
     finally:
         if worker.channel is not None:
             await worker.channel.close()
@@ -165,6 +169,60 @@ def test_a_client_that_is_gone_is_not_waited_for(client: _Client) -> None:
     with pytest.raises(LaunchError, match="cannot reach the client"):
         asyncio.run(_dialed(client.address(), 1.0))
     assert not client.callers
+
+
+def test_a_host_that_refuses_for_a_while_has_no_client_any_more(client: _Client) -> None:
+    """Where its own host answers, patience is for networks that are silent."""
+    client.server.stop(None).wait()
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match="it was refused, as the host is there"):
+        asyncio.run(_dialed(client.address(), 60.0, refusals=1.0))
+    assert 1.0 <= time.monotonic() - began < 20.0
+
+
+async def _hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("refused", "it was refused, as the host is there and nobody listens"),
+        ("closed", "it was accepted and closed again, as by a forwarded port"),
+        ("silent", "nobody answers, as if a security group, a firewall or a missing route"),
+    ],
+)
+def test_the_first_failure_is_logged_at_once_with_its_kind(
+    client: _Client,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    words: str,
+) -> None:
+    """Whoever reads the log of a worker that does not come need not wait until it gives up."""
+    monkeypatch.setattr(dialing, "_TRY_TIMEOUT", 0.5)
+
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as taken:
+            port = taken.getsockname()[1]
+            address = dataclasses.replace(client.address(port), log=True)
+            if kind == "silent":
+                with pytest.raises(LaunchError, match=words):
+                    await _dialed(address, 2.0)
+                return
+        if kind == "refused":
+            with pytest.raises(LaunchError, match=words):
+                await _dialed(address, 1.0)
+            return
+        server = await asyncio.start_server(_hang_up, "127.0.0.1", port)
+        async with server:
+            with pytest.raises(LaunchError, match=words):
+                await _dialed(address, 1.0)
+
+    asyncio.run(run())
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1  # once, however often it is tried
+    assert re.search(f"no connection to .* yet: {words}.*; dialing again, for [12] s$", lines[0])
 
 
 def test_a_client_on_this_machine_that_is_gone_is_not_looked_for_in_the_network(

@@ -155,6 +155,7 @@ class Enrolment:
             blob_memory=setup.objects.worker_memory or 0,  # type: ignore[arg-type]
             compress=service.compresses,
             resumable=resumable,
+            refused_is_gone=service.answers_itself and service.takeover is None,
             depth=_nesting.depth() + 1,
             inheritance=_inheritance(service),
             main=setup.main,
