@@ -25,6 +25,7 @@ from cloudexec._config import (
 from cloudexec._ending import kill, wait_for_end
 from cloudexec._errors import (
     BrokenBatchExecutor,
+    CloudexecError,
     ConfigError,
 )
 from cloudexec._future import BatchFuture
@@ -106,7 +107,10 @@ class _Base(Executor):
                 ``NestingError`` while a module is imported for a task.
             BrokenBatchExecutor: If the executor is broken.
         """
-        return self._submitter.submit(fn, args, kwargs, self._options, self._requirements)
+        try:
+            return self._submitter.submit(fn, args, kwargs, self._options, self._requirements)
+        except CloudexecError as exc:
+            raise exc.with_traceback(None)
 
     def map(
         self,
@@ -145,16 +149,19 @@ class _Base(Executor):
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
         calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
-        if chunksize > 1:
-            many = self._map(
-                Chunk(fn),
-                ((chunk,) for chunk in chunks(calls, chunksize)),
-                timeout,
-                buffersize,
-                progress,
-            )
-            return flatten(many)
-        return self._map(fn, calls, timeout, buffersize, progress)
+        try:
+            if chunksize > 1:
+                many = self._map(
+                    Chunk(fn),
+                    ((chunk,) for chunk in chunks(calls, chunksize)),
+                    timeout,
+                    buffersize,
+                    progress,
+                )
+                return flatten(many)
+            return self._map(fn, calls, timeout, buffersize, progress)
+        except CloudexecError as exc:
+            raise exc.with_traceback(None)
 
     @_briefly
     def with_options(

@@ -376,12 +376,15 @@ class Story:
         machine = self._engine.machine
         if event.launch not in machine.launches or machine.killing:
             return None
+        text = f"a worker could not be started (launch {event.launch}): {event.reason}"
+        if event.reason == self.launch_failure:
+            text = f"another worker could not be started (launch {event.launch}): as before"
         self.launch_failure = event.reason
         outside = event.killed or event.reclaimed
         self.teller.tell(
             logging.INFO if outside else logging.WARNING,
             "launch_failed",
-            f"a worker could not be started (launch {event.launch}): {event.reason}",
+            text,
             worker=f"worker-{event.launch}",
             reason=event.reason,
         )

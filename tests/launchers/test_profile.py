@@ -159,7 +159,7 @@ def test_a_profile_without_an_image_says_how_to_get_one(aws: Any, profile: Profi
     """Before any job is submitted."""
     with BatchExecutor(1, launcher=Batch(profile="team", arch="arm64")) as executor:
         with pytest.raises(
-            LaunchError, match="cloudexec image push --profile team --platform linux/arm64"
+            ConfigError, match="cloudexec image push --profile team --platform linux/arm64"
         ):
             executor.submit(len, "abc").result(timeout=30)
     assert not submits(aws)
@@ -171,6 +171,48 @@ def test_a_profile_that_is_not_there(configured: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.json.*cloudexec up --name nowhere"):
         executor.submit(len, "abc")
     executor.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("profile", "cloudexec.ConfigError: there is no profile 'nobody'"),
+        ("image", "cloudexec.ConfigError: there is no worker image for Python"),
+        ("queue", "cloudexec.ConfigError: the profile 'team' has no queue for fargate"),
+    ],
+)
+@pytest.mark.parametrize("call", ["executor.submit(abs, -1)", "list(executor.map(abs, [-1]))"])
+def test_a_mistake_in_the_set_up_is_one_error_of_a_few_lines(
+    aws: Any, profile: Profile, tmp_path: Path, mistake: str, words: str, call: str
+) -> None:
+    """It is about the user's account, and what this package does inside does not explain it."""
+    if mistake == "image":
+        dataclasses.replace(profile, images={}).save()
+    if mistake == "queue":
+        dataclasses.replace(profile, queues={}).save()
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"from cloudexec import BatchExecutor\n"
+        f"if __name__ == '__main__':\n"
+        f"    with BatchExecutor(2) as executor:\n"
+        f"        {call}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "CLOUDEXEC_PROFILE": "nobody" if mistake == "profile" else "team"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[-1].startswith(words), done.stderr
+    files = [line for line in lines if line.startswith("  File ")]
+    assert len(files) <= 2, done.stderr  # the script's line, and the method that it calls
+    assert f"{script}" in files[0]
+    assert len(lines) <= 8
+    assert not submits(aws)
 
 
 def test_a_definition_of_the_stack_has_its_key(aws: Any, profile: Profile) -> None:

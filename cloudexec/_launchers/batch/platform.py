@@ -29,7 +29,7 @@ from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request, tag_value
 from cloudexec._enrolment import python_version
-from cloudexec._errors import AwsError, ConfigError, LaunchError
+from cloudexec._errors import AwsError, ConfigError
 from cloudexec._launchers.batch.inquiry import DEFAULT_LOG_GROUP, Inquiry
 from cloudexec._launchers.batch.reading import PHASES, end_of, run_of, worker_end
 from cloudexec._launchers.platform import (
@@ -163,6 +163,8 @@ class BatchPlatform(Platform):
             )
         if settings.definition is not None:
             await self._check_definition(settings.definition)
+        else:
+            self._image()  # complains if there is none
         key = await stack_key(self._call, self._profile) if self._keyed_by_stack else b""
         if settings.relay:
             return self._behind_relay(settings.relay, key)
@@ -327,7 +329,7 @@ class BatchPlatform(Platform):
             named = f" --profile {self._profile.name}" if self._profile.name else ""
             if self._settings.arch != "x86_64":
                 named += f" --platform {platform}"
-            raise LaunchError(
+            raise ConfigError(
                 f"there is no worker image for Python {python} on {platform}: "
                 f"`cloudexec image push{named}` builds one and puts it into the repository, or "
                 f"give Batch(image=...)"
