@@ -174,7 +174,8 @@ class PendingBudget:
     def _state(self) -> str:
         parts = []
         if self._max_tasks is not None:
-            parts.append(f"{self.tasks} tasks (max_pending_tasks={self._max_tasks})")
+            plural = "s" * (self.tasks != 1)
+            parts.append(f"{self.tasks} task{plural} (max_pending_tasks={self._max_tasks})")
         if self._max_bytes is not None:
             parts.append(
                 f"{format_bytes(self.bytes)} of arguments (max_pending_bytes="

@@ -485,9 +485,11 @@ class Driver:
         counts = self.machine.counts
         done = counts["succeeded"] + counts["failed"]
         connected, launched = counts["workers_connected"], counts["launches"]
-        workers = counted(launched, "worker")
+        workers = counted(max(connected, launched), "worker")
         if connected < launched:
             workers = f"{connected} of {workers}"
+        if self.takeover is not None and self.takeover.workers:
+            workers += f", {self.takeover.workers} taken over,"
         minutes, seconds = divmod(round(time.monotonic() - self._started_at), 60)
         line = (
             f"{counted(done, 'task')} on {workers} in "

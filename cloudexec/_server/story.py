@@ -20,7 +20,7 @@ from cloudexec._launchers.base import Launcher
 from cloudexec._server.engine import Engine, Moment, Then
 from cloudexec._server.launches import Launches
 from cloudexec._server.marks import Marks, Notes
-from cloudexec._server.outcomes import name_of
+from cloudexec._server.outcomes import counted, name_of
 from cloudexec._server.sessions import Sessions
 from cloudexec._server.telling import Teller
 from cloudexec._story import StoryEvent, StoryStep, signal_name
@@ -187,7 +187,7 @@ class Story:
         self.teller.tell(
             logging.INFO,
             event,
-            f"{worker.id} {what}; it has {count} tasks",
+            f"{worker.id} {what}; it has {counted(count, 'task')}",
             worker=worker.id,
             job=self.job_of(worker.id),
             count=count,

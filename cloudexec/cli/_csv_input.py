@@ -76,7 +76,7 @@ class CsvSource:
     def describe(self) -> str:
         """Say how many rows there are, and each column's type."""
         columns = ", ".join(f"{column.name}: {column.kind}" for column in self._columns)
-        return f"{self.total} rows of CSV ({columns})"
+        return f"{self.total} row{'s' * (self.total != 1)} of CSV ({columns})"
 
     def rows(self) -> Iterator[Row]:
         """Read the rows, their cells converted."""

@@ -56,7 +56,8 @@ class JsonLinesSource:
         """Say how many rows there are, and the keys found."""
         if self.total is None:
             return "JSON Lines from standard input, read as they arrive"
-        return f"{self.total} rows of JSON Lines ({', '.join(self.columns or ())})"
+        plural = "s" * (self.total != 1)
+        return f"{self.total} row{plural} of JSON Lines ({', '.join(self.columns or ())})"
 
     def rows(self) -> Iterator[Row]:
         """Read the rows; blank lines are none."""

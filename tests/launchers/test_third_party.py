@@ -393,7 +393,7 @@ TAKEN_OVER = """
         return n + 1
 
     if __name__ == "__main__":
-        farm = ProcessFarm(folder="farm", cpus=1)
+        farm = ProcessFarm(folder="farm", cpus=1, hourly_usd=1.0)
         with BatchExecutor(2, launcher=farm, journal="journal", orphan_timeout=60) as executor:
             futures = [executor.submit(slowly, n) for n in (1, 2)]
             print([future.result(60) for future in futures], executor.stats().workers.launched)
@@ -415,6 +415,15 @@ def test_workers_outlive_a_program_that_was_killed_and_are_taken_over(
         first.kill()
         first.wait()
     (installed / "go").touch()
-    printed = run(TAKEN_OVER, installed)
-    assert printed.splitlines() == ["[2, 3] 0", "2 2"]
+    second = subprocess.run(
+        [sys.executable, "script.py"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=installed,
+        env=environment,
+        check=True,
+    )
+    assert second.stdout.splitlines() == ["[2, 3] 0", "2 2"]
+    assert "cloudexec: 2 tasks on 2 workers, 2 taken over, in 0:" in second.stderr
     assert len(list((installed / "farm").iterdir())) == 1
