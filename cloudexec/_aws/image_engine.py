@@ -21,6 +21,8 @@ _PIP_VARIABLES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST")
 _CERTIFICATES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 _LOG_LINES = 25
+_STAGE = "cloudexec.stage=builder"
+"""Label of what a build leaves without a name. See the Dockerfile."""
 _ENGINE_TIMEOUT = 1800
 """Seconds without a word from the engine: a large layer takes minutes to be written or sent."""
 
@@ -160,12 +162,22 @@ class Engine:
                 error = str(event.get("error", "")) or error
             if error:
                 raise _failure("the image could not be built", error, tail)
+            self._remove_old_stages()
         found = self.find(name)
         if found is None:
             raise LaunchError(
                 f"the engine built no image {name}: {_last(tail)}", reason="\n".join(tail)
             )
         return str(found["Id"])
+
+    def _remove_old_stages(self) -> None:
+        """Remove what earlier builds left without a name; the newest speeds the next one up."""
+        import docker.errors
+
+        stages = self._client.api.images(filters={"dangling": True, "label": _STAGE})
+        for each in sorted(stages, key=lambda each: int(each["Created"]))[:-1]:
+            with contextlib.suppress(docker.errors.APIError):  # another build may use it
+                self._client.api.remove_image(each["Id"])
 
     def push(
         self,

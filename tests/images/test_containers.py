@@ -6,6 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import io
+import shutil
 import sys
 import tarfile
 import time
@@ -185,6 +186,23 @@ def test_second_build_asks_the_engine_for_nothing(engine: Engine, spec: ImageSpe
     assert log == []
 
 
+def test_builds_leave_one_stage_behind_and_not_one_each(
+    engine: Engine, spec: ImageSpec, image: LocalImage, wheelhouse: Path, tmp_path: Path
+) -> None:
+    """What an engine keeps to begin the next build with has no name, and nobody would remove it."""
+    stages = {"dangling": True, "label": "cloudexec.stage=builder"}
+    wheels = tmp_path / "wheels"
+    shutil.copytree(wheelhouse, wheels)
+    for name in ("shop", "store"):
+        wheel_of(wheels, name, "PRICE = 7\n")
+        requirements = tmp_path / f"{name}.txt"
+        requirements.write_text(f"{name}==1.0\n")
+        other = dataclasses.replace(spec, requirements=requirements, wheelhouse=wheels)
+        planned = plan(other, engine=engine)
+        assert build(planned, engine=engine).was_built
+        assert len(engine.client.api.images(filters=stages)) == 1
+
+
 def test_same_layers_under_another_name_have_labels_of_their_own(
     engine: Engine, spec: ImageSpec, image: LocalImage
 ) -> None:
@@ -220,7 +238,6 @@ def test_requirements_of_the_user_are_in_the_image(
 ) -> None:
     """From a requirements file or a lock file with hashes; cloudexec in it is left out."""
     import hashlib
-    import shutil
 
     wheels = tmp_path / "wheels"
     shutil.copytree(wheelhouse, wheels)
