@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cloudexec import _ending, _nesting
 from cloudexec._config import ServerConfig, TaskOptions
 from cloudexec._describing import describe, is_a, is_interrupt, name_of, presentable
-from cloudexec._errors import CloudexecError, ConfigError, PayloadError, PlatformError
+from cloudexec._errors import (
+    CloudexecError,
+    ConfigError,
+    LaunchError,
+    PayloadError,
+    PlatformError,
+)
 from cloudexec._future import BatchFuture
 from cloudexec._mapping import Chunk
 
@@ -120,7 +126,7 @@ class Submitter:
                 return self._start_server()
             except BaseException as exc:
                 self._launcher.stand_down()
-                if isinstance(exc, (ConfigError, PlatformError)):
+                if isinstance(exc, (ConfigError, LaunchError, PlatformError)):
                     raise exc.with_traceback(None) from None  # it says all that a user needs
                 raise
 

@@ -150,13 +150,18 @@ async def _carefully(
         return await look(examination)
     except AwsError as exc:
         if exc.code == "NoCredentials" or exc.expired:
-            remedy = "log in, for example with `aws sso login` or `aws configure`"
+            remedy = (
+                "log in, for example with `aws sso login` or `aws login`, unless the message names "
+                "another cause"
+            )
             return Check(name=name, outcome="failed", found=str(exc), remedy=remedy)
         if "Denied" in exc.code or "Unauthorized" in exc.code:
             # Whoever runs executors need not be allowed to look at everything.
             return Check(name=name, outcome="skipped", found=str(exc))
         if exc.transient:
             remedy = "try again; if it stays so, look at the network, proxies and the region"
+        elif name == "credentials":
+            remedy = "do what the message says: nothing else can be checked before"
         else:
             remedy = f"if it is about a part of the set-up: {_mend(examination.profile)}"
         return Check(name=name, outcome="failed", found=str(exc), remedy=remedy)

@@ -257,7 +257,6 @@ class Requests:
                 f"s3:AbortMultipartUpload on {self._name}/{self._prefix}*, s3:ListBucket and "
                 f"s3:ListBucketMultipartUploads on {self._name}"
             ),
-            "ExpiredToken": "renew the AWS credentials (`aws sso login`); they are read again",
             "NoSuchKey": "it has been deleted, or was never sent",
             "NoSuchUpload": "the upload has been ended",
             "BadDigest": "it was changed on the way, or while it was sent",

@@ -143,7 +143,7 @@ async def start_server(
                 alone = ":" not in advertise or advertise.endswith("]")
                 target = f"{advertise}:{port}" if alone else advertise
     except RuntimeError as exc:
-        raise LaunchError(_cannot_listen(listen, exc)) from exc
+        raise LaunchError(_cannot_listen(listen, exc)) from None
     await server.start()
     if listen.startswith("unix:"):
         os.chmod(listen.removeprefix("unix:"), 0o600)

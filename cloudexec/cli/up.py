@@ -34,7 +34,11 @@ Exit codes:
     context_settings={"max_content_width": 100},
 )
 @click.option(
-    "--name", default="default", show_default=True, metavar="NAME", help="Name of the profile."
+    "--name",
+    default="default",
+    show_default=True,
+    metavar="NAME",
+    help="Name of the profile: lower-case letters, digits and single hyphens.",
 )
 @click.option(
     "--region",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import traceback
 
 import pytest
 
@@ -19,6 +20,9 @@ def test_a_port_that_is_taken_is_said_with_what_to_give_instead() -> None:
         f"cannot listen on 127.0.0.1:{port}: another program, or another executor, has port "
         f"{port}; give listen= another one, or 127.0.0.1:0 for any that is free"
     )
+    printed = "".join(traceback.format_exception(caught.value))
+    assert "GRPC_VERBOSITY" not in printed  # gRPC's own words do not help
+    assert printed.count("  File ") == 2  # the caller's line, and the method that it calls
 
 
 def test_an_address_that_another_machine_has_is_said_with_what_to_give_instead() -> None:
