@@ -70,7 +70,7 @@ class Local(Launcher):
     def capacity(self, size: int) -> WorkerCapacity:
         """Say what this machine has for all workers together: there is one size."""
         if self._machine is None:
-            from cloudexec._launchers.machine import this_machine
+            from cloudexec._launchers.this_machine import this_machine
 
             self._machine = this_machine()
         return self._machine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cloudexec._launchers.machine import this_machine
+from cloudexec._launchers.this_machine import this_machine
 
 GIB = 2**30
 
