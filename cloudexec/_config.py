@@ -275,7 +275,7 @@ class ScalingPolicy:
     """Tasks after which a worker is replaced; ``None``: no limit."""
     max_worker_lifetime: float | None = None
     """Seconds after which a worker is replaced; ``None``: no limit."""
-    rungs: int = 1
+    size_count: int = 1
     """Worker sizes to climb when a task was lost to memory, from 0."""
     sizes: tuple[WorkerCapacity, ...] = ()
     """What a worker of each of these has; empty: nothing is known."""
@@ -291,7 +291,7 @@ class ScalingPolicy:
         if self.max_tasks_per_worker is not None:
             check_count("max_tasks_per_worker", self.max_tasks_per_worker, least=1)
         check_positive("max_worker_lifetime", self.max_worker_lifetime)
-        check_count("rungs", self.rungs, least=1)
+        check_count("size_count", self.size_count, least=1)
         if self.min_slots > self.max_slots:
             raise ConfigError(
                 f"min_workers must not exceed max_workers ({self.max_slots}), not {self.min_slots}"

@@ -448,7 +448,7 @@ class BatchExecutor(_Base):
             launch_timeout=(launcher.launch_timeout if launch_timeout is None else launch_timeout),
             max_tasks_per_worker=max_tasks_per_worker,
             max_worker_lifetime=max_worker_lifetime,
-            rungs=launcher.size_count,
+            size_count=launcher.size_count,
             sizes=ladder_of(launcher),
             one_machine=launcher.one_machine,
         )

@@ -141,13 +141,13 @@ class ExecutorStats:
         sizes: dict[int, list[int]] = {}
         for launch in machine.launches.values():
             sizes.setdefault(launch.size, [0] * 5)[0] += 1
-        for rung, count in machine.waiting_by_size().items():
-            sizes.setdefault(rung, [0] * 5)[4] += count
+        for size, count in machine.waiting_by_size().items():
+            sizes.setdefault(size, [0] * 5)[4] += count
         for worker in machine.workers.values():
             slots += worker.slots
             begun = sum(task.state is TaskState.RUNNING for task in worker.leases.values())
-            size = sizes.setdefault(worker.size, [0] * 5)
-            size[1:4] = size[1] + 1, size[2] + worker.slots, size[3] + begun
+            found = sizes.setdefault(worker.size, [0] * 5)
+            found[1:4] = found[1] + 1, found[2] + worker.slots, found[3] + begun
             if worker.state is WorkerState.DRAINING:
                 draining += 1
             elif worker.leases:
@@ -199,14 +199,14 @@ class ExecutorStats:
             refused=sum(driver.refusals.counts.values()),
             sizes=tuple(
                 SizeCounts(
-                    size=size_name(rung),
+                    size=size_name(size),
                     starting=found[0],
                     connected=found[1],
                     slots=found[2],
                     running=found[3],
                     waiting=found[4],
                 )
-                for rung, found in sorted(sizes.items())
+                for size, found in sorted(sizes.items())
             ),
             launches=driver.launches.times(),
         )

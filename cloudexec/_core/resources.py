@@ -101,7 +101,7 @@ def plain_requests(scaling: ScalingPolicy) -> list[ResourceRequest]:
     """Return, for each size of worker, what a task takes there that asked for nothing: one slot."""
     # Of sizes that the launcher does not know, each stands for more memory than the one before.
     sizes = scaling.sizes or [
-        WorkerCapacity(cpus=1e6, memory=(size + 1) << 60) for size in range(scaling.rungs)
+        WorkerCapacity(cpus=1e6, memory=(size + 1) << 60) for size in range(scaling.size_count)
     ]
     slots = scaling.slots_per_worker
     # On one machine, all workers share what there is.

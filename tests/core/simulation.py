@@ -321,8 +321,8 @@ class Simulation:
         self.outside = r.choice([False, True])
         """Whether workers also die for reasons of their own."""
         self.calm_at = r.choice([20.0, 90.0])
-        rungs = r.choice([1, 1, 3])
-        sizes = tuple(WorkerCapacity(cpus=8, memory=8 * GIB << n) for n in range(rungs))
+        size_count = r.choice([1, 1, 3])
+        sizes = tuple(WorkerCapacity(cpus=8, memory=8 * GIB << n) for n in range(size_count))
         self.rich = r.random() < 0.4
         scaling = ScalingPolicy(
             max_slots=self.slots_per_worker * r.choice([1, 2, 2, 5]),
@@ -332,9 +332,9 @@ class Simulation:
             launch_timeout=20.0,
             max_tasks_per_worker=r.choice([None, None, None, 30]),
             max_worker_lifetime=r.choice([None, None, 15.0]),
-            rungs=rungs,
+            size_count=size_count,
             sizes=sizes if self.rich or r.random() < 0.5 else (),
-            one_machine=self.rich and rungs == 1 and r.random() < 0.5,
+            one_machine=self.rich and size_count == 1 and r.random() < 0.5,
         )
         config = ServerConfig(
             scaling=scaling,

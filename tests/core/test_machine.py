@@ -594,8 +594,8 @@ def test_shutdown_with_kill_cancels_what_runs_too() -> None:
     assert only(commands, TerminateWorker) == [TerminateWorker("w")]
 
 
-def ladder(rungs: int = 3, max_slots: int = 2) -> Machine:
-    return make(max_slots=max_slots, slots_per_worker=1, rungs=rungs)
+def ladder(size_count: int = 3, max_slots: int = 2) -> Machine:
+    return make(max_slots=max_slots, slots_per_worker=1, size_count=size_count)
 
 
 def out_of_memory(machine: Machine, worker: str, task: Task) -> list[Any]:
@@ -622,10 +622,10 @@ def test_a_task_lost_to_memory_runs_again_on_the_next_larger_size() -> None:
 
 def test_climbing_costs_no_attempt_and_the_largest_size_is_the_last() -> None:
     """A task with one retry climbs two sizes, and is run twice on the largest."""
-    machine = ladder(rungs=3, max_slots=5)
+    machine = ladder(size_count=3, max_slots=5)
     (task,) = tasks(1, retries=1)
     machine.handle(TasksSubmitted([task]), 0.0)
-    rungs = []
+    sizes = []
     launch = "1"
     for number in range(4):
         worker = f"w{number}"
@@ -633,12 +633,12 @@ def test_climbing_costs_no_attempt_and_the_largest_size_is_the_last() -> None:
         machine.handle(WorkerReady(worker), 0.0)
         if task.worker is None:
             break
-        rungs.append(machine.workers[task.worker].size)
+        sizes.append(machine.workers[task.worker].size)
         commands = out_of_memory(machine, task.worker, task)
         machine.validate()
         launches = only(commands, LaunchWorker)
         launch = launches[0].launch if launches else launch
-    assert rungs == [0, 1, 2, 2]
+    assert sizes == [0, 1, 2, 2]
     assert len(only(commands, FailTask)) == 1
 
 

@@ -93,7 +93,7 @@ class History(RuleBasedStateMachine):
     @initialize(
         slots=st.integers(1, 3),
         workers=st.integers(1, 4),
-        rungs=st.sampled_from([1, 1, 2]),
+        size_count=st.sampled_from([1, 1, 2]),
         shared=st.booleans(),
         sized=st.booleans(),
         grace=st.sampled_from([0.0, 5.0]),
@@ -105,7 +105,7 @@ class History(RuleBasedStateMachine):
         self,
         slots: int,
         workers: int,
-        rungs: int,
+        size_count: int,
         shared: bool,
         sized: bool,
         grace: float,
@@ -113,7 +113,7 @@ class History(RuleBasedStateMachine):
         lifetime: float | None,
         least: int,
     ) -> None:
-        sizes = tuple(WorkerCapacity(cpus=4, memory=4 * GIB << n) for n in range(rungs))
+        sizes = tuple(WorkerCapacity(cpus=4, memory=4 * GIB << n) for n in range(size_count))
         scaling = ScalingPolicy(
             max_slots=slots * workers,
             min_slots=least,
@@ -121,9 +121,9 @@ class History(RuleBasedStateMachine):
             idle_timeout=10.0,
             max_tasks_per_worker=most,
             max_worker_lifetime=lifetime,
-            rungs=rungs,
+            size_count=size_count,
             sizes=sizes if sized else (),
-            one_machine=shared and sized and rungs == 1,
+            one_machine=shared and sized and size_count == 1,
         )
         config = ServerConfig(scaling=scaling, lease_timeout=30.0, reconnect_grace=grace)
         self.machine = Machine(config)

@@ -348,7 +348,7 @@ def test_a_large_worker_that_has_nothing_to_do_is_stopped() -> None:
 
 
 def test_the_minimum_of_workers_is_kept_once_not_for_each_size_of_a_ladder() -> None:
-    machine = make(8, 1, sizes=SIZES, rungs=3, min_slots=2)
+    machine = make(8, 1, sizes=SIZES, size_count=3, min_slots=2)
     launches = only(machine.handle(DeadlinePassed(), 0.0), LaunchWorker)
     assert [launch.size for launch in launches] == [0, 0]
 

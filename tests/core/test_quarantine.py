@@ -29,8 +29,10 @@ from cloudexec._core.tasks import FunctionStats, Task
 class Fleet:
     """A machine whose launches come at once, unless told otherwise."""
 
-    def __init__(self, workers: int, slots: int = 4, *, rungs: int = 1) -> None:
-        policy = ScalingPolicy(max_slots=workers * slots, slots_per_worker=slots, rungs=rungs)
+    def __init__(self, workers: int, slots: int = 4, *, size_count: int = 1) -> None:
+        policy = ScalingPolicy(
+            max_slots=workers * slots, slots_per_worker=slots, size_count=size_count
+        )
         self.machine = Machine(ServerConfig(scaling=policy))
         self.coming = True
         self.aboard: dict[str, list[Task]] = {}
@@ -263,7 +265,7 @@ def test_suspects_that_come_back_unstarted_are_suspects_still() -> None:
 
 def test_out_of_memory_together_tries_larger_workers_and_then_alone() -> None:
     """A larger one costs no attempt; where there is none, each is given all that there is."""
-    fleet = Fleet(1, rungs=2)
+    fleet = Fleet(1, size_count=2)
     tasks = some(4)
     fleet.submit(*tasks)
     fleet.die("w1", out_of_memory=True)
