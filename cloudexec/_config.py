@@ -101,7 +101,7 @@ def format_bytes(size: float) -> str:
     return f"{size / 2**20:.4g} MiB"
 
 
-Judge = Callable[[BaseException], object]
+Predicate = Callable[[BaseException], object]
 """Says of an exception whether the task that raised it is to be run again."""
 
 
@@ -119,7 +119,7 @@ class TaskOptions:
     """Memory that it needs, and may use: kept as bytes; ``None``: one slot's share, no limit."""
     gpus: int | None = None
     """GPUs that it needs."""
-    retry_on: tuple[type[BaseException], ...] | Judge | None = None
+    retry_on: tuple[type[BaseException], ...] | Predicate | None = None
     """Exceptions that are a reason to run it again."""
     name: str | None = None
     """What people call it."""
@@ -188,7 +188,7 @@ def _task_memory(memory: object) -> int:
     return size
 
 
-def _retry_on(given: object) -> tuple[type[BaseException], ...] | Judge | None:
+def _retry_on(given: object) -> tuple[type[BaseException], ...] | Predicate | None:
     if given is None:
         return None
     if isinstance(given, type):
