@@ -15,8 +15,6 @@ from cloudexec.cli._jsonl_input import JsonLinesSource
 from cloudexec.cli._parameters import Parameters
 from cloudexec.cli._rows import Source
 
-INPUT_FORMATS = ("csv", "jsonl", "files")
-
 _BY_SUFFIX = {
     ".csv": "csv",
     ".tsv": "csv",
@@ -41,7 +39,7 @@ def open_source(
     Args:
         name: A path, a glob, or ``-`` for standard input.
         parameters: The parameters of the function that the rows are for.
-        input_format: One of ``INPUT_FORMATS``; None to tell from the name.
+        input_format: ``"csv"``, ``"jsonl"`` or ``"files"``; None to tell from the name.
         types: Type names for CSV columns.
         delimiter: The character between CSV cells; None for a comma, or a tab in ``.tsv``.
         ignore_extra: Whether columns that the function does not take are allowed.
