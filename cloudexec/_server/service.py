@@ -18,9 +18,9 @@ from cloudexec._server.keeper import Keeper
 from cloudexec._server.launches import Launches
 from cloudexec._server.output import OutputThread
 from cloudexec._server.refusals import Refusals
+from cloudexec._server.requirements import name_at, requirements_of
 from cloudexec._server.sessions import Sessions
 from cloudexec._server.submission import Setup
-from cloudexec._server.terms import name_at, terms_of
 from cloudexec._server.workers import Workers
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ class Service:
         """Find the session that a token belongs to, or ``None``."""
         return self.sessions.of_token(token)
 
-    def terms_of(self, worker: str, task: Task) -> tuple[dict[str, str], int, bool]:
-        """Say under which terms a worker runs a task; see ``terms.terms_of``."""
-        return terms_of(self.machine, worker, task)
+    def requirements_of(self, worker: str, task: Task) -> tuple[dict[str, str], int, bool]:
+        """Say what a worker must know of a task; see ``requirements.requirements_of``."""
+        return requirements_of(self.machine, worker, task)
 
     def name_of(self, worker: str, lease: int) -> str:
         """Return what people call the task of a lease, or an empty string."""

@@ -34,7 +34,7 @@ from cloudexec._log import Log
 from cloudexec._payload import Composed, Payload
 from cloudexec._server.certificate import Certificate
 from cloudexec._server.direct import Delivered
-from cloudexec._server.terms import shares_gpus
+from cloudexec._server.requirements import shares_gpus
 from cloudexec._wire.channel import longest_pause
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ class Dispatch:
         blobs: What tasks refer to.
         slots: Where tasks go.
         waiting: Where they come from.
-        footprint: Told of tasks with terms of their own.
+        footprint: Told of tasks with requirements of their own.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class Dispatch:
         seconds = slot.seconds
         while queue and len(leases) < most:
             item = queue[0]
-            terms = item.terms
-            alone = item.timeout > 0 or item.seconds > _BATCH_SECONDS or terms is not None
+            requirements = item.requirements
+            alone = item.timeout > 0 or item.seconds > _BATCH_SECONDS or requirements is not None
             if held and (alone or seconds + item.seconds > _BATCH_SECONDS):
                 break
             if size and size + len(item.payload) > _BATCH_BYTES:
@@ -155,13 +155,13 @@ class Dispatch:
     def _prepare(self, slot: Child, item: WorkItem) -> None:
         """Prepare a slot that has nothing to do for what was said about its next task."""
         self._footprint.begin(slot, item)
-        terms = item.terms
-        if terms is None:
+        requirements = item.requirements
+        if requirements is None:
             return
-        if terms.env:
-            body = json.dumps(terms.env).encode()
+        if requirements.env:
+            body = json.dumps(requirements.env).encode()
             slot.write(HEADER.pack(Kind.ENVIRONMENT, len(body), slot.sent + 1) + body)
-        if terms.last:
+        if requirements.last:
             slot.last = slot.sent + 1
 
     def _write_batch(

@@ -138,7 +138,7 @@ class Footprint:
         if item.timeout > 0:
             kill = self._loop.call_later(item.timeout, self._kill, [item.lease], TIMED_OUT)
             self._timers[slot] = kill
-        most = 0 if item.terms is None else item.terms.memory
+        most = 0 if item.requirements is None else item.requirements.memory
         if most:
             self._limits[slot] = _Limit(most, memory_taken(slot.pid, most))
             if self._look_handle is None:

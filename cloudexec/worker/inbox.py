@@ -10,7 +10,7 @@ from cloudexec.worker.blobs import BlobCache
 from cloudexec.worker.holdings import Holdings, parked
 from cloudexec.worker.outbox import Outbox
 from cloudexec.worker.supervisor import SlotPool
-from cloudexec.worker.tasks import KILLED, Terms, WorkItem
+from cloudexec.worker.tasks import KILLED, Requirements, WorkItem
 from cloudexec.worker.uploads import Uploads
 
 __all__ = ["Inbox", "introduce"]
@@ -98,8 +98,8 @@ def _items(tasks: pb.Tasks) -> list[WorkItem]:
         at += count
     for index in tasks.kept:
         items[index].keep = True
-    for terms in tasks.terms:
-        items[terms.index].terms = Terms(dict(terms.env), terms.memory_bytes, terms.last)
+    for told in tasks.terms:
+        items[told.index].requirements = Requirements(dict(told.env), told.memory_bytes, told.last)
     return items
 
 

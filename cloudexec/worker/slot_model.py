@@ -29,7 +29,7 @@ class SlotState(Enum):
     READY = "ready"
     """It takes tasks, and may be sent more than it holds."""
     FULL = "full"
-    """It has a task behind which nothing is to be sent: one with terms of its own, or a long one.
+    """It has a task behind which nothing is to be sent: one with requirements, or a long one.
     It is ready again once that has been answered."""
     TAKING_BACK = "being taken back from"
     """What it has not begun is being taken back. Nothing is sent to it meanwhile."""

@@ -13,7 +13,7 @@ __all__ = [
     "TIMED_OUT",
     "UNPICKLE_FAILED",
     "Failure",
-    "Terms",
+    "Requirements",
     "WorkItem",
 ]
 
@@ -23,7 +23,7 @@ SLOT_LOST, TIMED_OUT, KILLED, RECLAIMED, OUTGREW = 4, 5, 6, 7, 8
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class Requirements:
     """What few tasks have.
 
     Attributes:
@@ -52,7 +52,7 @@ class WorkItem:
     spared: int = 0
     recalled: bool = False  # to be handed back rather than sent once more
     kill: int = 0  # a Failure kind: its slot is to be killed once it holds nothing else
-    terms: Terms | None = None
+    requirements: Requirements | None = None
 
 
 @dataclass(slots=True)

@@ -283,7 +283,7 @@ class WorkerSession:
                 self.payloads[task.lease] = payload, function
                 payload = payload.head
             if task.requirements is not None:
-                self._state_terms(message, len(leases), task, timeouts)
+                self._state_requirements(message, len(leases), task, timeouts)
             if takeover is not None:
                 tags.append(takeover.tag(self.identity, task))
             leases.append(task.lease)
@@ -317,7 +317,7 @@ class WorkerSession:
         failure = events.Failure(FailureKind.PICKLE_FAILED, detail)
         self._service.feed(events.FailuresReceived(self.worker_id, [(lease, failure)]))
 
-    def _state_terms(
+    def _state_requirements(
         self, message: pb.ServerMessage, index: int, task: Any, timeouts: dict[int, float]
     ) -> None:
         options = task.requirements.options
@@ -325,7 +325,7 @@ class WorkerSession:
             message.tasks.kept.append(index)
         if options.timeout is not None:
             timeouts[index] = options.timeout
-        env, memory, last = self._service.terms_of(self.worker_id, task)
+        env, memory, last = self._service.requirements_of(self.worker_id, task)
         if env or memory or last:
             message.tasks.terms.add(index=index, env=env, memory_bytes=memory, last=last)
 

@@ -6,11 +6,11 @@ from cloudexec._core.machine import Machine
 from cloudexec._core.tasks import Task
 from cloudexec._server.outcomes import name_of
 
-__all__ = ["name_at", "shares_gpus", "terms_of"]
+__all__ = ["name_at", "requirements_of", "shares_gpus"]
 
 
-def terms_of(machine: Machine, worker: str, task: Task) -> tuple[dict[str, str], int, bool]:
-    """Say under which terms a worker runs a task that has requirements.
+def requirements_of(machine: Machine, worker: str, task: Task) -> tuple[dict[str, str], int, bool]:
+    """Say what a worker must know of a task that has requirements.
 
     Returns:
         Variables, bytes of memory that it may take (0: no limit), and whether its process is to
