@@ -30,7 +30,6 @@ from cloudexec._errors import (
 )
 from cloudexec._future import BatchFuture
 from cloudexec._launchers.base import Cost
-from cloudexec._mapping import Chunk, chunks, flatten, results
 from cloudexec._objects.options import ObjectOptions
 from cloudexec._sizing import ladder_of, requirements_of
 from cloudexec._submission import Submitter
@@ -151,6 +150,8 @@ class _Base(Executor):
         calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
         try:
             if chunksize > 1:
+                from cloudexec._mapping import Chunk, chunks, flatten
+
                 many = self._map(
                     Chunk(fn),
                     ((chunk,) for chunk in chunks(calls, chunksize)),
@@ -269,6 +270,8 @@ class _Base(Executor):
         buffersize: int | None,
         progress: bool,
     ) -> Iterator[T]:
+        from cloudexec._mapping import results
+
         deadline = None if timeout is None else time.monotonic() + timeout
         submit: Callable[[Iterable[tuple[Any, ...]]], list[BatchFuture[T]]]
         if getattr(self.submit, "__func__", None) is _Base.submit:

@@ -23,7 +23,6 @@ from cloudexec._errors import (
     PlatformError,
 )
 from cloudexec._future import BatchFuture
-from cloudexec._mapping import Chunk
 
 if TYPE_CHECKING:
     from cloudexec._core.events import Event
@@ -332,6 +331,8 @@ class Submitter:
         store, budget, on_submit = driver.store, driver.budget, self.on_submit
         journal, identity = driver.journal, None
         if journal is not None and error is None:
+            from cloudexec._mapping import Chunk
+
             if type(fn) is Chunk and callable(options.key):
                 options = options.changed({"key": journal.key_of_chunks(options.key)})
             identity = journal.identify(fn, function, options)
