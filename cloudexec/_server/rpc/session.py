@@ -95,6 +95,14 @@ class WorkerSession:
         self._tasks: list[Any] = []
         self._recall: list[int] = []
         self._kill: list[int] = []
+        self._notices = (  # what goes into the next message, by its field
+            ("forget_functions", self.told.forgotten_functions),
+            ("forget_blobs", self.told.forgotten_blobs),
+            ("wanted", self._want),
+            ("taken", self._taken),
+            ("recall", self._recall),
+            ("kill", self._kill),
+        )
         self._drain = False
         self._drain_said = False
         self._terminate = False
@@ -190,31 +198,11 @@ class WorkerSession:
         if self._tasks:
             self._compose_tasks(message)
             some = True
-        told = self.told
-        if told.forgotten_functions:
-            message.forget_functions.extend(told.forgotten_functions)
-            told.forgotten_functions.clear()
-            some = True
-        if told.forgotten_blobs:
-            message.forget_blobs.extend(told.forgotten_blobs)
-            told.forgotten_blobs.clear()
-            some = True
-        if self._want:
-            message.wanted.extend(self._want)
-            self._want.clear()
-            some = True
-        if self._taken:
-            message.taken.extend(self._taken)
-            self._taken.clear()
-            some = True
-        if self._recall:
-            message.recall.extend(self._recall)
-            self._recall.clear()
-            some = True
-        if self._kill:
-            message.kill.extend(self._kill)
-            self._kill.clear()
-            some = True
+        for field, numbers in self._notices:
+            if numbers:
+                getattr(message, field).extend(numbers)
+                numbers.clear()
+                some = True
         if self._credit:
             message.output_credit = self._credit
             self._credit = 0
