@@ -27,8 +27,8 @@ from cloudexec._aws.job_details import (
     utc_now,
     workers_of,
 )
+from cloudexec._aws.job_infos import JobInfos
 from cloudexec._aws.job_logs import JobLogs
-from cloudexec._aws.job_records import JobRecords
 from cloudexec._aws.job_search import JobSearch, PacedCalls
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.prices import refresh as refresh_prices
@@ -79,7 +79,7 @@ class AsyncMonitor:
         self._calls = PacedCalls(clients)
         self._search = JobSearch(self._calls, queues)
         self._logs = JobLogs(self._calls, self._search, log_group)
-        self._records = JobRecords(
+        self._infos = JobInfos(
             self._calls, self._search, log_group=log_group, prices=prices, child_calls=child_calls
         )
 
@@ -101,11 +101,11 @@ class AsyncMonitor:
         if states is not None:
             details = [each for each in details if states & workers_of(each).keys()]
         if each_worker:
-            found = await self._records.each_worker(details, limit)
+            found = await self._infos.each_worker(details, limit)
             if states is not None:
                 found = [each for each in found if each.state in states]
         else:
-            found = await self._records.infos(details[:limit])
+            found = await self._infos.infos(details[:limit])
         return found[:limit]
 
     async def executors(
@@ -117,17 +117,16 @@ class AsyncMonitor:
             of_active = {executor_of(each) for each in details if each["status"] in ACTIVE}
             details = [each for each in details if (executor_of(each) in of_active) is active]
         return [
-            executor_info(jobs, utc_now())
-            for jobs in by_executor(await self._records.infos(details))
+            executor_info(jobs, utc_now()) for jobs in by_executor(await self._infos.infos(details))
         ]
 
     async def cost(self, executor: str | None = None, *, refresh: bool = False) -> CostReport:
         """See ``Monitor.cost``."""
         if refresh:
-            self._records.prices = await refresh_prices(self._clients)
+            self._infos.prices = await refresh_prices(self._clients)
         details = await self._search.jobs(executor=executor)
-        runs = await self._records.all_runs(details)
-        infos = await self._records.infos(details, runs)
+        runs = await self._infos.all_runs(details)
+        infos = await self._infos.infos(details, runs)
         rows: list[ExecutorCost] = []
         for jobs in by_executor(infos):
             last = jobs[0]
@@ -149,7 +148,7 @@ class AsyncMonitor:
                     is_estimate=any(job.is_estimate for job in jobs),
                 )
             )
-        table = self._records.table()
+        table = self._infos.table()
         notes = [table.note] if table.note else []
         if table.region != self._clients.region:
             notes.append(
@@ -202,7 +201,7 @@ class AsyncMonitor:
         if older_than is not None:
             newest = utc_now().timestamp() - older_than
             details = [each for each in details if each["createdAt"] / 1000 <= newest]
-        return await self._records.infos(details)
+        return await self._infos.infos(details)
 
     async def stop(
         self,

@@ -35,7 +35,7 @@ from cloudexec._aws.names import TAG_EXPIRES, TAG_PROJECT, TAG_USER
 from cloudexec._aws.prices import PriceTable, WorkerPrice
 from cloudexec._aws.records import ACTIVE, JobInfo
 
-__all__ = ["JobRecords"]
+__all__ = ["JobInfos"]
 
 
 class _Budget:
@@ -50,8 +50,8 @@ class _Budget:
         return self._left >= 0
 
 
-class JobRecords:
-    """Makes records of jobs.
+class JobInfos:
+    """Says of jobs what a user is told.
 
     Args:
         calls: How AWS is asked.
