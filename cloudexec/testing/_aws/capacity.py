@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cloudexec.testing._aws.bucket import Bucket
 from cloudexec.testing._aws.faults import Faults
+from cloudexec.testing._aws.token_bucket import TokenBucket
 
 __all__ = ["Capacity"]
 
@@ -54,10 +54,12 @@ class Capacity:
         self._instances: dict[str, float] = {}
         """By environment, vCPUs of instances that run; and of those that are on their way."""
         self._booting: dict[str, float] = {}
-        self._launches: dict[str, Bucket] = {}
+        self._launches: dict[str, TokenBucket] = {}
         if launch_rate is not None:
             burst, rate = launch_rate
-            self._launches = {kind: Bucket(rate, burst) for kind in ("FARGATE", "FARGATE_SPOT")}
+            self._launches = {
+                kind: TokenBucket(rate, burst) for kind in ("FARGATE", "FARGATE_SPOT")
+            }
 
     def used(self, arn: str) -> float:
         """vCPUs in use in an environment."""

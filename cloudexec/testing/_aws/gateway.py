@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import unquote
 
 from cloudexec._aws.clients import known_regions
-from cloudexec.testing._aws.bucket import Bucket
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.judge import problems
 from cloudexec.testing._aws.limits import ClientError
@@ -27,6 +26,7 @@ from cloudexec.testing._aws.object_requests import (
     refusal,
 )
 from cloudexec.testing._aws.records import Request
+from cloudexec.testing._aws.token_bucket import TokenBucket
 from cloudexec.testing._aws.wire import (
     Call,
     Response,
@@ -87,7 +87,7 @@ class Gateway:
         self._faults = faults
         self._metadata = metadata
         self._secret = secret
-        self._bucket = Bucket(calls_per_second)
+        self._bucket = TokenBucket(calls_per_second)
         self._lock = threading.Lock()
         # moto's back ends take no locks; a server with many threads would lose updates.
         self.moto_lock = threading.RLock()

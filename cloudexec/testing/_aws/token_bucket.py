@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 
-__all__ = ["Bucket"]
+__all__ = ["TokenBucket"]
 
 
-class Bucket:
+class TokenBucket:
     """Hands out tokens at a rate, and after a pause several at once.
 
     Args:
