@@ -195,6 +195,11 @@ class Submitter:
         return self._launcher.needs_network() or self._setup["listen"] is not None
 
     def check_open(self) -> None:
+        """Tell a caller that no more calls are taken, and why.
+
+        Raises:
+            RuntimeError: If that is so; ``BrokenBatchExecutor`` if the executor is broken.
+        """
         if _ending.exiting:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         if self.is_shut:
