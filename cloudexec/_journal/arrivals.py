@@ -1,7 +1,7 @@
-"""Modules that come into the user's own folders while a program runs.
+"""Notices modules that appear in the user's own folders while a program runs.
 
-An import statement takes the first module of its name that there is. What was not found when the
-program was looked at, or was found in a later folder, may be there, or be hidden, a moment later.
+An import statement takes the first module of that name on its search path. A new file can therefore
+make an import succeed that found nothing before, or hide a module that lies in a later folder.
 """
 
 from __future__ import annotations
@@ -20,45 +20,46 @@ _SUFFIXES = (".py", *importlib.machinery.EXTENSION_SUFFIXES)
 
 
 class Place(Protocol):
-    """Where a module is."""
+    """Where a module was found."""
 
     @property
     def path(self) -> str:
-        """Its file; empty: it has none."""
+        """The module's file, or an empty string if it has no file."""
 
     @property
     def search(self) -> Sequence[str] | None:
-        """Where the modules below it are; ``None``: it is no package."""
+        """Folders that hold the package's submodules; ``None`` if the module is no package."""
 
 
 class _Watched(NamedTuple):
     folders: Sequence[str]
-    """Where the module may be, in the order in which they are searched."""
+    """Folders that the module may be in, in the order in which an import searches them."""
     before: frozenset[str]
-    """What was there when it was first looked for."""
+    """Paths of this name that existed when the module was first looked for."""
 
 
 class Arrivals:
     """Watches folders for modules by the names that a program imports.
 
-    A folder is read when its time has changed, and in it what has one of these names.
+    A folder is read again only when its modification time has changed.
 
     Args:
-        is_own: Whether a folder is the user's: no others are watched.
+        is_own: Says whether a folder holds the user's own code. Only such folders are watched.
     """
 
     def __init__(self, is_own: Callable[[str], bool]) -> None:
         self._is_own = is_own
         self._names: dict[str, _Watched] = {}
         self._in_folder: dict[str, set[str]] = {}
-        self._settled: dict[str, list[tuple[int, ...]]] = {}  # the times of a folder, when read
-        self._inner: dict[str, list[str]] = {}  # folders in it that may become packages
+        # The stamps of a folder that has not changed since it was read.
+        self._settled: dict[str, list[tuple[int, ...]]] = {}
+        self._inner: dict[str, list[str]] = {}  # its subfolders, which may become packages
 
     def watch(self, names: Mapping[str, Iterable[str]]) -> None:
-        """Look for modules from now on.
+        """Watch for more modules.
 
         Args:
-            names: Their names, and the folders that each may be in.
+            names: Maps each module's name to the folders that it may be in.
         """
         listings: dict[str, frozenset[str]] = {}
         places: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -82,10 +83,13 @@ class Arrivals:
             self._names[name] = _Watched(all_of, frozenset(before))
 
     def first(self, place_of: Callable[[str], Place | None]) -> str:
-        """Return what people call a module's file that an import would take now; empty: none.
+        """Return a module's file that appeared and that an import would now take.
 
         Args:
-            place_of: Tells where a module was found; ``None``: nowhere.
+            place_of: Returns where a module was found, or ``None`` if it was not found.
+
+        Returns:
+            A path relative to the module's folder, as messages show it; empty if there is none.
         """
         for folder, names in self._in_folder.items():
             stamps, read_at = self._stamps(folder), time.time_ns()
@@ -115,15 +119,18 @@ class Arrivals:
 
 
 def _listing(folder: str) -> frozenset[str]:
-    """Return the names of what is in a folder: thousands of modules may be looked for in it."""
+    """Return the names in a folder.
+
+    Reading the folder once is cheaper than asking the file system for each of thousands of modules.
+    """
     try:
         return frozenset(os.listdir(folder))
-    except OSError:  # it is gone, or is an archive
+    except OSError:  # the folder was removed, or is an archive
         return frozenset()
 
 
 def _files(folder: str, name: str, listing: frozenset[str]) -> Iterator[str]:
-    """Yield what an import of a name could take in a folder."""
+    """Yield the paths in a folder that an import of this name could take."""
     if name in listing and os.path.isdir(path := os.path.join(folder, name)):
         if os.path.isfile(inner := os.path.join(path, "__init__.py")):
             yield inner
@@ -135,12 +142,12 @@ def _files(folder: str, name: str, listing: frozenset[str]) -> Iterator[str]:
 
 
 def _is_taken(path: str, folder: str, folders: Sequence[str], place: Place | None) -> bool:
-    """Say whether an import takes what has come, instead of what was found before."""
+    """Say whether an import takes the new path instead of the module that was found before."""
     if place is None:
         return True
-    is_bare = os.path.isdir(path)  # a folder alone hides nothing
+    is_bare = os.path.isdir(path)  # a folder without __init__.py does not hide a module
     if not place.path:
-        # It is built in, or has parts in several folders.
+        # The module is built in, or is a namespace package with parts in several folders.
         return place.search is not None and path not in place.search
     if is_bare or os.path.abspath(place.path) == path:
         return False

@@ -1,13 +1,14 @@
-"""A journal in a bucket: objects that are never changed, each with the results of about a second.
+"""A journal in an S3 bucket, made of objects that are never changed.
 
-    <prefix>/journal                    what this is, and its version
-    <prefix>/lease                      who has it; renewed as long as that program lives
-    <prefix>/segments/<time>-<size>-<SHA-256>   results, one behind the other
-    <prefix>/results/<key>-<SHA-256>    the blobs of one large result
-    <prefix>/programs/<SHA-256>         what the program consisted of that recorded
+    <prefix>/journal                    the format's name and version
+    <prefix>/lease                      the program that uses the journal, which renews this object
+    <prefix>/segments/<time>-<size>-<SHA-256>   the results of about a second, one after the other
+    <prefix>/results/<key>-<SHA-256>    the blobs (large pieces) of one large result
+    <prefix>/programs/<SHA-256>         the modules and versions of a program that recorded results
 
-Results are given to the program before they are there: a round trip to S3 for each would cost more
-than what may be lost, the last second or two. State is not kept: secrets do not belong there.
+A program receives its results before they are written to S3. Waiting for S3 would delay each result
+by a round trip; a crash loses at most the results of the last second or two. The journal keeps no
+executor state, because that state includes secrets, which do not belong into a bucket.
 """
 
 from __future__ import annotations
@@ -45,35 +46,35 @@ T = TypeVar("T")
 _logger = Log()
 VERSION = 1
 _MARK = "cloudexec-journal"
-_ENTRY = struct.Struct(
-    "<20s32sdBQQH8s"
-)  # key, version, seconds, kind, bytes, object's, name, check
+# Key, version, seconds, kind, bytes of the value, bytes of the object, length of the name, check.
+_ENTRY = struct.Struct("<20s32sdBQQH8s")
 _PICKLE, _COMPOSED, _OBJECT = range(3)
 _INLINE = 1024 * 1024
-"""Blobs that are more than this together are an object of their own."""
+"""Bytes: if a result's blobs are larger than this together, they become an object of their own."""
 _PROGRAM = re.compile(r"programs/([0-9a-f]{64})")
 _SEGMENT = re.compile(r"segments/\d{20}-(\d+)-([0-9a-f]{64})")
 _PATIENCE = 30.0
 _RENEWAL = 5.0
 """Seconds between two renewals of a lease."""
 _LEASE = 20.0
-"""Seconds in which a lease that nobody renews ends."""
+"""Seconds after which a lease that is not renewed can be taken by another program."""
 _LONG_AGO = 600.0
-"""Seconds after which nobody waits for that, however much clocks differ."""
+"""Seconds: a lease that S3 says is older than this is taken at once. The value is far above the
+difference that the clocks of two machines have."""
 _MANY_SEGMENTS = 64
 _PROGRAMS_READ = 16
-"""So many of the latest programs are read: what changed since then is said, not more."""
+"""Number of the latest programs that are read. The message about changes compares with these."""
 _MOST_MERGED = 256 * 1024 * 1024
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
 
 
 class BucketStore:
-    """See ``store.Store``; made by ``open``.
+    """Implements ``store.Store`` with S3; ``open`` makes one.
 
     Args:
         bucket: The bucket's name.
-        prefix: With a slash at its end.
-        portal: Has the event loop.
+        prefix: The prefix of all keys, with a slash at its end.
+        portal: Runs coroutines on the executor's event loop.
     """
 
     holds_back = False
@@ -93,18 +94,19 @@ class BucketStore:
         self._etag = ""
         self._is_lost = False
         self._renewing: asyncio.Task[None] | None = None
-        self._index: dict[bytes, tuple[int, bytes]] = {}  # where the value is, and its entry
-        self._objects: dict[str, int] = {}
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as this
+        # By key: the offset of the value in the local file, and the packed entry.
+        self._index: dict[bytes, tuple[int, bytes]] = {}
+        self._objects: dict[str, int] = {}  # bytes of each object under results/
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 close() closes it
 
     @classmethod
     def open(cls, bucket: str, prefix: str, portal: Portal) -> BucketStore:
-        """Open a journal, or begin one.
+        """Open a journal, or make an empty one.
 
         Raises:
-            JournalLockedError: If another program has it.
-            JournalVersionError: If a newer version wrote it.
-            JournalError: If what is there is no journal.
+            JournalLockedError: If another program uses it.
+            JournalVersionError: If a newer version of cloudexec wrote it.
+            JournalError: If the prefix holds other objects, and no journal.
             AwsError: If the bucket cannot be used.
         """
         store = cls(bucket, prefix, portal)
@@ -183,7 +185,7 @@ class BucketStore:
     # The lease.
 
     async def _put_lease(self, **condition: str) -> bool:
-        """Write the lease if it is still as it was; say whether it is ours now."""
+        """Write the lease under a condition on its current content; say whether we hold it now."""
         body = json.dumps({**json.loads(whoami()), "id": self._id, "at": time.time()}).encode()
         try:
             answer = await self._call("put_object", "lease", Body=body, **condition)
@@ -191,7 +193,8 @@ class BucketStore:
             if exc.code not in _TAKEN:
                 raise
             found = await self._read("lease")
-            # An answer may have been lost, and the request been made twice.
+            # S3 may have carried out our request, and its answer was lost: the repeated request
+            # then fails although the lease is ours.
             if found is None or self._id.encode() not in found[0]:
                 return False
             answer = found[1]
@@ -199,9 +202,13 @@ class BucketStore:
         return True
 
     async def _take_lease(self) -> None:
-        """Take the lease, once nobody has renewed it for long enough.
+        """Take the lease; if another program holds it, wait whether that program still renews it.
 
-        Whoever lives renews it: no clocks are compared.
+        A program that is alive renews its lease, which changes the object's ETag. Watching the ETag
+        needs no comparison of two machines' clocks.
+
+        Raises:
+            JournalLockedError: If the other program renews the lease.
         """
         if await self._put_lease(IfNoneMatch="*"):
             return
@@ -318,7 +325,7 @@ class BucketStore:
     def _reader_of_object(
         self, name: str, table: bytes, size: int, sha256: bytes
     ) -> Callable[[int, memoryview], None]:
-        """Return what reads a large result, of which only the table is here."""
+        """Return a function that reads a large result; its blobs are downloaded when needed."""
         content: bytearray | None = None
 
         def read(offset: int, target: memoryview) -> None:
@@ -342,12 +349,12 @@ class BucketStore:
             content[offset : offset + len(data)] = data
 
         async def download() -> None:
-            # Of its own: the executor, and its journal with it, may have ended.
+            # A client of its own, as the executor and this store may be closed by now.
             async with AwsClients() as clients:
                 bucket = Bucket(clients, self._bucket_name, self._prefix, patience=_PATIENCE)
                 await bucket.download(f"results/{name}", sink, size, sha256)
 
-        # On a thread, as there may be a loop of the user's in this one.
+        # On a thread of its own, as the caller's thread may run an event loop of the user's.
         done: Future[None] = Future()
         thread = threading.Thread(target=_run_in, args=(done, download), daemon=True)
         thread.start()
@@ -412,7 +419,7 @@ class BucketStore:
         await self._bucket.upload(name, lambda at, n: data[at : at + n], len(data), sha256)
 
     async def _put_object(self, key: bytes, blobs: list[memoryview], size: int) -> bytes:
-        """Put blobs into an object of their own; return its digest."""
+        """Upload blobs as one object, and return the SHA-256 of its content."""
 
         def digest() -> bytes:
             found = hashlib.sha256()
@@ -435,7 +442,7 @@ class BucketStore:
         return sha256
 
     def sync(self) -> None:
-        """Do nothing: what has been written is as safe as it will be."""
+        """Do nothing: S3 has stored durably whatever ``write`` has returned for."""
 
     def get_state(self, name: str) -> bytes | None:
         return None
@@ -469,7 +476,7 @@ def _object_name(key: bytes, sha256: bytes) -> str:
 
 
 def _is_dead(pid: int | None, host: str) -> bool:
-    """Say whether a process of this machine has ended; of others nobody knows."""
+    """Say whether a process is known to have ended, which can be known on this machine only."""
     if pid is None or host != socket.gethostname():
         return False
     try:

@@ -1,4 +1,4 @@
-"""What is said when results are not used, as the program is not the one that recorded them."""
+"""Words the message that says why recorded results are not used: the program has changed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cloudexec._journal.program import Manifest
 __all__ = ["differences", "explained", "latest"]
 
 _NAMED = 3
-"""So many files or distributions are named, the others are counted."""
+"""Number of files that a message names; it only counts the others."""
 
 
 def latest(programs: Mapping[bytes, bytes], among: Mapping[bytes, int]) -> Manifest | None:
-    """Return what the program consisted of that recorded last.
+    """Return the manifest of the program that recorded results last, or ``None``.
 
     Args:
-        programs: All that are known, as JSON, by digest.
-        among: Those that have results.
+        programs: The manifests of all known programs, as JSON, by digest.
+        among: The digests of the programs that have results.
     """
     found: Manifest | None = None
     for digest in among:
@@ -34,12 +34,13 @@ def latest(programs: Mapping[bytes, bytes], among: Mapping[bytes, int]) -> Manif
 
 
 def explained(old: Manifest | None, new: Manifest, count: int) -> str:
-    """Say what has changed, and what that costs.
+    """Return a sentence that says what has changed and how many results are therefore not used.
 
     Args:
-        old: The program that recorded; ``None``: a version of cloudexec did that did not note it.
-        new: This one.
-        count: Results that are not used.
+        old: The program that recorded the results; ``None`` if it is not in the journal, because an
+            older cloudexec wrote it.
+        new: The program that runs now.
+        count: Number of results that are not used.
     """
     results = f"{count} result{'' if count == 1 else 's'}"
     cost = "it is run again" if count == 1 else "these are run again"
@@ -50,7 +51,7 @@ def explained(old: Manifest | None, new: Manifest, count: int) -> str:
 
 
 def differences(old: Manifest, new: Manifest) -> str:
-    """Say what one program has that another has not."""
+    """Return a list, in words, of the differences between two programs."""
     reasons: list[str] = []
     if old["python"] != new["python"]:
         reasons.append(f"Python was {old['python']} and is {new['python']}")

@@ -1,6 +1,6 @@
-"""The versions of what is installed: which distributions a module belongs to, and what they need.
+"""The versions of installed distributions, and of the distributions that these require.
 
-Code of theirs is known by these alone.
+A journal identifies installed code by these versions, and does not read the installed files.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ _OURS = "cloudexec"
 
 
 def names_of(module: str) -> tuple[str, ...]:
-    """Return the distributions that have a top-level module; none: it was not installed as one."""
+    """Return the distributions that contain a top-level module; empty if none does."""
     found = _of_same_name(module)
     return found if found else tuple(sorted(set(_table().get(module, ()))))
 
 
 @functools.cache
 def _of_same_name(module: str) -> tuple[str, ...]:
-    """Spare the many modules that are called as their distribution the reading of all of them."""
+    """Return the distribution of the module's own name, if it contains that module.
+
+    This is the usual case, and spares reading the files of all installed distributions.
+    """
     try:
         found = metadata.distribution(module)
         files = f"\n{found.read_text('RECORD') or ''}"
@@ -41,9 +44,9 @@ def _table() -> Mapping[str, list[str]]:
 
 
 def versions_of(names: Iterable[str]) -> dict[str, str]:
-    """Return versions by name: of distributions, and of what they require, and so on.
+    """Return the versions of distributions and of all that they require, directly or indirectly.
 
-    What they require for extras alone is not among them, nor what cloudexec requires.
+    The result leaves out what is required by extras only, and what cloudexec itself requires.
     """
     versions: dict[str, str] = {}
     waiting = list(names)
@@ -65,7 +68,7 @@ def _look(name: str) -> tuple[str, tuple[str, ...]]:
         commit = json.loads(found.read_text("direct_url.json") or "{}").get("vcs_info", {})
     except (metadata.PackageNotFoundError, ValueError, OSError, AttributeError):
         return "", ()
-    if commit:  # its version alone does not say which code it is
+    if commit:  # it was installed from version control: many commits have the same version
         version = f"{version} ({commit.get('commit_id', '?')})"
     if name == _OURS:
         return version, ()

@@ -1,8 +1,8 @@
-"""Stands between an executor and what its journal is kept in.
+"""Connects an executor with the store of its journal: finds results, and records new ones.
 
-Threads: ``identify`` and ``resume`` run in whoever submits, under a lock for the counts; ``add``
-and ``give_back`` on the loop thread; results are written by a thread of the journal's own, a batch
-while the next one gathers.
+Threads: ``identify`` and ``resume`` run in the thread that submits a call, under a lock for the
+counts. ``add`` and ``give_back`` run on the event loop's thread. A thread of the journal's own
+writes results in batches; the next batch gathers while one is written.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ __all__ = ["KEY_BYTES", "Call", "Identity", "Journal"]
 
 _logger = Log()
 _SYNC_SECONDS = 0.25
-"""What power loss may cost, at most, is what was finished in this time."""
+"""Seconds between two syncs: a loss of power loses at most the results of this time."""
 _MOST_AT_ONCE = 4096
 _REST_SECONDS = 5.0
-"""After a failure to write, nothing is written for so long."""
+"""Seconds for which nothing is written after a write has failed."""
 KEY_BYTES = 20
-"""Of the name of a call."""
+"""Bytes of the key of a call."""
 _NO_DIGEST = bytes(32)
 
 Given = tuple[Any, Any, Any]
-"""A task, its future and its result; no task: it is nobody's yet."""
+"""A task, its future and its result. The task is ``None`` if no call of this run waits for it."""
 
 
 class Identity:
-    """A function as a journal knows it.
+    """How a journal identifies a function.
 
     Attributes:
-        name: What it is called, whatever its code is.
-        version: Of the program that it is part of, and of its name.
-        base: Digest of all that makes it what it is.
+        name: The function's module and qualified name.
+        version: Digest of the program and the name. It is recorded with each result.
+        base: Digests of the program, the initializer and the function, as part of each call's key.
         program: Digest of the program.
-        code: The code, as long as it is this one.
-        whole: The function itself, if it counts together with the arguments of each call: they may
-            share objects.
+        code: The function's code object when it was identified.
+        whole: The function itself, if it is digested together with the arguments of each call,
+            because the function and its arguments may share objects; otherwise ``None``.
     """
 
     __slots__ = ("base", "code", "name", "program", "version", "whole")
@@ -89,14 +89,14 @@ class Identity:
 
 
 class Call:
-    """A call as a journal knows it.
+    """How a journal identifies a call.
 
     Attributes:
-        key: Its name.
-        identity: Its function.
-        base: What it has in common with equal calls.
-        number: Which of these it is, from 1.
-        kept: Whether its result stays on a worker, and does not come into the journal.
+        key: The key under which the call's result is recorded.
+        identity: The identity of the called function.
+        base: A number that all equal calls (same function, same arguments) have in common.
+        number: Counts equal calls of one run, from 1.
+        kept: Whether the result stays on a worker, so that it is not recorded.
     """
 
     __slots__ = ("base", "identity", "kept", "key", "number")
@@ -112,7 +112,7 @@ class Call:
 
 
 class _Orphan:
-    """Stands for the future of a call that an earlier run of the program has made, not this one."""
+    """Stands for the future of a call that an earlier run submitted, and this run has not yet."""
 
     __slots__ = ("_journaled", "_run_time")
 
@@ -125,11 +125,11 @@ class Journal:
     """The journal of one executor.
 
     Args:
-        store: What it is kept in.
-        program: The program that records.
-        portal: Has the event loop.
-        decode: How a future is marked whose result is still bytes.
-        give: Called on the loop thread with results that are in the journal.
+        store: Keeps the records.
+        program: The code of the running program.
+        portal: Runs callables on the event loop's thread.
+        decode: Unpickles the result of a future when it is asked for.
+        give: Called on the loop thread with results once they have been written.
     """
 
     def __init__(
@@ -142,18 +142,18 @@ class Journal:
     ) -> None:
         self.store = store
         self.resumed = 0
-        """Calls that were not run, as their results were there."""
+        """Number of calls that were not run because the journal had their results."""
         self._program = program
         self._setup = _NO_DIGEST
         self._is_watching = True
         self._has_compared = False
-        self._noted: set[bytes] = set()  # digests of programs
+        self._noted: set[bytes] = set()  # digests of programs that have been written to the store
         self._portal = portal
         self._decode = decode
         self._give = give
         self._lock = threading.Lock()
-        self._counts: dict[int, int] = {}  # by call, how many equal ones there were
-        self._returned: dict[int, list[int]] = {}  # numbers of those that brought no result
+        self._counts: dict[int, int] = {}  # by ``Call.base``: how many equal calls were submitted
+        self._returned: dict[int, list[int]] = {}  # numbers of equal calls that had no result
         self._identities: weakref.WeakKeyDictionary[Function, dict[bool, Identity]]
         self._identities = weakref.WeakKeyDictionary()
         self._said: set[str] = set()
@@ -179,7 +179,7 @@ class Journal:
         decode: Callable[[BatchFuture[Any]], None],
         give: Callable[[list[Given]], None],
     ) -> Journal:
-        """Open a journal, or begin one; see ``open_store`` for the errors."""
+        """Open a journal, or make an empty one; ``open_store`` lists the errors."""
         store = open_store(where, portal)
         _logger.info(
             "journal %s: %d result%s of earlier runs",
@@ -190,19 +190,19 @@ class Journal:
         return cls(store, program, portal, decode, give)
 
     def set_up(self, initializer: object, *, is_watching: bool) -> None:
-        """Say how workers are made ready, before there are calls.
+        """Set what the keys of all calls depend on, before the first call.
 
         Args:
-            initializer: What they call first, with its arguments; ``None``: nothing.
-            is_watching: Whether they read the program's files when they need them. If not, these
-                have been sent.
+            initializer: The initializer of the workers with its arguments; ``None`` without one.
+            is_watching: Whether workers read the program's files from disk when they need them, so
+                that edits matter. Otherwise the files have been sent already.
         """
         self._is_watching = is_watching
         if initializer is not None:
             try:
                 self._setup = digest_of(initializer, self._program)
             except Exception as exc:
-                self._setup = os.urandom(32)  # no other run has it
+                self._setup = os.urandom(32)  # random, so that no other run finds these results
                 self._cannot("the initializer", exc)
         if not is_watching:
             self._look_for_edits()
@@ -212,12 +212,13 @@ class Journal:
     def identify(
         self, fn: Callable[..., Any], function: Function | None, options: TaskOptions
     ) -> Identity | None:
-        """Return what a function is known as; ``None``: its calls cannot be in a journal.
+        """Return the identity of a function; ``None`` if its calls cannot be recorded.
 
         Args:
             fn: The callable.
-            function: What it is numbered as, which stays true to what it is.
-            options: With a key of the caller's own, what is bound to the function does not count.
+            function: The executor's record of the callable, if it has one. Identities are cached
+                by it.
+            options: If they have a ``key``, objects that are bound to the function do not count.
         """
         has_key = options.key is not None
         code = attribute_of(fn, "__code__")
@@ -247,11 +248,11 @@ class Journal:
         return identity
 
     def digest_of(self, value: object, payload: Payload) -> bytes | None:
-        """Return what a value that is put into the executor is known by, if it can be known.
+        """Digest a value that is put into the executor; ``None`` if it cannot be digested.
 
         Args:
-            value: Which.
-            payload: Its wire pickle.
+            value: The value.
+            payload: The value as it was pickled to be sent.
         """
         try:
             return digest_of(value, self._program, blobs_of(payload))
@@ -262,7 +263,11 @@ class Journal:
 
     @staticmethod
     def key_of_chunks(key: Callable[..., object]) -> Callable[..., bytes]:
-        """Return what makes a key of several calls that are one task, from the key of each."""
+        """Return a function that makes the key of a chunk (several calls that run as one task).
+
+        Args:
+            key: Makes the key of one call.
+        """
 
         def of_chunk(chunk: list[tuple[Any, ...]]) -> bytes:
             keys = [_own_key(key, args, {}) for args in chunk]
@@ -271,7 +276,7 @@ class Journal:
         return of_chunk
 
     def _note_program(self, program: bytes) -> None:
-        """Have a program in the journal that records in it; say once what is new in it."""
+        """Write the program's manifest to the store; warn once if the program has changed."""
         with self._lock:
             if program in self._noted:
                 return
@@ -323,15 +328,19 @@ class Journal:
         payload: Payload | Unfinished | None,
         options: TaskOptions,
     ) -> bool:
-        """Give a future the result that its call has in the journal; say whether it is done.
+        """Look a call up, and finish its future if the journal has a result for it.
 
         Args:
-            future: Of a call that is about to be submitted.
-            identity: Of its function.
-            args: Its arguments.
-            kwargs: Its keyword arguments.
-            payload: The pickle of these, if there is one of them alone.
-            options: Its options.
+            future: The future of a call that is about to be submitted.
+            identity: The identity of the called function.
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+            payload: The pickle of the arguments, if they were pickled without the function.
+            options: The call's options.
+
+        Returns:
+            Whether the future is done, so that the call need not run. It is also done, with an
+            error, if the function given as ``key=`` failed.
         """
         found = hashlib.sha256(identity.base)
         if options.env or options.gpus:
@@ -381,7 +390,7 @@ class Journal:
         return True
 
     def note_resumed(self, future: BatchFuture[Any]) -> None:
-        """A call was not run, as its result was there."""
+        """Count a call that was not run because the journal had its result."""
         with self._lock:
             self.resumed += 1
         future._resumed = True
@@ -397,14 +406,19 @@ class Journal:
     # Results come.
 
     def add(self, task: Any, future: BatchFuture[Any], result: Any) -> bool:
-        """Take a result; say whether it will be given to its future once it is in the journal."""
+        """Take a result to be written.
+
+        Returns:
+            Whether ``give`` will hand the result to its future after it has been written. If not,
+            the caller finishes the future now.
+        """
         call: Call | None = future._journaled
         if call is None or call.kept or self._closing:
             return False
         if type(result) is not bytes and type(result) is not Composed:
             return False
         if type(result) is Composed:
-            result.shared = True  # whoever takes it may change what is being written
+            result.shared = True  # the user may change the result while it is being written
         self._inbox.append((task, future, result))
         if not self._woken:
             self._woken = True
@@ -412,7 +426,7 @@ class Journal:
         return self.store.holds_back
 
     def keep(self, key: bytes, version: bytes, name: str, seconds: float, result: Payload) -> None:
-        """Take a result that nobody in this run has asked for yet."""
+        """Take the result of a call that an earlier run submitted, and this run has not yet."""
         identity = Identity(name)
         identity.version = version
         call = Call(key, identity, 0, 0, kept=False)
@@ -422,19 +436,19 @@ class Journal:
         self._event.set()
 
     def put_state(self, name: str, value: bytes | None) -> None:
-        """Keep what a later run of the program is to find, soon; see ``Store.put_state``."""
+        """Have the journal's thread call ``Store.put_state`` with these arguments."""
         self._states.append(functools.partial(self.store.put_state, name, value))
         self._event.set()
 
     def give_back(self, future: BatchFuture[Any]) -> None:
-        """A call ended without a result: the next one like it takes its place."""
+        """Note that a call ended without a result: the next equal call gets its number and key."""
         call: Call | None = future._journaled
         if call is not None:
             with self._lock:
                 self._returned.setdefault(call.base, []).append(call.number)
 
     def close(self, then: Callable[[], None]) -> None:
-        """Write what there is, give it to its futures, and let go of the store.
+        """Begin to close: the thread writes the remaining results and closes the store.
 
         Args:
             then: Called on the journal's thread when that is done.
@@ -445,7 +459,7 @@ class Journal:
         self._ending.set()
 
     def join(self) -> None:
-        """Wait for the thread, after ``close``."""
+        """Wait until the journal's thread has ended, after ``close``."""
         if self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -487,7 +501,10 @@ class Journal:
             self._then()
 
     def _keep(self, batch: list[Given]) -> bool:
-        """Write results; whatever goes wrong with that, they are not lost to the program."""
+        """Write a batch of results, and say whether it was written.
+
+        A failure is logged and counted only: the program still receives its results.
+        """
         if self._is_watching:
             self._look_for_edits()
         if time.monotonic() < self._rest_until:
@@ -509,7 +526,7 @@ class Journal:
         return False
 
     def _look_for_edits(self) -> None:
-        """Record nothing any more if nobody knows whether workers run what was looked at."""
+        """Stop recording if a file has changed: a worker may run other code than was digested."""
         edited = self._program.edited()
         if edited:
             self._is_watching = False
@@ -542,19 +559,22 @@ class Journal:
         try:
             self._portal.post(call, *args)
         except RuntimeError:
-            pass  # the loop has closed: nobody waits any more
+            pass  # the loop has closed, so no future waits for these results
 
 
 _NOTHING: dict[bool, Identity] = {}
 
 
 def _version_of(program: bytes, name: str) -> bytes:
-    """Return what is recorded with each result of a function, to tell what became of it."""
+    """Return the digest of a program and a function's name, which is recorded with each result.
+
+    A later run of a changed program finds by it which results it does not use any more.
+    """
     return hashlib.sha256(program + name.encode("utf-8", "surrogatepass")).digest()
 
 
 def _options_digest(options: TaskOptions) -> bytes:
-    """Digest those options that a task can see."""
+    """Digest the options that a task can observe: its environment variables and its GPUs."""
     seen = [sorted((options.env or {}).items()), options.gpus]
     return hashlib.sha256(repr(seen).encode("utf-8", "surrogatepass")).digest()
 
@@ -562,11 +582,11 @@ def _options_digest(options: TaskOptions) -> bytes:
 def _own_key(
     key: str | Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> bytes:
-    """Return a caller's own key as bytes that tell its type too.
+    """Return the key that the caller chose, as bytes that begin with its type.
 
     Raises:
-        ConfigError: If what the caller's function returns is no key.
-        Exception: Whatever it raises.
+        ConfigError: If the caller's function returns neither a string, an integer nor bytes.
+        Exception: Whatever the caller's function raises.
     """
     value = key if isinstance(key, str) else key(*args, **kwargs)
     if isinstance(value, str):

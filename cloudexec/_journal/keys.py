@@ -1,10 +1,11 @@
-"""The name of a call that is the same in every run of a program: a digest of all that it carries.
+"""Digests a call so that the digest is the same in every run of a program.
 
-What counts is the pickle of the call, as it travels: function, arguments, and where they travel by
-value, code, closures, globals and attributes. Wire pickles are no such names themselves. Sets are
-in another order in each process, classes by value are given random numbers, and equal strings are
-written otherwise if they are one object. So the call is pickled once more, with sets sorted, values
-that cannot change written by what they are, and code named by where it stands in its program.
+The digest covers what the pickle of the call carries: the function, the arguments and, for objects
+that are pickled by value, their code, closures, globals and attributes. The pickle that is sent to
+a worker cannot be digested itself, because it differs from run to run: sets have another order in
+each process, cloudpickle numbers classes at random, and two equal strings are pickled otherwise
+than one string that occurs twice. So the call is pickled once more in a canonical form: sets are
+sorted, immutable values are written by their content, and code by its place in the program.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ _ATOMS = _NUMBERS | {str, bytes}
 _CONTAINERS = frozenset({tuple, frozenset, list, dict, set})
 _SETS_REDUCE = (set.__reduce__, frozenset.__reduce__)
 _CONTENT = 2
-"""Version of marshal's format that says what values are, and not which of them are one object. It
-sorts sets (bpo-37596)."""
+"""Version of marshal's format. From version 3 on, marshal writes an object that occurs again as a
+reference, so that equal values can have different bytes. marshal sorts sets (bpo-37596)."""
 _LARGE = 64 * 1024
 _LONG = 1024
 _FEW = 32
-"""It is not worth remembering what so few values are."""
+"""Containers with at most this many values are examined again each time, and not remembered."""
 _DIGEST_BYTES = 1024 * 1024
 
 
@@ -59,11 +60,11 @@ _names_in: Any = vars(type)["__dict__"].__get__
 
 
 class Unkeyed(Exception):
-    """A call has no name that holds in another run: it takes something that nobody else knows."""
+    """A call has no key: its arguments hold something that another run cannot have."""
 
 
 def name_of(fn: Any) -> str:
-    """Return what a function is called, whatever its code is."""
+    """Return a callable's module and qualified name, such as ``"script:work"``."""
     fn = _plain(fn)
     module, name = attribute_of(fn, "__module__"), attribute_of(fn, "__qualname__")
     return (
@@ -72,16 +73,17 @@ def name_of(fn: Any) -> str:
 
 
 def bare(fn: Any) -> Any:
-    """Return what a callable is without the objects that are bound to it.
+    """Return a callable without the objects that are bound to it.
 
-    Of these their class counts. A callable that is no function counts as it is.
+    A bound method is replaced by the class of its object and the function, a ``partial`` by its
+    function. Any other callable is returned as it is.
     """
     if is_a(fn, functools.partial):
         return bare(_func_of(fn))
     if is_a(fn, MethodType):
         return _class_of(fn.__self__), bare(fn.__func__)
     if is_a(fn, BuiltinFunctionType) and not is_a(fn.__self__, ModuleType):
-        return _class_of(fn.__self__), fn.__name__  # a method that is written in C
+        return _class_of(fn.__self__), fn.__name__  # a bound method that is written in C
     if "_called_for_each" in _names_in(type(fn)):  # a chunk of ``map()``
         return bare(fn._called_for_each)
     return fn
@@ -92,7 +94,7 @@ def _class_of(obj: object) -> type:
 
 
 def _plain(fn: Any) -> Any:
-    """Return the function, or class, that a callable leads to."""
+    """Return the function or class behind a callable."""
     while True:
         if is_a(fn, functools.partial):
             fn = _func_of(fn)
@@ -109,15 +111,16 @@ def _plain(fn: Any) -> Any:
 
 
 def digest_of(value: object, program: Program, blobs: Sequence[Blob] = ()) -> bytes:
-    """Digest whatever can be sent, with all that it takes along.
+    """Digest a value and all objects that its pickle carries.
 
     Args:
         value: A callable, arguments, or both together.
-        program: Where its code is.
-        blobs: Of its wire pickle, whose digests are known once they were needed.
+        program: The program that the code belongs to.
+        blobs: The large pieces of the value as it was pickled to be sent. A blob remembers its
+            digest, so that its content is hashed only once.
 
     Raises:
-        Unkeyed: If it holds futures or handles that have no name.
+        Unkeyed: If the value holds a future or a ``Ref`` that has no key.
         Exception: Whatever pickling raises.
     """
     return _Canonical(program, blobs).digest(value)
@@ -129,16 +132,16 @@ def arguments_digest(
     program: Program,
     payload: Payload | Unfinished | None,
 ) -> bytes:
-    """Digest arguments; a future counts as the call that it stands for.
+    """Digest the arguments of a call; a future among them counts by the key of its own call.
 
     Args:
-        args: By position.
-        kwargs: By name, in their order: a function can see it.
-        program: Where their code is.
-        payload: Their wire pickle, if there is one of them alone.
+        args: The positional arguments.
+        kwargs: The keyword arguments. Their order counts, as a function can observe it.
+        program: The program that the arguments' code belongs to.
+        payload: The pickle of the arguments, if they were pickled without the function.
 
     Raises:
-        Unkeyed: If there are futures or handles among them that have no name.
+        Unkeyed: If a future or a ``Ref`` among the arguments has no key.
         Exception: Whatever pickling raises.
     """
     if not kwargs and _payload._is_plain(args):
@@ -147,19 +150,19 @@ def arguments_digest(
 
 
 def blobs_of(payload: Payload | Unfinished | None) -> Sequence[Blob]:
-    """Return the large pieces of a wire pickle."""
+    """Return the large pieces of a payload, without its small pickle."""
     if type(payload) is Unfinished:
         payload = payload.payload
     return payload.blobs if type(payload) is Composed else ()
 
 
 class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
-    """Writes a pickle that is the same in every process, and that nobody can load.
+    """Writes a pickle that is the same in every process. It is only digested, and cannot be loaded.
 
     Args:
-        program: Where code is.
-        blobs: Of the wire pickle.
-        order: Sorts what is in sets; made where there is none.
+        program: The program that the code belongs to.
+        blobs: The large pieces of the value as it was pickled to be sent.
+        order: Sorts the items of sets; ``None`` makes a new one.
     """
 
     def __init__(
@@ -170,9 +173,10 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
         self._program = program
         self._blobs = blobs
         self._order = _Order(program, blobs) if order is None else order
-        self._numbers: dict[int, int] = {}  # of containers, by id
-        self._namespaces: dict[int, int] = {}  # of functions, by id: these have no content here
-        self._held: list[Any] = []  # so that no id is given twice
+        self._numbers: dict[int, int] = {}  # the number of each container, by its id
+        # The number of each function's global namespace, by its id; its content is not digested.
+        self._namespaces: dict[int, int] = {}
+        self._held: list[Any] = []  # keeps objects alive, so that Python does not reuse their ids
 
     def digest(self, value: object) -> bytes:
         self.dump(value)
@@ -191,7 +195,11 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
         return False
 
     def _content(self, piece: Any) -> tuple[bytes, Any]:
-        """Return what stands for a piece: itself, or the digest of a large one."""
+        """Return a mark and the bytes to digest: a small piece itself, or a large one's SHA-256.
+
+        A blob with the same content may know its digest already, and comparing is much faster than
+        hashing.
+        """
         view = memoryview(piece).cast("B")
         if len(view) < _LARGE:
             return b"whole", piece
@@ -205,7 +213,7 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
                 return b"digest", blob.sha256
         return b"digest", _sha256(view)
 
-    # What pickle writes by itself.
+    # Values that pickle writes by itself.
 
     def persistent_id(self, obj: Any) -> Any:
         kind = type(obj)
@@ -214,10 +222,10 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
         return self._container(obj, kind) if kind in _CONTAINERS else None
 
     def _plain(self, obj: Any) -> Any:
-        """Return what stands for a value that says what it is, whichever object it is.
+        """Return what is pickled instead of an immutable value: bytes that depend on its content.
 
-        A large one is read once, however often it is met. A number stands for it: pickle would
-        write the same bytes object in another way when it comes again.
+        A large value is digested once, however often it occurs, and is written as a number. The
+        number is needed because pickle would write a bytes object that occurs again as a reference.
         """
         known = self._order.large.get(id(obj))
         if known is None:
@@ -231,10 +239,10 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
         return "large", known[0]
 
     def _container(self, obj: Any, kind: Any) -> Any:
-        """Return what stands for a container, ``None`` if what is in it is to be looked at.
+        """Return what is pickled instead of a container; ``None`` to pickle its items one by one.
 
-        What can be changed counts as itself, too: whether two arguments are one list makes a
-        difference to who changes it.
+        A mutable container gets a number, too, so that its identity counts: it matters to a
+        function that changes a list whether two of its arguments are the same list.
         """
         is_set = kind is set or kind is frozenset
         is_plain = self._order.is_plain(obj, kind)
@@ -254,7 +262,7 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
         self._held.append(obj)
         return numbers.setdefault(id(obj), len(numbers))
 
-    # What is reduced to something else.
+    # Objects that pickle reduces to a callable and its arguments.
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -268,7 +276,8 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
             reduced = cloudpickle.Pickler.dispatch_table[TypeVar](obj)
         elif _is_reduced_as_a_set(kind):
             make, _, *rest = obj.__reduce_ex__(5)
-            return make, (frozenset(obj),), *rest  # which would be a list, in whatever order
+            # A frozenset instead of a list, because the list's order differs from run to run.
+            return make, (frozenset(obj),), *rest
         else:
             reduced = super().reducer_override(obj)
         if type(reduced) is not tuple:
@@ -285,9 +294,10 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
         return make, args, *rest
 
     def _function(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return what makes a function by value, without where its file lies.
+        """Return what stands for a function that is pickled by value, without its file's path.
 
-        Functions of one namespace share its changes, those of equal ones do not.
+        The number of its global namespace is part of it: functions that share one namespace see
+        each other's assignments to globals, and functions with two equal namespaces do not.
         """
         code, namespace, *rest = args
         name, package = namespace.get("__name__"), namespace.get("__package__")
@@ -296,7 +306,7 @@ class _Canonical(cloudpickle.Pickler):  # type: ignore[misc]
 
 
 class _Outline(_Canonical):
-    """Writes one object without the objects that it refers to; these are its ``children``."""
+    """Pickles one object without the objects that it refers to, and lists those as ``children``."""
 
     def __init__(self, program: Program, blobs: Sequence[Blob], order: _Order) -> None:
         super().__init__(program, blobs, order)
@@ -323,39 +333,41 @@ class _Node(NamedTuple):
 
     obj: Any
     outline: bytes
-    """Digest of the object itself."""
+    """Digest of the object itself, without its children."""
     children: list[int]
-    """The ids of what it refers to."""
+    """The ids of the objects that it refers to."""
     is_set: bool
-    """Whether these have no order."""
+    """Whether the object is a set, so that its children have no order."""
 
 
 class _Order:
-    """The order in which sets are written: by what is in them, not by where that lies.
+    """Sorts the items of sets by their content, not by their addresses in memory.
 
-    Each object is looked at once, however many sets it is in and however many ways lead to it. So
-    it gets a digest of all that is below it. Objects that lead to themselves get theirs in rounds,
-    each from those of the round before, until no round tells more of them apart. The order is all
-    that comes of it: objects that have one digest are none the less written as what they are.
+    Each object gets a digest of itself and of all objects that it refers to, directly or not. It is
+    computed once, however many sets the object is in. Objects that refer to themselves in a circle
+    get their digests in rounds: each round digests the digests of the round before, until a round
+    distinguishes no more objects than the last one. The digests decide the order only: two objects
+    with equal digests are still pickled separately, each with its own content.
     """
 
     def __init__(self, program: Program, blobs: Sequence[Blob]) -> None:
         self._program = program
         self._blobs = blobs
         self._digests: dict[int, bytes] = {}
-        self._held: list[Any] = []  # so that no id is given twice
-        self._written: dict[int, int] = {}
-        self._mixed: dict[int, Any] = {}
+        self._held: list[Any] = []  # keeps objects alive, so that Python does not reuse their ids
+        self._written: dict[int, int] = {}  # by id: the position at which an item was first sorted
+        self._mixed: dict[int, Any] = {}  # by id: containers that hold other than plain values
         self.large: dict[int, tuple[int, Any]] = {}
-        """By id: what stands for a large value, and the value, so that the id stays its own."""
+        """By id: the number that is written instead of a large value, and the value itself, which
+        keeps its id from being reused."""
         self.blobs: dict[int, deque[Blob]] = {}
-        """By size: they are met in their order, mostly."""
+        """The blobs of each size. They are rotated, as values mostly come in the blobs' order."""
         for blob in blobs:
             if blob.origin is None:
                 self.blobs.setdefault(blob.size, deque()).append(blob)
 
     def is_plain(self, obj: Any, kind: Any) -> bool:
-        """Say whether in a container is only what says what it is itself."""
+        """Say whether all items of a container are numbers, strings, bytes or ``None``."""
         if id(obj) in self.large:
             return True
         if id(obj) in self._mixed:
@@ -366,7 +378,7 @@ class _Order:
         return found
 
     def sorted(self, items: Collection[Any]) -> list[Any]:
-        """Return what is in a set in an order that is the same in every process."""
+        """Return the items of a set in an order that is the same in every process."""
         self._look_at(items)
         unwritten = len(self._written)
         found = sorted(
@@ -381,7 +393,7 @@ class _Order:
         return found
 
     def _look_at(self, items: Iterable[Any]) -> None:
-        """Digest objects, and all that they lead to."""
+        """Digest objects, and all objects that they refer to."""
         nodes: dict[int, _Node] = {}
         waiting = list(items)
         while waiting:
@@ -400,7 +412,7 @@ class _Order:
                 pickler = _Outline(self._program, self._blobs, self)
                 outline, children = pickler.digest(obj), pickler.children
             nodes[id(obj)] = _Node(obj, outline, list(map(id, children)), is_set)
-            self._held.append(children)  # also those that were made by reducing an object
+            self._held.append(children)  # also children that were made by reducing an object
             waiting += children
         self._held += [node.obj for node in nodes.values()]
         parents: dict[int, list[int]] = {at: [] for at in nodes}
@@ -411,7 +423,7 @@ class _Order:
         children_of = {at: node.children for at, node in nodes.items()}
         for at in _in_turn(nodes, children_of, parents):
             self._digests[at] = self._digest_of(nodes.pop(at))
-        # What leads to circles, and is in none, follows when these have their digests.
+        # Objects that refer to a circle without being in one follow once the circles are digested.
         above = _in_turn(nodes, parents, children_of)
         circles = nodes.keys() - above
         self._digests.update({at: nodes[at].outline for at in circles})
@@ -437,7 +449,8 @@ def _are_plain(values: Collection[Any]) -> bool:
     kinds = set(map(type, values))
     if kinds <= _NUMBERS:
         return True
-    # A large text may be in there many times; pickle writes it once.
+    # Containers with large texts are excluded: a text may occur many times, and pickle writes it
+    # once, while marshal would write it each time.
     return kinds <= _ATOMS and all(
         len(each) < _LARGE for each in values if type(each) is str or type(each) is bytes
     )
@@ -446,12 +459,15 @@ def _are_plain(values: Collection[Any]) -> bool:
 def _in_turn(
     among: Iterable[int], needs: Mapping[int, list[int]], needed_by: Mapping[int, list[int]]
 ) -> list[int]:
-    """Return each that needs nothing of the others but what stands before it."""
+    """Sort topologically: return the items that need only items which stand before them.
+
+    Items in a circle, and items that need one of these, are left out.
+    """
     missing = dict.fromkeys(among, 0)
     for at in missing:
         missing[at] = len([each for each in needs[at] if each in missing])
     found = [at for at, count in missing.items() if not count]
-    for at in found:  # which grows
+    for at in found:  # the loop appends to the list
         for each in needed_by[at]:
             if each in missing:
                 missing[each] -= 1
@@ -461,7 +477,7 @@ def _in_turn(
 
 
 def _tracked(obj: Any) -> str | None:
-    """Return the random number by which cloudpickle knows a class again."""
+    """Return the random number by which cloudpickle recognises a class that it has pickled."""
     try:
         return cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_CLASS.get(obj)  # type: ignore[no-any-return]
     except TypeError:
@@ -469,7 +485,7 @@ def _tracked(obj: Any) -> str | None:
 
 
 def _settle_class(cls: type, values: dict[str, Any]) -> None:
-    """Take out of what is in a class what differs from run to run, or where its lines are."""
+    """Remove or sort the attributes of a class that differ from run to run or name its lines."""
     values.pop("__firstlineno__", None)
     doc = values.get("__doc__")
     if (
@@ -478,7 +494,9 @@ def _settle_class(cls: type, values: dict[str, Any]) -> None:
         and "{" in doc
         and doc == f"{cls.__name__}{inspect.signature(cls)}".replace(" -> None", "")
     ):
-        del values["__doc__"]  # a set may be in it, in whatever order, and nothing that is new
+        # dataclass() has made this text of the signature. It adds nothing, and the default values
+        # in it may be sets, whose order differs from run to run.
+        del values["__doc__"]
     if "__static_attributes__" in values:
         values["__static_attributes__"] = sorted(values["__static_attributes__"])
     if "_abc_impl" in values:
@@ -488,7 +506,7 @@ def _settle_class(cls: type, values: dict[str, Any]) -> None:
 
 
 class _File:
-    """A file for the pickler."""
+    """The file that the pickler writes to: it collects what is written as pieces."""
 
     def __init__(self, pieces: list[tuple[bytes, Any]]) -> None:
         self._pieces = pieces
@@ -499,7 +517,7 @@ class _File:
 
 
 def _stands_for(*what: Any) -> Any:
-    """Stands for something in a pickle that is only digested."""
+    """Stand for an object in a pickle that is only digested; it is never called."""
 
 
 def _future_key(future: Future[Any]) -> bytes:
@@ -519,7 +537,7 @@ def _ref_digest(ref: Ref[Any]) -> bytes:
     if type(payload) is not Composed or any(blob.origin or blob.lost for blob in payload.blobs):
         raise Unkeyed("a Ref whose value is on a worker is among its arguments")
     found = hashlib.sha256()
-    # By content: the numbers of blobs differ from run to run, and stand in the head.
+    # By content: the head refers to blobs by numbers, and these differ from run to run.
     head = payload.head
     for number, blob in zip(payload.numbers, payload.blobs, strict=True):
         if not blob.sha256:

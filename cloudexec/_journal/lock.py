@@ -1,7 +1,8 @@
-"""A lock on a journal that its holder's death releases, and that says who holds it.
+"""A lock on a journal. It names its holder, and the operating system releases it when that ends.
 
-Two files are locked. One lies beside the journal and says who has it. The other is the journal
-itself, as it may have further names: hard links, or places where its file system is mounted twice.
+Two files are locked. One lies beside the journal and holds the process id and the host of the
+program that uses it. The other is the journal itself, because one file can have several names: hard
+links, or two mounts of its file system.
 """
 
 from __future__ import annotations
@@ -18,19 +19,25 @@ from cloudexec._journal.ownership import open_ours
 
 try:
     import fcntl
-except ImportError:  # Windows: two programs on one journal are not kept apart there
+except ImportError:  # Windows: nothing keeps two programs from using one journal there
     _HAS_LOCKS = False
 else:
     _HAS_LOCKS = True
 
 _ARE_APART = sys.platform.startswith("linux")
-"""Whether ``flock`` is no concern of SQLite's own locks on the same file."""
+"""Whether ``flock`` and SQLite's own (``fcntl``) locks on one file do not affect each other."""
 
 __all__ = ["Lock", "locked_error", "owner", "whoami"]
 
 
 def locked_error(name: str, pid: int | None, host: str) -> JournalLockedError:
-    """Say who has a journal."""
+    """Return an error that says which process uses a journal.
+
+    Args:
+        name: The journal.
+        pid: The process; ``None`` if it is not known.
+        host: The host that the process runs on.
+    """
     who = "another program" if pid is None else f"process {pid} on {host}"
     return JournalLockedError(
         f"the journal {name} is in use by {who}: wait for it, end it, or give another journal",
@@ -40,14 +47,14 @@ def locked_error(name: str, pid: int | None, host: str) -> JournalLockedError:
 
 
 class Lock:
-    """A locked file beside a journal; a file of its own, as SQLite has locks of another kind.
+    """A file beside a journal that is locked with ``flock``; SQLite locks its own files itself.
 
     Args:
-        path: The journal's, the one name that it has by whatever links it is called.
+        path: The journal's real path, with symbolic links resolved.
 
     Raises:
-        JournalLockedError: If somebody else has it.
-        JournalError: If there can be no such file, or what is there is no such file of ours.
+        JournalLockedError: If another program holds the lock.
+        JournalError: If the file cannot be made, or a file of that name is not a lock file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +76,7 @@ class Lock:
             try:
                 if _HAS_LOCKS:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The one before us may have removed it between our open and our lock.
+                # The previous holder may have removed the file between our open and our lock.
                 if self._is_there(fd):
                     self._check_content(fd)
                     os.ftruncate(fd, 0)
@@ -91,7 +98,7 @@ class Lock:
             return False
 
     def _check_content(self, fd: int) -> None:
-        """Look whether this was written as a lock, before anything else is written to it."""
+        """Check that the file is empty or a lock file, before anything is written to it."""
         data = os.pread(fd, 4096, 0)
         if os.fstat(fd).st_nlink > 1 or (data and owner(data)[0] is None):
             raise JournalError(
@@ -99,11 +106,11 @@ class Lock:
             )
 
     def hold(self) -> None:
-        """Have the journal itself, too, once there is one, or there is another in its place.
+        """Lock the journal's file itself, too, once it exists and again whenever it was replaced.
 
         Raises:
-            JournalLockedError: If somebody has it by another name.
-            JournalError: If it is not this user's alone.
+            JournalLockedError: If another program uses the file by another name.
+            JournalError: If other users own the file or may write to it.
             OSError: If it cannot be opened.
         """
         if not (_HAS_LOCKS and _ARE_APART):
@@ -123,14 +130,15 @@ class Lock:
             os.close(before)
 
     def release(self) -> None:
-        """Let the next one have it."""
+        """Release the lock, and remove the lock file."""
         _locks.discard(self)
         if self._fd >= 0:
             self.path.unlink(missing_ok=True)
         self._close()
 
     def _forget(self) -> None:
-        # In a forked child: the parent alone holds it, so that its death ends it.
+        # In a forked child. A lock ends when its last open descriptor is closed: a child that kept
+        # one would hold the lock beyond its parent's death.
         self._close()
 
     def _close(self) -> None:
@@ -141,7 +149,7 @@ class Lock:
 
 
 def _holder(found: os.stat_result) -> int | None:
-    """Return the process that has a file locked, as the kernel tells."""
+    """Return the process that holds the ``flock`` on a file, according to ``/proc/locks``."""
     device = found.st_dev
     wanted = f"{os.major(device):02x}:{os.minor(device):02x}:{found.st_ino}"
     try:
@@ -156,12 +164,12 @@ def _holder(found: os.stat_result) -> int | None:
 
 
 def whoami() -> bytes:
-    """Return what others are to read of this process."""
+    """Return what a lock file says of this process: JSON with its id and its host."""
     return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
 
 
 def owner(data: bytes) -> tuple[int | None, str]:
-    """Read what ``whoami`` wrote: a process, ``None`` if it cannot be read, and its machine."""
+    """Read what ``whoami`` wrote: a process id (``None`` if it cannot be read) and its host."""
     try:
         found = json.loads(data)
         return int(found["pid"]), str(found["host"])

@@ -1,8 +1,8 @@
-"""Files that are this user's alone: what a journal is kept in is run when it is read.
+"""Makes sure that only this user could have written the files of a journal.
 
-Pickles are code. So nothing is opened that another user owns or may write, and nothing is made
-under a name that another user may have taken: in a directory such as ``/tmp``, anybody can put a
-link, or a file, where one of ours is about to be.
+A journal holds pickles, and reading a pickle can run code. So no file is opened that another user
+owns or may write to. Files are made exclusively and links are not followed, because in a directory
+such as ``/tmp`` any user can put a link or a file where one of ours is about to be made.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _MOST_LINKS = 40
 
 
 def check_ours(path: Path, found: os.stat_result, *, is_folder: bool = False) -> None:
-    """Look whether a file is this user's alone.
+    """Check that a file belongs to this user and that no other user may write to it.
 
     Args:
-        path: Which, for the message.
-        found: What it is.
-        is_folder: Whether it has to be a directory, not a file.
+        path: The file's path, for the message.
+        found: The file's status, as ``os.lstat`` returns it.
+        is_folder: Whether it must be a directory, not a file.
 
     Raises:
-        JournalError: If it is not.
+        JournalError: If another user may have written it, or if it is of another kind.
     """
     if stat.S_ISLNK(found.st_mode):
         raise JournalError(f"{path} is a symbolic link, and is not followed: remove it")
@@ -58,10 +58,10 @@ def check_ours(path: Path, found: os.stat_result, *, is_folder: bool = False) ->
 
 
 def check_folder(path: Path) -> None:
-    """Look whether others may put their files in the place of ours.
+    """Check that other users cannot replace files in a directory.
 
     Raises:
-        JournalError: If they may: everybody can write there, and the sticky bit is not set.
+        JournalError: If everybody can write to the directory, and its sticky bit is not set.
         OSError: If there is no such directory.
     """
     found = os.stat(path)
@@ -74,10 +74,10 @@ def check_folder(path: Path) -> None:
 
 
 def real_path(path: Path) -> Path:
-    """Return the one name that a file has by whatever links it is called.
+    """Resolve the symbolic links of a path.
 
     Raises:
-        JournalError: If one of the links is another user's, and so its aim is.
+        JournalError: If the path's last part is a link of another user, who can redirect it.
     """
     for _ in range(_MOST_LINKS):
         try:
@@ -96,17 +96,17 @@ def real_path(path: Path) -> Path:
 
 
 def open_ours(path: Path, flags: int) -> int:
-    """Open a file that is this user's alone; one that is made is private.
+    """Open a file that only this user may have written; a new file gets mode 0600.
 
     Raises:
-        JournalError: If it is not ours.
+        JournalError: If another user may have written it.
         OSError: If it cannot be opened.
     """
     try:
         fd = os.open(path, flags | _NOFOLLOW | _CLOEXEC, 0o600)
     except OSError:
         if os.path.islink(path):
-            check_ours(path, os.lstat(path))  # no error says this well
+            check_ours(path, os.lstat(path))  # raises an error that names the link
         raise
     try:
         check_ours(path, os.fstat(fd))
@@ -117,11 +117,14 @@ def open_ours(path: Path, flags: int) -> int:
 
 
 def claim(path: Path) -> bool:
-    """Have a name, so that nobody else can take it; say whether the file is new.
+    """Make an empty file if there is none, so that no other user can make one of that name.
+
+    Returns:
+        Whether the file is new.
 
     Raises:
-        JournalError: If somebody else has it.
-        OSError: If it cannot be made.
+        JournalError: If there is a file that another user may have written.
+        OSError: If the file cannot be made.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _CLOEXEC, 0o600)

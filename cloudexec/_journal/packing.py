@@ -1,7 +1,9 @@
-"""Results as they lie in a journal: one run of bytes each, and back.
+"""Turns results into the bytes that a journal stores, and back.
 
-A small result is the pickle that came from its worker. A large one is a count of blobs, the number
-that its head gives each of them and their sizes, the head, and the blobs' contents.
+A small result is stored as the pickle that came from its worker. A large result consists of a head
+(a pickle that refers to blobs by number) and its blobs (large pieces). It is stored as a table,
+the head, and the blobs' contents. The table gives the number of blobs, the size of the head, and
+each blob's number and size.
 """
 
 from __future__ import annotations
@@ -20,18 +22,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Reader", "Stored", "check_of", "pack", "unpack"]
 
-_COUNTS = struct.Struct("<II")  # blobs, bytes of the head
-_BLOB = struct.Struct("<QQ")  # number, size
+_COUNTS = struct.Struct("<II")  # the number of blobs, and the bytes of the head
+_BLOB = struct.Struct("<QQ")  # a blob's number and its size
 _MOST_BLOBS = 1 << 24
 _CHUNK = 1024 * 1024
 _CHECK_BYTES = 8
 
 Reader = Callable[[int, memoryview], None]
-"""Fills a buffer with what begins at an offset; ``OSError`` or ``JournalError`` if it cannot."""
+"""Fills a buffer with the bytes from an offset on. It may raise OSError or JournalError."""
 
 
 def pack(payload: Payload) -> list[Any]:
-    """Return the pieces that, one behind the other, are a result; blobs are not copied."""
+    """Return a result as pieces that are stored one after the other; blobs are not copied."""
     if type(payload) is bytes:
         return [payload]
     assert isinstance(payload, Composed)
@@ -44,7 +46,7 @@ def pack(payload: Payload) -> list[Any]:
 
 
 def check_of(key: bytes, pieces: Sequence[Any]) -> bytes:
-    """Return what a record is recognised by as whole: of its key and its content."""
+    """Return the check bytes of a record: a digest of its key and content, to detect damage."""
     if len(pieces) == 1 and len(pieces[0]) < _CHUNK:
         return hashlib.sha256(key + pieces[0]).digest()[:_CHECK_BYTES]
     found = hashlib.sha256(key)
@@ -56,11 +58,15 @@ def check_of(key: bytes, pieces: Sequence[Any]) -> bytes:
 
 
 def unpack(size: int, read: Reader) -> Stored:
-    """Return a large result, of which only the table has been read.
+    """Read the table and the head of a large result; its blobs are read later.
+
+    Args:
+        size: Bytes of the whole result.
+        read: Reads these bytes.
 
     Raises:
-        JournalError: If it is no such thing.
-        OSError: If it cannot be read.
+        JournalError: If the table does not fit the size.
+        OSError: If the bytes cannot be read.
     """
 
     def take(offset: int, length: int) -> bytearray:
@@ -82,13 +88,13 @@ def unpack(size: int, read: Reader) -> Stored:
 
 
 class Stored:
-    """A large result that is in a journal until somebody asks for it.
+    """A large result whose blobs stay in the journal until the program asks for the result.
 
     Args:
-        head: Its records.
-        blobs: Number and size of each blob.
-        start: Where the first one begins.
-        read: Reads.
+        head: The result's head, which refers to its blobs by number.
+        blobs: The number and the size of each blob.
+        start: The offset of the first blob.
+        read: Reads the result's bytes.
     """
 
     __slots__ = ("_blobs", "_head", "_read", "_start")
@@ -100,10 +106,10 @@ class Stored:
         self._read = read
 
     def load(self) -> Any:
-        """Unpickle it, here.
+        """Read and unpickle the result.
 
         Raises:
-            JournalError: If it is not to be had any more.
+            JournalError: If the journal cannot be read any more.
             BaseException: Whatever unpickling raises.
         """
         parts: dict[int, Any] = {}
@@ -116,11 +122,14 @@ class Stored:
         return load_composed(self._head, parts.__getitem__)
 
     def composed(self, store: BlobStore) -> Composed:
-        """Return it as a payload that tasks take, with its blobs in a store.
+        """Return the result as a payload that can be sent to tasks.
+
+        Args:
+            store: The client's blobs, which the result's blobs are copied to.
 
         Raises:
-            JournalError: If it is not to be had any more.
-            PayloadTooLargeError: If there is no room for it.
+            JournalError: If the journal cannot be read any more.
+            PayloadTooLargeError: If the store has no room for the result.
         """
         blobs: list[Blob] = []
         at = self._start

@@ -1,8 +1,9 @@
-"""The code of a program: of its script and of all modules that are the user's own.
+"""Digests the code of a program: its script and all modules that are the user's own.
 
-The user's own are those that are loaded, and those that an import statement anywhere in them names,
-also inside functions, as long as they are not part of Python and not installed. What is installed
-counts by the versions of its distributions, and Python by its own. No module is run for it.
+A module is the user's own if it is neither part of Python nor installed. Modules count if they are
+loaded, or if an import statement in one that counts names them, also inside a function. Installed
+modules count by the versions of their distributions, and Python by its version. No module is
+imported or run for this.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ from cloudexec._journal.sources import (
 __all__ = ["Manifest", "Program"]
 
 _RULE = 2
-"""Of what goes into a digest: results that were recorded under another rule are not found."""
+"""Version of the rule by which programs are digested. Another version finds no earlier results."""
 _OURS = "cloudexec"
-_ALIASES = frozenset({"__mp_main__"})  # the script, under a second name
+_ALIASES = frozenset({"__mp_main__"})  # multiprocessing's second name for the script
 _CODES_KEPT = 4096
 
 Manifest = dict[str, Any]
-"""What a program consists of: ``python``, ``modules`` and ``distributions``."""
+"""The parts of a program, as JSON: ``python``, ``modules`` and ``distributions``."""
 
 
 class _Place(NamedTuple):
-    """Where a module is."""
+    """Where a module was found."""
 
     path: str
-    """Its file; empty: it has none."""
+    """The module's file, or an empty string if it has no file."""
     search: Sequence[str] | None
-    """Where the modules below it are; ``None``: it is no package."""
+    """Folders that hold the package's submodules; ``None`` if the module is no package."""
     loader: Any
 
 
@@ -57,14 +58,14 @@ _NO_PLACE = _Place("", None, None)
 
 
 class _Found:
-    """What a set of modules consists of, with all that they import.
+    """The sources of a set of modules and of all modules that they import.
 
     Attributes:
-        sources: Of the user's own modules, by name.
-        installed: Top-level names of modules that are installed.
-        seen: All names that were looked at.
-        names: What strings of the sources name, if they name modules.
-        is_importing: Whether any of the sources imports by name.
+        sources: Sources of the user's own modules, by the modules' names.
+        installed: Top-level names of installed modules.
+        seen: All names of modules that were looked at.
+        names: Strings in the sources that may be names of modules.
+        is_importing: Whether any of the sources imports a module whose name is a string.
     """
 
     def __init__(self) -> None:
@@ -75,7 +76,7 @@ class _Found:
         self.is_importing = False
 
     def add(self, name: str, source: Source) -> None:
-        """Take a source of the user's own."""
+        """Add the source of one of the user's own modules."""
         self.sources[name] = source
         self.names |= source.names
         self.is_importing = self.is_importing or source.is_importing
@@ -95,30 +96,30 @@ class Program:
         self._by_path: dict[str, tuple[str, Source]] = {}
         self._codes: dict[int, tuple[CodeType, tuple[Any, ...]]] = {}
         self._closures: dict[frozenset[str], bytes] = {}
-        self._further: dict[str, Source] = {}  # what only code that travels by value imports
+        self._further: dict[str, Source] = {}  # imported by code that is pickled by value only
         self._arrivals = Arrivals(lambda folder: _kind_of_folder(folder) == "own")
         self._watched: set[str] = set()
-        self._path: tuple[str, ...] = ()  # where top-level modules are looked for
-        self._stems: dict[str, frozenset[str] | None] = {}  # while modules are followed
+        self._path: tuple[str, ...] = ()  # ``sys.path`` when ``_watched`` was last brought up
+        self._stems: dict[str, frozenset[str] | None] = {}  # names in folders, for ``_may_hold``
         self._loaded: dict[str, Any] = {}
         self._last: Any = None
         self._count = -1
         self._replaced = ""  # the file of a module that was imported again, after an edit
         self._digest = b""
         self.manifest: Manifest = {}
-        """What it consists of, as it is said in messages."""
+        """The program's parts, for the journal and for messages."""
         self.digest()
 
     def digest(self, module: object = None) -> bytes:
-        """Return a digest of all of it; modules that were loaded since count from now on.
+        """Digest the program, including modules that were loaded since the last call.
 
         Args:
-            module: The name of one that is looked at in any case. Others that take the place of
-                one are not noticed unless they were deleted first.
+            module: The name of a module for which a replacement in ``sys.modules`` is always
+                noticed. For other modules it is noticed only if they were deleted first.
         """
         modules = sys.modules
         try:
-            # The last one is another if as many came as went.
+            # If as many modules were removed as were added, the last one is another one.
             name = next(reversed(modules))
             known = (
                 len(modules) == self._count
@@ -140,7 +141,7 @@ class Program:
         if "__main__" in new:
             self._add_script()
         own = [name for name in new if name != "__main__" and _is_loaded_own(name)]
-        # What was not found, or was another module, is looked at anew.
+        # Modules that were not found before, or were replaced, are looked at anew.
         for name in own:
             if name in before_it or self._places.get(name, _NO_PLACE) is None:
                 self._places.pop(name, None)
@@ -160,10 +161,10 @@ class Program:
             self._sum_up()
         self._loaded = loaded
         self._last = loaded[next(reversed(loaded))]
-        self._count = len(loaded)  # now that others need not wait for it
+        self._count = len(loaded)  # last, as ``digest`` in other threads then skips ``_grow``
 
     def _watch(self, names: Iterable[str]) -> None:
-        """Be told of it if a module of one of these names comes."""
+        """Have ``_arrivals`` notice new files of these modules' names."""
         path = tuple(sys.path)
         if path != self._path:
             self._path = path
@@ -194,32 +195,33 @@ class Program:
         self._digest = _digest_of(self.manifest)
 
     def _add_script(self) -> None:
-        """Add what was started; it counts as a module of whatever file, or of none."""
+        """Add the script, whether it is a file, a module, a ``-c`` option or a notebook."""
         values = _values("__main__")
         spec = values.get("__spec__")
         package = values.get("__package__") or ""
         path = values.get("__file__")
         if not isinstance(path, str):
             code = _code_option()
-            # A notebook's cells and what is typed are known where functions of theirs are sent.
+            # The code of a notebook's cells, or of an interactive session, is not digested here: it
+            # counts where functions of that code are pickled by value.
             source = Source(b"") if code is None else text_source(code, "")
             self._by_path[os.path.abspath("<string>")] = "__main__", source
         elif _kind_of(path) == "own":
             loader = getattr(spec, "loader", None) or values.get("__loader__")
             source = source_of(os.path.abspath(path), package, loader, getattr(spec, "name", ""))
-        else:  # it is installed, and counts by its version
+        else:  # the script is installed, and counts by its version
             self._follow([package], self._found)
             return
         self._found.add("__main__", source)
         self._follow([*source.imports, package], self._found)
 
     def _follow(self, names: Iterable[str], found: _Found) -> None:
-        """Look at modules, at the packages that they are in, and at what they import."""
-        self._stems.clear()  # a folder may hold others by now
+        """Add modules, the packages that they are in, and the modules that they import."""
+        self._stems.clear()  # the folders may have changed since the last call
         waiting = list(names)
         while True:
             if not waiting and found.is_importing:
-                # Which of its sources hands a name to the one that imports is not known.
+                # Any string in any source may become the name that is imported.
                 waiting += found.names - found.seen
             if not waiting:
                 break
@@ -254,7 +256,7 @@ class Program:
                 waiting += source.imports
 
     def _place(self, name: str) -> _Place | None:
-        """Find a module without importing it, or any other; ``None``: there is none."""
+        """Find a module without importing any module; ``None`` if there is none of that name."""
         if name not in self._places:
             self._places[name] = None
             self._places[name] = _loaded_place(name) or self._find(name)
@@ -275,21 +277,22 @@ class Program:
                 continue
             try:
                 spec = finder.find_spec(name, search, None)
-            except Exception:  # it is somebody else's, and this is no import
+            except Exception:  # a finder of another library may fail, and nothing is imported here
                 continue
             if spec is not None:
                 path = os.path.abspath(spec.origin) if spec.has_location and spec.origin else ""
                 below = spec.submodule_search_locations
                 return _Place(path, None if below is None else list(below), spec.loader)
-        # What has no file itself, in another such package, is not found before that is imported.
+        # A namespace package inside another one is not found before the outer one is imported.
         folders = [os.path.join(each, last) for each in search or ()]
         folders = [folder for folder in folders if os.path.isdir(folder)]
         return _Place("", folders, None) if folders else None
 
     def _may_hold(self, folders: Iterable[str], name: str) -> bool:
-        """Say whether a module can be in one of these folders: most strings name none.
+        """Say whether a module can be in one of these folders.
 
-        Python asks each folder for each name, which takes seconds for thousands of strings.
+        Most strings in a source name no module. Python's own search of every folder for each of
+        thousands of strings would take seconds.
         """
         for folder in folders:
             if folder not in self._stems:
@@ -303,21 +306,21 @@ class Program:
     def _distributions(found: _Found) -> set[str]:
         return {each for top in found.installed for each in names_of(top)}
 
-    # Code that travels by value.
+    # Code that is pickled by value.
 
     def code(self, code: CodeType, package: str) -> tuple[Any, ...]:
-        """Return what a code is known by: its place in a source of this program, or what it does.
+        """Identify a code object by its place in a source of this program, or by its content.
 
         Args:
-            code: Which.
-            package: What relative imports in it begin at.
+            code: The code object of a function.
+            package: The package that relative imports in the code refer to.
         """
         with self._lock:
             known = self._codes.get(id(code))
             if known is None:
                 if len(self._codes) >= _CODES_KEPT:
                     self._codes.clear()
-                # The code is held, so that its id is nobody else's.
+                # The code is kept alive, so that Python does not reuse its id.
                 known = self._codes[id(code)] = code, self._known_as(code, package)
             return known[1]
 
@@ -329,7 +332,8 @@ class Program:
             place = source.place_of(digest)
             if place is not None:
                 return name, place
-        # Made while the program runs, in a notebook, or of a source that has changed since.
+        # The code was made while the program runs, in a notebook, or from a source that has
+        # changed since.
         return digest, self._closure(frozenset(imports_in(code, package)))
 
     def _closure(self, names: frozenset[str]) -> bytes:
@@ -347,13 +351,13 @@ class Program:
     # Changes on the disk.
 
     def edited(self) -> str:
-        """Return the name of a file whose code is not what it was when it was looked at.
+        """Return the name of a file whose code has changed since it was digested.
 
-        One that was not there then, and that an import statement would take now, is such a file.
-        The script's file is not asked: what is in it is sent as it was loaded.
+        A new file that an import would now take counts as well. The script's file does not: workers
+        receive the script as it was loaded.
 
         Returns:
-            Empty if there is none.
+            The file, as messages show it; empty if no file has changed.
         """
         with self._lock:
             if self._replaced:
@@ -394,7 +398,7 @@ def _python() -> str:
 
 
 def _file_name(name: str, source: Source) -> str:
-    """Return what people call a module's file."""
+    """Return a module's file as messages show it, such as ``package/module.py``."""
     base = os.path.basename(source.path)
     if name == "__main__":
         return base or "the script"
@@ -404,7 +408,12 @@ def _file_name(name: str, source: Source) -> str:
 
 
 def _stems(folder: str) -> frozenset[str] | None:
-    """Return what names of files in a folder begin with; ``None``: it may be something else."""
+    """Return the names in a folder, in lower case and up to the first dot.
+
+    Returns:
+        ``None`` if an import would not search the folder as a directory of files (an archive, or a
+        finder of another library), so that nothing can be ruled out.
+    """
     finder = sys.path_importer_cache.get(folder or os.getcwd())
     if finder is not None and type(finder) is not importlib.machinery.FileFinder:
         return None
@@ -417,7 +426,7 @@ def _stems(folder: str) -> frozenset[str] | None:
 
 
 def _values(name: str) -> dict[str, Any]:
-    """Return what is in a loaded module, without waking one that loads itself when it is used."""
+    """Return a loaded module's namespace, without triggering the import of a lazy module."""
     try:
         found: Any = object.__getattribute__(sys.modules[name], "__dict__")
     except (KeyError, AttributeError):
@@ -443,12 +452,12 @@ def _loaded_place(name: str) -> _Place | None:
     loader = getattr(spec, "loader", None) or values.get("__loader__")
     try:
         return _Place(path, None if search is None else list(search), loader)
-    except Exception:  # a path that is none
+    except Exception:  # ``__path__`` cannot be iterated
         return _Place(path, None, loader)
 
 
 def _kind_of(path: str) -> str:
-    """Say what a file is part of: ``python``, ``installed``, or ``own``; of no file nothing."""
+    """Return what a file is part of: ``python``, ``installed`` or ``own``; empty without a file."""
     return _kind_of_folder(os.path.dirname(os.path.abspath(path))) if path else ""
 
 
@@ -480,7 +489,7 @@ def _folders(*names: str) -> tuple[str, ...]:
 
 
 def _code_option() -> str | None:
-    """Return what follows ``-c`` on this process's command line."""
+    """Return the code that follows ``-c`` on this process's command line, if there is any."""
     if not sys.argv or sys.argv[0] != "-c":
         return None
     waiting = list(sys.orig_argv[1:])

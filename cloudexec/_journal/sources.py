@@ -1,7 +1,7 @@
-"""The code of one module as it lies on the disk, and what it imports.
+"""Digests the code of one module on disk, and finds the modules that it imports.
 
-Nothing is run for it. Two sources are the same code if their syntax trees are the same: comments
-and layout do not count, docstrings do, as code can read them.
+No code is run for this. Two sources count as the same code if their syntax trees are equal:
+comments and layout do not count. Docstrings do count, because a program can read them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ __all__ = [
 ]
 
 _CONTENT = 2
-"""Version of marshal's format that says what values are, and not which of them are one object."""
+"""Version of marshal's format. Later versions write an object that occurs again as a reference, so
+that equal values can have different bytes."""
 COARSE = 100_000_000
-"""Nanoseconds in which a file can change twice and look as if it had changed once."""
+"""Nanoseconds: an upper bound of the resolution of file times. Two changes within this time may
+leave the same time."""
 _IMPORTERS = frozenset(
     {
         *("import_module", "__import__", "run_module", "find_spec"),
@@ -43,23 +45,26 @@ _IMPORTERS = frozenset(
     }
 )
 _MODULE_NAME = re.compile(r"(\.*[^\W\d]\w*(?:\.[^\W\d]\w*)*)(\.|:.*)?")
-"""Also the beginning of one, ``plugins.``, and one with a name in it, ``module:name``."""
+"""A module's name; also a prefix of names (``plugins.``) and a module with a name in it
+(``module:name``)."""
 _BYTES_READ = 1024 * 1024
 _STALE_SECONDS = 2.0
-"""Compiled code that was written so long after its source was changed is that source's."""
+"""Seconds: compiled code that was written at least this long after the source's last change was
+compiled from that source."""
 
 
 class Source:
     """The code of one module.
 
     Attributes:
-        digest: Of what it does, as far as that can be told from it.
-        imports: Names of modules that it imports or may import; ``name.*``: all that a package has.
-        names: What its strings name, if they are names of modules. They are imports if any source
-            of the program imports by name.
-        is_importing: Whether it imports by name.
-        path: The file it is in; empty: in none.
-        text: The source itself, if there is any.
+        digest: Digest of the code.
+        imports: Names of modules that it imports or may import. ``name.*`` stands for all modules
+            of a package.
+        names: Strings in it that may be names of modules. They count as imports if any source of
+            the program imports a module whose name is a string.
+        is_importing: Whether this source imports a module whose name is a string.
+        path: The file of the source; empty if there is no file.
+        text: The source's text; ``None`` for compiled code.
     """
 
     __slots__ = (
@@ -88,9 +93,10 @@ class Source:
         self._read_at = 0
 
     def place_of(self, digest: bytes) -> int | None:
-        """Return which of the codes in it has a digest, counted from its beginning.
+        """Return the position of the code object that has this digest; ``None`` if none has it.
 
-        That is the same however the source is laid out, which bytecode is not.
+        Code objects are counted from the source's beginning. Unlike bytecode, this position does
+        not change when comments or layout do.
         """
         if self._codes is None:
             self._codes = {}
@@ -103,10 +109,10 @@ class Source:
         return self._codes.get(digest)
 
     def is_settled(self) -> bool:
-        """Say whether the file is surely what was read, by its time and size alone."""
+        """Say whether the file's times and size prove that its content is what was read."""
         if not self.path:
             return True
-        # Whatever changes a file sets the time of its last change, the second, too.
+        # The second item is the file's ctime, which every change of the content sets.
         return self._stamp == stamp_of(self.path) and self._stamp[1] < self._read_at - COARSE
 
 
@@ -116,20 +122,20 @@ class _Known(NamedTuple):
 
 
 _known: dict[str, _Known] = {}
-"""By path; for as long as the files are what they were."""
+"""Sources that were read, by path. They are used again while their files do not change."""
 
 
 def source_of(
     path: str, package: str, loader: Any = None, name: str = "", *, is_package: bool = False
 ) -> Source:
-    """Read a module.
+    """Read the source of a module. A file that cannot be read counts as an empty source.
 
     Args:
-        path: Its file.
-        package: What its relative imports begin at.
-        loader: How it is imported, where it is no file of its own.
-        name: What the loader knows it by.
-        is_package: Whether there can be modules below it.
+        path: The module's file.
+        package: The package that its relative imports refer to.
+        loader: Loads the module if it is compiled or lies in an archive.
+        name: The module's name for the loader.
+        is_package: Whether the module is a package.
     """
     known = _known.get(path)
     if known is not None and known.package == package and known.source.is_settled():
@@ -137,17 +143,17 @@ def source_of(
     stamp, read_at = stamp_of(path), time.time_ns()
     try:
         source = _read(path, package, loader, name, is_package=is_package)
-    except Exception:  # what is there cannot be read, or is no module
+    except Exception:  # the file cannot be read, or is no module
         source = Source(b"", path=path)
     if known is not None and known.package == package and known.source.digest == source.digest:
-        source = known.source  # with what is known of it; its layout may be another
+        source = known.source  # keep the positions of its code objects; only its layout can differ
     source._stamp, source._read_at = stamp, read_at
     _known[path] = _Known(package, source)
     return source
 
 
 def text_source(text: Any, package: str, path: str = "", *, is_package: bool = False) -> Source:
-    """Return the code that a text is; one that is no Python counts by its content."""
+    """Return the source of a text. A text that is no valid Python is digested byte by byte."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -177,14 +183,15 @@ def _read(path: str, package: str, loader: Any, name: str, *, is_package: bool) 
             source.digest = hashlib.sha256(b"stale" + code_digest(stale)).digest()
             source.imports |= imports_in(stale, package)
         return source
-    # In an archive, or wherever else its loader has it from.
+    # The module lies in an archive, or its loader gets it from elsewhere.
     return text_source(loader.get_source(name), package, path, is_package=is_package)
 
 
 def _stale_code(path: str, text: Any) -> CodeType | None:
-    """Return what Python has of an earlier content of a file and takes for this one.
+    """Return compiled code in ``__pycache__`` that Python would wrongly use for this source.
 
-    It goes by size and by time in seconds: an edit within the second of an import is not seen.
+    Python compares the source's size and its modification time in seconds. It does not notice an
+    edit that keeps the size and falls into the second in which the file was last compiled.
     """
     try:
         cached = importlib.util.cache_from_source(path)
@@ -214,11 +221,11 @@ def _file_digest(path: str) -> bytes:
 
 
 def stamp_of(path: str) -> tuple[int, ...]:
-    """Return what changes whenever a file, or what is in a folder, does."""
+    """Return times, size and number of a file or folder, which change whenever it changes."""
     while True:
         try:
             found = os.stat(path)
-        except NotADirectoryError:  # in an archive: that changes with it
+        except NotADirectoryError:  # the path leads into an archive: use the archive itself
             path = os.path.dirname(path)
         except OSError:
             return (0, 0, 0, 0)
@@ -232,10 +239,15 @@ def stamp_of(path: str) -> tuple[int, ...]:
 def _read_tree(
     tree: ast.AST, package: str, *, is_package: bool
 ) -> tuple[bytes, set[str], set[str], bool]:
-    """Return a digest of a tree, what it may import, what its strings name, if it imports by name.
+    """Digest a syntax tree, and find what it imports.
 
-    The number of a node's fields follows from its kind, that of a list is said: what is digested
-    can be read in one way only. Without recursion, as trees are as deep as people write them.
+    The digest covers each node's kind and each list's length, so that two different trees never
+    give the same bytes. The function does not recurse, because a tree can be deeper than Python's
+    limit of recursion.
+
+    Returns:
+        The digest, the modules that it may import, the modules that its strings may name, and
+        whether it imports a module whose name is a string.
     """
     pieces: list[bytes] = []
     imports: set[str] = set()
@@ -264,16 +276,16 @@ def _read_tree(
     names: set[str] = set()
     for text in strings:
         names |= _named_by(text, package)
-        if "import" in text:  # it may be code for exec() or eval()
+        if "import" in text:  # the string may be code for exec() or eval()
             inner, is_importing, inner_names = _imports_of_text(text, package)
             imports |= inner
             names |= inner_names
             importing = importing or is_importing
     if importing:
-        # Which of them name modules is not known, but what is none is not found.
+        # Most of these strings name no module; those are dropped when no such module is found.
         imports |= names
         if is_package:
-            imports.add(f"{package}.*")  # as packages do that import their parts when needed
+            imports.add(f"{package}.*")  # some packages import their submodules when needed
     return _joined(pieces), imports, names, importing
 
 
@@ -287,7 +299,12 @@ def _named_by(text: str, package: str) -> set[str]:
 
 
 def _imports_of_text(text: str, package: str) -> tuple[set[str], bool, set[str]]:
-    """Return what a string imports that may be code, if it does by name, and what that names."""
+    """Read a string that may be code.
+
+    Returns:
+        The modules that it imports, whether it imports a module whose name is a string, and the
+        modules that its strings may name.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -306,7 +323,7 @@ def _imported_from(node: ast.ImportFrom, package: str) -> set[str]:
 
 
 def _absolute(name: str, package: str) -> str:
-    """Return the name of a module that may be said as from a package; empty: there is none."""
+    """Resolve a relative name (``..name``) against a package; empty if it leads above the top."""
     level = len(name) - len(name.lstrip("."))
     if not level:
         return name
@@ -334,7 +351,7 @@ def _codes_in(code: CodeType) -> Iterator[CodeType]:
 
 
 def code_digest(code: CodeType) -> bytes:
-    """Digest a code by what it does; where its lines are is no part of it."""
+    """Digest a code object and the code objects in it, without their line numbers."""
     pieces = [
         code.co_name.encode("utf-8", "surrogatepass"),
         code.co_qualname.encode("utf-8", "surrogatepass"),
@@ -366,10 +383,12 @@ def code_digest(code: CodeType) -> bytes:
 
 
 def imports_in(code: CodeType, package: str) -> set[str]:
-    """Return what a code may import, and the codes in it."""
+    """Return the modules that a code object, or a code object in it, may import."""
     imports: set[str] = set()
     for each in _codes_in(code):
-        recent: list[Any] = [0, None]  # what was loaded last: a level, and the names in a module
+        # The two values that were loaded last. Before IMPORT_NAME these are the level of a relative
+        # import and the names that are imported from the module.
+        recent: list[Any] = [0, None]
         base = ""
         for instruction in dis.get_instructions(each):
             if instruction.opname == "IMPORT_NAME":

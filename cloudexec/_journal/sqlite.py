@@ -1,10 +1,11 @@
-"""A journal in a SQLite file, with a directory beside it for what is large.
+"""A journal in a SQLite file, with a directory beside it for large results.
 
-Results are appended to one table; an index of their keys is brought up to date when the file is
-opened, since those of this run are not looked up in it. In WAL mode a commit is handed to the
-operating system at once, so a killed process loses none; ``sync`` has it on the disk, a few times a
-second. The WAL's checksums end it where it was torn. Each result carries a digest of its own, and
-what does not match it is not used.
+Results are appended to the table ``records``. The table ``keys``, which finds results by key, is
+brought up to date only when the file is opened, because a run never looks up its own results. The
+database is in WAL mode (write-ahead log): a commit is handed to the operating system at once, so a
+killed process loses nothing; ``sync`` forces it to the disk a few times a second, for loss of
+power. SQLite's checksums detect where the log ends if it was written in part. Each result carries a
+digest of its own, and a result that does not match its digest is not used.
 """
 
 from __future__ import annotations
@@ -35,20 +36,22 @@ __all__ = ["SqliteStore"]
 
 _logger = Log()
 APPLICATION = 0x43586A6C
-"""In the file's header: it is a journal of ours. (SQLite, "Database File Format", 1.3.)"""
+"""The application id in the file's header, which marks a journal of cloudexec. (SQLite, "Database
+File Format", 1.3.)"""
 VERSION = 1
 _MAGIC = b"SQLite format 3\0"
 _INLINE = 1024 * 1024
-"""Results larger than this have a file of their own."""
+"""Bytes: results larger than this have a file of their own."""
 _PICKLE, _COMPOSED, _FILE = range(3)
 _BUSY_SECONDS = 10.0
 _PROGRAM = "program "
-"""What the names of states begin with that say what a program consisted of."""
+"""Prefix of the names under which the table ``state`` holds the manifests of programs."""
 _CHECKPOINT_PAGES = 4000
 _CHUNK = 1024 * 1024
 _MOST_UNSYNCED = 64
 _DAMAGE = (sqlite3.DatabaseError, ValueError, TypeError)
-"""What is raised where a file is damaged: an error's text may have the damage in it."""
+"""Errors that a damaged file causes. SQLite's error text can hold damaged bytes that do not decode,
+which raises ValueError."""
 _NO_DAMAGE = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -81,16 +84,17 @@ INSERT INTO records (key, function, seconds, kind, size, digest, value) VALUES (
 
 
 class SqliteStore:
-    """See ``store.Store``.
+    """Implements ``store.Store`` with a SQLite file.
 
     Args:
-        path: The file; made where there is none.
+        path: The file. It is made if there is none.
 
     Raises:
-        ConfigError: If there can be no file by that name.
-        JournalLockedError: If another program has it.
-        JournalVersionError: If a newer version wrote it.
-        JournalError: If it is no journal, cannot be written, or is not this user's alone.
+        ConfigError: If no file can have this path.
+        JournalLockedError: If another program uses the journal.
+        JournalVersionError: If a newer version of cloudexec wrote it.
+        JournalError: If the file is no journal, cannot be written, or may have been written by
+            another user.
     """
 
     holds_back = True
@@ -102,7 +106,7 @@ class SqliteStore:
         try:
             self._path = path = real_path(path)
             is_folder, has_folder = path.is_dir(), path.parent.is_dir()
-        except (OSError, RuntimeError) as exc:  # it is too long, or a circle of links
+        except (OSError, RuntimeError) as exc:  # the path is too long, or its links form a circle
             why = exc.strerror if isinstance(exc, OSError) else str(exc)
             raise ConfigError(
                 f"journal={self.name!r} cannot be a file's path ({why}): give another path"
@@ -163,7 +167,8 @@ class SqliteStore:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         self._lock.hold()
         is_whole = _check_header(path)
-        # What SQLite would open by these names is code, too: nobody else may put it there.
+        # SQLite reads the files of these names as part of the database. They are made here first,
+        # so that no other user can put one there.
         made: list[Path] = []
         try:
             for each in self._siblings():
@@ -209,7 +214,7 @@ class SqliteStore:
                 f"remove it and what lies beside it"
             )
         if was_open:
-            # It was not closed, as its program was killed, or worse.
+            # The program that used it was killed, or the machine stopped.
             found = [row[0] for row in self._db.execute("PRAGMA quick_check(1)")]
             if found != ["ok"]:
                 raise sqlite3.DatabaseError(found[0])
@@ -224,7 +229,8 @@ class SqliteStore:
             "WHERE name = 'indexed'"
         )
         self._db.execute("COMMIT")
-        # Who opens it by another name, and has no log beside that, is to see that it is open.
+        # Write the mark 'open' from the log into the file: a program that opens the file by another
+        # name (a hard link) has no log beside that name, and must see the mark.
         self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
         self._functions = {
             digest: number
@@ -257,7 +263,10 @@ class SqliteStore:
                 connection.close()
 
     def _replace(self, why: Exception) -> None:
-        """Begin a new file with what can be read of a damaged one, which is put aside."""
+        """Replace a damaged file by a new one with all results that can still be read.
+
+        The damaged file is kept under another name.
+        """
         aside = self._path.with_name(f"{self._path.name}.damaged")
         with _private_folder(self._path) as folder:
             fresh = folder / "journal"
@@ -323,7 +332,7 @@ class SqliteStore:
 
     def _open_file(self, key: bytes, size: int) -> tuple[Any, bytes]:
         path = self._file_of(key)
-        # Read through once, so that what is damaged is found before anybody relies on it.
+        # The whole file is read now, so that damage is found before the call counts as finished.
         with open(path, "rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size != size:
                 raise JournalError("it has another size")
@@ -420,7 +429,7 @@ class SqliteStore:
                 os.close(fd)
         if unsynced:
             _sync_directory(self._blobs)
-        # A commit of whatever kind, as long as it has the WAL on the disk.
+        # Any commit in this mode forces the whole log to the disk.
         with self._durable():
             self._db.execute("UPDATE marks SET value = value + 1 WHERE name = 'synced'")
         self._is_dirty = False
@@ -460,7 +469,8 @@ class SqliteStore:
             with self._translated("closed"):
                 if self._is_dirty:
                     self._sync()
-                if not self._is_damaged:  # else it is looked at when it is opened again
+                # A damaged file keeps its mark 'open', so that it is checked when opened again.
+                if not self._is_damaged:
                     with self._durable():
                         self._db.execute("UPDATE marks SET value = 0 WHERE name = 'open'")
         finally:
@@ -473,7 +483,7 @@ class SqliteStore:
 
 
 def _is_no_damage(exc: Exception) -> bool:
-    """Say whether a file could not be used although nothing is wrong with it."""
+    """Say whether an error has another cause than damage, such as a full disk or a busy file."""
     code: int = getattr(exc, "sqlite_errorcode", 0)
     return code & 0xFF in _NO_DAMAGE and code != sqlite3.SQLITE_IOERR_SHORT_READ
 
@@ -484,7 +494,7 @@ def _connection(path: Path) -> sqlite3.Connection:
         for setting in (
             "journal_mode = WAL",
             "synchronous = NORMAL",
-            "fullfsync = ON",  # what macOS calls having it on the disk
+            "fullfsync = ON",  # on macOS, a plain fsync does not force data to the disk
             f"wal_autocheckpoint = {_CHECKPOINT_PAGES}",
         ):
             db.execute(f"PRAGMA {setting}")
@@ -496,13 +506,13 @@ def _connection(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def _private_folder(path: Path) -> Iterator[Path]:
-    """Give a directory beside a journal that nobody else can put anything into."""
+    """Make a temporary directory beside a journal that no other user can write to."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         yield Path(folder)
 
 
 def _create(path: Path) -> None:
-    """Make an empty journal that is whole as soon as it has its name, and private."""
+    """Make an empty journal. It is built under another name, so that nobody sees it half made."""
     with _private_folder(path) as folder:
         _make(folder / "journal")
         os.replace(folder / "journal", path)
@@ -521,11 +531,14 @@ def _make(path: Path) -> None:
 
 
 def _check_header(path: Path) -> bool:
-    """Look whether a file is a journal, before anything is written to it; say if it is whole.
+    """Check that a file is a journal, before anything is written to it.
+
+    Returns:
+        Whether its header is complete.
 
     Raises:
-        JournalError: If it is none.
-        JournalVersionError: If it is a newer one.
+        JournalError: If the file is no journal.
+        JournalVersionError: If a newer version of cloudexec wrote it.
     """
     with open(path, "rb") as file:
         header = file.read(100)
@@ -547,14 +560,14 @@ def _check_header(path: Path) -> bool:
 
 
 def _save(damaged: Path, fresh: Path) -> int:
-    """Copy what can be read of a damaged journal into a new one; return how many results."""
+    """Copy what can be read of a damaged journal into a new one; return the number of results."""
     target = sqlite3.connect(fresh, isolation_level=None)
     source = sqlite3.connect(damaged, isolation_level=None)
     saved = 0
     try:
         target.execute("BEGIN")
         try:
-            # Else a file that is shorter than its header says cannot be read at all.
+            # Without this, SQLite refuses to read a file that is shorter than its header says.
             source.execute("PRAGMA writable_schema = ON")
             for row in _readable(source, "functions", "id, name, digest"):
                 target.execute("INSERT OR IGNORE INTO functions VALUES (?, ?, ?)", row)
@@ -566,7 +579,7 @@ def _save(damaged: Path, fresh: Path) -> int:
             for row in source.execute("SELECT name, value FROM state"):
                 target.execute("INSERT INTO state VALUES (?, ?)", row)
         except _DAMAGE:
-            pass  # there is no more to be had
+            pass  # nothing more can be read
         target.execute("COMMIT")
     finally:
         source.close()
@@ -584,7 +597,7 @@ def _is_whole(row: tuple[Any, ...]) -> bool:
 
 
 def _readable(source: sqlite3.Connection, table: str, columns: str) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of a table in order, and skip what cannot be read."""
+    """Yield the rows of a table in order, and skip rows that cannot be read."""
     last, step = 0, 1
     while last < 1 << 62:
         try:
@@ -592,7 +605,7 @@ def _readable(source: sqlite3.Connection, table: str, columns: str) -> Iterator[
                 f"SELECT {columns} FROM {table} WHERE id > ? ORDER BY id", (last,)
             ):
                 if not last < row[0] < 1 << 62:
-                    raise ValueError  # pages that lead in a circle
+                    raise ValueError  # damaged pages can refer to each other in a circle
                 last, step = row[0], 1
                 yield row
             return

@@ -1,4 +1,4 @@
-"""What a journal is kept in: an interface."""
+"""The interface of what a journal is kept in: a file or a bucket."""
 
 from __future__ import annotations
 
@@ -14,82 +14,87 @@ __all__ = ["Found", "Record", "Store"]
 
 
 class Record(NamedTuple):
-    """One result, on its way into a journal."""
+    """One result that is to be written into a journal."""
 
     key: bytes
-    """Names the call."""
+    """The key of the call."""
     function: bytes
     """Digest of the function's name and of the program's code."""
     name: str
-    """What the function is called, whatever its code is."""
+    """The function's module and qualified name."""
     seconds: float
-    """That the call ran."""
+    """Seconds that the call ran."""
     payload: Payload
 
 
 class Found(NamedTuple):
-    """One result that was in a journal."""
+    """One result that was found in a journal, and the seconds that its call ran."""
 
     seconds: float
     payload: bytes | Stored
 
 
 class Store(Protocol):
-    """Keeps results and, where ``keeps_state``, what an executor wants to find again.
+    """Stores results and, if ``keeps_state``, the state that an executor needs in its next run.
 
-    ``find`` is called in any thread, all else in one at a time.
+    Any thread may call ``find``. The other methods are never called by two threads at once.
     """
 
     name: str
-    """The journal, as messages call it."""
+    """The journal's name in messages."""
     holds_back: bool
-    """Whether results are shown to nobody before ``write`` has returned: it takes a moment only."""
+    """Whether a result is given to its future only after ``write`` has returned. This is so where
+    writing takes a moment only."""
     keeps_state: bool
-    """Whether there is a private place for ``put_state``."""
+    """Whether ``put_state`` is supported, because the store is private to this user."""
     interval: float
     """Seconds that should pass between two calls of ``write``."""
     earlier: int
-    """Results of earlier runs."""
+    """Number of results of earlier runs."""
     versions: dict[str, dict[bytes, int]]
-    """Of earlier runs: how many results of each version of each function, by name and digest."""
+    """Numbers of results of earlier runs, by the function's name and by ``Record.function``."""
     programs: dict[bytes, bytes]
-    """The programs of earlier runs, as ``put_program`` was given them."""
+    """Manifests of the programs of earlier runs, by digest, as ``put_program`` was given them."""
 
     def find(self, key: bytes) -> Found | None:
-        """Return a result of an earlier run, whole and verified, or ``None``; damage is logged."""
+        """Return a verified result of an earlier run, or ``None``; damage is logged."""
 
     def write(self, records: Sequence[Record]) -> None:
-        """Keep results so that they outlive this process from the moment this returns.
+        """Write results. They survive the end of this process once this returns.
 
         Raises:
-            JournalError: If that is not possible; none of them, or not all, have been kept.
+            JournalError: If some or all of the results could not be written.
         """
 
     def sync(self) -> None:
-        """Have everything outlive the machine's power too. Cheap where there is nothing new.
+        """Make everything that was written survive a loss of power; cheap if nothing is new.
 
         Raises:
             JournalError: If that is not possible.
         """
 
     def get_state(self, name: str) -> bytes | None:
-        """Return what was last put under a name, in this run or an earlier one."""
+        """Return the value that this run or an earlier one put under a name last."""
 
     def put_state(self, name: str, value: bytes | None) -> None:
-        """Keep bytes under a name, or nothing any more; they outlive power loss when this returns.
+        """Store a value under a name; it survives a loss of power once this returns.
 
-        Secrets are safe in there as far as this user's files are: the file is private.
+        A value may hold secrets, as the file is readable by this user only.
+
+        Args:
+            name: The name.
+            value: The value; ``None`` removes the one that is there.
 
         Raises:
             JournalError: If that is not possible, or ``keeps_state`` is false.
         """
 
     def put_program(self, digest: bytes, value: bytes) -> None:
-        """Keep what a program consists of, under its digest.
+        """Store the manifest of a program under its digest.
 
         Raises:
             JournalError: If that is not possible.
         """
 
     def close(self) -> None:
-        """Sync, and let the next one have the journal."""
+        """Sync, and release the journal for other programs."""
