@@ -1,4 +1,4 @@
-"""How fast a link is, and whether compressing what goes over it makes it faster."""
+"""Measures how fast a connection is, and decides whether compressing its chunks saves time."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ __all__ = ["Link"]
 _LEVEL = 1
 _SAMPLE_BYTES = 64 * 1024
 _WORTH = 0.8
-"""Part of its size that a sample must shrink to."""
+"""A chunk is compressed if a sample of it shrinks to at most this part of its size."""
 _MARGIN = 3.0
-"""How much faster than the link compressing must be."""
+"""A chunk is compressed only if that is faster than the link by this factor."""
 _FASTEST = 50e6
-"""Bytes per second from which on nothing is compressed: where a link seems so fast that compressing
-might help a little, it is as likely that this machine was just busy."""
+"""Bytes per second: on faster links nothing is compressed. Compression would help little there, and
+the measurement may only be low because this machine was busy."""
 _LEAST_BYTES = 4 * 1024 * 1024
-"""Bytes that must have gone before the link is judged: the first ones only fill buffers."""
+"""Bytes that must have been sent before the speed is known: the first ones only fill buffers."""
 _DECAY = 0.8
-"""What a chunk counts when the next one has gone."""
+"""Weight of the measurements so far, relative to the chunk that was sent last."""
 _SKIP = 16
-"""Chunks that go as they are when a sample did not shrink."""
+"""Chunks that are sent uncompressed after a sample that did not shrink enough."""
 _PACKED = 256
-"""Compressed chunks after which the link is looked at anew."""
+"""Compressed chunks after which the speed is measured anew, with uncompressed chunks."""
 
 
 class Link:
     """One direction of the connection to one peer.
 
-    Only time in which a write was under way counts, and only of chunks that went as they are: with
-    compressed ones the processor may be what is slow.
+    The speed is measured with uncompressed chunks only, and only while a write is under way. With
+    compressed chunks the processor may be the slow part.
 
     Args:
         enabled: Whether to compress at all.
-        clock: What says how late it is, in seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, *, enabled: bool, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -55,7 +55,7 @@ class Link:
     # On the event loop.
 
     def begin(self) -> None:
-        """A write begins; several may at a time."""
+        """Note that a write begins; several writes may be under way at a time."""
         now = self._clock()
         if self._writing:
             self._interval += now - self._since
@@ -63,7 +63,7 @@ class Link:
         self._writing += 1
 
     def end(self, chunk: object) -> None:
-        """A write has ended."""
+        """Note that the write of a chunk has ended."""
         now = self._clock()
         interval = self._interval + now - self._since
         self._interval = 0.0
@@ -77,14 +77,14 @@ class Link:
 
     @property
     def is_slow(self) -> bool:
-        """Whether compressing may be worth it, as far as that is known."""
+        """Whether the link is known to be so slow that compression may save time."""
         known = self._enabled and self._measured >= _LEAST_BYTES
         return known and self._bytes < _FASTEST * self._seconds
 
     # In a thread.
 
     def pack(self, data: bytes | memoryview) -> bytes | memoryview | Chunk:
-        """Return a chunk as it is to be sent: compressed where that is faster."""
+        """Return the chunk to send: compressed if that is faster, or else the data as it is."""
         if not self._enabled or self._measured < _LEAST_BYTES or len(data) < 2 * _SAMPLE_BYTES:
             return data
         if self._bytes >= _FASTEST * self._seconds:
@@ -93,7 +93,7 @@ class Link:
             self._skip -= 1
             return data
         middle = (len(data) - _SAMPLE_BYTES) // 2
-        # Of this thread alone: what else this machine did meanwhile says nothing about compressing.
+        # The processor time of this thread: other work on this machine must not count.
         began = time.thread_time()
         size = len(zlib.compress(data[middle : middle + _SAMPLE_BYTES], _LEVEL))
         speed = _SAMPLE_BYTES / max(time.thread_time() - began, 1e-6)

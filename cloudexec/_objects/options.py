@@ -13,13 +13,14 @@ __all__ = ["Limits", "ObjectOptions", "memory_of_machine"]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much a store may hold.
+    """How many bytes a store of blobs may hold.
 
     Attributes:
-        memory: Bytes in memory; what is more goes to disk.
-        cache: Bytes of blobs that nobody uses any more, kept because they may come again.
-        directory: Where on disk; empty: the directory for temporary files; ``None``: nowhere.
-        disk: Bytes on disk; ``None``: as many as there is room for.
+        memory: Bytes in memory; blobs beyond that go to disk.
+        cache: Bytes of unused blobs that are kept, because the same content may be sent again.
+        directory: Directory on disk. An empty string means the directory for temporary files,
+            ``None`` that nothing goes to disk.
+        disk: Bytes on disk; ``None`` for no other limit than the disk's room.
     """
 
     memory: int
@@ -32,37 +33,39 @@ class Limits:
 class ObjectOptions:
     """How large arguments and results are kept and moved; for ``BatchExecutor(objects=...)``.
 
-    Arguments, closures and results are blobs from 64 KiB on: each worker receives each of them
-    once. Sizes are bytes, or ``"2GiB"``.
+    Pieces of arguments, closures and results that are larger than 64 KiB are blobs. Each worker
+    receives each blob once. Sizes are given in bytes, or as a string such as ``"2GiB"``.
 
     Raises:
         ConfigError: If a setting is out of its range.
     """
 
     memory: int | str | None = None
-    """Bytes of blobs in the client's memory; what is more goes to disk. ``None``: half of what the
-    machine, or the container, has."""
+    """Bytes of blobs in the client's memory; blobs beyond that go to disk. ``None`` means half of
+    the memory of the machine or the container."""
     spill_directory: str | os.PathLike[str] | bool = True
-    """Where what does not fit in memory goes: ``True``, the directory for temporary files;
-    ``False``, nowhere: what does not fit fails with ``PayloadTooLargeError``."""
+    """Directory for blobs that do not fit in memory. ``True`` means the directory for temporary
+    files. With ``False``, a call whose blobs do not fit fails with ``PayloadTooLargeError``."""
     disk: int | str | None = None
-    """Bytes on disk; ``None``: what there is room for."""
+    """Bytes of blobs on disk; ``None`` for no other limit than the disk's room."""
     cache: int | str | None = None
-    """Bytes of blobs that no task needs any more and that are kept, as they may be sent again;
-    ``None``: a tenth of the memory, 1 GiB at most."""
+    """Bytes of blobs that no task needs any more. They are kept because the same content may be
+    sent again. ``None`` means a tenth of ``memory``, at most 1 GiB."""
     worker_memory: int | str | None = None
-    """Bytes of blobs in each worker's memory; what is more goes to its disk. ``None``: a quarter
-    of what it has."""
+    """Bytes of blobs in each worker's memory; blobs beyond that go to the worker's disk. ``None``
+    means a quarter of the worker's memory."""
     bucket: str | bool | None = None
-    """S3 bucket for large blobs between this machine and workers elsewhere: an argument is uploaded
-    once, however many workers download it; results come back the same way, and kept ones outlive
-    their worker there. Where only one worker is there, or S3 fails, they go directly. ``None``: the
-    profile's; ``False``: none. Workers need no rights of their own. All is deleted at the end."""
+    """S3 bucket that carries large blobs between this machine and workers elsewhere. An argument is
+    uploaded once, however many workers download it. Results come back the same way, and results
+    that are kept (``keep=True``) stay in the bucket when their worker ends. If there is only one
+    worker, or S3 fails, blobs are sent directly. ``None`` means the bucket of the profile, if it
+    has one; ``False`` means no bucket. Workers need no AWS permissions for this. The executor
+    deletes its objects when it shuts down."""
     bucket_threshold: int | str = "8MiB"
-    """Bytes from which a blob goes through the bucket."""
+    """Bytes from which on a blob goes through the bucket."""
     compression: bool = True
-    """Whether what goes to and from workers elsewhere directly may be compressed: done where the
-    link is measured to be slow (below 50 MB/s) and a sample shrinks."""
+    """Whether blobs that are sent directly to and from workers elsewhere may be compressed. They
+    are compressed if the connection is slow (below 50 MB/s) and a sample of the data shrinks."""
 
     def __post_init__(self) -> None:
         for name in ("memory", "disk", "cache", "worker_memory", "bucket_threshold"):
@@ -93,7 +96,7 @@ class ObjectOptions:
             raise ConfigError(f"bucket must be a bucket's name, None or False, not {self.bucket!r}")
 
     def limits(self) -> Limits:
-        """Return what the client's store may hold."""
+        """Return the limits of the client's store."""
         memory = _bytes(self.memory) or memory_of_machine() // 2
         cache = _bytes(self.cache)
         where = self.spill_directory
@@ -106,7 +109,7 @@ class ObjectOptions:
 
 
 def _bytes(value: int | str | None) -> int | None:
-    assert not isinstance(value, str)  # read when the options were made
+    assert not isinstance(value, str)  # __post_init__ has replaced strings by numbers
     return value
 
 

@@ -1,4 +1,4 @@
-"""Where blobs are, as processes of one machine tell each other."""
+"""Lets processes of one machine tell each other where a blob is, and read it from there."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ _GENERATIONS = 64
 
 
 class Place(NamedTuple):
-    """Where one blob is.
+    """The place of one blob.
 
     Attributes:
-        number: The blob's.
-        size: Bytes.
-        path: Of the file; empty: the client is to be asked through the direct channel.
-        offset: Where in the file.
-        mappable: Whether that part of the file never changes.
+        number: The blob's number.
+        size: The blob's size in bytes.
+        path: The file that the blob is in. If it is empty, the client is asked for the blob through
+            the direct channel (a Unix socket).
+        offset: The blob's offset in the file.
+        mappable: Whether that part of the file never changes, so that it can be mapped.
     """
 
     number: int
@@ -49,12 +50,12 @@ class Place(NamedTuple):
     mappable: bool
 
     def shared_path(self, fd: int) -> str:
-        """Return the path under which others open the file that is open here as ``fd``."""
+        """Return the path by which other processes open the file that is open here as ``fd``."""
         return f"/proc/{os.getpid()}/fd/{fd}" if PROC else self.path
 
 
 def pack_places(places: Sequence[Place]) -> bytes:
-    """Return places as bytes; a head may follow."""
+    """Serialize places. Other bytes may follow them in the message."""
     parts = [_COUNT.pack(len(places))]
     for number, size, path, offset, mappable in places:
         encoded = path.encode()
@@ -63,7 +64,7 @@ def pack_places(places: Sequence[Place]) -> bytes:
 
 
 def unpack_places(data: bytes | memoryview) -> tuple[list[Place], int]:
-    """Return the places, and where behind them something else begins."""
+    """Read places; return them, and the offset of the bytes behind them."""
     (count,) = _COUNT.unpack_from(data)
     at = _COUNT.size
     places = []
@@ -77,11 +78,11 @@ def unpack_places(data: bytes | memoryview) -> tuple[list[Place], int]:
 
 
 class BlobGoneError(ConnectionAbortedError):
-    """Whoever held a blob has it no more, or is gone."""
+    """The process that held a blob has dropped it, or has ended."""
 
 
 def is_path_of(pid: int, path: str) -> bool:
-    """Say whether a path that a process named is one of its own objects' files."""
+    """Say whether a path that a process named is one of its own files of blobs."""
     if not PROC:
         return os.path.basename(path).startswith(NAMED)
     number = path.removeprefix(f"/proc/{pid}/fd/")
@@ -89,7 +90,7 @@ def is_path_of(pid: int, path: str) -> bool:
 
 
 def is_descendant(pid: int, ancestor: int) -> bool:
-    """Say whether a process is another one, or was started by it, however indirectly."""
+    """Say whether a process is the ancestor itself, or was started by it, however indirectly."""
     if not PROC:
         return pid == ancestor
     for _ in range(_GENERATIONS):
@@ -97,10 +98,10 @@ def is_descendant(pid: int, ancestor: int) -> bool:
             break
         try:
             with open(f"/proc/{pid}/stat", "rb") as file:
-                # Behind the name, which may have anything in it: state, then the parent.
+                # Behind the process's name, which may hold any character: its state, its parent.
                 pid = int(file.read().rpartition(b")")[2].split()[1])
         except OSError:
-            return False  # it has ended
+            return False  # the process has ended
     return pid == ancestor
 
 
@@ -108,17 +109,17 @@ def open_shared(place: Place) -> int:
     """Open the file of another process that a blob is in.
 
     Raises:
-        OSError: If it cannot be opened: the process is gone.
+        OSError: If the file cannot be opened, because the process has ended.
         PayloadError: If it is no file, or too short, or this process has too many files open.
     """
     try:
-        # Not blocking: whatever it is, the caller is not to wait for somebody to write to it.
+        # Not blocking, as the path could name a pipe, whose open() waits for a writer.
         fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as exc:
         remedy = too_many_files(exc)
         if not remedy:
             raise
-        # It is there all the same: nobody is to make it again.
+        # The blob exists: with an OSError the caller would take it for lost and compute it again.
         raise PayloadError(f"{place.size} bytes could not be read: {exc.strerror}{remedy}") from exc
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_size < place.offset + place.size:
@@ -131,11 +132,11 @@ class FileSource:
     """A blob in a file of another process.
 
     Args:
-        place: Where.
+        place: The blob's place.
 
     Raises:
-        OSError: If the file cannot be opened: the process is gone.
-        PayloadError: If it does not hold the blob.
+        OSError: If the file cannot be opened, because the process has ended.
+        PayloadError: If the file does not hold the blob.
     """
 
     def __init__(self, place: Place) -> None:
@@ -172,7 +173,7 @@ class FileSource:
         return fill
 
     def close(self) -> None:
-        """Close the file; what is mapped stays."""
+        """Close the file; memory that is mapped from it stays valid."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -182,7 +183,7 @@ class FileSource:
 
 
 class DirectSource:
-    """A blob that the client holds as an object, streamed into the place where it is wanted."""
+    """A blob that the client holds as a Python object. It is read through the direct channel."""
 
     def __init__(self, place: Place, path: str, token: bytes) -> None:
         self.size = place.size

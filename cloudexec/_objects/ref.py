@@ -1,4 +1,4 @@
-"""Handles to values that are somewhere else."""
+"""``Ref``: a handle to a value that is in the client's store or on a worker."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Keeper(Protocol):
 
 
 class Ref(Generic[T]):
-    """A handle to a value that was put into an executor, or is kept where a task made it.
+    """A handle to a value that was put into an executor, or that stays on the worker that made it.
 
-    Made by ``BatchExecutor.put()``, and as the result of tasks with ``with_options(keep=True)``.
-    Anywhere among the arguments of a call, however deep, the call receives its value in its place;
-    also where they are bound to what is called, by ``functools.partial`` or as a method's object.
-    In the closure or a global of a function, or in an initializer's arguments, it stays a ``Ref``:
-    call ``get()`` there. When nobody refers to it any more, what it stands for is freed.
+    ``BatchExecutor.put()`` returns one, and a task with ``with_options(keep=True)`` has one as its
+    result. A call whose arguments contain a ``Ref``, however deep, receives the value instead. The
+    same holds for arguments that are bound by ``functools.partial``, and for a method's object.
+    In a function's closure or globals, or in an initializer's arguments, it stays a ``Ref``: call
+    ``get()`` there. The value is freed when no ``Ref`` to it is left.
     """
 
     __slots__ = ("__weakref__", "_digest", "_keeper", "_payload", "_value")
@@ -43,19 +43,20 @@ class Ref(Generic[T]):
     def __init__(self, payload: Payload, keeper: Keeper | None) -> None:
         self._payload = payload
         self._keeper = keeper
-        self._digest: bytes | None = None  # what a journal knows the value by
-        self._value: Any = None  # in a worker: as it came
+        self._digest: bytes | None = None  # a journal identifies the value by it
+        # In a worker: a tuple of the pickle's parts, or a list that holds the unpickled value.
+        self._value: Any = None
 
     def get(self, timeout: float | None = None) -> T:
-        """Return the value; in the client a copy of one's own each time.
+        """Return the value. In the client, each call returns a new copy.
 
         Args:
-            timeout: Seconds to wait for a worker to hand it over; ``None``: no limit.
+            timeout: Seconds to wait for a worker to send the value; ``None`` for no limit.
 
         Raises:
-            RefLostError: If the worker that kept it is gone, and it cannot be made again.
-            TimeoutError: If it did not come in time.
-            PayloadError: If it cannot be unpickled here.
+            RefLostError: If the worker that kept it is gone, and it cannot be computed again.
+            TimeoutError: If the value did not arrive in time.
+            PayloadError: If the value cannot be unpickled here.
         """
         keeper = self._keeper
         if keeper is None:
@@ -65,7 +66,7 @@ class Ref(Generic[T]):
 
     @property
     def _is_gone(self) -> bool:
-        """Whether what it stands for is lost, and cannot be made again."""
+        """Whether the value is lost, and cannot be computed again."""
         return self._keeper is not None and self._keeper.is_gone(self._payload)
 
     def _load(self) -> Any:
@@ -75,11 +76,11 @@ class Ref(Generic[T]):
 
     @property
     def size(self) -> int:
-        """Bytes that the value has when it is pickled."""
+        """Size of the pickled value in bytes."""
         return len(self._payload)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # With its value: whoever unpickles it need not know this executor.
+        # The pickle contains the value, because the process that unpickles it has no executor.
         keeper = self._keeper
         if keeper is None:
             return _remade, (self._load(), self.size)
@@ -98,7 +99,7 @@ class Ref(Generic[T]):
 
 
 class _Size:
-    """Stands for a payload that is elsewhere."""
+    """Stands for a payload that is in another process; only its size is known here."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -108,14 +109,14 @@ class _Size:
 
 
 def _came(head: bytes, numbers: bytes | None, size: int, *buffers: Any) -> Ref[Any]:
-    """Make a handle in a worker."""
+    """Make a handle in a worker, of a value that arrived pickled."""
     ref: Ref[Any] = Ref(_Size(size), None)  # type: ignore[arg-type]
     ref._value = (head, numbers, buffers) if numbers is not None else [pickle.loads(head)]
     return ref
 
 
 def _remade(value: Any, size: int = 0) -> Ref[Any]:
-    """Make a handle of a value that was loaded already."""
+    """Make a handle of a value that has been unpickled already."""
     ref: Ref[Any] = Ref(_Size(size), None)  # type: ignore[arg-type]
     ref._value = [value]
     return ref

@@ -1,27 +1,27 @@
-"""Objects in a bucket, under an executor's own prefix: up, down, and URLs for workers.
+"""The client's access to S3: uploads, downloads, and signed URLs by which workers do the same.
 
-Who calls what, in which order. All coroutines run on the executor's event loop; ``source`` and
-``sink`` are called on the loop's threads for what blocks, never on the loop.
+Each executor has a prefix of its own in the bucket. All coroutines run on the executor's event
+loop; ``source`` and ``sink`` may block, and are called in threads of the loop's default executor.
 
-1. ``Bucket(clients, name, object_prefix(executor_id))`` makes no call. ``open()`` asks once whether
-   the bucket is there; whatever needs it does so by itself, so calling it is for those who want to
-   know early.
-2. An argument: ``upload()`` as soon as the first worker needs it, then ``download_url()`` for each
-   worker that asks: signing makes no call. The worker runs ``worker.s3.fetch``, whose ``ask`` is an
-   RPC to here. It asks again when S3 refuses a URL, and then says whether that was before
-   ``expires_at``: pass it on as ``renew``.
-3. A result: the worker computes ``worker.s3.digests(fd, size, part_bytes=...)`` with the client's
-   ``part_bytes``, sends size and digests, and gets ``upload_urls()``. Each URL takes nothing but
-   the bytes with that digest. It runs ``worker.s3.store`` (``ask`` again an RPC, with the upload's
-   id and the numbers of the parts that are missing), and sends the ETags. ``complete_upload()``
-   then makes the object; an attempt that was lost gets ``abort_upload()``. The client reads it with
-   ``download()``, or hands out ``download_url()``.
-4. ``delete()`` when the last reference is gone; ``close()`` at shutdown, after the workers have
-   been told to end and before ``clients.close()``: it empties the prefix. A URL that a worker still
-   holds may put an object there afterwards; the bucket's lifecycle rule removes it.
+1. ``Bucket(clients, name, object_prefix(executor_id))`` makes no request. ``open()`` checks once
+   that the bucket exists. The other methods call it themselves; call it to learn of an error early.
+2. An argument: the client calls ``upload()`` when the first worker needs it, and ``download_url()``
+   for each worker that asks; signing a URL makes no request. The worker downloads the object with
+   ``worker.s3.fetch``, which asks the client for the URL by an RPC. It asks again if S3 refuses the
+   URL, and says whether it was refused before ``expires_at``. Pass that on as ``renew``.
+3. A result: the worker computes digests with ``worker.s3.digests(fd, size, part_bytes=...)``, where
+   ``part_bytes`` is the client's. It sends them to the client, and receives ``upload_urls()``. Each
+   URL accepts only content with that digest. The worker uploads with ``worker.s3.store``, which
+   asks for further URLs by an RPC that names the upload and the missing parts, and sends the ETags
+   to the client. ``complete_upload()`` then creates the object; if the attempt was lost, the client
+   calls ``abort_upload()``. The client reads the object with ``download()``, or lets workers read
+   it by ``download_url()``.
+4. ``delete()`` is called when the last reference to an object is gone. ``close()`` empties the
+   prefix at shutdown, after the workers have been told to end and before ``clients.close()``. A
+   worker that still holds a URL may put an object there later; the bucket's lifecycle rule removes
+   it.
 
-Names are anything that is unique in the executor; digests, in practice: uploading the same name
-twice is harmless where it has the same content.
+A name must be unique in the executor: the client uses the numbers of blobs.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ _HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class SignedUpload:
-    """What a worker needs to send an object.
+    """The signed requests by which a worker uploads an object.
 
     Attributes:
-        upload_id: For ``complete_upload`` and ``abort_upload``; empty where one PUT does it all.
-        part_bytes: How the object is cut.
-        requests: By part number.
+        upload_id: For ``complete_upload`` and ``abort_upload``; empty if one PUT request suffices.
+        part_bytes: Bytes of each part but the last.
+        requests: The requests by part number, from 1.
     """
 
     upload_id: str
@@ -82,22 +82,22 @@ class SignedUpload:
 
 
 class Bucket:
-    """An executor's part of a bucket.
+    """One executor's objects in a bucket.
 
-    Every method that makes calls raises ``AwsError``, which names the object and what to do. What
-    may pass (throttling, 5xx, lost connections, expired credentials) is tried again before, with
-    growing pauses.
+    Methods that make requests raise ``AwsError``, which names the object, the cause and a remedy.
+    Errors that may pass (throttling, status 5xx, lost connections, expired credentials) are raised
+    only after the request was repeated, with growing pauses.
 
     Args:
-        clients: Stay the caller's to close.
-        name: Of the bucket.
-        prefix: What every key begins with.
-        part_bytes: Larger objects go in parts of this, in parallel.
+        clients: The AWS clients; the caller closes them.
+        name: The bucket's name.
+        prefix: The prefix of all keys.
+        part_bytes: Larger objects are sent in parts of this size, in parallel.
         parallel: Requests at a time of one transfer.
-        encryption: ``"AES256"``, ``"aws:kms"`` (with the account's key for S3), or an empty
-            string: as the bucket does by itself.
-        patience: Seconds for which a request that fails is tried again.
-        stall: Seconds for which a request may stand still before it counts as failed.
+        encryption: ``"AES256"``, ``"aws:kms"`` (with the account's key for S3), or an empty string
+            for the bucket's default.
+        patience: Seconds for which a request that fails is repeated.
+        stall: Seconds without progress after which a request counts as failed.
 
     Raises:
         ConfigError: If a value is out of its range.
@@ -136,24 +136,24 @@ class Bucket:
         self._closed = False
 
     async def open(self) -> None:
-        """See that the bucket is there, and find out its region. Done once.
+        """Check that the bucket exists, and find out its region; later calls do nothing.
 
         Raises:
-            AwsError: If it is not, or not for these credentials.
+            AwsError: If there is no such bucket, or these credentials have no access to it.
         """
         await self._requests.open()
 
     async def upload(self, name: str, source: Source, size: int, sha256: bytes) -> None:
-        """Make an object.
+        """Create an object.
 
         Args:
-            name: Behind the prefix.
-            source: Gives the content.
-            size: Bytes.
-            sha256: Digest of the content; S3 refuses anything else.
+            name: The object's name, without the prefix.
+            source: Returns the content.
+            size: Bytes of the content.
+            sha256: SHA-256 of the content; S3 refuses other content.
 
         Raises:
-            AwsError: If S3 does not take it; nothing of it is left there then.
+            AwsError: If S3 refuses the object. No part of it stays in the bucket then.
         """
         await self._ready()
         self._used = True
@@ -191,12 +191,13 @@ class Bucket:
     async def download_url(
         self, name: str, expires: float = _URL_SECONDS, *, renew: bool = False
     ) -> SignedRequest:
-        """Sign a request for an object, whole or in ranges. Makes no call.
+        """Sign a request that reads an object or ranges of it. This sends nothing to S3.
 
         Args:
-            name: Behind the prefix.
-            expires: Seconds for which it is wanted; the credentials may end before.
-            renew: S3 refused one that had not expired: read the credentials anew.
+            name: The object's name, without the prefix.
+            expires: Seconds for which the URL should be valid; the credentials may expire before.
+            renew: Whether S3 refused an earlier URL that had not expired. The credentials are then
+                read again.
 
         Raises:
             AwsError: If there are no credentials.
@@ -217,18 +218,18 @@ class Bucket:
         expires: float = _URL_SECONDS,
         renew: bool = False,
     ) -> SignedUpload:
-        """Sign the requests by which a worker makes an object of its own.
+        """Sign the requests by which a worker creates an object.
 
-        Makes one call for an object in parts, none for another and for fresh URLs.
+        This sends one request to S3 if it begins an upload in parts, and none otherwise.
 
         Args:
-            name: Behind the prefix.
-            size: Bytes.
-            sha256: Digest of the whole.
-            part_sha256: Of each part, as ``worker.s3.digests`` has them; may be left out where
-                there is but one.
-            upload_id: Of the upload that goes on; empty: a new one.
-            numbers: Sign for these parts only; ``None``: all.
+            name: The object's name, without the prefix.
+            size: Bytes of the object.
+            sha256: SHA-256 of the whole object.
+            part_sha256: SHA-256 of each part, as ``worker.s3.digests`` returns them. An object of
+                one part needs none.
+            upload_id: The upload in parts that goes on; empty to begin a new one.
+            numbers: Sign requests for these parts only; ``None`` for all parts.
             expires: As for ``download_url``.
             renew: As for ``download_url``.
 
@@ -276,26 +277,26 @@ class Bucket:
         size: int,
         part_sha256: Sequence[bytes] = (),
     ) -> None:
-        """Make the object out of the parts that a worker has sent.
+        """Create the object from the parts that a worker has uploaded.
 
         Args:
             name: As given to ``upload_urls``.
-            upload_id: As ``upload_urls`` returned it; where it is empty there is nothing to do.
-            etags: Of the parts, in order.
+            upload_id: As ``upload_urls`` returned it. If it is empty, this does nothing.
+            etags: The ETags of the parts, in order.
             size: As given to ``upload_urls``.
             part_sha256: As given to ``upload_urls``.
 
         Raises:
-            AwsError: If a part is not there, or the upload has been ended.
+            AwsError: If a part is missing, or the upload has been aborted.
         """
         if upload_id:
             await self._complete(name, upload_id, list(zip(etags, part_sha256, strict=True)), size)
 
     async def abort_upload(self, name: str, upload_id: str) -> None:
-        """Give up an upload in parts; one that is not there any more will do.
+        """Abort an upload in parts; it is no error if there is no such upload any more.
 
         Raises:
-            AwsError: If S3 cannot be told.
+            AwsError: If the request fails.
         """
         if not upload_id:
             return
@@ -308,16 +309,17 @@ class Bucket:
     async def download(self, name: str, sink: Sink, size: int, sha256: bytes) -> None:
         """Read an object.
 
-        Up to ``parallel`` times 8 MiB are held at a time.
+        Up to ``parallel`` times 8 MiB are in memory at a time.
 
         Args:
-            name: Behind the prefix.
-            sink: Takes the content, before it is verified.
-            size: Bytes.
-            sha256: Digest of the content.
+            name: The object's name, without the prefix.
+            sink: Takes the content, before the digest is verified.
+            size: Bytes of the object.
+            sha256: SHA-256 that the content must have.
 
         Raises:
-            AwsError: If it is not to be had; with the code ``"BadDigest"``, if it is another.
+            AwsError: If the object cannot be read. The code is ``"BadDigest"`` if its size or
+                content is wrong.
         """
         await self._ready()
         check = InOrder()
@@ -339,23 +341,23 @@ class Bucket:
             )
 
     async def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; those that are not there will do.
+        """Delete objects; it is no error if some do not exist.
 
         Raises:
-            AwsError: If some are left, with the first one's reason; the others are deleted.
+            AwsError: If S3 refuses some of them, with the first one's reason.
         """
         keys = [self._requests.key(name) for name in names]
         await self._delete_keys(keys)
 
     async def close(self, seconds: float = 30.0) -> None:
-        """Delete everything under the prefix, and end every upload. Not without having been used.
+        """Delete all objects under the prefix, and abort all uploads, if there were any.
 
         Args:
-            seconds: How long it may take.
+            seconds: Seconds that this may take.
 
         Raises:
-            AwsError: If something may be left, which the bucket's lifecycle rule removes: worth a
-                warning. A bucket that ``cloudexec up`` made has such a rule.
+            AwsError: If objects may be left. The caller warns of it; the bucket's lifecycle rule
+                removes them. A bucket that ``cloudexec up`` made has such a rule.
         """
         if self._closed:
             return
@@ -369,7 +371,7 @@ class Bucket:
                 except AwsError as exc:
                     if not exc.expired:
                         raise
-                    await self._empty()  # with the credentials of now
+                    await self._empty()  # once more, with credentials that were read again
         except TimeoutError:
             error = AwsError(
                 f"not everything could be deleted in {seconds:g} s", code="Timeout", transient=True
@@ -379,7 +381,7 @@ class Bucket:
             raise self._left(exc) from exc
 
     async def _empty(self) -> None:
-        # Uploads first: one that were completed meanwhile would be an object again.
+        # Uploads first: an upload that is completed after the objects were listed would stay.
         await self._end_uploads()
         await self._delete_keys([key async for key in self._keys()])
 
@@ -409,7 +411,7 @@ class Bucket:
             await self.open()
 
     def _renew(self, wanted: bool) -> None:
-        # A thousand workers are refused at the same time, and one look is enough.
+        # When credentials expire, S3 refuses all workers at once; read the credentials only once.
         if wanted and time.monotonic() - self._renewed_at > _RENEW_INTERVAL:
             self._renewed_at = time.monotonic()
             self._clients.renew()
@@ -426,9 +428,9 @@ class Bucket:
                 Params={"Bucket": self.name, "Key": self._requests.key(name), **parameters},
                 ExpiresIn=seconds,
             )
-        # Asked afterwards: signing renews credentials that are about to end.
+        # Read after signing, because signing renews credentials that are about to expire.
         credentials_end = await self._clients.credentials_expire_at()
-        # A signature counts from a whole second.
+        # The time in a signature has whole seconds.
         expires_at = float(math.floor(began) + seconds)
         if credentials_end is not None:
             expires_at = min(expires_at, credentials_end)
@@ -457,7 +459,7 @@ class Bucket:
         except AwsError as exc:
             if exc.code != "NoSuchUpload":
                 raise
-            # The answer to an earlier try may have been lost: then the object is there.
+            # The answer to an earlier request may have been lost. The object exists in that case.
             try:
                 found = await self._requests.call(name, "head_object")
             except AwsError:
@@ -466,12 +468,12 @@ class Bucket:
                 raise
 
     async def _abort_quietly(self, name: str, upload_id: str) -> None:
-        """Give up an upload though we are failing, or cancelled, ourselves."""
+        """Abort an upload while another error, or a cancellation, is being handled."""
         try:
             async with asyncio.timeout(_ABORT_TIMEOUT):
                 await self.abort_upload(name, upload_id)
         except (AwsError, TimeoutError):
-            pass  # close() ends it, or the lifecycle rule
+            pass  # close() aborts it, or the bucket's lifecycle rule does
 
     async def _end_uploads(self) -> None:
         found = [
@@ -519,7 +521,7 @@ class Bucket:
 async def _each(
     parallel: int, items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]]
 ) -> None:
-    """Do something for each item, so many at a time; the first error ends it, as itself."""
+    """Run ``work`` for each item, ``parallel`` at a time; the first error is raised, ungrouped."""
     todo = iter(items)
 
     async def take() -> None:
@@ -546,7 +548,7 @@ def _base64(digest: bytes) -> str:
 
 
 def _headers_of(parameters: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Return the headers that these parameters of a signed request are sent as."""
+    """Return the headers that a worker must send for these parameters of a signed request."""
     return tuple(
         (_HEADERS[key], str(value)) for key, value in parameters.items() if key in _HEADERS
     )

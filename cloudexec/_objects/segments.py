@@ -1,8 +1,8 @@
-"""Bytes in files that other processes of this user can map: in memory, or on disk.
+"""Files, in memory or on disk, whose bytes other processes of this user can map.
 
-On Linux a segment is an anonymous file that others open through ``/proc/<pid>/fd``: it is gone with
-the last process that has it open, whatever becomes of them. Elsewhere it is a file in a private
-directory.
+On Linux a segment is an anonymous file, which other processes open through ``/proc/<pid>/fd``. The
+system removes it with the last process that has it open, even if that is killed. On other systems
+it is a named file.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ __all__ = [
 ]
 
 BLOCK_BYTES = 64 * 1024
-"""Blocks of an arena are multiples of this."""
+"""The size of an arena's block, in bytes, is a multiple of this."""
 NAMED = "cloudexec-object-"
-"""What the names of files begin with, where they have any."""
+"""Prefix of the names of segments' files, on systems where these have names."""
 PROC = sys.platform.startswith("linux") and os.path.isdir("/proc/self/fd")
 _WARM_BYTES = 64 * 1024 * 1024
-"""What an arena keeps of its memory when nothing is in it."""
+"""Bytes of memory that an arena keeps for free blocks."""
 _libc = ctypes.CDLL(None)
 _mmap, _munmap = ctypes.CDLL(None, use_errno=True).mmap, _libc.munmap
 _mmap.restype = ctypes.c_void_p
@@ -63,10 +63,10 @@ _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 class Segment:
-    """One file; closed, and its memory or disk space given back, when nobody refers to it.
+    """One file. It is closed, which frees its memory or disk space, when no reference is left.
 
     Args:
-        directory: Where on disk; ``None``: in memory.
+        directory: Directory of a file on disk; ``None`` for a file in memory.
 
     Raises:
         OSError: If there is no room for it, or no file descriptor left.
@@ -100,7 +100,7 @@ class Segment:
         return segment
 
     def renumber(self, fd: int) -> None:
-        """Its file has another number now, under which others find it too."""
+        """Note that the file has another descriptor now, which is part of its path for others."""
         self.fd = fd
         self.path = self._named or f"/proc/{os.getpid()}/fd/{fd}"
 
@@ -117,13 +117,13 @@ class Segment:
                 done += os.pwrite(self.fd, view[done:], offset + done)
 
     def write_all(self, pieces: Sequence[bytes | memoryview], offset: int = 0) -> None:
-        """Write pieces one behind the other; the errors are those of ``write``."""
+        """Write pieces one after the other; the errors are those of ``write``."""
         for piece in pieces:
             self.write(piece, offset)
             offset += len(piece)
 
     def copy_from(self, fd: int, start: int, size: int, offset: int = 0) -> None:
-        """Write what is in a part of another file.
+        """Copy a part of another file.
 
         Raises:
             OSError: If there is no room.
@@ -137,7 +137,7 @@ class Segment:
             done += len(data)
 
     def reserve(self, size: int, offset: int = 0) -> None:
-        """Have room for ``size`` bytes, so that to write them later does not fail.
+        """Reserve room for ``size`` bytes, so that writing them later does not fail.
 
         Raises:
             OSError: If there is no room.
@@ -149,27 +149,27 @@ class Segment:
                 # that would cut off what it has written there.
                 os.pwrite(self.fd, b"\0", end - 1)
             return
-        # Asked first: a file system may fill itself up before it finds that it is too small.
+        # Checked first: a file system may fill up its last room before it reports the failure.
         room = os.fstatvfs(self.fd)
         if size > room.f_bavail * room.f_frsize:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.posix_fallocate(self.fd, offset, size)
 
     def punch(self, offset: int, size: int) -> None:
-        """Give back the memory, or the disk space, of a part that nobody will read again."""
+        """Free the memory, or the disk space, of a part that will not be read again."""
         if _fallocate is not None:
-            # Where it is not supported it fails, and the part is kept.
+            # On file systems that do not support this the call fails, and the part is kept.
             _fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, size)
 
     def view(self, size: int) -> memoryview:
-        """Return the first ``size`` bytes, to read; mapped once."""
+        """Return the first ``size`` bytes, read-only. The file is mapped once."""
         mapping = self._mapping
         if mapping is None or len(mapping) < size:
             mapping = self._mapping = map_file(self.fd, size)
         return mapping[:size]
 
     def close(self) -> None:
-        """Let go of the file; what is mapped stays mapped."""
+        """Close the file; memory that is mapped from it stays valid."""
         fd, self.fd = self.fd, -1
         self._mapping = None
         if fd >= 0:
@@ -188,14 +188,14 @@ class Segment:
 
 
 class Arena:
-    """Blocks of one segment: for what is too small, or too much, to have a file each.
+    """Blocks in one segment, for blobs that are too small, or too many, to have a file each.
 
-    Blocks that are freed are used again, and writing into memory that is there already is several
-    times faster than into fresh pages. So some of them keep theirs; the system has back what is
-    more. Whoever reads from a block copies it, and does not map it. Not thread-safe.
+    Freed blocks are used again. Writing into a block that still has its memory is several times
+    faster than writing into fresh pages, so some free blocks keep their memory, up to a limit. The
+    content of a block is copied to be read, and never mapped. Not thread-safe.
 
     Args:
-        directory: Where on disk; ``None``: in memory.
+        directory: Directory of a file on disk; ``None`` for a file in memory.
     """
 
     def __init__(self, directory: str | None = None) -> None:
@@ -203,9 +203,9 @@ class Arena:
         self.used = 0
         """Bytes in blocks that are taken."""
         self._end = 0
-        self._warm: dict[int, list[int]] = {}  # free blocks by size: those that have their memory
+        self._warm: dict[int, list[int]] = {}  # by size: free blocks that still have their memory
         self._warm_bytes = 0
-        self._cold: dict[int, list[int]] = {}  # and those that are holes
+        self._cold: dict[int, list[int]] = {}  # by size: free blocks whose memory was freed
         self._most_warm = _WARM_BYTES if self.segment.in_memory else 0
 
     def allocate(self, size: int) -> int:
@@ -224,11 +224,11 @@ class Arena:
         return offset
 
     def free(self, offset: int, size: int) -> None:
-        """Take a block back."""
+        """Free a block."""
         rounded = block_size(size)
         self.used -= rounded
         if not self.used:
-            # All of it is free: begin again at the front, where the memory is.
+            # All blocks are free: begin again at the front of the file, which keeps its memory.
             self._warm.clear()
             self._cold.clear()
             self._warm_bytes = 0
@@ -249,17 +249,24 @@ class Arena:
 
 
 def block_size(size: int) -> int:
-    """Return the bytes that a block of an arena takes."""
+    """Return the bytes of a block that holds ``size`` bytes."""
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def map_file(
     fd: int, size: int, offset: int = 0, *, private: bool = False, writable: bool = False
 ) -> memoryview:
-    """Map part of a file, to read; or to write, so that others see it or (``private``) do not.
+    """Map part of a file.
 
-    The file may be closed meanwhile. (Before Python 3.13 ``mmap.mmap`` keeps a descriptor of its
-    own, and who holds a thousand arrays would have none left.)
+    The file may be closed while it is mapped. (Before Python 3.13, ``mmap.mmap`` keeps a duplicate
+    of the descriptor: a program that holds a thousand arrays would run out of descriptors.)
+
+    Args:
+        fd: The file.
+        size: Bytes to map.
+        offset: Offset of the part in the file.
+        private: Whether writes change only this mapping, and not the file.
+        writable: Whether the mapping can be written to; a private one always can.
 
     Raises:
         OSError: If there is no room in the address space.
@@ -309,11 +316,11 @@ def _on_disk(fd: int) -> bool:
     return os.fstat(fd).st_dev != _memory_device
 
 
-_memory_device = -1  # that all anonymous files in memory are on, once it is known
+_memory_device = -1  # the device of all anonymous files in memory, once it is known
 
 
 def large_pages(size: int) -> mmap.mmap:
-    """Return memory of this process alone, in pages that are large where the system has such."""
+    """Return memory that is private to this process, in huge pages if the system supports them."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
@@ -324,7 +331,7 @@ def large_pages(size: int) -> mmap.mmap:
 
 
 def copy_into(target: mmap.mmap, at: int, data: bytes | memoryview) -> None:
-    """Copy bytes into memory, without the GIL."""
+    """Copy bytes into memory; the GIL is released meanwhile."""
     if at + len(data) > len(target):
         raise ValueError("more bytes than there is room for")
     _libc.memcpy(
@@ -335,7 +342,7 @@ def copy_into(target: mmap.mmap, at: int, data: bytes | memoryview) -> None:
 
 
 def same_bytes(one: bytes | memoryview, other: bytes | memoryview) -> bool:
-    """Compare at the speed of memory, without the GIL."""
+    """Compare bytes at the speed of memory; the GIL is released meanwhile."""
     size = len(one)
     if size != len(other):
         return False
@@ -343,15 +350,15 @@ def same_bytes(one: bytes | memoryview, other: bytes | memoryview) -> bool:
 
 
 def first_difference(one: bytes | memoryview, other: bytes | memoryview, start: int = 0) -> int:
-    """Compare bytes, as many of each, at the speed of memory and without the GIL.
+    """Find the first block in which two runs of bytes differ; the GIL is released meanwhile.
 
     Args:
         one: Bytes.
-        other: As many.
-        start: Where to begin: up to there they are known to be the same.
+        other: The same number of bytes.
+        start: Offset up to which they are known to be equal.
 
     Returns:
-        Where the first block begins that is not the same; negative: there is none.
+        The offset of the first block (``BLOCK_BYTES``) that differs; -1 if there is none.
     """
     size = len(one)
     first, second = address_of(one), address_of(other)
@@ -360,4 +367,4 @@ def first_difference(one: bytes | memoryview, other: bytes | memoryview, start: 
     for at in range(start, size, BLOCK_BYTES):
         if _memcmp(first + at, second + at, min(BLOCK_BYTES, size - at)) != 0:
             return at
-    return -1  # somebody has changed one of them meanwhile
+    return -1  # another thread has changed one of them meanwhile

@@ -1,8 +1,10 @@
-"""The client's blobs: each large piece of an argument, closure or result, once.
+"""The client's blobs: each large piece of an argument, closure or result, stored once.
 
-What is handed in is looked for by size and a sample of its bytes, and compared as a whole with what
-is found: a comparison runs at the speed of memory, several times that of any hash, and a snapshot
-that need not be made costs no memory. A digest is taken only of what leaves the machine.
+New bytes are looked up by their size and a sample of them, and then compared as a whole with the
+blob that is found. A comparison runs at the speed of memory, several times as fast as a hash, and
+it avoids a second copy in memory. A digest is computed only if a bucket or a journal needs it.
+
+If blobs exceed the limit of memory, unused ones are dropped first; then new ones go to disk.
 """
 
 from __future__ import annotations
@@ -32,29 +34,29 @@ from cloudexec._objects.segments import (
 __all__ = ["BLOB_BYTES", "MAPPED_BYTES", "Blob", "BlobStore", "Limits"]
 
 BLOB_BYTES = 64 * 1024
-"""Pieces larger than this are blobs."""
+"""Bytes: larger pieces are blobs."""
 MAPPED_BYTES = 2 * 1024 * 1024
-"""Blobs from this size on have a file of their own, which readers map; smaller ones are copied,
-which is cheaper than new pages."""
+"""Bytes: blobs of at least this size have a file of their own, which readers map. Smaller ones are
+copied, because mapping new pages would cost more."""
 _SAMPLES = 16
 _SAMPLE_BYTES = 256
 _CACHED_SMALL = 64 * 1024 * 1024
-"""Bytes of small blobs that nobody uses any more and that are kept, as they may come again."""
+"""Bytes of unused small blobs that are kept, because the same content may be sent again."""
 
 
 class Room:
-    """Where a blob's bytes are here; held by the blob alone, and given back when that ends.
+    """The memory or the file that holds a blob's bytes in this process.
 
-    That is noticed by this, and not by the blob. Objects with weak references can still be found
-    by other threads while their own ``__del__`` runs: the store would hand out a blob whose bytes
-    are being given back.
+    Only the blob refers to it, so it is deleted with the blob and frees the bytes then. The blob
+    itself cannot do that in its own ``__del__``: while that runs, another thread can still reach
+    the blob through the store's weak references, and would use bytes that are being freed.
 
     Attributes:
-        content: The bytes themselves, if they are an object; else ``None``.
-        segment: The file they are in, if they are in one.
-        offset: Where in that file.
-        mappable: Whether that part of the file never changes.
-        store: Which has to know of the end.
+        content: The bytes as a Python object; ``None`` if they are in a file.
+        segment: The file that the bytes are in; ``None`` if they are an object.
+        offset: The bytes' offset in that file.
+        mappable: Whether that part of the file never changes, so that it can be mapped.
+        store: The store that is told when the blob is deleted.
     """
 
     __slots__ = ("content", "mappable", "number", "offset", "segment", "size", "store")
@@ -73,19 +75,21 @@ class Room:
 
 
 class Blob:
-    """A piece of data that never changes. Its end, when nobody refers to it, frees it everywhere.
+    """A piece of data that never changes.
+
+    When the last reference is gone, the blob is freed here, on the workers and in the bucket.
 
     Attributes:
-        id: Its number, the same in all processes of one executor.
-        size: Bytes.
-        room: Where the bytes are, if they are here.
-        workers: Names of the workers that hold it.
-        origin: The worker that made it and has it; ``None``: it is here.
-        place: Where it is, if it is on a worker on this machine.
-        lost: Whether that worker is gone, and it with it.
-        stored: Whether it is in the bucket, too or instead.
-        sha256: Digest, once it was needed.
-        crc32: Checksum, once it was needed.
+        id: The blob's number, which is the same in all processes of one executor.
+        size: Size in bytes.
+        room: Holds the bytes, if they are in this process.
+        workers: Names of the workers that have a copy.
+        origin: The worker that made the blob and keeps it; ``None`` if the bytes are here.
+        place: The blob's place on this machine, if its worker runs on this machine.
+        lost: Whether the worker that kept the blob is gone, and the bytes with it.
+        stored: Whether the blob is in the bucket, in addition or only there.
+        sha256: SHA-256 of the bytes; empty until it is needed.
+        crc32: CRC-32 of the bytes; ``None`` until it is needed.
     """
 
     __slots__ = (
@@ -116,17 +120,17 @@ class Blob:
 
     @property
     def content(self) -> Any:
-        """The bytes themselves, where they are an object here; else ``None``."""
+        """The bytes as a Python object; ``None`` if they are in a file, or not here."""
         return self.room.content
 
     @property
     def segment(self) -> Segment | None:
-        """The file they are in, if they are in one."""
+        """The file that the bytes are in, if they are in one."""
         return self.room.segment
 
     @property
     def offset(self) -> int:
-        """Where in that file."""
+        """The bytes' offset in that file."""
         return self.room.offset
 
     @property
@@ -135,7 +139,7 @@ class Blob:
         return self.room.mappable
 
     def view(self) -> memoryview:
-        """Return the bytes, to read."""
+        """Return the bytes, to be read only."""
         content = self.content
         if content is not None:
             return memoryview(content)
@@ -143,7 +147,7 @@ class Blob:
         return self.segment.view(self.offset + self.size)[self.offset :]
 
     def buffer(self) -> Any:
-        """Return a writeable copy; where it can be mapped, only what is written to is copied."""
+        """Return a writable copy. If the file can be mapped, a page is copied when written to."""
         if self.segment is not None and self.mappable:
             return map_private(self.segment.fd, self.size, self.offset)
         if self.segment is not None:
@@ -153,7 +157,7 @@ class Blob:
         return bytearray(self.view())
 
     def reader(self) -> Callable[[memoryview], None]:
-        """Return what fills buffers with the bytes, one after the other."""
+        """Return a function that fills one buffer after the other with the bytes."""
         view = self.view()
         at = 0
 
@@ -165,10 +169,10 @@ class Blob:
         return fill
 
     def write(self, data: bytes | memoryview, at: int) -> None:
-        """Write part of the content of a new blob, for which there is room.
+        """Write part of the content of a blob that ``BlobStore.new`` made.
 
         Raises:
-            OSError: If there is none after all.
+            OSError: If the disk has no room for it after all.
         """
         if self.segment is not None:
             self.segment.write(data, self.offset + at)
@@ -183,16 +187,16 @@ class BlobStore:
     """All blobs of one client. Any thread may call it.
 
     Args:
-        limits: How much it may hold.
+        limits: The number of bytes that it may hold.
         shared: Whether workers on this machine open its files.
-        option: The setting that gives it more memory, for messages.
+        option: The name of the setting that raises the limit of memory, for messages.
     """
 
     def __init__(self, limits: Limits, *, shared: bool, option: str = "memory") -> None:
         self.limits = limits
         self.option = option
         self.on_end: Callable[[int], None] | None = None
-        """Called with the number of a blob that ended, in whatever thread dropped it."""
+        """Called with the number of a blob that was deleted, in the thread that deleted it."""
         self.shared = shared
         self._numbers = count(1)
         self._lock = threading.RLock()
@@ -214,26 +218,26 @@ class BlobStore:
         """Most bytes that were in memory at once."""
         self._closed = False
 
-    # What is handed in.
+    # New blobs.
 
     def number_from(self, first: int) -> None:
-        """Have blobs numbered from there on: lower numbers may be another's.
+        """Number blobs from ``first`` on, because an earlier client may have used lower numbers.
 
         Args:
-            first: Of a number; nothing has been put in yet.
+            first: The next blob's number; the store must still be empty.
         """
         self._numbers = count(first)
 
     def intern(self, data: bytes | memoryview) -> Blob:
-        """Return the blob with this content, a new one if there is none.
+        """Return the blob with this content, and make one if there is none.
 
-        Bytes are compared and copied outside the lock: others do not wait for that.
+        Bytes are compared and copied outside the lock, so that other threads need not wait.
 
         Args:
-            data: ``bytes`` are kept by reference; of anything else a snapshot is taken.
+            data: The content. ``bytes`` are kept by reference; anything else is copied.
 
         Raises:
-            PayloadTooLargeError: If there is room for it neither in memory nor on disk.
+            PayloadTooLargeError: If neither the memory nor the disk has room for the content.
         """
         whole = data if type(data) is bytes else None
         if type(data) is memoryview and type(data.obj) is bytes and len(data.obj) == data.nbytes:
@@ -246,7 +250,7 @@ class BlobStore:
         view = memoryview(data).cast("B") if type(data) is memoryview else memoryview(data)
         key: tuple[int, ...] = (len(view), _sample(view))
         blob = None
-        at = 0  # up to here it is as what was found
+        at = 0  # up to here the content equals that of the blob that was found
         while True:
             with self._lock:
                 self._sweep()
@@ -266,7 +270,8 @@ class BlobStore:
             at = first_difference(view, found.view(), at)
             if at < 0:
                 return self._again(found)
-            # The same sample, and another content: there may be one that has its next block, too.
+            # The samples are equal, and the contents differ at ``at``. Blobs with equal samples are
+            # told apart by the first block that differs.
             key = (found.id, at, hash(bytes(view[at : at + BLOCK_BYTES])))
 
     def _snapshot(self, view: memoryview) -> Blob:
@@ -275,7 +280,7 @@ class BlobStore:
         return blob
 
     def _again(self, blob: Blob) -> Blob:
-        """A blob comes a second time: more than one reader is better served by a file."""
+        """Note that a content was handed in again: several workers will read it from a file."""
         self.share(blob)
         with self._lock:
             if blob.id in self._cached:
@@ -285,7 +290,7 @@ class BlobStore:
         return blob
 
     def share(self, blob: Blob) -> None:
-        """Put a blob into a file, if workers on this machine are to have it more than once."""
+        """Move a blob's bytes into a file, so that workers on this machine can map them."""
         with self._lock:
             content = blob.content
             if (
@@ -298,18 +303,18 @@ class BlobStore:
                 return
             self._moving.add(blob.id)
         try:
-            # It counts as before: the object that it was is the user's to keep.
+            # The bytes in memory are not counted again: the object belongs to the user now.
             self._settle(blob, *self._write(blob.size, memoryview(content), in_memory=True))
         except OSError:
-            pass  # it stays what it is
+            pass  # the blob remains an object
         finally:
             self._moving.discard(blob.id)
 
     def new(self, size: int) -> Blob:
-        """Return a blob whose content is still to be written into its segment.
+        """Return a blob with room for ``size`` bytes, which the caller then writes.
 
         Raises:
-            PayloadTooLargeError: If there is no room for it.
+            PayloadTooLargeError: If neither the memory nor the disk has room for it.
         """
         self.sweep()
         blob = Blob(next(self._numbers), size, self)
@@ -324,16 +329,16 @@ class BlobStore:
         content: bytearray | None = None,
         spill: bool = False,
     ) -> Blob:
-        """Return a blob of what came from a worker: an open file that is mapped, or an object.
+        """Return a blob of bytes that came from a worker, as an open file or as an object.
 
         Args:
             size: Bytes.
-            fd: The file, which is closed in any case.
+            fd: The file. The store closes it, also if this fails.
             content: The object.
-            spill: Whether it is moved to disk where there is no room for it in memory.
+            spill: Whether the bytes are moved to disk if the memory has no room for them.
 
         Raises:
-            PayloadTooLargeError: If there is no room for it at all.
+            PayloadTooLargeError: If neither the memory nor the disk has room for them.
         """
         blob = Blob(next(self._numbers), size, self)
         segment = None if content is not None else Segment.adopt(fd)
@@ -362,37 +367,42 @@ class BlobStore:
         return blob
 
     def has_files(self) -> bool:
-        """Say whether another blob may have a file of its own."""
+        """Say whether the limit of open files allows another blob to have a file of its own."""
         return self._files < self._most_files
 
     def has_room(self, size: int) -> bool:
-        """Say whether so many bytes fit into memory as it is."""
+        """Say whether ``size`` more bytes fit into memory, without dropping unused blobs."""
         return self.memory + size <= self.limits.memory
 
     def remote(self, number: int, size: int, worker: str, place: Place | None) -> Blob:
-        """Return a blob that is on a worker alone."""
+        """Return a blob whose bytes are on a worker only."""
         blob = Blob(number, size, self)
         blob.origin, blob.place = worker, place
         blob.workers.add(worker)
         return blob
 
     def nothing(self) -> Blob:
-        """Return a blob that is lost, and is to be made before anybody can have it."""
+        """Return a blob whose bytes are lost: the task that made it must run again."""
         blob = Blob(next(self._numbers), 0, self)
         blob.lost = True
         return blob
 
     def has(self, blob: Blob) -> bool:
-        """Say whether a blob is one of these, not of another store."""
+        """Say whether a blob belongs to this store, and not to another one."""
         return blob.room.store is self
 
     def adopt(self, blob: Blob, other: Blob) -> None:
-        """Let a blob that was on a worker have the content of another, which nobody else has."""
+        """Move the bytes of ``other`` into a blob that was on a worker; nobody else uses ``other``.
+
+        Args:
+            blob: The blob, whose bytes have now been brought here.
+            other: Holds these bytes, and is not used afterwards.
+        """
         with self._lock:
             room, others = blob.room, other.room
             blob.sha256 = other.sha256
             room.offset, room.mappable = others.offset, others.mappable
-            # Last, where it is: other threads look at that first.
+            # The content and the segment are set last, because other threads read them first.
             room.content, room.segment = others.content, others.segment
             others.content = others.segment = None
             blob.origin = blob.place = None
@@ -400,7 +410,10 @@ class BlobStore:
     # Room.
 
     def _reserve(self, size: int) -> str:
-        """Count bytes in memory, if there is room; say why not, if not. Under the lock."""
+        """Count bytes in memory if there is room; return the reason if there is none.
+
+        The caller holds the lock.
+        """
         if self.memory + size > self.limits.memory:
             if size > self.limits.memory:
                 return f"it is more than the {_mib(self.limits.memory)} that may be in memory"
@@ -411,10 +424,10 @@ class BlobStore:
         return ""
 
     def _reserve_on_disk(self, size: int, why: str) -> None:
-        """Count bytes on disk. Under the lock.
+        """Count bytes on disk. The caller holds the lock.
 
         Raises:
-            PayloadTooLargeError: If there may not be so many.
+            PayloadTooLargeError: If that exceeds the limit, with both reasons.
         """
         why_not = self._why_not_on_disk(size)
         if why_not:
@@ -422,7 +435,7 @@ class BlobStore:
         self._count(size, in_memory=False)
 
     def _why_not_on_disk(self, size: int) -> str:
-        """Say why there may not be so many more bytes on disk, if there may not."""
+        """Return why ``size`` more bytes may not go to disk; empty if they may."""
         limits = self.limits
         if limits.directory is None:
             return "and there is no directory to spill to"
@@ -431,16 +444,20 @@ class BlobStore:
         return ""
 
     def _place(self, blob: Blob, view: memoryview | None) -> None:
-        """Have a new blob in memory, or else on disk: its content, or room for that.
+        """Put a new blob into memory, or onto disk if the memory has no room.
+
+        Args:
+            blob: The blob.
+            view: Its content; ``None`` only reserves room for it.
 
         Raises:
-            PayloadTooLargeError: If there is no room for it.
+            PayloadTooLargeError: If neither has room for it.
         """
         size = blob.size
         with self._lock:
             why = self._reserve(size)
         if not why and not self.shared and size >= MAPPED_BYTES:
-            # Nobody opens it: in large pages, it is written several times faster than a file.
+            # No other process opens it: huge pages are written several times faster than a file.
             blob.room.content = large_pages(size)
             if view is not None:
                 copy_into(blob.content, 0, view)
@@ -464,7 +481,8 @@ class BlobStore:
             raise self._too_large(size, why, f"and {where} has no room: {exc.strerror}") from exc
 
     def _settle(self, blob: Blob, segment: Segment, offset: int, own: bool) -> None:
-        # In this order: other threads look for the segment, and for the content before that.
+        # Other threads look at the content first and then at the segment. So the segment must be
+        # there, with its offset, before the content is removed.
         room = blob.room
         room.offset, room.mappable = offset, own
         room.segment = segment
@@ -473,10 +491,15 @@ class BlobStore:
     def _write(
         self, size: int, view: memoryview | None, *, in_memory: bool
     ) -> tuple[Segment, int, bool]:
-        """Write bytes into a file of their own, or a block; or have room for so many there.
+        """Write bytes into a file of their own, or into a block of an arena.
+
+        Args:
+            size: Bytes.
+            view: The bytes; ``None`` only reserves room for them.
+            in_memory: Whether the file is in memory, not on disk.
 
         Returns:
-            The file, where in it, and whether it is their own.
+            The file, the offset in it, and whether the file holds these bytes alone.
 
         Raises:
             OSError: If there is no room.
@@ -507,7 +530,7 @@ class BlobStore:
                 segment.reserve(size, offset)
         except BaseException:
             if arena is None and segment is not None:
-                # The exception's traceback refers to it for as long as somebody has that.
+                # Closed here, because the exception's traceback keeps a reference to it.
                 segment.close()
             with self._lock:
                 if arena is None:
@@ -533,7 +556,7 @@ class BlobStore:
             limit_bytes=self.limits.memory,
         )
 
-    # What nobody uses any more.
+    # Unused blobs.
 
     def _cache(self, blob: Blob) -> None:
         small = blob.size < MAPPED_BYTES
@@ -564,7 +587,7 @@ class BlobStore:
             self._cached_bytes -= blob.size
 
     def _evict(self, size: int) -> None:
-        """Give up what is only kept in case it comes again, the oldest first."""
+        """Drop unused blobs, the oldest first, until ``size`` bytes of memory have been freed."""
         goal = self.memory - size
         for number in list(self._cached):
             if self.memory <= goal:
@@ -573,14 +596,15 @@ class BlobStore:
             self._sweep()
 
     def forget_cached(self) -> None:
-        """Give up all that is only kept in case it comes again."""
+        """Drop all unused blobs."""
         with self._lock:
             self._cached.clear()
             self._cached_bytes = self._cached_small = 0
             self._sweep()
 
     def _ended(self, room: Room) -> None:
-        # In any thread, at any moment, this store's own lock being held or not: only note it.
+        # The garbage collector may call this in any thread, even in one that holds this store's
+        # lock. So this only notes what can be freed; ``_sweep`` frees it.
         segment = room.segment
         if segment is not None or room.content is not None:
             kind = _OBJECT if segment is None else _FILE if room.mappable else _BLOCK
@@ -596,7 +620,7 @@ class BlobStore:
                 pass  # the interpreter is ending
 
     def sweep(self) -> None:
-        """Take back the room of blobs that ended."""
+        """Free the bytes of blobs that were deleted."""
         with self._lock:
             self._sweep()
 
@@ -613,7 +637,7 @@ class BlobStore:
                 self._arenas[in_memory].free(offset, size)
 
     def close(self) -> None:
-        """Keep nothing in case it comes again; what is still referred to lives on."""
+        """Drop all unused blobs; blobs that are still referred to stay valid."""
         self.forget_cached()
         self._closed = True
 
@@ -632,7 +656,10 @@ def _mib(size: int) -> str:
 
 
 def _most_files() -> int:
-    """Leave most of the file descriptors that a process may have to the user."""
+    """Return the number of files that blobs may have: a quarter of what the process may open.
+
+    The rest is left to the user's program.
+    """
     try:
         import resource
 

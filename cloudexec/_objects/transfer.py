@@ -1,4 +1,8 @@
-"""Blobs between client and worker: chunks to and from files, and a checksum of the whole."""
+"""Sends blobs between client and worker in chunks, and verifies them by a checksum (CRC-32).
+
+A transfer that is cut off goes on at the byte where it ended, and one whose content arrived damaged
+begins anew.
+"""
 
 from __future__ import annotations
 
@@ -19,32 +23,32 @@ from cloudexec._wire.channel import CHUNK_BYTES
 __all__ = ["Incoming", "code_of", "failures", "fetch_into", "stream_file", "stream_view"]
 
 _TRIES = 4
-"""Times that a transfer which was cut off is gone on with, while its session lives."""
+"""Attempts at a transfer that fails while its session lives. Cut connections do not count."""
 _DAMAGED_TRIES = 3
-"""Times that one is begun whose content arrives damaged."""
+"""Attempts at a transfer whose content arrives damaged."""
 
 
 class Incoming:
-    """A blob while it arrives.
+    """A blob that is being received.
 
     Args:
-        blob: In whose file there is room for it.
+        blob: A new blob with room for the content.
     """
 
     def __init__(self, blob: Blob) -> None:
         self.at = 0
-        """Bytes that have come."""
+        """Bytes that have been received."""
         self.complete = False
         self._blob = blob
         self._crc32 = 0
         self._writing: asyncio.Future[None] | None = None
 
     async def take(self, chunk: memoryview | Chunk) -> None:
-        """Take in one chunk.
+        """Take one chunk; the last one holds the checksum.
 
         Raises:
-            PayloadError: If more, or something else, came than was announced.
-            OSError: If there is no room for it.
+            PayloadError: If more bytes arrive than were announced, or other bytes than were sent.
+            OSError: If they cannot be written.
         """
         if isinstance(chunk, Chunk):
             if chunk.HasField("crc32"):
@@ -59,7 +63,7 @@ class Incoming:
         if self.at + len(data) > blob.size:
             raise PayloadError(f"more than the announced {blob.size} bytes arrived")
         await self.settle()
-        # In a thread: the next chunk arrives meanwhile, and control messages pass.
+        # In a thread, so that the loop meanwhile receives the next chunk and control messages.
         writing = asyncio.to_thread(self._write, data, self.at)
         self._writing = asyncio.ensure_future(writing)
         self.at += len(data)
@@ -69,13 +73,13 @@ class Incoming:
         self._crc32 = zlib.crc32(data, self._crc32)
 
     async def settle(self) -> None:
-        """Wait until what has come is written; the errors are those of ``take``."""
+        """Wait until all received bytes are written; the errors are those of ``take``."""
         writing, self._writing = self._writing, None
         if writing is not None:
             try:
                 await writing
             finally:
-                del writing  # what it raises refers to this call
+                del writing  # breaks a circle: the exception's traceback refers to this frame
 
     async def _finish(self, crc32: int) -> None:
         await self.settle()
@@ -91,7 +95,7 @@ class Incoming:
 
 def _inflate(data: bytes) -> bytes:
     inflater = zlib.decompressobj()
-    # A chunk is small whatever it claims to hold.
+    # A damaged or hostile chunk could inflate to any size: take no more than a chunk may hold.
     try:
         inflated = inflater.decompress(data, CHUNK_BYTES)
     except zlib.error as exc:
@@ -102,16 +106,18 @@ def _inflate(data: bytes) -> bytes:
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """Return how a call fails whose connection may be closed here, too, because of another one."""
+    """Return the exceptions of a call that fails, also because this process closes its channel.
+
+    A channel that is closed because another call on it failed cancels its calls.
+    """
     return call_errors(asyncio.CancelledError, asyncio.InvalidStateError)
 
 
 def code_of(error: BaseException) -> str:
-    """Return how a call failed, of what it raised: the name of a gRPC status code.
+    """Return the name of the gRPC status code of a call that raised ``error``.
 
     Raises:
-        asyncio.CancelledError: If it is not the call that was cancelled but the task that waits
-            for it.
+        asyncio.CancelledError: If the task that waits for the call was cancelled, not the call.
     """
     if isinstance(error, call_errors()):
         return status_of(error)
@@ -126,16 +132,16 @@ async def fetch_into(
     chunks: Callable[[int], AsyncIterator[Any]],
     is_cut: Callable[[str], Awaitable[bool]],
 ) -> None:
-    """Fetch a blob, going on where it was cut off, and anew where it arrived damaged.
+    """Fetch a blob; go on if the transfer was cut off, and begin anew if it arrived damaged.
 
     Args:
-        blob: In whose file there is room for it.
-        chunks: From an offset to the chunks from there on; the last one is the checksum of it all.
-        is_cut: Says whether it was the connection that failed, once there is another one.
+        blob: A new blob with room for the content.
+        chunks: Returns the chunks from an offset on; the last one holds the checksum of the whole.
+        is_cut: Says, given a status code, whether the connection was cut; waits for the next one.
 
     Raises:
-        PayloadError: If it arrived other than it was sent, each time.
-        OSError: If there is no room for it.
+        PayloadError: If it arrived damaged each time.
+        OSError: If it cannot be written.
         CallError: If it could not be fetched.
     """
     incoming = Incoming(blob)
@@ -151,7 +157,7 @@ async def fetch_into(
             damaged += 1
             if damaged == _DAMAGED_TRIES:
                 raise
-            incoming = Incoming(blob)  # which part of it is wrong, nobody knows
+            incoming = Incoming(blob)  # begin anew, as the checksum does not say which part differs
             continue
         except failures() as exc:
             code = code_of(exc)
@@ -169,17 +175,17 @@ async def fetch_into(
 async def stream_file(
     fd: int, offset: int, size: int, write: Callable[[Any], Awaitable[Any]], link: Link
 ) -> None:
-    """Send part of a file, and its checksum behind it.
+    """Send part of a file in chunks, followed by its checksum.
 
     Args:
         fd: The file.
-        offset: Where the part begins.
-        size: Bytes.
+        offset: The offset of the part.
+        size: Bytes of the part.
         write: Sends one chunk.
-        link: What it is sent over.
+        link: The link that the chunks are sent over.
 
     Raises:
-        OSError: If it cannot be read.
+        OSError: If the file cannot be read.
         CallError: If the connection fails.
     """
 
@@ -198,13 +204,16 @@ async def stream_file(
 async def stream_view(
     blob: Blob, offset: int, link: Link, sent: Callable[[int], object]
 ) -> AsyncGenerator[Any, None]:
-    """Yield the chunks of a blob from an offset on, and the checksum of it all behind them.
+    """Yield the chunks of a blob from an offset on, and then the checksum of the whole blob.
+
+    The caller must send each chunk before it asks for the next one, because the link's speed is
+    measured in between.
 
     Args:
-        blob: Which.
-        offset: What the other side has.
-        link: What it is sent over: whoever iterates sends each chunk before asking for the next.
-        sent: Told of bytes of content.
+        blob: The blob.
+        offset: Bytes that the other side has already.
+        link: The link that the chunks are sent over.
+        sent: Called with the bytes of content of each chunk.
     """
     view = blob.view()
     work = _chunks(lambda at, length: view[at : at + length], blob.size, offset, link, blob)
@@ -225,7 +234,10 @@ async def _chunks(
     link: Link,
     blob: Blob | None = None,
 ) -> AsyncGenerator[tuple[int, Any], None]:
-    """Cut into chunks, each with its bytes of content, and then the checksum of it all."""
+    """Yield chunks, each after its number of bytes of content, and then the checksum.
+
+    The next chunk is read and compressed in a thread while the caller sends one.
+    """
     known = None if blob is None else blob.crc32
     crc32 = 0
 
@@ -241,7 +253,7 @@ async def _chunks(
         return len(data), link.pack(data)
 
     at = 0
-    while at < offset and known is None:  # what the other side has belongs to it
+    while at < offset and known is None:  # the checksum covers what the other side has already
         at += len(await asyncio.to_thread(piece, at))
     at = offset
     following = asyncio.ensure_future(asyncio.to_thread(packed, at)) if at < size else None
@@ -254,7 +266,7 @@ async def _chunks(
                 following = asyncio.ensure_future(asyncio.to_thread(packed, at))
             yield length, chunk
     finally:
-        if following is not None:  # nobody wants it, nor what may be wrong with it
+        if following is not None:  # the caller stopped early; drop the chunk and any error
             await asyncio.gather(following, return_exceptions=True)
     if known is None:
         known = crc32

@@ -27,19 +27,21 @@ MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 CHUNK_BYTES = 1024 * 1024
 """Bytes per chunk of a blob on the wire: gRPC moves these 30 times faster than one of 256 MiB."""
 PUSHED_BYTES = 256 * 1024
-"""Up to which blobs go along in the message that speaks of them."""
+"""Bytes: smaller blobs are sent in the same message that refers to them."""
 TOKEN_KEY = "cloudexec-token-bin"
 BLOB_KEY = "cloudexec-blob"
 SIZE_KEY = "cloudexec-size"
 LEASE_KEY = "cloudexec-lease"
 GO_ON_KEY = "cloudexec-go-on"
-"""In the initial metadata of the answer to a Deliver call: there is room for it."""
+"""Key in the initial metadata of the answer to a Deliver call: the client has room for the result,
+so the worker can go on."""
 DELIVERY_TRIES = 3
-"""Times that a part of a result is sent which does not arrive as it should."""
+"""Times that a part of a result is sent if it arrives damaged."""
 _LONGEST_PAUSE = 4.0
 _PART_OF_PATIENCE = 20
-"""A worker that may try for minutes dials less often after a while: ten thousand workers that dial
-every few seconds would keep their client, once it is there, too busy to let them in."""
+"""The longest pause between two tries is a worker's patience divided by this number. Ten thousand
+workers that all dial every few seconds would keep a client that comes back too busy to accept
+them."""
 _MOST_PAUSE = 15.0
 
 # Liveness is HTTP/2 pings: gRPC's own threads answer them, so that a client whose main thread
@@ -60,16 +62,16 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 
 
 def longest_pause(patience: float) -> float:
-    """Say how long a worker waits, at most and on average, between two tries to reach its client.
+    """Return the longest average pause, in seconds, between a worker's tries to reach its client.
 
     Args:
-        patience: Seconds for which it tries.
+        patience: Seconds for which the worker tries.
     """
     return min(max(_LONGEST_PAUSE, patience / _PART_OF_PATIENCE), _MOST_PAUSE)
 
 
 def pack_chunk(data: bytes | memoryview | Chunk) -> bytes:
-    """Serialize a chunk; data alone with one copy instead of two."""
+    """Serialize a chunk. Plain data is copied once, where protobuf would copy it twice."""
     if type(data) is Chunk:
         return data.SerializeToString()
     size = len(data)
@@ -82,7 +84,7 @@ def pack_chunk(data: bytes | memoryview | Chunk) -> bytes:
 
 
 def unpack_chunk(message: bytes) -> memoryview | Chunk:
-    """Parse a chunk: data alone without copying it, anything else the ordinary way."""
+    """Parse a chunk. Plain data is not copied; other chunks are parsed by protobuf."""
     if message[:1] == b"\x0a":
         size = shift = 0
         for at in range(1, min(len(message), 6)):

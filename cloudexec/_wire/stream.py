@@ -20,53 +20,53 @@ __all__ = ["Stream"]
 _MessageT = TypeVar("_MessageT", pb.WorkerMessage, pb.ServerMessage)
 
 _ACKNOWLEDGE_AFTER = 0.1
-"""Seconds for which an acknowledgement may wait for a message that it can go along with."""
+"""Seconds that an acknowledgement may wait for a message that can carry it."""
 _ACKNOWLEDGE_AT = 32
-"""Messages after which an acknowledgement waits no longer."""
+"""Number of unacknowledged messages at which an acknowledgement is sent at once."""
 _MOST_KEPT = 65_536
-"""Messages that may be unacknowledged; a peer that reads them has acknowledged long before."""
+"""Number of messages that may be unacknowledged. A working peer acknowledges far earlier."""
 _MOST_KEPT_BYTES = 256 * 1024 * 1024
 
 
 class Stream(Generic[_MessageT]):
-    """One end: the messages it sent that may not have arrived, and how many have come to it."""
+    """One end: it keeps sent messages until they are acknowledged, and counts received ones."""
 
     def __init__(self) -> None:
         self.received = 0
-        """Messages of the other end that have come."""
-        self._acknowledged = 0  # how many of these the other end was told of
+        """Number of the other end's messages that have been received."""
+        self._acknowledged = 0  # how many of these have been acknowledged
         self._sent = 0
-        self._kept: deque[tuple[_MessageT, int]] = deque()  # with their bytes
+        self._kept: deque[tuple[_MessageT, int]] = deque()  # each message with its size in bytes
         self._kept_bytes = 0
 
     @property
     def is_clear(self) -> bool:
-        """Whether all that was sent has arrived."""
+        """Whether all sent messages have been acknowledged."""
         return not self._kept
 
     @property
     def has_begun(self) -> bool:
-        """Whether the first message has arrived."""
+        """Whether the other end has acknowledged the first message."""
         return bool(self._sent) and (not self._kept or self._kept[0][0].number > 1)
 
     @property
     def owes(self) -> bool:
-        """Whether messages have come that the other end was not told of."""
+        """Whether messages have been received that are not acknowledged yet."""
         return self.received > self._acknowledged
 
     @property
     def acknowledge_within(self) -> float | None:
-        """Seconds within which an acknowledgement is to be sent; None if none is due."""
+        """Seconds within which an acknowledgement must be sent; ``None`` if none is needed."""
         owed = self.received - self._acknowledged
         if not owed:
             return None
         return 0.0 if owed >= _ACKNOWLEDGE_AT else _ACKNOWLEDGE_AFTER
 
     def stamp(self, message: _MessageT) -> None:
-        """Number a message that is about to be sent, and keep it until it has arrived.
+        """Number a message that is about to be sent, and keep it until it is acknowledged.
 
         Raises:
-            ValueError: If too much of what was sent is unacknowledged.
+            ValueError: If too many sent messages, or too many bytes, are unacknowledged.
         """
         if len(self._kept) >= _MOST_KEPT or self._kept_bytes >= _MOST_KEPT_BYTES:
             count, size = len(self._kept), self._kept_bytes
@@ -79,14 +79,17 @@ class Stream(Generic[_MessageT]):
         self.acknowledge(message)
 
     def acknowledge(self, message: _MessageT) -> None:
-        """Write into a message how many messages have come."""
+        """Write into a message how many messages have been received."""
         message.received = self._acknowledged = self.received
 
     def take(self, message: pb.WorkerMessage | pb.ServerMessage) -> bool:
-        """Note a message that came; say whether it is new, and so to be read.
+        """Note that a message was received.
+
+        Returns:
+            Whether the message is new. One that was received before must be ignored.
 
         Raises:
-            ValueError: If its number leaves a gap, or it acknowledges what was never sent.
+            ValueError: If its number leaves a gap, or it acknowledges messages never sent.
         """
         self.arrived(message.received)
         if not message.number:
@@ -99,10 +102,10 @@ class Stream(Generic[_MessageT]):
         return True
 
     def arrived(self, count: int) -> None:
-        """Note that the other end has that many of our messages: those need not be kept.
+        """Note that the other end has received ``count`` messages, which are dropped here.
 
         Raises:
-            ValueError: If there are not that many.
+            ValueError: If fewer were sent.
         """
         if count > self._sent:
             raise ValueError(f"{count} messages are said to have arrived, of {self._sent}")
@@ -111,5 +114,5 @@ class Stream(Generic[_MessageT]):
             self._kept_bytes -= kept.popleft()[1]
 
     def missing(self) -> list[_MessageT]:
-        """Return what the next connection is to begin with, in order."""
+        """Return the unacknowledged messages, in order, which the next connection sends first."""
         return [message for message, _ in self._kept]
