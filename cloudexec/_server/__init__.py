@@ -13,19 +13,22 @@
 
 Which rule lives where:
 
-- ``portal`` owns the thread and is the only crossing. ``driver`` puts the parts together, starts
-  and ends them, and takes in what users submit.
-- ``engine`` reads the clock, tells the core what happened, and has its commands carried out:
-  ``futures`` those about tasks, ``launches`` those about workers to come, ``workers`` those about
-  workers that are there. What happens when a worker connects, is cut off or goes is in ``workers``.
-- ``dependencies`` holds tasks that wait for futures, ``keeper`` results that stay on workers,
-  ``bucket`` what goes through S3, ``takeover`` what an earlier process has left.
-- ``story`` notes what is unusual, and ``explaining`` tells it to the user.
-- ``listener`` opens the server: ``plain`` for workers that this process has started on its own
-  machine, ``network``, which is gRPC, for all others. ``rpc`` turns their messages into events and
-  commands into messages; of the executor it knows what ``service`` has.
+- ``portal`` owns the loop's thread, and other threads reach the loop only through it. ``driver``
+  creates the other parts, starts and ends them, and takes the tasks that users submit.
+- ``engine`` reads the clock, tells the core (the state machine in ``_core``) what happened, and
+  passes the core's commands on: commands about tasks to ``futures``, about workers that have not
+  connected yet to ``launches``, about connected workers to ``workers``. ``workers`` also handles a
+  worker that connects, is cut off or ends.
+- ``dependencies`` holds back tasks that wait for futures. ``keeper`` looks after results that stay
+  on workers, ``bucket`` sends large blobs through S3, and ``takeover`` takes over the workers of an
+  earlier process that was killed.
+- ``story`` notes unusual events of tasks and workers, and ``explaining`` reports them to the user.
+- ``listener`` opens the server: ``plain`` serves workers that this process has started on its own
+  machine, and ``network`` serves all others by gRPC. ``rpc`` turns the workers' messages into
+  events for the core, and its commands into messages. It reaches the executor through ``service``
+  only.
 
-Each part is given what it needs and none of them knows the driver; no module here imports itself by
-a detour. Everything mutable belongs to the loop thread, except the inbox (a deque, whose append and
+Each part is given the other parts that it needs, and none of them knows the driver; imports form no
+circle. All mutable state belongs to the loop thread, except the inbox (a deque, whose append and
 popleft are atomic) and the futures (each with its own lock).
 """

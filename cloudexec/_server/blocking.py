@@ -1,4 +1,4 @@
-"""Threads for what blocks (looking up names, reading files), that serve until the very end."""
+"""Threads for calls that block, such as name look-ups, which work until the process ends."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _JOIN_TIMEOUT = 1.0
 
 
 class BlockingThreads(ThreadPoolExecutor):
-    """The default executor of the portal's loop; asyncio insists on this base class.
+    """The default executor of the portal's loop. asyncio requires a ThreadPoolExecutor.
 
-    The base's own threads end, and it takes nothing more, once the main thread has ended; and from
-    Python 3.12 on none can be started then. But what was submitted by then is still to be run, and
-    that may take a new connection to AWS. So these start at once, and are daemons.
+    When the main thread has ended, the base class ends its threads and accepts no more calls, and
+    from Python 3.12 on no thread can be started. Tasks that were submitted before must still run,
+    and that may need a new connection to AWS. So these threads start at once, and are daemons.
     """
 
     def __init__(self) -> None:
-        # Not the base's: it would register threads of its own.
+        # The base class's __init__ is not called: it would register threads of its own.
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._own = [
             threading.Thread(target=self._serve, name=f"cloudexec-blocking-{number}", daemon=True)
@@ -34,19 +34,19 @@ class BlockingThreads(ThreadPoolExecutor):
             thread.start()
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Have one of the threads make a call."""
+        """Call ``fn`` in one of the threads."""
         future: Future[T] = Future()
         self._calls.put((future, lambda: fn(*args, **kwargs)))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the threads once they have made the calls that are queued."""
+        """End the threads after all queued calls."""
         own, self._own = self._own, []
         for _ in own:
             self._calls.put(None)
         if wait:
             for thread in own:
-                # One that the system keeps waiting for a name does not keep us.
+                # The time is bounded, as a thread may hang in a name look-up.
                 thread.join(_JOIN_TIMEOUT)
 
     def _serve(self) -> None:

@@ -1,13 +1,14 @@
-"""Blobs between the client and workers elsewhere, through a bucket.
+"""Exchanges large blobs between the client and workers elsewhere through an S3 bucket.
 
-An argument is uploaded when the first worker asks where it is, and each worker then downloads it
-from there, so that the client's own line carries it once. It is not where only one worker is there,
-or on its way: that one has it from the client directly, without the detour. The same holds for
-results that the client is to have; the worker that made one holds it until it has arrived, so that
-a bucket that fails costs time and not the result. Results that are kept always go to the bucket, in
-the background: they outlive their worker there, and other workers download them.
+An argument is uploaded when the first worker asks for it, and each worker then downloads it from
+the bucket, so that the client's own connection carries it once. If there is only one worker,
+connected or being started, the client sends it the blob directly, which is faster. The same rule
+holds for results that the client needs. A worker keeps such a result until it has arrived at the
+client, so a failing bucket costs time, but never a result. Results that stay on their workers
+(``keep=True``) are always copied to the bucket, in the background: they remain available when their
+worker ends, and other workers download them from there.
 
-Nothing is imported, opened or called before the first blob that is large enough.
+No AWS module is imported and no request is made before the first blob that is large enough.
 """
 
 from __future__ import annotations
@@ -36,33 +37,34 @@ __all__ = ["BucketTransfers"]
 
 _logger = Log()
 _PATIENCE = 20.0
-"""Seconds for which a request to S3 that fails is tried again: there is another way."""
+"""Seconds for which a failed request to S3 is repeated. It is short, as blobs can go directly."""
 _REST = 300.0
-"""Seconds for which nothing is sent through a bucket that has failed."""
+"""Seconds for which the bucket is not used after it has failed."""
 _DELETE_PAUSE = 2.0
-"""Seconds in which objects to be deleted gather."""
+"""Seconds for which objects to be deleted are collected, to delete them with one request."""
 _MOST_UNWANTED = 1000
 _CLOSE = 30.0
-"""Seconds in which everything is to be deleted at the end; fewer, where the bucket has failed."""
+"""Seconds that the deletion of all objects may take when the executor ends."""
 _CLOSE_DOWN = 5.0
+"""The same, if the bucket has failed shortly before."""
 _DIGEST_BYTES = 1024 * 1024
 _MOST_UPLOADS = 256
-"""Blobs that one worker may be in the middle of uploading."""
+"""Number of uploads that one worker may have begun and not completed."""
 _WHY_KEPT = 300
-"""Characters of a worker's own words that are logged."""
+"""Number of characters of a worker's error message that are logged."""
 
 
 class BucketTransfers:
-    """What one executor has in its bucket. On its loop thread.
+    """One executor's transfers through its bucket. Used on the loop thread only.
 
     Args:
-        engine: Whose.
-        sessions: Of its workers.
-        store: Of what is here.
-        name: Of the bucket.
-        region: Of the AWS calls; empty: the SDK's default.
-        threshold: Bytes from which blobs go through the bucket.
-        expects: Says whether the worker of a session has a lease.
+        engine: The executor's engine.
+        sessions: The sessions of its workers.
+        store: The client's blobs.
+        name: The bucket's name.
+        region: The AWS region; empty for the SDK's default.
+        threshold: Bytes from which on blobs go through the bucket.
+        expects: Says whether the worker of a session holds a lease (the right to run a task).
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class BucketTransfers:
         self.bytes_uploaded = 0
         self.bytes_downloaded = 0
         self.bytes_received = 0
-        """Of results that workers have put there; also among those downloaded."""
+        """Bytes of results that came through the bucket; ``bytes_downloaded`` includes them."""
         self._engine = engine
         self._sessions = sessions
         self._store = store
@@ -102,10 +104,10 @@ class BucketTransfers:
         """Say whether a blob of this size may go through the bucket now."""
         return size >= self.threshold and not self._closed and time.monotonic() >= self._down_until
 
-    # What workers ask.
+    # Requests of workers.
 
     async def locate(self, session: Any, request: pb.LocateRequest) -> pb.Location:
-        """Tell a worker where it can have a blob from, once it is there."""
+        """Return a signed URL for a blob, after it was uploaded; empty to fetch it directly."""
         if request.failed:
             self._worker_failed(session, request.failed)
             return pb.Location()
@@ -121,7 +123,7 @@ class BucketTransfers:
         return pb.Location(request=_signed(signed), sha256=blob.sha256)
 
     async def take(self, session: Any, request: pb.StoreRequest) -> pb.StoreReply:
-        """Let a worker put a blob of its own into the bucket; see ``StoreRequest``."""
+        """Serve one step of a worker's upload; ``StoreRequest`` in the .proto lists the steps."""
         number = request.blob
         if request.failed:
             self._worker_failed(session, request.failed)
@@ -171,12 +173,13 @@ class BucketTransfers:
     def _keep(self, session: Any, number: int, sha256: bytes) -> None:
         blob: Blob | None = session.told.blob(number)
         if blob is None:
-            session.results.stored_ahead(number, sha256)  # the result is still to come, or is gone
+            # The result that the blob belongs to has not arrived yet, or was dropped.
+            session.results.stored_ahead(number, sha256)
         else:
             blob.stored, blob.sha256 = True, sha256
 
     async def _receive(self, session: Any, request: pb.StoreRequest) -> bool:
-        """Have a part of a result here, for which its worker waits."""
+        """Download a part of a result. Its worker waits for the answer, and keeps it until then."""
         if not self._expects(session, request):
             self.forget([request.blob])
             return False
@@ -184,7 +187,7 @@ class BucketTransfers:
             blob = await asyncio.to_thread(self._store.new, request.size)
             await self._read(str(request.blob), blob, request.sha256)
         except (PayloadError, OSError):
-            return False  # whoever takes it on the other way says what is wrong
+            return False  # the worker sends it directly, which reports the same error
         except AwsError as exc:
             if exc.code != "BadDigest":
                 raise
@@ -201,16 +204,16 @@ class BucketTransfers:
         return self._is_expected(session, request.lease)
 
     def session_ended(self, session: Any) -> None:
-        """A worker is gone: what it has begun to upload is given up."""
+        """Abort the uploads of a worker that is gone."""
         for number, upload_id in session.uploads.items():
             if upload_id and not self._closed:
                 self._engine.create_task(self._abort(number, upload_id))
         session.uploads.clear()
 
-    # Up and down.
+    # Uploads and downloads.
 
     async def _put(self, blob: Blob) -> bool:
-        """Have a blob of the client's in the bucket; say whether it is."""
+        """Upload one of the client's blobs, once; say whether it is in the bucket."""
         if blob.origin is not None or not self.takes(blob.size):
             return False
         running = self._uploads.get(blob.id)
@@ -221,7 +224,7 @@ class BucketTransfers:
             self._uploads[blob.id] = running
             number = blob.id
             running.add_done_callback(lambda _: self._uploads.pop(number, None))
-        # Whoever asked may go, and others wait for it too.
+        # Shielded: if the worker that asked disconnects, others still wait for this upload.
         return await asyncio.shield(running)
 
     def _is_alone(self) -> bool:
@@ -245,11 +248,11 @@ class BucketTransfers:
         return True
 
     async def download(self, blob: Blob) -> Blob:
-        """Return another blob with the content of one that is in the bucket.
+        """Download a blob that is in the bucket into a new blob, and return that.
 
         Raises:
-            AwsError: If it is not to be had.
-            PayloadTooLargeError: If there is no room for it.
+            AwsError: If the object cannot be read.
+            PayloadTooLargeError: If the store has no room for it.
             OSError: If it cannot be written.
         """
         content = await asyncio.to_thread(self._store.new, blob.size)
@@ -268,14 +271,14 @@ class BucketTransfers:
     async def _open(self) -> Bucket:
         async with self._opening:
             if self._bucket is None:
-                # The SDK takes half a second to be imported.
+                # In a thread, as importing the SDK takes half a second.
                 clients_of, bucket_of = await asyncio.to_thread(_import)
                 self._clients = clients_of(self._region or None)
                 prefix = object_prefix(self._engine.executor_id)
                 self._bucket = bucket_of(self._clients, self.name, prefix, patience=_PATIENCE)
         return self._bucket
 
-    # What goes wrong.
+    # Errors.
 
     def _failed(self, error: CloudexecError) -> None:
         if self._closed or time.monotonic() < self._down_until:
@@ -291,7 +294,7 @@ class BucketTransfers:
         )
 
     def lost(self, blob: Blob, error: CloudexecError) -> None:
-        """What was in the bucket cannot be had from there."""
+        """Note that a blob that was in the bucket cannot be read from there."""
         blob.stored = False
         if not self._closed:
             _logger.warning("an object is not to be had from the bucket: %s", error)
@@ -313,12 +316,12 @@ class BucketTransfers:
             try:
                 await self._bucket.abort_upload(str(number), upload_id)
             except CloudexecError:
-                pass  # the end of the executor ends it, or the lifecycle rule
+                pass  # close() aborts it, or the bucket's lifecycle rule does
 
-    # What nobody needs any more.
+    # Deletions.
 
     def forget(self, numbers: Iterable[int]) -> None:
-        """Delete, soon, those of these blobs that are in the bucket."""
+        """Delete the objects of blobs that are not needed any more, shortly after this call."""
         gone = self._stored.intersection(numbers)
         if not gone or self._closed:
             return
@@ -341,7 +344,7 @@ class BucketTransfers:
                 self._deleting = asyncio.get_running_loop().create_task(self._delete())
 
     async def close(self) -> None:
-        """Delete everything that this executor has in the bucket; what fails is a warning."""
+        """Delete all objects of this executor; errors are logged as warnings."""
         if self._closed:
             return
         self._closed = True

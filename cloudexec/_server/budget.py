@@ -1,4 +1,4 @@
-"""How much may be submitted and not done: where there is a limit, ``submit()`` waits or raises."""
+"""Limits the calls that are submitted and not done: at the limit, ``submit()`` waits or raises."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["PendingBudget", "pending_budget"]
 
 _logger = Log()
 _LOOK = 0.5
-"""Seconds between looks of one who waits at what nobody tells it of."""
+"""Seconds after which a waiting ``submit()`` checks the executor's state again."""
 _LONG = 30.0
-"""Seconds of waiting after which it is mentioned."""
+"""Seconds of waiting after which a message is logged."""
 _ROOM = 0.9
-"""Share of a limit below which those who wait are woken: not for each task that ends."""
+"""Share of a limit: waiting threads are woken below this, so that not each task wakes them."""
 
 
 def pending_budget(
     max_bytes: int | str | None, max_tasks: int | None, when_full: str
 ) -> PendingBudget | None:
-    """Make the budget that an executor's settings ask for; ``None``: none.
+    """Make the budget of an executor's settings; ``None`` if these set no limit.
 
     Raises:
         ConfigError: If a setting is out of its range.
@@ -52,15 +52,16 @@ def pending_budget(
 
 
 class PendingBudget:
-    """Counts what was submitted and is not done. Used by any thread.
+    """Counts the tasks that are submitted and not done, and their bytes. Any thread may use it.
 
-    Pickled arguments count as long as their task may have to be sent again: until it has its
-    outcome. Their large parts are not among them: these are blobs, which have a limit of their own.
+    A task's pickled arguments count until its future is done, because until then the task may have
+    to be sent again. Large pieces of arguments do not count: they are blobs, which
+    ``ObjectOptions`` limits.
 
     Args:
-        max_bytes: Of pickled arguments; ``None``: any number.
-        max_tasks: Of tasks; ``None``: any number.
-        block: Whether who comes when it is full waits, or gets an exception.
+        max_bytes: Limit of the bytes of pickled arguments; ``None`` for no limit.
+        max_tasks: Limit of the number of tasks; ``None`` for no limit.
+        block: Whether ``take`` waits at the limit. If not, it raises.
     """
 
     def __init__(self, max_bytes: int | None, max_tasks: int | None, *, block: bool) -> None:
@@ -74,7 +75,7 @@ class PendingBudget:
         self._waiting = 0
 
     def try_take(self, task: Submission) -> bool:
-        """Count a task if there is room for it; one that is alone always has."""
+        """Count a task if the limit allows it, and say so; a single task is always allowed."""
         size = _size_of(task.payload)
         with self._lock:
             return self._take(task, size)
@@ -86,18 +87,18 @@ class PendingBudget:
         is_busy: Callable[[], bool],
         check_open: Callable[[], object],
     ) -> None:
-        """Count a task once there is room for it.
+        """Count a task, and wait before until the limit allows it.
 
         Args:
-            task: Which; not posted yet.
-            executor_id: Whose, for the log.
+            task: The task, which has not been posted to the loop yet.
+            executor_id: The executor's id, for the log.
             is_busy: Says whether the executor has tasks that it can run.
-            check_open: Raises if nothing can be submitted any more.
+            check_open: Raises if the executor accepts no more tasks.
 
         Raises:
-            QueueFullError: If it is full, and that is not to be waited out.
+            QueueFullError: If the limit is reached, and ``block`` is false.
             RuntimeError: If the executor is shut down meanwhile.
-            BrokenBatchExecutor: If it breaks.
+            BrokenBatchExecutor: If the executor breaks meanwhile.
         """
         size = _size_of(task.payload)
         since, mentioned = time.monotonic(), False
@@ -105,7 +106,8 @@ class PendingBudget:
             while not self._take(task, size):
                 if not self._block:
                     raise self._full(size)
-                # Our own threads carry on what others wait for: callbacks and retry_on run on them.
+                # The executor's own threads must not wait here: they run callbacks and retry_on,
+                # and other tasks may end only after these.
                 if threading.current_thread().name.startswith("cloudexec"):
                     self._count(task, size)
                     return
@@ -116,7 +118,8 @@ class PendingBudget:
                     self._waiting -= 1
                 check_open()
                 if not (woken or is_busy()):
-                    # All that is pending is held for futures, which it may be for us to complete.
+                    # All pending tasks wait for futures, and the caller may be the one that is
+                    # going to complete these: waiting here could be a deadlock.
                     self._count(task, size)
                     return
                 if not mentioned and time.monotonic() - since > _LONG:
@@ -124,7 +127,7 @@ class PendingBudget:
                     self._mention(executor_id)
 
     def give(self, task: Any) -> None:
-        """A task has its outcome, or was not posted after all; it may be said more than once."""
+        """Stop counting a task that is done, or was not posted. Repeated calls do nothing."""
         size = getattr(task, "charge", None)
         if size is None:
             return
@@ -136,7 +139,7 @@ class PendingBudget:
                 self._freed.notify_all()
 
     def wake(self) -> None:
-        """Have those who wait look whether they still can."""
+        """Have waiting threads check whether the executor still accepts tasks."""
         with self._lock:
             self._freed.notify_all()
 
@@ -198,12 +201,12 @@ class PendingBudget:
 
 
 def _size_of(payload: Any) -> int:
-    """Return the bytes of a payload that are in no blob."""
+    """Return the bytes of a payload without its blobs."""
     if type(payload) is bytes:
         return len(payload)
     from cloudexec._payload import Composed
     from cloudexec._server.splicing import Spliced
 
     if isinstance(payload, Spliced):
-        return _size_of(payload.call)  # the rest are results, which are kept anyway
+        return _size_of(payload.call)  # its other parts are results, which stay in memory anyway
     return len(payload.head) if isinstance(payload, Composed) else 0

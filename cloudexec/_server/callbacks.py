@@ -1,4 +1,4 @@
-"""A thread that runs the callbacks of futures, so that a slow one holds up nothing else."""
+"""A thread that runs the callbacks of futures, so that a slow callback does not block the loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CallbackThread:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[BatchFuture[Any] | None] = queue.SimpleQueue()
-        # Started now: at the end of the interpreter, when there may be use for it, none can be.
+        # Started now, because no thread can be started while the interpreter ends.
         self._thread = OwnThread(self._run, "cloudexec-callbacks")
         self._thread.start()
 
@@ -31,10 +31,10 @@ class CallbackThread:
             del future
 
     def stop(self) -> None:
-        """End the thread once all that was put has run."""
+        """End the thread after all callbacks that were put."""
         self._queue.put(None)
 
     def join(self) -> None:
-        """Wait for the end, unless a callback is what asks."""
+        """Wait until the thread has ended, unless a callback, in this thread, calls this."""
         if self._thread is not threading.current_thread():
             self._thread.join()

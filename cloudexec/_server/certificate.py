@@ -11,7 +11,7 @@ __all__ = ["Certificate", "make_certificate"]
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """A key pair in PEM, and what workers pin."""
+    """A certificate and its key as PEM, and the fingerprint (SHA-256) that workers check."""
 
     pem: bytes
     key_pem: bytes
@@ -22,10 +22,10 @@ class Certificate:
 
 
 def make_certificate() -> Certificate:
-    """Make a fresh P-256 key and a certificate over it, valid whatever the time is.
+    """Make a new P-256 key and a self-signed certificate that never expires.
 
-    Workers know it by its fingerprint, and it is gone with its executor: there is nothing that a
-    date could add, and a clock that is wrong is not to keep a worker out.
+    Workers accept exactly the certificate with this fingerprint, and it ends with its executor. An
+    expiry date would add no safety, and would keep out workers whose clock is wrong.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -40,7 +40,8 @@ def make_certificate() -> Certificate:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        # The first date that there is, and the one that means "no end" (RFC 5280, 4.1.2.5).
+        # The earliest date that can be encoded, and the date that means "no expiry" (RFC 5280,
+        # 4.1.2.5).
         .not_valid_before(datetime.datetime(1950, 1, 1))
         .not_valid_after(datetime.datetime(9999, 12, 31, 23, 59, 59))
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("cloudexec")]), critical=False)

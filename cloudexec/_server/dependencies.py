@@ -1,9 +1,10 @@
-"""Which tasks wait for which futures, and what becomes of them when those are done.
+"""Holds back tasks whose arguments contain futures, until the last of these is done.
 
-A task that depends on futures is held until the last of them is there. For a future of the same
-executor the task stands in a list of the task that brings it, so that the bytes of a result go into
-the next call as they came. For any other future it stands in a table here. Nothing recurses along
-a chain: what has an outcome is put into a queue, and one loop empties it.
+If the future belongs to this executor, the waiting task is listed in the task that computes it
+(``dependents``), and the result's bytes go into the waiting call without being unpickled. Tasks
+that wait for other futures are listed in ``Dependencies.foreign``. If a future fails or is
+cancelled, so is each task that waits for it. Outcomes are put into a queue that one loop empties,
+so that a long chain of tasks causes no recursion.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ __all__ = ["Dependencies", "hold_back"]
 
 _CANCELLED = object()
 _Waiting = list[Any]
-"""Held tasks, each followed by the index of the dependency that it waits for. Flat: every object
-that the garbage collector must visit is felt in a graph of 100,000 tasks."""
+"""Waiting tasks, each followed by the index of the dependency that it waits for. The list is flat
+because in a graph of 100,000 tasks each further object costs time in the garbage collector."""
 
 
 def hold_back(
@@ -51,9 +52,14 @@ def hold_back(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> None:
-    """Make a task one that waits for the futures among its arguments.
+    """Let a task wait for the futures among its arguments; it waits for no ``Ref``.
 
-    Handles are there already: where there are only these, it waits for nothing.
+    Args:
+        task: The task, which has not been submitted yet.
+        unfinished: The pickle of its call, with placeholders for futures and for each ``Ref``.
+        name: The function's name, for messages.
+        args: The positional arguments.
+        kwargs: The keyword arguments.
     """
     futures = unfinished.futures
     keeper = task.handle._owner.keeper
@@ -71,7 +77,7 @@ def hold_back(
 def _places(
     futures: Sequence[object], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Find where each future stands: an argument, or an item of one; ``None`` if further down."""
+    """Find each future's place, for messages: an argument or its item, ``None`` if it is deeper."""
     found: dict[int, Any] = {}
     for where, value in (*enumerate(args), *kwargs.items()):
         if is_a(value, Future):
@@ -96,12 +102,12 @@ def _spell_out(place: Any, index: int, count: int) -> str:
 
 
 def _named(key: object) -> str:
-    # Not by a repr() of the user's: this runs on the loop thread.
+    # The repr() of other types is code of the user's, which must not run on the loop thread.
     return repr(key) if type(key) in (str, int) else f"of type {type_name(key)}"
 
 
 class _Failed:
-    """Why a task is not run; put into words when somebody asks."""
+    """Why a task is not run. The exception is made only when the user asks for it."""
 
     __slots__ = ("dependency", "direct", "name", "origin", "stage")
 
@@ -135,60 +141,60 @@ def _decode_failed(future: BatchFuture[Any]) -> None:
 
 
 class Dependencies:
-    """The held tasks of one executor; everything here happens on its loop thread.
+    """The waiting tasks of one executor. Used on the loop thread, unless a method says otherwise.
 
     Args:
-        engine: Is told when they can be sent.
-        futures: Of all its tasks.
-        keeper: Of results that stay on workers.
-        store: Takes in values that are objects here.
-        owner: Of the executor's futures.
+        engine: Is told when tasks can be sent.
+        futures: The futures of the executor's tasks.
+        keeper: Looks after results that stay on workers.
+        store: The client's blobs; values that are pickled here go into it.
+        owner: The owner of the executor's futures.
     """
 
     def __init__(
         self, engine: Engine, futures: Futures, keeper: Keeper, store: BlobStore, owner: Owner
     ) -> None:
         self.takeover: Takeover | None = None
-        """Knows which calls workers of an earlier process hold."""
+        """Knows which calls are held by workers of an earlier process."""
         self.foreign: dict[Future[Any], _Waiting] = {}
-        """Futures that others complete, and who waits for them."""
+        """Futures that this executor does not complete, and the tasks that wait for them."""
         self._engine = engine
         self._futures = futures
         self._keeper = keeper
         self._store = store
         self._owner = owner
-        # Those who waited for a future, and its outcome: not carried out yet.
+        # Tasks that waited for a future, and its outcome, for ``settle`` to carry out.
         self._concluded: deque[tuple[_Waiting, Any]] = deque()
         self._values: queue.SimpleQueue[tuple[_Waiting, Future[Any]] | None] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def prepare(self) -> None:
-        """Have a thread for values that must be pickled; any thread may ask.
+        """Start the thread that pickles values. Any thread may call this.
 
-        When a value comes it may be too late: at the interpreter's end no thread can be started.
+        It is started early, because no thread can be started while the interpreter ends.
         """
         with self._starting:
             if self._thread is None:
                 self._thread = OwnThread(self._pickle_values, "cloudexec-values")
                 self._thread.start()
 
-    # Tasks come.
+    # New tasks.
 
     def hold(self, tasks: list[Submission]) -> None:
-        """Take in new tasks that wait for others."""
+        """Take new tasks that wait for futures."""
         self._engine.feed(events.TasksBlocked(tasks))
         for task in tasks:
             needs = task.needs
             if needs is None or task.handle is None or task.handle.done():
-                continue  # cancelled already, which is about to be said
+                continue  # it was cancelled; the inbox holds the event for that
             futures, needs.futures = needs.futures, ()
             for index, future in enumerate(futures):
                 if future is not None:
                     try:
                         self._wait_for(future, task, index)
                     except BaseException as exc:
-                        # Of a class of the user's, with methods of its own.
+                        # A user's class of futures may have methods that fail.
                         self._concluded.append(([task, index], self._failed_with(future, exc)))
         self.settle()
 
@@ -210,11 +216,11 @@ class Dependencies:
             future.add_done_callback(self._on_foreign)
 
     def _on_foreign(self, future: Future[Any]) -> None:
-        """Somebody else's future is done; called in whatever thread completed it."""
+        """Pass on that a foreign future is done; runs in the thread that completed it."""
         try:
             self._engine.portal.post(self._take_foreign, future)
         except RuntimeError:
-            pass  # the loop has closed: nobody waits any more
+            pass  # the loop has closed, so no task waits any more
 
     def _take_foreign(self, future: Future[Any]) -> None:
         waiting = self.foreign.pop(future, None)
@@ -226,12 +232,12 @@ class Dependencies:
     # Outcomes.
 
     def _conclude(self, waiting: _Waiting, future: Future[Any], result: object) -> None:
-        """Note that a future is done; ``settle`` does what follows.
+        """Note that a future is done; ``settle`` carries out what follows.
 
         Args:
-            waiting: Who waits for it.
+            waiting: The tasks that wait for it.
             future: The future.
-            result: Its pickled result, or anything else: then the future is asked.
+            result: Its pickled result. If it is anything else, the future is asked.
         """
         if type(result) is Ref:
             result = result._payload
@@ -239,19 +245,19 @@ class Dependencies:
             try:
                 result = self._look(future)
             except BaseException as exc:
-                result = self._failed_with(future, exc)  # as above
+                result = self._failed_with(future, exc)  # a method of a user's class has failed
             if result is None:
                 self._values.put((waiting, future))
                 return
         self._concluded.append((waiting, result))
 
     def _look(self, future: Future[Any]) -> Any:
-        """Return a future's outcome; ``None`` if the other thread is to look at it."""
+        """Return a future's outcome; ``None`` if the thread that pickles values must get it."""
         if future.cancelled():
             return _CANCELLED
         if isinstance(future, BatchFuture):
-            # Whoever unpickles it has its lock, and the user's code runs in that: nothing for the
-            # loop to wait for.
+            # A thread that unpickles the result holds the lock and runs the user's code: the loop
+            # must not wait for that.
             if not future._lock.acquire(blocking=False):
                 return None
             try:
@@ -260,9 +266,9 @@ class Dependencies:
                     if type(future._result) is Composed:
                         future._result.shared = True
                         if not self._keeper.has(future._result):
-                            return None  # another executor's, to be copied
+                            return None  # it belongs to another executor, and must be copied
                     elif type(future._result) is Stored:
-                        return None  # to be read from a disk
+                        return None  # it must be read from disk
                     return future._result
                 if decode is _decode_failed:
                     failed: _Failed = future._result
@@ -284,7 +290,7 @@ class Dependencies:
         return _Failed("", "", error, direct=True, stage=label)
 
     def settle(self) -> None:
-        """Carry out what has been concluded, and all that follows from it."""
+        """Release, fail or cancel the tasks whose futures are done, and then those after them."""
         released: list[Submission] = []
         dropped: list[Submission] = []
         cancelled: list[Submission] = []
@@ -300,7 +306,7 @@ class Dependencies:
             for task, index in zip(waiting[::2], waiting[1::2], strict=True):
                 needs = task.needs
                 if needs is None or task.handle is None:
-                    continue  # it has its outcome
+                    continue  # the task is done already
                 if outcome is _CANCELLED:
                     task.needs = None
                     cancelled.append(task)
@@ -341,7 +347,7 @@ class Dependencies:
         self._futures.let_go(task, future, done)
 
     def cancelled(self, tasks: list[Submission]) -> None:
-        """Tasks were cancelled by their user: so is what waits for them."""
+        """Note that the user cancelled tasks; tasks that wait for them are cancelled, too."""
         for task in tasks:
             task.needs = None
             future = task.handle
@@ -354,7 +360,7 @@ class Dependencies:
                     future._owner = None
 
     def give_up_foreign(self) -> None:
-        """Cancel what waits for futures that nobody is left to complete."""
+        """Cancel the tasks that wait for foreign futures, because the interpreter ends."""
         foreign, self.foreign = self.foreign, {}
         for waiting in foreign.values():
             self._concluded.append((waiting, _CANCELLED))
@@ -363,7 +369,11 @@ class Dependencies:
     # Values.
 
     def _pickle_values(self) -> None:
-        """Pickle values that are objects here: large results, and those of other executors."""
+        """Pickle values that are Python objects in this process; runs in a thread of its own.
+
+        Such values are results of foreign futures, large results that were unpickled while they
+        arrived, and results of other executors.
+        """
         while (wanted := self._values.get()) is not None:
             waiting, future = wanted
             outcome: Payload | _Failed
@@ -396,7 +406,7 @@ class Dependencies:
             del wanted, waiting, future, outcome, pickled
 
     def _pickled(self, future: Future[Any]) -> Composed | None:
-        """Return a value that nobody has unpickled yet, as one of this executor's."""
+        """Return a result that is still pickled as a payload of this executor, if it is one."""
         if not isinstance(future, BatchFuture):
             return None
         with future._lock:

@@ -1,4 +1,4 @@
-"""How many connections this process may have open at once: one for each worker, if that can be."""
+"""Limits on open files: how many connections fit, and warnings if the workers need more."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ _logger = Log()
 _UNLIMITED = 65_536
 _LEAST = 64
 _OWN_FILES = 32
-"""Files that an executor opens in the client, beside those for its workers."""
+"""Files that an executor opens in the client, without those for its workers."""
 _FILES_PER_LOCAL_WORKER = 4
 _FEW_WORKERS = 8
 _RESERVE = 256
-"""Descriptors that are left to the rest of the program, at least; or an eighth of all."""
+"""Descriptors left to the rest of the program: this number, or an eighth of all if that is more."""
 _GUESTS = 256
-"""Peers that may be in the middle of enrolment beside the workers that are connected."""
+"""Connections for peers that are enrolling (proving who they are), beside connected workers."""
 
 
 def most_connections(workers: int) -> int:
-    """Say how many connections may be accepted; have more files allowed if workers need them.
+    """Return how many connections may be accepted, and raise the limit of open files if needed.
 
-    A process has a limit on its open files, often 1,024 or 256, that it may raise up to a second,
-    hard one. It is raised only for executors with many workers, and only as far as they need: in
-    programs that use ``select()``, which takes no descriptor past 1,023, it is better left alone.
+    A process has a soft limit of open files, often 1,024 or 256, which it may raise up to its hard
+    limit. It is raised only for executors with many workers, and only as far as these need it,
+    because programs that use ``select()`` cannot handle descriptors above 1,023.
 
     Args:
-        workers: Most that may be connected at once.
+        workers: The largest number of workers that may be connected at once.
     """
     limits = file_limits()
     if limits is None:
@@ -54,12 +54,12 @@ def most_connections(workers: int) -> int:
 
 
 def check_files(workers: int, slots_per_worker: int, *, local: bool) -> None:
-    """Say at the start if fewer files may be open than this executor needs, and what to do.
+    """Warn at the start if the executor needs more open files than this process may have.
 
     Args:
-        workers: Most that may be connected at once.
-        slots_per_worker: Tasks that each of them runs at once.
-        local: Whether they are processes of this machine, with the same limit.
+        workers: The largest number of workers that may be connected at once.
+        slots_per_worker: Number of tasks that each worker runs at once.
+        local: Whether the workers are processes of this machine, which have the same limit.
     """
     limits = file_limits()
     if limits is None:
@@ -68,7 +68,7 @@ def check_files(workers: int, slots_per_worker: int, *, local: bool) -> None:
         there = len(os.listdir("/dev/fd"))
     except OSError:
         there = 0
-    # Beyond a few workers elsewhere, connections are counted: see above.
+    # For many workers elsewhere, most_connections() checks the limit.
     each = _FILES_PER_LOCAL_WORKER * workers if local else min(workers, _FEW_WORKERS)
     here = there + _OWN_FILES + each
     in_worker = BASE_FILES + FILES_PER_SLOT * slots_per_worker if local else 0

@@ -1,4 +1,9 @@
-"""The client's end of the direct channel: one thread per transfer at once, at least one."""
+"""The client's end of the direct channel, a Unix socket for large data of workers on this machine.
+
+A connection carries one transfer: a blob to a worker, an open file, or a large result to the
+client. Each transfer that is under way has a thread of its own; at least one thread is always
+there.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +30,17 @@ __all__ = ["DirectChannel", "Delivered", "unpickle_result"]
 
 _logger = Log()
 _REQUEST_TIMEOUT = 10.0
-"""Seconds in which a peer must say who it is and what it wants."""
+"""Seconds within which a peer must send its request."""
 _ACCEPT_PAUSE = 0.1
 _LOOK_PAUSE = 1.0
-"""Seconds after which a thread that waits for the loop looks whether it is still there."""
+"""Seconds after which a thread that waits for the loop checks whether the loop still runs."""
 _MOST_CONNECTIONS = 1024
 _GATHERED_BYTES = 8 * 1024 * 1024
-"""Pieces of a pickle that is not read on its way come together in blobs of about this size."""
+"""Bytes: pieces of a pickle that is not unpickled at once are joined into blobs of this size."""
 
 
 class Delivered:
-    """A large result that was unpickled while it arrived."""
+    """A large result that was unpickled while it arrived, or the error of that."""
 
     __slots__ = ("error", "value")
 
@@ -45,7 +50,12 @@ class Delivered:
 
 
 def unpickle_result(load: Callable[[], Any]) -> Delivered:
-    """Unpickle a large result; what goes wrong with it, other than the connection, is its error."""
+    """Unpickle a large result. Errors other than those of the connection become its error.
+
+    Raises:
+        EOFError: If the connection ends early.
+        OSError: If the connection fails.
+    """
     try:
         return Delivered(load(), None)
     except (EOFError, OSError):
@@ -57,10 +67,14 @@ def unpickle_result(load: Callable[[], Any]) -> Delivered:
 
 
 def _gather(fill: Callable[[memoryview], None], store: BlobStore) -> Composed:
-    """Read the records of a large result, and leave it pickled.
+    """Receive a large result without unpickling it.
+
+    Args:
+        fill: Fills a buffer with the next bytes of the connection.
+        store: Takes the result's blobs.
 
     Raises:
-        PayloadError: If there is no room for it, or it has other records than slots send.
+        PayloadError: If the store has no room for it, or it has records that slots never send.
     """
     header = bytearray(_records.RECORD.size)
     records: list[bytes] = []
@@ -80,7 +94,7 @@ def _gather(fill: Callable[[memoryview], None], store: BlobStore) -> Composed:
         if kind not in (_records.IN_BAND, _records.BUFFER):
             raise PayloadError(f"a large result with records of type {kind}")
         if kind == _records.BUFFER:
-            if pickled:  # in the order in which they came
+            if pickled:  # the records must stay in their order
                 leave(_records.IN_BAND_BLOB, pickled)
                 pickled = bytearray()
             if not store.has_room(left):
@@ -103,18 +117,18 @@ def _gather(fill: Callable[[memoryview], None], store: BlobStore) -> Composed:
 
 
 class DirectChannel:
-    """Listens beside the gRPC server's Unix socket.
+    """Listens on the Unix socket of the direct channel.
+
+    The functions that it is given are called on the loop thread.
 
     Args:
-        path: Of the socket, in a directory that only this user can enter.
-        blob_of: Token and number -> the blob to be fetched, or ``None``.
-        expects: Whether a result under token and lease is waited for.
-        deliver: Takes a result that has arrived.
-        knows: Token -> whether it is that of a session.
-        gathers: Where results are left as they come, for a journal; ``None``: they are unpickled
-            on their way.
-
-        The functions are called on the loop thread.
+        path: The socket's path, in a directory that only this user can enter.
+        blob_of: Returns the blob of a session's token and a blob's number, or ``None``.
+        expects: Says whether the result of a session's token and a lease is expected.
+        deliver: Takes a result that has arrived, with its token and lease.
+        knows: Returns the session of a token, or ``None``.
+        gathers: Store for results that stay pickled, as a journal needs them. With ``None``,
+            results are unpickled while they arrive.
     """
 
     def __init__(
@@ -137,7 +151,7 @@ class DirectChannel:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._closed = False
-        # One is there from the start: at the end of the interpreter no thread can be started.
+        # The first thread starts now, because none can be started while the interpreter ends.
         self._start_thread()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.setblocking(False)
@@ -145,7 +159,7 @@ class DirectChannel:
         os.chmod(path, 0o600)
         self._listener.listen(256)
         self._loop.add_reader(self._listener.fileno(), self._accept)
-        # Given up for a connection when the program has used up all its files.
+        # A spare file, which is closed to accept a connection when the program has no file left.
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _accept(self) -> None:
@@ -154,8 +168,8 @@ class DirectChannel:
         except BlockingIOError:
             return
         except OSError:
-            # Too many files are open. One connection takes the place of the spare file; the next
-            # one is taken when that transfer has ended, or the program has closed some files.
+            # Too many files are open. One connection takes the place of the spare file. The next
+            # one is accepted when that transfer has ended, or the program has closed some files.
             if self._spare >= 0:
                 os.close(self._spare)
                 self._spare = -1
@@ -189,7 +203,7 @@ class DirectChannel:
         try:
             thread.start()
         except RuntimeError:
-            return  # too late for a new one: the transfer waits for one that is there
+            return  # the interpreter ends: the transfer waits for a thread that exists
         self._threads.append(thread)
 
     def _run(self) -> None:
@@ -205,7 +219,7 @@ class DirectChannel:
             try:
                 return calling.result(_LOOK_PAUSE)
             except TimeoutError:
-                # A loop that has ended meanwhile answers nobody.
+                # Go on waiting, unless the loop may have ended and will never answer.
                 if self._closed or calling.done():
                     raise
 
@@ -215,7 +229,8 @@ class DirectChannel:
                 for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                     connection.setsockopt(socket.SOL_SOCKET, option, _direct.BUFFER_BYTES)
                 connection.settimeout(_REQUEST_TIMEOUT)
-                # Whole, as it was sent: who sends it piece by piece would take its time.
+                # An honest peer sends the request whole. One that sends it byte by byte, and would
+                # occupy this thread, is dropped.
                 request = connection.recv(_direct.REQUEST.size)
                 if len(request) != _direct.REQUEST.size:
                     return
@@ -228,9 +243,9 @@ class DirectChannel:
                 elif wanted == _direct.DELIVER and self._on_loop(self._expects, token, number):
                     self._receive(connection, token, number)
         except (EOFError, OSError, RuntimeError, CancelledError):
-            pass  # the slot died, which is reported on its own, or the executor has ended
+            pass  # the slot's process died, which is reported otherwise, or the executor ended
         except BaseException:
-            _logger.exception("internal error in a transfer")  # the slot sees it cut off
+            _logger.exception("internal error in a transfer")  # the slot sees a closed connection
         finally:
             with self._lock:
                 self._connections.discard(connection)
@@ -253,7 +268,7 @@ class DirectChannel:
         else:
             delivered = unpickle_result(lambda: _records.load_records(fill, memory_of_machine()))
         if delivered.error is not None:
-            # The slot is still sending; it is to get to its end.
+            # The slot is still sending. Read the rest, so that it does not fail halfway.
             connection.settimeout(_REQUEST_TIMEOUT)
             with contextlib.suppress(TimeoutError):
                 while connection.recv(1 << 20) != b"":
@@ -265,7 +280,7 @@ class DirectChannel:
             connection.sendall(_direct.ACCEPTED)
 
     def close(self) -> None:
-        """Stop to listen, and cut what is under way."""
+        """Stop listening, and cut the transfers that are under way."""
         self._closed = True
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
@@ -279,6 +294,6 @@ class DirectChannel:
             self._waiting.put(None)
 
     def join(self) -> None:
-        """Wait, after ``close``, for the threads; not on the loop thread."""
+        """Wait for the threads, after ``close``. The loop thread must not call this."""
         for thread in self._threads:
             thread.join()

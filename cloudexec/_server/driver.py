@@ -1,4 +1,4 @@
-"""Puts one executor's parts together, starts and ends them, and takes in what users submit."""
+"""Creates the parts of one executor, starts and ends them, and takes the tasks of its users."""
 
 from __future__ import annotations
 
@@ -49,25 +49,25 @@ __all__ = ["Driver"]
 
 _logger = Log()
 _RECALL_TIMEOUT = 1.0
-"""Seconds that ``cancel()`` waits for a worker to say whether a task had begun."""
+"""Seconds that ``cancel()`` waits for a worker to say whether a task has begun."""
 _AWAY = (TaskState.SENT, TaskState.RUNNING, TaskState.DONE)
-"""States in which a worker has a task, or has had it to the end."""
+"""States in which a worker has the task, or has finished it."""
 _END_GRACE = 5.0
-"""Seconds that workers have to end by themselves when the executor does."""
+"""Seconds that workers have to end by themselves when the executor ends."""
 _END_TRIES = 6
-"""Times that launches which do not end are terminated then, before they are left alone."""
+"""Times that workers which do not end are terminated, before the executor gives up on them."""
 
 
 class Driver:
-    """The loop thread's half of one executor.
+    """The part of one executor that runs on the loop thread.
 
     Args:
-        config: For the machine.
-        setup: For workers and server.
+        config: Settings of the core.
+        setup: Settings of the workers and of the server.
         launcher: Starts workers.
-        store: Where large pieces of arguments and results are.
-        numbers: Of tasks.
-        budget: Of what is submitted and not done; ``None``: there is no limit.
+        store: The client's blobs (large pieces of arguments and results).
+        numbers: Numbers tasks.
+        budget: Limits the tasks that are submitted and not done; ``None`` for no limit.
     """
 
     def __init__(
@@ -99,7 +99,8 @@ class Driver:
         self._started_at = time.monotonic()
         is_shown = setup.output != "off" or setup.forward_logs
         self.output = OutputThread(setup.output) if is_shown else None
-        # Each part knows those above it here, and of those below only what it is given to call.
+        # Each part knows only parts that are made before it. Of later parts it knows at most a
+        # function that it is given to call.
         self.sessions = Sessions()
         self.keeper = Keeper(engine, self.sessions, store, self, numbers, self.finished)
         self.futures = Futures(
@@ -156,7 +157,12 @@ class Driver:
     # Called from any thread.
 
     def post(self, item: Submission | Event | int) -> None:
-        """Put a task, an event, or the number of a function that ended into the inbox."""
+        """Put an item into the inbox, and wake the loop.
+
+        Args:
+            item: A task; an event for the core; or the number of a function that is not used any
+                more, or the negative number of such a blob.
+        """
         self.inbox.append(item)
         if not self._woken:
             self._woken = True
@@ -173,33 +179,35 @@ class Driver:
             self.portal.post(self._take_inbox)
 
     def is_busy(self) -> bool:
-        """Say whether there are tasks that can be run."""
+        """Say whether there are tasks that can run, or items in the inbox."""
         return bool(self.machine.open_tasks or self.inbox)
 
     @property
     def broken(self) -> BaseException | None:
-        """Why every task fails, if it does."""
+        """The error with which every task fails, or ``None``."""
         return self.engine.broken
 
     def cancelled(self, future: BatchFuture[Any], was_running: bool) -> None:
-        """A future was cancelled by its user."""
+        """Pass on that the user has cancelled a future."""
         task = future._task
         if task is not None:
             self.post(events.TasksCancelled((task,), kill=was_running))
 
     @contextlib.contextmanager
     def withheld(self, future: BatchFuture[Any]) -> Iterator[bool]:
-        """Have a task back that was sent ahead, and send it to no worker until this is left.
+        """Recall a task that was sent ahead, and do not send it again within this context.
 
-        Returns:
-            Whether no worker has it. False: a worker has begun it, or has not said in time.
+        Yields:
+            Whether no worker has the task. It is false if a worker has begun the task, or has not
+            answered in time.
         """
         if self.portal.is_this_thread:
             yield True
             return
         holds = self.service.holds
-        # Said before the task's state is looked at, and asked, when it is sent, after that has
-        # changed: one of the two threads sees what the other has done.
+        # This thread sets the hold and then reads the task's state. The loop thread, when it sends
+        # the task, changes the state and then reads the hold. So at least one of the two threads
+        # sees what the other has done.
         hold = holds[future] = Hold()
         try:
             task = future._task
@@ -219,12 +227,14 @@ class Driver:
     def open_journal(
         self, where: str | os.PathLike[str], program: Program, initializer: object
     ) -> None:
-        """Have results kept, and found again; from another thread than the loop's.
+        """Open the journal, from which results are taken and to which they are written.
+
+        Called in another thread than the loop's.
 
         Args:
-            where: The journal.
+            where: The journal's file or URL.
             program: The code of this process.
-            initializer: Of each worker, with its arguments; ``None``: there is none.
+            initializer: The workers' initializer with its arguments; ``None`` without one.
 
         Raises:
             CloudexecError: If the journal cannot be used.
@@ -239,7 +249,7 @@ class Driver:
             self._take_over(journal)
 
     def _take_over(self, journal: Journal) -> None:
-        """Have workers outlive this process, and find those that have outlived an earlier one."""
+        """Let workers survive this process, and look for workers that survived an earlier one."""
         from cloudexec._server.takeover import Takeover
 
         self.takeover = takeover = Takeover(
@@ -258,10 +268,10 @@ class Driver:
         self.launches.on_change = takeover.changed
 
     async def start(self) -> None:
-        """Listen, then wait for work.
+        """Start the launcher and the server.
 
         Raises:
-            LaunchError: If the server cannot listen where it was told to.
+            LaunchError: If the server cannot listen at its address.
         """
         setup, launcher, engine, takeover = self.setup, self._launcher, self.engine, self.takeover
         if launcher.needs_network():
@@ -298,11 +308,11 @@ class Driver:
             engine.feed(events.DeadlinePassed())
         if setup.max_cost_usd is not None:
             engine.create_task(self.launches.watch_cost(setup.max_cost_usd))
-        if launcher.needs_network():  # what starts here says at once why it does not
+        if launcher.needs_network():  # a worker on this machine that cannot start says so at once
             engine.create_task(self.launches.watch_start())
 
     def _use_bucket(self) -> None:
-        """Have large blobs go through the bucket that the user, or the launcher, names."""
+        """Send large blobs through the bucket that the user or the launcher names, if any."""
         objects = self.setup.objects
         name, region = self._launcher.bucket()
         if objects.bucket is not None:
@@ -322,11 +332,11 @@ class Driver:
             self.keeper.transfers = self.workers.transfers = self.service.transfers = transfers
 
     async def abandon(self) -> None:
-        """Let go of everything after ``start()`` failed."""
+        """Close everything after ``start()`` has failed or was interrupted."""
         self.engine.is_closing = True
         await self._close_journal()
         if self._starting is not None and not self._starting.done():
-            self._starting.cancel()  # interrupted in the middle of it
+            self._starting.cancel()  # the caller was interrupted while ``start()`` ran
             await asyncio.gather(self._starting, return_exceptions=True)
         if self._prepared:
             await self._launcher.close()
@@ -384,7 +394,7 @@ class Driver:
             self.dependencies.hold(held)
 
     def _drop(self, tasks: Sequence[Any]) -> None:
-        """Let go of what tasks would take that were cancelled; their futures may live on."""
+        """Free the arguments of cancelled tasks; the user may keep their futures."""
         for task in tasks:
             if task.worker is None:
                 task.payload = None
@@ -395,7 +405,7 @@ class Driver:
         self.post(-number)
 
     def _forget(self, ended: list[int]) -> None:
-        """Forget functions and, as negative numbers, blobs that have ended, here and on workers."""
+        """Forget unused functions and (as negative numbers) blobs, here and on the workers."""
         self.sessions.forget(ended)
         blobs = [-number for number in ended if number < 0]
         if blobs:
@@ -404,7 +414,7 @@ class Driver:
                 self.transfers.forget(blobs)
 
     def break_down(self, error: BaseException) -> None:
-        """Fail every task, those that are in the inbox too, and stop the workers."""
+        """Fail every task, also those in the inbox, and stop the workers."""
         self._take_inbox()
         self.futures.break_down(error)
 
@@ -422,7 +432,7 @@ class Driver:
         self.engine.create_task(self._close())
 
     async def _close(self) -> None:
-        """Let the workers' processes end, then close the server and everything else."""
+        """Wait until the workers' processes have ended, then close all parts."""
         await self._close_journal()
         await self._see_launches_end()
         self.engine.is_closing = True
@@ -455,7 +465,7 @@ class Driver:
         self.futures.stop()
 
     async def _see_launches_end(self) -> None:
-        """Wait for the processes, which end by themselves once their streams have."""
+        """Wait for the workers' processes, which end by themselves when their connections end."""
         running = self.launches.running
         for tries in range(_END_TRIES + 1):
             if not (running and self._launcher.ends_are_seen):
@@ -465,7 +475,6 @@ class Driver:
                 async with asyncio.timeout(_END_GRACE):
                     await self.workers.all_ended.wait()
             except TimeoutError:
-                # The rest is for those that do not.
                 if tries < _END_TRIES:
                     self._launcher.terminate(list(running))
         if running:
@@ -478,7 +487,7 @@ class Driver:
             )
 
     def _sum_up(self) -> None:
-        """Where money was spent, say in one line for what."""
+        """Log one line with the number of tasks, the time and the cost, if there was a cost."""
         cost = self._launcher.cost()
         if not cost.accrued_usd:
             return
@@ -505,7 +514,7 @@ class Driver:
         self.finished.set()
 
     def join(self) -> None:
-        """Wait, after ``finished``, for the threads that served this executor."""
+        """Wait for the threads that served this executor, after ``finished`` was set."""
         self.listener.join()
         if self.output is not None:
             self.output.join()

@@ -1,7 +1,7 @@
-"""Tells the core what happened, at what time, and has its decisions carried out.
+"""Feeds the core with events and the time, and has its commands carried out.
 
-Everything on the loop thread that learns of something calls ``Engine.feed``. The engine knows none
-of those that carry out commands: the driver connects them.
+Every part on the loop thread that learns of an event calls ``Engine.feed``. The engine does not
+know the parts that carry out commands; the driver connects them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Then: TypeAlias = Callable[[], None]
 
 _logger = Log()
 _MOST_STALL = 2.0
-"""Seconds that the machine's clock moves at most between two looks: while this process was stopped
-or its main thread held the GIL, workers were silent through no fault of theirs."""
+"""Seconds that the core's clock advances at most between two readings. While this process was
+stopped, or its main thread held the GIL, it could not hear its workers, which are not to blame."""
 
 
 class Engine:
     """The core of one executor, its clock and its timer.
 
     Args:
-        config: For the machine.
+        config: Settings of the core.
         portal: Runs the loop thread.
     """
 
@@ -46,15 +46,15 @@ class Engine:
         self.portal = portal
         self.executor_id = secrets.token_hex(8)
         self.key = secrets.token_bytes(32)
-        """Secret that workers prove to know when they enrol."""
+        """Secret that workers prove to know when they enrol (connect for the first time)."""
         self.clock = 0.0
-        """Seconds, as the machine is told; it stands still while this process is stopped."""
+        """The core's time in seconds. It stands still while this process is stopped."""
         self.moment: Moment = (time.monotonic(), time.time(), self.executor_id)
-        """When what is being handled came."""
+        """The time of the event that is being handled."""
         self.broken: BaseException | None = None
-        """Why every task fails, if it does; see ``Futures.break_down``."""
+        """The error with which every task fails, or ``None``; ``Futures.break_down`` sets it."""
         self.is_closing = False
-        """Whether no worker is let in, or told anything, any more."""
+        """Whether the executor closes, so that no worker may connect any more."""
         self._looked_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -62,7 +62,7 @@ class Engine:
         self._carry_out: Mapping[type, Callable[[Any], None]] = {}
         self._watches: Mapping[type, Callable[[Any], Then | None]] = {}
         self.settle: Callable[[], None]
-        """Tells those who wait for what has ended; see ``connect``."""
+        """Carries out what follows for tasks that waited for ended tasks; see ``connect``."""
         self._break_down: Callable[[BaseException], None]
 
     def connect(
@@ -73,15 +73,15 @@ class Engine:
         settle: Callable[[], None],
         break_down: Callable[[BaseException], None],
     ) -> None:
-        """Say who does what; called once, before anything is fed.
+        """Set the functions that carry out commands; called once, before the first event.
 
         Args:
-            carry_out: By type of command, what carries it out.
-            watches: By type of event, what is called before the machine handles it; what that
-                returns is called before the commands are carried out.
-            settle: Called after that, and wherever a task ends outside of an event: it tells those
-                who wait for the task.
-            break_down: Fails everything, after an internal error.
+            carry_out: The function that carries out a command, by the command's type.
+            watches: Functions that are called before the core handles an event, by the event's
+                type. A function that they return is called before the commands are carried out.
+            settle: Called after each event, and whenever a task ends outside of an event. It
+                releases the tasks that waited for the ended one.
+            break_down: Fails all tasks, after an internal error.
         """
         self._carry_out = carry_out
         self._watches = watches
@@ -89,17 +89,17 @@ class Engine:
         self._break_down = break_down
 
     def adopt_identity(self, executor_id: str, key: bytes) -> None:
-        """Stand in the place of an executor whose process was killed, before the start.
+        """Take the place of an executor whose process was killed; called before the start.
 
         Args:
-            executor_id: Its name.
+            executor_id: That executor's id.
             key: The secret that its workers know.
         """
         self.executor_id, self.key = executor_id, key
         self.now()
 
     def now(self) -> Moment:
-        """Look at the clocks, for whatever is noted next."""
+        """Read the clocks, and remember the time as ``moment``."""
         self.moment = (time.monotonic(), time.time(), self.executor_id)
         return self.moment
 
@@ -108,11 +108,11 @@ class Engine:
         return fields(event, self.executor_id, **details)
 
     def start_clock(self) -> None:
-        """Count time from now on: what came before was the start."""
+        """Begin to count the core's time, so that the time of the start does not count."""
         self._looked_at = time.monotonic()
 
     def feed(self, event: Event) -> None:
-        """Tell the machine what happened, and do what it says."""
+        """Let the core handle an event, and carry out its commands."""
         now = self.now()[0]
         self.clock += min(now - self._looked_at, _MOST_STALL)
         self._looked_at = now
@@ -121,11 +121,11 @@ class Engine:
             note = None if watch is None else watch(event)
             answer = self.machine.handle(event, self.clock)
             if note is not None:
-                note()  # before a caller can learn of the outcome, and ask about it
+                note()  # first, as a user who learns of an outcome may ask explain() at once
             for command in answer:
                 self._carry_out[type(command)](command)
         except BaseException as exc:
-            # A bug of ours. All who wait for a future learn of it, rather than wait for ever.
+            # A bug in cloudexec. All futures fail, so that nobody waits forever.
             if self.broken is not None:
                 raise
             _logger.exception("internal error while handling %s", type(event).__name__)
@@ -141,7 +141,7 @@ class Engine:
         self.settle()
 
     def _set_timer(self) -> None:
-        # Not in one go past a stall: the clock of the machine may then be behind.
+        # At most a second, because the core's clock may fall behind while this process stalls.
         pause = min(max(self._timer_at - self.clock, 0.001), 1.0)
         self._timer = self.portal.loop.call_later(pause, self._on_timer)
 
@@ -164,7 +164,7 @@ class Engine:
         task.add_done_callback(self._tasks.discard)
 
     def stop(self) -> None:
-        """Cancel the timer, and all that runs in the background but the caller."""
+        """Cancel the timer and all background tasks except the one that calls this."""
         for task in list(self._tasks - {asyncio.current_task()}):
             task.cancel()
         if self._timer is not None:

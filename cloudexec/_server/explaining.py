@@ -1,4 +1,4 @@
-"""``explain()``: tells what became of a task, from what was noted of it and what is so now."""
+"""``explain()``: reports what happened to a task, from its notes and from its present state."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["explain"]
 
 _FINAL = ("lost", "timed out", "killed", "reclaimed", "raised", "judged")
-"""After these, the last attempt has been told of."""
+"""Steps that end an attempt: after one of them, the notes say all about the last attempt."""
 _NAMES_OF_STATES = {"PENDING": "pending", "RUNNING": "running", "FINISHED": "finished"}
 
 
 def _story_of(story: Story, future: BatchFuture[Any]) -> TaskStory:
-    """Tell what became of a task; an exception is told of only later, by ``explain()``.
+    """Return the story of a task, without the text of its exception, which ``explain()`` adds.
 
-    On the loop thread, or once the future has ended.
+    Runs on the loop thread, or in any thread once the future is done.
     """
     task, ended = future._task, getattr(future, "_ended", None)
     number = task.number if task is not None else getattr(future, "_number", None)
@@ -60,7 +60,8 @@ def _story_of(story: Story, future: BatchFuture[Any]) -> TaskStory:
             if _has_begun(event):
                 began: tuple[float, float] | None = None
                 if event.run_time:
-                    # Not before what was last told: a process is timed from its last sign.
+                    # Not earlier than the preceding event: for a process that died, the run time
+                    # counts from the last sign of that process.
                     before = entries[-1][0] if entries else None
                     back = min(event.run_time, at - before if before else event.run_time)
                     began = (at - back, wall - back)
@@ -88,7 +89,7 @@ def _name(future: BatchFuture[Any], task: Any) -> str:
 
 
 def _add_present(story: Story, task: Any, last: str, add: Callable[..., None]) -> None:
-    """Add where a task that has no outcome is now."""
+    """Add the present state of a task that is not done."""
     if task.needs is not None:
         return
     moment = story.moment
@@ -109,7 +110,7 @@ def _add_present(story: Story, task: Any, last: str, add: Callable[..., None]) -
 def _add_end(
     story: Story, future: BatchFuture[Any], last: str, ended: Moment, add: Callable[..., None]
 ) -> None:
-    """Add the last attempt, as far as it has not been told of, and the outcome."""
+    """Add the outcome of a task, and before it the last attempt if the notes do not have it."""
     worker, seconds = future._worker_id, future._run_time
     if worker is not None and last not in _FINAL:
         if last not in ("sent", "worker cut off", "worker back"):
@@ -123,7 +124,8 @@ def _add_end(
                 ),
             )
         if seconds is not None:
-            # A result that waited for its worker to come back tells nothing of when it began.
+            # If the worker was cut off, the result arrived late, and does not tell the task's
+            # begin.
             late = last in ("worker cut off", "worker back")
             since = None if late else (ended[0] - seconds, ended[1] - seconds)
             add(since, StoryEvent(what="began", worker_id=worker))
@@ -140,7 +142,7 @@ def _has_result(future: BatchFuture[Any]) -> bool:
 
 
 def _has_begun(event: StoryEvent) -> bool:
-    """Whether an attempt that ended so is known to have begun: its process died, for instance."""
+    """Say whether an attempt that ended with this event is known to have begun."""
     if event.what == "lost":
         return event.exit_code is not None or event.signal is not None or event.out_of_memory
     return event.what in ("timed out", "killed")
@@ -154,10 +156,10 @@ def _timed(
 
 
 def explain(driver: Driver | None, future: object) -> TaskStory:
-    """Tell the story of a future; in any thread, at any time.
+    """Return the story of a future. Any thread may call this at any time.
 
     Raises:
-        TypeError: If it is not a ``BatchFuture``.
+        TypeError: If ``future`` is no ``BatchFuture``.
         ValueError: If it belongs to another executor.
     """
     if not isinstance(future, BatchFuture):
@@ -167,7 +169,7 @@ def explain(driver: Driver | None, future: object) -> TaskStory:
         owner = future._owner
         ours = owner is driver
         if owner is None and future.done() and driver is not None:
-            # It is being cancelled; or no task was made of it, and its journal had the result.
+            # It is being cancelled, or the journal had its result, so that no task was made.
             ours = future._task is not None or driver.journal is not None
     else:
         ours = driver is not None and ended[2] == driver.engine.executor_id
@@ -176,7 +178,7 @@ def explain(driver: Driver | None, future: object) -> TaskStory:
     notes = driver.story
     story = None
     portal = driver.portal
-    # Its thread is not there in a forked child, where nothing goes on anyway.
+    # In a forked child the loop's thread does not exist, and nothing changes any more.
     moving = not driver.finished.is_set() and portal.thread.is_alive()
     if ended is None and moving and not portal.is_this_thread:
 
@@ -191,7 +193,7 @@ def explain(driver: Driver | None, future: object) -> TaskStory:
     if story is None:
         story = _story_of(notes, future)
     if story.events and story.events[-1].what == "exception":
-        # Unpickled here, not on the loop thread: that runs code of the user's.
+        # The exception is unpickled in this thread, because that runs code of the user's.
         reason = _exception_in_words(future)
         story = replace(
             story, events=(*story.events[:-1], replace(story.events[-1], reason=reason))

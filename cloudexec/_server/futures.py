@@ -1,6 +1,7 @@
-"""Carries out the core's commands about tasks: what becomes of each goes to its future.
+"""Carries out the core's commands about tasks: gives each future its outcome.
 
-Those who wait for the result of a task are put into ``concluded``; ``Dependencies`` goes on there.
+If other tasks wait for a task that ends, they are put into ``concluded``, and ``Dependencies``
+handles them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = ["Futures"]
 
 
 class Futures:
-    """The futures of one executor. On the loop thread.
+    """The futures of one executor. Used on the loop thread only.
 
     Args:
         engine: Whose tasks they are of.
@@ -57,9 +58,9 @@ class Futures:
         more_memory: Callable[[int], str],
     ) -> None:
         self.journal: Journal | None = None
-        """Has results before their futures have them."""
+        """Records results, before their futures are done if its store is a file."""
         self.concluded: deque[tuple[list[Any], Any, object]] = deque()
-        """Who waited for a task, its future, and its pickled result if there is one."""
+        """The tasks that waited for a task, its future, and its pickled result if it has one."""
         self._engine = engine
         self._sessions = sessions
         self._keeper = keeper
@@ -71,7 +72,7 @@ class Futures:
     # Commands.
 
     def mark_running(self, command: commands.MarkRunning) -> None:
-        """Workers have begun tasks."""
+        """Mark the futures of tasks that workers have begun as running."""
         for task in command.tasks:
             future = task.handle
             with future._lock:
@@ -79,7 +80,7 @@ class Futures:
                     future._state = "RUNNING"
 
     def resolve(self, command: commands.ResolveTasks) -> None:
-        """Tasks have results."""
+        """Give tasks their results, after their output has been shown."""
         worker = command.worker
         session = self._sessions.get(worker)
         printed: set[int] = session.printed if session is not None else set()
@@ -98,7 +99,7 @@ class Futures:
                 give(task, future, result)
 
     def fail(self, command: commands.FailTask) -> None:
-        """A task has failed for good."""
+        """Give a task that is not tried again its exception, after its output has been shown."""
         task: Any = command.task
         failure = command.failure
         future = task.handle
@@ -113,7 +114,7 @@ class Futures:
         self._give_failure(command.worker, task, failure)
 
     def cancel(self, command: commands.CancelTasks) -> None:
-        """Tasks are cancelled by the executor."""
+        """Cancel tasks on behalf of the executor."""
         for task in command.tasks:
             future = task.handle
             future._owner = None
@@ -125,13 +126,13 @@ class Futures:
     # Outcomes.
 
     def _record(self, task: Any, future: BatchFuture[Any], result: Any) -> None:
-        """Have a result in the journal before its future has it."""
+        """Hand a result to the journal, which gives it to its future, now or once it is written."""
         assert self.journal is not None
         if not self.journal.add(task, future, result):
             self._give_result(task, future, result)
 
     def give_recorded(self, given: list[tuple[Any, BatchFuture[Any], Any]]) -> None:
-        """Results are in the journal, or came from there."""
+        """Give results that are in the journal now to their futures."""
         self._engine.now()
         for task, future, result in given:
             if task is not None:
@@ -139,7 +140,7 @@ class Futures:
         self._engine.settle()
 
     def give_resumed(self, task: Any, result: Payload, seconds: float) -> None:
-        """Give a call that no worker has a result that is in the journal."""
+        """Give a task that no worker has a result that was found in the journal."""
         assert self.journal is not None
         future = task.handle
         self.journal.note_resumed(future)
@@ -179,7 +180,7 @@ class Futures:
             self.set_exception(task, error_of(worker, task, failure, more))
 
     def set_exception(self, task: Any, error: BaseException) -> None:
-        """End a task with an exception that no worker has sent."""
+        """End a task with an exception that was made here, not sent by a worker."""
         future = task.handle
         if future is not None:
             self.let_go(task, future, future._finish(None, error, None))
@@ -187,13 +188,13 @@ class Futures:
     def let_go(
         self, task: Any, future: BatchFuture[Any], done: bool, result: object = None
     ) -> None:
-        """A task has ended: let go of all that it holds, and tell those who wait.
+        """Free all that an ended task holds, and pass its outcome on to callbacks and dependents.
 
         Args:
-            task: Which.
-            future: Its future.
-            done: Whether its future has this outcome, rather than had one already.
-            result: Its result, pickled or as an object of the client's; ``None``: it has none.
+            task: The task.
+            future: The task's future.
+            done: Whether the future took this outcome. It is false if it was done already.
+            result: The task's result, pickled or as an object; ``None`` if it has none.
         """
         task.payload = task.function = task.handle = None
         future._task = None
@@ -214,7 +215,7 @@ class Futures:
             self.concluded.append((dependents, future, result if done else None))
 
     def after_output(self, call: Callable[..., object], *args: object) -> None:
-        """Call something on the loop once all that was printed so far has been shown."""
+        """Call a function on the loop once all output so far has been shown."""
         assert self._output is not None
 
         def carry_on() -> None:
@@ -227,18 +228,22 @@ class Futures:
     # The end of all tasks.
 
     def initializer_failed(self, payload: bytes) -> None:
-        """The initializer raised in a worker: nothing can be run, and all that waits fails."""
+        """Fail all tasks, as the initializer has raised in a worker.
+
+        Args:
+            payload: The pickled exception.
+        """
         cause = _payload.loads_exception(payload)
         error = InitializerError(
             f"the initializer raised {type_name(cause)} in a worker: {text_of(cause)}"
         )
         error.__cause__ = cause
-        log = Log("concurrent.futures")  # the standard library's own logger and words
+        log = Log("concurrent.futures")  # the standard library's logger, with its message
         log.log_exception("Exception in initializer:", exc=cause, level=logging.CRITICAL)
         self.break_down(error)
 
     def break_down(self, error: BaseException) -> None:
-        """Fail every open task, and all that are submitted later, and stop the workers."""
+        """Fail every open task and all later ones with an error, and stop the workers."""
         engine = self._engine
         if engine.broken is not None:
             return
@@ -259,32 +264,32 @@ class Futures:
         engine.feed(events.ShutdownRequested(cancel=True, kill=True))
 
     def broken_error(self) -> BaseException:
-        """Return what each future gets once everything has failed."""
+        """Return a copy of the error with which every task fails."""
         broken = self._engine.broken
         assert broken is not None
-        error = copy.copy(broken)  # each future's traceback is its own
+        error = copy.copy(broken)  # a copy, as each future's exception gets its own traceback
         error.__cause__ = broken.__cause__
         return error
 
     async def close_journal(self) -> None:
-        """Have the journal take all that is still to come, and close it."""
+        """Let the journal write the remaining results, and close it."""
         journal = self.journal
         if journal is None:
             return
-        await self.all_shown()  # results that wait for their output are still to come
+        await self.all_shown()  # some results reach the journal only after their output is shown
         closed = asyncio.Event()
         journal.close(lambda: self._engine.portal.post(closed.set))
         await closed.wait()
 
     async def all_shown(self) -> None:
-        """Wait until all that tasks have printed has been shown."""
+        """Wait until all output of tasks has been shown."""
         if self._output is not None:
             shown = asyncio.Event()
             self.after_output(shown.set)
             await shown.wait()
 
     def stop(self) -> None:
-        """End the thread of callbacks once all of them have run."""
+        """End the thread that runs callbacks, after all callbacks."""
         self._callbacks.stop()
 
     def join(self) -> None:

@@ -1,4 +1,9 @@
-"""Results that stay on the workers that made them: brought when wanted, made again when lost."""
+"""Looks after results that stay on the workers that made them (``keep=True``).
+
+A kept result is brought to the client when it is needed there, from its worker or the bucket. If
+its worker is lost, the task that made it runs again. A worker that ends hands over its kept results
+before.
+"""
 
 from __future__ import annotations
 
@@ -29,23 +34,24 @@ from cloudexec._server.submission import Submission
 __all__ = ["Keeper", "Recipe"]
 
 _FAR_BYTES = 256 * 1024
-"""Blobs from this size on are worth a preference for workers that have them."""
+"""Bytes: a task prefers workers that have a blob of at least this size among its arguments."""
 _NOWHERE = "bucket"
-"""Stands for the worker that has a blob, where only the bucket has it."""
+"""Stands for the worker in ``Blob.origin``, if only the bucket has the blob."""
 _PULL_TIMEOUT = 60.0
-"""Seconds in which a worker that is asked for what it keeps must hand over something."""
+"""Seconds within which a worker that is asked for a kept result must make progress."""
 _EVACUATION = 30.0
-"""Seconds in which a worker that is to end hands over what it keeps."""
+"""Seconds that a worker which is about to end has to hand over its kept results."""
 
 
 class Recipe:
-    """How to make a kept result again.
+    """The function and arguments of a task, to compute its kept result again.
 
-    Of what the task took and can be made again itself, it knows only how: otherwise, of a long
-    chain of kept results all would stay for as long as the last one is needed.
+    If an argument is itself a kept result that can be computed again, the recipe refers to that
+    one's recipe and not to the result. Otherwise a long chain of kept results would stay in memory
+    for as long as the last one is needed.
 
     Args:
-        task: That made it, while it still has its function and payload.
+        task: The task that made the result, while it still has its function and payload.
     """
 
     __slots__ = ("_call", "_inputs", "_made", "function", "requirements", "retries", "stats")
@@ -55,7 +61,7 @@ class Recipe:
         self.stats = task.stats
         self.retries = task.retries
         self.requirements = task.requirements
-        self._made: weakref.ref[Composed] | None = None  # what it stands for, while that is needed
+        self._made: weakref.ref[Composed] | None = None  # the result, as long as it is in use
         self._inputs: tuple[Payload | Recipe, ...] | None = None
         if isinstance(task.payload, Spliced):
             self._call: Any = task.payload.call
@@ -64,7 +70,7 @@ class Recipe:
             self._call = task.payload
 
     def payload(self, store: BlobStore) -> Any:
-        """Return what the task takes; of what is not there any more, something that is lost."""
+        """Return the task's payload, in which dropped results are represented by lost blobs."""
         if self._inputs is None:
             return self._call
         inputs = [
@@ -83,11 +89,11 @@ class Recipe:
 
 
 def _way_to(part: Payload) -> Payload | Recipe:
-    """Return how a part of a payload can be made, or itself."""
+    """Return the recipe of a part of a payload, or the part itself if it has none."""
     if type(part) is not Composed or part.recipe is None:
         return part
     if not part.blobs:
-        part.recipe = None  # small: it is here, and cannot be lost
+        part.recipe = None  # it is so small that it is in the client, and cannot be lost
         return part
     recipe: Recipe = part.recipe
     recipe._made = weakref.ref(part)
@@ -95,14 +101,16 @@ def _way_to(part: Payload) -> Payload | Recipe:
 
 
 class Keeper:
-    """What the workers of one executor keep. On its loop thread, but for what ``Ref`` calls.
+    """The kept results of one executor's workers.
+
+    Used on the loop thread, except for the methods that ``Ref`` calls.
 
     Args:
-        engine: Whose workers.
-        sessions: Of these.
-        store: Of what is here.
-        owner: Of the futures of tasks that are run once more.
-        numbers: Of tasks.
+        engine: The executor's engine.
+        sessions: The sessions of its workers.
+        store: The client's blobs.
+        owner: The owner of the futures of tasks that run again.
+        numbers: Numbers tasks.
         finished: Set when the executor has ended.
     """
 
@@ -117,9 +125,9 @@ class Keeper:
     ) -> None:
         self.is_far = not store.shared
         self.one_machine = False
-        """Whether workers may open what others on this machine keep."""
+        """Whether all workers are on this machine, and may open each other's kept results."""
         self.transfers: BucketTransfers | None = None
-        """What is in the bucket, where there is one."""
+        """Transfers through the bucket, if there is one."""
         self._engine = engine
         self._sessions = sessions
         self._store = store
@@ -133,7 +141,7 @@ class Keeper:
     # Called by Ref, in any thread.
 
     def value_of(self, payload: Payload, timeout: float | None) -> Any:
-        """Load what a handle stands for; see ``Ref.get``."""
+        """Load the value of a handle; ``Ref.get`` lists the errors."""
         if type(payload) is bytes:
             return _loaded(lambda: _payload._loads(payload))
         assert isinstance(payload, Composed)
@@ -163,15 +171,15 @@ class Keeper:
         )
 
     def payload_of(self, ref: Ref[Any]) -> Payload:
-        """Return what stands for a handle's value among arguments.
+        """Return the payload of a handle that is among the arguments of a call.
 
         Raises:
-            RefLostError: If it is another executor's, and lost.
+            RefLostError: If the handle belongs to another executor, and its value is lost.
         """
         payload = ref._payload
         if ref._keeper is self:
             return payload
-        if ref._keeper is None:  # in a task, whose own executor this is
+        if ref._keeper is None:  # this executor runs inside a task, and the handle came to the task
             return _payload.dumps(ref.get(), self._store)
         if type(payload) is bytes:
             return payload
@@ -180,21 +188,21 @@ class Keeper:
         return self.copy_of(payload)
 
     def has(self, payload: Composed) -> bool:
-        """Say whether a payload is of this executor: numbers of blobs mean nothing elsewhere."""
+        """Say whether a payload belongs to this executor, whose workers know its blobs' numbers."""
         store = self._store
         return all(store.has(blob) for blob in payload.blobs)
 
     def copy_of(self, payload: Composed) -> Composed:
-        """Return another executor's payload, which is in this process, as one of this executor.
+        """Copy the payload of another executor of this process into this executor's store.
 
         Raises:
-            PayloadTooLargeError: If there is no room for it.
+            PayloadTooLargeError: If the store has no room for it.
         """
         blobs = tuple([self._store.intern(blob.view()) for blob in payload.blobs])
         return Composed(payload.head, blobs, payload.numbers)
 
     def is_gone(self, payload: Payload) -> bool:
-        """Say whether what a handle stands for is lost for good; in any thread."""
+        """Say whether a handle's value is lost and cannot be computed again; for any thread."""
         if type(payload) is bytes:
             return False
         assert isinstance(payload, Composed)
@@ -205,8 +213,8 @@ class Keeper:
         )
 
     def note_inputs(self, task: Any) -> None:
-        """Let the scheduler know which blobs a task takes that some workers have."""
-        # Those that are on workers alone, however small: they may be lost, or have to be brought.
+        """Tell the core which blobs among a task's arguments are on particular workers."""
+        # Blobs that are on a worker only count at any size: they may be lost, or must be brought.
         task.inputs = tuple(
             [
                 blob
@@ -216,7 +224,7 @@ class Keeper:
         )
 
     def parts_of(self, payload: Payload) -> tuple[bytes, bytes | None, list[Any]]:
-        """Return what a pickled handle takes along: head, numbers and contents of its blobs."""
+        """Return the parts of a pickled handle: the head, and its blobs' numbers and contents."""
         if type(payload) is bytes:
             return payload, None, []
         assert isinstance(payload, Composed)
@@ -237,7 +245,7 @@ class Keeper:
     # On the loop thread.
 
     async def _sources(self, payload: Composed) -> tuple[bytes, dict[int, Any]]:
-        """Return a payload's head, and the contents of its blobs, wherever on this machine."""
+        """Return a payload's head, and a source for each of its blobs on this machine."""
         while True:
             sources: dict[int, Any] = {}
             try:
@@ -257,7 +265,7 @@ class Keeper:
                 return payload.head, sources
 
     async def _bring(self, payload: Composed) -> None:
-        """Have all of a payload here."""
+        """Bring all blobs of a payload to the client."""
         while True:
             try:
                 for blob in payload.blobs:
@@ -268,16 +276,18 @@ class Keeper:
                 return
 
     def pull(self, blob: Blob) -> asyncio.Future[None]:
-        """Have a blob brought here from the worker that keeps it, or from the bucket.
+        """Bring a blob to the client, from the worker that keeps it or from the bucket.
 
-        The future fails with ``FileNotFoundError`` if it is lost.
+        Returns:
+            A future that is done when the blob is here. It fails with ``FileNotFoundError`` if the
+            blob is lost, and with ``PayloadError`` if it cannot be taken.
         """
         loop = self._engine.portal.loop
         pulling = self._pulls.get(blob.id)
         if pulling is not None and not pulling.done():
             return pulling
         pulling = loop.create_future()
-        # Whoever asked may have gone meanwhile.
+        # The caller may be gone when this fails: mark the exception as retrieved.
         pulling.add_done_callback(lambda done: None if done.cancelled() else done.exception())
         session = self._sessions.get(blob.origin or "")
         if blob.origin is not None and blob.stored and self.transfers is not None:
@@ -292,7 +302,7 @@ class Keeper:
                 self._open(blob)
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 pulling.set_exception(FileNotFoundError())
-            except OSError as exc:  # it is there: it is not to be made again
+            except OSError as exc:  # the blob exists: the task must not run again for this
                 pulling.set_exception(PayloadError(f"a kept result is there, and: {exc}"))
             except PayloadError as exc:
                 pulling.set_exception(exc)
@@ -308,17 +318,17 @@ class Keeper:
     def _look_later(self, pause: float, blob: Blob, session: Any, asked_at: float) -> None:
         loop = self._engine.portal.loop
         timer = loop.call_later(pause, self._look_after, blob, session, asked_at)
-        # Not to be kept by the timer once it is here.
+        # The timer refers to the blob, and must not keep it alive once it is here.
         self._pulls[blob.id].add_done_callback(lambda _: timer.cancel())
 
     def _look_after(self, blob: Blob, session: Any, asked_at: float) -> None:
-        """Give up a blob whose worker is there, and hands over nothing."""
+        """Treat a blob as lost if its worker is connected but makes no progress."""
         pulling = self._pulls.get(blob.id)
         if pulling is None or pulling.done():
             return
         loop = self._engine.portal.loop
         now = loop.time()
-        # What waits for its turn behind others comes in time.
+        # Progress with any blob counts, because this one may wait behind others.
         since = now if session.is_cut else max(asked_at, session.progress_at)
         if now < since + _PULL_TIMEOUT:
             self._look_later(since + _PULL_TIMEOUT - now, blob, session, asked_at)
@@ -327,7 +337,7 @@ class Keeper:
         self.failed(blob.id)
 
     async def _download(self, blob: Blob) -> None:
-        """Bring a blob from the bucket; if it is not to be had there, from its worker."""
+        """Bring a blob from the bucket or, if that fails, from its worker."""
         transfers = self.transfers
         assert transfers is not None
         if blob.id in self._downloading:
@@ -353,7 +363,7 @@ class Keeper:
             self._downloading.discard(blob.id)
 
     def _open(self, blob: Blob) -> None:
-        """Take a blob over from a worker on this machine."""
+        """Take over a blob from the file of a worker on this machine."""
         place, store = blob.place, self._store
         assert place is not None
         if place.mappable:
@@ -365,7 +375,7 @@ class Keeper:
     def _adopt(self, blob: Blob, other: Blob) -> None:
         keeping = self._sessions.get(blob.origin or "")
         if keeping is not None:
-            keeping.release([blob])  # it need not wait with its end for this one
+            keeping.release([blob])  # the worker may drop it, and need not stay alive for it
         self._store.adopt(blob, other)
         for session in self._sessions.values():
             session.told.moved(blob.id)
@@ -376,7 +386,13 @@ class Keeper:
         return number in self._pulls and blob is not None and blob.size == size
 
     def arrived(self, number: int, content: Blob, blob: Blob | None) -> None:
-        """A blob that was wanted has come."""
+        """Note that a blob which was asked for has arrived.
+
+        Args:
+            number: The blob's number.
+            content: A new blob that holds the content.
+            blob: The blob itself; ``None`` if it is not used any more.
+        """
         pulling = self._pulls.pop(number, None)
         if pulling is None:
             return
@@ -386,13 +402,13 @@ class Keeper:
             pulling.set_result(None)
 
     def failed(self, number: int, error: BaseException | None = None) -> None:
-        """A blob that was wanted did not come; without an error, because it is lost."""
+        """Note that a blob which was asked for did not arrive; without an error, it is lost."""
         pulling = self._pulls.pop(number, None)
         if pulling is not None and not pulling.done():
             pulling.set_exception(FileNotFoundError() if error is None else error)
 
     def worker_lost(self, worker: str, blobs: Iterable[Blob]) -> None:
-        """A worker is gone: what it alone had is lost."""
+        """Note that a worker is gone, and with it the blobs that only it had."""
         for blob in blobs:
             blob.workers.discard(worker)
             if blob.origin == worker and blob.stored:
@@ -404,7 +420,7 @@ class Keeper:
                 self.failed(blob.id)
 
     async def evacuate(self, session: Any) -> None:
-        """Have a worker that is to end hand over what it keeps, unless nobody can need it."""
+        """Bring the kept results of a worker that is about to end, unless none can be needed."""
         session.ending = True
         kept = session.told.kept_blobs()
         machine = self._engine.machine
@@ -419,13 +435,13 @@ class Keeper:
             for blob in kept:
                 if blob.origin is not None and blob.stored:
                     blob.origin = _NOWHERE
-        # It ends once it has been told so of each; until then all stays where others look for it.
+        # The worker ends after this message; until then other workers may still read its results.
         session.release(kept)
 
-    # Tasks that take what is lost.
+    # Tasks whose arguments are lost or far away.
 
     def is_at_hand(self, payload: Payload | Spliced, worker: str) -> bool:
-        """Say whether a task can be sent to a worker, or must wait for what it takes."""
+        """Say whether a worker can get all blobs of a payload, so that the task can be sent."""
         shared = self.one_machine
         for blob in _blobs_of(payload):
             near = blob.origin in (None, worker) or shared or blob.stored
@@ -434,7 +450,7 @@ class Keeper:
         return True
 
     def supply(self, task: Any, worker: str, lease: int) -> None:
-        """Have a task wait until what it takes is here."""
+        """Let a task wait until its arguments have been brought to the client."""
         payload = task.payload
         failure = Failure(FailureKind.INPUT_LOST, pb.Failure(lease=lease))
         self._engine.feed(events.FailuresReceived(worker, [(lease, failure)]))
@@ -456,11 +472,11 @@ class Keeper:
             self._engine.feed(events.InputsRestored([task]))
 
     async def _make_again(self, payload: Composed) -> None:
-        """Run the task once more whose result was lost.
+        """Run the task whose kept result was lost again.
 
         Raises:
-            RefLostError: If it is not to be.
-            _MadeAgainError: With whatever the task raises this time.
+            RefLostError: If the task must not run again, or the executor has shut down.
+            _MadeAgainError: If the task fails this time; it carries the task's exception.
         """
         remaking = self._remaking.get(payload)
         if remaking is None:
@@ -492,14 +508,14 @@ class Keeper:
         )
         future._task = task
 
-        def done(made: Any) -> None:  # not by its own name: it would refer to itself
+        def done(made: Any) -> None:  # takes the future as an argument, to avoid a reference cycle
             try:
                 self._engine.portal.post(self._made_again, payload, made)
             except RuntimeError:
                 pass  # the loop has closed
 
         future.add_done_callback(done)
-        self.note_inputs(task)  # what it takes may be lost too
+        self.note_inputs(task)  # its arguments may be lost, too
         self._engine.feed(events.TasksSubmitted([task]))
 
     def _made_again(self, payload: Composed, future: BatchFuture[Any]) -> None:
@@ -514,12 +530,12 @@ class Keeper:
         ref: Ref[Any] = future.result()
         new = ref._payload
         assert isinstance(new, Composed)
-        # Whoever has the old one, has the new one now.
+        # All handles that share this payload have the new result now.
         payload.head, payload.blobs, payload.numbers = new.head, new.blobs, new.numbers
         remaking.set_result(None)
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """Cancel all pending transfers and computations, as the executor ends."""
         for pulling in self._pulls.values():
             pulling.cancel()
         for remaking in self._remaking.values():
@@ -531,7 +547,7 @@ def _loaded(load: Callable[[], Any]) -> Any:
     """Unpickle a value for ``Ref.get``.
 
     Raises:
-        PayloadError: Whatever unpickling raises.
+        PayloadError: If unpickling raises; the exception is its cause.
         KeyboardInterrupt: If Ctrl-C is pressed meanwhile.
     """
     try:
@@ -545,8 +561,10 @@ def _loaded(load: Callable[[], Any]) -> Any:
 
 
 class _MadeAgainError(Exception):
-    """Carries what a task raised that was run again: it may be an exception that means something
-    to an event loop, such as SystemExit."""
+    """Wraps the exception of a task that was run again.
+
+    That may be an exception such as SystemExit, which must not reach the event loop.
+    """
 
     def __init__(self, error: BaseException) -> None:
         super().__init__()

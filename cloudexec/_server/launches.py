@@ -1,4 +1,8 @@
-"""Workers that are asked for: how long each step took, what they cost, why they do not come."""
+"""Asks the launcher for workers, and follows them until they connect.
+
+Here is also what is known of each launch: how long each step took, what the workers cost, and why a
+worker does not connect. The limit ``max_cost_usd`` is enforced here.
+"""
 
 from __future__ import annotations
 
@@ -29,25 +33,25 @@ __all__ = ["Launches"]
 
 _logger = Log()
 _BUDGET_CHECK = 1.0
-"""Seconds between looks at what the workers have cost, where that is limited."""
+"""Seconds between two checks of the cost against ``max_cost_usd``."""
 _MOST_TIMES = 50_000
-"""Launches of which something is kept; the oldest are forgotten."""
+"""Number of launches whose times are kept; the oldest are dropped."""
 _LINGER_TIMES = 8
-"""How often a launcher's wait for more launches is prolonged while they still come in."""
+"""How often the wait for further launches is prolonged while more of them are requested."""
 _EXPLAIN_AFTER = 20.0
-"""Seconds that work may wait for its first worker before we say why."""
+"""Seconds that tasks may wait for a worker before a warning says why."""
 
 
 class Launches:
-    """The launches of one executor. On the loop thread.
+    """The launches of one executor. Used on the loop thread only.
 
     Args:
-        engine: Is told what becomes of them.
-        sessions: Of the workers that have come.
-        futures: Of the tasks that fail for want of workers.
+        engine: The executor's engine, which is told of launches that fail.
+        sessions: The sessions of connected workers.
+        futures: The futures of the tasks that fail if no worker can be started.
         launcher: Starts the workers.
-        max_cost_usd: What they may cost; ``None``: there is no limit.
-        on_end: What the launcher is to tell of their ends.
+        max_cost_usd: Limit of the workers' cost in US dollars; ``None`` for no limit.
+        on_end: Called by the launcher with a launch and how its process ended.
     """
 
     def __init__(
@@ -60,13 +64,13 @@ class Launches:
         on_end: Callable[[str, LaunchEnd], None],
     ) -> None:
         self.running: set[str] = set()
-        """Those whose process has not ended."""
+        """Launches whose process is not known to have ended."""
         self.newcomers: dict[str, float] = {}
-        """Workers that have returned no result yet, and when they came."""
+        """Workers that have returned no result yet, and the time when they connected."""
         self.contact: Contact | None = None
-        """What workers must know to dial back, once the server listens."""
+        """What workers must know to connect; it is set once the server listens."""
         self.on_change: Callable[[], None] = _nothing
-        """Called when something was launched."""
+        """Called after workers were launched."""
         self._engine = engine
         self._sessions = sessions
         self._futures = futures
@@ -82,16 +86,17 @@ class Launches:
         self._last_reason = ""
 
     def ask(self, command: commands.LaunchWorker) -> None:
-        """Have a worker launched, soon."""
+        """Launch a worker after ``linger`` seconds, together with others that are asked for."""
         if not self._wanted:
-            # Not from within the machine's answer: a failure is an event of its own.
+            # Not at once: the core's commands are being carried out, and a launch that fails is a
+            # new event for the core.
             self._engine.portal.loop.call_later(self._launcher.linger, self._launch_soon, 0, 0)
         self._wanted.append(LaunchRequest(command.launch, command.slots, command.size))
         self._asked_at[command.launch] = time.monotonic()
         _bound(self._asked_at)
 
     def _launch_soon(self, seen: int, times: int) -> None:
-        """Launch what is wanted; where one request serves many, wait while more of it comes in."""
+        """Launch the requested workers, or wait once more while further requests come in."""
         count, linger = len(self._wanted), self._launcher.linger
         if linger and seen < count > 1 and times < _LINGER_TIMES:
             self._engine.portal.loop.call_later(linger, self._launch_soon, count, times + 1)
@@ -110,7 +115,7 @@ class Launches:
                 wanted = wanted[:affordable]
         assert contact is not None
         while wanted:
-            # Requests of one size whose numbers follow one another go together.
+            # Workers of one size with consecutive numbers are launched by one call.
             first = wanted[0]
             count = 1
             while count < len(wanted) and wanted[count] == LaunchRequest(
@@ -140,7 +145,7 @@ class Launches:
         self._check_budget(ceiling)
 
     def _check_budget(self, ceiling: float) -> None:
-        """Stop everything once the ceiling is reached, or nobody is left to do the work."""
+        """Fail all tasks if the limit is reached, or if no worker is left and none may start."""
         engine, machine = self._engine, self._engine.machine
         if engine.broken is not None or machine.finished:
             return
@@ -159,18 +164,18 @@ class Launches:
             )
 
     async def watch_cost(self, ceiling: float) -> None:
-        """Look now and then at what the workers have cost."""
+        """Check the cost every second until the executor closes."""
         while not self._engine.is_closing:
             await asyncio.sleep(_BUDGET_CHECK)
             self._check_budget(ceiling)
 
     async def watch_start(self) -> None:
-        """While work waits and no worker comes, say why: once for each reason."""
+        """Log why no worker connects while tasks wait, once for each reason."""
         engine, machine = self._engine, self._engine.machine
         while not engine.is_closing:
             await asyncio.sleep(1.0)
             launches = machine.launches
-            # A few stragglers among many are no reason to worry anybody.
+            # If most workers are connected, the few that are not need no warning.
             few = len(launches) * 10 < len(machine.workers)
             if not launches or not machine.waiting or few:
                 continue
@@ -192,7 +197,7 @@ class Launches:
                 )
 
     def in_words(self) -> str:
-        """Say how many workers were asked for and have not come: by size, if there are several."""
+        """Return, in words, how many launched workers have not connected, by size if needed."""
         launches = self._engine.machine.launches.values()
         by_size = Counter(launch.size for launch in launches)
         words = counted(len(launches), "worker")
@@ -203,11 +208,11 @@ class Launches:
         return f"{words} ({', '.join(each)})"
 
     def size_name(self, size: int) -> str:
-        """Say what a worker of a size has."""
+        """Return, in words, the CPUs, memory and GPUs of a worker of a size."""
         return self._launcher.size_name(size)
 
     def first_result(self, worker: str) -> None:
-        """A worker has brought results: note it, if they are its first."""
+        """Note the time of a worker's first result; further results change nothing."""
         came_at = self.newcomers.pop(worker, None)
         if came_at is None:
             return
@@ -219,7 +224,7 @@ class Launches:
             self._times[session.identity] = replace(times, first_task=since, total=total)
 
     def times(self) -> tuple[LaunchTimes, ...]:
-        """Say of each launch where its time went, in the order they were asked for."""
+        """Return the times of all launches, in the order in which they were asked for."""
         waiting = [
             self._launcher.times(launch) or LaunchTimes(launch=launch)
             for launch in self._engine.machine.launches
@@ -228,16 +233,16 @@ class Launches:
         return tuple(sorted((*self._times.values(), *waiting), key=lambda each: int(each.launch)))
 
     def why(self) -> str:
-        """Say why workers that were asked for do not come; empty: nothing is known.
+        """Return why launched workers do not connect; empty if the reason is not known.
 
-        A launcher knows nothing yet of those that it was asked for just now: then it is what it
-        knew of those before, as long as none has come.
+        A launcher knows no reason for a launch that has just begun. The answer is then the reason
+        of earlier launches, unless a worker has connected since.
         """
         self._last_reason = self._launcher.explain() or self._last_reason
         return self._last_reason
 
     def fail_tasks(self, command: commands.FailTasksUnlaunched) -> None:
-        """Fail tasks, as no worker could be started for them."""
+        """Fail tasks with LaunchError, because no worker could be started for them."""
         request_of = self._engine.machine.request_of
         sizes = sorted({request_of(task).size for task in command.tasks})
         what = self._launcher.describe()
@@ -252,9 +257,9 @@ class Launches:
             self._futures.set_exception(task, error)
 
     def withdraw(self, command: commands.TerminateLaunch) -> None:
-        """Have a worker that has not come ended."""
-        self.why()  # as long as the launcher knows of it
-        # Those of one answer together: a launcher may end them all with one request.
+        """Terminate a launched worker that has not connected."""
+        self.why()  # remember the reason while the launcher still knows this launch
+        # Collected until the loop's next round: a launcher may end many workers by one request.
         if not self._unwanted:
             self._engine.portal.loop.call_soon(self.terminate_now)
         self._unwanted.append(command.launch)
@@ -262,16 +267,22 @@ class Launches:
         _bound(self._given_up)
 
     def has_given_up(self, launch: str) -> bool:
-        """Whether a worker was launched and, before it came, not wanted any more."""
+        """Say whether a launched worker was withdrawn before it connected."""
         return launch in self._given_up
 
     def terminate_now(self) -> None:
-        """End those that are not wanted any more."""
+        """Terminate the launches that were withdrawn."""
         unwanted, self._unwanted = self._unwanted, []
         self._launcher.terminate(unwanted)
 
     def arrived(self, session: Any, arrival: Arrival, dial_in: float) -> None:
-        """A worker has dialed back, and was let in after that many seconds."""
+        """Note that a worker has connected, and how long each step took.
+
+        Args:
+            session: The worker's session.
+            arrival: What the worker says of its own start.
+            dial_in: Seconds that its enrolment took.
+        """
         self._last_reason = ""
         launch, now = session.identity, time.monotonic()
         total = now - self._asked_at.pop(launch, now)
@@ -291,7 +302,7 @@ class Launches:
         _bound(self._times)
 
     def job_of(self, worker: str) -> str:
-        """Return what the platform of a worker calls it, or an empty string."""
+        """Return the platform's id of a worker, such as a job id, or an empty string."""
         times = self._times.get(worker.removeprefix("worker-"))
         return "" if times is None else times.job_id
 
@@ -301,6 +312,6 @@ def _nothing() -> None:
 
 
 def _bound(launches: dict[str, Any]) -> None:
-    """Forget the oldest, if there are too many: workers that are replaced add up."""
+    """Drop the oldest entry if there are too many: an executor may replace workers for weeks."""
     if len(launches) > _MOST_TIMES:
         del launches[next(iter(launches))]

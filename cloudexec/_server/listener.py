@@ -1,4 +1,7 @@
-"""Where workers reach this process: a private socket on this machine, or gRPC on the network."""
+"""Opens the server that workers connect to: a private Unix socket, or gRPC on the network.
+
+If the network's server cannot be reached from the workers, it is registered with a relay.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,16 @@ __all__ = ["Listener"]
 
 _logger = Log()
 _STOP_TIMEOUT = 5.0
-"""Seconds in which the server must have let go of all connections."""
+"""Seconds that the server may take to close its connections."""
 _REGISTER_TIMEOUT = 60.0
-"""Seconds in which a relay must have been reached."""
+"""Seconds within which the server must be registered with the relay."""
 
 
 class Listener:
     """The server of one executor.
 
     Args:
-        service: What is served.
+        service: The executor, as its workers' calls see it.
     """
 
     def __init__(self, service: Service) -> None:
@@ -50,14 +53,14 @@ class Listener:
         self._at_relay = False
 
     def prepare(self, listen: str, gathers: BlobStore | None) -> bool:
-        """Have a private directory, and a socket in it, where all workers are on this machine.
+        """Open the direct channel in a private directory, if all workers are on this machine.
 
         Args:
-            listen: What is to be listened on; empty: nothing in particular.
-            gathers: Where results are left as they come; see ``DirectChannel``.
+            listen: The network address to listen on; empty if all workers are on this machine.
+            gathers: Store for results that stay pickled; see ``DirectChannel``.
 
         Returns:
-            Whether there is one.
+            Whether the direct channel is open.
         """
         if listen or not hasattr(os, "fork"):
             return False
@@ -77,18 +80,18 @@ class Listener:
     async def start(
         self, network: Network, *, is_plain: bool, certificate: Certificate | None
     ) -> Contact:
-        """Listen; ``prepare`` was called.
+        """Listen; ``prepare`` must have been called before.
 
         Args:
-            network: Where.
-            is_plain: Whether all workers are processes that this one starts, and need no gRPC.
-            certificate: To be used on the network; ``None``: one is made.
+            network: The addresses to listen on and to advertise, and the relay.
+            is_plain: Whether all workers are started by this process, so that they need no gRPC.
+            certificate: The certificate for the network; ``None`` to make one.
 
         Returns:
-            What workers must know to dial back.
+            What workers must know to connect.
 
         Raises:
-            LaunchError: If it cannot listen where it was told to.
+            LaunchError: If the server cannot listen at the address, or cannot reach the relay.
         """
         engine = self._service.engine
         if self._directory is not None and is_plain:
@@ -121,14 +124,14 @@ class Listener:
         return Contact(target, engine.executor_id, engine.key, sha256, relay)
 
     async def _register(self, network: Network) -> str:
-        """Have a relay send workers here.
+        """Register the server with a relay, which passes workers' connections on to it.
 
         Returns:
-            What workers call this server.
+            The target that workers dial.
 
         Raises:
-            LaunchError: If the relay cannot be reached, or refuses us.
-            ConfigError: If it is none.
+            LaunchError: If the relay cannot be reached, or refuses the registration.
+            ConfigError: If the relay's address is wrong.
         """
         from cloudexec._relay.process import open_tunnel
 
@@ -154,12 +157,12 @@ class Listener:
     def _on_relay(self, state: str, why: str) -> None:
         if state == "registered":
             _logger.debug("registered with the relay")
-        elif self._at_relay:  # said once, however often it is dialed
+        elif self._at_relay:  # warn only when the connection is lost, not for each failed try
             _logger.warning("the connection to the relay is lost, and dialed again: %s", why)
         self._at_relay = state == "registered"
 
     def close_direct(self) -> None:
-        """Close the socket of the private directory."""
+        """Close the direct channel."""
         if self._direct is not None:
             self._direct.close()
 
@@ -175,7 +178,7 @@ class Listener:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def join(self) -> None:
-        """Wait for what serves the private socket, and the relay, after ``stop``."""
+        """Wait for the threads of the direct channel and of the relay's tunnel, after ``stop``."""
         if self._direct is not None:
             self._direct.join()
         if self._tunnel is not None:
@@ -200,10 +203,10 @@ def _answers_itself(target: str, address: str) -> bool:
 
 @contextlib.contextmanager
 def _quiet_grpc() -> Iterator[None]:
-    """Let gRPC read its settings as it starts: no handlers around ``os.fork()``, no log on stderr.
+    """Set, while gRPC starts, that it adds no handlers to ``os.fork()`` and logs nothing to stderr.
 
-    Those handlers start gRPC's own threads anew in a forked child, where they serve this process's
-    connections and crash.
+    Its fork handlers would start gRPC's threads anew in a forked child. These threads serve the
+    parent's connections there, and crash.
     """
     ours = {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "NONE"}
     added = {name: value for name, value in ours.items() if name not in os.environ}
@@ -212,7 +215,7 @@ def _quiet_grpc() -> Iterator[None]:
         from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
         if reset := getattr(cygrpc, "reset_grpc_config_vars", None):
-            reset()  # the program may have imported gRPC before, which has it read them
+            reset()  # makes gRPC read its settings again, if the program has imported it before
         yield
     finally:
         for name in added:
@@ -222,7 +225,7 @@ def _quiet_grpc() -> Iterator[None]:
 def _private_directory() -> str:
     """Make a directory that only this user can enter, with a path short enough for a socket."""
     path = tempfile.mkdtemp(prefix="cloudexec-")
-    if len(path) > 100:  # a socket's address has 108 bytes at most
+    if len(path) > 100:  # a Unix socket's path has at most 108 bytes
         shutil.rmtree(path)
         path = tempfile.mkdtemp(prefix="cloudexec-", dir="/tmp")
     return path

@@ -1,4 +1,4 @@
-"""When things happened to tasks: by number for all of them, one by one for the unusual."""
+"""Remembers when tasks were submitted and sent, and the unusual events of single tasks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cloudexec._story import StoryEvent
 __all__ = ["MOST_NOTES", "Marks", "Notes"]
 
 _MOST_MARKS = 1 << 15
-"""Times of batches that are kept; beyond, every other one is forgotten, and so on."""
+"""Number of marks that are kept. When it is reached, every other mark is dropped."""
 MOST_NOTES = 64
-"""Unusual events that are kept of one task: the first ones, and the last."""
+"""Number of unusual events that are kept for one task: half of them the first, half the last."""
 
 
 class Marks:
-    """When numbers that count up were given out, batch by batch, in bounded memory.
+    """The times at which consecutive numbers were given out, in bounded memory.
 
-    One thread adds; others may look.
+    A mark stands for a batch of numbers. One thread adds marks; other threads may read them.
     """
 
     def __init__(self) -> None:
@@ -36,18 +36,18 @@ class Marks:
             return
         self._batches += 1
         if self._batches % self._stride:
-            # The later of two neighbours stands for both: nothing is said to have been too early.
+            # The later time stands for both batches, so that no number seems to be given too early.
             times[-1], walls[-1], numbers[-1] = moment[0], moment[1], last
             return
         times.append(moment[0])
         walls.append(moment[1])
-        numbers.append(last)  # last: whoever looks meanwhile goes by this one
+        numbers.append(last)  # appended last, because readers go by this column
         if len(numbers) >= _MOST_MARKS:
             self._columns = numbers[1::2], times[1::2], walls[1::2]
             self._stride *= 2
 
     def find(self, number: int) -> tuple[float, float] | None:
-        """Say when a number was given out, on both clocks; ``None``: it was not yet."""
+        """Return when a number was given out, on both clocks; ``None`` if it was not yet."""
         numbers, times, walls = self._columns
         at = bisect.bisect_left(numbers, number)
         return (times[at], walls[at]) if at < len(numbers) else None
@@ -57,9 +57,9 @@ class Notes:
     """The unusual events of one task, in order.
 
     Attributes:
-        name: What people call the task.
-        entries: When, and what; events that many tasks share are one object.
-        left_out: Events in the middle that were forgotten.
+        name: The task's name.
+        entries: Both clocks' times and the event; tasks may share one event object.
+        left_out: Number of events in the middle that were dropped.
     """
 
     __slots__ = ("entries", "left_out", "name")

@@ -1,4 +1,4 @@
-"""The gRPC server, for workers that this process has not started on its own machine."""
+"""The gRPC server for workers on other machines, or that this process has not started itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["start_server"]
 
 
 class _Methods(grpc.GenericRpcHandler):
-    """Finds the handler of a call, before anything of its request is read."""
+    """Finds the handler of a call, and refuses strangers before their request is read."""
 
     def __init__(self, service: Service, handlers: grpc.GenericRpcHandler) -> None:
         self._service = service
@@ -37,7 +37,7 @@ class _Methods(grpc.GenericRpcHandler):
             return None
         if details.method.endswith("/Session"):
             return handler
-        # Of a call without the token of a session not even its first message is taken.
+        # Without the token of a session, not even the call's first message is read.
         token = dict(details.invocation_metadata or ()).get(TOKEN_KEY)
         known = isinstance(token, bytes) and self._service.session_of(token) is not None
         return handler if known else self._stranger
@@ -54,7 +54,7 @@ def _handlers(service: Service) -> grpc.GenericRpcHandler:
         {
             "Session": grpc.stream_stream_rpc_method_handler(
                 servicer.session,
-                # Parsed here: how much may be said depends on who says it.
+                # Requests are parsed by the handler, as the allowed size depends on the peer.
                 response_serializer=pb.ServerMessage.SerializeToString,
             ),
             "Fetch": grpc.unary_stream_rpc_method_handler(
@@ -83,27 +83,27 @@ def _handlers(service: Service) -> grpc.GenericRpcHandler:
 
 
 def _server_options(workers: int) -> dict[str, int]:
-    """Return what a server does not put up with; honest workers notice nothing of it.
+    """Return gRPC options that limit what hostile peers can do; honest workers stay below them.
 
     Args:
-        workers: Most that may be connected at once.
+        workers: The largest number of workers that may be connected at once.
     """
     return {
         "grpc.so_reuseport": 0,
         "grpc.max_allowed_incoming_connections": most_connections(workers),
         "grpc.server_handshake_timeout_ms": 10_000,
         "grpc.http2.settings_timeout": 10_000,
-        # Of connections without a call: a worker has its session open all the time.
+        # Closes connections without a call; a worker's session is a call that stays open.
         "grpc.max_connection_idle_ms": 30_000,
-        # What a stream may send unread, beside the rest of the message that is being read: 64 KiB
-        # and no more. Windows that grow with what is sent (BDP probing: to 16 MiB each) would let
-        # strangers have us hold gigabytes.
+        # A stream may send at most 64 KiB that is not read yet, beside the rest of the message that
+        # is being read. With windows that grow (BDP probing: to 16 MiB each), strangers could make
+        # this process hold gigabytes.
         "grpc.http2.lookahead_bytes": 64 * 1024,
         "grpc.http2.bdp_probe": 0,
         "grpc.max_concurrent_streams": 1024,
         "grpc.max_metadata_size": 8 * 1024,
         "grpc.absolute_max_metadata_size": 16 * 1024,
-        # A worker's keepalive comes every 10 s; those count that come less than 5 s apart.
+        # A worker sends a keepalive ping every 10 s. Pings less than 5 s apart count as strikes.
         "grpc.http2.min_ping_interval_without_data_ms": 5_000,
         "grpc.http2.max_ping_strikes": 100,
     }
@@ -112,19 +112,19 @@ def _server_options(workers: int) -> dict[str, int]:
 async def start_server(
     service: Service, listen: str, advertise: str, certificate: Certificate | None
 ) -> tuple[grpc.aio.Server, str, str]:
-    """Start to listen.
+    """Start the gRPC server.
 
     Args:
-        service: Whose server it is.
-        listen: ``unix:/path``, or ``host:port`` (port 0: any free one), which is TLS.
-        advertise: Host, or ``host:port``, that workers dial; empty: what is listened on.
-        certificate: What workers know it by; ``None`` for a Unix socket.
+        service: The executor, as its workers' calls see it.
+        listen: ``unix:/path``, or ``host:port`` with TLS. Port 0 means any free port.
+        advertise: Host, or ``host:port``, that workers dial; empty for the address of ``listen``.
+        certificate: The server's certificate for TLS; ``None`` for a Unix socket.
 
     Returns:
-        The server, the target that workers dial, and what is listened on.
+        The server, the target that workers dial, and the address that the server listens on.
 
     Raises:
-        LaunchError: If it cannot listen there.
+        LaunchError: If the server cannot listen at the address.
     """
     scaling = service.machine.config.scaling
     workers = -(-scaling.max_slots // scaling.slots_per_worker)
@@ -151,7 +151,7 @@ async def start_server(
 
 
 def _cannot_listen(listen: str, error: RuntimeError) -> str:
-    """Say why an address cannot be listened on, which gRPC's own words do not."""
+    """Return a message that says why an address cannot be listened on; gRPC's error does not."""
     if listen.startswith("unix:"):
         return f"cannot listen on the socket {listen.removeprefix('unix:')}: {error}"
     host, _, port = listen.rpartition(":")

@@ -1,4 +1,7 @@
-"""What becomes of a task: its result or its exception, in words that say what happened."""
+"""Turns what a worker reports of a task into the future's result or exception.
+
+The messages of exceptions for tasks that were lost, killed or timed out are worded here.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from cloudexec._story import signal_name
 __all__ = ["LOSSES", "counted", "decode_exception", "decode_result", "error_of", "name_of"]
 
 LOSSES = (FailureKind.SLOT_LOST, FailureKind.WORKER_LOST)
-"""Failures that are lost attempts."""
+"""Kinds of failures that count as lost attempts."""
 
 
 def decode_result(future: BatchFuture[Any]) -> None:
@@ -97,7 +100,7 @@ def error_of(worker: str, task: Task, failure: Failure, more_memory: str = "") -
     code = detail.exit_code
     peak = detail.peak_memory_bytes
     how = f"was killed by {signal_name(-code)}" if code < 0 else f"exited with code {code}"
-    if detail.message:  # the worker itself ended it, and why
+    if detail.message:  # the worker itself ended the process, and says why
         how += f" ({detail.message[:200]})"
     if detail.out_of_memory:
         how += ", because the machine or container ran out of memory"
@@ -143,7 +146,7 @@ def _outgrew(worker: str, task: Task, detail: Any) -> WorkerLostError:
 
 
 def name_of(task: Task) -> str:
-    """Return what people call a task: its name, or that of its stage in a graph."""
+    """Return a task's name, or the name of its stage in a graph; empty if it has neither."""
     name = "" if task.requirements is None else task.requirements.options.name
     return name or (task.handle._label if task.handle is not None else "")
 

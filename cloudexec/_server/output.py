@@ -1,4 +1,4 @@
-"""What tasks print, shown in the client as it comes."""
+"""Shows in the client what tasks print, as soon as it arrives."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Taken = Callable[[int], None]
 
 
 class OutputThread:
-    """Writes to the client's streams in a thread of its own: a terminal may be slow, or stopped.
+    """Writes to the client's streams in a thread of its own, because a terminal may block.
 
     Args:
-        mode: ``"inherit"`` writes to ``sys.stdout`` and ``sys.stderr``, line by line with a prefix
-            where that is a terminal; ``"logging"`` logs each line to ``cloudexec.output``.
+        mode: ``"inherit"`` writes to ``sys.stdout`` and ``sys.stderr``; if that is a terminal, line
+            by line with a prefix. ``"logging"`` logs each line to the logger ``cloudexec.output``.
     """
 
     def __init__(self, mode: str) -> None:
@@ -39,7 +39,7 @@ class OutputThread:
         self._names: dict[int, str] = {}
         self._decoders: dict[tuple[str, int, int], codecs.IncrementalDecoder] = {}
         self._logger = Log("cloudexec.output")
-        # Started now: at the end of the interpreter, when there may be use for it, none can be.
+        # Started now, because no thread can be started while the interpreter ends.
         self._thread = OwnThread(self._run, "cloudexec-output")
         self._thread.start()
 
@@ -50,7 +50,7 @@ class OutputThread:
         self._queue.put((worker, number, stream, data, taken, name))
 
     def after(self, call: Callable[[], object]) -> None:
-        """Call this, in the thread, once all that was put has been shown."""
+        """Call a function in the thread, once all output that was put before has been shown."""
         self._queue.put(call)
 
     def _run(self) -> None:
@@ -67,7 +67,7 @@ class OutputThread:
                 self._show(worker, number, stream, data)
                 end_if_forked()
             except BaseException as exc:
-                # The client closed its own stream, or put something of its own there.
+                # The program has closed its stream, or replaced it by an object that raises.
                 end_if_forked(exc)
             taken(len(data))
         for (worker, number, stream), rest in self._partial.items():
@@ -83,7 +83,7 @@ class OutputThread:
         target = sys.stdout if stream == 1 else sys.stderr
         key = (worker, number, stream)
         if self._mode == "inherit" and not _is_terminal(target):
-            # A character may be cut in two by the pieces it comes in.
+            # A character's bytes may be split between two pieces.
             decoder = self._decoders.pop(key, None) or codecs.getincrementaldecoder("utf-8")(
                 "replace"
             )
@@ -95,13 +95,13 @@ class OutputThread:
         lines, newline, rest = data.rpartition(b"\n")
         if rest:
             if len(self._partial) > _MOST_PARTIAL:
-                self._partial.clear()  # ends of lines that never came
+                self._partial.clear()  # beginnings of lines that were never finished
             self._partial[key] = rest
         if newline:
             self._write_lines(worker, number, stream, lines)
 
     def _log(self, worker: str, number: int, data: bytes) -> None:
-        """Hand a task's record to the handlers that it would have reached here."""
+        """Pass a task's log record to the logger of the same name in this process."""
         record = logging.makeLogRecord(json.loads(data))
         where = {"worker": worker, "task": number, "task_name": self._names.get(number, "")}
         for key, value in where.items():
@@ -125,7 +125,7 @@ class OutputThread:
 
     def _write(self, target: TextIO | None, text: str) -> None:
         if target is None:
-            return  # a program without a console
+            return  # the program has no console
         try:
             target.write(text)
         except UnicodeEncodeError:
@@ -134,11 +134,11 @@ class OutputThread:
         target.flush()
 
     def stop(self) -> None:
-        """End the thread once all that was put has been shown."""
+        """End the thread after all output that was put has been shown."""
         self._queue.put(None)
 
     def join(self) -> None:
-        """Wait for the end."""
+        """Wait until the thread has ended."""
         self._thread.join()
 
 

@@ -1,4 +1,7 @@
-"""The server for workers that this process has started here: the same methods, without gRPC."""
+"""The server for workers that this process has started on this machine: no gRPC is needed.
+
+It serves the same methods over a Unix socket, with the frames of ``_plain``.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +32,11 @@ from cloudexec._wire.channel import TOKEN_KEY, pack_chunk, unpack_chunk
 __all__ = ["start_plain_server"]
 
 _FIRST_WORD = 10.0
-"""Seconds in which a connection must have said which method it is for."""
+"""Seconds within which a connection must name the method that it calls."""
 
 
 class _Context:
-    """One call, as its handler sees it: what it uses of ``grpc.aio.ServicerContext``."""
+    """One call, as its handler sees it, with the used part of ``grpc.aio.ServicerContext``."""
 
     is_plain = True
 
@@ -67,13 +70,13 @@ class _Context:
         raise CallError(status, why)
 
     async def messages(self) -> AsyncIterator[Any]:
-        """Yield what is read until the end."""
+        """Yield messages until the peer has sent its last one."""
         while (message := await self.read()) is not END:
             yield message
 
 
 class PlainServer:
-    """Takes connections, and has each served by a handler."""
+    """Accepts connections, each for one call, and serves each in a task of its own."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -82,7 +85,7 @@ class PlainServer:
         self._serving: dict[asyncio.Task[None], Frames] = {}
 
     async def start(self, path: str) -> None:
-        """Begin to listen on a socket."""
+        """Start listening on a Unix socket."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(lambda: Frames(self._made), path, backlog=4096)
         os.chmod(path, 0o600)
@@ -140,7 +143,7 @@ class PlainServer:
             raise CallError("UNIMPLEMENTED", "no such method")
 
     async def stop(self, grace: float | None = None) -> None:
-        """Take no more connections, and end those that there are."""
+        """Accept no more connections, and close the open ones."""
         if self._server is not None:
             self._server.close()
         serving = dict(self._serving)
@@ -152,10 +155,10 @@ class PlainServer:
 
 
 async def start_plain_server(service: Service, path: str) -> PlainServer:
-    """Start to listen on a Unix socket.
+    """Start a server on a Unix socket.
 
     Raises:
-        LaunchError: If that is not possible.
+        LaunchError: If it cannot listen there.
     """
     from cloudexec._errors import LaunchError
 

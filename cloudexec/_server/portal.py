@@ -1,4 +1,4 @@
-"""The event loop in its thread, shared by all executors of the process; the only crossing to it."""
+"""Runs the event loop of all executors of this process in a thread, and passes calls to it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _logger = Log()
 
 
 class Portal:
-    """A daemon thread that runs an event loop as long as somebody needs it."""
+    """A daemon thread that runs an event loop as long as an executor uses it."""
 
     _current: Portal | None = None
     _ending: OwnThread | None = None
@@ -39,7 +39,7 @@ class Portal:
 
     @classmethod
     def acquire(cls) -> Portal:
-        """Return the process's portal, started if need be; pair with ``release``."""
+        """Return the process's portal, and start it if needed; ``release`` must follow."""
         with cls._lock:
             portal = cls._current
             if portal is None or not portal.thread.is_alive():
@@ -48,7 +48,7 @@ class Portal:
             return portal
 
     def release(self) -> None:
-        """Give the portal back; the last one out stops the loop."""
+        """Give the portal back; the last ``release`` stops the loop."""
         with Portal._lock:
             self._users -= 1
             if self._users:
@@ -60,7 +60,7 @@ class Portal:
 
     @classmethod
     def wait_for_end(cls, timeout: float) -> None:
-        """Wait until the thread of a portal that nobody needs any more has ended."""
+        """Wait until the thread of a portal that is not used any more has ended."""
         thread, cls._ending = cls._ending, None
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
@@ -70,7 +70,7 @@ class Portal:
         self.loop.stop()
 
     def outlast_main_thread(self) -> None:
-        """Let what the loop does in threads go on after the main thread has ended.
+        """Let the loop's default executor work on after the main thread has ended.
 
         Called on the loop thread.
         """
@@ -86,19 +86,19 @@ class Portal:
                 try:
                     self.loop.run_forever()
                 except BaseException:
-                    # asyncio lets SystemExit and KeyboardInterrupt pass. Here these end nothing:
-                    # every executor of the process depends on this thread.
+                    # asyncio lets SystemExit and KeyboardInterrupt through. They must not end this
+                    # thread, as every executor of the process depends on it.
                     _logger.exception("internal error in the thread that serves the network")
             with self._closing:
                 self._closed = True
-            # Whatever gRPC has left to do on this loop is done before it closes.
+            # gRPC may have work left on this loop, which must be done before the loop closes.
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             pending = asyncio.all_tasks(self.loop)
             for task in pending:
                 task.cancel()
             if pending:
                 self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
-            # Who waits for what has ended by itself just now is told in the next round.
+            # One more round, in which waiting callers learn of tasks that have just ended.
             self.loop.run_until_complete(asyncio.sleep(0))
         finally:
             asyncio.set_event_loop(None)
@@ -107,17 +107,17 @@ class Portal:
             self.loop.close()
 
     def post(self, fn: Callable[..., object], *args: object) -> None:
-        """Have the loop thread call ``fn``; any thread may ask."""
+        """Have the loop thread call ``fn``; any thread may call this."""
         self.loop.call_soon_threadsafe(fn, *args)
 
     def run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Have the loop run a coroutine; any thread but the loop's may wait for it.
+        """Run a coroutine on the loop; any thread but the loop's may wait for the future.
 
         Raises:
             RuntimeError: If the loop has ended.
         """
         with self._closing:
-            # What comes in before the loop closes is run, or cancelled, by then.
+            # A coroutine that is handed in before the loop closes is run or cancelled before that.
             if not self._closed:
                 return asyncio.run_coroutine_threadsafe(work, self.loop)
         work.close()
@@ -130,8 +130,8 @@ class Portal:
 
     @classmethod
     def _forget_after_fork(cls) -> None:
-        # The thread stayed in the parent. What hangs on it is kept, not torn down: gRPC's
-        # destructors would wait in this process for threads that are not here.
+        # The thread exists only in the parent. The portal is kept alive in the child, because
+        # gRPC's destructors would wait for threads that the child does not have.
         if cls._current is not None:
             _kept.append(cls._current)
         cls._current = cls._ending = None

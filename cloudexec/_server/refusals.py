@@ -1,4 +1,4 @@
-"""Peers that were turned away: counted, and mentioned now and then."""
+"""Counts peers that were refused, and logs them at intervals."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["Refusals"]
 
 _logger = Log()
 _PAUSE = 30.0
-"""Seconds in which peers that are turned away for the same reason are mentioned once."""
+"""Seconds in which refusals of one kind are logged once."""
 
 
 class Refusals:
-    """What was refused, by kind.
+    """The refusals of one executor, by kind.
 
     Args:
-        engine: Whose workers dial.
+        engine: The executor's engine.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -30,23 +30,20 @@ class Refusals:
         self._mentioned_at: dict[str, float] = {}
 
     def add(self, kind: str, what: str) -> None:
-        """A peer, or what it sent, was turned away.
-
-        Counted, and logged at the first of each kind and now and then of those that follow, however
-        many they are.
+        """Count a refused peer or message, and log it unless that kind was logged just before.
 
         Args:
-            kind: Of what it did; one of a few.
-            what: What happened, with nothing in it that a peer may choose at will.
+            kind: The kind of refusal; one of a few constants.
+            what: What happened. It must not contain text that the peer has chosen.
         """
         engine = self._engine
         if engine.is_closing or engine.machine.finished:
-            return  # it came too late, that is all
+            return  # the peer only came too late
         self.counts[kind] += 1
         now = time.monotonic()
         if now - self._mentioned_at.get(kind, -math.inf) > _PAUSE:
             self._mentioned_at[kind] = now
-            # A worker that was given up, and does not know it yet, is nothing to warn of.
+            # A worker that was given up and does not know it yet is no reason for a warning.
             late = kind == "no session" and bool(engine.machine.counts["workers_connected"])
             _logger.log(
                 logging.DEBUG if late else logging.WARNING,

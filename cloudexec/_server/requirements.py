@@ -1,4 +1,4 @@
-"""What a worker must know of a task beyond its function and its arguments."""
+"""The terms of a task on its worker: environment variables, limit of memory, and GPUs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def requirements_of(machine: Machine, worker: str, task: Task) -> tuple[dict[str
     """Say what a worker must know of a task that has requirements.
 
     Returns:
-        Variables, bytes of memory that it may take (0: no limit), and whether its process is to
-        end with it.
+        The environment variables, the bytes of memory that the task may take (0 for no limit), and
+        whether the slot's process must end after the task.
     """
     requirements, known = task.requirements, machine.workers.get(worker)
     assert requirements is not None
@@ -23,13 +23,13 @@ def requirements_of(machine: Machine, worker: str, task: Task) -> tuple[dict[str
     gpus = () if known is None else known.allocation.heavy.get(task.lease, ())
     if gpus:
         env.setdefault("CUDA_VISIBLE_DEVICES", ",".join(gpus))
-    # A task on a larger worker than it asked for may have all that this worker has.
+    # A task that runs on a larger worker than it asked for has no limit but the worker's memory.
     memory = options.memory_bytes or 0
     return env, memory if not task.size else 0, bool(gpus)
 
 
 def shares_gpus(machine: Machine, task: Task) -> bool:
-    """Say whether a task that was sent has some of its worker's GPUs, and others the rest."""
+    """Say whether a task uses GPUs of a worker that has several, and others may use the rest."""
     known = machine.workers.get(task.worker or "")
     if known is None or known.allocation.capacity.gpus < 2:
         return False
@@ -37,7 +37,7 @@ def shares_gpus(machine: Machine, task: Task) -> bool:
 
 
 def name_at(machine: Machine, worker: str, lease: int) -> str:
-    """Return what people call the task of a lease, or an empty string."""
+    """Return the name of the task of a lease, or an empty string."""
     known = machine.workers.get(worker)
     task = None if known is None else known.leases.get(lease)
     return "" if task is None else name_of(task)

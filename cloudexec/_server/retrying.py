@@ -1,6 +1,7 @@
-"""Whether what a task raised is worth another attempt: ``retry_on`` looks at the exception.
+"""Asks ``retry_on`` whether a task that raised an exception is tried again.
 
-That unpickles it, and may call a function of the user's: not on the thread that serves the network.
+This unpickles the exception, and may call a function of the user's. So it happens in a thread of
+its own, not on the loop thread.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _logger = Log()
 
 
 class RetryPredicate:
-    """Has ``retry_on`` look at exceptions, one at a time, in a thread that the first one starts.
+    """Applies ``retry_on`` to exceptions, one after the other, in a thread of its own.
 
     Args:
-        engine: Is told of each verdict.
-        story: Notes it.
+        engine: Is told of each decision.
+        story: Notes each decision.
     """
 
     def __init__(self, engine: Engine, story: Story) -> None:
@@ -40,8 +41,10 @@ class RetryPredicate:
         self._thread: threading.Thread | None = None
 
     def prepare(self) -> None:
-        """Have the thread; any thread may ask. When it is needed it may be too late: at the
-        interpreter's end none can be started."""
+        """Start the thread, if it does not run yet. Any thread may call this.
+
+        It is started early, because no thread can be started while the interpreter ends.
+        """
         if self._thread is None:
             with self._starting:
                 if self._thread is None:
@@ -50,7 +53,7 @@ class RetryPredicate:
                     self._thread = thread
 
     def judge(self, command: commands.JudgeFailure) -> None:
-        """Have the exception of a task looked at."""
+        """Put a task's exception into the thread's queue."""
         worker, failure = command.worker, command.failure
         task: Any = command.task
         raised = ""
@@ -101,6 +104,6 @@ def _is_worth_it(retry_on: Any, error: Callable[[], BaseException]) -> bool:
         return verdict
     except BaseException as why:
         end_if_forked(why)
-        # Whatever it is, it must not end this thread: others wait for it.
+        # No exception may end this thread, as other tasks wait for it.
         _logger.log_exception("retry_on failed: the task is not run again", exc=why)
         return False

@@ -1,4 +1,4 @@
-"""What the methods that workers call need of one executor: they get this, and never the driver."""
+"""The part of an executor that the workers' calls may use; they never see the driver."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _logger = Log()
 
 
 class Hold:
-    """Keeps a task from being sent.
+    """Keeps a task from being sent while ``cancel()`` decides about it.
 
     Attributes:
-        was_kept: Whether it was not sent for this.
+        was_kept: Whether the task would have been sent and was kept back.
     """
 
     __slots__ = ("was_kept",)
@@ -45,19 +45,19 @@ class Hold:
 
 
 class Service:
-    """One executor, as its workers' calls see it. On the loop thread.
+    """One executor, as its workers' calls see it. Used on the loop thread only.
 
     Args:
-        engine: Is told what workers say.
-        setup: What each of them is told.
-        store: Of blobs.
-        sessions: Of those that are enrolled.
-        workers: Is told when a worker comes or goes.
-        launches: Knows which workers were asked for.
-        keeper: Knows which results workers keep.
-        futures: Has the futures of all tasks.
-        refusals: Counts peers that are turned away.
-        output: Shows what tasks print; ``None``: that is not shown.
+        engine: The engine, which is fed with what workers report.
+        setup: The settings that each worker receives.
+        store: The client's blobs.
+        sessions: The sessions of enrolled workers.
+        workers: Is told when a worker connects or is lost.
+        launches: Knows which workers were launched.
+        keeper: Looks after results that stay on workers.
+        futures: The futures of all tasks.
+        refusals: Counts peers that are refused.
+        output: Shows what tasks print; ``None`` if that is not shown.
     """
 
     def __init__(
@@ -89,28 +89,28 @@ class Service:
         self.refused = refusals.add
         self.output = output
         self.takeover: Takeover | None = None
-        """Where workers outlive this process, and another one may stand in its place."""
+        """Takes over workers of an earlier process; ``None`` if workers do not survive theirs."""
         self.transfers: BucketTransfers | None = None
         """What goes through the bucket, where there is one."""
         self.answers_itself = False
         """Whether workers dial an address of this machine, at the port that is listened on: nobody
         in between answers in its place."""
         self.direct_path = ""
-        """Socket on which workers of this machine fetch and deliver; empty: there is none."""
+        """Path of the direct channel's socket; empty if workers are on other machines."""
         self.holds: dict[BatchFuture[Any], Hold] = {}
-        """Of futures that are being cancelled: their tasks are not to be sent."""
+        """Futures that are being cancelled, whose tasks must not be sent."""
         self.blob_ranges = itertools.count(1)
-        """Of the numbers that workers give to their own blobs."""
+        """Counts the ranges of numbers that workers give to their own blobs."""
         self.bytes_sent = 0
         self.bytes_received = 0
 
     @property
     def compresses(self) -> bool:
-        """Whether what goes to and from workers may be compressed."""
+        """Whether blobs to and from workers may be compressed."""
         return self.setup.objects.compression and not self.direct_path
 
     def session_of(self, token: bytes) -> Any:
-        """Find the session that a token belongs to, or ``None``."""
+        """Return the session that a token belongs to, or ``None``."""
         return self.sessions.of_token(token)
 
     def requirements_of(self, worker: str, task: Task) -> tuple[dict[str, str], int, bool]:
@@ -118,33 +118,33 @@ class Service:
         return requirements_of(self.machine, worker, task)
 
     def name_of(self, worker: str, lease: int) -> str:
-        """Return what people call the task of a lease, or an empty string."""
+        """Return the name of the task of a lease, or an empty string."""
         return name_at(self.machine, worker, lease)
 
     def blob_of(self, token: bytes, number: int) -> Blob | None:
-        """Find a blob that a worker fetches over its own socket; counts it as sent."""
+        """Return a blob that a worker fetches through the direct channel; count it as sent."""
         session = self.session_of(token)
         blob: Blob | None = None if session is None else session.told.blob(number)
         if blob is None or blob.origin is not None:
-            return None  # the worker that has it is no longer there
+            return None  # the blob is not here: the worker that kept it is gone
         self.bytes_sent += blob.size
         return blob
 
     def expects(self, token: bytes, lease: int) -> bool:
-        """Say whether a worker has a lease, so that a result of it is waited for."""
+        """Say whether a worker holds a lease, so that its result is expected."""
         return self.workers.expects(self.session_of(token), lease)
 
     def deliver(self, token: bytes, lease: int, delivered: Delivered | Composed) -> None:
-        """Take a result that a worker delivered over its own socket."""
+        """Take a result that a worker delivered through the direct channel."""
         if self.expects(token, lease):
             self.session_of(token).results.delivered[lease] = delivered
 
     def count_sent(self, size: int) -> None:
-        """So many bytes of content have gone to a worker."""
+        """Count bytes of content that were sent to a worker."""
         self.bytes_sent += size
 
     def transfer_failed(self, session: Any, why: str) -> None:
-        """A part of a result has arrived damaged: say so; it is sent again."""
+        """Log that a part of a result arrived damaged; the worker sends it again."""
         worker = session.worker_id
         extra = self.engine.fields("transfer_failed", worker=worker, reason=why)
         _logger.warning("a part of a result from %s: %s", worker, why, extra=extra)

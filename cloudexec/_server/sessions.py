@@ -1,4 +1,4 @@
-"""The sessions of the workers that are enrolled, by every name that they are looked up by."""
+"""The sessions of enrolled workers, found by the worker's id, by its launch or by its token."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ __all__ = ["Sessions"]
 
 
 class Sessions:
-    """Sessions by the id of their worker. On the loop thread."""
+    """The sessions of one executor's workers. Used on the loop thread only."""
 
     def __init__(self) -> None:
         self._by_worker: dict[str, Any] = {}
         self._by_identity: dict[str, Any] = {}
         self._by_token: dict[bytes, Any] = {}
-        # Of functions, and of blobs as negative numbers: which workers are to hear of their end.
-        # Among thousands, those are few.
+        # By the number of a function or, negative, of a blob: the workers that know it, and must be
+        # told when it is not used any more. These are few among thousands of workers.
         self._told: dict[int, list[str]] = {}
 
     def __getitem__(self, worker: str) -> Any:
         return self._by_worker[worker]
 
     def get(self, worker: str) -> Any:
-        """Find the session of a worker, or ``None``."""
+        """Return the session of a worker, or ``None``."""
         return self._by_worker.get(worker)
 
     def values(self) -> ValuesView[Any]:
-        """Return all of them."""
+        """Return all sessions."""
         return self._by_worker.values()
 
     def __contains__(self, worker: str) -> bool:
@@ -40,22 +40,22 @@ class Sessions:
         return len(self._by_worker)
 
     def of_launch(self, identity: str) -> Any:
-        """Find the session of the worker of a launch, or ``None``."""
+        """Return the session of the worker of a launch, or ``None``."""
         return self._by_identity.get(identity)
 
     def of_token(self, token: bytes) -> Any:
-        """Find the session that a token belongs to, or ``None``."""
-        # A hash table gives away less by its timing than it takes to guess 16 random bytes.
+        """Return the session that a token belongs to, or ``None``."""
+        # The timing of a look-up in a hash table does not help to guess 16 random bytes.
         return self._by_token.get(token)
 
     def add(self, session: Any) -> None:
-        """Take in the session of a worker that has proved who it is."""
+        """Add the session of a worker that has proved who it is."""
         self._by_worker[session.worker_id] = session
         self._by_identity[session.identity] = session
         self._by_token[session.token] = session
 
     def remove(self, session: Any) -> bool:
-        """Forget a session; say whether it was there."""
+        """Remove a session; say whether it was there."""
         if self.get(session.worker_id) is not session:
             return False
         del self._by_worker[session.worker_id]
@@ -63,11 +63,11 @@ class Sessions:
         return True
 
     def note_told(self, worker: str, number: int) -> None:
-        """A worker is told of a function or, as a negative number, of a blob."""
+        """Note that a worker knows a function or, by a negative number, a blob."""
         self._told.setdefault(number, []).append(worker)
 
     def forget(self, ended: Iterable[int]) -> None:
-        """Tell workers of functions and, as negative numbers, of blobs that have ended."""
+        """Tell workers to drop functions and, by negative numbers, blobs that they know."""
         told: dict[str, list[int]] = {}
         for number in ended:
             for worker in self._told.pop(number, ()):

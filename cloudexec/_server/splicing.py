@@ -1,4 +1,7 @@
-"""A call's pickle and the results that belong in it, joined by a few opcodes when it is sent."""
+"""Joins the pickle of a call with the pickled results of the futures among its arguments.
+
+A few opcodes of pickle join them when the task is sent, so that no result is unpickled here.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,16 @@ _FRAME = struct.Struct("<cQ")
 _HOLD = b"ccloudexec._inputs\nhold\n("  # GLOBAL, MARK
 _BINBYTES = struct.Struct("<cI")
 _MARK, _TUPLE, _NEXT_BUFFER = b"(", b"t", b"\x97"
-_CALL = b"tR0"  # TUPLE, REDUCE, POP: the memo stays empty, so what follows can be any pickle
+_CALL = b"tR0"  # TUPLE, REDUCE, POP: these leave the memo empty, so any pickle can follow
 _LARGEST_FRAME = 16 * 1024 * 1024
 
 
 class Spliced:
-    """A payload in the making: joined for each attempt, so that what waits shares its inputs.
+    """A payload that is joined anew for each attempt, so that waiting tasks share their inputs.
 
     Args:
-        payload: The call, with placeholders.
-        inputs: What goes into them.
+        payload: The pickled call, with a placeholder for each future.
+        inputs: The pickled results that replace the placeholders.
     """
 
     __slots__ = ("call", "inputs")
@@ -36,7 +39,7 @@ class Spliced:
         self.inputs = inputs
 
     def blobs(self) -> list[Blob]:
-        """Return the blobs that it will refer to."""
+        """Return the blobs that the joined payload refers to."""
         found: dict[int, Blob] = {}
         for payload in (self.call, *self.inputs):
             if type(payload) is Composed:
@@ -44,7 +47,7 @@ class Spliced:
         return list(found.values())
 
     def join(self, store: BlobStore) -> Payload:
-        """Return the payload: bytes if it is small, else composed, of the same blobs."""
+        """Return the joined payload: bytes if it is small, or else ``Composed`` of these blobs."""
         ops = [_HOLD]
         records: list[bytes] = []
         for pickled in self.inputs:
@@ -63,7 +66,7 @@ class Spliced:
         payload = self.call
         if type(payload) is bytes and not records and size + len(payload) < INLINE_BYTES:
             return b"".join((_PROTO, *ops, payload))
-        # Framed: the unpickler of a stream asks for every opcode otherwise.
+        # Without a frame, an unpickler that reads a stream would make a call for each opcode.
         head = _FRAME.pack(b"\x95", size) if size <= _LARGEST_FRAME else b""
         call = b"".join((_PROTO, head, *ops))
         blobs = {blob.id: blob for blob in self.blobs()}

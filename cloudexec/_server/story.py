@@ -1,9 +1,9 @@
-"""What became of tasks and workers beyond the usual: kept for ``explain()``, and logged.
+"""Notes and logs what happens to tasks and workers beyond the usual, for ``explain()``.
 
-A task with which nothing unusual happens leaves no record of its own. When it was submitted and
-sent is found by its numbers, which count up, among the times of the batches that it was in; the
-rest its future knows. What is unusual is noted on the future, so that it lives as long as somebody
-may ask. Everything here happens on the loop thread, but for ``explain()``, which reads.
+A task that runs as usual has no record of its own. The times when it was submitted and sent are
+found by its number and its lease, which count up, in ``marks``; all else is known from its future.
+Unusual events are noted on the future, and live as long as that. Everything here happens on the
+loop thread, except that ``explain()`` may read in another thread.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _OUTLOOKS = {TaskState.DONE: "it has failed", TaskState.BACKING_OFF: "retry_on i
 
 
 class Story:
-    """What is noted of the tasks of one executor.
+    """The notes on the tasks of one executor.
 
     Args:
-        engine: Whose events are watched.
-        sessions: Of its workers.
-        launches: Of these.
-        launcher: Names their sizes.
+        engine: The engine whose events are watched.
+        sessions: The sessions of its workers.
+        launches: The launches of its workers.
+        launcher: Describes the sizes of workers.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Story:
         self.submitted = Marks()
         self.sent_marks = Marks()
         self.launch_failure = ""
-        """Why the last worker that could not be started was not."""
+        """The reason of the last launch that failed."""
         self._engine = engine
         self._sessions = sessions
         self._launches = launches
         self._launcher = launcher
-        self._resent: set[int] = set()  # numbers of tasks with notes that are to be sent again
+        self._resent: set[int] = set()  # numbers of tasks with notes that will be sent again
         self._duplicates = 0
         self.teller = Teller(lambda: engine.executor_id, engine.portal.loop)
         self.watches: dict[type, Callable[[Any], Then | None]] = {
@@ -66,13 +66,13 @@ class Story:
             events.TasksCancelled: self._before_cancelled,
             events.LaunchFailed: self._before_launch_failed,
         }
-        """Called with an event before the machine handles it; what they return, after that, and
-        before anybody learns of the outcome."""
+        """Functions that are called with an event before the core handles it. A function that they
+        return is called afterwards, before any future gets its outcome."""
 
     # Every batch.
 
     def sent(self, command: commands.SendTasks) -> None:
-        """Tasks are being sent."""
+        """Note that tasks are being sent."""
         moment = self._engine.moment
         self.sent_marks.add(command.tasks[-1].lease, moment)
         resent = self._resent
@@ -94,7 +94,7 @@ class Story:
         )
 
     def _before_deadline(self, event: events.DeadlinePassed) -> Then | None:
-        """Workers of which nothing was heard are lost by the clock."""
+        """Prepare the notes on workers that the core will count as lost because of the time."""
         engine = self._engine
         config, now = engine.machine.config, engine.clock
         silent_since, cut_since = now - config.lease_timeout, now - config.reconnect_grace
@@ -115,7 +115,7 @@ class Story:
     def _losing(
         self, worker: Worker, reason: str, *, reclaimed: bool = False, memory: bool = False
     ) -> Then:
-        """Look at what a worker has that is about to be lost; return what notes its loss."""
+        """Return a function that notes the loss of a worker on the tasks that it has now."""
         before = _look(worker.leases.values())
         expected = worker.state is WorkerState.DRAINING and not worker.leases
         machine, job = self._engine.machine, self.job_of(worker.id)
@@ -222,7 +222,7 @@ class Story:
         return None
 
     def tell_duplicates(self) -> None:
-        """Log how many results came too late since the last look."""
+        """Log how many outcomes were dropped since the last call, because they came too late."""
         found = self._engine.machine.counts["duplicates"]
         if found > self._duplicates:
             count, self._duplicates = found - self._duplicates, found
@@ -241,7 +241,7 @@ class Story:
         leases, before = worker.leases, []
         for lease, failure in event.failures:
             task = leases.get(lease)
-            # What a task raises is its outcome, and nothing unusual.
+            # An exception of the task's own is an ordinary outcome, which needs no note.
             if task is not None and (failure.kind in _STEPS or _is_judged(task)):
                 before += [(each, failure) for each in _look([task])]
         if not before:
@@ -296,13 +296,13 @@ class Story:
         )
 
     def raised(self, task: Any, worker: str, what: str, *, again: bool) -> None:
-        """``retry_on`` has looked at what a task raised.
+        """Note what ``retry_on`` has decided about a task's exception.
 
         Args:
-            task: Which.
-            worker: Who ran it.
-            what: It raised, in words.
-            again: What it said.
+            task: The task.
+            worker: The worker that ran it.
+            what: The exception, in words.
+            again: Whether the task is tried again.
         """
         if task.handle is None or task.state is not TaskState.BACKING_OFF:
             return
@@ -390,15 +390,15 @@ class Story:
         )
         return None
 
-    # What is so now.
+    # The present state.
 
     @property
     def moment(self) -> Moment:
-        """When what is being handled came."""
+        """The time of the event that is being handled."""
         return self._engine.moment
 
     def why_waiting(self) -> str:
-        """Say what tasks wait for that no worker has."""
+        """Return, in words, what queued tasks wait for."""
         machine = self._engine.machine
         if machine.launches:
             why = self._launcher.explain() or self.launch_failure
@@ -411,7 +411,7 @@ class Story:
     # Notes.
 
     def _note(self, task: Any, future: Any, lease: int, event: StoryEvent) -> None:
-        """Note what happened to a task; ``future``: its, which it may have let go of by now."""
+        """Note an event on a task's future, which the task itself may not refer to any more."""
         moment = self._engine.moment
         self._begin_notes(task, future, lease, event.worker_id, event.attempt or 1)
         future._notes.add(moment, event)
@@ -421,7 +421,7 @@ class Story:
     def _begin_notes(
         self, task: Any, future: Any, lease: int, worker: str | None, attempt: int
     ) -> None:
-        """Have notes of a task; the first of them, that it was sent under this lease."""
+        """Begin the notes of a task, if it has none, with the event that it was sent."""
         if future._notes is None:
             future._notes = Notes(name_of(task))
             if lease and worker is not None:
@@ -443,7 +443,7 @@ class Story:
         future._notes.add(when or self._engine.moment, event)
 
     def taken_over(self, task: Any, worker: str) -> None:
-        """A task is with a worker that has had it from an earlier process."""
+        """Note that a worker has a task from an earlier process of this program."""
         event = StoryEvent(
             what="sent",
             worker_id=worker,
@@ -463,14 +463,16 @@ class Story:
             self._note(task, future, 0, StoryEvent(what="climbed", reason=name))
 
     def job_of(self, worker: str) -> str:
-        """Return what the platform of a worker calls it, or an empty string."""
+        """Return the platform's id of a worker, such as a job id, or an empty string."""
         return self._launches.job_of(worker)
 
 
 def _look(tasks: Any) -> list[tuple[Any, Any, int, int, int, bool]]:
-    """Return what is known of tasks that have no outcome.
+    """Return the present state of those tasks that are not done.
 
-    Task, future, lease, attempts lost, size, and whether it is known to have begun.
+    Returns:
+        For each task: the task, its future, its lease, its number of lost attempts, its size, and
+        whether it is known to have begun.
     """
     return [
         (task, task.handle, task.lease, task.lost, task.size, task.state is TaskState.RUNNING)

@@ -1,4 +1,4 @@
-"""A submitted task as the client's side knows it, and the settings that every worker is told."""
+"""A submitted task with all that is needed to send it, and the settings of workers and server."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _WAITING = TaskState.WAITING
 
 
 class Needs:
-    """What a task that depends on futures waits for.
+    """The futures that a task waits for.
 
     Attributes:
-        name: The function's, for messages.
-        futures: Its dependencies, until it stands in their lists.
-        inputs: Their pickled values, as they come.
-        missing: How many have not come.
-        places: Where among the arguments each of them stands.
+        name: The function's name, for messages.
+        futures: The futures; empty once the task is listed with each of them.
+        inputs: The futures' pickled values, as far as they are done.
+        missing: Number of futures that are not done.
+        places: The place of each future among the arguments, for messages.
     """
 
     __slots__ = ("futures", "inputs", "missing", "name", "places")
@@ -44,12 +44,12 @@ class Needs:
 
 
 class Submission(Task):
-    """A task with what it takes to send it; ``handle`` is its future."""
+    """A task with its function and payload; ``handle`` is its future."""
 
     __slots__ = ("charge", "dependents", "function", "needs", "payload")
 
     charge: int | None
-    """Bytes that it counts in the budget of what is pending; a slot that is empty without one."""
+    """Bytes that the task counts in ``PendingBudget``; not set if there is no budget."""
 
     def __init__(
         self,
@@ -61,7 +61,8 @@ class Submission(Task):
         retries: int,
         requirements: Requirements | None = None,
     ) -> None:
-        # Written out, without super(): this runs once per task, in the caller's thread.
+        # The base class's __init__ is repeated here and not called, to save time: this runs once
+        # for each task, in the caller's thread.
         self.number = number
         self.stats = stats
         self.retries = retries
@@ -77,18 +78,18 @@ class Submission(Task):
         self.payload: Payload | Spliced | None = payload
         self.requirements = requirements
         self.inputs = ()
-        self.needs: Needs | None = None  # what it waits for, if it does
-        self.dependents: list[Any] | None = None  # who waits for its result; see Dependencies
+        self.needs: Needs | None = None  # the futures that it waits for, if there are any
+        self.dependents: list[Any] | None = None  # tasks that wait for its result
 
     @property
     def timeout(self) -> float | None:
-        """Seconds that it may run; ``None``: no limit."""
+        """Seconds that the task may run; ``None`` for no limit."""
         return None if self.requirements is None else self.requirements.options.timeout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What every worker is told at the start, and how the server listens."""
+    """The settings that every worker receives when it connects, and those of the server."""
 
     max_workers: int
     min_workers: int = 0

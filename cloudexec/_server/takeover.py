@@ -1,14 +1,15 @@
-"""A client that was killed comes back as another process, and takes its workers over.
+"""Lets a program that was killed and is run again take over the workers of the killed process.
 
-Workers whose client is gone go on for ``orphan_timeout`` seconds, park what comes of their tasks,
-and dial the address they know. So an executor with a journal notes in it what it takes to stand in
-its place: the address, the certificate that workers pin, the key, and what was launched. Its
-successor listens there, and workers enrol anew and say which tasks they hold: by tags, which are
-the journal's keys under a seal of the client's own. A call that is submitted again, and that a
-worker holds, is not sent to anybody else.
+The executor process is called the client here. Workers whose client is gone work on for
+``orphan_timeout`` seconds, keep the outcomes of their tasks, and dial the client's address. An
+executor with a journal therefore writes into it all that another process needs to take its place:
+the address, the certificate and the key that the workers know, and the launches. The next process,
+the successor, listens at that address. Workers enrol with it anew, and name the tasks that they
+hold by tags. A tag contains the journal's key of the call, under a seal that only the client can
+make. If the program submits a call that a worker holds, it is not sent to another worker.
 
-For the first moments nobody knows who holds what: until the workers that run are back, or
-cannot be expected any more, calls wait.
+At first the successor does not know which tasks its workers hold. Until all running workers have
+connected, or have had the time for it, calls wait. This time is called the window below.
 """
 
 from __future__ import annotations
@@ -54,23 +55,24 @@ _logger = Log()
 _STATE = "takeover"
 _VERSION = 1
 _SAVE_AFTER = 0.2
-"""Seconds in which changes gather."""
+"""Seconds for which changes are collected before they are written."""
 _SLACK = 5.0
-"""Seconds that a worker has to enrol, beyond its longest pause between two tries."""
+"""Seconds that a worker has to enrol, in addition to its longest pause between two tries."""
 _SEAL_BYTES = 16
 _CHECK_BYTES = 16
 _GAP = 10_000
-"""Launches are numbered from the next multiple of this: some may not have been noted."""
+"""A successor numbers launches from the next multiple of this, because the killed client may not
+have written down its last launches."""
 _LEASES = 1 << 40
-"""Leases that each client of a line may give."""
+"""Number of leases that each client may give before it would reach its successor's range."""
 _BLOBS = 1 << 32
 _GENERATIONS = 200
-"""After so many clients the numbers of blobs repeat; nobody has the first ones any more."""
+"""After this many successors the ranges of blobs' numbers repeat; the first blobs are gone then."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Estate:
-    """What a client leaves to its successor."""
+    """What a client writes down for its successor."""
 
     generation: int
     executor_id: str
@@ -105,10 +107,10 @@ class _Estate:
 
     @classmethod
     def load(cls, data: bytes) -> _Estate:
-        """Read one.
+        """Read what ``dump`` returned.
 
         Raises:
-            ValueError: If another version wrote it, or it is damaged.
+            ValueError: If another version of cloudexec wrote it, or it is damaged.
         """
         check, data = data[:_CHECK_BYTES], data[_CHECK_BYTES:]
         if check != _check_of(data):
@@ -134,15 +136,15 @@ class _Estate:
 
 
 class _Claim:
-    """A task of the client before, which a worker has run, or runs.
+    """A task of the killed client that a worker runs or has run.
 
     Attributes:
-        worker: Who.
-        lease: Under which lease.
-        key: What the journal knows the call by.
-        version: Of the function's code.
-        name: Of the function.
-        outcome: What came of it, and in how many seconds, if that is known already.
+        worker: The worker's id.
+        lease: The lease under which the worker has the task.
+        key: The journal's key of the call.
+        version: Digest of the program and the function's name, for the journal.
+        name: The function's name.
+        outcome: The task's result and the seconds that it ran; ``None`` while it is not known.
     """
 
     __slots__ = ("key", "lease", "name", "outcome", "version", "worker")
@@ -159,19 +161,19 @@ class _Claim:
 
 
 class Takeover:
-    """One executor's line of clients: what it leaves, and what was left to it.
+    """Takes over the workers of a killed client, and prepares for a successor of this one.
 
     Args:
-        engine: Of the executor; it adopts the identity of the one before.
-        sessions: Of its workers.
-        launches: Of these.
-        futures: Of its calls.
+        engine: The executor's engine; it adopts the identity of the killed client.
+        sessions: The sessions of its workers.
+        launches: The launches of its workers.
+        futures: The futures of its calls.
         story: Notes which calls are taken over.
-        setup: What workers are told.
-        store: Numbers its blobs.
-        journal: Where it is noted.
+        setup: The settings that workers receive.
+        store: The client's blobs, which are numbered in a new range.
+        journal: Holds what a client writes down for its successor.
         launcher: Starts the workers.
-        on_end: What the launcher is to tell of their ends.
+        on_end: Called by the launcher with a launch and how its process ended.
     """
 
     def __init__(
@@ -189,9 +191,9 @@ class Takeover:
         on_end: Callable[[str, LaunchEnd], None],
     ) -> None:
         self.workers = 0
-        """Workers that were taken over."""
+        """Number of workers that were taken over."""
         self.tasks = 0
-        """Calls that were not sent to anybody, as a worker held them."""
+        """Number of calls that were not sent, because a worker held them already."""
         self._engine = engine
         self._sessions = sessions
         self._launches = launches
@@ -210,10 +212,10 @@ class Takeover:
         self._alive: Mapping[str, Survivor] = {}
         self._established = False
         self._is_open = False
-        self._expected: set[str] = set()  # launches whose workers run
-        self._claims: dict[bytes, _Claim] = {}  # of calls that were not made again yet
-        self._by_lease: dict[tuple[str, int], _Claim] = {}  # the same, by worker and lease
-        self._waiting: dict[bytes, Submission] = {}
+        self._expected: set[str] = set()  # launches whose workers run and have not connected yet
+        self._claims: dict[bytes, _Claim] = {}  # by key: calls that were not submitted again yet
+        self._by_lease: dict[tuple[str, int], _Claim] = {}  # the same claims, by worker and lease
+        self._waiting: dict[bytes, Submission] = {}  # by key: calls that wait for the window's end
         self._save_handle: asyncio.TimerHandle | None = None
         self._timers: list[asyncio.TimerHandle] = []
         if self._estate is not None:
@@ -221,7 +223,9 @@ class Takeover:
             self._secret = self._estate.secret
             engine.adopt_identity(self._estate.executor_id, self._estate.key)
             store.number_from((self._generation % _GENERATIONS) * _BLOBS + 1)
-        self._key = engine.key  # not what the launcher may put in its place: that is a stack's
+        # The key that this class writes down. The launcher may replace ``engine.key`` by the key of
+        # its AWS stack, which must not be written.
+        self._key = engine.key
 
     def _find(self) -> _Estate | None:
         data = self._journal.store.get_state(_STATE)
@@ -243,21 +247,21 @@ class Takeover:
             return None
         return estate
 
-    # What is left to a successor.
+    # Preparing for a successor.
 
     def listen(self, wanted: str) -> str:
-        """Say where to listen, if nobody wants anything else in particular."""
+        """Return the killed client's address, unless the user wants a particular one."""
         if self._estate is not None and (not wanted or wanted.endswith(":0")):
             return self._estate.listen
         return wanted
 
     @property
     def certificate(self) -> Certificate | None:
-        """The one that workers have pinned already."""
+        """The killed client's certificate, whose fingerprint its workers know."""
         return None if self._estate is None else self._estate.certificate
 
     def changed(self) -> None:
-        """Something was launched, or has ended: a successor must know."""
+        """Write down the launches soon, because one has begun or ended."""
         if self._established and self._save_handle is None:
             self._save_handle = self._engine.portal.loop.call_later(_SAVE_AFTER, self._save)
 
@@ -282,7 +286,7 @@ class Takeover:
         self._journal.put_state(_STATE, estate.dump())
 
     def close(self) -> None:
-        """The executor ends in order: there is nothing to take over."""
+        """Remove what was written for a successor, because the executor ends in good order."""
         if self._save_handle is not None:
             self._save_handle.cancel()
             self._save_handle = None
@@ -294,7 +298,12 @@ class Takeover:
             self._journal.put_state(_STATE, None)
 
     def tag(self, identity: str, task: Submission) -> bytes:
-        """Return what a successor knows a task by that is about to be sent; empty: by nothing."""
+        """Return the tag by which a successor identifies a task that is about to be sent.
+
+        Returns:
+            Empty if the task cannot be taken over: it has no key in the journal, its result stays
+            on the worker, or it shares the worker's GPUs.
+        """
         call = task.handle._journaled
         if call is None or call.kept or shares_gpus(self._engine.machine, task):
             return b""
@@ -303,14 +312,14 @@ class Takeover:
         return self._seal(identity, task.lease, told) + told
 
     def _seal(self, identity: str, lease: int, told: bytes) -> bytes:
-        """Tell what this line of clients gave to a worker from what the worker made up."""
+        """Return a keyed digest, by which a tag of this client is told from a forged one."""
         sealed = b"%b %d %b" % (identity.encode(), lease, told)
         return hashlib.blake2b(sealed, digest_size=_SEAL_BYTES, key=self._secret).digest()
 
-    # What was left to this one.
+    # Taking over.
 
     async def look(self) -> None:
-        """Find out what is there to be taken over, before anybody can dial.
+        """Ask the launcher which launches still exist, before workers can connect.
 
         Raises:
             CloudexecError: If the launcher's platform cannot be asked.
@@ -319,11 +328,13 @@ class Takeover:
             self._alive = await self._launcher.take_over(self._estate.launcher, self._on_end)
 
     def begin(self, certificate: Certificate, listening: str) -> None:
-        """The server listens: take over the workers that are left, and note what a successor needs.
+        """Take over the remaining launches, and write down what a successor needs.
+
+        Called when the server listens.
 
         Args:
-            certificate: The server's.
-            listening: ``host:port`` where it listens.
+            certificate: The server's certificate.
+            listening: ``host:port`` where the server listens.
         """
         estate, alive, feed = self._estate, self._alive, self._engine.feed
         self._certificate, self._listening = certificate, listening
@@ -346,7 +357,7 @@ class Takeover:
         self._save()
 
     def _open_window(self, orphan_timeout: float) -> None:
-        """Have calls wait until it is known which of them workers hold."""
+        """Let calls wait until it is known which of them the workers hold."""
         self._is_open = True
         pause = 1.5 * longest_pause(orphan_timeout) + _SLACK
         later = self._engine.portal.loop.call_later
@@ -365,18 +376,23 @@ class Takeover:
         )
 
     def takes(self, identity: str) -> bool:
-        """Say whether a worker that was enrolled with the client before may enrol with this one."""
+        """Say whether a worker of the killed client may enrol with this one."""
         return identity in self._alive
 
     def holding(self, session: Any, leases: Sequence[int], tags: Sequence[bytes]) -> None:
-        """A worker that was taken over says what it holds.
+        """Take the list of tasks that a worker which was taken over holds.
+
+        Args:
+            session: The worker's session.
+            leases: The leases under which it holds tasks.
+            tags: The tasks' tags.
 
         Raises:
-            ValueError: If it says what cannot be.
+            ValueError: If no client has given these tasks to the worker.
         """
         if not session.taken_over or len(leases) != len(tags):
             raise ValueError("it holds what nobody gave it")
-        session.taken_over = False  # it is said once
+        session.taken_over = False  # a worker sends this list once
         self.workers += 1
         worker, unwanted = session.worker_id, []
         adopted: list[tuple[Submission, _Claim]] = []
@@ -403,7 +419,7 @@ class Takeover:
             self._close_window()
 
     def _adopt(self, adopted: Iterable[tuple[Submission, _Claim]]) -> None:
-        """Have tasks, held by the machine, be those that workers hold."""
+        """Assign tasks that the core holds back to the workers that have them already."""
         sessions, feed = self._sessions, self._engine.feed
         for task, claim in adopted:
             self.tasks += 1
@@ -411,18 +427,18 @@ class Takeover:
             if task.lease == claim.lease:
                 self._story.taken_over(task, claim.worker)
             elif claim.outcome is None and claim.worker in sessions:
-                sessions[claim.worker].kill([claim.lease])  # it needs another size by now
+                sessions[claim.worker].kill([claim.lease])  # the task needs a larger worker now
             if claim.outcome is not None:
                 result, seconds = claim.outcome
-                task.handle._journaled = None  # it is in there
+                task.handle._journaled = None  # the journal has this result already
                 feed(events.ResultsReceived(claim.worker, [claim.lease], [result], [seconds]))
 
     def sift(self, tasks: list[Submission], *, held: bool = False) -> list[Submission]:
-        """Take out of tasks that could be sent those that workers hold, or may hold.
+        """Return the tasks that can be sent, without those that workers hold or may hold.
 
         Args:
-            tasks: They were submitted, or what they depend on is there.
-            held: Whether the machine holds them already.
+            tasks: Tasks that were submitted, or whose dependencies are done.
+            held: Whether the core knows the tasks already, and holds them back.
         """
         if not (self._is_open or self._claims):
             return tasks
@@ -453,13 +469,20 @@ class Takeover:
         return rest
 
     def has(self, worker: str, lease: int) -> bool:
-        """Say whether something of the client before is waited for."""
+        """Say whether a worker's lease is one of the killed client, whose outcome is expected."""
         return (worker, lease) in self._by_lease
 
     def park(
         self, worker: str, leases: list[int], results: list[Any], seconds: list[float]
     ) -> None:
-        """Take results out that nobody has called for yet, and put them by."""
+        """Remove the results of calls that were not submitted yet, and keep them for these calls.
+
+        Args:
+            worker: The worker that sent the results.
+            leases: Their leases; changed in place, as are the next two.
+            results: The results.
+            seconds: The seconds that each task ran.
+        """
         if not self._by_lease:
             return
         for index in reversed(range(len(leases))):
@@ -467,14 +490,14 @@ class Takeover:
             if claim is None:
                 continue
             lease, result, took = leases.pop(index), results.pop(index), seconds.pop(index)
-            if isinstance(result, Delivered):  # it did not arrive whole
+            if isinstance(result, Delivered):  # the result did not arrive complete
                 self.gone(worker, [lease])
             else:
                 claim.outcome = result, took
                 self._journal.keep(claim.key, claim.version, claim.name, took, result)
 
     def gone(self, worker: str, leases: Iterable[int]) -> None:
-        """Nothing came of tasks of the client before: whoever calls for them has them run."""
+        """Forget tasks of the killed client that have no result: they run if they are submitted."""
         if self._by_lease:
             for lease in leases:
                 claim = self._by_lease.pop((worker, lease), None)
@@ -482,14 +505,14 @@ class Takeover:
                     del self._claims[claim.key]
 
     def worker_lost(self, session: Any) -> None:
-        """A worker is gone, with whatever it held and had not handed over."""
+        """Forget the tasks that a lost worker held and had not finished."""
         worker = session.worker_id
         running = [each for each in self._by_lease.values() if each.outcome is None]
         self.gone(worker, [each.lease for each in running if each.worker == worker])
         self.launch_ended(session.identity)
 
     def launch_ended(self, launch: str) -> None:
-        """A worker is not to be expected."""
+        """Note that a launch has ended, so that its worker will not connect."""
         self.changed()
         if launch in self._expected:
             self._expected.discard(launch)
@@ -497,7 +520,7 @@ class Takeover:
                 self._engine.portal.loop.call_soon(self._close_window)
 
     def _close_window(self) -> None:
-        """Whoever was to come is there, or will not come: go on with all that waits."""
+        """Release the waiting calls: all expected workers have connected, or are given up."""
         if not self._is_open:
             return
         self._is_open = False
@@ -513,13 +536,13 @@ class Takeover:
                 self._launches.running.discard(launch)
                 why = "its client was killed, and it did not come back to the one after that"
                 self._engine.feed(events.LaunchFailed(launch, why, reclaimed=True))
-            # After that: how they end says nothing about the launches to come.
+            # Terminated after the event, so that these ends do not count as failed launches.
             self._launcher.terminate(sorted(missing))
         if waiting:
             self._engine.feed(events.TasksReleased(waiting))
 
     def _let_go_of_unclaimed(self) -> None:
-        """Nobody has called for what still runs: it is in nobody's way any more."""
+        """Kill the tasks of the killed client that run and were not submitted again."""
         for claim in self._by_lease.values():
             session = self._sessions.get(claim.worker)
             if claim.outcome is None and session is not None:
@@ -527,7 +550,7 @@ class Takeover:
 
 
 def _digest(setup: Setup, launcher: Launcher) -> str:
-    """Return what workers have in common that were told the same."""
+    """Digest the settings in which a client and its successor must agree to share workers."""
     initializer = setup.initializer
     versions = _enrolment.WIRE_VERSION, _enrolment.python_version(), cloudpickle.__version__
     pieces: list[Any] = [
@@ -552,7 +575,7 @@ def _digest(setup: Setup, launcher: Launcher) -> str:
 
 
 def _is_free(listen: str) -> bool:
-    """Say whether one can listen on ``host:port``."""
+    """Say whether this process can listen on ``host:port``."""
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

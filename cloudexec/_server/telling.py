@@ -1,4 +1,4 @@
-"""Logging of what happens seldom, and may happen a thousand times at once."""
+"""Logs events of kinds that are rare, but may come a thousand times at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Teller", "fields"]
 
 _logger = Log()
 _WINDOW = 10.0
-"""Seconds in which no more than ``_MOST`` records of one kind are logged; the rest is counted."""
+"""Seconds in which at most ``_MOST`` records of one kind are logged; further ones are counted."""
 _MOST = 20
 
 
@@ -28,7 +28,7 @@ def fields(
     reason: str = "",
     count: int = 1,
 ) -> dict[str, object]:
-    """Return the ``extra=`` of a log record, every field under its lasting name."""
+    """Return the ``extra=`` of a log record, with all fields that users may rely on."""
     return {
         "cloudexec_event": event,
         "cloudexec_executor": executor,
@@ -43,28 +43,28 @@ def fields(
 
 
 class Teller:
-    """Logs events to the logger ``cloudexec``; those that come in floods, in sum.
+    """Logs events to the logger ``cloudexec``, and summarises kinds that come in floods.
 
     Args:
-        executor_id: Returns the id that records carry.
-        loop: On which it is used.
+        executor_id: Returns the executor's id for the records.
+        loop: The event loop on which this is used.
     """
 
     def __init__(self, executor_id: Callable[[], str], loop: asyncio.AbstractEventLoop) -> None:
         self._executor_id = executor_id
         self._loop = loop
         self._told: dict[str, int] = {}
-        self._kept_back: dict[str, tuple[int, int]] = {}  # level, how many
+        self._kept_back: dict[str, tuple[int, int]] = {}  # by kind: highest level, and number
         self._timer: asyncio.TimerHandle | None = None
 
     def tell(self, level: int, event: str, message: str, **details: Any) -> None:
-        """Log something, or count it if there was much of its kind in the last seconds.
+        """Log an event, or only count it if many of its kind were logged in the last seconds.
 
         Args:
-            level: Of ``logging``.
-            event: Of what kind it is.
-            message: For people.
-            details: As of ``fields``.
+            level: The level, as in ``logging``.
+            event: The kind of the event, which becomes the field ``cloudexec_event``.
+            message: The message for people.
+            details: The other arguments of ``fields``.
         """
         if not _logger.isEnabledFor(level):
             return
@@ -82,7 +82,7 @@ class Teller:
         self.sum_up()
 
     def sum_up(self) -> None:
-        """Log how many were only counted; also the end of this, until there is more to tell."""
+        """Log how many events were only counted, and stop the timer until the next event."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

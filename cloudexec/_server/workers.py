@@ -1,8 +1,9 @@
-"""Workers come, are cut off, come back and go: what the client's side does then.
+"""Handles workers that connect, are cut off, connect again and end, and tells the core of it.
 
-How a worker's process ended is worth waiting for, as it says why; so a lost connection becomes a
-lost worker only after a moment, and an end that the launcher reports only after the connection has
-ended, or has had its time.
+A worker is reported as lost only when both of its ends are known: that of its connection, and that
+of its process, which says why. So a connection that ends becomes a lost worker after a short time,
+in which the launcher may report the process's end; and an end that the launcher reports becomes a
+lost worker when the connection has ended, too, or has not done so in time.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ if TYPE_CHECKING:
 __all__ = ["Workers"]
 
 _TERMINATION = 2.0
-"""Seconds that a worker has to end by itself once it was told to end at once."""
+"""Seconds that a worker has to end by itself after it was told to end at once."""
 _LAST_WORDS = 5.0
-"""Seconds in which the connection of a worker whose process has ended must end, too."""
+"""Seconds that a worker's connection may last after the launcher has reported its process's end."""
 
 
 class Workers:
-    """The workers of one executor. On the loop thread.
+    """The workers of one executor. Used on the loop thread only.
 
     Args:
-        engine: Is told of them.
-        sessions: Of those that are enrolled.
-        launches: Of all of them.
-        keeper: Of what they keep.
-        launcher: Starts and ends their processes.
+        engine: The executor's engine, which is fed with the workers' events.
+        sessions: The sessions of enrolled workers.
+        launches: The launches of all workers.
+        keeper: Looks after the results that stay on workers.
+        launcher: Starts and ends the workers' processes.
     """
 
     def __init__(
@@ -50,11 +51,11 @@ class Workers:
         launcher: Launcher,
     ) -> None:
         self.takeover: Takeover | None = None
-        """Where workers outlive this process, and another one may stand in its place."""
+        """Takes over workers of an earlier process; ``None`` if workers do not survive theirs."""
         self.transfers: BucketTransfers | None = None
-        """What workers put into the bucket, where there is one."""
+        """Transfers through the bucket; ``None`` without a bucket."""
         self.all_ended = asyncio.Event()
-        """Set whenever no launch is left."""
+        """Set when a launch ends and no other one is left."""
         self.reconnections = 0
         self._engine = engine
         self._sessions = sessions
@@ -67,15 +68,15 @@ class Workers:
     # Enrolment.
 
     def key_of(self, identity: str) -> bytes:
-        """Return the key that a worker with this identity must know."""
+        """Return the key that the worker of a launch must know."""
         return self._launcher.key_of(identity) or self._engine.key
 
     def pid_of(self, identity: str) -> int:
-        """Return the process that was started for a launch; 0: it is not known here."""
+        """Return the id of the process that was started for a launch; 0 if it is not known."""
         return self._launcher.pid_of(self._engine.executor_id, identity)
 
     def admit(self, identity: str) -> str | None:
-        """Say why a worker with this identity may not connect; ``None`` if it may."""
+        """Return why the worker of a launch may not connect; ``None`` if it may."""
         machine = self._engine.machine
         if self._engine.is_closing or machine.finished:
             return "the executor has shut down"
@@ -86,9 +87,14 @@ class Workers:
         return None
 
     def returning(self, identity: str, attempt: int) -> None:
-        """A proven worker dials: if its platform has started it again, the one before is gone.
+        """Report the worker's earlier process as lost, if its platform has started it again.
 
-        A platform does so by itself only after it took the machine back.
+        Called when a worker has proved who it is. A platform starts a worker again by itself only
+        if it took the machine away.
+
+        Args:
+            identity: The worker's launch.
+            attempt: Which start of the launch the worker is, from 1.
         """
         session = self._sessions.of_launch(identity)
         if session is None or attempt <= session.attempt:
@@ -101,14 +107,21 @@ class Workers:
         self._lost(session, "")
 
     def session_to_resume(self, identity: str, name: bytes) -> Any:
-        """Find the session that a worker says it has, or ``None``: it was given up."""
+        """Return the session that a worker wants to go on with; ``None`` if it was given up."""
         session = self._sessions.of_launch(identity)
         if session is None or not session.resumable or session.name != name:
             return None
         return None if self._engine.is_closing else session
 
     def connected(self, session: Any, slots: int, arrival: Arrival, dial_in: float) -> None:
-        """A worker has proved who it is; ``dial_in`` is how long that took it."""
+        """Take a worker that has enrolled.
+
+        Args:
+            session: The worker's session.
+            slots: Number of tasks that it can run at once.
+            arrival: What it says of its own start.
+            dial_in: Seconds that its enrolment took.
+        """
         self._launcher.connected(session.identity, arrival)
         self._launches.arrived(session, arrival, dial_in)
         self._sessions.add(session)
@@ -125,15 +138,16 @@ class Workers:
             self.takeover.changed()
 
     def reconnected(self, session: Any) -> None:
-        """A worker goes on over another connection; that of the one before may not be known yet."""
+        """Note that a worker goes on over a new connection; the old one's end may come later."""
         self.reconnections += 1
         session.is_cut = False
         self._launcher.connected(session.identity, Arrival("", session.attempt, None, None))
-        if not session.taken_over:  # else it is still to say what it holds, and is back then
+        # A worker that was taken over counts as back only when it has said which tasks it holds.
+        if not session.taken_over:
             self._engine.feed(events.WorkerBack(session.worker_id))
 
     def expects(self, session: Any, lease: int) -> bool:
-        """Say whether a worker has a lease, so that a result of it is waited for."""
+        """Say whether a worker holds a lease, so that its result is expected."""
         worker = None if session is None else self._engine.machine.workers.get(session.worker_id)
         if worker is None:
             return False
@@ -150,19 +164,19 @@ class Workers:
             session.send_tasks(command.tasks)
 
     def recall(self, command: commands.RecallTasks) -> None:
-        """Have tasks back that a worker has not begun."""
+        """Ask a worker to hand back tasks that it has not begun."""
         session = self._sessions.get(command.worker)
         if session is not None:
             session.recall(command.leases)
 
     def kill(self, command: commands.KillTasks) -> None:
-        """End tasks that a worker runs."""
+        """Have a worker kill tasks that it runs."""
         session = self._sessions.get(command.worker)
         if session is not None:
             session.kill(command.leases)
 
     def drain(self, command: commands.DrainWorker) -> None:
-        """Have a worker end when what it has is done, and what it keeps has been taken."""
+        """Have a worker end after its tasks are done and its kept results were brought here."""
         session = self._sessions.get(command.worker)
         if session is not None:
             session.drain()
@@ -174,27 +188,28 @@ class Workers:
         if session is not None:
             loop = self._engine.portal.loop
             session.terminate()
-            if session.is_cut:  # and the machine has given it up: should it dial again, it is told
+            if session.is_cut:  # the worker cannot be told; it is refused if it dials again
                 loop.call_soon(self._lost, session, "its connection was cut")
             loop.call_later(_TERMINATION, self._end_by_force, session)
 
     def _end_by_force(self, session: Any) -> None:
-        """A worker has had its chance to end by itself: end its process, and its connection.
+        """End the process and the connection of a worker that was told to end and had time for it.
 
-        The process may not be what holds the connection, or may be on a machine out of reach.
+        The connection is closed, too, because it may belong to another process than the launcher
+        can end, or to one on a machine that cannot be reached.
         """
         self._launcher.terminate([session.identity])
         self._cut_off(session, "it did not end when it was told to, and was cut off")
 
     def _cut_off(self, session: Any, reason: str) -> None:
-        """Wait no longer for a worker's stream to end: end it from here."""
+        """Report a worker as lost without waiting any longer for its connection to end."""
         if self._sessions.get(session.worker_id) is session:
             self._lost(session, reason)
 
     # Ends.
 
     def draining(self, session: Any) -> None:
-        """A worker takes nothing new: unless we told it to, its platform did."""
+        """Note that a worker accepts no more tasks, by our order or because of its platform."""
         worker = self._engine.machine.workers.get(session.worker_id)
         if worker is not None and worker.state is WorkerState.ACTIVE:
             session.reclaimed = True
@@ -202,14 +217,14 @@ class Workers:
         self._engine.feed(events.WorkerDraining(session.worker_id))
 
     def launch_ended(self, launch: str, end: LaunchEnd) -> None:
-        """The launcher says that a worker's process has ended, or was never started."""
+        """Take the launcher's report that a worker's process has ended or could not be started."""
         if not end.relaunched:
             self._launches.running.discard(launch)
             if self.takeover is not None:
                 self.takeover.launch_ended(launch)
         session = self._sessions.of_launch(launch)
         if session is not None:
-            # Its stream ends too, and what it still said is to be read first.
+            # The worker's last messages may still be unread: wait until its connection ends.
             self._last_words[session.worker_id] = end
             if launch in self._expected_ends or session.is_cut:
                 self._lost(session, end.reason)
@@ -224,12 +239,12 @@ class Workers:
             self.all_ended.set()
 
     def disconnected(self, session: Any, reason: str, *, cut: bool) -> None:
-        """A worker's stream has ended.
+        """Note that a worker's connection has ended.
 
         Args:
-            session: Whose.
-            reason: Why.
-            cut: Whether it was the connection that failed, so that the worker may come again.
+            session: The worker's session.
+            reason: Why the connection ended, in words.
+            cut: Whether the connection failed, so that the worker may connect again.
         """
         worker, identity = session.worker_id, session.identity
         if self._sessions.get(worker) is not session:
@@ -245,7 +260,7 @@ class Workers:
             engine.feed(events.WorkerCut(worker))
             return
         if not explained and identity in self._launches.running and not engine.is_closing:
-            # Its process is about to end, and how it ended is worth a moment.
+            # Wait a moment for the launcher's report of how the process ended.
             hurry = (orderly and not session.reclaimed) or machine.killing
             patience = 0.1 if hurry else self._launcher.last_words
             self._expected_ends[identity] = engine.portal.loop.call_later(
@@ -273,7 +288,7 @@ class Workers:
         if end is None:
             end = LaunchEnd(reason, reclaimed=bool(session.reclaimed))
         if identity in self._launches.running and not end.relaunched:
-            # Without its connection it ends by itself.
+            # Without its connection the process ends by itself; terminate it if it does not.
             self._engine.portal.loop.call_later(_TERMINATION, self._launcher.terminate, [identity])
         self._engine.feed(
             events.WorkerLost(

@@ -1,4 +1,4 @@
-"""What the methods have in common: they find the session, read, and end a call that failed."""
+"""Functions that all methods use: to find the session, to read a message, to end a failed call."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["LARGEST_BLOB", "LONGEST", "abort", "lenient", "read", "session_of"]
 
 LARGEST_BLOB = 1 << 48
 LONGEST = 1e9
-"""Seconds that the tasks of one message may be said to have run."""
+"""Seconds that the tasks of one message may have run together; more is malformed."""
 
 
 async def read(context: Any) -> Any:
-    """Read a message, or the end of them.
+    """Read a message, or the mark that the peer sends no more.
 
     Raises:
         ConnectionError: If the connection failed.
@@ -30,7 +30,13 @@ async def read(context: Any) -> Any:
 
 
 async def abort(context: Any, status: str, why: str) -> None:
-    """End a call that failed, with the name of a gRPC status code."""
+    """End a call with an error.
+
+    Args:
+        context: The call.
+        status: The name of a gRPC status code.
+        why: The message for the peer.
+    """
     if not getattr(context, "is_plain", False):
         import grpc
 
@@ -39,7 +45,7 @@ async def abort(context: Any, status: str, why: str) -> None:
 
 
 def lenient(kind: type[Message]) -> Callable[[bytes], Message | None]:
-    """Return what parses a request; what is none becomes ``None``."""
+    """Return a function that parses a request, and returns ``None`` for bytes that are none."""
 
     def parse(data: bytes) -> Message | None:
         try:
@@ -51,7 +57,7 @@ def lenient(kind: type[Message]) -> Callable[[bytes], Message | None]:
 
 
 def session_of(service: Service, context: Any) -> Any:
-    """Find the session that a call belongs to, or ``None``."""
+    """Return the session that a call belongs to, by its token, or ``None``."""
     metadata = dict(context.invocation_metadata() or ())
     token = metadata.get(TOKEN_KEY, b"")
     return service.session_of(token) if isinstance(token, bytes) else None

@@ -1,4 +1,8 @@
-"""Lets workers in: each proves that it knows the key, and is told what it must know."""
+"""Enrols workers: each proves that it knows the executor's key, and receives its settings.
+
+The client proves to the worker that it knows the key, too, so that no worker runs the code of a
+stranger. A worker whose connection was cut goes on with its session, without a new one.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +31,12 @@ __all__ = ["Enrolment"]
 
 _logger = Log()
 _ENROLMENT_TIMEOUT = 10.0
-"""Seconds in which a peer must have proved who it is."""
+"""Seconds within which a peer must have proved who it is."""
 _UNPROVEN_PEERS = 256
-"""Peers that may be in the middle of enrolment at once; see ``Gate`` for who has to go then."""
+"""Number of peers that may be enrolling at once; ``Gate`` enforces it."""
 _HELLO_BYTES = 16 * 1024
-"""Largest message of a peer that has not proved yet who it is. Nothing larger is parsed: a few
-megabytes of empty fields would take up hundreds of megabytes as objects."""
+"""Largest message, in bytes, of a peer that has not proved who it is. Larger ones are not parsed: a
+few megabytes of empty fields would become objects of hundreds of megabytes."""
 _MOST_SLOTS = 65_536
 
 
@@ -44,7 +48,7 @@ class Enrolment:
     """Enrols the workers of one executor.
 
     Args:
-        service: Whose.
+        service: The executor, as its workers' calls see it.
     """
 
     def __init__(self, service: Service) -> None:
@@ -52,7 +56,11 @@ class Enrolment:
         self._gate = Gate(_UNPROVEN_PEERS)
 
     async def enrol(self, context: Any) -> WorkerSession | None:
-        """Find out who calls; ``None``, or an end of the call: it is not let in."""
+        """Enrol the worker that makes a call, and return its session.
+
+        Returns:
+            ``None`` if the peer was refused; most refusals abort the call by an exception instead.
+        """
         service, peer = self._service, context.peer()
         guest = self._gate.enter(peer)
         if guest is None:
@@ -69,8 +77,8 @@ class Enrolment:
             service.refused("too slow", f"{peer} did not say in time who it is")
             await abort(context, "DEADLINE_EXCEEDED", "enrolment took too long")
         except _HungUpError:
-            # Nobody to warn of: a worker that was ended, or found its session gone, or a network
-            # that failed once more.
+            # No reason for a warning: the worker was ended or has found its session gone, or the
+            # network has failed again.
             _logger.debug("%s hung up before it had proved who it is", peer)
             await abort(context, "UNAUTHENTICATED", "say who you are")
         finally:
@@ -93,13 +101,14 @@ class Enrolment:
         key = service.workers.key_of(hello.identity)
         resumed: WorkerSession | None = None
         if hello.resume:
-            # The one that has given this session up says so by proving to know the key alone.
+            # If the session was given up, the client proves to know the executor's key only, and
+            # not the session's token. By that the worker learns that its session is gone.
             resumed = service.workers.session_to_resume(hello.identity, hello.resume)
             if resumed is not None:
                 key = _enrolment.session_key(key, resumed.token)
         parts = (service.engine.executor_id, hello.identity, hello.nonce, nonce)
         mac = _enrolment.proof(key, "server", *parts)
-        # Whoever stands in the place of one that was killed has none of its sessions.
+        # A client that has taken the place of a killed one has none of its sessions.
         takeover = service.takeover if hello.resume and resumed is None else None
         takes_over = takeover is not None and takeover.takes(hello.identity)
         challenge = pb.Challenge(nonce=nonce, mac=mac, takes_over=takes_over)
@@ -123,10 +132,11 @@ class Enrolment:
         if refusal is not None:
             try:
                 await context.write(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
-            finally:  # also if the worker does not wait for it
+            finally:  # also if the worker does not wait for the refusal
                 if unwanted is None:
                     service.feed(events.LaunchFailed(hello.identity, refusal, fatal=True))
-                elif not service.launches.has_given_up(hello.identity):  # else it just comes late
+                # A worker whose launch was withdrawn comes late, and is no reason for a warning.
+                elif not service.launches.has_given_up(hello.identity):
                     what = f"{context.peer()} knows the key, but {unwanted}"
                     service.refused("not expected", what)
             return None
@@ -173,7 +183,7 @@ class Enrolment:
             session.told.introduce_first(welcome, setup.initializer_needs)
             welcome.initializer_needs = setup.initializer_needs.number
         await context.write(pb.ServerMessage(welcome=welcome))
-        # Nothing is awaited between the check above and here but that write: check once more.
+        # The write above may have taken time, so check once more.
         if service.workers.admit(hello.identity) is not None:
             return None
         pull, boot = _seconds(hello.pull_seconds) or None, _seconds(hello.boot_seconds)
@@ -184,7 +194,7 @@ class Enrolment:
     async def _resume(
         self, session: WorkerSession | None, received: int, context: Any
     ) -> WorkerSession | None:
-        """Have a worker that has proved who it is go on with its session over this connection."""
+        """Let a worker that has proved who it is go on with its session over this connection."""
         if session is None or session.is_closed:
             await context.write(pb.ServerMessage(refusal=pb.Refusal(reason="it was given up")))
             return None
@@ -194,17 +204,21 @@ class Enrolment:
         except ValueError as exc:
             self._service.refused("malformed hello", f"{session.worker_id} cannot go on: {exc}")
             await abort(context, "INVALID_ARGUMENT", str(exc))
-        # What still comes over the connection before this one comes twice, and is read once.
+        # Messages that still arrive over the old connection are sent again over the new one; their
+        # numbers make sure that each is read once.
         answer = pb.ServerMessage(resumed=True)
         stream.acknowledge(answer)
         await context.write(answer)
         return session
 
     async def _hear(self, context: Any, guest: Guest) -> pb.WorkerMessage:
-        """Read a message of a peer that has not proved who it is; an empty one for what is none.
+        """Read a message of a peer that has not proved who it is.
+
+        Returns:
+            The message; an empty one if the bytes are too many, or are no message.
 
         Raises:
-            _HungUpError: It sent nothing more.
+            _HungUpError: If the peer sends nothing more.
         """
         async with self._gate.turn(guest):
             data = await context.read()
@@ -219,22 +233,23 @@ class Enrolment:
 
 
 def _pid_of(launched: int, claimed: int) -> int:
-    """Return the process that a worker on this machine is: of which files are its own.
+    """Return the id of the process of a worker on this machine, which decides whose files it owns.
 
     Args:
-        launched: What was started for it; 0: we do not know.
-        claimed: What it says: the same, or what that one has started.
+        launched: The process that was started for the worker; 0 if it is not known.
+        claimed: The process that the worker says it is. It must be ``launched`` or one that this
+            one has started.
     """
     return claimed if not launched or is_descendant(claimed, launched) else launched
 
 
 def _seconds(value: float) -> float:
-    """Return how long something took, as a peer says; what is no such time is 0."""
+    """Return a duration that a peer has sent, or 0 if it cannot be one."""
     return value if 0.0 <= value < LONGEST else 0.0
 
 
 def _inheritance(service: Service) -> bytes:
-    """Say what the processes that run tasks have from this one, as if it had forked them."""
+    """Return, as JSON, what slots' processes inherit from this one, as a forked child would."""
     import multiprocessing
 
     process: Any = multiprocessing.current_process()

@@ -1,4 +1,4 @@
-"""Who is in the middle of enrolment: how many at once, and who has to go when there are more."""
+"""Limits how many peers may be enrolling at once, and decides which of them must give way."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import AsyncIterator
 __all__ = ["Gate", "Guest"]
 
 _HEADSTART = 1.0
-"""Seconds in which a peer is not made to give way to another one from the same address: an honest
-worker is through in a few milliseconds, and a crowd of them does not push each other out."""
+"""Seconds for which a peer need not give way to another one of the same address. An honest worker
+enrols in a few milliseconds, so honest workers of one address do not push each other out."""
 
 
 _READ_AT_ONCE = 4
-"""Peers whose message is being read at once: gRPC takes up to 8 MiB of it before anybody can see
-how large it is. What the others send stays within their windows, of 64 KiB each."""
+"""Number of peers whose message is read at once. gRPC receives up to 8 MiB of a message before its
+size can be seen. The others can send no more than their windows, of 64 KiB each."""
 _TURN = 1.0
-"""Seconds that this may take while others wait for their turn."""
+"""Seconds that reading a message may take while other peers wait for their turn."""
 
 
 class Guest:
@@ -31,33 +31,34 @@ class Guest:
         self.evicted = False
         self.turn_at = came_at
         self.timeout: asyncio.Timeout | None = None
-        """What ends its enrolment."""
+        """The time limit of its enrolment, which ``Gate`` shortens to make room."""
 
 
 class Gate:
-    """Lets in so many peers at once. On the loop thread.
+    """Lets in a limited number of peers at once. Used on the loop thread only.
 
-    When it is full, somebody of the address that has the most peers inside gives way, the one that
-    came first: whoever opens connections and says nothing pushes out its own, and nobody else. To
-    a newcomer of that same address it gives way only after a moment.
+    When it is full, the oldest peer of the address that has the most peers must give way. So a
+    machine that opens many connections and sends nothing pushes out its own connections only. A
+    newcomer of that same address can replace the oldest peer only if that has had some time.
 
     Args:
-        most: Peers inside at once.
+        most: Number of peers that may be inside at once.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._inside: dict[str, dict[Guest, None]] = {}  # by address, in the order they came
+        # By address: the peers inside, in the order in which they came.
+        self._inside: dict[str, dict[Guest, None]] = {}
         self._count = 0
-        self._read: dict[Guest, None] = {}  # in the order in which their turn came
+        self._read: dict[Guest, None] = {}  # whose messages are read, in the order of their turns
         self._waiting: dict[Guest, asyncio.Future[None]] = {}  # in the order in which they came
         self._hurry: asyncio.TimerHandle | None = None
 
     def enter(self, peer: str) -> Guest | None:
-        """Let a peer in; ``None``: it is to come again later.
+        """Let a peer in; ``None`` if there is no room, so that it must try again later.
 
         Args:
-            peer: What gRPC calls it, such as ``ipv4:192.0.2.1:40000``.
+            peer: The peer's address as gRPC gives it, such as ``ipv4:192.0.2.1:40000``.
         """
         loop = asyncio.get_running_loop()
         address, now = _address(peer), loop.time()
@@ -85,10 +86,10 @@ class Gate:
 
     @contextlib.asynccontextmanager
     async def turn(self, guest: Guest) -> AsyncIterator[None]:
-        """Wait until a message of a guest may be read; it is to be read while this is open."""
+        """Wait until a guest's message may be read, which the caller does within this context."""
         loop = asyncio.get_running_loop()
         if not guest.address.startswith("ipv"):
-            yield  # on a socket that only this user can reach
+            yield  # only this user can reach the Unix socket, so no limit is needed
             return
         if len(self._read) >= _READ_AT_ONCE:
             waiting = self._waiting[guest] = loop.create_future()
@@ -96,7 +97,7 @@ class Gate:
             try:
                 await waiting
             except asyncio.CancelledError:
-                if self._read.pop(guest, self) is None:  # it had just been given
+                if self._read.pop(guest, self) is None:  # the guest had just been given its turn
                     self._next(loop)
                 raise
             finally:
@@ -110,9 +111,10 @@ class Gate:
             self._next(loop)
 
     def _next(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Give the turn to the one that came last, of an address that has the fewest inside.
+        """Give the turn to the newest waiting guest of an address that has the fewest guests.
 
-        Honest peers are done at once, so that who has waited for long is not one of them.
+        Honest guests need their turn for a moment only, so a guest that has waited for long is
+        probably not honest.
         """
         if len(self._read) >= _READ_AT_ONCE:
             return
@@ -129,7 +131,7 @@ class Gate:
             self._waiting[guest].set_result(None)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        """While others wait, end whoever has had his turn for long."""
+        """Evict guests whose turn has lasted too long while others wait."""
         if self._hurry is not None:
             return
         now = loop.time()
@@ -144,7 +146,7 @@ class Gate:
         self._look(loop)
 
     def leave(self, guest: Guest) -> None:
-        """A peer is through, or gone."""
+        """Note that a peer has enrolled, or is gone."""
         inside = self._inside.get(guest.address)
         if inside is not None and guest in inside:
             del inside[guest]
@@ -154,5 +156,5 @@ class Gate:
 
 
 def _address(peer: str) -> str:
-    """Return the machine that a peer is on, as far as one can tell; without its port."""
+    """Return a peer's address without its port."""
     return peer.rpartition(":")[0] if peer.startswith("ipv") else peer.partition(":")[0]

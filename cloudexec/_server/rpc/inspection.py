@@ -1,7 +1,8 @@
-"""How much a worker's message may hold: counted before anything is made of it.
+"""Parses the messages of enrolled workers, and refuses messages with too many entries.
 
-A few megabytes of empty entries are hundreds of megabytes as objects, and seconds of work on the
-loop thread. An honest worker sends a few thousand entries at once.
+The entries are counted before they become objects: a few megabytes of empty entries would become
+objects of hundreds of megabytes, and take seconds on the loop thread. An honest worker sends a few
+thousand entries at once.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from cloudexec._proto import tasks_pb2 as pb
 __all__ = ["parse"]
 
 _MOST_FIELDS = 65_536
-"""Fields of one message, each failure and each piece of output being one."""
+"""Number of fields of one message. Each failure and each piece of output is one field."""
 _MOST_NUMBERS = 1 << 20
-"""Leases, or process groups, in one list: numbers take little time, and a worker may hand back
-all that it was sent ahead."""
+"""Number of leases or process groups in one list. Numbers take little time, and a worker may hand
+back all tasks that it was sent ahead."""
 
 
 def parse(data: bytes) -> pb.WorkerMessage:
-    """Parse what an enrolled worker sent.
+    """Parse a message of an enrolled worker.
 
     Raises:
-        DecodeError: If it is no message.
-        ValueError: If there is more in it than an honest worker sends at once.
+        DecodeError: If the bytes are no message.
+        ValueError: If the message has more entries than an honest worker sends at once.
     """
-    # Each entry takes a byte at least: most messages are too short to hold too many.
+    # Each entry takes at least a byte, so a short message cannot hold too many.
     if len(data) <= _MOST_FIELDS:
         return pb.WorkerMessage.FromString(data)
     _count_fields(data)
@@ -39,11 +40,11 @@ def parse(data: bytes) -> pb.WorkerMessage:
 
 
 def _count_fields(data: bytes) -> None:
-    """Walk over the fields of a message, not into them.
+    """Count the fields of a message, without those inside of fields.
 
     Raises:
-        DecodeError: If they do not end where the message does.
-        ValueError: If there are too many.
+        DecodeError: If the bytes are no message.
+        ValueError: If there are too many fields.
     """
     at, size = 0, len(data)
     try:
@@ -62,7 +63,7 @@ def _count_fields(data: bytes) -> None:
             elif kind == 5:
                 at += 4
             else:
-                raise DecodeError(f"a field of type {kind}")  # groups: nobody sends any
+                raise DecodeError(f"a field of type {kind}")  # groups, which proto3 does not have
     except IndexError:
         raise DecodeError("the message ends in the middle of a field") from None
     if at != size:

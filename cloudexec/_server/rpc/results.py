@@ -1,4 +1,8 @@
-"""The parts of a worker's large results: some come before the result, some lie in its files."""
+"""Collects the parts (blobs) of a worker's large results.
+
+Some parts arrive before the result that refers to them. Others lie in files of a worker on this
+machine, which are opened here.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +25,25 @@ from cloudexec._wire.channel import CHUNK_BYTES
 __all__ = ["OWN_BLOBS", "ResultParts"]
 
 _FILES_TIMEOUT = 10.0
-"""Seconds for which results wait until this process may open their files."""
+"""Seconds for which results wait if this process has too many files open."""
 _FILES_PAUSE = 0.1
 OWN_BLOBS = 1 << 40
-"""Numbers that each worker may give to blobs."""
+"""Size of the range of numbers that each worker may give to its blobs."""
 _MOST_STORED = 256
-"""Kept results that a worker may have put into the bucket before it says what they belong to."""
+"""Number of kept blobs that a worker may put into the bucket before it sends their results."""
 
 
 class ResultParts:
-    """What has come of one worker's large results. On the loop thread, but for ``spill``.
+    """The parts of one worker's large results that have arrived.
+
+    Used on the loop thread; ``spill`` also opens files in another thread.
 
     Args:
-        service: Whose worker it is.
-        worker: Its id.
-        pid: Its process, where that is on this machine: its files are those that it may name.
-        first_blob: Below the first number that it may give to a blob.
+        service: The executor, as its workers' calls see it.
+        worker: The worker's id.
+        pid: The worker's process, if it is on this machine. A worker may name only files of this
+            process.
+        first_blob: The number before the first that the worker may give to a blob.
     """
 
     def __init__(
@@ -47,54 +54,55 @@ class ResultParts:
         first_blob: int,
     ) -> None:
         self.delivered: dict[int, Delivered | Composed] = {}
-        """By lease, results that came over the worker's own socket."""
+        """By lease: results that came through the direct channel."""
         self.arrived: dict[int, Blob | PayloadError] = {}
-        """By number, parts of results that are not complete."""
-        self._parts: dict[int, list[int]] = {}  # by lease, which of these were delivered for it
-        self._stored_ahead: dict[int, bytes] = {}  # digests of kept ones, still to be reported
-        self._short_of_files = False  # and has waited for some in vain
+        """By number: parts whose results have not arrived yet."""
+        self._parts: dict[int, list[int]] = {}  # by lease: the numbers of its parts in ``arrived``
+        # By number: digests of kept blobs in the bucket whose results have not arrived yet.
+        self._stored_ahead: dict[int, bytes] = {}
+        self._short_of_files = False  # whether the last wait for free descriptors was in vain
         self._service = service
         self._worker = worker
         self._pid = pid
         self._first = first_blob
 
     def owns(self, number: int) -> bool:
-        """Say whether a number is one that the worker may give to a blob."""
+        """Say whether a number is in the range that the worker may give to its blobs."""
         return self._first < number < self._first + OWN_BLOBS
 
     def part_arrived(self, lease: int, number: int, blob: Blob) -> None:
-        """A part of the result of a lease has come on its own."""
+        """Take a part that arrived before the result of its lease."""
         self.arrived[number] = blob
         self._parts.setdefault(lease, []).append(number)
 
     def stored_ahead(self, number: int, sha256: bytes) -> None:
-        """A part that stays on the worker is in the bucket, before its result has come."""
+        """Note that a part which stays on the worker is in the bucket before its result arrived."""
         self._stored_ahead[number] = sha256
         if len(self._stored_ahead) > _MOST_STORED:
             del self._stored_ahead[next(iter(self._stored_ahead))]
 
     @property
     def is_empty(self) -> bool:
-        """Whether no part waits for the rest of its result."""
+        """Whether no part waits for its result."""
         return not (self.arrived or self._parts)
 
     def end_lease(self, lease: int) -> None:
-        """Let go of the parts that have come for a task which the worker has no more."""
+        """Drop the parts of a task that the worker does not have any more."""
         for number in self._parts.pop(lease, ()):
             self.arrived.pop(number, None)
 
     def take(
         self, columns: pb.Results, results: list[Any]
     ) -> tuple[list[int], list[int], list[Blob]]:
-        """Take hold of the parts of large results.
+        """Put large results together from their heads and parts.
 
         Args:
-            columns: What the worker says of them.
-            results: Their heads; replaced by the results.
+            columns: The worker's message about its results.
+            results: The heads of the results, which are replaced by the results.
 
         Returns:
-            The indexes of results that are gone, the numbers of parts that the worker need not hold
-            for this process any more, and the parts that stay on it.
+            The indexes of results that are gone, the numbers of parts that the worker may drop, and
+            the parts that stay on the worker.
         """
         at = 0
         vanished: list[int] = []
@@ -117,7 +125,7 @@ class ResultParts:
                 results[index] = Delivered(None, exc)
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 vanished.append(index)
-            except OSError as exc:  # it is there: the task is not to run again for that
+            except OSError as exc:  # the result exists: the task must not run again for this
                 why = f"a result cannot be taken from its file: {exc.strerror}"
                 results[index] = Delivered(None, PayloadError(why))
             else:
@@ -126,7 +134,7 @@ class ResultParts:
         return vanished, taken, staying
 
     def _know_kept(self, described: pb.Blob) -> Blob:
-        """Note a part of a result that stays on the worker."""
+        """Return the blob of a part that stays on the worker."""
         if not self.owns(described.id):
             raise ValueError(f"{described.id} is not its own to give to a blob")
         if described.size > LARGEST_BLOB:
@@ -141,7 +149,11 @@ class ResultParts:
         return blob
 
     def _place_of(self, described: pb.Blob) -> Place:
-        """Return where a worker on this machine says that a blob of its own is."""
+        """Return the place that a worker on this machine gives for one of its blobs.
+
+        Raises:
+            ValueError: If the path is not one of the worker's own files.
+        """
         path = described.path
         if not is_path_of(self._pid, path):
             raise ValueError(f"{path[:100]!r} is no file of its own")
@@ -172,7 +184,7 @@ class ResultParts:
         if place.mappable:
             return store.take_over(size, fd=fd, spill=True)
         try:
-            # What there is no room for in memory is not to be in memory on its way to the disk.
+            # A blob that does not fit into memory is copied to disk piece by piece.
             if not store.has_room(size):
                 blob = store.new(size)
                 _copy(fd, place.offset, blob)
@@ -185,9 +197,9 @@ class ResultParts:
         return store.take_over(size, content=data, spill=True)
 
     async def await_files(self, message: pb.WorkerMessage) -> None:
-        """Wait a while until the parts of results can be opened: the program may have many files.
+        """Wait a while if this process has too many files open to open those of a message's parts.
 
-        What the worker says meanwhile is read later.
+        Further messages of the worker are read after that.
         """
         if not self._service.direct_path:
             return
@@ -196,13 +208,13 @@ class ResultParts:
         until = loop.time() + _FILES_TIMEOUT
         while not can_open(count):
             if self._short_of_files or loop.time() > until:
-                self._short_of_files = True  # not again for each of those that follow
+                self._short_of_files = True  # do not wait again for each following message
                 return
             await asyncio.sleep(_FILES_PAUSE)
         self._short_of_files = False
 
     async def spill(self, message: pb.WorkerMessage) -> None:
-        """Move to disk the results that there is no room for in memory; in a thread."""
+        """Copy results that do not fit into memory to disk, in a thread."""
         columns = message.results
         store = self._service.store
         if not self._service.direct_path or store.has_room(sum(b.size for b in columns.blobs)):
@@ -215,22 +227,22 @@ class ResultParts:
                 continue
             for part in parts:
                 if not part.path:
-                    continue  # it came another way
+                    continue  # this part was sent, and lies in no file
                 try:
                     place = self._place_of(part)
                     self.arrived[part.id] = await asyncio.to_thread(self._open_blob, place)
                 except PayloadError as exc:
                     self.arrived[part.id] = exc
                 except OSError:
-                    pass  # it is looked for once more
+                    pass  # ``take`` tries once more, and reports the error
 
 
 def _copy(fd: int, offset: int, blob: Blob) -> None:
     """Fill a new blob from a part of a file.
 
     Raises:
-        PayloadError: If the file is shorter than that.
-        OSError: If it cannot be read, or the blob not be written.
+        PayloadError: If the file is too short.
+        OSError: If the file cannot be read, or the blob cannot be written.
     """
     at = 0
     while at < blob.size:

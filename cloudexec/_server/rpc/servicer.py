@@ -1,4 +1,4 @@
-"""The conversation with each worker, from its first message to the end of its connection."""
+"""Serves the call ``Session``: enrols a worker, and exchanges messages until either side ends."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _logger = Log()
 
 
 class Servicer:
-    """The methods of the service: this one, and those of ``transfers``.
+    """The methods that workers call: ``session``, and those of ``transfers``.
 
     Args:
-        service: What they serve.
+        service: The executor, as its workers' calls see it.
     """
 
     def __init__(self, service: Service) -> None:
@@ -40,7 +40,7 @@ class Servicer:
             await self._converse(session, context)
 
     async def _converse(self, session: WorkerSession, context: Any) -> None:
-        """Exchange messages with a worker over one connection, until either side ends that."""
+        """Exchange messages with a worker over one connection, until either side ends it."""
         service = self._service
         reading = asyncio.current_task()
         assert reading is not None
@@ -54,7 +54,7 @@ class Servicer:
         deaf: list[ValueError] = []
 
         def sent(done: asyncio.Task[None]) -> None:
-            # Who is not sent anything any more is not to be waited for.
+            # If nothing can be sent to the worker any more, do not wait for its messages either.
             if not done.cancelled():
                 error = done.exception()
                 if isinstance(error, ValueError):
@@ -86,6 +86,6 @@ class Servicer:
             _logger.exception("internal error with a message from %s", session.worker_id)
         finally:
             sending.cancel()
-            if session.is_read_by(reading):  # else another connection has taken over
+            if session.is_read_by(reading):  # otherwise a newer connection has taken over
                 session.detach()
                 service.workers.disconnected(session, reason, cut=cut)

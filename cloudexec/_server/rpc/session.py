@@ -1,4 +1,9 @@
-"""One enrolled worker: what is on its way to it, and what it may fetch."""
+"""The session of one enrolled worker: sends commands to it, and turns its messages into events.
+
+A session may outlive its connection: messages are numbered and acknowledged (``_wire.stream``), and
+those that may not have arrived are sent again over the next connection. The core's commands are
+collected here and sent in batches, as fast as the connection takes them.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +34,15 @@ from cloudexec._wire.stream import Stream
 __all__ = ["WorkerSession"]
 
 _MOST_OUTPUT = 64 * 1024 * 1024
-"""Bytes of output that a worker may have sent and we not shown; it is to stop long before."""
+"""Bytes of output that a worker may have sent and that are not shown yet. An honest worker stops
+long before, as its credit is lower."""
 _OUTPUT_ENTRY = 32
-"""Bytes that a piece of output counts beside its own: there may be many empty ones."""
+"""Bytes that each piece of output counts in addition to its own, as pieces may be empty."""
 _BATCH_TASKS = 2048
 _BATCH_BYTES = 512 * 1024
 _FEW = 4
-"""Tasks that are sent on the spot: a round of the loop would make one wait. More go in the next
-round, with whatever else comes in this one."""
+"""Up to this number, tasks are sent at once, because waiting for the loop's next round would cost
+time. More tasks are sent in the next round, together with others that come in this one."""
 _TRANSFERS = 16
 """Blobs that one worker may be sent at once, and that it may send: each takes a few MiB of memory
 while it is under way. What is more waits."""
@@ -53,29 +59,37 @@ _KINDS = {
 
 
 class WorkerSession:
-    """One enrolled worker: what is on its way to it, and what it may fetch."""
+    """The session of one enrolled worker. Used on the loop thread only.
+
+    Args:
+        service: The executor, as its workers' calls see it.
+        identity: The launch of the worker.
+        attempt: Which start of its launch the worker is, from 1.
+        pid: The worker's process, if it is on this machine.
+        resumable: Whether a cut connection may be replaced by another one.
+    """
 
     def __init__(
         self, service: Service, identity: str, attempt: int, pid: int, *, resumable: bool
     ) -> None:
         self.identity = identity
-        self.resumable = resumable  # whether a cut connection may be replaced by another one
+        self.resumable = resumable
         self.is_cut = False
-        self.taken_over = False  # it is about to say what it holds of an earlier client's
+        self.taken_over = False  # whether the worker has yet to say which tasks it holds
         self.stream: Stream[pb.ServerMessage] = Stream()
-        self.pid = pid  # of its process, where that is on this machine
-        self.attempt = attempt  # which run of its launch this is, from 1
+        self.pid = pid
+        self.attempt = attempt
         self.worker_id = f"worker-{identity}"
         self.token = secrets.token_bytes(16)
-        self.name = _enrolment.session_name(self.token)  # what it may be called before a proof
-        # By lease: what a worker may still read.
+        self.name = _enrolment.session_name(self.token)  # a name that does not reveal the token
+        # By lease: large payloads and functions, kept alive while the worker may read their blobs.
         self.payloads: dict[int, tuple[Composed | None, Function | None]] = {}
-        self.damaged: dict[int, int] = {}  # how often a kept blob has arrived other than it was
-        self.progress_at = 0.0  # when something of a blob came last, by the loop's clock
-        self.ending = False  # what it keeps is to be brought here
-        self.uploads: dict[int, str] = {}  # ids of those that are on their way into the bucket
+        self.damaged: dict[int, int] = {}  # by number: how often a kept blob arrived damaged
+        self.progress_at = 0.0  # when bytes of a blob came last, by the loop's clock
+        self.ending = False  # whether the worker's kept results are being brought here
+        self.uploads: dict[int, str] = {}  # by number: the ids of uploads to the bucket
         self.link = Link(enabled=service.compresses)
-        # Apart from each other: what it is sent may wait for what others send.
+        # Two limits, because a blob that is sent may wait for one that another worker sends.
         self.outgoing = asyncio.Semaphore(_TRANSFERS)
         self.incoming = asyncio.Semaphore(_TRANSFERS)
         self.first_blob = next(service.blob_ranges) * OWN_BLOBS
@@ -83,11 +97,11 @@ class WorkerSession:
         self._taken: list[int] = []
         self._want: list[int] = []
         self.slot_groups: list[int] = []
-        self.printed: set[int] = set()  # leases whose task has printed
-        self._unshown = 0  # bytes of output that came and were not shown yet
-        self.reclaimed = False  # its platform told it to end
+        self.printed: set[int] = set()  # leases whose task has printed something
+        self._unshown = 0  # bytes of output that were received and not shown yet
+        self.reclaimed = False  # whether the worker's platform told it to end
         self._service = service
-        self._reading: asyncio.Task[Any] | None = None  # of the connection that there is
+        self._reading: asyncio.Task[Any] | None = None  # reads the present connection
         self._acknowledge_handle: asyncio.TimerHandle | None = None
         self._wanted = asyncio.Event()
         self.told = Introductions(service, self.worker_id, self.link, self._wanted.set)
@@ -128,7 +142,7 @@ class WorkerSession:
         self._wanted.set()
 
     def release(self, blobs: Sequence[Blob]) -> None:
-        """Tell the worker that nobody needs any more that it keeps these."""
+        """Tell the worker that it may drop these blobs, which it keeps."""
         if blobs:
             self._taken.extend([blob.id for blob in blobs])
             self._wanted.set()
@@ -142,7 +156,7 @@ class WorkerSession:
         self._wanted.set()
 
     def close(self) -> None:
-        """Exchange nothing more with the worker, whether it has hung up or not."""
+        """End the session, whether the worker has hung up or not."""
         self._closed = True
         self._wanted.set()
         if self._reading is not None:
@@ -157,10 +171,13 @@ class WorkerSession:
         return self._closed
 
     def attach(self, reading: asyncio.Task[Any]) -> bool:
-        """Have another connection of the worker be the one: the one before it ends.
+        """Use a new connection of the worker, and end the old one.
+
+        Args:
+            reading: The task that reads the new connection.
 
         Returns:
-            Whether there was one before, though it may have ended already.
+            Whether the worker had a connection before, which may have ended already.
         """
         before, self._reading = self._reading, reading
         if before is not None:
@@ -168,15 +185,18 @@ class WorkerSession:
         return before is not None or self.is_cut
 
     def is_read_by(self, task: asyncio.Task[Any]) -> bool:
-        """Say whether a task reads the connection that there is, not an earlier one."""
+        """Say whether a task reads the present connection, not an earlier one."""
         return self._reading is task
 
     def detach(self) -> None:
-        """The connection that there was has ended."""
+        """Note that the present connection has ended."""
         self._reading = None
 
     def output_taken(self, size: int) -> None:
-        """The output thread has shown this much: the worker may send as much again."""
+        """Allow the worker to send more output, because ``size`` bytes have been shown.
+
+        Called in the output thread.
+        """
 
         def credit() -> None:
             self._credit += size
@@ -240,7 +260,9 @@ class WorkerSession:
             payload = task.payload
             future = task.handle
             if payload is None or future is None or future.done():
-                continue  # cancelled meanwhile; the worker will hand back what it never had
+                # The task was cancelled meanwhile. The core recalls its lease, and the worker hands
+                # it back although it never had the task.
+                continue
             if holds and (hold := holds.get(future)) is not None:
                 hold.was_kept = True
                 kept.append(task.lease)
@@ -300,7 +322,7 @@ class WorkerSession:
         self._service.bytes_sent += size
 
     def _cannot_send(self, lease: int, error: PayloadError) -> None:
-        """There is no room for what a task takes: it fails."""
+        """Fail a task whose arguments do not fit into the store."""
         detail = pb.Failure(lease=lease, payload=_payload.dumps_exception(error))
         failure = events.Failure(FailureKind.PICKLE_FAILED, detail)
         self._service.feed(events.FailuresReceived(self.worker_id, [(lease, failure)]))
@@ -318,12 +340,16 @@ class WorkerSession:
             message.tasks.terms.add(index=index, env=env, memory_bytes=memory, last=last)
 
     def want(self, blob: Blob) -> None:
-        """Have the worker send a blob that it keeps."""
+        """Ask the worker to send a blob that it keeps."""
         self._want.append(blob.id)
         self._wanted.set()
 
     def go_straight(self, frames: Frames) -> None:
-        """Take messages as they come, and send few tasks at once, over a plain connection."""
+        """Use a plain connection without detours.
+
+        The worker's messages are handled where they arrive, and a few tasks are sent where the core
+        decides about them, both without a further round of the loop.
+        """
         self._straight = frames
 
         def take(data: bytes) -> bool:
@@ -337,12 +363,13 @@ class WorkerSession:
         frames.at_once = take
 
     async def send(self, context: Any) -> None:
-        """Send what is wanted, in batches as large as the stream makes them.
+        """Send messages until the session ends.
 
-        What was sent over an earlier connection, and may not have arrived, comes first.
+        Messages that were sent over an earlier connection and may not have arrived come first.
+        While the connection is busy, commands are collected for the next message.
 
         Raises:
-            ValueError: If the worker acknowledges nothing.
+            ValueError: If the worker does not acknowledge messages.
         """
         stream = self.stream
         for sent in stream.missing():
@@ -362,10 +389,10 @@ class WorkerSession:
                 await context.write(message)
 
     def is_news(self, message: pb.WorkerMessage) -> bool:
-        """Take note of a message's number; say whether it is to be read.
+        """Note a message's number, and say whether the message is new and must be handled.
 
         Raises:
-            ValueError: If it says what cannot be.
+            ValueError: If its number or its acknowledgement is impossible.
         """
         stream = self.stream
         if not self.resumable:
@@ -385,7 +412,11 @@ class WorkerSession:
             self._wanted.set()
 
     def take(self, message: pb.WorkerMessage) -> None:
-        """Turn one message into events."""
+        """Turn one message of the worker into events.
+
+        Raises:
+            ValueError: If the message is malformed.
+        """
         service = self._service
         worker = self.worker_id
         heard = True
@@ -411,7 +442,8 @@ class WorkerSession:
                         service.name_of(worker, output.lease),
                     )
         if message.slot_groups:
-            # They are to be killed one day: 0 and 1 mean others than a group of theirs.
+            # These process groups may be killed later. 0 and 1 are excluded, as killing them would
+            # reach other processes than the worker's.
             self.slot_groups = [each for each in message.slot_groups if 1 < each < 1 << 31]
         if message.ready:
             service.feed(events.WorkerReady(worker))
@@ -459,7 +491,7 @@ class WorkerSession:
             for failure in message.failures:
                 self._end_lease(failure.lease)
                 if failure.lease in self.results.delivered:
-                    # All of its result is here: the slot ended before it could say so.
+                    # The result is here already: the slot's process died before it could report it.
                     result = self.results.delivered.pop(failure.lease)
                     leases, results, seconds = [failure.lease], [result], [failure.seconds]
                     if service.takeover is not None:
@@ -476,7 +508,8 @@ class WorkerSession:
             heard = False
         returned = list(message.returned)
         if message.goodbye and worker in service.machine.workers:
-            # It has answered all that it began: it has not begun with what was on its way to it.
+            # The worker has answered all tasks that it began. It has not begun its other leases,
+            # whose tasks were still on their way.
             returned += service.machine.workers[worker].leases
         if returned:
             for lease in returned:
@@ -495,12 +528,17 @@ class WorkerSession:
             service.feed(events.WorkerHeard(worker))
 
     def _end_lease(self, lease: int) -> None:
-        """Let go of what was for a task that the worker has no more."""
+        """Drop what was kept for a task that the worker does not have any more."""
         self.payloads.pop(lease, None)
         self.results.end_lease(lease)
 
     def _lose_results(self, indexes: list[int], *columns: list[Any]) -> None:
-        """Count results whose files are gone, as their worker is, as attempts that were lost."""
+        """Report results whose files are gone, because the slot's process is, as lost attempts.
+
+        Args:
+            indexes: The positions of these results in the columns, in order.
+            columns: Leases, results and seconds, from which these entries are removed.
+        """
         failures = []
         for index in reversed(indexes):
             lease, _, seconds = [column.pop(index) for column in columns]

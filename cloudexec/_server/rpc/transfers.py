@@ -1,4 +1,7 @@
-"""The methods that carry blobs: to a worker, from it, and by way of the bucket."""
+"""The methods that carry blobs: ``Fetch`` to a worker, ``Deliver`` from it.
+
+``Locate`` and ``Store`` let a worker exchange blobs through the bucket.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +31,23 @@ from cloudexec._wire.channel import (
 __all__ = ["Transfers"]
 
 _STALLED = 60.0
-"""Seconds in which something worth mentioning must come of a blob that a worker sends."""
+"""Seconds within which ``_PROGRESS`` bytes of a blob that a worker sends must arrive."""
 _PROGRESS = 64 * 1024
-"""Bytes that are worth mentioning."""
+"""Bytes that count as progress."""
 
 
 class Transfers:
     """Transfers between one executor and its workers.
 
     Args:
-        service: Whose.
+        service: The executor, as its workers' calls see it.
     """
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     async def fetch(self, request: pb.FetchRequest | None, context: Any) -> AsyncIterator[Any]:
-        """Stream a blob to a worker that was told of it, or the user's modules."""
+        """Send a worker a blob that it knows, or the archive of the user's modules."""
         session = session_of(self._service, context)
         if session is None or request is None:
             await abort(context, "UNAUTHENTICATED", "unknown session")
@@ -59,7 +62,7 @@ class Transfers:
         if blob is None or request.offset > blob.size:
             await abort(context, "NOT_FOUND", "no such blob")
             return
-        if blob.origin is not None:  # it is in the bucket, and the worker cannot read that
+        if blob.origin is not None:  # the blob is in the bucket, which the worker cannot read
             try:
                 await service.keeper.pull(blob)
             except (FileNotFoundError, PayloadError) as exc:
@@ -71,7 +74,7 @@ class Transfers:
                 yield chunk
 
     async def deliver(self, requests: AsyncIterator[Any], context: Any) -> pb.DeliverReply:
-        """Take a part of a result."""
+        """Receive a blob: a part of a result, or a kept blob that was asked for."""
         session, service = session_of(self._service, context), self._service
         metadata = dict(context.invocation_metadata() or ())
         number, size, lease = (
@@ -102,7 +105,7 @@ class Transfers:
         if refusal != "OK":
             if refusal == "DATA_LOSS" and not cut:
                 service.transfer_failed(session, why)
-            # Outside of the handlers above: nothing refers to what has come any more.
+            # Outside of the handlers above, so that no exception keeps the received bytes alive.
             await abort(context, refusal, why[:1000])
         service.bytes_received += blob.size
         if pulled:
@@ -114,17 +117,17 @@ class Transfers:
     async def _receive(
         self, session: WorkerSession, requests: AsyncIterator[Any], size: int, context: Any
     ) -> Blob:
-        """Take in the content of a blob.
+        """Receive the content of a blob.
 
         Raises:
-            PayloadTooLargeError: If there is no room for it.
+            PayloadTooLargeError: If the store has no room for it.
             OSError: If it cannot be written.
-            PayloadError: If it is not what was announced.
-            DecodeError: If it is not even a message.
-            EOFError: If it ended early, or does not go on.
+            PayloadError: If it arrives damaged, or with another size than announced.
+            DecodeError: If bytes arrive that are no message.
+            EOFError: If it ends early, or makes no progress.
         """
         loop, at = self._service.portal.loop, 0
-        # In a thread: where it goes to disk, that may take its time.
+        # In a thread, because reserving room on disk may take time.
         blob = await asyncio.to_thread(self._service.store.new, size)
         incoming = Incoming(blob)
         await context.send_initial_metadata(((GO_ON_KEY, "1"),))
@@ -144,7 +147,7 @@ class Transfers:
         return blob
 
     async def locate(self, request: pb.LocateRequest | None, context: Any) -> pb.Location:
-        """Say where in the bucket a blob is."""
+        """Return the signed URL of a blob in the bucket."""
         session, transfers = session_of(self._service, context), self._service.transfers
         if session is None or transfers is None or request is None:
             await abort(context, "UNAUTHENTICATED", "unknown session")
@@ -152,7 +155,7 @@ class Transfers:
         return await transfers.locate(session, request)
 
     async def store(self, request: pb.StoreRequest | None, context: Any) -> pb.StoreReply:
-        """Let a worker put a blob into the bucket."""
+        """Serve one step of a worker's upload to the bucket."""
         session, transfers = session_of(self._service, context), self._service.transfers
         if (
             session is None
@@ -172,7 +175,7 @@ class Transfers:
 
 
 def _natural(text: object) -> int:
-    """Read a number that a peer wrote; what is none is -1."""
+    """Read a number that a peer sent; -1 if it is none."""
     if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 20:
         return int(text)
     return -1
