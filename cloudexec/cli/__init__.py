@@ -1,7 +1,9 @@
-"""The command ``cloudexec``: one module per verb, and private modules that each hold one idea.
+"""The command ``cloudexec``: one module for each verb, and private modules that the verbs share.
 
-Only click is imported here. A verb imports what it needs when it runs, so ``cloudexec --help``
-costs neither grpc nor rich.
+``_map_job`` and the modules that it imports implement ``cloudexec map``. ``_aws_options`` has the
+options, the errors and the exit codes that the commands for AWS have in common, ``_steps`` and
+``_table`` show progress and tables. Only click is imported here: a verb imports other packages when
+it runs, so that ``cloudexec --help`` need not import grpc or rich.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the commands that look into an account share: where to look, and how they end."""
+"""Options, errors and exit codes that the commands for an AWS account have in common."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _P = ParamSpec("_P")
 
 PROFILE_VARIABLE = "CLOUDEXEC_PROFILE"
 _READER_GONE = 141
-"""What a shell says of a command that SIGPIPE ended."""
+"""The exit code that a shell gives a command that SIGPIPE ended: 128 plus the signal's number."""
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
 _SECONDS_PER = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -27,12 +27,12 @@ _SECONDS_PER = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 def profile_option(
     purpose: str, *, name: str = "profile", default: str | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return what adds ``--profile``.
+    """Return a decorator that adds ``--profile`` to a command.
 
     Args:
-        purpose: What a profile is for in this command.
-        name: Of the command's parameter.
-        default: Profile if none is named.
+        purpose: The option's help text: what the command uses the profile for.
+        name: The name of the command's parameter.
+        default: The profile if the user names none.
     """
 
     def resolve(
@@ -41,7 +41,7 @@ def profile_option(
         from_environment = (
             context.get_parameter_source(str(parameter.name)) is ParameterSource.ENVIRONMENT
         )
-        # There, "local" is what sends scripts to this machine: it names no profile.
+        # In the variable, "local" makes scripts run on this machine; it names no profile.
         return default if from_environment and value in ("", "local") else value
 
     return click.option(
@@ -57,10 +57,10 @@ def profile_option(
 
 
 def aws_options_for(profile: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return what adds ``--profile``, ``--region`` and ``--json``.
+    """Return a decorator that adds ``--profile``, ``--region`` and ``--json`` to a command.
 
     Args:
-        profile: What a profile is for in this command.
+        profile: The help text of ``--profile``.
     """
     options = (
         click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs."),
@@ -86,7 +86,10 @@ aws_options = aws_options_for(
 
 
 def ends_well(function: Callable[_P, int | None]) -> Callable[_P, int]:
-    """Turn our errors into a line on standard error, and a reader that left into an exit code."""
+    """Wrap a command, so that an error of cloudexec becomes one line on standard error.
+
+    If the program that reads standard output has ended, the exit code is 141, without a message.
+    """
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> int:
@@ -100,7 +103,7 @@ def ends_well(function: Callable[_P, int | None]) -> Callable[_P, int]:
         except CloudexecError as exc:
             raise RunError(str(exc)) from exc
         except BrokenPipeError:
-            # Python flushes standard output once more when it exits, and would complain.
+            # Python flushes standard output again when it exits, which would print an error.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return _READER_GONE
         return code or 0
@@ -109,10 +112,10 @@ def ends_well(function: Callable[_P, int | None]) -> Callable[_P, int]:
 
 
 def confirmed(question: str) -> bool:
-    """Ask on standard error; an answer may come from a pipe.
+    """Ask a question on standard error, and read the answer from standard input.
 
     Raises:
-        CommandError: If nobody is there to answer.
+        CommandError: If standard input ends without an answer, and is no terminal.
     """
     try:
         return click.confirm(question, err=True)
@@ -120,7 +123,9 @@ def confirmed(question: str) -> bool:
         if sys.stdin.isatty() or not isinstance(exc.__context__, EOFError):
             raise
         click.echo(err=True)
-        raise CommandError("nobody is there to confirm this: say --yes") from None
+        raise CommandError(
+            "this needs a confirmation, and standard input is empty: add --yes"
+        ) from None
 
 
 def echo_json(value: Any) -> None:

@@ -52,7 +52,7 @@ class Reopenable:
             raise CommandError(f"{path} cannot be read: {exc.strerror or exc}") from exc
 
     def _spool(self, stream: IO[bytes]) -> None:
-        # It lives as long as this object, and vanishes with it.
+        # The temporary file is deleted together with this object.
         self._copy = tempfile.NamedTemporaryFile(prefix="cloudexec-input-")  # noqa: SIM115
         shutil.copyfileobj(stream, self._copy)
         self._copy.flush()

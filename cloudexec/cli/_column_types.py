@@ -35,7 +35,7 @@ PARSERS: Mapping[str, Callable[[str], object]] = {
     "json": json.loads,
     "path": pathlib.Path,
 }
-"""From a type's name to what turns a cell into a value; raises ValueError where it cannot."""
+"""By a type's name: the function that turns a cell into a value, or raises ValueError."""
 
 
 class ColumnGuess:
@@ -50,7 +50,7 @@ class ColumnGuess:
 
     def __init__(self) -> None:
         self._kind: str | None = None
-        # Cells such as "nan" are text unless a real number turns up in the same column.
+        # Cells such as "nan" are text unless the column also has a number.
         self._pending_floats = False
 
     def see(self, cell: str) -> None:

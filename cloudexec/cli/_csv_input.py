@@ -20,7 +20,7 @@ class _Column:
     kind: str
     parse: Callable[[str], object]
     empty: object
-    """What an empty cell is recorded as."""
+    """The value that is recorded for an empty cell."""
     is_left_out: bool
     """Whether an empty cell leaves the argument to the function's default."""
 
@@ -42,7 +42,7 @@ class CsvSource:
         Args:
             data: The file's bytes.
             parameters: The function's parameters, which the header must fit.
-            types: Type names for columns, before annotations and what the cells look like.
+            types: Type names of columns. They count more than annotations and the cells' content.
             delimiter: The character between cells.
             ignore_extra: Whether columns that the function does not take are allowed.
 
@@ -186,7 +186,7 @@ class CsvSource:
 
 
 class _Parsed:
-    """Lists of cells, with what can go wrong in one line of text."""
+    """Reads a CSV file row by row; malformed rows raise CommandError with their line number."""
 
     def __init__(self, data: Reopenable, delimiter: str) -> None:
         self._name = data.name

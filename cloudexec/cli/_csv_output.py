@@ -23,12 +23,12 @@ _WIDEST = 200
 
 
 class CsvFormat:
-    """One CSV row a record.
+    """Writes each record as one CSV row.
 
-    The columns are ``row``, the input (``input`` or ``input.NAME`` each), the value (``value``,
-    or ``value.KEY`` each for a function that returns dicts), the error, and how the call ran. A
-    dict that brings new keys widens the table; past a limit, and where the output cannot be
-    written anew, it goes into ``value`` as JSON.
+    The columns are ``row``, the input (``input``, or ``input.NAME`` for each name), the value
+    (``value``, or ``value.KEY`` for each key if the function returns dicts), the error, and how the
+    call ran. A dict with new keys adds columns, for which the whole output is written again. Beyond
+    200 columns, and if the output is a stream, the dict is written into ``value`` as JSON.
     """
 
     def __init__(self, function: str, inputs: tuple[str, ...] | None, *, can_widen: bool) -> None:
@@ -36,8 +36,8 @@ class CsvFormat:
 
         Args:
             function: The function's identity, written into each record.
-            inputs: The names that rows have; None for one column ``input``.
-            can_widen: Whether the output can be written anew with more columns.
+            inputs: The names that rows have; ``None`` for the one column ``input``.
+            can_widen: Whether the output can be written again with more columns.
         """
         csv.field_size_limit(2**31 - 1)  # tracebacks and values may be longer than 128 KiB
         self._function = function
@@ -101,7 +101,7 @@ class CsvFormat:
         return self._wrote_header
 
     def widened(self, lines: Iterable[bytes]) -> Iterator[bytes]:
-        """Write an existing output anew, with empty cells in the columns that are new."""
+        """Write an existing output again, with empty cells in the new columns."""
         yield self.header()
         records = _records(lines)
         old = _cells(next(records, b""))
@@ -110,11 +110,11 @@ class CsvFormat:
             yield _line([cells.get(column, "") for column in self._columns()])
 
     def key(self, shown: object) -> int:
-        """Digest a row's input as its cells read."""
+        """Digest a row's input by its cells, as ``entries`` reads them back."""
         return _digest(self._input_cells(shown))
 
     def entries(self, lines: Iterable[bytes]) -> Iterator[Entry]:
-        """Read the header, whose columns are taken over, and records."""
+        """Read the header, whose columns this format then uses, and the records."""
         columns: list[str] | None = None
         for raw in _records(lines):
             cells = _cells(raw)
@@ -165,7 +165,7 @@ def _is_input(column: str) -> bool:
 
 
 def _records(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Join the lines of records whose cells hold line ends: those with an open quote."""
+    """Join lines that belong to one record, because a quoted cell contains line ends."""
     parts: list[bytes] = []
     quotes = 0
     for line in lines:
@@ -187,11 +187,12 @@ def _cells(raw: bytes) -> list[str]:
 
 def _line(cells: Iterable[str]) -> bytes:
     stream = io.StringIO(newline="")
-    # The writer quotes the characters of its own line end: both must be in it.
+    # The writer quotes cells that contain a character of its line end. So this has both, and the
+    # first is removed afterwards.
     csv.writer(stream, lineterminator="\r\n").writerow(cells)
     text = f"{stream.getvalue()[:-2]}\n"
     try:
-        return text.encode("utf-8", "surrogateescape")  # a file's name as its bytes
+        return text.encode("utf-8", "surrogateescape")  # a file's name may not be valid UTF-8
     except UnicodeEncodeError:
         return text.encode("utf-8", "backslashreplace")
 

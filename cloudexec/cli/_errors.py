@@ -6,7 +6,7 @@ import click
 
 
 class CommandError(click.ClickException):
-    """What the user gave cannot be run: the message names it, the exit code is 2."""
+    """The command line, the function, the input or the output is wrong: the exit code is 2."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""Files that match a glob: one call for each, with its path as the only argument."""
+"""An input of files that match a glob: each is one call, with its path as the only argument."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cloudexec.cli._parameters import Parameters
 from cloudexec.cli._rows import Arguments, Row
 
 _BESIDE = (".program", ".journal", ".rewriting")
-"""What the names of files beside an output begin with, after its own."""
+"""After the output's name, the names of files that belong to it go on like this."""
 
 
 def _is_own(path: str, output: str | None) -> bool:
@@ -35,15 +35,15 @@ class FilesSource:
         Args:
             pattern: A glob; ``**`` matches any number of folders.
             parameters: The function's parameters: it must be callable with one value.
-            output: The file that results go to, which is left out where it matches, as is what
-                this command keeps beside it.
+            output: The file for the results. It is no input even if the glob matches it, and
+                neither are the files that this command keeps beside it.
 
         Raises:
             CommandError: If nothing matches, a file cannot be read, or the function cannot be
                 called with one path.
         """
         self.name = pattern
-        literal = os.path.lexists(pattern)  # a name may hold brackets
+        literal = os.path.lexists(pattern)  # a file's name may contain brackets, as globs do
         matches = [pattern] if literal else sorted(glob.iglob(pattern, recursive=True))
         own = None if output is None else os.path.abspath(output)
         self._paths = [path for path in matches if os.path.isfile(path) and not _is_own(path, own)]

@@ -138,7 +138,7 @@ def _is_importable_by_name(path: Path) -> bool:
 
 
 def _import_by_value(path: Path) -> ModuleType:
-    """Import a file whose stem means another module; its functions travel as their code."""
+    """Import a file whose name is also that of another module; its functions are sent as code."""
     import cloudpickle
 
     name = f"cloudexec_file_{path.stem.replace('.', '_')}"
@@ -154,7 +154,7 @@ def _import_by_value(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _reported(place: str, path: Path | None) -> Iterator[None]:
-    """Turn what an import raises into one line; a missing module is left to the caller."""
+    """Turn an exception of an import into one line; a missing module is left to the caller."""
     try:
         yield
     except (CommandError, ModuleNotFoundError):
@@ -167,7 +167,7 @@ def _reported(place: str, path: Path | None) -> Iterator[None]:
                 f"{path.parent.name}.{path.stem}:NAME from the folder above"
             ) from exc
         frame = traceback.extract_tb(traceback_of(exc))[-1]
-        if not is_a(exc, (SyntaxError, NestingError)):  # these say where by themselves
+        if not is_a(exc, (SyntaxError, NestingError)):  # the messages of these name the place
             message += f" ({frame.filename}, line {frame.lineno})"
         raise CommandError(message) from exc
 

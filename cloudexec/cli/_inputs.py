@@ -1,4 +1,4 @@
-"""Which reader an INPUT needs."""
+"""Chooses the reader for INPUT, by its name or by ``--input-format``."""
 
 from __future__ import annotations
 

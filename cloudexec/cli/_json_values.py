@@ -1,4 +1,4 @@
-"""Python values as JSON: what JSON cannot hold is written as what a reader would expect."""
+"""Writes Python values as JSON; types that JSON does not have become the closest type it has."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def to_json(value: object) -> tuple[str, bool]:
     except BaseException as exc:
         if is_interrupt(exc):
             raise
-        # Whatever the value does when it is looked at, its row must not be lost.
+        # A value's own methods may raise anything; its row must not be lost for that.
         plain, is_repr = to_plain(value)
         return json.dumps(plain, ensure_ascii=False, allow_nan=False), is_repr
 

@@ -12,10 +12,10 @@ _START = b'{"row": '
 
 
 class JsonLinesFormat:
-    """One JSON object a record."""
+    """Writes each record as one JSON object on a line of its own."""
 
     def __init__(self, function: str) -> None:
-        """Take what all records share.
+        """Take what is the same in all records.
 
         Args:
             function: The function's identity, written into each record.
@@ -23,7 +23,7 @@ class JsonLinesFormat:
         self._function = json.dumps(function)
 
     def header(self) -> bytes:
-        """There is none."""
+        """Return nothing: JSON Lines has no header."""
         return b""
 
     def encode(self, record: Record) -> bytes:
@@ -50,20 +50,20 @@ class JsonLinesFormat:
         return line.encode("utf-8", "backslashreplace")
 
     def widen(self, record: Record) -> bool:
-        """Any record fits."""
+        """Return false, as any record fits."""
         return False
 
     def widened(self, lines: Iterable[bytes]) -> Iterator[bytes]:
-        """Nothing changes."""
+        """Yield the lines unchanged."""
         yield from lines
 
     def key(self, shown: object) -> int:
-        """Digest a row's input as its JSON reads back."""
+        """Digest a row's input by its JSON, as ``entries`` reads it back."""
         text = to_json(shown)[0].encode("utf-8", "backslashreplace")
         return _digest(json.loads(text))
 
     def entries(self, lines: Iterable[bytes]) -> Iterator[Entry]:
-        """Read records; the last one may be torn."""
+        """Read records; the last one may be incomplete after a crash."""
         for number, line in enumerate(lines, start=1):
             is_whole = line.endswith(b"\n")
             recorded = _parse(line)

@@ -1,4 +1,4 @@
-"""The job of ``cloudexec map``: check everything, run what is left, say how it went."""
+"""Runs ``cloudexec map``: checks everything, runs the remaining rows, and reports the outcome."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from cloudexec.cli._row_run import RowRun, SignalInterrupt
 from cloudexec.cli._rows import Row, Source
 
 _WINDOW = 2000
-"""Rows submitted and not yet written: enough to keep workers busy with calls of a millisecond,
-few enough that memory does not grow with the input."""
+"""Number of rows that are submitted and not yet written. It is large enough to keep workers busy
+with calls of a millisecond, and small enough that memory does not grow with the input."""
 
 _OK = 0
 _ROW_FAILED = 1
@@ -48,40 +48,40 @@ _SIGPIPE = 13  # not in the signal module on Windows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MapOptions:
-    """What the command line says."""
+    """The arguments and options of the command line."""
 
     function: str
-    """FUNCTION."""
+    """The argument FUNCTION."""
     input: str
-    """INPUT."""
+    """The argument INPUT."""
     output: Path | None
-    """Where results go; None for standard output."""
+    """The file for the results; ``None`` for standard output."""
     workers: int | None
-    """Calls at once; None for the executor's default."""
+    """Number of calls at once; ``None`` for the executor's default."""
     is_ordered: bool
-    """Whether records stand in the input's order."""
+    """Whether records are written in the input's order."""
     timeout: float | None
-    """Seconds a call may run."""
+    """Seconds that a call may run; ``None`` for no limit."""
     retries: int
-    """Times to call again after a lost worker."""
+    """How often a call is repeated after its worker was lost."""
     max_failures: int | None
-    """Failed rows after which no more are started."""
+    """Number of failed rows after which no more rows are started; ``None`` for no limit."""
     is_resuming: bool
-    """Whether an existing output is gone on with even if other code made its rows."""
+    """Whether the rows of an existing output are kept even if other code made them."""
     is_overwriting: bool
-    """Whether an existing output is thrown away."""
+    """Whether an existing output is deleted."""
     retries_failed: bool
-    """Whether rows that failed earlier run again."""
+    """Whether rows that failed in an earlier run are run again."""
     input_format: str | None
-    """What the input is; None to tell from its name."""
+    """The input's format; ``None`` to choose it by the input's name."""
     output_format: str | None
-    """How records are written; None to tell from the output's name."""
+    """The output's format; ``None`` to choose it by the output's name."""
     types: Mapping[str, str]
     """Type names of CSV columns."""
     delimiter: str | None
-    """What separates CSV cells; None to tell from the input's name."""
+    """The character between CSV cells; ``None`` to choose it by the input's name."""
     ignore_extra: bool
-    """Whether columns may be recorded that the function does not take."""
+    """Whether columns that the function does not take are recorded and not passed."""
     is_dry_run: bool
     """Whether to stop before anything is run."""
     is_quiet: bool
@@ -96,12 +96,12 @@ class _Job:
     source: Source
     form: Format
     output: OutputFile | StreamOutput | None
-    """None in a dry run."""
+    """``None`` in a dry run."""
     ledger: Ledger
     program: Program
     """The function's code, as it was when the run began."""
     changed: str
-    """What of it is not what it was when the output's rows were made; empty: nothing."""
+    """What has changed in the code since the output's rows were made; empty if nothing has."""
 
     @property
     def manifest(self) -> Manifest:
@@ -120,13 +120,13 @@ def run_map(options: MapOptions) -> int:
     """Run the command.
 
     Args:
-        options: What the command line says.
+        options: The arguments and options of the command line.
 
     Returns:
         The exit code.
 
     Raises:
-        CommandError: If the job cannot be run, or not to its end.
+        CommandError: If the job cannot be run, or cannot be finished.
     """
     job = _prepare(options)
     if job.output is None:
@@ -237,7 +237,7 @@ def _read_existing(path: Path, form: Format, identity: str, options: MapOptions)
 
 
 def _describe(job: _Job) -> None:
-    """Say what would be run, on standard output."""
+    """Print on standard output what would be run, for ``--dry-run``."""
     from rich.console import Console
 
     options, ledger = job.options, job.ledger
@@ -268,7 +268,7 @@ def _carry_out(job: _Job, output: OutputFile | StreamOutput) -> int:
         total=job.source.total,
         earlier=Earlier(rows=len(ledger.keys), failed=len(ledger.failed)),
         is_quiet=options.is_quiet,
-        # Results on the same screen are progress enough.
+        # If the results are shown on the same screen, they serve as progress.
         shows_progress=isinstance(output, OutputFile) or not sys.stdout.isatty(),
     )
     recorder = Recorder(
@@ -327,11 +327,11 @@ def _make_ready(job: _Job, output: OutputFile) -> None:
 
 
 def _run(job: _Job, report: Report, recorder: Recorder) -> None:
-    """Run the rows that are left and record their outcomes.
+    """Run the remaining rows, and record their outcomes.
 
     Raises:
-        KeyboardInterrupt: On a signal, or when standard output's reader is gone.
-        CommandError: If the run could not reach its end.
+        KeyboardInterrupt: On a signal, or when the program that reads standard output has ended.
+        CommandError: If the run could not be finished.
     """
     from cloudexec import BatchExecutor, CloudexecError
     from cloudexec._launchers.registry import default_launcher
@@ -401,7 +401,7 @@ def _record_outcomes(
 
 @contextlib.contextmanager
 def _worker_output(report: Report) -> Iterator[None]:
-    """Show what workers print: not on standard output, where results may go."""
+    """Show the output of workers in the report, as standard output may carry the results."""
     logger = logging.getLogger("cloudexec")
     handler = ReportHandler(report)
     before = logger.level, logger.propagate
@@ -417,11 +417,11 @@ def _worker_output(report: Report) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_to(run: RowRun) -> Iterator[None]:
-    """Let signals end the run between two rows; a second one acts as if we were not here."""
+    """Let SIGINT and SIGTERM end the run between two rows; a second signal acts as usual."""
     before = {
         number: signal.getsignal(number)
         for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) is not signal.SIG_IGN  # as in a shell's background jobs
+        if signal.getsignal(number) is not signal.SIG_IGN  # shells' background jobs ignore it
     }
 
     def restore() -> None:

@@ -1,8 +1,8 @@
-"""The journal beside an output, where workers are elsewhere.
+"""The journal that ``cloudexec map`` keeps beside its output, if workers are on other machines.
 
-They outlive a command that is killed. Run again, it gets from them, and from the journal, what they
-did for rows that never reached the output; when all rows are in there, the journal has done its
-work and goes.
+Such workers survive a command that is killed. If the command is run again, it takes from them, and
+from the journal, the results of rows that did not reach the output. When all rows are in the
+output, the journal is removed.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _PARTS = ("", "-wal", "-shm", ".lock")
 
 
 def beside(output: Path) -> Path:
-    """Return where the journal of an output is."""
+    """Return the path of an output's journal."""
     return output.with_name(output.name + _SUFFIX)
 
 
 def remove(journal: Path) -> None:
-    """Remove a journal that nobody has open."""
+    """Remove a journal, which must not be open."""
     for part in _PARTS:
         journal.with_name(journal.name + part).unlink(missing_ok=True)
     shutil.rmtree(journal.with_name(f"{journal.name}.blobs"), ignore_errors=True)
 
 
 def key_of(number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Return what the journal knows a row's call by: which row it is, and what is in it.
+    """Return the journal's key of a row's call, made from the row's number and its arguments.
 
-    The code of the function, of its module and of what that imports counts as with all keys.
+    As with all keys, the code of the function, of its module and of their imports counts, too.
     """
-    content = repr((args, list(kwargs.items())))  # in their order: a function can see it
+    content = repr((args, list(kwargs.items())))  # in their order, which a function can observe
     digest = hashlib.sha256(content.encode("utf-8", "surrogatepass"))
     return f"row {number} {digest.hexdigest()}"

@@ -1,4 +1,4 @@
-"""Which code made the rows of an output: noted beside it, and compared when it is gone on with."""
+"""Notes beside an output which code made its rows, and compares that when the run is resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SUFFIX = ".program"
 
 
 def this_program(program: Program) -> Manifest:
-    """Return what a function consists of, without the command itself."""
+    """Return the manifest of a function's code, without the command's own script."""
     modules = {
         name: each for name, each in program.manifest["modules"].items() if name != "__main__"
     }
@@ -24,19 +24,19 @@ def this_program(program: Program) -> Manifest:
 
 
 def change(output: Path, manifest: Manifest) -> str:
-    """Say what has changed since an output's rows were made; empty: nothing, or it is not known."""
+    """Say what has changed since an output's rows were made; empty if nothing is known to have."""
     try:
         before: Any = json.loads(_beside(output).read_bytes())
         return "" if before == manifest else differences(before, manifest)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return ""  # an earlier version of cloudexec noted nothing
+        return ""  # an earlier version of cloudexec wrote no such file
 
 
 def note(output: Path, manifest: Manifest) -> None:
-    """Note what makes an output's rows from now on.
+    """Write down which code makes an output's rows from now on.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     path = _beside(output)
     new = path.with_name(f"{path.name}.new")

@@ -1,4 +1,4 @@
-"""A finished call as a record."""
+"""Turns a finished call into a record of the output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cloudexec.cli._row_run import Outcome
 
 
 def to_record(outcome: Outcome) -> Record:
-    """Turn a finished call into what the output holds of it.
+    """Turn a finished call into the record that is written to the output.
 
     Args:
         outcome: The row and its future, which is done and was not cancelled.
@@ -32,15 +32,14 @@ def to_record(outcome: Outcome) -> Record:
 
 
 def launch_failure(outcome: Outcome) -> str | None:
-    """Say why a call was never begun, if no worker could run anything.
+    """Return why a call never began because no worker could run it; ``None`` if it began.
 
-    Such a row has no outcome of its own: it is not recorded, and runs when the command is
-    repeated.
+    Such a row is not recorded, and runs when the command is repeated.
     """
     from cloudexec import BrokenBatchExecutor, LaunchError, ProtocolError
 
     error = outcome.future.exception()
-    # A worker's function may use cloudexec itself: its errors are the row's.
+    # A function may use cloudexec itself and raise such an error, which is then the row's outcome.
     if outcome.future.worker_id is None and is_a(
         error, (LaunchError, BrokenBatchExecutor, ProtocolError)
     ):

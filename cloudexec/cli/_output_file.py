@@ -1,4 +1,4 @@
-"""An output file that one run owns: locked, appended to line by line, replaced as a whole."""
+"""The output of a run: a file that is locked for one run, or a stream that is only written."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from cloudexec.cli._errors import CommandError, RunError
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs on one output are not kept apart there
+except ImportError:  # Windows: nothing keeps two runs from writing one output there
     _HAS_LOCKS = False
 else:
     _HAS_LOCKS = True
 
 
 class ReaderGoneError(Exception):
-    """Whoever read standard output stopped reading."""
+    """The program that read standard output has stopped reading."""
 
 
 class Output(Protocol):
-    """Where records go."""
+    """The file or stream that records are written to."""
 
     @property
     def name(self) -> str:
-        """The output as messages call it."""
+        """The output's name in messages."""
 
     def append(self, data: bytes) -> None:
-        """Write bytes so that they outlive this process.
+        """Write bytes so that they survive the end of this process.
 
         Raises:
             RunError: If they cannot be written.
-            ReaderGoneError: If nobody reads them.
+            ReaderGoneError: If the program that read them has ended.
         """
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the output."""
 
 
 class StreamOutput:
@@ -51,7 +51,7 @@ class StreamOutput:
             path: A pipe's or device's path; None for standard output.
         """
         self.name = "standard output" if path is None else path
-        # Unbuffered, so that nothing is left to be flushed when a reader is gone.
+        # Unbuffered, so that nothing must be flushed after the reading program has ended.
         self._fd = 1 if path is None else os.open(path, os.O_WRONLY | _O_BINARY)
 
     def append(self, data: bytes) -> None:
@@ -112,7 +112,7 @@ class OutputFile:
             yield from stream
 
     def append(self, data: bytes) -> None:
-        """Write bytes at the end, in one system call where the system takes them at once."""
+        """Write bytes at the end, in one system call if the system accepts all at once."""
         try:
             _write_all(self._fd, data)
         except OSError as exc:
@@ -123,13 +123,13 @@ class OutputFile:
         os.ftruncate(self._fd, size)
 
     def replace(self, pieces: Iterable[bytes]) -> None:
-        """Put other contents in the file's place, at once or not at all.
+        """Replace the file's content as a whole; a crash leaves the old or the new content.
 
         Args:
-            pieces: The contents; they may be read from this file on the way.
+            pieces: The new content, which may be read from this file while it is written.
 
         Raises:
-            RunError: If they cannot be written; the file is then as it was.
+            RunError: If it cannot be written; the file is then unchanged.
         """
         beside = self.path.with_name(f"{self.path.name}.rewriting")
         try:
@@ -141,10 +141,10 @@ class OutputFile:
                 with open(fd, "wb", closefd=False) as stream:
                     stream.writelines(pieces)
                 if _HAS_LOCKS:
-                    _lock(fd)  # before it gets the name that other runs look for
+                    _lock(fd)  # before the file gets the name by which other runs open it
                     os.replace(beside, self.path)
                     os.close(self._fd)
-                else:  # Windows replaces no open file
+                else:  # Windows cannot replace a file that is open
                     os.close(fd)
                     os.close(self._fd)
                     os.replace(beside, self.path)
@@ -172,14 +172,14 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 def _lock(fd: int) -> bool:
-    """Lock a file for as long as it is open; False if another process has it."""
+    """Lock a file for as long as it is open; return false if another process has locked it."""
     if not _HAS_LOCKS:
         return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks, such as some network shares
+    except OSError:  # some file systems, such as network shares, have no locks
         return True
     return True
 

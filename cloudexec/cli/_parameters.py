@@ -1,4 +1,4 @@
-"""What a function accepts, compared with the columns that it would be called with."""
+"""The parameters of a function, which are compared with the columns of the input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last check of ``cloudexec doctor``: a worker is started, dials back, and runs a task."""
+"""The last check of ``cloudexec doctor``: a worker is started, connects, and runs a task."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def probe(
 ) -> Check:
     """Start one worker, let it run a task, and say where the time went.
 
-    Blocks, so that an interrupt ends the executor as anywhere else.
+    The function blocks and is no coroutine, so that Ctrl-C ends the executor as usual.
 
     Args:
         name: Of the profile.

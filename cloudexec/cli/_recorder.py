@@ -1,4 +1,4 @@
-"""Writes records to an output, with whatever its format needs around them."""
+"""Writes records to an output, with the header that its format needs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from cloudexec.cli._records import Format, Record
 
 
 class Recorder:
-    """Appends each record at once, so that a crash loses no more than the one being written."""
+    """Appends each record at once, so that a crash loses only the record being written."""
 
     def __init__(self, output: Output, form: Format, *, has_rows: bool, highest: int) -> None:
-        """Take over an output.
+        """Begin to write to an output.
 
         Args:
-            output: Where records go.
-            form: How they are written.
-            has_rows: Whether the output has records, so that its header stands.
-            highest: The highest row number in the output.
+            output: The output.
+            form: The format of its records.
+            has_rows: Whether the output has records, and so a header, already.
+            highest: The highest row number in the output; 0 without records.
         """
         self._output = output
         self._form = form
@@ -36,7 +36,7 @@ class Recorder:
         self._highest = max(self._highest, record.row)
 
     def finish(self) -> None:
-        """Write the header of an output that got no record."""
+        """Write the header if no record was written."""
         header = self._form.header() if self._needs_header else b""
         if header:
             self._output.append(header)

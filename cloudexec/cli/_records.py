@@ -1,4 +1,4 @@
-"""One line of the output: what a row was called with and what became of it."""
+"""The records of an output: a row's input and the outcome of its call, and how they are written."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """What a row's call raised."""
+    """The exception of a row's call."""
 
     type: str
     """The exception's class, with its module unless it is a builtin."""
     message: str
     """``str()`` of the exception."""
     traceback: str | None
-    """The traceback on the worker, when the call got that far."""
+    """The traceback on the worker; ``None`` if the call did not run there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,20 +28,20 @@ class Record:
     input: object
     """The row's values by name, or the file's path."""
     value: object
-    """What the call returned; None if it raised."""
+    """The value that the call returned; ``None`` if it raised."""
     error: RowError | None
-    """What the call raised, or None."""
+    """The exception that the call raised; ``None`` if it returned."""
     seconds: float | None
-    """How long the call ran on the worker."""
+    """Seconds that the call ran on the worker."""
     worker: str | None
-    """The worker that ran it."""
+    """The worker that ran the call."""
     attempts: int | None
-    """How often it was started; more than 1 when a worker was lost."""
+    """How often the call was started; more than once if a worker was lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What matters of a record that stands in an existing output."""
+    """The part of a record in an existing output that resuming needs."""
 
     row: int
     """The row's number."""
@@ -64,29 +64,29 @@ class Entry:
 
 
 class ForeignOutputError(Exception):
-    """An existing file was not written by this command; the message says what is there."""
+    """An existing file was not written by this command; the message says what it contains."""
 
 
 class Format(Protocol):
-    """How records are written and found again."""
+    """The format of an output: how records are written and read back."""
 
     def header(self) -> bytes:
-        """Return what stands before the first record, if anything."""
+        """Return the bytes before the first record; they may be empty."""
 
     def encode(self, record: Record) -> bytes:
-        """Write a record with its line end."""
+        """Return a record as bytes, with its line end."""
 
     def widen(self, record: Record) -> bool:
-        """Make room for what a record holds; return whether the header changed by it."""
+        """Add the columns that a record needs; return whether a written header is outdated now."""
 
     def widened(self, lines: Iterable[bytes]) -> Iterator[bytes]:
-        """Write an existing output anew, with the header as it is now."""
+        """Yield an existing output again, with the present header."""
 
     def key(self, shown: object) -> int:
-        """Digest a row's input, as ``entries`` does for recorded ones."""
+        """Digest a row's input; ``entries`` computes the same digest for recorded rows."""
 
     def entries(self, lines: Iterable[bytes]) -> Iterator[Entry]:
-        """Read an existing output up to a record that was torn by a crash.
+        """Read an existing output up to a record that is incomplete because of a crash.
 
         Raises:
             ForeignOutputError: If the lines were not written by this command.

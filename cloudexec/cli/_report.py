@@ -1,4 +1,4 @@
-"""What the user sees of a run on standard error: progress, failures, a summary."""
+"""Shows a run on standard error: progress, failures and a summary."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _FAILURES_SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Earlier:
-    """What an output already had when the run began."""
+    """The rows that an output had already when the run began."""
 
     rows: int
-    """How many rows."""
+    """Number of rows."""
     failed: int
-    """How many of them had failed."""
+    """Number of those rows that had failed."""
 
 
 class Report:
@@ -44,9 +44,9 @@ class Report:
 
         Args:
             label: The function, as the user named it.
-            output: Where records go.
-            total: How many rows the input has; None for a stream.
-            earlier: What the output already had.
+            output: The output's name.
+            total: Number of rows of the input; ``None`` for a stream.
+            earlier: The rows that the output had already.
             is_quiet: Whether to show errors only.
             shows_progress: Whether a progress bar may be drawn.
         """
@@ -68,7 +68,7 @@ class Report:
 
     @property
     def written(self) -> int:
-        """How many rows this run has finished."""
+        """Number of rows that this run has finished."""
         return self.succeeded + self.failed
 
     def say(self, message: str) -> None:
@@ -109,7 +109,7 @@ class Report:
         self._progress.start()
 
     def add(self, record: Record) -> None:
-        """Take a finished row into account."""
+        """Count a finished row, and show it if it failed."""
         if record.error is None:
             self.succeeded += 1
         else:
@@ -133,13 +133,13 @@ class Report:
             self.say(f"more rows failed: see {self._output}")
 
     def stop(self) -> None:
-        """Take the progress bar away."""
+        """Remove the progress bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
     def summarise(self) -> None:
-        """Show what became of the rows, as a table."""
+        """Show how many rows succeeded and failed, as a table."""
         if self._is_quiet:
             return
         from rich.table import Table
@@ -165,10 +165,10 @@ class Report:
 
 
 class ReportHandler(logging.Handler):
-    """Shows what workers print, and warnings, above the progress bar."""
+    """Shows the output of workers, and warnings, above the progress bar."""
 
     def __init__(self, report: Report) -> None:
-        """Take the report whose screen is shared."""
+        """Take the report that shows the lines."""
         super().__init__()
         self._report = report
 
@@ -176,7 +176,8 @@ class ReportHandler(logging.Handler):
         """Show one log record."""
         worker = getattr(record, "worker", None)
         if worker is not None and isinstance(record.args, tuple) and record.args:
-            # A line that a task printed. Its task's number would be taken for a row's.
+            # A line that a task printed. The task's number is left out: a user would take it for
+            # the number of a row.
             self._report.say(f"{worker}: {record.args[-1]}")
         else:
             self._report.say(self.format(record))

@@ -1,4 +1,4 @@
-"""Which rows an existing output already has, and whether it belongs to this job."""
+"""Reads which rows an existing output has, and checks that it belongs to this job."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Ledger:
     """The rows that an output has, each with a digest of its input."""
 
     output: str
-    """The output as messages call it."""
+    """The output's name in messages."""
     keys: dict[int, int]
-    """From a row's number to its input's digest."""
+    """By a row's number: the digest of its input."""
     failed: frozenset[int]
     """The numbers of rows whose call raised."""
     good_size: int
-    """How many bytes hold complete records; what follows was torn by a crash."""
+    """Number of bytes of complete records. Bytes behind them were left incomplete by a crash."""
     ends_with_newline: bool
     """Whether the last complete record has its line end."""
     is_in_order: bool
-    """Whether the rows stand in the input's order."""
+    """Whether the rows are in the input's order."""
 
     def without_failed(self) -> Ledger:
-        """The same without the rows that failed, so that they run again."""
+        """Return a copy without the rows that failed, so that they run again."""
         keys = {row: key for row, key in self.keys.items() if row not in self.failed}
         return replace(self, keys=keys, failed=frozenset())
 
@@ -40,11 +40,11 @@ class Ledger:
         """Compare the recorded rows with the input.
 
         Args:
-            source: The input. A stream is left alone: ``remaining`` compares its rows.
+            source: The input. A stream is not read here: ``remaining`` compares its rows.
             key: Digests a row's input.
 
         Raises:
-            CommandError: If a row was made from something else.
+            CommandError: If a recorded row had another input.
         """
         if source.total is None or not self.keys:
             return
@@ -76,10 +76,10 @@ class Ledger:
             )
 
     def remaining(self, source: Source, key: Callable[[object], int]) -> Iterator[Row]:
-        """Yield the rows that are still to be run, in order.
+        """Yield the rows that must still be run, in order.
 
-        A file's number is its place in the output, not in the folder: files that came into the
-        folder since then take the numbers that are free.
+        Files that were added to the folder since the output was begun get numbers that are free, so
+        that recorded files keep theirs.
 
         Args:
             source: The input.
@@ -89,7 +89,7 @@ class Ledger:
             Rows whose numbers are not in the output.
 
         Raises:
-            CommandError: If a stream's row was made from something else.
+            CommandError: If a recorded row of a stream had another input.
         """
         if isinstance(source, FilesSource):
             digests = set(self.keys.values())
@@ -114,7 +114,7 @@ def _free_numbers(taken: dict[int, int]) -> Iterator[int]:
 
 
 def empty_ledger(output: str) -> Ledger:
-    """The ledger of an output without rows."""
+    """Return the ledger of an output without rows."""
     return Ledger(
         output=output,
         keys={},
@@ -129,13 +129,13 @@ def read_ledger(name: str, lines: Iterator[bytes], form: Format, function: str) 
     """Read an existing output.
 
     Args:
-        name: The output as messages call it.
+        name: The output's name in messages.
         lines: Its lines, each with its line end.
-        form: How its records are written.
+        form: The format of its records.
         function: The function that this run is for.
 
     Returns:
-        What it has.
+        The rows that the output has.
 
     Raises:
         CommandError: If it was not written by this command, or for another function.
@@ -175,7 +175,7 @@ def read_ledger(name: str, lines: Iterator[bytes], form: Format, function: str) 
 
 
 def repair(output: OutputFile, ledger: Ledger) -> None:
-    """Cut off a record that a crash tore, so that the next one starts on a line of its own."""
+    """Cut off an incomplete record, so that the next one starts on a line of its own."""
     if output.size > ledger.good_size:
         output.truncate(ledger.good_size)
     if not ledger.ends_with_newline:
@@ -194,7 +194,7 @@ def drop_failed(output: OutputFile, form: Format) -> None:
 def put_in_order(output: OutputFile, form: Format) -> None:
     """Rewrite an output with its rows in the input's order.
 
-    Only the records' places are held in memory.
+    Only the records' offsets are held in memory.
     """
     places: list[tuple[int, int, int]] = []
     offset = 0

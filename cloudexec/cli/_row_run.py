@@ -1,13 +1,13 @@
-"""Rows through an executor: a bounded number in flight, outcomes as they finish.
+"""Runs rows through an executor: a bounded number at a time, and yields outcomes as they finish.
 
     feeder thread                     main thread
     rows -> permit -> submit          events -> outcome -> permit back
                         |               ^
                         +-> future -----+   (its done callback puts it into the queue)
 
-The feeder reads the input, so a slow stream does not hold up results. Everything that ends or
-interrupts a run comes through the same queue, so the main thread is never stopped in the middle
-of writing a row.
+The feeder thread reads the input, so a slow stream does not delay results. The end of the input and
+signals come through the same queue as outcomes, so the main thread is never interrupted while it
+writes a row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A row whose call is over."""
+    """A row whose call is done."""
 
     row: Row
     """The row."""
@@ -83,11 +83,11 @@ class RowRun:
         Args:
             executor: Runs the calls.
             function: Called once per row.
-            rows: Read in a thread of their own.
+            rows: The rows, which the feeder thread reads.
             bind: Turns a row into arguments.
-            window: How many rows may be submitted and not yet yielded.
+            window: Number of rows that may be submitted and not yet yielded.
             is_ordered: Whether to yield outcomes in the rows' order.
-            is_journaled: Whether the executor has a journal, which is to know rows by number.
+            is_journaled: Whether the executor has a journal, whose keys contain the rows' numbers.
         """
         self._executor = executor
         self._function = function
@@ -105,9 +105,8 @@ class RowRun:
         """Run the rows and yield their outcomes, each once.
 
         Raises:
-            SignalInterrupt: After ``interrupt()``, when all outcomes that were there are yielded.
-            Exception: What reading the rows or submitting them raised, after the outcomes of the
-                rows before.
+            SignalInterrupt: After ``interrupt()``, and after all finished outcomes.
+            Exception: If reading or submitting a row raised, after the outcomes of earlier rows.
         """
         threading.Thread(target=self._feed, name="cloudexec-map-feeder", daemon=True).start()
         held: dict[int, Outcome] = {}
@@ -121,7 +120,7 @@ class RowRun:
                     feed = event
                 case _SignalCame():
                     self._halt()
-                    for place in sorted(held):  # finished, so not to be run again
+                    for place in sorted(held):  # finished rows need not run again
                         yield held[place]
                     raise SignalInterrupt(event.number)
                 case _RowDone() if event.outcome.future.cancelled():
@@ -137,13 +136,13 @@ class RowRun:
                     received += 1
                     yield event.outcome
                     self._permits.release()
-        for place in sorted(held):  # a row before them was cancelled
+        for place in sorted(held):  # these waited for an earlier row, which was cancelled
             yield held[place]
         if feed is not None and feed.error is not None and not self._is_stopping:
             raise feed.error
 
     def stop(self) -> None:
-        """Submit nothing more, and cancel what no worker has started."""
+        """Submit no more rows, and cancel those that no worker has started."""
         self._halt()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -176,7 +175,7 @@ class RowRun:
                     future = submit(self._function, *args, **kwargs)
                     self._submitted += 1
                 future.add_done_callback(partial(self._put, place, Outcome(row, future)))
-        except BaseException as exc:  # it belongs to the main thread
+        except BaseException as exc:  # the main thread raises it
             error = exc
         self._events.put(_FeedEnded(error))
 

@@ -1,4 +1,4 @@
-"""What an input yields: numbered rows, each to become one call."""
+"""The rows of an input, each of which becomes one call, and the interface of an input."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Row:
     """One row or file of the input."""
 
     number: int
-    """Its number, from 1: what messages and the output call it."""
+    """The row's number, from 1, in messages and in the output."""
     shown: object
     """The input as the output records it: a row's values by name, or a file's path."""
     passed: Mapping[str, object] | object
-    """What the call is made from: values by name, or a file's path in the type it is passed as."""
+    """The input as it is passed: values by name, or a file's path as ``str`` or ``Path``."""
 
 
 class Source(Protocol):
@@ -26,24 +26,24 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """The input as messages call it."""
+        """The input's name in messages."""
 
     @property
     def total(self) -> int | None:
-        """How many rows it has; None for a stream."""
+        """Number of rows; ``None`` for a stream."""
 
     @property
     def columns(self) -> tuple[str, ...] | None:
-        """The names that rows have, or None when a row is a single value or names vary."""
+        """The names that rows have; ``None`` if a row is a single value, or names vary."""
 
     def bind(self, row: Row) -> Arguments:
         """Turn a row into a call's arguments."""
 
     def describe(self) -> str:
-        """Say what was found in it, for ``--dry-run``."""
+        """Say, in words, what the input contains, for ``--dry-run``."""
 
     def rows(self) -> Iterator[Row]:
-        """Read the rows in order, each time anew unless it is a stream.
+        """Read the rows in order; each call begins at the start, except with a stream.
 
         Raises:
             CommandError: If a row is malformed.

@@ -22,11 +22,11 @@ _Result = TypeVar("_Result")
 
 
 def run_or_explain(work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Run a coroutine, and turn what it raises into errors of the command line.
+    """Run a coroutine, and turn its exceptions into errors of the command line.
 
     Raises:
-        CommandError: If what was asked for cannot be done: exit code 2.
-        RunError: If AWS refused, or cannot be reached: exit code 3.
+        CommandError: If the settings are wrong: exit code 2.
+        RunError: If AWS refuses a request, or cannot be reached: exit code 3.
     """
     try:
         return asyncio.run(work)
@@ -37,7 +37,7 @@ def run_or_explain(work: Coroutine[Any, Any, _Result]) -> _Result:
 
 
 class Steps:
-    """A line for each step that has ended; what goes on moves, where that can be shown."""
+    """Prints a line for each finished step, and on a terminal a spinner for the present one."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -80,7 +80,7 @@ class Steps:
             self._status = self._console.status(escape(f"{title} ..."))
             self._status.start()
         elif " the stack " in title:
-            # Minutes without a word would look as if nothing went on.
+            # The stack takes minutes, in which the user would see nothing otherwise.
             self.say(f"{title} ...")
 
     def _rest(self) -> None:

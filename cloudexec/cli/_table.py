@@ -1,4 +1,4 @@
-"""Tables that fit the terminal: columns leave, the least needed first, before lines would wrap."""
+"""Prints tables that fit the terminal: columns are left out or shortened so that no line wraps."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ _UNBOUNDED = 100_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """A column and how it gives way."""
+    """A column, and what happens to it if the terminal is too narrow."""
 
     title: str
     right: bool = False
-    """Whether it has numbers."""
+    """Whether it is aligned to the right, as numbers are."""
     leaves: int = 0
-    """The higher, the sooner it leaves; 0: it stays."""
+    """Columns with a higher value are left out earlier; one with 0 is never left out."""
     least: int = 0
-    """Characters to which it may be shortened; 0: it is not."""
+    """Number of characters to which it may be shortened; 0 if it must not be shortened."""
     yields: bool = False
-    """Whether it is shortened before others leave; otherwise only when none can leave any more."""
+    """Whether it is shortened before any column is left out. Other columns are shortened only when
+    no further one can be left out."""
     style: str = ""
 
 
 def show(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, err: bool = False) -> None:
     """Print a table, on standard error if ``err``.
 
-    Where nobody looks (a file, a pipe) and ``COLUMNS`` is not set, it is as wide as it needs.
+    In a file or a pipe, and without the variable ``COLUMNS``, it is as wide as its content.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -46,7 +47,7 @@ def show(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, err: bool 
         file=stream, highlight=False, soft_wrap=False, width=_UNBOUNDED if is_unbounded else None
     )
     cells = [[_one_line(cell) for cell in row] for row in rows]
-    # A column in which nobody has anything only takes room.
+    # A column that is empty in all rows is left out, unless it must stay.
     kept = [i for i, each in enumerate(columns) if not each.leaves or any(row[i] for row in cells)]
     widths = {
         i: max([cell_len(columns[i].title), *(cell_len(row[i]) for row in cells)]) for i in kept
@@ -80,7 +81,7 @@ def show(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, err: bool 
         )
     for row in cells:
         table.add_row(*(Text(row[i], style=columns[i].style) for i in kept))
-    # Not printed by rich, which has its own way to end a program whose reader went away.
+    # Printed by click: rich would end the program itself if the reading program has ended.
     with console.capture() as capture:
         console.print(table)
     for line in capture.get().splitlines():
@@ -92,7 +93,7 @@ def _one_line(text: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write how long: ``45s``, ``12m``, ``3h05m``, ``2d04h``."""
+    """Format a duration: ``45s``, ``12m``, ``3h05m`` or ``2d04h``."""
     whole = max(0, int(seconds))
     if whole < 60:
         return f"{whole}s"
@@ -107,12 +108,12 @@ def duration(seconds: float) -> str:
 
 
 def since(time: datetime | None) -> str:
-    """Write how long ago, or nothing."""
+    """Format the time since a moment; empty without one."""
     return "" if time is None else duration((datetime.now(UTC) - time).total_seconds())
 
 
 def until(time: datetime | None) -> str:
-    """Write in how long, or nothing."""
+    """Format the time until a moment; ``over`` if it has passed, empty without one."""
     if time is None:
         return ""
     seconds = (time - datetime.now(UTC)).total_seconds()
@@ -120,12 +121,12 @@ def until(time: datetime | None) -> str:
 
 
 def memory(mib: float) -> str:
-    """Write an amount of memory."""
+    """Format an amount of memory."""
     return f"{mib / 1024:,.4g} GiB" if mib >= 1024 else f"{mib:g} MiB"
 
 
 def usd(amount: float, *, is_estimate: bool = False) -> str:
-    """Write an amount of money."""
+    """Format an amount of money; ``~`` marks an estimate."""
     from cloudexec._aws.prices import format_usd
 
     return ("~" if is_estimate and amount else "") + format_usd(amount)
@@ -135,5 +136,5 @@ _ORDER = ("RUNNING", "STARTING", "RUNNABLE", "PENDING", "SUBMITTED", "SUCCEEDED"
 
 
 def workers(counts: dict[str, int]) -> str:
-    """Write how many workers are in which state."""
+    """Format the numbers of workers by state."""
     return ", ".join(f"{counts[state]:,} {state.lower()}" for state in _ORDER if counts.get(state))

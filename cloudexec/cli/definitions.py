@@ -83,7 +83,7 @@ def list_command(is_all: bool, profile: str | None, region: str | None, as_json:
 def describe_command(
     definition: str, profile: str | None, region: str | None, as_json: bool
 ) -> None:
-    """Print everything that AWS has of a definition, as JSON; by default of its latest revision."""
+    """Print a definition as JSON, as AWS describes it; by default its latest revision."""
     name, revision = _parsed(definition)
 
     async def find(clients: AwsClients) -> list[_Definition]:
@@ -294,7 +294,7 @@ async def _deregister(
 async def _definitions(
     clients: AwsClients, *, name: str = "", is_all: bool = False
 ) -> list[_Definition]:
-    """Return definitions of ours, by name and revision."""
+    """Return the job definitions of cloudexec, sorted by name and revision."""
     from cloudexec._aws.names import DEFINITION_PREFIX
 
     parameters: dict[str, Any] = {} if is_all else {"status": "ACTIVE"}
@@ -315,7 +315,7 @@ async def _definitions(
 def _run(
     profile: str | None, region: str | None, work: Callable[[AwsClients], Awaitable[_T]]
 ) -> _T:
-    """Do something with clients of the profile's region, or of the given one."""
+    """Run ``work`` with AWS clients of the given region, or else of the profile's."""
     from cloudexec._aws.clients import AwsClients
     from cloudexec._aws.profile import Profile
 
@@ -328,7 +328,7 @@ def _run(
 
 
 def _parsed(text: str) -> tuple[str, int | None]:
-    """Return name and revision of what the user wrote, which may be an ARN."""
+    """Return the name and the revision that the user wrote, also from an ARN."""
     found = _NAME.fullmatch(text.rpartition("/")[2])
     if found is None:
         raise CommandError(f"a job definition is NAME or NAME:REVISION, not {text!r}")

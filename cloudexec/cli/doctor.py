@@ -100,7 +100,7 @@ def _show(check: Check) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    # Not printed by rich, which has its own way to end a program whose reader went away.
+    # Printed by click: rich would end the program itself if the reading program has ended.
     with console.capture() as capture:
         console.print(f"{check.outcome:<8}", style=_STYLES[check.outcome], end="")
         console.print(f"{check.name}: {check.found}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``cloudexec down``: remove what ``cloudexec up`` has set up, and see that nothing is left."""
+"""``cloudexec down``: remove what ``cloudexec up`` has set up, and check that nothing is left."""
 
 from __future__ import annotations
 
@@ -65,36 +65,41 @@ def down_command(name: str, region: str | None, is_sure: bool) -> int:
 
     with Steps() as steps:
         if not is_sure:
-            # Asked outside of the event loop, where an interrupt would not end the question.
+            # The question is asked outside of the event loop, so that Ctrl-C interrupts it.
             where, losses = run_or_explain(look())
             if losses:
                 steps.say(f"The stack {stack_name(name)} in {where} would be deleted, with:")
                 for loss in losses:
                     steps.say(f"  {loss}")
                 if not sys.stdin.isatty():
-                    raise CommandError("nobody is there to confirm this: say --yes")
+                    raise CommandError(
+                        "this needs a confirmation, and standard input is no terminal: add --yes"
+                    )
                 if not click.confirm("Delete all this?", err=True):
                     raise CommandError("not confirmed: nothing was deleted")
         try:
             left = run_or_explain(work(steps))
         except KeyboardInterrupt:
             steps.say(
-                "Interrupted. What CloudFormation has begun goes on by itself: the same command "
-                "continues."
+                "Interrupted. CloudFormation finishes what it has begun. Run the same command "
+                "again to continue."
             )
             return INTERRUPTED
         if left:
-            steps.say("Still there, or not known to be gone:", style="red")
+            steps.say("These still exist, or are not known to be deleted:", style="red")
             for each in left:
                 steps.say(f"  {each.kind}: {each.id}", style="red")
-            steps.say("Run the same command again; what stays then, delete in the AWS console.")
+            steps.say(
+                "Run the same command again. If something is left then, delete it in the AWS "
+                "console."
+            )
             return 1
         steps.say(f"Nothing of {stack_name(name)} is left.")
     return 0
 
 
 def _losses(stock: Stock) -> list[str]:
-    """Say what cannot be had back; nothing if there is no stack."""
+    """Return what would be lost, one line for each kind; empty if there is no stack."""
     from cloudexec._aws.steps import counted
 
     losses = []

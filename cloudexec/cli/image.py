@@ -1,4 +1,4 @@
-"""``cloudexec image``: the image that workers in the cloud run."""
+"""``cloudexec image``: build, push and choose the image that workers in the cloud run."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def push_command(refresh: bool, is_verbose: bool, profile: str, **options: Any) 
 @click.argument("image", metavar="IMAGE")
 @_python_option
 @_platform_option
-@profile_option("Which notes the image.", default="default")
+@profile_option("Profile that notes the image.", default="default")
 @ends_well
 def use_command(image: str, python: str, platform: str, profile: str) -> None:
     """Note an image in the profile that somebody else has built and pushed, and print its name.
@@ -253,10 +253,10 @@ def _status(text: str) -> AbstractContextManager[Any]:
 
 
 class _Display:
-    """Shows on standard error how building and pushing go on: moving on a terminal, else briefly.
+    """Shows on standard error how building and pushing proceed, with progress bars on a terminal.
 
     Args:
-        tag: Of the image.
+        tag: The image's tag.
         is_verbose: Whether to show the whole log of the build.
     """
 
@@ -294,7 +294,7 @@ class _Display:
             self._status.update(f"building {self._tag} [dim]{escape(line[:60])}[/dim]")
 
     def push_event(self, event: Mapping[str, Any]) -> None:
-        """Show how far one layer is."""
+        """Show the progress of one layer."""
         if not self._console.is_terminal:
             self._say("pushing")
             return
@@ -310,7 +310,7 @@ class _Display:
         if detail.get("total"):
             self._progress.update(task, completed=detail.get("current"), total=detail["total"])
         elif event.get("status") in ("Pushed", "Layer already exists", "Push complete"):
-            # Docker counts nothing for layers that the repository has.
+            # Docker reports no sizes for layers that the repository has already.
             self._progress.update(task, completed=1, total=1)
 
     def _start_pushing(self) -> None:

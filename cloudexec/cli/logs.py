@@ -1,4 +1,4 @@
-"""``cloudexec logs``: what a worker wrote."""
+"""``cloudexec logs``: print the log of a worker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from cloudexec.cli._aws_options import aws_options, ends_well
 
 
-@click.command("logs", short_help="Print what a worker wrote.")
+@click.command("logs", short_help="Print the log of a worker.")
 @click.argument("job", metavar="JOB|WORKER")
 @click.option(
     "-f", "--follow", is_flag=True, help="Wait for further lines until the job has ended."

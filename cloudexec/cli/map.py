@@ -202,7 +202,7 @@ def _parse_output(
 )
 @click.option("-q", "--quiet", "is_quiet", is_flag=True, help="Show nothing but errors.")
 def map_command(fail_fast: bool, max_failures: int | None, **options: object) -> int:
-    """Hand what the command line says to the job, and return its exit code."""
+    """Run the job that the command line describes, and return its exit code."""
     from cloudexec.cli._map_job import MapOptions, run_map
 
     return run_map(

@@ -31,7 +31,7 @@ People who run `cloudexec up` or `down` need more: they must be allowed to creat
 )
 @ends_well
 def policy_command(name: str | None, partition: str | None) -> int:
-    """Print it as JSON."""
+    """Print the policy as JSON."""
     import json
     import re
     import sys

@@ -1,4 +1,4 @@
-"""``cloudexec relay``: join workers with clients that nothing can dial."""
+"""``cloudexec relay``: connect workers with clients that accept no connections from outside."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cloudexec.cli._aws_options import ends_well, profile_option
     default="0.0.0.0:443",
     show_default=True,
     metavar="HOST:PORT",
-    help="Where clients and workers reach the relay; port 0: any free one.",
+    help="Address on which the relay listens for clients and workers; port 0 means any free port.",
 )
 @click.option(
     "--idle",
@@ -23,16 +23,16 @@ from cloudexec.cli._aws_options import ends_well, profile_option
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="End when nobody has been connected for so long.",
+    help="End after so many seconds in which no client and no worker was connected.",
 )
 @profile_option("Profile of the stack whose clients and workers are joined.", default="default")
 @ends_well
 def relay_command(listen: str, idle: float, profile: str) -> int:
-    """Run a relay on this machine, which both your machine and the workers can reach.
+    """Run a relay on this machine, which both your machine and the workers must be able to reach.
 
-    It joins the connections of workers with those of their clients and passes bytes on, which it
-    cannot read: TLS goes from worker to client. It reads the stack's key from Secrets Manager, to
-    check who belongs to the stack, and ends when nobody needs it any more.
+    The relay joins the connections of workers with those of their clients, and passes bytes on. It
+    cannot read them, because TLS protects them between worker and client. It reads the stack's key
+    from Secrets Manager, to check who belongs to the stack, and ends when it is not used any more.
 
     A script uses it with Batch(relay="HOST:PORT"), or with CLOUDEXEC_RELAY=HOST:PORT.
     """

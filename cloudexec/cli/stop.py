@@ -1,4 +1,4 @@
-"""``cloudexec stop``: end jobs, whoever started them."""
+"""``cloudexec stop``: end jobs, also those of other users."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def stop_command(
             if not confirmed(question):
                 click.echo("Nothing was stopped.", err=True)
                 click.get_current_context().exit(1)
-        # Exactly those that were shown, whatever has started since.
+        # Stop exactly the jobs that were shown, and none that has started since.
         stopped = (
             monitor.stop(
                 job=[job.id for job in jobs],

@@ -27,7 +27,7 @@ Example:
 )
 @ends_well
 def template_command() -> int:
-    """Print it as JSON."""
+    """Print the template as JSON."""
     from cloudexec._aws.template import template_text
 
     click.echo(template_text(), nl=False)

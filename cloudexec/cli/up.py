@@ -8,10 +8,11 @@ import click
 
 _HELP = """Set up what workers on AWS need, and write a profile for executors.
 
-One CloudFormation stack, cloudexec-NAME: queues and compute environments of AWS Batch for Fargate
-and Fargate Spot (and EC2, if asked for), roles, a security group, a bucket, an image repository,
-a log group, and a secret with the key by which workers prove who they are. While no worker runs,
-only the secret has a price, less than a dollar a month, and what you store: images and objects.
+The command creates one CloudFormation stack, cloudexec-NAME. It has queues and compute environments
+of AWS Batch for Fargate and Fargate Spot (and EC2, if asked for), roles, a security group, a
+bucket, an image repository, a log group, and a secret with the key by which workers prove who they
+are. While no worker runs, only the secret costs something, less than a dollar a month, and the
+images and objects that you store.
 
 The same command again brings the stack up to date; options that are not given stay as they are.
 After an interruption, it continues with what is there. `cloudexec down` removes everything.
@@ -167,7 +168,7 @@ def up_command(
         raise CommandError(
             "--adopt changes nothing in the stack: it goes with --name and --project"
         )
-    # Asked outside of the event loop, where an interrupt would not end the question.
+    # The question is asked outside of the event loop, so that Ctrl-C interrupts it.
     if (
         not is_sure
         and not adopt
@@ -180,8 +181,8 @@ def up_command(
             profile = run_or_explain(work(steps))
         except KeyboardInterrupt:
             steps.say(
-                "Interrupted. What CloudFormation has begun goes on by itself: the same command "
-                "continues, `cloudexec down` removes it."
+                "Interrupted. CloudFormation finishes what it has begun. Run the same command "
+                "again to continue, or `cloudexec down` to remove everything."
             )
             return INTERRUPTED
         steps.say(f"Ready: profile {profile.name}, queues {', '.join(profile.queues)}.")

@@ -283,7 +283,9 @@ class TestStop:
         job = account.running(account.submit(SLEEP))
         done = run("stop", job)
         assert done.returncode == 2
-        assert done.stderr.endswith("Error: nobody is there to confirm this: say --yes\n")
+        assert done.stderr.endswith(
+            "Error: this needs a confirmation, and standard input is empty: add --yes\n"
+        )
         assert account.aws.job(job).status == "RUNNING"
 
     def test_stops_without_asking_when_told(self, account: Account, run: Run) -> None:

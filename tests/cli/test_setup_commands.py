@@ -151,7 +151,7 @@ def test_from_up_to_down(aws: FakeAWS, run: Run, folder: Path, environment: dict
     done = run("down")
     assert done.returncode == 2
     assert "its queues, roles, logs" in done.stderr
-    assert "say --yes" in done.stderr
+    assert "add --yes" in done.stderr
 
     done = run("down", "--yes")
     assert done.returncode == 0, done.stderr
@@ -223,7 +223,7 @@ def test_what_is_left_makes_down_fail(aws: FakeAWS, run: Run) -> None:
     )
     done = run("down", "--yes")
     assert done.returncode == 1, done.stderr
-    assert f"not known to be gone:\n  security group: {group['GroupId']}" in done.stderr
+    assert f"not known to be deleted:\n  security group: {group['GroupId']}" in done.stderr
 
 
 def test_interrupted_up_says_how_to_continue(
@@ -237,7 +237,7 @@ def test_interrupted_up_says_how_to_continue(
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
     assert process.wait(timeout=30) == 130
-    assert "the same command continues" in rest
+    assert "Run the same command again to continue" in rest
     assert run("up").returncode == 0
 
 
