@@ -1,4 +1,4 @@
-"""``python -m cloudexec._relay``: a relay where nothing but a worker's environment is installed."""
+"""``python -m cloudexec._relay``: runs a relay on a machine where only a worker is installed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ def main() -> int:
     """Read the options and the key, and run the relay."""
     parser = argparse.ArgumentParser(
         prog="python -m cloudexec._relay",
-        description="Join workers with clients that nothing can dial. The key that both share is "
-        f"read from {_KEY_VARIABLE}, as hexadecimal digits.",
+        description="Join workers with clients that accept no connections. The key that both share "
+        f"is read from {_KEY_VARIABLE}, as hexadecimal digits.",
     )
-    parser.add_argument("--listen", default=DEFAULT_LISTEN, help="host:port; port 0: any free one")
+    parser.add_argument(
+        "--listen", default=DEFAULT_LISTEN, help="host:port; port 0 means any free port"
+    )
     parser.add_argument(
         "--idle",
         type=float,
         default=DEFAULT_IDLE,
-        help="seconds without peers after which it ends",
+        help="seconds without a client or worker after which the relay ends",
     )
     options = parser.parse_args()
     try:
@@ -31,7 +33,7 @@ def main() -> int:
     except ValueError:
         key = b""
     if not key:
-        parser.error(f"{_KEY_VARIABLE} must be hexadecimal digits, and is not set to such")
+        parser.error(f"{_KEY_VARIABLE} must be set to hexadecimal digits")
     return run_relay(options.listen, key, options.idle)
 
 

@@ -1,8 +1,8 @@
-"""What the ends of a relay say to it first, and how they prove that they belong to the executor.
+"""The first lines on a connection to a relay, and the proof that the peer belongs to the executor.
 
-One line names the purpose and the executor, the relay answers with a nonce, and the proof is an
-HMAC-SHA256 over both under the relay's key. No key travels, and a proof that somebody has recorded
-is worth nothing under another nonce.
+The peer's first line names the purpose and the executor, the relay answers with a nonce, and the
+proof is an HMAC-SHA256 over all of these under the relay's key. The key itself is never sent, and a
+recorded proof cannot be used again, because the nonce is another one.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ __all__ = [
 
 VERSION = "cloudexec-relay/1"
 REGISTER = "register"
-"""A client wants to be told of the workers that dial; the connection stays."""
+"""Purpose: a client registers, to be told of workers that dial; the connection stays open."""
 ACCEPT = "accept"
-"""A client takes the connection of one worker."""
+"""Purpose: a client opens the connection that is joined with one worker's."""
 TICKET = "ticket"
-"""A worker wants to dial."""
+"""Purpose: a worker asks for a ticket, with which it can dial once."""
 LONGEST_LINE = 1024
-"""Bytes that the relay reads of a stranger."""
+"""Bytes that a peer may send in one line."""
 _OPENING = re.compile(rf"{VERSION} ({REGISTER}|{ACCEPT}|{TICKET}) ([\w-]{{1,64}}) ?([\w-]{{0,64}})")
 
 
 class RelayRefusedError(OSError):
-    """The relay does not want us; the message says why."""
+    """The relay refused the connection; the message says why."""
 
 
 def relay_key(key: bytes) -> bytes:
-    """Derive the relay's key from the one that client and workers share.
+    """Derive the relay's key from the key that client and workers share.
 
-    The relay can check who belongs to the executor, and cannot pose as a worker or as the client.
+    With it, the relay can check who belongs to the executor, but cannot pose as a worker or client.
     """
     return hmac.digest(key, b"cloudexec relay\0", "sha256")
 
@@ -59,24 +59,24 @@ def make_token() -> str:
 
 
 def proof(key: bytes, purpose: str, executor_id: str, argument: str, nonce: str) -> str:
-    """Compute what shows that one knows the relay's key."""
+    """Compute the proof that a peer knows the relay's key."""
     said = "\0".join([purpose, executor_id, argument, nonce]).encode()
     return hmac.new(key, said, hashlib.sha256).hexdigest()
 
 
 def opening(purpose: str, executor_id: str, argument: str = "") -> str:
-    """Return the first line that is said to the relay."""
+    """Return the first line that a peer sends to the relay."""
     return f"{VERSION} {purpose} {executor_id} {argument}".rstrip()
 
 
 def read_opening(line: str) -> tuple[str, str, str] | None:
-    """Return purpose, executor and argument of a first line; ``None``: it is none."""
+    """Return the purpose, executor and argument of a first line; ``None`` if it is malformed."""
     found = _OPENING.fullmatch(line)
     return None if found is None else (found[1], found[2], found[3])
 
 
 class Line:
-    """A connection on which lines are said.
+    """A connection on which lines of text are exchanged.
 
     Args:
         connection: A connected socket that does not block. Its owner closes it.
@@ -85,7 +85,7 @@ class Line:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.rest = b""
-        """What has come behind the last line that was read."""
+        """Bytes that were received behind the last line."""
         self._loop = asyncio.get_running_loop()
 
     async def say(self, text: str) -> None:
@@ -93,10 +93,10 @@ class Line:
         await self._loop.sock_sendall(self.connection, f"{text}\n".encode())
 
     async def read(self, end: bytes = b"\n") -> str:
-        """Return what comes next, up to an end that is taken off.
+        """Return the text up to the next ``end``, without it.
 
         Raises:
-            RelayRefusedError: If it is longer than any line of ours.
+            RelayRefusedError: If it is longer than any line of the relay.
             ConnectionResetError: If the other side has closed the connection.
         """
         while end not in self.rest:
@@ -111,20 +111,20 @@ class Line:
 
 
 async def greet(line: Line, key: bytes, purpose: str, executor_id: str, argument: str = "") -> str:
-    """Say who we are, over a new connection to the relay.
+    """Name the purpose of a new connection to the relay, and prove that we belong to the executor.
 
     Args:
         line: The connection.
-        key: The relay's.
-        purpose: What the connection is for.
-        executor_id: Which executor.
-        argument: What belongs to the purpose: the worker whose connection is taken.
+        key: The relay's key.
+        purpose: The purpose of the connection.
+        executor_id: The executor's id.
+        argument: For ``ACCEPT``, the token of the worker's connection; otherwise empty.
 
     Returns:
-        What the relay gives: a ticket, or nothing.
+        The relay's answer: a ticket for ``TICKET``, otherwise empty.
 
     Raises:
-        RelayRefusedError: If it refuses us.
+        RelayRefusedError: If the relay refuses the connection.
         OSError: If the connection fails.
     """
     await line.say(opening(purpose, executor_id, argument))

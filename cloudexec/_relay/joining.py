@@ -1,4 +1,4 @@
-"""Pass bytes on between two connections, with few copies and no thread."""
+"""Passes bytes on between two connections, with few copies and without threads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Callable
 __all__ = ["dial", "join", "prepare"]
 
 _BUFFER = memoryview(bytearray(1024 * 1024))
-"""What is read at a time. All connections share it: what cannot be sent at once is copied out."""
+"""The buffer for reading, which all connections share. Bytes that cannot be sent at once are copied
+out of it."""
 
 
 def prepare(connection: socket.socket) -> None:
-    """Set what a connection of the relay needs: no delay, and an end if its other end is gone."""
+    """Make a connection non-blocking and without delay, and let it end if its peer is gone."""
     connection.setblocking(False)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -26,7 +27,7 @@ async def dial(host: str, port: int) -> socket.socket:
     """Open a connection that does not block.
 
     Raises:
-        OSError: If there is none to be had at any address of the host.
+        OSError: If no address of the host can be connected to.
     """
     loop = asyncio.get_running_loop()
     failed: OSError | None = None
@@ -49,7 +50,7 @@ async def dial(host: str, port: int) -> socket.socket:
 
 
 class _Way:
-    """One direction: what comes from one connection goes to the other."""
+    """One direction of a joined pair: it sends the bytes of one connection to the other."""
 
     def __init__(
         self, source: socket.socket, target: socket.socket, ended: Callable[[bool], None]
@@ -61,7 +62,7 @@ class _Way:
         self._loop.add_reader(source, self._read)
 
     def push(self, data: bytes) -> None:
-        """Send what was read before the connections were joined."""
+        """Send bytes that were read before the connections were joined."""
         self._send(memoryview(data))
 
     def _read(self) -> None:
@@ -122,13 +123,13 @@ class _Way:
 async def join(
     one: socket.socket, other: socket.socket, *, to_one: bytes = b"", to_other: bytes = b""
 ) -> None:
-    """Pass on what either of two connections says, until both have ended or one has failed.
+    """Pass bytes on between two connections, until both have ended or one has failed.
 
     Args:
         one: A connection that was given to ``prepare``; it is closed in the end.
-        other: The other one.
-        to_one: What ``other`` has said already.
-        to_other: What ``one`` has said already.
+        other: The other connection, for which the same holds.
+        to_one: Bytes that were read from ``other`` already.
+        to_other: Bytes that were read from ``one`` already.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()

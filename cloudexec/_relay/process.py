@@ -1,4 +1,4 @@
-"""Start and watch the process at the client's end of a relay: our own, or OpenSSH's."""
+"""Starts and watches the process at the client's end of a relay: ``tunnel``, or OpenSSH."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ __all__ = ["RelayTunnel", "SshTunnel", "Tunnel", "check_relay", "open_tunnel"]
 
 _BOOT = "import sys; sys.path.append(sys.argv[1]); from cloudexec._relay.tunnel import main; main()"
 _END_TIMEOUT = 2.0
-"""Seconds in which the process ends by itself once it is told to."""
+"""Seconds that the process may take to end by itself after it was told to."""
 _PAUSE = 0.5
-"""Seconds before a process that has ended is followed by another."""
+"""Seconds after which a process that has ended is started again."""
 _PROBE_TIMEOUT = 10.0
-"""Seconds in which a port that OpenSSH has opened must take a connection."""
+"""Seconds within which a port that OpenSSH has opened must accept a connection."""
 _ALLOCATED = re.compile(r"Allocated port (\d+) for remote forward")
 
 OnChange = Callable[[str, str], None]
 
 
 class Tunnel(ABC):
-    """A process that leads workers to this process's server. If it ends it is started again.
+    """A process through which workers reach this process's server. If it ends, it starts again.
 
-    It is used in one event loop.
+    It is used on one event loop.
 
     Args:
-        on_change: Is called with ``registered``, ``lost`` or ``refused``, and with why.
+        on_change: Called with ``registered``, ``lost`` or ``refused``, and with the reason.
     """
 
     def __init__(self, on_change: OnChange) -> None:
@@ -50,11 +50,11 @@ class Tunnel(ABC):
         self._probing: asyncio.Task[None] | None = None
         self._said = ""
         self.why = "no answer"
-        """Why workers are not led here, if they are not."""
+        """The reason why workers cannot reach the server, if they cannot."""
         self.start()
 
     ends_as = "lost"
-    """What the end of the process means."""
+    """The state that the end of the process means."""
 
     @property
     @abstractmethod
@@ -63,15 +63,15 @@ class Tunnel(ABC):
 
     @abstractmethod
     def command(self) -> Sequence[str]:
-        """Return the command."""
+        """Return the command line of the process."""
 
     def input(self) -> bytes:
-        """Return what the command reads first."""
+        """Return the bytes that the process reads first from its standard input."""
         return b""
 
     @abstractmethod
     def heard(self, line: str) -> None:
-        """Take a line that the command has printed."""
+        """Take a line that the process has printed."""
 
     def start(self) -> None:
         """Start the process.
@@ -86,31 +86,31 @@ class Tunnel(ABC):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
-            # Ctrl-C in the terminal is the client's to handle.
+            # Ctrl-C in the terminal must reach the client only.
             start_new_session=True,
         )
         assert self._popen.stdin is not None
         assert self._popen.stdout is not None
         self._output: IO[bytes] = self._popen.stdout
-        with contextlib.suppress(OSError):  # it is dead already, and its end says so
+        with contextlib.suppress(OSError):  # if it is dead already, ``_ended`` handles that
             self._popen.stdin.write(self.input())
         os.set_blocking(self._output.fileno(), False)
         self._loop.add_reader(self._output.fileno(), self._read)
 
     async def registered(self, patience: float) -> bool:
-        """Wait until workers are led here.
+        """Wait until workers can reach the server.
 
         Args:
             patience: Seconds to wait at most.
 
         Returns:
-            Whether they are; ``why`` says why not.
+            Whether they can; if not, ``why`` has the reason.
         """
         await asyncio.wait({self._decided}, timeout=patience)
         return self._decided.done() and self._decided.result()
 
     def changed(self, state: str, why: str) -> None:
-        """Say what has become of the connection: ``registered``, ``lost`` or ``refused``."""
+        """Take a new state of the connection: ``registered``, ``lost`` or ``refused``."""
         self.why = why
         if state != "lost" and not self._decided.done():
             self._decided.set_result(state == "registered")
@@ -152,7 +152,7 @@ class Tunnel(ABC):
         self._output.close()
 
     def close(self) -> None:
-        """Have the process end. Connections of workers end with it."""
+        """Tell the process to end; the connections of workers end with it."""
         self._is_closed = True
         if self._probing is not None:
             self._probing.cancel()
@@ -169,12 +169,12 @@ class Tunnel(ABC):
 
 
 class RelayTunnel(Tunnel):
-    """Is registered with a relay of ours.
+    """Runs ``tunnel``, which is registered with a relay of cloudexec.
 
     Args:
         relay: ``host:port`` of the relay.
-        key: What client and workers share.
-        executor_id: Which executor.
+        key: The key that client and workers share.
+        executor_id: The executor's id.
         server: ``host:port`` where the executor listens.
         on_change: As ``Tunnel`` takes it.
 
@@ -200,56 +200,56 @@ class RelayTunnel(Tunnel):
 
     @property
     def target(self) -> str:
-        """What workers ask the relay for."""
+        """The name of the executor's server, for which workers ask the relay."""
         return f"{self._executor_id}.cloudexec.invalid:443"
 
     def command(self) -> Sequence[str]:
-        """Return the command of our own tunnel."""
-        # -P: a module of the user's, in the current folder, is none of Python's own.
+        """Return the command line of ``tunnel``."""
+        # -P keeps modules of the user's, in the current folder, from replacing Python's.
         return [sys.executable, "-P", "-c", _BOOT, str(Path(__file__).parents[2])]
 
     def input(self) -> bytes:
-        """Return where it leads: the key is on no command line."""
+        """Return the route, which holds the key: other users could read that on a command line."""
         return json.dumps(self._route).encode() + b"\n"
 
     def heard(self, line: str) -> None:
-        """Take what it says of itself."""
-        with contextlib.suppress(ValueError):  # the end of a traceback
+        """Take a state that ``tunnel`` reports."""
+        with contextlib.suppress(ValueError):  # the line may be part of a traceback
             said = json.loads(line)
             self.changed(said["state"], said["why"])
 
 
 class SshTunnel(Tunnel):
-    """Has OpenSSH forward a port of a host of the user's: workers dial that.
+    """Runs OpenSSH, which forwards a port of the user's host to this machine; workers dial that.
 
     Args:
-        url: ``ssh://user@host:port``; what is left out says ``~/.ssh/config``.
+        url: ``ssh://user@host:port``. ``~/.ssh/config`` supplies parts that are left out.
         server: ``host:port`` where the executor listens.
-        advertise: Host that workers dial; empty: that of the URL.
+        advertise: The host that workers dial; empty for the host of the URL.
         on_change: As ``Tunnel`` takes it.
 
     Raises:
         ConfigError: If the URL names no host.
-        OSError: If there is no OpenSSH here.
+        OSError: If OpenSSH is not installed here.
     """
 
-    ends_as = "refused"  # OpenSSH has said why, and would say the same again
+    ends_as = "refused"  # OpenSSH has reported an error, and would report it again
 
     def __init__(self, url: str, server: str, advertise: str, on_change: OnChange) -> None:
         self._user, self._host, self._ssh_port = _parts_of(url)
         self._server = server
         self._advertise = advertise or self._host
-        self._port = 0  # one that the host chooses, and then that one again
+        self._port = 0  # the host chooses a port; after a restart the same port is asked for
         super().__init__(on_change)
 
     @property
     def target(self) -> str:
-        """What workers dial."""
+        """``host:port`` that workers dial."""
         host = self._advertise
         return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
 
     def command(self) -> Sequence[str]:
-        """Return OpenSSH's command."""
+        """Return the command line of OpenSSH."""
         options = ["BatchMode=yes", "ExitOnForwardFailure=yes", "ServerAliveInterval=10"]
         return [
             *("ssh", "-N", "-T", "-R", f"*:{self._port}:{self._server}"),
@@ -260,13 +260,13 @@ class SshTunnel(Tunnel):
         ]
 
     def start(self) -> None:
-        """Start OpenSSH; when it is given its earlier port again, it says nothing of it."""
+        """Start OpenSSH, and probe its port: OpenSSH does not report a port that was asked for."""
         super().start()
         if self._port:
             self._probe_soon()
 
     def heard(self, line: str) -> None:
-        """Take what OpenSSH says: the port, or what is wrong."""
+        """Take a line of OpenSSH: the port that the host has chosen, or an error."""
         found = _ALLOCATED.search(line)
         if found is not None:
             self._port = int(found[1])
@@ -280,7 +280,7 @@ class SshTunnel(Tunnel):
         self._probing = self._loop.create_task(self._probe())
 
     async def _probe(self) -> None:
-        """Find out whether the port is there for others, and not for the host alone."""
+        """Check that other machines can connect to the port, and not only the host itself."""
         deadline = self._loop.time() + _PROBE_TIMEOUT
         why = "no answer"
         while self._loop.time() < deadline:
@@ -296,7 +296,7 @@ class SshTunnel(Tunnel):
                 return
         self.changed(
             "refused",
-            f"{self._host} has opened port {self._port}, and {self.target} takes no connection "
+            f"{self._host} has opened port {self._port}, but {self.target} accepts no connection "
             f"({why}): the host needs `GatewayPorts clientspecified` in its sshd_config, and its "
             f"firewall must let the port through",
         )
@@ -305,14 +305,14 @@ class SshTunnel(Tunnel):
 def open_tunnel(
     relay: str, key: bytes, executor_id: str, server: str, advertise: str, on_change: OnChange
 ) -> Tunnel:
-    """Lead workers to this process's server.
+    """Start the process through which workers reach this process's server.
 
     Args:
-        relay: ``host:port`` of a relay of ours, or ``ssh://user@host``.
-        key: What client and workers share.
-        executor_id: Which executor.
+        relay: ``host:port`` of a relay of cloudexec, or ``ssh://user@host``.
+        key: The key that client and workers share.
+        executor_id: The executor's id.
         server: ``host:port`` where the executor listens.
-        advertise: Host that workers dial where it is not that of the URL.
+        advertise: The host that workers dial, with OpenSSH; empty for the host of the URL.
         on_change: As ``Tunnel`` takes it.
 
     Raises:
@@ -325,7 +325,7 @@ def open_tunnel(
 
 
 def check_relay(relay: str) -> None:
-    """Refuse what is no relay.
+    """Check the form of a relay's address.
 
     Raises:
         ConfigError: If it is neither ``host:port`` nor ``ssh://user@host``.
@@ -337,12 +337,12 @@ def check_relay(relay: str) -> None:
 
 
 def _parts_of(url: str) -> tuple[str | None, str, int | None]:
-    """Return user, host and port of a URL of OpenSSH."""
+    """Return the user, host and port of an ``ssh://`` URL."""
     try:
         parts = urllib.parse.urlsplit(url)
         if parts.hostname and not parts.hostname.startswith("-") and not parts.password:
             return parts.username, parts.hostname, parts.port
-    except ValueError:  # a port that is none
+    except ValueError:  # the port is no number, or too large
         pass
     raise ConfigError(f"relay must be like 'ssh://user@host', not {url!r}")
 

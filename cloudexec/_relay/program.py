@@ -1,4 +1,4 @@
-"""The relay as a program: listen, serve, and end when nobody needs it or it is told to."""
+"""The relay as a program: it listens, serves, and ends when it is unused or receives a signal."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def run_relay(listen: str, key: bytes, idle: float | None) -> int:
     """Run a relay.
 
     Args:
-        listen: ``host:port``; port 0: any free one. Where it listens is printed.
-        key: What clients and workers share.
-        idle: Seconds without any of them after which it ends; ``None``: it goes on.
+        listen: ``host:port``; port 0 means any free port. The address is printed.
+        key: The key that clients and workers share.
+        idle: Seconds without a client or worker after which it ends; ``None`` for no limit.
 
     Returns:
-        The exit code: 1 if it cannot listen there.
+        The exit code: 1 if it cannot listen at the address.
     """
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")

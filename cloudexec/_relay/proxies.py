@@ -1,4 +1,4 @@
-"""The way out of a network that has a proxy: the variables and settings that people have."""
+"""Opens connections through the HTTP or SOCKS proxy that the environment or the system names."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _LONGEST_HEAD = 64 * 1024
 
 
 class ProxyError(OSError):
-    """A proxy does not let a connection through; the message names it and says why."""
+    """A proxy refuses a connection; the message names the proxy and the reason."""
 
 
 def proxy_for(host: str) -> str:
-    """Return the URL of the proxy that connections to a host go through; empty: none.
+    """Return the URL of the proxy for connections to a host; empty if no proxy is needed.
 
-    ``HTTPS_PROXY`` and ``ALL_PROXY`` say so, or the system's settings on macOS and Windows;
-    ``NO_PROXY`` names the hosts that are reached without one.
+    The variables ``HTTPS_PROXY`` and ``ALL_PROXY`` name it, or the system's settings on macOS and
+    Windows. ``NO_PROXY`` names hosts that are reached without a proxy.
     """
     proxies = urllib.request.getproxies()
     found = proxies.get("https") or proxies.get("all") or ""
@@ -36,16 +36,16 @@ async def connect(host: str, port: int, proxy: str = "") -> socket.socket:
     """Open a connection.
 
     Args:
-        host: Where to.
-        port: Its port.
-        proxy: URL of an ``http``, ``socks5`` or ``socks4`` proxy; empty: none.
+        host: The host to connect to.
+        port: The port to connect to.
+        proxy: URL of an ``http``, ``socks5`` or ``socks4`` proxy; empty to connect directly.
 
     Returns:
         A connected socket that does not block.
 
     Raises:
         ProxyError: If the proxy refuses, or is of an unknown kind.
-        OSError: If there is no connection.
+        OSError: If the connection cannot be opened.
     """
     if not proxy:
         return await dial(host, port)
@@ -67,7 +67,7 @@ async def connect(host: str, port: int, proxy: str = "") -> socket.socket:
 
 
 async def _ask(connection: socket.socket, proxy: str, target: str) -> None:
-    """Have an HTTP proxy connect us; nothing behind its answer is read."""
+    """Ask an HTTP proxy to connect to a target; read its answer, and no byte behind it."""
     loop = asyncio.get_running_loop()
     url = urllib.parse.urlsplit(proxy)
     head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
@@ -98,7 +98,7 @@ async def _over_socks(proxy: str, host: str, port: int) -> socket.socket:
             f"the proxy {_shown(proxy)} speaks SOCKS: install it with `pip install "
             f"'cloudexec[socks]'`"
         ) from None
-    # "h" asks for names to be looked up by the proxy, which it does in any case.
+    # The "h" (and "a") asks the proxy to look up names, which rdns=True does in any case.
     url = proxy.replace("socks5h://", "socks5://").replace("socks4a://", "socks4://")
     if url.startswith("socks://"):
         url = url.replace("socks://", "socks5://")

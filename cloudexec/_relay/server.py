@@ -1,7 +1,7 @@
 """The relay: joins the connections of workers with those of their clients.
 
-It knows executors by their ids, and who has proved to belong to one. It holds no task and no key
-but its own, and reads nothing of what it passes on.
+It identifies executors by their ids, and lets in peers that prove to know its key. It has no other
+key, and passes bytes on without reading them.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ from cloudexec._relay.joining import join, prepare
 __all__ = ["Relay"]
 
 STRANGERS = 256
-"""Connections that have not proved anything yet, at most: one more ends the oldest of them."""
+"""Largest number of connections that have not proved anything yet; one more ends the oldest one."""
 PROOF_TIMEOUT = 10.0
-"""Seconds in which a connection must have proved that it belongs to an executor."""
+"""Seconds within which a peer must prove that it belongs to an executor."""
 TICKET_LIFETIME = 60.0
-"""Seconds in which a worker must use its ticket."""
+"""Seconds within which a worker must use its ticket."""
 TICKETS = 20_000
 WAIT_FOR_CLIENT = 30.0
 """Seconds for which a worker waits for its client to register and take its connection."""
 SILENCE = 30.0
-"""Seconds without one after which a client counts as gone."""
+"""Seconds without a message after which a client counts as gone."""
 _CONNECT = re.compile(r"CONNECT ([\w-]{1,64})\.\S+ HTTP/1\.[01]")
 _LOGIN = re.compile(r"\r\nproxy-authorization: *basic +([\w+/=]+)", re.IGNORECASE)
 
 
 class _Refusal(Exception):
-    """A peer is not let in; the message is for it."""
+    """A peer is refused; the message is sent to it."""
 
 
 class _Client:
-    """A client that is registered.
+    """A registered client.
 
     Attributes:
-        task: Serves its connection, for as long as it is registered.
-        news: What it is told next: nobody waits for a client that does not read.
+        task: The task that serves the client's connection.
+        news: Lines to be sent to the client. They are queued, so that a client that does not read
+            delays nobody else.
     """
 
     def __init__(self) -> None:
@@ -56,8 +57,8 @@ class _Client:
         self.news: asyncio.Queue[str] = asyncio.Queue()
 
     async def tell(self, line: Line) -> None:
-        """Tell it the news, over its connection."""
-        with contextlib.suppress(OSError):  # who reads notices it, too
+        """Send the queued lines to the client."""
+        with contextlib.suppress(OSError):  # the task that reads the connection fails, too
             while True:
                 await line.say(await self.news.get())
 
@@ -66,9 +67,9 @@ class Relay:
     """Joins workers with clients.
 
     Args:
-        key: What clients and workers prove to know.
-        idle: Seconds without any of them after which the relay ends; ``None``: it goes on.
-        log: Whether to say on stderr who comes and goes.
+        key: The relay's key, which clients and workers prove to know.
+        idle: Seconds without a client or worker after which the relay ends; ``None`` for no limit.
+        log: Whether to log on stderr which executors register and leave.
     """
 
     def __init__(self, key: bytes, *, idle: float | None = None, log: bool = False) -> None:
@@ -84,13 +85,13 @@ class Relay:
         self._ended = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self.joined = 0
-        """Connections of workers that are joined with their client's now."""
+        """Number of worker connections that are joined with their client's now."""
 
     async def serve(self, listening: socket.socket) -> None:
-        """Take connections until all have left for long enough.
+        """Accept connections until the relay has been unused for ``idle`` seconds.
 
         Args:
-            listening: A socket that listens; it is closed in the end.
+            listening: A listening socket; it is closed in the end.
         """
         loop = asyncio.get_running_loop()
         listening.setblocking(False)
@@ -114,8 +115,8 @@ class Relay:
             try:
                 connection, _ = await loop.sock_accept(listening)
             except ConnectionError:
-                continue  # who dialed has hung up already
-            except OSError as exc:  # no descriptors are left
+                continue  # the peer has hung up already
+            except OSError as exc:  # this process has too many files open
                 self._say(f"cannot take a connection: {exc}")
                 await asyncio.sleep(0.1)
                 continue
@@ -127,17 +128,18 @@ class Relay:
             self._tasks.add(task)
             self._strangers[task] = None
             task.add_done_callback(functools.partial(self._forget, connection))
-            await asyncio.sleep(0)  # taking does not wait while others dial: let them be heard
+            # sock_accept may return at once, again and again: let the other tasks run.
+            await asyncio.sleep(0)
 
     def _forget(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
-        connection.close()  # of one that was sent away before it was attended to
+        connection.close()  # also if the task was cancelled before it began
         self._tasks.discard(task)
         self._strangers.pop(task, None)
         if not task.cancelled() and (failed := task.exception()) is not None:
             self._say(f"internal error: {failed!r}")
 
     async def _attend(self, connection: socket.socket) -> None:
-        """Find out what a connection is for, and serve it."""
+        """Read the purpose of a connection, check the peer's proof, and serve it."""
         try:
             prepare(connection)
             line = Line(connection)
@@ -148,7 +150,7 @@ class Relay:
                     purpose, argument = "CONNECT", ""
                 else:
                     purpose, executor_id, argument = await self._proven(line, first)
-            # From here on it is one of ours.
+            # The peer has proved that it belongs to an executor.
             me = asyncio.current_task()
             assert me is not None
             self._strangers.pop(me, None)
@@ -180,8 +182,8 @@ class Relay:
         return found
 
     async def _login(self, line: Line, first: str) -> str:
-        """Check the ticket of a worker that dials as through an HTTP proxy."""
-        # Without any header it ends here.
+        """Check the ticket of a worker that sends a ``CONNECT`` request; return the executor."""
+        # A request without headers ends here.
         is_bare = line.rest.startswith(b"\r\n")
         head = "" if is_bare else "\r\n" + await line.read(b"\r\n\r\n")
         target, login = _CONNECT.fullmatch(first), _LOGIN.search(head)
@@ -208,12 +210,12 @@ class Relay:
         return ticket
 
     async def _keep(self, line: Line, executor_id: str) -> None:
-        """Keep a client registered for as long as it shows signs of life."""
+        """Keep a client registered until it hangs up or sends nothing for too long."""
         client = _Client()
         before = self._clients.get(executor_id)
         self._clients[executor_id] = client
         if before is not None:
-            before.task.cancel()  # it has left the network from which it came
+            before.task.cancel()  # the client has registered anew, over another connection
         client.news.put_nowait("ok")
         for token, (owner, taken) in self._waiting.items():
             if owner == executor_id and not taken.done():
@@ -226,7 +228,8 @@ class Relay:
                     await line.read()
                 client.news.put_nowait("alive")
         finally:
-            # Before its connection is closed: the next one may have the same number.
+            # Cancelled before the connection is closed, because the next connection may have the
+            # same file descriptor.
             telling.cancel()
             await asyncio.gather(telling, return_exceptions=True)
             if self._clients.get(executor_id) is client:
@@ -234,14 +237,14 @@ class Relay:
                 self._say(f"executor {executor_id} has left")
 
     async def _dialed(self, line: Line, executor_id: str) -> None:
-        """Join a worker with its client, which is told of it, now or when it registers."""
+        """Join a worker with its client, which is told of the worker now or when it registers."""
         token = handshake.make_token()
         loop = asyncio.get_running_loop()
         taken: asyncio.Future[Line] = loop.create_future()
         self._waiting[token] = executor_id, taken
 
         def heard() -> None:
-            # It says nothing before it is joined, unless it hangs up.
+            # A worker sends nothing before it is joined; it only may hang up.
             loop.remove_reader(line.connection)
             try:
                 has_ended = not line.connection.recv(1, socket.MSG_PEEK)
@@ -277,12 +280,12 @@ class Relay:
             self.joined -= 1
 
     async def _accept(self, line: Line, executor_id: str, token: str) -> None:
-        """Take the connection that a client has opened for a worker."""
+        """Take the connection that a client has opened for a worker, and pass it to the worker."""
         owner, taken = self._waiting.get(token, ("", None))
         if owner == executor_id and taken is not None and not taken.done():
             await line.say("ok")
             if not taken.done():
-                # The task that waits for it closes it.
+                # ``_dialed``, which waits for the connection, closes it.
                 other = Line(socket.socket(fileno=line.connection.detach()))
                 other.connection.setblocking(False)
                 other.rest = line.rest

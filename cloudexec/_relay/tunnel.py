@@ -1,7 +1,9 @@
-"""The client's end of a relay: a process of its own, so that passing bytes on costs no task time.
+"""The client's end of a relay. It is a process of its own, so that it takes no time from the
+client.
 
-The client starts it, and says where to on one line of its standard input; when that is closed, the
-process ends. What becomes of the connection it says in lines of JSON on its standard output.
+The client starts it and writes the route, as one line of JSON, to its standard input. When that is
+closed, the process ends. It reports the state of its registration as lines of JSON on its standard
+output.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from cloudexec._relay.proxies import connect, proxy_for
 __all__ = ["Registration", "main"]
 
 HEARTBEAT = 10.0
-"""Seconds between signs of life. The relay answers each."""
+"""Seconds between two heartbeats. The relay answers each."""
 SILENCE = 15.0
 """Seconds without an answer after which the connection counts as dead."""
 CONNECT_TIMEOUT = 10.0
@@ -32,15 +34,15 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a tunnel goes.
+    """The two ends of a tunnel.
 
     Attributes:
-        host: The relay's.
-        port: The relay's.
-        key: The relay's, in hex.
-        executor_id: Which executor.
-        target_host: Where the executor listens.
-        target_port: Where the executor listens.
+        host: The relay's host.
+        port: The relay's port.
+        key: The relay's key, as hexadecimal digits.
+        executor_id: The executor's id.
+        target_host: The host on which the executor listens.
+        target_port: The port on which the executor listens.
     """
 
     host: str
@@ -58,8 +60,8 @@ class Registration:
     """Stays registered with a relay, and opens a connection for each worker that dials.
 
     Args:
-        route: Where it goes.
-        tell: Is given each change: ``registered``; ``lost`` or ``refused``, and why.
+        route: The two ends of the tunnel.
+        tell: Called with each new state (``registered``, ``lost`` or ``refused``) and the reason.
     """
 
     def __init__(self, route: Route, tell: Any) -> None:
@@ -88,7 +90,7 @@ class Registration:
                         self._tell("lost", _why(exc))
                     finally:
                         line.connection.close()
-                # Not all at once, where many clients lose the same relay.
+                # A random pause, so that many clients that lose one relay do not return at once.
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, _LONGEST_PAUSE)
         finally:
@@ -109,7 +111,7 @@ class Registration:
         return line
 
     async def _listen(self, line: Line) -> None:
-        """Take the workers that the relay names."""
+        """Open a connection for each worker that the relay names."""
         loop = asyncio.get_running_loop()
         beating = loop.create_task(self._beat(line))
         try:
@@ -126,7 +128,7 @@ class Registration:
 
     @staticmethod
     async def _beat(line: Line) -> None:
-        with contextlib.suppress(OSError):  # who reads notices it, too
+        with contextlib.suppress(OSError):  # the task that reads the connection fails, too
             while True:
                 await line.say("alive")
                 await asyncio.sleep(HEARTBEAT)
@@ -142,7 +144,7 @@ class Registration:
                 except BaseException:
                     line.connection.close()
                     raise
-        except OSError:  # the worker dials again
+        except OSError:  # the worker will dial again
             return
         prepare(server)
         await join(line.connection, server, to_other=line.rest)
@@ -176,7 +178,8 @@ async def _run(route: Route, parent: int) -> None:
     running = loop.create_task(Registration(route, tell).run())
     running.add_done_callback(lambda _: over.set())
     while not over.is_set() and os.getppid() == parent:
-        # Some other child of the client may hold the pipe open that the client has left.
+        # Another child of the client may have inherited the pipe and keep it open, so the loop also
+        # checks whether the client still exists.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
                 await over.wait()

@@ -141,7 +141,7 @@ def test_what_openssh_says_is_in_the_error(sshd: Sshd, url: str, why: str) -> No
 @pytest.mark.parametrize("sshd", ["no"], indirect=True)
 def test_a_host_that_opens_ports_for_itself_alone_is_an_error_that_says_so(sshd: Sshd) -> None:
     launcher = RelayLauncher(f"ssh://root@127.0.0.1:{sshd.port}", advertise="127.0.0.2")
-    with pytest.raises(LaunchError, match=r"127\.0\.0\.2:\d+ takes no conn.*GatewayPorts client"):
+    with pytest.raises(LaunchError, match=r"127\.0\.0\.2:\d+ accepts no conn.*GatewayPorts client"):
         BatchExecutor(1, launcher=launcher).submit(abs, -1).result(PATIENCE)
 
 
