@@ -9,17 +9,19 @@ a task does. On the client's own machine a plain socket stands in the place of g
 forked from the supervisor before that starts a thread; it imports what the tasks will need, forks
 the slots, in milliseconds, and reports how each one ended. A slot runs one task at a time.
 
-``supervisor`` puts the parts together that serve the slots. Each knows those before it here, and
-of those behind it only what it is given to call: ``functions`` (which callables there are),
-``waiting`` (tasks that no slot has), ``slots`` (the processes), ``large_results`` (results in
-files), ``footprint`` (limits of time and memory), ``answers`` (what slots say), ``dispatch`` (which
-task goes where) and ``taking_back`` (tasks that are to come back). What is concluded from the cells
-that a slot shares with its supervisor is in ``slot_model``, without I/O.
+``supervisor`` creates the parts that serve the slots. Each part knows those before it in this list,
+and of later ones only functions that it is given to call: ``functions`` (the callables that tasks
+name), ``waiting`` (tasks that no slot has), ``slots`` (the processes), ``large_results`` (results
+in files), ``footprint`` (limits of time and memory), ``answers`` (reads what slots answer),
+``dispatch`` (sends tasks to slots) and ``taking_back`` (takes tasks back from slots).
+``slot_model`` is the state of a slot, and what the supervisor concludes from the cells (shared
+numbers) of the slot's page; it does no I/O.
 
-``session`` speaks with the client: over ``calls``, with messages from ``outbox`` and to ``inbox``.
-Large results go through ``uploads``, and what the client has to give through ``downloads``.
+``session`` exchanges messages with the client: it calls the client through ``calls``, sends
+messages from ``outbox`` and passes received ones to ``inbox``. ``uploads`` sends large results, and
+``downloads`` fetches blobs and the user's modules.
 
-Which platform a worker is on, and what it is called there, is read in ``platform`` alone.
+Only ``platform`` reads on which platform the worker runs, and what it is called there.
 
 Nothing in this package imports an AWS SDK, ``_server`` or ``_launchers``.
 """

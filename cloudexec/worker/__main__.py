@@ -37,42 +37,44 @@ _LATE_PATIENCE = 5.0
 """Seconds for which the client is dialed by a worker that started when nobody waited for it any
 more: usually because the client was killed, and each second of such a worker is paid for."""
 _DRAIN_GRACE = 20.0
-"""Seconds after SIGTERM in which tasks may finish: AWS sends SIGKILL after 30, and handing back
-takes a moment."""
+"""Seconds after SIGTERM in which tasks may finish. AWS sends SIGKILL after 30 seconds, and handing
+tasks back takes a moment."""
 
 
 def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     """Run one worker, and end this process with its exit code.
 
     Args:
-        bootstrap: The first line: what it takes to get ready; ``None``: read the environment.
+        bootstrap: The first line of JSON, with what is needed to prepare; ``None`` to read the
+            environment instead.
     """
     is_child = bootstrap is not None
     if bootstrap is None:
         bootstrap = _from_environment()
-    # Read by the interpreter when it started: what tasks start is to have it as they would else.
+    # These were set for the start of this interpreter only; processes that tasks start must not
+    # inherit them.
     for name in bootstrap.get("unset", ()):
         os.environ.pop(name, None)
-    # For this process and the zygote: tasks have what they would have without us.
+    # The limit is raised for this process and the zygote only; tasks get the user's own limit.
     wanted = BASE_FILES + FILES_PER_SLOT * int(bootstrap["slots"])
     files = raise_file_limit(wanted)
     ours, zygotes = socket.socketpair()
     supervisor_pid = os.getpid()
-    # Before the fork, as both processes need most of what it imports.
+    # Imported before the fork, as both processes need most of these modules.
     from cloudexec.worker import slot  # noqa: F401
     from cloudexec.worker.zygote import adopt_orphans, run_zygote
 
-    # If the zygote is killed, what tasks started and left comes to us.
+    # If the zygote is killed, processes that tasks left behind become children of this one.
     adopt_orphans()
     # Forked now, before gRPC is imported and starts threads.
     if os.fork() == 0:
         ours.close()
         run_zygote(zygotes, supervisor_pid, files, bootstrap)
     zygotes.close()
-    # gRPC writes its own log to stderr otherwise. Set after the fork: tasks see the user's own.
+    # Without this, gRPC logs to stderr. It is set after the fork, so that tasks do not inherit it.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    # Suites of TLS 1.2, for a kind of key that the client's certificate does not have: the worker's
-    # own connection is TLS 1.3 or none.
+    # This allows only a TLS 1.2 suite whose kind of key the client's certificate does not have. So
+    # the worker's connection uses TLS 1.3 or fails.
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
 
     import asyncio
@@ -118,15 +120,18 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
                 )
     sys.stdout.flush()
     sys.stderr.flush()
-    # gRPC would wait for two seconds behind a TLS connection, and nothing is left to be done.
+    # Ended at once: gRPC would wait two seconds for a TLS connection, and nothing is left to do.
     os._exit(code)
 
 
 def _second_line(client: Client) -> dict[str, Any]:
-    """Wait until the client says where it is and who this worker is; end if it is gone."""
+    """Wait for the second line, with the client's address and this worker's identity.
+
+    The process ends if the client is gone.
+    """
     line = b""
     while not line.endswith(b"\n"):
-        # Some other child of the client may hold the pipe open that the client has left.
+        # Another child of the client may keep the pipe open, so check whether the client is gone.
         data = os.read(0, 65536) if select.select([0], [], [], 1.0)[0] else None
         if data == b"" or client.is_gone():
             os._exit(0)
@@ -136,7 +141,7 @@ def _second_line(client: Client) -> dict[str, Any]:
 
 
 def _slots_with_files(slots: int) -> int:
-    """Return for how many slots this process may open enough files; ends it if for none."""
+    """Return the number of slots for which this process may open files; end it if that is none."""
     limits = file_limits()
     if limits is None:
         return slots
@@ -162,8 +167,8 @@ def _from_environment() -> dict[str, Any]:
     who = "identity" if "CLOUDEXEC_IDENTITY" in environ else "launch"
     needed = ("target", "executor_id", who, "key", "slots")
     names = (*needed, "certificate_sha256", "memory_mib", "relay")
-    # Taken out: what tasks start does not inherit the key, and what they print of themselves does
-    # not show it.
+    # Removed from the environment: processes that tasks start must not inherit the key, and tasks
+    # that print their environment must not show it.
     _blank("CLOUDEXEC_KEY")
     found: dict[str, Any] = {name: environ.pop(f"CLOUDEXEC_{name.upper()}", "") for name in names}
     missing = [f"CLOUDEXEC_{name.upper()}" for name in needed if not found[name]]
@@ -196,7 +201,7 @@ def _from_environment() -> dict[str, Any]:
 
 
 def _blank(name: str) -> None:
-    """Overwrite a variable in the memory that the system shows as this process's environment."""
+    """Overwrite a variable in the memory that ``/proc`` shows as this process's environment."""
     value = os.environ.get(name)
     if value is None:
         return

@@ -1,4 +1,4 @@
-"""What slots answer and print: read from their pipes and shared pages, and handed over."""
+"""Reads what slots answer and print, from their pipes and shared pages, and hands it over."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from cloudexec.worker.waiting import WaitingTasks
 __all__ = ["AnswerReader"]
 
 _TAIL_BYTES = 8 * 1024
-"""Of a task's output, what is kept for the exception if it fails."""
+"""Bytes of a task's last output that are kept for the exception, if the task fails."""
 _READ_BYTES = 64 * 1024
 _REORDERS_WRITES = platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686")
 _WRITES_ARRIVE = 50e-6
-"""Seconds after which another processor sees all that was written before what it sees already,
-where that is not always so, as on Arm."""
+"""Seconds: on processors that reorder writes, such as Arm, another processor sees a write at most
+this long after it sees a later one."""
 
 
 class AnswerReader:
     """Reads what slots answer and print.
 
     Args:
-        slots: Whose state changes with what they say.
-        waiting: Where tasks go that a slot has dropped.
+        slots: The slots, whose states change with their answers.
+        waiting: Takes tasks that a slot has dropped.
         large: Takes results that are in files.
-        footprint: Told when a slot has answered all.
-        answers: Where answers and output go.
+        footprint: Told when a slot has answered all its tasks.
+        answers: Takes answers and output.
         go_on: Called when a slot has answered.
     """
 
@@ -64,20 +64,20 @@ class AnswerReader:
     # When to read.
 
     def watch(self, slot: Child) -> None:
-        """Read from a slot whenever it says something."""
+        """Read from a slot whenever it writes something."""
         self._loop.add_reader(slot.results_fd, self._on_answers, slot)
         for fd, stream in ((slot.stdout_fd, 1), (slot.stderr_fd, 2)):
             self._loop.add_reader(fd, self._on_raw_output, slot, fd, stream)
 
     def _pause(self, slot: Child) -> None:
-        """Read no more from a slot until the client has taken output."""
+        """Stop reading from a slot until the client has taken output."""
         if not slot.is_paused and slot.state is not SlotState.EXITED:
             slot.is_paused = True
             for fd in (slot.results_fd, slot.stdout_fd, slot.stderr_fd):
                 self._loop.remove_reader(fd)
 
     def resume(self) -> None:
-        """The client has taken output: go on reading from slots that were held for it."""
+        """Read again from slots that were paused, because the client has taken output."""
         for slot in self._slots.children.values():
             if slot.is_paused and slot.state is not SlotState.EXITED:
                 slot.is_paused = False
@@ -98,11 +98,11 @@ class AnswerReader:
         """Read from the slot's pipe.
 
         Args:
-            slot: Whose.
-            last: To its end: the slot is gone.
-            rest: All that is there, though nobody may have room for what is printed now.
+            slot: The slot.
+            last: Whether to read to the pipe's end, because the slot is gone.
+            rest: Whether to read everything that is there, even beyond the client's output credit.
         """
-        # The first read is a small one: room for a megabyte costs more than most answers.
+        # The first read is small: allocating a megabyte costs more than most answers.
         read_bytes = _READ_BYTES
         done = 0
         while True:
@@ -130,7 +130,7 @@ class AnswerReader:
             read_bytes = PIPE_BYTES
 
     def read_last(self, slot: Child) -> None:
-        """Read all that a slot which has exited left behind."""
+        """Read everything that a slot which has exited left in its pipes."""
         self._read(slot, last=True)
         self._take_finished(slot, self._finished(slot))
         for fd, stream in ((slot.stdout_fd, 1), (slot.stderr_fd, 2)):
@@ -141,31 +141,32 @@ class AnswerReader:
         cells = slot.cells
         flushes, used = cells[FLUSHES], cells[USED]
         results = bytes(slot.page[RESULTS_AT : RESULTS_AT + used])
-        # Otherwise others may have been put there meanwhile, and these are in the pipe.
+        # If the slot has flushed meanwhile, other results may be in the buffer now, and these are
+        # in the pipe.
         return results if cells[FLUSHES] == flushes else b""
 
     def _take_finished(self, slot: Child, results: bytes) -> None:
         if results:
             progress = slot.progress_at
             self._take_results(slot, results, 0, len(results))
-            slot.progress_at = progress  # how long ago these were finished is not known
+            slot.progress_at = progress  # unchanged, as it is not known when these were finished
 
     def look(self, slots: Sequence[Child]) -> list[tuple[Child, int]]:
         """Take all results that slots have finished.
 
         Returns:
-            Each slot with the delivery that it runs, or is about to answer or to drop, if that is
-            still held. Of the others that are held it has begun none. It will begin some if it
-            goes on, unless they are behind its fence.
+            Each slot with the delivery that it runs, or is about to answer or to drop, if the slot
+            still holds that. It has begun none of the others that it holds. It may begin them
+            later, except those that its fence covers.
         """
-        # In the order in which a task goes on, from cell to page to pipe. Asked the other way
-        # round, one that went on meanwhile would be seen nowhere, and be taken for not begun.
+        # Read in the order in which a task proceeds: cell, page, pipe. In the opposite order, a
+        # task that proceeds meanwhile would be seen nowhere, and count as not begun.
         found = [(slot, slot.cells[CURRENT]) for slot in slots]
         if found and _REORDERS_WRITES:
             time.sleep(_WRITES_ARRIVE)
         for slot, _ in found:
             results = self._finished(slot)
-            self._read(slot, rest=True)  # first: what these tasks printed is there
+            self._read(slot, rest=True)  # first, as the output of these tasks is in the pipe
             self._take_finished(slot, results)
         return found
 
@@ -181,7 +182,7 @@ class AnswerReader:
             at += HEADER.size
             if kind == Kind.RESULTS:
                 if not slot.is_paused:
-                    # What was printed before this is of one of these tasks, not of the next.
+                    # Raw output so far belongs to one of these tasks, and not to the next one.
                     first = RESULT.unpack_from(data, at)[0]
                     self._on_raw_output(slot, slot.stdout_fd, 1, delivery=first)
                     self._on_raw_output(slot, slot.stderr_fd, 2, delivery=first)
@@ -203,7 +204,7 @@ class AnswerReader:
             at += size
             item = held.pop(delivery, None)
             if item is None:
-                continue  # known from the shared page already
+                continue  # the result was read from the shared page already
             slot.seconds -= item.seconds
             if status == frames.OK:
                 result(item.lease, payload, seconds)
@@ -234,9 +235,9 @@ class AnswerReader:
             self.note_answered(slot)
         elif kind in (Kind.DROPPED, Kind.GONE):
             item = slot.take_out(number)
-            if item is not None:  # else it was taken back already
+            if item is not None:  # otherwise the task was taken back already
                 if kind == Kind.GONE:
-                    # The client knows where else to have it from.
+                    # Hand the task back: the client can make its inputs available again.
                     self._answers.returned(item.lease)
                 else:
                     self._waiting.requeue([item])
@@ -247,7 +248,7 @@ class AnswerReader:
             self._slots.note_initializer_failed(slot, body)
 
     def note_answered(self, slot: Child) -> None:
-        """Note that a slot has answered, or that what it held was taken back."""
+        """Note that a slot has answered, or that its tasks were taken back."""
         now = self._loop.time()
         if slot.answered(now):
             slot.idle_since = now
@@ -277,7 +278,7 @@ class AnswerReader:
     def _on_raw_output(
         self, slot: Child, fd: int, stream: int, *, last: bool = False, delivery: int = 0
     ) -> None:
-        """Output that did not go through ``sys.stdout``: from C, or from a task's children."""
+        """Take output that did not go through ``sys.stdout``: from C code or a task's children."""
         while True:
             try:
                 data = os.read(fd, 65536)

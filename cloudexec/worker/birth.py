@@ -1,4 +1,4 @@
-"""How this worker came to be: when its process began, how long its image took to arrive."""
+"""Measures this worker's start: the age of its process, and how long its image took to pull."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["pull_seconds", "seconds_since_start"]
 
 
 def seconds_since_start() -> float:
-    """Return how long ago this process began; 0.0 where the system does not say."""
+    """Return the seconds since this process began; 0.0 if the system does not say."""
     try:
         with open("/proc/self/stat") as file:
-            # The name of the program, in parentheses, may hold anything.
+            # The program's name, in parentheses, may contain any character.
             ticks = int(file.read().rpartition(")")[2].split()[19])
         with open("/proc/uptime") as file:
             uptime = float(file.read().split()[0])
@@ -24,7 +24,7 @@ def seconds_since_start() -> float:
 
 
 def pull_seconds() -> float:
-    """Ask the platform how long pulling the image took; 0.0 where it does not say."""
+    """Ask the platform how many seconds pulling the image took; 0.0 if it does not say."""
     try:
         task = ask_metadata(find_place(os.environ))
         began = datetime.datetime.fromisoformat(task["PullStartedAt"])

@@ -1,9 +1,9 @@
-"""The worker's blobs: fetched once, shared by its slots, given up when room is needed.
+"""The worker's blobs (large pieces of data): fetched once, shared by its slots, dropped if needed.
 
-On the client's own machine a blob is a file that the slots open; this only remembers where it is.
-Elsewhere it is fetched when the first task needs it, into a file of the supervisor's, which the
-slots open in the same way. And here are the results on their way to the client, and those that stay
-until somebody asks for them.
+On the client's own machine a blob is a file that the slots open, and only its place is remembered
+here. On other machines a blob is fetched when the first task needs it, into a file of the
+supervisor that the slots open in the same way. The parts of large results are kept here, too, until
+the client has taken them or does not need them any more.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["BlobCache", "Known", "room"]
 
 
 class Known:
-    """A blob that the client has told of."""
+    """A blob that the client has announced, or that was made here."""
 
     __slots__ = (
         "blob",
@@ -42,19 +42,19 @@ class Known:
         self.loading: asyncio.Task[None] | None = None
         self.waiting: list[Callable[[BaseException | None], None]] = []
         self.used = 0
-        self.own = False  # made here: it cannot be fetched again
-        self.claimed = True  # if it is: the client has what it needs of it
-        self.bucket = False  # it may be in the bucket
+        self.own = False  # whether it was made here, so that it cannot be fetched again
+        self.claimed = True  # for an own blob: whether the client has what it needs of it
+        self.bucket = False  # whether it may be in the bucket
 
 
 class BlobCache:
-    """All blobs of one worker; on its event loop.
+    """All blobs of one worker. Used on its event loop only.
 
     Args:
-        load: Fetches a blob's content into the file of the one given.
-        limits: How much may be held.
-        in_use: Says which blobs waiting and running tasks need.
-        direct: Whether slots can ask the client itself for what is in no file.
+        load: Fetches a blob's content into the given empty blob.
+        limits: The number of bytes that may be held.
+        in_use: Returns the blobs that waiting and running tasks need.
+        direct: Whether slots can fetch blobs that are in no file from the client themselves.
     """
 
     def __init__(
@@ -73,13 +73,20 @@ class BlobCache:
         self.store = BlobStore(limits, shared=True, option="worker_memory")
         self._unclaimed = 0
         self.all_claimed = asyncio.Event()
-        """Set while nothing is kept here that is nowhere else and may be needed."""
+        """Set while no blob is kept here only that may still be needed."""
         self.all_claimed.set()
 
     def introduce(
         self, number: int, size: int, place: Place | None, *, bucket: bool = False
     ) -> None:
-        """Learn of a blob; ``place`` is where it is on this machine."""
+        """Note a blob that the client has announced.
+
+        Args:
+            number: The blob's number.
+            size: Its size in bytes.
+            place: Its place on this machine; ``None`` if it must be fetched.
+            bucket: Whether it may be in the bucket.
+        """
         known = self._known.get(number)
         if known is None:
             known = self._known[number] = Known(number, size, place)
@@ -88,7 +95,7 @@ class BlobCache:
         known.bucket = bucket
 
     def take(self, number: int, content: bytes) -> None:
-        """Take in the content of a blob that came along with its announcement, if there is room."""
+        """Store the content of a blob that was announced together with its content, if it fits."""
         known = self._known[number]
         if known.place is not None or known.loading is not None:
             return
@@ -96,16 +103,16 @@ class BlobCache:
             blob = self._room_for(known.size)
             blob.write(content, 0)
         except (PayloadError, OSError):
-            return  # whoever needs it asks for it, and learns why it cannot be had
+            return  # the blob is fetched when a task needs it, which reports the error
         known.blob, known.place = blob, _place_of(number, blob)
 
     def keep(self, number: int, fd: int, place: Place) -> Blob:
         """Hold a part of a result until the client forgets it.
 
         Args:
-            number: Its number.
-            fd: The file that it is in; taken over where nothing else is in it.
-            place: Where in it.
+            number: The blob's number.
+            fd: The file that it is in. The file is taken over if nothing else is in it.
+            place: The place in the file.
 
         Raises:
             PayloadTooLargeError: If there is no room for it.
@@ -126,7 +133,7 @@ class BlobCache:
         return blob
 
     def claimed(self, numbers: Iterable[int]) -> None:
-        """The client has what it needs of these; they stay until they are forgotten."""
+        """Note that the client has what it needs of these blobs; they stay until forgotten."""
         for number in numbers:
             known = self._known.get(number)
             if known is not None and not known.claimed:
@@ -137,43 +144,43 @@ class BlobCache:
 
     @property
     def is_full(self) -> bool:
-        """Whether more is held in memory than should be."""
+        """Whether more bytes are held in memory than the limit allows."""
         return not self.store.has_room(0)
 
     def place(self, number: int) -> Place:
-        """Return where a blob is that is held here."""
+        """Return the place of a blob that is held here."""
         place = self._known[number].place
         assert place is not None
         return place
 
     def kept(self, number: int) -> Blob | None:
-        """Return what is held here of a blob."""
+        """Return the content of a blob if it is held here, or ``None``."""
         known = self._known.get(number)
         return None if known is None else known.blob
 
     def forget(self, numbers: Iterable[int]) -> None:
-        """Drop blobs that nothing will refer to any more."""
+        """Drop blobs that no later message will refer to."""
         numbers = list(numbers)
         self.claimed(numbers)
         for number in numbers:
             known = self._known.pop(number, None)
             if known is not None and known.loading is not None:
                 known.loading.cancel()
-            del known  # and with it the blob, before its room is taken back
+            del known  # deletes the blob, so that ``sweep`` frees its bytes
         self.store.sweep()
 
     def all_but(self, numbers: set[int]) -> list[int]:
-        """Return the numbers of all blobs but these."""
+        """Return the numbers of all blobs except these."""
         return [number for number in self._known if number not in numbers]
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
-        """Say which of these are not at hand."""
+        """Return those of these blobs that slots cannot read yet."""
         return [n for n in numbers if (k := self._known.get(n)) is None or k.place is None]
 
     def when_ready(
         self, numbers: Iterable[int], then: Callable[[BaseException | None], None]
     ) -> None:
-        """Fetch blobs that are not at hand; call ``then`` once they are, or cannot be had."""
+        """Fetch blobs that are missing; call ``then`` when all are here, or with an error."""
         missing = self.missing(numbers)
         left = len(missing)
         if not left:
@@ -198,10 +205,10 @@ class BlobCache:
                 known.loading = asyncio.get_running_loop().create_task(self._bring(number, known))
 
     async def ready(self, numbers: Sequence[int]) -> None:
-        """Wait until blobs are at hand.
+        """Wait until slots can read these blobs.
 
         Raises:
-            Exception: Whatever keeps one from being had.
+            Exception: If one cannot be fetched.
         """
         done = asyncio.get_running_loop().create_future()
 
@@ -241,7 +248,7 @@ class BlobCache:
             then(error)
 
     def _room_for(self, size: int) -> Blob:
-        """Make a blob's file, giving up others that no task needs, those unused longest first."""
+        """Make an empty blob, and drop unneeded ones for it, those unused longest first."""
         over = self.store.memory + size - self.store.limits.memory
         if over > 0:
             in_use = self._in_use()
@@ -259,7 +266,7 @@ class BlobCache:
         return self.store.new(size)
 
     def places(self, numbers: Iterable[int]) -> bytes:
-        """Return, for a slot, where blobs are; they must be at hand."""
+        """Return the places of blobs as bytes for a slot; none of them may be missing."""
         self._clock += 1
         found = []
         for number in numbers:
@@ -284,11 +291,11 @@ def _place_of(number: int, blob: Blob) -> Place:
 
 
 def room(memory_mib: int, wanted: int) -> Limits:
-    """Say how many blobs a worker may hold in memory; what is more goes to disk.
+    """Return the limits of a worker's blobs; blobs beyond the limit of memory go to disk.
 
     Args:
-        memory_mib: Its container's memory; 0: the machine's.
-        wanted: What the client says, in bytes; 0: a quarter.
+        memory_mib: The container's memory in MiB; 0 for the machine's memory.
+        wanted: The limit of memory in bytes that the client has set; 0 for a quarter of the memory.
     """
     total = memory_mib * 2**20 or memory_of_machine()
     return Limits(memory=wanted or total // 4, cache=0)

@@ -1,4 +1,4 @@
-"""The worker's way through the client's bucket: blobs of the client's down, its own up."""
+"""Exchanges blobs through the client's bucket: downloads the client's, and uploads the worker's."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _TIMEOUT = 15.0
 _REST = 300.0
 """Seconds for which S3 is not tried again once it could not be reached."""
 _UPLOADS = 2
-"""Blobs on their way up at a time."""
+"""Number of blobs that are uploaded at a time."""
 
 
 class _GoneError(s3.S3TransferError):
-    """The client does not want us to go on with the bucket."""
+    """The client has ended this transfer through the bucket."""
 
 
 class BucketPath:
-    """What goes between one worker and the bucket, by requests that the client signs.
+    """One worker's transfers through the bucket, by requests that the client signs.
 
     Args:
-        locate: The RPC of that name.
-        store: The RPC of that name.
-        threshold: Bytes from which results go up; 0: none do.
-        part_bytes: How the client cuts objects.
+        locate: Calls the client's method ``Locate``.
+        store: Calls the client's method ``Store``.
+        threshold: Bytes from which on parts of results are uploaded; 0 to upload none.
+        part_bytes: Size of the parts into which the client divides objects.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class BucketPath:
         """Download a blob into its file.
 
         Returns:
-            Whether it is there; otherwise it is to be fetched from the client.
+            Whether the blob was downloaded. If not, it must be fetched from the client.
 
         Raises:
             OSError: If there is no room for it.
@@ -72,7 +72,7 @@ class BucketPath:
         try:
             return await self._load(number, blob)
         except grpc.aio.AioRpcError:
-            return False  # whoever fetches it finds out whether the client is gone
+            return False  # fetching it from the client shows whether the client is gone
 
     async def _load(self, number: int, blob: Blob) -> bool:
         first: pb.Location | None = await self._locate(pb.LocateRequest(blob=number))
@@ -112,14 +112,14 @@ class BucketPath:
         """Upload a part of a result.
 
         Args:
-            number: Its number.
+            number: The blob's number.
             fd: The file that it is in.
-            offset: Where it begins.
-            size: Bytes.
-            lease: Of the task whose result it is; 0: it is kept here all the same.
+            offset: Its offset in the file.
+            size: Its size in bytes.
+            lease: The lease of the task whose result it is; 0 for a part that stays here as well.
 
         Returns:
-            Whether it is in the bucket or, unless it is kept, has reached the client.
+            Whether the part is in the bucket or, with a lease, has reached the client.
 
         Raises:
             OSError: If the file cannot be read.
@@ -166,7 +166,7 @@ class BucketPath:
             try:
                 request.etags.extend(await s3.store(upload, ask))
             except _GoneError:
-                return False  # the client knows, and has said, why
+                return False  # the client has ended it, and has logged why
             except s3.S3TransferError as exc:
                 self._note(exc)
                 request.failed = str(exc)

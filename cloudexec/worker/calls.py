@@ -1,4 +1,4 @@
-"""The calls that a worker makes to its client, over one connection after the other."""
+"""The calls that a worker makes to its client, over the present connection."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 __all__ = ["CUT", "Calls"]
 
 CUT = ("UNAVAILABLE", "CANCELLED")
-"""How a call ends whose connection does."""
+"""Status codes of a call whose connection was cut."""
 _CUT_PAUSE = 0.2
-"""Seconds after such an end in which the session's own stream notices, too."""
+"""Seconds after such a status within which the session's own call ends, too."""
 
 
 class Calls:
-    """The methods of the task server, over the connection that there is.
+    """The methods of the client's server, over the present connection.
 
     Attributes:
-        token: Of the session; another one means another client.
+        token: The session's token; it changes when another client takes the worker over.
         connected: Set while there is a connection.
-        link: What is known of its speed.
-        bucket: Where large data goes instead, if there is a bucket.
+        link: Measures the connection's speed.
+        bucket: Carries large blobs instead of the connection; ``None`` without a bucket.
     """
 
     def __init__(self) -> None:
@@ -38,10 +38,10 @@ class Calls:
         self.bucket: BucketPath | None = None
         self._is_resumable = False
         self._channel: Any = None
-        self._running: weakref.WeakSet[Any] = weakref.WeakSet()  # of transfers
+        self._running: weakref.WeakSet[Any] = weakref.WeakSet()  # calls of transfers
 
     async def bind(self, channel: Any) -> None:
-        """Make calls over a channel from now on, and close the one before."""
+        """Make calls over a new channel from now on, and close the old one."""
         before, self._channel = self._channel, None
         if before is not None and before is not channel:
             await before.close()
@@ -81,13 +81,13 @@ class Calls:
         )
 
     def _ended_with_connection(self, method: Any) -> Any:
-        """Return a method whose calls end when the connection is lost, and not some time after."""
+        """Return a method whose calls end as soon as the connection is lost, and not later."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 begun = method(*args, **kwargs)
             except Exception as exc:
-                if type(exc).__name__ != "UsageError":  # gRPC's, of a channel that is closed
+                if type(exc).__name__ != "UsageError":  # gRPC raises it if the channel is closed
                     raise
                 raise asyncio.InvalidStateError("the connection is closed") from exc
             self._running.add(begun)
@@ -96,7 +96,7 @@ class Calls:
         return call
 
     def take_welcome(self, welcome: pb.Welcome) -> None:
-        """Learn how this client is to be called."""
+        """Take from the client's first message what calls need: the token and the settings."""
         self.token = welcome.session_token
         self._is_resumable = welcome.resumable
         self.link = Link(enabled=welcome.compress)
@@ -113,18 +113,18 @@ class Calls:
             )
 
     def fetch(self, request: pb.FetchRequest) -> Any:
-        """Begin to fetch what a request names."""
+        """Begin a ``Fetch`` call."""
         return self._fetch(request, metadata=((TOKEN_KEY, self.token),))
 
     def note_cut(self) -> None:
-        """The connection was lost: end all calls over it."""
+        """End all calls, because the connection was lost."""
         self.connected.clear()
-        # Those that wait until this channel connects would wait for ever once it is closed.
+        # Calls that wait for this channel to connect would wait forever once it is closed.
         for call in list(self._running):
             call.cancel()
 
     async def is_cut(self, code: str) -> bool:
-        """Say whether a call failed because of its connection, once there is another one."""
+        """Say whether a call failed because its connection was cut; wait for the next one then."""
         if not (self._is_resumable and code in CUT):
             return False
         await asyncio.sleep(_CUT_PAUSE)

@@ -1,4 +1,4 @@
-"""One slot process as its supervisor sees it: its pipes, its shared page, what it holds."""
+"""One slot process as its supervisor sees it: its state, its pipes and its shared page."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ PIPE_BYTES = 1024 * 1024
 
 @dataclass(slots=True)
 class OpenFiles:
-    """What is open here of one slot's large results. ``LargeResults`` alone writes it.
+    """The open files of one slot's large results. Only ``LargeResults`` writes it.
 
     Attributes:
-        arena: The file with its small ones; -1: there is none.
-        small: How many of these have not been taken.
-        small_bytes: Of those.
-        is_waiting: Whether the slot goes on only when some have been taken. It may do so in any
-            state: the task that it runs has ended, and it takes what was sent behind that later.
+        arena: The file that holds small parts of results; -1 if there is none.
+        small: Number of small parts that have not been taken.
+        small_bytes: Bytes of these parts.
+        is_waiting: Whether the slot waits until some parts have been taken. This is independent of
+            its state: the slot has finished a task, and takes the next one later.
     """
 
     arena: int = -1
@@ -45,22 +45,21 @@ class Child(SlotModel):
     """One slot with the pipes and the page that it shares with its process.
 
     Args:
-        number: Of the slot.
-        loop: That its pipes are served by.
-        last: The delivery after which it is to end.
+        number: The slot's number.
+        loop: The event loop that serves its pipes.
+        last: The delivery after which the slot must end.
 
     Attributes:
-        start_is_open: Whether its end would count as a failed start: it has not said that it is
-            ready, its initializer has not raised, and nobody has told it to end. The state does not
-            say so: what it said last is read when it has exited.
-        functions: Numbers of the callables that it knows.
-        idle_since: When it last answered all that it was sent.
-        files: What is open here of its results.
-        input: Part of a frame that has been read.
-        tail: The last part of what tasks printed, by the number of the delivery.
-        is_paused: Whether neither its answers nor what it prints is read, until the client has
-            taken output. That has nothing to do with its state: it goes on until its pipes are
-            full.
+        start_is_open: Whether its end would count as a failed start: it has not reported that it is
+            ready or that its initializer raised, and was not told to end. The state does not tell,
+            because its last messages are read only after it has exited.
+        functions: Numbers of the callables that the slot knows.
+        idle_since: When it last answered all its tasks.
+        files: The open files of its large results.
+        input: Bytes of an incomplete frame that were read from its pipe.
+        tail: By delivery: the last part of a task's output.
+        is_paused: Whether nothing is read from its pipes until the client has taken output. This is
+            independent of its state: the slot works on until its pipes are full.
 
     Raises:
         OSError: If no more files can be opened.
@@ -102,7 +101,7 @@ class Child(SlotModel):
             _widen(fd)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Write frames for it, now or when its pipe has room, unless nothing reaches it."""
+        """Write frames to the slot, now or when its pipe has room; drop them if it has ended."""
         if self.is_over:
             return
         self.written += len(data)
@@ -112,7 +111,7 @@ class Child(SlotModel):
             except BlockingIOError:
                 done = 0
             except OSError:
-                return  # it is dying; its exit tells the rest
+                return  # the slot is dying, which is handled when it has exited
             if done == len(data):
                 return
             data = memoryview(data)[done:]
@@ -139,7 +138,7 @@ class Child(SlotModel):
         return [self.tasks_fd, self.results_fd, self.stdout_fd, self.stderr_fd]
 
     def close(self) -> None:
-        """Close its pipes."""
+        """Close the slot's pipes."""
         for fd in self.fds():
             self._loop.remove_reader(fd)
             self._loop.remove_writer(fd)

@@ -1,4 +1,4 @@
-"""The client of a worker that it has started on its own machine: whether it is still there."""
+"""Checks whether the client that has started this worker on its own machine still exists."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["Client"]
 
 
 class Client:
-    """A process that is to be outlived by none of its workers.
+    """The client's process, which none of its workers must outlive.
 
     Attributes:
-        pid: Its number.
+        pid: The process id.
 
     Args:
-        pid: Its number.
+        pid: The process id.
     """
 
     def __init__(self, pid: int) -> None:
@@ -29,12 +29,12 @@ class Client:
             self._is_gone = True
             return
         except (AttributeError, OSError):
-            return  # not Linux, or an old one
+            return  # the system is not Linux, or its kernel is too old
         self._poll = select.poll()
         self._poll.register(file, select.POLLIN)
 
     def is_gone(self) -> bool:
-        """Whether that process has ended."""
+        """Say whether the client's process has ended."""
         if self._poll is None:
             return self._is_gone or os.getppid() != self._parent
         return bool(self._poll.poll(0))

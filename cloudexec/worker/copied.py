@@ -1,16 +1,16 @@
-"""Workers as copies of the client: what this has imported is there, and its memory is shared.
+"""Starts workers on the client's machine as copies of the client, which saves importing modules.
 
-The client forks one process while it has a single thread: the template. It does nothing but fork
-when the client asks for a worker. What it forks has the installed modules of the client and, like a
-fresh interpreter, none of its other objects:
+While the client has a single thread, it forks one process, the template. The template does nothing
+but fork a worker when the client asks for one. Such a worker shares the memory of the modules that
+the client has imported. Otherwise it behaves like a fresh interpreter:
 
-- What the client has is kept here and never let go of, since letting go runs finalizers, which
-  would remove the client's temporary files, for instance.
-- Sockets, pipes and terminals are replaced by the null device: their other ends are to see that the
-  client has closed them.
-- The user's own modules are imported anew by the slots that need them, as elsewhere. Whether they
-  can be imported a second time is tried first: some register themselves with a library that takes
-  each name only once. If not, the zygote starts over as a fresh interpreter.
+- The client's objects are kept alive and never used. Deleting them would run finalizers, which
+  would for instance remove the client's temporary files.
+- Sockets, pipes and terminals are replaced by the null device, so that their other ends notice when
+  the client closes them.
+- The user's own modules are imported anew by the slots that need them, as on other machines. This
+  is tried first, because some modules register themselves with a library that accepts each name
+  only once. If it fails, the zygote starts over as a fresh interpreter.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import Any, NoReturn
 __all__ = ["BEGUN", "ENDED", "MESSAGE", "serve_template"]
 
 MESSAGE = struct.Struct("<Bii")
-"""What the template says: a kind, the process, its wait status."""
+"""A message of the template: its kind, a process id and a wait status."""
 BEGUN, ENDED = 1, 2
 _REQUEST_BYTES = 1 << 20
 
@@ -46,18 +46,18 @@ _STATELESS = {
     "cloudexec._proto",
     "cloudexec._proto.tasks_pb2",
 }
-"""Modules of this package that remember nothing, and take their time to be imported."""
+"""Modules of this package that hold no state, and are kept because importing them takes time."""
 _kept: list[object] = []
-"""What belongs to the client."""
+"""Objects of the client, which are kept alive."""
 
 
 def serve_template(connection: socket.socket, clients: socket.socket, client_pid: int) -> NoReturn:
-    """Be the template, in a process that was just forked, until the client is gone.
+    """Run as the template, in a process that was just forked, until the client is gone.
 
     Args:
-        connection: To the client.
-        clients: The client's end of it.
-        client_pid: The client's process.
+        connection: The socket to the client.
+        clients: The client's end of that socket, which is closed here.
+        client_pid: The client's process id.
     """
     try:
         gc.disable()
@@ -68,10 +68,11 @@ def serve_template(connection: socket.socket, clients: socket.socket, client_pid
         clients.close()
         _replace_files({connection.fileno()})
         _reset_signals()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the client
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must reach the client only
         _keep_what_is_of_this_thread()
-        # Forked from a thread, a process has that thread alone: neither the frames of the client's
-        # program nor its context, nor the exception that it handles, nor what it has per thread.
+        # A process that is forked from a new thread has that thread only. So it has no frames of
+        # the client's program, no context variables, no exception that is being handled, and no
+        # thread-local data.
         wake_ups = _wake_up_files()
         thread = threading.Thread(target=_serve, args=(connection, *wake_ups), name="MainThread")
         thread.start()
@@ -88,10 +89,10 @@ def _keep_what_is_of_this_thread() -> None:
         get_dict = ctypes.pythonapi.PyThreadState_GetDict
         get_dict.restype = ctypes.py_object
         found = get_dict()
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(found))  # it is the thread's, not ours
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(found))  # the thread owns this reference
         _kept.append(dict(found))
         return
-    # There, what objects have for a thread is only found by way of them.
+    # On other implementations, thread-local data is found only through the objects that hold it.
     for module in list(sys.modules.values()):
         for value in list(getattr(module, "__dict__", {}).values()):
             if issubclass(type(value), threading.local):
@@ -112,7 +113,8 @@ def _serve(connection: socket.socket, wake_read: int, wake_write: int) -> None:
                     break
                 told = json.loads(data)
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see above
+                    # Python warns of forking with threads; this process was made for it, see above.
+                    warnings.simplefilter("ignore", DeprecationWarning)
                     pid = os.fork()
                 if not pid:
                     connection.close()
@@ -148,9 +150,9 @@ def _tell_ends(connection: socket.socket) -> None:
 
 
 def _become_worker(told: Mapping[str, Any], stdin: int, stderr: int) -> NoReturn:
-    """Go on as a worker does that was started as a fresh interpreter."""
+    """Continue as a worker that was started as a fresh interpreter."""
     try:
-        os.setsid()  # Ctrl-C in the terminal is the client's to handle
+        os.setsid()  # Ctrl-C in the terminal must reach the client only
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -163,7 +165,7 @@ def _become_worker(told: Mapping[str, Any], stdin: int, stderr: int) -> NoReturn
         try:
             os.chdir(told["cwd"])
         except OSError:
-            pass  # it is gone: this process stays where the client was
+            pass  # the directory is gone: the process stays in the client's former directory
         os.environ.clear()
         os.environ.update(told["environ"])
         own_modules = _forget_client()
@@ -180,25 +182,25 @@ def _become_worker(told: Mapping[str, Any], stdin: int, stderr: int) -> NoReturn
 
 
 def _replace_files(but: set[int]) -> None:
-    """Have nothing open that somebody waits for the end of."""
+    """Replace open sockets, pipes and terminals, whose other ends wait for them to be closed."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    while null <= 2:  # the client has closed some of these
+    while null <= 2:  # the client has closed some standard streams; do not take their numbers
         null = os.dup(null)
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd in but or fd == null:
             continue
         try:
             mode = os.fstat(fd).st_mode
-            # Files stay: libraries that have one open go on reading it when they open it again.
+            # Regular files stay open, because libraries go on reading those that they have open.
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 os.dup2(null, fd, os.get_inheritable(fd))
         except OSError:
-            continue  # that of the listing
+            continue  # the descriptor belonged to the listing itself
     os.close(null)
 
 
 def _reset_signals() -> None:
-    """Have the handlers that a fresh interpreter has."""
+    """Set the signal handlers that a fresh interpreter has."""
     signal.set_wakeup_fd(-1)
     for signum in signal.valid_signals():
         if callable(signal.getsignal(signum)):
@@ -209,10 +211,10 @@ def _reset_signals() -> None:
 
 
 def _forget_client() -> list[str]:
-    """Make this copy of the client what an interpreter is that has only imported modules.
+    """Remove from this copy of the client all but the installed modules that it has imported.
 
     Returns:
-        The user's own modules that the client had imported, and this has no more.
+        The names of the user's own modules, which were removed.
     """
     own = _forget_modules()
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
@@ -262,8 +264,8 @@ def _is_standard(policy: object) -> bool:
 
 
 def _forget_ends() -> None:
-    """Forget what the client does at its end."""
-    from cloudexec._forked import forget_exit_functions  # that of this process
+    """Forget the functions that the client runs when it exits."""
+    from cloudexec._forked import forget_exit_functions  # the module as imported by this process
 
     ends: Any = threading
     _kept.append(list(ends._threading_atexits))

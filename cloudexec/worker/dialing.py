@@ -1,4 +1,4 @@
-"""How a worker reaches its client: dial, check who answers, prove who it is."""
+"""Connects a worker with its client: dials, checks the client's proof, and proves its identity."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ process is known to be gone. A network that is gone is silent instead; a firewal
 anew may refuse, for a moment."""
 _TRY_TIMEOUT = 10.0
 _LONG_TRY = 40.0
-"""Seconds for a client that is there, and busy: if thousands of workers dial again at once, each is
-let in later than one of them alone, and to begin anew only makes that worse."""
+"""Seconds of a try with a busy client. If thousands of workers dial again at once, each must wait
+longer than a single one, and beginning anew would only add to the load."""
 _SHORT_TRIES = 2
-"""How many tries, which may hang as well, come before the first long one. Three of them begin in
-the 30 seconds that a client waits for a worker to come back (``reconnect_grace``): one connection
-that is accepted and then forgotten, by a proxy for instance, does not use these up."""
+"""Number of short tries before the first long one. Three tries begin within the 30 seconds that a
+client waits for a worker to come back (``reconnect_grace``). So a single connection that hangs, for
+instance in a proxy, does not use up this time."""
 _PROBE_TIMEOUT = 3.0
 _LONGEST_ANSWER = 4096
 _KEEPALIVE = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 10_000)]
-"""A worker notices sooner than its client that a connection is dead: it is the one that dials."""
+"""A worker must notice a dead connection before its client does, because the worker dials again."""
 _OWN = ("grpc.use_local_subchannel_pool", 1)
-"""A channel with a connection of its own, not one of an earlier channel to the same address, which
-may be dead without having noticed."""
+"""Gives a channel a connection of its own. gRPC would otherwise share that of an earlier channel to
+the same address, which may be dead."""
 _pinned: dict[str, str] = {}
-"""Certificates in PEM, by fingerprint: who dials again, as all do at once that have lost their
-client, need not ask for it first."""
+"""Certificates in PEM, by fingerprint. When all workers dial again at once, after they have lost
+their client, none of them needs to fetch the certificate again."""
 _RETRIED = (
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
@@ -62,12 +62,12 @@ _RETRIED = (
     "INTERNAL",
     "UNKNOWN",
 )
-"""What a busy client or network answers, other than one that does not want us."""
+"""Status codes of a busy client or network; other codes mean that the client refuses the worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the client is and how to know it.
+    """The client's address, and what the worker needs to identify it and itself.
 
     Attributes:
         target: ``plain:/path`` of a socket, or a gRPC target: ``unix:/path`` or ``host:port``.
@@ -103,16 +103,16 @@ class Address:
 
     @property
     def gate(self) -> str:
-        """``host:port`` of what takes this worker's connections."""
+        """``host:port`` that this worker connects to: that of the relay, or of the client."""
         return self.relay or self.target
 
     @property
     def shown(self) -> str:
-        """The target, as it is named in messages."""
+        """The target's name in messages."""
         return f"the relay {self.relay}" if self.relay else self.target
 
     def say(self, text: str) -> None:
-        """Write a line to the log, if there is one."""
+        """Write a line to stderr, if this worker keeps a log."""
         if self.log:
             print(f"cloudexec worker {self.identity}: {text}", file=sys.stderr, flush=True)
 
@@ -125,11 +125,11 @@ class ClientGoneError(LaunchError):
 
 
 class SessionGoneError(ProtocolError):
-    """The client is the right one, and has given up the session that a worker would go on with."""
+    """The client has proved who it is, but has given up the session that the worker had."""
 
 
 async def _channel(address: Address, patience: float) -> Any:
-    """Open a channel: gRPC's, or what stands for one on the client's own machine.
+    """Open a gRPC channel, or a plain one on the client's own machine.
 
     Raises:
         OSError: If the client cannot be reached.
@@ -144,8 +144,8 @@ async def _channel(address: Address, patience: float) -> Any:
 
     if not address.certificate_sha256:
         return grpc.aio.insecure_channel(address.target, options=[*CHANNEL_OPTIONS, _OWN])
-    # Whoever answers may send any certificate: the pinned fingerprint says which one is right,
-    # and that one is then the only root that the connection itself trusts.
+    # A stranger may answer with any certificate. The one with the known fingerprint is fetched
+    # first, and is then the only certificate that the channel trusts.
     pem = _pinned.get(address.certificate_sha256)
     if pem is None:
         import hashlib
@@ -165,7 +165,7 @@ async def _channel(address: Address, patience: float) -> Any:
         *CHANNEL_OPTIONS,
         *_KEEPALIVE,
         ("grpc.ssl_target_name_override", "cloudexec"),
-        ("grpc.min_reconnect_backoff_ms", int(_LONG_TRY * 1000)),  # how long connecting may take
+        ("grpc.min_reconnect_backoff_ms", int(_LONG_TRY * 1000)),  # the time for connecting
         _OWN,
     ]
     if address.relay:
@@ -176,7 +176,7 @@ async def _channel(address: Address, patience: float) -> Any:
 
 
 async def _ticket(address: Address) -> str:
-    """Prove to the relay that we belong to the executor; return what lets us dial once.
+    """Prove to the relay that we belong to the executor; return a ticket for one connection.
 
     Raises:
         OSError: If the relay cannot be reached, or refuses us.
@@ -197,16 +197,16 @@ def _parts(address: str) -> tuple[str, int]:
 
 
 def _certificate(address: Address, ticket: str, patience: float) -> bytes:
-    """Fetch the certificate that somebody presents by TLS 1.3, and has the key of.
+    """Fetch the certificate of the server; TLS 1.3 proves that the server has its key.
 
     Raises:
-        OSError: If there is none to be had.
+        OSError: If the server cannot be reached.
     """
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # its fingerprint is compared instead
+    context.verify_mode = ssl.CERT_NONE  # the fingerprint is compared instead
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     with socket.create_connection(_parts(address.gate), patience) as connection:
         if ticket:
@@ -216,10 +216,10 @@ def _certificate(address: Address, ticket: str, patience: float) -> bytes:
 
 
 def _pass_relay(connection: socket.socket, target: str, ticket: str) -> None:
-    """Have a relay join a connection with the client; gRPC does the same for its own.
+    """Ask a relay to join a connection with the client, as gRPC does for its own connections.
 
     Raises:
-        OSError: If it does not.
+        OSError: If the relay refuses.
     """
     import base64
 
@@ -228,7 +228,7 @@ def _pass_relay(connection: socket.socket, target: str, ticket: str) -> None:
     connection.sendall(head.encode())
     answer = b""
     while not answer.endswith(b"\r\n\r\n"):
-        byte = connection.recv(1)  # what follows is TLS
+        byte = connection.recv(1)  # byte by byte, because TLS follows behind the answer
         answer += byte
         if not byte or len(answer) > _LONGEST_ANSWER:
             raise ConnectionResetError("the relay has closed the connection")
@@ -237,10 +237,10 @@ def _pass_relay(connection: socket.socket, target: str, ticket: str) -> None:
 
 
 def _is_cancelled() -> bool:
-    """Whether somebody has cancelled this task.
+    """Say whether this task was cancelled.
 
-    gRPC raises ``CancelledError`` also where a call was cancelled. Taken for that of the task, it
-    would end it, and the worker would never dial again.
+    gRPC raises ``CancelledError`` also if only a call was cancelled. The task must not end then, or
+    the worker would never dial again.
     """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
@@ -252,7 +252,7 @@ async def dial(
     patience: float = CONNECT_TIMEOUT,
     refusals: float = math.inf,
 ) -> None:
-    """Connect and enrol; what the network does not carry at once is tried again for a while.
+    """Connect and enrol, and try again for a while if the network or a busy client fails.
 
     The first failure is logged at once, and each one of another kind.
 
@@ -294,7 +294,7 @@ async def dial(
                 if isinstance(exc, call_errors()):
                     code, reason = status_of(exc), exc.details()  # type: ignore[attr-defined]
                 refused = code is not None and code not in _RETRIED
-                # On this machine nothing stands between us: who does not answer is not there.
+                # On the same machine no network can fail: a client that does not answer is gone.
                 near = not address.certificate_sha256
                 now = time.monotonic()
                 known = channel is not None
@@ -317,10 +317,10 @@ async def dial(
                     channel = None
                 tried = True
                 if isinstance(exc, TimeoutError):
-                    short -= 1  # others ended early, and cost no time
+                    short -= 1  # tries that fail early cost no time, and do not count
                 if short <= 0:
                     limit = max(_TRY_TIMEOUT, min(_LONG_TRY, deadline - time.monotonic()))
-            # Not all at once, where hundreds of workers start, or lose their client, together.
+            # A random pause, as hundreds of workers may start, or lose their client, together.
             await asyncio.sleep(pause * (0.5 + int.from_bytes(os.urandom(2)) / 65535))
             pause = min(2 * pause, longest)
     except BaseException:
@@ -360,7 +360,7 @@ def _what_happened(error: BaseException, reason: str, *, is_known: bool) -> str:
 
 
 def _unreachable(target: str, reason: str | None) -> str:
-    """Say that a client does not answer, and what may be the matter."""
+    """Return a message that says that the client does not answer, and which causes are likely."""
     if target.startswith("unix:"):
         return (
             f"cannot reach the client at {target.removeprefix('unix:')}, a socket on this machine "
@@ -374,10 +374,10 @@ def _unreachable(target: str, reason: str | None) -> str:
 
 
 async def _probe(target: str) -> None:
-    """Find out whether somebody takes connections there, before one is waited for for long.
+    """Check that a target accepts connections, before gRPC waits long for one.
 
     Raises:
-        OSError: If nobody does.
+        OSError: If it does not.
     """
     async with asyncio.timeout(_PROBE_TIMEOUT):
         _, writer = await asyncio.open_connection(*_parts(target))
@@ -385,9 +385,9 @@ async def _probe(target: str) -> None:
 
 
 def hang_up(channel: Any) -> None:
-    """Close a channel whose calls have ended, or are to end now, without waiting for anything.
+    """Close a channel at once; calls that are under way end.
 
-    ``close()`` looks through all tasks of the loop for calls of this channel: with thousands of
+    The channel's own ``close()`` searches all tasks of the loop for its calls. With thousands of
     workers on one loop, as in tests, that takes minutes.
     """
     if hasattr(channel, "abort"):
@@ -401,29 +401,29 @@ def hang_up(channel: Any) -> None:
 async def shake_hands(
     call: Any, hello: pb.Hello, key: bytes, target: str, *, token: bytes = b"", received: int = 0
 ) -> pb.ServerMessage:
-    """Prove who we are, and check that the server is the right one.
+    """Prove who we are, and check that the server knows the executor's key.
 
     Args:
-        call: The stream of a Session call.
-        hello: What to say of ourselves; nonce and session are filled in here.
-        key: Shared with the executor.
-        target: Where it is, for messages.
-        token: Of the session to go on with; empty: a new one is wanted.
-        received: Messages of that session that have come.
+        call: A ``Session`` call.
+        hello: The worker's first message; its nonce and session are filled in here.
+        key: The key that worker and executor share.
+        target: The client's name in messages.
+        token: The token of the session to go on with; empty to begin a new session.
+        received: Number of that session's messages that have been received.
 
     Returns:
-        The message with the welcome, or that says that the session goes on. A welcome instead of
-        that is by a client that takes the worker over from the one that had the session.
+        The message that welcomes the worker, or that lets the session go on. If a session was to go
+        on, a welcome comes from a client that has taken the worker over.
 
     Raises:
-        ProtocolError: The server is an impostor, or refuses us; the message says why.
-        SessionGoneError: It has given up the session.
+        ProtocolError: If the server is an impostor, or refuses us; the message says why.
+        SessionGoneError: If the client has given up the session.
         CallError: If the connection fails.
     """
     try:
         return await _shake_hands(call, hello, key, target, token=token, received=received)
     except BaseException:
-        call.cancel()  # or whoever is on the other side would not learn that nobody listens
+        call.cancel()  # so that the other side learns that this worker does not listen any more
         raise
 
 

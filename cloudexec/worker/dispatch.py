@@ -1,4 +1,4 @@
-"""Which waiting task goes to which slot, and when another slot is started."""
+"""Decides which waiting task goes to which slot, and when another slot is started."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from cloudexec.worker.waiting import WaitingTasks
 __all__ = ["Dispatch"]
 
 _BATCH_SECONDS = 0.002
-"""Estimated work that a slot holds: enough to hide a wake-up, too little to miss."""
+"""Seconds of estimated work that a slot may hold. This is enough to hide the time of a wake-up, and
+so little that no other slot waits for it."""
 _BATCH_TASKS = 256
 _BATCH_BYTES = 256 * 1024
 _MOST_STARTING = 4
-"""Slots that may be starting at once."""
+"""Number of slots that may be starting at once."""
 
 
 class Dispatch:
@@ -73,7 +74,7 @@ class Dispatch:
                 busy.append(slot)
             elif not slot.held:
                 idle.append(slot)
-        # Ready slots first; forking ones take tasks too, they come up in milliseconds.
+        # Ready slots come first. Starting ones get tasks, too, as they are ready in milliseconds.
         idle.sort(key=lambda slot: slot.state is SlotState.STARTING)
         room = self._most - len(slots.children)
         starting = sum(1 for slot in idle if slot.state is SlotState.STARTING)
@@ -153,7 +154,7 @@ class Dispatch:
             self._write_batch(slot, leases, functions, payloads)
 
     def _prepare(self, slot: Child, item: WorkItem) -> None:
-        """Prepare a slot that has nothing to do for what was said about its next task."""
+        """Prepare an idle slot for a task with terms of its own, such as environment variables."""
         self._footprint.begin(slot, item)
         requirements = item.requirements
         if requirements is None:

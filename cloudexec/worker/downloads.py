@@ -1,4 +1,4 @@
-"""What a worker fetches from its client: blobs, and the user's own modules."""
+"""Fetches blobs and the user's own modules from the client."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["fetch_blob", "fetch_modules"]
 
 
 async def fetch_blob(calls: Calls, number: int, known: Known, blob: Blob) -> None:
-    """Fetch a blob of the client's into a file, from the bucket if it is there.
+    """Fetch the content of one of the client's blobs, from the bucket if the blob is there.
 
     Raises:
-        PayloadError: If it arrived other than it was sent.
+        PayloadError: If it arrived damaged.
         OSError: If there is no room for it.
         CallError: If the connection fails.
     """
@@ -33,7 +33,7 @@ async def fetch_blob(calls: Calls, number: int, known: Known, blob: Blob) -> Non
 
 
 async def fetch_modules(calls: Calls) -> str:
-    """Fetch the user's own modules; return the directory they are in now.
+    """Fetch the user's own modules, and return the directory that they were put into.
 
     Raises:
         CallError: If the connection fails.

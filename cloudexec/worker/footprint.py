@@ -1,4 +1,4 @@
-"""What tasks take: how long they run, and how much memory they and what they started have."""
+"""Enforces limits of time and memory, for a task and the processes that it has started."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from cloudexec.worker.tasks import OUTGREW, TIMED_OUT, WorkItem
 __all__ = ["Footprint", "memory_taken"]
 
 _MEMORY_TICK = 0.02
-"""Seconds between looks at what tasks with a limit have taken."""
+"""Seconds between two measurements of tasks that have a limit."""
 _FULL = 0.8
-"""Part of its share of the container's memory past which a slot that was killed filled it."""
+"""A killed slot counts as out of memory if it had this part of its share of the container."""
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _MOST_PROCESSES = 1000
 
 
 def memory_taken(pid: int, enough: int) -> int:
-    """Return the bytes of memory that are a process's own, and its descendants'.
+    """Return the bytes of private memory of a process and its descendants.
 
-    Mapped files and shared memory do not count: they are not the task's, or not its alone. So this
-    is what a limit on address space would miss: libraries map much that they never touch.
+    Mapped files and shared memory do not count, because they do not belong to the task alone. A
+    limit on the address space would not serve: libraries map much memory that they never use.
 
     Args:
-        pid: Of the slot.
-        enough: Up to here a quick look will do, which counts twice what a process shares with those
-            that it forked and neither has written to. Past it, the kernel is asked to share it out,
-            which takes it longer.
+        pid: The slot's process id.
+        enough: Bytes up to which a quick measurement suffices. It counts memory twice that a
+            process shares with its forked children. Above this number the kernel is asked for exact
+            shares, which takes longer.
 
     Returns:
-        Bytes; 0 where that cannot be known, which is everywhere but on Linux.
+        Bytes; 0 if they are not known, which is so on all systems except Linux.
     """
     if not pid:
         return 0
@@ -57,7 +57,7 @@ def _family(pid: int) -> list[int]:
                 with open(f"/proc/{parent}/task/{thread}/children") as file:
                     found += map(int, file.read().split())
         except (OSError, ValueError):
-            continue  # it has ended, or the kernel does not tell
+            continue  # the process has ended, or the kernel does not tell
     return found
 
 
@@ -88,11 +88,11 @@ _CONTAINER_EVENTS = (
 
 
 def _oom_kills(*, alone: bool) -> int:
-    """How often the kernel has killed for want of memory, as far as can be seen from here.
+    """Return how many processes the kernel has killed for lack of memory, as far as it tells.
 
     Args:
-        alone: Whether this is a container with a limit of its own: what happens on the rest of
-            the machine says nothing then.
+        alone: Whether this is a container with a limit of its own, so that kills on the rest of the
+            machine do not count.
     """
     count = 0
     for path in _CONTAINER_EVENTS if alone else (*_CONTAINER_EVENTS[:1], "/proc/vmstat"):
@@ -108,19 +108,19 @@ def _oom_kills(*, alone: bool) -> int:
 
 @dataclass(slots=True)
 class _Limit:
-    """What one task may take, and what its slot had when it came; in bytes."""
+    """The limit of one task, and what its slot had taken when the task was sent, in bytes."""
 
     most: int
     before: int
 
 
 class Footprint:
-    """Ends tasks that take more time or memory than they may, and says who ran out of memory.
+    """Kills tasks that exceed their limit of time or memory, and tells which slots ran out of it.
 
     Args:
-        memory: Bytes of the container; 0: not known, as on a machine that is not ours alone.
-        slots: That share it.
-        kill: Called with leases, and the kind of failure that they are to have.
+        memory: Bytes of the container's memory; 0 if it is not known, or is shared with others.
+        slots: Number of slots that share the memory.
+        kill: Called with leases, and with the kind of failure that they get.
     """
 
     def __init__(self, memory: int, slots: int, kill: Callable[[list[int], int], None]) -> None:
@@ -134,7 +134,7 @@ class Footprint:
         self._oom_kills = _oom_kills(alone=self._is_container)
 
     def begin(self, slot: Child, item: WorkItem) -> None:
-        """A task is about to be sent to a slot that holds no other."""
+        """Begin to watch a task, which is about to be sent to a slot that holds no other."""
         if item.timeout > 0:
             kill = self._loop.call_later(item.timeout, self._kill, [item.lease], TIMED_OUT)
             self._timers[slot] = kill
@@ -145,13 +145,13 @@ class Footprint:
                 self._look_handle = self._loop.call_later(_MEMORY_TICK, self._look)
 
     def end(self, slot: Child) -> None:
-        """A slot has answered all that it was sent, or is gone."""
+        """Stop watching a slot, which has answered all its tasks or is gone."""
         if (timer := self._timers.pop(slot, None)) is not None:
             timer.cancel()
         self._limits.pop(slot, None)
 
     def _look(self) -> None:
-        """Kill the slots whose tasks have taken more than they may."""
+        """Kill the slots whose tasks exceed their limit."""
         self._look_handle = None
         for slot, limit in list(self._limits.items()):
             item = slot.held.get(slot.cells[CURRENT])
@@ -165,14 +165,14 @@ class Footprint:
             self._look_handle = self._loop.call_later(_MEMORY_TICK, self._look)
 
     def ran_out(self, code: int, peak: int) -> bool:
-        """Say whether a slot that nobody here has killed was killed for want of memory.
+        """Say whether a slot that this worker has not killed was killed for lack of memory.
 
         Args:
-            code: Its exit code, or less than 0: the signal that ended it.
-            peak: The most memory that it had, in bytes.
+            code: The slot's exit code, or the negative number of the signal that ended it.
+            peak: The most memory that the slot had, in bytes.
         """
         kills = _oom_kills(alone=self._is_container)
         before, self._oom_kills = self._oom_kills, kills
-        # Where the container's own counters cannot be read, its share is the evidence there is.
+        # If the container's counters cannot be read, the slot's own share of memory must decide.
         filled = 0 < _FULL * self._share <= peak
         return code == -signal.SIGKILL and (kills > before or filled)

@@ -20,13 +20,15 @@ __all__ = ["Function", "Functions"]
 
 @dataclass(slots=True)
 class Function:
-    """A callable's pickle, or the head of it and the blobs that this refers to.
+    """A callable's pickle; if it is large, the pickle's head and the blobs that it refers to.
+
+    It may also be a definition that callables need: a global of the script, or a module.
 
     Attributes:
-        needs: Numbers of what is to be there first.
-        globals: What this binds in the script; none: it is a callable.
-        module: The module that this is, if it is one.
-        all_blobs: Its own, and those of what it needs.
+        needs: Numbers of the definitions that must be loaded before.
+        globals: Names that this definition binds in the script; empty for a callable.
+        module: The module's name, if this definition is a module.
+        all_blobs: The blobs of this and of all that it needs.
     """
 
     pickle: bytes
@@ -42,7 +44,7 @@ class Functions:
     """The callables that tasks may name.
 
     Args:
-        blobs: What callables refer to.
+        blobs: The blobs that callables refer to.
     """
 
     def __init__(self, blobs: BlobCache) -> None:
@@ -51,7 +53,7 @@ class Functions:
         """By number; only this class writes it."""
 
     def add(self, functions: Iterable[pb.Function]) -> None:
-        """Learn callables, each behind what it needs."""
+        """Add callables; each must come after the definitions that it needs."""
         known = self.known
         for each in functions:
             needs, blobs = tuple(each.needs), tuple(each.blobs)
@@ -77,7 +79,7 @@ class Functions:
                     slot.write(HEADER.pack(Kind.FORGET, 0, number))
 
     def send(self, slot: Child, number: int) -> None:
-        """Send a callable, and what it needs, to a slot that does not know it."""
+        """Send a callable and the definitions that it needs to a slot that does not know them."""
         function = self.known[number]
         slot.functions.add(number)
         for need in function.needs:
@@ -94,9 +96,9 @@ class Functions:
         slot.write(b"".join((header, flags, about, pickle)))
 
     def all_but_needed(self, number: int) -> list[int]:
-        """Return the numbers of all callables but this one and what it needs."""
+        """Return the numbers of all callables except this one and those that it needs."""
         kept = {number}
-        for each in sorted(self.known, reverse=True):  # behind what they need
+        for each in sorted(self.known, reverse=True):  # a callable comes before those it needs
             if each in kept:
                 kept.update(self.known[each].needs)
         return [each for each in self.known if each not in kept]

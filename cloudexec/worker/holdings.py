@@ -1,8 +1,9 @@
-"""What a worker tells a client that takes it over: which tasks it holds, and what came of them.
+"""What a worker reports to a client that takes it over: the tasks that it holds, and their results.
 
-A client that is killed may come back as another process, with its journal. Each task that has a
-name in there comes with a tag, which means nothing to the worker. It goes on with those tasks,
-parks what comes of them, and says to the new client which tags it holds, under which leases.
+A program that is killed may run again as another process, with the same journal. Each task that has
+a key in the journal is sent with a tag, which means nothing to the worker. If its client is gone,
+the worker goes on with those tasks, keeps their outcomes, and reports to the next client the tags
+and leases that it holds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _PRUNE_AT = 1024
 
 
 class Holdings:
-    """The tags of the tasks that this worker has, or whose results may not have arrived."""
+    """The tags of tasks that this worker has, or whose outcomes may not have arrived."""
 
     def __init__(self) -> None:
         self._tags: dict[int, bytes] = {}
@@ -25,17 +26,17 @@ class Holdings:
 
     @property
     def is_full(self) -> bool:
-        """Whether there are so many that those of tasks which are over should be forgotten."""
+        """Whether there are so many tags that those of finished tasks should be dropped."""
         return len(self._tags) >= self._prune_at
 
     def take(self, tasks: pb.Tasks) -> None:
-        """Note the tags of tasks that came."""
+        """Note the tags of received tasks."""
         for lease, tag in zip(tasks.leases, tasks.tags, strict=True):
             if tag:
                 self._tags[lease] = tag
 
     def keep(self, leases: Iterable[int]) -> None:
-        """Forget the tags of all tasks but these."""
+        """Drop the tags of all tasks except these."""
         tags = self._tags
         self._tags = {lease: tags[lease] for lease in leases if lease in tags}
         self._prune_at = max(_PRUNE_AT, 2 * len(self._tags))
@@ -44,19 +45,19 @@ class Holdings:
         return lease in self._tags
 
     def message(self) -> pb.Holding:
-        """Return what to say of them."""
+        """Return the message that reports them."""
         return pb.Holding(leases=list(self._tags), tags=list(self._tags.values()))
 
 
 def parked(
     messages: Sequence[pb.WorkerMessage],
 ) -> tuple[list[tuple[int, bytes, float, Sequence[pb.Blob]]], list[pb.Failure]]:
-    """Find the outcomes in messages that may not have arrived, as far as they can be sent anew.
+    """Return the outcomes in messages that may not have arrived, to send them again.
 
-    A result is lost whose parts went another way than the message: to the client that is gone.
+    A result whose parts were not in the message is lost: they were sent to the client that is gone.
 
     Returns:
-        Results (lease, payload, seconds, parts that are in it), and failures.
+        Results (lease, payload, seconds, and the parts in the message), and failures.
     """
     results: list[tuple[int, bytes, float, Sequence[pb.Blob]]] = []
     failures: list[pb.Failure] = []

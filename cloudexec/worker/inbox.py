@@ -1,4 +1,4 @@
-"""What the client says to a worker, and who is told of it."""
+"""Handles the client's messages: passes tasks and orders on to the parts that carry them out."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Inbox", "introduce"]
 
 
 class Inbox:
-    """Takes the client's messages, but for what ends the session.
+    """Handles the client's messages, except for those that end the session.
 
     Args:
         pool: Runs tasks.
-        blobs: What tasks refer to.
-        outbox: Where outcomes are that have not been sent.
-        uploads: Large results that the client takes, wants, or needs no more.
+        blobs: The blobs that tasks refer to.
+        outbox: Holds outcomes that have not been sent.
+        uploads: Sends large results, and is told which of them the client has taken or wants.
     """
 
     def __init__(self, pool: SlotPool, blobs: BlobCache, outbox: Outbox, uploads: Uploads) -> None:
@@ -36,11 +36,11 @@ class Inbox:
     def take(
         self, message: pb.ServerMessage, unacknowledged: Callable[[], Sequence[pb.WorkerMessage]]
     ) -> None:
-        """Take a message.
+        """Handle a message.
 
         Args:
             message: The message.
-            unacknowledged: Returns what was sent and may not have arrived.
+            unacknowledged: Returns the sent messages that may not have arrived.
         """
         pool = self._pool
         if message.blobs:
@@ -104,7 +104,7 @@ def _items(tasks: pb.Tasks) -> list[WorkItem]:
 
 
 def introduce(cache: BlobCache, blobs: Sequence[pb.Blob]) -> None:
-    """Tell the cache of blobs that the client announced."""
+    """Add the blobs that the client has announced to the cache."""
     for blob in blobs:
         place = None
         if blob.path:

@@ -1,4 +1,4 @@
-"""Large results that slots have left in files: they are open here until they have been taken."""
+"""Large results, which slots leave in files; the supervisor keeps these open until taken."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from cloudexec.worker.tasks import PICKLE_FAILED, Failure
 __all__ = ["LargeResults"]
 
 _MOST_WAITING_FILES = 256
-"""Large results that may wait to be taken: each has a file that is open here."""
+"""Number of large parts of results that may wait to be taken, as each is an open file here."""
 _COMPOSED_RESULT = struct.Struct("<f?")
 
 
 class LargeResults:
     """The large results that have not been taken.
 
-    Slots wait when there are too many: with them waits what they would go on to make.
+    If there are too many, slots that have made one wait, so that they do not make more.
 
     Args:
-        slots: Whose results they are.
-        answers: Where they go.
-        most: Bytes of them that may wait to be taken.
-        taken: Called when some have been taken, and slots may have room for tasks again.
+        slots: The slots that make the results.
+        answers: Takes the results.
+        most: Bytes of results that may wait to be taken.
+        taken: Called when results have been taken, so that slots may take tasks again.
     """
 
     def __init__(
@@ -46,13 +46,14 @@ class LargeResults:
         self._taken = taken
         self._bytes = 0
         self._files = 0
-        self._waiting: deque[tuple[Child, list[int]]] = deque()  # slots, and what to release then
+        # Slots that wait, and the numbers of the files that they are told of when they may go on.
+        self._waiting: deque[tuple[Child, list[int]]] = deque()
 
     def take(self, slot: Child, delivery: int, body: bytes) -> bool:
-        """Take hold of the files that a result is in, and report it.
+        """Open the files that a result is in, and report the result.
 
         Returns:
-            Whether the delivery has been answered. Otherwise it is lost, and the slot with it.
+            Whether the delivery has been answered. If not, it is lost together with its slot.
         """
         seconds, keep = _COMPOSED_RESULT.unpack_from(body)
         places, at = unpack_places(memoryview(body)[_COMPOSED_RESULT.size :])
@@ -74,19 +75,20 @@ class LargeResults:
         except OSError as exc:
             for blob in blobs:
                 self._drop(blob)
-            slot.unopened.add(delivery)  # it is to blame for this delivery, which it has run
+            slot.unopened.add(delivery)  # the slot has run this delivery, whose result is lost
             if slot.state is SlotState.EXITED:
                 return False
             if exc.errno in (errno.EMFILE, errno.ENFILE):
                 self._refuse(slot, delivery, [place.number for place in places], exc)
                 return True
-            self._slots.kill(slot)  # it is dying, or its files are hidden from us: it waits for us
+            # The slot is dying, or this process may not open its files. The slot waits for it.
+            self._slots.kill(slot)
             return False
         numbers = [blob.place.number for blob in blobs if blob.owner is None]
         self._files += len(numbers)
         self._bytes += sum([blob.place.size for blob in blobs])
         if numbers and self._is_full() and not keep:
-            # Its process waits, and with it what it would go on to make.
+            # The slot's process waits, so that it does not make more results.
             slot.files.is_waiting = True
             self._waiting.append((slot, numbers))
         else:
@@ -100,7 +102,7 @@ class LargeResults:
         return True
 
     def _refuse(self, slot: Child, delivery: int, numbers: list[int], error: OSError) -> None:
-        """Fail a task whose result cannot be opened here; its slot goes on."""
+        """Fail a task whose result cannot be opened here, without ending its slot."""
         from cloudexec._errors import PayloadError
         from cloudexec._payload import dumps_exception
 
@@ -116,7 +118,7 @@ class LargeResults:
             self._answers.failure(Failure(item.lease, PICKLE_FAILED, dumps_exception(why)))
 
     def _drop(self, blob: ResultBlob) -> None:
-        """Close a part of a result that was never counted."""
+        """Close a part of a result that was not counted."""
         slot = blob.owner
         if slot is None:
             os.close(blob.fd)
@@ -125,7 +127,7 @@ class LargeResults:
             slot.files.small_bytes -= block_size(blob.place.size)
 
     def _release(self, slot: Child, numbers: Sequence[int]) -> None:
-        """Tell a slot that files of its results are open here."""
+        """Tell a slot that the files of its result are open here."""
         if slot.state is not SlotState.EXITED:
             for number in numbers:
                 slot.write(HEADER.pack(Kind.RELEASE, 0, number))
@@ -137,11 +139,11 @@ class LargeResults:
         return self._bytes > self._most or self._files > _MOST_WAITING_FILES
 
     def let_go(self, blob: ResultBlob, *, close: bool = True) -> None:
-        """A part of a result has been taken, or nobody wants it.
+        """Drop a part of a result, which has been taken or is not wanted.
 
         Args:
-            blob: Which.
-            close: Whether to close its file, if it is the only one in it.
+            blob: The part.
+            close: Whether to close its file, if no other part is in it.
         """
         slot = blob.owner
         self._bytes -= blob.place.size
@@ -155,12 +157,12 @@ class LargeResults:
             if slot.state is not SlotState.EXITED:
                 self._release(slot, [blob.place.number])
             elif slot.number not in self._slots.children:
-                self.close(slot)  # all that it said has been read
+                self.close(slot)  # the slot is gone, and all its messages have been read
         while self._waiting and not self._is_full():
             self._release(*self._waiting.popleft())
         self._taken()
 
     def close(self, slot: Child) -> None:
-        """Close the file of a slot that is gone, once nothing waits in it."""
+        """Close the shared file of a slot that is gone, if no part in it waits."""
         if not slot.files.small:
             slot.files.close()

@@ -1,7 +1,7 @@
 """``__main__`` in a process that runs tasks: a mirror of the client's script.
 
-It begins empty. What tasks need of the script is bound in it as the client sends it, and stays with
-all that tasks make of it, until the client sends another definition of the same name.
+It begins empty. Definitions of the script that tasks need are bound in it as the client sends them.
+They stay, with all changes that tasks make, until the client sends another one of the same name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Definition", "MainModule", "ResultPickler"]
 
 
 class _Main(ModuleType):
-    """The module. What the script imports, and no task names, is imported late."""
+    """The module. Modules that the script imports, and no task names, are imported when used."""
 
     __slots__ = ("_late",)
     _late: dict[str, Callable[[], None]]
@@ -33,13 +33,13 @@ class _Main(ModuleType):
 
 
 class Definition:
-    """What the script has under some names, as the client has sent it.
+    """A value that the script has under some names, as the client has sent it.
 
     Args:
-        number: The client's, of this definition.
-        names: What it binds.
-        module: The module that this is, or comes from, if it is not the script's own.
-        load: Unpickles it with an unpickler of this class.
+        number: The client's number of this definition.
+        names: The names that it binds.
+        module: The module that it is or comes from; empty if it is the script's own.
+        load: Unpickles it with an unpickler of the given class.
     """
 
     __slots__ = ("_load", "module", "names", "number")
@@ -61,18 +61,18 @@ class Definition:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Takes what a definition refers to from the module."""
+    """Looks up what a definition refers to in the module."""
 
     def persistent_load(self, name: Any) -> Any:
         return _main.namespace()[name]
 
 
 class MainModule:
-    """The mirror of the script in this process; there is one.
+    """The mirror of the script in this process; there is only one.
 
     Attributes:
-        generation: Counts what was bound.
-        bound: What the client has sent, by name.
+        generation: Counts the definitions that were bound.
+        bound: The values that the client has sent, by name.
     """
 
     def __init__(self, attributes: dict[str, Any]) -> None:
@@ -82,17 +82,17 @@ class MainModule:
         self.module.__dict__.setdefault("__builtins__", __builtins__)
         self.generation = 0
         self.bound: dict[str, Any] = {}
-        self._numbers: dict[str, int] = {}  # of the definitions that are bound, by name
+        self._numbers: dict[str, int] = {}  # by name: the number of the definition that is bound
         self._tried: set[int] = set()
-        self._before = sys.modules["__main__"]  # its functions may still run
+        self._before = sys.modules["__main__"]  # kept alive, as its functions may still run
         sys.modules["__main__"] = sys.modules["__mp_main__"] = self.module
 
     def bind_all(self, number: int, definitions: Iterable[Definition]) -> None:
-        """Bind, once, what may be needed: what cannot be had is left out.
+        """Bind definitions that may be needed, once, and leave out those that cannot be loaded.
 
         Args:
-            number: Of them together.
-            definitions: Each behind those that it refers to.
+            number: The client's number of these definitions together.
+            definitions: The definitions, each after those that it refers to.
         """
         if number in self._tried:
             return
@@ -104,10 +104,10 @@ class MainModule:
             try:
                 self.bind(each)
             except Exception:
-                continue  # a task that needs it fails, with the reason
+                continue  # a task that needs the definition fails with the reason
 
     def bind(self, definition: Definition) -> None:
-        """Bind a definition to its names, unless it is what is bound to them.
+        """Bind a definition to its names, unless it is bound already.
 
         Raises:
             BaseException: Whatever unpickling raises.
@@ -120,7 +120,7 @@ class MainModule:
         values: dict[str, Any] | None = None
         for name in names:
             if name not in numbers and name in space:
-                # An initializer, or a task, has bound it before the client has sent it.
+                # An initializer or a task has bound the name before the client sent it: keep that.
                 numbers[name] = number
                 continue
             if values is None:
@@ -133,7 +133,7 @@ class MainModule:
 
 
 class ResultPickler(_payload.Pickler):
-    """Names what the client has in its script; what tasks have put there travels by value."""
+    """Pickles values of the client's script by name, and values that tasks put there by value."""
 
     main: MainModule
 

@@ -1,4 +1,4 @@
-"""What is to be said to the client: answers as they come, put into messages of bounded size."""
+"""Collects the answers for the client, and puts them into messages of bounded size."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cloudexec.worker.tasks import Failure
 __all__ = ["Outbox"]
 
 _FEW = 4
-"""Results that are sent on the spot: a round of the loop would make one wait."""
+"""Up to this number, results are sent at once, as waiting for the loop's next round costs time."""
 _BATCH_RESULTS = 2048
 _BATCH_BYTES = 512 * 1024
 _OUTPUT_CREDIT = 1024 * 1024
-"""Bytes of output that may be on their way to the client, per worker."""
+"""Bytes of output that a worker may have sent and that the client has not shown yet."""
 
 
 class _TakesComposed(Protocol):
@@ -33,16 +33,16 @@ class _TakesComposed(Protocol):
 class Outbox:
     """The answers that have not been put into a message. It does no I/O.
 
-    To the pool of slots, it is where answers go.
+    It implements ``Answers``, so the pool of slots reports to it.
 
     Args:
-        wake: Called when something is to be sent soon.
+        wake: Called when there is something to send.
         composed: Takes results that are in files.
 
     Attributes:
         wanted: Set when there may be something to send.
-        captures_output: Whether the client wants what tasks print, and not log records alone.
-        is_ready: Whether the client is to be told that a slot is ready.
+        captures_output: Whether the client wants the output of tasks, and not only log records.
+        is_ready: Whether the client must be told that a slot is ready.
     """
 
     def __init__(self, wake: Callable[[], None], composed: _TakesComposed) -> None:
@@ -55,13 +55,13 @@ class Outbox:
         self._payloads: list[bytes] = []
         self._seconds: list[float] = []
         self._direct: list[int] = []
-        self._composed: dict[int, Sequence[pb.Blob]] = {}  # index in the columns -> blobs
-        self._kept: list[int] = []  # indexes, as above
-        self._sizes: list[int] = []  # of each result, with the parts that go along
-        self._bytes = 0  # of all of them
+        self._composed: dict[int, Sequence[pb.Blob]] = {}  # by index in the columns: the blobs
+        self._kept: list[int] = []  # indexes in the columns of results that stay here
+        self._sizes: list[int] = []  # bytes of each result, with the parts in the message
+        self._bytes = 0  # the sum of these
         self._failures: deque[Failure] = deque()
         self._returned: list[int] = []
-        # Leases whose results are on their way in parts: answered, as far as a recall goes.
+        # Leases whose results are being sent in parts. For a recall, they count as answered.
         self._promised: set[int] = set()
         self._output: list[tuple[int, int, int, bytes]] = []
         self._credit = _OUTPUT_CREDIT
@@ -71,10 +71,10 @@ class Outbox:
         self._drain_said = False
         self._holding: pb.Holding | None = None
 
-    # What came of tasks.
+    # Outcomes of tasks.
 
     def result(self, lease: int, payload: bytes, seconds: float) -> None:
-        """A task returned."""
+        """Take the result of a task."""
         self._leases.append(lease)
         self._payloads.append(payload)
         self._seconds.append(seconds)
@@ -82,7 +82,7 @@ class Outbox:
         self._bytes += len(payload)
 
     def delivered(self, lease: int, seconds: float) -> None:
-        """A task returned something large that has reached the client already."""
+        """Take the message that a large result has been delivered to the client already."""
         self._direct.append(len(self._leases))
         self.result(lease, b"", seconds)
 
@@ -96,15 +96,15 @@ class Outbox:
         size: int = 0,
         keep: bool = False,
     ) -> None:
-        """A task returned something large.
+        """Take a large result.
 
         Args:
-            lease: Of the task.
+            lease: The task's lease.
             payload: The head of the result, which refers to its parts.
-            seconds: That it ran.
-            parts: Where the client finds them, or they themselves.
-            size: Bytes of those that go along.
-            keep: Whether they are kept here.
+            seconds: Seconds that the task ran.
+            parts: The parts: their places for the client, or their contents.
+            size: Bytes of the parts whose contents are in the message.
+            keep: Whether the parts stay here.
         """
         if keep:
             self._kept.append(len(self._leases))
@@ -114,28 +114,32 @@ class Outbox:
         self._bytes += size
 
     def failure(self, failure: Failure) -> None:
-        """An attempt failed."""
+        """Take the failure of an attempt."""
         self._failures.append(failure)
 
     def returned(self, lease: int) -> None:
-        """A task is handed back unstarted."""
-        if lease not in self._promised:  # else it is answered, though that is still on its way
+        """Hand a task back that has not begun."""
+        if lease not in self._promised:  # otherwise its result is being sent
             self._returned.append(lease)
 
     def promise(self, lease: int) -> None:
-        """A result will be reported once its parts have been sent."""
+        """Note that a result will be reported once its parts have been sent."""
         self._promised.add(lease)
 
     def end_promise(self, lease: int, *, is_wanted: bool = True) -> None:
-        """A promised result has been reported, or nobody wants it: then it is returned."""
+        """Note that a promised result was reported. If it is not wanted, hand the task back."""
         self._promised.discard(lease)
         if not is_wanted:
             self._returned.append(lease)
 
-    # What happens to slots.
+    # Events of slots.
 
     def output(self, lease: int, number: int, stream: int, data: bytes) -> bool:
-        """A task printed; False asks to read no more of that slot until there is credit again."""
+        """Take the output of a task.
+
+        Returns:
+            Whether to go on reading from that slot. If not, wait until there is credit again.
+        """
         if not self.captures_output and stream != LOG_STREAM:
             return True
         self._output.append((lease, number, stream, data))
@@ -143,26 +147,26 @@ class Outbox:
         return self._credit > 0
 
     def add_credit(self, size: int) -> bool:
-        """The client has taken output; say whether slots may go on."""
+        """Note that the client has taken output; say whether reading from slots may go on."""
         self._credit += size
         return self._credit > 0
 
     def ready(self) -> None:
-        """The first slot is ready."""
+        """Tell the client that the first slot is ready."""
         self.is_ready = True
         self.wake()
 
     def groups_changed(self) -> None:
-        """Slots came or went."""
+        """Tell the client the process groups of the slots, which have changed."""
         self._groups_changed = True
 
     def initializer_failed(self, payload: bytes) -> None:
-        """The initializer raised, or killed its slot time and again."""
+        """Tell the client that the initializer raised, or killed its slot repeatedly."""
         self._initializer_failed = payload
         self.wake()
 
     def start_draining(self) -> None:
-        """Tell the client to send nothing more."""
+        """Tell the client to send no more tasks."""
         self._is_draining = True
         self.wake()
 
@@ -170,11 +174,11 @@ class Outbox:
 
     @property
     def is_small(self) -> bool:
-        """Whether what there is can be sent on the spot."""
+        """Whether there is so little to send that it can be sent at once."""
         return not self.is_ready and len(self._leases) <= _FEW
 
     def leases(self) -> list[int]:
-        """Return the leases of tasks whose outcome is here, or on its way in parts."""
+        """Return the leases of tasks whose outcome is here, or is being sent in parts."""
         return [*self._promised, *self._leases, *(each.lease for each in self._failures)]
 
     def begin_anew(
@@ -184,11 +188,11 @@ class Outbox:
         running: Sequence[int],
         pool: SlotPool,
     ) -> None:
-        """Prepare for a client that has the journal of the one before, and nothing else.
+        """Prepare for a client that takes this worker over, and has only the journal.
 
         Args:
-            sent: Messages that may not have arrived.
-            holdings: The tasks that have a name in the journal; what came of these is said again.
+            sent: Messages that may not have arrived at the killed client.
+            holdings: The tasks that have a key in the journal; their outcomes are sent again.
             running: Leases of tasks that go on.
             pool: As for ``compose``.
         """
@@ -225,21 +229,21 @@ class Outbox:
         self._drain_said = False
 
     def hold_nothing(self) -> None:
-        """Tell a client that takes this worker over that it has nothing yet."""
+        """Tell a client that takes this worker over that the worker holds no tasks."""
         self._holding = pb.Holding()
 
     def compose(self, pool: SlotPool | None) -> pb.WorkerMessage | None:
-        """Return the next message, of bounded size; ``None``: there is nothing to be said.
+        """Return the next message, of bounded size; ``None`` if there is nothing to send.
 
-        ``wanted`` is set if there is more.
+        ``wanted`` is set if more remains to be sent.
 
         Args:
-            pool: Asked which tasks have begun, and which slots there are.
+            pool: The slots, which know which tasks have begun.
         """
         message = pb.WorkerMessage()
         some = False
         if self._holding is not None:
-            message.holding.SetInParent()  # it may be empty
+            message.holding.SetInParent()  # also if it is empty
             message.holding.MergeFrom(self._holding)
             self._holding = None
             some = True
@@ -304,7 +308,8 @@ class Outbox:
         if self._failures:
             self.wanted.set()
         if self._returned and not (self._leases or self._failures):
-            # Behind all answers: some of these may be among them, and then were not returned.
+            # Handed back only after all answers, because a task may be among these, too, and the
+            # answer must count.
             message.returned.extend(self._returned)
             self._returned.clear()
             some = True

@@ -1,4 +1,4 @@
-"""A slot's half of the pipe for answers and of the shared page: what it says, and in which order.
+"""A slot's end of the pipe for answers and of the shared page: what it writes, in which order.
 
 ``frames`` describes the protocol. The supervisor's half is in ``answers`` and ``slot_model``.
 """
@@ -33,17 +33,17 @@ _result_header = RESULT.pack_into
 
 
 class Outlet:
-    """What a slot's process answers and prints.
+    """Writes the answers and the output of a slot's process.
 
     Args:
         results_fd: Write end of the pipe with its answers.
         page_fd: File of the shared page.
 
     Attributes:
-        cells: Of the shared page.
+        cells: The cells of the shared page.
         used: Bytes of finished results in the page that are not in the pipe yet.
-        flushed_at: When they were last written to the pipe, as of ``perf_counter``.
-        forked: Whether this process is one that a task has forked: it does not speak for the slot.
+        flushed_at: When results were last written to the pipe, by ``perf_counter``.
+        forked: Whether a task has forked this process, which must not write for the slot then.
     """
 
     def __init__(self, results_fd: int, page_fd: int) -> None:
@@ -59,12 +59,12 @@ class Outlet:
         os.register_at_fork(after_in_child=self._after_fork)
 
     def _after_fork(self) -> None:
-        """In a process that a task forked: speak for this slot no more."""
+        """Write nothing for the slot any more, in a process that a task has forked."""
         self.forked = True
         self._lock = threading.Lock()
 
     def put(self, delivery: int, seconds: float, status: int, payload: bytes) -> None:
-        """Put one result into the page, where the supervisor finds it whatever happens next."""
+        """Put one result into the page, where the supervisor finds it even if this process dies."""
         size = RESULT.size + len(payload)
         if self.used + size > self._room:
             self.flush()
@@ -88,7 +88,7 @@ class Outlet:
             HEADER.pack_into(page, start, Kind.RESULTS, used, 0)
             with self._lock:
                 write_all(self._results_fd, page[start : RESULTS_AT + used])
-            self.cells[FLUSHES] += 1  # before anything else is put there
+            self.cells[FLUSHES] += 1  # before other results are put into the page
             self.cells[USED] = self.used = 0
         self.flushed_at = perf_counter()
 
@@ -99,14 +99,14 @@ class Outlet:
             write_all(self._results_fd, HEADER.pack(kind, len(body), number) + body)
 
     def send_output(self, stream: int, data: bytes) -> None:
-        """Send what a task printed; any thread of the task may call this."""
+        """Send a task's output; any thread of the task may call this."""
         frame = HEADER.pack(Kind.OUTPUT, len(data) + 1, self.cells[CURRENT])
         with self._lock:
             write_all(self._results_fd, frame + bytes((stream,)) + data)
 
 
 class _Output(io.RawIOBase):
-    """What ``sys.stdout`` and ``sys.stderr`` of a task end in: frames that name the task."""
+    """The raw stream below ``sys.stdout`` or ``sys.stderr`` of a task: it sends frames."""
 
     def __init__(self, outlet: Outlet, stream: int) -> None:
         self._outlet = outlet
@@ -121,7 +121,7 @@ class _Output(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         if self._outlet.forked:
-            # A child of the task: the pipe of frames is its parent's alone.
+            # A child of the task writes directly, as only its parent may write frames.
             write_all(self._stream, view)
             return len(view)
         for start in range(0, len(view), _OUTPUT_BYTES):
@@ -130,7 +130,7 @@ class _Output(io.RawIOBase):
 
 
 def text_stream(outlet: Outlet, stream: int) -> io.TextIOWrapper:
-    """Return what a task has as ``sys.stdout`` (1) or ``sys.stderr`` (2)."""
+    """Return the stream that a task has as ``sys.stdout`` (1) or ``sys.stderr`` (2)."""
     buffer = io.BufferedWriter(_Output(outlet, stream), _OUTPUT_BYTES)
     errors = "backslashreplace" if stream == 2 else "surrogateescape"
     return io.TextIOWrapper(buffer, encoding="utf-8", errors=errors, line_buffering=True)

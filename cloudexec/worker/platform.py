@@ -1,9 +1,9 @@
-"""Where this worker is: one table says which variables each platform gives to its workers.
+"""Finds out on which platform this worker runs, by a table of the platforms' environment variables.
 
-A launcher for another platform needs a row here only if its workers cannot be told by variables of
-ours. Whoever starts each worker separately sets ``CLOUDEXEC_INDEX``, and, if they are known,
-``CLOUDEXEC_JOB_ID`` and ``CLOUDEXEC_ATTEMPT``: these count more than what the platform says, which
-may be about the client, if the client runs on such a platform and has started this worker.
+A launcher for another platform needs a row here only if it cannot set variables for each worker
+separately. A launcher that can sets ``CLOUDEXEC_INDEX`` and, if they are known,
+``CLOUDEXEC_JOB_ID`` and ``CLOUDEXEC_ATTEMPT``. These count more than the platform's variables,
+which may describe the client, if it runs on such a platform and has started this worker.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 __all__ = ["OWN_VARIABLES", "Place", "Platform", "ask_metadata", "find_place"]
 
 OWN_VARIABLES = ("CLOUDEXEC_INDEX", "CLOUDEXEC_JOB_ID", "CLOUDEXEC_ATTEMPT")
-"""What a launcher says to each worker separately. The processes that tasks start do not get it."""
+"""Variables that a launcher sets for each worker. Processes that tasks start do not get them."""
 _METADATA_TIMEOUT = 1.0
 
 
 class Platform(NamedTuple):
-    """One row of the table: the names of variables, empty where a platform has no such thing.
+    """One row of the table: names of variables, which are empty if the platform has no such one.
 
     Attributes:
-        name: What people call the platform.
+        name: The platform's name.
         sign: The variable that only workers on this platform have.
         launch_index: The worker's number among those that were launched together, from 0.
         job_id: The platform's name for the worker.

@@ -1,9 +1,10 @@
-"""Imports in advance, in the zygote, what tasks will need: once for all slots, which share it.
+"""Imports modules that tasks will need in the zygote, so that all slots share them.
 
-Slots are forked afterwards, and two kinds of things do not take a fork well. Threads are missing in
-the child, with whatever locks they held: a module that starts some when it is imported is left to
-the slots, unless it ends them itself around a fork, as OpenBLAS does. And random generators go on
-alike in every child: those that modules have made for all to use are seeded anew in each slot.
+Slots are forked afterwards, and two things need care in a fork. First, threads do not exist in the
+child, and locks that they held stay locked. A module that starts threads when it is imported is
+therefore left to the slots, unless it ends them itself around a fork, as OpenBLAS does. Second,
+random generators continue alike in every child. Generators that modules share are seeded anew in
+each slot.
 """
 
 from __future__ import annotations
@@ -26,21 +27,22 @@ from cloudexec._forked import count_threads, count_threads_after_fork
 __all__ = ["can_import_again", "preload", "seed_generators"]
 
 _TRIAL_SECONDS = 0.5
-"""In which the user's modules must be importable: longer, and a fresh interpreter costs no more."""
+"""Seconds that importing the user's modules may take in the trial. If it takes longer, starting a
+fresh interpreter costs no more."""
 
 _generators: list[Any] = []
 
 
 def preload(names: Sequence[str], argv: Sequence[str]) -> str:
-    """Import modules, as far as they can be; tasks that need the others learn why they cannot.
+    """Import modules. Failures are ignored: a task that needs the module reports the error.
 
     Args:
-        names: Of modules.
-        argv: What modules are to find in ``sys.argv``.
+        names: The names of the modules.
+        argv: The ``sys.argv`` that the modules see.
 
     Returns:
-        The first of them that has started threads which would not survive a fork: this process
-        cannot be used. An empty string: it can.
+        The first module that has started threads which would not survive a fork, so that this
+        process cannot be used; empty if there is none.
     """
     sys.argv[:] = argv
     gc.disable()
@@ -48,7 +50,7 @@ def preload(names: Sequence[str], argv: Sequence[str]) -> str:
     loading.watch("a worker", __name__)
     try:
         for name in names:
-            # An executor that a module starts is refused here, as it is in a slot.
+            # A module that starts an executor when it is imported fails here, as it does in a slot.
             loading.active = True
             try:
                 import_module(name)
@@ -61,27 +63,28 @@ def preload(names: Sequence[str], argv: Sequence[str]) -> str:
                 return name
         _find_generators()
     finally:
-        # What is here now is not looked at again: slots would get pages of their own for that.
+        # The garbage collector ignores the present objects from now on. It would write to them, and
+        # the slots would get copies of their memory pages.
         gc.freeze()
         gc.enable()
     return ""
 
 
 def _has_threads() -> bool:
-    """Whether there are threads that are still there when this process has been forked."""
+    """Say whether this process has threads, other than those that end themselves around a fork."""
     if threading.active_count() > 1:
         return True
     return count_threads() > 1 and count_threads_after_fork() > 1
 
 
 def can_import_again(names: Sequence[str]) -> bool:
-    """Whether modules can be imported here, in a copy of a process that has imported them.
+    """Say whether modules can be imported a second time, in a copy of a process that has them.
 
-    Some register themselves with a library that takes each name only once, or warns otherwise. So
-    they are imported in a process that is forked for that.
+    Some modules register themselves with a library that accepts each name only once, or warns. So
+    they are imported for a trial in a process that is forked for that.
 
     Args:
-        names: Of the user's own modules.
+        names: The names of the user's own modules.
     """
     if not names:
         return True
@@ -133,7 +136,7 @@ def _find_generators() -> None:
 
 
 def seed_generators() -> None:
-    """Give this process a sequence of its own from each generator that came with modules."""
+    """Seed the random generators that modules share anew, to give this process its own sequence."""
     for generator in _generators:
         if hasattr(generator, "bit_generator"):
             state = type(generator.bit_generator)().state

@@ -1,7 +1,8 @@
-"""A slot as a process of Python's: a child of the client, as a process pool's processes are.
+"""Makes a slot look like a process of a process pool: a child of the client, with a name and
+number.
 
-Progress bars, log formats and generators of random numbers go by the number, the name and the
-parent of ``multiprocessing.current_process()``.
+Progress bars, log formats and random generators use the number, the name and the parent of
+``multiprocessing.current_process()``.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from cloudexec._forked import run_exit_functions
 __all__ = ["become", "leave", "number_of"]
 
 _PLAIN = ("_io", "io", __package__ + ".slot")
-"""Where classes of files are from that are flushed, or have nothing to be written."""
+"""Modules whose classes of files are flushed at the end, and need not be closed."""
 _LOOK = 0.05
-"""Seconds between two looks whether the client is still there."""
+"""Seconds between two checks whether the client still exists."""
 
 
 def number_of(slot: int, worker: int, slots: int, inheritance: Mapping[str, Any]) -> int:
-    """Return the number of a process among all of its executor; none has the same, ever.
+    """Return the number of a slot's process, which is unique in its executor.
 
-    The first processes of the workers that there are at the start count from 1 without a gap, as
-    those of a process pool do.
+    The first processes of the first workers are numbered from 1 without a gap, as those of a
+    process pool are.
 
     Args:
-        slot: Number of the slot on its worker, from 1; one that takes another's place goes on.
-        worker: Number of the worker's launch, from 1.
-        slots: Slots of a worker.
-        inheritance: What the client said.
+        slot: The slot's number on its worker, from 1; a slot that replaces another has a new one.
+        worker: The number of the worker's launch, from 1.
+        slots: Number of slots of a worker.
+        inheritance: The settings that slots inherit from the client's process.
     """
     workers = -(-int(inheritance.get("max_workers", slots)) // slots)
     replaced, place = divmod(slot - 1, slots)
@@ -47,11 +48,11 @@ def number_of(slot: int, worker: int, slots: int, inheritance: Mapping[str, Any]
 
 
 class BatchWorker(process.BaseProcess):
-    """This process; its name is that of the class and its number."""
+    """The slot's process. By default, its name consists of the class's name and its number."""
 
 
 class _Client(process.BaseProcess):
-    """The client, which is no parent of this process and cannot be waited for as one."""
+    """The client's process, which is not really the parent, so that it cannot be waited for."""
 
     def __init__(self, name: str, pid: int) -> None:
         self._identity = ()
@@ -94,11 +95,11 @@ def become(number: int, client_pid: int, authkey: bytes, inheritance: Mapping[st
     """Make this process what ``multiprocessing.current_process()`` returns.
 
     Args:
-        number: Which one it is of its executor's.
-        client_pid: The client's process, if that is on this machine; 0: elsewhere. The parent is
-            then the process that this one was forked from.
-        authkey: That of the client; empty: it stays here.
-        inheritance: What the client said.
+        number: The number of this process, from ``number_of``.
+        client_pid: The client's process id; 0 if the client is on another machine, in which case
+            the parent is the process that this one was forked from.
+        authkey: The client's ``authkey`` of multiprocessing; empty to keep this process's own.
+        inheritance: The settings that slots inherit from the client's process.
     """
     own: Any = BatchWorker()
     own._identity = (*inheritance.get("identity", ()), number)
@@ -115,10 +116,10 @@ def become(number: int, client_pid: int, authkey: bytes, inheritance: Mapping[st
 
 
 def leave() -> NoReturn:
-    """Do what the interpreter does at its end, and end this process.
+    """End this process as the interpreter ends.
 
-    Threads are waited for, functions that are registered for the end are called, and what is in the
-    buffers of files is written.
+    Threads are waited for, functions that are registered with ``atexit`` are called, and buffered
+    files are flushed.
     """
     try:
         threading._shutdown()  # type: ignore[attr-defined]
@@ -136,21 +137,21 @@ def _finish() -> NoReturn:
         try:
             stream.flush()
         except BaseException:
-            pass  # a task closed it, or put something of its own there
+            pass  # a task has closed the stream, or replaced it by another object
     os._exit(0)
 
 
 def _finish_files() -> None:
     gc.collect()
-    # By their types: asking some objects what they are runs code of theirs.
+    # Found by their types, because isinstance() may run code of the objects.
     files: list[Any] = [each for each in gc.get_objects() if issubclass(type(each), io.IOBase)]
-    # What writes to another file comes before that one.
+    # A file that writes to another file is flushed before that one.
     for kind in (io.TextIOWrapper, io.IOBase, io.BufferedWriter, io.BufferedRandom):
         for file in files:
             try:
                 if type(file) is kind and not file.closed:
                     file.flush()
                 elif kind is io.IOBase and type(file).__module__ not in _PLAIN:
-                    file.close()  # a compressed file has an end of its own
+                    file.close()  # a compressed file must be closed to be complete
             except BaseException:
-                pass  # its disk is full, or its file has been closed
+                pass  # the disk is full, or the file has been closed

@@ -1,7 +1,7 @@
-"""Numbers of a slot's own files that its tasks do not meet by chance.
+"""Gives the files of a slot large descriptors, so that tasks do not use them by mistake.
 
-Tasks get small numbers from the system, receive some from elsewhere, and close them in loops. None
-of these is to be a file that the slot talks to its supervisor through.
+The system gives small descriptors to files that tasks open, and some programs close whole ranges of
+them. They must not close the files through which the slot talks to its supervisor.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import os
 __all__ = ["out_of_reach"]
 
 _FLOOR = 1000
-"""A table of open files doubles from 1,024 on: further up, it would take memory."""
+"""The lowest descriptor that is used. The system's table of open files doubles at 1,024, so higher
+descriptors would cost memory."""
 _BELOW_LIMIT = 32
-"""Where the limit on open files (``ulimit -n``) is below that: so far from its end."""
+"""If the limit of open files (``ulimit -n``) is lower, descriptors are this far below it."""
 
 
 def out_of_reach(fd: int) -> int:
-    """Give an open file a large number in place of the one it has.
+    """Give an open file a large descriptor, and close the old one.
 
     Returns:
-        The new number; the old one where the limit on open files leaves no other. It is closed on
-        ``exec``.
+        The new descriptor, which is closed on ``exec``; the old one if the limit of open files
+        leaves no other.
     """
     limit = os.sysconf("SC_OPEN_MAX")
     for floor in (_FLOOR, limit - _BELOW_LIMIT, limit // 2):
@@ -30,7 +31,7 @@ def out_of_reach(fd: int) -> int:
             try:
                 moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, floor)
             except OSError:
-                continue  # past the limit, or everything from there on is taken
+                continue  # it is above the limit, or all descriptors from there on are used
             os.close(fd)
             return moved
     os.set_inheritable(fd, False)

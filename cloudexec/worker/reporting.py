@@ -1,4 +1,4 @@
-"""Where a pool of slots reports what came of its tasks."""
+"""The interface to which the slots report the outcomes of tasks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class ResultBlob:
     """A part of a result, in a file that is open here.
 
     Attributes:
-        fd: Of the file.
-        place: Where in it.
-        owner: The slot that wants to know when it has been taken; ``None``: the file is ours.
+        fd: The file's descriptor.
+        place: The place in the file.
+        owner: The slot that is told when the part has been taken; ``None`` if the file belongs to
+            the supervisor.
     """
 
     fd: int
@@ -29,36 +30,36 @@ class ResultBlob:
 
 
 class Answers(Protocol):
-    """Where the pool's answers go: the session, or a test."""
+    """Takes the answers of the pool: the outbox, or a test."""
 
     def result(self, lease: int, payload: bytes, seconds: float) -> None:
-        """A task returned."""
+        """Take the result of a task."""
 
     def delivered(self, lease: int, seconds: float) -> None:
-        """A task returned something large that has reached the client already."""
+        """Take the message that a large result has been delivered to the client already."""
 
     def failure(self, failure: Failure) -> None:
-        """An attempt failed."""
+        """Take the failure of an attempt."""
 
     def returned(self, lease: int) -> None:
-        """A task is handed back unstarted."""
+        """Hand a task that has not begun back to the client."""
 
     def output(self, lease: int, number: int, stream: int, data: bytes) -> bool:
-        """A task printed; False asks to hold the slot's answers until ``resume_output``."""
+        """Take the output of a task; return false to pause the slot until ``resume_output``."""
 
     def ready(self) -> None:
-        """The first slot is ready; ``announced`` is to be called when the client was told."""
+        """Note that the first slot is ready; call ``announced`` once the client was told."""
 
     def groups_changed(self) -> None:
-        """Slots came or went."""
+        """Note that the process groups of the slots have changed."""
 
     def initializer_failed(self, payload: bytes) -> None:
-        """The initializer raised, or killed its slot time and again."""
+        """Note that the initializer raised, or killed its slot repeatedly."""
 
     def composed(
         self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob], *, keep: bool
     ) -> None:
-        """A task returned something large, which is in files; it is to be kept here, or sent."""
+        """Take a large result, which is in files, to be kept here or sent."""
 
     def wake(self) -> None:
-        """There is something to send."""
+        """Note that there is something to send."""

@@ -1,4 +1,4 @@
-"""How a slot pickles what a task returns: small results into the page, large ones on their way."""
+"""Pickles the results of tasks in a slot: small ones into the page, large ones into files."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = ["ResultPaths", "ResultWriter", "pickling_error", "remedy_for"]
 
 
 class ResultPaths:
-    """The ways that results take out of one slot.
+    """The ways by which results leave one slot.
 
     Args:
-        outlet: For those that are small, and words about the others.
+        outlet: Sends small results, and the descriptions of large ones.
         await_release: Returns once the supervisor has released a file.
 
     Attributes:
-        direct_path: A socket of the client's, on the same machine; empty: it is elsewhere.
-        token: That the client asks for there.
+        direct_path: The client's socket for large data; empty if it is on another machine.
+        token: The session's token, which the client asks for on that socket.
     """
 
     def __init__(self, outlet: Outlet, await_release: Callable[[], None]) -> None:
@@ -43,7 +43,7 @@ class ResultPaths:
         self._files: ResultFiles | None = None
 
     def files(self) -> ResultFiles:
-        """Return where large results are left to be fetched."""
+        """Return the files into which large results are written."""
         if self._files is None:
             from cloudexec.worker.results import ResultFiles
 
@@ -51,16 +51,16 @@ class ResultPaths:
         return self._files
 
     def release(self, number: int) -> None:
-        """A blob has been taken; see ``ResultFiles.release``."""
+        """Note that a blob has been taken; see ``ResultFiles.release``."""
         if self._files is not None:
             self._files.release(number)
 
 
 class ResultWriter:
-    """A file for the pickler that keeps a small result, and brings a large one on its way.
+    """The file that the pickler writes to: it keeps a small result, and passes a large one on.
 
-    Arrays and other buffers are left in files that the supervisor, or the client on the same
-    machine, opens. A large pickle that has none goes straight to such a client while it grows.
+    Arrays and other buffers are written into files, which the supervisor opens, or the client on
+    the same machine. A large pickle without buffers is sent to such a client while it is made.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ResultWriter:
             return True
         if raw.nbytes <= INLINE_BYTES:
             return True
-        # Results are writeable copies, read-only buffers included, as through a process pool.
+        # Results are writable copies, even of read-only buffers, as with a process pool.
         if self._direct is not None:
             self._direct.sendall(_records.record(1, raw.nbytes))
             self._direct.sendall(raw)
@@ -123,7 +123,7 @@ class ResultWriter:
         self._records.append(_records.record(kind, place.number))
 
     def close(self) -> None:
-        """Bring the result to its end, and report it."""
+        """Finish the result, and report it."""
         outlet = self._paths.outlet
         if self._direct is not None:
             with self._direct as connection:
@@ -148,7 +148,7 @@ class ResultWriter:
         self._paths.files().send(self._delivery, self._seconds, self._places, head, self._keep)
 
     def abandon(self, error: bytes) -> None:
-        """Report that the result could not be pickled to its end."""
+        """Report that pickling the result has failed halfway."""
         if self._direct is not None:
             self._direct.close()
         if self._places:
@@ -157,12 +157,12 @@ class ResultWriter:
 
 
 def pickling_error(exc: BaseException, value: Any) -> BaseException:
-    """Return what a task fails with whose result cannot be pickled, or has no room."""
+    """Return the exception of a task whose result cannot be pickled, or does not fit."""
     if not is_a(exc, Exception) or is_a(exc, PayloadError):
-        return exc  # SystemExit as itself: CPython's own tests of its process pool expect that
+        return exc  # SystemExit stays as it is, as CPython's tests of its process pool expect
     if why := unfinished(value):
         if type(value) is CoroutineType:
-            value.close()  # or it warns that nobody has awaited it
+            value.close()  # without this, Python warns that it was never awaited
         refused = PayloadError(f"the call returned {why}")
         refused.__cause__ = exc
         return refused
@@ -179,7 +179,7 @@ def pickling_error(exc: BaseException, value: Any) -> BaseException:
 
 
 def remedy_for(exc: BaseException) -> str:
-    """Say what to do about a payload that there is no room for; nothing about any other."""
+    """Return a remedy if a payload does not fit; empty for any other exception."""
     if is_a(exc, MemoryError):
         return "; the worker has too little memory for it, or its limit (RLIMIT_AS) is too low"
     if type(exc) is OSError and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

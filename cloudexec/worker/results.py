@@ -1,7 +1,8 @@
-"""A slot's large results, in files until they have been taken.
+"""The files in which a slot's large results stay until they have been taken.
 
-Large ones have a file each, which the supervisor has opened before the slot goes on, so that it may
-die. Small ones lie in blocks of one file, which are used again.
+Each large part of a result has a file of its own. The slot goes on only when the supervisor has
+opened it, so that the result is not lost if the slot dies. Small parts share one file, whose blocks
+are used again.
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ from cloudexec.worker.reach import out_of_reach
 __all__ = ["MOST_WAITING", "ResultFiles"]
 
 MOST_WAITING = 32 * 1024 * 1024
-"""Bytes of small results that may wait to be taken."""
+"""Bytes of small parts of results that may wait to be taken."""
 _SECONDS = struct.Struct("<f?")
 
 
 class ResultFiles:
-    """Where one slot leaves its large results.
+    """The files of one slot's large results.
 
     Args:
-        outlet: Where the supervisor is told of them.
-        await_release: Returns once the supervisor has said that it has a file open, or has taken
-            what was in one.
+        outlet: Tells the supervisor of them.
+        await_release: Returns once the supervisor has opened a file, or has taken a part from one.
     """
 
     def __init__(self, outlet: Outlet, await_release: Callable[[], None]) -> None:
@@ -40,14 +40,14 @@ class ResultFiles:
         self._files: dict[int, Segment] = {}
         self._blocks: dict[int, tuple[int, int]] = {}
         self._arena: Arena | None = None
-        self._arena_is_shared = False  # the supervisor has it open: it outlives this process
+        self._arena_is_shared = False  # whether the supervisor has opened the shared file
 
     def put(self, pieces: Sequence[Any], size: int) -> Place:
-        """Write a result's blob.
+        """Write a part of a result.
 
         Args:
-            pieces: Its content.
-            size: Bytes in all.
+            pieces: The part's content.
+            size: Bytes of all pieces together.
 
         Raises:
             PayloadTooLargeError: If there is no room for it.
@@ -72,7 +72,7 @@ class ResultFiles:
             try:
                 segment.write_all(pieces)
             except OSError:
-                segment.close()  # the exception's traceback refers to it
+                segment.close()  # closed here, as the exception's traceback keeps it alive
                 raise
             self._files[number] = segment
             return Place(number, size, segment.path, 0, mappable=True)
@@ -95,8 +95,8 @@ class ResultFiles:
     ) -> None:
         """Tell the supervisor of a result.
 
-        Returns once the supervisor has open whatever the result is in, so that it is not lost if
-        this process ends, and not too much of it waits to be taken.
+        This returns once the supervisor has opened the result's files, so that it is not lost if
+        this process ends, and once not too many bytes wait to be taken.
         """
         body = _SECONDS.pack(seconds, keep) + pack_places(places) + head
         self._outlet.send(Kind.RESULT_COMPOSED, delivery, body)
@@ -110,7 +110,7 @@ class ResultFiles:
             self._await_release()
 
     def release(self, number: int) -> None:
-        """A blob has been taken; 0: the arena is open in the supervisor."""
+        """Note that a part was taken; 0 means that the supervisor has opened the shared file."""
         if not number:
             self._arena_is_shared = True
             return
@@ -122,7 +122,7 @@ class ResultFiles:
             self._arena.free(*block)
 
     def drop(self, places: Sequence[Place]) -> None:
-        """Blobs of a result that will not be."""
+        """Free the parts of a result that is not reported, because pickling it failed."""
         for place in places:
             self.release(place.number)
 

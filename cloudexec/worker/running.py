@@ -1,4 +1,4 @@
-"""One worker from its first connection to its end: why it ends, and in which order."""
+"""Runs one worker from its first connection to its end, and decides why and how it ends."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ _WHY = {
     "bug": "an internal error",
 }
 _HAND_OVER = 30.0
-"""Seconds that a worker with nothing left to do waits until the client has taken what it keeps."""
+"""Seconds that a worker without tasks waits for the client to take the results that it keeps."""
 _COME_BACK = 5.0
-"""Seconds that a worker whose platform ends it waits for a client that it has lost."""
+"""Seconds that a worker which its platform ends waits for a client that is not connected."""
 
 
 async def run_worker(address: Address, zygote: socket.socket) -> bool:
-    """Dial back and serve until told to stop, or until the client is gone.
+    """Connect and serve until the worker is told to stop, or the client is gone.
 
     Returns:
-        Whether it was the platform, not the client, that wanted it to stop (SIGTERM).
+        Whether the platform, not the client, told the worker to stop (SIGTERM).
 
     Raises:
         ClientGoneError: If the client cannot be reached.
@@ -98,7 +98,8 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     loop.add_signal_handler(signal.SIGTERM, on_sigterm)
 
     def on_bug(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        # A callback failed: nobody knows what was left undone. The client runs the tasks elsewhere.
+        # A callback has failed, so this process is in an unknown state. It ends, and the client
+        # runs its tasks on other workers.
         loop.default_exception_handler(context)
         ends.put_nowait("bug")
 
@@ -117,7 +118,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         except Exception:
             traceback.print_exc()
         finally:
-            ends.put_nowait(why)  # whatever it was: nothing else ends this process
+            ends.put_nowait(why)  # also after an exception, as nothing else ends this process
 
     background = [
         loop.create_task(converse()),
@@ -136,7 +137,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             pool.drain()
             why = await _first(pool.idle, ends)
         if why == "idle":
-            # What is kept here, the client takes first.
+            # The client first takes the results that are kept here.
             is_alone = reclaimed and not session.is_connected
             most = _COME_BACK if is_alone else address.drain_grace or _HAND_OVER
             why = await _first(blobs.all_claimed, ends, most)
@@ -155,7 +156,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             async with asyncio.timeout(5.0):
                 await pool.stopped.wait()
     except call_errors(TimeoutError, asyncio.InvalidStateError):
-        pass  # the client is gone, and with it whoever wants to know
+        pass  # the client is gone, so nobody needs these messages
     finally:
         for task in background:
             task.cancel()
@@ -167,8 +168,8 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             shutil.rmtree(modules, ignore_errors=True)
         scheme, _, path = address.target.partition(":")
         if scheme in ("unix", "plain") and address.client is not None and not asked:
-            # A client that was killed cannot remove its socket's directory. Its connections end
-            # an instant before it does.
+            # A client that was killed cannot remove its socket's directory, so this does. Its
+            # connections end an instant before the process does, so wait for that.
             for _ in range(20):
                 if address.client.is_gone():
                     shutil.rmtree(os.path.dirname(path), ignore_errors=True)
@@ -181,13 +182,13 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
 
 
 async def _last_words(session: Session, ends: asyncio.Queue[str], *, presses: bool) -> str:
-    """Wait until the client has all that was to be said.
+    """Wait until the client has received all messages.
 
     Args:
-        session: With the client.
+        session: The session with the client.
         ends: Reasons to end at once.
-        presses: Whether the platform will kill this process: a client that is gone is then not
-            waited for.
+        presses: Whether the platform will kill this process soon, so that it does not wait for a
+            client that is gone.
     """
     while True:
         why = await _first(session.flushed, ends, _COME_BACK if presses else None)
@@ -196,7 +197,11 @@ async def _last_words(session: Session, ends: asyncio.Queue[str], *, presses: bo
 
 
 async def _first(event: asyncio.Event, ends: asyncio.Queue[str], most: float | None = None) -> str:
-    """Wait for the event, or until the time is up ("idle"), or for a reason to end at once."""
+    """Wait for an event, at most for a time, or for a reason to end at once.
+
+    Returns:
+        The reason; ``"idle"`` after the event or the time.
+    """
     waiting = asyncio.ensure_future(event.wait())
     ending = asyncio.ensure_future(ends.get())
     loop = asyncio.get_running_loop()

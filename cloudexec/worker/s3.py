@@ -1,10 +1,11 @@
-"""Objects between a file of this worker and S3, by requests that the client has signed.
+"""Transfers objects between a file of this worker and S3, by requests that the client has signed.
 
-A worker needs neither the AWS SDK nor a right of its own: a signed URL carries the client's. Such a
-URL ends: with its own time, or with the credentials that signed it. S3 then refuses it, which is
-:class:`UrlRefusedError`; a :class:`Download` or :class:`Upload` keeps what it has done, and goes on
-with fresh URLs when it is run again. :func:`fetch` and :func:`store` do all that, given a way to
-ask for URLs. Everything else blocks, and uses threads of its own.
+A worker needs neither the AWS SDK nor AWS permissions, because a signed URL carries the client's
+permissions. A URL expires after its own time, or with the credentials that signed it. S3 then
+refuses it, which raises :class:`UrlRefusedError`. A :class:`Download` or :class:`Upload` keeps its
+progress, and goes on with fresh URLs when it is run again. :func:`fetch` and :func:`store` do that;
+they are given a function that asks the client for URLs. All other functions block, and use threads
+of their own.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ __all__ = [
 
 _CHUNK = 1024 * 1024
 _SEND = 256 * 1024
-"""Bytes per send: each has the whole socket timeout, so this is what a slow link must manage."""
+"""Bytes of one send. A slow link must manage this number within the socket's timeout."""
 _RANGE = 8 * 1024 * 1024
 _PARALLEL = 4
 _TIMEOUT = 30.0
@@ -57,16 +58,17 @@ _RETRIED_CODE = frozenset({"RequestTimeout", "SlowDown", "InternalError", "Servi
 _REFUSING_CODE = frozenset(
     {"AccessDenied", "ExpiredToken", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
 )
-"""S3 says of some of these 400. Amazon S3 API Reference, "Error responses"."""
+"""Codes of refused URLs; some of them have status 400. Amazon S3 API Reference, "Error responses".
+"""
 
 
 class S3TransferError(CloudexecError):
     """An object could not be moved to or from S3.
 
     Attributes:
-        status: S3's HTTP status, 0 where there was no answer.
-        code: S3's word for it, such as ``"NoSuchKey"``; ``"Unreachable"`` is ours.
-        transient: Whether it may work later.
+        status: The HTTP status of S3's answer; 0 without an answer.
+        code: S3's error code, such as ``"NoSuchKey"``; ``"Unreachable"`` without an answer.
+        transient: Whether the transfer may succeed later.
     """
 
     def __init__(
@@ -79,25 +81,25 @@ class S3TransferError(CloudexecError):
 
 
 class UrlRefusedError(S3TransferError):
-    """S3 does not take this URL, or does not any more: a fresh one may work."""
+    """S3 refuses this URL, perhaps because it has expired: a fresh one may work."""
 
 
 class S3DigestError(S3TransferError):
-    """What came, or was sent, is not what was announced."""
+    """The received or sent content does not have the announced digest."""
 
 
 async def fetch(download: Download, ask: Callable[[bool], Awaitable[SignedRequest]]) -> None:
-    """Run a download, on threads, with as many URLs as it takes.
+    """Run a download in threads, with as many URLs as it needs.
 
     Once it is cancelled, nothing more is written into the file.
 
     Args:
-        download: What to fetch.
-        ask: Returns a URL. Told whether the one before was refused though it had not expired:
-            then the client should read its credentials anew.
+        download: The download.
+        ask: Returns a URL. Its argument says whether the last URL was refused before it had
+            expired, in which case the client reads its credentials again.
 
     Raises:
-        S3TransferError: If it is not to be had.
+        S3TransferError: If the object cannot be downloaded.
         OSError: If the file cannot be written.
     """
     refused = False
@@ -118,18 +120,19 @@ async def fetch(download: Download, ask: Callable[[bool], Awaitable[SignedReques
 async def store(
     upload: Upload, ask: Callable[[Sequence[int], bool], Awaitable[Mapping[int, SignedRequest]]]
 ) -> list[str]:
-    """Run an upload, on threads, with as many URLs as it takes.
+    """Run an upload in threads, with as many URLs as it needs.
 
     Args:
-        upload: What to send.
-        ask: Returns URLs for these parts, by number. Told too whether those before were refused
-            though they had not expired: then the client should read its credentials anew.
+        upload: The upload.
+        ask: Returns URLs for the parts with these numbers. Its second argument says whether the
+            last URLs were refused before they had expired, in which case the client reads its
+            credentials again.
 
     Returns:
-        The parts' ETags in order, for the client to complete the upload with.
+        The ETags of the parts, in order, with which the client completes the upload.
 
     Raises:
-        S3TransferError: If S3 does not take it.
+        S3TransferError: If S3 refuses the content.
         OSError: If the file cannot be read.
     """
     refused = False
@@ -151,8 +154,8 @@ async def _on_thread(run: Callable[[], None], transfer: _Transfer) -> None:
     try:
         await asyncio.shield(running)
     except asyncio.CancelledError:
-        # The thread cannot be cancelled, but its sockets can be closed under it. It must be seen
-        # to the end: whoever cancels may use the file for something else.
+        # The thread cannot be cancelled, but its sockets can be closed. It must have ended before
+        # this returns, because the caller may then use the file for something else.
         transfer.cancel()
         while not running.done():
             try:
@@ -165,11 +168,11 @@ async def _on_thread(run: Callable[[], None], transfer: _Transfer) -> None:
 
 
 class _LocalError(Exception):
-    """Keeps what our own file raises apart from what sockets raise: all of it is ``OSError``."""
+    """Wraps an OSError of the local file, to tell it from an OSError of a socket."""
 
 
 class _AgainError(Exception):
-    """The request may succeed if it is made again."""
+    """A request failed, and may succeed if it is made again."""
 
     def __init__(self, why: str, *, status: int = 0, code: str = "") -> None:
         super().__init__(why)
@@ -178,11 +181,11 @@ class _AgainError(Exception):
 
 
 class _HaltError(Exception):
-    """The transfer has stopped meanwhile, for a reason of its own."""
+    """The transfer has stopped meanwhile for another reason, so this request ends."""
 
 
 class _Transfer(abc.ABC):
-    """What both directions share: threads that take pieces of work until none is left."""
+    """The common part of downloads and uploads: threads that take pieces of work."""
 
     _verb = ""
 
@@ -191,7 +194,7 @@ class _Transfer(abc.ABC):
         self._timeout = timeout
         self._patience = patience
         self._changed = threading.Condition()
-        # All below: under that lock.
+        # The attributes below are protected by this condition's lock.
         self._todo: list[Any] = []
         self._running = 0
         self._in_file = 0
@@ -200,11 +203,11 @@ class _Transfer(abc.ABC):
         self._error: BaseException | None = None
         self._links: set[Link] = set()
         self._progress_at = 0.0
-        # Not the module's own numbers: a program's seeds are its own.
+        # A generator of its own, so that the program's seeded numbers do not change.
         self._random = random.Random()
 
     def cancel(self) -> None:
-        """Stop at once and for good, from any thread; ``run`` raises ``S3TransferError``."""
+        """Stop the transfer for good. Any thread may call this; ``run`` raises S3TransferError."""
         with self._changed:
             self._cancelled = True
         self._stop(S3TransferError(f"the {self._verb} was cancelled", code="Cancelled"))
@@ -237,7 +240,7 @@ class _Transfer(abc.ABC):
 
     def _finish(self, threads: Sequence[threading.Thread]) -> None:
         with self._changed:
-            # Those that wait for a connection see for themselves that it was cancelled.
+            # Threads that wait for a connection notice the cancellation themselves.
             self._changed.wait_for(
                 lambda: not self._running or (self._cancelled and not self._in_file)
             )
@@ -279,7 +282,7 @@ class _Transfer(abc.ABC):
 
     @contextlib.contextmanager
     def _file(self) -> Iterator[None]:
-        """While the file is used: not any more once the transfer has stopped."""
+        """Guard a use of the file, which must not be used once the transfer has stopped."""
         with self._changed:
             if self._halted:
                 raise _HaltError
@@ -294,7 +297,7 @@ class _Transfer(abc.ABC):
                 self._changed.notify_all()
 
     def _insist(self, link: Link, item: Any) -> None:
-        """Make a request until it succeeds, or nothing has moved for too long."""
+        """Repeat a request until it succeeds, or until there was no progress for too long."""
         pause = _FIRST_PAUSE
         tries = 0
         while True:
@@ -333,10 +336,10 @@ class _Transfer(abc.ABC):
 
     @abc.abstractmethod
     def _do(self, link: Link, item: Any) -> None:
-        """Make the request for one item of the work, once."""
+        """Make the request for one piece of work, once."""
 
     def _refusal(self, link: Link, response: http.client.HTTPResponse) -> Exception:
-        """Turn an answer that is none of the expected into what to raise."""
+        """Return the exception for an unexpected answer."""
         body = response.read(_ERROR_BYTES).decode("utf-8", "replace")
         code = tag(body, "Code")
         said = f"{response.status} {code}: {tag(body, 'Message') or response.reason}"
@@ -372,17 +375,17 @@ class _Transfer(abc.ABC):
 
 
 class Download(_Transfer):
-    """One object into a file, by ranges in parallel, checked against its digest.
+    """Downloads one object into a file, by ranges in parallel, and checks its digest.
 
     Args:
-        fd: Open for reading and writing.
-        size: Of the object.
-        sha256: Of the object.
-        offset: Where in the file it goes.
-        parallel: Requests at a time.
+        fd: The file, open for reading and writing.
+        size: The object's size in bytes.
+        sha256: The object's SHA-256.
+        offset: The offset in the file at which the object is written.
+        parallel: Number of requests at a time.
         range_bytes: Bytes of one request.
-        timeout: Seconds for which one send or receive may stand still.
-        patience: Seconds without a byte from any request after which it has failed.
+        timeout: Seconds that one send or receive may take.
+        patience: Seconds without a byte from any request after which the download fails.
     """
 
     _verb = "download"
@@ -408,34 +411,36 @@ class Download(_Transfer):
         self._ranges = [
             [start, min(start + range_bytes, size)] for start in range(0, size, range_bytes)
         ]
-        """First byte that is not here yet, and end, of each."""
+        """For each range: the first byte that is missing, and the range's end."""
         self._front = 0
-        """Which of them is the first with something missing."""
+        """The index of the first range with missing bytes."""
         self._hash = hashlib.sha256()
         self._hashed = 0
 
     @property
     def done_bytes(self) -> int:
-        """Bytes that are in the file."""
+        """Number of bytes that are in the file already."""
         with self._changed:
             return self._size - sum(end - start for start, end in self._ranges)
 
     def run(self, request: SignedRequest) -> None:
-        """Fetch what is missing, and check the whole.
+        """Download the missing bytes, and check the digest of the whole.
+
+        Two threads must not call this at the same time.
 
         Args:
-            request: Signed by the client. Not to be used by two runs at the same time.
+            request: The signed request.
 
         Raises:
-            UrlRefusedError: If a fresh URL is needed; what has come is kept for the next run.
-            S3DigestError: If the object is another.
-            S3TransferError: If it is not to be had.
+            UrlRefusedError: If a fresh URL is needed; the next run keeps the received bytes.
+            S3DigestError: If the object has another size or digest.
+            S3TransferError: If it cannot be downloaded.
             OSError: If the file cannot be written.
         """
         self._request = request
         self._todo = [each for each in self._ranges if each[0] < each[1]]
         threads = self._start()
-        # Hashed in order, out of the page cache, while the rest still comes.
+        # The file is hashed in order, from the page cache, while the rest is still received.
         try:
             while self._hashed < self._size:
                 with self._changed:
@@ -462,7 +467,7 @@ class Download(_Transfer):
             )
 
     def _ready(self) -> int:
-        """Return up to where nothing is missing; under the lock."""
+        """Return the number of bytes up to the first missing one; the caller holds the lock."""
         ranges = self._ranges
         while self._front < len(ranges) and ranges[self._front][0] == ranges[self._front][1]:
             self._front += 1
@@ -510,16 +515,16 @@ class Download(_Transfer):
 
 
 class Upload(_Transfer):
-    """A stretch of a file to S3, its parts in parallel.
+    """Uploads a part of a file to S3, divided into parts that are sent in parallel.
 
     Args:
-        fd: Open for reading.
-        size: Bytes.
-        offset: Where in the file they begin.
-        part_bytes: As the client has it.
-        parallel: Requests at a time.
-        timeout: Seconds for which one send or receive may stand still.
-        patience: Seconds without a byte from any request after which it has failed.
+        fd: The file, open for reading.
+        size: Bytes to upload.
+        offset: Their offset in the file.
+        part_bytes: Size of the parts, as the client has set it.
+        parallel: Number of requests at a time.
+        timeout: Seconds that one send or receive may take.
+        patience: Seconds without a byte from any request after which the upload fails.
     """
 
     _verb = "upload"
@@ -541,30 +546,30 @@ class Upload(_Transfer):
         self._parts = parts_of(size, part_bytes)
         self._etags: dict[int, str] = {}
         self._sent: dict[int, int] = {}
-        """By part, how far it was sent at best: sending the same once more is no progress."""
+        """By part: the most bytes that one request has sent. Sending fewer is no progress."""
         self._requests: Mapping[int, SignedRequest] = {}
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the parts that S3 does not have yet."""
+        """Numbers of the parts that have not been uploaded yet."""
         with self._changed:
             return [part.number for part in self._parts if part.number not in self._etags]
 
     @property
     def etags(self) -> list[str]:
-        """What S3 called the parts, in their order; complete when none is missing."""
+        """The ETags of the parts, in order; complete when no part is missing."""
         with self._changed:
             return [self._etags[number] for number in sorted(self._etags)]
 
     def run(self, requests: Mapping[int, SignedRequest]) -> None:
-        """Send the parts that are missing and for which there is a URL.
+        """Upload the missing parts for which there is a URL.
 
         Args:
-            requests: By part number. One part: the PUT of the whole.
+            requests: The signed requests by part number. An object of one part has one PUT request.
 
         Raises:
-            UrlRefusedError: If fresh URLs are needed, for those that are ``missing`` then.
-            S3TransferError: If S3 does not take it.
+            UrlRefusedError: If fresh URLs are needed for the parts that are ``missing``.
+            S3TransferError: If S3 refuses the content.
             OSError: If the file cannot be read.
         """
         missing = set(self.missing)

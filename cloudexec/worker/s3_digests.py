@@ -1,4 +1,4 @@
-"""What S3 checks an upload by: the SHA-256 of a file, and of each of its parts."""
+"""The digests by which S3 checks an upload: the SHA-256 of the whole, and of each part."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _CHUNK = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """What S3 checks an upload by.
+    """The digests of an upload.
 
     Attributes:
-        sha256: Of the whole.
-        parts: Of each part; of one that is the whole, the same.
+        sha256: SHA-256 of the whole.
+        parts: SHA-256 of each part. If there is one part, it is that of the whole.
     """
 
     sha256: bytes
@@ -29,17 +29,17 @@ class Digests:
 def digests(
     fd: int, size: int, *, offset: int = 0, part_bytes: int = PART_BYTES, sha256: bytes = b""
 ) -> Digests:
-    """Read a stretch of a file and return its digests.
+    """Read a part of a file and return its digests.
 
     Args:
-        fd: Open for reading.
-        size: Bytes.
-        offset: Where they begin.
+        fd: The file, open for reading.
+        size: Bytes to read.
+        offset: Their offset in the file.
         part_bytes: As for ``parts_of``.
-        sha256: Of the whole, where it is known already: saves half of the work, or all.
+        sha256: SHA-256 of the whole, if it is known; this saves at least half of the work.
 
     Raises:
-        OSError: If the file cannot be read, or is shorter.
+        OSError: If the file cannot be read, or is too short.
     """
     parts = parts_of(size, part_bytes)
     if sha256 and len(parts) == 1:
@@ -60,10 +60,10 @@ def digests(
 
 
 def read_at(fd: int, length: int, offset: int) -> bytes:
-    """Read a stretch of a file, or the beginning of it.
+    """Read up to ``length`` bytes of a file, at least one.
 
     Raises:
-        OSError: If the file ends before that, or cannot be read.
+        OSError: If the file ends before the offset, or cannot be read.
     """
     data = os.pread(fd, length, offset)
     if not data:

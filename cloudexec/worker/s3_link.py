@@ -1,4 +1,4 @@
-"""One HTTP connection to wherever a signed URL points, through a proxy if there is one."""
+"""One HTTP connection to the host of a signed URL, through a proxy if the environment names one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CONNECT_TIMEOUT = 10.0
 
 
 class Link:
-    """One connection at a time to wherever a URL points, kept for the next request."""
+    """One connection at a time to a URL's host, which is kept open for the next request."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
@@ -28,7 +28,7 @@ class Link:
         self._key: tuple[str, str] = ("", "")
         self._proxied = False
         self.place = "S3"
-        """What the last request was about, without the signature."""
+        """The URL of the last request without its signature, for messages."""
 
     def request(
         self,
@@ -37,7 +37,7 @@ class Link:
         headers: Sequence[tuple[str, str]],
         body: Callable[[], bytes] | None = None,
     ) -> http.client.HTTPResponse:
-        """Make a request; the caller reads the answer to its end before the next."""
+        """Make a request. The caller must read the answer to its end before the next one."""
         split = urlsplit(url)
         self.place = f"{split.netloc}{unquote(split.path)}"
         if self._connection is None or self._key != (split.scheme, split.netloc):
@@ -58,7 +58,7 @@ class Link:
             while body is not None and (data := body()):
                 connection.send(data)
         except (BrokenPipeError, ConnectionResetError) as exc:
-            # A server that has seen enough answers before it has read all: why, is in the answer.
+            # A server may refuse a request before it has read all of it. The answer says why.
             sent = exc
         try:
             response = self._response = connection.getresponse()
@@ -71,12 +71,13 @@ class Link:
         return response
 
     def interrupt(self) -> None:
-        """Let whichever thread uses the connection fail at once."""
+        """Let the thread that uses the connection fail at once."""
         connection = self._connection
         sock = connection.sock if connection is not None else None
         if sock is not None:
             try:
-                # Not a TLS socket's own: that one is for its user to call.
+                # The plain socket's method: a TLS socket's own shutdown() may be called only by the
+                # thread that uses it.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
             except OSError:
                 pass
@@ -85,7 +86,7 @@ class Link:
         """Close the connection; the next request makes a new one."""
         response, self._response = self._response, None
         if response is not None:
-            response.close()  # it may have taken the socket over
+            response.close()  # the answer may own the socket
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -93,18 +94,18 @@ class Link:
 
 @functools.lru_cache(maxsize=2)
 def _tls(authorities: str | None) -> ssl.SSLContext:
-    """Made once: reading the authorities takes longer than a request."""
+    """Return a TLS context, which is cached: reading the authorities takes long."""
     return ssl.create_default_context(cafile=authorities)
 
 
 def _connect(scheme: str, netloc: str) -> tuple[http.client.HTTPConnection, bool]:
-    """Return a connection not made yet, and whether requests on it name the whole URL.
+    """Return a connection that is not open yet, and whether requests on it name the whole URL.
 
-    Goes through the proxy that the environment names for it (``https_proxy``, ``no_proxy``).
+    It uses the proxy that the environment names (``https_proxy``, ``no_proxy``).
     """
     proxy = urllib.request.getproxies_environment().get(scheme, "")
     trust = _tls(os.environ.get("AWS_CA_BUNDLE") or None) if scheme == "https" else None
-    # typeshed does not know it.
+    # typeshed does not declare this function.
     if proxy and urllib.request.proxy_bypass_environment(netloc):  # type: ignore[attr-defined]
         proxy = ""
     if not proxy:
@@ -127,7 +128,7 @@ def _connect(scheme: str, netloc: str) -> tuple[http.client.HTTPConnection, bool
 
 
 def total_size(response: http.client.HTTPResponse) -> int | None:
-    """Return how long the whole object is, as the answer has it."""
+    """Return the size of the whole object, according to the answer's headers."""
     if response.status == 200:
         return response.length
     found = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", ""))
@@ -135,5 +136,5 @@ def total_size(response: http.client.HTTPResponse) -> int | None:
 
 
 def tag(text: str, name: str) -> str:
-    """Return what stands between a tag and its end in XML; empty: it is not there."""
+    """Return the text of an XML tag; empty if there is no such tag."""
     return text.partition(f"<{name}>")[2].partition(f"</{name}>")[0]

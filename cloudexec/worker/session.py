@@ -1,4 +1,7 @@
-"""The worker's session with the client: dial, enrol, then tasks in and answers out."""
+"""The worker's session with the client: it connects, enrols, and exchanges messages.
+
+If the connection is cut, the session goes on over the next one (``_wire.stream``).
+"""
 
 from __future__ import annotations
 
@@ -30,19 +33,20 @@ from cloudexec.worker.uploads import Uploads
 __all__ = ["Session"]
 
 _FAREWELL = 5.0
-"""Seconds for which a client that has all is waited for: a platform gives a worker no more time."""
+"""Seconds to wait for a client that has received all messages to end the session. A platform gives
+a worker no more time."""
 
 
 class Session:
-    """What a worker and its client say to each other, over one connection after the other.
+    """The session of a worker with its client, over one connection after the other.
 
     Args:
-        address: Of the client.
+        address: The client's address.
 
     Attributes:
-        welcome: What the client said at the start.
-        outbox: Where the answers of the pool go.
-        flushed: Set when, after ``flush``, the client has all that was to be said.
+        welcome: The client's first message, with all settings.
+        outbox: Takes the answers of the pool.
+        flushed: Set when, after ``flush``, the client has received all messages.
     """
 
     def __init__(self, address: Address) -> None:
@@ -55,15 +59,15 @@ class Session:
         )
         self._stream: Stream[pb.WorkerMessage] = Stream()
         self._call: Any = None
-        self._straight: Any = None  # a plain connection that is ready for answers
+        self._straight: Any = None  # a plain connection, on which answers are sent at once
         self._acknowledge_handle: asyncio.TimerHandle | None = None
-        # How far it is; each of these is independent of the connections that come and go.
+        # The session's progress, which does not depend on the connections.
         self._started = False
         self._heartbeat_due = False
         self._flushing = False
         self._said_goodbye = False
         self.pool: SlotPool | None = None
-        """``None``: tasks cannot come yet, as ``attach`` has not been called."""
+        """The slots; ``None`` before ``attach``, when no tasks can come yet."""
 
     @property
     def is_connected(self) -> bool:
@@ -71,7 +75,7 @@ class Session:
         return self._calls.connected.is_set()
 
     def attach(self, pool: SlotPool, blobs: BlobCache) -> None:
-        """Begin to serve: tasks go to this pool from now on."""
+        """Begin to serve: pass tasks to this pool from now on."""
         self.pool = pool
         self._blobs = blobs
         self._uploads: Uploads = Uploads(self._calls, self.outbox, pool, blobs, self._address.say)
@@ -79,13 +83,13 @@ class Session:
         self._inbox = Inbox(pool, blobs, self.outbox, self._uploads)
 
     async def enrol(self, channel: Any) -> None:
-        """Prove who we are and check that the server is the right one.
+        """Prove who we are, and check that the server knows the executor's key.
 
         Args:
-            channel: The connection that is to be used from now on.
+            channel: The connection, which is used from now on.
 
         Raises:
-            ProtocolError: The server is an impostor, or refuses us; the message says why.
+            ProtocolError: If the server is an impostor, or refuses us; the message says why.
             CallError: If the connection fails.
         """
         address = self._address
@@ -129,10 +133,10 @@ class Session:
                 self._begin_anew()
 
     def _begin_anew(self) -> None:
-        """Prepare for a client that has the journal of the one before, and nothing else.
+        """Prepare for a client that takes this worker over, and has only the journal.
 
-        What runs goes on, if it has a name in the journal; what came of it is said again. All else
-        that is here was for a client that is gone.
+        Tasks that have a key in the journal go on, and their outcomes are sent again. All other
+        tasks and messages were for the client that is gone, and are dropped.
         """
         pool, blobs, holdings = self.pool, self._blobs, self._inbox.holdings
         assert pool is not None
@@ -141,7 +145,7 @@ class Session:
         self._uploads.take_welcome(self.welcome)
         running = pool.hand_back()
         self.outbox.begin_anew(sent, holdings, running, pool)
-        # What nobody knows any more does not stand in the way of what comes.
+        # Kill tasks that no client knows any more, to free their slots.
         pool.kill([lease for lease in running if lease not in holdings], KILLED)
         pool.forget_functions(pool.functions())
         blobs.forget(blobs.all_but(pool.blobs_in_use()))
@@ -149,21 +153,22 @@ class Session:
         pool.resume_output()
         self._uploads.allow(yes=False)
 
-    # What the client is asked for.
+    # Requests to the client.
 
     async def load_blob(self, number: int, known: Known, blob: Blob) -> None:
-        """Fetch a blob of the client's into a file; see ``fetch_blob``."""
+        """Fetch the content of one of the client's blobs; see ``fetch_blob``."""
         await fetch_blob(self._calls, number, known, blob)
 
     async def fetch_modules(self) -> str:
-        """Fetch the user's own modules, before ``converse``; return the directory they are in now.
+        """Fetch the user's own modules, and return the directory that they were put into.
 
-        A connection that is cut meanwhile is replaced, as later: tasks may have been sent already.
+        Called before ``converse``. A connection that is cut meanwhile is replaced, because the
+        client may have sent tasks already.
 
         Raises:
             LaunchError: If the client cannot be reached any more.
-            ProtocolError: If it has given this worker up.
-            CallError: If they do not come although it can be reached.
+            ProtocolError: If the client has given this worker up.
+            CallError: If the modules cannot be fetched although the client can be reached.
         """
         deadline = time.monotonic() + self.welcome.orphan_timeout
         pause = 0.1
@@ -171,7 +176,7 @@ class Session:
             try:
                 return await fetch_modules(self._calls)
             except call_errors(asyncio.InvalidStateError) as exc:
-                # The latter is of a channel that is closed.
+                # InvalidStateError is raised if the channel is closed.
                 is_cut = isinstance(exc, asyncio.InvalidStateError) or status_of(exc) in CUT
                 if not self.welcome.resumable or not is_cut or time.monotonic() > deadline:
                     raise
@@ -183,8 +188,8 @@ class Session:
         """Replace a connection that was cut.
 
         Raises:
-            LaunchError: If the client cannot be reached for as long as it may stay away.
-            ProtocolError: If it has given this worker up.
+            LaunchError: If the client cannot be reached for ``orphan_timeout`` seconds.
+            ProtocolError: If the client has given this worker up.
         """
         self._calls.note_cut()
         patience = self.welcome.orphan_timeout
@@ -196,9 +201,9 @@ class Session:
     # The stream.
 
     def _wake(self) -> None:
-        """See to it that what there is to say is sent soon, or at once."""
+        """Send the answers in the outbox soon, or at once over a plain connection."""
         outbox, frames = self.outbox, self._straight
-        # The client is told that a slot is ready by the one who then lets it begin.
+        # ``_send`` reports that a slot is ready, because it also lets the slot begin then.
         if frames is None or self._flushing or not outbox.is_small or not frames.is_writable:
             outbox.wanted.set()
         elif (message := outbox.compose(self.pool)) is not None:
@@ -207,16 +212,16 @@ class Session:
             outbox.wanted.set()
 
     async def converse(self, ends: asyncio.Queue[str]) -> str:
-        """Exchange messages until the session ends; say how it ended.
+        """Exchange messages until the session ends; return how it ended.
 
-        A connection that is cut is replaced, for as long as the client may stay away: what runs
-        here goes on meanwhile.
+        A connection that is cut is replaced, for ``orphan_timeout`` seconds. Tasks run on
+        meanwhile.
 
         Args:
-            ends: Where a request to drain goes: the session goes on until that is done.
+            ends: Takes a request to drain; the session goes on until that is done.
 
         Raises:
-            Exception: A bug of ours.
+            Exception: If this code has a bug.
         """
         loop = asyncio.get_running_loop()
         while True:
@@ -227,9 +232,9 @@ class Session:
             try:
                 done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                 if done == {sending} and self._said_goodbye:
-                    # The client closes its half once it has read all: to hang up before may
-                    # overtake what is on its way. Nothing is, if all was acknowledged.
-                    # Otherwise it may be stopped for a while, as a program may be.
+                    # The client closes the stream once it has read all messages. Hanging up
+                    # earlier may drop messages on their way, unless all were acknowledged. Without
+                    # acknowledgements wait longer, because the client's process may be stopped.
                     most = _FAREWELL if self.welcome.resumable else self.welcome.orphan_timeout
                     await asyncio.wait({receiving}, timeout=most)
             finally:
@@ -247,7 +252,7 @@ class Session:
             if not self.welcome.resumable:
                 return "disconnected"
             if self._said_goodbye:
-                self.flushed.set()  # it was acknowledged before
+                self.flushed.set()  # all messages were acknowledged before
                 return "closed"
             try:
                 await self._dial_again()
@@ -259,9 +264,10 @@ class Session:
                 return "gone"
 
     async def _send(self) -> None:
-        """Send answers as they come, in batches as large as the stream makes them.
+        """Send answers until the connection ends.
 
-        What was sent over an earlier connection, and may not have arrived, comes first.
+        Messages that were sent over an earlier connection and may not have arrived come first.
+        While the connection is busy, answers are collected for the next message.
         """
         stream, resumable = self._stream, self.welcome.resumable
         outbox, wanted = self.outbox, self.outbox.wanted
@@ -288,10 +294,10 @@ class Session:
             else:
                 continue
             if self._flushing:
-                wanted.set()  # until there is nothing more to write
+                wanted.set()  # go on until nothing is left to write
 
     def _sign_of_life(self) -> pb.WorkerMessage:
-        """Return what need not arrive."""
+        """Return a message that need not arrive: an acknowledgement, perhaps with a heartbeat."""
         message = pb.WorkerMessage()
         self._stream.acknowledge(message)
         if self._heartbeat_due and self.pool is not None:
@@ -304,16 +310,16 @@ class Session:
         return message
 
     async def flush(self) -> None:
-        """Send what is left, large results included, and close our half of the stream.
+        """Send all remaining messages and large results, and close this end of the stream.
 
-        ``flushed`` is set when all of it has arrived.
+        ``flushed`` is set when all of them have arrived.
         """
         await self._uploads.wait_for_deliveries()
         self._flushing = True
         self.outbox.wanted.set()
 
     async def beat(self) -> None:
-        """Send a heartbeat now and then: the supervisor lives, whatever its tasks do."""
+        """Send heartbeats, which show that the supervisor lives even if its tasks hang."""
         interval = self.welcome.heartbeat_interval or 10.0
         while True:
             await asyncio.sleep(interval)
@@ -323,7 +329,7 @@ class Session:
             self._wake()
 
     async def _receive(self, ends: asyncio.Queue[str]) -> str:
-        """Take messages until the client ends the session; say how it ended."""
+        """Handle messages until the client ends the session; return how it ended."""
         pool = self.pool
         assert pool is not None
         if not self._started:
@@ -348,7 +354,7 @@ class Session:
                 ends.put_nowait("drain")
 
     def _take_at_once(self, data: bytes) -> bool:
-        """Take a message as it comes over a plain connection; False: it is to be read."""
+        """Handle a message of a plain connection at once; return false to leave it to be read."""
         message = pb.ServerMessage.FromString(data)
         if message.terminate or message.drain:
             return False
@@ -356,7 +362,7 @@ class Session:
         return True
 
     def _is_news(self, message: pb.ServerMessage) -> bool:
-        """Take note of a message's number; say whether it is to be read."""
+        """Note a message's number; say whether the message is new and must be handled."""
         stream = self._stream
         try:
             is_news = stream.take(message)

@@ -1,4 +1,4 @@
-"""A slot: a process that runs one task at a time."""
+"""A slot: a process that runs one task at a time, by the protocol that ``frames`` describes."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
 __all__ = ["Slot"]
 
 _FLUSH_AFTER = 0.001
-"""Seconds that a finished result may wait in the buffer while the batch goes on."""
+"""Seconds that a finished result may wait in the buffer while further tasks of the batch run."""
 _FLUSH_BYTES = 64 * 1024
 _loads = pickle.loads
 
 
 class Slot:
-    """The child's side of the two pipes and the shared page.
+    """The slot's end of the two pipes and of the shared page.
 
     Args:
         tasks_fd: Read end of the pipe with frames for the slot.
@@ -63,22 +63,23 @@ class Slot:
         self._cells = self._outlet.cells
         self._input = bytearray()
         self._at = 0
-        self._read = 0  # bytes, of all that was written to it
+        self._read = 0  # bytes that were read from the pipe in all
         self._functions: dict[int, Any] = {}
-        self._main: MainModule = None  # type: ignore[assignment]  # until it is set up
-        self._variables: tuple[int, dict[str, str]] | None = None  # of the task that comes next
+        self._main: MainModule = None  # type: ignore[assignment]  # set by the frame SETUP
+        # Environment variables of the next task, and its delivery.
+        self._variables: tuple[int, dict[str, str]] | None = None
         self._stash: deque[tuple[int, int, bytes]] = deque()
         self._paths = ResultPaths(self._outlet, self._await_release)
 
     def _leave_if_forked(self, exc: BaseException | None = None) -> None:
         if self._outlet.forked:
-            # A forked child came back from the task as its parent will: it ends here.
+            # A child that the task has forked has returned from the task: it must end here.
             end_child(exc)
 
     # Reading.
 
     def _need(self, size: int) -> None:
-        """Have at least ``size`` unread bytes in the input buffer."""
+        """Read until the input buffer holds at least ``size`` unread bytes."""
         have = len(self._input) - self._at
         if have >= size:
             return
@@ -103,7 +104,7 @@ class Slot:
         return kind, number, body
 
     def _await_release(self) -> None:
-        """Read frames until one of them is a release; the others keep their order."""
+        """Read frames until a release comes, and keep the other frames, in order, for later."""
         while True:
             frame = self._next_frame()
             if frame[0] == Kind.RELEASE:
@@ -119,7 +120,7 @@ class Slot:
     # Running.
 
     def run(self) -> None:
-        """Serve until told to stop."""
+        """Serve until a frame says to stop."""
         handlers: dict[int, Callable[[int, bytes], None]] = {
             Kind.SETUP: self._on_setup,
             Kind.INITIALIZER: self._on_initializer,
@@ -137,7 +138,7 @@ class Slot:
             else:
                 if len(self._input) == self._at:
                     self._outlet.flush()
-                    cells[WAITING] = self._read + 1  # all that was sent has been answered
+                    cells[WAITING] = self._read + 1  # all tasks that were read have been answered
                 kind, number, body = self._next_frame()
                 cells[WAITING] = 0
             if kind == Kind.STOP:
@@ -153,11 +154,11 @@ class Slot:
 
     @contextlib.contextmanager
     def _environment(self, delivery: int) -> Iterator[None]:
-        """Have the variables of one task in ``os.environ``, and afterwards what was there."""
+        """Set the environment variables of one task, and restore the old ones afterwards."""
         assert self._variables is not None
         (whose, variables), self._variables = self._variables, None
         if whose != delivery:
-            variables = {}  # their task was taken back before it came
+            variables = {}  # they belong to a task that was taken back before it was sent
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
         try:
@@ -174,10 +175,10 @@ class Slot:
         if setup["sys_path"]:
             sys.path[:] = setup["sys_path"]
         if setup["modules"]:
-            # Where a script's own directory would be.
+            # At the front, where the directory of a script would be.
             sys.path.insert(0, setup["modules"])
         sys.argv[:] = setup["argv"]
-        # As in a process pool's workers: proxies of the client's managers work here.
+        # As in the workers of a process pool, so that proxies of the client's managers work here.
         authkey = bytes.fromhex(setup["authkey"])
         become(setup["number"], setup["client_pid"], authkey, setup["inheritance"])
         from cloudexec.worker.main_module import MainModule, ResultPickler
@@ -196,7 +197,7 @@ class Slot:
             try:
                 os.chdir(setup["cwd"])
             except OSError:
-                pass  # the client's directory is gone, or on another machine
+                pass  # the client's directory was removed, or does not exist on this machine
         if "logging" in setup["inheritance"]:
             _logs.inherit(setup["inheritance"]["logging"], self._send_record)
         for stream, name in ((1, "stdout"), (2, "stderr")):
@@ -255,7 +256,7 @@ class Slot:
         """Unpickle places of blobs and the head that refers to them.
 
         Raises:
-            BlobGoneError: If whoever held them is gone.
+            BlobGoneError: If the process that held a blob is gone.
             BaseException: Whatever unpickling raises.
         """
         places, at = unpack_places(data)
@@ -270,7 +271,7 @@ class Slot:
             return FileSource(place)
         except OSError as exc:
             if self._paths.direct_path:
-                # Gone, or not for us to open, as in some sandboxes: the client may have it.
+                # The file is gone, or may not be opened in this sandbox: ask the client for it.
                 return DirectSource(place, self._paths.direct_path, self._paths.token)
             raise BlobGoneError("whoever held this payload is gone") from exc
 
@@ -278,10 +279,13 @@ class Slot:
         self._paths.release(number)
 
     def _function(self, number: int) -> Callable[..., Any] | None:
-        """Return a callable, unpickled under the first task that names it: it may do anything.
+        """Return a callable. It is unpickled for the first task that names it.
 
-        What it needs of the script is bound first, if it is not. ``None``: the callable comes with
-        its arguments.
+        Unpickling may run any code, so it must count as part of a task. The definitions that the
+        callable needs of the script are bound before.
+
+        Returns:
+            ``None`` if the callable is part of each task's arguments.
         """
         entry = self._functions[number]
         main = self._main
@@ -293,7 +297,7 @@ class Slot:
                 else:
                     main.bind(needed)
             if entry.generation < main.generation:
-                entry.fn = None  # it may refer to what was bound before
+                entry.fn = None  # unpickle again, as it may refer to earlier definitions
             entry.generation = main.generation
         fn: Callable[..., Any] | None = entry.fn
         if fn is None and entry.pickled:
@@ -322,7 +326,7 @@ class Slot:
         for i in range(count):
             delivery = first + i
             cells[CURRENT] = delivery
-            if cells[FENCE] >= delivery:  # to be read after CURRENT has been written
+            if cells[FENCE] >= delivery:  # must be read after CURRENT has been written
                 outlet.send(Kind.DROPPED, delivery)
                 break
             end = at + columns[2 * count + i]
@@ -381,7 +385,7 @@ class Slot:
                 else:
                     ended = perf_counter()
                     self._answer(delivery, columns[i], ended - began, value)
-            # Nothing of a task outlives it here, not even until the next one.
+            # Delete all objects of a task at its end, and not only when the next one begins.
             fn = args = kwargs = value = None  # type: ignore[assignment]
             if ended - outlet.flushed_at > _FLUSH_AFTER or outlet.used > _FLUSH_BYTES:
                 outlet.flush()
@@ -422,7 +426,7 @@ class Slot:
     def _answer(
         self, delivery: int, lease: int, seconds: float, value: Any, *, keep: bool = False
     ) -> None:
-        """Pickle a result and put it into the buffer, or where large ones go."""
+        """Pickle a result, and put it into the buffer or, if it is large, into files."""
         self._flush_stdout()
         writer = ResultWriter(self._paths, delivery, lease, seconds, keep=keep)
         try:
@@ -439,13 +443,13 @@ class Slot:
 
 
 class _Pickled:
-    """A callable that was sent; a fresh one is loaded anew for each task.
+    """A callable that was sent; one that is marked as fresh is unpickled for each task.
 
     Attributes:
-        pickled: Its pickle; empty: the callables come with their arguments.
-        needs: Numbers of what has to be bound in the script first.
-        fn: What was unpickled last.
-        generation: Of the script, when what it needs was last seen to be bound.
+        pickled: The pickle; empty if the callable is part of each task's arguments.
+        needs: Numbers of the definitions that must be bound in the script before.
+        fn: The unpickled callable.
+        generation: ``MainModule.generation`` when its definitions were last known to be bound.
     """
 
     __slots__ = ("fn", "fresh", "generation", "load", "needs", "pickled")

@@ -1,6 +1,6 @@
-"""What a supervisor knows of a slot, and what it concludes from the cells of their shared page.
+"""The state of a slot in its supervisor, and the conclusions from the cells of their shared page.
 
-This is the supervisor's half of the protocol that ``frames`` describes. The slot's half is
+This is the supervisor's side of the protocol that ``frames`` describes. The slot's side is
 ``slot.Slot``.
 """
 
@@ -14,33 +14,33 @@ from cloudexec.worker.tasks import SLOT_LOST, WorkItem
 __all__ = ["TRANSITIONS", "SlotModel", "SlotState"]
 
 _STRAGGLER = 0.01
-"""Seconds after which what waits behind a task in its slot is taken back."""
+"""Seconds that a task may run before the tasks that wait behind it in its slot are taken back."""
 _BEGUN_AFTER = 0.002
 """Seconds without an answer after which the client is told which task a slot runs."""
 _SPARED = 5
-"""Slots that may die before they begin a task that was sent to them, before it is to blame."""
+"""Number of slots that may die before they begin a task, until the task itself is blamed."""
 
 
 class SlotState(Enum):
-    """What a slot's process is doing. ``TRANSITIONS`` says what may follow what."""
+    """The state of a slot's process. ``TRANSITIONS`` lists which state may follow which."""
 
     STARTING = "starting"
-    """It is being forked, or runs the initializer."""
+    """The process is being forked, or runs the initializer."""
     READY = "ready"
-    """It takes tasks, and may be sent more than it holds."""
+    """It takes tasks, and may be sent more tasks."""
     FULL = "full"
     """It has a task behind which nothing is to be sent: one with requirements, or a long one.
     It is ready again once that has been answered."""
     TAKING_BACK = "being taken back from"
-    """What it has not begun is being taken back. Nothing is sent to it meanwhile."""
+    """Tasks that it has not begun are being taken back. Nothing is sent to it meanwhile."""
     STOPPING = "stopping"
     """It was told to end, and may take a few seconds for its exit handlers."""
     KILLED = "killed"
-    """It is being killed. Nothing more is written to it, and what it wrote is still read."""
+    """It is being killed. Nothing more is written to it, but its answers are still read."""
     EXITED = "exited"
-    """Its process is gone. What is left in its pipes is read once more."""
+    """The process has ended. The rest in its pipes is read once more."""
 
-    __hash__ = object.__hash__  # Enum's own is written in Python, and asked for with each task
+    __hash__ = object.__hash__  # Enum's own is written in Python, and is called for each task
 
 
 _ENDS = frozenset((SlotState.STOPPING, SlotState.KILLED, SlotState.EXITED))
@@ -56,30 +56,31 @@ TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
 
 
 class SlotModel:
-    """One slot: its state, what it was sent, and how far it has come with that.
+    """One slot: its state, the tasks that it was sent, and its progress with them.
 
-    It does no I/O and reads no clock: its owner reads the cells, and acts upon what this concludes.
+    It does no I/O and reads no clock: its owner reads the cells, and acts on the conclusions.
 
     Args:
-        number: Of the slot.
-        last: The delivery after which it is to end.
+        number: The slot's number.
+        last: The delivery after which the slot must end.
 
     Attributes:
-        state: What its process is doing; only ``enter`` writes it.
-        is_staying: Whether nothing has begun to end it.
-        is_over: Whether it was killed or has exited: nothing reaches it any more. These two follow
-            from the state, and are kept as they are asked for with each task.
-        held: What it was sent and has not answered, by the number of the delivery, in that order.
-        seconds: Estimated, of what it holds.
-        sent: Deliveries; also the number of the last one.
-        last: The delivery after which it is to end.
-        fence: The last delivery that it was told not to begin any more.
-        written: Bytes of frames for it.
+        state: The state of its process; only ``enter`` writes it.
+        is_staying: Whether the slot is neither ending nor gone.
+        is_over: Whether it was killed or has exited, so that it receives nothing any more. This and
+            ``is_staying`` follow from the state. They are stored because they are read for each
+            task.
+        held: By delivery, in that order: the tasks that it was sent and has not answered.
+        seconds: Estimated seconds of work that it holds.
+        sent: Number of deliveries; also the number of the last one.
+        last: The delivery after which the slot must end.
+        fence: The last delivery that it was told not to begin.
+        written: Bytes of frames that were written for it.
         unopened: Deliveries that it has run, and whose results are lost.
-        progress_at: When it last answered, or was sent something while it held nothing.
-        kill_reason: A ``Failure`` kind, if we killed it.
-        kill_lease: The task that it was killed for; 0: whichever it ran.
-        kill_message: What to say of that.
+        progress_at: When it last answered, or was sent a task while it held none.
+        kill_reason: The kind of ``Failure`` for which the supervisor has killed it.
+        kill_lease: The task for which it was killed; 0 for the task that it runs.
+        kill_message: The message of that failure.
     """
 
     def __init__(self, number: int, last: int = sys.maxsize) -> None:
@@ -98,13 +99,13 @@ class SlotModel:
         self.kill_reason = 0
         self.kill_lease = 0
         self.kill_message = ""
-        self._reported = 0  # the delivery last reported as started
+        self._reported = 0  # the last delivery that was reported as started
 
     def enter(self, state: SlotState) -> None:
-        """Go on to another state.
+        """Change the state.
 
         Raises:
-            RuntimeError: If ``TRANSITIONS`` does not list that; nothing has changed then.
+            RuntimeError: If ``TRANSITIONS`` does not allow it; nothing has changed then.
         """
         if state not in TRANSITIONS[self.state]:
             raise RuntimeError(
@@ -115,31 +116,31 @@ class SlotModel:
         self.is_over = state is SlotState.KILLED or state is SlotState.EXITED
 
     def take_out(self, delivery: int) -> WorkItem | None:
-        """Hold a delivery no more, as it was answered; return its task, if it was still held."""
+        """Remove an answered delivery; return its task, or ``None`` if it was not held any more."""
         item = self.held.pop(delivery, None)
         if item is not None:
             self.seconds -= item.seconds
         return item
 
     def answered(self, now: float) -> bool:
-        """Note that answers have come; say whether the slot now holds nothing.
+        """Note that the slot has answered; say whether it holds no tasks now.
 
-        A slot that is full holds one task: one that still holds something stays as it is.
+        A slot in the state ``FULL`` or ``TAKING_BACK`` leaves it only if it holds no tasks.
         """
         self.progress_at = now
         if self.held:
             return False
         if self.state is SlotState.FULL or self.state is SlotState.TAKING_BACK:
-            # Nothing is left to be taken back, and what is sent now is not to be.
+            # No task is left to be taken back, and tasks that are sent from now on stay.
             self.enter(SlotState.READY)
         self.seconds = 0.0
         return True
 
     def begun(self, current: int, now: float) -> WorkItem | None:
-        """Return the task that has begun and is to be reported, once.
+        """Return a task that has begun and must be reported as started; each is returned once.
 
         Args:
-            current: What ``CURRENT`` says.
+            current: The value of the cell ``CURRENT``.
             now: The time.
         """
         if now - self.progress_at <= _BEGUN_AFTER or current == self._reported:
@@ -150,12 +151,12 @@ class SlotModel:
         return self.held[current]
 
     def needs_looks(self) -> bool:
-        """Say whether it is to be looked at again in a while, though it answers nothing."""
+        """Say whether the slot's cells must be read again soon, even if it does not answer."""
         held = self.held
         return bool(held) and (len(held) > 1 or self._reported not in held)
 
     def is_stuck(self, now: float) -> bool:
-        """Say whether tasks wait in it behind one that takes long."""
+        """Say whether tasks wait in the slot behind one that runs for long."""
         return (
             len(self.held) > 1
             and self.state is SlotState.READY
@@ -163,10 +164,10 @@ class SlotModel:
         )
 
     def begin_taking_back(self) -> bool:
-        """Move the fence behind all that was sent; say whether that is to be written.
+        """Set the fence to the last delivery; say whether the cell must be written.
 
-        A slot that is being taken back from already has its fence there. One that ends gives back
-        what it has not begun when it is gone.
+        It need not be written if tasks are being taken back already, or if the slot ends: then its
+        unbegun tasks are returned when it has exited.
         """
         if self.state is not SlotState.READY and self.state is not SlotState.FULL:
             return False
@@ -175,12 +176,12 @@ class SlotModel:
         return True
 
     def finish_taking_back(self, current: int) -> list[WorkItem]:
-        """Return what it has not begun, and will not: it has seen the fence by now.
+        """Return the tasks that the slot has not begun. It will not, as it has seen the fence.
 
         Args:
-            current: What ``CURRENT`` said before its results were looked for.
+            current: The value of ``CURRENT`` before the slot's results were read.
         """
-        # Also those before that one: they were dropped, with a batch that ended before its time.
+        # Tasks before that one are included: they were dropped together with their batch.
         taken = [
             self.held.pop(number)
             for number in list(self.held)
@@ -193,37 +194,37 @@ class SlotModel:
         return taken
 
     def has_lost(self, waiting: int) -> bool:
-        """Say whether it waits for tasks and is believed to hold some.
+        """Say whether the slot waits for tasks although it should hold some.
 
         Args:
-            waiting: What ``WAITING`` says.
+            waiting: The value of the cell ``WAITING``.
         """
-        # What it drops without a word while it is being taken back from is returned by that.
+        # Not while tasks are being taken back: the slot may have dropped those without an answer.
         is_asked = not self.is_over and self.state is not SlotState.TAKING_BACK
         return bool(self.held) and is_asked and waiting == self.written + 1
 
     def to_be_killed(self, reason: int, lease: int = 0) -> None:
-        """Note why it is being killed.
+        """Note why the slot is being killed.
 
         Args:
-            reason: A ``Failure`` kind. That it has lost its tasks stays, whatever comes after it:
-                nobody knows what became of these.
-            lease: The task that it is killed for; 0: whichever it runs by then.
+            reason: A kind of ``Failure``. ``SLOT_LOST`` is never replaced by a later reason,
+                because it is not known how far the slot's tasks have come.
+            lease: The task for which it is killed; 0 for the task that it runs then.
         """
         if self.kill_reason != SLOT_LOST:
             self.kill_reason, self.kill_lease = reason, lease
 
     def at_fault(self, current: int) -> list[int]:
-        """Return the deliveries that are lost with it, now that it is gone; the others never began.
+        """Return the deliveries that are lost with the slot, which is gone. The others never began.
 
         Args:
-            current: What ``CURRENT`` says.
+            current: The value of the cell ``CURRENT``.
         """
         if self.kill_reason == SLOT_LOST:
-            return list(self.held)  # nobody knows what became of these
+            return list(self.held)  # it is not known how far the slot has come with these
         found = [n for n in self.held if n == current or n in self.unopened]
         if not found and self.held:
-            # It had not begun with any: nobody is to blame, unless this happens time and again.
+            # The slot had begun none. No task is blamed, unless this happens repeatedly.
             number, first = next(iter(self.held.items()))
             first.spared += 1
             if first.spared > _SPARED:

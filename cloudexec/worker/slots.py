@@ -33,15 +33,15 @@ from cloudexec.worker.zygote import (
 __all__ = ["Settings", "Slots"]
 
 _REFORK_PAUSE = 0.5
-"""Seconds until another slot is tried after one could not be had for want of files."""
+"""Seconds after which a slot is started again, if it failed because too many files were open."""
 _STOP_GRACE = 5.0
-"""Seconds that a slot told to stop may take for its exit handlers."""
+"""Seconds that a slot which was told to stop may take for its exit handlers."""
 _FAILED_STARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the client said at the start."""
+    """The client's settings for slots, from its first message."""
 
     slots: int
     cwd: str = ""
@@ -70,16 +70,17 @@ class Slots:
     """The slots of one worker.
 
     Args:
-        settings: From the client.
-        zygote: Socket to the zygote.
-        functions: Of which one may have the initializer.
-        blobs: What the initializer refers to.
-        answers: Told when the first slot is ready, when slots come or go, and when none can start.
-        watch: Called with a slot whose pipes are to be read from now on.
-        exited: Called with a slot whose process is gone, its status as of ``os.wait``, and the most
-            memory that it had, in bytes.
-        may_fork: Called when another slot may be had after none could for a while.
-        on_zygote_gone: Called when the zygote died: the worker cannot go on.
+        settings: The client's settings.
+        zygote: The socket to the zygote.
+        functions: The callables, one of which the initializer may need.
+        blobs: The blobs that the initializer refers to.
+        answers: Told when the first slot is ready, when process groups change, and when no slot can
+            start.
+        watch: Called with a slot whose pipes must be read from now on.
+        exited: Called with a slot whose process has ended, its status as from ``os.wait``, and the
+            most memory that it had, in bytes.
+        may_fork: Called when slots can be started again after too many files were open.
+        on_zygote_gone: Called when the zygote has died, so that the worker cannot go on.
     """
 
     def __init__(
@@ -106,15 +107,15 @@ class Slots:
         self._on_zygote_gone = on_zygote_gone
         self._loop = asyncio.get_running_loop()
         self.children: dict[int, Child] = {}
-        """Those whose end has not been dealt with, by number; only this class writes it."""
+        """By number: the slots whose end has not been handled. Only this class writes it."""
         self.announced = False
-        """Whether the client was told that a slot is ready; tasks may begin then."""
+        """Whether the client was told that a slot is ready, so that tasks may begin."""
         self.stopped = asyncio.Event()
-        """Set when, after ``stop``, no slot is left."""
+        """Set when no slot is left after ``stop``."""
         self._is_stopping = False
         self._numbers = 0
         self._forking: deque[Child] = deque()
-        self._refork: asyncio.TimerHandle | None = None  # while no further slot can be had
+        self._refork: asyncio.TimerHandle | None = None  # set while no further slot can be started
         self._trim_handle: asyncio.TimerHandle | None = None
         self._failed_starts = 0
         self._spill = False
@@ -125,16 +126,19 @@ class Slots:
     # Their start.
 
     def start(self) -> None:
-        """Start the slots that are to be kept warm."""
+        """Start the slots that are kept ready even without tasks."""
         for _ in range(min(self._settings.min_slots, self._settings.slots)):
             if self.fork() is None:
                 break
 
     def fork(self) -> Child | None:
-        """Have another slot started; ``None``: not now, for want of files, and there are others.
+        """Start another slot.
+
+        Returns:
+            The slot; ``None`` if too many files are open, but other slots exist.
 
         Raises:
-            OSError: If there are no others.
+            OSError: If too many files are open, and no slot exists.
         """
         if self._refork is not None:
             return None
@@ -202,16 +206,16 @@ class Slots:
         self._watch(slot)
 
     def note_ready(self, slot: Child) -> None:
-        """A slot said that it takes tasks."""
+        """Note that a slot has reported that it is ready."""
         slot.start_is_open = False
-        if slot.state is SlotState.STARTING:  # else its end overtook what it says here
+        if slot.state is SlotState.STARTING:  # otherwise its end came before this message
             slot.enter(SlotState.READY)
         self._failed_starts = 0
         if not self.announced:
             self._answers.ready()
 
     def note_initializer_failed(self, slot: Child, error: bytes) -> None:
-        """A slot said that its initializer raised."""
+        """Note that a slot has reported an exception of its initializer."""
         slot.start_is_open = False
         self.kill(slot)
         self._answers.initializer_failed(error)
@@ -219,14 +223,14 @@ class Slots:
     # Their end.
 
     def end(self, slot: Child) -> None:
-        """Tell a slot to end by itself, soon."""
+        """Tell a slot to end by itself; kill it if it takes too long."""
         slot.enter(SlotState.STOPPING)
         slot.start_is_open = False
         slot.write(HEADER.pack(Kind.STOP, 0, 0))
         slot.stop_timer = self._loop.call_later(_STOP_GRACE, self.kill, slot)
 
     def kill(self, slot: Child) -> None:
-        """Kill a slot, and what its tasks started."""
+        """Kill a slot and the processes that its tasks have started."""
         if slot.state is SlotState.EXITED:
             return
         if slot.state is not SlotState.KILLED:
@@ -262,13 +266,13 @@ class Slots:
                 if self._forking:
                     self._fork_next()
                 if slot.state is SlotState.KILLED:
-                    self.kill(slot)  # that was asked for before it had a process
+                    self.kill(slot)  # the kill was requested before the slot had a process
             elif kind == EXITED:
                 slot.enter(SlotState.EXITED)
                 self._exited(slot, status, peak)
 
     def remove(self, slot: Child) -> None:
-        """Let go of a slot that has exited, and whose pipes have been read."""
+        """Remove a slot that has exited, and whose pipes have been read to the end."""
         del self.children[slot.number]
         if slot.stop_timer is not None:
             slot.stop_timer.cancel()
@@ -277,7 +281,11 @@ class Slots:
             self.stopped.set()
 
     def note_failed_start(self, code: int) -> None:
-        """A slot ended before it was ready; ``code``: its exit code, or less than 0: its signal."""
+        """Note that a slot has ended before it was ready.
+
+        Args:
+            code: Its exit code, or the negative number of the signal that ended it.
+        """
         self._failed_starts += 1
         if self._failed_starts < _FAILED_STARTS:
             return
@@ -297,7 +305,7 @@ class Slots:
         self._answers.initializer_failed(dumps_exception(error))
 
     def arrange_trim(self) -> None:
-        """See to it that slots end which have nothing to do for long."""
+        """Set the timer that ends slots which have been idle for long."""
         timeout = self._settings.idle_timeout
         if timeout >= 0 and self._trim_handle is None and self.children:
             self._trim_handle = self._loop.call_later(max(0.05, timeout), self._trim)
@@ -320,7 +328,7 @@ class Slots:
         self.arrange_trim()
 
     def stop(self, *, kill: bool) -> None:
-        """End every slot; ``stopped`` is set when the last one is gone."""
+        """End all slots; ``stopped`` is set when the last one has exited."""
         self._is_stopping = True
         for slot in list(self.children.values()):
             if kill:
@@ -331,30 +339,30 @@ class Slots:
             self.stopped.set()
 
     def kill_groups(self) -> None:
-        """Kill the slots without the zygote, which is gone, and what their tasks started."""
+        """Kill the slots and the processes of their tasks, without the zygote, which is gone."""
         for pid in self.groups():
             try:
                 os.killpg(pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass
-        # What left those groups came to us when the zygote died.
+        # Processes that have left these groups became this process's children when the zygote died.
         kill_children(grace=ORPHAN_GRACE)
 
     def close(self) -> None:
-        """Let go of the zygote, which kills whatever slot is left."""
+        """Close the connection to the zygote, which then kills all slots."""
         if self._refork is not None:
             self._refork.cancel()
         self._loop.remove_reader(self._zygote.fileno())
         self._zygote.close()
 
-    # What is asked of all.
+    # All slots.
 
     def groups(self) -> list[int]:
-        """Return the process groups of the slots, one each."""
+        """Return the process groups of the slots, one for each."""
         return [slot.pid for slot in self.children.values() if slot.pid]
 
     def spill(self, *, on: bool) -> None:
-        """Say whether large results are to go to disk, in slots that come later as well."""
+        """Set whether slots write large results to disk; this holds for later slots, too."""
         if on != self._spill:
             self._spill = on
             for slot in self.children.values():

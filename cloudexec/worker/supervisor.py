@@ -1,4 +1,4 @@
-"""Puts the parts together that run tasks in slots: who runs what, and what came of it."""
+"""Creates and connects the parts that run tasks in slots, and is the interface to all of them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = ["SlotPool"]
 
 
 class SlotPool:
-    """Runs tasks in slot processes; all of it on one event loop.
+    """Runs tasks in slot processes. Used on one event loop.
 
     Args:
-        settings: From the client.
-        answers: Where answers go.
-        zygote: Socket to the zygote.
-        on_zygote_gone: Called when the zygote died: the worker cannot go on.
-        blobs: What tasks and callables refer to.
+        settings: The client's settings.
+        answers: Takes the answers.
+        zygote: The socket to the zygote.
+        on_zygote_gone: Called when the zygote has died, so that the worker cannot go on.
+        blobs: The blobs that tasks and callables refer to.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class SlotPool:
         self._settings = settings
         self._answers = answers
         self._loop = asyncio.get_running_loop()
-        # Each part knows those above it here, and of those below only what it is given to call.
+        # Each part knows only parts that are made before it. Of later parts it knows at most a
+        # function that it is given to call.
         self._functions = Functions(blobs)
         self._waiting = WaitingTasks(self._functions, blobs, answers, self._go_on)
         self._slots = Slots(
@@ -78,10 +79,10 @@ class SlotPool:
             self._slots, self._waiting, self._reader, answers, self._on_answers
         )
         self.idle = asyncio.Event()
-        """Set when, after ``drain``, no task is left."""
+        """Set when no task is left after ``drain``."""
         self.stopped = self._slots.stopped
-        """Set when, after ``stop``, no slot is left."""
-        # What one part alone is asked for.
+        """Set when no slot is left after ``stop``."""
+        # Methods of single parts.
         self.start = self._slots.start
         self.add_functions = self._functions.add
         self.recall = self._taking_back.recall
@@ -94,41 +95,41 @@ class SlotPool:
         self.resume_output = self._reader.resume
         self.close = self._slots.close
 
-    # What the client asks.
+    # Requests of the client.
 
     def add(self, items: list[WorkItem]) -> None:
-        """Take tasks, in order; those whose blobs are still to come wait for these."""
+        """Add tasks, in order; a task whose blobs are missing waits for them."""
         self._waiting.add(items)
         self._go_on()
 
     def forget_functions(self, numbers: list[int]) -> None:
-        """Drop callables that no task will name again."""
+        """Drop callables that no later task will name."""
         self._functions.forget(numbers, self._slots.children.values())
 
     def announced(self) -> None:
-        """The client has been told that tasks may begin here: begin."""
+        """Begin to run tasks, as the client was told that a slot is ready."""
         self._slots.announced = True
         self._go_on()
 
     def drain(self) -> None:
-        """Hand back what has not begun, and take nothing more."""
+        """Hand back tasks that have not begun, and accept no more."""
         self._waiting.drain()
         self._taking_back.drain()
         self._note_idle()
         self._answers.wake()
 
     def hand_back(self) -> list[int]:
-        """Hand back what has not begun, and go on; return the leases of what has."""
+        """Hand back tasks that have not begun, and accept more; return the leases of the others."""
         running = self._taking_back.hand_back()
-        self._note_idle()  # the last answers may have been found on the way
+        self._note_idle()  # this may have read the last answers
         return running
 
     def stop(self, *, kill: bool) -> None:
-        """End every slot; ``stopped`` is set when the last one is gone."""
+        """End all slots; ``stopped`` is set when the last one has exited."""
         self._waiting.is_draining = True
         self._slots.stop(kill=kill)
 
-    # What is asked about it.
+    # The pool's state.
 
     @property
     def has_begun(self) -> bool:
@@ -137,16 +138,16 @@ class SlotPool:
 
     @property
     def running(self) -> int:
-        """Slots that have a task."""
+        """Number of slots that have a task."""
         return sum(1 for slot in self._slots.children.values() if slot.held)
 
     @property
     def queued(self) -> int:
-        """Tasks that wait here for a slot."""
+        """Number of tasks that wait for a slot."""
         return len(self._waiting)
 
     def started(self) -> list[int]:
-        """Leases that run, and were not reported as running before."""
+        """Return the leases of tasks that run and were not reported as running yet."""
         now = self._loop.time()
         found = []
         for slot in self._slots.children.values():
@@ -155,7 +156,7 @@ class SlotPool:
         return found
 
     def leases(self) -> list[int]:
-        """Return the leases of all tasks that are here."""
+        """Return the leases of all tasks of this worker."""
         held = [slot.held.values() for slot in self._slots.children.values()]
         return [*self._waiting.leases(), *(item.lease for items in held for item in items)]
 
@@ -164,7 +165,7 @@ class SlotPool:
         return self._functions.all_but_needed(self._settings.initializer_needs)
 
     def blobs_in_use(self) -> set[int]:
-        """Return the blobs that tasks which are here, or callables, refer to."""
+        """Return the blobs that this worker's tasks or callables refer to."""
         used = set(self._settings.initializer_blobs) | self._waiting.blobs()
         for function in self._functions.known.values():
             used.update(function.blobs)
@@ -178,10 +179,10 @@ class SlotPool:
         self._taking_back.audit()
         self._note_idle()
 
-    # What happens.
+    # Events.
 
     def _go_on(self) -> None:
-        """Something has changed: send what can be sent, and arrange what is to be done later."""
+        """Send tasks that can be sent, and set the timers, after something has changed."""
         self._dispatch.dispatch()
         self._taking_back.arrange_tick()
         self._slots.arrange_trim()
@@ -212,7 +213,7 @@ class SlotPool:
         self._on_answers()
 
     def _report_losses(self, slot: Child, code: int, peak: int) -> None:
-        """Report the task that ran when the slot died; the others never began."""
+        """Report the task that a slot ran when it died; its other tasks never began."""
         guilty = slot.at_fault(slot.cells[CURRENT])
         ran_out = bool(guilty) and self._footprint.ran_out(code, peak)
         for number in guilty:

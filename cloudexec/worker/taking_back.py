@@ -1,4 +1,4 @@
-"""How tasks are had back that were sent to slots: recalled, killed, or stuck behind a long one."""
+"""Takes tasks back from slots: tasks that are recalled or killed, or wait behind a long one."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from cloudexec.worker.waiting import WaitingTasks
 __all__ = ["TakingBack"]
 
 _TICK = 0.005
-"""Seconds between looks at slots; ``frames`` says what has to happen in less."""
+"""Seconds between two looks at slots. A slot must see its fence in less, as ``frames`` explains."""
 
 
 class TakingBack:
-    """Has tasks back from slots.
+    """Takes tasks back from slots.
 
     Args:
-        slots: That have the tasks.
-        waiting: Where tasks go that have not begun.
-        reader: Tells what slots have finished.
-        answers: Where tasks are handed back.
-        go_on: Called when slots have been looked at.
+        slots: The slots.
+        waiting: Takes tasks that have not begun.
+        reader: Reads the results that slots have finished.
+        answers: Takes tasks that are handed back to the client.
+        go_on: Called after slots have been looked at.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class TakingBack:
         self._loop = asyncio.get_running_loop()
         self._tick_handle: asyncio.TimerHandle | None = None
 
-    # What is asked for.
+    # Requests.
 
     def recall(self, leases: list[int]) -> None:
-        """Hand these back unless they have begun."""
+        """Hand tasks back to the client unless they have begun."""
         wanted = set(leases)
         unknown = wanted - self._waiting.recall(wanted)
         for slot in self._slots.children.values():
@@ -62,18 +62,18 @@ class TakingBack:
             if inside and inside != [slot.cells[CURRENT]]:
                 self._begin(slot)
         for lease in unknown:
-            self._answers.returned(lease)  # never sent, or answered already
+            self._answers.returned(lease)  # the task never arrived, or was answered already
         self._answers.wake()
 
     def kill(self, leases: list[int], kind: int) -> None:
-        """Kill the slots that run these; hand back those that have not begun.
+        """Kill the slots that run these tasks; hand back those that have not begun.
 
-        A slot that was sent other tasks as well gives these back first: it may be done with the one
-        and begin with another of them while it is being killed.
+        If a slot holds other tasks as well, they are taken back first. Otherwise the slot might
+        finish the task and begin another one while it is being killed.
 
         Args:
-            leases: Which.
-            kind: What a ``Failure`` is to say.
+            leases: The tasks' leases.
+            kind: The kind of ``Failure`` that is reported.
         """
         wanted = set(leases)
         for slot in list(self._slots.children.values()):
@@ -87,27 +87,27 @@ class TakingBack:
         self.recall(leases)
 
     def _kill_marked(self, slot: Child) -> None:
-        """Kill a slot if the only task that it holds is to be killed."""
+        """Kill a slot if it holds one task only, and that one must be killed."""
         (item,) = slot.held.values()
         if item.kill:
             slot.to_be_killed(item.kill, item.lease)
             self._slots.kill(slot)
 
     def reclaim(self) -> None:
-        """Hand back, unfinished, what runs: the platform gives no more time."""
+        """Hand back running tasks unfinished, because the platform ends this worker."""
         for slot in list(self._slots.children.values()):
             if slot.held:
                 slot.to_be_killed(RECLAIMED)
                 self._slots.kill(slot)
 
     def drain(self) -> None:
-        """Have back what no slot has begun."""
+        """Take back all tasks that no slot has begun."""
         for slot in self._slots.children.values():
             if len(slot.held) > 1:
                 self._begin(slot)
 
     def hand_back(self) -> list[int]:
-        """Hand back what has not begun, and go on; return the leases of what has."""
+        """Hand back tasks that have not begun, and accept more; return the leases of the others."""
         running = []
         holders = [slot for slot in self._slots.children.values() if slot.held]
         for slot, current in self._reader.look(holders):
@@ -119,16 +119,16 @@ class TakingBack:
         self.recall([lease for lease in here if lease not in running])
         return running
 
-    # How it is done.
+    # The steps of taking back.
 
     def _begin(self, slot: Child) -> None:
-        """Begin to take back what the slot has not begun: see ``frames`` for how."""
+        """Begin to take back the tasks that a slot has not begun; ``frames`` explains the steps."""
         if slot.begin_taking_back():
             slot.cells[FENCE] = slot.fence
             self.arrange_tick()
 
     def arrange_tick(self) -> None:
-        """See to it that slots are looked at which hold what they may not come to."""
+        """Set the timer, if slots hold tasks that they may not begin soon."""
         if self._tick_handle is None and any(
             slot.needs_looks() for slot in self._slots.children.values() if slot.held
         ):
@@ -139,7 +139,7 @@ class TakingBack:
         now = self._loop.time()
         slots = list(self._slots.children.values())
         stuck = [slot for slot in slots if slot.is_stuck(now)]
-        # A tick after it was written, a slot sees its fence before whatever it begins.
+        # One tick after the fence was written, the slot sees it before it begins another task.
         for slot, current in self._reader.look(
             [slot for slot in slots if slot.state is SlotState.TAKING_BACK]
         ):
@@ -154,7 +154,7 @@ class TakingBack:
 
     def _finish(self, slot: Child, current: int) -> None:
         if slot.state is not SlotState.TAKING_BACK:
-            return  # it has answered all meanwhile
+            return  # the slot has answered all its tasks meanwhile
         self._waiting.requeue(slot.finish_taking_back(current))
         if slot.held:
             self._kill_marked(slot)
@@ -162,10 +162,10 @@ class TakingBack:
             self._reader.note_answered(slot)
 
     def audit(self) -> None:
-        """Find slots that wait for tasks and are believed to hold some; nothing else would.
+        """Find slots that wait for tasks although they should hold some.
 
-        Whatever led to that is a fault of ours. Such a task has been lost, or its answer has: that
-        counts as an attempt, and it is tried again if it may be.
+        This can only be due to a bug: a task, or its answer, was lost. It counts as a lost attempt,
+        so that the task is tried again if its retries allow it.
         """
         for slot in self._slots.children.values():
             if slot.held and slot.has_lost(slot.cells[WAITING]):

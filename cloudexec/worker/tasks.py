@@ -1,4 +1,4 @@
-"""A task on this worker, and what is known of an attempt that failed."""
+"""A task on this worker, and the failure of an attempt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 
 UNPICKLE_FAILED, PICKLE_FAILED = 2, 3
 SLOT_LOST, TIMED_OUT, KILLED, RECLAIMED, OUTGREW = 4, 5, 6, 7, 8
-"""``Failure.Kind`` of the wire, where the slot itself cannot say what happened."""
+"""Kinds of ``Failure`` on the wire that the supervisor reports, as the slot itself cannot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,9 @@ class Requirements:
     """What few tasks have.
 
     Attributes:
-        env: Variables that it has while it runs.
-        memory: Bytes that its processes may take; 0: no limit.
-        last: Whether its slot ends with it.
+        env: Environment variables that are set while the task runs.
+        memory: Bytes of memory that its processes may take; 0 for no limit.
+        last: Whether its slot ends after it.
     """
 
     env: dict[str, str]
@@ -47,7 +47,7 @@ class WorkItem:
     number: int
     seconds: float
     timeout: float = 0.0
-    blobs: tuple[int, ...] | None = None  # of a composed payload
+    blobs: tuple[int, ...] | None = None  # the blobs of a composed payload
     keep: bool = False
     spared: int = 0
     recalled: bool = False  # to be handed back rather than sent once more
@@ -57,7 +57,7 @@ class WorkItem:
 
 @dataclass(slots=True)
 class Failure:
-    """An attempt without a result, and what is known about it."""
+    """An attempt without a result, and its cause as far as it is known."""
 
     lease: int
     kind: int

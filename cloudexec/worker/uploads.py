@@ -1,4 +1,4 @@
-"""Large results on their way to the client, or kept here until it wants them."""
+"""Sends large results to the client, or keeps them here until the client wants them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ __all__ = ["Uploads"]
 
 
 class Uploads:
-    """Sends large results, or says where the client finds them.
+    """Sends large results, or tells the client where to find them.
 
     Args:
-        calls: To the client.
-        outbox: Where results are reported.
-        pool: Whose results they are.
-        blobs: Where those are that are kept here.
+        calls: Makes calls to the client.
+        outbox: Takes the reports of results.
+        pool: The slots that made the results.
+        blobs: Keeps the parts of results that stay here.
         say: Writes a line to the worker's log.
     """
 
@@ -56,17 +56,17 @@ class Uploads:
         self._pool = pool
         self._blobs = blobs
         self._say = say
-        self._is_shared = False  # the client can open our files
+        self._is_shared = False  # whether the client is on this machine and can open our files
         self._first_number = 0
         self._own_blobs = 0
-        self._taken_here: dict[int, ResultBlob] = {}  # files that the client is to take
+        self._taken_here: dict[int, ResultBlob] = {}  # parts whose files the client will open
         self._deliveries: set[asyncio.Task[None]] = set()
-        self._bucket_uploads: dict[int, asyncio.Task[None]] = {}  # of what is kept here
+        self._bucket_uploads: dict[int, asyncio.Task[None]] = {}  # by number: of kept parts
         self._may_deliver = asyncio.Event()
         self._may_deliver.set()
 
     def take_welcome(self, welcome: pb.Welcome) -> None:
-        """Learn how this client takes large results."""
+        """Take from the client's first message how it receives large results."""
         self._is_shared = bool(welcome.direct_path)
         self._first_number = welcome.first_blob
         self._own_blobs = 0
@@ -74,7 +74,7 @@ class Uploads:
             uploading.cancel()
 
     def allow(self, *, yes: bool) -> None:
-        """Say whether the client knows what is held here for it: it takes nothing before."""
+        """Allow deliveries, or hold them back until the client knows this worker's tasks."""
         if yes:
             self._may_deliver.set()
         else:
@@ -83,18 +83,18 @@ class Uploads:
     def composed(
         self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob], *, keep: bool
     ) -> None:
-        """Report a result that is in files, at once or when it has been sent.
+        """Report a result that is in files, at once or after its parts have been sent.
 
         Args:
-            lease: Of the task.
-            seconds: That it ran.
-            head: Of the result, which refers to its parts.
+            lease: The task's lease.
+            seconds: Seconds that the task ran.
+            head: The result's head, which refers to its parts.
             blobs: The parts.
-            keep: Whether they are to stay here.
+            keep: Whether the parts stay here.
         """
         if keep and self._keep_all(lease, seconds, head, blobs):
             return
-        # Also what was to be kept, and there is no room for: the client may have some.
+        # This includes results that should stay here but do not fit: the client may have room.
         is_small = sum(blob.place.size for blob in blobs) <= PUSHED_BYTES
         if self._is_shared:
             parts = [self._offer(blob) for blob in blobs]
@@ -102,7 +102,7 @@ class Uploads:
         elif is_small and not self._calls.link.is_slow:
             self._send_along(lease, seconds, head, blobs)
         else:
-            self._outbox.promise(lease)  # now: a recall may come before the task below begins
+            self._outbox.promise(lease)  # now, as a recall may come before the delivery begins
             self._begin(self._deliver_all(lease, seconds, head, blobs))
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
@@ -113,7 +113,7 @@ class Uploads:
     def _send_along(
         self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob]
     ) -> None:
-        """Report a result with all its parts: they are small."""
+        """Report a result together with all its parts, which are small."""
         parts, size = [], 0
         try:
             for blob in blobs:
@@ -136,7 +136,7 @@ class Uploads:
         return self._first_number + self._own_blobs
 
     def _offer(self, blob: ResultBlob) -> pb.Blob:
-        """Leave a part of a result for the client to open, on the machine that we share."""
+        """Let the client, which is on this machine, open the file of a part of a result."""
         number = self._number()
         self._taken_here[number] = blob
         place = blob.place
@@ -152,7 +152,7 @@ class Uploads:
     def _keep_all(
         self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob]
     ) -> bool:
-        """Keep a result and report it; say whether that is settled: there may be no room."""
+        """Keep a result and report it; return false if there is no room for it."""
         kept: list[pb.Blob] = []
         try:
             for blob in blobs:
@@ -172,11 +172,11 @@ class Uploads:
         return True
 
     def mind_memory(self) -> None:
-        """Have large results go to disk while too much is in memory."""
+        """Let slots write large results to disk while too many bytes are in memory."""
         self._pool.spill(on=self._blobs.is_full)
 
     def _fail_result(self, lease: int, seconds: float, error: BaseException) -> None:
-        """A task's result cannot be had."""
+        """Fail a task whose result cannot be delivered."""
         if isinstance(error, OSError):
             error = PayloadTooLargeError(f"the worker has no room for a result: {error.strerror}")
         payload = dumps_exception(error)
@@ -184,7 +184,7 @@ class Uploads:
         self._outbox.wake()
 
     def _keep(self, blob: ResultBlob) -> pb.Blob:
-        """Keep a part of a result until somebody asks for it, or nobody can any more."""
+        """Keep a part of a result until the client has taken it, or does not need it any more."""
         number = self._number()
         kept = self._blobs.keep(number, blob.fd, blob.place)
         self._pool.let_go(blob, close=not kept.mappable)
@@ -209,11 +209,11 @@ class Uploads:
                 token, sent = self._calls.token, []
                 for blob in blobs:
                     number = await self._deliver_one(blob.fd, blob.place, lease)
-                    if token != self._calls.token:  # those before it went to a client that is gone
+                    if token != self._calls.token:  # earlier parts went to a client that is gone
                         sent = None
                         break
                     if not number:
-                        is_wanted = False  # nobody waits for it
+                        is_wanted = False  # the client does not wait for this result
                         return
                     place = blob.place
                     sent.append(pb.Blob(id=number, number=place.number, size=place.size))
@@ -227,20 +227,20 @@ class Uploads:
             self._outbox.wake()
 
     async def _deliver_one(self, fd: int, place: Place, lease: int = 0, number: int = 0) -> int:
-        """Send a blob, more than once if it is damaged on the way.
+        """Send a part of a result, and send it again if it arrives damaged.
 
         Args:
             fd: The file that it is in.
-            place: Where in it.
-            lease: Of the task whose result it is a part of; 0: it is one that is kept here.
-            number: Its number, if it has one.
+            place: The place in the file.
+            lease: The task's lease; 0 for a part that is kept here.
+            number: The part's number, if it has one.
 
         Returns:
-            Its number; 0: it was not wanted.
+            The part's number; 0 if the client does not want it.
 
         Raises:
             PayloadTooLargeError: If the client has no room for it.
-            PayloadError: If it does not get there.
+            PayloadError: If it cannot be delivered.
         """
         why, token, kept = "", b"", bool(number)
         attempt = 0
@@ -250,7 +250,7 @@ class Uploads:
             await self._may_deliver.wait()
             if token != self._calls.token:
                 if kept and token:
-                    return 0  # it was for a client that is gone
+                    return 0  # the client that wanted it is gone
                 token = self._calls.token
                 number = number if kept else self._number()
                 metadata = (
@@ -259,7 +259,8 @@ class Uploads:
                     (SIZE_KEY, str(place.size)),
                     (LEASE_KEY, str(lease)),
                 )
-            # What is kept goes to the bucket by itself: if it is wanted, that did not work out.
+            # Kept parts are uploaded to the bucket anyway. The client asks for one here only if
+            # that has failed.
             bucket = None if kept else self._calls.bucket
             call = None
             try:
@@ -267,7 +268,8 @@ class Uploads:
                 if bucket is not None and await bucket.store(number, fd, at, size, lease):
                     return number
                 call = self._calls.deliver(metadata=metadata)
-                # Who writes while he is refused is not told why: the second time, ask first.
+                # If a call is refused while this side writes, the reason is lost. So the second try
+                # waits for permission first.
                 if not attempt or GO_ON_KEY in dict(await call.initial_metadata()):
                     await stream_file(fd, place.offset, place.size, call.write, self._calls.link)
                     await call.done_writing()
@@ -291,7 +293,7 @@ class Uploads:
         raise PayloadError(f"a result of {place.size} bytes could not be delivered: {why}")
 
     def deliver_kept(self, numbers: Sequence[int]) -> None:
-        """Send blobs that are kept here and that the client wants."""
+        """Send kept blobs that the client asks for."""
 
         async def send() -> None:
             for number in numbers:
@@ -300,13 +302,13 @@ class Uploads:
                     try:
                         place = self._blobs.place(number)
                         await self._deliver_one(kept.segment.fd, place, number=number)
-                    except PayloadError as exc:  # the client knows
+                    except PayloadError as exc:  # the client knows of it, too
                         self._say(f"a kept result was not delivered: {exc}")
 
         self._begin(send())
 
     def _upload_kept(self, number: int) -> None:
-        """Put into the bucket what is kept here: there it outlives this worker."""
+        """Upload a kept blob to the bucket, where it remains available when this worker ends."""
         bucket, kept = self._calls.bucket, self._blobs.kept(number)
         if bucket is None or kept is None or not bucket.takes(kept.size):
             return
@@ -318,14 +320,14 @@ class Uploads:
                 fd, offset = kept.segment.fd, kept.offset
                 await bucket.store(number, fd, offset, kept.size)
             except call_errors(OSError, asyncio.InvalidStateError):
-                pass  # it is here as before
+                pass  # the blob is still kept here
 
         task = asyncio.get_running_loop().create_task(upload())
         self._bucket_uploads[number] = task
         task.add_done_callback(lambda _: self._bucket_uploads.pop(number, None))
 
     def forget_blobs(self, numbers: Sequence[int]) -> None:
-        """The client needs blobs no more."""
+        """Drop blobs that the client does not need any more."""
         for number in numbers:
             uploading = self._bucket_uploads.get(number)
             if uploading is not None:
@@ -334,7 +336,7 @@ class Uploads:
         self.mind_memory()
 
     def taken(self, numbers: Sequence[int]) -> None:
-        """The client has taken parts of results, or needs no more of what is kept here."""
+        """Note that the client has taken parts of results, or does not need kept ones any more."""
         for number in numbers:
             blob = self._taken_here.pop(number, None)
             if blob is not None:
@@ -342,12 +344,12 @@ class Uploads:
         self._blobs.claimed(numbers)
 
     async def wait_for_deliveries(self) -> None:
-        """Wait until all results that are on their way have been sent."""
+        """Wait until all results that are being sent have been sent."""
         if self._deliveries:
             await asyncio.wait(set(self._deliveries))
 
     async def close(self) -> None:
-        """Give up what is on its way."""
+        """Cancel the results that are being sent."""
         background = [*self._bucket_uploads.values(), *self._deliveries]
         for task in background:
             task.cancel()

@@ -17,10 +17,10 @@ class WaitingTasks:
     """Tasks that wait for a slot, or for the blobs that they refer to.
 
     Args:
-        functions: That tasks name.
-        blobs: What tasks and callables refer to.
-        answers: Where tasks are handed back.
-        ready: Called when a task's blobs have come, and it waits for a slot.
+        functions: The callables that tasks name.
+        blobs: The blobs that tasks and callables refer to.
+        answers: Takes tasks that are handed back.
+        ready: Called when a task's blobs have arrived, so that it waits for a slot.
     """
 
     def __init__(
@@ -35,17 +35,17 @@ class WaitingTasks:
         self._answers = answers
         self._ready = ready
         self.queue: deque[WorkItem] = deque()
-        """In order; ``Dispatch`` takes from its head."""
+        """The tasks that wait for a slot, in order; ``Dispatch`` takes them from the head."""
         self.is_draining = False
-        """Whether whatever comes, or comes back from a slot, is handed back at once."""
-        self._parked: dict[int, WorkItem] = {}  # their blobs are on the way
+        """Whether tasks that arrive, or come back from a slot, are handed back at once."""
+        self._parked: dict[int, WorkItem] = {}  # by lease: tasks whose blobs are being fetched
 
     def __len__(self) -> int:
         return len(self.queue) + len(self._parked)
 
     def add(self, items: list[WorkItem]) -> None:
-        """Take tasks, in order; those whose blobs are still to come wait for these."""
-        if self.is_draining:  # they were sent before the client had heard of that
+        """Add tasks, in order; a task whose blobs are missing waits for them."""
+        if self.is_draining:  # the client sent them before it knew that this worker drains
             self._return(items)
             self._answers.wake()
             return
@@ -68,7 +68,7 @@ class WaitingTasks:
 
         def ready(error: BaseException | None) -> None:
             if self._parked.pop(item.lease, None) is None:
-                return  # it was taken back
+                return  # the task was taken back
             if error is None:
                 self.queue.append(item)
                 self._ready()
@@ -79,7 +79,7 @@ class WaitingTasks:
         self._blobs.when_ready(needs, ready)
 
     def _refuse(self, item: WorkItem, error: BaseException) -> None:
-        """Answer for a task whose blobs cannot be had."""
+        """Fail a task whose blobs cannot be fetched, or hand it back."""
         from cloudexec._errors import PayloadError
         from cloudexec._payload import dumps_exception
 
@@ -87,10 +87,10 @@ class WaitingTasks:
             payload = dumps_exception(error)
             self._answers.failure(Failure(item.lease, UNPICKLE_FAILED, payload))
         else:
-            self._answers.returned(item.lease)  # the connection failed: tried again
+            self._answers.returned(item.lease)  # the connection has failed: the client tries again
 
     def requeue(self, items: list[WorkItem]) -> None:
-        """Put items that never began back at the head of the queue, or hand them back."""
+        """Put tasks that never began back at the head of the queue, or hand them back."""
         back = []
         for item in items:
             if item.recalled or self.is_draining:
@@ -100,9 +100,9 @@ class WaitingTasks:
         self.queue.extendleft(reversed(back))
 
     def recall(self, leases: set[int]) -> set[int]:
-        """Hand back those of these that wait for a slot; return which these were.
+        """Hand back those of these tasks that wait for a slot, and return their leases.
 
-        Those that wait for blobs are forgotten without a word.
+        Tasks that wait for blobs are dropped without an answer.
         """
         for lease in leases:
             self._parked.pop(lease, None)
@@ -113,7 +113,7 @@ class WaitingTasks:
         return {item.lease for item in found}
 
     def drain(self) -> None:
-        """Hand back all, and whatever comes from now on."""
+        """Hand back all waiting tasks, and all that arrive from now on."""
         self.is_draining = True
         self._return([*self._parked.values(), *self.queue])
         self._parked.clear()
@@ -124,11 +124,11 @@ class WaitingTasks:
             self._answers.returned(item.lease)
 
     def leases(self) -> list[int]:
-        """Return the leases of all that wait."""
+        """Return the leases of all waiting tasks."""
         return [*self._parked, *(item.lease for item in self.queue)]
 
     def blobs(self) -> set[int]:
-        """Return the blobs that these refer to."""
+        """Return the blobs that waiting tasks refer to."""
         return {
             number for item in (*self._parked.values(), *self.queue) for number in item.blobs or ()
         }

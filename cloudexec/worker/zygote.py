@@ -1,13 +1,14 @@
-"""The zygote: forks slots in milliseconds, and tells how each one ended.
+"""The zygote: a process that forks slots in milliseconds, and reports how each one ended.
 
-It is forked from the supervisor before that starts a thread, so that forking from it is safe, and
-imports what the slots need, so that they start with that in place and share its memory. Supervisor
-and zygote talk over a socket pair in messages of one fixed size.
+It is forked from the supervisor before that starts a thread, so that forking from it is safe. It
+imports the modules that slots need, so that slots start quickly and share this memory. Supervisor
+and zygote exchange messages of a fixed size over a socket pair.
 
-What a task started goes with its slot: its process group is killed. What left that group, as
-daemons do, becomes a child of the zygote (on Linux), which knows it by the mark of its slot. The
-mark is a resource limit, because nothing else that is harmless survives both fork and exec: the
-soft ``RLIMIT_LOCKS``, which Linux has not enforced since 2.4.25 (getrlimit(2)).
+When a slot ends, the processes that its tasks have started are killed: its whole process group.
+Processes that have left the group, as daemons do, become children of the zygote (on Linux). The
+zygote recognises them by the mark of their slot. The mark is a resource limit, because nothing else
+that is harmless survives both fork and exec: the soft ``RLIMIT_LOCKS``, which Linux has not
+enforced since 2.4.25 (getrlimit(2)).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 MESSAGE = struct.Struct("<BxxxiiqI")
-"""Kind, pid, wait status, peak resident bytes, number of the slot."""
+"""A message: kind, pid, wait status, peak resident bytes, number of the slot."""
 
 FORK, KILL, STARTED, EXITED = 1, 2, 3, 4
 
@@ -44,10 +45,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 _RLIMIT_LOCKS = 10
 _MARK_SHIFT = 40
 ORPHAN_GRACE = 1.0
-"""Seconds that a process which left its group may outlive its slot: a worker that a task started
-clears up when it sees its client gone."""
+"""Seconds that a process which has left its group may outlive its slot. A worker that a task has
+started needs this time to clean up after it notices that its client is gone."""
 _CLEARING = 2.0
-"""Seconds that processes which were killed have to end."""
+"""Seconds that killed processes may take to end."""
 _AGAIN = (
     "import sys,json;t=json.loads(sys.argv[1]);sys.path[:]=t['bootstrap']['sys_path'];"
     "from cloudexec.worker.zygote import run_again;run_again(t)"
@@ -55,7 +56,7 @@ _AGAIN = (
 
 
 def _prctl(option: int, value: int) -> None:
-    """Set an attribute of this process (Linux; elsewhere nothing)."""
+    """Set an attribute of this process. It does nothing on systems other than Linux."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes
@@ -64,10 +65,12 @@ def _prctl(option: int, value: int) -> None:
 
 
 def end_with_parent(parent_pid: int, signum: int = signal.SIGKILL) -> None:
-    """Have a signal sent to this process when its parent ends; end it if that is so already.
+    """Let the system send this process a signal when its parent ends.
+
+    If the parent has ended already, this process ends at once.
 
     Args:
-        parent_pid: The parent.
+        parent_pid: The parent's process id.
         signum: The signal.
     """
     _prctl(_PR_SET_PDEATHSIG, signum)
@@ -76,12 +79,12 @@ def end_with_parent(parent_pid: int, signum: int = signal.SIGKILL) -> None:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants that lose theirs (Linux; elsewhere nothing)."""
+    """Become the parent of descendants whose parents end. It does nothing on other than Linux."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _own_children() -> list[int]:
-    """Return the processes whose parent this one is; none where the system does not tell."""
+    """Return the child processes of this process; empty if the system does not tell."""
     found: list[int] = []
     try:
         for thread in os.listdir("/proc/self/task"):
@@ -93,12 +96,12 @@ def _own_children() -> list[int]:
 
 
 def kill_children(*, grace: float = 0.0) -> None:
-    """Kill and reap all children, and what these leave to us, for as long as there are any.
+    """Kill and reap all children, and all processes that become children because of that.
 
-    Returns two seconds after the grace in any case: a process may hang in the kernel.
+    It returns at most two seconds after ``grace``, because a process may hang in the kernel.
 
     Args:
-        grace: Seconds in which they may end by themselves.
+        grace: Seconds in which the children may end by themselves.
     """
     began = time.monotonic()
     while _own_children() and (passed := time.monotonic() - began) < grace + _CLEARING:
@@ -119,19 +122,19 @@ def _mark(zygote_pid: int, number: int) -> int:
 
 
 class _Orphans:
-    """What tasks left behind outside their slot's process group, and when it is to be killed."""
+    """Processes that tasks left behind outside their slot's group, and when each is killed."""
 
     def __init__(self) -> None:
         self._due: dict[int, float] = {}
 
     def look(self, children: dict[int, int]) -> float | None:
-        """Kill those whose slot has been gone for long enough.
+        """Kill processes whose slot has been gone for ``ORPHAN_GRACE`` seconds.
 
         Args:
-            children: Slots that live: their numbers by process.
+            children: By process id: the numbers of living slots.
 
         Returns:
-            Seconds until the next look; ``None``: when a child has ended.
+            Seconds until the next look; ``None`` if none is needed before a child ends.
         """
         now = time.monotonic()
         living = {_mark(os.getpid(), number) for number in children.values()}
@@ -147,11 +150,11 @@ class _Orphans:
 
 
 def _outlived_slot(pid: int, living: Container[int]) -> bool:
-    """Whether a process comes from a slot of this zygote that is no more."""
+    """Say whether a process was started by a slot of this zygote that has ended."""
     try:
         mark = resource.prlimit(pid, _RLIMIT_LOCKS)[0]
     except (AttributeError, OSError, ValueError):
-        return False  # it has ended, or is another user's, or this is not Linux
+        return False  # the process has ended or is another user's, or the system is not Linux
     return mark >> _MARK_SHIFT == os.getpid() and mark not in living
 
 
@@ -175,16 +178,16 @@ def run_zygote(
     files: int | None = None,
     bootstrap: Mapping[str, Any] | None = None,
 ) -> None:
-    """Serve the supervisor until it is gone; then kill every slot and leave. Never returns.
+    """Serve the supervisor until it is gone, then kill all slots and exit. Never returns.
 
     Args:
-        connection: To the supervisor.
-        supervisor_pid: Which process that is.
-        files: How many files slots may have open; ``None``: as many as this process.
-        bootstrap: What the worker was told of the tasks to come: modules that they will import.
+        connection: The socket to the supervisor.
+        supervisor_pid: The supervisor's process id.
+        files: Number of files that slots may have open; ``None`` for as many as this process.
+        bootstrap: What the worker was told at its start, such as modules that tasks will import.
     """
-    # Not killed along with the supervisor: what tasks started would outlive both. The end of the
-    # connection says that it is gone; who was stopped goes on for that.
+    # The zygote must not be killed together with the supervisor, as processes of tasks would
+    # outlive both. It notices the end of the connection; SIGCONT wakes it if it was stopped.
     end_with_parent(supervisor_pid, signal.SIGCONT)
     adopt_orphans()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -195,7 +198,7 @@ def run_zygote(
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
 
-    # Every slot needs it: imported here, it costs a slot nothing.
+    # Every slot needs this module. It is imported here, so that importing costs the slots nothing.
     from cloudexec.worker import main_module  # noqa: F401
 
     if bootstrap is not None and ("own_modules" in bootstrap or bootstrap.get("preload")):
@@ -235,7 +238,7 @@ def run_zygote(
                 elif kind == KILL and pid in children:
                     _kill_slot(pid)
     except (ConnectionError, BrokenPipeError):
-        pass  # the supervisor is gone
+        pass  # the supervisor has ended
     finally:
         for pid in children:
             _kill_slot(pid)
@@ -250,7 +253,7 @@ def _start_over(
     bootstrap: Mapping[str, Any],
     refused: str,
 ) -> None:
-    """Become a zygote that is no copy of the client, or that has not imported a certain module.
+    """Replace this process by a zygote that is no copy of the client, or lacks a certain module.
 
     Args:
         refused: The module that has started threads, which would not survive a fork.
@@ -267,14 +270,14 @@ def _start_over(
     }
     os.set_inheritable(connection.fileno(), True)
     if "hash_seed" in bootstrap:
-        # A copy has that of the client. All fresh ones are to have the same.
+        # A copy has the client's hash seed. All fresh zygotes must have the same seed, too.
         os.environ["PYTHONHASHSEED"] = bootstrap["hash_seed"]
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     os.execv(sys.executable, [sys.executable, *flags, "-c", _AGAIN, json.dumps(told)])
 
 
 def run_again(told: Mapping[str, Any]) -> None:
-    """Go on as the zygote that a process was before it started over. Never returns."""
+    """Continue as a zygote after this process has replaced itself. Never returns."""
     if "hash_seed" in told["bootstrap"]:
         os.environ.pop("PYTHONHASHSEED", None)
     from cloudexec.worker import slot  # noqa: F401
@@ -294,8 +297,8 @@ def _reap(connection: socket.socket, children: dict[int, int]) -> None:
             return
         number = children.pop(pid, None)
         if number is None:
-            continue  # an orphan
-        # What the task started and left behind goes with its slot.
+            continue  # the process is no slot, but was left behind by a task
+        # Kill the processes that the slot's tasks have started.
         _kill_group(pid)
         unit = 1 if sys.platform == "darwin" else 1024
         _send(connection, EXITED, pid, status, usage.ru_maxrss * unit, number)
@@ -304,7 +307,7 @@ def _reap(connection: socket.socket, children: dict[int, int]) -> None:
 def _kill_slot(pid: int) -> None:
     _kill_group(pid)
     try:
-        os.kill(pid, signal.SIGKILL)  # it may not have made its group yet
+        os.kill(pid, signal.SIGKILL)  # the slot may not have made its process group yet
     except ProcessLookupError:
         pass
 
@@ -352,7 +355,7 @@ def _set_mark(mark: int) -> None:
         hard = resource.getrlimit(_RLIMIT_LOCKS)[1]
         resource.setrlimit(_RLIMIT_LOCKS, (mark, hard))
     except (OSError, ValueError):
-        pass  # somebody has set a limit: what leaves its group here goes with the zygote
+        pass  # a lower hard limit is set: processes that leave their group end with the zygote
 
 
 def _run_slot(tasks_fd: int, results_fd: int, page_fd: int, out_fd: int, err_fd: int) -> int:
@@ -375,12 +378,12 @@ def _run_slot(tasks_fd: int, results_fd: int, page_fd: int, out_fd: int, err_fd:
     try:
         slot.run()
     except EOFError:
-        return 0  # the supervisor is gone
+        return 0  # the supervisor has ended
     leave()
 
 
 def _prefer_for_oom() -> None:
-    """Let the kernel, when memory runs out, take a task before the supervisor."""
+    """Let the kernel kill a slot rather than the supervisor when memory runs out."""
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("500")

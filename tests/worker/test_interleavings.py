@@ -138,7 +138,7 @@ MISTAKES = {
     "the fence is read before the delivery is named": (
         "slot",
         """            cells[CURRENT] = delivery
-            if cells[FENCE] >= delivery:  # to be read after CURRENT has been written
+            if cells[FENCE] >= delivery:  # must be read after CURRENT has been written
 """,
         """            fence = cells[FENCE]
             cells[CURRENT] = delivery
@@ -175,7 +175,7 @@ MISTAKES = {
         "answers",
         """        for slot, _ in found:
             results = self._finished(slot)
-            self._read(slot, rest=True)  # first: what these tasks printed is there
+            self._read(slot, rest=True)  # first, as the output of these tasks is in the pipe
             self._take_finished(slot, results)
         return found
 """,
