@@ -1,18 +1,18 @@
-"""The decisions, without I/O.
+"""All decisions of an executor, without I/O.
 
 Nothing in this package has a clock, thread, socket or random number of its own: ``Machine.handle``
 takes an event and the time, and returns commands. Events say what happened (``events``), commands
-what to do (``commands``); both carry batches, because one object per task at each step would cost
-more than the task.
+say what to do (``commands``). Both carry batches, because one object per task at each step would
+cost more than the task.
 
-Each rule has one place, and each piece of state one owner. Modules call only those before them:
+Each rule has one place, and each piece of state one owner. A module calls only those before it:
 
-- ``queue``: the open tasks, which queue they wait in, and their states, which only it changes;
-- ``workers``, ``quarantine``, ``pool``: what a worker has, which workers are reserved for tasks
-  that may have killed another, and who is there or about to come;
+- ``queue``: the open tasks, the queues that they wait in, and their states, which only it changes;
+- ``workers``, ``quarantine``, ``pool``: the tasks and resources of a worker, the workers that are
+  reserved for tasks which may have killed a worker, and all workers and launches;
 - ``dispatch``: which task goes to which worker;
 - ``losses``: what happens when an attempt, a worker or a launch is lost;
-- ``answers``: what workers say of tasks otherwise;
-- ``scaling``, ``closing``: how many workers are launched and retired, and how all of it ends;
-- ``machine``: who takes in which event, and what is looked at when a deadline passes.
+- ``answers``: all other reports of workers about tasks;
+- ``scaling``, ``closing``: how many workers are launched and retired, and how an executor ends;
+- ``machine``: which module handles which event, and what is checked when a deadline passes.
 """

@@ -1,8 +1,8 @@
-"""What workers answer: that tasks have begun, have results, come back, or were theirs already.
+"""Handles the workers' reports that tasks have begun, have results, come back, or were taken over.
 
-A lease is a worker's right to a task. Whatever comes under a lease that the worker does not have
-(any more) is a duplicate: it is counted, and changes nothing. Attempts that failed are dealt with
-in ``losses``.
+A lease is a worker's right to run a task. A report about a lease that the worker does not hold, or
+not any more, is a duplicate: it is counted, and changes nothing. ``losses`` handles failed
+attempts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SENT, _BLOCKED, _DONE = TaskState.SENT, TaskState.BLOCKED, TaskState.DONE
 
 
 class Answers:
-    """Takes in what workers say of tasks."""
+    """Handles the workers' reports about tasks."""
 
     def __init__(self, queues: Queues, pool: Pool, losses: Losses, decisions: Decisions) -> None:
         self._queues = queues
@@ -94,7 +94,9 @@ class Answers:
         self._pool.settle(worker, now)
 
     def on_taken_over(self, event: events.TasksTakenOver, now: float) -> None:
-        """Have tasks, blocked until now, be those that a worker has; or have them wait, if not."""
+        """Assign blocked tasks to the worker that has them already; queue those that it may not
+        have.
+        """
         queues = self._queues
         worker = self._pool.workers.get(event.worker)
         running: list[Task] = []
@@ -121,7 +123,7 @@ class Answers:
         queues.unblock(lost)
 
     def _has_place(self, worker: Worker, request: ResourceRequest) -> bool:
-        """Say whether a worker may have such a task by what is known here, also of its size."""
+        """Say whether a worker is large enough for a task, by its request and its size."""
         room = worker.allocation.room_left(self._queues.request_of)
         return (
             worker.free > 0

@@ -1,9 +1,9 @@
-"""How an executor ends: first its tasks, then its workers, then it is finished.
+"""Ends an executor: first its tasks end, then its workers, then it is finished.
 
-After ``ShutdownRequested`` no more tasks come. Once none is open, or nobody waits for them, whoever
-is there is told to end: launches are withdrawn, workers drain, and those that are cut off are given
-up. How long a worker may take is limited in ``losses``. With the last worker gone, ``Finish`` is
-said, once.
+After ``ShutdownRequested`` no more tasks come. Once no task is open, or the open ones are to be
+dropped, all workers are told to end: launches are withdrawn, workers drain, and workers that are
+cut off are given up. ``losses`` limits how long a worker may take. When the last worker is gone,
+the command ``Finish`` is given, once.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cloudexec._core.tasks import Task, TaskState
 __all__ = ["Closing"]
 
 _ANSWERS = 1.0
-"""Seconds that workers have to say which tasks they have not begun."""
+"""Seconds that workers may take to hand back tasks that they have not begun."""
 
 
 class Closing:
     """Ends an executor.
 
     Attributes:
-        finished: Whether the end was said.
+        finished: Whether ``Finish`` has been given.
     """
 
     def __init__(self, queues: Queues, pool: Pool, losses: Losses, decisions: Decisions) -> None:
@@ -41,16 +41,16 @@ class Closing:
 
     @property
     def is_asking(self) -> bool:
-        """Whether workers are to say which tasks they have not begun, so that nothing is sent."""
+        """Whether workers have been asked to hand back unbegun tasks, so that none is sent now."""
         return bool(self._asked)
 
     @property
     def is_due(self) -> bool:
-        """Whether, once it has been asked for, nothing keeps workers from ending."""
+        """Whether shutdown was requested, and no task keeps workers from ending."""
         return self._queues.killing or not self._queues.has_work
 
     def look_again(self) -> None:
-        """Take in that somebody may have to be told to end although nobody is active."""
+        """Note that workers must be checked again, although none of them is active."""
         self._to_look = True
 
     def on_shutdown(self, event: events.ShutdownRequested, now: float) -> None:
@@ -67,9 +67,9 @@ class Closing:
             for lease, task in worker.leases.items():
                 if event.kill:
                     if task.state is not TaskState.DONE:
-                        dropped.append(task)  # the workers end anyway
+                        dropped.append(task)  # the workers are ended anyway
                 elif task.state is TaskState.SENT:
-                    # It may have begun. Only if its worker hands it back, it is cancelled.
+                    # The task may have begun. It is cancelled only if its worker hands it back.
                     self._asked[task] = None
                     recalls.setdefault(worker.id, []).append(lease)
         self._cancel(dropped)
@@ -80,9 +80,9 @@ class Closing:
             self._remind(self._answers_due)
 
     def cancel_returned(self, now: float) -> None:
-        """Cancel what workers have handed back, and in the end what silent workers have.
+        """Cancel tasks that workers have handed back and, after a while, those of silent workers.
 
-        A worker that has said something since and has not handed a task back has begun it.
+        A worker that has answered since, and has not handed a task back, has begun that task.
         """
         is_late = now >= self._answers_due
         dropped = []
@@ -110,8 +110,8 @@ class Closing:
             self._do(commands.CancelTasks(tasks))
 
     def wind_down(self, now: float) -> None:
-        """Stop whatever still runs; once it is all gone, finish."""
-        # Events come from each worker: of thousands, not all are looked at for each of them.
+        """End all launches and workers; when all are gone, finish."""
+        # Each worker causes events, so not all of thousands of workers are checked each time.
         if self._to_look or self._pool.active_slots:
             self._to_look = False
             self._stop_all(now)
@@ -126,14 +126,15 @@ class Closing:
         for worker in list(pool.workers.values()):
             if worker.cut_at is not None:
                 pool.drain(worker)
-                self._losses.give_up(worker, now)  # nothing that it has is of use any more
+                self._losses.give_up(worker, now)  # its results are not needed any more
             elif killing:
-                # Also one that drains and has nothing left: it may never end by itself.
+                # Also a worker that drains and has no task left, as it may never end by itself.
                 pool.drain(worker)
                 self._do(commands.TerminateWorker(worker.id))
             else:
                 pool.retire(worker)
-            self._remind(now)  # how long it takes to end is limited
+            self._remind(now)  # so that ``losses`` can limit how long the worker takes to end
             if worker.leases and not killing:
-                # Cancelled, all of them; some may have begun, and would be waited for.
+                # All these tasks are cancelled. Those that have begun are killed, as the worker
+                # would finish them otherwise.
                 self._do(commands.KillTasks(worker.id, list(worker.leases)))

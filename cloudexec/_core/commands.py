@@ -1,4 +1,4 @@
-"""What to do: the machine's answers."""
+"""Commands: the machine's answers, which say what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cloudexec._core.tasks import Task
 
 
 class Command:
-    """Something to do; its subclasses are all there are."""
+    """The base of all commands."""
 
     __slots__ = ()
 
@@ -26,7 +26,7 @@ class SendTasks(Command):
 
 @record
 class MarkRunning(Command):
-    """These tasks run now: their futures can no longer be cancelled."""
+    """Mark the futures of tasks that run now, so that they cannot be cancelled any more."""
 
     tasks: Sequence[Task]
 
@@ -52,7 +52,7 @@ class FailTask(Command):
 
 @record
 class JudgeFailure(Command):
-    """Find out whether a task that failed like this is to be run again; ``FailureJudged`` says."""
+    """Ask ``retry_on`` whether a failed task runs again; ``FailureJudged`` brings the answer."""
 
     worker: str
     task: Task
@@ -61,7 +61,7 @@ class JudgeFailure(Command):
 
 @record
 class FailTasksUnlaunched(Command):
-    """Fail tasks because no worker can be had."""
+    """Fail tasks because no worker can be started for them."""
 
     tasks: Sequence[Task]
     reason: str
@@ -92,7 +92,7 @@ class KillTasks(Command):
 
 @record
 class LaunchWorker(Command):
-    """Ask the launcher for a worker of a size; those of one answer go in one request."""
+    """Ask the launcher for a worker of a size; the commands of one answer form one request."""
 
     launch: str
     slots: int
@@ -101,14 +101,14 @@ class LaunchWorker(Command):
 
 @record
 class TerminateLaunch(Command):
-    """Stop a launch that has not dialed back."""
+    """Stop a launch whose worker has not connected."""
 
     launch: str
 
 
 @record
 class DrainWorker(Command):
-    """Have a worker finish what it has and end."""
+    """Have a worker finish its tasks and end."""
 
     worker: str
 

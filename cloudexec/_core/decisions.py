@@ -1,7 +1,7 @@
-"""What an event leads to: the commands that answer it, and when to look again.
+"""The results of handling an event: the commands that answer it, and the next deadline.
 
-Each component adds to these. Only the machine takes them out, so nothing is decided by what was
-decided before.
+Each component adds to these. Only the machine reads them, so that no decision depends on an earlier
+one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ __all__ = ["Decisions"]
 
 
 class Decisions:
-    """What the components have decided.
+    """The decisions of the components.
 
     Attributes:
-        commands: The answer to the event at hand; always the same list.
-        counts: What has happened so far, and how often.
-        deadline: When to send ``DeadlinePassed`` at the latest; ``None``: not needed.
-        not_before: No deadline is earlier than this.
+        commands: The commands that answer the present event; always the same list.
+        counts: How often each kind of event has happened so far, for statistics.
+        deadline: The latest time for ``DeadlinePassed``; ``None`` if it is not needed.
+        not_before: The earliest time of a deadline.
     """
 
     __slots__ = ("commands", "counts", "deadline", "not_before")
@@ -32,13 +32,13 @@ class Decisions:
         self.not_before = 0.0
 
     def take(self) -> list[Command]:
-        """Hand over the commands: they hold results, which are not ours to keep alive."""
+        """Return the commands and clear the list, as commands would keep results alive."""
         taken = self.commands[:]
         self.commands.clear()
         return taken
 
     def remind(self, at: float) -> None:
-        """Have everything looked at again at this time, or before."""
+        """Set a deadline, unless there is an earlier one."""
         if at < self.not_before:
             at = self.not_before
         if self.deadline is None or at < self.deadline:

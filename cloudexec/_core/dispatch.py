@@ -1,14 +1,14 @@
-"""Which task goes to which worker, and when.
+"""Decides which task goes to which worker, and when.
 
-After each event, workers that may have room are gone through, longest waiting first, and take from
-the queues. A free slot always gets a task; beyond that, short tasks are sent ahead of need. There
-are three exceptions to first come, first served. A task that asks for more than one slot's share
-waits until a worker has that much room, which nothing behind it may take meanwhile. A task goes
-where its inputs are, if there is a free slot. And suspects of a worker's death go to workers that
-have nothing else, see ``quarantine``.
+After each event, the workers that may have room are visited, and take tasks from the queues. A free
+slot always gets a task. Beyond that, short tasks are sent ahead, before a slot is free for them.
+Tasks are served in the order of submission, with three exceptions. A task that asks for more than
+one slot's share waits until a worker has that much room, and no task behind it may take that room
+meanwhile. A task goes to a worker that has its inputs, if that has a free slot. And suspects (tasks
+that may have killed a worker) go to workers without other tasks; see ``quarantine``.
 
-Nothing here is looked at for each task in the usual case, where all tasks are plain and workers
-have no more than their share: ``take_tasks`` moves them by the thousand.
+In the usual case all tasks are plain, that is, they ask for one slot. Then no task is examined
+singly: ``take_tasks`` moves them by the thousand.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ __all__ = ["Dispatch", "best_holder"]
 _WAITING, _DONE = TaskState.WAITING, TaskState.DONE
 
 _SPARE = 16
-"""Available workers that are listed beyond as many as tasks wait: a few turn out to be full."""
+"""Number of available workers that are listed in addition to one for each waiting task, as a few
+turn out to be full."""
 _CANCEL_PAUSE = 0.05
-"""Seconds after a cancellation in which a worker gets nothing ahead of need."""
+"""Seconds after a cancellation in which no task is sent ahead to a worker."""
 _WINDOW = 64
-"""Tasks, beyond those that free slots are there for, among which a worker finds those whose inputs
-it has."""
+"""Number of tasks, in addition to one for each free slot, among which a worker looks for tasks
+whose inputs it has."""
 _OVERTAKEN = 64
-"""Tasks that may go before the first in a queue because their inputs are where there is room."""
+"""Number of tasks that may overtake the first task of a queue because of their inputs."""
 
 
 class Dispatch:
@@ -61,10 +62,10 @@ class Dispatch:
         self._quarantine = quarantine
         self._do = decisions.commands.append
         self._remind = decisions.remind
-        self._passed: tuple[int, int] = (0, 0)  # who was overtaken last, and how often
+        self._passed: tuple[int, int] = (0, 0)  # the task that was overtaken last, and how often
 
     def assign(self, now: float) -> None:
-        """Send waiting tasks to whoever has room for them."""
+        """Send waiting tasks to workers that have room."""
         queues, pool = self._queues, self._pool
         if queues.suspects or self._quarantine.reserved:
             self._assign_suspects(now)
@@ -92,21 +93,21 @@ class Dispatch:
                 queues.send(tasks, begun)
                 self._send(name, tasks, tasks[:begun] if begun else ())
             if len(tasks) < share and queues.waiting and worker.leases:
-                # It took less than it might have: it is full until it answers.
+                # The worker took fewer tasks than offered, so it is full until it answers.
                 pool.pass_by(worker)
         if near and queues.waiting:
-            self._assign_near(now)  # whoever was idle has work now
+            self._assign_near(now)  # once more, as idle workers have tasks now
         if not simple:
             for name in list(pool.available):
                 worker = pool.workers[name]
                 saving_for = worker.allocation.saving_for
                 if saving_for is not None and saving_for.head() is None:
-                    # Somebody else has taken what it saved room for.
+                    # Another worker has taken the task that this one saved room for.
                     worker.allocation.saving_for = None
                     self._serve(worker, self._limit(worker, worker.slots), now)
 
     def _in_turn(self) -> Iterable[str]:
-        """Go through the available workers: of thousands, no more are listed than may be needed."""
+        """Yield the available workers, but list no more of thousands than may be needed."""
         most = self._queues.waiting + _SPARE
         if len(self._pool.available) <= most:
             return list(self._pool.available)
@@ -114,12 +115,12 @@ class Dispatch:
         return itertools.chain(some, self._not_among(some))
 
     def _not_among(self, some: list[str]) -> Iterator[str]:
-        """Go through the available workers that are not among these, if that is asked for."""
+        """Yield the available workers that are not in the list, as far as they are asked for."""
         before = set(some)
         yield from [name for name in self._pool.available if name not in before]
 
     def _limit(self, worker: Worker, share: int) -> int:
-        """Return how many more tasks a worker may be given, of so many."""
+        """Return how many more tasks a worker may be given, at most ``share``."""
         if self._most is None:
             return share
         return min(share, self._most - worker.completed - len(worker.leases))
@@ -133,11 +134,11 @@ class Dispatch:
     # Several queues, and tasks that ask for more than a slot's share.
 
     def _serve(self, worker: Worker, share: int, now: float) -> None:
-        """Send a worker what it has room for, from one queue or several.
+        """Send a worker as many tasks as it has room for, from one queue or several.
 
-        A queue whose first task does not fit yet is not passed by: the worker takes nothing from
-        those behind it, until it does. Or small tasks would fill every gap, and a large one would
-        wait for as long as there are any. One worker saves room for each task that waits like that.
+        If the first task of a queue does not fit yet, the worker takes no task from later queues
+        until it fits. Otherwise small tasks would fill every gap, and a large task would wait as
+        long as there are small ones. Each task that waits like this has one worker that saves room.
         """
         queues, allocation = self._queues, worker.allocation
         taken: list[Task] = []
@@ -153,7 +154,7 @@ class Dispatch:
             if share <= 0:
                 break
             if queue.apart and (len(allocation.workers) == 1 or self._has_room(worker, queue)):
-                continue  # it is for ``_assign_suspects`` to say who is to have it
+                continue  # ``_assign_suspects`` sends these tasks
             if allocation.needs_only_a_slot(queue.request):
                 ahead = share
                 if queue in queues.with_inputs:
@@ -185,12 +186,12 @@ class Dispatch:
             self._pool.pass_by(worker)
 
     def _savers(self, queue: TaskQueue) -> int:
-        """How many workers, or machines, take nothing until a task of this queue fits."""
+        """Return how many workers, or machines, save room for a task of this queue."""
         allocations = {id(w.allocation): w.allocation for w in self._pool.workers.values()}
         return sum(allocation.saving_for is queue for allocation in allocations.values())
 
     def _has_room(self, worker: Worker, queue: TaskQueue) -> bool:
-        """Say whether a task of a queue fits beside all that is on this machine or worker."""
+        """Say whether a task of a queue fits on a worker or machine beside its other tasks."""
         allocation, request = worker.allocation, queue.request
         if allocation.needs_only_a_slot(request):
             return True
@@ -202,22 +203,22 @@ class Dispatch:
     # Suspects.
 
     def _assign_suspects(self, now: float) -> None:
-        """Send suspects to workers of their own; reserve workers for those that wait.
+        """Send suspects to workers without other tasks, and reserve workers for waiting suspects.
 
-        A worker without tasks may have a suspect at once. If there are too few of these, some of
-        those that have tasks are reserved: they get no more, hand back what they have not begun,
-        and so become empty. Workers that are about to come count for that: they are empty anyway.
+        A worker without tasks may get a suspect at once. If there are too few such workers, some
+        with tasks are reserved: they get no more tasks, hand back those that they have not begun,
+        and so become empty. Workers that are being launched count as empty, too.
         """
         queues, pool, quarantine = self._queues, self._pool, self._quarantine
         waiting = [q for q in queues.by_key.values() if q.apart and q.head() is not None]
         waiting.sort(key=lambda queue: (-queue.priority, queue.tasks[0].number))
         room = 0
-        if waiting:  # else nobody has to be looked at but those that are reserved
+        if waiting:  # without waiting suspects, only reserved workers need be checked
             for name, hosts in quarantine.reserved.items():
                 if hosts:
                     self._top_up(pool.workers[name], now)
             room = quarantine.room(pool.workers.values(), shared=queues.others_wait())
-        wanting: list[TaskQueue] = []  # one entry for each worker that is to be emptied
+        wanting: list[TaskQueue] = []  # one entry for each worker that must be emptied
         for queue in waiting:
             while room > 0 and (task := queue.head()) is not None:
                 able = [pool.workers[name] for name in pool.available]
@@ -247,7 +248,7 @@ class Dispatch:
                 self._do(commands.RecallTasks(chosen.id, sent))
 
     def _may_host(self, worker: Worker, queue: TaskQueue) -> bool:
-        """Say whether a worker may be given a suspect now, to have it alone."""
+        """Say whether a worker may get a suspect now, without other tasks beside it."""
         return (
             not worker.leases
             and self._limit(worker, 1) > 0
@@ -257,7 +258,7 @@ class Dispatch:
         )
 
     def _outranked(self, worker: Worker, queue: TaskQueue) -> bool:
-        """Say whether a worker could serve others that wait, and that go before this queue."""
+        """Say whether a worker could serve waiting tasks of a queue that comes before this one."""
         return any(
             each.priority > queue.priority
             and each.head() is not None
@@ -266,7 +267,7 @@ class Dispatch:
         )
 
     def _send_apart(self, queue: TaskQueue, worker: Worker, now: float) -> None:
-        """Send the first tasks of a queue to a worker that has none but their like."""
+        """Send the first tasks of a queue to a worker that has only suspects of the same group."""
         leases, request = self._pool.leases, queue.request
         size = self._limit(worker, self._quarantine.group(queue, worker.leases.values()))
         if worker.allocation.needs_only_a_slot(request):
@@ -282,7 +283,7 @@ class Dispatch:
         self._send(worker.id, tasks, tasks[:begun])
 
     def _top_up(self, worker: Worker, now: float) -> None:
-        """Send a worker that has a group of suspects more of their like, as room comes."""
+        """Send further suspects of its group to a worker, as it gets room."""
         if not worker.takes_tasks:
             return
         some = next((task for task in worker.leases.values() if task.state is not _DONE), None)
@@ -297,12 +298,13 @@ class Dispatch:
     def _assign_near(self, now: float) -> bool:
         """Send tasks to workers that have their inputs.
 
-        Only where there is a free slot: a task whose holder is full goes to whoever is idle, at
-        once, because moving the bytes begins then, and nobody knows how long the holder takes. Only
-        when no slot is free anywhere are tasks sent ahead, to their holders.
+        This needs a free slot: if the worker with the inputs is full, the task goes to an idle one
+        at once, because it is not known how long the full one takes, and the bytes can be moved
+        meanwhile. Only if no slot is free anywhere are tasks sent ahead to the workers with their
+        inputs.
 
         Returns:
-            Whether there are tasks left that would rather go elsewhere than just anywhere.
+            Whether tasks are left that prefer certain workers.
         """
         left = False
         for queue in list(self._queues.with_inputs):
@@ -354,7 +356,7 @@ class Dispatch:
         return picky and any(task.inputs for task in window)
 
     def _takes_freely(self, worker: Worker, queue: TaskQueue) -> bool:
-        """Say whether a task of this queue may have any free slot of a worker."""
+        """Say whether a task of this queue may use any free slot of a worker."""
         allocation, request = worker.allocation, queue.request
         return (
             self._limit(worker, 1) > 0
@@ -364,7 +366,7 @@ class Dispatch:
         )
 
     def _takes_ahead(self, worker: Worker, task: Task) -> bool:
-        """Say whether a worker may have a task before it has a free slot for it; as elsewhere."""
+        """Say whether a task may be sent ahead to a worker, before that has a free slot."""
         sending, slots, stats = self._sending, worker.slots, task.stats
         most = min(sending.max_lookahead * slots, slots + 2 * stats.samples)
         return (
@@ -376,8 +378,8 @@ class Dispatch:
     # Tasks that were sent ahead come back.
 
     def on_recalled(self, event: events.TasksRecalled, now: float) -> None:
-        # Whoever cancels one task often cancels more: all that were sent ahead come back, and for
-        # a moment none is sent ahead, so that the others can be cancelled here.
+        # A user who cancels one task often cancels more. So all tasks that were sent ahead come
+        # back, and none is sent ahead for a moment, so that the others can be cancelled here.
         sent = [task for task in event.tasks if task.state is TaskState.SENT]
         for name in dict.fromkeys(task.worker for task in sent):
             worker = self._pool.workers.get(name or "")
@@ -389,7 +391,7 @@ class Dispatch:
             self._remind(worker.paused_until)
 
     def end_pause(self, worker: Worker, now: float) -> None:
-        """Send a worker tasks ahead of need again, some time after a cancellation."""
+        """Send tasks ahead to a worker again, some time after a cancellation."""
         if not worker.paused_until:
             return
         if now < worker.paused_until:
@@ -400,7 +402,7 @@ class Dispatch:
             self._pool.welcome(worker)
 
     def rebalance(self, now: float) -> None:
-        """Recall what waits on one worker while another has a free slot."""
+        """Recall tasks that wait on one worker while another has a free slot."""
         workers = self._pool.workers
         if len(workers) < 2 or (self._queues.waiting and self._queues.others_wait()):
             return
@@ -422,11 +424,11 @@ class Dispatch:
 
 
 def in_order(queues: Iterable[TaskQueue], worker: Worker) -> list[TaskQueue]:
-    """Return the queues that a worker may serve, in the order in which it should.
+    """Return the queues that a worker may serve, in the order in which it should serve them.
 
-    Higher priorities first; then what this size of worker was launched for, so that larger ones
-    serve small tasks only when they have nothing else to do; then the largest size; then who came
-    first.
+    Queues with a higher priority come first; then queues for which this size of worker was
+    launched, so that large workers serve small tasks only if they have no others; then larger
+    sizes; then queues whose first task was submitted earlier.
     """
     found = []
     capacity, size = worker.allocation.capacity, worker.size
@@ -442,14 +444,13 @@ def in_order(queues: Iterable[TaskQueue], worker: Worker) -> list[TaskQueue]:
 
 
 def best_holder(inputs: Iterable[Input], workers: Iterable[Worker]) -> Worker | None:
-    """Return the worker that has most of a task's inputs; ``None`` if none of them has any.
+    """Return the worker that has most bytes of a task's inputs; ``None`` if no worker has any.
 
-    Among equals the one with the least to do. The size of the machine does not matter: only those
-    that hold something are looked at.
+    Among equals, the worker with the fewest tasks is returned.
 
     Args:
-        inputs: Of the task.
-        workers: Those that may have it, in the order in which equals are preferred.
+        inputs: The task's inputs.
+        workers: The workers that may run the task, in the order in which equals are preferred.
     """
     held: dict[str, int] = {}
     for each in inputs:
@@ -465,17 +466,17 @@ def best_holder(inputs: Iterable[Input], workers: Iterable[Worker]) -> Worker | 
 def take_fitting(
     queue: TaskQueue, worker: Worker, leases: Iterator[int], share: int, room: Resources
 ) -> tuple[list[Task], Resources]:
-    """Move tasks from the head of a queue to free slots of a worker, as many as fit; none ahead.
+    """Move tasks from the head of a queue to free slots of a worker, and send none ahead.
 
     Args:
-        queue: Whose tasks.
-        worker: Who has free slots.
-        leases: Where new lease numbers come from.
-        share: Most tasks to take.
-        room: What its allocation has left.
+        queue: The queue.
+        worker: The worker.
+        leases: Numbers for new leases.
+        share: The largest number of tasks to take.
+        room: The resources that the worker has left.
 
     Returns:
-        The tasks, which begin at once, and what is left then.
+        The tasks, which begin at once, and the resources that are left then.
     """
     taken: list[Task] = []
     request, allocation = queue.request, worker.allocation
@@ -505,16 +506,17 @@ def take_tasks(
     """Move tasks from the head of a queue to a worker.
 
     A free slot always gets a task. Beyond that, tasks are sent ahead only while the estimated work
-    on the worker stays below ``policy.lookahead`` seconds per slot; a function of which nothing is
-    known counts as long, and look-ahead doubles with what is known. So no-ops travel by the
-    thousand, and a task longer than the look-ahead leaves when a slot is free, not before.
+    on the worker stays below ``policy.lookahead`` seconds per slot. A function without finished
+    tasks counts as long, and the number of tasks that are sent ahead grows with the number of tasks
+    that have finished. So very short tasks are sent by the thousand, and a task that is longer than
+    the look-ahead is sent only when a slot is free.
 
     Args:
-        queue: Waiting tasks; those cancelled meanwhile are dropped here.
-        worker: Who has room.
-        policy: How far ahead.
-        leases: Where new lease numbers come from.
-        share: Most tasks to take, so that others get theirs.
+        queue: The waiting tasks; cancelled ones are dropped here.
+        worker: The worker.
+        policy: The settings of the look-ahead.
+        leases: Numbers for new leases.
+        share: The largest number of tasks to take, so that other workers get theirs.
         now: The time, in seconds.
 
     Returns:
@@ -530,7 +532,7 @@ def take_tasks(
     if now < worker.paused_until:
         cap = slots
     if in_flight >= slots and (2 * load > budget or 2 * in_flight > cap):
-        # Well supplied. Topping up for each result that comes would make messages of a few tasks.
+        # The worker has enough tasks. Adding some for each result would make many small messages.
         return [], 0
     free = max(0, slots - in_flight)
     name = worker.id

@@ -1,4 +1,4 @@
-"""What happened: nothing else moves the machine."""
+"""Events, which say what happened. Only an event changes the machine's state."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cloudexec._core.tasks import Task
 
 
 class Event:
-    """Something that happened; its subclasses are all there are."""
+    """The base of all events."""
 
     __slots__ = ()
 
 
 class FailureKind(enum.Enum):
-    """Why an attempt brought no result."""
+    """Why an attempt had no result."""
 
     RAISED = "raised"
     UNPICKLE_FAILED = "unpickle failed"
@@ -28,11 +28,11 @@ class FailureKind(enum.Enum):
     KILLED = "killed"
     WORKER_LOST = "worker lost"
     RECLAIMED = "reclaimed"
-    """The platform wanted the worker back, and the task did not finish in the time it gave."""
+    """The platform took the worker back before the task had finished."""
     OUTGREW = "outgrew"
-    """It took more memory than it had asked for."""
+    """The task took more memory than it had asked for."""
     INPUT_LOST = "input lost"
-    """What it takes is not where it could be had: it waits for ``InputsRestored``."""
+    """An input of the task cannot be read by its worker: the task waits for ``InputsRestored``."""
 
 
 @record
@@ -42,9 +42,9 @@ class Failure:
     Attributes:
         kind: Why there is no result.
         detail: The server's evidence.
-        out_of_memory: Whether memory was what it died of.
-        suspects: Of a lost worker, tasks that may have been the cause, this one among them; 0: not
-            known, or none of them was.
+        out_of_memory: Whether the attempt ended because memory ran out.
+        suspects: If a worker was lost: the number of tasks that may have been the cause, including
+            this one; 0 if it is not known, or no task was.
     """
 
     kind: FailureKind
@@ -55,7 +55,7 @@ class Failure:
 
 @record
 class FailureJudged(Event):
-    """Somebody looked at what a task raised, and says whether it is worth another attempt."""
+    """``retry_on`` has decided whether a task that raised an exception is tried again."""
 
     worker: str
     task: Task
@@ -65,35 +65,35 @@ class FailureJudged(Event):
 
 @record
 class InputsRestored(Event):
-    """What tasks take that had none of it is there again."""
+    """The lost inputs of these tasks are available again."""
 
     tasks: Sequence[Task]
 
 
 @record
 class TasksSubmitted(Event):
-    """Somebody submitted tasks."""
+    """The user has submitted tasks."""
 
     tasks: Sequence[Task]
 
 
 @record
 class TasksBlocked(Event):
-    """Somebody submitted tasks that depend on what is not there yet."""
+    """The user has submitted tasks that depend on futures which are not done."""
 
     tasks: Sequence[Task]
 
 
 @record
 class TasksReleased(Event):
-    """What blocked tasks depend on is there: they wait for workers from now on."""
+    """The futures that blocked tasks depend on are done: the tasks wait for workers now."""
 
     tasks: Sequence[Task]
 
 
 @record
 class TasksDropped(Event):
-    """What blocked tasks depend on will never be there: they have failed."""
+    """Blocked tasks have failed, because a future that they depend on has failed."""
 
     tasks: Sequence[Task]
 
@@ -109,7 +109,7 @@ class TasksTakenOver(Event):
 
 @record
 class TasksCancelled(Event):
-    """Somebody cancelled tasks; with ``kill``, although they run."""
+    """The user has cancelled tasks; with ``kill``, even if they run."""
 
     tasks: Sequence[Task]
     kill: bool = False
@@ -117,18 +117,18 @@ class TasksCancelled(Event):
 
 @record
 class TasksRecalled(Event):
-    """Somebody wants to cancel tasks that were sent ahead, and to know whether they had begun."""
+    """The user wants to cancel tasks that were sent ahead, if they have not begun."""
 
     tasks: Sequence[Task]
 
 
 @record
 class WorkerConnected(Event):
-    """A worker dialed back and proved who it is.
+    """A worker has connected and proved who it is.
 
     Attributes:
-        taken_over: It had another client before: it gets nothing until it has said what it holds
-            (``TasksTakenOver``) and that this is all (``WorkerBack``).
+        taken_over: Whether it had another client before. It then gets no tasks until it has
+            reported those that it holds (``TasksTakenOver``) and the end of these (``WorkerBack``).
     """
 
     worker: str
@@ -139,35 +139,35 @@ class WorkerConnected(Event):
 
 @record
 class WorkerCut(Event):
-    """A worker's connection is gone; the worker may live, work on, and come back."""
+    """A worker's connection was cut; the worker may live, work on, and connect again."""
 
     worker: str
 
 
 @record
 class WorkerBack(Event):
-    """A worker whose connection was cut has another, and goes on as before."""
+    """A worker whose connection was cut has connected again, and goes on as before."""
 
     worker: str
 
 
 @record
 class WorkerHeard(Event):
-    """A worker gave a sign of life."""
+    """A worker has sent a message."""
 
     worker: str
 
 
 @record
 class WorkerReady(Event):
-    """A worker has a slot that can run tasks; before this it began none."""
+    """A worker has a slot that can run tasks. It has begun none before."""
 
     worker: str
 
 
 @record
 class WorkerDraining(Event):
-    """A worker will take nothing new (it was told to stop by its platform)."""
+    """A worker accepts no more tasks, because its platform told it to stop."""
 
     worker: str
 
@@ -178,9 +178,9 @@ class WorkerLost(Event):
 
     Attributes:
         detail: The server's evidence.
-        reclaimed: Its platform took it back: no fault of any task.
-        out_of_memory: It was killed as a whole for want of memory.
-        relaunched: Its platform starts it again, under the same launch.
+        reclaimed: Whether its platform took it back, so that no task is to blame.
+        out_of_memory: Whether the whole worker was killed for lack of memory.
+        relaunched: Whether its platform starts it again, under the same launch.
     """
 
     worker: str
@@ -210,7 +210,7 @@ class FailuresReceived(Event):
 
 @record
 class TasksStarted(Event):
-    """Leases that now run in a slot."""
+    """Tasks now run in slots of a worker."""
 
     worker: str
     leases: Sequence[int]
@@ -218,12 +218,13 @@ class TasksStarted(Event):
 
 @record
 class LeasesReturned(Event):
-    """Leases that the worker hands back unstarted.
+    """A worker hands tasks back that it has not begun.
 
     Attributes:
-        worker: Which.
-        leases: Of tasks that it had.
-        heard: Whether it said so itself: False for what was not sent to it after all.
+        worker: The worker.
+        leases: The leases of the tasks.
+        heard: Whether the worker itself reported it. It is false for tasks that were not sent to it
+            after all.
     """
 
     worker: str
@@ -233,12 +234,12 @@ class LeasesReturned(Event):
 
 @record
 class LaunchFailed(Event):
-    """A launch ended before its worker dialed back.
+    """A launch ended before its worker connected.
 
     Attributes:
-        fatal: Trying again cannot help.
-        killed: It was killed from outside, which says nothing about the settings.
-        reclaimed: Its platform had no place for it, and it may have one elsewhere.
+        fatal: Whether trying again cannot help.
+        killed: Whether it was killed from outside, which does not suggest wrong settings.
+        reclaimed: Whether its platform had no capacity for it, and may have some later.
     """
 
     launch: str
@@ -250,19 +251,20 @@ class LaunchFailed(Event):
 
 @record
 class LaunchesRefused(Event):
-    """Launches that were not made, and none will be from now on: the budget is used up."""
+    """Launches were refused because the budget is used up; all later ones will be, too."""
 
     launches: Sequence[str]
 
 
 @record
 class LaunchesTakenOver(Event):
-    """What an earlier client launched, which was killed, is this one's now.
+    """This executor takes over the launches of an earlier client, which was killed.
 
     Attributes:
-        launches: Launch, slots, size, and what a worker of that size has, if that is known.
-        last_launch: Numbers up to this one are taken.
-        last_lease: The same, of leases.
+        launches: For each launch: its id, slots, size, and the capacity of a worker of that size,
+            if it is known.
+        last_launch: The highest number of a launch that may be in use.
+        last_lease: The highest number of a lease that may be in use.
     """
 
     launches: Sequence[tuple[str, int, int, WorkerCapacity | None]]
@@ -272,11 +274,11 @@ class LaunchesTakenOver(Event):
 
 @record
 class ShutdownRequested(Event):
-    """The executor takes no more tasks.
+    """The executor accepts no more tasks.
 
     Attributes:
-        cancel: Cancel what has not begun.
-        kill: Do not wait for what runs either.
+        cancel: Whether tasks that have not begun are cancelled.
+        kill: Whether running tasks are dropped, too.
     """
 
     cancel: bool = False
@@ -285,4 +287,4 @@ class ShutdownRequested(Event):
 
 @record
 class DeadlinePassed(Event):
-    """The time that ``next_deadline()`` named has come."""
+    """The time that ``next_deadline()`` returned has come."""

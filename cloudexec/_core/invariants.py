@@ -1,4 +1,4 @@
-"""What holds between any two events; tests look after each of them."""
+"""The invariants of the core, which hold between any two events; tests check them each time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check(
     """Check every invariant.
 
     Raises:
-        AssertionError: Naming the one that does not hold.
+        AssertionError: If an invariant does not hold; the message names it.
     """
     waiting = queues.waiting_tasks()
     assert len(waiting) == queues.waiting, "the count of waiting tasks is off"

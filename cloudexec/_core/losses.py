@@ -1,15 +1,16 @@
-"""What happens when an attempt, a worker or a launch is lost; it reads from top to bottom.
+"""Decides what happens when an attempt, a worker or a launch is lost; it reads from top to bottom.
 
 An attempt is lost with its slot, or with its worker. It counts against the task, which runs again
-until its retries are used up. Three kinds of loss do not count: the platform wanted the worker
-back; the task ran out of memory, and there is a larger size for it; a worker died with several
-tasks aboard, of which nobody knows the guilty one. Those run apart from now on, see ``quarantine``.
+until its retries are used up. Three kinds of loss do not count. First, the platform took the worker
+back. Second, the task ran out of memory, and there is a larger size of worker for it. Third, a
+worker died with several tasks, and it is not known which of them was the cause. These tasks run
+apart from others from then on; see ``quarantine``.
 
-A worker is lost when its stream or its process ends, when it was cut off or silent for too long,
-or when it does not end although it has nothing left to do.
+A worker is lost when its connection or its process ends, when it was cut off or silent for too
+long, or when it drains, has no tasks left, and does not end.
 
-A launch is lost when its worker does not come. After a few in a row, tasks that no other worker can
-do are failed with the reason: nothing is to wait for ever for what does not come.
+A launch is lost when its worker does not connect. After a few lost launches in a row, tasks that no
+other worker can run fail with the reason, so that they do not wait forever.
 """
 
 from __future__ import annotations
@@ -29,26 +30,28 @@ __all__ = ["Losses"]
 _RUNNING, _DONE = TaskState.RUNNING, TaskState.DONE
 
 _SUSPICIONS = 10
-"""Workers that may be lost before they were ready, under a task that they were to begin with,
-before each further one costs it an attempt: a task whose mere presence kills workers comes to an
-end all the same."""
+"""Number of workers that may be lost before they were ready, while a task was among their first.
+Each further one costs the task an attempt. So a task that kills workers before it begins fails,
+too.
+"""
 _FAREWELL = 10.0
-"""Seconds in which a worker must end at the end of the executor: it gives its slots five."""
+"""Seconds that a worker may take to end at the end of the executor; its slots have five of them."""
 _HAND_OVER = 90.0
-"""The same before that: others may need what it keeps, and half a minute goes to handing it over,
-as much to waiting until it was taken."""
+"""Seconds that a worker may take to end before that. Its kept results may be needed: handing them
+over takes up to half a minute, and waiting until they were taken as long again."""
 _LATER = 60.0
-"""Seconds until workers are launched again after launches failed while others are at work."""
+"""Seconds until workers are launched again, if launches have failed while other workers work."""
 _KILLED_LAUNCHES = 20
-"""Workers that may be killed from outside in a row, with no task done, before we give up."""
+"""Number of workers that may be killed from outside in a row, without a finished task, before the
+waiting tasks fail."""
 _JUDGED = (FailureKind.RAISED, FailureKind.TIMED_OUT)
 
 
 class Losses:
-    """Decides what becomes of whatever was lost.
+    """Decides what happens to tasks when attempts, workers or launches are lost.
 
     Attributes:
-        launch_not_before: Until then no worker is launched, because launches have failed.
+        launch_not_before: The time before which no worker is launched, because launches failed.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class Losses:
         self._counts = decisions.counts
         self._remind = decisions.remind
 
-    # An attempt brought no result.
+    # An attempt had no result.
 
     def on_failures(self, event: events.FailuresReceived, now: float) -> None:
         worker = self._pool.workers.get(event.worker)
@@ -100,15 +103,15 @@ class Losses:
             self._lose_to_memory(worker, task)
             queues.requeue([task])
         elif kind is FailureKind.INPUT_LOST and not queues.killing:
-            queues.back_off(task)  # until it is restored
+            queues.back_off(task)  # until its inputs are restored
         elif self._is_judged(task, failure):
-            queues.back_off(task)  # until somebody has looked at what it raised
+            queues.back_off(task)  # until retry_on has decided
             self._do(commands.JudgeFailure(worker.id, task, failure))
         else:
             self._fail(worker.id, task, failure)
 
     def _lose_attempt(self, worker: Worker, task: Task, failure: Failure) -> None:
-        """Have a task lose an attempt: it runs again, or this was the last one."""
+        """Count a lost attempt of a task, which runs again, or fails if that was the last one."""
         task.lost += 1
         self._counts["lost_attempts"] += 1
         if failure.out_of_memory and self._queues.can_grow(task, worker.size):
@@ -120,7 +123,7 @@ class Losses:
             self._queues.requeue([task])
 
     def _lose_to_memory(self, worker: Worker, task: Task) -> None:
-        """Have a task try a larger size: another try, not one more of the same."""
+        """Let a task try a larger size of worker, which does not count as a lost attempt."""
         task.retries += 1
         self._counts["out_of_memory"] += 1
         self._queues.grow(task, worker.size)
@@ -129,7 +132,7 @@ class Losses:
         self._queues.close(task, "failed")
         self._do(commands.FailTask(worker, task, failure))
 
-    # A task raised what may be worth another attempt.
+    # A task raised an exception that retry_on is asked about.
 
     def _is_judged(self, task: Task, failure: Failure) -> bool:
         requirements = task.requirements
@@ -149,7 +152,7 @@ class Losses:
             self._fail(event.worker, task, event.failure)
             return
         policy = self._config.retry
-        # Spread a little, by number: what failed together does not come back together.
+        # Spread by the task's number, so that tasks that failed together do not all return at once.
         spread = 1.0 + task.number * 7 % 16 / 32
         pause = min(policy.task_backoff * 2.0 ** min(task.lost, 30), policy.longest_backoff)
         task.lost += 1
@@ -164,7 +167,7 @@ class Losses:
             self._lose_worker(worker, event, now)
 
     def on_cut(self, event: events.WorkerCut, now: float) -> bool:
-        """Wait for a worker whose connection was cut, for a while; say whether this is news."""
+        """Wait a while for a worker whose connection was cut; say whether it was connected."""
         worker = self._pool.workers.get(event.worker)
         if worker is None or worker.cut_at is not None:
             return False
@@ -177,7 +180,7 @@ class Losses:
         return True
 
     def give_up(self, worker: Worker, now: float) -> None:
-        """Lose a worker whose connection was cut, and that is not waited for any longer."""
+        """Count a worker whose connection was cut as lost."""
         grace = self._config.reconnect_grace
         reason = "its connection was cut"
         if grace:
@@ -185,10 +188,10 @@ class Losses:
         self._terminate(worker, reason, now)
 
     def has_lost(self, worker: Worker, now: float) -> bool:
-        """Look whether a worker was away, silent or in the way for too long.
+        """Check whether a worker was cut off, silent, or draining without tasks for too long.
 
         Returns:
-            Whether it is lost, or cut off: there is nothing else to look at.
+            Whether it is lost or cut off, so that nothing else needs to be checked.
         """
         config = self._config
         if worker.cut_at is not None:
@@ -205,13 +208,13 @@ class Losses:
         return not worker.is_active and self._overstays(worker, now)
 
     def _overstays(self, worker: Worker, now: float) -> bool:
-        """Give up a draining worker that has nothing left to do for anybody and does not end."""
+        """Give up a draining worker that has no tasks left and does not end."""
         if worker.has_work:
             worker.over_at = None
             return False
         if worker.over_at is None:
             worker.over_at = now
-        # Once all tasks are done, nobody needs what it keeps.
+        # Once all tasks are done, its kept results are not needed any more.
         winding_down = self._queues.shutting_down and not self._queues.has_work
         limit = _FAREWELL if winding_down else _HAND_OVER
         if now < worker.over_at + limit:
@@ -222,20 +225,20 @@ class Losses:
         return True
 
     def _terminate(self, worker: Worker, reason: str, now: float, *, silent: bool = False) -> None:
-        """Lose a worker of which nobody has said that it is gone."""
+        """Terminate a worker that may still live, and count it as lost."""
         self._do(commands.TerminateWorker(worker.id))
         self._lose_worker(worker, events.WorkerLost(worker.id, reason), now, silent=silent)
 
     def _lose_worker(
         self, worker: Worker, event: events.WorkerLost, now: float, *, silent: bool = False
     ) -> None:
-        """Have a worker be gone, and its tasks run again, unless that costs them an attempt.
+        """Remove a lost worker, and decide for each of its tasks whether it runs again.
 
         Args:
-            worker: Which.
-            event: How it was lost, in the words of whoever noticed it.
+            worker: The worker.
+            event: How it was lost.
             now: The time.
-            silent: Whether nothing was heard of it for a while before.
+            silent: Whether the worker sent no message for a while before.
         """
         unheard = silent or worker.cut_at is not None
         expected = not worker.is_active and not worker.leases
@@ -248,8 +251,8 @@ class Losses:
         worker.leases.clear()
         again: list[Task] = []
         for position, task in enumerate(tasks):
-            # Slots take tasks in the order sent: of those that were sent ahead, the first may have
-            # begun although nobody has said so.
+            # Slots take tasks in the order in which they were sent. So of the tasks that were sent
+            # ahead, the first ones may have begun without a report.
             first = task.state is _RUNNING or position < worker.slots
             if task.state is not _DONE and not self._costs_attempt(
                 worker, event, task, aboard=len(tasks), first=first, unheard=unheard
@@ -260,7 +263,7 @@ class Losses:
             capacity = worker.allocation.capacity
             self._pool.expect(Launch(worker.launch, worker.slots, now, worker.shape, capacity))
         if not expected and not worker.completed and not event.reclaimed:
-            # It died before it was of use to anybody, as if it had not come.
+            # The worker died before it finished any task, which counts like a failed launch.
             self._count_failed_launch(str(event.detail), now, killed=True)
 
     def _costs_attempt(
@@ -273,31 +276,31 @@ class Losses:
         first: bool,
         unheard: bool,
     ) -> bool:
-        """Decide what the loss of a worker means for a task aboard.
+        """Decide what the loss of a worker means for one of its tasks.
 
-        It costs an attempt where there is nobody else to blame, because the task was alone; where
-        it may have begun, and must not run twice; and where it may have begun, memory was the
-        reason, and there is a larger size. In all other cases the task just runs again: apart from
-        others if it may have been the cause, on a larger size if that may help.
+        The task loses an attempt if it was the only one, so that no other task can be the cause; if
+        it may have begun, and must not run twice; and if it may have begun, memory ran out, and
+        there is a larger size of worker. In all other cases the task just runs again: apart from
+        others if it may have been the cause, and on a larger size if that may help.
 
         Args:
-            worker: Which is gone.
+            worker: The lost worker.
             event: How it was lost.
-            task: One of those that it had.
-            aboard: How many there were.
-            first: Whether it may have begun, or would have been among the first to begin.
-            unheard: Whether what the worker said last may be lost, too.
+            task: One of its tasks.
+            aboard: Number of its tasks.
+            first: Whether the task may have begun, or would have been among the first to begin.
+            unheard: Whether the worker's last messages may be lost, too.
 
         Returns:
-            Whether it has lost an attempt, and is dealt with; otherwise it is to run again.
+            Whether the task has lost an attempt, and was handled. If not, it must run again.
         """
-        # A worker that was not ready has begun nothing. But it may have died of what it does
-        # before it begins with its first tasks: loading what they need.
+        # A worker that was not ready has begun no task. But it may have died while it loaded what
+        # its first tasks need.
         task.suspected += worker.ready or first
         task.worker = None
         task.lease = 0
-        # Without retries, whatever the worker may have begun counts as begun; and where the
-        # link failed, the news that it was ready may be what was lost.
+        # Without retries, a task that may have begun counts as begun. If the connection failed, the
+        # message that the worker was ready may be lost.
         begun = (worker.ready and first) or (not task.retries and (worker.ready or unheard))
         if event.reclaimed and task.retries:
             self._counts["reclaimed"] += begun
@@ -310,10 +313,10 @@ class Losses:
             self._lose_attempt(worker, task, failure)
             return True
         if larger:
-            # It had no slot ready: what the tasks need before they begin is too much.
+            # The worker had no slot ready: loading what its tasks need took too much memory.
             self._queues.grow(task, worker.size)
         elif exposed and (aboard <= max(worker.slots, PARTS) or task.suspected > 1):
-            # Of thousands aboard, most were not begun: those are suspects only the second time.
+            # Most of thousands of tasks had not begun. They become suspects only the second time.
             self._quarantine.suspect(task, aboard, worker.slots)
         return False
 
@@ -330,7 +333,7 @@ class Losses:
             )
 
     def time_out_launches(self, now: float) -> None:
-        """Give up workers that have not come in time."""
+        """Give up launches whose workers have not connected in time."""
         timeout = self._config.scaling.launch_timeout
         for launch in list(self._pool.launches.values()):
             if now >= launch.started_at + timeout:
@@ -343,11 +346,11 @@ class Losses:
             self._remind(self.launch_not_before)
 
     def note_connected(self) -> None:
-        """Take in that a worker came: launches work, though workers may be killed."""
+        """Note that a worker has connected, so that launches work."""
         self._failed_in_a_row = 0
 
     def note_results(self) -> None:
-        """Take in that a worker was of use: launches work, and workers are not just killed."""
+        """Note that a worker has returned results, so that workers are not just killed."""
         self._failed_in_a_row = self._killed_in_a_row = 0
 
     def _count_failed_launch(
@@ -359,7 +362,7 @@ class Losses:
         fatal: bool = False,
         again: bool = False,
     ) -> None:
-        """Launch no worker for a while, or give up the tasks that nobody else can do."""
+        """Launch no worker for a while, or fail the tasks that no other worker can run."""
         self._counts["launch_failures"] += 1
         policy = self._config.retry
         if killed:
@@ -376,7 +379,7 @@ class Losses:
             self.launch_not_before = now + pause
             self._remind(self.launch_not_before)
             return
-        # What workers that are there, or may still come, can do is not given up.
+        # Tasks that connected workers, or remaining launches, can run are not failed.
         served = {self._pool.capacity_of(shape) for shape in self._pool.active_by_shape}
         hopeless = [
             queue

@@ -1,9 +1,10 @@
-"""The machine: events in, commands out.
+"""The machine: takes events, and returns commands.
 
-Who decides what stands in the table of handlers, one line for each event. After each event, tasks
-that wait are sent, workers are launched or withdrawn, and the next deadline is set. Calls go in one
-direction, from the end of this list to its head: ``queue``, ``workers``, ``quarantine``, ``pool``,
-``dispatch`` and ``losses``, ``answers``, ``scaling`` and ``closing``, and the machine.
+The table of handlers has one line for each event, which names the module that handles it. After
+each event, waiting tasks are sent, workers are launched or withdrawn, and the next deadline is set.
+Calls go in one direction, from the end of this list to its head: ``queue``, ``workers``,
+``quarantine``, ``pool``, ``dispatch`` and ``losses``, ``answers``, ``scaling`` and ``closing``, and
+the machine.
 """
 
 from __future__ import annotations
@@ -29,22 +30,23 @@ from cloudexec._core.tasks import Task
 __all__ = ["Machine"]
 
 _LOOK_PAUSE = 1e-5
-"""Seconds, for each worker there is or will be, between two looks at all of them: a look takes a
-small part of that, and the times at which thousands are due come as close as they like."""
+"""Seconds per worker between two checks of all workers. A check takes a small part of that time.
+Without this pause, the deadlines of thousands of workers could follow each other arbitrarily close.
+"""
 
 
 class Machine:
-    """Decides for one executor. Single-threaded; holds no clock.
+    """The decisions of one executor. It is used in one thread, and holds no clock.
 
     Args:
-        config: What to decide by.
+        config: The settings.
 
     Attributes:
-        config: The same.
-        workers: Those that are connected or cut off, by id.
-        launches: Those that have not dialed back, by id.
-        blocked: Tasks that wait for what they depend on.
-        counts: What has happened so far, and how often.
+        config: The settings.
+        workers: By id: workers that are connected or cut off.
+        launches: By id: launches whose workers have not connected.
+        blocked: Tasks that wait for futures.
+        counts: How often each kind of event has happened so far, for statistics.
     """
 
     def __init__(self, config: ServerConfig) -> None:
@@ -90,14 +92,14 @@ class Machine:
         }
 
     def handle(self, event: events.Event, now: float) -> list[Command]:
-        """Take in one event.
+        """Handle one event.
 
         Args:
             event: What happened.
             now: Seconds on a clock that never goes back.
 
         Returns:
-            What to do, in order.
+            The commands, in order.
         """
         self._handlers[type(event)](event, now)
         if self._closing.is_asking:
@@ -113,7 +115,7 @@ class Machine:
         return self._decisions.take()
 
     def next_deadline(self) -> float | None:
-        """When to send ``DeadlinePassed`` at the latest; ``None``: not needed."""
+        """Return the latest time for ``DeadlinePassed``; ``None`` if it is not needed."""
         return self._decisions.deadline
 
     def _on_connected(self, event: events.WorkerConnected, now: float) -> None:
@@ -125,7 +127,7 @@ class Machine:
             self._closing.look_again()
 
     def _on_deadline(self, event: events.DeadlinePassed, now: float) -> None:
-        """Look at whatever may be due; each of these says when to look at it again."""
+        """Check everything that depends on the time; each check sets its next deadline."""
         self._decisions.deadline = None
         everybody = len(self.workers) + len(self.launches)
         self._decisions.not_before = now + everybody * _LOOK_PAUSE
@@ -138,26 +140,26 @@ class Machine:
             self._scaling.retire_idle(worker, now)
         self._dispatch.rebalance(now)
 
-    # What others may ask.
+    # Questions from outside.
 
     @property
     def waiting(self) -> int:
-        """Tasks in queues that nobody cancelled."""
+        """Number of tasks in queues, without cancelled ones."""
         return self._queues.waiting
 
     @property
     def open_tasks(self) -> int:
-        """Tasks that are neither done nor blocked: waiting, backing off, sent or running."""
+        """Number of tasks that are waiting, backing off, sent or running."""
         return self._queues.open_tasks
 
     @property
     def shutting_down(self) -> bool:
-        """Whether no more tasks come."""
+        """Whether shutdown was requested, so that no more tasks come."""
         return self._queues.shutting_down
 
     @property
     def killing(self) -> bool:
-        """Whether nobody waits for the tasks that there are."""
+        """Whether the remaining tasks are dropped."""
         return self._queues.killing
 
     @property
@@ -171,11 +173,11 @@ class Machine:
         return self._closing.finished
 
     def request_of(self, task: Task) -> ResourceRequest:
-        """Return what a task takes of the worker that it runs on."""
+        """Return the resources that a task takes of the worker that runs it."""
         return self._queues.request_of(task)
 
     def waiting_tasks(self) -> list[Task]:
-        """Return the tasks in queues that nobody cancelled."""
+        """Return the tasks in queues, without cancelled ones."""
         return self._queues.waiting_tasks()
 
     def waiting_by_size(self) -> dict[int, int]:
@@ -194,7 +196,7 @@ class Machine:
         """Check every invariant; for tests.
 
         Raises:
-            AssertionError: Naming the one that does not hold.
+            AssertionError: If an invariant does not hold; the message names it.
         """
         from cloudexec._core.invariants import check
 

@@ -1,9 +1,9 @@
-"""Workers and launches: who is there, who is to come, and how many slots that makes.
+"""The workers and launches of an executor, and the sums of their slots.
 
-A launch becomes a worker when that dials back. A worker is connected; it may be cut off for a while
-and come back; it drains, that is, finishes what it has and gets nothing new; and it is gone. Each
-of these steps is a method here, so that the sums of slots always agree with who is there. Whether a
-step is taken is decided elsewhere: in ``losses``, ``scaling`` and ``closing``.
+A launch becomes a worker when the worker connects. A worker is connected; it may be cut off for a
+while and connect again; it drains, that is, finishes its tasks and gets no more; and then it is
+gone. Each of these steps is a method here, so that the sums of slots always agree with the workers.
+Other modules decide whether a step is taken: ``losses``, ``scaling`` and ``closing``.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from cloudexec._core.workers import Allocation, Launch, Worker, WorkerState
 __all__ = ["REBALANCE_AFTER", "Pool"]
 
 REBALANCE_AFTER = 0.1
-"""Seconds between looks at whether one worker sits on tasks that another could run."""
+"""Seconds between two checks whether tasks wait on one worker that another one could run."""
 
 
 class Pool:
     """All workers and launches.
 
     Attributes:
-        workers: Those that are connected or cut off, by id.
-        launches: Those that have not dialed back, by id.
+        workers: By id: workers that are connected or cut off.
+        launches: By id: launches whose workers have not connected.
         available: Ids of workers that may have room for tasks; a few turn out to be full.
-        leases: Where new lease numbers come from.
-        active_slots: Of launches and of workers that do not drain.
-        starting_slots: Of launches.
-        total_slots: Of all, those that drain included: what ``max_slots`` limits.
+        leases: Numbers for new leases.
+        active_slots: Slots of launches and of workers that do not drain.
+        starting_slots: Slots of launches.
+        total_slots: Slots of launches and all workers, which ``max_slots`` limits.
         active_by_shape: ``active_slots`` by size and slots of the worker.
     """
 
@@ -56,7 +56,7 @@ class Pool:
         self.active_by_shape: dict[tuple[int, int], int] = {}
         self.plain = plain
         self.has_other_shapes = False
-        """Whether there is any worker, or launch, that is not of the plain shape."""
+        """Whether there is a worker or launch with another shape than that of plain tasks."""
         self._config = config
         self._scaling = config.scaling
         self._queues = queues
@@ -65,19 +65,19 @@ class Pool:
         self._do = decisions.commands.append
         self._remind = decisions.remind
         self._launch_numbers = itertools.count(1)
-        self._machine: Allocation | None = None  # where all workers are on one
+        self._machine: Allocation | None = None  # set if all workers share one machine
 
     # Launches.
 
     def launch(self, slots: int, request: ResourceRequest, now: float) -> None:
-        """Ask for a worker for such tasks."""
+        """Launch a worker for tasks with a request."""
         number = str(next(self._launch_numbers))
         self.expect(Launch(number, slots, now, request.shape, request.whole))
         self._counts["launches"] += 1
         self._do(commands.LaunchWorker(number, slots, request.size))
 
     def expect(self, launch: Launch) -> None:
-        """Count a launch, whoever asked for it."""
+        """Count a launch, also one that an earlier client has made."""
         self.launches[launch.id] = launch
         self.starting_slots += launch.slots
         self.total_slots += launch.slots
@@ -85,7 +85,7 @@ class Pool:
         self._remind(launch.started_at + self._scaling.launch_timeout)
 
     def withdraw(self, launch: Launch) -> None:
-        """Give up a worker that has not come."""
+        """Withdraw a launch whose worker has not connected."""
         self.end_launch(launch.id)
         self._do(commands.TerminateLaunch(launch.id))
 
@@ -127,7 +127,7 @@ class Pool:
         if self._scaling.max_worker_lifetime is not None:
             self._remind(now + self._scaling.max_worker_lifetime)
         if event.taken_over:
-            # It gets nothing until it has said what it holds.
+            # It gets no tasks until it has reported those that it holds.
             worker.cut_at = now
             self._remind(now + self._config.reconnect_grace)
         self.settle(worker, now)
@@ -135,7 +135,7 @@ class Pool:
             self._do(commands.TerminateWorker(worker.id))
 
     def cut_off(self, worker: Worker, now: float) -> None:
-        """Send a worker nothing until it is back."""
+        """Send no tasks to a worker until it has connected again."""
         worker.cut_at = now
         self._withhold(worker)
 
@@ -169,20 +169,20 @@ class Pool:
             self.drain(worker)
 
     def drain(self, worker: Worker) -> None:
-        """Send a worker nothing any more."""
+        """Send no more tasks to a worker."""
         if worker.state is WorkerState.ACTIVE:
             worker.state = WorkerState.DRAINING
             self._count_active(-worker.slots, worker.shape)
             self._withhold(worker)
 
     def retire(self, worker: Worker) -> None:
-        """Have a worker finish what it has; another takes its place when there is need."""
+        """Have a worker finish its tasks and end; another one is launched if it is needed."""
         if worker.state is WorkerState.ACTIVE:
             self.drain(worker)
             self._do(commands.DrainWorker(worker.id))
 
     def remove(self, worker: Worker) -> None:
-        """Have a worker be gone; its leases are for the caller to take back."""
+        """Remove a worker that is gone; the caller takes its leases back."""
         self.drain(worker)
         del self.workers[worker.id]
         self.total_slots -= worker.slots
@@ -198,10 +198,10 @@ class Pool:
         self._quarantine.release(worker)
         worker.allocation.give_up_saving()
 
-    # Who may be sent tasks.
+    # Workers that may be sent tasks.
 
     def settle(self, worker: Worker, now: float) -> None:
-        """After leases have come back, see whether a worker is available, idle, or used up."""
+        """Update whether a worker is available, idle, or must end, after leases have come back."""
         if not worker.leases:
             worker.load = 0.0
             worker.idle_since = now
@@ -219,20 +219,20 @@ class Pool:
             self._remind(now + REBALANCE_AFTER)
 
     def welcome(self, worker: Worker) -> None:
-        """Have an active worker get tasks, unless it is cut off, or reserved for suspects."""
+        """Make an active worker available, unless it is cut off or reserved for suspects."""
         if worker.cut_at is None:
             reserved = self._quarantine.reserved
             if not reserved or worker.id not in reserved:
                 self.available[worker.id] = None
 
     def pass_by(self, worker: Worker) -> None:
-        """Send a worker nothing until it has answered: it has no room, or is for others."""
+        """Make a worker unavailable until it has answered, as it is full or reserved."""
         self.available.pop(worker.id, None)
 
-    # What others ask.
+    # Questions of other modules.
 
     def capacity_of(self, shape: tuple[int, int]) -> Resources:
-        """Return what workers of a shape have of which there is at least one."""
+        """Return the resources of workers of a shape, of which at least one must exist."""
         for worker in self.workers.values():
             if worker.shape == shape:
                 return worker.allocation.capacity

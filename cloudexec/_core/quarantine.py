@@ -1,12 +1,12 @@
-"""Which tasks may have killed a worker, and which workers are reserved so that those run alone.
+"""Finds the task that kills its workers: suspects run apart, on workers that are reserved for them.
 
-When a worker dies with several tasks aboard, any of them may be the cause. None is blamed: each is
-run again with nothing beside it, and whoever takes a worker along then has shown that it was the
-one. Short tasks are aboard by the thousand, most of them sent ahead; those are run again in groups,
-and only a group that takes its worker along is divided further.
+When a worker dies with several tasks, any of them may be the cause, and none is blamed. Each runs
+again without other tasks beside it; a task that then loses its worker again is the cause. Short
+tasks are sent to a worker by the thousand, and most of them have not begun. These run again in
+groups, and only a group that loses its worker is divided further.
 
-Quarantine ends with the task, and groups only get smaller: so whatever kills workers, and be it the
-machines themselves, each lost worker uses up something that there is only so much of.
+A task stays in quarantine until it is done, and groups only become smaller. So even if the machines
+themselves fail, the number of workers that can be lost in this way is limited.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ __all__ = ["PARTS", "Quarantine"]
 
 
 PARTS = 16
-"""Into how many groups suspects are divided, or as many as the worker has slots: those that ran
-there run alone. Tasks aboard beyond so many are suspects only once they were aboard twice: they
-were sent ahead, by the thousand, and would all be slowed down whenever a machine fails."""
+"""Number of groups into which suspects are divided; the number of the worker's slots if that is
+higher, so that tasks which ran there run alone. If the worker had more tasks than that, those that
+had not begun become suspects only the second time. They were sent ahead by the thousand, and a
+single failing machine would otherwise slow all of them down."""
 _MOST = 1 << 30
 
 
 class Quarantine:
-    """Who is reserved for suspects; the suspects themselves are in the queues.
+    """The workers that are reserved for suspects; the suspects themselves are in the queues.
 
     Attributes:
-        reserved: Ids of the workers that are reserved for suspects: whether some are there
-            (``True``), or the worker is to finish first what it has.
+        reserved: By worker id: whether the worker has suspects (``True``), or first finishes other
+            tasks.
     """
 
     __slots__ = ("_queues", "_suspects", "reserved")
@@ -43,16 +44,22 @@ class Quarantine:
         self.reserved: dict[str, bool] = {}
 
     def suspect(self, task: Task, aboard: int, slots: int) -> None:
-        """Take in that a worker with so many slots died under a task and others, so many in all."""
+        """Note that a worker has died with a task.
+
+        Args:
+            task: The task.
+            aboard: Number of the worker's tasks, including this one.
+            slots: Number of the worker's slots.
+        """
         together = min(self._suspects.get(task, aboard), aboard)
         self._queues.set_apart(task, max(1, together // max(slots, PARTS)))
 
     def group(self, queue: TaskQueue, aboard: Collection[Task] = ()) -> int:
-        """Return how many of a queue's tasks, the first ones, may be together on one worker.
+        """Return how many of a queue's first tasks may be together on one worker.
 
         Args:
-            queue: Whose tasks.
-            aboard: Those that are there already.
+            queue: The queue.
+            aboard: The tasks that the worker has already.
         """
         size = len(aboard)
         most = min([self._suspects.get(task, 0) for task in aboard], default=_MOST)
@@ -65,27 +72,28 @@ class Quarantine:
         return size - len(aboard)
 
     def reserve(self, worker: Worker, *, hosts: bool) -> None:
-        """Reserve a worker for suspects: some are there, or it finishes first what it has."""
+        """Reserve a worker for suspects; ``hosts`` says whether it has some already."""
         self.reserved[worker.id] = hosts
 
     def release(self, worker: Worker, *, empty: bool = False) -> None:
-        """Reserve a worker no longer, unless suspects are there and it is not empty."""
+        """End the reservation of a worker, unless it has suspects and is not empty."""
         if empty or self.reserved.get(worker.id) is False:
             self.reserved.pop(worker.id, None)
 
     def room(self, workers: Iterable[Worker], *, shared: bool) -> int:
-        """Return how many more workers may have a suspect.
+        """Return how many more workers may be given suspects.
 
         Args:
-            workers: All there are.
-            shared: Whether other tasks wait, too: half of the workers are theirs, if there are two.
+            workers: All workers.
+            shared: Whether other tasks wait, too. Half of the workers are left to these, if there
+                are at least two.
         """
         able = sum(worker.takes_tasks for worker in workers)
         hosts = sum(self.reserved.values())
         return (max(1, able // 2) if shared else able) - hosts
 
     def to_empty(self, queue: TaskQueue, workers: Iterable[Worker]) -> Worker | None:
-        """Return the worker that is soonest done with what it has, and may have these tasks."""
+        """Return the worker that will be done with its tasks first, of those that fit a queue."""
         return min(
             (
                 worker

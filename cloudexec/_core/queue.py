@@ -1,10 +1,10 @@
-"""The tasks that are open: the queues they wait in, and the state that each of them is in.
+"""The open tasks: the queues that they wait in, and their states.
 
-A task waits in the queue of those that want the same: one priority, one request. Outside of the
-queues are tasks that a worker has, those that are blocked, because what they depend on is missing,
-and those that back off between two attempts. Whatever moves a task from one of these to another is
-a method here, so that its state and the sums over all tasks always agree. No other module assigns a
-task's state, and a change that ``TRANSITIONS`` does not have is refused.
+A task waits in a queue with tasks of the same priority and the same request for resources. Tasks
+that are in no queue are on a worker, are blocked because they wait for futures, or back off between
+two attempts. Each change from one of these states to another is a method here, so that the states
+and the sums over all tasks always agree. No other module assigns a task's state, and a change that
+``TRANSITIONS`` does not list is refused.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = ["Queues", "TaskQueue"]
 _BLOCKED, _WAITING, _SENT = TaskState.BLOCKED, TaskState.WAITING, TaskState.SENT
 _RUNNING, _BACKING_OFF, _DONE = TaskState.RUNNING, TaskState.BACKING_OFF, TaskState.DONE
 
-# The table the other way round, the likeliest states first: finding a state there costs 20 ns, its
-# hash, which a set would ask for, ten times as much.
+# The table by the new state, with the likeliest old states first. Finding a state in a tuple costs
+# 20 ns; a set would compute the state's hash, which costs ten times as much.
 _BY_LIKELIHOOD = (_SENT, _RUNNING, _WAITING, _BLOCKED, _BACKING_OFF, _DONE)
 _BEFORE = {
     state: tuple([before for before in _BY_LIKELIHOOD if state in TRANSITIONS[before]])
@@ -49,15 +49,15 @@ def _change(task: Task, state: TaskState) -> None:
 
 
 class TaskQueue:
-    """Tasks that wait for the same: with one priority and one request.
+    """Waiting tasks with the same priority and the same request.
 
     Attributes:
-        key: What it is found by.
-        priority: Higher ones go first.
-        request: Of each of its tasks.
+        key: The key in ``Queues.by_key``.
+        priority: The priority of its tasks; higher ones are served first.
+        request: The request of each of its tasks.
         apart: Whether its tasks are suspects, which run apart from all others.
-        tasks: Those that wait, in the order they came; some may have been cancelled meanwhile.
-        open: Its tasks that are not done, waiting or not. Not counted for plain tasks.
+        tasks: The waiting tasks, in order; some may have been cancelled meanwhile.
+        open: Number of its tasks that are not done, waiting or not. Not counted for plain tasks.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TaskQueue:
         return None
 
     def tidy(self) -> None:
-        """Let go of all tasks that do not wait any more, wherever they stand."""
+        """Remove all tasks that do not wait any more."""
         self.tasks = deque(task for task in self.tasks if task.state is _WAITING)
 
 
@@ -88,19 +88,19 @@ class Queues:
     """All open tasks.
 
     Attributes:
-        plain: The queue of tasks about which nothing was said. As long as there is no other, next
-            to nothing is counted for a task.
+        plain: The queue of plain tasks, which were submitted without options. As long as there is
+            no other queue, hardly anything is counted for a task.
         by_key: All queues; those without open tasks are dropped.
-        with_inputs: Queues that have, or had, tasks with inputs; not a set, whose order differs
-            between runs.
-        suspects: Open tasks that run apart from others, each with how many may be together: 1 is
-            alone.
-        waiting: Tasks in queues that nobody cancelled.
-        open_tasks: Tasks that are neither done nor blocked.
-        blocked: Tasks that are no demand yet, but are to be finished.
-        backing_off: Until when; infinite: not known yet.
+        with_inputs: Queues that have, or had, tasks with inputs. It is no set, because the order of
+            a set differs between runs.
+        suspects: Open tasks that run apart from others, and the number of them that may be together
+            on one worker; 1 means alone.
+        waiting: Number of tasks in queues, without cancelled ones.
+        open_tasks: Number of tasks that are neither done nor blocked.
+        blocked: Tasks that wait for futures. They need no workers yet.
+        backing_off: Tasks that back off, and until when; infinite if it is not known yet.
         shutting_down: Whether no more tasks come.
-        killing: Whether nobody waits for those that there are.
+        killing: Whether the remaining tasks are dropped.
     """
 
     def __init__(self, plain: Sequence[ResourceRequest], decisions: Decisions) -> None:
@@ -120,7 +120,7 @@ class Queues:
         self._counts = decisions.counts
         self._remind = decisions.remind
 
-    # Tasks come.
+    # New tasks.
 
     def on_submitted(self, event: events.TasksSubmitted, now: float) -> None:
         self._counts["submitted"] += len(event.tasks)
@@ -136,9 +136,9 @@ class Queues:
         self.unblock(event.tasks)
 
     def unblock(self, tasks: Iterable[Task]) -> None:
-        """Have those of these tasks wait that are still blocked.
+        """Queue those of these tasks that are still blocked.
 
-        They go first: what they depend on lies about until they have run.
+        They are put first, because the results that they depend on take memory until they have run.
         """
         released = [task for task in tasks if task.state is _BLOCKED]
         for task in released:
@@ -147,7 +147,7 @@ class Queues:
         self._enqueue(released, first=True)
 
     def _enqueue(self, tasks: Sequence[Task], *, first: bool = False) -> None:
-        """Have tasks wait, behind those that do, or before them."""
+        """Put tasks into their queues, behind the tasks that wait there or before them."""
         if len(self._plain_requests) == 1 and not any(map(_requirements_of, tasks)):
             if first:
                 self.plain.tasks.extendleft(reversed(tasks))
@@ -168,14 +168,14 @@ class Queues:
     # Which queue a task belongs to.
 
     def request_of(self, task: Task) -> ResourceRequest:
-        """Return what a task takes of the worker that it runs on."""
+        """Return the resources that a task takes of the worker that runs it."""
         requirements = task.requirements
         if requirements is not None and requirements.requests:
             return requirements.requests[min(task.size, len(requirements.requests) - 1)]
         return self._plain_requests[task.size]
 
     def queue_of(self, task: Task) -> TaskQueue:
-        """Return the queue of a task, a new one if there is none."""
+        """Return the queue of a task, and make it if there is none."""
         requirements = task.requirements
         suspects = self.suspects
         apart = bool(suspects) and task in suspects
@@ -192,7 +192,7 @@ class Queues:
         return queue
 
     def enter(self, task: Task) -> TaskQueue:
-        """Count an open task where it belongs, and return its queue."""
+        """Count an open task in its queue, and return the queue."""
         requirements = task.requirements
         if requirements is None or not requirements.requests:
             task.size = min(max(task.size, task.stats.size), len(self._plain_requests) - 1)
@@ -201,7 +201,7 @@ class Queues:
         return queue
 
     def leave(self, task: Task) -> None:
-        """Count an open task no more."""
+        """Stop counting an open task in its queue."""
         queue = self.queue_of(task)
         if queue is not self.plain:
             queue.open -= 1
@@ -210,7 +210,7 @@ class Queues:
                 self.forget_inputs(queue)
 
     def forget_inputs(self, queue: TaskQueue) -> None:
-        """Take in that no task with inputs waits in a queue."""
+        """Note that no task with inputs waits in a queue."""
         self.with_inputs.pop(queue, None)
 
     def open_in(self, queue: TaskQueue) -> int:
@@ -220,7 +220,7 @@ class Queues:
         return self.open_tasks - sum(each.open for each in self.by_key.values())
 
     def set_apart(self, task: Task, together: int) -> None:
-        """Have a task run apart from now on, with at most so many of its like on one worker."""
+        """Let a task run apart from now on, with at most ``together`` suspects on one worker."""
         if task in self.suspects:
             self.suspects[task] = together
         else:
@@ -230,7 +230,7 @@ class Queues:
             self.enter(task)
 
     def can_grow(self, task: Task, size: int) -> bool:
-        """Say whether a task that ran out of memory on a worker of this size may go to a larger."""
+        """Say whether a task that ran out of memory on this size of worker may use a larger one."""
         requirements = task.requirements
         if requirements is not None and requirements.requests:
             larger = task.size + 1 < len(requirements.requests)
@@ -239,7 +239,7 @@ class Queues:
         return larger and task.retries > 0
 
     def grow(self, task: Task, size: int) -> None:
-        """Have a task that ran out of memory on a worker of this size go to larger ones."""
+        """Let a task that ran out of memory on a worker of this size use larger ones only."""
         size = self._size_used(task, size)
         self.leave(task)
         task.size = size + 1
@@ -256,7 +256,7 @@ class Queues:
                     self._move_on(queue, stats)
 
     def _size_used(self, task: Task, size: int) -> int:
-        """Return the size that a task has outgrown: its worker's, where that is one of ours."""
+        """Return the size that a task has outgrown: its worker's size if it is known here."""
         requirements = task.requirements
         has_requests = requirements is not None and bool(requirements.requests)
         if has_requests or size >= len(self._plain_requests):
@@ -264,7 +264,7 @@ class Queues:
         return max(size, task.size)
 
     def _move_on(self, queue: TaskQueue, stats: FunctionStats) -> None:
-        """Have the waiting tasks of a function go where its new ones go."""
+        """Move the waiting tasks of a function to the queue that its new tasks go to."""
         moving = [task for task in queue.tasks if task.stats is stats and task.state is _WAITING]
         if moving:
             queue.tasks = deque(task for task in queue.tasks if task.stats is not stats)
@@ -272,14 +272,14 @@ class Queues:
                 self.leave(task)
                 self.enter(task).tasks.append(task)
 
-    # Tasks go to workers, and come back.
+    # Tasks are sent to workers, and come back.
 
     def send(self, tasks: Sequence[Task], begun: int) -> None:
         """Note that tasks were taken from a queue for a worker.
 
         Args:
-            tasks: Which.
-            begun: How many of them, the first ones, begin at once; the others are sent ahead.
+            tasks: The tasks.
+            begun: How many of them (the first ones) begin at once; the others are sent ahead.
         """
         for task in tasks[:begun]:
             if task.state not in _BEFORE_RUNNING:
@@ -292,11 +292,11 @@ class Queues:
         self.waiting -= len(tasks)
 
     def begin(self, task: Task) -> None:
-        """Note that a task runs that was sent ahead."""
+        """Note that a task that was sent ahead runs now."""
         _change(task, _RUNNING)
 
     def adopt(self, task: Task) -> None:
-        """Note that a worker has begun with a task already that is blocked here."""
+        """Note that a worker has begun a task already that is blocked here."""
         del self.blocked[task]
         _change(task, _RUNNING)
         self.open_tasks += 1
@@ -318,12 +318,12 @@ class Queues:
     # Tasks back off.
 
     def back_off(self, task: Task) -> None:
-        """Have a task wait in no queue until somebody says for how long."""
+        """Take a task out of its queue until ``back_off_until`` says for how long."""
         _change(task, _BACKING_OFF)
         self.backing_off[task] = math.inf
 
     def back_off_until(self, task: Task, due: float) -> None:
-        """Have a task that backs off wait in its queue again at this time."""
+        """Set when a task that backs off returns to its queue."""
         self.backing_off[task] = due
         heapq.heappush(self._wakeups, (due, task.number, task))
         self._remind(due)
@@ -335,7 +335,7 @@ class Queues:
         self.requeue(ready)
 
     def wake(self, now: float) -> None:
-        """Put tasks back into their queues that have backed off long enough."""
+        """Put tasks whose back-off has ended back into their queues."""
         wakeups = self._wakeups
         ready = []
         while wakeups and wakeups[0][0] <= now:
@@ -350,7 +350,7 @@ class Queues:
     # Tasks end.
 
     def finish(self, tasks: Sequence[Task]) -> None:
-        """Have tasks done that brought results."""
+        """Mark tasks that have results as done."""
         for task in tasks:
             if task.state not in _BEFORE_DONE:
                 raise _refusal(task, _DONE)
@@ -365,7 +365,7 @@ class Queues:
         self._counts["succeeded"] += len(tasks)
 
     def close(self, task: Task, how: str) -> None:
-        """Have a task done without a result, wherever it is."""
+        """Mark a task without a result as done, in whatever state it is."""
         before = task.state
         _change(task, _DONE)
         self._counts[how] += 1
@@ -401,16 +401,16 @@ class Queues:
             self._do(command(worker, numbers))
 
     def clear(self) -> None:
-        """Let go of the tasks in queues, all of which are done."""
+        """Empty the queues; all tasks in them are done."""
         for queue in self.by_key.values():
             queue.tasks.clear()
 
     def shut_down(self, *, kill: bool) -> None:
-        """Take in that no more tasks come, and whether nobody waits for those that there are."""
+        """Note that no more tasks come, and whether the remaining ones are dropped."""
         self.shutting_down = True
         self.killing = self.killing or kill
 
-    # What others ask.
+    # Questions of other modules.
 
     @property
     def has_work(self) -> bool:
@@ -419,15 +419,15 @@ class Queues:
 
     @property
     def is_emptying(self) -> bool:
-        """Whether all that is left to do is on workers, and no more will come."""
+        """Whether all remaining tasks are on workers, and no more will come."""
         return self.shutting_down and not (self.waiting or self.blocked or self.backing_off)
 
     def others_wait(self) -> bool:
-        """Say whether tasks wait that are no suspects."""
+        """Say whether tasks that are no suspects wait."""
         return any(not queue.apart and queue.head() is not None for queue in self.by_key.values())
 
     def waiting_tasks(self) -> list[Task]:
-        """Return the tasks in queues that nobody cancelled."""
+        """Return the tasks in queues, without cancelled ones."""
         queues = self.by_key.values()
         return [task for queue in queues for task in queue.tasks if task.state is _WAITING]
 
@@ -435,7 +435,7 @@ class Queues:
         """Return how many tasks wait for each size of worker."""
         found: Counter[int] = Counter()
         for queue in self.by_key.values():
-            if queue is not self.plain:  # that one is long
+            if queue is not self.plain:  # the plain queue is long, and counted otherwise
                 found[queue.request.size] += sum(task.state is _WAITING for task in queue.tasks)
         found[0] += self.waiting - found.total()
         return +found

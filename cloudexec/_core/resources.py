@@ -1,4 +1,4 @@
-"""What tasks ask of a worker, and what a worker has: whole numbers, so that sums are exact."""
+"""The resources that tasks request and workers have, as whole numbers, so that sums are exact."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["Requirements", "ResourceRequest", "Resources", "plain_requests"]
 
 _MICRO = 1_000_000
 _UNKNOWN = 1 << 62
-"""Stands for as much as anybody may want, where nothing is known."""
+"""Stands for an unknown amount, which is enough for any request."""
 
 
 class Resources(NamedTuple):
-    """An amount of each, of a worker or for a task.
+    """Amounts of CPUs, memory and GPUs, of a worker or for a task.
 
-    Processors count in millionths: ten tasks with ``cpus=0.1`` are exactly one.
+    CPUs are counted in millionths, so that ten tasks with ``cpus=0.1`` need exactly one.
     """
 
     cpus: int
@@ -28,39 +28,39 @@ class Resources(NamedTuple):
 
     @classmethod
     def of(cls, cpus: float, memory: int, gpus: int = 0) -> Resources:
-        """Take amounts as people give them; a share too small to count is the least there is."""
-        # Rounded down: three thirds must fit into one.
+        """Convert amounts that users give; a share that would be 0 becomes the smallest unit."""
+        # Rounded down, because three thirds must fit into one.
         micro = math.floor(min(cpus, 1e9) * _MICRO + 1e-3)
         return cls(max(micro, 1), memory, gpus)
 
     @classmethod
     def had_by(cls, capacity: WorkerCapacity) -> Resources:
-        """Read what a worker has; memory of which nothing is known is enough for anybody."""
+        """Return the resources of a worker; unknown memory counts as enough for any request."""
         return cls.of(capacity.cpus, capacity.memory or _UNKNOWN, capacity.gpus)
 
     def within(self, room: Resources) -> bool:
-        """Say whether this fits into that."""
+        """Say whether these amounts fit into others."""
         return self[0] <= room[0] and self[1] <= room[1] and self[2] <= room[2]
 
     def times_in(self, room: Resources) -> int:
-        """Say how often this fits into that."""
+        """Return how often these amounts fit into others."""
         return min(have // need for need, have in zip(self, room, strict=True) if need)
 
     def share(self, slots: int) -> Resources:
-        """Return one slot's share; of GPUs, none."""
+        """Return one slot's share, which has no GPUs."""
         return Resources(max(self.cpus // slots, 1), self.memory // slots)
 
 
 @dataclass(frozen=True, slots=True)
 class ResourceRequest:
-    """What one task needs, and which size of worker is launched for it.
+    """The resources that one task needs, and the size of worker that is launched for it.
 
     Attributes:
-        need: Taken from a worker while the task runs there.
-        size: The launcher's size of a worker for such tasks.
-        whole: What a worker of that size has.
-        slots: How many such tasks a worker of that size is launched for.
-        floor: What a worker must have in all for the task to be sent there.
+        need: The resources that the task takes of its worker while it runs.
+        size: The launcher's size of worker for such tasks.
+        whole: The resources of a worker of that size.
+        slots: Number of such tasks for which a worker of that size is launched.
+        floor: The resources that a worker must have in all for the task to be sent to it.
     """
 
     need: Resources
@@ -70,25 +70,25 @@ class ResourceRequest:
     floor: Resources
 
     def fits(self, capacity: Resources) -> bool:
-        """Say whether workers that have this in all may be sent such tasks."""
+        """Say whether such tasks may be sent to workers with these resources in all."""
         return self.floor.within(capacity)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Size and slots of the workers for it: those of one shape are launched alike."""
+        """The size and the slots of workers for it, which together are called a shape."""
         return self.size, self.slots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Requirements:
-    """How the tasks of a view differ from those that nothing was said about.
+    """The requirements of tasks that were submitted with options (``with_options``).
 
     Attributes:
-        options: What was said.
-        requests: What they ask for, then what after they ran out of memory with that, once, twice
-            and so on; empty: one slot.
-        priority: Higher ones go first.
-        judged: Whether what they raise may be a reason to run them again.
+        options: The options.
+        requests: The resources that a task requests; then those after it ran out of memory once,
+            twice and so on. Empty if it asks for one slot.
+        priority: The priority; higher ones are served first.
+        judged: Whether ``retry_on`` decides about exceptions that they raise.
     """
 
     options: TaskOptions
@@ -98,13 +98,13 @@ class Requirements:
 
 
 def plain_requests(scaling: ScalingPolicy) -> list[ResourceRequest]:
-    """Return, for each size of worker, what a task takes there that asked for nothing: one slot."""
-    # Of sizes that the launcher does not know, each stands for more memory than the one before.
+    """Return, for each size of worker, the request of a plain task, which is one slot's share."""
+    # If the capacities of sizes are not known, each stands for more memory than the one before.
     sizes = scaling.sizes or [
         WorkerCapacity(cpus=1e6, memory=(size + 1) << 60) for size in range(scaling.size_count)
     ]
     slots = scaling.slots_per_worker
-    # On one machine, all workers share what there is.
+    # On one machine, all workers share the machine's resources.
     sharing = max(slots, scaling.max_slots) if scaling.one_machine else slots
     return [
         ResourceRequest(
@@ -112,7 +112,8 @@ def plain_requests(scaling: ScalingPolicy) -> list[ResourceRequest]:
             size=size,
             whole=whole,
             slots=slots,
-            # Of a larger size, the whole worker counts: with a share of more it may do worse.
+            # On a larger size, a plain task needs a worker that has at least that size in all, as a
+            # smaller worker with fewer slots may have less memory.
             floor=whole._replace(gpus=0) if size else whole.share(scaling.max_slots),
         )
         for size, whole in enumerate(map(Resources.had_by, sizes))

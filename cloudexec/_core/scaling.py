@@ -1,13 +1,13 @@
-"""How many workers there are to be: demand, supply and policy decide on launches and retirements.
+"""Decides how many workers are launched and retired, from demand, supply and policy.
 
-Demand is the open tasks, waiting or not, by the shape of worker that they ask for. Supply is the
-slots of workers that are there or about to come. What is missing is launched, within ``max_slots``,
-which counts workers that drain, too: they still run. What is too much is given up only after a
-while (``idle_timeout``), because what is asked for next may need it: launches are withdrawn, and
-workers that idle are retired.
+Demand is the number of open tasks, waiting or not, by the shape (size and slots) of worker that
+they ask for. Supply is the slots of connected workers and of launches. Missing slots are launched,
+within ``max_slots``, which also counts draining workers, as these still run. Surplus slots are kept
+for a while (``idle_timeout``), because the next tasks may need them. Then launches are withdrawn,
+and idle workers are retired.
 
-As long as all tasks are plain and all workers of one shape, this is one comparison of two numbers,
-after each event. Only otherwise are shapes looked at one by one.
+As long as all tasks are plain and all workers have one shape, this is one comparison of two numbers
+after each event. Only otherwise are shapes examined one by one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Scaling", "sizes_to_launch"]
 
 
 class _Spare:
-    """Workers that have nothing to do in their own shape, and can be lent to another."""
+    """Slots of a shape that has no tasks for them, and that can serve tasks of another shape."""
 
     def __init__(self, capacity: Resources, slots: int) -> None:
         self.capacity = capacity
@@ -33,7 +33,7 @@ class _Spare:
 
 
 class Scaling:
-    """Launches workers, and gives up those that are too many.
+    """Launches missing workers, and gives up surplus ones.
 
     Attributes:
         refusing: Whether no worker may be launched any more.
@@ -63,7 +63,7 @@ class Scaling:
     # Up.
 
     def scale(self, now: float) -> None:
-        """Launch what is missing; withdraw launches that are not needed any more."""
+        """Launch missing workers; withdraw launches that are not needed any more."""
         queues, pool, policy = self._queues, self._pool, self._scaling
         if pool.launches:
             self._withdraw_surplus(now)
@@ -83,17 +83,17 @@ class Scaling:
             pool.launch(slots, queues.plain.request, now)
 
     def _demand(self) -> dict[tuple[int, int], int]:
-        """Return how many tasks there are for each shape of worker, waiting or not."""
+        """Return the number of open tasks for each shape of worker."""
         demand: dict[tuple[int, int], int] = {}
         for queue in self._queues.by_key.values():
             count = self._queues.open_in(queue)
             request = queue.request
             if count:
                 if self._scaling.one_machine:
-                    # More workers would not have more room: they share it.
+                    # More workers would not have more resources, as they share one machine.
                     count = min(count, request.need.times_in(request.whole))
                 if queue.apart:
-                    # Each is to be alone on a worker, whatever slots that has.
+                    # Each suspect needs a worker of its own, however many slots that has.
                     count *= request.slots
                 demand[request.shape] = demand.get(request.shape, 0) + count
         return demand
@@ -101,8 +101,7 @@ class Scaling:
     def _scale_shapes(self, now: float) -> None:
         """Scale each shape of worker to the tasks that need it, the largest first.
 
-        What one shape has too much is lent to those after it, if their tasks fit there, and is not
-        launched for them.
+        Surplus slots of one shape count for later shapes, if their tasks fit there.
         """
         policy, pool = self._scaling, self._pool
         demand = self._demand()
@@ -129,7 +128,7 @@ class Scaling:
             wanted, have = demand[shape], pool.active_by_shape.get(shape, 0)
             if shape == plain_shape:
                 wanted = max(wanted, policy.min_slots - (pool.active_slots - have))
-            # A large worker serves small tasks too, once it has nothing else to do.
+            # A large worker also serves small tasks, if it has no others.
             for each in spare:
                 if have < wanted and each.slots and request.fits(each.capacity):
                     lent = min(each.slots, wanted - have)
@@ -145,15 +144,16 @@ class Scaling:
                 spare.append(_Spare(request.whole, have - wanted))
 
     def _make_room(self, queue: TaskQueue, missing: int, *, alone: bool) -> None:
-        """Give up workers that are of no use for a queue, for those that it waits for.
+        """Give up workers that cannot serve a queue, to make room for workers that can.
 
-        First those that nobody has a use for. If none at all serves the queue, and it is its turn,
-        one that others have a use for, too: or it would wait for as long as others have work.
+        Idle workers are given up first. If no worker serves the queue, and it is the queue's turn,
+        a worker that has other tasks is given up, too. Otherwise the queue would wait for as long
+        as other queues have tasks.
 
         Args:
-            queue: What waits.
+            queue: The waiting queue.
             missing: Slots that it could use.
-            alone: Whether no worker serves it, nor will.
+            alone: Whether no worker or launch serves it.
         """
         pool, fits = self._pool, queue.request.fits
         demand = self._demand()
@@ -164,7 +164,7 @@ class Scaling:
                 pool.withdraw(launch)
         drained = sum(w.slots for w in pool.workers.values() if not w.is_active)
         missing -= drained
-        # Whoever is idle now had its chance: what waits is not for it.
+        # Workers that are idle now cannot serve the waiting tasks, or they would have them.
         strangers = [w for w in pool.workers.values() if not fits(w.allocation.capacity)]
         for worker in strangers:
             if missing > 0 and worker.takes_tasks and not worker.leases:
@@ -192,10 +192,7 @@ class Scaling:
     # Down.
 
     def _withdraw_surplus(self, now: float) -> None:
-        """Give up workers that have not come, once nothing has waited for them for a while.
-
-        As long as an idle worker would be kept: what is asked for next may need them.
-        """
+        """Withdraw launches that no task has needed for as long as an idle worker is kept."""
         scaling, pool, queues = self._scaling, self._pool, self._queues
         surplus = pool.active_slots - max(queues.open_tasks, scaling.min_slots)
         at_once = queues.is_emptying
@@ -222,7 +219,7 @@ class Scaling:
         self._surplus_since = None
 
     def retire_old(self, worker: Worker, now: float) -> bool:
-        """Retire a worker that is there for as long as it may be; say whether it is."""
+        """Retire a worker that has reached its largest age; say whether it has."""
         lifetime = self._scaling.max_worker_lifetime
         if lifetime is None or not worker.is_active:
             return False
@@ -233,7 +230,7 @@ class Scaling:
         return True
 
     def retire_idle(self, worker: Worker, now: float) -> None:
-        """Retire a worker that has had nothing to do for a while, unless it is to be kept."""
+        """Retire a worker that has been idle for too long, unless ``min_slots`` needs it."""
         scaling, pool = self._scaling, self._pool
         if worker.idle_since is None or scaling.idle_timeout is None or not worker.is_active:
             return
@@ -246,13 +243,12 @@ class Scaling:
 
 
 def sizes_to_launch(missing: int, room: int, slots_per_worker: int) -> list[int]:
-    """Say which workers to launch, as slots each.
+    """Return the numbers of slots of the workers to launch.
 
     Args:
-        missing: Slots that tasks would have use for, beyond those there are or that start.
-        room: Slots that may be added: all together, those that drain included, stay within
-            ``max_slots``.
-        slots_per_worker: Of one worker.
+        missing: Slots that tasks need beyond those of workers and launches.
+        room: Slots that may be added within ``max_slots``.
+        slots_per_worker: Slots of one worker.
 
     Returns:
         Slots of each worker to launch, ``slots_per_worker`` or the rest up to the limit.

@@ -1,4 +1,4 @@
-"""Tasks: their states, and which state may follow which."""
+"""Tasks, their states, and the table of transitions between states."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from cloudexec._core.resources import Requirements
 __all__ = ["TRANSITIONS", "UNKNOWN_SECONDS", "FunctionStats", "Input", "Task", "TaskState"]
 
 UNKNOWN_SECONDS = 3600.0
-"""Estimate for a function none of whose tasks has finished: long, so none is sent ahead."""
+"""Estimated seconds of a task whose function has no finished task. It is long, so that no such task
+is sent ahead."""
 LEAST_SECONDS = 10e-6
-"""Least estimate: what a task that does nothing costs a slot."""
+"""The lowest estimate, in seconds: the time that an empty task takes in a slot."""
 
 
 class TaskState(enum.Enum):
-    """Where a task is. Only ``queue`` changes it."""
+    """The state of a task. Only ``queue`` changes it."""
 
     BLOCKED = "blocked"
-    """Waits for what it depends on, or to be found on a worker; in no queue."""
+    """The task waits for futures, or for a worker that may have it already. It is in no queue."""
     WAITING = "waiting"
-    """In a queue. A new task is made like this."""
+    """The task is in a queue. New tasks begin in this state."""
     SENT = "sent"
-    """On a worker, not known to have begun."""
+    """The task is on a worker, and is not known to have begun."""
     RUNNING = "running"
-    """On a worker, in a slot."""
+    """The task runs in a slot of a worker."""
     BACKING_OFF = "backing off"
-    """Between two attempts, for a while or until what it takes is there again; in no queue."""
+    """The task waits between two attempts, for a time or for its inputs. It is in no queue."""
     DONE = "done"
-    """Resolved or cancelled."""
+    """The task has a result or an exception, or is cancelled."""
 
 
 TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
@@ -44,16 +45,16 @@ TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
     TaskState.BACKING_OFF: frozenset({TaskState.WAITING, TaskState.DONE}),
     TaskState.DONE: frozenset(),
 }
-"""From a state to those that may follow: sent tasks come back, finished ones never do, and only new
-ones become blocked. ``queue`` refuses any other change."""
+"""By state: the states that may follow. Sent tasks may come back, finished ones never do, and only
+new tasks become blocked. ``queue`` refuses all other changes."""
 
 
 class FunctionStats:
-    """Tasks of one function: how long they take, and what size of worker they need.
+    """The estimated run time of a function's tasks, and the size of worker that they need.
 
     Attributes:
-        seconds: Estimate of one task's run time, a moving average that follows slow ones fast.
-        samples: Tasks seen to finish; look-ahead grows with it.
+        seconds: Estimated seconds of one task: a moving average that rises fast and falls slowly.
+        samples: Number of finished tasks; more tasks are sent ahead as it grows.
         size: The size of worker that new tasks are sent to.
     """
 
@@ -67,7 +68,7 @@ class FunctionStats:
         self._fitted_before = 0
 
     def learn(self, seconds: float) -> None:
-        """Take in the run time of one task that finished."""
+        """Note the run time of a finished task."""
         if seconds < LEAST_SECONDS:
             seconds = LEAST_SECONDS
         if self.samples:
@@ -78,10 +79,10 @@ class FunctionStats:
             self.samples = 1
 
     def outgrew(self, size: int) -> None:
-        """Take in that a task ran out of memory on a worker of this size.
+        """Note that a task ran out of memory on a worker of this size.
 
-        Once more of them did than finished on that size, the next size is where others begin: one
-        outlier does not move the rest.
+        If more tasks ran out of memory on that size than finished, new tasks begin on the next
+        size. So a single outlier does not move the others.
         """
         if size != self.size:
             return
@@ -93,7 +94,7 @@ class FunctionStats:
 
 
 class Input(Protocol):
-    """A large thing that a task needs where it runs."""
+    """A blob among a task's arguments, which the task's worker needs."""
 
     size: int
     """Bytes."""
@@ -105,20 +106,22 @@ class Task:
     """One submitted call. An attempt is one run of it on one worker.
 
     Attributes:
-        number: Counts from 1 in the order of submission.
-        stats: What is known of its function; tasks of the same function share it.
-        retries: Attempts that may be lost beyond the first.
-        handle: The server's own, untouched here: the future, the payload.
-        state: See ``TaskState``.
-        lease: The right of a worker to this task; new for each time it is sent. 0: none.
+        number: The task's number, from 1, in the order of submission.
+        stats: The estimates of its function, which all its tasks share.
+        retries: Number of attempts that may be lost beyond the first.
+        handle: Belongs to the server, and is not used here: the future.
+        state: The state; see ``TaskState``.
+        lease: The number of the worker's right to run the task, which is new each time the task is
+            sent; 0 if no worker has it.
         worker: The worker that holds the lease.
-        cost: Estimated seconds that it was sent with.
-        lost: Attempts lost so far.
-        size: The smallest size of worker that it may be sent to; of a task with requests of its
-            own, which of these counts. It grows when the task runs out of memory.
-        suspected: Workers lost that may have begun with it, or were to begin with it.
-        requirements: What was asked for it; ``None``: nothing.
-        inputs: Large things that it takes: it had better run where these are already.
+        cost: The estimated seconds with which it was sent.
+        lost: Number of attempts lost so far.
+        size: The smallest size of worker that it may be sent to. For a task with requests of its
+            own, it is the index of the request that counts. It grows when the task runs out of
+            memory.
+        suspected: Number of lost workers that may have begun it, or would have begun it first.
+        requirements: The requirements; ``None`` for a plain task.
+        inputs: Blobs among its arguments. The task prefers workers that have these already.
     """
 
     __slots__ = (

@@ -1,4 +1,4 @@
-"""A worker, a launch, and what a worker has for tasks, as the core sees them."""
+"""A worker, a launch, and the resources that a worker has for tasks, as the core sees them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ __all__ = ["Allocation", "Launch", "Worker", "WorkerState"]
 
 
 class WorkerState(enum.Enum):
-    """What a connected worker is for."""
+    """Whether a worker gets tasks."""
 
     ACTIVE = "active"
     DRAINING = "draining"
-    """Finishes what it has, gets nothing new."""
+    """The worker finishes its tasks, and gets no more."""
 
 
 class Allocation:
-    """What a worker, or a machine with several, has for tasks.
+    """The resources of a worker, or of a machine that several workers share.
 
-    Most tasks ask for no more than one slot's share: any of them fit, as many as there are slots,
-    and nothing is counted. Only while a heavier one is there, all are.
+    Most tasks ask for no more than one slot's share. As many of these fit as there are slots, and
+    resources are not added up. They are added up only while a task has more than that.
 
     Attributes:
-        capacity: What there is.
-        slots: Among how many slots.
-        tight: Whether tasks that ask for nothing do not fit into all of its slots.
-        workers: Whose it is.
-        heavy: Leases of tasks with more than a slot's share, each with the GPUs that are its.
-        saving_for: The queue whose first task waits for room here; nothing behind it is sent.
+        capacity: The resources in all.
+        slots: Number of slots that share them.
+        tight: Whether plain tasks do not fit into all of the slots.
+        workers: The workers that share them.
+        heavy: Leases of tasks with more than a slot's share, each with the task's GPUs.
+        saving_for: The queue whose first task waits for room here. Tasks of later queues are not
+            sent meanwhile.
     """
 
     __slots__ = (
@@ -59,7 +60,7 @@ class Allocation:
         self.tight = not self.is_light(plain)
 
     def is_light(self, request: ResourceRequest) -> bool:
-        """Say whether a request is no more than one slot's share."""
+        """Say whether a request asks for no more than one slot's share."""
         known = self._light.get(request)
         if known is None:
             need, have, slots = request.need, self.capacity, self.slots
@@ -72,13 +73,13 @@ class Allocation:
         return known
 
     def needs_only_a_slot(self, request: ResourceRequest) -> bool:
-        """Say whether any free slot here has room for such a task, and nothing is counted."""
+        """Say whether such a task fits into any free slot, without adding up resources."""
         return not (self.heavy or self.tight) and self.is_light(request)
 
     def room_left(self, request_of: Callable[[Task], ResourceRequest]) -> Resources | None:
-        """Return what the tasks at hand leave; ``None`` while some were sent ahead of need.
+        """Return the resources that the present tasks leave; ``None`` while some were sent ahead.
 
-        Those wait on their worker for a slot: when they begin is for the worker to say.
+        Only the worker knows when tasks that were sent ahead begin.
         """
         cpus, memory, gpus = self.capacity
         for worker in self.workers.values():
@@ -92,36 +93,37 @@ class Allocation:
         return Resources(cpus, memory, gpus)
 
     def give_up_saving(self) -> None:
-        """Save no room where no worker takes tasks: whoever waits for it may have it elsewhere."""
+        """Stop saving room if no worker here takes tasks, so that another worker may save it."""
         if not any(worker.takes_tasks for worker in self.workers.values()):
             self.saving_for = None
 
     def free_gpus(self, count: int) -> tuple[str, ...]:
-        """Return the first GPUs that no task has."""
+        """Return the first ``count`` GPUs that no task uses."""
         taken = {each for ids in self.heavy.values() for each in ids}
         return tuple([each for each in self.gpu_ids if each not in taken][:count])
 
 
 class Worker:
-    """A process that dialed back.
+    """A worker that has connected.
 
     Attributes:
         id: Its name.
-        slots: Tasks it can run at once.
-        launch: Which launch it came of.
-        connected_at: When it dialed back.
-        shape: Size and slots that it was launched with: those alike serve the same tasks.
-        allocation: What it has for tasks, and who uses it.
-        state: Whether it is to get tasks.
-        leases: Lease -> task, in the order sent; cancelled tasks stay until the worker answers.
-        load: Estimated seconds of work behind those leases.
-        ready: Whether it may have begun any of its tasks.
-        paused_until: Until then it gets nothing ahead of need.
-        completed: Tasks it has answered for.
-        idle_since: When its last lease went; ``None`` while it has one.
-        heard_at: When it was last heard of.
-        cut_at: When its connection was cut; ``None`` while it has one.
-        over_at: When it was found to drain with nothing left to do; ``None`` otherwise.
+        slots: Number of tasks that it can run at once.
+        launch: The launch that it belongs to.
+        connected_at: When it connected.
+        shape: The size and slots with which it was launched. Workers of one shape serve the same
+            tasks.
+        allocation: Its resources, and the tasks that use them.
+        state: Whether it gets tasks.
+        leases: By lease, in the order sent: its tasks. Cancelled ones stay until it answers.
+        load: Estimated seconds of work of these tasks.
+        ready: Whether it may have begun any task.
+        paused_until: The time until which no task is sent ahead to it.
+        completed: Number of tasks that it has answered.
+        idle_since: When its last lease ended; ``None`` while it has one.
+        heard_at: When its last message came.
+        cut_at: When its connection was cut; ``None`` while it is connected.
+        over_at: When it was found to drain without tasks; ``None`` otherwise.
     """
 
     def __init__(
@@ -157,17 +159,17 @@ class Worker:
 
     @property
     def is_active(self) -> bool:
-        """Whether it is not told to end: it gets tasks, now or once it is back."""
+        """Whether it was not told to end, so that it gets tasks, now or once it is connected."""
         return self.state is WorkerState.ACTIVE
 
     @property
     def takes_tasks(self) -> bool:
-        """Whether it can be sent tasks now."""
+        """Whether tasks can be sent to it now."""
         return self.state is WorkerState.ACTIVE and self.cut_at is None
 
     @property
     def free(self) -> int:
-        """Slots without a task."""
+        """Number of slots without a task."""
         return max(0, self.slots - len(self.leases))
 
     def sent_ahead(self) -> list[int]:
@@ -180,7 +182,7 @@ class Worker:
         return any(task.state is not TaskState.DONE for task in self.leases.values())
 
     def give(self, task: Task, lease: int) -> None:
-        """Have this worker hold a task's lease."""
+        """Give this worker the lease of a task."""
         task.lease = lease
         task.worker = self.id
         task.cost = task.stats.seconds
@@ -189,7 +191,7 @@ class Worker:
         self.idle_since = None
 
     def take_back(self, lease: int) -> Task | None:
-        """Have this worker hold a lease no more; ``None`` if it has no such lease (any more)."""
+        """Take a lease back and return its task; ``None`` if this worker does not hold it."""
         task = self.leases.pop(lease, None)
         if task is not None:
             self.allocation.heavy.pop(lease, None)
@@ -201,7 +203,7 @@ class Worker:
 
 
 class Launch:
-    """A worker that was asked for and has not dialed back; what it has is as for a worker."""
+    """A worker that was launched and has not connected; its attributes are those of a worker."""
 
     def __init__(
         self, launch_id: str, slots: int, now: float, shape: tuple[int, int], capacity: Resources
