@@ -1,9 +1,9 @@
-"""Tools for testing what uses or extends cloudexec: fakes of workers, launchers and AWS.
+"""Tools for testing programs that use or extend cloudexec: fakes of workers, launchers and AWS.
 
-``check_launcher`` tries whether an executor can rely on a launcher.
-``ManualLauncher`` starts nothing and lets a test say what happened; ``SimulatedWorker`` speaks the
-real protocol to a real executor and answers tasks without running them. ``FakeAWS`` is an AWS on
-this machine that runs real workers (``pip install 'cloudexec[testing]'``).
+``check_launcher`` checks whether an executor can rely on a launcher. ``ManualLauncher`` starts no
+worker; a test tells it what happened. ``SimulatedWorker`` uses the real protocol with a real
+executor, and answers tasks without running them. ``FakeAWS`` emulates AWS on this machine and runs
+real workers (``pip install 'cloudexec[testing]'``).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _LAZY = {
     "answer_none": "_simulated",
     "check_launcher": "_conformance",
 }
-"""Loaded on first use: pytest imports this package in every run, for its plugin, and who tests
-without AWS or gRPC is to have none of it loaded."""
+"""The modules are imported on first use. pytest imports this package in every run, for its plugin,
+and a run that tests neither AWS nor gRPC must not load their libraries."""
 
 
 def __getattr__(name: str) -> Any:

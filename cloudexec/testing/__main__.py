@@ -1,6 +1,6 @@
-"""``python -m cloudexec.testing``: an emulated AWS in a shell of its own, until Ctrl-C.
+"""``python -m cloudexec.testing``: runs an emulated AWS until Ctrl-C.
 
-Prints the variables that send the commands and executors of another shell to it.
+It prints the variables with which commands and executors in another shell use it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cloudexec.testing import FakeAWS
     help="A registry on this machine, over plain HTTP, that stands for Amazon ECR.",
 )
 def main(mode: str, region: str, capacity: int, registry: str | None) -> None:
-    """Run an emulated AWS with real workers, for trying things out."""
+    """Run an emulated AWS with real workers, to try cloudexec without an AWS account."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings: dict[str, Any] = {"mode": mode, "region": region, "registry": registry}

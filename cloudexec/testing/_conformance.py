@@ -1,4 +1,4 @@
-"""What an executor expects of a launcher, tried on its real platform."""
+"""Checks a launcher against all that an executor expects of it, on its real platform."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_launcher(
     report: Callable[[str], object] | None = None,
     fail_next: Callable[[PlatformError], object] | None = None,
 ) -> list[str]:
-    """Check that an executor can rely on a launcher. It runs workers, a dozen or so, two at once.
+    """Check that an executor can rely on a launcher. This runs about a dozen workers, two at once.
 
     A ``PlatformLauncher`` is first asked to run, find, end and describe jobs whose workers find no
     executor. Then, with any launcher, executors run tasks, map over two workers, let idle workers
@@ -45,17 +45,17 @@ def check_launcher(
     Args:
         launcher: The launcher, with all settings that it needs. No executor may use it meanwhile,
             and no event loop may run in the calling thread.
-        timeout: Seconds in which each single thing must have happened, such as that a worker has
-            started.
+        timeout: Seconds within which each single step must happen, such as the start of a worker.
         report: Called with the name of each check before it begins.
-        fail_next: Has the next ``Platform.submit`` raise the error that it is called with, if your
-            launcher can do that for tests: then failed submissions are tried, too.
+        fail_next: Lets the next ``Platform.submit`` raise the given error, if your launcher has
+            such a function for tests. Failed submissions are checked then, too.
 
     Returns:
         The names of all checks, which the launcher has passed.
 
     Raises:
-        LauncherCheckError: If it fails one. The message says which and what that means.
+        LauncherCheckError: If a check fails. The message names the check and what the failure
+            means.
     """
     passed: list[str] = []
     check = _Check(launcher, timeout, fail_next)
@@ -129,7 +129,7 @@ class _Check:
 
     @contextlib.contextmanager
     def _executor(self, **options: Any) -> Iterator[BatchExecutor]:
-        """Make an executor with two workers; see that nothing of it is left when it has ended."""
+        """Make an executor with two workers, and check that nothing of it is left at its end."""
         slots = 1 if self._launcher.one_machine else self._launcher.slots_per_worker(1_000_000)
         executor = BatchExecutor(
             2 * slots, launcher=self._launcher, launch_timeout=self._timeout, **options
@@ -137,7 +137,7 @@ class _Check:
         try:
             yield executor
         except BaseException:
-            executor.kill_workers()  # whatever it still runs is not waited for
+            executor.kill_workers()  # do not wait for tasks that still run
             raise
         executor.shutdown()
         driver = executor._driver
@@ -228,7 +228,7 @@ class _Check:
             _expect(found == 3, f"abs(-3) returned {found!r}")
 
     def _take_workers_away(self, executor: BatchExecutor) -> None:
-        """End all workers, without the executor's knowledge where that is possible."""
+        """End all workers, if possible without the executor's knowledge."""
         launcher, driver = self._launcher, executor._driver
         assert driver is not None
 
@@ -271,7 +271,7 @@ class _Check:
             )
 
     def _wait(self, condition: Callable[[], object], otherwise: str) -> None:
-        """Wait until something holds; fail if it does not in time."""
+        """Wait until a condition holds; fail if it does not hold in time."""
         deadline = time.monotonic() + self._timeout
         while not condition():
             _expect(time.monotonic() < deadline, otherwise)

@@ -1,4 +1,4 @@
-"""A launcher that starts nothing: it records what was asked and is told what happened."""
+"""A launcher that starts no worker: it records requests, and a test tells it what happened."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ManualLaunch:
     """One worker that the executor asked for.
 
     Attributes:
-        launch_id: Which launch; the identity under which the worker must enrol.
-        slots: Tasks that the worker may run at once.
-        contact: Where it is to dial, and the key that it must know.
+        launch_id: The launch's id, which is also the identity that the worker must enrol with.
+        slots: Number of tasks that the worker may run at once.
+        contact: The address that the worker dials, and the key that it must know.
     """
 
     launch_id: str
@@ -31,22 +31,22 @@ class ManualLaunch:
 
 
 class ManualLauncher(Launcher):
-    """Starts nothing. Whoever holds it connects workers, or does not, and says how they ended.
+    """Starts no worker. The test connects workers, or does not, and reports how they ended.
 
     One launcher serves one executor. The executor calls it on its loop thread; ``wait()`` and
     ``end()`` are for any other thread.
 
     Args:
-        slots_per_worker: Tasks that each worker may run at once.
-        needs_network: Whether the executor is to listen on a network address with TLS although it
-            was not told where; otherwise it listens on a Unix socket in a private directory.
+        slots_per_worker: Number of tasks that each worker may run at once.
+        needs_network: Whether the executor listens on a network address with TLS, even if it was
+            given none; otherwise it listens on a Unix socket in a private directory.
         ends_when_terminated: Whether a launch that the executor terminates ends at once, as a
             killed process would. If not, the executor waits until ``end()`` is called, also in
             ``shutdown()``, for half a minute.
 
     Attributes:
-        launches: What was asked for, in order; never shortened.
-        terminated: Launch ids that the executor wanted stopped, in order.
+        launches: All requested launches, in order.
+        terminated: Ids of launches that the executor has terminated, in order.
 
     Raises:
         ConfigError: If ``slots_per_worker`` is not a positive integer.
@@ -66,13 +66,14 @@ class ManualLauncher(Launcher):
         self._needs_network = needs_network
         self._ends_when_terminated = ends_when_terminated
         self._loop: asyncio.AbstractEventLoop | None = None
-        # Guards the three below, and is notified of each launch.
+        # Guards the next attributes, and is notified of each launch.
         self._changed = threading.Condition()
-        self._on_end: dict[str, Callable[[str, LaunchEnd], None] | None] = {}  # None: it ended
+        # By launch: the function to call at its end; None once it has ended.
+        self._on_end: dict[str, Callable[[str, LaunchEnd], None] | None] = {}
         self._executor_id: str | None = None
 
     def slots_per_worker(self, max_workers: int) -> int:
-        """Say how many slots one worker has."""
+        """Return the number of slots of one worker."""
         return min(self._slots_per_worker, max_workers)
 
     def needs_network(self) -> bool:
@@ -85,7 +86,7 @@ class ManualLauncher(Launcher):
         requests: Sequence[LaunchRequest],
         on_end: Callable[[str, LaunchEnd], None],
     ) -> None:
-        """Record that workers were asked for.
+        """Record launches.
 
         Raises:
             LaunchError: If another executor uses this launcher already.
@@ -102,56 +103,56 @@ class ManualLauncher(Launcher):
             self._changed.notify_all()
 
     def terminate(self, launch_ids: Sequence[str]) -> None:
-        """Record that workers were to be stopped; they end if that was agreed."""
+        """Record that workers were terminated; they end if ``ends_when_terminated``."""
         for launch_id in launch_ids:
             self.terminated.append(launch_id)
-            # One that was not launched yet is not heard of again.
+            # The end of a launch that was not made yet is not reported.
             if self._ends_when_terminated and launch_id in self._on_end:
                 self.end(launch_id, "it was terminated", killed=True)
 
     def hand_over(self) -> dict[str, Any]:
-        """Say which launches nobody said yet that they ended."""
+        """Return the launches whose end was not reported yet."""
         return {"running": self.running}
 
     async def take_over(
         self, left: dict[str, Any], on_end: Callable[[str, LaunchEnd], None]
     ) -> Mapping[str, Survivor]:
-        """Take over the launches of another one; they are not in ``launches``."""
+        """Take over the launches of another launcher, without adding them to ``launches``."""
         with self._changed:
             self._loop = asyncio.get_running_loop()
             self._on_end.update(dict.fromkeys(left["running"], on_end))
         return {launch_id: Survivor(0, running=True) for launch_id in left["running"]}
 
     def clean_up(self, slot_groups: list[int]) -> None:
-        """Do nothing: no process here is this launcher's."""
+        """Do nothing, as this launcher starts no process."""
 
     def describe(self) -> str:
-        """Say in a few words what this launches."""
+        """Describe the launcher in a few words."""
         return "nothing, by hand"
 
     def __repr__(self) -> str:
         return f"ManualLauncher(slots_per_worker={self._slots_per_worker})"
 
-    # For whoever plays the platform.
+    # For the test, which plays the platform.
 
     @property
     def running(self) -> list[str]:
-        """Launch ids of which nobody said yet that they ended, in the order of their launch."""
+        """Ids of launches whose end was not reported yet, in order."""
         with self._changed:
             return [launch for launch, on_end in self._on_end.items() if on_end is not None]
 
     def wait(self, count: int, timeout: float | None = None) -> list[ManualLaunch]:
-        """Wait until so many workers were asked for, counted from the start.
+        """Wait until ``count`` workers have been launched in all.
 
         Args:
-            count: How many.
+            count: Number of launches, counted from the start.
             timeout: Seconds; ``None`` waits without limit.
 
         Returns:
             The first ``count`` launches.
 
         Raises:
-            TimeoutError: If they were not asked for in time.
+            TimeoutError: If there were not that many in time.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: len(self.launches) >= count, timeout):
@@ -168,11 +169,11 @@ class ManualLauncher(Launcher):
         killed: bool = False,
         fatal: bool = False,
     ) -> None:
-        """Say that a worker's process ended; the executor hears it on its loop thread, soon.
+        """Report that a worker's process has ended; the executor is told soon, on its loop thread.
 
         Args:
-            launch_id: Which; one that ended already is left alone.
-            reason: For people.
+            launch_id: The launch. If its end was reported already, this does nothing.
+            reason: The reason, for messages.
             killed: Whether it was killed from outside.
             fatal: Whether trying again cannot help.
 
@@ -191,9 +192,9 @@ class ManualLauncher(Launcher):
         try:
             loop.call_soon_threadsafe(on_end, launch_id, LaunchEnd(reason, killed, fatal))
         except RuntimeError:
-            pass  # the executor is gone, and its loop with it
+            pass  # the executor has ended, and its loop with it
 
     def end_all(self, reason: str = "it ended") -> None:
-        """Say of every worker that its process ended."""
+        """Report for every worker that its process has ended."""
         for launch_id in self.running:
             self.end(launch_id, reason)

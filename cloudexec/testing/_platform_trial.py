@@ -1,4 +1,4 @@
-"""Whether a platform keeps its word, tried without an executor."""
+"""Checks a platform without an executor: it submits, describes, finds and ends one job."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ __all__ = ["LauncherCheckError", "PlatformTrial", "all_ended", "until"]
 T = TypeVar("T")
 _PAUSE = 0.1
 _NOBODY = "127.0.0.1:9"
-"""Where workers find no executor: whatever listens at this port discards what it is sent."""
+"""An address without an executor: a service at this port (discard) ignores all that it is sent."""
 
 
 class LauncherCheckError(AssertionError):
     """A launcher does not do what an executor expects of it.
 
     Attributes:
-        check: Which check failed, as ``check_launcher`` lists them.
+        check: The name of the check that failed.
     """
 
     def __init__(self, message: str = "", *, check: str = "") -> None:
@@ -46,7 +46,7 @@ class LauncherCheckError(AssertionError):
 
 
 async def until(look: Callable[[], Awaitable[T]], good: Callable[[T], bool], patience: float) -> T:
-    """Look until it is good, or the time is over; return what was seen last."""
+    """Call ``look`` until its answer is good, or the time is over; return the last answer."""
     deadline = time.monotonic() + patience
     while True:
         found = await look()
@@ -56,10 +56,10 @@ async def until(look: Callable[[], Awaitable[T]], good: Callable[[T], bool], pat
 
 
 async def in_time(request: Awaitable[T], what: str, patience: float) -> T:
-    """Make a request of a platform, which must be answered in time.
+    """Await a platform's answer to a request.
 
     Raises:
-        LauncherCheckError: If it is not.
+        LauncherCheckError: If it does not answer in time.
     """
     try:
         async with asyncio.timeout(patience):
@@ -69,7 +69,7 @@ async def in_time(request: Awaitable[T], what: str, patience: float) -> T:
 
 
 def all_ended(status: JobStatus, workers: int = 0) -> bool:
-    """Say whether no worker is left, and so many have ended."""
+    """Say whether no worker is left, and at least ``workers`` of them have ended."""
     left = sum(count for phase, count in status.counts.items() if phase is not Phase.ENDED)
     return not left and status.counts.get(Phase.ENDED, 0) >= workers
 
@@ -83,10 +83,10 @@ class PlatformTrial:
     """One job with two workers, which find no executor.
 
     Args:
-        launcher: Says which sizes there are.
+        launcher: The launcher, which knows the sizes of workers.
         site: The platform.
-        executor: Who the job says it belongs to.
-        timeout: Seconds in which each single thing must have happened.
+        executor: The id of the executor that the job names.
+        timeout: Seconds within which each single step must happen.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class PlatformTrial:
         )
 
     async def run(self) -> None:
-        """Submit the job, look at it, and end it.
+        """Submit the job, describe it, and end it.
 
         Raises:
             LauncherCheckError: If the platform does not do what it should.
-            CloudexecError: If the platform says that it cannot.
+            CloudexecError: If the platform reports an error.
         """
         platform, request = self._platform, self._request
         await self._in_time(platform.prepare(), "prepare()")
@@ -138,7 +138,7 @@ class PlatformTrial:
             f"terminate() was called for a job with {taken} workers, and {self._timeout:g} s later "
             f"describe() says {_said(found)} of it, and not that each of its workers has ended",
         )
-        await self._terminate(whole)  # again: it is no error
+        await self._terminate(whole)  # a second time, which must be no error
 
     async def _in_time(self, request: Awaitable[T], what: str) -> T:
         return await in_time(request, what, self._timeout)
@@ -190,7 +190,7 @@ class PlatformTrial:
         )
 
     async def _end_one(self, submitted: Submitted) -> None:
-        """End the first worker, and see that the second one is left alone."""
+        """End the first worker, and check that the second one goes on."""
         await self._terminate(Target(job_id=submitted.job_id, workers=[0]))
 
         def first_ended(status: JobStatus) -> bool:
@@ -210,7 +210,7 @@ class PlatformTrial:
         )
 
     def _see_that_the_key_is_secret(self) -> None:
-        """Look at the command lines of this machine: where else workers run is out of sight."""
+        """Check that no command line on this machine shows the key; others cannot be seen."""
         if not self._key or not sys.platform.startswith("linux"):
             return
         for path in glob.glob("/proc/[0-9]*/cmdline"):
@@ -218,7 +218,7 @@ class PlatformTrial:
                 with open(path, "rb") as file:
                     line = file.read()
             except OSError:
-                continue  # it has ended
+                continue  # the process has ended
             _expect(
                 self._key.encode() not in line,
                 "JobRequest.secrets is in a command line, where every user of the machine can "
@@ -227,7 +227,7 @@ class PlatformTrial:
             )
 
     async def _status(self, submitted: Submitted) -> JobStatus:
-        """Return what the platform says of the job; of one that it forgot, that all has ended."""
+        """Return the job's status; a job that the platform has forgotten counts as ended."""
         taken = self._request.workers - submitted.shortfall
         inspection = Inspection(job_id=submitted.job_id, workers=taken, wanted=range(taken))
         told = await self._in_time(self._platform.describe([inspection]), "describe()")

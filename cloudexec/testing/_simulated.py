@@ -1,4 +1,4 @@
-"""A worker without processes: the real protocol, with answers that a function makes up."""
+"""A worker without processes: it uses the real protocol, and a function makes up its answers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from cloudexec.worker.dialing import CONNECT_TIMEOUT, Address, dial, hang_up, sh
 __all__ = ["Answer", "SimulatedWorker", "answer_none"]
 
 Answer = Callable[[int, bytes], bytes]
-"""Given a lease and the bytes of a call's arguments, returns the pickle of the call's result.
+"""Returns the pickle of a call's result, given the lease and the bytes of the call's arguments.
 
-The bytes are a pickle of the arguments, as ``pickle.loads`` takes it, up to 64 KiB; larger ones are
-framed, with buffers out of band."""
+Up to 64 KiB, these bytes are a pickle that ``pickle.loads`` can read. Larger ones are divided into
+records, with buffers out of band."""
 
 _BATCH_RESULTS = 2048
 _BATCH_BYTES = 512 * 1024
@@ -36,33 +36,33 @@ _NONE = pickle.dumps(None, 5)
 
 
 def answer_none(lease: int, payload: bytes) -> bytes:
-    """Answer a task with ``None``, whatever it is."""
+    """Answer any task with ``None``."""
     return _NONE
 
 
 class SimulatedWorker:
     """Connects to an executor as a worker does, and answers its tasks without running them.
 
-    Everything a worker says on the wire is said: enrolment, results in batches, heartbeats,
-    draining. One that is elsewhere (TLS) and whose connection is cut dials again, as a worker does,
-    and goes on with its session. No process is started, so that one process can hold thousands. Use
-    it on one event loop, and best in another process than the executor's: where two loops of a
-    process use ``grpc.aio``, each logs harmless ``BlockingIOError`` (grpc/grpc issue 25364).
+    It sends all messages of a real worker: enrolment, results in batches, heartbeats, draining. If
+    it is connected by TLS and its connection is cut, it dials again and goes on with its session.
+    It starts no process, so one process can hold thousands of simulated workers. Use it on one
+    event loop, and best in another process than the executor's: if two loops of a process use
+    ``grpc.aio``, each logs harmless ``BlockingIOError`` (grpc/grpc issue 25364).
 
         worker = SimulatedWorker(launch.contact, launch.launch_id)
         await worker.connect()
         await worker.serve()
 
     Args:
-        contact: Where to dial, from ``ManualLaunch``.
-        identity: The launch id. The executor admits only those that it asked for, each once.
-        slots: Tasks that it says it can run at once.
-        answer: Makes up the result of each task. At most 64 KiB each; called on the event loop, so
-            it must not block.
+        contact: The address to dial, from ``ManualLaunch``.
+        identity: The launch id. The executor admits only launches that it asked for, each once.
+        slots: Number of tasks that the worker claims to run at once.
+        answer: Makes up the result of each task, of at most 64 KiB. It is called on the event loop,
+            so it must not block.
 
     Attributes:
-        answered: Tasks answered so far.
-        reconnected: Times that it has dialed again, and gone on with its session.
+        answered: Number of tasks answered so far.
+        reconnected: How often it has dialed again and gone on with its session.
     """
 
     def __init__(
@@ -91,18 +91,18 @@ class SimulatedWorker:
 
     @property
     def worker_id(self) -> str:
-        """The name that the executor gave; empty before ``connect()``."""
+        """The name that the executor gave to the worker; empty before ``connect()``."""
         return self._welcome.worker_id
 
     async def connect(self, patience: float = CONNECT_TIMEOUT) -> None:
         """Dial and enrol.
 
         Args:
-            patience: Seconds for which it is tried; over a Unix socket it is tried once.
+            patience: Seconds for which to try. Over a Unix socket it tries once.
 
         Raises:
-            ProtocolError: If either side refuses the other.
-            LaunchError: If nobody answers.
+            ProtocolError: If worker or executor refuses the other.
+            LaunchError: If the executor does not answer.
         """
         await dial(self._address, self._enrol, patience)
 
@@ -151,12 +151,12 @@ class SimulatedWorker:
         """Answer tasks until the session ends.
 
         Returns:
-            How it ended: ``"drained"``, ``"terminated"``, ``"closed"`` if the executor went, or,
-            after the connection was cut, ``"orphaned"`` if nobody answered for the executor's
-            ``orphan_timeout``, and ``"given up"`` if the executor had lost patience.
+            How it ended: ``"drained"``, ``"terminated"``, or ``"closed"`` if the executor ended.
+            After the connection was cut: ``"orphaned"`` if the executor did not answer for its
+            ``orphan_timeout``, or ``"given up"`` if the executor had given the worker up.
 
         Raises:
-            Exception: Whatever ``answer`` raises; the executor sees a worker vanish.
+            Exception: Whatever ``answer`` raises; to the executor, the worker vanishes then.
             ValueError: If an answer is too large.
         """
         beating = asyncio.create_task(self._beat())
@@ -168,7 +168,7 @@ class SimulatedWorker:
                     if not self._welcome.resumable:
                         return "closed"
                 try:
-                    async with self._writing:  # no heartbeat before it is said who we are
+                    async with self._writing:  # no heartbeat may be sent before enrolment
                         await dial(self._address, self._enrol, self._welcome.orphan_timeout)
                 except LaunchError:
                     return "orphaned"
@@ -181,7 +181,7 @@ class SimulatedWorker:
             await self.close()
 
     async def close(self) -> None:
-        """Hang up without a word, as a worker does whose machine lost its power."""
+        """Hang up without a message, as a worker does whose machine has lost its power."""
         call, self._call = self._call, None
         channel, self._channel = self._channel, None
         if call is not None:
@@ -197,7 +197,7 @@ class SimulatedWorker:
         await self._answer_all()
         while True:
             if self._draining and self._stream.is_clear:
-                # Nothing is left to hand back: what came was answered at once.
+                # No task is left to hand back, because all were answered at once.
                 await self._write(pb.WorkerMessage(goodbye=True), keep=False)
                 await self._call.done_writing()
                 while await self._call.read() is not grpc.aio.EOF:
@@ -236,7 +236,7 @@ class SimulatedWorker:
                 raise ValueError(
                     f"a simulated result is {_LARGEST_RESULT} bytes at most, not {len(result)}"
                 )
-            # Only now: a connection that is cut before leaves it for the next one.
+            # Removed only now, so that the task is answered again if the connection is cut before.
             self._todo.popleft()
             reply.results.leases.append(lease)
             reply.results.payloads.append(result)
@@ -250,7 +250,7 @@ class SimulatedWorker:
                 size = 0
 
     async def _fetched(self, number: int) -> bytes:
-        """Fetch a part of an argument that is too large to come along with its task."""
+        """Fetch a blob, which is too large to be sent together with its task."""
         request = pb.FetchRequest(blob=number)
         metadata = ((TOKEN_KEY, self._welcome.session_token),)
         chunks = [chunk async for chunk in self._fetch(request, metadata=metadata)]
@@ -263,7 +263,7 @@ class SimulatedWorker:
             try:
                 await self._write(pb.WorkerMessage(heartbeat=pb.Heartbeat()), keep=False)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                pass  # whoever reads from the stream notices too
+                pass  # reading from the stream fails, too, which is handled there
 
     async def _write(self, message: pb.WorkerMessage, *, keep: bool = True) -> None:
         """Write a message, which is kept until it has arrived if it must arrive."""

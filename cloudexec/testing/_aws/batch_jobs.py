@@ -1,4 +1,4 @@
-"""The Batch calls about jobs."""
+"""Answers the calls of AWS Batch about jobs."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Handler = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 
 
 class BatchJobs:
-    """Carries out calls on jobs.
+    """Answers calls about jobs.
 
     Args:
-        engine: Whose jobs.
-        faults: How late lists are.
+        engine: Runs the jobs.
+        faults: Says how late lists are.
     """
 
     def __init__(self, engine: Engine, faults: Faults) -> None:
@@ -47,11 +47,11 @@ class BatchJobs:
         }
 
     def submit(self, region: str, parameters: Mapping[str, Any], length: int) -> dict[str, Any]:
-        """SubmitJob.
+        """Answer SubmitJob.
 
         Args:
-            region: Of the call.
-            parameters: Of the call.
+            region: The call's region.
+            parameters: The call's parameters.
             length: Bytes of the request's body.
         """
         check_submit(parameters, length)
@@ -82,7 +82,7 @@ class BatchJobs:
         return {"jobArn": job.arn, "jobName": spec.name, "jobId": job.job_id}
 
     def tags(self, arn: str) -> dict[str, Any]:
-        """ListTagsForResource of a job."""
+        """Answer ListTagsForResource for a job."""
         job = self._find(arn)
         if job is None:
             raise ClientError(f"{arn} does not exist")
@@ -250,7 +250,7 @@ def _spec(region: str, parameters: Mapping[str, Any], queue: Any, definition: An
         "command": overrides.get("command", []),
         "environment": [
             *overrides.get("environment", []),
-            # What Batch itself adds; the lengths are typical ones.
+            # Variables that Batch itself adds, with typical lengths.
             {"name": "AWS_BATCH_JOB_ID", "value": "x" * 42},
             {"name": "AWS_BATCH_JOB_ATTEMPT", "value": "1"},
             {"name": "AWS_BATCH_JQ_NAME", "value": queue.name},
@@ -317,7 +317,7 @@ def _filter(name: str, values: list[str]) -> Callable[[Job], bool]:
     if name == "JOB_NAME":
         return lambda job: any(_name_fits(value, job.spec.name) for value in values)
     if name == "JOB_DEFINITION":
-        # A name with the revision left out fits every revision.
+        # A name without a revision fits every revision.
         return lambda job: any(
             value in (job.spec.definition_arn, job.spec.definition_name)
             or value == f"{job.spec.definition_name}:{job.spec.revision}"

@@ -1,7 +1,7 @@
-"""The Batch calls about what jobs need: compute environments, queues, definitions.
+"""Answers the calls of AWS Batch about compute environments, queues and job definitions.
 
-They lie in moto's back end as moto's own objects, with all that was asked for beside them in
-``extra``: moto keeps less than it was given.
+They are stored in moto's back end as moto's objects. Their attribute ``extra`` keeps all parameters
+of the request, because moto keeps only some.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from cloudexec.testing._aws.limits import (
 __all__ = ["BatchResources"]
 
 QUOTA = 50
-"""Compute environments, and queues. "AWS Batch service quotas", AWS Batch User Guide."""
+"""Largest number of compute environments, and of queues. "AWS Batch service quotas", AWS Batch User
+Guide."""
 
 Handler = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 
@@ -34,11 +35,11 @@ _NO_CONTAINER = {"image": "none", "vcpus": 1, "memory": 4}
 
 
 class BatchResources:
-    """Carries out calls on compute environments, queues and definitions.
+    """Answers calls about compute environments, queues and definitions.
 
     Args:
-        engine: Whose jobs hold environments and queues.
-        faults: Which environments are broken.
+        engine: Runs the jobs, which keep environments and queues from being deleted.
+        faults: Says which environments are broken.
     """
 
     def __init__(self, engine: Engine, faults: Faults) -> None:
@@ -368,7 +369,7 @@ class BatchResources:
 
 
 def find_definition(region: str, identifier: str, *, exact: bool = False) -> Any:
-    """A definition by ARN, ``name:revision`` or (its latest ACTIVE revision) name."""
+    """Return a definition by ARN, by ``name:revision``, or by name (the latest ACTIVE revision)."""
     definitions = batch_backend(region)._job_definitions
     bare = identifier.rpartition("job-definition/")[2] if "/" in identifier else identifier
     name, _, revision = bare.partition(":")

@@ -1,6 +1,6 @@
-"""What there is room for: environments, quotas, instances that must boot, rates of launches.
+"""Decides whether there is capacity for a job: limits of environments, quotas, instances, rates.
 
-Everything belongs to the engine's lock.
+All state here is protected by the engine's lock.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _QUOTAS = {
     "EC2": "ec2",
     "SPOT": "ec2_spot",
 }
-"""Type of compute environment -> the quota that bounds it."""
+"""By type of compute environment: the quota that limits it."""
 
 
 class Capacity:
@@ -26,11 +26,12 @@ class Capacity:
 
     Args:
         faults: The account's quotas.
-        later: Calls something after so many seconds.
-        changed: To be called when there may be more room.
-        max_running: Attempts that run at a time at most, whatever AWS's capacity is.
+        later: Calls a function after a number of seconds.
+        changed: Called when there may be more capacity.
+        max_running: Largest number of attempts that run at a time, whatever AWS's capacity is.
         boot: Seconds until a new EC2 instance runs jobs.
-        launch_rate: Tasks that Fargate starts at once, and per second after that, of each kind.
+        launch_rate: Number of tasks that Fargate starts at once, and per second after that, for
+            each kind of capacity.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Capacity:
         self._used: dict[str, float] = {}
         self._used_of_quota = dict.fromkeys(_QUOTAS.values(), 0.0)
         self._instances: dict[str, float] = {}
-        """By environment, vCPUs of instances that run; and of those that are on their way."""
+        """By environment: vCPUs of running instances, and of instances that boot."""
         self._booting: dict[str, float] = {}
         self._launches: dict[str, TokenBucket] = {}
         if launch_rate is not None:
@@ -62,17 +63,17 @@ class Capacity:
             }
 
     def used(self, arn: str) -> float:
-        """vCPUs in use in an environment."""
+        """Return the vCPUs in use in an environment."""
         return self._used.get(arn, 0.0)
 
     def take(self, arn: str, kind: str, vcpus: float, most: float) -> bool:
-        """Take room for one attempt, if there is any.
+        """Take capacity for one attempt, and say whether there was any.
 
         Args:
-            arn: Of the environment.
-            kind: Its type.
-            vcpus: How many are needed.
-            most: How many it may have in use.
+            arn: The environment's ARN.
+            kind: The environment's type.
+            vcpus: vCPUs that are needed.
+            most: vCPUs that the environment may have in use.
         """
         quota = self._faults.quota(_QUOTAS[kind])
         if (
@@ -87,7 +88,7 @@ class Capacity:
         return True
 
     def give_back(self, arn: str, kind: str, vcpus: float) -> None:
-        """Free the room of one attempt."""
+        """Free the capacity of one attempt."""
         self._count(arn, kind, -vcpus, -1)
 
     def _count(self, arn: str, kind: str, vcpus: float, attempts: int) -> None:
@@ -96,7 +97,7 @@ class Capacity:
         self._used_of_quota[_QUOTAS[kind]] += vcpus
 
     def _has_instances(self, arn: str, kind: str, vcpus: float) -> bool:
-        """Whether instances for so many vCPUs more run; if not, they are started."""
+        """Say whether running instances have ``vcpus`` more; if not, start instances."""
         if kind.startswith("FARGATE") or not self._boot:
             return True
         missing = self.used(arn) + vcpus - self._instances.get(arn, 0.0)
@@ -114,7 +115,7 @@ class Capacity:
         self._changed()
 
     def _may_launch(self, kind: str) -> bool:
-        """Whether Fargate starts one more task now; if not, it is asked again."""
+        """Say whether Fargate starts one more task now; if not, try again later."""
         bucket = self._launches.get(kind)
         if bucket is None or bucket.take():
             return True

@@ -20,16 +20,16 @@ __all__ = ["ContainerRunner", "engine_answers", "remove_container"]
 
 LABEL = "cloudexec.fake-aws"
 _TIMEOUT = 15 * 24 * 3600
-"""Seconds for which an answer of the engine is waited for: as long as a job may run."""
+"""Seconds to wait for an answer of the engine: the longest time that a job may run."""
 
 
 def engine_answers() -> bool:
-    """Whether a container engine answers at ``DOCKER_HOST`` or its usual socket."""
+    """Say whether a container engine answers at ``DOCKER_HOST`` or its usual socket."""
     try:
         import docker
     except ImportError:
         return False
-    # Asked by ourselves first: docker-py leaves its socket open where nobody listens.
+    # Checked with a socket first, because docker-py leaks its socket if no engine listens.
     kind, _, path = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").partition("://")
     if kind == "unix" and not _listens(path):
         return False
@@ -46,13 +46,13 @@ def engine_answers() -> bool:
 
 
 def remove_container(container: Any) -> None:
-    """Kill and remove a container, whatever becomes of it meanwhile.
+    """Kill and remove a container, even if it ends meanwhile.
 
-    Podman refuses to kill what is just ending ("container state improper"), Docker to remove what
-    is being removed; a moment later either does it, or the container is gone.
+    Podman refuses to kill a container that is ending ("container state improper"), and Docker to
+    remove one that is being removed. A moment later they do it, or the container is gone.
 
     Raises:
-        docker.errors.APIError: The engine went on refusing for ten seconds.
+        docker.errors.APIError: If the engine refuses for ten seconds.
     """
     import docker.errors
 
@@ -69,11 +69,11 @@ def remove_container(container: Any) -> None:
 class ContainerRunner:
     """Runs every attempt in a container with its own address and memory limit.
 
-    Only images that the engine has are run, and those of ``registry``: nothing else is pulled.
+    It runs only images that the engine has, and those of ``registry``; no other image is pulled.
 
     Args:
-        images: Image name or shell pattern to the name of the image to run instead.
-        registry: Registry that stands for ECR, ``host:port``, or ``None``.
+        images: By image name or shell pattern: the name of the image to run instead.
+        registry: The registry that stands for ECR, as ``host:port``, or ``None``.
     """
 
     def __init__(self, *, images: Mapping[str, str], registry: str | None) -> None:
@@ -110,7 +110,7 @@ class ContainerRunner:
         return _RunningContainer(container, output)
 
     def close(self) -> None:
-        """Remove what is left, and let go of the engine."""
+        """Remove remaining containers, and close the connection to the engine."""
         with contextlib.suppress(Exception):
             left = self._client.containers.list(
                 all=True, sparse=True, filters={"label": f"{LABEL}={self._id}"}
@@ -149,7 +149,7 @@ class ContainerRunner:
         return name
 
     def _find_network(self) -> tuple[str, str]:
-        """The engine's default network and this machine's address in it."""
+        """Return the engine's default network, and this machine's address in it."""
         import docker.errors
 
         for name in ("bridge", "podman"):
@@ -186,7 +186,8 @@ class _RunningContainer:
             self._starved |= bool(self._container.attrs["State"].get("OOMKilled"))
         with contextlib.suppress(Exception):
             remove_container(self._container)
-        # Podman on cgroups of version 1 does not say so: a kill that nobody sent was the kernel's.
+        # Podman on version 1 of cgroups does not report it: a SIGKILL that this class has not sent
+        # came from the kernel.
         starved = self._starved or (code == 137 and not self._killed)
         return Exit(code=code, out_of_memory=starved and code == 137)
 
@@ -202,7 +203,7 @@ class _RunningContainer:
         self._signal("SIGKILL")
 
     def _signal(self, name: str) -> None:
-        # It may have ended, or been removed, in the meantime.
+        # The container may have ended, or been removed, meanwhile.
         with contextlib.suppress(Exception):
             self._container.kill(signal=name)
 

@@ -26,16 +26,17 @@ __all__ = ["FakeAWS"]
 
 Mode = Literal["process", "container", "auto"]
 _NEW_ACCOUNT = {"fargate": 6.0, "fargate_spot": 6.0}
-"""vCPUs at once. AWS Batch API Reference, "ResourceRequirement"; of Spot, AWS names none there."""
+"""vCPUs at once in a new account. AWS Batch API Reference, "ResourceRequirement". AWS names no
+number for Fargate Spot there."""
 
 
 class FakeAWS:
-    """An AWS on this machine whose Batch jobs are real workers.
+    """An emulated AWS on this machine, whose Batch jobs are real workers.
 
-    moto answers the API; jobs run as subprocesses of this process (or, in container mode, as
-    containers) with the environment, the limits, the states and the ends that AWS gives them.
-    While it is entered, ``os.environ`` holds its address and credentials, so that every AWS client
-    made in this process talks to it and none reaches the real AWS.
+    moto answers most API calls. Jobs run as subprocesses of this process (or, in container mode, as
+    containers), with the environment, limits, states and ends that AWS gives them. Within its
+    ``with`` block, ``os.environ`` holds its address and credentials, so that every AWS client that
+    is made in this process uses it, and none reaches the real AWS.
 
     A test of your own sweep::
 
@@ -62,38 +63,37 @@ class FakeAWS:
 
     As a pytest fixture it is called ``fake_aws``.
 
-    moto's state belongs to the process, so one FakeAWS can be entered at a time. Leaving it kills
-    what still runs and leaves no thread, socket, process, container or file.
+    moto's state belongs to the process, so only one FakeAWS can be entered at a time. Leaving it
+    kills jobs that still run, and leaves no thread, socket, process, container or file.
 
     Args:
         mode: ``"process"``, ``"container"`` (an engine must answer at ``DOCKER_HOST``) or
-            ``"auto"``: containers where an engine answers. With containers the API listens on all
-            addresses of this machine, so that they reach it.
-        region: Region that clients are told to use. Every Region works, one that AWS does not
-            have is refused.
-        python: Interpreter that stands for the worker image; ``None``: the one of this process.
-        images: In process mode image name (or shell pattern) to the interpreter that stands for
-            it; in container mode to the name of the image to run instead.
-        step: Seconds from one job state to the next where nothing is waited for.
-        grace: Seconds from SIGTERM to SIGKILL. AWS's are 30.
-        speed: AWS's seconds per real second, for attempt timeouts and queue time limits, which
-            AWS allows from 60 and 600 seconds on.
-        calls_per_second: Batch calls before the next is refused as one too many.
-        max_running: Attempts that run at a time at most, however much capacity the compute
-            environments have: this machine has to run them.
-        aws_in_jobs: Whether jobs get this AWS's address and credentials too, for tasks that call
-            AWS themselves.
-        job_environment: Variables that every job gets besides those that AWS sets.
-        stack_seconds: How long CloudFormation takes to create or delete a stack.
-        registry: Registry on this machine, ``host:port`` over plain HTTP, that stands for ECR: what
-            is pushed there appears in ECR, and containers are run from there.
-        boot: Seconds that an EC2 instance takes until it can run jobs. AWS's take minutes.
-        launch_rate: How many tasks Fargate starts at once after a pause, and how many a second
-            from then on, of each kind of capacity; ``None``: any number. AWS's are 100 and 20
-            ("AWS Fargate throttling quotas", Amazon ECS Developer Guide).
+            ``"auto"``, which uses containers if an engine answers. With containers, the API listens
+            on all addresses of this machine, so that they reach it.
+        region: The region that clients are told to use. Every region of AWS works.
+        python: The interpreter that stands for the worker image; ``None`` for this process's.
+        images: By image name or shell pattern: in process mode the interpreter that stands for the
+            image, in container mode the name of the image to run instead.
+        step: Seconds from one job state to the next if the job need not wait for anything.
+        grace: Seconds from SIGTERM to SIGKILL. On AWS they are 30.
+        speed: Seconds of AWS per real second, for attempt timeouts and queue time limits. AWS
+            allows these only from 60 and 600 seconds on.
+        calls_per_second: Batch calls per second; further calls are refused as too many.
+        max_running: Largest number of attempts that run at a time, whatever the capacity of the
+            compute environments, because this machine must run them.
+        aws_in_jobs: Whether jobs get the address and credentials of this AWS, too, for tasks that
+            call AWS themselves.
+        job_environment: Variables that every job gets in addition to those that AWS sets.
+        stack_seconds: Seconds that CloudFormation takes to create or delete a stack.
+        registry: A registry on this machine, ``host:port`` over plain HTTP, that stands for ECR.
+            Images that are pushed there appear in ECR, and containers are run from there.
+        boot: Seconds until an EC2 instance can run jobs. On AWS they are minutes.
+        launch_rate: Number of tasks that Fargate starts at once after a pause, and number per
+            second from then on, for each kind of capacity; ``None`` for no limit. On AWS they are
+            100 and 20 ("AWS Fargate throttling quotas", Amazon ECS Developer Guide).
         new_account: Whether the account has the quotas of a new one: 6 vCPUs at once on Fargate,
-            and as many on Fargate Spot.
-        zones: More zones of the region, by name: id and type (``"availability-zone"``,
+            and 6 on Fargate Spot.
+        zones: Further zones of the region, by name: id and type (``"availability-zone"``,
             ``"local-zone"`` or ``"wavelength-zone"``), in which subnets can be made.
 
     Raises:
@@ -155,7 +155,7 @@ class FakeAWS:
         self.aws_in_jobs = aws_in_jobs
         self.job_environment = dict(job_environment or {})
         self.environment: dict[str, str] = {}
-        """Variables that an AWS client needs, and where jobs reach this machine."""
+        """Variables that an AWS client needs, and the address at which jobs reach this machine."""
         self._wanted_mode: Mode = mode
         self.mode: Mode = mode
         """After entering, ``"process"`` or ``"container"``."""
@@ -181,7 +181,7 @@ class FakeAWS:
                     f"FakeAWS needs what `pip install 'cloudexec[testing]'` brings ({exc})"
                 ) from exc
             check_region(self.region)
-            # Thousands of images in every Region's back end would cost 0.2 seconds each.
+            # Without this, moto loads thousands of images in 0.2 seconds for each region.
             self._saved["MOTO_EC2_LOAD_DEFAULT_AMIS"] = os.environ.get("MOTO_EC2_LOAD_DEFAULT_AMIS")
             os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
             self._directory = Path(tempfile.mkdtemp(prefix="fake-aws-"))
@@ -199,17 +199,17 @@ class FakeAWS:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop it and undo what entering it did."""
+        """Stop it, and restore ``os.environ``."""
         self._leave()
 
     @property
     def endpoint_url(self) -> str:
-        """Where the API answers."""
+        """The URL at which the API answers."""
         return self._required_session().endpoint_url
 
     @property
     def requests(self) -> list[Request]:
-        """Every API call so far."""
+        """All API calls so far."""
         return self._required_session().gateway.requests
 
     def clear_requests(self) -> None:
@@ -217,16 +217,16 @@ class FakeAWS:
         self._required_session().gateway.clear_requests()
 
     def jobs(self) -> list[JobRecord]:
-        """Every job so far, array children included, in the order of submission."""
+        """Return all jobs so far, with the children of arrays, in the order of submission."""
         engine = self._required_session().engine
         with engine.lock:
             return [job.record() for job in engine.jobs.values()]
 
     def job(self, job_id: str) -> JobRecord:
-        """One job.
+        """Return one job.
 
         Raises:
-            KeyError: If there is none with this id.
+            KeyError: If there is no job with this id.
         """
         engine = self._required_session().engine
         with engine.lock:
@@ -241,21 +241,21 @@ class FakeAWS:
         max_vcpus: int = 16,
         time_limits: tuple[tuple[str, int], ...] = (),
     ) -> Setup:
-        """Make a job queue with all that it needs, without a stack.
+        """Make a job queue with all resources that it needs, without a stack.
 
         Args:
-            name: Of the queue; the rest is named after it.
-            kinds: Types of the compute environments in the queue's order; ``None``: Fargate.
-            spot: Without ``kinds``, Fargate Spot.
-            max_vcpus: Of each compute environment.
-            time_limits: Reason and AWS seconds at the head of the queue, after which a job is
-                cancelled.
+            name: The queue's name; the other resources are named after it.
+            kinds: Types of the compute environments, in the queue's order; ``None`` for Fargate.
+            spot: Whether to use Fargate Spot, if ``kinds`` is not given.
+            max_vcpus: The limit of vCPUs of each compute environment.
+            time_limits: Pairs of a reason and AWS seconds. A job that waits at the head of the
+                queue for that reason is cancelled after that time.
         """
         kinds = kinds or (("FARGATE_SPOT",) if spot else ("FARGATE",))
         return self._required_session().set_up(name, kinds, max_vcpus, time_limits)
 
     def logs(self, job_id: str) -> list[str]:
-        """Lines that a job has written, all its attempts one after another."""
+        """Return the lines that a job has written, of all its attempts in order."""
         return self._required_session().job_lines(job_id)
 
     def _required_session(self) -> Session:

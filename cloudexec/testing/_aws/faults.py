@@ -1,4 +1,4 @@
-"""What can go wrong, on request."""
+"""Faults that a test can request: jobs that do not start, are lost, or calls that fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SERVICES = (
     "resourcegroupstaggingapi",
     "ec2",
 )
-"""Names of botocore's models; the largest is asked last."""
+"""Names of botocore's models; the largest is searched last."""
 
 
 class Jobs(Protocol):
@@ -57,9 +57,9 @@ class Jobs(Protocol):
 
 
 class Faults:
-    """Faults of a FakeAWS; every method may be called from any thread, at any time.
+    """The faults of a FakeAWS. Every method may be called from any thread, at any time.
 
-    What a fault does lasts until :meth:`clear`, unless it takes a count or a number of seconds.
+    A fault lasts until :meth:`clear`, unless it takes a count or a number of seconds.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Faults:
         self._reset()
 
     def _reset(self) -> None:
-        # Who waits because of a fault that has been undone waits no longer.
+        # Wakes calls that wait because of a fault that has ended.
         self._ended.set()
         self._ended = threading.Event()
         self._no_capacity: dict[str, bool] = {}
@@ -99,7 +99,7 @@ class Faults:
         self._permissions: Permissions | None = None
         self._list_lag = 0.0
 
-    # Work that does not start.
+    # Jobs that do not start.
 
     def no_capacity(self, target: str | None = None, *, silent: bool = False) -> None:
         """Let nothing be placed: jobs stay RUNNABLE and say so.
@@ -116,7 +116,7 @@ class Faults:
         self._poke()
 
     def no_fitting_instance(self, target: str | None = None) -> None:
-        """Let no instance be large enough: jobs stay RUNNABLE and say so.
+        """Let no instance be large enough: jobs stay RUNNABLE, and their status reason says so.
 
         Args:
             target: As in :meth:`no_capacity`.
@@ -126,7 +126,7 @@ class Faults:
         self._poke()
 
     def capacity_returns(self, target: str | None = None) -> None:
-        """Undo both of the above for the same target; ``None``: for all."""
+        """Undo ``no_capacity`` and ``no_fitting_instance`` for a target; ``None`` for all."""
         with self._lock:
             if target is None:
                 self._no_capacity.clear()
@@ -137,7 +137,7 @@ class Faults:
         self._poke()
 
     def slow_start(self, seconds: float) -> None:
-        """Keep every job in STARTING for so long, as a large image does. 0 undoes it."""
+        """Keep every job in STARTING for some seconds, as a large image does. 0 undoes it."""
         with self._lock:
             self._slow_start = seconds
 
@@ -189,7 +189,7 @@ class Faults:
         """Make compute environments INVALID, as a wrong service role does.
 
         Args:
-            environment: Name or ARN of one, ``None``: all.
+            environment: Name or ARN of a compute environment; ``None`` for all.
         """
         with self._lock:
             self._broken_roles.add(environment or "*")
@@ -198,10 +198,10 @@ class Faults:
     def vcpu_quota(
         self, vcpus: float | None, *, spot: bool = False, compute: str = "fargate"
     ) -> None:
-        """Set the account's quota of vCPUs that run at once; ``None`` takes the limit away.
+        """Set the account's quota of vCPUs that run at once.
 
         Args:
-            vcpus: How many.
+            vcpus: The quota; ``None`` for no limit.
             spot: Whether it is the quota of spot capacity.
             compute: ``"fargate"`` or ``"ec2"``.
         """
@@ -220,12 +220,12 @@ class Faults:
 
         Args:
             logical_id: The resource's name in the template.
-            reason: What the stack's event says.
+            reason: The reason in the stack's event.
         """
         with self._lock:
             self._failing_resources[logical_id] = reason
 
-    # Work that is lost.
+    # Jobs that are lost.
 
     def reclaim(self, job_id: str, *, notice: float = 0.0, grace: float | None = None) -> None:
         """Take a spot job's machine back: SIGTERM, then SIGKILL.
@@ -233,7 +233,7 @@ class Faults:
         Args:
             job_id: Job that is STARTING or RUNNING.
             notice: Seconds until SIGTERM is sent.
-            grace: Seconds from SIGTERM to SIGKILL; ``None``: those of the FakeAWS.
+            grace: Seconds from SIGTERM to SIGKILL; ``None`` for those of the FakeAWS.
 
         Raises:
             ValueError: If the job does not run.
@@ -246,12 +246,12 @@ class Faults:
         """Reclaim a part of the spot jobs that are RUNNING now, the oldest first.
 
         Args:
-            fraction: Above 0, at most 1; at least one job where any runs.
+            fraction: A number above 0 and at most 1. At least one job is reclaimed, if any runs.
             notice: As in :meth:`reclaim`.
             grace: As in :meth:`reclaim`.
 
         Returns:
-            Job ids of those reclaimed.
+            The ids of the reclaimed jobs.
         """
         return self._required_jobs().reclaim_fraction(fraction, notice=notice, grace=grace)
 
@@ -267,7 +267,7 @@ class Faults:
         """Forget all jobs that have ended, as AWS may after seven days.
 
         Returns:
-            Job ids of those forgotten; array jobs stand for their children.
+            The ids of the forgotten jobs; an array's id stands for its children.
         """
         return self._required_jobs().forget_ended()
 
@@ -277,8 +277,8 @@ class Faults:
         """Refuse the next calls as too many.
 
         Args:
-            operation: Such as ``"SubmitJob"``; ``None``: any of Batch.
-            count: How many calls.
+            operation: An operation, such as ``"SubmitJob"``; ``None`` for any of Batch.
+            count: Number of calls.
 
         Raises:
             ValueError: If AWS has no such operation.
@@ -289,7 +289,7 @@ class Faults:
             self._throttles.append([operation, count])
 
     def lose_response(self, operation: str, count: int = 1) -> None:
-        """Carry the next calls out and close their connection without an answer.
+        """Carry the next calls out, and close their connections without an answer.
 
         Raises:
             ValueError: If AWS has no such operation.
@@ -299,7 +299,7 @@ class Faults:
             self._losses.append([operation, count])
 
     def cut_response(self, operation: str, count: int = 1) -> None:
-        """Send the next answers by half, and close their connection: a broken download.
+        """Send half of the next answers and close the connections, like a broken download.
 
         Args:
             operation: Such as ``"GetObject"``.
@@ -327,12 +327,12 @@ class Faults:
             self._corrupted.append([operation, count])
 
     def slow_response(self, operation: str, seconds: float, count: int | None = None) -> None:
-        """Think for a while before answers; refusals too.
+        """Wait for some seconds before answers, also before refusals.
 
         Args:
-            operation: Such as ``"GetObject"``.
-            seconds: How long.
-            count: How many answers; ``None``: all.
+            operation: An operation, such as ``"GetObject"``.
+            seconds: Seconds to wait.
+            count: Number of answers; ``None`` for all.
 
         Raises:
             ValueError: If AWS has no such operation.
@@ -342,11 +342,11 @@ class Faults:
             self._slow.append([(operation, seconds), count])
 
     def deny(self, operation: str, count: int | None = None) -> None:
-        """Refuse an operation for want of permission.
+        """Refuse an operation for lack of permission.
 
         Args:
-            operation: Such as ``"SubmitJob"`` or ``"batch:SubmitJob"``.
-            count: How many calls; ``None``: all.
+            operation: An operation, such as ``"SubmitJob"`` or ``"batch:SubmitJob"``.
+            count: Number of calls; ``None`` for all.
 
         Raises:
             ValueError: If AWS has no such operation.
@@ -362,14 +362,14 @@ class Faults:
         roles_are_passed_to: str = "ecs-tasks.amazonaws.com",
         submit_names_jobs: bool = True,
     ) -> None:
-        """Refuse whatever a policy does not allow, as for a user who has no other.
+        """Refuse calls that a policy does not allow, as for a user who has no other policy.
 
         Args:
-            policy: As `cloudexec policy` prints it.
-            roles_are_passed_to: Service that AWS Batch passes roles to, which ``iam:PassRole``
-                may be bound to; published are this one and ``"batch.amazonaws.com"``.
-            submit_names_jobs: Whether ``batch:SubmitJob`` must be allowed on the job too, which
-                the Service Authorization Reference says and not everybody sees.
+            policy: The policy, as `cloudexec policy` prints it.
+            roles_are_passed_to: The service that AWS Batch passes roles to, which a condition of
+                ``iam:PassRole`` may name. AWS documents this one and ``"batch.amazonaws.com"``.
+            submit_names_jobs: Whether ``batch:SubmitJob`` must be allowed on the job, too. The
+                Service Authorization Reference says so, but not all users observe it.
         """
         from cloudexec.testing._aws.permissions import Permissions
 
@@ -379,33 +379,33 @@ class Faults:
             )
 
     def list_lag(self, seconds: float) -> None:
-        """Let ListJobs miss jobs that were submitted so short a time ago. 0 undoes it.
+        """Let ListJobs omit jobs that were submitted in the last seconds. 0 undoes it.
 
-        AWS documents no bound for how late lists are.
+        AWS does not document how late lists can be.
         """
         with self._lock:
             self._list_lag = seconds
 
     def unreachable(self, seconds: float) -> None:
-        """Close every connection at once for so long. 0 ends it."""
+        """Close every connection at once for some seconds. 0 ends it."""
         with self._lock:
             self._unreachable_until = time.monotonic() + seconds
 
     def deleted_stay_listed(self) -> None:
-        """Let the tagging service list what has been deleted, as AWS's does for hours."""
+        """Let the tagging service list deleted resources, as that of AWS does for hours."""
         with self._lock:
             self._ghosts = True
 
     def expire_credentials(self) -> None:
-        """Let the credentials of now be expired until :meth:`renew_credentials`."""
+        """Let the present credentials be expired until :meth:`renew_credentials`."""
         with self._lock:
             self._expired.add(self.token)
 
     def renew_credentials(self, *, same: bool = False) -> None:
-        """Hand out credentials that work, in ``FakeAWS.environment`` and ``os.environ``.
+        """Put valid credentials into ``FakeAWS.environment`` and ``os.environ``.
 
         Args:
-            same: Let the expired ones work again too.
+            same: Whether the expired credentials are valid again, too.
         """
         with self._lock:
             if same:
@@ -423,14 +423,14 @@ class Faults:
             self._expired.clear()
         self._poke()
 
-    # What the rest of the package asks.
+    # Questions of the other modules.
 
     def attach(self, jobs: Jobs) -> None:
         """Say which jobs the faults are about."""
         self._jobs = jobs
 
     def has_capacity(self, *names: str) -> bool:
-        """Whether a place known by any of these names takes jobs."""
+        """Say whether a queue or environment with one of these names has capacity for jobs."""
         with self._lock:
             return self._no_capacity.keys().isdisjoint((*names, "*"))
 
@@ -441,17 +441,17 @@ class Faults:
             return not all(found)
 
     def has_instances(self, *names: str) -> bool:
-        """Whether a place known by any of these names has instances that are large enough."""
+        """Say whether a queue or environment with one of these names has instances that fit."""
         with self._lock:
             return not self._no_instance.intersection((*names, "*"))
 
     def role_is_broken(self, *names: str) -> bool:
-        """Whether the environment known by these names is INVALID."""
+        """Say whether the environment with these names is INVALID."""
         with self._lock:
             return bool(self._broken_roles.intersection((*names, "*")))
 
     def quota(self, kind: str) -> float | None:
-        """The quota of vCPUs, ``None`` where nothing limits.
+        """Return the quota of vCPUs; ``None`` for no limit.
 
         Args:
             kind: ``"fargate"``, ``"fargate_spot"``, ``"ec2"`` or ``"ec2_spot"``.
@@ -460,7 +460,7 @@ class Faults:
             return self._quota.get(kind)
 
     def start_delay(self) -> float:
-        """Extra seconds in STARTING."""
+        """Return the additional seconds in STARTING."""
         with self._lock:
             return self._slow_start
 
@@ -479,7 +479,7 @@ class Faults:
             return found[-1] if _take(self._pulls, fits) else None
 
     def start_error(self) -> str | None:
-        """Why this start fails, if it does; counts it."""
+        """Return why this start fails, if it does, and count it."""
         with self._lock:
             for entry in self._start_errors:
                 reason = str(entry[0])
@@ -490,7 +490,7 @@ class Faults:
             return None
 
     def throttled(self, service: str, operation: str) -> bool:
-        """Whether this call is refused as one too many; counts it."""
+        """Say whether this call is refused as one too many, and count it."""
         with self._lock:
             return _take(
                 self._throttles,
@@ -498,22 +498,22 @@ class Faults:
             )
 
     def loses(self, operation: str) -> bool:
-        """Whether this call's answer is lost; counts it."""
+        """Say whether this call's answer is lost, and count it."""
         with self._lock:
             return _take(self._losses, lambda wanted: wanted == operation)
 
     def cuts(self, operation: str) -> bool:
-        """Whether this call's answer is cut; counts it."""
+        """Say whether this call's answer is cut, and count it."""
         with self._lock:
             return _take(self._cuts, lambda wanted: wanted == operation)
 
     def corrupts(self, operation: str) -> bool:
-        """Whether this call's answer is changed; counts it."""
+        """Say whether this call's answer is changed, and count it."""
         with self._lock:
             return _take(self._corrupted, lambda wanted: wanted == operation)
 
     def wait_before(self, operation: str) -> None:
-        """Wait as long as this call's answer is to take; counts it."""
+        """Wait before this call's answer if a fault says so, and count it."""
         wait = 0.0
 
         def fits(wanted: object) -> bool:
@@ -530,40 +530,40 @@ class Faults:
             ended.wait(wait)
 
     def denies(self, service: str, operation: str) -> bool:
-        """Whether this call is not permitted; counts it."""
+        """Say whether this call is not permitted, and count it."""
         with self._lock:
             return _take(
                 self._denied, lambda wanted: wanted in (operation, f"{service}:{operation}")
             )
 
     def is_unreachable(self) -> bool:
-        """Whether connections are closed at once."""
+        """Say whether connections are closed at once."""
         with self._lock:
             return time.monotonic() < self._unreachable_until
 
     def missing_permission(self, call: Call) -> str | None:
-        """What the only policy does not allow of a call, as AWS says it."""
+        """Return AWS's message if the policy does not allow a call; ``None`` if it does."""
         with self._lock:
             permissions = self._permissions
         return permissions.refusal(call) if permissions is not None else None
 
     def listed_since(self) -> float:
-        """Time since the epoch after which jobs are not listed yet."""
+        """Return the time, since the epoch, after which submitted jobs are not listed yet."""
         with self._lock:
             return time.time() - self._list_lag if self._list_lag else math.inf
 
     def keeps_ghosts(self) -> bool:
-        """Whether the tagging service lists what has been deleted."""
+        """Say whether the tagging service lists deleted resources."""
         with self._lock:
             return self._ghosts
 
     def has_expired(self, token: str) -> bool:
-        """Whether a session token is an expired one."""
+        """Say whether a session token has expired."""
         with self._lock:
             return token in self._expired
 
     def resource_failure(self, logical_id: str) -> str | None:
-        """Why CloudFormation fails to create a resource, if it does."""
+        """Return why CloudFormation fails to create a resource, if it does."""
         with self._lock:
             return self._failing_resources.get(logical_id)
 
@@ -578,7 +578,7 @@ class Faults:
 
 
 def _check_operation(name: str) -> None:
-    """Refuse what no call is ever named, so that no fault stays without effect for a slip."""
+    """Refuse names that no operation has, so that a typing error does not disable a fault."""
     from cloudexec.testing._aws.wire import service_model
 
     service, _, operation = name.rpartition(":")
@@ -590,7 +590,7 @@ def _check_operation(name: str) -> None:
 
 
 def _take(entries: list[list[object]], fits: Callable[[object], bool]) -> bool:
-    """Use one of the counted entries that fits; drop it where none is left of it."""
+    """Use up one count of an entry that fits, and drop the entry when its count is used up."""
     for entry in entries:
         if fits(entry[0]):
             if isinstance(entry[1], int):

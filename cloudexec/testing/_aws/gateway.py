@@ -1,6 +1,6 @@
-"""The front door: every request is identified, checked and recorded here, then answered.
+"""Receives every request: identifies, checks and records it, and has it answered.
 
-Calls about Batch, prices and quotas are answered by this package; all others go on to moto.
+This package answers calls to Batch, CloudFormation, prices and quotas; moto answers all others.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["Gateway"]
 StartResponse = Callable[..., Any]
 Application = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
 Handler = Callable[[Call, int], Mapping[str, Any] | Response | None]
-"""Answers a call (given its body's length); ``None`` leaves it to moto."""
+"""Answers a call, given the length of its body; ``None`` leaves the call to moto."""
 
 _THROTTLED = {
     "batch": ("TooManyRequestsException", "Too Many Requests", 429),
@@ -52,8 +52,8 @@ _THROTTLED = {
 }
 _DENIED = {"ec2": "UnauthorizedOperation"}
 _INVALID = {"batch": "ClientException", "ec2": "InvalidParameterValue", "s3": "InvalidRequest"}
-"""What a service calls a request that its model does not allow; others have one name, by
-protocol. "Common Errors" of each API reference."""
+"""Error codes for requests that the service's model does not allow. Other services have one code
+for each protocol. "Common Errors" of each API reference."""
 _EXPIRED = {"ec2": "RequestExpired", "s3": "ExpiredToken", "cloudformation": "ExpiredToken"}
 
 
@@ -62,12 +62,13 @@ class Gateway:
 
     Args:
         moto: moto's application.
-        handlers: By service, what answers instead of moto.
-        before: Told of each call that is to be carried out.
-        faults: What goes wrong.
-        calls_per_second: How many Batch calls are taken; also how many at once after a pause.
+        handlers: By service: the handler that answers instead of moto.
+        before: Called with each call before it is carried out.
+        faults: The faults that a test has requested.
+        calls_per_second: Number of Batch calls that are accepted per second, and at once after a
+            pause.
         metadata: Answers ``/v4/<task id>...``.
-        secret: Of an access key, where it is known: signed URLs are checked with it.
+        secret: Returns the secret of an access key if it is known, to check signed URLs.
     """
 
     def __init__(
@@ -89,17 +90,17 @@ class Gateway:
         self._secret = secret
         self._bucket = TokenBucket(calls_per_second)
         self._lock = threading.Lock()
-        # moto's back ends take no locks; a server with many threads would lose updates.
+        # moto's back ends use no locks, so a server with many threads would lose updates.
         self.moto_lock = threading.RLock()
         self._requests: list[Request] = []
         self._in_flight = 0
         self._idle = threading.Condition(self._lock)
         self.own_mistakes: list[str] = []
-        """What the models have against requests of cloudexec's own; never forgotten."""
+        """Requests of cloudexec itself that the models do not allow; never cleared."""
 
     @property
     def requests(self) -> list[Request]:
-        """Every request so far, in the order of arrival of the answers."""
+        """All requests so far, in the order of their answers."""
         with self._lock:
             return list(self._requests)
 
@@ -191,13 +192,13 @@ class Gateway:
         )
         if lost:
             return _drop(environ, start_response)
-        # What follows the answer to a HEAD would be taken for the next one on this connection.
+        # A body after the answer to a HEAD request would be read as the next answer.
         answer = response.body if environ["REQUEST_METHOD"] != "HEAD" else b""
         if response.status < 300 and answer and self._faults.corrupts(call.operation):
             answer = bytes([answer[0] ^ 1]) + answer[1:]
         start_response(
             f"{response.status} {'OK' if response.status < 300 else 'Refused'}",
-            # The server names itself; twice is once too often for strict clients.
+            # The server adds this header itself, and strict clients do not accept it twice.
             [header for header in response.headers.items() if header[0].lower() != "server"],
         )
         if response.status < 300 and answer and self._faults.cuts(call.operation):
@@ -249,7 +250,7 @@ class Gateway:
                 return self._from_moto(call, environ)
         except ClientError as exc:
             return error_response(call, exc.code, str(exc), exc.status)
-        except Exception as exc:  # the client is told, and the request recorded, whatever happens
+        except Exception as exc:  # also after a bug, answer the client and record the request
             traceback.print_exc()
             return error_response(call, "InternalFailure", f"FakeAWS failed: {exc!r}", 500)
         if isinstance(payload, Response):
@@ -343,7 +344,7 @@ def _cut(environ: dict[str, Any], answer: bytes) -> Iterable[bytes]:
 
 
 def _use_path_style(environ: dict[str, Any], path: str, query: str) -> None:
-    """Let moto see a request with the bucket in its path, and look for none in the host."""
+    """Rewrite a request for moto, so that the bucket is in its path and not in the host's name."""
     environ["HTTP_HOST"] = f"127.0.0.1:{environ['SERVER_PORT']}"
     environ["PATH_INFO"] = unquote(path)
     environ["RAW_URI"] = environ["REQUEST_URI"] = f"{path}?{query}" if query else path

@@ -1,4 +1,4 @@
-"""The tagging service, which goes on listing for hours what has been deleted."""
+"""Emulates that the tagging service of AWS lists deleted resources for hours."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _DELETING = ("Delete", "Terminate", "Cancel")
 
 
 class Ghosts:
-    """Remembers what there was; asked only while the fault is on.
+    """Remembers deleted resources, and lists them while the fault is on.
 
     Args:
-        faults: Whether what is deleted stays listed.
+        faults: Says whether deleted resources stay listed.
     """
 
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
         self._seen: dict[str, dict[str, dict[str, str]]] = {}
-        """By region: ARN to tags."""
+        """By region and ARN: the tags."""
 
     def note(self, call: Call) -> None:
-        """Remember what there is before a call that may delete some of it."""
+        """Remember all resources before a call that may delete some of them."""
         if call.operation.startswith(_DELETING) and self._faults.keeps_ghosts():
             self._look(call.region)
 
     def answer(self, call: Call) -> Mapping[str, Any] | None:
-        """GetResources with ghosts; ``None`` leaves the call to moto."""
+        """Answer GetResources with deleted resources; ``None`` leaves the call to moto."""
         if call.operation != "GetResources" or not self._faults.keeps_ghosts():
             return None
         self._look(call.region)

@@ -1,4 +1,4 @@
-"""A Batch job as the engine keeps it: what was asked for, and what has become of it."""
+"""A Batch job as the engine keeps it: its specification, its state and its attempts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RetryRule:
     on_exit_code: str | None
 
     def fits(self, attempt: Attempt) -> bool:
-        """Whether every condition that the rule states holds of an attempt."""
+        """Say whether all conditions of the rule hold for an attempt."""
         code = "" if attempt.exit_code is None else str(attempt.exit_code)
         return (
             matches(self.on_status_reason, attempt.status_reason or "")
@@ -38,7 +38,7 @@ class RetryRule:
 
 
 def matches(pattern: str | None, text: str) -> bool:
-    """Whether a pattern of a retry rule fits: exact, or any ending where it ends in ``*``."""
+    """Say whether a pattern of a retry rule fits a text; a ``*`` at its end fits any ending."""
     if pattern is None:
         return True
     return text.startswith(pattern[:-1]) if pattern.endswith("*") else text == pattern
@@ -46,7 +46,7 @@ def matches(pattern: str | None, text: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """What SubmitJob and the job definition say together; shared by the children of an array."""
+    """The parameters of SubmitJob and of its job definition; an array's children share them."""
 
     name: str
     region: str
@@ -57,11 +57,11 @@ class JobSpec:
     revision: int
     image: str
     command: tuple[str, ...]
-    """With parameters substituted; empty where the image's entry point runs alone."""
+    """The command, with parameters substituted; empty to run the image's entry point alone."""
     parameters: Mapping[str, str]
     environment: Mapping[str, str]
     secrets: Mapping[str, str]
-    """Environment name to ``valueFrom``."""
+    """By variable: the ``valueFrom`` of its secret."""
     vcpus: float
     memory_mib: int
     attempts: int
@@ -73,11 +73,11 @@ class JobSpec:
     log_prefix: str
     log_create: bool
     overrides_length: int
-    """Characters of what Batch hands to ECS as container overrides."""
+    """Number of characters of the container overrides that Batch passes to ECS."""
     tags_of_task: int
-    """How many tags are propagated to the task."""
+    """Number of tags that are propagated to the task."""
     container: Mapping[str, Any]
-    """What DescribeJobs shows of the container before it runs."""
+    """The container's description in DescribeJobs before it runs."""
     tags: Mapping[str, str]
     extra: Mapping[str, Any]
     """Members of the job detail that are shown as they were given."""
@@ -100,7 +100,7 @@ class Attempt:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """One job: plain, array parent or child. Every field belongs to the engine's lock."""
+    """One job: plain, array parent or child. The engine's lock protects all fields."""
 
     spec: JobSpec
     job_id: str
@@ -116,12 +116,12 @@ class Job:
     runnable_at: float | None = None
     head_since: float | None = None
     pull: tuple[float, float] | None = None
-    """When the image of the present attempt began to arrive, and when it was there."""
+    """The times at which the pull of the present attempt's image began and ended."""
     started_at: float | None = None
     stopped_at: float | None = None
     attempts: list[Attempt] = field(default_factory=list)
     environment_arn: str | None = None
-    """Compute environment that holds capacity for the present attempt."""
+    """The compute environment whose capacity the present attempt uses."""
     environment_name: str | None = None
     environment_type: str | None = None
     task_id: str | None = None
@@ -132,9 +132,9 @@ class Job:
     running: Running | None = None
     launching: bool = False
     stop_reason: str | None = None
-    """Why it is being stopped; ``None`` while nobody has asked for that."""
+    """Why it is being stopped; ``None`` if it is not."""
     stop_kind: str | None = None
-    """Who stops it: ``terminate``, ``timeout``, ``reclaim`` or ``instance``."""
+    """What stops it: ``terminate``, ``timeout``, ``reclaim`` or ``instance``."""
     stop_grace: float | None = None
     cancelled: bool = False
     terminated: bool = False
@@ -185,7 +185,7 @@ class Job:
         self.status = status
 
     def record(self) -> JobRecord:
-        """What a test sees of it."""
+        """Return the job's state as tests see it."""
         spec = self.spec
         return JobRecord(
             job_id=self.job_id,
@@ -224,7 +224,7 @@ class Job:
         )
 
     def detail(self) -> dict[str, Any]:
-        """The job as DescribeJobs shows it."""
+        """Return the job as DescribeJobs shows it."""
         spec = self.spec
         container = dict(spec.container)
         shown = {
@@ -259,7 +259,7 @@ class Job:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """The job as ListJobs shows it."""
+        """Return the job as ListJobs shows it."""
         found: dict[str, Any] = {
             "jobArn": self.arn,
             "jobId": self.job_id,
@@ -292,7 +292,7 @@ class Job:
 
 
 def substituted(command: list[str], parameters: Mapping[str, str]) -> tuple[str, ...]:
-    """A command with ``Ref::name`` replaced where the parameter has a value."""
+    """Return a command with ``Ref::name`` replaced, if the parameter has a value."""
     return tuple(
         re.sub(
             r"Ref::([A-Za-z0-9_.-]+)",

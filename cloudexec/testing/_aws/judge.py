@@ -1,8 +1,8 @@
-"""What botocore's model of a service has against a request, bounds and patterns included.
+"""Checks requests against botocore's model of the service, including bounds and patterns.
 
-A client of botocore checks types, required members and the least of a range before it sends; the
-rest of what AWS publishes in the model is checked here, against what arrived: the largest number,
-length and count, patterns, and the values of enumerations.
+A client of botocore checks types, required members and lower bounds before it sends a request. This
+module checks the other rules that AWS publishes in the model on the received request: upper bounds
+of numbers, lengths and counts, patterns, and the values of enumerations.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from cloudexec.testing._aws.wire import Call, scalar
 __all__ = ["problems"]
 
 _UNICODE_CLASSES = {r"\p{L}\p{Z}\p{N}_": r"\w\s", r"\w-_": r"\w\-_"}
-"""What Java's regular expressions have in classes of characters and Python's lack."""
+"""Classes of characters in Java's regular expressions, and what Python has instead."""
 
 _NUMBERS = ("integer", "long", "float", "double")
 
 
 def problems(call: Call, body: bytes) -> list[str]:
-    """What the service model has against a call; empty where it is well formed.
+    """Return the rules of the service model that a call breaks; empty if it is well formed.
 
     Args:
-        call: Gets what a body in XML says added to its parameters.
-        body: Of the request.
+        call: The call. The contents of a body in XML are added to its parameters.
+        body: The request's body.
     """
     found = [f"Unknown parameter: {name}" for name in call.unknown]
     shape = call.model.input_shape
@@ -85,7 +85,7 @@ def _from_xml(shape: Shape, element: ElementTree.Element) -> Any:
 
 
 def _bounds(shape: Shape, value: Any, path: str) -> Iterator[str]:
-    """Yield what of a value is out of its bounds. What has the wrong type has been found before."""
+    """Yield the bounds that a value breaks. Wrong types have been found before."""
     where = path.lstrip(".") or "the request"
     if isinstance(shape, StructureShape) and isinstance(value, dict):
         for name, inner in value.items():
@@ -123,6 +123,6 @@ def _range(shape: Shape, number: float, what: str) -> Iterator[str]:
 def _compiled(pattern: str) -> re.Pattern[str]:
     for java, python in _UNICODE_CLASSES.items():
         pattern = pattern.replace(java, python)
-    # ASCII as in Java, but where a pattern asks for letters of every script.
+    # ASCII as in Java, unless a pattern asks for letters of every script.
     flags = 0 if r"\w\s" in pattern else re.ASCII
     return re.compile(pattern, flags)

@@ -1,7 +1,7 @@
-"""What AWS refuses of a well-formed Batch request: limits that moto does not know.
+"""Refuses well-formed Batch requests that AWS would refuse, by limits that moto does not know.
 
-Where nothing else is named, a limit stands in the description of the parameter itself, in the AWS
-Batch API Reference, whose text is also that of botocore's model.
+If no source is named, the limit is in the description of the parameter in the AWS Batch API
+Reference, which botocore's model contains, too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FARGATE: dict[float, range | tuple[int, ...]] = {
     16: range(32768, 122880 + 1, 8192),
     32: (61440, 122880, 249856),
 }
-"""vCPU to MiB. "ResourceRequirement", AWS Batch API Reference."""
+"""By vCPUs: the possible MiB of memory. "ResourceRequirement", AWS Batch API Reference."""
 
 _EC2_ONLY = (
     "minvCpus",
@@ -60,7 +60,7 @@ _EC2_ONLY = (
 _FARGATE_LOG_DRIVERS = ("awslogs", "splunk")
 """AWS Batch API Reference, "LogConfiguration"."""
 _FARGATE_PLATFORMS = ("LATEST", "1.4.0")
-"""Of Linux, version 1.3.0 being retired. "Fargate platform versions for Amazon ECS", Amazon ECS
+"""The versions for Linux; 1.3.0 is retired. "Fargate platform versions for Amazon ECS", Amazon ECS
 Developer Guide."""
 _NOT_ON_FARGATE = ("ulimits", "instanceType", "privileged", "vcpus", "memory")
 """AWS Batch API Reference, "ContainerProperties"."""
@@ -73,11 +73,11 @@ _ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+")
 _SECRET = re.compile(
     r"arn:aws[a-z-]*:(secretsmanager:[a-z0-9-]+:\d{12}:secret|ssm:[a-z0-9-]+:\d{12}:parameter).+"
 )
-"""AWS Batch API Reference, "Secret": a whole ARN, where it is not the name of a parameter."""
+"""AWS Batch API Reference, "Secret": a whole ARN, unless it is the name of a parameter."""
 
 
 class ClientError(Exception):
-    """A refusal: what AWS answers instead of carrying the call out."""
+    """AWS's refusal of a call."""
 
     def __init__(self, message: str, code: str = "ClientException", status: int = 400) -> None:
         super().__init__(message)
@@ -86,12 +86,12 @@ class ClientError(Exception):
 
 
 def is_fargate_size(vcpus: float, memory_mib: int) -> bool:
-    """Whether Fargate has tasks of that size."""
+    """Say whether Fargate has tasks of that size."""
     return memory_mib in _FARGATE.get(vcpus, ())
 
 
 def check_tags(tags: Mapping[str, str] | None) -> None:
-    """Refuse more tags than a resource takes, and names that are AWS's own."""
+    """Refuse more tags than a resource may have, and names that are reserved for AWS."""
     if tags is None:
         return
     if len(tags) > 50:
@@ -107,7 +107,7 @@ def check_tags(tags: Mapping[str, str] | None) -> None:
 
 
 def tags_of_task(definition: Mapping[str, str], job: Mapping[str, str], *, propagate: bool) -> int:
-    """Return how many tags a job's task would get: over 50, and the job fails.
+    """Return how many tags a job's task would get. With more than 50, the job fails.
 
     References:
         AWS Batch API Reference, "SubmitJob", propagateTags.
@@ -159,7 +159,7 @@ def check_timeout(timeout: Mapping[str, Any] | None) -> None:
 
 
 def check_retry(retry: Mapping[str, Any] | None) -> None:
-    """Refuse retry strategies that AWS does not take."""
+    """Refuse retry strategies that AWS does not accept."""
     if retry is None:
         return
     rules = retry.get("evaluateOnExit", [])
@@ -243,7 +243,7 @@ def _check_secrets(container: Mapping[str, Any]) -> None:
                 f"{source!r}."
             )
         if name in variables:
-            # What Amazon ECS answers to RegisterTaskDefinition, as users quote it.
+            # The answer of Amazon ECS to RegisterTaskDefinition, as users quote it.
             raise ClientError(
                 "The secret name must be unique and not shared with any new or existing "
                 f"environment variables set on the container, such as '{name}'."
@@ -261,7 +261,7 @@ def _check_fargate(container: Mapping[str, Any]) -> None:
     given = [
         *(name for name in _NOT_ON_FARGATE if container.get(name)),
         *(f"linuxParameters.{name}" for name in _NOT_ON_FARGATE_LINUX if name in linux),
-        # "Volume": a directory of the host is no part of a task on Fargate.
+        # "Volume": a task on Fargate cannot use a directory of the host.
         *("volumes.host" for volume in container.get("volumes", []) if volume.get("host")),
     ]
     if given:
@@ -289,10 +289,10 @@ def _check_fargate(container: Mapping[str, Any]) -> None:
 
 
 def check_submit(parameters: Mapping[str, Any], length: int) -> None:
-    """Refuse a SubmitJob that AWS would refuse, as far as it alone tells.
+    """Refuse a SubmitJob that AWS would refuse, as far as the request alone shows.
 
     Args:
-        parameters: Of the call.
+        parameters: The call's parameters.
         length: Bytes of the request's body.
     """
     if length > SUBMIT_MAX:
@@ -323,7 +323,7 @@ def check_submit(parameters: Mapping[str, Any], length: int) -> None:
 
 
 def check_compute_environment(parameters: Mapping[str, Any]) -> None:
-    """Refuse a CreateComputeEnvironment that AWS would refuse, as far as it alone tells."""
+    """Refuse a CreateComputeEnvironment that AWS would refuse, as far as the request shows."""
     name = parameters["computeEnvironmentName"]
     if not NAME.fullmatch(name):
         raise ClientError(f"Compute environment name {name!r} does not fit the pattern.")
@@ -358,7 +358,7 @@ def check_compute_environment(parameters: Mapping[str, Any]) -> None:
 
 
 def check_compute_resources(kind: str, resources: Mapping[str, Any]) -> None:
-    """Refuse resources that a compute environment of that type cannot have, new or changed.
+    """Refuse resources that a new or changed compute environment of that type cannot have.
 
     References:
         AWS Batch API Reference, "ComputeResource" and "ComputeResourceUpdate".

@@ -1,4 +1,4 @@
-"""The output of jobs on its way to CloudWatch Logs, line by line while they run."""
+"""Writes the output of jobs to CloudWatch Logs, line by line, while they run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LogWriter:
     """Writes to moto's log streams from one thread.
 
     Args:
-        backend: Gives moto's logs backend of a Region.
+        backend: Returns moto's logs backend of a region.
     """
 
     def __init__(self, backend: Callable[[str], Any]) -> None:
@@ -39,7 +39,7 @@ class LogWriter:
     def open(
         self, region: str, group: str, stream: str, *, create: bool
     ) -> Callable[[bytes], None]:
-        """Make a stream; the answer takes what is to be written to it.
+        """Make a log stream, and return a function that writes to it.
 
         Raises:
             StartError: If there is no such group.
@@ -58,7 +58,7 @@ class LogWriter:
         return lambda data: self._take(key, data)
 
     def finish(self, region: str, group: str, stream: str) -> None:
-        """Write all that a stream has got, a last line without an end included."""
+        """Write all output of a stream, including a last line without an end."""
         key = (region, group, stream)
         with self._lock:
             if rest := self._parts.pop(key, b""):
@@ -66,7 +66,7 @@ class LogWriter:
         self._write()
 
     def close(self) -> None:
-        """Write what is left and end the thread."""
+        """Write the remaining output, and end the thread."""
         self._closed.set()
         self._thread.join()
         self._write()
@@ -80,7 +80,7 @@ class LogWriter:
 
     def _add(self, key: tuple[str, str, str], line: bytes) -> None:
         text = line.rstrip(b"\r")[:LINE_MAX].decode("utf-8", "replace")
-        # CloudWatch refuses empty messages; the awslogs driver sends a blank.
+        # CloudWatch refuses empty messages, so the awslogs driver sends a blank.
         self._events[key].append({"timestamp": int(time.time() * 1000), "message": text or " "})
 
     def _run(self) -> None:
@@ -88,7 +88,7 @@ class LogWriter:
             self._write()
 
     def _write(self) -> None:
-        # One writer at a time: moto's streams take no lock, and lines must keep their order.
+        # One writer at a time, as moto's streams have no lock, and lines must keep their order.
         with self._writing:
             with self._lock:
                 events, self._events = self._events, defaultdict(list)

@@ -1,4 +1,4 @@
-"""The memory limit of a container, kept over a tree of plain processes."""
+"""Enforces the memory limit of a container on a tree of plain processes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import psutil
 __all__ = ["MemoryWatcher", "Tree"]
 
 INTERVAL = 0.2
-"""Seconds between two looks. One look costs about 30 microseconds per process of the machine."""
+"""Seconds between two measurements. One costs about 30 microseconds per process of the machine."""
 
 
 class Tree:
-    """A main process and all that it started, as far as it has been seen."""
+    """A main process and the processes that it has started, as far as they were seen."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.main_was_starved = False
-        # Processes that left the main process's session, with their start: a pid is used again.
+        # Processes that left the main process's session, with their start times, because the system
+        # uses process ids again.
         self._seen: dict[int, float] = {}
 
     def see(self, processes: Iterable[psutil.Process]) -> None:
@@ -35,7 +36,7 @@ class Tree:
                     pass
 
     def kill(self) -> None:
-        """Send SIGKILL to every member but a main process that has been waited for."""
+        """Send SIGKILL to every member, except a main process that has been waited for."""
         try:
             members = psutil.Process(self.pid).children(recursive=True)
         except psutil.Error:
@@ -55,7 +56,7 @@ class Tree:
 
 
 class MemoryWatcher:
-    """Kills the largest process of a tree that uses more memory than it may, as a cgroup does."""
+    """Kills the largest process of a tree that exceeds its limit of memory, as a cgroup does."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -64,7 +65,7 @@ class MemoryWatcher:
         self._thread: threading.Thread | None = None
 
     def watch(self, tree: Tree, limit: int) -> None:
-        """Keep a tree within ``limit`` bytes from now on."""
+        """Limit a tree to ``limit`` bytes from now on."""
         with self._lock:
             self._limits[tree] = limit
             if self._thread is None:
@@ -74,12 +75,12 @@ class MemoryWatcher:
                 self._thread.start()
 
     def forget(self, tree: Tree) -> None:
-        """Watch a tree no longer."""
+        """Stop watching a tree."""
         with self._lock:
             self._limits.pop(tree, None)
 
     def close(self) -> None:
-        """Watch nothing any longer."""
+        """Stop watching all trees."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
@@ -111,7 +112,7 @@ class MemoryWatcher:
         sizes = {process: _resident(process) for process in members}
         if sum(sizes.values()) <= limit:
             return
-        # Forked processes share pages, which a cgroup counts once: count again, exactly.
+        # Forked processes share pages, which a cgroup counts once. So measure again, exactly.
         sizes = {process: _proportional(process) for process in members}
         if sum(sizes.values()) <= limit:
             return
@@ -139,5 +140,5 @@ def _proportional(process: psutil.Process) -> int:
         full = process.memory_full_info()
     except (psutil.Error, OSError):
         return _resident(process)
-    # Only Linux tells the proportional size; elsewhere the unique one errs on the small side.
+    # Only Linux tells the proportional size. The unique size of other systems is rather too small.
     return int(getattr(full, "pss", 0) or full.uss)

@@ -1,4 +1,4 @@
-"""What moto's networks lack: a default VPC that leads to the internet, and zones of all kinds."""
+"""Adds to moto's networks a default VPC with a route to the internet, and zones of all kinds."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Networks:
     """Completes moto's networks, each region's when it is first asked for.
 
     Args:
-        region: Where there are more zones.
-        zones: Their names to their ids and types.
+        region: The region that has further zones.
+        zones: By name: the ids and types of these zones.
     """
 
     def __init__(self, region: str, zones: Mapping[str, tuple[str, str]]) -> None:
@@ -46,7 +46,8 @@ class Networks:
             self._add_zones()
 
     def _add_zones(self) -> None:
-        # After the back end was made, which gives the default VPC a subnet in every zone it knows.
+        # Called after the back end was made, because that gives the default VPC a subnet in every
+        # zone that it knows.
         from moto.ec2.models.availability_zones_and_regions import RegionsAndZonesBackend, Zone
 
         known = RegionsAndZonesBackend.zones.setdefault(self._region, [])
@@ -54,7 +55,7 @@ class Networks:
             known.append(Zone(name, self._region, zone_id, kind))
 
     def close(self) -> None:
-        """Take the zones away again: moto's list outlives its state."""
+        """Remove the zones, because moto's list is not reset with its state."""
         from moto.ec2.models.availability_zones_and_regions import RegionsAndZonesBackend
 
         known = RegionsAndZonesBackend.zones.get(self._region, [])

@@ -1,4 +1,4 @@
-"""What S3 checks of a request before it looks at buckets, and moto does not check at all."""
+"""Checks of S3 requests that S3 makes before it looks at buckets, and that moto does not make."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _DIGESTS: Mapping[str, Callable[[bytes], bytes]] = {
 
 
 def path_style(host: str, path: str) -> str:
-    """Return the path with the bucket in it, where the request has it in the name of the host."""
+    """Return the path with the bucket in it, also if the request has it in the host's name."""
     found = _VIRTUAL_HOST.fullmatch(host)
     return f"/{found[1]}{path}" if found else path
 
 
 def query_credential(query: str) -> str:
-    """Return the credential of a signed URL as the header would have it, or an empty string."""
+    """Return the credential of a signed URL in the form of the header, or an empty string."""
     found = dict(parse_qsl(query)).get("X-Amz-Credential")
     return f"Credential={found}" if found else ""
 
@@ -50,15 +50,15 @@ def refusal(
     body: bytes,
     secret: Callable[[str], str | None],
 ) -> Refusal | None:
-    """Say why S3 would refuse a request; ``None``: it would not.
+    """Return why S3 would refuse a request; ``None`` if it would not.
 
     Args:
-        method: HTTP method.
-        path: As it was sent.
-        query: As it was sent.
-        headers: Names in lower case.
+        method: The HTTP method.
+        path: The path as it was sent.
+        query: The query string as it was sent.
+        headers: The headers, with names in lower case.
         body: The whole body.
-        secret: Of an access key, ``None`` for one that is not known: what it signs is taken.
+        secret: Returns the secret of an access key; with ``None``, its signature is accepted.
     """
     signed = dict(parse_qsl(query, keep_blank_values=True))
     if "X-Amz-Signature" in signed:

@@ -1,8 +1,8 @@
-"""What an IAM policy allows of the calls that are made: as far as executors need it.
+"""Decides whether an IAM policy allows a call, as far as executors make such calls.
 
-Which actions and resources a call needs: Service Authorization Reference. Two things are published
-in different ways, and are options: which service AWS Batch passes roles to, and whether SubmitJob
-needs the job among its resources.
+The actions and resources that a call needs are those of the Service Authorization Reference. AWS
+documents two points in different ways, which are therefore options: the service that AWS Batch
+passes roles to, and whether SubmitJob needs the job among its resources.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PREFIXES = {
     "service-quotas": "servicequotas",
     "resourcegroupstaggingapi": "tag",
 }
-"""Service names that IAM has otherwise than botocore."""
+"""By botocore's name of a service: IAM's name, if it differs."""
 _S3 = {
     "HeadObject": "GetObject",
     "HeadBucket": "ListBucket",
@@ -32,18 +32,18 @@ _S3 = {
     "CompleteMultipartUpload": "PutObject",
     "DeleteObjects": "DeleteObject",
 }
-"""Operations of S3 whose action is called otherwise. "Required permissions for Amazon S3 API
+"""Operations of S3 whose action has another name. "Required permissions for Amazon S3 API
 operations", Amazon S3 User Guide."""
 _BATCH = {"TerminateJobs": "TerminateJob", "CancelJobs": "CancelJob"}
 """AWS Batch API Reference, "TerminateJobs" and "CancelJobs"."""
 
 Need = tuple[str, str, Mapping[str, str]]
-"""Action, resource (empty: whichever), and keys of conditions."""
+"""An action, a resource (empty for any), and the keys of conditions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Permissions:
-    """A policy, and what is asked of it."""
+    """A policy, and the options of its evaluation."""
 
     policy: Mapping[str, Any]
     passed_to: str
@@ -52,7 +52,7 @@ class Permissions:
     """Whether SubmitJob needs the job among its resources."""
 
     def refusal(self, call: Call) -> str | None:
-        """What the policy does not allow, as AWS's sentence has it; ``None``: all is allowed."""
+        """Return AWS's message if the policy does not allow a call; ``None`` if it does."""
         for action, resource, keys in self._needs(call):
             if not self._allows(action, resource, keys):
                 what = f" on resource: {resource}" if resource else ""
@@ -140,7 +140,7 @@ def _fits(pattern: str, text: str) -> bool:
 
 
 def _holds(condition: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str]) -> bool:
-    """Whether what is known of a request fits; of tags, nothing is known here."""
+    """Say whether a condition holds, as far as the request is known; tags are not known here."""
     return all(
         any(_fits(pattern, keys[key]) for pattern in _several(wanted))
         for values in condition.values()

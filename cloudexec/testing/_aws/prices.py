@@ -1,4 +1,4 @@
-"""The price list of Fargate, and the quotas of vCPUs."""
+"""Answers calls to the Pricing API about Fargate, and to Service Quotas about vCPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FARGATE_PRICES = {
     "Fargate-ARM-GB-Hours": ("GB-Hours", 0.00356),
     "Fargate-EphemeralStorage-GB-Hours": ("GB-Hours", 0.000111),
 }
-"""Usage type (without the Region's prefix) to unit and USD, us-east-1."""
+"""By usage type, without the region's prefix: the unit, and the price in USD in us-east-1."""
 
 _REGIONS = {"us-east-1": "USE1", "us-west-2": "USW2", "eu-west-1": "EU", "eu-central-1": "EUC1"}
 
@@ -38,7 +38,7 @@ _QUOTAS = {
         ),
     },
 }
-"""By service and code: what AWS calls the quota, and the kind of capacity that it bounds."""
+"""By service and code: AWS's name of the quota, and the kind of capacity that it limits."""
 _SERVICES = {"fargate": "AWS Fargate", "ec2": "Amazon Elastic Compute Cloud (Amazon EC2)"}
 _DEFAULT_QUOTA = 4000.0
 

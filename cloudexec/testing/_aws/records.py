@@ -1,4 +1,4 @@
-"""What a test reads of the fake AWS: the requests that came in, the jobs that were run."""
+"""The records of a fake AWS that tests read: its requests and its jobs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class Request:
     service: str
     """botocore's name of the service, such as ``"batch"``."""
     operation: str
-    """Such as ``"SubmitJob"``."""
+    """The operation, such as ``"SubmitJob"``."""
     parameters: dict[str, Any]
-    """As the client passed them."""
+    """The parameters as the client passed them."""
     status: int
-    """HTTP status of the answer; 0 where the connection was closed without one."""
+    """The answer's HTTP status; 0 if the connection was closed without an answer."""
     error: str | None
-    """AWS's error code, ``None`` where the call succeeded."""
+    """AWS's error code; ``None`` if the call succeeded."""
     message: str | None = None
-    """AWS's sentence with the error code."""
+    """AWS's message with the error code."""
     at: float = 0.0
     """When it arrived, in seconds since the epoch."""
     problems: tuple[str, ...] = ()
-    """What botocore's model of the service has against it: bounds, patterns and enumerations
-    included, whoever sent it."""
+    """The rules of botocore's model that the request breaks, including bounds, patterns and
+    enumerations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
-    """One job as it is now: a plain job, an array parent, or a child of one."""
+    """The present state of one job: a plain job, an array's parent, or one of its children."""
 
     job_id: str
     name: str
@@ -72,14 +72,14 @@ class JobRecord:
     """Process id of the running main process, in process mode."""
     log_stream: str | None
     compute_environment: str | None
-    """Name of the one it was placed in."""
+    """The name of the compute environment that the job was placed in."""
     spot: bool
     """Whether that environment is a spot one."""
     vcpus: float
     memory_mib: int
     tags: dict[str, str]
     environment: dict[str, str]
-    """Of the definition and the overrides, without injected secrets."""
+    """The variables of the definition and of the overrides, without secrets."""
     created_at: float
     started_at: float | None
     stopped_at: float | None

@@ -1,4 +1,4 @@
-"""ECR with something behind it: what is pushed to a registry on this machine appears in ECR."""
+"""Connects the fake ECR with a registry on this machine: images that are pushed appear in ECR."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class RegistryMirror:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        # Copied once: an image that is deleted through ECR must not come back.
+        # Each image is copied once, so that one that is deleted through ECR does not come back.
         self._seen: set[tuple[str, str, str]] = set()
 
     def answer(self, call: Call) -> Mapping[str, Any] | None:
-        """Answer a call, or leave it to moto with the registry's images in place."""
+        """Answer a call, or copy the registry's images and leave the call to moto."""
         if call.operation == "GetAuthorizationToken":
             self._get("")
             return {
@@ -81,7 +81,7 @@ class RegistryMirror:
         request = urllib.request.Request(
             f"http://{self._address}/v2/{path}", headers={"Accept": _MANIFESTS}
         )
-        # The registry is on this machine: no proxy lies between.
+        # The registry is on this machine, so no proxy must be used.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=_TIMEOUT) as response:

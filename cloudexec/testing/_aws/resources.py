@@ -1,4 +1,4 @@
-"""Compute environments, queues, definitions and secrets as they lie in moto's back ends."""
+"""Reads compute environments, queues, definitions and secrets from moto's back ends."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["MotoPlatform"]
 
 
 class MotoPlatform:
-    """Answers the engine out of moto's state.
+    """Answers the engine's questions from moto's state.
 
     Args:
-        faults: Which compute environments are broken.
-        metadata_url: Start of the task metadata addresses.
-        job_environment: Variables that every job gets besides AWS's own.
+        faults: Says which compute environments are broken.
+        metadata_url: The beginning of the addresses of task metadata.
+        job_environment: Variables that every job gets in addition to those of AWS.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class MotoPlatform:
         self._job_environment = dict(job_environment)
 
     def queue(self, arn: str) -> QueueView | None:
-        """The queue, ``None`` where it has been deleted."""
+        """Return the queue; ``None`` if it was deleted."""
         region = arn.split(":")[3]
         backend = batch_backend(region)
         queue = backend.get_job_queue(arn)
@@ -65,7 +65,7 @@ class MotoPlatform:
         )
 
     def task_environment(self, job: Job) -> Mapping[str, str]:
-        """Variables that Batch and the task's agent set."""
+        """Return the variables that Batch and the task's agent set."""
         found = {
             **self._job_environment,
             "AWS_BATCH_JOB_ID": job.job_id,
@@ -80,7 +80,7 @@ class MotoPlatform:
         return found
 
     def secrets(self, spec: JobSpec) -> Mapping[str, str]:
-        """The values of the definition's secrets."""
+        """Return the values of the definition's secrets."""
         if spec.execution_role is not None:
             _check_role(spec.execution_role)
         return {name: _secret(value, spec.region) for name, value in spec.secrets.items()}
@@ -112,7 +112,7 @@ def _from_secrets_manager(value_from: str) -> str:
     key, stage, version = (*parts[7:], "", "", "")[:3]
     backend: Any = secretsmanager_backends[ACCOUNT][parts[3]]
     try:
-        # The backend answers with a dict or its JSON text, by version of moto.
+        # Depending on moto's version, the back end returns a dict or its JSON text.
         found = backend.get_secret_value(arn, version or None, stage or None)
         value = json.loads(found) if isinstance(found, str) else found
         text = str(value["SecretString"])

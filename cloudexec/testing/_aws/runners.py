@@ -1,4 +1,4 @@
-"""How an attempt of a job is run: the protocol, and the runner that uses plain processes."""
+"""Runs the attempts of jobs: the interface of a runner, and the runner that uses processes."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class StartRequest:
     """One attempt to start."""
 
     name: str
-    """Unique among the attempts of one FakeAWS."""
+    """A name that is unique among the attempts of one FakeAWS."""
     image: str
     command: tuple[str, ...]
-    """Empty: the image's entry point alone."""
+    """The command; empty to run the image's entry point alone."""
     environment: Mapping[str, str]
     vcpus: float
     memory_mib: int
@@ -45,7 +45,7 @@ class Exit:
     """How the main process of an attempt ended."""
 
     code: int | None
-    """As a container shows it: 128 + signal number where a signal ended it."""
+    """The exit code as a container shows it: 128 + signal number if a signal ended it."""
     out_of_memory: bool
 
 
@@ -54,19 +54,19 @@ class Running(Protocol):
 
     @property
     def pid(self) -> int | None:
-        """Process id of the main process on this machine, where it has one."""
+        """The id of the main process on this machine, if it is a process here."""
 
     def wait(self) -> Exit:
-        """Block until it has ended and nothing of it is left."""
+        """Block until the attempt has ended, and no process of it is left."""
 
     def terminate(self) -> None:
         """Send SIGTERM to the main process."""
 
     def kill(self) -> None:
-        """End all of it at once."""
+        """Kill all processes of the attempt."""
 
     def out_of_memory(self) -> None:
-        """End all of it as the kernel does where memory runs out."""
+        """Kill all processes of the attempt, as the kernel does when memory runs out."""
 
 
 class Runner(Protocol):
@@ -76,24 +76,24 @@ class Runner(Protocol):
         """Start one attempt.
 
         Args:
-            request: What to run.
-            output: Takes stdout and stderr as they come, from one thread, in whole or part lines.
+            request: The attempt to run.
+            output: Takes stdout and stderr as they come, from one thread, in pieces of any size.
 
         Raises:
             StartError: If it cannot be started.
         """
 
     def close(self) -> None:
-        """Free what the runner holds; every attempt has ended."""
+        """Free the runner's resources, after all attempts have ended."""
 
 
 class ProcessRunner:
     """Runs every attempt as a subprocess, in a session of its own.
 
     Args:
-        directory: Where attempts get their home and temporary directories.
-        python: Interpreter that stands for the worker image.
-        images: Image name or shell pattern to the interpreter that stands for it.
+        directory: The directory in which attempts get their home and temporary directories.
+        python: The interpreter that stands for the worker image.
+        images: By image name or shell pattern: the interpreter that stands for the image.
     """
 
     def __init__(self, directory: Path, *, python: str, images: Mapping[str, str]) -> None:
@@ -177,7 +177,7 @@ class _RunningProcess:
 
     def wait(self) -> Exit:
         code = self._process.wait()
-        # A container ends with its main process: whatever that leaves behind goes too.
+        # A container ends with its main process, so kill the processes that it leaves behind.
         self._memory.forget(self.tree)
         self.tree.kill()
         self._reader.join(timeout=5.0)

@@ -1,4 +1,4 @@
-"""One stretch of a FakeAWS from entering to leaving: server, engine and moto's state together."""
+"""Starts and ends all parts of a FakeAWS: the server, the engine and moto's state."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ __all__ = ["Session", "check_region"]
 
 
 def _pull_times(pull: tuple[float, float] | None) -> dict[str, str]:
-    """When the image began to arrive and was there, as the metadata endpoint writes it."""
+    """Return when the pull of the image began and ended, in the metadata endpoint's form."""
     if pull is None:
         return {}
     names = ("PullStartedAt", "PullStoppedAt")
@@ -58,17 +58,17 @@ def check_region(name: str) -> None:
     """Refuse a region that AWS does not have.
 
     Raises:
-        ConfigError: Naming it.
+        ConfigError: If there is no such region; the message names it.
     """
     if name not in known_regions():
         raise ConfigError(f"there is no AWS region {name!r} that FakeAWS could be")
 
 
 class _Handler(MotoRequestHandler):
-    """moto's, without a line on stderr per request."""
+    """moto's request handler, without a line on stderr for each request."""
 
     def log(self, type: str, message: str, *args: object) -> None:  # noqa: A002
-        """Nothing."""
+        """Log nothing."""
 
 
 class Settings(Protocol):
@@ -99,7 +99,7 @@ class Session:
 
     Args:
         owner: The FakeAWS with its settings.
-        directory: Empty, for jobs' files.
+        directory: An empty directory for the jobs' files.
     """
 
     def __init__(self, owner: Settings, directory: Path) -> None:
@@ -120,7 +120,7 @@ class Session:
         self._closers.append(runner.close)
         logs = LogWriter(logs_backend)
         self._closers.append(logs.close)
-        # The socket is bound first: jobs are told the address.
+        # The socket is bound first, because jobs are told the address.
         self._server = make_server(
             self._listen_host(),
             0,
@@ -195,11 +195,11 @@ class Session:
         self._closers.append(self._stop_server)
 
     def own_mistakes(self) -> list[str]:
-        """What the service models have against requests that cloudexec itself has made."""
+        """Return the rules of service models that requests of cloudexec itself have broken."""
         return list(self.gateway.own_mistakes) if hasattr(self, "gateway") else []
 
     def close(self) -> None:
-        """End everything, the last started first."""
+        """End all parts, in reverse order."""
         while self._closers:
             self._closers.pop()()
 
@@ -230,7 +230,7 @@ class Session:
         return ProcessRunner(directory, python=owner.python, images=owner.images)
 
     def _listen_host(self) -> str:
-        # The bridge, and so its address, may not exist before the first container does.
+        # All addresses for containers: the bridge may not exist before the first container.
         return "127.0.0.1" if self._owner.mode == "process" else "0.0.0.0"
 
     def _job_environment(self, port: int) -> dict[str, str]:
@@ -284,7 +284,7 @@ class Session:
         return None
 
     def job_lines(self, job_id: str) -> list[str]:
-        """Lines that a job has written."""
+        """Return the lines that a job has written."""
         with self.engine.lock:
             job = self.engine.jobs[job_id]
             streams = [attempt.log_stream for attempt in job.attempts]
@@ -395,6 +395,6 @@ def _trust(service: str) -> str:
 
 
 def reset_moto() -> None:
-    """Empty every back end that has been loaded."""
+    """Reset all of moto's back ends that are loaded."""
     BackendDict.reset()
     reset_model_data()

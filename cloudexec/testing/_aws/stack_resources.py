@@ -1,4 +1,4 @@
-"""The resources of stacks: made, changed and deleted in moto's back ends."""
+"""Creates, changes and deletes the resources of stacks in moto's back ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TAGGED = (
     "AWS::S3::Bucket",
     "AWS::SecretsManager::Secret",
 )
-"""Types with a list of tags, which CloudFormation completes by the stack's."""
+"""Types with a list of tags, to which CloudFormation adds the stack's tags."""
 
 
 _REPOSITORY = re.compile(r"(?:[a-z0-9]+(?:[._-][a-z0-9]+)*/)*[a-z0-9]+(?:[._-][a-z0-9]+)*")
@@ -33,7 +33,7 @@ _REPOSITORY = re.compile(r"(?:[a-z0-9]+(?:[._-][a-z0-9]+)*/)*[a-z0-9]+(?:[._-][a
 
 
 class ResourceError(Exception):
-    """A resource that cannot be made, changed or deleted; the text is the event's reason."""
+    """A resource cannot be created, changed or deleted; the text is the event's reason."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class Resource:
     reason: str | None = None
     policy: str = "Delete"
     object: Any = None
-    """moto's, where it has one."""
+    """moto's object for the resource, if there is one."""
 
 
 class StackResources:
@@ -57,7 +57,7 @@ class StackResources:
 
     Args:
         batch: Makes compute environments and queues.
-        engine: Whose jobs must end before their environment goes.
+        engine: Runs the jobs, which must end before their environment is deleted.
     """
 
     def __init__(self, batch: BatchResources, engine: Engine) -> None:
@@ -116,12 +116,12 @@ class StackResources:
                 group.set_retention_policy(properties.get("RetentionInDays"))
             elif resource.type == "AWS::S3::Bucket":
                 _set_lifecycle(resource.physical_id or "", properties)
-            # Others keep what they are: what they do here does not hang on their properties.
+            # Other types are not changed, because the fake does not use their properties.
         except Exception as exc:
             raise ResourceError(str(exc) or repr(exc)) from exc
 
     def prepare_deletion(self, region: str, resource: Resource) -> None:
-        """Disable what must be DISABLED before it can be deleted."""
+        """Disable a resource that must be DISABLED before it can be deleted."""
         if resource.type == "AWS::Batch::JobQueue":
             queue = batch_backend(region).get_job_queue(resource.physical_id)
             if queue is not None:
@@ -133,7 +133,7 @@ class StackResources:
                 environment.state = "DISABLED"
 
     def must_wait(self, resource: Resource) -> bool:
-        """Whether jobs still keep a resource from being deleted."""
+        """Say whether jobs still keep a resource from being deleted."""
         if resource.type == "AWS::Batch::JobQueue":
             return bool(self._engine.active(resource.physical_id or ""))
         if resource.type == "AWS::Batch::ComputeEnvironment":
@@ -141,7 +141,7 @@ class StackResources:
         return False
 
     def delete(self, region: str, resource: Resource) -> None:
-        """Delete a resource; one that is gone already is fine.
+        """Delete a resource; it is no error if it is gone already.
 
         Raises:
             ResourceError: If it cannot be deleted.
@@ -167,7 +167,7 @@ class StackResources:
             _delete_with_moto(region, resource)
 
     def attribute(self, resource: Resource, name: str) -> Any:
-        """An attribute of a resource, as ``Fn::GetAtt`` gives it."""
+        """Return an attribute of a resource, as ``Fn::GetAtt`` does."""
         if resource.type in ("AWS::Batch::ComputeEnvironment", "AWS::Batch::JobQueue"):
             return resource.physical_id
         if resource.type == "AWS::SecretsManager::Secret":
@@ -244,20 +244,20 @@ class StackResources:
             ResourceType=resource.type,
         )
         resource.object = made
-        # Some of moto's, such as rules of security groups, have no identity.
+        # Some of moto's objects, such as rules of security groups, have no id.
         resource.physical_id = str(getattr(made, "physical_resource_id", None) or name)
         if resource.type == "AWS::S3::Bucket":
             _set_lifecycle(resource.physical_id, properties)
 
 
 def _lowered(node: Any) -> Any:
-    """CloudFormation's names of Batch's parameters as the API has them."""
+    """Change CloudFormation's names of Batch's parameters into those of the API."""
     if isinstance(node, list):
         return [_lowered(each) for each in node]
     if not isinstance(node, dict):
         return node
     return {
-        # The names of tags are the user's own.
+        # The names of tags are chosen by the user, and stay as they are.
         key[:1].lower() + key[1:]: each if key == "Tags" else _lowered(each)
         for key, each in node.items()
         if key not in ("ReplaceComputeEnvironment", "UpdatePolicy")

@@ -1,4 +1,4 @@
-"""What a CloudFormation template says once parameters and other resources are known."""
+"""Evaluates CloudFormation templates: parameters, conditions, references and functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NOTHING = object()
 
 
 class TemplateError(Exception):
-    """A template that CloudFormation would refuse."""
+    """CloudFormation would refuse the template."""
 
 
 def parse_template(body: str) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def parse_template(body: str) -> dict[str, Any]:
 
 
 def resolve_parameters(template: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
-    """Every parameter's value as text: as given, or by default.
+    """Return the value of every parameter as text: the given one, or its default.
 
     Raises:
         TemplateError: If one is missing, unknown or not allowed.
@@ -71,14 +71,14 @@ def _check_parameter(name: str, about: Mapping[str, Any], value: str) -> None:
 
 
 class Evaluator:
-    """Replaces references and functions by what they stand for.
+    """Replaces references and functions by their values.
 
     Args:
         template: The template.
         parameters: Every parameter's value as text.
-        pseudo: ``AWS::Region`` and its like.
-        reference: Gives a resource's ``Ref``; ``None`` where it has not been made.
-        attribute: Gives a resource's attribute.
+        pseudo: The pseudo parameters, such as ``AWS::Region``.
+        reference: Returns a resource's ``Ref``; ``None`` if it has not been created.
+        attribute: Returns a resource's attribute.
     """
 
     def __init__(
@@ -96,18 +96,18 @@ class Evaluator:
         self._attribute = attribute
 
     def exists(self, entry: Mapping[str, Any]) -> bool:
-        """Whether the condition of a resource or output holds."""
+        """Say whether the condition of a resource or output holds."""
         return "Condition" not in entry or self.condition(entry["Condition"])
 
     def condition(self, name: str) -> bool:
-        """Whether a named condition holds."""
+        """Say whether a named condition holds."""
         conditions = self._template.get("Conditions", {})
         if name not in conditions:
             raise TemplateError(f"Unresolved condition {name}")
         return bool(self.value(conditions[name]))
 
     def value(self, node: Any) -> Any:
-        """A node of the template with everything replaced."""
+        """Return a node of the template with all references and functions replaced."""
         found = self._value(node)
         return None if found is _NOTHING else found
 
@@ -204,7 +204,7 @@ class Evaluator:
 
 
 def creation_order(resources: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Logical names, each after all that it refers to or depends on.
+    """Return the logical names, each after all names that it refers to or depends on.
 
     Raises:
         TemplateError: If resources refer to each other in a circle.

@@ -1,4 +1,4 @@
-"""A token bucket: how AWS limits rates."""
+"""A token bucket, by which AWS limits the rate of requests."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class TokenBucket:
     """Hands out tokens at a rate, and after a pause several at once.
 
     Args:
-        per_second: Tokens that come back in a second.
-        burst: Tokens that it holds; ``None``: one second's worth.
+        per_second: Tokens that are added in a second.
+        burst: The largest number of tokens that it holds; ``None`` for those of one second.
     """
 
     def __init__(self, per_second: float, burst: float | None = None) -> None:

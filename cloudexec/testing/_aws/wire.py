@@ -1,4 +1,4 @@
-"""Requests as the wire carries them, read with botocore's service models."""
+"""Reads requests, and writes answers, with botocore's service models."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ SIGNING_NAMES = {
     "servicequotas": "service-quotas",
     "tagging": "resourcegroupstaggingapi",
 }
-"""Signing names that are not the names of botocore's models."""
+"""By signing name: the name of botocore's model, if it differs."""
 
 _CREDENTIAL = re.compile(r"Credential=([^/]+)/\d{8}/([^/]+)/([^/]+)/aws4_request")
 
 
 class UnknownCallError(Exception):
-    """No operation of any service model fits the request."""
+    """The request fits no operation of any service model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +49,15 @@ class Call:
     """One request, identified."""
 
     service: str
-    """Name of botocore's service model."""
+    """The name of botocore's service model."""
     operation: str
     parameters: dict[str, Any]
-    """As a client would pass them; request bodies of S3 are left out."""
+    """The parameters as a client would pass them, without request bodies of S3."""
     region: str
     access_key: str
     model: OperationModel
     unknown: tuple[str, ...] = ()
-    """Query parameters that no member of the input shape accounts for."""
+    """Query parameters that the operation does not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,29 +68,29 @@ class Response:
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
     error: str | None = None
-    """AWS's error code where this is a refusal."""
+    """AWS's error code, if the answer is a refusal."""
 
 
 @functools.cache
 def service_model(name: str) -> ServiceModel:
-    """Botocore's model of one service."""
+    """Return botocore's model of one service."""
     return ServiceModel(Loader().load_service_model(name, "service-2"), name)
 
 
 def read_call(
     *, method: str, path: str, query: str, headers: Mapping[str, str], body: bytes
 ) -> Call:
-    """Find out which operation a request calls, and with what.
+    """Identify the operation of a request, and read its parameters.
 
     Args:
-        method: HTTP method.
-        path: Path as it was sent, still percent-encoded.
-        query: Query string without the question mark.
-        headers: Names in lower case.
+        method: The HTTP method.
+        path: The path as it was sent, still percent-encoded.
+        query: The query string without the question mark.
+        headers: The headers, with names in lower case.
         body: The whole body.
 
     Raises:
-        UnknownCallError: If nothing fits.
+        UnknownCallError: If no operation fits.
     """
     found = _CREDENTIAL.search(headers.get("authorization", ""))
     access_key, region, signing = found.groups() if found else ("", "us-east-1", "s3")
@@ -142,7 +142,7 @@ def read_call(
 
 
 def json_response(payload: Mapping[str, Any], status: int = 200) -> Response:
-    """An answer of a JSON service."""
+    """Return an answer of a JSON service."""
     return Response(
         status=status,
         body=json.dumps(payload).encode(),
@@ -151,7 +151,7 @@ def json_response(payload: Mapping[str, Any], status: int = 200) -> Response:
 
 
 def error_response(call: Call, code: str, message: str, status: int) -> Response:
-    """A refusal in the form that the call's protocol has for it."""
+    """Return a refusal in the form of the call's protocol."""
     protocol = call.model.service_model.metadata["protocol"]
     if protocol in ("json", "rest-json"):
         body = json.dumps({"__type": code, "message": message, "Message": message}).encode()
@@ -178,7 +178,7 @@ def _operation(model: ServiceModel, name: str) -> OperationModel:
 
 
 def scalar(shape: Shape, text: str) -> Any:
-    """Return what a text says, as the shape has it; the text itself where it is none such."""
+    """Convert a text to the type of a shape; return the text itself if that is not possible."""
     try:
         if shape.type_name in ("integer", "long"):
             return int(text)
@@ -192,7 +192,7 @@ def scalar(shape: Shape, text: str) -> Any:
 
 
 class _QueryReader:
-    """Nested parameters out of the flat names of the query protocols."""
+    """Reads nested parameters from the flat names of the query protocols."""
 
     def __init__(self, pairs: Mapping[str, str], *, ec2: bool) -> None:
         self._pairs = pairs
@@ -267,7 +267,7 @@ class _QueryReader:
 
 @functools.cache
 def _routes(service: str) -> list[tuple[str, re.Pattern[str], dict[str, str], OperationModel]]:
-    """Rules of a REST service, the most particular first."""
+    """Return the URL rules of a REST service, the most specific first."""
     rules = []
     model = service_model(service)
     for name in model.operation_names:
@@ -296,7 +296,7 @@ def _routes(service: str) -> list[tuple[str, re.Pattern[str], dict[str, str], Op
 
 def _parts(uri: str, service: str) -> list[tuple[str, bool]]:
     parts = [part for part in re.split(r"(\{[^}]+\})", uri) if part]
-    # The last label of other services may hold an ARN with slashes; a bucket never has one.
+    # Except in S3, the last label may be an ARN with slashes. A bucket's name never has a slash.
     return [(part, service != "s3" and index == len(parts) - 1) for index, part in enumerate(parts)]
 
 
