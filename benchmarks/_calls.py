@@ -1,4 +1,4 @@
-"""What the tasks of the benchmarks do, in a module that workers import."""
+"""The functions that the benchmarks run as tasks, in a module that workers import."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def total(*values: int) -> int:
 
 
 def sleep(seconds: float) -> float:
-    """Sleep, or do nothing for 0; return when it was done, by the clock that processes share."""
+    """Sleep unless ``seconds`` is 0; return the time afterwards, by the clock of all processes."""
     if seconds:
         time.sleep(seconds)
     return time.monotonic()
@@ -40,7 +40,7 @@ def length(data: bytes) -> int:
 
 
 def blob(size: int) -> bytes:
-    """Take a small argument, return a large result; made once, so that only the way is measured."""
+    """Return a large result, made once in each process, so that only its transfer is measured."""
     if size not in _blobs:
         _blobs.clear()
         _blobs[size] = b"x" * size
@@ -53,17 +53,17 @@ def double(array: Any) -> Any:
 
 
 def first(array: Any) -> float:
-    """Take an array, look at one page of it."""
+    """Take an array and read one page of it."""
     return float(array[0])
 
 
 def add_up(array: Any) -> float:
-    """Take an array, look at all of it."""
+    """Take an array and read all of it."""
     return float(array.sum())
 
 
 def ones(count: int) -> Any:
-    """Take nothing, return an array; made once, so that only the way is measured."""
+    """Return an array, made once in each process, so that only its transfer is measured."""
     if count not in _arrays:
         import numpy
 
@@ -73,7 +73,7 @@ def ones(count: int) -> Any:
 
 
 def wait_for_file(path: str, started: str) -> None:
-    """Occupy a slot until a file exists; create another one to say that it is occupied."""
+    """Occupy a slot until the file ``path`` exists; create ``started`` when it is occupied."""
     with open(started, "w"):
         pass
     while not os.path.exists(path):
@@ -81,7 +81,7 @@ def wait_for_file(path: str, started: str) -> None:
 
 
 def use(modules: tuple[str, ...], seconds: float) -> None:
-    """Import modules, and take some time."""
+    """Import modules, then sleep."""
     for name in modules:
         importlib.import_module(name)
     time.sleep(seconds)

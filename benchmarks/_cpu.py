@@ -1,4 +1,4 @@
-"""The CPU time of a program and of all processes that it has started, whoever waits for them."""
+"""Measures the CPU time of a program and of all processes that it has started."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _PR_SET_CHILD_SUBREAPER = 36
 def run(
     command: list[str], **options: Any
 ) -> tuple[subprocess.CompletedProcess[str], float, float]:
-    """Run a program to its end, and wait for what it leaves behind.
+    """Run a program to its end, and wait for the processes that it leaves behind.
 
     Args:
         command: The program and its arguments.
-        **options: As ``subprocess.run()`` takes them; it looks for the end only every 50 ms, so
-            that its ``timeout`` is counted here.
+        **options: Arguments of ``subprocess.run()``. ``timeout`` is handled here, because
+            ``subprocess.run()`` checks for the end only every 50 ms if it has a timeout.
 
     Returns:
-        How it ended, its seconds from start to end, and those of CPU time of all processes, user
-        and system. Where processes that are left behind cannot be adopted, which is everywhere but
-        on Linux, they do not count.
+        The finished process, its seconds from start to end, and the seconds of CPU time (user and
+        system) of all processes. Processes that are left behind count on Linux only, as other
+        systems cannot adopt them.
     """
     if sys.platform.startswith("linux"):
         import ctypes
@@ -50,7 +50,7 @@ def run(
         while os.waitpid(-1, 0):
             pass
     except ChildProcessError:
-        pass  # there are no more
+        pass  # no process is left
     after = os.times()
     took = after.children_user + after.children_system
     return done, seconds, took - before.children_user - before.children_system

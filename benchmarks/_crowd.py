@@ -21,7 +21,7 @@ def allow_files(workers: int) -> None:
     """Raise this process's limit on open files; those that it starts inherit it.
 
     Raises:
-        RuntimeError: If it cannot be raised far enough.
+        RuntimeError: If the limit cannot be raised far enough.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -33,7 +33,7 @@ class Crowd:
     """Simulated workers.
 
     Args:
-        launches: What the executor asked for: one worker each.
+        launches: The executor's requests for workers; each is for one worker.
     """
 
     def __init__(self, launches: list[ManualLaunch]) -> None:
@@ -59,7 +59,7 @@ class Crowd:
             self._tell(simulator, request)
 
     def wait(self) -> list[dict[str, Any]]:
-        """Return one more answer of each process."""
+        """Wait for one answer of each process, and return them."""
         return [self._heard(simulator) for simulator in self._simulators]
 
     def tell_all(self, **request: object) -> None:
@@ -67,12 +67,12 @@ class Crowd:
             self._tell(simulator, request)
 
     def ask_one(self, **request: object) -> dict[str, Any]:
-        """Have the first process do something; return what it says."""
+        """Send a request to the first process, and return its answer."""
         self._tell(self._simulators[0], request)
         return self._heard(self._simulators[0])
 
     def end(self) -> list[dict[str, Any]]:
-        """Wait until the executor has let all of them go; return what each process says."""
+        """Wait until the executor has ended all workers; return the answer of each process."""
         self.tell_all(do="end")
         said = self.wait()
         for simulator in self._simulators:

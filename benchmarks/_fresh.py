@@ -1,4 +1,4 @@
-"""Measurements in fresh processes: what one contender imports or leaves behind touches no other."""
+"""Runs each measurement in a fresh process, so that no contender is affected by another one."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def measure(
     """Run the calling script's ``measure(contender, **arguments)`` in a fresh interpreter.
 
     Args:
-        contender: Whose turn it is.
-        pin: Confine the interpreter and all that it starts to one core.
-        prefix: What starts the interpreter, if it is not to be started plainly.
-        **arguments: Passed on, as JSON.
+        contender: Name of the library to measure.
+        pin: Whether to confine the interpreter and all its child processes to one core.
+        prefix: Command and arguments that start the interpreter; empty to start it directly.
+        **arguments: Passed to ``measure`` as JSON.
 
     Raises:
-        RuntimeError: If it fails; the message holds its last words.
+        RuntimeError: If the interpreter fails; the message has the end of its output.
     """
     script = sys.modules["__main__"].__file__
     assert script is not None
     request = json.dumps({"contender": contender, **arguments})
-    # A file, not a pipe: what stands between may not hand down descriptors.
+    # The answer comes in a file and not through a pipe, as ``prefix`` may not pass on descriptors.
     reading, path = tempfile.mkstemp(prefix="benchmark-")
     command = [*prefix, sys.executable, script, "--measure", request, path]
     core = min(os.sched_getaffinity(0)) if pin else None
@@ -66,7 +66,7 @@ def measure(
 
 
 def answer_if_asked(measure: Callable[..., Figures]) -> None:
-    """In the fresh interpreter: measure, hand over the figures, and end."""
+    """If this is the fresh interpreter, measure, write the figures, and exit."""
     if len(sys.argv) != 4 or sys.argv[1] != "--measure":
         return
     figures = measure(**json.loads(sys.argv[2]))

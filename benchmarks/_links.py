@@ -1,7 +1,8 @@
-"""A TCP proxy whose links fail when told to: cut, half-open, silent, slow; started by soak.py.
+"""A TCP proxy whose connections fail on request: cut, half-open, silent or slow; for soak.py.
 
-Reads lines of JSON on standard input, answers each with a line of how many links it hit, and ends
-with its input. The first one says where to listen and where to connect to:
+It reads lines of JSON from standard input, and answers each with the number of connections (links)
+that it has affected. It ends at the end of its input. The first line has the ports on which to
+listen and to which to connect:
 
     {"listen": 40001, "target": 40002, "seed": 7}
     {"fault": "reset", "share": 0.5, "seconds": 0}
@@ -23,7 +24,7 @@ from typing import Any
 
 _READ = 64 * 1024
 _TICK = 0.02
-"""Seconds between two looks at whether a silent link may go on."""
+"""Seconds between two checks whether a silent link may continue."""
 _ABORT = struct.pack("ii", 1, 0)  # SO_LINGER of no time: closing resets the connection
 
 
@@ -38,7 +39,7 @@ class Link:
         self.delay = 0.0
         self.rate = 0.0
         self.dead_end = False
-        """Whether one side has been cut off and the other is not to learn of it."""
+        """Whether one side was cut off without telling the other side."""
 
     def reset(self) -> None:
         for side in (self.worker, self.client):
@@ -49,7 +50,7 @@ class Link:
             side.close()
 
     def forget_worker(self) -> None:
-        """Cut off the worker; for the client, the connection is just silent."""
+        """Cut off the worker; to the client, the connection only becomes silent."""
         self.dead_end = True
         _abort(self.worker)
 
@@ -58,21 +59,21 @@ class Link:
         _abort(self.client)
 
     async def carry(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        """Pass on what comes from one side, as far and as fast as this link is in order."""
+        """Forward the bytes of one side, as far and as fast as the link's faults allow."""
         try:
             while data := await source.read(_READ):
                 await self._until_heard()
                 if time.monotonic() < self.late_until:
                     await asyncio.sleep(self.delay + len(data) * self.rate)
                 if self.dead_end:
-                    continue  # swallowed
+                    continue  # the bytes are dropped
                 target.write(data)
                 await target.drain()
         except OSError:
             pass
 
     async def _until_heard(self) -> None:
-        # Asked again and again: a link that is silent may be made to be so for longer, or healed.
+        # Checked at intervals, as a silent link may be made silent for longer, or be repaired.
         while (silent := self.silent_until - time.monotonic()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(min(silent, _TICK))
 
@@ -87,11 +88,11 @@ def _abort(side: asyncio.StreamWriter) -> None:
 
 
 class Proxy:
-    """Carries links, and breaks them on demand.
+    """Forwards connections, and breaks them on request.
 
     Args:
         target: Port of the client on this machine.
-        seed: For which links a fault hits.
+        seed: Seed of the choice of links that a fault affects.
     """
 
     def __init__(self, target: int, seed: int) -> None:
@@ -127,7 +128,7 @@ class Proxy:
             link.close()
 
     def break_links(self, request: dict[str, Any]) -> int:
-        """Do what a request says; return how many links it hit."""
+        """Carry out a request; return the number of affected links."""
         fault, seconds = request["fault"], request.get("seconds", 0.0)
         now = time.monotonic()
         links = [link for link in self._links if not link.dead_end]
@@ -172,7 +173,7 @@ def _each(links: Iterable[Link], do: Callable[[Link], None]) -> None:
 
 
 async def _sleep_client(seconds: float) -> int:
-    """Stop the client, as when a laptop's lid is closed, and wake it again."""
+    """Stop the client's process, as when a laptop's lid is closed, and continue it afterwards."""
     client = os.getppid()
     os.kill(client, signal.SIGSTOP)
     try:

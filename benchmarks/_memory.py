@@ -1,4 +1,4 @@
-"""How much memory processes occupy, from Linux's /proc."""
+"""Measures the memory of processes, with Linux's /proc."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ MIB = 1024 * 1024
 
 
 def resident(pid: int | str = "self") -> int:
-    """Return the bytes a process occupies now; 0 if it is gone."""
+    """Return the resident memory of a process in bytes; 0 if it has ended."""
     return _field(pid, "VmRSS")
 
 
 def share(pid: int | str = "self") -> int:
-    """Return the bytes a process occupies, its part of what it shares; 0 if it is gone."""
+    """Return the memory of a process in bytes, with its share of shared pages; 0 if it ended."""
     try:
         with open(f"/proc/{pid}/smaps_rollup") as file:
             found = re.search(r"^Pss:\s*(\d+) kB", file.read(), re.MULTILINE)
@@ -24,19 +24,19 @@ def share(pid: int | str = "self") -> int:
 
 
 def peak(pid: int | str = "self") -> int:
-    """Return the most bytes it occupied since ``reset_peak()``; 0 if it is gone."""
+    """Return the largest resident memory since ``reset_peak()`` in bytes; 0 if it has ended."""
     return _field(pid, "VmHWM")
 
 
 def available() -> int:
-    """Return the bytes of memory that this machine has left."""
+    """Return the free memory of this machine in bytes."""
     with open("/proc/meminfo") as file:
         found = re.search(r"^MemAvailable:\s*(\d+) kB", file.read(), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
 
 
 def reset_peak(pid: int | str = "self") -> None:
-    """Start to watch for the peak anew (proc(5), "clear_refs", value 5)."""
+    """Reset the peak of a process's memory (proc(5), "clear_refs", value 5)."""
     with open(f"/proc/{pid}/clear_refs", "w") as file:
         file.write("5")
 

@@ -1,4 +1,4 @@
-"""The contenders behind one face: submit, collect, map, close. Each is imported only if it runs."""
+"""The libraries that are compared, behind one interface; each is imported only where it runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MODULES = {LOKY: "loky", DASK: "distributed", RAY: "ray", PARSL: "parsl", MPI: 
 
 
 class Contender(Protocol):
-    """What every contender can do."""
+    """The interface of each library that is compared."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any) -> Any:
         """Start one call; return a handle."""
@@ -39,14 +39,14 @@ class Contender(Protocol):
         """Wait for calls and return their results."""
 
     def map(self, fn: Callable[..., Any], items: Iterable[Any], chunksize: int = 1) -> list[Any]:
-        """Run one call per item, ``chunksize`` at a time where that exists."""
+        """Run one call per item, with ``chunksize`` calls per task if the library supports that."""
 
     def close(self) -> None:
-        """End it, workers included."""
+        """Shut down the library and its workers."""
 
 
 def is_installed(name: str) -> bool:
-    """Say whether a contender can run here."""
+    """Return whether a contender is installed."""
     if name == MPI and shutil.which("mpiexec") is None:
         return False
     return name not in _MODULES or importlib.util.find_spec(_MODULES[name]) is not None
@@ -54,7 +54,7 @@ def is_installed(name: str) -> bool:
 
 @contextmanager
 def opened(name: str, workers: int) -> Iterator[Contender]:
-    """Start a contender with so many workers, one task at a time each."""
+    """Start a contender with ``workers`` workers, each of which runs one task at a time."""
     contender = _OPENERS[name](workers)
     try:
         yield contender
@@ -71,15 +71,15 @@ def rounds(
     *,
     pin: bool = False,
 ) -> dict[str, list[_fresh.Figures]]:
-    """Measure contenders in turn, round after round; those that are missing or fail are reported.
+    """Measure contenders in turn for several rounds; report those that are missing or fail.
 
     Args:
-        names: Who takes part.
-        count: Rounds.
-        report: Where to say who does not take part.
-        what: What is measured, for that.
-        arguments: What to pass to the script's ``measure`` for one contender.
-        pin: Confine each to one core.
+        names: The contenders.
+        count: Number of rounds.
+        report: Report for contenders that are missing or fail.
+        what: What is measured, as text for the report.
+        arguments: Returns the arguments of the script's ``measure`` for a contender.
+        pin: Whether to confine each measurement to one core.
     """
     figures: dict[str, list[_fresh.Figures]] = {}
     out: set[str] = set()
@@ -108,7 +108,7 @@ def rounds(
 
 
 class _OfExecutor:
-    """Anything with the interface of concurrent.futures."""
+    """A contender with the interface of ``concurrent.futures``."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
@@ -234,7 +234,7 @@ class _Parsl:
         from parsl.executors import HighThroughputExecutor
         from parsl.providers import LocalProvider
 
-        # It starts its worker pool by name, and workers import what tasks name.
+        # Parsl starts its worker pool by name, and workers import the modules of tasks.
         here = os.path.dirname(os.path.abspath(__file__))
         paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
@@ -248,7 +248,7 @@ class _Parsl:
             address="127.0.0.1",
             max_workers_per_node=workers,
             cores_per_worker=0.01,
-            encrypted=False,  # ours is a Unix socket here, unencrypted too
+            encrypted=False,  # cloudexec's Unix socket is not encrypted, either
             provider=LocalProvider(init_blocks=1, max_blocks=1),
         )
         parsl.load(

@@ -1,4 +1,4 @@
-"""One benchmark's command line and what it prints: numbers, ratios, and the verdict on each."""
+"""The command line and output of a benchmark: numbers, ratios, and whether they are in budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import _fresh
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; every field as it is printed."""
+    """One line of the table, with each field as it is printed."""
 
     what: str
     ours: str
@@ -26,7 +26,7 @@ class Row:
 
 
 class Report:
-    """Prints rows as they come and keeps them."""
+    """Prints each row at once, and keeps all rows."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -47,18 +47,18 @@ class Report:
         at_least: float | None = None,
         at_most: float | None = None,
     ) -> None:
-        """Report our number beside a peer's.
+        """Report cloudexec's number and that of another library.
 
         Args:
             what: What was measured.
-            ours: Our number.
-            peer: Whose the other one is.
-            theirs: The peer's number.
-            unit: Of both.
-            faster: The numbers are times and the ratio says how many times faster we are;
-                otherwise it is our number over theirs.
-            at_least: The budget, where a larger ratio is better; ``None``: none.
-            at_most: The budget, where a smaller ratio is better; ``None``: none.
+            ours: The number of cloudexec.
+            peer: Name of the other library.
+            theirs: The number of the other library.
+            unit: Unit of both numbers.
+            faster: Whether the numbers are times. The ratio is then theirs over ours, and otherwise
+                ours over theirs.
+            at_least: Least ratio allowed; ``None`` if there is no such budget.
+            at_most: Largest ratio allowed; ``None`` if there is no such budget.
         """
         ratio = theirs / ours if faster else ours / theirs
         budget, verdict = _judge(ratio, at_least, at_most, "x")
@@ -76,14 +76,14 @@ class Report:
         peer: str = "",
         theirs: float | None = None,
     ) -> None:
-        """Report a number of ours that is judged by itself; a peer's may stand beside it."""
+        """Report a number of cloudexec with a budget for the number itself, and maybe a peer's."""
         budget, verdict = _judge(value, at_least, at_most, f" {unit}")
         beside = "" if theirs is None else _number(theirs, unit)
         ratio = f"{value / theirs:.2f}x" if theirs else ""
         self._add(Row(what, _number(value, unit), peer, beside, ratio, budget, verdict))
 
     def missing(self, what: str, peer: str, why: str = "not installed") -> None:
-        """Say that a peer has no number."""
+        """Report that another library has no number."""
         self._add(Row(what, "", peer, why))
 
     def _add(self, row: Row) -> None:
@@ -128,10 +128,10 @@ def run(
     """Run a benchmark from the command line.
 
     Args:
-        question: What it answers: the script's docstring.
-        main: Given the options and a report, measures and reports.
-        measure: Measures one contender; called in fresh processes by ``_fresh.measure()``.
-        add_options: Adds what only this benchmark takes.
+        question: The question that the benchmark answers: its module's docstring.
+        main: Takes the options and a report, measures, and fills the report.
+        measure: Measures one contender; ``_fresh.measure()`` calls it in fresh processes.
+        add_options: Adds the options that only this benchmark has.
     """
     _fresh.answer_if_asked(measure)
     question = question or ""

@@ -1,7 +1,7 @@
 """Many simulated workers in one process; started by ``_crowd.py``.
 
-Reads lines of JSON on standard input, and answers each with one. The first says whom to connect to
-and under which identities, and is answered once all are connected:
+It reads lines of JSON from standard input, and answers each with a line of JSON. The first line has
+the server's address and the workers' identities, and is answered when all workers are connected:
 
     {"target": "unix:/tmp/s", "executor_id": "...", "key": "...", "sha256": "", "identities": [...]}
     {"do": "stop the client", "seconds": 60}
@@ -28,7 +28,7 @@ from cloudexec._launchers.base import Contact
 from cloudexec.testing import SimulatedWorker
 
 _AT_ONCE = 64
-"""Workers that dial at the same time: the server turns away more than 256 unproven ones."""
+"""Workers that connect at the same time; the server refuses more than 256 unproven ones."""
 _PATIENCE = 600.0
 
 
@@ -73,7 +73,7 @@ class Simulator:
             return await self.stop_client(request["seconds"])
         if request["do"] == "cut":
             return await self.cut(request["after"])
-        ends = await asyncio.gather(*self._serving)  # an error among them ends this process
+        ends = await asyncio.gather(*self._serving)  # an error of a worker ends this process
         answered = sum(worker.answered for worker in self.workers)
         return {"answered": answered, "drained": ends.count("drained"), "of": len(ends)}
 
@@ -86,7 +86,7 @@ class Simulator:
         return {"woken_at": time.monotonic()}
 
     async def cut(self, after: float) -> dict[str, Any]:
-        """Cut all connections below gRPC, and wait until the workers have others."""
+        """Cut all connections below gRPC, and wait until the workers have connected again."""
         await asyncio.sleep(after)
         before = [worker.reconnected for worker in self.workers]
         cut = 0
@@ -111,7 +111,7 @@ class Simulator:
 
 
 async def main() -> None:
-    # Workers have machines of their own: on this one they are not to take what the client needs.
+    # Real workers run on other machines, so here they must not take CPU time from the client.
     os.nice(10)
     loop = asyncio.get_running_loop()
     lines = asyncio.StreamReader(limit=16 << 20)
@@ -122,7 +122,7 @@ async def main() -> None:
     async def answer(request: dict[str, Any]) -> None:
         print(json.dumps(await simulator.answer(request)), flush=True)
 
-    # All at once: a stop and a cut belong together.
+    # The requests run at the same time, as a stop of the client and a cut belong together.
     async with asyncio.TaskGroup() as group:
         while line := await lines.readline():
             group.create_task(answer(json.loads(line)))

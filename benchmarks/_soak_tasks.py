@@ -1,4 +1,4 @@
-"""What the tasks of soak.py do, and how each can be told to have gone right."""
+"""The tasks of soak.py, each of which leaves a result or a trace that can be checked."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = [
 
 
 class Mistake(Exception):
-    """What some tasks raise on purpose."""
+    """An exception that some tasks raise on purpose."""
 
 
 def scramble(number: int) -> int:
-    """Do next to nothing, and tell this task's result from any other's."""
+    """Return a result that differs from that of each other task, with little work."""
     return number * 2_654_435_761 % 4_294_967_291
 
 
@@ -42,7 +42,7 @@ def add(*numbers: int) -> int:
 
 
 def large(number: int, size: int) -> bytes:
-    """Make a result that travels in pieces; ``digest()`` knows it again."""
+    """Return a result so large that it is sent in pieces; ``digest()`` checks it."""
     seed = hashlib.sha256(number.to_bytes(8, "little")).digest()
     return (seed * (size // len(seed) + 1))[:size]
 
@@ -52,7 +52,7 @@ def digest(data: bytes) -> str:
 
 
 def make_array(number: int, size: int) -> list[bytes]:
-    """Make what is kept where it was made."""
+    """Return a value that is kept on the worker."""
     return [large(number, size), large(number + 1, size)]
 
 
@@ -75,7 +75,7 @@ def exit_at_once() -> None:
 
 
 def exit_the_first_time(path: str, number: int) -> int:
-    """Take the process along, unless somebody has done so for this file."""
+    """End the process, unless an earlier attempt has made the file."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -84,7 +84,7 @@ def exit_the_first_time(path: str, number: int) -> int:
 
 
 def append_once(path: str, number: int, seconds: float) -> int:
-    """Leave a trace of each run, for tasks that are to run once at most."""
+    """Write a line for each run, for tasks that must run at most once."""
     log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.write(log, number.to_bytes(8, "little"))
     os.close(log)

@@ -1,6 +1,6 @@
 """Notes when each step of an executor's start is done, in all of its processes.
 
-What runs is the product as it is; only the functions that begin or end a step are wrapped.
+The code of cloudexec is unchanged; only the functions that begin or end a step are wrapped.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 FILE = "BENCHMARK_STEPS"
-"""The variable that says in which file the steps are noted."""
+"""Environment variable with the path of the file for the steps."""
 
 
 def note(step: str) -> None:
-    """Note that a step is done, now: the clock is the machine's, and the same in all processes."""
+    """Write the time at which a step is done, by the clock of all processes of the machine."""
     line = f"{time.perf_counter()} {step}\n".encode()
     fd = os.open(os.environ[FILE], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(fd, line)
@@ -58,7 +58,7 @@ def _wrap_coroutine(where: Any, name: str, after: str) -> None:
 
 
 def watch_client() -> None:
-    """Note the steps of this process, and have workers note theirs."""
+    """Note the steps of this process, and make workers note theirs."""
     from cloudexec._executor import BatchExecutor
     from cloudexec._launchers import local
     from cloudexec.worker import copied

@@ -1,7 +1,7 @@
 """How fast do NumPy arrays travel on one machine: many, one to many tasks, and a large one?
 
-Two workers on this machine. Memory is what all processes together occupy more than before, at most,
-files in memory included. Linux only; needs NumPy.
+Two workers run on this machine. Memory is the largest increase of the memory of all processes
+together, including files in memory. The benchmark runs on Linux only and needs NumPy.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from _peers import MPI, OURS, POOL, RAY
 
 _MANY = {OURS: 1000, POOL: 1000, RAY: 1000, MPI: 1000}
 _SHARED = {OURS: 200, POOL: 20, RAY: 200, MPI: 20}
-"""Tasks that get the same array: fewer for those that send it once for each."""
+"""Number of tasks that get the same array; smaller for libraries that send it with each task."""
 
 
 class _Watch:
-    """The most memory that was in use on this machine beyond what was at the start."""
+    """Measures the largest increase of the memory in use on this machine."""
 
     def __init__(self) -> None:
         self._before = _memory.available()
@@ -63,7 +63,7 @@ def measure(contender: str, kind: str, count: int, mib: int) -> _fresh.Figures:
             for result in peer.map(_calls.first, [array] * count):
                 assert result == 1.0
         else:
-            peer.map(_calls.ones, [items] * 2)  # it is there
+            peer.map(_calls.ones, [items] * 2)  # now each worker has made its array
             array = numpy.ones(items) if kind == "argument" else None
             call: tuple[Any, ...] = (
                 (_calls.ones, items) if array is None else (_calls.add_up, array)
@@ -72,7 +72,7 @@ def measure(contender: str, kind: str, count: int, mib: int) -> _fresh.Figures:
             begin = time.perf_counter()
             for _ in range(count):
                 if array is not None:
-                    array[0] += 1.0  # another one each time
+                    array[0] += 1.0  # makes the content new each time
                 peer.collect([peer.submit(*call)])
         seconds = (time.perf_counter() - begin) / count
         return {"seconds": seconds, "memory": watch.close()}

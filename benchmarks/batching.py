@@ -1,9 +1,9 @@
-"""Must anybody tune a chunksize, and does a long task hold up the short ones behind it?
+"""Does chunksize need tuning, and does a long task delay the short tasks behind it?
 
-Short tasks travel in batches by themselves: map(chunksize=1) beside ProcessPoolExecutor with the
-best of several chunksizes. Then a mix of many no-ops and a few long sleeps; and the no-ops behind
-one straggler, which is a task of the same function, so that nothing tells it apart beforehand.
-Two workers.
+cloudexec sends short tasks in batches without being told, so map(chunksize=1) is compared with
+ProcessPoolExecutor and the best of several chunksizes. Then a mix of many no-ops and a few long
+sleeps is run, and no-ops behind one long task of the same function, which cannot be recognised in
+advance. All runs have two workers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STRAGGLER = 1.0
 
 def measure(contender: str, what: str, tasks: int, chunksize: int = 1) -> _fresh.Figures:
     with _peers.opened(contender, _WORKERS) as peer:
-        peer.map(_calls.sleep, [0.0] * 1000)  # so that the function is known to be short
+        peer.map(_calls.sleep, [0.0] * 1000)  # the executor learns that the function is short
         if what == "mix":
             return _mix(peer, tasks, chunksize)
         if what == "straggler":
@@ -41,7 +41,7 @@ def measure(contender: str, what: str, tasks: int, chunksize: int = 1) -> _fresh
 
 
 def _mix(peer: _peers.Contender, tasks: int, chunksize: int) -> _fresh.Figures:
-    """One task in 500 is long, anywhere among the others."""
+    """Run tasks of which one in 500 is long, at random positions."""
     long_tasks = tasks // 500
     items = [_LONG] * long_tasks + [0.0] * (tasks - long_tasks)
     random.Random(7).shuffle(items)
@@ -51,12 +51,12 @@ def _mix(peer: _peers.Contender, tasks: int, chunksize: int) -> _fresh.Figures:
 
 
 def _straggler(peer: _peers.Contender, tasks: int, chunksize: int) -> _fresh.Figures:
-    """The first task is long: when are the others done?"""
+    """Run tasks of which the first is long, and measure when the others are done."""
     begin = time.monotonic()
     ends = sorted(peer.map(_calls.sleep, [_STRAGGLER] + [0.0] * tasks, chunksize))
     return {
         "p50": (ends[tasks // 2] - begin) * 1000,
-        # The last one is the straggler itself.
+        # ends[-1] is the straggler itself.
         "last": (ends[-2] - begin) * 1000,
     }
 
@@ -73,7 +73,7 @@ def main(options: argparse.Namespace, report: _report.Report) -> None:
 def _rounds(
     options: argparse.Namespace, report: _report.Report, what: str, tasks: int, chunksize: int
 ) -> tuple[list[_fresh.Figures], list[_fresh.Figures]]:
-    """Measure ours, always with chunksize=1, and the pool with the one given, in turn."""
+    """Measure cloudexec with chunksize=1 and the process pool with ``chunksize``, in turn."""
 
     def arguments(name: str) -> dict[str, object]:
         return {"what": what, "tasks": tasks, "chunksize": 1 if name == OURS else chunksize}
@@ -103,7 +103,7 @@ def _behind_straggler(options: argparse.Namespace, report: _report.Report, tasks
                 f"{title}, {name}",
                 _report.median(ours, figure),
                 "ms",
-                # Well before the straggler is: half its time.
+                # All others must be done in half the straggler's time.
                 at_most=_STRAGGLER * 500 if figure == "last" and chunksize == 1 else None,
                 peer=f"{POOL}, chunksize={chunksize}",
                 theirs=_report.median(theirs, figure),

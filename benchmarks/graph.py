@@ -1,10 +1,11 @@
-"""How fast do tasks that depend on tasks run, and does one cost more in a large graph?
+"""How fast do tasks that depend on other tasks run, and does a task cost more in a large graph?
 
-Two workers, tasks that do next to nothing. A chain, where each task waits for the one before; a
-fan, one task before all and one behind all; and layers: half the graph are leaves, each task of the
-next layer takes two of them, then they are merged by fours, and in one. Ours as stages of a graph
-and as plain submit() with futures among the arguments; Dask as a graph of its own, which is faster
-than its submit(); Ray with references.
+Two workers run tasks that do almost nothing. There are three kinds of graphs. In a chain each task
+waits for the one before. In a fan one task is before all others and one after them. In layers half
+of the tasks are leaves, each task of the next layer takes two of these, then groups of four are
+merged, and at last all. cloudexec runs them as stages of a graph, and by submit() with futures
+among the arguments. Dask runs its own graphs, which are faster than its submit(). Ray uses
+references.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _compare(options: argparse.Namespace, report: _report.Report, shape: str, ta
 
 
 def _growth(options: argparse.Namespace, report: _report.Report, small: int, large: int) -> None:
-    """What a task of the layers costs the client, in a small graph and in a large one."""
+    """Report the client's cost per task of the layers, in a small and in a large graph."""
     figures: dict[int, list[_fresh.Figures]] = {small: [], large: []}
     for _ in range(options.rounds):
         for tasks, found in figures.items():

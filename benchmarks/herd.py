@@ -1,8 +1,9 @@
-"""How long until 10,000 workers are back whose connections were all cut while the client slept?
+"""How long do 10,000 workers take to reconnect if all connections were cut while the client slept?
 
-The client is stopped for a minute in the middle of its work, as a laptop is whose lid is closed,
-and all connections are cut meanwhile. Its simulated workers, in other processes, dial again all at
-once, find nobody, and go on dialing. Each task must have one result, its own. Linux only.
+The client is stopped for a minute in the middle of its work, like a laptop whose lid is closed, and
+all connections are cut in that time. Its simulated workers, in other processes, all connect again
+at once, get no answer, and try again. Each task must have exactly one result, and the right one.
+The benchmark runs on Linux only.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def measure(contender: str, workers: int, tasks: int, seconds: float) -> _fresh.
         future.add_done_callback(lambda _, n=number: outcomes.update((n,)))  # type: ignore[misc]
         futures.append(future)
         if number == tasks // 2:
-            # In the middle of submitting: messages are on their way in both directions.
+            # In the middle of submitting, so that messages are sent in both directions.
             crowd.tell_all(do="cut", after=1.0)
             woken_at = crowd.ask_one(do="stop the client", seconds=seconds)["woken_at"]
     cpu = time.process_time()

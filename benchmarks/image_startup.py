@@ -1,11 +1,13 @@
-"""How long until a worker in a container runs its first task, and where does that time go?
+"""How long does a worker in a container take until its first task, and which steps take the time?
 
-A worker's start is paid for on every machine, and holds up the first result. It counts from the
-start of the container's first process, so that neither placing nor pulling is in it, to the moment
-the task begins; the executor listens on the address at which containers reach this machine. The
-imports are those of an interpreter in the same image that does nothing else.
+The start of a worker costs money on each machine, and delays the first result. The time begins with
+the container's first process, so it includes neither the placement of the container nor the
+download of its image, and it ends when the task begins. The executor listens on the address at
+which containers reach this machine. The times of imports are those of an interpreter in the same
+image that does nothing else.
 
-Needs a container engine and the worker's image: `cloudexec image build` prints its name.
+The benchmark needs a container engine and the worker's image, whose name `cloudexec image build`
+prints.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def moments() -> dict[str, float]:
-    """Return, in a task, when its processes began and when it did: seconds since boot."""
+    """Return, in a task, when its processes and the task itself began, in seconds since boot."""
     import os
     import time
 
@@ -102,7 +104,7 @@ def measure(contender: str, image: str) -> _fresh.Figures:
 
 
 def _imports(image: str) -> dict[str, float]:
-    """Return how many milliseconds imports take in the image, with what they import themselves."""
+    """Return the milliseconds of imports in the image, including their own imports."""
     import docker
 
     client: Any = docker.from_env()
@@ -131,7 +133,7 @@ def _imports(image: str) -> dict[str, float]:
 def main(options: argparse.Namespace, report: _report.Report) -> None:
     what = "container's first process to first task"
     figures = [_fresh.measure(OURS, image=options.image) for _ in range(options.rounds + 1)]
-    # The first one read the image from the disk.
+    # The first measurement is dropped, as it had to read the image from the disk.
     figures = figures[1:]
     report.number(what, _report.median(figures, "first task"), "s", at_most=_BUDGET_S)
     for name, row in (

@@ -1,8 +1,8 @@
-"""How long does one large bytes object travel, as an argument and as a result, in how much memory?
+"""How much time and memory does it take to send a large bytes object as an argument or result?
 
-One worker. Memory is the peak over what the process occupied before the object existed; the budget
-on each side is the object itself and two chunks of 1 MiB. On the worker's side it is the sum of the
-peaks of all its processes. Linux only.
+There is one worker. Memory is the peak of a process beyond its memory before the object existed,
+and on the worker's side the sum of this over all its processes. The budget on each side is the
+object itself and two chunks of 1 MiB. The benchmark runs on Linux only.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def measure(contender: str, direction: str, mib: int) -> _fresh.Figures:
         peer.collect([peer.submit(*call)])
 
     with _peers.opened(contender, 1) as peer:
-        # Once with something smaller: code is loaded, buffers exist.
+        # A smaller object first, so that all code is loaded and all buffers exist.
         transfer(b"x" * (MIB // 2) if direction == "argument" else None, MIB // 2)
-        # And something small, so that nobody holds on to that.
+        # Then a tiny result, so that no process keeps the smaller object.
         peer.collect([peer.submit(_calls.blob, 0)])
         time.sleep(0.2)
         before = {pid: _memory.resident(pid) for pid in (os.getpid(), *_memory.descendants())}

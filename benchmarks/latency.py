@@ -1,4 +1,4 @@
-"""How long does one no-op take, there and back, when nothing else is going on?"""
+"""How long does one no-op take, from submit() to its result, when no other task runs?"""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """How much client memory does a pending task take, and how much do libraries take in all processes?
 
-The only worker is busy; the tasks wait. The growth of the client's resident memory over their
-number, futures and the list that holds them included. Then a client that has imported numpy,
-pandas and scikit-learn, with two workers whose tasks have used them: all processes together, where
-what some share counts once. Linux only.
+In the first part the only worker is busy and the tasks wait. The result is the growth of the
+client's resident memory divided by the number of tasks, including futures and the list of them. In
+the second part a client has imported numpy, pandas and scikit-learn, and the tasks of two workers
+have used them. The result is the memory of all processes together, with shared memory counted once.
+The benchmark runs on Linux only.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from _peers import OURS, POOL, SPAWN
 _TASK_BYTES = 1536
 _LIBRARIES = ("numpy", "pandas", "sklearn.ensemble")
 _MOST_OF_FORK = 1.2
-"""Of the memory that a process pool takes whose workers are forked from the client."""
+"""Largest allowed ratio to the memory of a process pool whose workers are forked from it."""
 
 
 def _with_libraries(contender: str) -> _fresh.Figures:
     for name in _LIBRARIES:
         importlib.import_module(name)
     with _peers.opened(contender, 2) as peer:
-        # Each takes so long that no worker gets two of them.
+        # Each task takes so long that no worker gets two of them.
         peer.collect([peer.submit(_calls.use, _LIBRARIES, 0.5) for _ in range(2)])
         total = sum(map(_memory.share, [os.getpid(), *_memory.descendants()]))
     return {"MiB": total / _memory.MIB}
@@ -50,7 +51,7 @@ def measure(contender: str, tasks: int = 0, payload: int = 0) -> _fresh.Figures:
         gc.collect()
         before = _memory.resident()
         handles += [peer.submit(_calls.noop, os.urandom(payload)) for _ in range(tasks)]
-        # Both contenders have a thread of theirs that sorts in what was submitted.
+        # In both contenders a thread still has to handle the submitted tasks.
         time.sleep(1.0)
         gc.collect()
         grown = _memory.resident() - before

@@ -1,9 +1,9 @@
 """Does a real program get faster or slower by changing the class of its executor?
 
-Each program of ``programs/`` is run as a whole process, from its start to its end, with each
-executor in turn; two workers. The ratio is the other one's time over ours: more than 1, we are
-faster. Beside it is that of CPU time, user and system, of all processes: on a machine that is busy
-with other things that is the better indicator, though not the goal.
+Each program of ``programs/`` is run with each executor in turn, with two workers, and its whole
+process is timed. The ratio is the time with the other executor over the time with cloudexec, so
+cloudexec is faster if it is more than 1. A second ratio is that of the CPU time, user and system,
+of all processes. On a busy machine it is the better indicator, though it is not the goal.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _OURS = "cloudexec"
 _OTHERS = ("fork", "spawn", "forkserver", "loky")
 _TIMEOUT = 300.0
 _HANGS = {("queries", "fork")}
-"""What is not run, as it would hang: polars has threads, and their locks do not survive a fork."""
+"""Runs that are left out because they would hang: the locks of polars' threads break by a fork."""
 _LONG = 5.0
-"""Seconds with ``fork`` from which a program is to take no longer than that by a tenth."""
+"""Programs that take more seconds with ``fork`` may take at most a tenth longer with cloudexec."""
 
 
 def _missing(program: pathlib.Path) -> list[str]:
@@ -38,14 +38,14 @@ def _missing(program: pathlib.Path) -> list[str]:
 
 
 def _run(program: pathlib.Path, executor: str) -> tuple[float, float, str]:
-    """Run a program; return its seconds, those of CPU time, and what it printed.
+    """Run a program; return its seconds, its seconds of CPU time, and its output.
 
     Raises:
-        RuntimeError: If it fails.
+        RuntimeError: If the program fails.
     """
     command = [sys.executable, str(program), executor]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    # In files, not pipes: these would be waited for until the last process that has them ends.
+    # The output goes to files, as reading a pipe would wait until the last process has closed it.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         try:
             done, seconds, cpu = _cpu.run(

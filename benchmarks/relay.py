@@ -1,7 +1,8 @@
 """What does a relay between client and workers cost: tasks a second, round trips, bandwidth?
 
-All processes are on this machine: the client with its tunnel, the relay, and two workers that
-connect over TLS as workers elsewhere do. Beside it: the same workers, which dial the client itself.
+All processes run on this machine: the client with its tunnel, the relay, and two workers that
+connect over TLS as workers on other machines do. The comparison is with the same workers connected
+to the client directly.
 """
 
 from __future__ import annotations

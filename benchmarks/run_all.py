@@ -1,4 +1,4 @@
-"""Runs every benchmark, each in a process of its own, and prints one table."""
+"""Runs each benchmark in its own process, and prints one table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _run(script: list[str], *, quick: bool, quiet: bool) -> list[dict[str, str]]
         command = [sys.executable, os.path.join(_HERE, script[0]), *script[1:], "--json", rows]
         if quick:
             command.append("--quick")
-        # In Markdown, standard output holds nothing but the table.
+        # With Markdown, standard output has only the table.
         if subprocess.run(command, stdout=sys.stderr if quiet else None).returncode != 0:
             return None
         with open(rows) as file:

@@ -1,7 +1,7 @@
 """Does throughput fall as the queue grows?
 
-Two workers are kept busy until all tasks are submitted, so that they are all pending at once; then
-they are let go. Tasks per second from the first submit() to the last result.
+Two workers are kept busy until all tasks are submitted, so that all tasks are pending at once. Then
+the workers run them. The result is tasks per second from the first submit() to the last result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WORKERS = 2
 def measure(contender: str, pending: int) -> _fresh.Figures:
     with _peers.opened(contender, _WORKERS) as peer:
         peer.collect([peer.submit(_calls.noop) for _ in range(500)])
-        # A small queue is gone in a moment: several of them, for a steady number.
+        # A small queue takes only a moment, so several are run for a stable number.
         times = [_once(peer, pending) for _ in range(max(1, min(9, 200_000 // pending)))]
     submitting = statistics.median(submitting for submitting, _ in times)
     draining = statistics.median(draining for _, draining in times)
@@ -56,7 +56,7 @@ def _once(peer: _peers.Contender, pending: int) -> tuple[float, float]:
 def main(options: argparse.Namespace, report: _report.Report) -> None:
     sizes = [1_000, 10_000, 30_000] if options.quick else [10_000, 100_000, 1_000_000]
     ours: dict[int, list[_fresh.Figures]] = {size: [] for size in sizes}
-    # The sizes take turns, as contenders do.
+    # The sizes are measured in turn, as contenders are.
     for _ in range(options.rounds):
         for size in sizes:
             ours[size].append(_fresh.measure(OURS, pending=size))

@@ -1,9 +1,10 @@
-"""Is anything lost, doubled or left behind when everything fails at once?
+"""Is anything lost, doubled or left behind when many things fail at once?
 
-Workers on this machine, each as if it were elsewhere: TLS, through a proxy that cuts, stalls and
-half-opens their connections, while slots, workers and the client itself are killed or stopped, and
-tasks of every kind run: short, long and large ones, such as raise, exit, take too long, depend on
-others, are cancelled. Each future must have one outcome, and the right one. Linux only.
+Workers run on this machine but connect as from other machines: over TLS, and through a proxy that
+cuts, stalls and half-opens their connections. Meanwhile slots (the processes that run tasks) and
+workers are killed or stopped, and the client itself is stopped. Tasks of every kind run: short,
+long and large ones, and tasks that raise, exit, take too long, depend on others, or are cancelled.
+Each future must have exactly one outcome, and the right one. The benchmark runs on Linux only.
 """
 
 from __future__ import annotations
@@ -44,26 +45,26 @@ from cloudexec import (
 )
 
 _MARK = "CLOUDEXEC_SOAK"
-"""A variable that all processes of a run inherit, and are found by, whoever their parent is now."""
+"""Environment variable that all processes of a run inherit, by which they are found at the end."""
 _PATIENCE = 120.0
-"""Seconds after the last fault in which every future must be done."""
+"""Seconds after the last fault within which every future must be done."""
 _END_PATIENCE = 15.0
-"""Seconds in which processes must have ended after shutdown()."""
+"""Seconds after shutdown() within which all processes must have ended."""
 _SLOTS_PER_WORKER = 2
 _MANY = 1_000_000
-"""Retries, where attempts may be lost to a fault that is none of the task's."""
+"""Retries of tasks whose attempts may be lost to faults that the task did not cause."""
 
 
-# Tasks: what is submitted, and what is to come of it.
+# Tasks, and the outcomes that they must have.
 
 
 @dataclass(slots=True)
 class Check:
-    """One future: of what kind, and what is wrong with its outcome."""
+    """The kind of one future's task, and the check of its outcome."""
 
     kind: str
     wrong: Callable[[Future[Any]], str]
-    """Says what; an empty string if nothing is."""
+    """Returns what is wrong with the outcome, or an empty string."""
 
 
 def _is(expected: object) -> Callable[[Future[Any]], str]:
@@ -90,12 +91,12 @@ def _raises(
 
 
 class Load:
-    """Submits tasks of all kinds, drawn by a seeded generator, and checks what comes of them.
+    """Submits random tasks of all kinds, and checks their outcomes.
 
     Args:
-        executor: Where to.
-        seed: For which tasks.
-        directory: For files by which tasks are known to have run.
+        executor: The executor.
+        seed: Seed of the choice of tasks.
+        directory: Directory for the files with which tasks show that they have run.
     """
 
     def __init__(self, executor: BatchExecutor, seed: int, directory: str) -> None:
@@ -141,7 +142,7 @@ class Load:
 
     @property
     def open(self) -> int:
-        """Futures that are not done, or not checked yet."""
+        """Number of futures that are not done, or not checked yet."""
         return len(self._checks)
 
     def submit_some(self) -> None:
@@ -268,18 +269,18 @@ class Load:
         due = [each for each in self._cancelling if each[0] <= now]
         self._cancelling = [each for each in self._cancelling if each[0] > now]
         for _, future, granted, number in due:
-            # Noted before: the callback comes from within.
+            # Noted before cancel(), as cancel() itself calls the callback.
             granted.add(number)
             if not future.cancel():
                 granted.clear()
 
     def check(self) -> None:
-        """Look at the futures that have concluded."""
+        """Check the futures that are done."""
         while self._concluded:
             number, future = self._concluded.popleft()
             calls = self._calls[number] = min(255, self._calls[number] + 1)
             if calls > 1:
-                continue  # counted at the end
+                continue  # doubled() counts it at the end
             check, submitted = self._checks.pop(number)
             self.concluded[check.kind] += 1
             self._judge(check, number, future if future is submitted else None)
@@ -293,13 +294,13 @@ class Load:
             self.wrong.append(f"task {number} ({check.kind}) {what}")
 
     def give_up(self) -> None:
-        """Count as lost what has no outcome by now."""
+        """Count all futures without an outcome as lost."""
         self.lost = len(self._checks)
         for number, (check, future) in list(self._checks.items())[:20]:
             print(f"no outcome: task {number} ({check.kind}), {future!r}", file=sys.stderr)
 
     def doubled(self) -> int:
-        """Return how many outcomes came twice, and runs of tasks that were to run once at most."""
+        """Return the number of doubled outcomes, and of second runs of tasks that must run once."""
         again = sum(calls - 1 for calls in self._calls if calls > 1)
         runs: Counter[bytes] = Counter()
         if os.path.exists(self._once_log):
@@ -316,9 +317,9 @@ class Links:
     """The proxy's process.
 
     Args:
-        listen: Its port, which workers dial.
-        target: The client's.
-        seed: For which links it breaks.
+        listen: The proxy's port, to which workers connect.
+        target: The client's port.
+        seed: Seed of the choice of links that break.
     """
 
     def __init__(self, listen: int, target: int, seed: int) -> None:
@@ -329,7 +330,7 @@ class Links:
         self._ask({"listen": listen, "target": target, "seed": seed})
 
     def hit(self, fault: str, share: float = 1.0, seconds: float = 0.0) -> int:
-        """Have some links fail; return how many."""
+        """Make some links fail; return the number of affected links."""
         return self._ask({"fault": fault, "share": share, "seconds": seconds})
 
     def _ask(self, request: dict[str, object]) -> int:
@@ -352,13 +353,13 @@ class Links:
 
 
 class Faults:
-    """Has something fail now and then.
+    """Causes faults at random times.
 
     Args:
-        links: What carries the workers' connections.
-        seed: For what fails, and whose.
-        period: Seconds between two faults, on average.
-        grace: Seconds that a worker may be cut off without consequences.
+        links: The proxy with the workers' connections.
+        seed: Seed of the choice of faults and their victims.
+        period: Mean of the seconds between two faults.
+        grace: Seconds that a worker may be cut off without being lost.
     """
 
     def __init__(self, links: Links, seed: int, period: float, grace: float) -> None:
@@ -400,7 +401,7 @@ class Faults:
         ]
 
     def _cut_off(self, graces: float) -> int:
-        """Reset all connections and let none through for a part of the grace, or longer."""
+        """Reset all connections, and accept none for ``graces`` times the grace."""
         self._links.hit("refuse", 1.0, self._grace * graces)
         return self._links.hit("reset")
 
@@ -484,11 +485,11 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-# What is left behind.
+# Processes, files and memory that are left behind.
 
 
 def _marked(mark: str) -> list[psutil.Process]:
-    """Return the processes of this run that still live, whoever their parent is."""
+    """Return the processes of this run that still exist, including orphans."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -503,7 +504,7 @@ def _marked(mark: str) -> list[psutil.Process]:
 
 
 def _descriptors() -> dict[str, str]:
-    """Return what this process has open, by number."""
+    """Return the open files of this process by descriptor."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -512,7 +513,7 @@ def _descriptors() -> dict[str, str]:
 
 
 def _opened_since(before: dict[str, str]) -> tuple[int, int]:
-    """Return how many more files and sockets are open."""
+    """Return the number of files and of sockets that were opened since and are still open."""
     kinds = [
         Counter("sockets" if each.startswith("socket:") else "files" for each in fds.values())
         for fds in (before, _descriptors())
@@ -526,7 +527,7 @@ def _threads() -> set[str]:
 
 
 def _settled_memory() -> int:
-    """Return the bytes that this process occupies, without what malloc keeps for later."""
+    """Return the memory of this process in bytes, without memory that malloc keeps in reserve."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return _memory.resident()
@@ -543,7 +544,7 @@ def _free_port() -> int:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run has shown."""
+    """The results of a run."""
 
     seconds: float
     submitted: Counter[str]
@@ -557,19 +558,19 @@ class Outcome:
     sockets: int
     directories: int
     memory: tuple[float, float]
-    """MiB of the client, after a fifth of the run and at its end; both with nothing to do."""
+    """MiB of the client after a fifth of the run and at its end, both times without tasks."""
     attempts: int
     duplicates: int
     workers: int
 
     @property
     def is_clean(self) -> bool:
-        """Whether all that must be zero is."""
+        """Whether all numbers that must be zero are zero."""
         left = self.processes + self.threads + self.files + self.sockets + self.directories
         return not (self.lost or self.doubled or self.wrong or left)
 
     def markdown(self) -> str:
-        """Return the table."""
+        """Return the results as a Markdown table."""
         rows = [
             ("duration", f"{self.seconds:,.0f} s"),
             ("**faults injected**", f"**{self.injected.total():,}**"),
@@ -597,11 +598,11 @@ class Outcome:
 
 
 def soak(options: argparse.Namespace, directory: str) -> Outcome:
-    """Run it, and count.
+    """Run the tasks under faults, and return the results.
 
     Args:
-        options: As on the command line.
-        directory: An empty one for temporary files; what is left there counts.
+        options: The options of the command line.
+        directory: An empty directory for temporary files; files that are left in it are counted.
     """
     port, inner = _free_port(), _free_port()
     links = Links(port, inner, options.seed)
@@ -615,11 +616,11 @@ def soak(options: argparse.Namespace, directory: str) -> Outcome:
             listen=f"127.0.0.1:{inner}",
             advertise=f"127.0.0.1:{port}",
             output="logging",
-            objects=ObjectOptions(cache="16MiB"),  # what is kept in case it comes again is no leak
+            objects=ObjectOptions(cache="16MiB"),  # a small cache, as a cache is no leak
             **more,
         )
 
-    # What the first executor of a process starts and keeps is no leak.
+    # The first executor of a process starts threads and opens files that stay; these are no leak.
     with executor() as first:
         assert first.submit(tasks.scramble, 1).result(60) == tasks.scramble(1)
     gc.collect()
@@ -639,7 +640,7 @@ def soak(options: argparse.Namespace, directory: str) -> Outcome:
     load.check()
     seconds = time.monotonic() - begin
     submitted, lost, doubled, wrong = load.submitted, load.lost, load.doubled(), load.wrong
-    # What is open now is not held open by us.
+    # From here on this function keeps no executor or future alive.
     del first, busy, load
 
     _wait_until(lambda: not _marked(mark), _END_PATIENCE)
@@ -651,7 +652,7 @@ def soak(options: argparse.Namespace, directory: str) -> Outcome:
     del os.environ[_MARK]
 
     def nothing_left() -> bool:
-        gc.collect()  # again and again: threads that end now let go of things only then
+        gc.collect()  # at each check, as threads that end only now have kept objects alive
         return not (_threads() - threads or any(_opened_since(descriptors)))
 
     _wait_until(nothing_left, 5.0)
@@ -681,7 +682,7 @@ def soak(options: argparse.Namespace, directory: str) -> Outcome:
 
 
 def _under_faults(load: Load, faults: Faults, until: float, most: int) -> int:
-    """Keep the executor busy while things fail, then let it finish; return the memory it takes."""
+    """Keep the executor busy under faults, then wait for all tasks; return the memory then."""
     said = time.monotonic()
     with faults.injected_meanwhile():
         while (now := time.monotonic()) < until:

@@ -1,11 +1,11 @@
-"""How long until a program that uses it gets going: the import, and the first result?
+"""How long does a program wait for the import of cloudexec, and for the first result?
 
-The import is the time of a fresh interpreter that does nothing else, less that of one that does
-nothing. The first result counts from before the import to the result of a no-op, with one worker
-and with two. A whole program is one process with that no-op alone, from its start to its end; its
-CPU time is that of all its processes. Then where the time until our first result
-goes: when each step was done, and how long after the one before it; steps of the worker and of the
-client go on side by side.
+The import is the time of a fresh interpreter that does nothing else, less that of an interpreter
+that does nothing. The first result is the time from before the import to the result of a no-op,
+with one worker and with two. The whole program is a process with only that no-op, from its start to
+its end, and its CPU time is that of all its processes. The last table shows when each step up to
+cloudexec's first result was done, and how long after the step before it. Steps of the worker and of
+the client run at the same time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def measure(contender: str, workers: int, steps: bool = False) -> _fresh.Figures
 
 
 def _whole(contender: str, workers: int) -> tuple[float, float]:
-    """Run a program with one no-op; return its seconds, and those of CPU time."""
+    """Run a program with one no-op; return its seconds and its seconds of CPU time."""
     here = os.path.dirname(os.path.abspath(__file__))
     code = (
         f"import sys; sys.path.insert(0, {here!r}); import _calls, _peers\n"
@@ -77,14 +77,14 @@ def _interpreter(code: str) -> float:
 def main(options: argparse.Namespace, report: _report.Report) -> None:
     names = [name for name in _IMPORTS if _peers.is_installed(name)]
     for name in names:
-        _interpreter(_IMPORTS[name])  # its bytecode is compiled and cached
+        _interpreter(_IMPORTS[name])  # compiles and caches the bytecode
     bare: list[float] = []
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(5 if options.quick else 25):
         bare.append(_interpreter("pass"))
         for name in names:
             times[name].append(_interpreter(_IMPORTS[name]))
-    # The best of many: whatever else runs only ever adds.
+    # The smallest of many times, as other processes can only add to a time.
     imports = {name: (min(times[name]) - min(bare)) * 1000 for name in names}
     for name in names[1:]:
         report.number(

@@ -1,7 +1,8 @@
 """How many no-op tasks per second, and how much client CPU does each cost?
 
-Two workers; a loop of submit(), then map(chunksize=1); functions of the script and one of a
-module. With --pin everything runs on one core, where waking another process costs a tenth.
+With two workers, a loop of submit() is measured, and then map(chunksize=1), for functions of the
+script and for one of a module. With --pin everything runs on one core, where waking another process
+costs a tenth of the time.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import _report
 from _peers import DASK, LOKY, OURS, PARSL, POOL, RAY
 
 _TASKS = {OURS: 50_000, POOL: 50_000, LOKY: 20_000, DASK: 3_000, RAY: 5_000, PARSL: 3_000}
-"""Fewer where they are slow: tasks per second are compared."""
+"""Number of tasks, which is smaller for slow libraries, as tasks per second are compared."""
 _FACTOR = 0.5
 
 
 def noop(value=None):  # type: ignore[no-untyped-def]  # what annotations cost is the next one's
-    """Do nothing; a function of __main__, which travels by value."""
+    """Do nothing; as a function of __main__ it is pickled by value."""
 
 
 def annotated(value: object = None) -> None:
-    """Do nothing; a function of __main__ whose annotations travel along."""
+    """Do nothing; a function of __main__ whose annotations are pickled, too."""
 
 
 def _scaled(value):  # type: ignore[no-untyped-def]
@@ -34,7 +35,7 @@ def _scaled(value):  # type: ignore[no-untyped-def]
 
 
 def calling(value=None):  # type: ignore[no-untyped-def]
-    """Do hardly more; what it calls, and a constant, travel along."""
+    """Call another function; that function and a constant are sent, too."""
     _scaled(value)
 
 
@@ -67,7 +68,7 @@ def main(options: argparse.Namespace, report: _report.Report) -> None:
     for way in ("submit", "map"):
         for where in _FUNCTIONS:
             what = f"{way}, {where}{cores}"
-            # The others once: they are slow.
+            # The slow libraries are measured in one combination only.
             all_of_them = way == "submit" and where == "function of a module"
             names = [OURS, POOL, LOKY, DASK, RAY, PARSL] if all_of_them else [OURS, POOL]
 

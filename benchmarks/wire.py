@@ -1,7 +1,8 @@
-"""How fast do large payloads travel over the wire (TLS), and do small ones wait behind them?
+"""How fast are large payloads sent over the network (TLS), and do small ones wait behind them?
 
-One worker on this machine, connected as one elsewhere would be. Beside it: ProcessPoolExecutor,
-and a bare gRPC stream over TLS, of chunks of the same size between two processes.
+One worker on this machine connects as a worker on another machine does. It is compared with
+ProcessPoolExecutor, and with a plain gRPC stream over TLS that sends chunks of the same size
+between two processes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _TRANSFERS = 3
 
 
 def _bare_server(size: int, pipe: Any) -> None:
-    """Stream ``size`` bytes to whoever asks, and take as many."""
+    """Serve two methods: one sends a stream of ``size`` bytes, and the other receives one."""
     import asyncio
 
     import grpc
@@ -119,7 +120,7 @@ def measure(contender: str, what: str, mib: int) -> _fresh.Figures:
         times = []
         for turn in range(_TRANSFERS):
             call = (
-                (_calls.length, bytes([turn + 1]) * size)  # another one each time
+                (_calls.length, bytes([turn + 1]) * size)  # other content each time
                 if what == "argument"
                 else (_calls.blob, size)
             )

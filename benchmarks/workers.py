@@ -1,7 +1,7 @@
 """What do a thousand workers cost the client?
 
-Simulated ones: they live in other processes, each with a connection of its own, speak the real
-protocol with the executor's real server, and answer at once. Linux only.
+The workers are simulated in other processes. Each has its own connection, uses the real protocol
+with the executor's real server, and answers at once. The benchmark runs on Linux only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from _memory import MIB
 from _peers import OURS
 
 _WATCHED = 12.0
-"""Seconds for which idle workers are watched: long enough for heartbeats, which come every 10 s."""
+"""Seconds for which idle workers are watched; long enough for their heartbeats every 10 s."""
 
 
 def measure(contender: str, workers: int, tasks: int, tls: bool, watched: float) -> _fresh.Figures:
@@ -93,7 +93,7 @@ def main(options: argparse.Namespace, report: _report.Report) -> None:
         return _report.median(rounds, name)
 
     what = f"{workers:,} workers" + (", TLS" if options.tls else "")
-    # The budgets are for these many.
+    # The budgets hold for 1,000 workers without TLS.
     at_most = 150.0 if workers == 1_000 and not options.tls else None
     in_time = 60.0 if workers == 10_000 else None
     report.number(f"client memory, {what} connected", figure("idle"), "MiB", at_most=at_most)

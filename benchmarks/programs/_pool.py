@@ -1,4 +1,4 @@
-"""The executor that a program is to run on: named on its command line."""
+"""Makes the executor for a program, which is named on the program's command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Denoise and segment pictures, which travel there and back (scikit-image)."""
+"""Denoise and segment pictures, which are sent to workers and back (scikit-image)."""
 
 import numpy as np
 from _pool import executor

@@ -1,4 +1,4 @@
-"""Aggregate with a library that runs threads of its own (polars), which fork does not survive."""
+"""Aggregate with a library whose own threads do not survive a fork (polars)."""
 
 import polars as pl
 from _pool import executor
