@@ -29,8 +29,8 @@ from cloudexec._errors import (
     WorkerLostError,
 )
 
-# The rest when it is first used: importing the package is to cost little more than a process pool,
-# and workers, which import it too, need no executor.
+# All other names are imported at first use, so that importing the package costs little more than
+# importing a process pool does. Workers import the package too, and need no executor.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cloudexec._executor import BatchExecutor, OptionsView

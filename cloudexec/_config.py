@@ -1,4 +1,7 @@
-"""Settings, as frozen dataclasses that check themselves."""
+"""Settings, as frozen dataclasses that check their values when they are made.
+
+The range of each setting is checked here. What the settings lead to is decided in ``_core``.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _MOST_BYTES = 1 << 60
 
 
 def check_positive(name: str, value: float | None, *, zero: bool = False) -> None:
-    """Refuse a value that is not a positive number (``None`` passes).
+    """Refuse a value that is neither a positive number nor ``None``.
 
     Raises:
         ConfigError: Naming the setting, its value and the range.
@@ -78,13 +81,13 @@ def check_count(name: str, value: int, *, least: int) -> None:
 
 
 def parse_bytes(memory: object) -> int:
-    """Read an amount of memory as people write it: ``"2GiB"``, ``"512 MiB"``, ``"2g"``, ``"2GB"``.
+    """Parse an amount of memory such as ``"2GiB"``, ``"512 MiB"``, ``"2g"`` or ``"2GB"``.
 
     Returns:
         Bytes, rounded up. ``"2GB"`` is 2,000,000,000; all other units are powers of 1024.
 
     Raises:
-        ConfigError: If it cannot be read.
+        ConfigError: If the text is no amount of memory.
     """
     found = _MEMORY.fullmatch(memory) if isinstance(memory, str) else None
     if found is None:
@@ -95,7 +98,7 @@ def parse_bytes(memory: object) -> int:
 
 
 def format_bytes(size: float) -> str:
-    """Write an amount of memory as people do."""
+    """Return an amount of memory in bytes as text, such as ``"2 GiB"``."""
     if size >= 2**30:
         return f"{size / 2**30:.4g} GiB"
     return f"{size / 2**20:.4g} MiB"
@@ -107,32 +110,33 @@ Predicate = Callable[[BaseException], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskOptions:
-    """What holds for one task; ``BatchExecutor.with_options()`` changes it for a view."""
+    """The options of one task, which ``BatchExecutor.with_options()`` changes for a view."""
 
     timeout: float | None = None
-    """Seconds a task may run before its slot is killed; ``None``: no limit."""
+    """Seconds that a task may run before its process is killed; ``None`` means no limit."""
     retries: int = 2
-    """How often a task is run again after an attempt was lost. 0: at most once."""
+    """How often a task is run again after lost attempts; with 0 it runs at most once."""
     cpus: float | None = None
-    """Processors that it needs; ``None``: one slot's share."""
+    """Processors that the task needs; ``None`` means one slot's share of its worker."""
     memory: int | str | None = None
-    """Memory that it needs, and may use: kept as bytes; ``None``: one slot's share, no limit."""
+    """Memory that the task needs and may use, as bytes or text. ``None`` means one slot's share of
+    its worker, without a limit."""
     gpus: int | None = None
     """GPUs that it needs."""
     retry_on: tuple[type[BaseException], ...] | Predicate | None = None
     """Exceptions that are a reason to run it again."""
     name: str | None = None
-    """What people call it."""
+    """The task's name in logs and reports; ``None`` means the name of its function."""
     priority: int = 0
-    """Higher ones are sent first."""
+    """Tasks with a higher priority are sent to workers first."""
     env: Mapping[str, str] | None = None
-    """Environment variables that it has while it runs."""
+    """Environment variables that are set while the task runs."""
     keep: bool = False
-    """Whether its result stays on the worker, and the future's result is a handle to it."""
+    """Whether the result stays on the worker; the future then has a ``Ref`` that stands for it."""
     on_loss: str = "recompute"
     """What to do when a kept result is lost with its worker: ``"recompute"`` or ``"raise"``."""
     key: str | Callable[..., object] | None = None
-    """What a journal knows the call by, in the place of its arguments."""
+    """What identifies the call in a journal, in place of its function and arguments."""
 
     def __post_init__(self) -> None:
         check_positive("timeout", self.timeout)
@@ -162,14 +166,14 @@ class TaskOptions:
 
     @property
     def memory_bytes(self) -> int | None:
-        """Memory that the task may use, in bytes; ``None``: no limit of its own."""
+        """Memory that the task may use, in bytes; ``None`` means no limit of its own."""
         return self.memory if isinstance(self.memory, int) else None
 
     def changed(self, changes: Mapping[str, Any]) -> TaskOptions:
-        """Return these options with some of them changed; variables are added to those there are.
+        """Return a copy with some options changed; ``env`` is merged with the present variables.
 
         Raises:
-            ConfigError: If an option is out of its range.
+            ConfigError: If an option is out of range.
         """
         options = replace(self, **changes)
         if changes.get("env") is not None and self.env:
@@ -179,10 +183,10 @@ class TaskOptions:
 
 def _task_memory(memory: object) -> int:
     if isinstance(memory, bool) or not isinstance(memory, (int, str)):
-        raise ConfigError(f"memory must be bytes or like '2GiB', not {memory!r}")
+        raise ConfigError(f"memory must be a number of bytes or a text like '2GiB', not {memory!r}")
     size = memory if isinstance(memory, int) else parse_bytes(memory)
     if size <= 0:
-        raise ConfigError(f"memory must be more than nothing, not {memory!r}")
+        raise ConfigError(f"memory must be greater than 0, not {memory!r}")
     if size > _MOST_BYTES:
         raise ConfigError(f"memory must be less than {memory!r}: no machine has that much")
     return size
@@ -232,19 +236,19 @@ def _task_env(env: object) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerCapacity:
-    """What one worker has for its tasks, or all workers of a machine together."""
+    """The resources that one worker has for its tasks, or all workers of a machine together."""
 
     cpus: float
     memory: int = 0
-    """Bytes; 0: not known."""
+    """Bytes; 0 if the amount is not known."""
     gpus: int = 0
     gpu_ids: tuple[str, ...] = ()
-    """What ``CUDA_VISIBLE_DEVICES`` calls them; empty: by their numbers."""
+    """Names of the GPUs for ``CUDA_VISIBLE_DEVICES``; if empty, they are called by number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """How lost launches are tried again."""
+    """How failed launches, and tasks that raised, are tried again."""
 
     launch_failures: int = 3
     """Launches that may fail in a row before waiting tasks fail with ``LaunchError``. Those that
@@ -252,35 +256,37 @@ class RetryPolicy:
     backoff: float = 0.5
     """Seconds before the launch after the first failure; doubled for each further one."""
     task_backoff: float = 0.1
-    """Seconds before a task that raised what ``retry_on`` names is run again; doubled each time."""
+    """Seconds before a task is run again that raised an exception of ``retry_on``; doubled for each
+    further one."""
     longest_backoff: float = 10.0
-    """Most seconds of that."""
+    """Largest number of seconds that these doublings reach."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingPolicy:
-    """How many workers run when."""
+    """When workers are started and stopped, and how many."""
 
     max_slots: int
-    """Tasks that may run at once."""
+    """Slots of all workers together. A slot is a process that runs one task at a time, so this is
+    how many tasks may run at once."""
     min_slots: int = 0
-    """Slots that are kept although there is nothing to do."""
+    """Slots that are kept while there is no work."""
     slots_per_worker: int = 1
-    """Slots that share one worker."""
+    """Slots in one worker."""
     idle_timeout: float | None = 60.0
-    """Seconds after which a worker without work is stopped; ``None``: never."""
+    """Seconds after which a worker without work is stopped; ``None`` means never."""
     launch_timeout: float = 60.0
-    """Seconds in which a launched worker must have dialed back."""
+    """Seconds within which a launched worker must connect to the client."""
     max_tasks_per_worker: int | None = None
-    """Tasks after which a worker is replaced; ``None``: no limit."""
+    """Tasks after which a worker is replaced; ``None`` means no limit."""
     max_worker_lifetime: float | None = None
     """Seconds after which a worker is replaced; ``None``: no limit."""
     size_count: int = 1
     """Worker sizes to climb when a task was lost to memory, from 0."""
     sizes: tuple[WorkerCapacity, ...] = ()
-    """What a worker of each of these has; empty: nothing is known."""
+    """Resources of a worker of each size, smallest first; empty if they are not known."""
     one_machine: bool = False
-    """Whether all workers share what the first size says."""
+    """Whether all workers share the resources of the first size, as they run on one machine."""
 
     def __post_init__(self) -> None:
         check_count("max_workers", self.max_slots, least=1)
@@ -300,7 +306,7 @@ class ScalingPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendingPolicy:
-    """How far ahead of need tasks are sent to a worker."""
+    """How many tasks are sent to a worker before it is ready to run them."""
 
     lookahead: float = 0.05
     """Seconds of estimated work that may wait on a worker, per slot."""
@@ -310,7 +316,7 @@ class SendingPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Everything that the core decides by."""
+    """All settings that the decisions in ``_core`` depend on."""
 
     scaling: ScalingPolicy
     sending: SendingPolicy = SendingPolicy()
@@ -318,7 +324,7 @@ class ServerConfig:
     lease_timeout: float = 60.0
     """Seconds of silence after which a connected worker counts as lost."""
     reconnect_grace: float = 30.0
-    """Seconds that a worker whose connection was cut has to come back; 0: it is lost at once."""
+    """Seconds in which a worker whose connection was cut may reconnect; 0 means lost at once."""
 
     def __post_init__(self) -> None:
         check_positive("reconnect_grace", self.reconnect_grace, zero=True)

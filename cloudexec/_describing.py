@@ -1,9 +1,10 @@
-"""What exceptions and objects of users say, whatever their own methods do.
+"""Texts about exceptions and objects of users, whose own methods may fail.
 
 Formatting an exception runs code of its class (``__str__``, ``__getattr__``, ``__notes__``, ...),
-which may raise anything, ``SystemExit`` too. What cloudexec says about exceptions that are not its
-own it says by these functions, which raise nothing. Attributes that every exception has are read
-from ``BaseException``, as a class may have put something of its own in their place.
+which may raise anything, including ``SystemExit``. Wherever cloudexec describes an exception that
+is not its own, it uses these functions, which raise nothing but the exceptions that they document.
+Attributes that every exception has are read through ``BaseException``, because a class may define
+something else under their names.
 """
 
 from __future__ import annotations
@@ -63,14 +64,15 @@ _FRAME = re.compile(r'( *(?:\| *)*)  File "(.+)", line (\d+)(?:, in .*)?')
 
 
 def is_a(obj: object, kinds: type[T] | tuple[type[T], ...]) -> TypeGuard[T]:
-    """Do as ``isinstance``, without a look at ``__class__``, which may be a property."""
+    """Do as ``isinstance``, but ignore ``__class__``, which may be a property that raises."""
     return issubclass(type(obj), kinds)
 
 
 def is_interrupt(exc: BaseException) -> bool:
-    """Say whether an exception may be a Ctrl-C, which is meant for the program as a whole.
+    """Return whether an exception may be a Ctrl-C, which is meant for the program as a whole.
 
-    Only the main thread gets those: in any other it comes from the code that was called.
+    Python raises those in the main thread only. In any other thread the code that was called has
+    raised the exception.
     """
     main = threading.main_thread()
     return is_a(exc, KeyboardInterrupt) and threading.current_thread() is main
@@ -82,20 +84,20 @@ def type_name(obj: object) -> str:
 
 
 def text_of(exc: BaseException) -> str:
-    """Return what ``str()`` says."""
+    """Return ``str()`` of an exception, or a note that it raises."""
     try:
-        return str.__str__(str(exc))  # of no class but str
+        return str.__str__(str(exc))  # makes an instance of a subclass of str a plain str
     except BaseException as why:
         return f"<str() raised {type_name(why)}>"
 
 
 def describe(exc: BaseException) -> str:
-    """Return type and text, such as ``"ValueError: too large"``."""
+    """Return an exception's type and text, such as ``"ValueError: too large"``."""
     return f"{type_name(exc)}: {text_of(exc)}"
 
 
 def attribute_of(obj: object, name: str, default: Any = None) -> Any:
-    """Do as ``getattr`` with a default, which also stands for what raises anything else.
+    """Do as ``getattr`` with a default, which is also returned if reading raises any exception.
 
     Raises:
         KeyboardInterrupt: If it may be a Ctrl-C.
@@ -109,7 +111,7 @@ def attribute_of(obj: object, name: str, default: Any = None) -> Any:
 
 
 def name_of(obj: object) -> str:
-    """Return what people call an object: the qualified name of a callable, else its ``repr()``."""
+    """Return a readable name: the qualified name of a callable, otherwise the ``repr()``."""
     name = attribute_of(obj, "__qualname__")
     if type(name) is str:
         module = attribute_of(obj, "__module__", "?")
@@ -118,7 +120,7 @@ def name_of(obj: object) -> str:
 
 
 def unfinished(value: object) -> str:
-    """Say what a coroutine or generator is and what to do instead; ``""``: it is something else."""
+    """Return an explanation and a remedy for a coroutine or generator; ``""`` for other values."""
     if type(value) is CoroutineType:
         return (
             f"the coroutine {value.__qualname__}(), which cannot be sent: `async def` only makes "
@@ -138,7 +140,7 @@ def unfinished(value: object) -> str:
 
 
 def repr_of(obj: object) -> str:
-    """Return what ``repr()`` says, or the beginning of that.
+    """Return ``repr()`` of an object, shortened if it is long.
 
     Raises:
         KeyboardInterrupt: If it may be a Ctrl-C.
@@ -153,17 +155,17 @@ def repr_of(obj: object) -> str:
 
 
 def try_to_format(exc: BaseException, tb: TracebackType | None) -> str | None:
-    """Let ``traceback`` format an exception.
+    """Format an exception with the module ``traceback``.
 
     Args:
         exc: Any exception.
-        tb: Where its traceback begins.
+        tb: The first entry of its traceback to show.
 
     Returns:
-        ``None`` if something in it raises when it is asked what ``traceback`` asks.
+        The text, or ``None`` if a method of the exception, or of one that it refers to, raises.
     """
     try:
-        exc.__traceback__  # noqa: B018 (not asked for here, but by who prints it later)
+        exc.__traceback__  # noqa: B018 (a later print of it needs this attribute)
         return "".join(traceback.format_exception(type(exc), exc, tb))
     except BaseException:
         return None
@@ -174,17 +176,17 @@ def format_exception(exc: BaseException, tb: TracebackType | None) -> str:
 
     Args:
         exc: Any exception.
-        tb: Where its traceback begins.
+        tb: The first entry of its traceback to show.
     """
     text = try_to_format(exc, tb)
     return format_plainly(exc, tb) if text is None else text
 
 
 def presentable(exc: BaseException) -> BaseException:
-    """Return an exception that can be the cause of another: itself, or one with its text.
+    """Return the exception itself if ``traceback`` can format it, otherwise one with its text.
 
-    Nobody could print the other one, nor a program end with it in the usual way, if there was
-    something in its causes that raises when it is asked what ``traceback`` asks.
+    The returned exception can be the cause of another one. If a cause could not be formatted,
+    neither could the other exception, and a program could not end with it in the usual way.
     """
     if try_to_format(exc, None) is not None:
         return exc
@@ -192,20 +194,20 @@ def presentable(exc: BaseException) -> BaseException:
 
 
 def if_not_found(exc: BaseException, advice: str) -> str:
-    """Return what to add to an error of unpickling: advice that helps if something is missing."""
+    """Return ``advice`` if an error of unpickling says that a name is missing, otherwise ``""``."""
     return f"; {advice}" if is_a(exc, (ImportError, AttributeError)) else ""
 
 
 def format_plainly(exc: BaseException, tb: TracebackType | None) -> str:
-    """Format an exception without ``traceback``'s questions."""
+    """Format an exception without ``traceback``, which reads attributes that may raise."""
     try:
         return "".join(_plainly(exc, tb, set(), 0))
     except BaseException:
-        return f"{describe(exc)}\n"  # there is no memory left, for instance
+        return f"{describe(exc)}\n"  # for instance if no memory is left
 
 
 def _plainly(exc: BaseException, tb: TracebackType | None, seen: set[int], depth: int) -> list[str]:
-    """Format an exception, asking it for nothing but its text and its notes."""
+    """Format an exception; of its own methods only those for its text and notes are called."""
     parts: list[list[str]] = []
     said = ""
     for _ in range(_MOST_LINKS):
@@ -246,10 +248,10 @@ def _notes_of(exc: BaseException) -> list[str]:
 
 
 def with_sources(text: str) -> str:
-    """Add the lines of source that a traceback's text lacks, where this process has them.
+    """Add the source lines that a traceback's text lacks, where this process has the source.
 
-    A worker elsewhere has no copy of the script, and none has the cells of a notebook. Only files
-    of modules that are loaded here are looked at, whatever the text says.
+    A worker on another machine has no copy of the script, and no worker has the cells of a
+    notebook. Only files of modules that are loaded here are read, whatever files the text names.
     """
     lines = text.split("\n")
     found = []

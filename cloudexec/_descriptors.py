@@ -1,4 +1,4 @@
-"""How many files a process may have open, and what it says when that is too few."""
+"""How many files a process may have open, and the advice in messages when these are too few."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ __all__ = [
 ]
 
 BASE_FILES = 24
-"""Open files of a worker beside those of its slots, with a few to spare."""
+"""Open files of a worker besides those of its slots, with a few in reserve."""
 FILES_PER_SLOT = 6
-"""Four pipes, the results that are being read, and one to spare."""
+"""Open files of a worker for each slot: four pipes, one for results, and one in reserve."""
 
 
 def file_limits() -> tuple[int, int] | None:
-    """Return how many files this process may have open, and up to which number it may raise that.
+    """Return the limit of open files of this process, and the limit up to which it may be raised.
 
-    ``None``: the system sets no limit, or does not tell.
+    Returns:
+        The soft and the hard limit, or ``None`` if the system has no limit or does not tell it.
     """
     try:
         import resource
@@ -37,10 +38,10 @@ def file_limits() -> tuple[int, int] | None:
 
 
 def raise_file_limit(wanted: int) -> int | None:
-    """Have this process allowed so many open files, or as many as can be.
+    """Raise the limit of open files of this process to ``wanted``, or as far as possible.
 
     Returns:
-        The limit that there was; ``None``: there is none.
+        The limit before, or ``None`` if there is no limit.
     """
     limits = file_limits()
     if limits is None:
@@ -53,23 +54,23 @@ def raise_file_limit(wanted: int) -> int | None:
             _, real = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), real))
         except (OSError, ValueError):
-            pass  # macOS has a limit of its own below the hard one
+            pass  # macOS has another limit, below the hard one
     return soft
 
 
 def too_many_files(exc: OSError) -> str:
-    """Return what to add to the message of an error: what to do, if it is for want of files."""
+    """Return advice to append to an error's message if it says "too many open files", or ``""``."""
     if exc.errno == errno.ENFILE:
-        return "; this machine has as many files open as it may"
+        return "; this machine has reached its limit of open files"
     if exc.errno != errno.EMFILE:
         return ""
     limits = file_limits()
     most = "no more" if limits is None else str(limits[0])
-    return f"; this process may have {most} files open: raise that (ulimit -n 4096)"
+    return f"; this process may have {most} files open: raise the limit (ulimit -n 4096)"
 
 
 def can_open(count: int) -> bool:
-    """Say whether this process may open so many more files, as far as one can tell."""
+    """Return whether this process can probably open ``count`` more files."""
     opened: list[int] = []
     try:
         for _ in range(count):

@@ -1,10 +1,10 @@
-"""The direct channel: large payloads between client and slot on one machine, past gRPC.
+"""The direct channel: large payloads go between client and slot on one machine without gRPC.
 
-Workers on the client's own machine reach it through a Unix socket in a private directory. Beside
-that one lies a second socket for what is best not left in a file: a slot connects, names the
-session's token and a blob, or the lease of a result, and then bytes flow between the user's object
-in the one process and the object being made in the other, with the kernel's copy in and out as the
-only ones.
+Workers on the client's own machine reach the client through a Unix socket in a private directory.
+The direct channel is a second socket in that directory. A slot (a process of a worker that runs one
+task at a time) connects, sends the token of the worker's session, and names a blob (a large part of
+a payload) or the lease of a result. Then the bytes flow from the user's object in one process to
+the new object in the other. Only the kernel copies them, once in and once out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cloudexec._errors import PayloadError
 __all__ = ["ACCEPTED", "DELIVER", "FETCH", "REQUEST", "fill_from", "receive_exactly"]
 
 REQUEST = struct.Struct("<16sBQ")
-"""Token of the session, what is wanted, and of which blob, lease's result, or shared file."""
+"""Token of the session, kind of the request, and number of the blob, lease or shared file."""
 FETCH, DELIVER, FILE = 1, 2, 3
 ACCEPTED = b"\x06"
 BUFFER_BYTES = 4 * 1024 * 1024
@@ -28,7 +28,7 @@ def fill_from(connection: socket.socket, target: memoryview) -> None:
     """Fill a buffer from a socket.
 
     Raises:
-        EOFError: If the peer closed it before that.
+        EOFError: If the peer closed the socket before the buffer was full.
         OSError: If the connection failed.
     """
     at = 0
@@ -41,17 +41,17 @@ def fill_from(connection: socket.socket, target: memoryview) -> None:
 
 
 def receive_exactly(connection: socket.socket, size: int) -> bytes:
-    """Read ``size`` bytes; the errors are those of ``fill_from``."""
+    """Read ``size`` bytes; raises the same errors as ``fill_from``."""
     data = bytearray(size)
     fill_from(connection, memoryview(data))
     return bytes(data)
 
 
 def connect(path: str, token: bytes, wanted: int, number: int) -> socket.socket:
-    """Connect to the client's direct channel and say what for.
+    """Connect to the client's direct channel and send a request.
 
     Raises:
-        OSError: If it is gone.
+        OSError: If the client has closed the channel.
         PayloadError: If this process has too many files open.
     """
     try:

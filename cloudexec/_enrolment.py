@@ -1,8 +1,8 @@
-"""Enrolment: each side proves that it knows the key before the other unpickles a byte.
+"""Enrolment: each side proves that it knows the shared key before the other unpickles a byte.
 
-Worker and server each send a random nonce; each answers with an HMAC-SHA256 under the shared key
-over its role, both nonces, the executor's id and the worker's identity. The key itself never
-travels, and a recorded proof is worth nothing under another nonce.
+Worker and server each send a nonce (random bytes that are used once). Each answers with an
+HMAC-SHA256 under the shared key over its role, both nonces, the executor's id and the worker's
+identity. The key itself is never sent, and a recorded proof is useless with other nonces.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 WIRE_VERSION = 1
-"""Raised when a peer that does not know of a change would misunderstand the rest."""
+"""Version of the messages; increased when older peers would misunderstand a change."""
 NONCE_BYTES = 32
 
 
@@ -36,7 +36,7 @@ def make_nonce() -> bytes:
 
 
 def python_version() -> str:
-    """Return the version that payloads depend on: code objects change with the minor version."""
+    """Return Python's major and minor version, as code objects in payloads depend on these."""
     major, minor, _ = platform.python_version_tuple()
     return f"{major}.{minor}"
 
@@ -48,11 +48,11 @@ def proof(
 
     Args:
         key: The shared key.
-        role: ``"server"`` or ``"worker"``, so that neither proof can be reflected.
-        executor_id: Which executor.
-        identity: Which worker.
+        role: ``"server"`` or ``"worker"``, so that neither side can send back the other's proof.
+        executor_id: The executor.
+        identity: The worker.
         worker_nonce: The worker's random bytes.
-        server_nonce: The server's.
+        server_nonce: The server's random bytes.
     """
     mac = hmac.new(key, digestmod=hashlib.sha256)
     for part in (
@@ -68,12 +68,12 @@ def proof(
 
 
 def session_name(token: bytes) -> bytes:
-    """Return what a session may be called where its token is not to be told."""
+    """Return a name for a session that does not reveal its token."""
     return hashlib.sha256(b"cloudexec session\0" + token).digest()
 
 
 def session_key(key: bytes, token: bytes) -> bytes:
-    """Return what both sides prove to know where a worker goes on with its session."""
+    """Return the key that both sides prove to know when a worker resumes its session."""
     return hmac.digest(key, b"cloudexec session\0" + token, "sha256")
 
 
@@ -83,7 +83,7 @@ def proves(mac: bytes, expected: bytes) -> bool:
 
 
 def versions_mismatch(*, wire: int, python: str, pickle: str) -> str | None:
-    """Say why a worker with these versions cannot work for this client; ``None`` if it can."""
+    """Return why a worker with these versions cannot work for this client, or ``None``."""
     if wire != WIRE_VERSION:
         return (
             f"the worker speaks wire version {wire}, the client {WIRE_VERSION}: "

@@ -1,36 +1,37 @@
 """The exceptions that cloudexec raises, as one tree.
 
 CloudexecError
-├── ConfigError (also ValueError)        your settings
-├── LaunchError                          workers could not be started, or never dialed back
-│   └── BudgetExceededError              ... or would cost more than max_cost_usd
+├── ConfigError (also ValueError)        a setting is wrong
+├── LaunchError                          workers did not start, or did not connect to the client
+│   └── BudgetExceededError              more workers would cost more than max_cost_usd
 ├── PlatformError                        a platform refused a request, or could not be reached
-│   └── AwsError                         ... and the platform is AWS
+│   └── AwsError                         AWS did so
 ├── WorkerLostError (also BrokenProcessPool)
-│                                        whatever ran the task died; its attempts are used up
-├── TaskTimeoutError (also TimeoutError) the task ran past its own time limit
-├── DependencyError                      a call that this one waits for failed: it was not run
+│                                        the process of the task died in each allowed attempt
+├── TaskTimeoutError (also TimeoutError) the task ran longer than its own time limit
+├── DependencyError                      a call was not run, as one that it waits for failed
 ├── StageError                           a stage of a graph failed
-├── PayloadError (also PicklingError)    could not pickle or unpickle
-│   └── PayloadTooLargeError             ... or too large
-├── QueueFullError                       too much is submitted and not done
+├── PayloadError (also PicklingError)    a value could not be pickled or unpickled
+│   └── PayloadTooLargeError             a pickled value is too large
+├── QueueFullError                       too many tasks are submitted and not done
 ├── NestingError (also RuntimeError)     an executor must not start here
 ├── RefLostError (also BrokenProcessPool)
-│                                        the worker that kept a result is gone
+│                                        the worker that kept a result was lost
 ├── JournalError                         a journal cannot be opened, read or written
-│   ├── JournalLockedError               ... because another program has it
-│   └── JournalVersionError              ... because a newer version of cloudexec wrote it
-├── ProtocolError                        the two sides disagree, e.g. on versions
+│   ├── JournalLockedError               another program uses the journal
+│   └── JournalVersionError              a newer version of cloudexec wrote the journal
+├── ProtocolError                        client and worker disagree, for example on versions
 └── BrokenBatchExecutor (also BrokenProcessPool)
     └── InitializerError                 the initializer raised in a worker
 
-Branches follow what a caller can do next. Every class pickles: one positional message, all else
-keyword-only with a default, because errors travel between processes.
+Errors are separate classes where a caller would react differently. Errors travel between
+processes, so each class pickles: it takes one positional message, and all other arguments are
+keyword-only with a default.
 
-What stands for a process that died is caught by ``except BrokenProcessPool``, too, which guards
-programs that were written for a process pool. To import ``concurrent.futures.process`` takes
-milliseconds, so these classes derive from its base class, ``BrokenExecutor``, until the
-first exception of them is made: none can be caught earlier.
+Errors that say that a process died are also caught by ``except BrokenProcessPool``, as programs
+that were written for a process pool expect. Importing ``concurrent.futures.process`` takes
+milliseconds, so these classes derive from the base class of ``BrokenProcessPool``,
+``BrokenExecutor``, until the first of these exceptions is made. No exception can be caught earlier.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ __all__ = [
 
 
 class CloudexecError(Exception):
-    """Base of everything that cloudexec raises on its own account.
+    """Base class of all exceptions that cloudexec itself raises.
 
     Attributes:
         message: What happened, why, and what to do about it.
@@ -95,7 +96,7 @@ def _rebuild(cls: type[CloudexecError], message: str, state: dict[str, Any]) -> 
 
 
 class _LostProcessError(CloudexecError, BrokenExecutor):
-    """Base of what ``except BrokenProcessPool`` catches."""
+    """Base class of the exceptions that ``except BrokenProcessPool`` catches."""
 
     def __new__(cls, *args: Any, **details: Any) -> Self:
         if BrokenExecutor in _LostProcessError.__bases__:
@@ -106,14 +107,14 @@ class _LostProcessError(CloudexecError, BrokenExecutor):
 
 
 class ConfigError(CloudexecError, ValueError):
-    """A setting is out of its range; the message names the setting, its value and the range."""
+    """A setting is out of range; the message names the setting, its value and the range."""
 
 
 class LaunchError(CloudexecError):
-    """Workers could not be started, or started and never dialed back in time.
+    """Workers could not be started, or did not connect to the client in time.
 
     Attributes:
-        reason: The platform's own words, such as the last lines a worker printed.
+        reason: The reason in the platform's own words, or the last lines that a worker printed.
     """
 
     def __init__(self, message: str = "", *, reason: str = "") -> None:
@@ -122,11 +123,11 @@ class LaunchError(CloudexecError):
 
 
 class BudgetExceededError(LaunchError):
-    """Going on would cost more than ``max_cost_usd``.
+    """More work would cost more than ``max_cost_usd``.
 
     Attributes:
-        cost_usd: What has been spent, as estimated.
-        max_cost_usd: The ceiling.
+        cost_usd: Estimated cost so far, in USD.
+        max_cost_usd: The limit, in USD.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class BudgetExceededError(LaunchError):
 
 
 class PlatformError(CloudexecError):
-    """What runs the workers of a launcher refused a request, or could not be reached.
+    """The platform that runs a launcher's workers refused a request, or could not be reached.
 
     Attributes:
         transient: Whether the same request may succeed a little later.
@@ -158,7 +159,7 @@ class PlatformError(CloudexecError):
 
     @property
     def may_pass(self) -> bool:
-        """Whether it is worth while to make the same request again."""
+        """Whether the same request may succeed if it is made again."""
         return self.transient
 
 
@@ -166,11 +167,11 @@ class AwsError(PlatformError):
     """AWS refused a request, or could not be reached.
 
     Attributes:
-        code: AWS's own error code, such as ``"AccessDeniedException"``; ``"Unreachable"`` and
-            ``"NoCredentials"`` are ours.
-        operation: Which call, as IAM names it: ``"batch:SubmitJob"``.
+        code: AWS's own error code, such as ``"AccessDeniedException"``. cloudexec adds the codes
+            ``"Unreachable"`` and ``"NoCredentials"``.
+        operation: The call, as IAM names it, such as ``"batch:SubmitJob"``.
         transient: Whether the same call may succeed a little later.
-        expired: Whether fresh credentials are needed.
+        expired: Whether the credentials have expired.
     """
 
     def __init__(
@@ -189,23 +190,24 @@ class AwsError(PlatformError):
 
     @property
     def may_pass(self) -> bool:
-        """Whether it is worth while to make the same call again: credentials are renewed, too."""
+        """Whether the same call may succeed if repeated; expired credentials are then renewed."""
         return self.transient or self.expired
 
 
 class WorkerLostError(_LostProcessError):
-    """The process that ran the task died, as often as the task's attempts allow.
+    """The process that ran the task died in each attempt that the task is allowed.
 
-    Caught by ``except BrokenProcessPool``, as in programs written for a process pool, although this
-    executor is not broken: all other tasks go on, and more can be submitted.
+    The class is caught by ``except BrokenProcessPool``, for programs written for a process pool.
+    Unlike a process pool this executor still works: all other tasks go on, and more can be
+    submitted.
 
     Attributes:
         worker_id: The worker of the last attempt, or ``None``.
-        attempts: How many attempts were lost.
-        exit_code: Exit code of the slot's process in the last attempt, or ``None``.
-        signal: Number of the signal that ended it, or ``None``.
-        peak_memory_bytes: Largest resident size of that process, or ``None``.
-        out_of_memory: Whether the kernel killed it for want of memory.
+        attempts: Number of lost attempts.
+        exit_code: Exit code of the task's process in the last attempt, or ``None``.
+        signal: Number of the signal that ended that process, or ``None``.
+        peak_memory_bytes: Largest resident size of that process in bytes, or ``None``.
+        out_of_memory: Whether that process was killed because memory ran out.
         output: The last lines that the task printed.
     """
 
@@ -232,12 +234,12 @@ class WorkerLostError(_LostProcessError):
 
 
 class TaskTimeoutError(CloudexecError, TimeoutError):
-    """The task ran longer than its own ``timeout``; its slot was killed and replaced.
+    """The task ran longer than its own ``timeout``, so its process was killed and replaced.
 
     Attributes:
-        worker_id: The worker that ran it.
-        seconds: How long it had run.
-        output: The last lines that it printed.
+        worker_id: The worker that ran the task.
+        seconds: Seconds that the task had run.
+        output: The last lines that the task printed.
     """
 
     def __init__(
@@ -257,12 +259,12 @@ class TaskTimeoutError(CloudexecError, TimeoutError):
 class DependencyError(CloudexecError):
     """A future among the arguments of a call failed, so the call was not run.
 
-    What failed in the first place is the ``__cause__``, however many calls lie between.
+    The ``__cause__`` is the first failure, even if several calls that depend on one another failed.
 
     Attributes:
-        dependency: Where among the call's arguments the future stands: ``"argument 0"``,
-            ``"argument 1, item 7"``, ``"keyword 'scale'"``.
-        stage: The name of the stage that failed, where that is one of a graph.
+        dependency: Position of the future among the call's arguments, such as ``"argument 0"``,
+            ``"argument 1, item 7"`` or ``"keyword 'scale'"``.
+        stage: Name of the stage that failed, if the call belongs to a graph.
     """
 
     def __init__(self, message: str = "", *, dependency: str = "", stage: str = "") -> None:
@@ -272,10 +274,10 @@ class DependencyError(CloudexecError):
 
 
 class StageError(CloudexecError):
-    """A stage of a graph failed; what it raised is the ``__cause__``.
+    """A stage of a graph failed; the ``__cause__`` is the exception that it raised.
 
     Attributes:
-        stage: Its name.
+        stage: Name of the stage.
     """
 
     def __init__(self, message: str = "", *, stage: str = "") -> None:
@@ -286,16 +288,16 @@ class StageError(CloudexecError):
 class PayloadError(CloudexecError, pickle.PicklingError):
     """A callable, argument, result or exception could not be pickled or unpickled.
 
-    The original error is the ``__cause__``; where it arose in a worker, its traceback is text.
+    The ``__cause__`` is the original error, or the text of its traceback if a worker raised it.
     """
 
 
 class PayloadTooLargeError(PayloadError):
-    """A payload does not fit where it must go.
+    """A pickled callable, argument or result is larger than a limit.
 
     Attributes:
-        size_bytes: Its size.
-        limit_bytes: The limit.
+        size_bytes: Size in bytes.
+        limit_bytes: The limit in bytes.
     """
 
     def __init__(
@@ -307,21 +309,21 @@ class PayloadTooLargeError(PayloadError):
 
 
 class NestingError(CloudexecError, RuntimeError):
-    """An executor was to start while a module is imported for a task, or too deep in other tasks.
+    """An executor was made during the import of a module for a task, or in too deeply nested tasks.
 
-    The message names the module, or says how deep.
+    The message names the module, or the number of nested executors.
     """
 
 
 class QueueFullError(CloudexecError):
-    """Too much is submitted and not done, and ``when_full="raise"`` says not to wait.
+    """Too many tasks are submitted and not done, and ``when_full="raise"`` forbids to wait.
 
     Attributes:
-        pending_tasks: Tasks that are submitted and not done.
-        max_pending_tasks: How many may be; ``None``: any number.
-        pending_bytes: Bytes of their pickled arguments, without large parts.
-        max_pending_bytes: How many may be; ``None``: any number.
-        size_bytes: Those of the call that there was no room for.
+        pending_tasks: Number of tasks that are submitted and not done.
+        max_pending_tasks: Limit of ``pending_tasks``; ``None`` means no limit.
+        pending_bytes: Bytes of the pickled arguments of these tasks, without large parts.
+        max_pending_bytes: Limit of ``pending_bytes``; ``None`` means no limit.
+        size_bytes: Bytes of the pickled arguments of the call that was refused.
     """
 
     def __init__(
@@ -343,19 +345,19 @@ class QueueFullError(CloudexecError):
 
 
 class RefLostError(_LostProcessError):
-    """What a ``Ref`` stands for is gone, with the worker that kept it."""
+    """The result that a ``Ref`` stands for was lost with the worker that kept it."""
 
 
 class JournalError(CloudexecError):
-    """A journal cannot be opened, or what is in it cannot be read."""
+    """A journal cannot be opened, read or written."""
 
 
 class JournalLockedError(JournalError):
-    """Another program has the journal; it is free as soon as that one ends, however it does.
+    """Another program uses the journal; the journal is free as soon as that program has ended.
 
     Attributes:
-        pid: Its process, or ``None`` if that is not known.
-        host: Its machine.
+        pid: Process id of the other program, or ``None`` if it is not known.
+        host: Name of the machine that the other program runs on.
     """
 
     def __init__(self, message: str = "", *, pid: int | None = None, host: str = "") -> None:
@@ -368,7 +370,7 @@ class JournalVersionError(JournalError):
     """A newer version of cloudexec wrote the journal, and this one cannot read it.
 
     Attributes:
-        version: Of the journal's format.
+        version: Version of the journal's format.
     """
 
     def __init__(self, message: str = "", *, version: int | None = None) -> None:
@@ -377,31 +379,32 @@ class JournalVersionError(JournalError):
 
 
 class ProtocolError(CloudexecError):
-    """Client and worker disagree: versions, an unproven identity, or a malformed message."""
+    """A worker has other versions, does not prove its identity, or sends a malformed message."""
 
 
 class BrokenBatchExecutor(_LostProcessError):
-    """The executor can run nothing any more: its workers were terminated, or cannot work."""
+    """The executor can run no more tasks: its workers were terminated, or cannot work."""
 
 
 class InitializerError(BrokenBatchExecutor):
-    """The ``initializer`` raised in a worker; what it raised is the ``__cause__``."""
+    """The ``initializer`` raised in a worker; the ``__cause__`` is the exception that it raised."""
 
 
 class RemoteTraceback(Exception):
     """Carries the text of a traceback from a worker, as the ``__cause__`` of a user's exception.
 
-    Also that of an exception raised here which cannot be formatted, as its own methods raise.
+    It also carries the text of an exception that was raised in this process and cannot be formatted
+    because its own methods raise.
 
     Attributes:
-        traceback: The traceback's text.
+        traceback: Text of the traceback.
         output: The last lines that the task printed.
     """
 
     def __init__(self, traceback: str = "", output: str = "") -> None:
         super().__init__(traceback, output)
         self.traceback = traceback
-        self.tb = traceback  # as concurrent.futures.process has it
+        self.tb = traceback  # the name in concurrent.futures.process
         self.output = output
 
     def __str__(self) -> str:

@@ -1,9 +1,11 @@
-"""Whether what travels by value is still what it was when it was pickled.
+"""Finds out whether a function or class pickled by value has changed since it was pickled.
 
-A pickle of a function depends on its code, defaults, annotations, attributes, closure and the
-globals that it names, and on the same of each function by value among these; that of a class on
-what is in it. Where all of that is immutable, looking whether it is the same objects as before is
-enough, and takes a hundredth of pickling. Globals of the script do not count: see ``_script``.
+"By value" means that the pickle has the function's code, and "by reference" that it has only a
+name. The pickle of a function by value depends on its code, defaults, annotations, attributes,
+closure and the globals that it names, and on the same of each function by value among these. The
+pickle of a class depends on its attributes. Where all of these are immutable, it is enough to check
+that they are the same objects as before, which takes a hundredth of the time of pickling. Globals
+of the script are left out, as ``_script`` watches them.
 """
 
 from __future__ import annotations
@@ -47,12 +49,12 @@ _IMMUTABLE_ELSEWHERE = {
     "re": {"Pattern"},
     "uuid": {"UUID"},
 }
-"""By module, so that nothing has to be imported for it."""
+"""Names of immutable types by module, so that these modules need not be imported."""
 _NAMED = (FunctionType, BuiltinFunctionType, type(functools.lru_cache(len)))
-"""Of these, beside classes, a pickle has the name only where they can be found by it."""
+"""Types that are pickled by name, as classes are, if they can be found under that name."""
 _ALIASES = (GenericAlias, UnionType)
 _ALIAS_MODULES = ("typing", "collections.abc")
-"""All objects of their classes are type hints."""
+"""Modules whose classes have only type hints as instances."""
 _CODES_KEPT = 4096
 _NOT_GLOBAL = frozenset(
     {
@@ -65,7 +67,7 @@ _NOT_GLOBAL = frozenset(
         "STORE_ATTR",
     }
 )
-"""Instructions whose names are no globals."""
+"""Instructions whose names are not names of globals."""
 _REBINDING = frozenset({"STORE_GLOBAL", "DELETE_GLOBAL"})
 _REBINDING_CELLS = frozenset({"STORE_DEREF", "DELETE_DEREF"})
 _SETTING = frozenset({"STORE_ATTR", "DELETE_ATTR"})
@@ -73,28 +75,28 @@ _SETTING_NAMES = frozenset({"setattr", "delattr", "vars", "__dict__"})
 
 
 class Unstable(Exception):
-    """The state may change unseen."""
+    """The state may change without being noticed."""
 
 
 class _Watched(Protocol):
-    """A part of what travels."""
+    """The state of one function, class or other object, as it was when this was made."""
 
     def values(self) -> Iterator[Any]:
-        """Give all that the state consists of."""
+        """Yield all objects of the state."""
 
     def holds(self) -> bool:
-        """Whether it consists of the same objects as before."""
+        """Return whether the state still consists of the same objects."""
 
 
 class Fingerprint:
-    """The state of a function by value, and of those that travel with it.
+    """The state of a function by value, and of all functions that are pickled with it.
 
     Args:
-        fn: Which.
-        by_value: Modules that were registered with cloudpickle to travel by value.
+        fn: The function.
+        by_value: Modules that were registered with cloudpickle to be pickled by value.
 
     Raises:
-        Unstable: If the state is not immutable as a whole, or the function changes it itself.
+        Unstable: If part of the state is mutable, or the function itself changes it.
     """
 
     __slots__ = ("_parts",)
@@ -103,7 +105,7 @@ class Fingerprint:
         found = [fn]
         self._parts: list[_Part] = []
         names_one = sets = False
-        for each in found:  # grows meanwhile
+        for each in found:  # the loop appends to this list
             part = _Part(each)
             self._parts.append(part)
             sets |= part.sets
@@ -113,10 +115,10 @@ class Fingerprint:
                     if not any(function is other for other in found):
                         found.append(function)
         if sets and names_one:
-            raise Unstable  # it may set attributes of what it names
+            raise Unstable  # it may set attributes of a function that it names
 
     def holds(self) -> bool:
-        """Whether the function is still what it was."""
+        """Return whether the function is unchanged."""
         for part in self._parts:  # noqa: SIM110 (all() takes twice as long)
             if not part.holds():
                 return False
@@ -124,14 +126,14 @@ class Fingerprint:
 
 
 class Definition:
-    """What the script has under a name: a function, a class, or a value.
+    """The state of a global of the script: a function, a class, or another value.
 
     Args:
-        value: What it is.
-        by_value: Modules that were registered with cloudpickle to travel by value.
+        value: The global's value.
+        by_value: Modules that were registered with cloudpickle to be pickled by value.
 
     Raises:
-        Unstable: If it may change unseen.
+        Unstable: If the state may change without being noticed.
     """
 
     __slots__ = ("_parts", "_value")
@@ -144,7 +146,7 @@ class Definition:
             found += _functions_in(value, by_value)
         else:
             found.append(value)
-        for each in found:  # grows meanwhile
+        for each in found:  # the loop appends to this list
             part = _part_of(each)
             self._parts.append(part)
             for value in part.values():
@@ -153,7 +155,7 @@ class Definition:
                         found.append(function)
 
     def holds(self, value: Any) -> bool:
-        """Whether this is the value, and it is still what it was."""
+        """Return whether ``value`` is the same object as before, and unchanged."""
         if value is not self._value:
             return False
         for part in self._parts:  # noqa: SIM110
@@ -167,20 +169,20 @@ def _part_of(value: Any) -> _Watched:
         return _Class(value)
     if type(value) is FunctionType:
         return _Part(value, kept=True)
-    return _Attributes(value)  # a cache around a function
+    return _Attributes(value)  # a function wrapped by functools.lru_cache
 
 
 _OF_CLASS = (MemberDescriptorType, GetSetDescriptorType)
 _SETTLED = frozenset({"__dataclass_fields__", "__dataclass_params__", "_abc_impl"})
-"""Attributes of a class that say what stands elsewhere in it."""
+"""Attributes of a class that follow from its other attributes."""
 
 
 _OF_MEMBERS = frozenset({"_name_", "_value_", "__objclass__", "_sort_order_"})
-"""What every member of an enum has."""
+"""Attributes that every member of an enum has."""
 
 
 class _Class:
-    """A class by value."""
+    """The state of a class by value."""
 
     __slots__ = ("_cls", "_members", "_names", "_registered")
 
@@ -199,7 +201,7 @@ class _Class:
                 for name, value in attributes.items():
                     if name not in _OF_MEMBERS:
                         yield value
-            return  # what else there is of it is what it was when it was defined
+            return  # all else in an enum stays as it was defined
         yield from self._cls.__bases__
         for name, value in self._names.items():
             if isinstance(value, _OF_CLASS) or name in _SETTLED:
@@ -229,7 +231,7 @@ class _Class:
 
 
 def _settled(cls: type) -> dict[str, Any]:
-    """Return what is in a class, but for what Python puts there when it is looked at."""
+    """Return the attributes of a class, without those that Python adds when the class is used."""
     found = dict(vars(cls))
     found.pop("__slotnames__", None)
     if found.get("__annotations__", True) == {}:
@@ -238,7 +240,7 @@ def _settled(cls: type) -> dict[str, Any]:
 
 
 class _Attributes:
-    """What wraps a function and has attributes."""
+    """The state of an object that wraps a function: its attributes."""
 
     __slots__ = ("_names", "_value")
 
@@ -256,14 +258,14 @@ class _Attributes:
 
 
 class _Part:
-    """One function by value.
+    """The state of one function by value.
 
     Args:
-        fn: Which.
-        kept: Whether what it does to itself stays in the process that runs it.
+        fn: The function.
+        kept: Whether changes that the function makes to itself stay in the process that runs it.
 
     Raises:
-        Unstable: If what it does to itself is to be forgotten.
+        Unstable: If the function may change itself and such changes must not stay.
     """
 
     __slots__ = (
@@ -343,7 +345,7 @@ class _Part:
 
 
 def _is_same(now: dict[str, Any] | None, then: dict[str, Any]) -> bool:
-    """Say whether a dictionary has the same objects under the same names in the same order."""
+    """Return whether a dictionary has the same objects under the same names in the same order."""
     return (
         now is not None
         and list(now) == list(then)
@@ -352,7 +354,7 @@ def _is_same(now: dict[str, Any] | None, then: dict[str, Any]) -> bool:
 
 
 def contents(cell: Any) -> Any:
-    """Return what is in a cell of a closure, or an object that stands for nothing."""
+    """Return the value in a cell of a closure, or ``_MISSING`` if the cell is empty."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -360,7 +362,10 @@ def contents(cell: Any) -> Any:
 
 
 def lookup(fn: Any) -> Any:
-    """Find what travels by reference under the name of ``fn``; not it, if it goes by value."""
+    """Return the object that a pickle by reference of ``fn`` would find.
+
+    If ``fn`` itself is pickled by value, this is another object or ``None``.
+    """
     name = getattr(fn, "__module__", None)
     if name is None or name == "__main__":
         return None
@@ -376,7 +381,7 @@ def lookup(fn: Any) -> Any:
 
 
 def travels_by_value(module: str, by_value: Collection[str]) -> bool:
-    """Whether a module, or a package that it is in, is one of those that travel by value."""
+    """Return whether a module, or a package that it is in, is registered to be pickled by value."""
     while by_value and module:
         if module in by_value:
             return True
@@ -393,11 +398,11 @@ def _codes_in(code: CodeType) -> Iterator[CodeType]:
 
 @functools.lru_cache(_CODES_KEPT)
 def _anatomy(code: CodeType) -> tuple[tuple[str, ...], bool, bool, bool]:
-    """Say what a function does with names.
+    """Return how a function uses names.
 
     Returns:
-        The globals that it names; whether it sets attributes of anything, whether it changes its
-        own globals, and whether its own closure.
+        The globals that the function names, and whether it sets attributes, changes its own
+        globals, and changes its own closure.
     """
     names, sets, rebinds, rebinds_cells = set(), False, False, False
     for each in _codes_in(code):
@@ -417,10 +422,10 @@ def _anatomy(code: CodeType) -> tuple[tuple[str, ...], bool, bool, bool]:
 
 
 def _functions_in(value: Any, by_value: Collection[str]) -> Iterator[FunctionType]:
-    """Give the functions by value in something that a function's state consists of.
+    """Yield the functions by value in an object of a function's state.
 
     Raises:
-        Unstable: If it is not immutable.
+        Unstable: If the object is not immutable.
     """
     kind = type(value)
     if kind in _IMMUTABLE or value is _MISSING:
@@ -430,7 +435,7 @@ def _functions_in(value: Any, by_value: Collection[str]) -> Iterator[FunctionTyp
         if sys.modules.get(name) is not value or getattr(value, "__spec__", None) is None:
             raise Unstable
         if travels_by_value(name, by_value):
-            raise Unstable  # with all that is in it
+            raise Unstable  # all objects in the module are pickled by value, too
         return
     if kind is tuple or kind is frozenset:
         for item in value:
@@ -438,9 +443,9 @@ def _functions_in(value: Any, by_value: Collection[str]) -> Iterator[FunctionTyp
         return
     if kind in (BuiltinFunctionType, type) and getattr(value, "__module__", None) == "builtins":
         return
-    named = kind in _NAMED or issubclass(kind, type)  # other objects take their state along
+    named = kind in _NAMED or issubclass(kind, type)  # other objects are pickled with their state
     if named and _main.name_of(value) is not None:
-        return  # watched by itself
+        return  # a global of the script, which has a Definition of its own
     if named and lookup(value) is value and not travels_by_value(value.__module__, by_value):
         return
     if kind is FunctionType:
@@ -451,7 +456,7 @@ def _functions_in(value: Any, by_value: Collection[str]) -> Iterator[FunctionTyp
             if item is not value:
                 yield from _functions_in(item, by_value)
     elif kind is logging.Logger and logging.root.manager.loggerDict.get(value.name) is value:
-        return  # its name is all that travels
+        return  # a logger is pickled by name
     elif kind.__name__ not in _IMMUTABLE_ELSEWHERE.get(kind.__module__, ()) or (
         lookup(kind) is not kind
     ):

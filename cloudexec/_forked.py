@@ -1,7 +1,8 @@
-"""Forked children of code that runs in a thread or process of ours: they end where it ends.
+"""Ends processes that user code has forked inside a thread or process of cloudexec.
 
-A callback, for instance, may fork. In the child there is one thread then, which would go on as that
-of the executor's when the callback returns. Nothing of the executor is to run in the child.
+User code such as a callback may fork. The child has one thread, which would go on as a thread of
+the executor when the callback returns. The rule of this module is that no code of the executor runs
+in the child: the child ends where the user's code ends.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ __all__ = [
 ]
 
 _PROBE_SECONDS = 1.0
-"""That a process which is forked for nothing may take to end."""
+"""Seconds within which a forked process that does nothing must end."""
 templates: set[int] = set()
-"""Forks of this process, of which workers are forked: they use nothing of the program's."""
+"""Process ids of this process's forks from which workers are forked; they use no object of the
+program."""
 
 
 class OwnThread(threading.Thread):
-    """A daemon thread in which code of the user's runs, between other things.
+    """A daemon thread of cloudexec that also runs user code.
 
     Args:
-        target: What it does.
-        name: Its name.
+        target: The function that the thread runs.
+        name: The thread's name.
     """
 
     def __init__(self, target: Callable[[], object], name: str) -> None:
@@ -47,12 +49,12 @@ class OwnThread(threading.Thread):
 
 
 def end_if_forked(exc: BaseException | None = None) -> None:
-    """End this process if it was forked by the code that has just come to its end.
+    """End this process if the user code that has just ended forked it.
 
-    To be called in any thread; threads of the user's own go on.
+    It may be called in any thread. In a thread that the user has started it does nothing.
 
     Args:
-        exc: What the code has raised.
+        exc: The exception of the user code, or ``None`` if it returned.
     """
     thread = threading.current_thread()
     if isinstance(thread, OwnThread) and thread.process != os.getpid():
@@ -60,16 +62,16 @@ def end_if_forked(exc: BaseException | None = None) -> None:
 
 
 def end_child(exc: BaseException | None) -> NoReturn:
-    """End a forked child as its code asks: with the exit code of its ``sys.exit()``, for instance.
+    """End a forked child with the exit code that its code asks for, such as by ``sys.exit()``.
 
     Args:
-        exc: What the code has raised, if it has not returned.
+        exc: The exception of the user code, or ``None`` if it returned.
     """
     code = 0
     try:
         if exc is not None and issubclass(type(exc), SystemExit):
             code = _exit_code(exc)
-            # As at the end of any program.
+            # Wait for the threads, as any Python program does at its end.
             for thread in threading.enumerate():
                 if not thread.daemon and thread is not threading.current_thread():
                     thread.join()
@@ -78,7 +80,7 @@ def end_child(exc: BaseException | None) -> NoReturn:
             code = 1
             sys.excepthook(type(exc), exc, exc.__traceback__)
     except BaseException:
-        pass  # neither what it says nor a handler of the program's keeps it from ending
+        pass  # neither this exception nor a handler of the program may keep the child from ending
     _flush_and_exit(code)
 
 
@@ -87,7 +89,7 @@ def _flush_and_exit(code: int) -> NoReturn:
         try:
             stream.flush()
         except BaseException:
-            pass  # it is closed, or something else was put there
+            pass  # the stream is closed, or was replaced by another object
     os._exit(code)
 
 
@@ -102,7 +104,7 @@ def _exit_code(exc: BaseException) -> int:
 
 
 def count_threads() -> int:
-    """Return how many threads this process has, those included that Python does not know of."""
+    """Return the number of threads of this process, including those that Python does not know."""
     try:
         return len(os.listdir("/proc/self/task"))
     except OSError:
@@ -110,17 +112,17 @@ def count_threads() -> int:
 
 
 def count_threads_after_fork() -> int:
-    """Fork a process that ends at once, and return how many threads this one has afterwards.
+    """Fork a process that ends at once, and return the number of this process's threads after that.
 
-    Some libraries end their threads before each fork, as OpenBLAS does, which numpy uses.
+    Some libraries, such as the OpenBLAS of numpy, end their threads before each fork.
 
     Returns:
-        At least 2 if there can be no such process, or if it does not end: it waits for a lock that
-        a thread has.
+        The number of threads. It is at least 2 if the fork fails, or if the forked process does not
+        end because it waits for a lock that another thread holds.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of the threads that may be there
+            warnings.simplefilter("ignore", DeprecationWarning)  # about a fork with threads
             pid = os.fork()
     except OSError:
         return max(2, count_threads())
@@ -135,7 +137,7 @@ def count_threads_after_fork() -> int:
                 return max(2, count_threads())
             time.sleep(0.0002)
     except ChildProcessError:
-        pass  # it has ended: the program ignores SIGCHLD, or waits for all of its children
+        pass  # it has ended; the program ignores SIGCHLD, or waits for all its children
     return count_threads()
 
 
@@ -143,7 +145,7 @@ def run_exit_functions(rest: Callable[[], NoReturn]) -> NoReturn:
     """Call the functions that were registered with ``atexit`` in this process.
 
     Args:
-        rest: Ends the process, afterwards.
+        rest: Called afterwards; it ends the process.
     """
     global _rest
     _rest = rest
@@ -152,10 +154,10 @@ def run_exit_functions(rest: Callable[[], NoReturn]) -> NoReturn:
 
 
 def forget_exit_functions() -> None:
-    """Have the functions that are registered now never called: they are another process's.
+    """Keep the functions that are registered now from being called, as they belong to the parent.
 
-    They are not let go of, as that would run finalizers. The last one registered is called first,
-    and this process ends before their turn.
+    The functions are not unregistered, because freeing them would run finalizers. Instead one more
+    function is registered. It is called first, and ends the process before the others are called.
     """
     atexit.register(lambda: _rest())
 

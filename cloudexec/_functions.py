@@ -1,11 +1,11 @@
-"""Callables that are sent to a worker once and then named by number.
+"""Callables that are sent to a worker once and then named by a number.
 
-A function must travel as it is when ``submit()`` is called: later changes to its closure, its
-defaults or the globals it reads must neither be missed by later calls nor reach earlier ones. So a
-pickle is kept only where it provably stays true: for functions that travel by reference, and for
-functions by value whose whole state is the same objects as before, and immutable, up to that of the
-functions that they call. All others are pickled anew for each call (once per ``map()``). Globals of
-the script travel apart: see ``_script``.
+A worker must run a function as it is when ``submit()`` is called. A later change to its closure,
+its defaults or the globals that it reads must reach later calls and must not reach earlier ones. So
+a pickle is kept only where it provably stays correct: for functions that are pickled by reference,
+and for functions pickled by value whose whole state is immutable and still the same objects, as is
+the state of the functions that they call. All other functions are pickled anew for each call, or
+once for each ``map()``. Globals of the script are sent separately; see ``_script``.
 """
 
 from __future__ import annotations
@@ -38,21 +38,22 @@ __all__ = ["Function", "FunctionTable"]
 _Keywords = dict[str, Any] | None
 
 _UNBOUND = frozenset({FunctionType, BuiltinFunctionType, type})
-"""Callables that nobody binds arguments to."""
+"""Types of callables that cannot have bound arguments."""
 _KEPT = 512
 _KINDS_KEPT = 4096
 _REMEMBERED_BYTES = 256 * 1024
 _NUMBERED_FROM = 1024
-"""Bytes of pickle from which a function that changes from call to call is worth a number."""
+"""Bytes of a pickle from which a function gets a number even if it changes from call to call."""
 _HANDLE = Ref.__init__.__module__.encode()
-"""Stands in each pickle that has a ``Ref`` in it."""
+"""Bytes that each pickle with a ``Ref`` in it contains."""
 
 
 class _End:
-    """Tells of a function's end.
+    """Reports that a function has ended.
 
-    Held by the function alone, which cannot do it: objects with weak references can still be found
-    by other threads while their own ``__del__`` runs, and would be used after they have ended.
+    Only the function refers to this object. A ``__del__`` of the function itself would be too
+    early: while it runs, other threads can still find the function by weak references, and would
+    use it after it has ended.
     """
 
     __slots__ = ("_number", "_on_end")
@@ -66,19 +67,22 @@ class _End:
 
 
 class Function:
-    """A callable that workers know by number. Ends when no task and no table holds it.
+    """A callable, or globals of the script, that workers know by number.
+
+    It ends when no task and no table refers to it.
 
     Attributes:
-        number: What workers call it.
-        pickle: Of the callable; empty: the callables come with their arguments.
-        sha256: Of the pickle, and of what it needs.
-        composed: Whether there are blobs in it, or in what it needs.
-        needs: What it refers to; has to be there first.
-        globals: Names in the script that this binds; none: it is a callable.
+        number: The number that workers know it by.
+        pickle: Pickle of the callable; empty if the callables come with their arguments.
+        sha256: Digest of the pickle and of all functions in ``needs``.
+        composed: Whether the pickle, or one in ``needs``, refers to blobs (large parts that are
+            stored separately).
+        needs: Functions and globals that the pickle refers to; a worker must have them first.
+        globals: Names of the script's globals that this sets; empty for a callable.
         module: The module that this is, or comes from, if it is not the script's own.
-        uses: Names in the script that the pickle refers to.
-        stats: What is known of its tasks.
-        fresh: Whether each task is to have a copy of its own, as if it had been pickled with it.
+        uses: Names of the script's globals that the pickle refers to.
+        stats: Run times and sizes of its tasks so far.
+        fresh: Whether each task gets a new copy, as if the callable were pickled with the task.
     """
 
     __slots__ = (
@@ -112,18 +116,18 @@ class Function:
         self._end = _End(number, on_end)
 
     def need(self, needs: tuple[Function, ...]) -> None:
-        """Say what has to be there first."""
+        """Set the functions and globals that a worker must have first."""
         self.needs = needs
         self.composed = self.composed or any(each.composed for each in needs)
 
 
 class FunctionTable:
-    """The callables of one executor. Used from any thread, under its own lock.
+    """The callables of one executor. Any thread may use it; it has a lock of its own.
 
     Args:
-        on_end: Called with the number of a function that no task and no table holds any more, in
-            whatever thread dropped it.
-        store: Where large pieces of callables and arguments go.
+        on_end: Called with the number of a function when no task and no table refers to it any
+            more, in the thread that dropped the last reference.
+        store: Keeps large pieces of callables and arguments.
         is_near: Whether workers are on this machine.
     """
 
@@ -132,11 +136,12 @@ class FunctionTable:
     ) -> None:
         self._store = store
         self._on_end = on_end
-        # Not from 1 on: a client that takes workers over uses no number that these know.
+        # The first number is random, so that a client which takes over workers of an earlier client
+        # does not use a number that these workers know.
         self._numbers = itertools.count(int.from_bytes(os.urandom(3)) + 1)
         self._lock = threading.Lock()
         self._by_content: OrderedDict[bytes, Function] = OrderedDict()
-        # Those with large pieces end with their tasks: the store knows what to keep of these.
+        # Functions with large pieces end with their tasks; the store decides which pieces it keeps.
         self._large: weakref.WeakValueDictionary[bytes, Function] = weakref.WeakValueDictionary()
         self._known: OrderedDict[int, tuple[Any, Function, Any, Any]] = OrderedDict()
         self._unstable: dict[CodeType, int] = {}
@@ -147,7 +152,7 @@ class FunctionTable:
     def _define(
         self, pickled: Payload, names: Iterable[str], needs: tuple[Function, ...], module: str
     ) -> Function:
-        """Number what the script has under some names."""
+        """Give a number to some globals of the script."""
         digest = hashlib.sha256(repr(names).encode())
         digest.update(pickled if isinstance(pickled, bytes) else pickled.head)
         function = Function(next(self._numbers), pickled, digest.digest(), self._on_end)
@@ -156,11 +161,11 @@ class FunctionTable:
         return function
 
     def _needs(self, names: frozenset[str], *, new: bool) -> tuple[Function, ...]:
-        """Return what a callable or arguments need that refer to globals of the script.
+        """Return the definitions that a callable or arguments with these names of globals need.
 
         Args:
-            names: Of these.
-            new: Whether to see if there is something new in the script.
+            names: Names of the script's globals.
+            new: Whether to look for new definitions in the script, too.
         """
         rest, bundle = self._rest
         if new or bundle is None:
@@ -176,7 +181,7 @@ class FunctionTable:
         return needs if bundle is None else (bundle, *needs)
 
     def extended(self, function: Function | None, names: set[str]) -> Function | None:
-        """Return a function that has, too, what its arguments refer to in the script."""
+        """Return a function that also needs the script's globals that its arguments refer to."""
         if function is None:
             if names or self._needs(frozenset(), new=False):
                 return self._numbered(b"", names, new=False)
@@ -192,8 +197,8 @@ class FunctionTable:
         """Pickle a callable now and number it.
 
         Returns:
-            ``None`` if futures or handles are bound to it: it is to be pickled with each call,
-            and they are dependencies of that.
+            The function, or ``None`` if futures or handles are bound to it. Such a callable must be
+            pickled with each call, whose dependencies these futures and handles are.
 
         Raises:
             BaseException: Whatever pickling raises.
@@ -214,11 +219,11 @@ class FunctionTable:
         FunctionStats,
         Callable[[tuple[Any, ...], _Keywords, BlobStore, set[str]], Payload | Unfinished],
     ]:
-        """Say how to send calls of a callable that futures or handles are bound to.
+        """Prepare to send calls of a callable that futures or handles are bound to.
 
         Returns:
-            What of it is numbered after all, the kind of task, and what pickles the rest of it with
-            the arguments of a call.
+            The part of the callable that is numbered, or ``None``; the statistics of its kind of
+            task; and a function that pickles the rest with the arguments of a call.
 
         Raises:
             BaseException: Whatever pickling raises.
@@ -247,9 +252,9 @@ class FunctionTable:
         """Pickle a call.
 
         Returns:
-            The function if it is numbered, the kind of task, and the payload: of the arguments, or
-            where the function is ``None`` of callable and arguments together; unfinished if there
-            are futures in it.
+            The function, or ``None`` if it is not numbered; the statistics of its kind of task; and
+            the payload. The payload has the arguments, and the callable too if the function is
+            ``None``. It is ``Unfinished`` if there are futures in it.
 
         Raises:
             BaseException: Whatever pickling raises.
@@ -260,7 +265,7 @@ class FunctionTable:
         if function is None and type(fn) is FunctionType:
             uses: set[str] = set()
             pickled = _payload.dumps(fn, self._store, uses)
-            # A handle in its closure stays one; among arguments it would be its value.
+            # A handle in a closure stays a handle; among arguments it would become its value.
             if (
                 isinstance(pickled, Composed)
                 or len(pickled) >= _NUMBERED_FROM
@@ -274,7 +279,8 @@ class FunctionTable:
                 function = self.extended(function, names)
                 assert function is not None
             return function, function.stats, payload
-        # Together, so that what a method's object and the arguments share stays shared.
+        # Callable and arguments are pickled together, so that an object which both a method's
+        # object and the arguments refer to stays one object.
         payload = _payload.dumps_call(fn, args, kwargs, self._store, names)
         return self.extended(None, names), self._kind(fn), payload
 
@@ -294,13 +300,13 @@ class FunctionTable:
         return None
 
     def _remember(self, fn: Callable[..., Any]) -> Function | None:
-        """Keep the pickle of a callable if it will stay true."""
+        """Keep the pickle of a callable if it is known to stay correct."""
         kind = type(fn)
         if kind not in _UNBOUND:
             return None
         code = getattr(fn, "__code__", None)
         if code is not None and self._unstable.get(code, 0) > 3:
-            return None  # looked at often enough
+            return None  # functions of this code were found unstable several times
         by_value = cloudpickle.list_registry_pickle_by_value()
         fingerprint: Fingerprint | None = None
         names: set[str] = set()
@@ -309,14 +315,14 @@ class FunctionTable:
         elif lookup(fn) is fn and not travels_by_value(fn.__module__, by_value):
             pickled = _payload.dumps(fn, self._store)
             if isinstance(pickled, Composed) or pickled != _plain(fn):
-                return None  # by value, although it can be imported
+                return None  # it is pickled by value, although it can be imported
         elif kind is FunctionType:
             try:
                 fingerprint = Fingerprint(fn, by_value)  # type: ignore[arg-type]
             except BaseException as exc:
                 if is_interrupt(exc):
                     raise
-                # It may change, or what it refers to cannot even be looked at.
+                # It may change, or reading an object that it refers to has failed.
                 if len(self._unstable) > _KINDS_KEPT:
                     self._unstable.clear()
                 if code is not None:
@@ -326,17 +332,17 @@ class FunctionTable:
         else:
             return None
         if len(pickled) > _REMEMBERED_BYTES:
-            return None  # not worth keeping its closure alive
+            return None  # too large to keep its closure alive
         function = self._number(fn, pickled, names)
         self._keep(fn, function, fingerprint, by_value)
         return function
 
     def _is_current(self, function: Function) -> bool:
-        """Whether the globals of the script that a function uses are as they were sent."""
+        """Return whether the script's globals that a function uses are unchanged since sent."""
         return not function.uses or self._needs(function.uses, new=False) == function.needs
 
     def _renewed(self, fn: Callable[..., Any], function: Function) -> Function:
-        """Return a function that has the globals of the script as they are now."""
+        """Return a function that needs the script's globals as they are now."""
         new = self._number(fn, function.pickle, function.uses)
         _, _, fingerprint, by_value = self._known[id(fn)]
         self._keep(fn, new, fingerprint, by_value)
@@ -344,7 +350,7 @@ class FunctionTable:
 
     def _keep(self, fn: Any, function: Function, fingerprint: Any, by_value: Any) -> None:
         with self._lock:
-            # The table holds the callable, so that its id names nothing else.
+            # The table refers to the callable, so that no other object can get the same id.
             self._known[id(fn)] = (fn, function, fingerprint, by_value)
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
@@ -353,7 +359,7 @@ class FunctionTable:
         self, fn: Callable[..., Any], pickled: Payload, names: Iterable[str], *, fresh: bool = False
     ) -> Function:
         function = self._numbered(pickled, names, fresh=fresh, new=not fresh)
-        # All functions of one code share what is known of their run time.
+        # All functions with the same code object share their statistics.
         function.stats = self._kind(fn)
         return function
 
@@ -363,7 +369,7 @@ class FunctionTable:
         names = frozenset(names)
         needs = self._needs(names, new=new)
         digest = hashlib.sha256(b"fresh" if fresh else b"")
-        # A head names blobs, and the same content has the same number for as long as it lives.
+        # A head names blobs by number; equal content has the same number while it is stored.
         digest.update(pickled if isinstance(pickled, bytes) else pickled.head)
         digest.update(repr([each.number for each in needs]).encode())
         sha256 = digest.digest()

@@ -1,10 +1,10 @@
-"""The future of one task: the standard library's, at a third of its memory.
+"""The future of one task: the standard library's future with a third of its memory.
 
-``concurrent.futures.Future`` builds a Condition and three containers when it is made, about
-1.4 KiB before there is any work in it. This subclass makes them when somebody waits, and keeps the
-result as the bytes that arrived until somebody asks, so that no user code runs on the thread that
-serves the network. ``concurrent.futures.wait()``, ``as_completed()`` and asyncio reach into the
-private attributes of futures; those are all here, under their names.
+``concurrent.futures.Future`` makes a Condition and three containers, about 1.4 KiB, when it is
+made. This subclass makes them only when a thread waits for the future. It keeps the result as the
+bytes that arrived until the program asks for it, so no user code runs on the thread that serves the
+network. ``concurrent.futures.wait()``, ``as_completed()`` and asyncio use private attributes of
+futures; this class has all of them under the same names.
 """
 
 from __future__ import annotations
@@ -31,25 +31,26 @@ _DONE = frozenset({CANCELLED_AND_NOTIFIED, FINISHED})
 
 
 class Owner(Protocol):
-    """Whoever has a future's task run."""
+    """The executor or graph that runs a future's task."""
 
     def withheld(self, future: BatchFuture[Any]) -> AbstractContextManager[bool]:
-        """Have the task back if it was sent to a worker and has not begun; wait to know.
+        """Take the task back if it was sent to a worker and has not begun; wait for the answer.
 
         Returns:
-            Whether no worker has it; inside, none is sent it. False: one may have begun to run it.
+            A context in which the task is not sent to any worker. Its value is whether no worker
+            has the task; False means that a worker may have begun to run it.
         """
 
     def cancelled(self, future: BatchFuture[Any], was_running: bool) -> None:
-        """The future was cancelled by its user."""
+        """Take note that the user cancelled the future."""
 
 
 class BatchFuture(Future[T]):
-    """What ``BatchExecutor.submit()`` returns: the standard library's future, and a few more facts.
+    """What ``BatchExecutor.submit()`` returns: the standard library's future with some extensions.
 
     All methods of the standard library's class behave as documented there. In addition a task can
-    be cancelled while it runs (``cancel(running=True)``), and a future that is done tells where and
-    how long it ran.
+    be cancelled while it runs (``cancel(running=True)``), and a future that is done has attributes
+    that say where and how long its task ran.
     """
 
     __slots__ = (
@@ -73,27 +74,27 @@ class BatchFuture(Future[T]):
     )
 
     _label = ""
-    """The name of the stage that it stands for, in a graph: set on few, so not in a slot."""
+    """The name of its stage, if it belongs to a graph; few futures have one, so it is not among the
+    ``__slots__``."""
     _journaled: Any = None
-    """What its call is in the journal, if there is one."""
+    """The journal's record of its call, if there is a journal."""
     _resumed = False
-    """Whether its result came from there."""
+    """Whether its result came from the journal."""
     _has_result = False
-    """Whether it is known to have a result, which need not be unpickled for that; by graphs."""
+    """Whether it is known to have a result, which is not unpickled for that; graphs set this."""
     if TYPE_CHECKING:
         _number: int
         _ended: tuple[float, float, str]
         _released: tuple[float, float, str]
     _notes: Any = None
-    """What happened to its task beyond the usual; see ``cloudexec._server.story``. So are
-    ``_number``, ``_ended`` and ``_released``, slots that are empty until there is something to
-    say."""
+    """Unusual events of its task; see ``cloudexec._server.story``. ``_number``, ``_ended`` and
+    ``_released`` serve the same purpose, and are unset until such an event happens."""
     _on_end: Callable[[BatchFuture[Any], bool], None] | None = None
-    """Called on the loop thread with the outcome of its task, and whether that is a result; by
-    graphs."""
+    """Called on the loop thread with the future and whether its task returned a result; graphs set
+    this."""
 
     def __init__(self, owner: Owner | None = None) -> None:
-        # The base class's __init__ is left out on purpose: it would make what this class avoids.
+        # The base class's __init__ is not called, as it makes the objects that this class avoids.
         self._lock = threading.RLock()
         self._state = PENDING
         self._result: Any = None
@@ -109,7 +110,7 @@ class BatchFuture(Future[T]):
         self._output = ""
         self._attempts = 0
 
-    # What wait(), as_completed() and asyncio reach for.
+    # Private attributes that wait(), as_completed() and asyncio use.
 
     if TYPE_CHECKING:
         _condition: threading.Condition
@@ -134,7 +135,7 @@ class BatchFuture(Future[T]):
             return self._done_callbacks_made
 
     def _get_snapshot(self) -> tuple[bool, bool, Any, BaseException | None]:
-        """Python 3.14's asyncio reads a future's outcome through this, in one go."""
+        """Return the whole outcome at once, for the asyncio of Python 3.14."""
         state = self._state
         if state == FINISHED:
             self._settle()
@@ -158,7 +159,7 @@ class BatchFuture(Future[T]):
 
     @property
     def worker_id(self) -> str | None:
-        """The worker that ran the last attempt, or ``None`` as long as none did."""
+        """The worker that ran the last attempt, or ``None`` if no worker has run one yet."""
         return self._worker_id
 
     @property
@@ -168,7 +169,7 @@ class BatchFuture(Future[T]):
 
     @property
     def attempts(self) -> int:
-        """Attempts that were begun, the lost ones included; 0 until the task is done."""
+        """Number of attempts that began, including lost ones; 0 until the task is done."""
         return self._attempts
 
     @property
@@ -199,7 +200,7 @@ class BatchFuture(Future[T]):
             try:
                 raise self._exception
             finally:
-                # Break the cycle of the traceback with this frame.
+                # The traceback refers to this frame; without this there would be a cycle.
                 self = None  # type: ignore[assignment]
         return self._result  # type: ignore[no-any-return]
 
@@ -229,7 +230,7 @@ class BatchFuture(Future[T]):
                 raise FutureTimeoutError()
 
     def _settle(self) -> None:
-        """Turn the bytes that arrived into the result, once, in the thread of whoever asks."""
+        """Unpickle the result once, in the thread that first asks for it."""
         with self._lock:
             decode = self._decode
             if decode is not None:
@@ -242,12 +243,13 @@ class BatchFuture(Future[T]):
         """Cancel the task unless it has begun to run.
 
         Args:
-            running: Cancel it although it runs: the process that runs it is killed and replaced.
-                (An extension; the standard library cannot do this.)
+            running: Whether to cancel a task that runs, too: its process is killed and replaced.
+                (This is an extension; the standard library cannot do it.)
 
         Returns:
-            False if the task is running (and ``running`` is false) or has finished, else True. Also
-            False if it was sent to a worker that does not say within a second whether it has begun.
+            False if the task is running (and ``running`` is false) or has finished, otherwise True.
+            Also False if the task was sent to a worker that does not answer within a second whether
+            the task has begun.
         """
         owner = self._owner
         if owner is None or running or self._state != PENDING:
@@ -272,7 +274,7 @@ class BatchFuture(Future[T]):
         return True
 
     def set_running_or_notify_cancel(self) -> bool:
-        """Mark the future as running; return False if it was cancelled. For executors."""
+        """Mark the future as running, or return False if it is cancelled; for executors only."""
         with self._lock:
             if self._state == CANCELLED_AND_NOTIFIED:
                 return False
@@ -282,11 +284,11 @@ class BatchFuture(Future[T]):
             return True
 
     def set_result(self, result: T) -> None:
-        """Set the result and wake whoever waits. For executors and tests."""
+        """Set the result and wake all waiting threads. Only executors and tests call this."""
         self._set(result, None)
 
     def set_exception(self, exception: BaseException | None) -> None:
-        """Set the exception and wake whoever waits. For executors and tests."""
+        """Set the exception and wake all waiting threads. Only executors and tests call this."""
         self._set(None, exception)
 
     def _set(self, result: Any, exception: BaseException | None) -> None:
@@ -302,12 +304,12 @@ class BatchFuture(Future[T]):
         *,
         failed: bool = False,
     ) -> bool:
-        """Give the future its one outcome; False if it has one already. Runs no callback.
+        """Set the outcome without running callbacks; return False if the future has an outcome.
 
         Args:
-            result: The result, or whatever ``decode`` makes it from.
+            result: The result, or the bytes from which ``decode`` makes it.
             exception: The exception, or ``None``.
-            decode: Called with this future, under its lock, when the outcome is first asked for.
+            decode: Called with this future, under its lock, when the outcome is first needed.
             failed: Whether ``decode`` will set an exception.
         """
         with self._lock:
@@ -329,13 +331,14 @@ class BatchFuture(Future[T]):
             self._condition_made.notify_all()
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
-        """Call ``fn`` with this future when it is done; at once if it is.
+        """Call ``fn`` with this future when it is done, or at once if it is done already.
 
-        Callbacks run in a thread of the executor's own, one at a time in the order in which tasks
-        finish, or in the thread that cancels. They may submit and may block: they hold up other
-        callbacks, never the executor. What they raise is logged; in a thread of the program's own
-        ``SystemExit`` and ``KeyboardInterrupt`` go on from there, as in the standard library. A
-        child that one of them forks ends with the callback, with the code of its ``sys.exit()``.
+        Callbacks run in a thread of the executor, one at a time in the order in which tasks finish,
+        or in the thread that cancels the future. They may submit tasks and may block; a callback
+        that blocks delays other callbacks, but not the executor. An exception of a callback is
+        logged. ``SystemExit`` and ``KeyboardInterrupt`` are raised again if the callback runs in a
+        thread of the program, as in the standard library. If a callback forks, the child process
+        ends when the callback ends, with the exit code of its ``sys.exit()``.
         """
         with self._lock:
             if self._state not in _DONE:
@@ -362,7 +365,7 @@ class BatchFuture(Future[T]):
                 raise
             from cloudexec._log import Log
 
-            # The standard library's own logger and words, for those who look for them.
+            # The logger and the message are those of the standard library.
             Log("concurrent.futures").log_exception(
                 "exception calling callback for %r", self, exc=exc
             )
@@ -370,7 +373,7 @@ class BatchFuture(Future[T]):
     def __repr__(self) -> str:
         state = self._state.lower().replace("cancelled_and_notified", "cancelled")
         if self._state == FINISHED and type(self._result) is bytes and self._decode is not None:
-            self.exception()  # a small outcome that nobody has asked for yet
+            self.exception()  # unpickles a small outcome that was not asked for yet
         if self._state == FINISHED and self._decode is None:
             outcome = self._exception if self._exception is not None else self._result
             verb = "raised" if self._exception is not None else "returned"

@@ -1,10 +1,9 @@
-"""The worker's end of dependencies: results of other calls, put in the place of their futures.
+"""Replaces futures among the arguments of a call by the results of their calls, in a worker.
 
-A call that takes futures is pickled when it is submitted, with a placeholder for each of them.
-When their results have come, the client writes a few opcodes in front of that pickle, which call
-``hold()`` with the results as the bytes that they arrived in; unpickling a placeholder calls
-``take()``. So the client neither decodes a result nor encodes it again, and pickles no argument
-twice.
+A call that takes futures is pickled when it is submitted, with a placeholder for each future. When
+the results have arrived, the client writes a few opcodes in front of that pickle. They call
+``hold()`` with the bytes of the results, and unpickling a placeholder calls ``take()``. So the
+client neither unpickles a result nor pickles it again, and it pickles no argument twice.
 """
 
 from __future__ import annotations
@@ -17,21 +16,23 @@ from cloudexec._records import load_nested
 __all__ = ["hold", "same", "set_state", "take", "writeable"]
 
 _loads = pickle.loads
-_held: list[Any] = []  # of the call that is being unpickled; a slot unpickles one at a time
+# The results for the call that is being unpickled; a slot unpickles one call at a time.
+_held: list[Any] = []
 
 
 def hold(*pickled: Any) -> None:
-    """Keep the results that the call behind this one in the stream is about to ask for.
+    """Keep the results for the call that is unpickled next.
 
     Args:
-        *pickled: Of each result its pickle, or a tuple of its head, the numbers of the blobs that
-            this refers to, and their contents.
+        *pickled: For each result its pickle, or a tuple of its head, the numbers of the blobs
+        (large
+            parts) that the head refers to, and their contents.
     """
     _held[:] = pickled
 
 
 def take(index: int) -> Any:
-    """Unpickle one of the results; each is asked for once, the pickler sees to that."""
+    """Unpickle one of the results; the pickler makes sure that each is taken only once."""
     pickled, _held[index] = _held[index], None
     if type(pickled) is tuple:
         return load_nested(pickled[0], pickled[1], pickled[2:])
@@ -39,7 +40,7 @@ def take(index: int) -> Any:
 
 
 def writeable(buffer: Any, dtype: Any, shape: tuple[int, ...], order: str) -> Any:
-    """Make an array over a buffer that came read-only, and is nobody else's."""
+    """Make a writeable array over a buffer that arrived read-only and is used by nothing else."""
     import numpy
 
     if type(buffer) is memoryview and buffer.readonly:
@@ -51,11 +52,11 @@ def writeable(buffer: Any, dtype: Any, shape: tuple[int, ...], order: str) -> An
 
 
 def set_state(made: Any, state: tuple[Any, tuple[Any, Any], Any]) -> None:
-    """Give a function, or a class, that came by value what it refers to."""
+    """Set the state of a function or class that was pickled by value."""
     _, (set_of_its_kind, content), _ = state
     set_of_its_kind(made, content)
 
 
 def same(value: Any) -> Any:
-    """Stand for the value of a future that was done, and read, when it was submitted."""
+    """Return the value of a future that was done and unpickled when the call was submitted."""
     return value

@@ -1,4 +1,4 @@
-"""Loggers whose handlers, which are the program's own, cannot end the threads that log."""
+"""Loggers that never raise, so that a failing handler cannot end the thread that logs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ __all__ = ["Log"]
 class Log(_Adapter):
     """A logger that raises nothing, whatever its handlers and filters raise.
 
-    Much is logged on the thread that serves the network, in the middle of something.
+    Most messages are logged on the thread that serves the network, where an exception would leave
+    the state half changed.
 
     Args:
         name: The logger's name.
@@ -33,13 +34,13 @@ class Log(_Adapter):
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
-        """Leave everything as it is; the base class would replace ``extra``."""
+        """Return the arguments unchanged; the base class would replace ``extra``."""
         return msg, kwargs
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log a message; other methods call this one."""
+        """Log a message; all other methods call this one."""
         try:
-            # Said to come from whoever called the method that called this one.
+            # The record names the caller of the method that called this one.
             self.logger.log(level, msg, *args, stacklevel=2, **kwargs)
             end_if_forked()
         except BaseException as exc:
@@ -51,7 +52,7 @@ class Log(_Adapter):
     def log_exception(
         self, message: str, *args: object, exc: BaseException, level: int = logging.ERROR
     ) -> None:
-        """Log a message with an exception, which need not be one that can be formatted."""
+        """Log a message with an exception, even if ``traceback`` cannot format the exception."""
         tb = traceback_of(exc)
         try:
             self.logger.log(level, message, *args, exc_info=(type(exc), exc, tb), stacklevel=2)
@@ -61,16 +62,16 @@ class Log(_Adapter):
             end_if_forked(why)
             if is_interrupt(why):
                 raise
-        # Was it the exception that raised, and not a handler?
+        # The exception itself may have raised, and not a handler: format it safely and try again.
         self.log(level, message + "\n%s", *args, format_exception(exc, tb))
 
 
 def _tell(exc: BaseException, message: object) -> None:
-    """Say on standard error that a message was not logged, as ``logging`` does."""
+    """Print to standard error that a message could not be logged, as ``logging`` does."""
     if not logging.raiseExceptions:
         return
     try:
         trace = format_exception(exc, traceback_of(exc))
         print(f"--- Logging error ---\n{trace}Message: {message!r}", file=sys.stderr)
     except BaseException:
-        pass  # there is nobody to tell
+        pass  # standard error does not work, either

@@ -1,9 +1,9 @@
-"""What tasks log reaches the handlers of the client, as it does where processes are forked.
+"""Sends the log records of tasks to the handlers of the client, as in a forked process pool.
 
-A logger that has handlers there has one here that sends the record on, as JSON, among what the task
-prints; levels are those of the client when the worker started. Nothing is added to a record on its
-way but which worker and task it comes from. A task, or an initializer, that sets up handlers of its
-own has these as well.
+For each logger that has handlers in the client, the worker's logger of that name has one that sends
+the record to the client as JSON, with the output of the task. The levels are those that the client
+had when the worker started. The client adds only the worker and the task to a record. A task or an
+initializer may set up more handlers in the worker.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 __all__ = ["LOG_STREAM", "inherit", "line_of", "state_of_logging"]
 
 LOG_STREAM = 3
-"""Beside 1 and 2, standard output and error."""
+"""Number of the stream of log records; 1 and 2 are standard output and standard error."""
 _MOST_TEXT = 64 * 1024
 _formatter = logging.Formatter()
 
@@ -25,17 +25,18 @@ class Forwarder(logging.Handler):
     """Sends records to the client.
 
     Args:
-        send: Takes a record as JSON; false: this is a process that the task has forked, which
-            cannot.
+        send: Sends a record that is given as JSON. It returns False in a process that the task has
+            forked, which cannot send.
     """
 
     def __init__(self, send: Callable[[bytes], bool], level: int) -> None:
         super().__init__(level)
         self._send = send
-        self._last: Any = None  # several loggers above one another may have this handler
+        # A record passes here again if a parent logger has this handler, too.
+        self._last: Any = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send one record, once."""
+        """Send a record unless it is the one that was sent last."""
         if record.__dict__.get("_sent_by") == id(self):
             return
         try:
@@ -57,7 +58,7 @@ _last_resort = logging.lastResort
 
 
 def state_of_logging() -> dict[str, Any]:
-    """Return what ``logging`` in workers has to know of this process, as plain values."""
+    """Return the state of ``logging`` in this process that workers take over, as plain values."""
     manager = logging.root.manager
     loggers = {"": logging.root, **manager.loggerDict}
     return {
@@ -77,11 +78,11 @@ def state_of_logging() -> dict[str, Any]:
 
 
 def inherit(state: Mapping[str, Any], send: Callable[[bytes], bool]) -> None:
-    """Set up ``logging`` in a slot.
+    """Set up ``logging`` in a slot, the process that runs tasks.
 
     Args:
-        state: The client's: see ``state_of_logging()``.
-        send: See ``Forwarder``.
+        state: The client's state, from ``state_of_logging()``.
+        send: Sends a record; see ``Forwarder``.
     """
     forwarder = Forwarder(send, logging.NOTSET)
     logging.disable(state["disable"])
@@ -95,9 +96,9 @@ def inherit(state: Mapping[str, Any], send: Callable[[bytes], bool]) -> None:
 
 
 def line_of(data: bytes) -> bytes:
-    """Return a record as a line of text, for the end of a failed task's output."""
+    """Return a record as a line of text, for the output that the error of a task shows."""
     try:
         fields = json.loads(data)
         return f"{fields['levelname']}:{fields['name']}:{fields['msg']}\n".encode()
     except (ValueError, KeyError, TypeError):
-        return b""  # a task has sent it by other means than this
+        return b""  # it is no record of ``Forwarder``

@@ -1,6 +1,6 @@
-"""The script, ``__main__``: which objects travel as a name in it, and what shares its globals.
+"""The script ``__main__``: which objects are pickled as a name in it, and how its classes are made.
 
-In a process that runs tasks it is a mirror of the client's: see ``worker/main_module.py``.
+The process that runs tasks has a copy of the client's script; see ``worker/main_module.py``.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ __all__ = [
 ]
 
 NAMED = frozenset({FunctionType, type, type(functools.lru_cache(len))})
-"""Types of what a module defines under the name that it knows itself; and all classes."""
+"""Types of objects that know the name under which a module defines them; classes do so, too."""
 _LOOKED_AT = 10_000
 NAMES = frozenset({"__main__", "__mp_main__"})
-"""What the script is called, also in a process that ``multiprocessing`` has spawned from it."""
+"""Names of the script's module, in a program and in a process that ``multiprocessing`` spawned."""
 _ABSENT = object()
 
 
@@ -51,7 +51,7 @@ def namespace() -> dict[str, Any]:
 
 
 def name_of(obj: Any) -> str | None:
-    """Return the name that a function or class has in the script; ``None``: it has none there."""
+    """Return the name of a function or class among the script's globals, or ``None``."""
     try:
         name, module = obj.__qualname__, obj.__module__
     except Exception:
@@ -82,11 +82,12 @@ def make_class(
     tracker: Any,
     extra: Any,
 ) -> type:
-    """Make a class by value, to be filled, as cloudpickle does, but not as if it were defined anew.
+    """Make an empty class for a pickle by value, without running the hooks of a class definition.
 
-    What ``__init_subclass__`` and metaclasses of the script have done when it was defined travels
-    with the class and with what they have changed. Done once more, a class would be registered
-    twice, and they may ask for keywords that nobody knows any more.
+    cloudpickle makes such classes as if they were defined anew. Here ``__init_subclass__`` and
+    metaclasses of the script do not run, as the effects that they had in the client are pickled
+    with the class and with the objects that they changed. If they ran again, a class would be
+    registered twice, and keyword arguments of the definition would be missing.
     """
     track = cloudpickle.cloudpickle
     known = track._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker)
@@ -117,7 +118,7 @@ def make_enum(
     tracker: Any,
     extra: Any,
 ) -> type:
-    """Make an enum by value, to be filled, with members as they are, however they were made."""
+    """Make an empty enum for a pickle by value, with its members' values but no member's state."""
     track = cloudpickle.cloudpickle
     known = track._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker)
     if known is not None:
@@ -140,18 +141,18 @@ def make_enum(
         content[key] = enum.member(each)
     with _no_hooks(bases):
         made = maker.__new__(meta, name, bases, content)
-    for each in ("__init__", "__new_member__"):  # what it has of its own is set afterwards
+    for each in ("__init__", "__new_member__"):  # the enum's own attributes are set afterwards
         if each in vars(made):
             type.__delattr__(made, each)
     return track._lookup_class_or_track(tracker, made)  # type: ignore[no-any-return]
 
 
 _filled: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
-"""What classes have come with, by their own names."""
+"""Names of the attributes that each class was last filled with."""
 
 
 def fill_class(made: type, state: tuple[dict[str, Any], Any]) -> None:
-    """Give a class what is in it, and take away what is no longer."""
+    """Set the attributes of a class, and delete those that it no longer has."""
     names = frozenset(state[0])
     for name in _filled.get(made, names) - names:
         if name in vars(made):
@@ -161,7 +162,7 @@ def fill_class(made: type, state: tuple[dict[str, Any], Any]) -> None:
 
 
 def fill_enum(made: Any, state: tuple[Any, dict[str, dict[str, Any]]]) -> None:
-    """Give an enum what is in it, and its members their attributes."""
+    """Set the attributes of an enum and of its members."""
     content, attributes = state
     cloudpickle.cloudpickle._class_setstate(made, content)
     for name, found in attributes.items():
@@ -169,13 +170,13 @@ def fill_enum(made: Any, state: tuple[Any, dict[str, dict[str, Any]]]) -> None:
 
 
 def _maker(meta: type) -> type:
-    """Return what makes classes of a metaclass, without what the script has added."""
+    """Return the nearest base of a metaclass that the script has not defined."""
     return next(each for each in meta.__mro__ if each.__module__ not in NAMES)
 
 
 @contextlib.contextmanager
 def _no_hooks(bases: tuple[type, ...]) -> Iterator[None]:
-    """Make the script's ``__init_subclass__`` do nothing while a class is made."""
+    """Disable the script's ``__init_subclass__`` while a class is made."""
     hooks = {
         each: vars(each)["__init_subclass__"]
         for base in bases
@@ -199,12 +200,12 @@ def _passed_on(cls: type) -> Any:
 
 
 class Again:
-    """Globals of the script that are taken from it by running it once more, in another process.
+    """Globals that a process that runs tasks gets by running the script there once more.
 
     Args:
-        way: ``"path"`` or ``"module"``.
-        where: Which it is.
-        kinds: The names of the globals, with what class each is of in the client.
+        way: How to run the script: ``"path"`` or ``"module"``.
+        where: The path, or the module's name.
+        kinds: The name of each global, with the class that its value has in the client.
     """
 
     def __init__(self, way: str, where: str, kinds: dict[str, str]) -> None:
@@ -225,23 +226,22 @@ def _take_again(way: str, where: str, kinds: dict[str, str]) -> dict[str, Any]:
     for name, kind in kinds.items():
         if name not in found or (found[name] is None and kind != "builtins.NoneType"):
             raise PayloadError(
-                f"global {name} cannot be sent ({kind}), and the script makes it only where it "
-                f"runs as the program: open it in an initializer, or make it above "
-                f"if __name__ == '__main__':"
+                f"global {name} cannot be sent ({kind}), and the script makes it only when it runs "
+                f"as the program: make it in an initializer, or above if __name__ == '__main__':"
             )
     taken = {name: found[name] for name in kinds}
     for each, cls in instances_in(taken):
         mine: Any = sys.modules["__main__"]
         for part in cls.__qualname__.split("."):
             mine = getattr(mine, part, None)
-        # Of the class that tasks know, whose functions share their globals.
+        # Give the object the class that tasks know, whose functions use the same globals as tasks.
         with contextlib.suppress(TypeError, AttributeError):
             each.__class__ = mine
     return taken
 
 
 def instances_in(value: Any) -> Iterator[tuple[Any, type]]:
-    """Give the objects of the script's classes in what only the script can make."""
+    """Yield instances of the script's classes in a value that only the script can make."""
     seen: set[int] = set()
     waiting = [value]
     while waiting and len(seen) < _LOOKED_AT:
@@ -261,10 +261,13 @@ def instances_in(value: Any) -> Iterator[tuple[Any, type]]:
 
 @functools.cache
 def way_to_script() -> tuple[tuple[str, str] | None, str]:
-    """Say how another process on this machine can run the script up to its guard.
+    """Return how another process on this machine can run the script up to its guard.
+
+    The guard is the line ``if __name__ == "__main__":``.
 
     Returns:
-        The way and where it leads, or ``None``; then, why not, if the user can change that.
+        The way and the path or module name for ``Again``, or ``None``; and if it is ``None``, the
+        reason, if the user can change it.
     """
     names = namespace()
     path, spec = names.get("__file__"), names.get("__spec__")

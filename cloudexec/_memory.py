@@ -1,4 +1,4 @@
-"""Memory: where an object's bytes are, and large pages for what is about to be filled."""
+"""Addresses of objects' bytes, and memory in large pages for buffers that will be filled."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _resize.argtypes = [ctypes.py_object, ctypes.c_ssize_t]
 
 
 def prefer_large_pages(buffer: Any) -> None:
-    """Say of memory that is about to be filled for the first time that large pages will do.
+    """Ask the system for large pages for memory that is about to be filled for the first time.
 
-    Where a system leaves that to programs, as most do, a large object is there twice as soon.
+    Most systems use large pages only if a program asks. They halve the time to fill a large object.
 
     Args:
-        buffer: Writeable or not yet seen by anybody; what is too small is left alone.
+        buffer: The memory, which is writeable or not yet in use. Small buffers are left alone.
     """
     view = memoryview(buffer)
     if _madvise is None or view.nbytes < _LARGE_PAGES_FROM:
@@ -31,14 +31,14 @@ def prefer_large_pages(buffer: Any) -> None:
     address = address_of(view)
     first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (address + view.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    _madvise(first, size, mmap.MADV_HUGEPAGE)  # it may refuse: then the pages are small
+    _madvise(first, size, mmap.MADV_HUGEPAGE)  # if the system refuses, the pages stay small
 
 
 def room_for(size: int) -> bytearray:
-    """Return a buffer that is about to be filled, all of it: what is in it now is anything."""
+    """Return a buffer with undefined content, all of which the caller must fill."""
     if not _LARGE_PAGES_FROM <= size <= sys.maxsize // 2:
-        return bytearray(size)  # which says so, of an absurd one
-    # Not bytearray(size): that writes zeros, so each page would be there already, a small one.
+        return bytearray(size)  # raises MemoryError if the size is absurd
+    # bytearray(size) would write zeros, and so make the system allocate small pages at once.
     room = bytearray()
     _resize(room, size)
     prefer_large_pages(room)
@@ -64,7 +64,7 @@ class _Buffer(ctypes.Structure):
 
 
 def address_of(data: bytes | memoryview) -> int:
-    """Return where the bytes are; they must be kept alive, and not be resized, meanwhile."""
+    """Return the address of the bytes, which is valid while they are alive and not resized."""
     buffer = _Buffer()
     ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), ctypes.byref(buffer), 0)
     try:

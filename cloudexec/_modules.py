@@ -1,7 +1,7 @@
-"""The user's own modules, sent along to workers on other machines.
+"""Finds the user's own modules and packs them into a zip archive for workers on other machines.
 
-What is installed there is part of the worker's image; what is not, and was imported here, is source
-on this machine: scripts' neighbours, packages under development. It travels as a zip archive.
+Installed modules are part of the worker's image. All other modules that were imported here, such as
+files next to the script and packages under development, are sent as source.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = [
 ]
 
 MODULES_LIMIT_BYTES = 64 * 1024 * 1024
-"""Most that is sent, before compression: beyond it, something was imported that is no source."""
+"""Most bytes that are sent, before compression; a larger amount is probably not source."""
 _FILE_LIMIT_BYTES = 4 * 1024 * 1024
-"""Larger files in a package are data, which a worker gets in another way."""
+"""Larger files in a package are taken for data and are not sent with the modules."""
 _SKIPPED = {"__pycache__", "node_modules", "venv", "env", "build", "dist"}
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def installed_directories() -> tuple[str, ...]:
-    """Return the directories whose modules an image has by installing them."""
+    """Return the directories of installed modules, which an image has, too."""
     paths = sysconfig.get_paths()
     found = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     found.update(
@@ -43,10 +43,10 @@ def installed_directories() -> tuple[str, ...]:
 
 
 def own_modules() -> list[str]:
-    """Return the names of the modules here that are the user's own, in the order of their imports.
+    """Return the names of the user's own imported modules, in the order of their imports.
 
-    Those are all that come from files which are neither installed nor part of Python or of this
-    package; not ``__main__``.
+    These are all modules from files that are neither installed nor part of Python or of this
+    package. ``__main__`` is left out.
     """
     installed = installed_directories()
     places: dict[str, bool] = {}
@@ -72,14 +72,15 @@ def own_modules() -> list[str]:
 def local_modules(only: Container[str] | None = None) -> dict[str, str]:
     """Find the files of modules that were imported and are not installed.
 
-    A package is taken whole, since its parts may be imported later; ``__main__`` travels with the
-    functions that are defined in it.
+    All files of a package are taken, since its modules may be imported later. ``__main__`` is left
+    out, as its functions and classes are pickled by value.
 
     Args:
-        only: Top-level names to take, wherever they are; ``None``: all that are not installed.
+        only: Top-level names to take, even installed ones; ``None`` takes all that are not
+            installed.
 
     Returns:
-        Name in the archive -> path.
+        The path of each file, by its name in the archive.
     """
     installed = installed_directories()
     files: dict[str, str] = {}
@@ -96,7 +97,7 @@ def local_modules(only: Container[str] | None = None) -> dict[str, str]:
         root = sys.modules.get(top)
         start = _source(root) if root is not None else None
         if start is None:
-            # Part of a namespace package: each module on its own.
+            # In a namespace package each module is taken by itself.
             files[_arcname(name, path)] = path
             continue
         seen.add(top)
@@ -139,7 +140,7 @@ def pack_modules(files: dict[str, str]) -> bytes:
     """Return a zip archive of files; the same files give the same bytes.
 
     Raises:
-        PayloadTooLargeError: If they are too much to be the source of modules.
+        PayloadTooLargeError: If the files have more than ``MODULES_LIMIT_BYTES`` together.
     """
     if not files:
         return b""
@@ -155,10 +156,10 @@ def pack_modules(files: dict[str, str]) -> bytes:
             total += len(data)
             if total > MODULES_LIMIT_BYTES:
                 raise PayloadTooLargeError(
-                    f"the modules that workers need from here are larger than "
-                    f"{MODULES_LIMIT_BYTES // 2**20} MiB, at {files[name]}: install them in the "
-                    f"image (`cloudexec image push --requirements`) and give modules=False, or "
-                    f"name those that are to be sent: modules=['mine']",
+                    f"the modules to be sent to workers have more than "
+                    f"{MODULES_LIMIT_BYTES // 2**20} MiB, counted up to {files[name]}: install "
+                    f"them in the image (`cloudexec image push --requirements`) and give "
+                    f"modules=False, or name the modules to be sent: modules=['mine']",
                     size_bytes=total,
                     limit_bytes=MODULES_LIMIT_BYTES,
                 )

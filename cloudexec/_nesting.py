@@ -1,7 +1,8 @@
-"""Where no executor may start: while a module is imported for a task, and too deep in others.
+"""Refuses executors that start while a module is imported for a task, or in deeply nested tasks.
 
-A script without a guard starts its executor when a worker imports it to find a function. That
-executor's workers would do the same, and theirs too, until the machine can take no more.
+A script without the guard ``if __name__ == "__main__":`` starts its executor when a worker imports
+the script to find a function. The workers of that executor would import it as well, and so on,
+until the machine has no memory left.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from cloudexec._errors import NestingError
 __all__ = ["DEPTH", "Loading", "check", "depth", "loading"]
 
 DEPTH = "CLOUDEXEC_DEPTH"
-"""The variable that tells a process how many executors it is inside of."""
+"""Environment variable with the number of executors that this process is nested in."""
 _MOST = 4
 
 
 class Loading:
-    """Whether this process loads something for a task, and what is imported for that.
+    """Whether this process unpickles for a task, and which modules are imported for that.
 
     Attributes:
-        active: Set while something is loaded; to be followed by ``ended()`` where there are
-            ``others``.
-        others: Threads that were there when the first module was imported; ``None``: none was.
+        active: True while this process unpickles. If ``others`` is not ``None``, ``ended()`` must
+            be called afterwards.
+        others: Threads that existed when the first module was imported; ``None`` if no module was.
     """
 
     def __init__(self) -> None:
@@ -38,11 +39,11 @@ class Loading:
         self._refused: dict[str, str] = {}
 
     def watch(self, who: str, caller: str) -> None:
-        """Take notice of what is imported while something is loaded.
+        """Watch the imports that happen while this process unpickles.
 
         Args:
-            who: Does that.
-            caller: The name of the module that does.
+            who: Name, for messages, of what unpickles.
+            caller: Name of the module that unpickles.
         """
         self._who, self._caller = who, caller
         self._refused.clear()
@@ -50,10 +51,10 @@ class Loading:
             sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        """Find no module; but one that has started an executor is not run again for each task.
+        """Find no module, but refuse to import a module again that has tried to start an executor.
 
         Raises:
-            NestingError: As it did then.
+            NestingError: If the module has tried so during an earlier import.
         """
         if self.active:
             if self.others is None:
@@ -62,20 +63,21 @@ class Loading:
                 raise NestingError(self._refused[name])
 
     def ended(self) -> None:
-        """What was loaded is there, or failed: threads that its modules have started go on."""
+        """Note that unpickling has ended; threads that the imported modules started may go on."""
         if self.others is not None:
             self._threads.update(set(threading.enumerate()) - self.others)
             self.others = None
 
     def check(self) -> None:
-        """Say no if a module that is imported for a task asks.
+        """Refuse an executor if a module that is imported for a task calls this.
 
         Raises:
-            NestingError: If so; it names the module.
+            NestingError: If such a module calls this; the message names the module.
         """
         if not (self.active or self._threads or self.others is not None):
             return
-        # Not the frame of this call: it would refer to itself, and keep what its callers have.
+        # ``frame`` must not stay the frame of this call: it would refer to itself, and so keep the
+        # callers' variables alive.
         frame: FrameType | None = sys._getframe(1)
         thread = threading.current_thread()
         if thread in self._threads or (self.others is not None and thread not in self.others):
@@ -93,8 +95,8 @@ class Loading:
         module = str(frame.f_globals.get("__name__"))
         self._refused[module] = (
             f"the module {module!r} ({frame.f_code.co_filename}) starts an executor while "
-            f"{self._who} imports it to find the function of a task: put that under "
-            f'`if __name__ == "__main__":`, or into a function that your program calls'
+            f"{self._who} imports it to find the function of a task: start the executor under "
+            f'`if __name__ == "__main__":`, or in a function that your program calls'
         )
         raise NestingError(self._refused[module])
 
@@ -103,21 +105,21 @@ loading = Loading()
 
 
 def depth() -> int:
-    """Return how many executors this process is inside of; 0: it is no task's."""
+    """Return the number of executors that this process is nested in; 0 outside of tasks."""
     found = os.environ.get(DEPTH, "")
     return int(found) if found.isdecimal() else 0
 
 
 def check() -> None:
-    """Say no if no executor may start here.
+    """Refuse an executor that must not start in this process.
 
     Raises:
-        NestingError: If so.
+        NestingError: If no executor may start here.
     """
     loading.check()
     if depth() >= _MOST:
         raise NestingError(
-            f"this is inside of a task of an executor inside of another one, {depth()} deep, and "
-            f"{_MOST} is the most ({DEPTH}): have the outer tasks return what is to be done, and "
-            f"submit that to the outermost executor"
+            f"this process runs a task inside {depth()} nested executors, and at most {_MOST} are "
+            f"allowed ({DEPTH}): have the outer tasks return the work to be done, and submit it to "
+            f"the outermost executor"
         )

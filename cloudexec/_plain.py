@@ -1,9 +1,9 @@
-"""Calls over a Unix socket, between a client and the workers that it has started on its machine.
+"""Remote calls over a Unix socket, between a client and the workers that it started on its machine.
 
-What gRPC does for workers elsewhere, without the time that it takes to import, its threads, and a
-third of a round trip. Each call has a connection of its own, on which frames go both ways: a kind,
-a length, and as many bytes. The side that calls begins with the method and the metadata; the other
-side ends with a status.
+Workers on other machines use gRPC. This module saves the time to import gRPC, its threads, and a
+third of a round trip. Each call has its own connection, on which both sides send frames. A frame
+has a kind, a length, and as many bytes as the length says. The caller's first frame has the method
+and the metadata, and the other side's last frame has the status.
 """
 
 from __future__ import annotations
@@ -21,29 +21,31 @@ from cloudexec._wire.channel import MAX_MESSAGE_BYTES
 __all__ = ["CALL", "METADATA", "STATUS", "Channel", "Frames"]
 
 CALL, MESSAGE, DONE, METADATA, STATUS = range(5)
-"""Kinds of frames: a call, a message, the end of one side's messages, and of the call."""
+"""Kinds of frames: a call, a message, the end of the caller's messages, metadata of the answer, and
+the status that ends the call."""
 _HEADER = struct.Struct("<BI")
 _MOST_UNREAD = 4 * 1024 * 1024
-"""Bytes of messages that may be waiting to be read before the other side has to wait."""
+"""Bytes of unread messages from which on the other side has to wait."""
 _LOST = "the connection was lost"
 
 Metadata = Sequence[tuple[str, Any]]
 
 
 class Frames(asyncio.Protocol):
-    """One connection: frames in, frames out.
+    """One connection, which sends and receives frames.
 
     Args:
-        on_made: Called once it is there.
+        on_made: Called when the connection has been made.
     """
 
     def __init__(self, on_made: Callable[[Frames], None] | None = None) -> None:
         self.transport: Any = None
         self.is_lost = False
         self.at_once: Callable[[bytes], bool] | None = None
-        """Takes a message as it comes, or says that it is to be read in its turn: this spares the
-        reader's task from being woken, and the loop a round."""
-        self._failure: Exception | None = None  # of taking a message as it came
+        """Called with each message when it arrives. It handles the message and returns True, or
+        returns False to leave it to ``receive()``. This saves a round of the event loop, as no task
+        has to be woken."""
+        self._failure: Exception | None = None  # what ``at_once`` raised
         self._on_made = on_made
         self._input = bytearray()
         self._frames: deque[tuple[int, bytes]] = deque()
@@ -100,7 +102,7 @@ class Frames(asyncio.Protocol):
         try:
             return self.at_once is not None and self.at_once(message)
         except Exception as exc:
-            # Part of it may have been done: it is not to be taken once more by whoever reads.
+            # The message may be half handled, so ``receive()`` must not return it.
             self.at_once, self._failure = None, exc
             self._wake_reader()
             return True
@@ -114,8 +116,8 @@ class Frames(asyncio.Protocol):
         """Return the next frame.
 
         Raises:
-            ConnectionError: If none will come.
-            Exception: Whatever taking a message as it came has raised.
+            ConnectionError: If the connection is lost and no frame is left.
+            Exception: The exception that ``at_once`` has raised.
         """
         while not self._frames or self._failure is not None:
             if self._failure is not None:
@@ -133,16 +135,16 @@ class Frames(asyncio.Protocol):
         return kind, data
 
     def send_now(self, message: bytes) -> None:
-        """Send a message; only where ``is_writable``."""
+        """Send a message; allowed only if ``is_writable``."""
         self.transport.write(_HEADER.pack(MESSAGE, len(message)) + message)
 
     @property
     def is_writable(self) -> bool:
-        """Whether the other side keeps up with what it is sent."""
+        """Whether the other side reads fast enough that a message can be sent now."""
         return self._room is None and not self.is_lost
 
     async def send(self, kind: int, data: bytes = b"") -> None:
-        """Send a frame; wait while the other side has too much to read.
+        """Send a frame, and wait while the other side has too many unread bytes.
 
         Raises:
             ConnectionError: If the connection is lost.
@@ -154,26 +156,26 @@ class Frames(asyncio.Protocol):
             await asyncio.shield(self._room)
 
     def close(self) -> None:
-        """Close the connection once what was sent is on its way."""
+        """Close the connection after all frames have been written to the socket."""
         if self.transport is not None:
             self.transport.close()
 
     def abort(self) -> None:
-        """Close the connection now."""
+        """Close the connection at once, and drop unsent frames."""
         if self.transport is not None:
             self.transport.abort()
 
 
 def pack_metadata(metadata: Metadata) -> bytes:
-    """Write metadata down: strings, and bytes under names that end in ``-bin``."""
+    """Encode metadata, whose values are strings, or bytes under names that end in ``-bin``."""
     return json.dumps({k: v.hex() if isinstance(v, bytes) else v for k, v in metadata}).encode()
 
 
 def unpack_metadata(data: bytes | str) -> dict[str, Any]:
-    """Read metadata.
+    """Decode metadata.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the data is no valid metadata.
     """
     found = json.loads(data)
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
@@ -182,10 +184,10 @@ def unpack_metadata(data: bytes | str) -> dict[str, Any]:
 
 
 class Channel:
-    """What ``grpc.aio.Channel`` is elsewhere.
+    """Begins calls; it takes the place of ``grpc.aio.Channel``.
 
     Args:
-        path: Of the socket.
+        path: Path of the socket.
     """
 
     def __init__(self, path: str) -> None:
@@ -196,7 +198,7 @@ class Channel:
     def stream_stream(
         self, method: str, request_serializer: Any, response_deserializer: Any
     ) -> Any:
-        """Return what begins calls of a method with messages in both directions."""
+        """Return a function that begins calls of a method with messages in both directions."""
 
         def call(metadata: Metadata = ()) -> _Call:
             return self._begin(method, metadata, request_serializer, response_deserializer)
@@ -206,7 +208,7 @@ class Channel:
     stream_unary = stream_stream
 
     def unary_stream(self, method: str, request_serializer: Any, response_deserializer: Any) -> Any:
-        """Return what begins calls of a method that take one message."""
+        """Return a function that begins calls of a method that takes one message."""
 
         def call(request: Any, metadata: Metadata = ()) -> _Call:
             begun = self._begin(method, metadata, request_serializer, response_deserializer)
@@ -227,7 +229,7 @@ class Channel:
         return call
 
     def abort(self) -> None:
-        """End all calls, without waiting for anything."""
+        """End all calls at once, without waiting."""
         self._is_closed = True
         for call in list(self._calls):
             call.cancel()
@@ -238,7 +240,7 @@ class Channel:
 
 
 class _Call:
-    """One call, from its side that began it."""
+    """One call, on the side that began it."""
 
     def __init__(self, path: str, method: str, metadata: Metadata, pack: Any, unpack: Any) -> None:
         self.request: Any = END
@@ -280,7 +282,7 @@ class _Call:
 
     @property
     def frames(self) -> Frames | None:
-        """The connection, once it is there."""
+        """The connection, or ``None`` if it has not been made yet."""
         return self._frames
 
     async def write(self, message: Any) -> None:
@@ -298,7 +300,7 @@ class _Call:
             raise CallError("UNAVAILABLE", str(exc)) from exc
 
     async def done_writing(self) -> None:
-        """Say that nothing more comes."""
+        """Tell the other side that no more messages come."""
         frames = await self._opened()
         try:
             await frames.send(DONE)
@@ -332,18 +334,18 @@ class _Call:
         raise CallError(*self._status)
 
     async def initial_metadata(self) -> list[tuple[str, Any]]:
-        """Wait for the first word of the other side."""
+        """Wait for the metadata that the other side sends first, and return it."""
         if not self._answered and self._last is END:
             self._last = await self.read()
         return list(self._answered.items())
 
     async def code(self) -> str:
-        """Return the name of the status, once the call has ended."""
+        """Wait for the end of the call and return the name of its status."""
         await self._outcome()
         return self._status[0] if self._status is not None else "UNKNOWN"
 
     async def details(self) -> str:
-        """Say why the call failed."""
+        """Wait for the end of the call and return the reason of its failure, as text."""
         await self._outcome()
         return self._status[1] if self._status is not None else ""
 
@@ -355,7 +357,7 @@ class _Call:
             pass
 
     async def _answer(self) -> Any:
-        """Return the only message."""
+        """Return the only message of the answer."""
         answer = self._last
         while (message := await self.read()) is not END:
             answer = answer if message is None else message
@@ -374,7 +376,7 @@ class _Call:
         return message
 
     def cancel(self) -> None:
-        """End the call; the other side learns of it."""
+        """End the call, which also closes its connection."""
         self.opening.cancel()
         self._end("CANCELLED", "cancelled here")
         if self._frames is not None:

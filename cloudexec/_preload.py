@@ -1,9 +1,9 @@
-"""Which modules workers on this machine are to import in advance: those that the script imports.
+"""Finds the modules that workers on this machine import in advance: those that the script imports.
 
-Looked up in the source of the script, of the module that the first function is from, and of the
-user's own modules that these import. What counts is what is installed and was imported here: the
-user's own modules may do anything when they are imported, so each process that runs tasks imports
-those by itself, when a task needs them.
+They are looked up in the source of the script, of the module of the first function, and of the
+user's own modules that these import. Only modules that are installed and were imported here are
+taken. The user's own modules may do anything when they are imported, so each process that runs
+tasks imports those when a task needs them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from cloudexec._modules import installed_directories
 __all__ = ["modules_of"]
 
 _MOST_SOURCE = 512 * 1024
-"""Bytes of source that are looked at: parsing takes some ten milliseconds per thousand lines."""
+"""Most bytes of source that are parsed, which takes some ten milliseconds per thousand lines."""
 _NEVER = {"cloudexec", "IPython", "ipykernel", "ipywidgets", "polars"}
-"""Packages that serve the client alone, or that start threads when they are imported: a worker
-would find that out by itself, and start over, which takes it as long as the import."""
+"""Packages that only the client uses, or that start threads when they are imported. A worker would
+notice the threads and start again without the package, which takes as long as the import."""
 
 
 def modules_of(fn: object) -> list[str]:
@@ -58,7 +58,7 @@ def modules_of(fn: object) -> list[str]:
         if room < 0:
             break
         names = _imported(source, module.__package__ or "") if source else _named(module)
-        # The first one is to be looked at first.
+        # The list is used from its end, so the first name must come last.
         waiting += reversed([each for each in names if each in sys.modules])
     return list(found)
 
@@ -72,7 +72,7 @@ def _module_of(fn: object) -> str:
                 break
         return str(getattr(fn, "__module__", None) or type(fn).__module__)
     except Exception:
-        return ""  # a proxy of something, for instance
+        return ""  # reading attributes may raise, for instance those of a proxy object
 
 
 def _is_installed(module: ModuleType, installed: tuple[str, ...]) -> bool:
@@ -86,7 +86,7 @@ def _source(module: ModuleType) -> str:
         name = module.__name__ if spec is None else spec.name
         return module.__loader__.get_source(name) or ""  # type: ignore[union-attr]
     except Exception:
-        return ""  # a notebook, or what was typed
+        return ""  # a notebook or an interactive session has no source
 
 
 def _imported(source: str, package: str) -> Iterator[str]:
@@ -107,8 +107,10 @@ def _imported(source: str, package: str) -> Iterator[str]:
 
 
 def _named(module: ModuleType) -> Iterator[str]:
-    """Return the modules that a module without source names: itself, or as those of its classes
-    and functions."""
+    """Yield the modules among a module's globals, and the modules of its classes and functions.
+
+    This serves for a module without source.
+    """
     for value in list(vars(module).values()):
         if isinstance(value, ModuleType):
             yield value.__name__

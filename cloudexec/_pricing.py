@@ -1,4 +1,4 @@
-"""What the runs of a worker cost, by the second."""
+"""Computes the cost of a worker's runs from a price per second."""
 
 from __future__ import annotations
 
@@ -13,51 +13,53 @@ _SHORTEST_RUN = 0.001
 
 
 def run_seconds(began: float, ended: float) -> float:
-    """Return how long a run took; never 0, as that would be one that never began and costs nothing.
+    """Return how many seconds a run took, but never 0, which stands for a run that never began.
 
-    Platforms count in milliseconds, within which a run may begin and end.
+    Platforms report milliseconds, so a short run may begin and end at the same reported time.
     """
     return max(_SHORTEST_RUN, ended - began)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerPrice:
-    """What one worker costs while it runs."""
+    """The price of one worker while it runs."""
 
     per_second: float
-    """USD."""
+    """USD per second."""
     least_seconds: float = 1.0
-    """What is paid for at least, each time a worker starts."""
+    """Seconds that are paid for each run at least."""
     assumed: bool = False
-    """Whether it is another region's price, for want of this one's."""
+    """Whether the price of another region is used because that of this region is not known."""
     estimated: bool = False
-    """Whether it moves with supply (Spot), or depends on what machine is chosen."""
+    """Whether the price changes with supply (Spot), or depends on the machine that is chosen."""
     table: str = ""
-    """Whose price it is and of when, for texts."""
+    """Source and date of the price, as text."""
     note: str = ""
-    """What else the price rests on, for texts."""
+    """Further assumptions behind the price, as text."""
 
     @property
     def per_hour(self) -> float:
-        """USD."""
+        """USD per hour."""
         return self.per_second * _HOUR
 
     @property
     def least(self) -> float:
-        """USD of the shortest run."""
+        """Cost of the shortest run, in USD."""
         return self.cost(self.least_seconds)
 
     def cost(self, seconds: float) -> float:
-        """Return what one run of so long costs, in USD.
+        """Return the cost of one run, in USD.
+
+        Seconds are rounded up, and at least ``least_seconds`` are counted.
 
         Args:
-            seconds: From the start of the image's download to the end. Nothing for a run that
-                never began; otherwise begun seconds count, and ``least_seconds`` of them at least.
+            seconds: Time from the start of the image's download to the end of the run; 0 for a run
+                that never began, which costs nothing.
         """
         if seconds <= 0:
             return 0.0
         return max(math.ceil(seconds), self.least_seconds) * self.per_second
 
     def cost_of(self, runs: Iterable[float]) -> float:
-        """Return what several runs cost together, in USD."""
+        """Return the total cost of several runs, in USD."""
         return math.fsum(self.cost(seconds) for seconds in runs)

@@ -1,4 +1,4 @@
-"""Progress bars over futures, drawn by rich."""
+"""Progress bars that count finished futures, drawn by the package rich."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = ["ProgressBar", "StageBars"]
 
 
 class ProgressBar:
-    """Counts futures as they finish, on standard error.
+    """Shows on standard error how many futures are done.
 
     Args:
-        total: How many there will be; ``None``: not known.
+        total: Number of futures that there will be; ``None`` if it is not known.
     """
 
     def __init__(self, total: int | None) -> None:
@@ -48,7 +48,7 @@ class ProgressBar:
         self._progress.start()
 
     def watch(self, futures: Iterable[BatchFuture[Any]]) -> None:
-        """Count these when they are done."""
+        """Count these futures when they are done."""
         for future in futures:
             future.add_done_callback(self._on_done)
 
@@ -61,16 +61,16 @@ class ProgressBar:
             self._progress.advance(self._bar)
 
     def close(self) -> None:
-        """Draw it for the last time."""
+        """Draw the bar for the last time."""
         self._progress.stop()
 
 
 class StageBars:
-    """Counts the calls of a graph as they finish: one bar for each stage, on standard error.
+    """Shows on standard error how many calls of a graph are done, with one bar for each stage.
 
     Args:
-        totals: Calls of each stage, by name.
-        done: Of these, how many need not be run.
+        totals: Number of calls of each stage, by its name.
+        done: Number of these calls that need not be run.
     """
 
     def __init__(self, totals: Mapping[str, int], done: Mapping[str, int]) -> None:
@@ -95,17 +95,18 @@ class StageBars:
         future.add_done_callback(partial(self._on_done, self._bars[stage]))
 
     def _on_done(self, bar: TaskID, future: BatchFuture[Any]) -> None:
-        # Not asked for its exception: that would unpickle what only other calls need. What never
-        # ran has one that was made here.
+        # ``future.exception()`` would unpickle a result that only other calls need. A call that
+        # never ran has a DependencyError, which was made here and needs no unpickling.
         if not future.cancelled() and not isinstance(future._exception, DependencyError):
             self._progress.advance(bar)
 
     def close(self, report: Iterable[StageReport], *, complete: bool) -> None:
-        """Draw them for the last time.
+        """Draw the bars for the last time.
 
         Args:
-            report: What each stage took.
-            complete: All calls are done: the last ones may not have been counted yet.
+            report: The times of each stage.
+            complete: Whether all calls are done. The last ones may not have been counted yet, and
+                are then counted here.
         """
         for stage in report:
             spent = f"{stage.seconds:.1f} s"

@@ -1,9 +1,16 @@
-"""How a large payload is laid out: records, which this reads.
+"""The format of a large payload, which is a sequence of records, and its reader.
 
-A head is a sequence of records: one byte of type, eight of length or of a blob's number
-(little-endian), then as many bytes. 0 is the next piece of the pickle, 1 the next out-of-band
-buffer (before the piece that refers to it), 2 the same but read-only, 3 ends the payload; 4, 5 and
-6 are like 0, 1 and 2, but the content is that of a blob; 7: all the records are in this blob.
+A payload is a pickled callable, arguments or result. A record has one byte of type, eight bytes
+(little-endian) with a length or with a blob's number, and then as many bytes as the length says. A
+blob is a large part that is stored separately under a number. A payload's head is its records
+without the contents of its blobs. The types of records are:
+
+- 0 is the next piece of the pickle.
+- 1 is the next out-of-band buffer; it stands before the piece of the pickle that refers to it.
+- 2 is such a buffer that is read-only.
+- 3 ends the payload.
+- 4, 5 and 6 are like 0, 1 and 2, but the content is that of a blob.
+- 7 says that a blob contains all the records.
 """
 
 from __future__ import annotations
@@ -40,7 +47,7 @@ IN_BAND_BLOB, BUFFER_BLOB, READONLY_BLOB, HEAD_BLOB = 4, 5, 6, 7
 END_RECORD = RECORD.pack(END, 0)
 _loads = pickle.loads
 _LARGE = 4 * 1024 * 1024
-"""Bytes below which ``_memory`` has nothing to do, and need not be imported."""
+"""Buffers of fewer bytes do not need ``_memory``, which is then not imported."""
 
 
 def _prefer_large_pages(buffer: Any) -> None:
@@ -50,32 +57,32 @@ def _prefer_large_pages(buffer: Any) -> None:
 
 
 class Source(Protocol):
-    """Where the content of one blob is to be had."""
+    """Gives access to the content of one blob."""
 
     size: int
 
     def view(self) -> memoryview | None:
-        """Return the bytes, to read, if they are at hand."""
+        """Return the bytes read-only if they are in this process, otherwise ``None``."""
 
     def buffer(self) -> Any:
-        """Return a writeable copy of one's own."""
+        """Return a new writeable copy of the bytes."""
 
     def reader(self) -> Callable[[memoryview], None]:
-        """Return what fills buffers with the bytes, one after the other."""
+        """Return a function that fills a buffer with the next bytes."""
 
 
 class _RecordReader:
-    """A file for the unpickler that keeps out-of-band buffers apart from the pickle."""
+    """A file for the unpickler that has the pickle, and separately the out-of-band buffers."""
 
     def __init__(self, fill: Callable[[memoryview], None], most: int) -> None:
         self._fill = fill
         self._most = most
-        self._left = 0  # of the current in-band record
+        self._left = 0  # bytes of the current piece of the pickle that were not read yet
         self._ended = False
         self.buffers: deque[Any] = deque()
 
     def _next_record(self) -> bool:
-        """Move on to the next piece of pickle, loading the buffers that stand before it."""
+        """Load the buffers up to the next piece of the pickle, and return whether there is one."""
         header = bytearray(RECORD.size)
         while not self._ended:
             self._fill(memoryview(header))
@@ -97,9 +104,9 @@ class _RecordReader:
         return False
 
     def finish(self) -> None:
-        """Check that the payload ends where the pickle does."""
+        """Check that the payload ends where the pickle ends."""
         if self._left or self._next_record():
-            raise pickle.UnpicklingError("there is more after the end of the pickle")
+            raise pickle.UnpicklingError("there are bytes after the end of the pickle")
 
     def readinto(self, target: Any) -> int:
         view = memoryview(target).cast("B")
@@ -124,7 +131,7 @@ class _RecordReader:
 
     def _room(self, size: int) -> bytearray:
         if size > self._most:
-            # The unpickler takes an UnpicklingError, here, for the end of the file.
+            # If this raised UnpicklingError, the unpickler would take it for the end of the file.
             raise MemoryError(f"{size} bytes are more than a payload may have")
         if size < _LARGE:
             return bytearray(size)
@@ -142,7 +149,7 @@ class _RecordReader:
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            # A buffer stands before the piece of pickle that refers to it.
+            # A buffer has been loaded before the piece of the pickle that refers to it.
             yield self.buffers.popleft()
 
 
@@ -150,11 +157,11 @@ def load_records(fill: Callable[[memoryview], None], most: int = sys.maxsize) ->
     """Unpickle a large payload while it arrives.
 
     Args:
-        fill: Fills the whole of a buffer with the next bytes, waiting for them if need be.
-        most: Bytes that one piece may be said to have, before they have come.
+        fill: Fills a whole buffer with the next bytes, and waits for them if necessary.
+        most: Largest length in bytes that a record may announce.
 
     Raises:
-        BaseException: Whatever ``fill`` or unpickling raises.
+        BaseException: Any exception of ``fill`` or of unpickling.
     """
     reader = _RecordReader(fill, most)
     value = pickle.Unpickler(reader, buffers=iter(reader)).load()
@@ -173,12 +180,12 @@ def buffer_record(blob: Blob) -> bytes:
 
 
 def in_band_record(blob: Blob) -> bytes:
-    """Return the record of a piece of pickle that is a blob."""
+    """Return the record of a piece of the pickle that is a blob."""
     return RECORD.pack(IN_BAND_BLOB, blob.id)
 
 
 class _Pieces:
-    """A file for the unpickler: pieces in band one after the other, wherever each of them is."""
+    """A file for the unpickler that has the pieces of the pickle, including those in blobs."""
 
     def __init__(self, pieces: list[Any]) -> None:
         self._pieces = deque(pieces)
@@ -241,12 +248,12 @@ def load_composed(
     """Unpickle a large payload.
 
     Args:
-        head: Its records.
-        source: From a blob's number to its :class:`Source`.
-        unpickler: What to unpickle with.
+        head: The payload's records.
+        source: Returns the :class:`Source` of a blob, given its number.
+        unpickler: Class of the unpickler.
 
     Raises:
-        BaseException: Whatever a source or unpickling raises.
+        BaseException: Any exception of a source or of unpickling.
     """
     pieces: list[Any] = []
     buffers: list[Any] = []
@@ -285,7 +292,7 @@ def load_composed(
 
 
 class Held:
-    """A blob whose content was loaded as a buffer of its own."""
+    """The source of a blob whose content has been loaded into a buffer."""
 
     def __init__(self, buffer: Any) -> None:
         self._buffer = buffer
@@ -302,15 +309,15 @@ class Held:
 
 
 def load_nested(head: bytes, numbers: bytes, buffers: tuple[Any, ...]) -> Any:
-    """Unpickle a large payload that came inside another.
+    """Unpickle a large payload that is part of another payload.
 
     Args:
-        head: Its records.
-        numbers: Those of its blobs, 8 bytes each.
-        buffers: Their contents.
+        head: The inner payload's records.
+        numbers: The numbers of its blobs, 8 bytes each.
+        buffers: The contents of these blobs.
 
     Raises:
-        BaseException: Whatever unpickling raises.
+        BaseException: Any exception of unpickling.
     """
     held = {
         number: Held(buffer)

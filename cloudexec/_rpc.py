@@ -1,6 +1,6 @@
-"""How remote calls end, whatever carries them: gRPC, or a plain socket between two processes here.
+"""How remote calls end, both over gRPC and over a Unix socket between two processes of one machine.
 
-gRPC is never imported for this: where nothing has come over it, nothing can have failed there.
+This module never imports gRPC. As long as gRPC is not imported, no call over it can have failed.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 __all__ = ["END", "CallError", "call_errors", "is_end", "status_of"]
 
 END = object()
-"""What is read when the other side has said all that it had to say."""
+"""What reading returns when the other side sends no more messages."""
 
 
 class CallError(Exception):
-    """A call over a plain socket failed.
+    """A call over a Unix socket failed.
 
     Args:
         status: The name of a gRPC status code.
-        why: For people.
+        why: The reason as text.
     """
 
     def __init__(self, status: str, why: str = "") -> None:
@@ -32,12 +32,12 @@ class CallError(Exception):
         return self.status
 
     def details(self) -> str:
-        """Say why."""
+        """Return the reason as text."""
         return self.why
 
 
 def call_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
-    """Return what calls raise that fail, and others."""
+    """Return the exceptions that failed calls raise, together with ``others``."""
     grpc = sys.modules.get("grpc.aio")
     return (CallError, *others) if grpc is None else (CallError, grpc.AioRpcError, *others)
 
@@ -49,7 +49,7 @@ def status_of(error: BaseException) -> str:
 
 
 def is_end(message: object) -> bool:
-    """Whether what was read says that nothing more comes."""
+    """Return whether a read has returned the end of the messages."""
     if message is END:
         return True
     grpc = sys.modules.get("grpc.aio")

@@ -1,17 +1,23 @@
-"""What workers have of the script, ``__main__``: its globals, each sent on its own and once.
+"""Decides which globals of the script ``__main__`` are sent to workers, and when they are sent
+again.
 
-In the process that runs tasks, functions and classes of the script live in one module, as they do
-in a process pool, and what tasks and the initializer change in it stays. The rule:
+In the process that runs tasks, the functions and classes of the script are in one module, as in a
+process pool, and changes that tasks and the initializer make to it stay. The rules are:
 
-- A global is sent when a task uses it: when the function names it, or a function that this uses.
-- It is sent again when it has been changed here since. That alone replaces what tasks have made of
-  it; it is told by a pickle of it that differs, or by another object where it cannot be changed.
-- Before it is sent for the first time, what an initializer or a task has bound to its name counts.
-- Functions, classes and small values that no task names are sent once, for what finds them at run
-  time: ``pickle.loads()``, ``eval()``, annotations that are strings.
-- Globals that refer to one another are sent together, so that what is one object stays one.
-- Locks, caches and the like are made anew (``_anew``). Of what else cannot be sent, the script is
-  run once more in the process, as a process pool does, if it has a guard and is on this machine.
+- A global is sent when a task uses it, that is, when the task's function, or a function that this
+  one uses, names it.
+- It is sent again when it has changed in the client since. Only then the changes that tasks made to
+  it are overwritten. A changed global is one whose pickle differs, or, if it is immutable, one that
+  is another object.
+- Until it is sent for the first time, a task sees what an initializer or a task has assigned to its
+  name.
+- Functions, classes and small values that no task names are sent once, because ``pickle.loads()``,
+  ``eval()`` and annotations that are strings look them up at run time.
+- Globals that refer to one another are sent together, so that one object does not become two.
+- Locks, caches and similar objects are made anew in the worker (``_anew``). For other globals that
+  cannot be sent, the script is run once more in the process that runs tasks, as a process pool
+  does. This requires that the worker is on this machine and that the script has the guard
+  ``if __name__ == "__main__":``.
 """
 
 from __future__ import annotations
@@ -49,26 +55,26 @@ _ABSENT = object()
 _WORD = re.compile(r"\w+")
 _ANSWERS_KEPT = 512
 _DURING = " during iteration"
-"""What Python says of containers that another thread changes while they are pickled."""
+"""Part of Python's message when another thread changes a container while it is pickled."""
 _TRIES = 100
 _HELD_BYTES = 256 * 1024
-"""Values that are larger are not kept alive to see whether they are the same ones."""
+"""Larger values are not kept alive for the check whether they are still the same objects."""
 _ALONE = (str, bytes, int, float, complex, type(None), ModuleType)
 """Types whose objects refer to no other global."""
 _NOT_SHARED = (*_ALONE, tuple, frozenset)
-"""Types whose objects may be copied unseen."""
+"""Types of which two copies cannot be told from one object."""
 
 
 _DEFINED = (FunctionType, BuiltinFunctionType, type, ModuleType)
-"""Types of what is a definition or not by more than its type; see ``_is_definition``."""
+"""Types for which ``_is_definition`` looks at more than the type."""
 
 
 class _TooLarge(Exception):
-    """A value is not to be sent unless a task uses it."""
+    """A value is so large that it is only sent if a task uses it."""
 
 
 class _Small(Collector):
-    """Takes a pickle as long as it is small."""
+    """Collects a pickle, and raises ``_TooLarge`` if it is not small."""
 
     def __init__(self, store: BlobStore) -> None:
         super().__init__(store)
@@ -87,12 +93,12 @@ class _Small(Collector):
 
 
 class _DefinitionPickler(Pickler):
-    """Pickles globals by value, and by name those that are not among them.
+    """Pickles some globals by value, and all other globals that they refer to by name.
 
     Args:
-        file: Where to.
-        own: The globals that this pickles.
-        shared: Names of the objects that globals are, by id.
+        file: The file that the pickle is written to.
+        own: Names of the globals that are pickled by value.
+        shared: Names of all globals that must not be copied, by the id of their object.
     """
 
     marks = False
@@ -125,7 +131,7 @@ class _DefinitionPickler(Pickler):
 
 
 class _Global:
-    """A global of the script, or several that refer to one another, as last sent."""
+    """A global of the script, or several that refer to one another, as they were last sent."""
 
     __slots__ = ("behind", "function", "links", "names", "pickled", "uses", "watch")
 
@@ -139,7 +145,7 @@ class _Global:
         self.function: Any = None  # of this pickle, behind these
 
     def holds(self) -> bool:
-        """Whether it is what it was, as far as can be told without a pickle."""
+        """Return whether it is known, without pickling it, to be unchanged."""
         if self.watch is None:
             return False
         space = _main.namespace()
@@ -150,12 +156,12 @@ class _Global:
 
 
 class _Snapshot:
-    """The script's globals at one time, to tell later whether any definition is another one.
+    """The script's globals at one time, to find out later whether a definition has been replaced.
 
-    Each map asks that, so it must not take more than a few comparisons for each global.
+    This is checked for each ``map()``, so it takes only a few comparisons for each global.
 
     Args:
-        names: The globals.
+        names: Names and values of the globals.
     """
 
     def __init__(self, names: list[tuple[str, Any]]) -> None:
@@ -168,10 +174,10 @@ class _Snapshot:
             elif isinstance(value, _DEFINED):
                 self._kept[name] = value
             else:
-                self._kinds[name] = type(value)  # not kept alive: it may be large
+                self._kinds[name] = type(value)  # the value may be too large to keep it alive
 
     def is_current(self, names: list[tuple[str, Any]]) -> bool:
-        """Say whether what was a definition is the same one, and nothing else has become one."""
+        """Return whether all definitions are the same objects, and there is no new definition."""
         kept, kinds = self._kept, self._kinds
         if len(names) != len(kept) + len(kinds):
             return False
@@ -180,16 +186,16 @@ class _Snapshot:
                 continue
             if kinds.get(name) is not type(value):
                 return False
-            # Whether it is a definition follows from its type, unless it can be called: then it
-            # may stand for a function that it wraps.
+            # Whether a value is a definition follows from its type. A callable is an exception, as
+            # it may wrap a function.
             if callable(value) and _is_definition(name, value):
                 return False
         return True
 
 
 _Answer = tuple[tuple[tuple[_Global, Any], ...], frozenset[str], tuple[Any, ...]]
-"""To the names that something uses: the globals that it needs, as they were sent; the names of
-which there was none; the definitions."""
+"""What some names need: the globals as they were sent, the names without a global, and the numbered
+definitions."""
 _NO_ANSWER: _Answer = ((), frozenset(), ())
 
 
@@ -197,11 +203,11 @@ class Script(Generic[F]):
     """The globals of the script that an executor has sent. Used under its own lock.
 
     Args:
-        make: Makes a numbered definition of a pickle, names, those that it refers to, and the
-            module that it is, if it is one.
-        store: Where large pieces go.
-        is_near: Whether workers are on this machine, and may run the script once more for what
-            cannot be sent.
+        make: Makes a numbered definition from a pickle, its names, the definitions that it refers
+            to, and the name of the module if it is one.
+        store: Keeps large pieces of pickles.
+        is_near: Whether workers are on this machine, and so may run the script once more for
+            globals that cannot be sent.
     """
 
     def __init__(
@@ -226,10 +232,10 @@ class Script(Generic[F]):
         """Return what a task is to have that refers to some globals, as they are now.
 
         Returns:
-            Definitions, each behind those that it refers to.
+            The definitions, each after those that it refers to.
 
         Raises:
-            PayloadError: If one cannot be sent.
+            PayloadError: If a global cannot be sent.
         """
         with self._lock:
             by_value = cloudpickle.list_registry_pickle_by_value()
@@ -282,13 +288,13 @@ class Script(Generic[F]):
             except (PayloadError, _TooLarge):
                 if collector is Collector:
                     raise
-                continue  # a task that needs it is told, or gets it
+                continue  # a task that names this global gets it, or the error
             for own in each.names:
                 found[own] = each
             waiting += [(other, name) for other in (*each.uses, *each.links)]
         circle = _circle(found)
         if circle:
-            # Each would have to be there before the other: they are one.
+            # Each of these would have to be sent before the others, so they are sent as one.
             joint = _Global(circle)
             for name in circle:
                 self._globals[name] = joint
@@ -308,7 +314,8 @@ class Script(Generic[F]):
         for link in sorted(each.links):
             if link in found:
                 function = self._number(found[link], found, numbered)
-                if not isinstance(space.get(link), type):  # a class is changed in place
+                # A worker changes a class in place, so what refers to it need not be sent again.
+                if not isinstance(space.get(link), type):
                     behind.append(function)
         if each.function is None or each.behind != behind:
             module = ""
@@ -338,14 +345,14 @@ class Script(Generic[F]):
             if is_interrupt(exc):
                 raise
             if isinstance(exc.__cause__, RuntimeError) and _DURING in str(exc.__cause__):
-                raise  # not one that cannot be sent
+                raise  # another thread changed it while it was pickled; it can be sent
             for own in each.names:
                 self._globals.pop(own, None)
             self._take_from_script(each, name, user, exc)
         return each
 
     def _pickle_while_it_changes(self, each: _Global, collector: type[Collector]) -> None:
-        """Pickle a global that other threads of the program may be filling."""
+        """Pickle a global, and try again if another thread of the program changes it meanwhile."""
         for left in reversed(range(_TRIES)):
             try:
                 return self._pickle(each, collector)
@@ -361,7 +368,8 @@ class Script(Generic[F]):
         space = _main.namespace()
         values = {name: space[name] for name in sorted(each.names) if name in space}
         if len(values) > 1:
-            # What classes are made of comes before what it refers to, which may be these classes.
+            # Metaclasses and base classes come first, as they may refer to the classes made of
+            # them.
             values = dict(sorted(values.items(), key=lambda item: _depth(item[1])))
         file = collector(self._store)
         pickler = _DefinitionPickler(file, each.names, self._shared(values))
@@ -386,7 +394,7 @@ class Script(Generic[F]):
         each.watch = watch if stable else None
 
     def _shared(self, values: dict[str, Any]) -> dict[int, str]:
-        """Return the objects that are globals and must not become two, by id."""
+        """Return the names of globals whose objects must not be copied, by the objects' ids."""
         if all(isinstance(value, _ALONE) for value in values.values()):
             return {}
         if self._shared_now is None:
@@ -399,10 +407,10 @@ class Script(Generic[F]):
         return self._shared_now
 
     def _take_from_script(self, each: _Global, name: str, user: str, exc: BaseException) -> None:
-        """Have workers take from the script itself what cannot be sent.
+        """Make workers run the script to get a global that cannot be sent.
 
         Raises:
-            PayloadError: If they cannot.
+            PayloadError: If workers cannot run the script.
         """
         names = sorted(each.names)
         value = _main.namespace().get(name)
@@ -438,20 +446,20 @@ def _type_of(value: Any) -> str:
 
 
 def _may_change(value: Any) -> bool:
-    """Whether something that cannot be sent now may be, later, as the same object."""
+    """Return whether an object that cannot be sent now may be sendable later."""
     kind = type(value)
     return kind in (dict, list, set) or kind.__module__ in _main.NAMES
 
 
 def _depth(value: Any) -> tuple[bool, int]:
-    """Say where a global stands among those that it is sent with: metaclasses, bases, the rest."""
+    """Return a sort key that puts metaclasses first, then base classes, then all other globals."""
     if not isinstance(value, type):
         return True, sys.maxsize
     return not issubclass(value, type), len(type.mro(value))
 
 
 class _Same:
-    """A value that counts as what it was as long as it is the same object."""
+    """A value that counts as unchanged as long as it is the same object."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
@@ -462,12 +470,12 @@ class _Same:
 
 def _is_same(one: Payload, other: Payload | None) -> bool:
     if isinstance(one, Composed) and isinstance(other, Composed):
-        return one.head == other.head  # it names blobs by their content
+        return one.head == other.head  # the same blob numbers in a head mean the same content
     return one == other
 
 
 def _is_definition(name: str, value: Any) -> bool:
-    """Whether a global is one that something may look for at run time."""
+    """Return whether a global is a definition that may be looked up by name at run time."""
     if name.startswith("__"):
         return type(value) is FunctionType and _main.name_of(value) is not None
     module = _imported_from(value)
@@ -482,7 +490,7 @@ def _is_definition(name: str, value: Any) -> bool:
 
 
 def _names_in_annotations(value: Any) -> Iterator[str]:
-    """Give the words of annotations that are strings: they are evaluated at run time."""
+    """Yield the names in annotations that are strings, as these are evaluated at run time."""
     if isinstance(value, (FunctionType, type)):
         for each in inspect.get_annotations(value).values():
             if type(each) is str:
@@ -490,7 +498,7 @@ def _names_in_annotations(value: Any) -> Iterator[str]:
 
 
 def _imported_from(value: Any) -> str:
-    """Return the module that something is, or is to be found in; empty: in no other one."""
+    """Return the name of the module that a value is or is imported from, or ``""``."""
     if isinstance(value, ModuleType):
         return value.__name__ if sys.modules.get(value.__name__) is value else ""
     if isinstance(value, (FunctionType, BuiltinFunctionType, type)) and lookup(value) is value:
@@ -499,7 +507,7 @@ def _imported_from(value: Any) -> str:
 
 
 def _circle(found: dict[str, _Global]) -> frozenset[str]:
-    """Return names of globals that refer to each other as objects; none: there are no such."""
+    """Return the names of globals that refer to each other in a circle; empty if there is none."""
     state: dict[_Global, int] = {}
 
     def walk(each: _Global, path: list[_Global]) -> frozenset[str]:

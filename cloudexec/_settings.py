@@ -1,9 +1,9 @@
-"""What a script has set in the standard library, numpy and pandas, carried over to its workers.
+"""Copies settings that a script changed in the standard library, numpy and pandas to its workers.
 
-Only what differs from the defaults is carried over, and nothing is imported for it in the client.
-A worker imports what belongs to the standard library at once; for the rest it waits until it is
-imported. The seeds of ``random`` and ``numpy.random`` are not carried over: all processes would
-draw the same numbers.
+Only settings that differ from the defaults are copied, and the client imports no module for it. A
+worker imports modules of the standard library at once, and sets the settings of numpy and pandas
+when a task imports these. The seeds of ``random`` and ``numpy.random`` are not copied, as all
+processes would draw the same numbers.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class _Setting(NamedTuple):
     """One kind of setting.
 
     Attributes:
-        module: What it is a setting of.
-        read: Returns what differs from the default, or ``None``; takes the module.
-        write: Sets it; takes the module and what ``read`` has returned elsewhere.
+        module: Name of the module that has the setting.
+        read: Takes the module, and returns the state that differs from the default, or ``None``.
+        write: Takes the module and the state that ``read`` returned in the client, and sets it.
     """
 
     module: str
@@ -47,7 +47,7 @@ class _Setting(NamedTuple):
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle's, but what belongs to a process, as the lock of a handler, is made anew."""
+    """cloudpickle's pickler, except that objects of a process, such as locks, are made anew."""
 
     def reducer_override(self, obj: Any) -> Any:
         reduced = reduce_anew(obj)
@@ -61,7 +61,10 @@ def _dumps(obj: Any) -> bytes:
 
 
 def collect() -> bytes:
-    """Return what this process has set; empty if that is nothing. Raises nothing."""
+    """Return the changed settings of this process, pickled; empty if there are none.
+
+    It raises no exception.
+    """
     found = []
     for name, setting in _SETTINGS.items():
         module = sys.modules.get(setting.module)
@@ -77,11 +80,13 @@ def collect() -> bytes:
 
 
 def apply(data: bytes, *, handlers: bool = True) -> None:
-    """Set here what ``collect`` has found elsewhere, as far as possible. Raises nothing.
+    """Apply the settings of another process in this one, as far as possible.
+
+    It raises no exception.
 
     Args:
-        data: What it has returned.
-        handlers: Whether loggers get the handlers that they have there.
+        data: What ``collect`` has returned in the other process.
+        handlers: Whether loggers get the handlers that they have in the other process.
     """
     if not data:
         return
@@ -106,7 +111,7 @@ def _set(name: str, pickled: bytes) -> None:
 
 
 class _Finder:
-    """Is asked before all others for modules that have not been imported yet."""
+    """A finder that is called before all others, and so learns of the first import of a module."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, list[Callable[[], None]]] = {}
@@ -117,7 +122,7 @@ class _Finder:
             return None
         if not self.waiting:
             sys.meta_path.remove(self)
-        # All others have been asked with this: there is nobody left to ask.
+        # This call asks all other finders, so they need not be asked again.
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
@@ -139,7 +144,7 @@ _finder = _Finder()
 
 
 def _when_imported(name: str, action: Callable[[], None]) -> None:
-    """Do something as soon as a module has been imported, which may be now."""
+    """Call ``action`` as soon as a module has been imported, or now if it has been imported."""
     if name in sys.modules:
         action()
         return
@@ -152,7 +157,7 @@ def _when_imported(name: str, action: Callable[[], None]) -> None:
 
 
 def _stack_size() -> int:
-    size = threading.stack_size()  # which also sets it, to the default
+    size = threading.stack_size()  # this call also sets the size, to the default
     threading.stack_size(size)
     return size
 
@@ -161,7 +166,7 @@ _INTERPRETER: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], tuple[Any
     "recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit, (1000,)),
     "switch interval": (
         sys.getswitchinterval,
-        # What is read has been rounded down to whole microseconds, and would be again.
+        # Python rounds the interval down to whole microseconds, both when reading and setting it.
         lambda seconds: sys.setswitchinterval(seconds + 1e-7),
         (0.005,),
     ),
@@ -187,7 +192,7 @@ _INTERPRETER: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], tuple[Any
         ((700, 10, 10), (2000, 10, 10), (2000, 10, 0)),
     ),
 }
-"""What reads each setting, what writes it, and its defaults, which differ by version."""
+"""For each setting its getter, its setter, and its defaults, which depend on Python's version."""
 
 
 def _read_interpreter(_: Any) -> Any:
@@ -203,7 +208,7 @@ def _write_interpreter(_: Any, found: dict[str, Any]) -> None:
     for name, value in found.items():
         try:
             _INTERPRETER[name][1](value)
-        except Exception as exc:  # one that this process cannot have
+        except Exception as exc:  # this process cannot have the value
             _log.debug("the client's %s is not carried over: %r", name, exc)
 
 
@@ -234,7 +239,7 @@ def _read_warnings(_: Any) -> Any:
 
 def _write_warnings(_: Any, state: tuple[list[str], list[tuple[str, bytes]]]) -> None:
     sys.warnoptions[:], pickled = state
-    loaded: dict[int, _Filter] = {}  # by their places
+    loaded: dict[int, _Filter] = {}  # by position in the client's list
 
     def load(places: list[int]) -> None:
         for place in places:
@@ -244,7 +249,8 @@ def _write_warnings(_: Any, state: tuple[list[str], list[tuple[str, bytes]]]) ->
                 _log.debug("a warnings filter of the client's is not carried over: %r", exc)
 
     def load_later(places: list[int]) -> None:
-        # What the module has added itself is not to come before what the script has set since.
+        # The module's import has added the module's own filters. The client's list has these, too,
+        # so they get the place that they have there, after all filters that the task has set.
         load(places)
         filters: list[Any] = warnings.filters  # type: ignore[assignment]
         ours = [loaded[place] for place in sorted(loaded)]
@@ -260,7 +266,7 @@ def _write_warnings(_: Any, state: tuple[list[str], list[tuple[str, bytes]]]) ->
         if package in sys.modules or package == "__mp_main__":
             now.append(place)
         else:
-            # Not worth importing the package: what gives such warnings does that.
+            # The package is not imported for this, as code that gives such warnings imports it.
             later.setdefault(package, []).append(place)
     load(now)
     current: list[Any] = warnings.filters  # type: ignore[assignment]
@@ -271,7 +277,7 @@ def _write_warnings(_: Any, state: tuple[list[str], list[tuple[str, bytes]]]) ->
 
 
 def _forget_what_was_filtered() -> None:
-    """Make the interpreter see that the list of filters has changed."""
+    """Make the interpreter notice that the list of filters has changed."""
     with warnings.catch_warnings():
         pass
 
@@ -322,7 +328,7 @@ _FILES = ("FileHandler", "WatchedFileHandler", "RotatingFileHandler", "TimedRota
 
 
 def _read_handlers(_: Any) -> Any:
-    """Find handlers that write to a standard stream or to a file; others belong to the client."""
+    """Return the handlers that write to a standard stream or a file; others stay in the client."""
     found = {}
     for name, logger in _loggers():
         handlers = []
@@ -361,7 +367,7 @@ _CONTEXT = ("prec", "rounding", "Emin", "Emax", "capitals", "clamp")
 
 
 def _read_decimal(decimal: Any) -> Any:
-    """Read the context of this thread, and the one that new threads get."""
+    """Return the changed contexts: that of this thread, and the one that new threads get."""
     usual = {
         **dict.fromkeys(_CONTEXT),
         "prec": 28,
@@ -400,7 +406,7 @@ def _read_locale(locale: Any) -> Any:
     for name in _CATEGORIES:
         if hasattr(locale, name):
             value = locale.setlocale(getattr(locale, name))
-            # The interpreter itself sets this one, from the environment.
+            # The interpreter itself sets this category from the environment.
             by_itself = [os.environ.get(each) for each in ("LC_ALL", name, "LANG")]
             usual = ("C", "POSIX", "C.UTF-8", *by_itself) if name == "LC_CTYPE" else ("C", "POSIX")
             if value not in usual:
@@ -412,7 +418,7 @@ def _write_locale(locale: Any, found: dict[str, str]) -> None:
     for name, value in found.items():
         try:
             locale.setlocale(getattr(locale, name), value)
-        except locale.Error as exc:  # one that this machine does not have
+        except locale.Error as exc:  # this machine does not have the locale
             _log.debug("the client's locale %s=%s is not carried over: %r", name, value, exc)
 
 
@@ -441,7 +447,8 @@ def _write_csv(csv: Any, found: tuple[int, dict[str, dict[str, Any]]]) -> None:
 
 def _read_tempfile(tempfile: Any) -> Any:
     found = tempfile.tempdir
-    usual = tempfile._candidate_tempdir_list()  # what is found there is kept as if it had been set
+    # tempfile stores the directory that it finds among these in the same variable.
+    usual = tempfile._candidate_tempdir_list()
     return None if found in usual else found
 
 
@@ -494,7 +501,7 @@ def _write_printing(numpy: Any, found: dict[str, Any]) -> None:
 
 
 def _read_pandas(config: Any) -> Any:
-    """Read options where they stand: asking pandas for some of them gives a warning."""
+    """Read the options from pandas' internal tables, as its own getter warns about some of them."""
     found = {}
     for key, option in config._registered_options.items():
         value = config._global_config
@@ -519,7 +526,7 @@ def _write_pandas(pandas: Any, found: dict[str, bytes]) -> None:
 
 
 _ELSEWHERE = ("numpy", "pandas")
-"""Not imported by workers for this."""
+"""Modules that workers do not import in order to apply settings."""
 _HANDLERS = "handlers"
 _SETTINGS = {
     "interpreter": _Setting("sys", _read_interpreter, _write_interpreter),

@@ -1,13 +1,14 @@
-"""What ``multiprocessing`` shares between processes, for workers on this machine.
+"""Sends objects of ``multiprocessing`` that processes share to workers on this machine.
 
-Locks, values, queues and ends of pipes stand for open files of the process that made them. Its
-children inherit these, or are given them while they are started. Slots are no children of the
-client. So the pickle of such an object has a random number instead of each file, and the slot that
-unpickles it asks the client for the file of that number, through the direct channel. A file is held
-open here for as long as the payload that refers to it: the original may be closed meanwhile.
+Locks, values, queues and pipe ends refer to open files of the process that made them. The children
+of that process inherit the files, or get them when they start. Slots, the processes that run tasks,
+are not children of the client. So the pickle of such an object has a random number in place of each
+file, and the slot that unpickles it asks the client for the file of that number over the direct
+channel (``_direct``). The client keeps the file open as long as the payload that refers to it
+exists, as the program may close the original earlier.
 
-Semaphores, of which all locks are made, have a name or, where processes are forked by default, no
-longer have one: they are a page of memory. That page is exchanged for one of a file, in place.
+All locks are made of semaphores. A semaphore has a name, or, where processes are forked by default,
+is a page of memory without a name. Such a page is replaced in place by a page of a file.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ __all__ = [
 
 
 class SharedFile:
-    """An open file of this process that slots may ask for, as long as this object lives."""
+    """An open file of this process, which slots may request while this object exists."""
 
     __slots__ = ("__weakref__", "fd", "number")
 
@@ -60,7 +61,7 @@ class SharedFile:
 
 _files: weakref.WeakValueDictionary[int, SharedFile] = weakref.WeakValueDictionary()
 _kept: weakref.WeakKeyDictionary[Any, SharedFile] = weakref.WeakKeyDictionary()
-"""Of objects whose file is theirs for as long as they live."""
+"""Files that stay open as long as the object that they belong to exists."""
 
 _MODULES = (
     "multiprocessing.synchronize",
@@ -74,7 +75,7 @@ _NOT_FILES: tuple[type, ...] = (MethodType, type(list.append), type(int.__add__)
 
 
 def is_shared_kind(kind: type) -> bool:
-    """Say whether objects of a type stand for something that processes share."""
+    """Return whether objects of a type refer to a resource that processes share."""
     return (
         kind.__module__ in _MODULES
         or getattr(kind.__base__, "__module__", "") in _MODULES
@@ -83,7 +84,7 @@ def is_shared_kind(kind: type) -> bool:
 
 
 class NotSharedError(PayloadError):
-    """Says what cannot be shared, until it is known where that stands."""
+    """An object cannot be shared; the position of the object is added to the message later."""
 
     def __init__(self, message: str, element: object) -> None:
         super().__init__(message)
@@ -94,18 +95,18 @@ def reduce_shared(obj: Any, files: list[SharedFile] | None) -> Any:
     """Pickle an object that processes share.
 
     Args:
-        obj: Of a kind that ``is_shared_kind``.
-        files: Takes the files that have to be held open; ``None``: who will unpickle it has no
-            access to them.
+        obj: An object whose type ``is_shared_kind``.
+        files: List to which the files are appended that must be kept open; ``None`` if the process
+            that unpickles the object has no access to files of this one.
 
     Raises:
-        NotSharedError: If it cannot be shared.
+        NotSharedError: If the object cannot be shared.
     """
     kind = type(obj)
     if kind.__module__ == "tqdm.std":
         if kind.__name__ != "TqdmDefaultWriteLock":
             return NotImplemented
-        # The other lock in it is for the threads of one process, which has one of its own.
+        # The other lock is for the threads of one process, so the worker makes its own.
         return _lock_of_tqdm, (kind, getattr(obj, "mp_lock", None))
     name = f"a multiprocessing {kind.__name__}"
     if kind.__module__ == "socket":
@@ -114,9 +115,9 @@ def reduce_shared(obj: Any, files: list[SharedFile] | None) -> Any:
         name = "a multiprocessing Connection (an end of a Pipe)"
     if files is None:
         raise NotSharedError(
-            f"{name} cannot be sent here: it belongs to its machine, and goes from a program to "
-            f"workers there alone, as an argument or in initargs; use what "
-            f"multiprocessing.Manager() makes, a file, or what calls return",
+            f"{name} cannot be sent here: it can be sent only from a program to workers on the "
+            f"same machine, as an argument or in initargs; use an object of a "
+            f"multiprocessing.Manager(), a file, or the results of calls",
             obj,
         )
     unnamed = getattr(obj, "_semlock", None)
@@ -142,12 +143,12 @@ def reduce_shared(obj: Any, files: list[SharedFile] | None) -> Any:
 
 
 def where(element: object, fn: object, elements: Mapping[str, object]) -> str:
-    """Say where something that cannot be shared stands: ``"argument 0 of "``, or nothing.
+    """Return the position of an object that cannot be shared, such as ``"argument 0 of "``.
 
     Args:
-        element: What it is.
-        fn: The callable, which may have it as a global.
-        elements: Arguments by what they are called.
+        element: The object.
+        fn: The callable, which may have the object as a global.
+        elements: The arguments, by the names that messages use.
     """
     for name, value in elements.items():
         if value is element:
@@ -174,7 +175,7 @@ def _file_of(obj: Any, fd: int) -> SharedFile:
 
 
 class _Spawning:
-    """What ``multiprocessing`` asks for the files of a process that it believes to be starting."""
+    """Takes the place of a starting process, to which ``multiprocessing`` would pass files."""
 
     def __init__(self, obj: object, files: list[SharedFile]) -> None:
         self._obj = obj
@@ -205,7 +206,7 @@ _PAGE = mmap.PAGESIZE
 _MAYMOVE, _FIXED = 1, 2
 _FAILED = 2**64 - 1
 _WAITING_AT = 4
-"""Where in a semaphore the number of those who wait for it is: see ``new_sem`` in glibc."""
+"""Offset in a semaphore of the number of waiting threads; see ``new_sem`` in glibc."""
 
 
 def _file_of_semaphore(lock: Any, name: str) -> SharedFile:
@@ -223,13 +224,14 @@ def _file_of_semaphore(lock: Any, name: str) -> SharedFile:
 
 
 def _move_semaphore(address: int, name: str) -> SharedFile:
-    """Have a semaphore of this process in a file: the page that it is in is exchanged in place.
+    """Move a semaphore of this process into a file, by replacing its page of memory in place.
 
-    Nothing of Python runs between the copy and the exchange. Who waits for the semaphore at that
-    moment, or has it in another process, would be left behind: that is refused.
+    No Python code runs between the copy and the replacement. A thread that waits for the semaphore
+    at that moment, or another process that has it, would keep the old page. Such a semaphore is
+    refused.
 
     Raises:
-        PayloadError: If it is in use elsewhere, or this system has other semaphores.
+        PayloadError: If the semaphore is in use elsewhere, or this system has other semaphores.
     """
     import ctypes
 
@@ -243,7 +245,7 @@ def _move_semaphore(address: int, name: str) -> SharedFile:
     sharer = _other_owner(base)
     if sharer:
         raise PayloadError(f"{name} cannot be sent, as process {sharer} has it already; {remedy}")
-    libc = ctypes.PyDLL(None)  # its calls keep the GIL
+    libc = ctypes.PyDLL(None)  # calls through PyDLL keep the GIL
     for function in (libc.memmove, libc.mmap, libc.mremap, libc.munmap):
         function.restype = ctypes.c_void_p
     here, page = ctypes.c_void_p(base), ctypes.c_size_t(_PAGE)
@@ -252,7 +254,7 @@ def _move_semaphore(address: int, name: str) -> SharedFile:
         os.ftruncate(fd, _PAGE)
         access = mmap.PROT_READ | mmap.PROT_WRITE
         new = libc.mmap(None, page, access, mmap.MAP_SHARED, fd, ctypes.c_size_t(0))
-        # A second mapping of the old page: by this one it can still be seen afterwards.
+        # A second mapping of the old page, to read the page after the replacement.
         old = libc.mremap(here, ctypes.c_size_t(0), page, _MAYMOVE)
         if _FAILED in (new, old):
             raise PayloadError(f"{name} cannot be sent, as there is no memory; {remedy}")
@@ -281,7 +283,7 @@ def _is_glibc() -> bool:
 
 
 def _other_owner(address: int) -> int:
-    """Return another process of this one's family that has a page of memory, too; 0: none has."""
+    """Return the id of a related process that shares a page of memory with this one, or 0."""
     own = f"{address:x}-"
     shared = ""
     with open("/proc/self/maps") as file:
@@ -322,15 +324,15 @@ def _ancestors(pid: int, parents: dict[int, int]) -> set[int]:
 
 _client: tuple[str, bytes] | None = None
 TRACKER = 0
-"""Asks for the pipe to the client's resource tracker."""
-_pages: dict[int, mmap.mmap] = {}  # never unmapped: nobody knows who still has a lock in one
+"""Number with which a slot asks for the pipe to the client's resource tracker."""
+_pages: dict[int, mmap.mmap] = {}  # never unmapped, as a lock in a page may still be in use
 _here: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _taken: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _asking = threading.Lock()
 
 
 class _Descriptor:
-    """Takes the place of a file in a pickle; as ``multiprocessing`` has it."""
+    """Takes the place of a file in a pickle; it has the interface of ``multiprocessing``."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -343,10 +345,10 @@ class _Descriptor:
 
 
 def ask(path: str, token: bytes) -> None:
-    """Say, in a slot, where the client is to be asked for files.
+    """Set, in a slot, the socket and token with which files are requested from the client.
 
-    Named shared memory is accounted for by the client's resource tracker from now on: one of the
-    slot's own would remove it when the slot ends.
+    From now on the client's resource tracker accounts for named shared memory. A resource tracker
+    of the slot would delete that memory when the slot ends.
     """
     global _client
     _client = (path, token)
@@ -359,12 +361,12 @@ def ask(path: str, token: bytes) -> None:
                     try:
                         tracker._fd = take_file(TRACKER)
                     except (OSError, PayloadError):
-                        pass  # the client is about to end
+                        pass  # the client is ending
             return usual(*args)
 
         return ensure
 
-    for name in ("ensure_running", "_ensure_running_and_write"):  # as Python's versions have it
+    for name in ("ensure_running", "_ensure_running_and_write"):  # depends on Python's version
         if hasattr(tracker, name):
             setattr(tracker, name, asking_first(getattr(tracker, name)))
 
@@ -376,10 +378,10 @@ def _tracker() -> Any:
 
 
 def send_file(connection: socket.socket, number: int) -> None:
-    """Answer, in the client, what ``take_file()`` asks.
+    """Send, in the client, the file that a slot requests with ``take_file()``.
 
     Raises:
-        OSError: If the slot is gone.
+        OSError: If the slot has closed the connection.
     """
     file = _files.get(number)
     if file is not None:
@@ -389,11 +391,11 @@ def send_file(connection: socket.socket, number: int) -> None:
 
 
 def take_file(number: int) -> int:
-    """Have a file of the client's opened here; the caller closes it.
+    """Get a file of the client in this process; the caller must close it.
 
     Raises:
-        PayloadError: If the client has it no more.
-        OSError: If the client is gone.
+        PayloadError: If the client has closed the file.
+        OSError: If the client cannot be reached.
     """
     if _client is None:
         raise PayloadError("an object that belongs to the client's machine cannot be used here")

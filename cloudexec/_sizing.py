@@ -1,4 +1,8 @@
-"""Which size of worker a task needs, as its launcher says."""
+"""Finds the sizes of workers that a task needs, from its options and its launcher.
+
+The sizes of a launcher are a ladder: each is larger than the one before, and a task that ran out of
+memory goes to the next.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ __all__ = ["ladder_of", "requirements_of"]
 
 
 def ladder_of(launcher: Launcher) -> tuple[WorkerCapacity, ...]:
-    """Return what workers of the launcher's own sizes have; nothing if it does not say."""
+    """Return the resources of a worker of each size of the launcher; empty if not all are known."""
     found = [launcher.capacity(size) for size in range(launcher.size_count)]
     sizes = tuple(capacity for capacity in found if capacity is not None)
     return sizes if len(sizes) == len(found) else ()
@@ -23,13 +27,14 @@ def ladder_of(launcher: Launcher) -> tuple[WorkerCapacity, ...]:
 def requirements_of(
     options: TaskOptions, launcher: Launcher, scaling: ScalingPolicy
 ) -> Requirements | None:
-    """Return what the scheduler must know of tasks with these options; ``None``: nothing.
+    """Return the resources that tasks with these options need; ``None`` if they need no more than
+    a slot's share.
 
     Raises:
-        ConfigError: If the launcher has no workers that could run them.
+        ConfigError: If the launcher has no workers that could run the tasks.
     """
     if options == TaskOptions(retries=options.retries, key=options.key):
-        return None  # tasks that nothing was said about cost nothing more
+        return None  # this saves time for tasks without options
     from cloudexec._core.resources import Requirements, ResourceRequest, Resources
 
     requests: list[ResourceRequest] = []
@@ -49,11 +54,12 @@ def requirements_of(
             need, whole = Resources.of(cpus, memory, gpus), Resources.had_by(capacity)
             fitting = max(1, min(need.times_in(whole), launcher.most_slots(size)))
             if scaling.one_machine:
-                fitting = scaling.slots_per_worker  # one worker has it all
+                fitting = scaling.slots_per_worker  # one worker has all resources of the machine
             return ResourceRequest(need, size, whole, fitting, need)
 
         requests.append(request(memory))
-        # A ladder goes on from there: past what was asked for, all that a larger worker has.
+        # After the requested memory come the larger sizes; there a task gets a worker's whole
+        # memory.
         for larger in scaling.sizes[1:]:
             if larger.memory > requests[-1].whole.memory:
                 requests.append(request(larger.memory))

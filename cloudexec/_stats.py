@@ -1,4 +1,4 @@
-"""A snapshot of what an executor is doing."""
+"""The numbers that ``BatchExecutor.stats()`` returns, as of one moment."""
 
 from __future__ import annotations
 
@@ -15,105 +15,110 @@ __all__ = ["ExecutorStats", "SizeCounts", "TaskCounts", "WorkerCounts"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskCounts:
-    """Tasks by state; a task is in one of them."""
+    """Number of tasks by state; a task is in exactly one state."""
 
     held: int = 0
-    """Waiting for the results of others, which are among their arguments."""
+    """Tasks that wait for other tasks, whose results are among their arguments."""
     resting: int = 0
-    """Between two attempts, because of what the last one raised."""
+    """Tasks that wait before they are run again after an exception of ``retry_on``."""
     waiting: int = 0
-    """Not sent to a worker yet."""
+    """Tasks that wait to be sent to a worker."""
     sent: int = 0
-    """On a worker, not begun."""
+    """Tasks that were sent to a worker and have not begun."""
     running: int = 0
     succeeded: int = 0
     failed: int = 0
     cancelled: int = 0
     resumed: int = 0
-    """Not run, and in none of the other states: an earlier run had left their results in the
-    journal."""
+    """Calls that were not run, as the journal has their results from an earlier run. They are in
+    none of the other states."""
     taken_over: int = 0
-    """Of all these, how many an earlier process had sent to workers that work for this one now."""
+    """Tasks of all states that an earlier process had sent to workers which this process took
+    over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerCounts:
-    """Workers by state; a worker serves one slot or several."""
+    """Number of workers by state; a worker has one slot or several.
+
+    A slot is a process of the worker that runs one task at a time.
+    """
 
     starting: int = 0
-    """Launched, not connected yet."""
+    """Workers that were launched and have not connected to the client yet."""
     idle: int = 0
     busy: int = 0
     draining: int = 0
     cut: int = 0
-    """Of all these, how many have lost their connection and may come back."""
+    """Workers of all these states whose connection was cut and who may reconnect."""
     lost: int = 0
-    """Since the start."""
+    """Workers that were lost since the start."""
     reclaimed: int = 0
-    """Of those that had dialed back, how many their platform took back since the start. One that
-    could hand back all it had is not lost."""
+    """Connected workers that their platform took back since the start. Such a worker counts as lost
+    only if it could not return all its tasks."""
     reconnected: int = 0
-    """How often one came back over another connection, since the start."""
+    """How often workers reconnected after a cut, since the start."""
     launched: int = 0
-    """Asked for since the start."""
+    """Workers that were requested from the launcher since the start."""
     taken_over: int = 0
-    """Launched by an earlier process with the same journal, which was killed, and taken over."""
+    """Workers taken over from an earlier process with the same journal, which was killed."""
     slots: int = 0
-    """Tasks that the connected workers may run at once."""
+    """Tasks that the connected workers can run at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeCounts:
-    """Workers of one size, and what waits for them."""
+    """Number of workers of one size, and of their tasks."""
 
     size: str
-    """Such as ``"4 vCPU with 16 GiB"``; what the machine has, where all workers are on one."""
+    """The size as text, such as ``"4 vCPU with 16 GiB"``. If all workers are on one machine, these
+    are the resources of that machine."""
     starting: int = 0
-    """Launched, not connected yet."""
+    """Workers that were launched and have not connected to the client yet."""
     connected: int = 0
     slots: int = 0
-    """Tasks that those connected may run at once."""
+    """Tasks that the connected workers can run at once."""
     running: int = 0
-    """Tasks that they run."""
+    """Tasks that these workers run."""
     waiting: int = 0
-    """Tasks for which workers of this size are launched; a larger one may take them."""
+    """Tasks that wait for a worker of this size; a larger worker may run them, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ExecutorStats:
-    """What ``BatchExecutor.stats()`` returns; prints as a table of what is not zero."""
+    """What ``BatchExecutor.stats()`` returns; ``print()`` shows a table of the non-zero numbers."""
 
     tasks: TaskCounts = field(default_factory=TaskCounts)
     workers: WorkerCounts = field(default_factory=WorkerCounts)
     bytes_sent: int = 0
-    """Payload bytes of callables and arguments, before compression, that went to workers directly:
-    not through a bucket."""
+    """Bytes of callables and arguments that were sent to workers directly and not through a bucket,
+    counted before compression."""
     bytes_received: int = 0
-    """Payload bytes of large results and of output."""
+    """Bytes of large results and of output that workers sent directly."""
     bytes_uploaded: int = 0
-    """Bytes that this process has put into its bucket, for workers."""
+    """Bytes that this process wrote to its bucket for workers."""
     bytes_downloaded: int = 0
-    """Bytes that it has read from there."""
+    """Bytes that this process read from its bucket."""
     lost_attempts: int = 0
     """Attempts whose process or worker died."""
     retries: int = 0
-    """Of these, how many were run again."""
+    """Lost attempts after which the task was run again."""
     retried_errors: int = 0
-    """Attempts that raised what ``retry_on`` names, and were run again."""
+    """Attempts that raised an exception of ``retry_on``, after which the task was run again."""
     duplicates: int = 0
-    """Results that came too late, and were dropped."""
+    """Results that came too late and were dropped."""
     pending_bytes: int = 0
-    """Of pickled arguments of tasks that are not done; counted where ``max_pending_bytes`` or
-    ``max_pending_tasks`` is given."""
+    """Bytes of the pickled arguments of tasks that are not done; counted only if
+    ``max_pending_bytes`` or ``max_pending_tasks`` is given."""
     launch_failures: int = 0
-    """Workers that could not be started, or ended before they did anything."""
+    """Workers that could not be started, or ended before they did any work."""
     refused: int = 0
-    """Peers that were turned away, and messages that were: strangers, malformed or impostors'."""
+    """Connections and messages that were refused: of peers without the key, or malformed."""
     sizes: tuple[SizeCounts, ...] = ()
-    """The same by size of worker, those of which there is none and that nobody waits for left out;
-    the launcher's own first."""
+    """Workers and tasks by size of worker; the launcher's own size comes first. Sizes without
+    workers and without waiting tasks are left out."""
     launches: tuple[LaunchTimes, ...] = ()
-    """Of each worker asked for: where the time went until its first result."""
+    """For each requested worker, how long the steps up to its first result took."""
 
     def __repr__(self) -> str:
         rows = []
@@ -131,7 +136,7 @@ class ExecutorStats:
 
     @classmethod
     def of(cls, driver: Driver) -> ExecutorStats:
-        """Read a driver, on its own thread."""
+        """Return the numbers of a driver; must be called on the driver's thread."""
         from cloudexec._core.tasks import TaskState
         from cloudexec._core.workers import WorkerState
 

@@ -1,4 +1,8 @@
-"""The story of a task: what became of each of its attempts, for people and for programs."""
+"""The story of a task: the events of each of its attempts, as records and as text.
+
+``_server.story`` records the events while the task runs. This module has the records that
+``BatchExecutor.explain()`` returns, and writes their text.
+"""
 
 from __future__ import annotations
 
@@ -43,33 +47,47 @@ class StoryEvent:
     """One thing that happened to a task."""
 
     what: StoryStep
-    """``"submitted"``; ``"held"``, for the results that are among its arguments; ``"released"``,
-    they are there; ``"waiting"``, for a worker; ``"sent"`` to one; ``"began"``; ``"lost"``, with
-    the process or worker that ran it; ``"timed out"``; ``"killed"``, as it was cancelled;
-    ``"reclaimed"`` with its worker, which costs no attempt; ``"returned"`` by its worker unbegun;
-    ``"raised"`` what ``retry_on`` is to look at; ``"judged"`` by it; ``"climbed"`` to larger
-    workers; ``"worker cut off"`` and ``"worker back"``, of the one that has it; ``"left out"``,
-    events of a long story; and one of ``"result"``, ``"exception"``, ``"cancelled"``."""
+    """The kind of event:
+
+    - ``"submitted"``: the call was submitted.
+    - ``"held"``: the task waits for the results of other calls, which are among its arguments.
+    - ``"released"``: these results have arrived.
+    - ``"waiting"``: the task waits for a worker.
+    - ``"sent"``: the task was sent to a worker.
+    - ``"began"``: the worker began to run the task.
+    - ``"lost"``: the process or worker that ran the task died.
+    - ``"timed out"``: the task ran longer than its ``timeout``.
+    - ``"killed"``: the task was cancelled while it ran.
+    - ``"reclaimed"``: the platform took the worker back, which costs the task no attempt.
+    - ``"returned"``: the worker handed the task back before it began.
+    - ``"raised"``: the task raised an exception that ``retry_on`` has to judge.
+    - ``"judged"``: ``retry_on`` has judged the exception.
+    - ``"climbed"``: the task was assigned to larger workers.
+    - ``"worker cut off"``: the worker that has the task lost its connection.
+    - ``"worker back"``: that worker connected again.
+    - ``"left out"``: events of a long story are left out here.
+    - ``"result"``, ``"exception"``, ``"cancelled"``: the outcome.
+    """
     seconds: float | None = None
-    """Since it was submitted; ``None``: nobody took the time."""
+    """Seconds since the call was submitted; ``None`` if the time was not taken."""
     at: float | None = None
-    """The same on the wall clock, in seconds since 1970."""
+    """Time of the event in seconds since 1970."""
     worker_id: str | None = None
-    """Which worker it was about."""
+    """The worker that the event is about."""
     job_id: str = ""
-    """What the worker's platform calls that."""
+    """The platform's own identifier of that worker."""
     attempt: int | None = None
-    """Which attempt it was about, from 1."""
+    """The attempt that the event is about, from 1."""
     reason: str = ""
-    """Why, in words: the platform's own, where it said."""
+    """The reason as text, in the platform's own words if it gave any."""
     exit_code: int | None = None
-    """Of the process that ran the task."""
+    """Exit code of the process that ran the task."""
     signal: int | None = None
-    """What killed that process."""
+    """Number of the signal that killed that process."""
     peak_memory_bytes: int | None = None
-    """The most that it had in memory."""
+    """Largest resident size of that process, in bytes."""
     out_of_memory: bool = False
-    """Whether that was more than there was."""
+    """Whether that process was killed because memory ran out."""
     run_time: float | None = None
     """Seconds that the attempt had run."""
     output: str = ""
@@ -81,21 +99,21 @@ class StoryEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskStory:
-    """What ``BatchExecutor.explain()`` returns; its ``str()`` is for people."""
+    """What ``BatchExecutor.explain()`` returns; its ``str()`` is a text for people."""
 
     number: int | None
-    """Of the task, as in log lines; ``None`` if it was never one: its arguments did not pickle, or
-    a journal had the result."""
+    """The task's number in log lines. ``None`` if the call never became a task, because its
+    arguments did not pickle or a journal had its result."""
     name: str = ""
-    """What people call it: ``with_options(name=...)``, or its stage in a graph."""
+    """The task's name from ``with_options(name=...)``, or the name of its stage in a graph."""
     state: Literal["pending", "running", "finished", "cancelled"]
     events: tuple[StoryEvent, ...]
-    """In order. Attempts in which nothing unusual happened and that have been followed by others
-    leave only what is known of them afterwards."""
+    """The events in the order of time. An earlier attempt in which nothing unusual happened has few
+    events, as most of them are not kept."""
 
     @property
     def lost(self) -> tuple[StoryEvent, ...]:
-        """The events that cost an attempt, or an unfinished run of one."""
+        """The events that ended an attempt before its call returned or raised."""
         return tuple(e for e in self.events if e.what in ("lost", "timed out", "reclaimed"))
 
     def __str__(self) -> str:
@@ -163,7 +181,7 @@ def _span(seconds: float) -> str:
 
 
 def signal_name(number: int) -> str:
-    """Return what people call a signal."""
+    """Return the name of a signal, such as ``"SIGKILL"``."""
     try:
         return signals.Signals(number).name
     except ValueError:

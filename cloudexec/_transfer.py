@@ -1,4 +1,4 @@
-"""What client and worker must agree on to move an object through S3: parts, and signed requests."""
+"""How client and worker move an object through S3: its division into parts, and signed requests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 __all__ = ["PART_BYTES", "Part", "SignedRequest", "part_length", "parts_of"]
 
 PART_BYTES = 16 * 1024 * 1024
-"""Objects up to this go in one request, larger ones in parts of this."""
+"""Objects of up to so many bytes are sent in one request, larger ones in parts of this size."""
 _MIB = 1024 * 1024
 _MIN_PART = 5 * _MIB
 _MAX_PARTS = 10_000
@@ -15,12 +15,12 @@ _MAX_PARTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of an object.
+    """A part of an object.
 
     Attributes:
-        number: As S3 counts: from 1.
-        offset: First byte.
-        length: Bytes.
+        number: Number of the part in S3, from 1.
+        offset: Position of its first byte in the object.
+        length: Number of bytes.
     """
 
     number: int
@@ -30,13 +30,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class SignedRequest:
-    """A request that whoever holds it may make until it expires: keep it out of logs.
+    """A signed request. It must not be logged, as anyone who has it can make it until it expires.
 
     Attributes:
-        url: Where to, with the signature.
-        headers: To be sent exactly so: they are signed too.
-        expires_at: Unix time from which on S3 refuses it. Where credentials end at a time that
-            cannot be known, it may be refused earlier.
+        url: The URL with the signature.
+        headers: The headers, which are signed too and must be sent exactly as they are.
+        expires_at: Unix time from which on S3 refuses the request. S3 may refuse it earlier if the
+            credentials expire at an unknown time.
     """
 
     url: str
@@ -45,11 +45,11 @@ class SignedRequest:
 
 
 def part_length(size: int, part_bytes: int = PART_BYTES) -> int:
-    """Return how long the parts of an object are; the last may be shorter.
+    """Return the length of an object's parts in bytes; the last part may be shorter.
 
     Args:
-        size: Of the object.
-        part_bytes: As wanted; more where the object would have too many parts.
+        size: Size of the object in bytes.
+        part_bytes: Wanted length; the result is larger if there would be too many parts.
 
     Raises:
         ValueError: If ``part_bytes`` is less than S3 allows.
@@ -64,7 +64,7 @@ def part_length(size: int, part_bytes: int = PART_BYTES) -> int:
 
 
 def parts_of(size: int, part_bytes: int = PART_BYTES) -> list[Part]:
-    """Cut an object into parts; one that is sent in one request is one part, be it empty."""
+    """Divide an object into parts; an object that is sent in one request is a single part."""
     length = part_length(size, part_bytes)
     starts = range(0, max(size, 1), length)
     return [

@@ -1,8 +1,8 @@
-"""Says which part of a call, or of a result, cannot be pickled, and what to do about it.
+"""Finds the part of a call or of a result that cannot be pickled, and a remedy for the message.
 
-Asked only after pickling has failed. The parts are pickled once more, each by itself, by a pickler
-that notes what it has come to; how one gets there is then looked for among what the parts consist
-of. Nothing here raises: where nothing is found, the error alone must do.
+This runs only after pickling has failed. Each part is pickled once more by itself, with a pickler
+that notes the object it is at. Then the path from the part to that object is searched. Except for
+Ctrl-C no function here raises; if nothing is found, the message has the original error only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from cloudexec._fingerprints import lookup, travels_by_value
 __all__ = ["explain_call", "explain_value", "pickling_error"]
 
 _MOST_OBJECTS = 20_000
-"""How many are looked at to find the way to the one that cannot be pickled."""
+"""Most objects that are looked at in the search for the one that cannot be pickled."""
 _DEEPEST = 50
 _MOST_PATH = 120
 _OF_RESULT = "it belongs to the worker: return data instead"
@@ -52,12 +52,13 @@ _NO_KEYWORDS: Mapping[str, Any] = MappingProxyType({})
 
 
 class _Remedy(NamedTuple):
-    """What to do about objects of some types.
+    """The remedy for objects of some types.
 
     Attributes:
-        names: The types, as ``module.name``, or all of a module and those below it: ``module.``.
-        text: For what is sent to a worker; ``{pass}`` stands for the verb that fits.
-        of_result: The same for what a call returns.
+        names: The types, as ``module.name``. ``module.`` stands for all types of a module and of
+            the modules below it.
+        text: The remedy if the object is sent to a worker; ``{pass}`` stands for a fitting verb.
+        of_result: The remedy if the object is returned by a call.
     """
 
     names: tuple[str, ...]
@@ -138,7 +139,7 @@ _REMEDIES = (
             "itertools.",
             "_csv.",
         ),
-        "its items come one by one, here: {pass} a list of them",
+        "it makes its items one by one in this process: {pass} a list of them",
     ),
     _Remedy(
         ("builtins.traceback", "builtins.frame"),
@@ -146,21 +147,22 @@ _REMEDIES = (
         "traceback.format_exc()",
     ),
     _Remedy(("mmap.mmap",), "it is memory of this process: {pass} the path of its file"),
-    _Remedy(("_weakref.", "weakref."), "it does not hold its object: {pass} that itself"),
+    _Remedy(("_weakref.", "weakref."), "it is a weak reference: {pass} the object itself"),
     _Remedy(("re.Match", "re.Scanner"), "{pass} its groups() instead"),
     _Remedy(("_hashlib.", "_contextvars.", "select."), "{pass} what it was made from instead"),
 )
 
 
 class _Place(NamedTuple):
-    """Where an object stands.
+    """The position of an object, as parts of a sentence.
 
     Attributes:
-        noun: Such as ``"argument 0"`` or ``"global DB"``; empty for a callable itself.
-        of: What it belongs to, such as ``" of work()"``.
-        path: How to get to the object from there: ``"['db'].conn"``.
-        is_variable: Whether it is a function's, and not one of the parts that are sent.
-        by: How that function comes in: ``", which work() refers to,"``.
+        noun: The part that has the object, such as ``"argument 0"`` or ``"global DB"``; empty for a
+            callable itself.
+        of: What the part belongs to, such as ``" of work()"``.
+        path: The path from the part to the object, such as ``"['db'].conn"``.
+        is_variable: Whether the part is a variable of a function and not one of the call's parts.
+        by: The relation of that function to the call, such as ``", which work() refers to,"``.
     """
 
     noun: str
@@ -226,14 +228,14 @@ def explain_call(
     *,
     noun: str = "argument {}",
 ) -> str:
-    """Say which part of a call cannot be pickled, why, and what to do.
+    """Return which part of a call cannot be pickled, why, and what to do.
 
     Args:
         fn: The callable.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        error: What pickling has raised.
-        noun: What to call an argument, by its index.
+        error: The exception of the failed pickling.
+        noun: Name of an argument, with a placeholder for its index.
 
     Returns:
         A sentence without its full stop; empty if nothing was found.
@@ -243,7 +245,7 @@ def explain_call(
     """
     calls = [args]
     real = attribute_of(type(fn), "_called_for_each")
-    if real is not None and len(args) == 1:  # several calls of map(chunksize=...) in one
+    if real is not None and len(args) == 1:  # one task has several calls of map(chunksize=...)
         fn, calls = attribute_of(fn, "_called_for_each"), args[0]
     elif real is not None:
         fn = attribute_of(fn, "_called_for_each")
@@ -259,13 +261,13 @@ def explain_call(
 
 
 def explain_value(noun: str, value: object, error: BaseException, *, result: bool = False) -> str:
-    """Say which part of a value cannot be pickled, why, and what to do.
+    """Return which part of a value cannot be pickled, why, and what to do.
 
     Args:
-        noun: What to call it: ``"the result"``.
+        noun: Name of the value, such as ``"the result"``.
         value: The value.
-        error: What pickling has raised.
-        result: Whether a call has returned it.
+        error: The exception of the failed pickling.
+        result: Whether a call has returned the value.
 
     Returns:
         A sentence without its full stop; empty if nothing was found.
@@ -303,7 +305,7 @@ def _sentence(place: _Place, part: Any, culprit: Any, error: BaseException, verb
             f"deeply nested"
         )
     if is_a(error, CloudexecError) or "cannot be sent" in text_of(error):
-        return f"{where}: {text_of(error)}"  # our own words, with a remedy
+        return f"{where}: {text_of(error)}"  # cloudexec's own message has a remedy
     for there, each in chain:
         if (remedy := _remedy(each)) is not None:
             text = remedy.text
@@ -313,7 +315,7 @@ def _sentence(place: _Place, part: Any, culprit: Any, error: BaseException, verb
             return f"{there} cannot be sent ({_type(each)}): {text}"
     return (
         f"{where} cannot be sent ({_type(obj)}): {describe(error)}; "
-        f"{'use' if where.is_variable else verb} something that survives pickle.dumps()"
+        f"{'use' if where.is_variable else verb} a value that pickle.dumps() accepts"
     )
 
 
@@ -323,7 +325,7 @@ class _Nowhere:
 
 
 class _Tracer(_payload.Pickler):
-    """Pickles to nowhere, and knows what it has come to."""
+    """Pickles without keeping the bytes, and knows the object that it is at."""
 
     def __init__(self) -> None:
         super().__init__(_Nowhere(), protocol=5, buffer_callback=_leave_out)
@@ -338,15 +340,15 @@ def _leave_out(buffer: pickle.PickleBuffer) -> bool:
     return False
 
 
-# How one gets from a part to what is in it.
+# The search for the path from a part to an object in it.
 
 _Step = tuple[Callable[[_Place], _Place], Any]
 
 
 def _way(place: _Place, part: Any, culprit: Any) -> list[tuple[_Place, Any]]:
-    """Return what lies on the way from a part to an object in it, with their places.
+    """Return the objects on the path from a part to an object in it, with their positions.
 
-    Empty if the object is not found, as it was made by a ``__reduce__`` for instance.
+    The list is empty if the object is not found, for instance because a ``__reduce__`` made it.
     """
     if part is culprit:
         return [(place, part)]
@@ -379,7 +381,7 @@ def _same(place: _Place) -> _Place:
 
 
 def _bound(noun: str, path: str) -> Callable[[_Place], _Place]:
-    """To what is bound to a callable: that which is called, or one somewhere else."""
+    """Return a function from a callable's position to that of an object bound to the callable."""
 
     def move(place: _Place) -> _Place:
         if place.noun or place.path:
@@ -390,7 +392,7 @@ def _bound(noun: str, path: str) -> Callable[[_Place], _Place]:
 
 
 def _travels(obj: Any) -> bool:
-    """Whether a function or class is pickled with what it refers to, and not by its name."""
+    """Return whether a function or class is pickled by value and not by its name."""
     by_value = cloudpickle.list_registry_pickle_by_value()
     module = attribute_of(obj, "__module__")
     return lookup(obj) is not obj or travels_by_value(module, by_value)
@@ -502,7 +504,7 @@ def _quietly(call: Callable[..., Any], *args: Any) -> Any:
         return None
 
 
-# What objects are called, and what is known of their types.
+# Names of objects, and remedies for their types.
 
 
 def _name(fn: object) -> str:
@@ -531,7 +533,7 @@ def _remedy(obj: object) -> _Remedy | None:
             for each in remedy.names:
                 if name == each:
                     return remedy
-                # Of classes that users derive from others it is too little to know the module.
+                # A remedy for a whole module does not fit classes that users derived from its own.
                 if each.endswith(".") and kind is type(obj) and name.startswith(each):
                     return remedy
     return None

@@ -1,7 +1,8 @@
-"""AWS: the launcher, profiles, and what sees and stops the workers of an account.
+"""Runs workers on AWS: the launcher, profiles, and a monitor of all workers of an account.
 
-``Batch`` launches workers; ``Profile`` says where; ``Monitor`` lists executors, jobs, logs and
-costs, and stops what runs; the other names are the records that it returns.
+``Batch`` launches workers in AWS Batch. ``Profile`` has the settings of an account and region that
+``cloudexec up`` writes. ``Monitor`` lists executors, jobs, logs and costs, and stops jobs. The
+other names are the records that ``Monitor`` returns.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The SDK is loaded by those that use it.
+    # Names are imported at first use, because the AWS SDK takes long to import.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "Monitor":

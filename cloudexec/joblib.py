@@ -1,4 +1,4 @@
-"""A backend for joblib, and with it for scikit-learn and all else that takes ``n_jobs``.
+"""A backend for joblib, and so for scikit-learn and other packages that have ``n_jobs``.
 
 Importing this module registers it::
 
@@ -8,8 +8,8 @@ Importing this module registers it::
     with joblib.parallel_config(backend="cloudexec", n_jobs=8):
         search.fit(x, y)
 
-What else is given to ``parallel_config()`` is for ``BatchExecutor``; or give an executor of your
-own, as ``executor=``.
+All other arguments of ``parallel_config()`` are passed to ``BatchExecutor``. To use an executor
+that you have made, pass it as ``executor=``.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from cloudexec._objects.ref import Ref
 __all__ = ["CloudexecBackend"]
 
 _LARGE = 256 * 1024
-"""Bytes of an array that is looked at once in a call of ``Parallel``, not once for each task."""
+"""Bytes from which on an array is put once for each call of ``Parallel`` and not once per task."""
 
 
 class _Shared:
-    """An executor that calls of ``Parallel`` with the same settings use in turn."""
+    """An executor that consecutive calls of ``Parallel`` with the same settings use."""
 
     def __init__(self, executor: BatchExecutor) -> None:
         self.executor = executor
@@ -50,7 +50,7 @@ _executors: dict[tuple[Any, ...], _Shared] = {}
 
 
 def _take(n_jobs: int, settings: dict[str, Any]) -> tuple[Any, ...]:
-    """Have an executor made, or taken from the last call; those that nobody uses end."""
+    """Return the executor of an earlier call or a new one, and shut down unused executors."""
     key = (n_jobs, *sorted((name, repr(value)) for name, value in settings.items()))
     with _lock:
         for other in [other for other, each in _executors.items() if not each.users]:
@@ -65,14 +65,16 @@ def _take(n_jobs: int, settings: dict[str, Any]) -> tuple[Any, ...]:
 class CloudexecBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
     """Runs the calls of ``joblib.Parallel`` on a ``BatchExecutor``.
 
-    Calls inside of calls run in threads of their task, and sequentially below, as joblib has it.
-    Arrays among the arguments cross once to each worker, however many calls take them.
+    A call of ``Parallel`` inside a task runs in threads of that task, and calls inside those run
+    one after another, as joblib's own backends do. Large arrays among the arguments are sent once
+    to each worker, however many calls take them.
 
     Args:
-        nesting_level: Given by joblib.
+        nesting_level: Set by joblib.
         inner_max_num_threads: Threads that numeric libraries may use in each task.
-        executor: What to run calls on; ``None``: one is made, and kept for later calls.
-        **settings: What it is made with.
+        executor: The executor that runs the calls; with ``None`` one is made and kept for later
+            calls.
+        **settings: Arguments for the executor that is made.
     """
 
     supports_retrieve_callback = True
@@ -96,7 +98,7 @@ class CloudexecBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[
         self._futures: set[Future[Any]] = set()
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
-        """Say how many calls run at once."""
+        """Return how many calls run at once."""
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
         if n_jobs is None:
@@ -114,7 +116,7 @@ class CloudexecBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[
         require: Any = None,
         **_: Any,
     ) -> int:
-        """Prepare a call of ``Parallel``; return how many tasks run at once."""
+        """Prepare for a call of ``Parallel``, and return how many tasks run at once."""
         n_jobs = self.effective_n_jobs(n_jobs)
         if n_jobs == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
@@ -144,27 +146,27 @@ class CloudexecBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[
         return future
 
     def _put(self, value: Any) -> Any:
-        """Put a large array where workers have it from, once."""
+        """Put a large array into the executor once and return its handle; return other values."""
         kind = type(value)
         if kind.__module__ != "numpy" or kind.__name__ != "ndarray" or value.nbytes < _LARGE:
             return value
         found = self._refs.get(id(value))
         if found is None:
             assert self._executor is not None
-            # The array itself is kept, too: its number is not to be another's meanwhile.
+            # The array is kept, too, so that no other object can get its id.
             found = self._refs[id(value)] = (value, self._executor.put(value))
         return found[1]
 
     def retrieve_result_callback(self, out: Future[Any]) -> Any:
-        """Return what a batch returned."""
+        """Return the results of a batch."""
         return out.result()
 
     def stop_call(self) -> None:
-        """Let go of the call's arrays."""
+        """Release the arrays of this call of ``Parallel``."""
         self._refs.clear()
 
     def terminate(self) -> None:
-        """Leave the executor to the next call."""
+        """Release the executor, so that the next call can use it."""
         self._refs.clear()
         if self._key is not None:
             with _lock:
@@ -174,7 +176,7 @@ class CloudexecBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[
         self.reset_batch_stats()
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
-        """Cancel what is submitted, running tasks too."""
+        """Cancel all submitted tasks, including those that run."""
         for future in list(self._futures):
             future.cancel(running=True)  # type: ignore[call-arg]
         if not ensure_ready:

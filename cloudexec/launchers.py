@@ -1,9 +1,10 @@
-"""What a launcher for another platform is written with: settings, and five requests to it.
+"""Base classes for a launcher of workers on another platform.
 
 Derive a frozen dataclass from ``PlatformLauncher``, whose fields are the settings, and a class from
-``Platform``. The executor does the rest: it decides when to launch, tries again, tells why workers
-do not come, counts what they cost, and ends them. ``cloudexec.testing.check_launcher`` runs a
-launcher through what the executor expects of it.
+``Platform``, whose five methods make requests to the platform. The executor does all else: it
+decides when to launch, repeats failed requests, explains why workers do not start, computes costs,
+and ends workers. ``cloudexec.testing.check_launcher`` tests whether a launcher behaves as the
+executor expects.
 """
 
 from cloudexec._config import WorkerCapacity

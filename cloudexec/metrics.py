@@ -1,6 +1,6 @@
-"""Prometheus metrics of executors, read when they are scraped: tasks cost nothing more.
+"""Prometheus metrics of executors, which are read only at a scrape and so do not slow down tasks.
 
-Needs ``pip install 'cloudexec[metrics]'``.
+This module needs ``pip install 'cloudexec[metrics]'``.
 
     from cloudexec import metrics
 
@@ -8,8 +8,8 @@ Needs ``pip install 'cloudexec[metrics]'``.
     metrics.register(executor)
     prometheus_client.start_http_server(8000)
 
-All names begin with ``cloudexec_``, and all have the label ``executor``. Counters count from the
-start of the executor.
+All metrics have names that begin with ``cloudexec_``, and the label ``executor``. Counters count
+from the start of the executor.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from cloudexec._stats import ExecutorStats
 __all__ = ["PrometheusCollector", "register", "unregister"]
 
 _LAUNCH_BUCKETS = (0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0)
-"""Seconds: a worker on this machine takes less than one, a container minutes."""
+"""Buckets in seconds: a worker on this machine starts in less than one, a container in minutes."""
 _OPEN = ("held", "resting", "waiting", "sent", "running")
 _DONE = ("succeeded", "failed", "cancelled")
 _WORKERS = ("starting", "idle", "busy", "draining")
@@ -52,9 +52,9 @@ _lock = threading.Lock()
 
 
 class PrometheusCollector(Collector):
-    """A collector of ``prometheus_client`` for executors; ``register()`` makes and uses one.
+    """A collector of ``prometheus_client`` for executors, which ``register()`` makes.
 
-    It does not keep executors alive: those that are gone are no longer exposed.
+    It does not keep executors alive. An executor that was garbage-collected is no longer exposed.
     """
 
     def __init__(self) -> None:
@@ -64,11 +64,11 @@ class PrometheusCollector(Collector):
         """Expose an executor.
 
         Args:
-            executor: Which; of a view, the executor that it is a view of.
-            name: The value of its label ``executor``.
+            executor: The executor, or a view of it.
+            name: The value of the label ``executor``.
 
         Raises:
-            ValueError: If there is another one of that name.
+            ValueError: If another executor is exposed under that name.
         """
         known = self._executors.get(name)
         before = None if known is None else known()
@@ -77,16 +77,16 @@ class PrometheusCollector(Collector):
         self._executors = {**self._executors, name: weakref.ref(executor._executor)}
 
     def remove(self, executor: BatchExecutor | OptionsView) -> None:
-        """Expose an executor no longer; it need not have been."""
+        """Stop exposing an executor; does nothing if it is not exposed."""
         gone = (None, executor._executor)
         self._executors = {n: ref for n, ref in self._executors.items() if ref() not in gone}
 
     def describe(self) -> list[Metric]:
-        """Return the metrics without samples: what names there are."""
+        """Return the metrics without samples, for their names."""
         return list(_Families().all())
 
     def collect(self) -> Iterator[Metric]:
-        """Return the metrics as they are now; asks each executor once."""
+        """Return the metrics with their current samples; reads each executor once."""
         families = _Families()
         for name, reference in self._executors.items():
             executor = reference()
@@ -104,12 +104,12 @@ def register(
     """Expose an executor's metrics.
 
     Args:
-        executor: Which.
-        registry: Where; ``None``: the default one of ``prometheus_client``.
-        name: The value of its label ``executor``, where a process has several.
+        executor: The executor, or a view of it.
+        registry: The registry; ``None`` means the default registry of ``prometheus_client``.
+        name: The value of the label ``executor``, which tells several executors of a process apart.
 
     Raises:
-        ValueError: If another one is exposed there by that name.
+        ValueError: If another executor is exposed in the registry under that name.
     """
     registry = REGISTRY if registry is None else registry
     with _lock:
@@ -124,7 +124,7 @@ def register(
 def unregister(
     executor: BatchExecutor | OptionsView, registry: CollectorRegistry | None = None
 ) -> None:
-    """Expose an executor's metrics no longer; one that is shut down goes on being exposed."""
+    """Stop exposing an executor's metrics, which go on being exposed after its shutdown."""
     with _lock:
         collector = _collectors.get(REGISTRY if registry is None else registry)
         if collector is not None:
@@ -163,7 +163,7 @@ class _Families:
         return iter(list(vars(self).values()))
 
     def add(self, name: str, stats: ExecutorStats, cost: Cost) -> None:
-        """Add what one executor says."""
+        """Add the samples of one executor."""
         for state in _OPEN:
             self._tasks_open.add_metric([name, state], getattr(stats.tasks, state))
         for state in _DONE:

@@ -1,14 +1,14 @@
-"""OpenTelemetry spans of tasks: one each, from ``submit()`` to the outcome.
+"""OpenTelemetry spans of tasks: one span for each task, from ``submit()`` to its outcome.
 
-Needs ``pip install 'cloudexec[otel]'``, and an SDK that exports spans.
+This module needs ``pip install 'cloudexec[otel]'``, and an SDK that exports spans.
 
     from cloudexec import tracing
 
     executor = BatchExecutor()
     tracing.instrument(executor)
 
-A span is a child of the one that is current where the call is submitted. It is made once the call
-has its outcome, in the thread that runs callbacks. Attempts that were lost are its events.
+A span's parent is the span that is current where the call is submitted. The span is made after the
+call has its outcome, in the thread that runs callbacks. Lost attempts are events of the span.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["instrument", "task_context", "uninstrument"]
 
 _SILENT = frozenset({"submitted", "waiting", "result", "exception", "cancelled"})
-"""Steps of a story that are no events: begin and end of the span say as much."""
+"""Steps of a task's story that are not added as events, as the span's begin and end show them."""
 _EVIDENCE = (
     "worker_id",
     "job_id",
@@ -70,18 +70,19 @@ def instrument(
     *,
     propagate: bool = False,
 ) -> None:
-    """Make a span of each call that is submitted from now on; ``uninstrument()`` ends that.
+    """Make a span for each call that is submitted from now on, until ``uninstrument()``.
 
-    The span is named after the call: ``with_options(name=...)``, or its function. Its attributes
-    are ``cloudexec.task``, ``cloudexec.worker``, ``cloudexec.job``, ``cloudexec.attempts`` and
-    ``cloudexec.run_time`` (seconds). Its status is an error if the call failed.
+    The span has the name of the call, from ``with_options(name=...)``, or that of its function. Its
+    attributes are ``cloudexec.task``, ``cloudexec.worker``, ``cloudexec.job``,
+    ``cloudexec.attempts`` and ``cloudexec.run_time`` (seconds). Its status is an error if the call
+    failed.
 
     Args:
-        executor: Which; of a view, the executor that it is a view of.
-        tracer_provider: Makes the spans; ``None``: the global one.
-        propagate: Whether calls find the context of their span in the environment variables
-            ``TRACEPARENT`` and ``TRACESTATE`` on the worker; see ``task_context()``. A call then
-            costs some 50 microseconds more to submit.
+        executor: The executor, or a view of it.
+        tracer_provider: The provider that makes the spans; ``None`` means the global one.
+        propagate: Whether the context of a call's span is set in the environment variables
+            ``TRACEPARENT`` and ``TRACESTATE`` on the worker; see ``task_context()``. Submitting a
+            call then takes about 50 microseconds longer.
     """
     tracer = trace.get_tracer("cloudexec", tracer_provider=tracer_provider)
 
@@ -118,10 +119,10 @@ def uninstrument(executor: BatchExecutor | OptionsView) -> None:
 
 
 def task_context() -> contexts.Context:
-    """Return the context of the call's span, in a call of an executor that propagates it.
+    """Return the context of the current call's span, if ``instrument(propagate=True)`` sent it.
 
-    To be the parent of spans that the call makes, with whatever SDK is set up there. Elsewhere it
-    is an empty context.
+    A call uses it as the parent of spans that it makes itself, with the SDK that is set up in the
+    worker. In all other cases the context is empty.
     """
     names = ("traceparent", "tracestate")
     carrier = {name: os.environ[name.upper()] for name in names if name.upper() in os.environ}
@@ -170,7 +171,7 @@ def _describe(span: Span, future: BatchFuture[Any], story: TaskStory, end: int) 
     if error is not None:
         try:
             span.record_exception(error, timestamp=end)
-        except BaseException:  # it cannot be formatted
+        except BaseException:  # the exception cannot be formatted
             trace_of = format_exception(error, traceback_of(error))
             span.add_event(
                 "exception",
@@ -190,6 +191,6 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def _name(fn: object) -> str:
-    fn = attribute_of(fn, "_fn", fn)  # of several calls in one task
+    fn = attribute_of(fn, "_fn", fn)  # the function of several calls in one task
     name = attribute_of(fn, "__qualname__") or type_name(fn)
     return f"{attribute_of(fn, '__module__', '?')}.{name}"

@@ -162,7 +162,7 @@ def test_a_script_that_starts_an_executor_when_it_is_imported_is_refused() -> No
         "print(list(BatchExecutor(1).map(f, range(3))))\n"
     )
     said = refusal("sweep.py:f")
-    assert 'put that under `if __name__ == "__main__":`' in said
+    assert 'start the executor under `if __name__ == "__main__":`' in said
     assert "sweep.py" in said
 
 

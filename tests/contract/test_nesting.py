@@ -173,7 +173,7 @@ def test_executors_in_tasks_are_limited_in_depth(monkeypatch: pytest.MonkeyPatch
     with BatchExecutor(1) as executor:
         *depths, said = executor.submit(_deep).result(PATIENCE)
     assert depths == ["3", "4"]
-    assert "4 deep" in said
+    assert "inside 4 nested executors" in said
 
 
 def test_depth_is_told_to_workers_that_dial_a_network_address() -> None:

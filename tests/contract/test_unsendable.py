@@ -156,7 +156,7 @@ QUEUE = "(queue.Queue): it belongs to this process: use a queue of a multiproces
         (
             lambda: (work, Refuses()),
             "argument 0 of work() cannot be sent (tests.Refuses): ValueError: not me; pass "
-            "something that survives pickle.dumps()",
+            "a value that pickle.dumps() accepts",
         ),
         (
             lambda: (work, MakesAnother()),

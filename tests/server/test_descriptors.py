@@ -105,4 +105,4 @@ def test_a_slot_whose_files_a_task_has_used_up_says_so(tmp_path: Path) -> None:
     assert errors[0].startswith("OSError")  # the task's own
     for error in errors[1:]:
         assert error.startswith("PayloadError")
-        assert "this process may have 200 files open: raise that (ulimit -n 4096)" in error
+        assert "this process may have 200 files open: raise the limit (ulimit -n 4096)" in error
