@@ -1,4 +1,4 @@
-"""A server of sessions that is written by hand."""
+"""A gRPC server for workers' sessions whose messages are plain bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def serve_sessions(
     session: Callable[[Iterator[bytes], Any], Iterator[bytes]],
     fetch: Callable[[bytes, Any], Iterator[bytes]] | None = None,
 ) -> grpc.Server:
-    """Serve sessions, and what is fetched, on a Unix socket: what each side says is bytes."""
+    """Serve sessions, and fetches of blobs, on a Unix socket; all messages are plain bytes."""
     methods = {"Session": grpc.stream_stream_rpc_method_handler(session)}
     if fetch is not None:
         methods["Fetch"] = grpc.unary_stream_rpc_method_handler(fetch)

@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Set-up for all tests."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
 
 pytest_plugins = ["suite_plugin", "load_plugin"]
 
-# A shell that starts the run in the background has SIGINT ignored, and children inherit that:
-# those that are to be interrupted would not notice.
+# A shell that starts the run in the background makes it ignore SIGINT. Children inherit that, and
+# programs that tests interrupt would ignore the signal, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# And one that outlives its terminal, SIGHUP.
+# A run that is to outlive its terminal ignores SIGHUP, with the same effect.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -29,9 +29,9 @@ _ours: list[str] = []
 
 
 def pytest_configure() -> None:
-    """Have a directory for temporary files of this run, which programs that tests kill leave."""
+    """Make a directory for the temporary files of this run, as killed programs leave some."""
     if _TEMPORARY not in os.environ:
-        # pytest's own directories stay where they are: sockets in them have short paths.
+        # pytest's own directories stay where they are, as paths of sockets in them must be short.
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
         _ours.append(tempfile.mkdtemp(prefix="ce-tests-"))
         os.environ[_TEMPORARY] = _ours[0]
@@ -39,21 +39,22 @@ def pytest_configure() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Remove it, where it was made: other processes of the run share it."""
+    """Remove that directory, in the process that made it; the others of the run only use it."""
     for directory in _ours:
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def pytest_sessionstart() -> None:
-    """Have a second thread, as xdist has one: workers of this process are no copies of it then.
+    """Start a second thread, as xdist does, so that workers are not forked from this process.
 
-    So tests find the same processes with xdist and without. Programs that tests start have copies.
+    So tests find the same processes with and without xdist. Programs that tests start have one
+    thread, and their workers are forked copies of them.
     """
     threading.Thread(target=_over.wait, name="second", daemon=True).start()
 
 
 def pytest_sessionfinish() -> None:
-    """Let the thread end."""
+    """End the thread."""
     _over.set()
 
 
@@ -81,7 +82,7 @@ def pytest_runtest_teardown(
 
 @pytest.fixture
 def restless() -> Iterator[Callable[[float], None]]:
-    """Say after how many seconds this test's threads take turns."""
+    """A function that sets after how many seconds Python switches between this test's threads."""
     before = sys.getswitchinterval()
     yield sys.setswitchinterval
     sys.setswitchinterval(before)

@@ -1,9 +1,9 @@
-"""Runs of the suite on a machine that is busy, and with threads that take turns all the time.
+"""Runs the suite on a busy machine, or with frequent switches between threads.
 
-``--busy`` keeps three processes computing beside the tests. ``--restless`` has the threads of every
-Python of this environment take turns after 2 microseconds, for as long as the run lasts. What a
-test or the product says about an order of things must hold with both. Timeouts of tests are three
-times as long, and Hypothesis takes no example for too slow.
+``--busy`` runs three computing processes beside the tests. ``--restless`` makes every Python of
+this environment switch between its threads after 2 microseconds while the run lasts. Tests and code
+that depend on an order of events must work with both. Timeouts of tests are three times as long,
+and Hypothesis does not reject slow examples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import pytest
 BUSY = 3
 SWITCH_INTERVAL = 2e-6
 
-# No child of the process that runs the tests, which look for what they leave behind.
+# The program forks and the parent exits, so that the computing process is no child of the process
+# that runs the tests, as tests look for child processes that are left.
 _COMPUTE = """
 import os, sys
 if pid := os.fork():
@@ -35,7 +36,7 @@ while True:
     sum(range(100_000))
 """
 
-# In one line, as a .pth file wants it; of no effect when the process that wrote it is gone.
+# One line, as a .pth file requires; it has no effect after the process that wrote it has ended.
 _PTH = (
     "import os, sys; exec('try: os.kill({pid}, 0)\\nexcept OSError: pass\\n"
     "else: sys.setswitchinterval({interval})')\n"
@@ -56,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @contextlib.contextmanager
 def restless() -> Iterator[None]:
-    """Have threads take turns all the time, in every process of this environment."""
+    """Make every Python process of this environment switch between threads very often."""
     before = sys.getswitchinterval()
     path = Path(sysconfig.get_path("purelib"), f"restless-{os.getpid()}.pth")
     path.write_text(_PTH.format(pid=os.getpid(), interval=SWITCH_INTERVAL))
@@ -100,7 +101,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give every test three times as long."""
+    """Make the timeout of every test three times as long."""
     if not (config.option.busy or config.option.restless):
         return
     for item in items:

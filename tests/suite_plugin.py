@@ -1,12 +1,13 @@
-"""How the whole suite runs: in several processes, then what runs alone, then what failed once more.
+"""Runs the whole suite in three steps: in several processes, tests that run alone, failed tests.
 
-Most tests wait longer than they compute, so twice as many processes as there are cores run them
-(pytest-xdist). What is marked ``alone``, because it measures time, runs after all others, one at
-a time. A test that has failed runs once more, alone, at the very end: if it then passes it is
-listed as FLAKY with all that it said the first time. Three such are let through, a fourth fails.
+Most tests wait longer than they compute, so pytest-xdist runs them in twice as many processes as
+there are cores. Tests that are marked ``alone``, because they measure time, run one at a time after
+all others. A test that has failed runs once more, alone, at the very end. If it passes then, it is
+listed as FLAKY with its output of the first time. Three such tests are accepted; with a fourth the
+run fails.
 
-``--suite=auto``, the default, does all that where no tests are selected; ``on`` and ``off`` decide
-it. With ``-x`` or ``--maxfail`` nothing runs twice.
+``--suite=auto``, the default, does this if no tests are selected. ``on`` does it always and ``off``
+never. With ``-x`` or ``--maxfail`` no test runs twice.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from typing import IO, Any
 import pytest
 
 FLAKY_AT_MOST = 3
-"""Tests that may pass the second time only."""
+"""Number of tests that may fail the first time and pass the second time."""
 AGAIN_AT_MOST = 15
-"""Where more tests have failed it was not by chance: none is run again."""
+"""If more tests have failed, none is run again, as so many do not fail by chance."""
 TOGETHER = ("tests/images/", "tests/testing/test_fake_containers.py")
-"""Tests that make and remove images of one container engine."""
+"""Tests that use the same images of a container engine, and so must run in one process."""
 HANG_AFTER = 30.0
-"""Seconds after its timeout in which a test must have ended before its process is ended."""
+"""Seconds after a test's timeout after which the test's process is ended."""
 
 _STDERR = pytest.StashKey[IO[str]]()
 _AGAIN, _FLAKY = "again", "flaky"
-"""Outcomes of a report: its test is to run once more; it did, and passed."""
+"""Outcomes of a report: its test will run once more, or has passed the second time."""
 
 Take = Callable[[pytest.TestReport], None]
 
@@ -53,10 +54,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Decide what ``auto`` means, before xdist looks at its options."""
+    """Decide whether ``auto`` means on or off, before xdist reads its options."""
     option = config.option
     if hasattr(config, "workerinput"):
-        # One of xdist's processes: decided by the one that has started it.
+        # In one of xdist's processes, the process that started it has decided.
         option.suite = config.workerinput.get("suite", "off")
         return
     if option.suite == "auto":
@@ -72,7 +73,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True, optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Have the tests of a file in one process, with its fixtures, and those that share images."""
+    """Run the tests of a file in one process, as they share fixtures; likewise ``TOGETHER``."""
     if config.option.suite != "on" or config.option.dist != "loadfile":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -83,7 +84,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "containers" if path.startswith(TOGETHER) else path
 
         def remove_node(self, node: Any) -> str | None:
-            """xdist's own would run a test again, and again, that has ended its process."""
+            """Do not run a test again that has ended its process; xdist's own scheduler would."""
             units = self.assigned_work.pop(node)
             left = [(unit, each) for unit in units.values() for each in unit if not unit[each]]
             if not left:
@@ -103,7 +104,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: runs after all others, while nothing else does")
     if hasattr(config, "workerinput") or config.option.suite_reports:
-        # As it is now, while pytest does not capture it: for the stack of a test that hangs.
+        # Kept before pytest captures standard error, to print the stack of a test that hangs.
         config.stash[_STDERR] = os.fdopen(os.dup(2), "w")
         config.add_cleanup(config.stash[_STDERR].close)
     if config.option.suite_reports:
@@ -114,7 +115,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Have what runs alone run last: here, or in the process that hands out the tests."""
+    """Move tests that run alone to the end, or leave them to the process that runs xdist."""
     if config.option.suite != "on":
         return
     alone = [item for item in items if item.get_closest_marker("alone")]
@@ -127,7 +128,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """End a process that others can replace, if its test hangs where no signal wakes it."""
+    """End a process of xdist if its test hangs and no signal can interrupt it."""
     seconds = _timeout(item)
     stderr = item.config.stash.get(_STDERR, None)
     if stderr is None or not seconds:
@@ -140,7 +141,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 def _timeout(item: pytest.Item) -> float:
-    """Return how long a test may take, as pytest-timeout has it; 0 for as long as it likes."""
+    """Return a test's timeout in seconds, as pytest-timeout knows it; 0 means no limit."""
     marker = item.get_closest_marker("timeout")
     if marker is not None:
         return float(marker.args[0] if marker.args else marker.kwargs.get("timeout", 0))
@@ -149,11 +150,11 @@ def _timeout(item: pytest.Item) -> float:
 
 
 class _Reporting:
-    """In the process that runs tests alone: notes what becomes of each, for the one that asked."""
+    """Writes each test's reports to a file, in a process that runs single tests."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        # Unbuffered: what was noted before a crash counts.
+        # Unbuffered, so that reports written before a crash are kept.
         self._file = open(config.option.suite_reports, "ab", buffering=0)  # noqa: SIM115
 
     def _note(self, what: str, value: object) -> None:
@@ -175,7 +176,7 @@ class _Reporting:
 
 
 class _Suite:
-    """In the process that hands out the tests, or runs them all: what comes after the others."""
+    """Runs the second and third step, in the main process of the run."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -191,12 +192,12 @@ class _Suite:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """A process that xdist is about to start has to know what has been decided."""
+        """Pass the decision to a process that xdist is about to start."""
         node.workerinput["suite"] = "on"
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """A process that xdist started has ended: it knows what it did not run."""
+        """Take over the tests that a process of xdist has left to run alone."""
         output = getattr(node, "workeroutput", None) or {}
         self._alone = output.get("alone", self._alone)
 
@@ -221,14 +222,14 @@ class _Suite:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
-        """Run what is left when all others have ended."""
+        """Run the tests that are left after all others have ended."""
         try:
             result = yield
             if getattr(self._config.option, "tx", None) and not self._config.option.collectonly:
                 self._run_alone(session)
             self._run_again()
         finally:
-            # Where the run ends before that, what failed has failed.
+            # If the run ends early, failed tests do not run again and count as failed.
             self._holding = False
             for reports in self._failed.values():
                 self._log(reports, "failed")
@@ -277,7 +278,7 @@ class _Suite:
         self._terminal.write_line(what)
 
     def pytest_terminal_summary(self) -> None:
-        """Show what the flaky tests said when they failed."""
+        """Show the first reports of flaky tests."""
         if not self._flaky:
             return
         terminal = self._terminal
@@ -290,10 +291,10 @@ class _Suite:
                     terminal.write_sep("-", title)
                     terminal.write_line(text)
 
-    # Tests in a process of their own.
+    # Tests that run one at a time in a separate process.
 
     def _run(self, nodeids: list[str], take: Take) -> None:
-        """Run tests one after the other, whatever becomes of the process that they run in."""
+        """Run tests one after the other, and continue in a new process if one ends its process."""
         left = dict.fromkeys(nodeids)
         with tempfile.TemporaryDirectory() as directory:
             while left:
@@ -343,7 +344,7 @@ class _Suite:
     def _follow(
         self, process: subprocess.Popen[bytes], notes: IO[bytes], left: dict[str, None], take: Take
     ) -> str | None:
-        """Take reports as they come; return the test that ran when the process ended."""
+        """Take reports as they arrive; return the test that ran when the process ended."""
         running: str | None = None
         rest = b""
         ended = False

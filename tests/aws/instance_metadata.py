@@ -17,7 +17,7 @@ class Instance(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Metadata)
         self.answers = {}
         macs = "/latest/meta-data/network/interfaces/macs/"
-        # Not in the order of their numbers, as the real one.
+        # As in the real service, the interfaces are not in the order of their numbers.
         numbered = list(enumerate(interfaces))[::-1]
         self.answers[macs] = "\n".join(f"02:00:00:00:00:0{number}/" for number, _ in numbered)
         for number, (vpc, private, public) in numbered:
@@ -46,14 +46,14 @@ class _Metadata(BaseHTTPRequestHandler):
         self.wfile.write((text or "").encode())
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Nothing."""
+        """Log no requests."""
 
 
 @contextlib.contextmanager
 def on_instance(
     monkeypatch: pytest.MonkeyPatch, *interfaces: tuple[str, str, str]
 ) -> Iterator[None]:
-    """Let this machine be an EC2 instance: each interface has a VPC, and addresses."""
+    """Make this machine look like an EC2 instance; each interface has a VPC and addresses."""
     with Instance(*interfaces) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()

@@ -1,4 +1,4 @@
-"""Runs of the command in processes of their own, in a folder of their own."""
+"""Fixtures that run the command, each in a new process and an empty folder."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(folder: Path, environment: dict[str, str]) -> Run:
 
 @pytest.fixture
 def run_here(folder: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command in this process, which has the AWS SDK already: a new one takes a second."""
+    """Run the command in this process, which saves the second that importing the AWS SDK takes."""
 
     def run_command(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         output, errors = io.StringIO(), io.StringIO()
@@ -80,7 +80,7 @@ def run_here(folder: Path, environment: dict[str, str], monkeypatch: pytest.Monk
 
 @pytest.fixture
 def start(folder: Path, environment: dict[str, str]) -> Iterator[Start]:
-    """Start the command with pipes on all its streams; what still runs at the end is killed."""
+    """Start the command with pipes on all its streams; at the end running commands are killed."""
     processes: list[subprocess.Popen[str]] = []
 
     def start_command(*args: str) -> subprocess.Popen[str]:

@@ -39,7 +39,7 @@ def nothing_left(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
     """Fail a test that leaves a process, a thread or a socket's directory behind."""
-    tmp_path_factory.getbasetemp()  # not in the directory that is made here
+    tmp_path_factory.getbasetemp()  # made now, so that it is not inside the directory made below
     directory = tempfile.mkdtemp(dir="/tmp")
     monkeypatch.setattr(tempfile, "tempdir", directory)
     monkeypatch.setenv("TMPDIR", directory)

@@ -1,4 +1,4 @@
-"""What the contract tests share: pipes to talk with tasks, clients, and a look at what is left."""
+"""Helpers of the contract tests: pipes to tasks, client programs, and checks for processes left."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import cloudexec
 __all__ = ["PATIENCE", "Client", "Signals", "assert_gone", "descendants", "settle", "until"]
 
 PATIENCE = 50.0
-"""Seconds after which what was to happen counts as never happening."""
+"""Seconds after which a test stops waiting and fails."""
 
 
 class Signals:
-    """Two named pipes: tasks say where they are on one, and wait on the other.
+    """Two named pipes: tasks report on one how far they are, and wait for a byte on the other.
 
     Attributes:
-        told: What tasks write to.
-        gate: What tasks wait at.
+        told: Path of the pipe that tasks write to.
+        gate: Path of the pipe at which tasks wait.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -36,11 +36,11 @@ class Signals:
         self._ends = []
         for path in (self.told, self.gate):
             os.mkfifo(path)
-            # Open for both, so that neither side waits for the other to open it.
+            # Opened for reading and writing, so that opening does not wait for the other side.
             self._ends.append(os.open(path, os.O_RDWR | os.O_NONBLOCK))
 
     def wait(self, count: int = 1) -> list[str]:
-        """Return the next words of tasks, once there are so many."""
+        """Wait for ``count`` words of tasks, and return them."""
         deadline = time.monotonic() + PATIENCE
         while self._buffer.count(b"\n") < count:
             ready, _, _ = select.select(self._ends[:1], [], [], deadline - time.monotonic())
@@ -51,7 +51,7 @@ class Signals:
         return [word.decode() for word in words]
 
     def release(self, count: int = 1) -> None:
-        """Let so many tasks pass the gate, now or when they get there."""
+        """Let ``count`` tasks pass the gate, now or when they reach it."""
         os.write(self._ends[1], b"." * count)
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class Signals:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Ask again and again; for what the client learns a moment after the task knows it."""
+    """Wait for a condition of the client, which learns of a task's progress a moment later."""
     deadline = time.monotonic() + PATIENCE
     pause = threading.Event()
     while not condition():
@@ -69,12 +69,12 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def settle() -> None:
-    """Let what was told to a worker arrive there; it tells nobody that it did."""
+    """Sleep until messages to a worker have arrived; the worker does not confirm them."""
     threading.Event().wait(0.3)
 
 
 def descendants(pid: int | None = None) -> list[psutil.Process]:
-    """Return all processes that come from this one, or another, but for multiprocessing's own."""
+    """Return all descendants of a process, except those of multiprocessing itself."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         try:
@@ -86,7 +86,7 @@ def descendants(pid: int | None = None) -> list[psutil.Process]:
 
 
 def supervisors() -> list[psutil.Process]:
-    """Return the workers that this process has started, and no other children of it."""
+    """Return the processes of workers that this process has started."""
     found = []
     for process in psutil.Process().children():
         try:
@@ -103,7 +103,7 @@ def assert_gone(processes: list[psutil.Process], timeout: float = PATIENCE) -> N
 
 
 class Client:
-    """A Python script in a process of its own that uses an executor."""
+    """A Python script that uses an executor, in a separate process."""
 
     def __init__(self, script: str, *args: str) -> None:
         root = Path(cloudexec.__file__).parents[1]
@@ -120,22 +120,22 @@ class Client:
         self.seen: list[psutil.Process] = []
 
     def look(self) -> None:
-        """Remember the processes that it has started so far."""
+        """Remember the processes that the script has started so far."""
         self.seen = descendants(self.pid)
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
     def end(self, timeout: float = PATIENCE) -> tuple[int, str, str]:
-        """Wait for it, and for what it started.
+        """Wait for the end of the script and of the processes that it started.
 
         Returns:
-            Its exit code, and what it wrote to standard output and standard error.
+            The script's exit code, standard output and standard error.
         """
         try:
             out, err = self._process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            self._process.send_signal(6)  # faulthandler says where it is
+            self._process.send_signal(6)  # makes faulthandler print where the script hangs
             out, err = self._process.communicate(timeout=timeout)
             raise AssertionError(f"it did not end in {timeout} s\n{out}\n{err}") from None
         finally:

@@ -1,4 +1,4 @@
-"""Stages that the graph tests run; in a module that workers import."""
+"""Stages of the graph tests, in a module that workers import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contract_tasks import append, hold
 
 from cloudexec import stage
 
-LOCK = threading.Lock()  # cannot be pickled: these functions travel by name
+LOCK = threading.Lock()  # cannot be pickled, so these functions must be pickled by name
 
 
 @stage
@@ -52,7 +52,7 @@ def wait_at_gate(told: str, gate: str, word: str = "begun") -> str:
 
 
 class Stages:
-    """A namespace, such as a user may keep stages in."""
+    """A class that a user has as a namespace for stages."""
 
     @stage
     @staticmethod

@@ -1,4 +1,4 @@
-"""What the contract tests run on workers; importable there, and quick to import."""
+"""Tasks of the contract tests, in a module that workers import quickly."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tell(path: str, word: str) -> None:
 
 
 def hold(told: str, gate: str, word: str = "begun") -> int:
-    """Say on one named pipe that the task runs, then wait for a byte on another."""
+    """Report on one named pipe that the task runs, then wait for a byte on another one."""
     tell(told, word)
     with open(gate, "rb", buffering=0) as pipe:
         pipe.read(1)
@@ -70,7 +70,7 @@ def divide(x: int, y: int) -> float:
 
 
 def span(path: str, seconds: float) -> None:
-    """Note when the task began and ended, on the clock that all processes share."""
+    """Write down when the task began and ended, by the clock that all processes share."""
     began = time.monotonic()
     time.sleep(seconds)
     append(path, f"{began} {time.monotonic()}")
@@ -82,7 +82,7 @@ def crash(path: str) -> None:
 
 
 def crash_unless_first(path: str) -> str:
-    """Die the first time; what a retry is for."""
+    """End the process in the first run only, so that a retry succeeds."""
     try:
         touch(path)
     except FileExistsError:
@@ -104,7 +104,7 @@ def setting(told: str, gate: str) -> tuple[int, str]:
 
 
 def count() -> tuple[int, int]:
-    """Return the process and how many times it was asked."""
+    """Return the process id and how often this function has run in the process."""
     global COUNT
     COUNT += 1
     return os.getpid(), COUNT
@@ -137,7 +137,7 @@ def _needs_arguments(code: int, text: str) -> NeedsArguments:
 
 
 class CannotBeRebuilt(Exception):
-    """Pickles, and fails to unpickle: its ``args`` are not what ``__init__`` takes."""
+    """Pickles, but does not unpickle, as ``__init__`` does not accept the exception's ``args``."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"{code}: {text}")
@@ -156,7 +156,7 @@ def put(queue: Any, value: Any) -> None:
 
 
 def take_memory(mib: int, told: str = "", gate: str = "") -> int:
-    """Have so many MiB of memory, and use all of it; then say so, and wait."""
+    """Use ``mib`` MiB of memory; then report it on one pipe and wait for another."""
     taken = bytearray(mib * 2**20)
     for at in range(0, len(taken), 4096):
         taken[at] = 1
@@ -193,7 +193,7 @@ def variables(*names: str, raises: bool = False) -> dict[str, str | None]:
 
 
 def fail_at_first(path: str, times: int) -> int:
-    """Raise ConnectionError so many times, then return how often it was called."""
+    """Raise ConnectionError in the first ``times`` runs, then return the number of runs."""
     append(path, "called")
     with open(path) as file:
         calls = len(file.readlines())
@@ -203,7 +203,7 @@ def fail_at_first(path: str, times: int) -> int:
 
 
 def die_once(path: str, words: str) -> str:
-    """Be killed the first time, after some last words."""
+    """Print ``words`` and get killed in the first run only."""
     if not os.path.exists(path):
         touch(path)
         print(words, flush=True)
@@ -212,12 +212,12 @@ def die_once(path: str, words: str) -> str:
 
 
 def hold_if(told: str, gate: str) -> int:
-    """Wait at a gate if there is one: a short call and a long one of the same function."""
+    """Wait at a gate if one is given, so that calls of one function can be short or long."""
     return hold(told, gate) if told else 0
 
 
 def leave_until(path: str, times: int) -> str:
-    """End the process so many times."""
+    """End the process in the first ``times`` runs."""
     append(path, "called")
     with open(path) as file:
         if len(file.readlines()) <= times:

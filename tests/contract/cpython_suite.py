@@ -1,8 +1,9 @@
 """Finds an installed copy of CPython's own executor tests and makes it importable here.
 
-Nothing is copied: the interpreter's own ``test`` package is used if it has these tests; else those
-of another installed Python of the same minor version, or of the nearest older one, run with this
-interpreter's own ``test.support`` (an older suite asks for nothing that a newer Python lacks).
+No test is copied into this repository. The interpreter's own ``test`` package is used if it has
+these tests. Otherwise the tests of another installed Python of the same minor version, or of the
+nearest older one, run with this interpreter's own ``test.support``. An older suite needs no
+function that a newer Python lacks.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _PARTS = (
     "test_wait",
     "util",
 )
-"""The modules of the package that 3.12 made of the one module, those about threads left out."""
+"""Modules of the package that replaced the single test module in 3.12, without those on threads."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Suite:
     path: Path
 
     def cases(self) -> set[str]:
-        """Return the names ``Class.test_method`` in it, read from the source."""
+        """Return the names ``Class.test_method`` of its tests, read from the source."""
         files = self.path.glob("*.py") if self.path.is_dir() else [self.path]
         return {
             f"{found.name}.{method.name}"
@@ -68,17 +69,17 @@ class Suite:
 
 
 def find_suites() -> list[Suite]:
-    """Return the copies on this machine, the one to use first.
+    """Return the copies on this machine, in the order of preference.
 
-    The running interpreter's own; then those of its minor version; then older ones, the newest
-    first; then newer ones, which only serve to look names up.
+    The first is the running interpreter's own copy. Then follow those of its minor version, then
+    older ones from the newest on, and then newer ones, of which only the names are used.
     """
     here = sys.version_info[:2]
     own = Path(sysconfig.get_path("stdlib"))
     libs = [own]
     if given := os.environ.get("CLOUDEXEC_CPYTHON_LIB"):
         libs.insert(0, Path(given))
-    # Pythons beside this one (pyenv, uv, hatch), and the system's.
+    # Other Pythons of pyenv, uv or hatch, which are next to this one, and those of the system.
     libs += sorted(Path(sys.base_prefix).parent.glob("*/lib/python3.*"))
     libs += sorted(Path("/usr/lib").glob("python3.*")) + sorted(Path("/usr/local/lib").glob("py*"))
     suites: dict[Path, Suite] = {}
@@ -97,7 +98,7 @@ def find_suites() -> list[Suite]:
             at[suite],
         )
 
-    # Executors did not take max_tasks_per_child before 3.11: older tests say nothing about it.
+    # Before 3.11 executors had no max_tasks_per_child, so older tests do not cover it.
     return sorted((s for s in suites.values() if s.version >= (3, 11)), key=distance)
 
 
@@ -110,8 +111,8 @@ def load() -> tuple[list[ModuleType], list[str]]:
     """Import the suite.
 
     Returns:
-        Its modules, and what must be on ``sys.path`` for another process to import it too. Both
-        are empty where no suite for this version is installed.
+        Its modules, and the entries of ``sys.path`` that another process needs to import it. Both
+        are empty if no suite for this version is installed.
     """
     shim: list[str] = []
     if not _importable():
@@ -123,7 +124,7 @@ def load() -> tuple[list[ModuleType], list[str]]:
     try:
         _forget_test_package(shim)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a suite older than its interpreter
+            warnings.simplefilter("ignore")  # a suite may be older than the interpreter
             top = importlib.import_module(f"test.{_NAME}")
             if not hasattr(top, "__path__"):
                 return [top], shim
@@ -133,7 +134,7 @@ def load() -> tuple[list[ModuleType], list[str]]:
 
 
 def _importable() -> bool:
-    """Whether the tests can be imported as things are; in a worker they can."""
+    """Return whether the tests can be imported without further steps, as in a worker."""
     try:
         importlib.import_module(f"test.{_NAME}")
     except ImportError:
@@ -148,9 +149,9 @@ def _forget_test_package(shim: list[str]) -> None:
 
 
 def _shim(path: Path) -> str:
-    """Make a directory whose package ``test`` is the interpreter's own, and the suite."""
+    """Make a directory with a package ``test`` that has the interpreter's modules and the suite."""
     directory = tempfile.mkdtemp(prefix="cpython-suite-")
-    # By this process alone: tests fork, and a child's end is not the suite's.
+    # Only this process removes the directory, and not the children that tests fork.
     atexit.register(_remove, directory, os.getpid())
     package = Path(directory, "test")
     package.mkdir()

@@ -1,4 +1,4 @@
-"""A TCP proxy between workers and their client, to break the network with."""
+"""A TCP proxy between workers and their client, with which tests cut connections."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class _Connection:
     def end(self, *sides: int) -> None:
         for side in sides:
             with contextlib.suppress(OSError):
-                # A reset, once it is closed, not an end in good order.
+                # Makes closing send a reset instead of a regular end.
                 linger = struct.pack("ii", 1, 0)
                 self.ends[side].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 self.ends[side].shutdown(socket.SHUT_RDWR)
 
     def pumped(self, sink: socket.socket) -> None:
-        """One direction has ended."""
+        """Handle the end of one direction."""
         if self.tells:
             with contextlib.suppress(OSError):
                 sink.shutdown(socket.SHUT_WR)
@@ -43,14 +43,14 @@ class _Connection:
 
 
 class CuttableLink:
-    """Forwards connections to a port of this machine, as long as it is told to.
+    """Forwards connections to a port of this machine, and cuts them on request.
 
     Args:
-        target_port: Where to.
+        target_port: The port to which connections are forwarded.
 
     Attributes:
-        port: Where it listens.
-        accepted: Connections that were made.
+        port: The port on which the proxy listens.
+        accepted: Number of accepted connections.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -69,7 +69,7 @@ class CuttableLink:
         """Reset every connection.
 
         Args:
-            stay_down: Whether new ones are reset, too, until ``heal()``.
+            stay_down: Whether new connections are reset, too, until ``heal()``.
         """
         with self._lock:
             self._is_up = not stay_down
@@ -78,7 +78,7 @@ class CuttableLink:
             each.end(WORKER, CLIENT)
 
     def cut_one_side(self, side: int) -> None:
-        """Reset connections on one side; the other one hears nothing any more, nor of that."""
+        """Reset connections on one side; the other side gets no more bytes, and no reset."""
         with self._lock:
             connections = list(self._connections)
         for each in connections:
@@ -86,13 +86,13 @@ class CuttableLink:
             each.end(side)
 
     def cut_after(self, size: int) -> None:
-        """Reset everything once so many more bytes have passed, in the middle of a message."""
+        """Reset all connections after ``size`` more bytes, in the middle of a message."""
         with self._lock:
             self._budget = size
 
     @property
     def is_cut_yet(self) -> bool:
-        """Whether what ``cut_after`` was told has happened."""
+        """Whether the reset that ``cut_after`` requested has happened."""
         with self._lock:
             return self._budget is None
 

@@ -1,8 +1,8 @@
-"""Forks children of a program that uses executors, by the hundred, and says how they ended.
+"""Forks hundreds of children of a program that uses executors, and reports how they ended.
 
-As a program: ``python fork_storm.py EXECUTORS FORKS [grpc]``; with ``grpc``, that is imported
-first. Executors come and go all the while, and each is used, and given up in one of several ways.
-The children do what is ordinary for Python, and never touch an executor.
+It can be run as ``python fork_storm.py EXECUTORS FORKS [grpc]``; with ``grpc`` that package is
+imported first. Meanwhile executors are made, used, and abandoned in one of several ways. The
+children run ordinary Python code, and never use an executor.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ def storm(executors: int, forks: int) -> Counter[str]:
     """Use executors one after another, and fork meanwhile.
 
     Args:
-        executors: How many in all; one of them runs at any time.
-        forks: Children in all.
+        executors: Total number of executors, which run one after another.
+        forks: Total number of children.
 
     Returns:
-        How children ended, and what was wrong with executors: ``ok`` for all that is right.
+        Numbers of the ways in which children ended and of errors of executors; ``ok`` counts the
+        children without an error.
     """
     ways = [_forked_and_left, _forked_to_the_end, _process, _manager]
     ends = [_shut_down, _shut_down_later, _killed, _abandoned]
@@ -68,14 +69,14 @@ def _killed(executor: BatchExecutor) -> None:
 
 
 def _abandoned(executor: BatchExecutor) -> None:
-    executor.cycle = executor  # type: ignore[attr-defined]  # so that it is garbage some day
+    executor.cycle = executor  # type: ignore[attr-defined]  # only the garbage collector frees it
 
 
 # Children.
 
 
 def _work() -> None:
-    """What a child does: it makes garbage and collects it, and has a thread."""
+    """Make and collect garbage, and run a thread, in a child."""
     garbage: list[Any] = [[number] for number in range(5000)]
     for each in garbage:
         each.append(each)
@@ -146,4 +147,4 @@ if __name__ == "__main__":
     if sys.argv[3:] == ["grpc"]:
         import grpc  # noqa: F401
     print(dict(storm(int(sys.argv[1]), int(sys.argv[2]))), flush=True)
-    # Where the interpreter's end collects them, too, executors are to end.
+    # Executors must also end if only the end of the interpreter collects them.

@@ -17,7 +17,7 @@ KINDS: tuple[type[BaseException], ...] = (
     MemoryError,
     asyncio.CancelledError,
 )
-"""What methods raise: ordinary exceptions, and those that end programs, threads or loops."""
+"""Exceptions for methods to raise: ordinary ones, and those that end programs, threads or loops."""
 
 _PROPERTIES = (
     "__cause__",
@@ -66,7 +66,7 @@ def hostile(method: str, kind: type[BaseException], base: type = Exception) -> A
 
 
 def fail(path: str, method: str, kind: type[BaseException], place: str) -> None:
-    """Say that it runs, and raise such an exception, or one that has it in its chain."""
+    """Write a trace, and raise a hostile exception, or one that has it in its chain."""
     append(path, f"{os.getpid()}")
     if method == "exceptions":
         raise hostile(method, kind, base=ExceptionGroup)
@@ -90,12 +90,12 @@ def fail(path: str, method: str, kind: type[BaseException], place: str) -> None:
 
 
 class Unpickled:
-    """Raises an exception when it is unpickled in a process, and not elsewhere.
+    """Raises an exception when it is unpickled in one process, and in no other.
 
     Args:
-        pid: The process.
-        kind: What is raised.
-        method: Which of the exception's own methods raises, too, if any.
+        pid: Id of the process.
+        kind: Class of the exception.
+        method: Name of the exception's method that raises, too, or an empty string.
     """
 
     def __init__(self, pid: int, kind: type[BaseException], method: str = "") -> None:
@@ -112,7 +112,7 @@ def unpickle(pid: int, kind: type[BaseException], method: str) -> Unpickled:
 
 
 class CarriesIt(Exception):
-    """An exception that holds something; it survives the round trip where that does."""
+    """An exception that refers to a value, and can be pickled if the value can."""
 
 
 def give(*values: Any) -> Any:
@@ -124,7 +124,7 @@ def raise_with(value: Any) -> None:
 
 
 def make(method: str, kind: type[BaseException]) -> Any:
-    """Return an object, no exception, of such a class; its class travels by value."""
+    """Return an object of a hostile class that is no exception; the class is pickled by value."""
     return hostile(method, kind, base=object)
 
 
@@ -132,8 +132,8 @@ class Unpicklable:
     """Raises when it is pickled.
 
     Args:
-        kind: What it raises.
-        method: Which of the exception's own methods raises, too, if any.
+        kind: Class of the exception.
+        method: Name of the exception's method that raises, too, or an empty string.
     """
 
     def __init__(self, kind: type[BaseException], method: str = "") -> None:
@@ -146,4 +146,4 @@ class Unpicklable:
         raise self._kind("pickling")
 
     def __call__(self) -> None:
-        """Callable, so that it can be what is submitted."""
+        """Do nothing; the object is callable so that it can be submitted."""

@@ -1,4 +1,4 @@
-"""What the tests of large arguments and results run on workers; importable there."""
+"""Tasks of the tests of large arguments and results, in a module that workers import."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def total(*values: Any) -> float:
 
 
 def total_of_held(held: Any) -> float:
-    """Add up the arrays in a container, however deep they are."""
+    """Add up all arrays in a nested container."""
     if isinstance(held, dict):
         return sum(map(total_of_held, held.values()))
     if isinstance(held, (list, tuple)):
@@ -98,7 +98,7 @@ def grow(value: Any) -> Any:
 
 
 def add_and_note(path: str, *values: Any) -> Any:
-    """Add, and count in a file how often this was called."""
+    """Return the sum, and write a trace of the call to a file."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, b".")
     os.close(descriptor)
@@ -142,7 +142,7 @@ class Kills:
 
 
 class Bloats:
-    """Takes more memory than there is when it is unpickled."""
+    """Uses more memory than is allowed when it is unpickled."""
 
     def __init__(self, mib: int) -> None:
         self.mib = mib
@@ -153,11 +153,11 @@ class Bloats:
         KEPT["bloat"] = self.taken
         import time
 
-        time.sleep(30)  # until it is noticed
+        time.sleep(30)  # until the worker notices
 
 
 class Bound:
-    """What a method, or an object that can be called, takes along."""
+    """An object whose methods, or which itself, are submitted, and are pickled with its state."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -173,7 +173,7 @@ def called(fn: Any, *args: Any) -> Any:
 
 
 def nested_executor(value: Any) -> float:
-    """Use an executor of one's own in a task, with what the task was given."""
+    """Use an executor that the task makes, with the task's argument."""
     from cloudexec import BatchExecutor
 
     with BatchExecutor(1) as inner:

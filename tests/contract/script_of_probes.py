@@ -1,7 +1,7 @@
-"""A script that asks its tasks what they see of it: run with the kind of executor to be asked.
+"""A script whose tasks report what they see of the script; its argument is the kind of executor.
 
-Every function of ``PROBES`` submits calls and returns what came of them. What it returns through
-``BatchExecutor`` has to be what it returns through a process pool.
+Each function of ``PROBES`` submits calls and returns their results. The results with
+``BatchExecutor`` must be the same as with a process pool.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def probe(fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
-# What tasks change stays.
+# Changes that tasks make to the script stay.
 
 count = 0
 model: str | None = None
@@ -153,7 +153,7 @@ def attributes_of_a_class(ex: Executor) -> Any:
     return found, times(ex, Counter().method), ex.submit(Counter.Inner().seven).result(60)
 
 
-# What finds the script at run time.
+# Tasks that look up names of the script at run time.
 
 
 @dataclasses.dataclass
@@ -233,7 +233,7 @@ def an_executor_in_a_task(ex: Executor) -> Any:
 
 @probe
 def annotations_that_are_strings(ex: Executor) -> Any:
-    # The script has another name in a process that was spawned.
+    # The script has another name in a spawned process.
     return [each.replace("__mp_main__", "__main__") for each in ex.submit(hints).result(60)]
 
 
@@ -253,7 +253,7 @@ def functions_by_their_name(ex: Executor) -> Any:
     return found, ex.submit(by_its_name, "double").result(60)
 
 
-# What refers to what.
+# Globals that refer to one another.
 
 config = {"a": 1}
 pair = (config, [config])
@@ -313,7 +313,7 @@ def functions_that_call_each_other(ex: Executor) -> Any:
     return ex.submit(factorial, 10).result(60), ex.submit(handlers["double"], 2).result(60)
 
 
-# Classes that do something when they are made, which is done already.
+# Classes whose definition has effects, which must not happen again in the worker.
 
 
 class Registry:
@@ -459,7 +459,7 @@ def what_says_its_name(ex: Executor) -> Any:
     return times(ex, found_by_name, MISSING), missing is MISSING, number is Number
 
 
-# What goes there and comes back.
+# Objects that are sent to a worker and returned.
 
 
 class Point:
@@ -658,7 +658,7 @@ def its_exceptions(ex: Executor) -> Any:
     return error.code, __file__ in text, "raise Failure(7)" in text
 
 
-# What cannot be sent.
+# Globals that cannot be sent.
 
 lock, rlock, event = threading.Lock(), threading.RLock(), threading.Event()
 condition, semaphore = threading.Condition(), threading.BoundedSemaphore(2)

@@ -1,12 +1,12 @@
-"""The core's oracle: one digest of all that the core decides in many simulated histories.
+"""The core's oracle: one digest of all decisions of the core in many simulated histories.
 
-A change that only moves code must leave every decision as it was. ``python -m tests.core.oracle``
-plays the histories of ``simulation`` and hashes, for each event, the event and its time, the
-commands that answer it, and the next deadline. It prints a digest for each seed and one of all;
-run it before and after, and compare.
+A change that only moves code must not change any decision. ``python -m tests.core.oracle`` runs the
+histories of ``simulation``. For each event it hashes the event and its time, the commands that
+answer it, and the next deadline. It prints a digest for each seed and a digest of all these. Run it
+before and after a change, and compare the digests.
 
-The digests depend on nothing but the seeds and the decisions: not on the order of sets, on
-addresses or on the clock, nor on what fields and states are called.
+The digests depend only on the seeds and the decisions. They do not depend on the order of sets, on
+addresses, on the clock, or on the names of fields and states.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["digest_of", "digest_of_all"]
 
 
 def digest_of(seed: int) -> str:
-    """Play one history, and return the digest of all that was decided in it."""
+    """Run one history, and return the digest of all decisions in it."""
     digest = hashlib.sha256()
     world = Simulation(seed)
     decide = world.machine.handle
@@ -56,7 +56,7 @@ def digest_of_all(digests: Iterable[str]) -> str:
 
 
 def _spell(value: Any) -> Iterator[str]:
-    """Yield the parts of a value, in an order and a form that are always the same.
+    """Yield the parts of a value in a fixed order and form.
 
     Raises:
         TypeError: For a type that is not known to be the same in each process.

@@ -1,8 +1,9 @@
-"""A world for the machine: workers, a network, a launcher and users, all made up, on one clock.
+"""Simulates workers, a network, a launcher and users around the core's machine, on one clock.
 
-The machine is the real one. Everything else is drawn from one seed: what tasks do, which workers
-crash, hang, are slow or are taken back, which links are cut, for how long, and what is late. The
-same seed plays the same history, so a failure is looked at with ``CLOUDEXEC_SEED=n``.
+The machine is the real one. All else is random and follows from one seed: what tasks do, which
+workers crash, hang, are slow or are taken back, which connections are cut and for how long, and
+which messages are late. The same seed gives the same history, so ``CLOUDEXEC_SEED=n`` repeats a
+failure.
 """
 
 from __future__ import annotations
@@ -42,26 +43,27 @@ _ENDS = (
     "misses its input",
 )
 _PATIENCE = 3.0
-"""Seconds that a worker may idle while work waits that it could do."""
+"""Seconds that a worker may be idle while tasks wait that it could run."""
 
 
 class Wrong(AssertionError):
-    """What the machine did is not what it promises."""
+    """The machine broke one of its promises."""
 
 
 @dataclass(eq=False)
 class Call:
-    """What a task does wherever it runs."""
+    """What a task does in each of its runs."""
 
     seconds: float = 0.01
     ends: str = "returns"
-    """Or: raises, kills its slot, its worker, hangs, grows, misses its input."""
+    """How a run ends: the task returns, raises, kills its slot or its worker, hangs, uses too much
+    memory, or lacks its input."""
     times: int = 1 << 30
-    """How often it ends like that; then it returns."""
+    """Number of runs that end like this; later runs return."""
     runs: int = 0
     outcome: str = ""
     leases: set[int] = field(default_factory=set)
-    """Those under which it may bring a result."""
+    """Leases under which a result of the task may arrive."""
 
     @property
     def innocent(self) -> bool:
@@ -70,14 +72,14 @@ class Call:
 
 @dataclass(eq=False)
 class Input:
-    """Something large that tasks take."""
+    """A large object that tasks take as an argument."""
 
     size: int
     workers: set[str]
 
 
 class Link:
-    """Carries messages in order, with delays; those on their way when it is cut come afterwards."""
+    """Delivers messages in order, with delays; after a cut, messages that were under way arrive."""
 
     def __init__(self, world: Simulation) -> None:
         self._world = world
@@ -131,7 +133,7 @@ class SimulatedWorker:
         self.noticed_at = 0.0
         self.pace = world.random.choice([1.0, 1.0, 1.0, 3.0])
 
-    # What the client says.
+    # Messages of the client.
 
     def take(self, tasks: list[tuple[int, Task]]) -> None:
         if self.draining:
@@ -167,7 +169,7 @@ class SimulatedWorker:
         if self.alive and self.draining and not self.running and not self.flushing:
             self.end("it drained")
 
-    # What it does.
+    # The worker's own actions.
 
     def start(self) -> None:
         self.beat()
@@ -176,7 +178,7 @@ class SimulatedWorker:
     def be_ready(self) -> None:
         if self.alive:
             self.ready = True
-            # Said before anything begins, so that it is there first.
+            # Sent before any task begins, so that this message arrives first.
             self.up.carry(lambda: self.world.tell(events.WorkerReady(self.name)))
             self.begin()
 
@@ -224,7 +226,7 @@ class SimulatedWorker:
         self.begin()
 
     def answer(self) -> None:
-        """Say what there is to say, in a moment."""
+        """Send all collected answers after a short delay."""
         if not self.flushing:
             self.flushing = True
             self.world.after(self.world.random.choice([0.0, 0.001, 0.01]), self.flush)
@@ -252,10 +254,10 @@ class SimulatedWorker:
                 self.up.carry(lambda event=event: world.tell(event))  # type: ignore[misc]
         self.end_if_done()
 
-    # What happens to it.
+    # Events that happen to the worker.
 
     def end(self, reason: str, *, out_of_memory: bool = False, reclaimed: bool = False) -> None:
-        """End at once: what it has not said is never said; the client learns of it, some time."""
+        """End at once; unsent answers are lost, and the client learns of the end later."""
         if not self.alive:
             return
         self.alive = False
@@ -273,8 +275,8 @@ class SimulatedWorker:
                 world.come(self.launch, self.slots)
 
         if self.up.cut:
-            # Nobody sees the stream end. The launcher may say that it ended, which counts once the
-            # cut was noticed; or the grace passes.
+            # The client cannot see the stream end. Either the launcher reports the worker's end,
+            # which counts once the cut was noticed, or the grace passes.
             if not self.hung and world.random.random() < 0.5:
                 said = world.now + world.random.uniform(0.1, 5.0)
                 world.at(max(said, self.noticed_at), learn)
@@ -303,10 +305,10 @@ class SimulatedWorker:
 
 
 class Simulation:
-    """One history.
+    """One simulated history.
 
     Args:
-        seed: From which all of it follows.
+        seed: The seed of all random choices.
     """
 
     def __init__(self, seed: int) -> None:
@@ -319,7 +321,7 @@ class Simulation:
         self.echoes = r.choice([0.0, 0.0, 0.2])
         self.slow = r.choice([0.0005, 0.005, 0.2])
         self.outside = r.choice([False, True])
-        """Whether workers also die for reasons of their own."""
+        """Whether workers also die for reasons that no task causes."""
         self.calm_at = r.choice([20.0, 90.0])
         size_count = r.choice([1, 1, 3])
         sizes = tuple(WorkerCapacity(cpus=8, memory=8 * GIB << n) for n in range(size_count))
@@ -373,10 +375,10 @@ class Simulation:
         return self.random.expovariate(1 / self.slow)
 
     def run(self) -> None:
-        """Play it to its end.
+        """Run the history to its end.
 
         Raises:
-            Wrong: If something went otherwise than promised.
+            Wrong: If the machine breaks a promise.
         """
         self._plan()
         limit = self.calm_at + 3000.0
@@ -420,7 +422,7 @@ class Simulation:
             self.at(deadline, self._ring)
 
     def _note(self, event: Event) -> None:
-        """Keep the model of who may answer for what."""
+        """Update the model of which leases may bring a result of which task."""
         if isinstance(event, events.WorkerLost) and event.worker in self.machine.workers:
             self._revoke(event.worker)
         elif isinstance(event, events.WorkerDraining):
@@ -472,7 +474,7 @@ class Simulation:
             self._drained.add(command.worker)
             worker.down.carry(lambda: worker.drain() if worker.alive else None)
         elif isinstance(command, commands.TerminateWorker):
-            # The launcher stops it, link or not.
+            # The launcher stops the worker, whether its connection works or not.
             self.after(self.delay(), lambda: worker.end("terminated"))
 
     def _send(self, command: commands.SendTasks) -> None:
@@ -498,7 +500,7 @@ class Simulation:
         self.counts[how] += 1
 
     def _check_failure(self, command: commands.FailTask) -> None:
-        """See that nobody fails for what another did."""
+        """Check that no task fails because of what another task did."""
         task, failure = command.task, command.failure
         call: Call = task.handle
         if not call.innocent or not task.retries:
@@ -519,7 +521,7 @@ class Simulation:
         return known is None or known.size == 0 or task.number % 3 == 0
 
     def _look_at_the_idle(self) -> None:
-        """See that no worker idles while work waits that it could do."""
+        """Check that no worker is idle while tasks wait that it could run."""
         machine = self.machine
         if self.rich or not machine.waiting or machine.shutting_down:
             self._idle_since.clear()
@@ -552,7 +554,7 @@ class Simulation:
         r, calm = self.random, self.now > self.calm_at
         draw = 1.0 if calm else r.random()
         if draw < 0.05:
-            return  # it never comes
+            return  # the worker never starts
         if draw < 0.15:
             failed = events.LaunchFailed(
                 launch, "no luck", killed=draw < 0.1, reclaimed=r.random() < 0.3
@@ -583,7 +585,7 @@ class Simulation:
         for each in self.inputs:
             each.workers.discard(worker.name)
 
-    # Users, and what goes wrong.
+    # Users and faults.
 
     def _some_requirements(self) -> list[Requirements | None]:
         r, scaling = self.random, self.machine.config.scaling
@@ -669,7 +671,7 @@ class Simulation:
         self.tell(events.TasksCancelled(some, kill))
 
     def _harm(self) -> None:
-        """Have something happen to a worker that may cost its tasks an attempt."""
+        """Cause a fault of a worker that may cost its tasks an attempt."""
         r = self.random
         if not self.living:
             return
@@ -685,7 +687,7 @@ class Simulation:
             worker.end("killed by the kernel", out_of_memory=True)
 
     def _annoy(self) -> None:
-        """Have something happen to a worker that is nobody's fault, and costs no attempt."""
+        """Cause a fault of a worker that must not cost its tasks an attempt."""
         r = self.random
         if not self.living:
             return
@@ -698,7 +700,7 @@ class Simulation:
             worker.cut(r.uniform(0.0, 2.5))
 
     def _stop_the_hung(self) -> None:
-        """Somebody looks at last, and cancels what hangs, and restores what is missing."""
+        """At the end, cancel tasks that hang and restore inputs that are missing."""
         if self.finished:
             return
         hung = [t for t in self.tasks if not t.handle.outcome and t.handle.ends == "hangs"]

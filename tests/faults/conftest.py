@@ -17,11 +17,11 @@ from fault_helpers import descendants, until
 @pytest.fixture
 def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> Iterator[None]:
     """Fail a test that leaves a process, a thread or a socket's directory behind."""
-    # Short: a socket's path has at most about a hundred characters.
+    # A short path, as the path of a socket has at most about a hundred characters.
     directory = tempfile.mkdtemp(dir="/tmp")
     monkeypatch.setattr(tempfile, "tempdir", directory)
     monkeypatch.setenv("TMPDIR", directory)
-    # An executor that several tests share may be there.
+    # An executor that several tests share may exist already.
     processes, threads = set(descendants()), set(threading.enumerate())
     yield
     until(lambda: not set(descendants()) - processes)

@@ -1,4 +1,4 @@
-"""What the tests of faults share: waiting, processes of workers, clients, what is left."""
+"""Helpers of the tests of faults: waiting, workers' processes, clients, and processes left over."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 PATIENCE = 40.0
-"""Seconds after which what was to happen counts as never happening."""
+"""Seconds after which a test stops waiting and fails."""
 PACKAGE = str(Path(cloudexec.__file__).parents[1])
 HERE = str(Path(__file__).parent)
 
@@ -42,7 +42,7 @@ def start(mode: str, workers: int = 2, **options: Any) -> BatchExecutor:
 
 
 def until(condition: Callable[[], Any]) -> Any:
-    """Ask again and again until there is an answer that is true; return it."""
+    """Call ``condition`` until its result is true; return the result."""
     deadline = time.monotonic() + PATIENCE
     pause = threading.Event()
     while not (answer := condition()):
@@ -66,7 +66,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def worker_processes(pid: int | None = None) -> dict[str, list[psutil.Process]]:
-    """Return a client's supervisors, zygotes and slots that live now, the oldest first."""
+    """Return a client's running supervisors, zygotes and slots, the oldest first."""
     found: dict[str, list[psutil.Process]] = {"supervisor": [], "zygote": [], "slot": []}
     for supervisor in _children(psutil.Process(pid)):
         try:
@@ -83,7 +83,7 @@ def worker_processes(pid: int | None = None) -> dict[str, list[psutil.Process]]:
 
 
 def descendants(pid: int | None = None) -> list[psutil.Process]:
-    """Return all that runs below a process, but for multiprocessing's own."""
+    """Return all descendants of a process, except those of multiprocessing itself."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         try:
@@ -95,12 +95,12 @@ def descendants(pid: int | None = None) -> list[psutil.Process]:
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
-    """Wait until these have ended; whoever reaps them."""
+    """Wait until these processes have ended, whichever process reaps them."""
     until(lambda: not [process for process in processes if is_alive(process)])
 
 
 def start_client(script: str, *args: str, **environment: str) -> subprocess.Popen[str]:
-    """Run a script that uses an executor, in a process of its own."""
+    """Run a script that uses an executor in a new process."""
     path = os.pathsep.join((environment.pop("PYTHONPATH", ""), PACKAGE, HERE)).lstrip(os.pathsep)
     return subprocess.Popen(
         [sys.executable, "-c", script, *args],

@@ -1,4 +1,4 @@
-"""What the tests of faults run on workers, and what breaks on its way; importable there."""
+"""Tasks of the tests of faults, and values that fail when they are pickled; workers import it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def _signal() -> None:
 
 
 def _memory_error() -> None:
-    """Ask for more than any process may have."""
+    """Request more memory than any process can have."""
     bytearray(2**60)
 
 
 def _outgrow() -> None:
-    """Take three times what was asked for, and keep it."""
+    """Use three times the memory that the task may have, and keep it."""
     taken = bytearray(b"x") * (3 * LIMIT)
     signal.pause()
     del taken
@@ -58,13 +58,13 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 
 def break_down(fault: str) -> None:
-    """Do what the fault's name says, here."""
+    """Cause the fault of this name in this process."""
     FAULTS[fault]()
     raise AssertionError(f"{fault} went by")
 
 
 class Breaks:
-    """Breaks whoever unpickles it."""
+    """Causes a fault in the process that unpickles it."""
 
     def __init__(self, fault: str) -> None:
         self._fault = fault
@@ -74,7 +74,7 @@ class Breaks:
 
 
 class BreaksWhenPickled:
-    """Breaks whoever pickles it."""
+    """Causes a fault in the process that pickles it."""
 
     def __init__(self, fault: str) -> None:
         self._fault = fault
@@ -93,7 +93,7 @@ def breaks_as_result(fault: str) -> object:
 
 
 def surrounded(fault: str) -> list[object]:
-    """Return much, and in the middle of it what breaks: by then, much has left the process."""
+    """Return large data with a faulty value in the middle, so that part of it is sent before."""
     return [bytes(3_000_000), large(3_000_000), BreaksWhenPickled(fault), large(3_000_000)]
 
 
@@ -106,21 +106,21 @@ def size_of(value: Any) -> int:
 
 
 def large_without_room(size: int) -> Any:
-    """Return what this process may write to no file, in memory or on disk."""
+    """Return a large value that this process cannot write to any file, in memory or on disk."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     return large(size)
 
 
 def fill(path: str) -> None:
-    """Write to a file until there is no room."""
+    """Write to a file until the disk is full."""
     with open(path, "wb", buffering=0) as file:
         while True:
             file.write(bytes(100_000))
 
 
 class FillsWhenPickled:
-    """Writes to a file until there is no room, when it is pickled."""
+    """Writes to a file until the disk is full, when it is pickled."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -131,7 +131,7 @@ class FillsWhenPickled:
 
 
 def mark(path: str) -> None:
-    """Leave a trace of one call: a byte appended at once."""
+    """Append one byte to a file, as a trace of one call."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(fd, b"x")
     os.close(fd)
@@ -145,7 +145,7 @@ def mark_and_wait(
     argument: Any = b"",
     gate: str = "",
 ) -> tuple[int, int, Any]:
-    """Leave a trace, take a while, or until a file is there, and return much or little."""
+    """Leave a trace, take some time or wait for a file, and return a large or small result."""
     mark(os.path.join(directory, str(number)))
     time.sleep(seconds)
     while gate and not os.path.exists(gate):
@@ -154,7 +154,7 @@ def mark_and_wait(
 
 
 def tell_and_wait(told: str, gate: str) -> int:
-    """Say who this is on one pipe, and go on when there is a byte on the other."""
+    """Write this process's id to one pipe, and wait for a byte on the other."""
     with open(told, "w") as file:
         file.write(f"{os.getpid()}\n")
     with open(gate, "rb", buffering=0) as file:

@@ -33,12 +33,12 @@ PASSWORD_HASH = "$2b$04$NsjTVJVqaZ0nU.wlZ9jJqOTmm8qqWXneLsqRgtrRVDurvwz7ChkEu"
 
 @pytest.fixture(scope="session")
 def password() -> str:
-    """What the registry wants from the user ``AWS``."""
+    """The password of the registry's user ``AWS``."""
     return "a password of twelve hours"
 
 
 class TidyEngine(Engine):
-    """Removes at the end the names that it gave; layers stay, so that the next run is fast."""
+    """Removes its image names at the end; layers stay, so that the next run is fast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class TidyEngine(Engine):
         return super().push(image, repository, tag, *args)
 
     def close(self) -> None:
-        # Those too that the command gave: their tags end with the same hashes.
+        # Names that the command made are removed, too: their tags have the same hashes.
         tags = {name.rpartition(":")[2] for name in self._names}
         for image in self.client.images.list():
             for name in image.tags:
@@ -64,7 +64,7 @@ class TidyEngine(Engine):
 
 @pytest.fixture(scope="session")
 def frozen_code() -> Iterator[None]:
-    """Who edits the code while these tests run does not change the image between two builds."""
+    """Make edits of the code during these tests not change the image between two builds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_contents, "_own_wheel", functools.cache(image_contents._own_wheel))
         yield
@@ -89,7 +89,7 @@ def engine(frozen_code: None) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def download(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Fetches the wheels of a worker into a new directory, with more options of pip."""
+    """A function that downloads a worker's wheels into a new directory; it takes options of pip."""
 
     pytest.importorskip("pip", reason="this environment has no pip")
 
@@ -104,7 +104,7 @@ def download(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def wheelhouse(download: Callable[..., Path]) -> Path:
-    """The wheels of a worker: nothing in these tests depends on a network within containers."""
+    """The wheels of a worker, so that containers in these tests need no network."""
     return download()
 
 
@@ -116,7 +116,7 @@ def spec(wheelhouse: Path) -> ImageSpec:
 
 @contextmanager
 def serving(directory: Path, *, users: str = "") -> Iterator[str]:
-    """Run a registry on the loopback; yield its address."""
+    """Run a registry on the loopback address; yield its address."""
     program = shutil.which("docker-registry")
     if program is None:
         pytest.skip("no docker-registry here (Debian's package has it): nowhere to push to")
@@ -152,7 +152,7 @@ def serving(directory: Path, *, users: str = "") -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A registry on the loopback that wants a password: its address."""
+    """The address of a registry on the loopback address that requires a password."""
     directory = tmp_path_factory.mktemp("registry")
     with serving(directory, users=f"AWS:{PASSWORD_HASH}\n") as address:
         yield address
@@ -160,7 +160,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def open_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A registry on the loopback for everybody: its address."""
+    """The address of a registry on the loopback address without a password."""
     with serving(tmp_path_factory.mktemp("open-registry")) as address:
         yield address
 
@@ -175,10 +175,10 @@ def gateway(client: Any) -> str:
 
 @pytest.fixture
 def worker(engine: Engine) -> Callable[..., AbstractContextManager[tuple[BatchExecutor, Any]]]:
-    """Runs an executor and its one worker, in a container with the environment of a platform.
+    """A function that runs an executor and its one worker in a container, as a platform does.
 
-    Takes the name of the image and options of ``containers.run``; gives the executor and the
-    container.
+    It takes the name of the image and options of ``containers.run``, and yields the executor and
+    the container.
     """
 
     @contextmanager

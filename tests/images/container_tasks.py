@@ -1,4 +1,4 @@
-"""What the tests run in containers, where there is no pytest."""
+"""Tasks that the tests run in containers, which have no pytest."""
 
 from __future__ import annotations
 

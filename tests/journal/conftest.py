@@ -23,7 +23,7 @@ Open = Callable[..., BatchExecutor]
 
 @pytest.fixture
 def ran(tmp_path: Path) -> str:
-    """Where calls note that they have been run."""
+    """The directory in which calls note that they have run."""
     directory = tmp_path / "calls"
     directory.mkdir()
     return str(directory)
@@ -31,7 +31,7 @@ def ran(tmp_path: Path) -> str:
 
 @pytest.fixture
 def executor(tmp_path: Path) -> Open:
-    """Makes executors that have one journal, as a program does each time it is run."""
+    """A function that makes executors with the same journal, like a program that is run again."""
 
     def make(name: str = "journal", **settings: object) -> BatchExecutor:
         settings = {"max_workers": 1, "output": "off", "journal": tmp_path / name, **settings}
@@ -42,7 +42,7 @@ def executor(tmp_path: Path) -> Open:
 
 @pytest.fixture
 def program() -> Iterator[Program]:
-    """Starts scripts in processes of their own, and kills those that are left."""
+    """A function that starts scripts in new processes; at the end running scripts are killed."""
     started: list[subprocess.Popen[str]] = []
     path = os.pathsep.join([str(Path(cloudexec.__file__).parents[1]), str(Path(__file__).parent)])
 

@@ -1,7 +1,8 @@
-"""Says by which key a journal knows the call of each of many programs.
+"""Prints the key by which a journal knows the call of each of many programs.
 
-Run with a folder that has one folder for each program, and which of these to run. Each is run in
-a process of its own, forked from this one, as its script. Prints the keys as JSON.
+The arguments are a folder that has one folder for each program, and the names of the programs to
+run. Each program runs as a script in a process that is forked from this one. The keys are printed
+as JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def key_of(folder: Path) -> str:
     blobs = BlobStore(ObjectOptions().limits(), shared=False)
     function, _, payload = FunctionTable(lambda number: None, blobs).call(fn, args, kwargs)
     if function is not None and not function.pickle:
-        function = None  # what it stands for comes with the arguments
+        function = None  # the callable is pickled with the arguments
     store = SqliteStore(folder / "journal")
     nobody: Any = None
     journal = Journal(store, Program(), nobody, nobody, nobody)
@@ -54,7 +55,7 @@ def key_of(folder: Path) -> str:
 
 
 def main(root: Path, which: str) -> None:
-    Program()  # so that what never changes is known to all of them
+    Program()  # computes what never changes, once for all programs
     keys = {}
     for folder in sorted(root.glob(which)):
         read, write = os.pipe()

@@ -1,6 +1,6 @@
-"""Programs in which VALUE stands where an edit is made: each kind must be seen.
+"""Programs with the word VALUE where a test edits them; the journal must notice each kind of edit.
 
-A program is ``script.py``, which says in ``call`` what is called, and the files beside it.
+A program consists of ``script.py``, whose name ``call`` has the call, and of files next to it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ Files = dict[str, str]
 
 
 def _files(more: Files) -> Files:
-    """Name files: ``pkg__sub`` is a module of a package, ``pkg____init__`` the package."""
+    """Return files by path; ``pkg__sub`` is a package's module, ``pkg____init__`` the package."""
     files = {}
     for name, content in more.items():
         package = name.removesuffix("____init__")
@@ -19,13 +19,13 @@ def _files(more: Files) -> Files:
 
 
 def by_module(text: str, **more: str) -> Files:
-    """A function ``f`` of an imported module is called."""
+    """Return a program that calls a function ``f`` of an imported module."""
     script = "import mine\ncall = mine.f, (), {}\n"
     return {"script.py": script, "mine.py": text, **_files(more)}
 
 
 def by_script(text: str, **more: str) -> Files:
-    """A function ``f`` of the script is called."""
+    """Return a program that calls a function ``f`` of the script."""
     return {"script.py": f"{text}\ncall = f, (), {{}}\n", **_files(more)}
 
 
@@ -173,7 +173,7 @@ BY_REFERENCE = {
     "single dispatch": "import functools\n@functools.singledispatch\ndef g(x): return 0\n"
     "@g.register\ndef _(x: int): return VALUE\ndef f(): return g(1)",
 }
-"""Functions that cannot travel by value."""
+"""Functions that cannot be pickled by value."""
 
 _USE = "from {0} import {1}\ndef f(): return {1}()"
 _GO = "def go(): return VALUE"
@@ -336,7 +336,7 @@ _IMPORTS: dict[str, Files] = {
     },
 }
 
-_NUMBER = "VALUE"  # what a program reads is no code, but what it makes of that is carried
+_NUMBER = "VALUE"  # content of a file; it is no code, but the value that is read from it is sent
 _READ = "n = int(open('number').read())\n"
 _CARRIED = {
     "argument": "def f(x): return x\ncall = f, (n,), {}",
@@ -422,4 +422,4 @@ KINDS: dict[str, Files] = {
         for name, text in _CARRIED.items()
     },
 }
-"""Programs by what is edited in them."""
+"""Programs by the kind of edit."""

@@ -1,4 +1,4 @@
-"""What the tests of the journal run; each call leaves a file that says so."""
+"""Tasks of the journal's tests; each call leaves a file that shows that it has run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 
 def count(directory: str, name: object) -> None:
-    """Note that a call has been run."""
+    """Note that a call has run."""
     Path(directory, f"{name}.{uuid.uuid4()}").touch()
 
 
 def calls(directory: str | Path) -> dict[str, int]:
-    """Return how often each call was run."""
+    """Return how often each call has run."""
     found: dict[str, int] = {}
     for path in Path(directory).iterdir():
         name = path.name.rpartition(".")[0]
@@ -50,7 +50,7 @@ def words(directory: str, words: set[str], *, factor: int = 1) -> int:
 
 
 def gated(directory: str, x: int, free: int) -> int:
-    """Wait, from a certain number on, until there is a gate that stands open."""
+    """Note the call; if ``x`` is at least ``free``, first wait until the gate's file exists."""
     while x >= free and not Path(directory, "..", "open").exists():
         time.sleep(0.01)
     count(directory, x)
@@ -73,7 +73,7 @@ def talks(directory: str) -> str:
 
 
 class Model:
-    """Something with a state, whose method is a task."""
+    """An object with a state, whose method is a task."""
 
     def __init__(self, directory: str, weight: int) -> None:
         self.directory = directory
@@ -85,7 +85,7 @@ class Model:
 
 
 def held(directory: str, x: int) -> int:
-    """Note that it has begun, wait until there is a gate that stands open, and note the end."""
+    """Note that the call has begun, wait until the gate's file exists, and note the end."""
     count(directory, f"begun-{x}")
     while not Path(directory, "..", "open").exists():
         time.sleep(0.01)
@@ -94,7 +94,7 @@ def held(directory: str, x: int) -> int:
 
 
 def roll(directory: str, x: int) -> bytes:
-    """The same, with a result that is too large for a message."""
+    """Do the same as ``held``, with a result that is too large for a message."""
     held(directory, x)
     return os.urandom(3_000_000 + x)
 
@@ -103,6 +103,6 @@ _noted = ""
 
 
 def note(what: str) -> None:
-    """Set up a worker."""
+    """Note a text, as an initializer of workers."""
     global _noted
     _noted = what

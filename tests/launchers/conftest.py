@@ -20,7 +20,7 @@ def aws() -> Iterator[Any]:
 
 @pytest.fixture
 def launcher_factory() -> Callable[[Any], Callable[..., Batch]]:
-    """Make what makes launchers for a queue of an emulated AWS."""
+    """A function that takes an emulated AWS, and returns a function that makes its launchers."""
 
     def of(aws: Any) -> Callable[..., Batch]:
         def make(
@@ -46,5 +46,5 @@ def launcher_factory() -> Callable[[Any], Callable[..., Batch]]:
 def launcher(
     aws: Any, launcher_factory: Callable[[Any], Callable[..., Batch]]
 ) -> Callable[..., Batch]:
-    """Make a launcher for a queue of its own."""
+    """A function that makes launchers for the emulated AWS."""
     return launcher_factory(aws)

@@ -1,4 +1,4 @@
-"""What several tests of launchers need."""
+"""A helper for several tests of launchers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def eventually(condition: Callable[[], Any], timeout: float = 50.0) -> Any:
-    """Wait until something holds; return what it says."""
+    """Call ``condition`` until its result is true; return the result."""
     deadline = time.monotonic() + timeout
     while True:
         found = condition()

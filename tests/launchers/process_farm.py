@@ -1,6 +1,6 @@
-"""A launcher as another package has it: workers are processes that a folder knows of.
+"""A launcher as another package would write it; its workers are processes listed in a folder.
 
-It imports nothing of cloudexec but what is public.
+It imports only public names of cloudexec.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cloudexec.launchers import (
     WorkerStatus,
 )
 
-# The shell stays, and writes down how the worker ended: whoever looks later finds it there.
+# The shell waits for the worker and writes the worker's exit code to a file, to be read later.
 _SCRIPT = 'path=$1; shift; "$@" > "$path.log" 2>&1; echo $? > "$path.part"; mv "$path.part" "$path"'
 
 
@@ -44,9 +44,10 @@ class ProcessFarm(PlatformLauncher):
     """Runs workers as processes of this machine.
 
     Args:
-        folder: Where the state of all jobs is.
-        room: Workers that there is room for at once.
-        faults: Raised by the next submissions, one by one: after the job was taken, if uncertain.
+        folder: Folder with the state of all jobs.
+        room: Number of workers that may run at once.
+        faults: Exceptions that the next submissions raise, one each. An ``uncertain`` one is raised
+            after the job was accepted.
         kind: The class of the platform.
     """
 

@@ -1,4 +1,4 @@
-"""A relay between clients and a server: slow, or breaking connections, on request."""
+"""A TCP relay between clients and a server that can be slow or cut connections."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import time
 
 
 class Relay:
-    """Passes bytes on, both ways; use as a context manager.
+    """Forwards bytes in both directions; it is a context manager.
 
     Args:
-        port: Of the server, on this machine.
-        tls: Speak TLS with clients.
-        tunnel: Be a proxy that is told ``CONNECT`` first; wherever to, it leads to the server.
-        rate: Bytes per second that each direction of a connection lets through; 0: all there is.
+        port: Port of the server, on this machine.
+        tls: Whether to use TLS with clients.
+        tunnel: Whether to be a proxy to which clients send ``CONNECT`` first; any address in it
+            leads to the server.
+        rate: Bytes per second in each direction of a connection; 0 means no limit.
 
     Attributes:
-        passed: Bytes so far, towards the server (``"up"``) and from it (``"down"``).
+        passed: Bytes forwarded so far, to the server (``"up"``) and from it (``"down"``).
     """
 
     def __init__(
@@ -52,23 +53,23 @@ class Relay:
         self.refuse()
 
     def cut_up(self, *after: int) -> None:
-        """Reset the next connections that send so many bytes."""
+        """Reset the next connections after they have sent these numbers of bytes."""
         with self._lock:
             self._cuts["up"].extend(after)
 
     def cut_down(self, *after: int) -> None:
-        """Reset the next connections that receive so many bytes."""
+        """Reset the next connections after they have received these numbers of bytes."""
         with self._lock:
             self._cuts["down"].extend(after)
 
     @property
     def cuts_left(self) -> int:
-        """How many of those have not happened yet."""
+        """Number of requested resets that have not happened yet."""
         with self._lock:
             return len(self._cuts["up"]) + len(self._cuts["down"])
 
     def refuse(self) -> None:
-        """Take no connection any more, and end those there are."""
+        """Accept no more connections, and end the open ones."""
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -102,7 +103,7 @@ class Relay:
         except OSError:
             client.close()
             return
-        if self._rate:  # what lies in buffers is through already, as far as its sender can see
+        if self._rate:  # small buffers, as bytes in a buffer look already sent to the sender
             for each in (client, server):
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 128 * 1024)
         with self._lock:

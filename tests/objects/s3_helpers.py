@@ -1,4 +1,4 @@
-"""A bucket on a fake AWS, with what tests ask of it."""
+"""A bucket on a fake AWS, and helpers to upload, download and list objects."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def content(size: int, seed: int = 1) -> tuple[bytes, bytes]:
 
 
 class Scene:
-    """What a test on the loop has at hand."""
+    """The bucket and helpers for a test that runs on an event loop."""
 
     def __init__(self, aws: FakeAWS, clients: AwsClients, bucket: Bucket) -> None:
         self.aws = aws
@@ -94,21 +94,21 @@ class Scene:
             return found
 
     async def keys(self) -> list[str]:
-        """What is in the bucket, unfinished uploads too."""
+        """Return the keys of all objects in the bucket, including those of unfinished uploads."""
         objects = await self.clients.call("s3", "list_objects_v2", Bucket=NAME)
         uploads = await self.clients.call("s3", "list_multipart_uploads", Bucket=NAME)
         found = [*objects.get("Contents", ()), *uploads.get("Uploads", ())]
         return [each["Key"] for each in found]
 
     def count(self, operation: str) -> int:
-        """How many such calls have been answered, well or not."""
+        """Return how many calls of an operation were answered, with success or an error."""
         return sum(each.operation == operation for each in self.aws.requests)
 
 
 async def until(probe: Callable[[], Awaitable[object]], seconds: float = 20.0) -> None:
     """Wait for something to happen in the fake AWS."""
     async with asyncio.timeout(seconds):
-        while not await probe():  # noqa: ASYNC110 it happens in threads of a server
+        while not await probe():  # noqa: ASYNC110 the change happens in threads of a server
             await asyncio.sleep(0.01)
 
 
@@ -129,7 +129,7 @@ def play(
     close: bool = True,
     **settings: Any,
 ) -> T:
-    """Run a scenario with a bucket; nothing may be left in it afterwards."""
+    """Run a scenario with a bucket, and check that the bucket is empty afterwards."""
 
     async def run() -> T:
         async with AwsClients() as clients:

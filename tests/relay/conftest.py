@@ -19,7 +19,7 @@ def relay() -> Iterator[RelayProcess]:
 
 @pytest.fixture
 def launcher(relay: RelayProcess) -> Iterator[Callable[..., RelayLauncher]]:
-    """Makes launchers of workers that dial the relay."""
+    """A function that makes launchers whose workers connect to the relay."""
     made: list[RelayLauncher] = []
 
     def make(address: str = "", **options: Any) -> RelayLauncher:

@@ -1,4 +1,4 @@
-"""A relay in a process of its own, and real workers that reach their client through it."""
+"""A relay in a separate process, and real workers that reach their client through it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class RelayProcess:
 
     Args:
         listen: ``host:port``.
-        idle: Seconds without peers after which it ends.
-        prefix: What runs before the command, as ``ip netns exec``.
+        idle: Seconds without clients and workers after which the relay ends.
+        prefix: Words before the command, such as ``ip netns exec``.
     """
 
     def __init__(
@@ -53,28 +53,28 @@ class RelayProcess:
         self.address = found[1]
 
     def kill(self) -> None:
-        """End it as a machine ends."""
+        """Kill the relay, as if its machine had failed."""
         self.process.kill()
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
 
     def restart(self) -> None:
-        """Kill it, and have another in its place."""
+        """Kill the relay, and start another one at the same address."""
         self.kill()
         self._start(self.address)
 
 
 class RelayLauncher(ManualLauncher):
-    """Starts real workers that dial a relay.
+    """Starts real workers that connect to a relay.
 
     Args:
         relay: ``host:port``.
-        prefix: What runs before each worker's command.
+        prefix: Words before each worker's command.
         slots_per_worker: Tasks that each worker runs at once.
-        key: What client and workers share.
-        advertise: Host that workers dial instead of the relay's.
-        environment: What the workers have besides.
+        key: The key that client and workers share.
+        advertise: Host to which workers connect instead of the relay's.
+        environment: Additional environment variables of the workers.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RelayLauncher(ManualLauncher):
         self._environment = dict(environment or {})
 
     async def start(self, *_: Any) -> Network:
-        """Have the client register with the relay."""
+        """Return the network settings that make the client register with the relay."""
         return Network("127.0.0.1:0", self._advertise, self._key, self.relay)
 
     def launch(
@@ -125,7 +125,7 @@ class RelayLauncher(ManualLauncher):
             )
 
     def close_workers(self) -> None:
-        """End what is left of the workers."""
+        """End all workers that still run."""
         for worker in self.workers.values():
             worker.kill()
             worker.wait()

@@ -1,4 +1,4 @@
-"""A program that may have few files open: ``few_files.py WHAT LIMIT WORKERS LINES``."""
+"""A program with a low limit of open files: ``few_files.py WHAT LIMIT WORKERS LINES``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _kept: list[int] = []
 
 
 def _take_all() -> int:
-    """Open all files that may be open."""
+    """Open as many files as this process may have open."""
     try:
         while True:
             _kept.append(os.open(os.devnull, os.O_RDONLY))
@@ -42,19 +42,20 @@ def _said(future: Future[Any]) -> str:
 
 
 def at_the_start(executor: BatchExecutor, lines: str) -> list[str]:
-    """Run tasks with what there is."""
+    """Run tasks with the files that the limit leaves."""
     return [_said(each) for each in [executor.submit(_note, n, lines) for n in range(100)]]
 
 
 def in_the_client(executor: BatchExecutor, lines: str) -> list[str]:
-    """Run tasks with large results while this program has all the files; then give them back."""
+    """Run tasks with large results while this program has no file left; then close its files."""
     executor.submit(_note, -1, lines).result(30)
     _take_all()
     futures = [executor.submit(_note, n, lines) for n in range(6)]
-    # One goes through the direct socket, the other one is left in a file. Both hold up their slot.
+    # One result is sent over the direct socket, the other one is left in a file. Until they are
+    # received, each blocks its slot.
     futures.append(executor.submit(_note, 6, lines, bytes, 3_000_000))
     futures.append(executor.submit(_note, 7, lines, bytearray, 3_000_000))
-    while os.stat(lines).st_size < len("-1\n") + 8 * len("0\n"):  # they have not all run
+    while os.stat(lines).st_size < len("-1\n") + 8 * len("0\n"):  # until all tasks have run
         time.sleep(0.01)
     for fd in _kept:
         os.close(fd)
@@ -62,7 +63,7 @@ def in_the_client(executor: BatchExecutor, lines: str) -> list[str]:
 
 
 def to_the_end(executor: BatchExecutor, lines: str) -> list[str]:
-    """Run tasks whose large results need no file here, while this program keeps all files."""
+    """Run tasks whose large results need no file here, while this program has no file left."""
     executor.submit(_note, -1, lines).result(30)
     _take_all()
     ways = [bytes, bytes, bytes, bytes, bytes]
@@ -71,9 +72,9 @@ def to_the_end(executor: BatchExecutor, lines: str) -> list[str]:
 
 
 def in_a_slot(executor: BatchExecutor, lines: str) -> list[str]:
-    """A task keeps all files open that its process may have; others follow in that process."""
+    """Run a task that uses up the open files of its process, and more tasks in that process."""
     taken = executor.submit(_take_all).result(30)
-    assert _limit() - 40 < taken < _limit()  # the program's own limit, not one of ours
+    assert _limit() - 40 < taken < _limit()  # the limit is the program's, as cloudexec sets none
     return [
         _said(executor.submit(_note, 0, os.devnull)),
         _said(executor.submit(len, bytes(3_000_000))),

@@ -1,4 +1,4 @@
-"""Peers that mean no good: what they send is written by hand, frame by frame where need be."""
+"""Hostile peers of a server, which send messages, or single HTTP/2 frames, made by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ END_STREAM, END_HEADERS = 1, 4
 
 
 class Trap:
-    """Leaves a directory behind if anybody unpickles it."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,7 +53,7 @@ class Trap:
 
 
 def dial(contact: Contact, *, timeout: float = 10.0) -> socket.socket:
-    """Connect, and say nothing."""
+    """Connect, and send nothing."""
     if contact.target.startswith("unix:"):
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(timeout)
@@ -74,7 +74,7 @@ def tls_context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
 
 
 def secured(contact: Contact) -> socket.socket:
-    """Connect as far as one can without proving anything."""
+    """Connect over TLS or the Unix socket, as far as is possible without a proof."""
     connection = dial(contact)
     if contact.certificate_sha256:
         return tls_context().wrap_socket(connection)
@@ -82,7 +82,7 @@ def secured(contact: Contact) -> socket.socket:
 
 
 def channel(contact: Contact) -> grpc.Channel:
-    """Open a connection of its own: gRPC shares them among equal channels."""
+    """Open a new connection; by default gRPC shares a connection among equal channels."""
     options = [*PROXY_OFF, ("grpc.use_local_subchannel_pool", 1)]
     if not contact.certificate_sha256:
         return grpc.insecure_channel(contact.target, options=options)
@@ -98,7 +98,7 @@ def peer(contact: Contact) -> Peer:
 
 
 def is_closed(connection: socket.socket, within: float) -> bool:
-    """Say whether the other side ends a connection in this time, reading on until then."""
+    """Read until the other side closes the connection; return whether it does so in time."""
     until = time.monotonic() + within
     with contextlib.suppress(OSError):
         while (left := until - time.monotonic()) > 0:
@@ -113,7 +113,7 @@ def is_closed(connection: socket.socket, within: float) -> bool:
 
 
 class Frames:
-    """HTTP/2 by hand."""
+    """An HTTP/2 connection whose frames are made by hand."""
 
     def __init__(self, connection: socket.socket, *, preface: bool = True) -> None:
         self.connection = connection
@@ -127,14 +127,14 @@ class Frames:
         self.raw(frame(kind, flags, stream, payload))
 
     def call(self, stream: int, method: str = SESSION, data: bytes | None = None) -> None:
-        """Begin a call, with a first message if there is to be one."""
+        """Begin a call, with a first message if ``data`` is given."""
         self.raw(frame(HEADERS, END_HEADERS, stream, headers(method)))
         if data is not None:
             for at in range(0, len(data), 16384) or (0,):
                 self.raw(frame(DATA, 0, stream, data[at : at + 16384]))
 
     def await_answer(self, within: float) -> None:
-        """Read until a call is answered or reset, or the other side has had enough."""
+        """Read until a call is answered or reset, or the other side closes the connection."""
         self.connection.settimeout(within)
         with contextlib.suppress(OSError), self.connection.makefile("rb") as frames:
             while len(head := frames.read(9)) == 9:
@@ -164,7 +164,7 @@ def _text(text: bytes) -> bytes:
 
 
 def headers(method: str = SESSION, more: Iterable[tuple[str, bytes]] = ()) -> bytes:
-    """Encode the headers of a call, all as literals."""
+    """Encode the headers of a call without compression."""
     pairs = [
         (":method", b"POST"),
         (":scheme", b"https"),
@@ -192,11 +192,11 @@ def hello(contact: Contact, identity: str, **changes: Any) -> bytes:
     return pb.WorkerMessage(hello=pb.Hello(**facts)).SerializeToString()
 
 
-# The victim.
+# The executor under attack.
 
 
 class _OverGrpc(Local):
-    """Workers of this machine that do without the plain socket, as those of others do."""
+    """Launches workers on this machine that use gRPC, as workers on other machines do."""
 
     own_processes = False
 
@@ -220,7 +220,7 @@ def refusals(executor: BatchExecutor) -> dict[str, int]:
 def wait_until(
     true: Callable[[], object], seconds: float = 15.0, *, what: str = "it happened"
 ) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until, f"not in time: {what}"
@@ -232,14 +232,14 @@ def double(x: int) -> int:
 
 
 def memory_in_use() -> int:
-    """Return the bytes that this process holds, without what its allocator keeps for later."""
-    with contextlib.suppress(AttributeError):  # the GNU C library's
+    """Return the memory of this process in bytes, without the reserve of its allocator."""
+    with contextlib.suppress(AttributeError):  # only the GNU C library has malloc_trim()
         ctypes.CDLL(None).malloc_trim(0)
     return int(psutil.Process().memory_info().rss)
 
 
 class Work:
-    """Tasks of an honest user, one batch after the other, while something else goes on."""
+    """Runs tasks of an honest user, batch after batch, during an attack."""
 
     def __init__(self, executor: BatchExecutor) -> None:
         self._executor = executor
@@ -275,21 +275,21 @@ class Work:
 
 @contextlib.contextmanager
 def unharmed(executor: BatchExecutor, *, mib: float = 64, slowest: float = 8.0) -> Iterator[Work]:
-    """Have tasks go on meanwhile; afterwards nothing is left of the visit."""
+    """Check that tasks go on during an attack, and that no memory or files are lost by it."""
     me = psutil.Process()
     before, files = memory_in_use(), me.num_fds()
     with Work(executor) as work:
         yield work
     assert work.slowest < slowest
-    # The peers are of this process too, and closed by now.
+    # The peers belong to this process, too, and are closed by now.
     wait_until(lambda: me.num_fds() <= files + 8)
-    # gRPC gives some of it back a moment later.
+    # gRPC frees some memory a moment later.
     wait_until(lambda: memory_in_use() - before < mib * MIB, what="memory was given back")
     assert executor._driver.broken is None  # type: ignore[union-attr]
 
 
 def start_worker(contact: Contact, identity: str, **changes: str) -> subprocess.Popen[str]:
-    """Start a real worker, as a container would."""
+    """Start a real worker, as in a container."""
     env = {
         **os.environ,
         "CLOUDEXEC_TARGET": contact.target,
@@ -311,11 +311,11 @@ def start_worker(contact: Contact, identity: str, **changes: str) -> subprocess.
     )
 
 
-# One that was let in.
+# A hostile worker that has been enrolled.
 
 
 class Inside(Peer):
-    """An enrolled worker that holds one lease, and does what it likes."""
+    """An enrolled worker that has one lease, and sends what a test wants."""
 
     def __init__(self, launcher: ManualLauncher, number: int, **changes: Any) -> None:
         launch = launcher.wait(number, 20)[-1]
@@ -329,7 +329,7 @@ class Inside(Peer):
         self._leases: list[int] = []
 
     def take_message(self) -> pb.ServerMessage:
-        """Wait for what the server says next."""
+        """Wait for the server's next message."""
         said: pb.ServerMessage = next(self.answers)
         self._leases += said.tasks.leases
         return said
@@ -353,7 +353,7 @@ class Inside(Peer):
 
 
 def end_by_hand(executor: BatchExecutor, launcher: ManualLauncher, *workers: Peer) -> None:
-    """Hang up, and have the processes that there never were end."""
+    """Close the peers' connections, and report the end of their processes, which never existed."""
     for worker in workers:
         worker.close()
     launcher.end_all()

@@ -1,13 +1,13 @@
-"""Random searches, for as long as there is time: before a release, and after a large change.
+"""Searches for rare failures with random seeds, for use before a release or after a large change.
 
     python -m tests.soak --minutes 60
     python -m tests.soak --only once --seed 1234 --seconds 30     # what failed, once more
 
-Each run of a search is a process of its own, with a seed of its own, and one line of what is
-printed. The searches take turns until the time is over. ``--restless`` and ``--busy`` are those of
-the test suite: threads that take turns all the time, and processes that compute beside it. How a
-search's threads and processes take turns is not in the seed: what fails by that fails now and then
-with the same seed.
+Each run of a search is a process with its own seed, and prints one line. The searches run in turn
+until the time is over. ``--restless`` and ``--busy`` are options of the test suite: threads switch
+very often, and other processes compute at the same time. The seed does not determine how threads
+and processes alternate, so a failure that depends on this does not occur each time with the same
+seed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Command = Callable[[int, float], list[str]]
 
 
 def _program(path: str, *more: str) -> Command:
-    """A program of ours, which takes a seed and how long."""
+    """Return a function that makes the command of a program with a seed and a duration."""
 
     def command(seed: int, seconds: float) -> list[str]:
         return [sys.executable, str(_ROOT / path), *more, f"--seed={seed}", f"--seconds={seconds}"]
@@ -47,7 +47,7 @@ def _faults(seed: int, seconds: float) -> list[str]:
 
 
 def _tests(path: str, *more: str) -> Command:
-    """Tests, where a run of them is what a seed is elsewhere."""
+    """Return a function that makes the command of tests, which take no seed and no duration."""
 
     def command(seed: int, seconds: float) -> list[str]:
         options = ["-q", "-x", "--suite=off", "-p", "no:cacheprovider", *more]
@@ -73,14 +73,14 @@ SEARCHES: Mapping[str, Command] = {
     "kills": _tests("tests/faults/test_kills.py"),
     "herd": _tests("tests/soak/test_herd.py"),
 }
-"""What there is to search, and the command that does it."""
+"""The searches by name, each with the function that makes its command."""
 
 PATIENCE = 600.0
-"""Seconds over its time after which a search has hung."""
+"""Seconds after the end of its time after which a search counts as hanging."""
 
 
 def _run(command: Sequence[str], seed: int, seconds: float) -> tuple[str, str]:
-    """Return what is wrong, if anything is, and what was printed."""
+    """Return what is wrong, or an empty string, and the output."""
     env = {**os.environ, "CLOUDEXEC_FUZZ": str(seed), "PYTHONPATH": str(_ROOT)}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(

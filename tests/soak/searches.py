@@ -1,7 +1,7 @@
-"""Programs that look for what happens once in a million times; ``python -m tests.soak`` runs them.
+"""Searches for failures that happen once in a million times; ``python -m tests.soak`` runs them.
 
-``python tests/soak/searches.py NAME --seed N --seconds N`` runs one. Each ends with an assertion
-that fails, a traceback and an exit code, if it finds something.
+``python tests/soak/searches.py NAME --seed N --seconds N`` runs one search. If it finds a failure,
+it ends with a failed assertion, a traceback and an exit code.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 
 _TESTS = Path(__file__).parents[1]
 STUCK_AFTER = 120.0
-"""Seconds that a round may take, which takes one or two."""
+"""Seconds that a round may take; it normally takes one or two."""
 
 
 def core(seed: int, seconds: float) -> str:
-    """The machine without a clock, in worlds in which everything goes wrong."""
+    """Run the core's machine in simulated histories with many faults."""
     sys.path.insert(0, str(_TESTS / "core"))
     from simulation import Simulation
 
@@ -41,11 +41,11 @@ def core(seed: int, seconds: float) -> str:
 
 
 def turns(seed: int, seconds: float) -> str:
-    """A supervisor and its slots, line by line in any order."""
+    """Run a supervisor and its slots line by line, in random orders."""
     sys.path.insert(0, str(_TESTS / "worker"))
     from stepping import Run, many_stops, search
 
-    # Slots that live in this process would stay for its life if they were told of its forks.
+    # Slots run in this process here. If they registered for forks, they would never be freed.
     os.register_at_fork = lambda **_: None
     end = time.monotonic() + seconds
     rng, played = random.Random(seed), 0
@@ -59,7 +59,7 @@ def turns(seed: int, seconds: float) -> str:
 
 
 def forks(seed: int, seconds: float) -> str:
-    """Children of a program that uses executors live, whatever they do."""
+    """Check that forked children of a program that uses executors work and end as usual."""
     sys.path.insert(0, str(_TESTS / "contract"))
     from fork_storm import storm
 
@@ -73,7 +73,7 @@ def forks(seed: int, seconds: float) -> str:
 
 
 def chaos(seed: int, seconds: float) -> str:
-    """Slots, their parents and workers are killed while tasks run."""
+    """Kill slots, their parents and workers while tasks run."""
     sys.path.insert(0, str(_TESTS / "worker"))
     import test_chaos
 
@@ -98,7 +98,7 @@ def _increment(number: int) -> int:
 
 
 def _map_again_and_again(seconds: float, tasks: int) -> str:
-    """Map short tasks on one executor after the other: none is lost, and none hangs."""
+    """Map short tasks on one executor after another; check that no task is lost or hangs."""
     from cloudexec import BatchExecutor
 
     end = time.monotonic() + seconds
@@ -114,7 +114,7 @@ def _map_again_and_again(seconds: float, tasks: int) -> str:
 
 
 def lost(seed: int, seconds: float, *, copies: int = 3, tasks: int = 50_000) -> str:
-    """Several programs at once that map short tasks, so that each is stopped anywhere for long."""
+    """Run several programs at once that map short tasks, so that each is paused at any point."""
     program = [sys.executable, __file__, "lost-one", f"--seconds={seconds}", f"--tasks={tasks}"]
     started = [subprocess.Popen([*program, f"--seed={seed + n}"]) for n in range(copies)]
     codes = [process.wait() for process in started]
@@ -123,7 +123,7 @@ def lost(seed: int, seconds: float, *, copies: int = 3, tasks: int = 50_000) -> 
 
 
 def _note_and_answer(ledger: str, number: int, size: int, how: str) -> bytes:
-    """Leave a line in the ledger for each run; then answer, or take the slot along."""
+    """Write a line into the ledger for each run; then return, or end the slot."""
     descriptor = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, b"%d\n" % number)
     os.close(descriptor)
@@ -141,7 +141,7 @@ def _runs(ledger: str) -> Counter[int]:
 
 
 def once(seed: int, seconds: float) -> str:
-    """With ``retries=0`` no task leaves two lines, and none that was cancelled leaves one."""
+    """Check that with ``retries=0`` no task runs twice, and no cancelled task runs."""
     from cloudexec import BatchExecutor, WorkerLostError
 
     end = time.monotonic() + seconds

@@ -11,11 +11,11 @@ import boto3
 from cloudexec.testing import FakeAWS, JobRecord
 
 PATIENCE = 45.0
-"""Seconds after which something never happens: short of a test's own time on a busy machine."""
+"""Seconds after which a test stops waiting; less than a test's own timeout on a busy machine."""
 
 
 def eventually(check: Callable[[], Any], timeout: float = PATIENCE) -> Any:
-    """Ask until the answer is true; return it."""
+    """Call ``check`` until its result is true; return the result."""
     deadline = time.monotonic() + timeout
     while not (found := check()):
         assert time.monotonic() < deadline, f"not so within {timeout} seconds"
@@ -106,5 +106,5 @@ class Account:
         return self.reach(job_id, "SUCCEEDED", "FAILED", timeout=timeout)
 
     def prints(self, job_id: str, line: str) -> None:
-        """Wait until a job has written a line: until then it may not know what a signal is."""
+        """Wait until a job has written a line; before that it may not handle signals yet."""
         eventually(lambda: line in self.aws.logs(job_id))

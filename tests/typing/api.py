@@ -1,4 +1,4 @@
-"""What users' code may rely on, for the type checker. Checked, never run."""
+"""Uses of the public types that must pass the type checker; this code never runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes below a test's own, but for multiprocessing's, which outlive what started them."""
+"""Finds descendants of a test's process, except those of multiprocessing, which live longer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ __all__ = ["descendants"]
 
 
 def descendants() -> list[psutil.Process]:
-    """Return what runs below this process on behalf of executors."""
+    """Return the descendants of this process that belong to executors."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
             command = " ".join(process.cmdline())
         except psutil.NoSuchProcess:
             continue
-        # Started with the first semaphore that any test has made; ends with this process.
+        # It starts with the first semaphore of any test, and ends with this process.
         if "multiprocessing.resource_tracker" not in command:
             found.append(process)
     return found

@@ -1,11 +1,12 @@
 """Runs a supervisor and its slots line by line, in an order that the caller chooses.
 
-The code is the real one: ``SlotPool`` and ``Slot`` with their pipes and their shared page. Each
-runs in a thread of its own, of which only one goes on at a time. A thread can be stopped before
-each line that touches what the two share, for as long as wanted, or for ever: then its slot was
-killed.
+The code under test is the real ``SlotPool`` and ``Slot`` with their pipes and their shared page of
+memory. Each runs in its own thread, and only one thread runs at a time. A thread can be stopped
+before each line that reads or writes a shared object, for any time, or for ever, which stands for a
+killed slot.
 
-The caller stands in for the rest: the event loop, whose time is moved by hand, and the zygote.
+This module takes the place of all else: the event loop, whose time it advances, and the zygote, the
+process from which slots are forked.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from cloudexec.worker.tasks import Failure, WorkItem
 from cloudexec.worker.zygote import EXITED, FORK, KILL, MESSAGE, STARTED
 
 SHARED = re.compile(r"cells\[|page\[|os\.(read|write|open)\(|write_all\(|pack_into\(page|_header\(")
-"""What a line has that touches what supervisor and slot share."""
+"""Matches a line that reads or writes an object which supervisor and slot share."""
 PARTS = (
     "answers",
     "child",
@@ -56,21 +57,21 @@ PARTS = (
     "supervisor",
     "taking_back",
 )
-"""The modules of the two sides that have such lines."""
+"""Names of the modules of both sides that have such lines."""
 Action = Callable[[Any, int], None]
-"""Called in the supervisor's thread with the pool, and how often that was done before."""
+"""Called in the supervisor's thread with the pool and the number of earlier calls."""
 TICKS = 8
-"""Ticks that a supervisor lets pass while a slot is stopped: enough to find that it makes no
-progress, to take its tasks back, and to send them anew."""
+"""Ticks of the supervisor that pass while a slot is stopped. They are enough to notice that the
+slot makes no progress, to take its tasks back, and to send them again."""
 _MOST_TICKS = 60
 
 
 class Stop:
-    """Where one run leaves its usual order: before a step, for another thread.
+    """A step before which the running thread stops and another thread continues.
 
     Args:
-        step: Counted from the beginning, over all threads.
-        kill: Whether the slot that is stopped there never goes on.
+        step: Number of the step, counted from the beginning over all threads.
+        kill: Whether the slot that is stopped there never continues.
     """
 
     def __init__(self, step: int, *, kill: bool = False) -> None:
@@ -102,7 +103,7 @@ class HandLoop:
         raise context["exception"]
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        pass  # it is passed over when it is due
+        pass  # a cancelled timer is skipped when it is due
 
     def _handle(self, call: Callable[..., object], args: tuple[object, ...]) -> asyncio.Handle:
         return asyncio.Handle(call, args, self)  # type: ignore[arg-type]
@@ -132,7 +133,7 @@ class HandLoop:
         self._writers.pop(fd, None)
 
     def run_ready(self) -> bool:
-        """Run what is due; say whether anything was."""
+        """Run all callbacks that are due; return whether there were any."""
         soon, self._soon = self._soon, []
         handles = soon
         readable, writable, _ = select.select([*self._readers], [*self._writers], [], 0)
@@ -144,7 +145,7 @@ class HandLoop:
         return bool(handles)
 
     def run_timer(self) -> bool:
-        """Let the time pass until the next timer is due; say whether there was one."""
+        """Advance the time to the next timer and run it; return whether there was one."""
         while self._timers:
             when, _, handle = heapq.heappop(self._timers)
             if not handle.cancelled():
@@ -156,7 +157,7 @@ class HandLoop:
 
 @contextlib.contextmanager
 def _this_process_unchanged() -> Iterator[None]:
-    """Undo what slots do to their own process, which is this one here."""
+    """Undo the changes that slots make to their process, which here is this process."""
     multi: Any = process
     names = ("_process_counter", "_children", "_current_process", "_parent_process")
     numbered = {name: getattr(multi, name) for name in names}
@@ -180,14 +181,14 @@ def _this_process_unchanged() -> Iterator[None]:
 
 
 class Actor:
-    """One thread that goes on only when it is its turn."""
+    """A thread that runs only when it has the turn."""
 
     def __init__(self, run: Run, body: Callable[[], None]) -> None:
         self.turn = threading.Semaphore(0)
         self.done = False
-        self.dead = False  # killed: it never goes on
+        self.dead = False  # a killed thread never continues
         self.slot: Any = None
-        self.waits_for: int | None = None  # a pipe's end that it is about to read from
+        self.waits_for: int | None = None  # the end of a pipe that it is about to read from
         self._run = run
         self._body = body
         self.thread = threading.Thread(target=self._main, daemon=True)
@@ -219,13 +220,13 @@ class Run:
     """One run of a scenario under one schedule.
 
     Args:
-        items: What the pool is given, in order.
-        stops: Where to stop who has the turn.
-        slots: How many.
-        large: Whether some results are left in the slot's file.
-        during: What the client asks meanwhile.
-        modules: The supervisor's and the slot's code; others than the real ones show what the
-            search finds.
+        items: The messages that the pool gets, in order.
+        stops: The steps before which the thread that has the turn stops.
+        slots: Number of slots.
+        large: Whether some results are so large that they are left in the slot's file.
+        during: The client's requests during the run.
+        modules: The supervisor's and the slot's modules. Modules with a mistake show whether the
+            search finds it.
     """
 
     def __init__(
@@ -263,7 +264,7 @@ class Run:
         self._boss_waits = False
 
     def judge(self) -> str:
-        """Say what is wrong, if anything: each task has one outcome, and that one is true."""
+        """Return what is wrong, or an empty string if each task has exactly one, right outcome."""
         if self.problems:
             return "; ".join(self.problems)
         failed = Counter(failure.lease for failure in self.failures)
@@ -290,7 +291,7 @@ class Run:
     def composed(
         self, lease: int, seconds: float, head: bytes, blobs: Sequence[ResultBlob], *, keep: bool
     ) -> None:
-        """Some are let go of at once, as a session does that sends them on, others later."""
+        """Release some results at once, as a session that has sent them on, and others later."""
         if lease % 3:
             self._take(lease, blobs)
         else:
@@ -338,7 +339,7 @@ class Run:
         return each_line
 
     def step(self, frame: FrameType | None) -> None:
-        """The thread that has the turn comes to a line that touches what is shared."""
+        """Handle that the thread which has the turn is about to run a line of ``SHARED``."""
         actor = self._current
         if self.over or actor is None or threading.current_thread() is not actor.thread:
             return
@@ -362,19 +363,19 @@ class Run:
         self.kills += 1
         results = None if actor.slot is None else actor.slot._paths._files
         if results is not None and results._arena is not None:
-            # As with a process that is gone, nobody can open its file any more: not by this path,
-            # which leads to a socket.
+            # Nobody can open the file of a process that has ended. Here its path is made to lead to
+            # a socket, so that opening it fails, too.
             os.dup2(self._zygote.fileno(), results._arena.segment.fd, inheritable=False)
         (number,) = [number for number, each in self._slots.items() if each is actor]
         self._zygote.send(MESSAGE.pack(EXITED, number, int(signal.SIGKILL), 0, number))
 
     def _yield(self, actor: Actor) -> None:
-        """Let another thread go on, until it is this one's turn again."""
+        """Let other threads run, and wait until this thread has the turn again."""
         if self._pass(actor):
             actor.turn.acquire()
 
     def _pass(self, actor: Actor) -> bool:
-        """Give the turn to another thread; say whether there is one that can go on."""
+        """Give the turn to another thread that can run; return whether there is one."""
         boss = self._boss
         assert boss is not None
         if actor is boss:
@@ -391,7 +392,7 @@ class Run:
         actor.turn.release()
 
     def pass_on(self, actor: Actor) -> None:
-        """A thread has ended."""
+        """Give the turn of a thread that has ended to another one."""
         if actor is self._boss or self.over:
             self._ended.set()
             return
@@ -402,7 +403,7 @@ class Run:
     # The threads.
 
     def go(self) -> Run:
-        """Run to the end; look at ``problems``, and at what was answered, afterwards."""
+        """Run to the end, and return this run with its ``problems`` and answers."""
         self._zygote, ours = socket.socketpair()
         self._zygote.setblocking(False)
         with _this_process_unchanged():
@@ -432,7 +433,7 @@ class Run:
         idle = looks = 0
         streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__
         while True:
-            # A slot that starts puts its own there, in what is its own process otherwise.
+            # A slot that starts replaces the streams, as it normally has its own process.
             sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__ = streams  # type: ignore[misc]
             if self._during is not None:
                 self._during(pool, looks)
@@ -442,7 +443,8 @@ class Run:
                 continue
             if self._is_answered and not any(s.can_go_on for s in self._slots.values()):
                 break
-            # Nothing to do: time passes while a slot is stopped, otherwise the slots go on.
+            # The supervisor has nothing to do. If a slot is stopped, time passes; otherwise the
+            # slots run.
             if self._patience:
                 self._patience -= 1
                 loop.run_timer()
@@ -476,7 +478,7 @@ class Run:
         elif kind == KILL:
             slot = self._slots[pid]
             if slot.can_go_on and self._boss is not None:
-                self._give(slot)  # up to where it is stopped: a signal takes its time
+                self._give(slot)  # it runs up to its stop, as a signal takes time to arrive
                 self._boss.turn.acquire()
             if not (slot.done or slot.dead):
                 self._die(slot)
@@ -494,7 +496,7 @@ class Run:
                 os.close(fd)
 
     def _clear_up(self) -> None:
-        """End all threads: whoever was stopped runs into closed pipes."""
+        """End all threads; stopped ones fail at closed pipes."""
         self.over = True
         self.pool.close()
         for child in self.pool._slots.children.values():
@@ -508,7 +510,7 @@ class Run:
 
 
 class _Task:
-    """What tasks do: they say that they run, and may be stopped in the middle of it."""
+    """A task: it notes that it runs, and may be stopped while it runs."""
 
     run: Run
 
@@ -517,19 +519,19 @@ class _Task:
         run = _Task.run
         actor = run._current
         if run.over or actor is None or threading.current_thread() is not actor.thread:
-            return None  # its slot was killed: it does not run any more
+            return None  # its slot was killed, so the task no longer runs
         run.ran[number] += 1
         run.step(None)
         return _large_value(number) if run._large and number % 4 else None
 
 
 def _large_value(number: int) -> bytes:
-    """Return what does not go through the pipe."""
+    """Return a value that is too large for the pipe."""
     return number.to_bytes(8, "little") * (INLINE_BYTES // 8)
 
 
 def _shared_lines(modules: Iterable[ModuleType]) -> dict[str, frozenset[int]]:
-    """Return the lines that touch what is shared, by file, of the packages of these modules."""
+    """Return the numbers of the lines that match ``SHARED``, by file, for these modules."""
     found = {}
     for folder in {Path(str(module.__file__)).parent for module in modules}:
         for part in PARTS:
@@ -567,14 +569,14 @@ def search(
     """Run a scenario under each schedule, up to the first under which something is wrong.
 
     Args:
-        items: How many tasks.
-        schedules: Where to stop, and what the client asks meanwhile.
-        slots: How many.
-        large: Whether some results are left in the slot's file.
-        modules: The code to be run.
+        items: Number of tasks.
+        schedules: The stops of each run, and the client's requests during it.
+        slots: Number of slots.
+        large: Whether some results are so large that they are left in the slot's file.
+        modules: The supervisor's and the slot's modules.
 
     Returns:
-        What is wrong, with its schedule; empty: nothing.
+        The first problem with its schedule, or an empty string.
     """
     for n, (stops, during) in enumerate(schedules):
         run = Run(items, stops, slots=slots, large=large, during=during, modules=modules).go()
@@ -582,13 +584,13 @@ def search(
         if wrong:
             return f"{wrong} with {list(stops)}, after {n} schedules"
         if n % 50 == 0:
-            gc.collect()  # the pages of slots are in cycles, and each has a file
+            gc.collect()  # slots' shared pages are in reference cycles, and each has an open file
     gc.collect()
     return ""
 
 
 def one_stop(steps: int, *, kill: bool = False) -> Iterator[tuple[Sequence[Stop], None]]:
-    """Stop at each step in turn."""
+    """Yield one schedule for each step, with a stop before that step."""
     for step in range(1, steps + 1):
         yield [Stop(step, kill=kill)], None
 
@@ -596,9 +598,9 @@ def one_stop(steps: int, *, kill: bool = False) -> Iterator[tuple[Sequence[Stop]
 def many_stops(
     rng: random.Random, runs: int, steps: int, *, kill: bool = False
 ) -> Iterator[tuple[Sequence[Stop], None]]:
-    """Stop at up to six steps; the last of them may be the end of a slot."""
+    """Yield random schedules with up to six stops, of which the last may kill a slot."""
     for _ in range(runs):
-        # A run that is stopped takes more steps than one that is not.
+        # A run with stops has more steps than a run without.
         chosen = sorted(rng.sample(range(1, steps * 8 // 5), rng.randint(1, 6)))
         stops = [Stop(step) for step in chosen]
         stops[-1].kill = kill
