@@ -1,5 +1,4 @@
-"""Decides which globals of the script ``__main__`` are sent to workers, and when they are sent
-again.
+"""Decides which globals of the script ``__main__`` are sent to workers, and when.
 
 In the process that runs tasks, the functions and classes of the script are in one module, as in a
 process pool, and changes that tasks and the initializer make to it stay. The rules are:

@@ -27,8 +27,7 @@ def ladder_of(launcher: Launcher) -> tuple[WorkerCapacity, ...]:
 def requirements_of(
     options: TaskOptions, launcher: Launcher, scaling: ScalingPolicy
 ) -> Requirements | None:
-    """Return the resources that tasks with these options need; ``None`` if they need no more than
-    a slot's share.
+    """Return the resources that tasks with these options need; ``None`` for default options.
 
     Raises:
         ConfigError: If the launcher has no workers that could run the tasks.

@@ -94,9 +94,7 @@ class Answers:
         self._pool.settle(worker, now)
 
     def on_taken_over(self, event: events.TasksTakenOver, now: float) -> None:
-        """Assign blocked tasks to the worker that has them already; queue those that it may not
-        have.
-        """
+        """Assign blocked tasks to the worker that has them already, or queue them if it may not."""
         queues = self._queues
         worker = self._pool.workers.get(event.worker)
         running: list[Task] = []

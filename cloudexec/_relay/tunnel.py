@@ -1,5 +1,4 @@
-"""The client's end of a relay. It is a process of its own, so that it takes no time from the
-client.
+"""The client's end of a relay, a separate process that takes no time from the client.
 
 The client starts it and writes the route, as one line of JSON, to its standard input. When that is
 closed, the process ends. It reports the state of its registration as lines of JSON on its standard

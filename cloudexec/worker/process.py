@@ -1,5 +1,4 @@
-"""Makes a slot look like a process of a process pool: a child of the client, with a name and
-number.
+"""Makes a slot look like a process of a process pool: a child of the client with a number.
 
 Progress bars, log formats and random generators use the number, the name and the parent of
 ``multiprocessing.current_process()``.

@@ -308,7 +308,7 @@ class _Transfer(abc.ABC):
                 failure = exc
             except ssl.SSLCertVerificationError as exc:
                 raise S3TransferError(
-                    f"{self._verb}: whoever answers at {link.place} is not who it should be: "
+                    f"{self._verb}: the server at {link.place} could not prove its identity: "
                     f"{exc}; behind a proxy that opens TLS, AWS_CA_BUNDLE or SSL_CERT_FILE must "
                     "name its certificate",
                     code="Untrusted",

@@ -273,7 +273,7 @@ class Slot:
             if self._paths.direct_path:
                 # The file is gone, or may not be opened in this sandbox: ask the client for it.
                 return DirectSource(place, self._paths.direct_path, self._paths.token)
-            raise BlobGoneError("whoever held this payload is gone") from exc
+            raise BlobGoneError("the process that kept this payload has ended") from exc
 
     def _on_release(self, number: int, body: bytes) -> None:
         self._paths.release(number)
