@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cloudexec._config import check_count, parse_bytes
 from cloudexec._errors import ConfigError
 
-__all__ = ["Limits", "ObjectOptions", "memory_of_machine"]
+__all__ = ["Limits", "ObjectOptions", "in_mib", "memory_of_machine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +129,8 @@ def memory_of_machine() -> int:
 
 
 ObjectOptions.__module__ = "cloudexec"
+
+
+def in_mib(size: int) -> str:
+    """Write a number of bytes in MiB, as messages do that compare it with a limit."""
+    return f"{size / 2**20:.4g} MiB"

@@ -16,9 +16,10 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+from cloudexec._descriptors import file_limits
 from cloudexec._errors import PayloadTooLargeError
 from cloudexec._memory import room_for
-from cloudexec._objects.options import Limits
+from cloudexec._objects.options import Limits, in_mib
 from cloudexec._objects.places import Place
 from cloudexec._objects.segments import (
     BLOCK_BYTES,
@@ -29,6 +30,7 @@ from cloudexec._objects.segments import (
     large_pages,
     map_private,
     read_into,
+    sample_of,
 )
 
 __all__ = ["BLOB_BYTES", "MAPPED_BYTES", "Blob", "BlobStore", "Limits"]
@@ -38,8 +40,6 @@ BLOB_BYTES = 64 * 1024
 MAPPED_BYTES = 2 * 1024 * 1024
 """Bytes: blobs of at least this size have a file of their own, which readers map. Smaller ones are
 copied, because mapping new pages would cost more."""
-_SAMPLES = 16
-_SAMPLE_BYTES = 256
 _CACHED_SMALL = 64 * 1024 * 1024
 """Bytes of unused small blobs that are kept, because the same content may be sent again."""
 
@@ -209,7 +209,9 @@ class BlobStore:
         self._freed: deque[tuple[Segment | None, int, int, int]] = deque()
         self._moving: set[int] = set()  # blobs that are being put into a file
         self._files = 0
-        self._most_files = _most_files()
+        # A quarter of what this process may open: the rest is left to the user's program.
+        limits_of_files = file_limits()
+        self._most_files = min(4096, max(16, limits_of_files[0] // 4)) if limits_of_files else 4096
         self.memory = 0
         """Bytes of blobs in memory."""
         self.disk = 0
@@ -248,7 +250,7 @@ class BlobStore:
             if found is not None and found.content is whole:
                 return self._again(found)
         view = memoryview(data).cast("B") if type(data) is memoryview else memoryview(data)
-        key: tuple[int, ...] = (len(view), _sample(view))
+        key: tuple[int, ...] = (len(view), sample_of(view))
         blob = None
         at = 0  # up to here the content equals that of the blob that was found
         while True:
@@ -416,10 +418,12 @@ class BlobStore:
         """
         if self.memory + size > self.limits.memory:
             if size > self.limits.memory:
-                return f"it is more than the {_mib(self.limits.memory)} that may be in memory"
+                return f"it is more than the {in_mib(self.limits.memory)} that may be in memory"
             self._evict(self.memory + size - self.limits.memory)
             if self.memory + size > self.limits.memory:
-                return f"{_mib(self.memory)} of the {_mib(self.limits.memory)} of memory are taken"
+                return (
+                    f"{in_mib(self.memory)} of the {in_mib(self.limits.memory)} of memory are taken"
+                )
         self._count(size, in_memory=True)
         return ""
 
@@ -440,7 +444,7 @@ class BlobStore:
         if limits.directory is None:
             return "and there is no directory to spill to"
         if limits.disk is not None and self.disk + size > limits.disk:
-            return f"{_mib(self.disk)} of {_mib(limits.disk)} on disk are taken too"
+            return f"{in_mib(self.disk)} of {in_mib(limits.disk)} on disk are taken too"
         return ""
 
     def _place(self, blob: Blob, view: memoryview | None) -> None:
@@ -549,7 +553,7 @@ class BlobStore:
 
     def _too_large(self, size: int, *why: str) -> PayloadTooLargeError:
         return PayloadTooLargeError(
-            f"there is no room for {_mib(size)} more of arguments and results: {', '.join(why)}; "
+            f"there is no room for {in_mib(size)} more of arguments and results: {', '.join(why)}; "
             f"submit fewer at once (map(buffersize=...)), or raise "
             f"BatchExecutor(objects=ObjectOptions({self.option}=...))",
             size_bytes=size,
@@ -643,27 +647,3 @@ class BlobStore:
 
 
 _OBJECT, _FILE, _BLOCK = range(3)
-
-
-def _sample(view: memoryview) -> int:
-    size = len(view)
-    step = max(1, (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-    return hash(b"".join([view[at : at + _SAMPLE_BYTES] for at in range(0, size, step)]))
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.4g} MiB"
-
-
-def _most_files() -> int:
-    """Return the number of files that blobs may have: a quarter of what the process may open.
-
-    The rest is left to the user's program.
-    """
-    try:
-        import resource
-
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    except (ImportError, OSError):
-        return 64
-    return 4096 if soft < 0 else min(4096, max(16, soft // 4))

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 if TYPE_CHECKING:
     from cloudexec.testing._aws.permissions import Permissions
@@ -87,10 +87,8 @@ class Faults:
         self._pulls: list[list[object]] = []
         self._start_errors: list[list[object]] = []
         self._throttles: list[list[object]] = []
-        self._losses: list[list[object]] = []
         self._slow: list[list[object]] = []
-        self._cuts: list[list[object]] = []
-        self._corrupted: list[list[object]] = []
+        self._spoilt: list[list[object]] = []
         self._denied: list[list[object]] = []
         self._failing_resources: dict[str, str] = {}
         self._quota = dict(self._usual_quota)
@@ -286,7 +284,7 @@ class Faults:
         if operation is not None:
             _check_operation(operation)
         with self._lock:
-            self._throttles.append([operation, count])
+            self._throttles.append([operation or "batch", count])
 
     def lose_response(self, operation: str, count: int = 1) -> None:
         """Carry the next calls out, and close their connections without an answer.
@@ -296,7 +294,7 @@ class Faults:
         """
         _check_operation(operation)
         with self._lock:
-            self._losses.append([operation, count])
+            self._spoilt.append([("lost", operation), count])
 
     def cut_response(self, operation: str, count: int = 1) -> None:
         """Send half of the next answers and close the connections, like a broken download.
@@ -310,7 +308,7 @@ class Faults:
         """
         _check_operation(operation)
         with self._lock:
-            self._cuts.append([operation, count])
+            self._spoilt.append([("cut", operation), count])
 
     def corrupt_response(self, operation: str, count: int = 1) -> None:
         """Change a byte in the next answers.
@@ -324,7 +322,7 @@ class Faults:
         """
         _check_operation(operation)
         with self._lock:
-            self._corrupted.append([operation, count])
+            self._spoilt.append([("changed", operation), count])
 
     def slow_response(self, operation: str, seconds: float, count: int | None = None) -> None:
         """Wait for some seconds before answers, also before refusals.
@@ -465,76 +463,39 @@ class Faults:
             return self._slow_start
 
     def pull_error(self, image: str) -> str | None:
-        """Why this pull fails, if it does; counts it."""
-        found: list[str] = []
-
-        def fits(wanted: object) -> bool:
-            assert isinstance(wanted, tuple)
-            pattern, why = wanted
-            if fnmatch.fnmatchcase(image, pattern):
-                found.append(why)
-            return bool(found)
-
+        """Return why this pull fails, if it does, and count it."""
         with self._lock:
-            return found[-1] if _take(self._pulls, fits) else None
+            found = _take(self._pulls, lambda wanted: fnmatch.fnmatchcase(image, wanted[0]))
+            return found and str(found[1])
 
     def start_error(self) -> str | None:
         """Return why this start fails, if it does, and count it."""
         with self._lock:
-            for entry in self._start_errors:
-                reason = str(entry[0])
-                if _take([entry], lambda _: True):
-                    if entry[1] == 0:
-                        self._start_errors.remove(entry)
-                    return reason
-            return None
+            return cast("str | None", _take(self._start_errors, lambda _: True))
 
     def throttled(self, service: str, operation: str) -> bool:
         """Say whether this call is refused as one too many, and count it."""
         with self._lock:
-            return _take(
-                self._throttles,
-                lambda wanted: service == "batch" if wanted is None else wanted == operation,
-            )
+            return bool(_take(self._throttles, lambda wanted: wanted in (service, operation)))
 
-    def loses(self, operation: str) -> bool:
-        """Say whether this call's answer is lost, and count it."""
+    def spoils(self, operation: str, how: Literal["lost", "cut", "changed"]) -> bool:
+        """Say whether this call's answer is spoilt in a certain way, and count it."""
         with self._lock:
-            return _take(self._losses, lambda wanted: wanted == operation)
-
-    def cuts(self, operation: str) -> bool:
-        """Say whether this call's answer is cut, and count it."""
-        with self._lock:
-            return _take(self._cuts, lambda wanted: wanted == operation)
-
-    def corrupts(self, operation: str) -> bool:
-        """Say whether this call's answer is changed, and count it."""
-        with self._lock:
-            return _take(self._corrupted, lambda wanted: wanted == operation)
+            return bool(_take(self._spoilt, lambda wanted: wanted == (how, operation)))
 
     def wait_before(self, operation: str) -> None:
         """Wait before this call's answer if a fault says so, and count it."""
-        wait = 0.0
-
-        def fits(wanted: object) -> bool:
-            nonlocal wait
-            assert isinstance(wanted, tuple)
-            if wanted[0] == operation:
-                wait = float(wanted[1])
-            return bool(wanted[0] == operation)
-
         with self._lock:
-            _take(self._slow, fits)
+            found = _take(self._slow, lambda wanted: wanted[0] == operation)
             ended = self._ended
-        if wait:
-            ended.wait(wait)
+        if found:
+            ended.wait(float(found[1]))
 
     def denies(self, service: str, operation: str) -> bool:
         """Say whether this call is not permitted, and count it."""
         with self._lock:
-            return _take(
-                self._denied, lambda wanted: wanted in (operation, f"{service}:{operation}")
-            )
+            names = (operation, f"{service}:{operation}")
+            return bool(_take(self._denied, lambda wanted: wanted in names))
 
     def is_unreachable(self) -> bool:
         """Say whether connections are closed at once."""
@@ -589,8 +550,12 @@ def _check_operation(name: str) -> None:
         raise ValueError(f"AWS has no operation {name!r} that FakeAWS knows")
 
 
-def _take(entries: list[list[object]], fits: Callable[[object], bool]) -> bool:
-    """Use up one count of an entry that fits, and drop the entry when its count is used up."""
+def _take(entries: list[list[object]], fits: Callable[[Any], bool]) -> Any:
+    """Use up one count of an entry that fits, and drop the entry when its count is used up.
+
+    Returns:
+        What the entry is for; ``None`` if no entry fits.
+    """
     for entry in entries:
         if fits(entry[0]):
             if isinstance(entry[1], int):
@@ -599,5 +564,5 @@ def _take(entries: list[list[object]], fits: Callable[[object], bool]) -> bool:
                 entry[1] -= 1
                 if entry[1] == 0:
                     entries.remove(entry)
-            return True
-    return False
+            return entry[0]
+    return None

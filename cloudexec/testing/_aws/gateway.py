@@ -180,7 +180,7 @@ class Gateway:
             response = error_response(call, *reason) if reason is not None else None
         if response is None:
             response = self._carry_out(call, environ, body)
-        lost = response.status < 300 and self._faults.loses(call.operation)
+        lost = response.status < 300 and self._faults.spoils(call.operation, "lost")
         self._record(
             call.service,
             call.operation,
@@ -194,14 +194,14 @@ class Gateway:
             return _drop(environ, start_response)
         # A body after the answer to a HEAD request would be read as the next answer.
         answer = response.body if environ["REQUEST_METHOD"] != "HEAD" else b""
-        if response.status < 300 and answer and self._faults.corrupts(call.operation):
+        if response.status < 300 and answer and self._faults.spoils(call.operation, "changed"):
             answer = bytes([answer[0] ^ 1]) + answer[1:]
         start_response(
             f"{response.status} {'OK' if response.status < 300 else 'Refused'}",
             # The server adds this header itself, and strict clients do not accept it twice.
             [header for header in response.headers.items() if header[0].lower() != "server"],
         )
-        if response.status < 300 and answer and self._faults.cuts(call.operation):
+        if response.status < 300 and answer and self._faults.spoils(call.operation, "cut"):
             return _cut(environ, answer)
         return [answer]
 
