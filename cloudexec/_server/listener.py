@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from cloudexec._errors import LaunchError
 from cloudexec._launchers.base import Contact, Network
 from cloudexec._log import Log
 from cloudexec._objects.store import BlobStore
+from cloudexec._server.dialed import Dialed
 from cloudexec._server.direct import DirectChannel
 from cloudexec._server.service import Service
 
@@ -115,9 +115,8 @@ class Listener:
             )
         sha256 = "" if self.certificate is None else self.certificate.sha256
         if not network.relay:
-            self._service.answers_itself = await asyncio.to_thread(
-                _answers_itself, target, self.address
-            )
+            if target.rpartition(":")[2] == self.address.rpartition(":")[2]:
+                self._service.dialed = await asyncio.to_thread(Dialed, target)
             return Contact(target, engine.executor_id, engine.key, sha256)
         target = await self._register(network)
         relay = "" if network.relay.startswith("ssh://") else network.relay
@@ -183,22 +182,6 @@ class Listener:
             self._direct.join()
         if self._tunnel is not None:
             self._tunnel.join()
-
-
-def _answers_itself(target: str, address: str) -> bool:
-    """Whether what workers dial is this machine, and the port that is listened on."""
-    host, _, port = target.rpartition(":")
-    if target.startswith("unix:") or port != address.rpartition(":")[2]:
-        return False
-    try:
-        for family, kind, *_, found in socket.getaddrinfo(
-            host.strip("[]"), 0, type=socket.SOCK_STREAM
-        ):
-            with socket.socket(family, kind) as tried:
-                tried.bind(found)  # which works for addresses of this machine only
-    except OSError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

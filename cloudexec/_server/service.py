@@ -11,6 +11,7 @@ from cloudexec._log import Log
 from cloudexec._objects.store import Blob, BlobStore
 from cloudexec._payload import Composed
 from cloudexec._server.bucket import BucketTransfers
+from cloudexec._server.dialed import Dialed
 from cloudexec._server.direct import Delivered
 from cloudexec._server.engine import Engine
 from cloudexec._server.futures import Futures
@@ -92,9 +93,8 @@ class Service:
         """Takes over workers of an earlier process; ``None`` if workers do not survive theirs."""
         self.transfers: BucketTransfers | None = None
         """What goes through the bucket, where there is one."""
-        self.answers_itself = False
-        """Whether workers dial an address of this machine, at the port that is listened on: nobody
-        in between answers in its place."""
+        self.dialed: Dialed | None = None
+        """What workers dial, if the port is the one that is listened on."""
         self.direct_path = ""
         """Path of the direct channel's socket; empty if workers are on other machines."""
         self.holds: dict[BatchFuture[Any], Hold] = {}

@@ -8,6 +8,7 @@ import traceback
 import pytest
 
 from cloudexec import BatchExecutor, ConfigError, LaunchError
+from cloudexec._server.dialed import Dialed
 
 
 def test_a_port_that_is_taken_is_said_with_what_to_give_instead() -> None:
@@ -41,3 +42,17 @@ def test_a_limit_for_tasks_is_called_what_the_executor_calls_it() -> None:
         BatchExecutor(1, task_timeout=-1)
     with BatchExecutor(1) as executor, pytest.raises(ConfigError, match=r"^timeout must be"):
         executor.with_options(timeout=-1)
+
+
+@pytest.mark.parametrize(
+    ("target", "is_own"),
+    [
+        ("127.0.0.1:5000", True),
+        ("localhost:5000", True),
+        ("192.0.2.1:5000", False),  # of no machine: RFC 5737
+        ("nobody.invalid:5000", False),
+    ],
+)
+def test_what_workers_dial_may_be_this_machine(target: str, is_own: bool) -> None:
+    """If it is, a connection that is refused means that this process is gone."""
+    assert Dialed(target).is_own is is_own

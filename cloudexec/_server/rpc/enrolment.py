@@ -165,7 +165,9 @@ class Enrolment:
             blob_memory=setup.objects.worker_memory or 0,  # type: ignore[arg-type]
             compress=service.compresses,
             resumable=resumable,
-            refused_is_gone=service.answers_itself and service.takeover is None,
+            refused_is_gone=(
+                service.takeover is None and service.dialed is not None and service.dialed.is_own
+            ),
             depth=_nesting.depth() + 1,
             inheritance=_inheritance(service),
             main=setup.main,
