@@ -62,10 +62,11 @@ MAY_IMPORT = {
     "_objects/s3.py": {"_aws", "_transfer"},
     "_objects/s3_requests.py": {"_aws"},
     "_launchers": {"_config", "_log", "_pricing"},
-    "_launchers/batch": {"_aws", "_config", "_enrolment", "_pricing", "_relay"},
+    "_launchers/batch": {"_aws", "_config", "_enrolment", "_environment", "_pricing", "_relay"},
     "_launchers/local.py": {"_config", "_descriptors", "_log", "_proto"},
     "_launchers/copies.py": {"_forked", "_modules", "worker"},
     "_aws": {"_config", "_enrolment", "_pricing"},
+    "_environment": {"_aws"},
     "_relay": {"_enrolment"},
     "worker": {
         "_descriptors",

@@ -27,6 +27,9 @@ __all__ = [
     "ImageSpec",
     "collect",
     "default_base",
+    "own_folder",
+    "own_version",
+    "own_wheel",
     "worker_pins",
 ]
 
@@ -166,8 +169,8 @@ def collect(spec: ImageSpec) -> Contents:
         ConfigError: If the requirements cannot be used in an image, or cloudexec itself is
             incomplete.
     """
-    package = Path(__file__).parent.parent
-    version = _own_version(package)
+    package = own_folder()
+    version = own_version()
     name, wheel = _own_wheel(package, version)
     files: dict[str, bytes | Path] = {
         **_recipe(package),
@@ -188,6 +191,21 @@ def collect(spec: ImageSpec) -> Contents:
         files["requirements/no-index"] = b""
         files.update({f"wheelhouse/{path.name}": path for path in wheels})
     return Contents(spec=spec, version=version, files=files)
+
+
+def own_folder() -> Path:
+    """Return the directory of cloudexec, as it runs here."""
+    return Path(__file__).parent.parent
+
+
+def own_version() -> str:
+    """Return the version of cloudexec that runs here."""
+    return _own_version(own_folder())
+
+
+def own_wheel() -> bytes:
+    """Return a wheel of the code that runs here, the same for the same code."""
+    return _own_wheel(own_folder(), own_version())[1]
 
 
 def worker_pins() -> list[str]:

@@ -1,0 +1,138 @@
+"""What is remembered between two starts, in a directory of this user's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cloudexec._errors import ConfigError
+
+__all__ = ["Cache"]
+
+_KEPT = 30 * 86400.0
+"""Seconds after which what nobody has used is removed."""
+
+
+class Cache:
+    """Small records and directories, each under a key that says all that they depend on.
+
+    Several processes may use it at once: each file and directory appears in one step.
+
+    Args:
+        root: The directory; by default ``$CLOUDEXEC_CACHE_DIR``, or ``cloudexec`` in the user's
+            cache directory.
+
+    Raises:
+        ConfigError: If nothing can be written there.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or _usual_root()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as exc:
+            raise self._unusable(exc) from exc
+
+    def _unusable(self, exc: OSError) -> ConfigError:
+        return ConfigError(
+            f"the cache {self.root} cannot be used: {exc.strerror}; CLOUDEXEC_CACHE_DIR names "
+            f"another directory"
+        )
+
+    def read(self, kind: str, key: str) -> Any:
+        """Return a record; ``None``: there is none."""
+        path = self.root / kind / f"{key}.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return found
+
+    def write(self, kind: str, key: str, record: Any) -> None:
+        """Keep a record.
+
+        Raises:
+            ConfigError: If it cannot be written.
+        """
+        path = self.root / kind / f"{key}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=path.parent, prefix=".", delete=False, encoding="utf-8"
+            ) as file:
+                json.dump(record, file)
+            os.replace(file.name, path)
+        except OSError as exc:
+            raise self._unusable(exc) from exc
+
+    def directory(self, kind: str, key: str) -> Path | None:
+        """Return a directory that is kept; ``None``: there is none."""
+        path = self.root / kind / key
+        if not path.is_dir():
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return path
+
+    @contextlib.contextmanager
+    def fill(self, kind: str, key: str) -> Iterator[Path]:
+        """Yield the name of a directory to make, which is kept if nothing is raised.
+
+        Raises:
+            ConfigError: If it cannot be written.
+        """
+        path = self.root / kind / key
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as name:
+                yield Path(name, "new")
+                try:
+                    os.rename(Path(name, "new"), path)
+                except OSError:
+                    if not path.is_dir():  # which somebody else has made meanwhile
+                        raise
+        except OSError as exc:
+            raise self._unusable(exc) from exc
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Yield a directory that is removed at the end.
+
+        Raises:
+            ConfigError: If it cannot be made.
+        """
+        try:
+            made = tempfile.TemporaryDirectory(dir=self.root, prefix=".scratch-")
+        except OSError as exc:
+            raise self._unusable(exc) from exc
+        with made as name:
+            yield Path(name)
+
+    def tidy(self) -> None:
+        """Remove what nobody has used for a month."""
+        oldest = time.time() - _KEPT
+        for path in [*self.root.glob("*/*"), *self.root.glob(".scratch-*")]:
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime > oldest:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+
+def _usual_root() -> Path:
+    own = os.environ.get("CLOUDEXEC_CACHE_DIR")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "cloudexec"

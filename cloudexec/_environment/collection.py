@@ -1,0 +1,302 @@
+"""The components of a worker's environment: copied, fetched and built, whichever fits."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cloudexec._environment.cache import Cache
+from cloudexec._environment.components import (
+    Component,
+    misfit,
+    of_directory,
+    of_distribution,
+    of_loose,
+)
+from cloudexec._environment.fetching import Installer, NoWheelError, names_of
+from cloudexec._environment.inventory import (
+    Distribution,
+    Inventory,
+    canonical,
+    signature_of,
+    take_inventory,
+)
+from cloudexec._environment.packages import Packages
+from cloudexec._environment.selection import Selection, requirements_of, select
+from cloudexec._environment.target import Target
+from cloudexec._errors import ConfigError
+
+__all__ = ["Collection"]
+
+_INCLUDED = re.compile(r"^\s*(?:-r|-c|--requirement|--constraint)[\s=]+(\S+)", re.MULTILINE)
+_REMEDIES = (
+    "Leave it out if tasks do not need it (exclude=), name a version that has a wheel (extra=), or "
+    "have workers run an image of your own (image=). What needs a compiler or system packages can "
+    "be built by `cloudexec image push -r ... --apt ...` with a container engine, or in AWS by "
+    "CodeBuild"
+)
+
+
+class Collection:
+    """What workers are to have, of one inventory.
+
+    Args:
+        packages: What is wanted.
+        inventory: What is installed here.
+        required: Names of what a worker itself needs.
+        cache: Keeps what was fetched and built.
+        installer: Returns what fetches and builds; asked when it is needed.
+    """
+
+    def __init__(
+        self,
+        packages: Packages,
+        inventory: Inventory,
+        required: Sequence[str],
+        cache: Cache,
+        installer: Callable[[], Installer],
+    ) -> None:
+        self._packages = packages
+        self._required = [canonical(name) for name in required]
+        self._installed = inventory.distributions
+        if packages.source != "here":
+            own = {
+                name: self._installed[name] for name in self._required if name in self._installed
+            }
+            inventory = Inventory(distributions=own, paths=())
+        self._inventory = inventory
+        self._cache = cache
+        self._installer = installer
+        self._exclude = {canonical(name) for name in packages.exclude} - set(self._required)
+        self._reasons: dict[str, str] = {}
+
+    def signature(self) -> str:
+        """Return what differs whenever the components may: found from names, sizes and times."""
+        whole = hashlib.sha256(self._inventory.signature(frozenset({"cloudexec"})).encode())
+        packages = self._packages
+        whole.update(repr((packages.exclude, packages.extra, str(packages.source))).encode())
+        if packages.file is not None:
+            whole.update(_digest_of(packages.file).encode())
+            if (project := _project_of(packages.file)) is not None:
+                whole.update(signature_of(project).encode())
+        return whole.hexdigest()
+
+    def components(self, target: Target) -> list[Component]:
+        """Copy, fetch and build what workers on a target need.
+
+        Raises:
+            ConfigError: If something cannot be had for it.
+        """
+        found: dict[str, Component] = {}
+        wanted: dict[str, str] = {}
+        if self._packages.file is not None:
+            found.update(self._of_file(self._packages.file, target))
+        selection = self._select(target)
+        for name in selection.here:
+            each = self._installed[name]
+            if name == "cloudexec" or name in found:
+                continue
+            if each.source is not None:
+                found[name] = self._project(each.source, target)
+                continue
+            component = of_distribution(each, target)
+            why = self._why_not(each, component, target)
+            if why:
+                wanted[name] = each.label
+                self._reasons[name] = why
+            else:
+                found[name] = component
+        wanted.update(selection.wanted)
+        for name, text in zip(names_of(self._packages.extra), self._packages.extra, strict=True):
+            wanted[name] = text
+            self._reasons.pop(name, None)
+            found.pop(name, None)
+        self._fetch_all(wanted, found, target)
+        components = list(found.values())
+        components += [of_directory(path, target) for path in self._inventory.paths]
+        if self._inventory.loose:
+            loose = of_loose(self._inventory.loose, target)
+            if why := misfit(loose, frozenset(), target):
+                raise ConfigError(f"{loose.name} in {self._inventory.loose[0].parent}: {why}")
+            components.append(loose)
+        return components
+
+    def _select(self, target: Target) -> Selection:
+        return select(self._inventory, target, exclude=self._exclude, required=self._required)
+
+    def _why_not(self, each: Distribution, component: Component, target: Target) -> str:
+        """Say why a distribution cannot be copied; empty: it can."""
+        if each.files is None:
+            by = f" by {each.installer}" if each.installer else ""
+            return f"it was installed here{by} without a list of its files"
+        why = misfit(component, each.tags, target)
+        if not why:
+            return ""
+        if each.installer == "conda":
+            return f"conda has installed it here, in a form that is not a wheel ({why})"
+        if each.origin:
+            return f"{why}, made from {each.origin}"
+        if any("-linux_" in tag for tag in each.tags):
+            return f"{why}, made on a machine and not for others"
+        return why
+
+    # What is not here in a form that fits.
+
+    def _fetch_all(
+        self, wanted: dict[str, str], found: dict[str, Component], target: Target
+    ) -> None:
+        """Fetch what is wanted, and what that requires, until nothing is missing."""
+        while wanted:
+            extras = {name: _extras(text) for name, text in wanted.items()}
+            fetched = self._fetch(sorted(wanted.values()), target)
+            for name, each in fetched.items():
+                component = of_distribution(each, target)
+                if why := misfit(component, each.tags, target):
+                    raise self._nothing(
+                        {each.label: f"its wheel is not what it says: {why}"}, target
+                    )
+                found[name] = component
+            wanted = {}
+            for name, each in fetched.items():
+                needs = requirements_of(each.requires, target, extras.get(name, ()))
+                for needed, text in needs.items():
+                    if needed not in found and self._is_missed(needed, name):
+                        here = self._installed.get(needed)
+                        wanted[needed] = here.label if here is not None else text
+
+    def _is_missed(self, needed: str, by: str) -> bool:
+        """Whether something that was fetched has a requirement that is to be met."""
+        if needed in self._exclude or needed == "cloudexec":
+            return False
+        here = self._installed.get(by)
+        if here is None or needed in self._installed:
+            return True
+        # What is missing here, too, is missing on purpose.
+        return needed not in requirements_of(here.requires, None)
+
+    def _fetch(self, requirements: Sequence[str], target: Target) -> dict[str, Distribution]:
+        key = hashlib.sha256(repr((requirements, target)).encode()).hexdigest()
+        tree = self._cache.directory("wheels", key)
+        if tree is None:
+            try:
+                with self._cache.fill("wheels", key) as into:
+                    self._installer().fetch(requirements, target, into)
+            except NoWheelError as exc:
+                raise self._nothing(exc.reasons, target) from exc
+            tree = self._cache.directory("wheels", key)
+            assert tree is not None
+        return take_inventory([str(tree)]).distributions
+
+    def _lies(self, each: Distribution, why: str, target: Target) -> ConfigError:
+        return self._nothing({each.label: f"its wheel is not what it says: {why}"}, target)
+
+    def _nothing(self, reasons: dict[str, str], target: Target) -> ConfigError:
+        lines = []
+        for requirement, said in reasons.items():
+            name = (names_of([requirement]) or [requirement])[0]
+            here = self._reasons.get(name, "")
+            lines.append(f"\n  {requirement}: {said}" + (f" ({here})" if here else ""))
+        several = "these packages" if len(lines) > 1 else "a package"
+        conda = self._inventory.conda
+        hint = ""
+        if conda:
+            hint = (
+                f"\n  In the conda environment {conda}, pip can install the versions that have "
+                f"wheels; or build an image from the environment yourself."
+            )
+        return ConfigError(
+            f"workers on {target} cannot have {several}:{''.join(lines)}{hint}\n{_REMEDIES}"
+        )
+
+    # Projects and files.
+
+    def _project(self, source: Path, target: Target) -> Component:
+        if not source.is_dir():
+            raise ConfigError(
+                f"the project {source}, which is installed here as editable, is gone: "
+                f"uninstall it, or leave it out (exclude=)"
+            )
+        key = hashlib.sha256(
+            f"{signature_of(source)} {target.python} {target.machine}".encode()
+        ).hexdigest()
+        tree = self._cache.directory("projects", key)
+        if tree is None:
+            with self._cache.fill("projects", key) as into:
+                self._installer().build(source, into)
+            tree = self._cache.directory("projects", key)
+            assert tree is not None
+        (each,) = take_inventory([str(tree)]).distributions.values()
+        component = of_distribution(each, target, is_own=True)
+        if why := misfit(component, each.tags, target):
+            raise ConfigError(
+                f"workers on {target} cannot have the project {each.name} in {source}: its wheel "
+                f"was built here, and {why}. Choose workers of this machine's kind (arch=), or "
+                f"have them run an image of your own (image=)"
+            )
+        return component
+
+    def _of_file(self, file: Path, target: Target) -> dict[str, Component]:
+        key = hashlib.sha256(f"{file} {_digest_of(file)} {target}".encode()).hexdigest()
+        tree = self._cache.directory("wheels", key)
+        if tree is None:
+            with self._cache.fill("wheels", key) as into:
+                self._installer().fetch_file(file, target, into)
+                into.mkdir(exist_ok=True)
+            tree = self._cache.directory("wheels", key)
+            assert tree is not None
+        found = {}
+        for name, each in take_inventory([str(tree)]).distributions.items():
+            if name in self._exclude or name == "cloudexec":
+                continue
+            component = of_distribution(each, target)
+            if why := misfit(component, each.tags, target):
+                raise self._lies(each, why, target)
+            found[name] = component
+        project = _project_of(file)
+        if project is not None:
+            component = self._project(project, target)
+            if component.name not in self._exclude:
+                found[component.name] = replace(component, is_own=True)
+        return found
+
+
+def _project_of(file: Path) -> Path | None:
+    """Return the directory of the project that a file belongs to, if it is to be built."""
+    if file.name not in ("uv.lock", "pyproject.toml"):
+        return None
+    about = file.with_name("pyproject.toml")
+    try:
+        is_package = "build-system" in tomllib.loads(about.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return file.parent if is_package else None
+
+
+def _digest_of(file: Path) -> str:
+    """Return what differs when a file does, or one that it includes."""
+    whole = hashlib.sha256()
+    pending, seen = [file], set()
+    while pending:
+        each = pending.pop()
+        if each in seen:
+            continue
+        seen.add(each)
+        try:
+            content = each.read_bytes()
+        except OSError as exc:
+            raise ConfigError(f"{each} cannot be read: {exc.strerror}") from exc
+        whole.update(content)
+        if each.suffix == ".txt":
+            text = content.decode(errors="replace")
+            pending += [each.parent / name for name in _INCLUDED.findall(text)]
+    return whole.hexdigest()
+
+
+def _extras(requirement: str) -> tuple[str, ...]:
+    from packaging.requirements import Requirement
+
+    return tuple(canonical(extra) for extra in Requirement(requirement).extras)

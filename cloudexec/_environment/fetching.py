@@ -1,0 +1,257 @@
+"""Wheels for another platform, and wheels of projects: got by uv where it is there, else by pip."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cloudexec._environment.target import Target
+from cloudexec._errors import ConfigError
+
+__all__ = ["Installer", "NoWheelError", "find_installer", "names_of"]
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_LINES = 6
+_TRIES = 8
+"""Requirements that are tried one by one at a time, to name all that cannot be had."""
+_LONGEST = 3600.0
+
+
+class NoWheelError(Exception):
+    """Some requirements cannot be had for the platform.
+
+    Args:
+        reasons: What the installer says, by requirement.
+    """
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__(", ".join(reasons))
+        self.reasons = reasons
+
+
+@dataclass(frozen=True, slots=True)
+class Installer:
+    """Installs packages for a target into a directory."""
+
+    command: tuple[str, ...]
+    is_uv: bool
+    wheelhouse: Path | None = None
+    """Where all wheels are, instead of any index."""
+
+    def fetch(self, requirements: Sequence[str], target: Target, into: Path) -> None:
+        """Install wheels into a new directory, without what they require.
+
+        Raises:
+            NoWheelError: If some cannot be had; all of them are named.
+        """
+        done = self._install(requirements, target, into)
+        if done.returncode == 0:
+            return
+        shutil.rmtree(into, ignore_errors=True)
+        if len(requirements) == 1:
+            raise NoWheelError({requirements[0]: _said(done)})
+
+        def try_one(requirement: str) -> str:
+            with tempfile.TemporaryDirectory(prefix="cloudexec-wheels-") as name:
+                alone = self._install([requirement], target, Path(name, "one"))
+            return _said(alone) if alone.returncode else ""
+
+        with ThreadPoolExecutor(_TRIES) as pool:
+            reasons = dict(zip(requirements, pool.map(try_one, requirements), strict=True))
+        failed = {requirement: reason for requirement, reason in reasons.items() if reason}
+        raise NoWheelError(failed or {" ".join(requirements): _said(done)})
+
+    def _install(
+        self, requirements: Sequence[str], target: Target, into: Path
+    ) -> subprocess.CompletedProcess[str]:
+        # In a file, as addresses may have a password in them, which a list of processes would show.
+        with _requirements_file(requirements) as file:
+            return self._run(
+                *self._verb(target, into), "--no-deps", "-r", str(file), *self._sources()
+            )
+
+    def fetch_file(self, file: Path, target: Target, into: Path) -> None:
+        """Install what a requirements file, ``pyproject.toml`` or ``uv.lock`` names, and what that
+        requires.
+
+        Raises:
+            ConfigError: If that cannot be had, or pip cannot do it here.
+        """
+        if not self.is_uv and sys.platform != "linux":
+            raise ConfigError(
+                f"packages={str(file)!r} needs uv on this system: pip would choose what is "
+                f"required for this platform, and not for {target}; `pip install uv`"
+            )
+        with contextlib.ExitStack() as stack:
+            given = file
+            if file.name == "uv.lock":
+                given = stack.enter_context(_requirements_file(self._export(file)))
+            elif file.suffix == ".toml" and not self.is_uv:
+                given = stack.enter_context(_requirements_file(_dependencies(file)))
+            done = self._run(
+                *self._verb(target, into), "-r", str(given), *self._sources(), folder=file.parent
+            )
+        if done.returncode:
+            raise ConfigError(
+                f"what {file} requires cannot be installed for {target}: {_said(done)}"
+            )
+
+    def _export(self, lock: Path) -> Iterator[str]:
+        if not self.is_uv:
+            raise ConfigError(f"{lock} is read by uv, which is not here: `pip install uv`")
+        done = self._run(
+            "export",
+            "--frozen",
+            "--no-dev",
+            "--no-emit-project",
+            "--format",
+            "requirements-txt",
+            "--no-header",
+            "--directory",
+            str(lock.parent.absolute()),
+        )
+        if done.returncode:
+            raise ConfigError(f"uv cannot read {lock}: {_said(done)}")
+        yield from done.stdout.splitlines()
+
+    def build(self, source: Path, into: Path) -> None:
+        """Build the wheel of a project and install it, without what it requires, into a directory.
+
+        Raises:
+            ConfigError: If it cannot be built.
+        """
+        with tempfile.TemporaryDirectory(prefix="cloudexec-wheel-") as name:
+            verb: tuple[str, ...]
+            if self.is_uv:
+                verb = ("build", "--wheel", "-q", "--python", sys.executable, "--out-dir", name)
+            else:
+                verb = ("wheel", "--no-deps", "-q", "--disable-pip-version-check", "-w", name)
+            done = self._run(*verb, str(source), *self._sources())
+            wheels = list(Path(name).glob("*.whl"))
+            if done.returncode or len(wheels) != 1:
+                raise ConfigError(
+                    f"the wheel of the project {source} cannot be built: {_said(done)}"
+                )
+            done = self._run(*self._plain_verb(into), "--no-deps", "--no-index", str(wheels[0]))
+            if done.returncode:
+                raise ConfigError(f"{wheels[0].name} cannot be installed: {_said(done)}")
+
+    def _verb(self, target: Target, into: Path) -> list[str]:
+        options = [*self._plain_verb(into), "--only-binary", ":all:"]
+        options += ["--python-version", target.python]
+        if self.is_uv:
+            return [*options, "--python-platform", target.uv_platform()]
+        options += ["--implementation", "cp"]
+        for name in target.wheel_platforms:
+            options += ["--platform", name]
+        return options
+
+    def _plain_verb(self, into: Path) -> list[str]:
+        if self.is_uv:
+            options = ["pip", "install", "-q", "--python", sys.executable, "--link-mode", "copy"]
+            return [*options, "--no-python-downloads", "--target", str(into)]
+        options = ["install", "-q", "--no-compile", "--disable-pip-version-check", "--no-input"]
+        return [*options, "--root-user-action=ignore", "--target", str(into)]
+
+    def _sources(self) -> list[str]:
+        if self.wheelhouse is None:
+            return []
+        return ["--no-index", "--find-links", str(self.wheelhouse.absolute())]
+
+    def _run(self, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            # They would install elsewhere, compile, or want what a target cannot have.
+            if name not in ("PIP_TARGET", "PIP_PREFIX", "PIP_USER", "UV_COMPILE_BYTECODE")
+        }
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
+        try:
+            return subprocess.run(
+                [*self.command, *arguments],
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                timeout=_LONGEST,
+                check=False,
+                env=environment,
+                cwd=folder,
+            )
+        except (OSError, subprocess.TimeoutExpired) as exc:
+            raise ConfigError(f"{self.command[0]} cannot be run: {exc}") from exc
+
+
+def find_installer(wheelhouse: Path | None = None) -> Installer:
+    """Return uv if it is there, else pip.
+
+    Raises:
+        ConfigError: If there is neither.
+    """
+    uv = shutil.which("uv")
+    if uv is None and importlib.util.find_spec("uv") is not None:
+        import uv as package
+
+        with contextlib.suppress(FileNotFoundError):
+            uv = package.find_uv_bin()
+    if uv is not None:
+        return Installer((uv,), True, wheelhouse)
+    if importlib.util.find_spec("pip") is not None:
+        return Installer((sys.executable, "-m", "pip"), False, wheelhouse)
+    raise ConfigError(
+        "neither uv nor pip is here, and packages have to be got for the workers' platform: "
+        "install uv, or `python -m ensurepip`"
+    )
+
+
+def names_of(requirements: Iterable[str]) -> list[str]:
+    """Return the names in requirements.
+
+    Raises:
+        ConfigError: If one is not a requirement.
+    """
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    from cloudexec._environment.inventory import canonical
+
+    names = []
+    for text in requirements:
+        try:
+            names.append(canonical(Requirement(text).name))
+        except InvalidRequirement as exc:
+            raise ConfigError(f"{text!r} is not a requirement such as 'numpy>=2': {exc}") from exc
+    return names
+
+
+def _dependencies(file: Path) -> list[str]:
+    try:
+        project: Any = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"{file} cannot be read: {exc}") from exc
+    return [str(each) for each in project.get("dependencies", ())]
+
+
+@contextlib.contextmanager
+def _requirements_file(lines: Iterable[str]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="cloudexec-requirements-") as name:
+        file = Path(name, "requirements.txt")
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        yield file
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the end of what an installer said, without passwords."""
+    text = _CREDENTIALS.sub("****@", done.stderr or done.stdout)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[-_LINES:]) or f"it ended with code {done.returncode}"

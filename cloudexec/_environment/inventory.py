@@ -1,0 +1,300 @@
+"""What is installed in the environment of this process: distributions, projects, ``.pth`` files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
+
+__all__ = [
+    "SITES",
+    "Distribution",
+    "Inventory",
+    "canonical",
+    "is_skipped",
+    "signature_of",
+    "source_files",
+    "take_inventory",
+]
+
+SITES = ("site-packages", "dist-packages")
+"""Names of the directories that packages are installed in."""
+_SKIPPED = frozenset(
+    {"__pycache__", "build", "dist", "node_modules", "site-packages", "venv", "__pypackages__"}
+)
+"""Directories beside the source of a project that are no part of it."""
+_INSTALLERS_OWN = frozenset(
+    {"INSTALLER", "REQUESTED", "RECORD", "direct_url.json", "uv_build.json", "uv_cache.json"}
+)
+"""Files of metadata that differ from one installation to the next. direct_url.json may have a
+password in it."""
+_NOBODYS = re.compile(
+    r"(_virtualenv\.(py|pth)|README(\.txt)?|.*\.(dist-info|egg-info|egg-link|pyc|pth|so\.lock)"
+    r"|__pycache__|\..*|.*\.virtualenv|distutils-precedence\.pth|__editable__.*|~.*)"
+)
+"""What lies in site-packages, belongs to no distribution, and is of no use elsewhere."""
+
+
+def canonical(name: str) -> str:
+    """Return a project's name in the form in which names are compared."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution:
+    """One installed distribution."""
+
+    name: str
+    """As compared: lower case, with hyphens."""
+    version: str
+    site: Path
+    """The directory it is installed in."""
+    files: tuple[str, ...] | None
+    """What it has installed, relative to ``site``, without bytecode; ``None``: not known."""
+    info: Path
+    """The directory or file with its metadata."""
+    source: Path | None = None
+    """The directory of a project that is installed as editable."""
+    origin: str = ""
+    """Where it came from, if not from an index, without user name and password."""
+    is_requested: bool = False
+    """Whether somebody asked for it, and not just for something that requires it."""
+
+    @property
+    def requires(self) -> list[str]:
+        """Its requirements, as its metadata has them."""
+        return importlib.metadata.Distribution.at(self.info).requires or []
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """The tags of its wheel; empty where it did not come as one."""
+        return frozenset(re.findall(r"^Tag:\s*(\S+)", _text(self.info, "WHEEL"), re.MULTILINE))
+
+    @property
+    def installer(self) -> str:
+        """The program that says that it has installed it; may be empty."""
+        return _text(self.info, "INSTALLER").strip()
+
+    @property
+    def label(self) -> str:
+        """Name and version as requirements have them."""
+        return f"{self.name}=={self.version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """All that is installed."""
+
+    distributions: dict[str, Distribution]
+    """By name."""
+    paths: tuple[Path, ...]
+    """Directories that ``.pth`` files add to the path, and that belong to no distribution."""
+    loose: tuple[Path, ...] = ()
+    """Modules and packages in site-packages that belong to no distribution."""
+    conda: str = ""
+    """The conda environment that this is; empty: none."""
+
+    def signature(self, without: frozenset[str] = frozenset()) -> str:
+        """Return what differs whenever a file of it may have changed: from names, sizes and times.
+
+        Args:
+            without: Names of distributions that do not count.
+        """
+        whole = hashlib.sha256()
+        for name in sorted(self.distributions.keys() - without):
+            whole.update(_signature_of(self.distributions[name]).encode())
+        for path in (*self.paths, *self.loose):
+            whole.update(signature_of(path).encode())
+        return whole.hexdigest()
+
+
+def _signature_of(distribution: Distribution) -> str:
+    whole = hashlib.sha256(f"{distribution.name} {distribution.version}\n".encode())
+    base = str(distribution.site)
+    for name in distribution.files or ():
+        whole.update(_stat_line(name, f"{base}/{name}"))
+    if distribution.source is not None:
+        whole.update(signature_of(distribution.source).encode())
+    return whole.hexdigest()
+
+
+def signature_of(root: Path) -> str:
+    """Return what differs whenever a file of a project or directory may have changed."""
+    whole = hashlib.sha256(f"{root}\n".encode())
+    for path in [root] if root.is_file() else source_files(root):
+        whole.update(_stat_line(str(path), str(path)))
+    return whole.hexdigest()
+
+
+def _stat_line(name: str, path: str) -> bytes:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return f"{name} gone\n".encode()
+    return f"{name} {found.st_size} {found.st_mtime_ns} {found.st_mode}\n".encode()
+
+
+def is_skipped(name: str) -> bool:
+    """Whether a directory of this name beside a project's source is no part of it."""
+    return name in _SKIPPED or name.startswith(".") or name.endswith(".egg-info")
+
+
+def source_files(root: Path) -> Iterator[Path]:
+    """Yield the files of a project or a directory of modules, sorted."""
+    for folder, names, files in os.walk(root):
+        if folder != str(root) and "pyvenv.cfg" in files:
+            names.clear()
+            continue
+        names[:] = sorted(name for name in names if not is_skipped(name))
+        for name in sorted(files):
+            if not name.startswith(".") and not name.endswith((".pyc", ".pyo")):
+                yield Path(folder, name)
+
+
+def take_inventory(path: Sequence[str] | None = None) -> Inventory:
+    """List what is installed.
+
+    Args:
+        path: Directories to look in; by default those of ``sys.path`` that packages are installed
+            in.
+    """
+    sites = [
+        Path(each) for each in (sys.path if path is None else path) if os.path.isdir(each or ".")
+    ]
+    sites = [site.absolute() for site in sites]
+    if path is None:
+        sites = [site for site in sites if _is_site(site)]
+    sites = list(dict.fromkeys(sites))
+    added = [each for site in sites for each in _added_by_pth(site)]
+    found: dict[str, Distribution] = {}
+    owned: set[Path] = set()
+    for place in dict.fromkeys([*sites, *added]):
+        for name in sorted(os.listdir(place)):
+            if not name.endswith((".dist-info", ".egg-info")):
+                continue
+            distribution = _read(place / name, is_site=place in sites)
+            if distribution is not None:
+                found.setdefault(distribution.name, distribution)
+                owned.update(place / each.partition("/")[0] for each in distribution.files or ())
+    projects = {each.source for each in found.values() if each.source is not None}
+    paths = [
+        each
+        for each in dict.fromkeys(added)
+        if each not in sites and not any(each.is_relative_to(project) for project in projects)
+    ]
+    return Inventory(
+        distributions=found,
+        paths=tuple(paths),
+        loose=tuple(loose for site in sites for loose in _loose(site, owned)),
+        conda=os.path.basename(sys.prefix) if os.path.isdir(f"{sys.prefix}/conda-meta") else "",
+    )
+
+
+def _is_site(place: Path) -> bool:
+    if place.name in SITES:
+        return True
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return str(place) in given and any(place.glob("*.dist-info"))
+
+
+def _added_by_pth(site: Path) -> Iterator[Path]:
+    """Yield the directories that the ``.pth`` files of a site add, as ``site`` reads them."""
+    for file in sorted(site.glob("*.pth")):
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError):
+            continue
+        for line in map(str.strip, text.splitlines()):
+            if not line or line.startswith(("#", "import ", "import\t")):
+                continue
+            added = Path(os.path.normpath(site / line))
+            if added.is_dir():
+                yield added
+
+
+def _loose(site: Path, owned: set[Path]) -> Iterator[Path]:
+    if site.name != "site-packages":
+        return  # Debian's own, or a directory on PYTHONPATH: those are not the user's environment
+    for path in sorted(site.iterdir()):
+        if path not in owned and not _NOBODYS.fullmatch(path.name):
+            yield path
+
+
+def _read(info: Path, *, is_site: bool) -> Distribution | None:
+    place = info.parent
+    name, _, version = info.name.removesuffix(".dist-info").rpartition("-")
+    if info.suffix == ".egg-info":
+        metadata = importlib.metadata.Distribution.at(info).metadata
+        name, version = metadata["Name"] or "", metadata["Version"] or ""
+    if not name or not version or name.startswith("~"):
+        return None  # what an interrupted installation leaves behind
+    origin, source = "", None
+    if direct := _direct_url(info):
+        url = str(direct.get("url", ""))
+        origin = _without_credentials(url)
+        details = direct.get("dir_info")
+        if isinstance(details, dict) and details.get("editable"):
+            source = _local_path(url)
+    if not is_site and any((place / each).is_file() for each in ("pyproject.toml", "setup.py")):
+        source = place  # `setup.py develop`, which leaves its metadata beside the source
+    return Distribution(
+        name=canonical(name),
+        version=version,
+        site=place,
+        files=_files(info),
+        info=info,
+        source=source,
+        origin=origin,
+        is_requested=(info / "REQUESTED").is_file(),
+    )
+
+
+def _text(info: Path, name: str) -> str:
+    try:
+        return (info / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _files(info: Path) -> tuple[str, ...] | None:
+    record = _text(info, "RECORD")
+    if not record:
+        return None
+    names = []
+    for row in csv.reader(record.splitlines()):
+        if not row or row[0].endswith(".pyc") or "__pycache__/" in row[0]:
+            continue
+        folder, _, name = row[0].rpartition("/")
+        if name in _INSTALLERS_OWN and folder.endswith(".dist-info"):
+            continue
+        names.append(row[0].replace("\\", "/"))
+    return tuple(sorted(names))
+
+
+def _direct_url(info: Path) -> dict[str, object]:
+    try:
+        data = json.loads(_text(info, "direct_url.json") or "{}")
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _local_path(url: str) -> Path | None:
+    parts = urlsplit(url)
+    if parts.scheme != "file":
+        return None
+    return Path(url2pathname(unquote(parts.path) if "%" in parts.path else parts.path))

@@ -1,0 +1,439 @@
+"""A registry of images over its HTTP API: blobs and manifests, without a container engine.
+
+References: Open Container Initiative, "Distribution Specification" 1.1; the CNCF Distribution
+documentation, "Token Authentication Specification".
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import urlencode, urljoin, urlsplit
+
+import urllib3
+
+from cloudexec._errors import ConfigError, LaunchError
+
+if TYPE_CHECKING:
+    from urllib3.response import BaseHTTPResponse
+
+__all__ = ["Manifest", "Reference", "Repository", "parse_reference"]
+
+MANIFEST_TYPES = (
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+)
+_ATTEMPTS = 5
+_PASSING = (429, 500, 502, 503, 504)
+_CHUNK = 2**20
+_MANIFEST_LARGEST = 4 * 2**20
+"""OCI Distribution Specification, "Pushing Manifests"."""
+_TIMEOUT = urllib3.Timeout(connect=10.0, read=120.0)
+_CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
+_LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The name of an image."""
+
+    host: str
+    name: str
+    tag: str
+    """A tag, or a digest."""
+
+    def __str__(self) -> str:
+        return f"{self.host}/{self.name}{'@' if ':' in self.tag else ':'}{self.tag}"
+
+
+def parse_reference(text: str) -> Reference:
+    """Read the name of an image as engines do: without a host, it is on Docker Hub.
+
+    Raises:
+        ConfigError: If it cannot be the name of an image.
+    """
+    rest, _, digest = text.partition("@")
+    host, slash, name = rest.partition("/")
+    if not slash or not ("." in host or ":" in host or host == "localhost"):
+        host, name = "docker.io", rest if slash else f"library/{rest}"
+    name, _, tag = name.partition(":")
+    if (
+        not re.fullmatch(r"[a-z0-9._/-]+", name)
+        or not re.fullmatch(r"[\w.-]{0,128}", tag)
+        or not re.fullmatch(r"(sha256:[0-9a-f]{64})?", digest)
+    ):
+        raise ConfigError(f"{text!r} is not the name of an image")
+    return Reference(host, name, digest or tag or "latest")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest or an index, as it is in a repository."""
+
+    digest: str
+    media_type: str
+    data: Mapping[str, Any]
+
+
+class Repository:
+    """One repository of a registry. Its methods may be called in several threads at once.
+
+    Args:
+        host: Of the registry; one on the loopback is spoken to without TLS.
+        name: Of the repository.
+        credentials: User name and password; ``None``: those of Docker's configuration, if any.
+    """
+
+    def __init__(self, host: str, name: str, credentials: Mapping[str, str] | None = None) -> None:
+        self.host = host
+        self.name = name
+        self._server = "registry-1.docker.io" if host == "docker.io" else host
+        scheme = "http" if _LOOPBACK.fullmatch(self._server) else "https"
+        self._base = f"{scheme}://{self._server}"
+        self.credentials = credentials or _docker_credentials(host)
+        self._authorization = self._basic()
+        self._scope = ""
+        self._signing_in = threading.Lock()
+        self._pool = _pool(self._base)
+
+    def __str__(self) -> str:
+        return f"{self.host}/{self.name}"
+
+    def __enter__(self) -> Repository:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._pool.clear()
+
+    # Reading.
+
+    def manifest(self, reference: str) -> Manifest | None:
+        """Return a manifest by tag or digest; ``None``: there is none.
+
+        Raises:
+            LaunchError: If the registry refuses, or cannot be reached.
+        """
+        headers = {"Accept": ", ".join(MANIFEST_TYPES)}
+        path = f"/v2/{self.name}/manifests/{reference}"
+        with self._request("GET", path, f"look for {reference}", headers, passes=(404,)) as answer:
+            if answer.status == 404:
+                return None
+            content = answer.read(_MANIFEST_LARGEST)
+        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        data = _json(content, f"{self}: the manifest {reference}")
+        media_type = str(data.get("mediaType") or answer.headers.get("Content-Type", ""))
+        return Manifest(digest, media_type, data)
+
+    def has_blob(self, digest: str) -> bool:
+        """Whether a blob is there.
+
+        Raises:
+            LaunchError: If the registry refuses, or cannot be reached.
+        """
+        path = f"/v2/{self.name}/blobs/{digest}"
+        with self._request("HEAD", path, "look for a layer", passes=(404,)) as answer:
+            return answer.status != 404
+
+    def read_blob(self, digest: str) -> bytes:
+        """Return a small blob, such as a configuration.
+
+        Raises:
+            LaunchError: If it is not there, or is not what it is called.
+        """
+        with self._request("GET", f"/v2/{self.name}/blobs/{digest}", "read a blob") as answer:
+            content = answer.read()
+        if digest != f"sha256:{hashlib.sha256(content).hexdigest()}":
+            raise LaunchError(f"{self} gave other bytes than {digest}: try again")
+        return content
+
+    def save_blob(self, digest: str, path: Path) -> None:
+        """Write a blob to a file.
+
+        Raises:
+            LaunchError: If it is not there, or is not what it is called.
+        """
+        whole = hashlib.sha256()
+        what = f"read the layer {digest[:19]}"
+        with self._request("GET", f"/v2/{self.name}/blobs/{digest}", what) as answer:
+            with open(path, "wb") as file:
+                try:
+                    for chunk in answer.stream(_CHUNK):
+                        whole.update(chunk)
+                        file.write(chunk)
+                except urllib3.exceptions.HTTPError as exc:
+                    raise LaunchError(f"{self}: the connection broke while reading: {exc}") from exc
+        if digest != f"sha256:{whole.hexdigest()}":
+            raise LaunchError(f"{self} gave other bytes than {digest}: try again")
+
+    # Writing.
+
+    def push_blob(self, digest: str, content: bytes | Path, mount_from: str = "") -> None:
+        """Upload a blob.
+
+        Args:
+            digest: Of the content.
+            content: Bytes, or the file that has them.
+            mount_from: A repository of the same registry that has it, from which the registry may
+                take it.
+
+        Raises:
+            LaunchError: If the registry refuses, or cannot be reached.
+        """
+        for attempt in range(_ATTEMPTS):
+            location = self._begin_upload(digest, mount_from)
+            if not location:
+                return
+            try:
+                self._finish_upload(location, digest, content)
+                return
+            except _UploadLostError as exc:
+                if attempt == _ATTEMPTS - 1:
+                    raise LaunchError(f"{self}: a layer could not be pushed: {exc}") from exc
+                _back_off(attempt)
+
+    def _begin_upload(self, digest: str, mount_from: str) -> str:
+        query = f"?{urlencode({'mount': digest, 'from': mount_from})}" if mount_from else ""
+        path = f"/v2/{self.name}/blobs/uploads/{query}"
+        headers = {"Content-Length": "0"}
+        with self._request("POST", path, "begin to push a layer", headers) as answer:
+            if answer.status == 201:
+                return ""
+            location = answer.headers.get("Location", "")
+        if not location:
+            raise LaunchError(f"{self}: the registry does not say where a layer goes")
+        return urljoin(f"{self._base}{path}", location)
+
+    def _finish_upload(self, location: str, digest: str, content: bytes | Path) -> None:
+        joint = "&" if urlsplit(location).query else "?"
+        url = f"{location}{joint}{urlencode({'digest': digest})}"
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+        with contextlib.ExitStack() as stack:
+            body: bytes | IO[bytes] = (
+                content if isinstance(content, bytes) else stack.enter_context(open(content, "rb"))
+            )
+            # What was sent in part is begun again, at a new place.
+            with self._request(
+                "PUT", url, "push a layer", headers, body=body, attempts=1, passes=(404, *_PASSING)
+            ) as answer:
+                if answer.status not in (200, 201, 204):
+                    raise _UploadLostError(f"{answer.status} {answer.reason}")
+
+    def push_manifest(self, reference: str, content: bytes, media_type: str) -> str:
+        """Store a manifest under a tag, and return its digest.
+
+        Raises:
+            LaunchError: If the registry refuses, or cannot be reached.
+        """
+        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        headers = {"Content-Type": media_type}
+        path = f"/v2/{self.name}/manifests/{reference}"
+        with self._request(
+            "PUT", path, f"push {reference}", headers, body=content, passes=(400, 409)
+        ) as answer:
+            said = answer.read(_CHUNK).decode(errors="replace")
+            # Amazon ECR says so of a tag that must not change and has this very image.
+            if answer.status >= 400 and "TAG_INVALID" not in said and "already exists" not in said:
+                raise self._refusal(answer, f"push {reference}", said)
+        return digest
+
+    # Requests.
+
+    @contextlib.contextmanager
+    def _request(
+        self,
+        method: str,
+        path: str,
+        what: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        body: bytes | IO[bytes] | None = None,
+        attempts: int = _ATTEMPTS,
+        passes: tuple[int, ...] = (),
+    ) -> Iterator[BaseHTTPResponse]:
+        """Make a request and yield the answer, with its body not read yet.
+
+        Args:
+            method: Of HTTP.
+            path: Path, or whole address.
+            what: What it is for, for messages.
+            headers: Besides that of authorization.
+            body: What is sent.
+            attempts: How often, if errors may pass.
+            passes: Statuses of errors that the caller understands.
+        """
+        url = path if "://" in path else f"{self._base}{path}"
+        answer = self._attempt(method, url, what, headers or {}, body, attempts, passes)
+        try:
+            if answer.status >= 400 and answer.status not in passes:
+                raise self._refusal(answer, what, answer.read(_CHUNK).decode(errors="replace"))
+            yield answer
+        finally:
+            answer.drain_conn()
+            answer.release_conn()
+
+    def _attempt(
+        self,
+        method: str,
+        url: str,
+        what: str,
+        headers: Mapping[str, str],
+        body: bytes | IO[bytes] | None,
+        attempts: int,
+        passes: tuple[int, ...],
+    ) -> BaseHTTPResponse:
+        signed_in = False
+        attempt = 0
+        while True:
+            if body is not None and not isinstance(body, bytes):
+                body.seek(0)
+            own = {"Authorization": self._authorization} if self._authorization else {}
+            if urlsplit(url).netloc != self._server:
+                own = {}
+            try:
+                answer = self._pool.request(
+                    method,
+                    url,
+                    body=body,
+                    headers={**headers, **own},
+                    preload_content=False,
+                    retries=urllib3.Retry(5, connect=0, read=0, redirect=5, status=0, other=0),
+                    timeout=_TIMEOUT,
+                )
+            except urllib3.exceptions.HTTPError as exc:
+                attempt += 1
+                if attempt < attempts:
+                    _back_off(attempt)
+                    continue
+                if attempts == 1:
+                    raise _UploadLostError(str(exc)) from exc
+                raise LaunchError(
+                    f"the registry {self.host} cannot be reached to {what}: {_reason(exc)}"
+                ) from exc
+            if answer.status == 401 and not signed_in:
+                challenge = answer.headers.get("WWW-Authenticate", "")
+                answer.drain_conn()
+                answer.release_conn()
+                signed_in = True
+                if self._sign_in(challenge, writes=method not in ("GET", "HEAD")):
+                    continue
+            attempt += 1
+            if answer.status in _PASSING and answer.status not in passes and attempt < attempts:
+                answer.drain_conn()
+                answer.release_conn()
+                _back_off(attempt)
+                continue
+            return answer
+
+    def _basic(self) -> str:
+        if not self.credentials:
+            return ""
+        pair = f"{self.credentials['username']}:{self.credentials['password']}"
+        return f"Basic {base64.b64encode(pair.encode()).decode()}"
+
+    def _sign_in(self, challenge: str, *, writes: bool) -> bool:
+        """Get a token as the registry wants; say whether there is something new to try with."""
+        if not challenge.lower().startswith("bearer "):
+            return False
+        values = dict(_CHALLENGE.findall(challenge))
+        realm = values.pop("realm", "")
+        if not realm:
+            return False
+        values.setdefault("scope", f"repository:{self.name}:{'pull,push' if writes else 'pull'}")
+        basic = self._basic()
+        query = urlencode({key: values[key] for key in ("service", "scope") if key in values})
+        with self._signing_in:
+            answer = self._pool.request(
+                "GET",
+                f"{realm}?{query}",
+                headers={"Authorization": basic} if basic else {},
+                retries=urllib3.Retry(_ATTEMPTS, redirect=5, status_forcelist=_PASSING),
+                timeout=_TIMEOUT,
+            )
+            if answer.status != 200:
+                return False
+            data = _json(answer.data, f"{self.host}: the token")
+            self._authorization = f"Bearer {data.get('token') or data.get('access_token')}"
+            return True
+
+    def _refusal(self, answer: BaseHTTPResponse, what: str, said: str) -> LaunchError:
+        reason = f"{answer.status} {answer.reason}"
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            first = json.loads(said)["errors"][0]
+            reason += f", {first['code']}: {first.get('message', '')}"
+        hint = ""
+        if answer.status in (401, 403):
+            hint = (
+                ". Check the permissions of your AWS identity (`cloudexec policy` lists them)"
+                if ".ecr." in self.host
+                else ". Sign in with `docker login`, or name another image"
+            )
+        elif answer.status == 404:
+            hint = ". There is no such repository or image"
+        elif answer.status == 429:
+            hint = ". It limits how much may be read: wait, or name a base in another registry"
+        refused = f"the registry {self.host} refused to {what} in {self.name}"
+        return LaunchError(f"{refused}: {reason}{hint}")
+
+
+class _UploadLostError(Exception):
+    """An upload broke, and can be begun again."""
+
+
+def _reason(exc: Exception) -> str:
+    reason = getattr(exc, "reason", None)
+    return str(reason or exc)
+
+
+def _back_off(attempt: int) -> None:
+    time.sleep(random.uniform(0.5, 1.0) * 2**attempt / 2)
+
+
+def _json(content: bytes, what: str) -> dict[str, Any]:
+    try:
+        data = json.loads(content)
+    except ValueError as exc:
+        raise LaunchError(f"{what} cannot be read: {exc}") from exc
+    if not isinstance(data, dict):
+        raise LaunchError(f"{what} cannot be read: it is no object")
+    return data
+
+
+def _pool(base: str) -> urllib3.PoolManager:
+    context = ssl.create_default_context()
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        if os.path.isfile(path := os.environ.get(name, "")):
+            context.load_verify_locations(path)
+    parts = urlsplit(base)
+    proxy = urllib.request.getproxies().get(parts.scheme, "")
+    if proxy and parts.scheme == "https" and not urllib.request.proxy_bypass(parts.hostname or ""):
+        return urllib3.ProxyManager(proxy, ssl_context=context, maxsize=8)
+    return urllib3.PoolManager(ssl_context=context, maxsize=8)
+
+
+def _docker_credentials(host: str) -> Mapping[str, str] | None:
+    """Return what ``docker login`` has noted for a registry."""
+    folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
+    try:
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        noted = data.get("auths", {})
+        key = "https://index.docker.io/v1/" if host == "docker.io" else host
+        user, _, password = base64.b64decode(noted[key]["auth"]).decode().partition(":")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return {"username": user, "password": password} if password else None

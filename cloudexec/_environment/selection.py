@@ -1,0 +1,169 @@
+"""Which distributions a worker needs: by requirements and markers as they are on its platform."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cloudexec._environment.inventory import Inventory, canonical
+from cloudexec._environment.target import Target
+
+__all__ = ["Selection", "requirements_of", "select"]
+
+_TOOLS = frozenset({"pip", "uv", "wheel"})
+"""They install, and a worker installs nothing."""
+_EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
+
+
+@dataclass(slots=True)
+class Selection:
+    """What there is to be on the workers."""
+
+    here: list[str] = field(default_factory=list)
+    """Names of what is installed here."""
+    wanted: dict[str, str] = field(default_factory=dict)
+    """Requirements of what is not installed here, and required there, by name."""
+    dropped: list[str] = field(default_factory=list)
+    """Names of what is installed here, and required on this platform only."""
+
+
+class _Need(NamedTuple):
+    """One requirement of a distribution."""
+
+    name: str
+    extras: tuple[str, ...]
+    when: str
+    """Extra of the distribution that requires it; empty: always."""
+    text: str
+
+
+def select(
+    inventory: Inventory,
+    target: Target,
+    *,
+    exclude: Iterable[str] = (),
+    required: Iterable[str] = (),
+) -> Selection:
+    """Find out what workers need of what is installed, and beyond it.
+
+    Args:
+        inventory: What is installed.
+        target: What the workers run on.
+        exclude: Names that are not wanted, whoever requires them.
+        required: Names that are needed, also if excluded.
+    """
+    required = list(required)
+    installed = inventory.distributions
+    requires = {name: each.requires for name, each in installed.items()}
+    here = _here()
+    needs_here = {name: _needs(each, here) for name, each in requires.items()}
+    needs_there = {name: _needs(each, target.markers()) for name, each in requires.items()}
+    unwanted = {canonical(name) for name in exclude} - set(required)
+    needed = {
+        need.name
+        for name, needs in needs_here.items()
+        for need in needs
+        if not need.when and need.name != name
+    }
+    roots = {
+        name
+        for name, each in installed.items()
+        if each.is_requested or each.source is not None or name not in needed
+    }
+    roots = roots - _TOOLS | set(required)
+    reached, _ = _reach(roots, needs_here, set())
+    # Such as two that require each other, or what only an extra requires that nobody asked for.
+    roots |= installed.keys() - reached - _TOOLS
+    reached, missing_here = _reach(roots, needs_here, set())
+    kept, missing = _reach(roots, needs_there, unwanted)
+    return Selection(
+        here=sorted(kept),
+        # What is missing here, too, is missing on purpose.
+        wanted={
+            name: text
+            for name, text in sorted(missing.items())
+            if name not in missing_here and name not in unwanted
+        },
+        dropped=sorted(reached - kept - unwanted),
+    )
+
+
+def _reach(
+    roots: Iterable[str], needs: Mapping[str, list[_Need]], unwanted: set[str]
+) -> tuple[set[str], dict[str, str]]:
+    """Return the names that the roots require, and by name the requirements that nothing meets."""
+    reached: set[str] = set()
+    missing: dict[str, str] = {}
+    pending = [(name, "") for name in roots]
+    seen: set[tuple[str, str]] = set()
+    while pending:
+        name, extra = pending.pop()
+        if name in unwanted or (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        reached.add(name)
+        for need in needs[name]:
+            if need.when not in ("", extra):
+                continue
+            if need.name not in needs:
+                missing.setdefault(need.name, need.text)
+                continue
+            pending += [(need.name, each) for each in ("", *need.extras)]
+    return reached, missing
+
+
+def _needs(requires: Iterable[str], environment: Mapping[str, str]) -> list[_Need]:
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    found = []
+    for text in requires:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue  # an old package, which was installed all the same
+        when = ""
+        if requirement.marker is not None:
+            extras = ["", *_EXTRA.findall(str(requirement.marker))]
+            fitting = [
+                extra
+                for extra in extras
+                if requirement.marker.evaluate({**environment, "extra": extra})
+            ]
+            if not fitting:
+                continue
+            when = canonical(fitting[0])
+        found.append(
+            _Need(
+                canonical(requirement.name),
+                tuple(canonical(extra) for extra in sorted(requirement.extras)),
+                when,
+                str(requirement).partition(";")[0].strip(),
+            )
+        )
+    return found
+
+
+def requirements_of(
+    requires: Iterable[str], target: Target | None, extras: Iterable[str] = ()
+) -> dict[str, str]:
+    """Return what a distribution requires, by name.
+
+    Args:
+        requires: From its metadata.
+        target: Where; ``None``: here.
+        extras: Of it, that were asked for.
+    """
+    wanted = {"", *extras}
+    return {
+        need.name: need.text
+        for need in _needs(requires, _here() if target is None else target.markers())
+        if need.when in wanted
+    }
+
+
+def _here() -> dict[str, str]:
+    from packaging.markers import default_environment
+
+    return {key: str(value) for key, value in default_environment().items()}
