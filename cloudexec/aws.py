@@ -1,7 +1,7 @@
 """Runs workers on AWS: the launcher, profiles, and a monitor of all workers of an account.
 
 ``Batch`` launches workers in AWS Batch. ``Profile`` has the settings of an account and region that
-``cloudexec up`` writes. ``Monitor`` lists executors, jobs, logs and costs, and stops jobs. The
+``cloudexec up`` writes, and ``Packages`` says what workers have installed. ``Monitor`` lists executors, jobs, logs and costs, and stops jobs. The
 other names are the records that ``Monitor`` returns.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cloudexec._aws.profile import Profile
+from cloudexec._environment.packages import Packages
 from cloudexec._launchers.batch import Batch
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "JobInfo",
     "LogLine",
     "Monitor",
+    "Packages",
     "Profile",
 ]
 

@@ -34,6 +34,7 @@ __all__ = [
     "PushedImage",
     "Repository",
     "build",
+    "in_thread",
     "plan",
     "push",
     "push_to_profile",
@@ -261,8 +262,8 @@ async def push(
     digest = await repository.digest(planned.tag)
     if digest is not None:
         return PushedImage(uri=f"{name}@{digest}", tag=planned.tag, was_pushed=False)
-    image = await _in_thread(lambda: build(planned, engine=engine, report=report))
-    digest = await _in_thread(
+    image = await in_thread(lambda: build(planned, engine=engine, report=report))
+    digest = await in_thread(
         lambda: engine.push(image.name, name, planned.tag, credentials, report_push)
     )
     for attempt in range(_DIGEST_ATTEMPTS):
@@ -277,7 +278,7 @@ async def push(
     )
 
 
-async def _in_thread(work: Callable[[], T]) -> T:
+async def in_thread(work: Callable[[], T]) -> T:
     """Make a call in a thread that nobody waits for if Ctrl-C comes first.
 
     The engine stops what it does when the connection ends, with the process.

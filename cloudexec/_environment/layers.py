@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from cloudexec._environment.cache import Cache
 from cloudexec._environment.components import Component
@@ -246,9 +246,10 @@ def pack(title: str, members: Iterable[tuple[str, Node]], file: IO[bytes]) -> La
     """
     outer = _Hashing(file)
     # Without a name and a time: the bytes depend on the content alone.
-    with gzip.GzipFile("", "wb", _LEVEL, outer, mtime=0) as compressed:  # type: ignore[arg-type]
+    with gzip.GzipFile("", "wb", _LEVEL, cast("IO[bytes]", outer), mtime=0) as compressed:
         inner = _Hashing(compressed)
-        with tarfile.open(fileobj=inner, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        stream = cast("IO[bytes]", inner)
+        with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive:
             folders: set[str] = set()
             for path, node in members:
                 for above in _above(path):

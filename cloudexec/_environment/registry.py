@@ -107,7 +107,7 @@ class Repository:
         self._base = f"{scheme}://{self._server}"
         self.credentials = credentials or _docker_credentials(host)
         self._authorization = self._basic()
-        self._scope = ""
+        self._is_closed = False
         self._signing_in = threading.Lock()
         self._pool = _pool(self._base)
 
@@ -118,6 +118,11 @@ class Repository:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Begin no further request, also of calls that are under way in other threads."""
+        self._is_closed = True
         self._pool.clear()
 
     # Reading.
@@ -300,6 +305,10 @@ class Repository:
         signed_in = False
         attempt = 0
         while True:
+            if self._is_closed:
+                raise LaunchError(
+                    f"{self} is not to be used any more: stopped while it was to {what}"
+                )
             if body is not None and not isinstance(body, bytes):
                 body.seek(0)
             own = {"Authorization": self._authorization} if self._authorization else {}

@@ -20,7 +20,9 @@ _LOCAL_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _EPILOG = """\b
 Examples:
   cloudexec image build --requirements requirements.txt
-  cloudexec image push --requirements requirements.txt --platform linux/arm64
+  cloudexec image push --packages here
+  cloudexec image push --packages uv.lock --platform linux/arm64
+  cloudexec image push --requirements requirements.txt --apt libgomp1
   cloudexec image build --base localhost/our-python:3.11 --wheelhouse wheels/
   cloudexec image use 123456789012.dkr.ecr.us-east-1.amazonaws.com/ours:latest
 """
@@ -100,7 +102,8 @@ def image_command() -> None:
 
     The image has cloudexec, in the version that runs here, and the packages that your functions
     require. Its tag is a hash of everything that goes into it, so an image that exists is neither
-    built nor pushed again. Docker or Podman must run, at DOCKER_HOST or at its usual address.
+    built nor pushed again. `image push` needs no container engine, except with --apt and
+    --builder. For `image build`, Docker or Podman must run, at DOCKER_HOST or at its usual address.
 
     The build uses the variables PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_TRUSTED_HOST, PIP_CERT and
     those of proxies as they are set here. The image does not contain them.
@@ -129,25 +132,57 @@ def build_command(refresh: bool, is_verbose: bool, **options: Any) -> None:
 @image_command.command(
     "push", short_help="Build the image if need be, and push it.", epilog=_EPILOG
 )
+@click.option(
+    "--packages",
+    "source",
+    default="",
+    metavar="here|none|FILE",
+    help="Make the image without a container engine, of the packages that are installed here, of "
+    "none but the worker's own, or of those in a requirements file, pyproject.toml or uv.lock.",
+)
+@click.option(
+    "--exclude", multiple=True, metavar="NAME", help="Package to leave out. Can be repeated."
+)
+@click.option(
+    "--extra",
+    multiple=True,
+    metavar="REQUIREMENT",
+    help="Package to add, or its other version. Can be repeated.",
+)
 @_image_options
 @_building_options
 @profile_option(
     "Profile whose repository the image goes to, and which then uses it.", default="default"
 )
 @ends_well
-def push_command(refresh: bool, is_verbose: bool, profile: str, **options: Any) -> None:
+def push_command(
+    source: str,
+    exclude: tuple[str, ...],
+    extra: tuple[str, ...],
+    refresh: bool,
+    is_verbose: bool,
+    profile: str,
+    **options: Any,
+) -> None:
     """Build the image if need be, push it to the profile's repository, and print its name.
 
-    From then on, executors with this profile and this Python version use it.
+    From then on, executors with this profile and this Python version use it. With --packages, or
+    where no container engine answers, the image is made of layers that are packed and sent here.
     """
     import asyncio
 
     from cloudexec._aws.clients import AwsClients
     from cloudexec._aws.images import Engine, Planned, PushedImage, plan, push_to_profile
     from cloudexec._aws.profile import Profile
+    from cloudexec.cli._image_packages import engine_or_none, push_layers
 
     spec = _spec(**options)
     noted = Profile.load(profile)
+    by_layers = bool(source or exclude or extra)
+    engine = None if by_layers else engine_or_none(spec)
+    if engine is None:
+        push_layers(spec, source, exclude, extra, noted, refresh=refresh)
+        return
 
     async def push(planned: Planned, engine: Engine) -> PushedImage:
         async with AwsClients(noted.region) as clients:
@@ -161,7 +196,7 @@ def push_command(refresh: bool, is_verbose: bool, profile: str, **options: Any) 
                     report_push=display.push_event,
                 )
 
-    with Engine() as engine:
+    with engine:
         with _status(f"preparing the base image {spec.base_image}"):
             planned = plan(spec, engine=engine, refresh=refresh)
         pushed = asyncio.run(push(planned, engine))

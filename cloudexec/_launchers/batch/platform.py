@@ -29,6 +29,7 @@ from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request, tag_value
 from cloudexec._enrolment import python_version
+from cloudexec._environment.packages import Packages
 from cloudexec._errors import AwsError, ConfigError
 from cloudexec._launchers.batch.inquiry import DEFAULT_LOG_GROUP, Inquiry
 from cloudexec._launchers.batch.reading import PHASES, end_of, run_of, worker_end
@@ -47,9 +48,12 @@ from cloudexec._launchers.platform import (
     WorkerEnd,
     WorkerStatus,
 )
+from cloudexec._log import Log
 from cloudexec._pricing import WorkerPrice
 
 __all__ = ["BatchPlatform", "Settings", "connect"]
+
+_logger = Log()
 
 _CONCURRENT_CALLS = 8
 _FARGATE_SPOT_PATIENCE = 60.0
@@ -75,6 +79,7 @@ class Settings(Protocol):
     image: str | None
     job_role: str | None
     max_runtime: float
+    packages: Packages | None
     profile: str | None
     project: str
     queue: str | None
@@ -142,6 +147,7 @@ class BatchPlatform(Platform):
         self._clients = clients
         self._profile = profile
         self._prices = prices
+        self._image = ""
         self._definition = ""
         self._defining = asyncio.Lock()
         self._keyed_by_stack = bool(profile.key_secret)
@@ -164,7 +170,7 @@ class BatchPlatform(Platform):
         if settings.definition is not None:
             await self._check_definition(settings.definition)
         else:
-            self._image()  # complains if there is none
+            self._image = await self._find_image()
         key = await stack_key(self._call, self._profile) if self._keyed_by_stack else b""
         if settings.relay:
             return self._behind_relay(settings.relay, key)
@@ -306,7 +312,7 @@ class BatchPlatform(Platform):
                 return
             settings, profile = self._settings, self._profile
             spec = DefinitionSpec(
-                image=await pin_image(self._clients, self._image()),
+                image=self._image,
                 compute=settings.compute,
                 arch=settings.arch,
                 execution_role=settings.execution_role or profile.execution_role,
@@ -321,20 +327,39 @@ class BatchPlatform(Platform):
             )
             self._definition = await ensure_definition(self._clients, definition_request(spec))
 
-    def _image(self) -> str:
-        platform = "linux/amd64" if self._settings.arch == "x86_64" else "linux/arm64"
+    async def _find_image(self) -> str:
+        """Return the image of the workers, pinned; push one with the packages that are wanted.
+
+        That is done before anything is launched: a first time may take minutes, and what cannot be
+        had for the workers' platform is known before they cost anything.
+        """
+        settings, profile = self._settings, self._profile
+        platform = "linux/amd64" if settings.arch == "x86_64" else "linux/arm64"
         python = python_version()
-        image = self._settings.image or self._profile.image(python, platform)
-        if not image:
-            named = f" --profile {self._profile.name}" if self._profile.name else ""
-            if self._settings.arch != "x86_64":
-                named += f" --platform {platform}"
-            raise ConfigError(
-                f"there is no worker image for Python {python} on {platform}: "
-                f"`cloudexec image push{named}` builds one and puts it into the repository, or "
-                f"give Batch(image=...)"
+        image = settings.image
+        if image is None and settings.packages is None:
+            image = profile.image(python, platform)
+        if image:
+            return await pin_image(self._clients, image)
+        if not profile.repository:
+            named = (
+                f"the profile {profile.name!r}" if profile.name else "a launch without a profile"
             )
-        return image
+            raise ConfigError(
+                f"there is no worker image for Python {python} on {platform}, and {named} has no "
+                f"repository to put one into: give Batch(image=...), or a profile of `cloudexec up`"
+            )
+        from cloudexec._environment.account import push_to_account
+
+        pushed = await push_to_account(
+            settings.packages or Packages(),
+            profile,
+            self._clients,
+            python=python,
+            platform=platform,
+            report=_logger.info,
+        )
+        return pushed.uri
 
     async def submit(self, request: JobRequest) -> Submitted:
         """Submit a job, or an array job for several workers."""

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 
 from cloudexec._aws.limits import (
     WorkerSize,
@@ -19,6 +20,7 @@ from cloudexec._aws.limits import (
 )
 from cloudexec._aws.requests import check_environment, check_tags
 from cloudexec._config import WorkerCapacity, check_count, check_positive
+from cloudexec._environment.packages import Packages
 from cloudexec._errors import ConfigError
 from cloudexec._launchers.base import Cost
 from cloudexec._launchers.platform import ExecutorInfo, Site
@@ -64,6 +66,10 @@ class Batch(PlatformLauncher):
         scheduling_priority: Of the workers within that share, 0 to 9999.
         definition: Name or ARN of a job definition to use as it is, instead of one of ours.
         image: Image of the workers, instead of the profile's.
+        packages: Packages that workers have, in an image that is made for it and kept in the
+            profile's repository: ``"here"``, those that are installed here; ``"none"``; the path of
+            a requirements file, a ``pyproject.toml`` or a ``uv.lock``; or ``Packages(...)``. By
+            default the profile's image, or ``"here"`` where it has none.
         job_role: ARN of the role that tasks have, instead of the profile's.
         execution_role: ARN of the role that pulls the image, instead of the profile's.
         region: AWS region, instead of the profile's or the SDK's.
@@ -100,6 +106,7 @@ class Batch(PlatformLauncher):
         scheduling_priority: int = 0,
         definition: str | None = None,
         image: str | None = None,
+        packages: str | Path | Packages | None = None,
         job_role: str | None = None,
         execution_role: str | None = None,
         region: str | None = None,
@@ -158,6 +165,13 @@ class Batch(PlatformLauncher):
             and all(isinstance(name, str) for name in several)
         ):
             raise ConfigError(f"modules must be True, False or names of modules, not {modules!r}")
+        if packages is not None and not isinstance(packages, Packages):
+            packages = Packages(source=packages)
+        for name, other in (("image", image), ("definition", definition)):
+            if packages is not None and other is not None:
+                raise ConfigError(
+                    f"give either packages or {name}: packages are put into an image of their own"
+                )
         if slots_per_worker is not None:
             check_count("slots_per_worker", slots_per_worker, least=1)
         check_positive("vcpus", vcpus)
@@ -199,6 +213,7 @@ class Batch(PlatformLauncher):
         self.scheduling_priority = scheduling_priority
         self.definition = definition
         self.image = image
+        self.packages = packages
         self.job_role = job_role
         self.execution_role = execution_role
         self.region = region
@@ -277,6 +292,7 @@ class Batch(PlatformLauncher):
             self.queue,
             self.definition,
             self.image,
+            self.packages,
             self.region,
             sorted(self.environment.items()),
         )
