@@ -1,8 +1,9 @@
 """Runs workers on AWS: the launcher, profiles, and a monitor of all workers of an account.
 
 ``Batch`` launches workers in AWS Batch. ``Profile`` has the settings of an account and region that
-``cloudexec up`` writes, and ``Packages`` says what workers have installed. ``Monitor`` lists executors, jobs, logs and costs, and stops jobs. The
-other names are the records that ``Monitor`` returns.
+``cloudexec up`` writes, and ``Packages`` says what workers have installed. ``Monitor`` lists
+executors, jobs, logs and costs, and stops jobs. The other names are the records that ``Monitor``
+returns.
 """
 
 from __future__ import annotations

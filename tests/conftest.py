@@ -35,6 +35,8 @@ def pytest_configure() -> None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
         _ours.append(tempfile.mkdtemp(prefix="ce-tests-"))
         os.environ[_TEMPORARY] = _ours[0]
+    # What tests put into images is not remembered beyond them.
+    os.environ["CLOUDEXEC_CACHE_DIR"] = os.path.join(os.environ[_TEMPORARY], "cache")
     os.environ["TMPDIR"] = tempfile.tempdir = os.environ[_TEMPORARY]
 
 

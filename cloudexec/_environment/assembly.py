@@ -79,8 +79,8 @@ def push_packages(
     base_name = packages.base or default_base(python)
     version, pins = image_contents.own_version(), image_contents.worker_pins()
     # The last one is the init, which the base has.
-    own_needs = [pin.partition("==")[0] for pin in pins[:-1]]
-    collection = Collection(packages, inventory or take_inventory(), own_needs, cache, installer)
+    inventory = inventory or take_inventory()
+    collection = Collection(packages, inventory, pins[:-1], cache, installer)
     key = hashlib.sha256(
         repr(
             (

@@ -47,7 +47,7 @@ class Collection:
     Args:
         packages: What is wanted.
         inventory: What is installed here.
-        required: Names of what a worker itself needs.
+        required: Requirements of a worker itself, ``name==version``.
         cache: Keeps what was fetched and built.
         installer: Returns what fetches and builds; asked when it is needed.
     """
@@ -61,7 +61,7 @@ class Collection:
         installer: Callable[[], Installer],
     ) -> None:
         self._packages = packages
-        self._required = [canonical(name) for name in required]
+        self._required = {canonical(pin.partition("==")[0]): pin for pin in required}
         self._installed = inventory.distributions
         if packages.source != "here":
             own = {
@@ -71,7 +71,7 @@ class Collection:
         self._inventory = inventory
         self._cache = cache
         self._installer = installer
-        self._exclude = {canonical(name) for name in packages.exclude} - set(self._required)
+        self._exclude = {canonical(name) for name in packages.exclude} - self._required.keys()
         self._reasons: dict[str, str] = {}
 
     def signature(self) -> str:

@@ -24,6 +24,7 @@ __all__ = ["Installer", "NoWheelError", "find_installer", "names_of"]
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 _LINES = 6
+_LOG_LINES = 25
 _TRIES = 8
 """Requirements that are tried one by one at a time, to name all that cannot be had."""
 _LONGEST = 3600.0
@@ -135,14 +136,14 @@ class Installer:
         with tempfile.TemporaryDirectory(prefix="cloudexec-wheel-") as name:
             verb: tuple[str, ...]
             if self.is_uv:
-                verb = ("build", "--wheel", "-q", "--python", sys.executable, "--out-dir", name)
+                verb = ("build", "--wheel", "--python", sys.executable, "--out-dir", name)
             else:
                 verb = ("wheel", "--no-deps", "-q", "--disable-pip-version-check", "-w", name)
             done = self._run(*verb, str(source), *self._sources())
             wheels = list(Path(name).glob("*.whl"))
             if done.returncode or len(wheels) != 1:
                 raise ConfigError(
-                    f"the wheel of the project {source} cannot be built: {_said(done)}"
+                    f"the wheel of the project {source} cannot be built:\n{_log(done)}"
                 )
             done = self._run(*self._plain_verb(into), "--no-deps", "--no-index", str(wheels[0]))
             if done.returncode:
@@ -252,6 +253,13 @@ def _requirements_file(lines: Iterable[str]) -> Iterator[Path]:
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
     """Return the end of what an installer said, without passwords."""
+    return " ".join(_lines(done)[-_LINES:]) or f"it ended with code {done.returncode}"
+
+
+def _log(done: subprocess.CompletedProcess[str]) -> str:
+    return "\n".join(f"  {line}" for line in _lines(done)[-_LOG_LINES:])
+
+
+def _lines(done: subprocess.CompletedProcess[str]) -> list[str]:
     text = _CREDENTIALS.sub("****@", done.stderr or done.stdout)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[-_LINES:]) or f"it ended with code {done.returncode}"
+    return [line.strip() for line in text.splitlines() if line.strip()]

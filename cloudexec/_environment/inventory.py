@@ -254,7 +254,8 @@ def _read(info: Path, *, is_site: bool) -> Distribution | None:
         info=info,
         source=source,
         origin=origin,
-        is_requested=(info / "REQUESTED").is_file(),
+        # uv says so of everything.
+        is_requested=(info / "REQUESTED").is_file() and _text(info, "INSTALLER").strip() == "pip",
     )
 
 

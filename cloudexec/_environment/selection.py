@@ -44,7 +44,7 @@ def select(
     target: Target,
     *,
     exclude: Iterable[str] = (),
-    required: Iterable[str] = (),
+    required: Mapping[str, str] | None = None,
 ) -> Selection:
     """Find out what workers need of what is installed, and beyond it.
 
@@ -52,15 +52,15 @@ def select(
         inventory: What is installed.
         target: What the workers run on.
         exclude: Names that are not wanted, whoever requires them.
-        required: Names that are needed, also if excluded.
+        required: Requirements of what is needed, also if excluded, by name.
     """
-    required = list(required)
+    required = required or {}
     installed = inventory.distributions
     requires = {name: each.requires for name, each in installed.items()}
     here = _here()
     needs_here = {name: _needs(each, here) for name, each in requires.items()}
     needs_there = {name: _needs(each, target.markers()) for name, each in requires.items()}
-    unwanted = {canonical(name) for name in exclude} - set(required)
+    unwanted = {canonical(name) for name in exclude} - required.keys()
     needed = {
         need.name
         for name, needs in needs_here.items()
@@ -72,7 +72,7 @@ def select(
         for name, each in installed.items()
         if each.is_requested or each.source is not None or name not in needed
     }
-    roots = roots - _TOOLS | set(required)
+    roots = roots - _TOOLS | (required.keys() & installed.keys())
     reached, _ = _reach(roots, needs_here, set())
     # Such as two that require each other, or what only an extra requires that nobody asked for.
     roots |= installed.keys() - reached - _TOOLS
@@ -82,9 +82,12 @@ def select(
         here=sorted(kept),
         # What is missing here, too, is missing on purpose.
         wanted={
-            name: text
-            for name, text in sorted(missing.items())
-            if name not in missing_here and name not in unwanted
+            **{
+                name: text
+                for name, text in sorted(missing.items())
+                if name not in missing_here and name not in unwanted
+            },
+            **{name: text for name, text in required.items() if name not in installed},
         },
         dropped=sorted(reached - kept - unwanted),
     )

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from local_registry import PASSWORD, PASSWORD_HASH, serving
 
 from cloudexec import BatchExecutor
 from cloudexec._aws import image_contents
@@ -28,13 +26,10 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 BASE = os.environ.get("CLOUDEXEC_TEST_BASE", f"localhost/python-base:{PYTHON}")
 
 
-PASSWORD_HASH = "$2b$04$NsjTVJVqaZ0nU.wlZ9jJqOTmm8qqWXneLsqRgtrRVDurvwz7ChkEu"
-
-
 @pytest.fixture(scope="session")
 def password() -> str:
-    """The password of the registry's user ``AWS``."""
-    return "a password of twelve hours"
+    """What the registry wants from the user ``AWS``."""
+    return PASSWORD
 
 
 class TidyEngine(Engine):
@@ -112,42 +107,6 @@ def wheelhouse(download: Callable[..., Path]) -> Path:
 def spec(wheelhouse: Path) -> ImageSpec:
     """The image that the tests use."""
     return ImageSpec(base=BASE, wheelhouse=wheelhouse)
-
-
-@contextmanager
-def serving(directory: Path, *, users: str = "") -> Iterator[str]:
-    """Run a registry on the loopback address; yield its address."""
-    program = shutil.which("docker-registry")
-    if program is None:
-        pytest.skip("no docker-registry here (Debian's package has it): nowhere to push to")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = (
-        f"version: 0.1\n"
-        f"storage: {{filesystem: {{rootdirectory: {directory}/data}}}}\n"
-        f"http: {{addr: '127.0.0.1:{port}'}}\n"
-    )
-    if users:
-        (directory / "users").write_text(users)
-        config += f"auth: {{htpasswd: {{realm: tests, path: {directory}/users}}}}\n"
-    (directory / "config.yml").write_text(config)
-    with open(directory / "log", "wb") as log:
-        process = subprocess.Popen(
-            [program, "serve", str(directory / "config.yml")], stdout=log, stderr=log
-        )
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.05)
-        yield f"127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 @pytest.fixture(scope="module")

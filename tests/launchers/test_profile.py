@@ -156,12 +156,11 @@ def test_a_wrong_python_in_the_image_is_named(aws: Any, profile: Profile, tmp_pa
 
 
 def test_a_profile_without_an_image_says_how_to_get_one(aws: Any, profile: Profile) -> None:
-    """Before any job is submitted."""
-    with BatchExecutor(1, launcher=Batch(profile="team", arch="arm64")) as executor:
-        with pytest.raises(
-            ConfigError, match="cloudexec image push --profile team --platform linux/arm64"
-        ):
-            executor.submit(len, "abc").result(timeout=30)
+    """Before any job is submitted. It has no repository, so none can be made."""
+    executor = BatchExecutor(1, launcher=Batch(profile="team", arch="arm64"))
+    with pytest.raises(ConfigError, match=r"linux/arm64, and the profile 'team' has no repository"):
+        executor.submit(len, "abc")
+    executor.shutdown()
     assert not submits(aws)
 
 

@@ -1,0 +1,442 @@
+"""Each package gets to the workers: copied as it is, fetched for their platform, or built here."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import http.server
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from environment_helpers import (
+    PYTHON,
+    TAG,
+    Client,
+    library,
+    make_client,
+    make_project,
+    make_wheel,
+)
+
+from cloudexec import ConfigError
+from cloudexec._environment.cache import Cache
+from cloudexec._environment.collection import Collection
+from cloudexec._environment.components import Component
+from cloudexec._environment.fetching import Installer
+from cloudexec._environment.packages import Packages
+from cloudexec._environment.target import Target
+
+X86, ARM = Target(PYTHON, "linux/amd64", 36), Target(PYTHON, "linux/arm64", 36)
+HERE, ELSEWHERE = (X86, ARM) if os.uname().machine == "x86_64" else (ARM, X86)
+SITE = f"lib/python{PYTHON}/site-packages"
+Collecting = Callable[..., dict[str, Component]]
+
+
+def native_wheels(
+    folder: Path, name: str, version: str = "1.0", targets: tuple[Target, ...] = (X86, ARM)
+) -> None:
+    """Write wheels with a library, one for each platform."""
+    for target in targets:
+        file = f"{name}/_native.cpython-{PYTHON.replace('.', '')}-{target.machine}-linux-gnu.so"
+        make_wheel(
+            folder,
+            name,
+            version,
+            {file: library(target.machine), f"{name}/__init__.py": f"VERSION = {version!r}\n"},
+            tag=f"{TAG}-{TAG}-manylinux_2_28_{target.machine}",
+        )
+
+
+@pytest.fixture
+def collect(client: Client, cache: Cache, installer: Installer) -> Collecting:
+    """Returns the components of the environment by name; fetches with each installer in turn."""
+
+    def run(
+        target: Target, *, wheels: Path | None = client.wheels, **options: object
+    ) -> dict[str, Component]:
+        packages = Packages(wheelhouse=wheels, **options)  # type: ignore[arg-type]
+        tool = Installer(installer.command, installer.is_uv, wheels)
+        found = Collection(packages, client.inventory(), [], cache, functools.cache(lambda: tool))
+        return {each.name: each for each in found.components(target)}
+
+    return run
+
+
+def read(component: Component, path: str) -> bytes:
+    """Return the content of a file of a component."""
+    (entry,) = [each for each in component.entries if each.path == path]
+    return entry.read()
+
+
+def machines(component: Component) -> set[str]:
+    """Return the processors that the libraries of a component are named after."""
+    return {
+        target.machine
+        for target in (X86, ARM)
+        for entry in component.entries
+        if target.machine in entry.path
+    }
+
+
+@pytest.mark.parametrize("target", [X86, ARM])
+def test_pure_package_is_copied_as_it_is(
+    client: Client, collect: Collecting, target: Target
+) -> None:
+    """Without any index, whatever the platform, with what was changed in it by hand."""
+    make_wheel(client.wheels, "pure")
+    client.install("pure")
+    (client.site / "pure.py").write_text("VERSION = 'changed'\n")
+    shutil.rmtree(client.wheels)
+    client.wheels.mkdir()
+    found = collect(target)
+    assert found.keys() == {"pure"}
+    assert read(found["pure"], f"{SITE}/pure.py") == b"VERSION = 'changed'\n"
+
+
+@pytest.mark.parametrize("target", [X86, ARM])
+def test_native_package_is_for_the_platform_of_the_workers(
+    client: Client, collect: Collecting, target: Target
+) -> None:
+    """In the version that is here, though there is a newer one, with its local label."""
+    native_wheels(client.wheels, "fast", "2.1+cu121")
+    client.install("fast")
+    native_wheels(client.wheels, "fast", "3.0")
+    found = collect(target)["fast"]
+    assert found.version == "2.1+cu121"
+    assert machines(found) == {target.machine}
+
+
+def test_all_packages_without_a_wheel_are_named(client: Client, collect: Collecting) -> None:
+    """With the platform, the reason, and what can be done."""
+    native_wheels(client.wheels, "fast")
+    native_wheels(client.wheels, "first", targets=(HERE,))
+    native_wheels(client.wheels, "second", targets=(HERE,))
+    client.install("fast", "first", "second")
+    with pytest.raises(ConfigError) as caught:
+        collect(ELSEWHERE)
+    text = str(caught.value)
+    assert "first==1.0" in text
+    assert "second==1.0" in text
+    assert "fast==1.0" not in text
+    assert ELSEWHERE.platform in text
+    assert HERE.machine in text
+    for remedy in ("exclude=", "extra=", "image=", "CodeBuild"):
+        assert remedy in text
+    assert collect(ELSEWHERE, exclude=["first", "second"]).keys() == {"fast"}
+
+
+def test_extra_replaces_the_version_that_is_here(client: Client, collect: Collecting) -> None:
+    """Where it has no wheel, another one may have."""
+    native_wheels(client.wheels, "fast", "1.0", targets=(HERE,))
+    client.install("fast")
+    native_wheels(client.wheels, "fast", "1.1", targets=(ELSEWHERE,))
+    assert collect(ELSEWHERE, extra=["fast>1.0"])["fast"].version == "1.1"
+
+
+def test_what_fetched_packages_require_comes_along(client: Client, collect: Collecting) -> None:
+    """As torch, whose wheel for Linux requires more than the one for macOS; and extras."""
+    target = ELSEWHERE
+    make_wheel(client.wheels, "torch", tag=f"{TAG}-{TAG}-manylinux_2_28_{HERE.machine}")
+    client.install("torch")
+    make_wheel(
+        client.wheels,
+        "torch",
+        requires=["cuda", "only-windows; sys_platform == 'win32'"],
+        tag=f"{TAG}-{TAG}-manylinux_2_28_{target.machine}",
+    )
+    make_wheel(client.wheels, "cuda", requires=["driver"])
+    make_wheel(client.wheels, "driver")
+    make_wheel(client.wheels, "plotting", requires=["canvas; extra == 'more'"], extras=["more"])
+    make_wheel(client.wheels, "canvas")
+    found = collect(target, extra=["plotting[more]"])
+    assert found.keys() == {"torch", "cuda", "driver", "plotting", "canvas"}
+
+
+def test_wheel_that_lies_about_its_platform_is_refused(client: Client, collect: Collecting) -> None:
+    """It says that it is for every platform, and has a library for one."""
+    make_wheel(client.wheels, "liar", files={"liar/_c.so": library(HERE.machine)})
+    client.install("liar")
+    assert collect(HERE).keys() == {"liar"}
+    with pytest.raises(
+        ConfigError, match=rf"liar==1\.0: its wheel is not what it says.*{HERE.machine}"
+    ):
+        collect(ELSEWHERE)
+
+
+def test_what_was_built_for_a_newer_system_is_not_copied(
+    client: Client, collect: Collecting
+) -> None:
+    """A library that was compiled here may need more than the image has."""
+    for name, glibc in (("old", 31), ("new", 39)):
+        files = {f"{name}/_c.so": library(HERE.machine, glibc)}
+        make_wheel(client.wheels, name, files=files, tag=f"{TAG}-{TAG}-linux_{HERE.machine}")
+        client.install(name)
+    shutil.rmtree(client.wheels)
+    client.wheels.mkdir()
+    with pytest.raises(
+        ConfigError, match=r"new==1\.0.*it needs glibc 2\.39, and the image has 2\.36"
+    ):
+        collect(HERE)
+    assert collect(HERE, exclude=["new"]).keys() == {"old"}
+
+
+def test_conda_package_without_a_wheel_says_what_to_do(
+    client: Client, collect: Collecting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """conda's packages are made for conda's libraries; those of the index are taken instead."""
+    (tmp_path / "conda" / "conda-meta").mkdir(parents=True)
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "conda"))
+    native_wheels(client.wheels, "fast", targets=(HERE, ELSEWHERE))
+    native_wheels(client.wheels, "geo", targets=(HERE,))
+    client.install("fast", "geo")
+    for name in ("fast", "geo"):
+        (info,) = client.site.glob(f"{name}-*.dist-info")
+        (info / "INSTALLER").write_text("conda\n")
+        (info / "WHEEL").write_text(f"Wheel-Version: 1.0\nTag: {TAG}-{TAG}-conda_{HERE.machine}\n")
+    (client.wheels / f"geo-1.0-{TAG}-{TAG}-manylinux_2_28_{HERE.machine}.whl").unlink()
+    with pytest.raises(ConfigError) as caught:
+        collect(HERE)
+    assert "geo==1.0" in str(caught.value)
+    assert "conda has installed it here" in str(caught.value)
+    assert "In the conda environment conda, pip can install" in str(caught.value)
+    assert machines(collect(HERE, exclude=["geo"])["fast"]) == {HERE.machine}
+
+
+def test_package_without_a_list_of_files_is_fetched(client: Client, collect: Collecting) -> None:
+    """As those of a Linux distribution."""
+    make_wheel(client.wheels, "thing")
+    client.install("thing")
+    (client.site / "thing.py").write_text("VERSION = 'of the distribution'\n")
+    (record,) = client.site.glob("thing-*.dist-info/RECORD")
+    record.unlink()
+    assert read(collect(X86)["thing"], f"{SITE}/thing.py") == b"VERSION = '1.0'\n"
+
+
+def test_namespace_packages_share_their_directory(client: Client, collect: Collecting) -> None:
+    """One that was copied, and one that was fetched."""
+    make_wheel(client.wheels, "space-one", files={"space/one.py": "ONE = 1\n"})
+    for target in (X86, ARM):
+        make_wheel(
+            client.wheels,
+            "space-two",
+            files={"space/two.py": "TWO = 2\n"},
+            tag=f"py3-none-manylinux2014_{target.machine}",
+        )
+    client.install("space-one", "space-two")
+    found = collect(ELSEWHERE)
+    read(found["space-one"], f"{SITE}/space/one.py")
+    read(found["space-two"], f"{SITE}/space/two.py")
+
+
+@pytest.mark.parametrize("target", [HERE, ELSEWHERE])
+def test_data_files_and_scripts_are_where_the_environment_has_them(
+    client: Client, collect: Collecting, target: Target
+) -> None:
+    """Copied or fetched; a script starts with the workers' interpreter."""
+    for each in (X86, ARM):
+        files = {
+            "tool/__init__.py": "def main(): ...\n",
+            "tool/table.csv": "1,2\n",
+            "tool-1.0.data/data/share/tool/settings.ini": "[tool]\n",
+            "tool-1.0.data/scripts/tool-script": "#!python\nprint(1)\n",
+            "tool-1.0.dist-info/entry_points.txt": "[console_scripts]\ntool = tool:main\n",
+        }
+        make_wheel(client.wheels, "tool", files=files, tag=f"py3-none-manylinux2014_{each.machine}")
+    client.install("tool")
+    found = collect(target)["tool"]
+    assert read(found, f"{SITE}/tool/table.csv") == b"1,2\n"
+    assert read(found, "share/tool/settings.ini") == b"[tool]\n"
+    for script in ("bin/tool", "bin/tool-script"):
+        assert read(found, script).startswith(b"#!/opt/worker/bin/python\n"), script
+
+
+def test_editable_project_is_built(client: Client, collect: Collecting, tmp_path: Path) -> None:
+    """What its wheel would have, with its data; built again when it was edited."""
+    source = make_project(
+        tmp_path / "mine", "mine", {"src/mine/__init__.py": "A = 1\n", "src/mine/data.bin": b"\0"}
+    )
+    client.install("-e", str(source))
+    found = collect(ELSEWHERE)["mine"]
+    assert found.is_own
+    assert read(found, f"{SITE}/mine/data.bin") == b"\0"
+    (source / "src" / "mine" / "__init__.py").write_text("A = 2\n")
+    assert read(collect(ELSEWHERE)["mine"], f"{SITE}/mine/__init__.py") == b"A = 2\n"
+
+
+def test_project_with_libraries_is_for_this_machine_only(
+    client: Client, collect: Collecting, tmp_path: Path
+) -> None:
+    """They were compiled here."""
+    files = {"src/mine/__init__.py": "", "src/mine/_c.so": library(HERE.machine)}
+    client.install("-e", str(make_project(tmp_path / "mine", "mine", files)))
+    read(collect(HERE)["mine"], f"{SITE}/mine/_c.so")
+    with pytest.raises(ConfigError, match=rf"project mine in .*{HERE.machine}.*arch="):
+        collect(ELSEWHERE)
+
+
+def test_project_that_cannot_be_built_says_why(
+    client: Client, collect: Collecting, tmp_path: Path
+) -> None:
+    """The end of what the tool says, and which project it is."""
+    source = make_project(tmp_path / "mine", "mine", {"src/mine/__init__.py": ""})
+    client.install("-e", str(source))
+    (source / "tools" / "own_backend.py").write_text(
+        "def build_wheel(*args, **kwargs):\n    raise SystemExit('the moon is not full')\n"
+    )
+    with pytest.raises(
+        ConfigError, match=r"(?s)project .*mine cannot be built.*the moon is not full"
+    ):
+        collect(HERE)
+
+
+def test_path_of_a_pth_file_is_taken_along(
+    client: Client, collect: Collecting, tmp_path: Path
+) -> None:
+    """And is on the path there, too; what lies around in it is not."""
+    (tmp_path / "shared" / ".venv").mkdir(parents=True)
+    (tmp_path / "shared" / "helper.py").write_text("HELP = 1\n")
+    (tmp_path / "shared" / ".venv" / "secret.py").write_text("")
+    (client.site / "ours.pth").write_text(f"{tmp_path}/shared\n")
+    (found,) = collect(X86).values()
+    (pth,) = [entry for entry in found.entries if entry.path.endswith(".pth")]
+    inside = pth.read().decode().strip().removeprefix("/opt/worker/")
+    assert {entry.path for entry in found.entries} == {pth.path, f"{inside}/helper.py"}
+
+
+def test_loose_modules_are_taken_along(client: Client, collect: Collecting) -> None:
+    """They can be imported here."""
+    (client.site / "dropped").mkdir()
+    (client.site / "dropped" / "__init__.py").write_text("")
+    (found,) = collect(X86).values()
+    assert {entry.path for entry in found.entries} == {f"{SITE}/dropped/__init__.py"}
+
+
+def test_requirements_file_is_taken_as_it_is(
+    client: Client, collect: Collecting, tmp_path: Path
+) -> None:
+    """With hashes, and what it requires; nothing of what is installed here."""
+    wheel = make_wheel(client.wheels, "pinned", "1.5")
+    make_wheel(client.wheels, "other")
+    client.install("other")
+    file = tmp_path / "requirements.txt"
+    good = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    file.write_text(f"pinned==1.5 --hash=sha256:{good}\n")
+    assert collect(ELSEWHERE, source=file).keys() == {"pinned"}
+    file.write_text(f"pinned==1.5 --hash=sha256:{'0' * 64}\n")
+    with pytest.raises(ConfigError, match=r"(?si)requirements\.txt.*hash"):
+        collect(ELSEWHERE, source=file)
+
+
+def test_project_file_brings_the_project_and_what_it_requires(
+    client: Client, collect: Collecting, tmp_path: Path
+) -> None:
+    """``pyproject.toml``, where it says how the project is built."""
+    native_wheels(client.wheels, "fast")
+    source = make_project(tmp_path / "mine", "mine", {"src/mine/__init__.py": ""})
+    file = source / "pyproject.toml"
+    file.write_text(file.read_text().replace("dependencies = []", "dependencies = ['fast']"))
+    found = collect(ELSEWHERE, source=file)
+    assert found.keys() == {"mine", "fast"}
+    assert machines(found["fast"]) == {ELSEWHERE.machine}
+
+
+def test_lock_file_of_uv_is_taken_as_it_is(
+    client: Client, cache: Cache, uv: Installer, tmp_path: Path
+) -> None:
+    """In the versions that it has, not in newer ones."""
+    native_wheels(client.wheels, "fast", "1.0")
+    source = make_project(tmp_path / "mine", "mine", {"src/mine/__init__.py": ""})
+    file = source / "pyproject.toml"
+    text = file.read_text().replace("dependencies = []", "dependencies = ['fast']")
+    file.write_text(f"{text}\n[tool.uv]\nno-index = true\nfind-links = ['{client.wheels}']\n")
+    uv._run("lock", "--directory", str(source))
+    native_wheels(client.wheels, "fast", "2.0")
+    packages = Packages(source=source / "uv.lock", wheelhouse=client.wheels)
+    tool = Installer(uv.command, True, client.wheels)
+    found = Collection(packages, client.inventory(), [], cache, lambda: tool).components(ELSEWHERE)
+    assert {(each.name, each.version) for each in found} == {("mine", "0.1"), ("fast", "1.0")}
+
+
+@pytest.fixture
+def private_index(client: Client) -> Iterator[str]:
+    """An index of the wheels that wants a password: its address, with that."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            wanted = "Basic " + base64.b64encode(b"user:hunter2").decode()
+            if self.headers.get("Authorization") != wanted:
+                self.send_response(401)
+                self.send_header("WWW-Authenticate", "Basic realm=packages")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            if self.path.endswith(".whl"):
+                self.path = f"/{self.path.rpartition('/')[2]}"
+                super().do_GET()
+                return
+            name = self.path.strip("/").rpartition("/")[2]
+            links = "".join(
+                f'<a href="/files/{each.name}">{each.name}</a>'
+                for each in sorted(client.wheels.glob(f"{name}-*.whl"))
+            ).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(links)))
+            self.end_headers()
+            self.wfile.write(links)
+
+        def log_message(self, *args: object) -> None: ...
+
+    handler = functools.partial(Handler, directory=str(client.wheels))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://user:hunter2@127.0.0.1:{server.server_port}/simple"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_private_index_is_used_and_its_password_stays_here(
+    client: Client, collect: Collecting, private_index: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In no file of any component, and in no message."""
+    for name in ("UV_DEFAULT_INDEX", "PIP_INDEX_URL"):
+        monkeypatch.setenv(name, private_index)
+    native_wheels(client.wheels, "fast")
+    native_wheels(client.wheels, "rare", targets=(HERE,))
+    client.install("fast", "rare")
+    found = collect(ELSEWHERE, wheels=None, exclude=["rare"])
+    assert machines(found["fast"]) == {ELSEWHERE.machine}
+    assert not any(b"hunter2" in entry.read() for each in found.values() for entry in each.entries)
+    with pytest.raises(ConfigError, match=r"rare==1\.0") as caught:
+        collect(ELSEWHERE, wheels=None)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_same_files_are_components_of_the_same_content_wherever_they_are(
+    client: Client, collect: Collecting, installer: Installer, tmp_path: Path
+) -> None:
+    """Installed by each tool, at another time, in another directory."""
+    make_wheel(
+        client.wheels,
+        "tool",
+        files={
+            "tool/__init__.py": "def main(): ...\n",
+            "tool-1.0.dist-info/entry_points.txt": "[console_scripts]\ntool = tool:main\n",
+        },
+    )
+    client.install("tool")
+    first = collect(X86)["tool"]
+    other = make_client(tmp_path / "a" / "longer" / "name", client.wheels, installer)
+    other.install("tool")
+    client.root = other.root
+    second = collect(X86)["tool"]
+    assert first.signature() != second.signature()
+    names = [{entry.path for entry in each.entries} for each in (first, second)]
+    assert names[0] == names[1]

@@ -1,0 +1,259 @@
+"""Images are read and written over the registry's HTTP API alone."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import http.server
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from environment_helpers import contents, digest_of, make_base, push_image
+from local_registry import PASSWORD, PASSWORD_HASH, serving
+
+from cloudexec import ConfigError, LaunchError
+from cloudexec._environment import registry as module
+from cloudexec._environment.base import MANIFEST_TYPE
+from cloudexec._environment.registry import Repository, parse_reference
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits between two tries."""
+    monkeypatch.setattr(module, "_back_off", lambda attempt: None)
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry that wants a password: its address."""
+    with serving(tmp_path_factory.mktemp("locked"), users=f"AWS:{PASSWORD_HASH}\n") as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "name", "tag"),
+    [
+        ("python:3.11-slim", "docker.io", "library/python", "3.11-slim"),
+        ("someone/thing", "docker.io", "someone/thing", "latest"),
+        ("localhost:5000/a/b:c", "localhost:5000", "a/b", "c"),
+        (f"public.ecr.aws/x/y@sha256:{'a' * 64}", "public.ecr.aws", "x/y", f"sha256:{'a' * 64}"),
+    ],
+)
+def test_names_are_read_as_engines_read_them(text: str, host: str, name: str, tag: str) -> None:
+    """Docker Hub is what is meant where no host is named."""
+    found = parse_reference(text)
+    assert (found.host, found.name, found.tag) == (host, name, tag)
+
+
+@pytest.mark.parametrize("text", ["", "Upper/case", "a b", "x@sha256:12", "x:tag with blanks"])
+def test_what_cannot_be_a_name_is_refused(text: str) -> None:
+    """With the text in the message."""
+    with pytest.raises(ConfigError, match="is not the name of an image"):
+        parse_reference(text)
+
+
+def test_image_comes_back_as_it_was_pushed(locked: str) -> None:
+    """With a password, as Amazon ECR wants one."""
+    with Repository(locked, "some/where", {"username": "AWS", "password": PASSWORD}) as repository:
+        make_base(repository, "first", "amd64")
+        found = repository.manifest("first")
+        assert found is not None
+        assert repository.manifest(found.digest) == found
+        assert "usr/local/bin/python" in "".join(contents(repository, "first"))
+        assert repository.manifest("second") is None
+        assert not repository.has_blob(digest_of(b"never pushed"))
+
+
+def test_wrong_password_names_the_registry_and_not_the_password(locked: str) -> None:
+    """And says what to look at."""
+    with Repository(locked, "some", {"username": "AWS", "password": "wrong-one"}) as repository:
+        with pytest.raises(
+            LaunchError, match=rf"{locked} refused to push a layer|begin to push"
+        ) as caught:
+            repository.push_blob(digest_of(b"x"), b"x")
+    assert "UNAUTHORIZED" in str(caught.value)
+    assert "wrong-one" not in str(caught.value)
+
+
+def test_registry_that_does_not_answer_is_named() -> None:
+    """After some tries."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        with Repository(f"127.0.0.1:{port}", "some") as repository:
+            with pytest.raises(LaunchError, match=rf"127\.0\.0\.1:{port} cannot be reached"):
+                repository.manifest("latest")
+
+
+def test_blob_of_another_repository_is_mounted(locked: str) -> None:
+    """Without sending it: the bytes here are not those."""
+    credentials = {"username": "AWS", "password": PASSWORD}
+    with (
+        Repository(locked, "mount/from", credentials) as source,
+        Repository(locked, "mount/into", credentials) as into,
+    ):
+        source.push_blob(digest_of(b"bytes"), b"bytes")
+        into.push_blob(digest_of(b"bytes"), b"never sent", "mount/from")
+        assert into.read_blob(digest_of(b"bytes")) == b"bytes"
+
+
+def test_other_bytes_than_their_name_are_refused(locked: str) -> None:
+    """The registry checks what it takes."""
+    with Repository(locked, "some", {"username": "AWS", "password": PASSWORD}) as repository:
+        with pytest.raises(LaunchError, match="DIGEST_INVALID"):
+            repository.push_blob(digest_of(b"one"), b"another")
+
+
+def test_closed_repository_makes_no_request(locked: str) -> None:
+    """Who has been interrupted goes on with nothing."""
+    repository = Repository(locked, "some")
+    repository.close()
+    with pytest.raises(LaunchError, match="stopped"):
+        repository.manifest("latest")
+
+
+@contextmanager
+def server(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve HTTP on the loopback; yield the address."""
+    serves = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=serves.serve_forever)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{serves.server_port}"
+    finally:
+        serves.shutdown()
+        serves.server_close()
+        thread.join()
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Answers requests; a test says how."""
+
+    protocol_version = "HTTP/1.1"
+
+    def reply(self, status: int, content: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: Any) -> None: ...
+
+
+def test_token_is_got_where_the_registry_wants_one() -> None:
+    """As public registries do, for everybody."""
+    asked: list[str] = []
+
+    class Handler(Answers):
+        def do_GET(self) -> None:
+            if self.path.startswith("/token"):
+                asked.append(self.path)
+                self.reply(200, json.dumps({"token": "a-token"}).encode())
+            elif self.headers.get("Authorization") == "Bearer a-token":
+                self.reply(200, b'{"schemaVersion": 2}', Content_Type=MANIFEST_TYPE)
+            else:
+                realm = f"http://{self.headers['Host']}/token"
+                challenge = f'Bearer realm="{realm}",service="here",scope="repository:a/b:pull"'
+                self.reply(401, WWW_Authenticate=challenge)
+
+    with server(Handler) as address, Repository(address, "a/b") as repository:
+        assert repository.manifest("latest") is not None
+        assert repository.manifest("latest") is not None
+    assert asked == ["/token?service=here&scope=repository%3Aa%2Fb%3Apull"]
+
+
+def test_errors_that_pass_are_waited_for() -> None:
+    """A registry that has too much to do says so."""
+    statuses = iter([503, 429, 200])
+
+    class Handler(Answers):
+        def do_GET(self) -> None:
+            self.reply(next(statuses), b'{"schemaVersion": 2}', Content_Type=MANIFEST_TYPE)
+
+    with server(Handler) as address, Repository(address, "a") as repository:
+        assert repository.manifest("latest") is not None
+
+
+def test_upload_that_broke_is_begun_again(tmp_path: Path) -> None:
+    """From the first byte, at the place that the registry then names."""
+    received: list[bytes] = []
+    begun: list[int] = []
+
+    class Handler(Answers):
+        def do_POST(self) -> None:
+            begun.append(1)
+            self.reply(202, Location=f"/upload/{len(begun)}?state=x")
+
+        def do_PUT(self) -> None:
+            size = int(self.headers["Content-Length"])
+            if len(begun) == 1:
+                self.rfile.read(size // 2)
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+            elif len(begun) == 2:
+                self.rfile.read(size)
+                self.reply(404)
+            else:
+                received.append(self.path.encode() + self.rfile.read(size))
+                self.reply(201)
+
+    content = bytes(range(256)) * 4096
+    (tmp_path / "layer").write_bytes(content)
+    with server(Handler) as address, Repository(address, "a") as repository:
+        repository.push_blob(digest_of(content), tmp_path / "layer")
+    (one,) = received
+    assert one.startswith(b"/upload/3?state=x&digest=sha256%3A")
+    assert one.endswith(content)
+
+
+def test_password_is_not_sent_to_where_a_layer_really_is() -> None:
+    """Registries redirect readers to a store, which has nothing to do with it."""
+    seen: list[str | None] = []
+
+    class Store(Answers):
+        def do_GET(self) -> None:
+            seen.append(self.headers.get("Authorization"))
+            self.reply(200, b"bytes")
+
+    class Handler(Answers):
+        store = ""
+
+        def do_GET(self) -> None:
+            self.reply(307, Location=f"http://localhost:{self.store.rpartition(':')[2]}/blob")
+
+    with server(Store) as store:
+        Handler.store = store
+        credentials = {"username": "AWS", "password": "x"}
+        with server(Handler) as address, Repository(address, "a", credentials) as repository:
+            assert repository.read_blob(digest_of(b"bytes")) == b"bytes"
+    assert seen == [None]
+
+
+def test_login_of_docker_is_used(
+    locked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base image may be in a private registry."""
+    login = base64.b64encode(f"AWS:{PASSWORD}".encode()).decode()
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {locked: {"auth": login}}}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    with Repository(locked, "by/login") as repository:
+        assert push_image(repository, "latest", {"os": "linux"}, [b"layer"]).startswith("sha256:")
+
+
+def test_threads_may_push_at_once(locked: str) -> None:
+    """As many layers are."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with Repository(locked, "many", {"username": "AWS", "password": PASSWORD}) as repository:
+        blobs = [bytes([number]) * 10_000 for number in range(20)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda blob: repository.push_blob(digest_of(blob), blob), blobs))
+        assert all(map(functools.partial(Repository.has_blob, repository), map(digest_of, blobs)))
