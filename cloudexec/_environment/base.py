@@ -84,7 +84,8 @@ class Base:
     @property
     def digest(self) -> str:
         """What differs when the base does."""
-        return hashlib.sha256(json.dumps([self.config, self.layers]).encode()).hexdigest()
+        listed = json.dumps([self.config, self.layers], sort_keys=True)
+        return hashlib.sha256(listed.encode()).hexdigest()
 
     def with_layers(self, layers: list[Layer], labels: Mapping[str, str]) -> Base:
         """Return the base with more on it."""

@@ -73,7 +73,7 @@ def parse_reference(text: str) -> Reference:
         host, name = "docker.io", rest if slash else f"library/{rest}"
     name, _, tag = name.partition(":")
     if (
-        not re.fullmatch(r"[a-z0-9._/-]+", name)
+        not re.fullmatch(r"[a-z0-9]+([._/-]+[a-z0-9]+)*", name)
         or not re.fullmatch(r"[\w.-]{0,128}", tag)
         or not re.fullmatch(r"(sha256:[0-9a-f]{64})?", digest)
     ):
@@ -336,10 +336,10 @@ class Repository:
                 ) from exc
             if answer.status == 401 and not signed_in:
                 challenge = answer.headers.get("WWW-Authenticate", "")
-                answer.drain_conn()
-                answer.release_conn()
                 signed_in = True
                 if self._sign_in(challenge, writes=method not in ("GET", "HEAD")):
+                    answer.drain_conn()
+                    answer.release_conn()
                     continue
             attempt += 1
             if answer.status in _PASSING and answer.status not in passes and attempt < attempts:

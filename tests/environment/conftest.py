@@ -97,6 +97,7 @@ def push(
         machine: str = "amd64",
         said: list[str] | None = None,
         cache: Cache = cache,
+        refresh: bool = False,
         **options: object,
     ) -> Pushed:
         settings = {"base": f"{address}/python:{machine}", "wheelhouse": client.wheels, **options}

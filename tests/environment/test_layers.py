@@ -163,7 +163,8 @@ entries = tuple(
 ) + (Entry("lib/sets.py", b"def f(x):\\n    return x in {'a', 'b', 'c', 'd', 'e'}\\n"),)
 component = Component(name="some", entries=entries)
 python = f"{sys.version_info.major}.{sys.version_info.minor}"
-layers = build_layers(group([component]), Target(python, "linux/amd64"), Cache(root / "cache"), root / "out")
+target = Target(python, "linux/amd64")
+layers = build_layers(group([component]), target, Cache(root / "cache"), root / "out")
 print([(layer.digest, layer.diff_id, layer.size) for layer in layers])
 """
     said = set()

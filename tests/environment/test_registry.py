@@ -74,7 +74,7 @@ def test_wrong_password_names_the_registry_and_not_the_password(locked: str) -> 
     """And says what to look at."""
     with Repository(locked, "some", {"username": "AWS", "password": "wrong-one"}) as repository:
         with pytest.raises(
-            LaunchError, match=rf"{locked} refused to push a layer|begin to push"
+            LaunchError, match=f"{locked} refused to begin to push a layer"
         ) as caught:
             repository.push_blob(digest_of(b"x"), b"x")
     assert "UNAUTHORIZED" in str(caught.value)
