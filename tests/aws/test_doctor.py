@@ -277,10 +277,15 @@ def test_quotas_are_told_by_name(name: str, kind: str) -> None:
 
 
 def test_no_image_for_this_python(aws: FakeAWS, profile: Profile) -> None:
-    dataclasses.replace(profile, images={"2.7-linux/amd64": "x@sha256:1"}).save()
+    """With a repository, executors make one."""
+    images = {"2.7-linux/amd64": "x@sha256:1"}
+    dataclasses.replace(profile, images=images).save()
+    check = _examine()["image"]
+    assert check.outcome == "ok"
+    assert "2.7-linux/amd64" in check.found
+    dataclasses.replace(profile, images=images, repository="").save()
     check = _examine()["image"]
     assert check.outcome == "failed"
-    assert "2.7-linux/amd64" in check.found
     assert check.remedy == "`cloudexec image push --profile default`"
 
 
