@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "_sharing",
         "_story",
         "_transfer",
+        "_versions",
         "_wire",
     },
     "_server/bucket.py": {"_aws", "_log", "_objects", "_proto", "_transfer"},
@@ -96,6 +97,7 @@ MAY_IMPORT = {
         "_sharing",
         "_transfer",
         "_unsendable",
+        "_versions",
         "_wire",
     },
     "_graph": {
@@ -160,6 +162,7 @@ MAY_IMPORT = {
     "_plain": {"_wire"},
     "_pricing": set(),
     "_rpc": set(),
+    "_versions": set(),
     "_nesting": set(),
     "_errors": set(),
     "_enrolment": set(),

@@ -18,6 +18,7 @@ from cloudexec._errors import LaunchError, ProtocolError
 from cloudexec._objects.store import Blob
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._rpc import call_errors, is_end, status_of
+from cloudexec._versions import pack_versions
 from cloudexec._wire.stream import Stream
 from cloudexec.worker.birth import pull_seconds, seconds_since_start
 from cloudexec.worker.blobs import BlobCache, Known
@@ -107,6 +108,7 @@ class Session:
             attempt=address.attempt,
             boot_seconds=seconds_since_start() if is_new else 0.0,
             pull_seconds=pull,
+            packages=pack_versions() if is_new and address.job_id else b"",
         )
         await self._calls.bind(channel)
         self._call = self._calls.session()

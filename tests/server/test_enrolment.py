@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pickle
 import queue
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import grpc
 import psutil
 import pytest
 
-from cloudexec import BatchExecutor, LaunchError, Local, _enrolment
+from cloudexec import BatchExecutor, LaunchError, Local, _enrolment, _versions
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._wire.channel import BLOB_KEY, SIZE_KEY, TOKEN_KEY
 from cloudexec.testing import ManualLauncher
@@ -100,6 +102,53 @@ def refused(peer: Peer) -> grpc.StatusCode:
         next(peer.answers)
     peer.close()
     return caught.value.code()  # type: ignore[no-any-return, attr-defined]
+
+
+def packed(**versions: str) -> bytes:
+    return zlib.compress("\n".join(f"{n}=={v}" for n, v in versions.items()).encode())
+
+
+def test_packages_of_other_versions_are_named_once(
+    executor: BatchExecutor, launcher: ManualLauncher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before a pickle fails mysteriously; what only one side has is no difference."""
+    executor.submit(int)
+    launch = launcher.wait(1)[0]
+    contact = launch.contact
+    packages = packed(cloudpickle="0.1", pytest=pytest.__version__, absent="1.0")
+    for _ in range(2):
+        peer = Peer(contact.target)
+        answer = peer.enrol(contact.executor_id, launch.launch_id, contact.key, packages=packages)
+        assert answer.HasField("welcome") or answer.HasField("refusal")
+        peer.close()
+    (record,) = [each for each in caplog.records if "other versions" in each.getMessage()]
+    text = record.getMessage()
+    assert f"cloudpickle 0.1 there and {cloudpickle.__version__} here" in text
+    assert "pytest" not in text
+    assert "absent" not in text
+
+
+@pytest.mark.parametrize("packages", [b"no zlib", zlib.compress(b"x" * 10**7)])
+def test_packages_that_cannot_be_read_are_no_hindrance(
+    executor: BatchExecutor, launcher: ManualLauncher, packages: bytes
+) -> None:
+    """The worker is let in."""
+    executor.submit(int)
+    launch = launcher.wait(1)[0]
+    contact = launch.contact
+    peer = Peer(contact.target)
+    answer = peer.enrol(contact.executor_id, launch.launch_id, contact.key, packages=packages)
+    assert answer.HasField("welcome")
+    peer.close()
+
+
+def test_versions_here_are_those_of_the_metadata() -> None:
+    """They are read from names of directories, and fit into a hello."""
+    found = _versions.installed_versions()
+    for name in ("cloudpickle", "grpcio", "typing-extensions"):
+        assert found[name] == importlib.metadata.version(name)
+    assert 0 < len(_versions.pack_versions()) <= 8192
+    assert _versions.differences(_versions.pack_versions()) == ""
 
 
 def test_a_worker_that_knows_the_key_is_let_in(

@@ -26,6 +26,7 @@ from cloudexec._server.rpc.calls import LONGEST, abort
 from cloudexec._server.rpc.gate import Gate, Guest
 from cloudexec._server.rpc.session import WorkerSession
 from cloudexec._server.service import Service
+from cloudexec._versions import differences
 
 __all__ = ["Enrolment"]
 
@@ -38,6 +39,8 @@ _HELLO_BYTES = 16 * 1024
 """Largest message, in bytes, of a peer that has not proved who it is. Larger ones are not parsed: a
 few megabytes of empty fields would become objects of hundreds of megabytes."""
 _MOST_SLOTS = 65_536
+_MOST_IMAGES = 16
+"""Environments of workers whose packages are compared with those here."""
 
 
 class _HungUpError(Exception):
@@ -54,6 +57,8 @@ class Enrolment:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._gate = Gate(_UNPROVEN_PEERS)
+        self._compared: set[bytes] = set()
+        """Versions that workers have told: those of an image are compared once."""
 
     async def enrol(self, context: Any) -> WorkerSession | None:
         """Enrol the worker that makes a call, and return its session.
@@ -126,6 +131,7 @@ class Enrolment:
         )
         if not 0 < hello.slots <= _MOST_SLOTS:
             mismatch = f"a worker cannot have {hello.slots} slots"
+        self._compare(hello.packages)
         service.workers.returning(hello.identity, hello.attempt)
         unwanted = service.workers.admit(hello.identity)
         refusal = unwanted or mismatch
@@ -192,6 +198,18 @@ class Enrolment:
         arrival = Arrival(hello.job_id[:256], hello.attempt, boot, pull)
         service.workers.connected(session, hello.slots, arrival, time.monotonic() - heard_at)
         return session
+
+    def _compare(self, packages: bytes) -> None:
+        """Warn of packages that workers have in another version: a pickle may not fit them."""
+        if not packages or packages in self._compared or len(self._compared) >= _MOST_IMAGES:
+            return
+        self._compared.add(packages)
+        if found := differences(packages):
+            _logger.warning(
+                "workers have other versions of packages than this program: %s. What is sent may "
+                "not fit them: `Batch(packages='here')` gives them the versions that are here",
+                found,
+            )
 
     async def _resume(
         self, session: WorkerSession | None, received: int, context: Any
