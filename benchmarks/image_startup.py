@@ -7,7 +7,8 @@ which containers reach this machine. The times of imports are those of an interp
 image that does nothing else.
 
 The benchmark needs a container engine and the worker's image, whose name `cloudexec image build`
-prints.
+prints. With --pull the image is removed, and pulled from the registry in its name, in each
+round.
 """
 
 from __future__ import annotations
@@ -57,10 +58,16 @@ def moments() -> dict[str, float]:
     }
 
 
-def measure(contender: str, image: str) -> _fresh.Figures:
+def measure(contender: str, image: str, pull: bool) -> _fresh.Figures:
     import docker
 
     client: Any = docker.from_env()
+    pulled = 0.0
+    if pull:
+        client.images.remove(image, force=True)
+        before = time.monotonic()
+        client.images.pull(image)
+        pulled = time.monotonic() - before
     network = next(each for each in client.networks.list() if each.name in ("podman", "bridge"))
     address = network.attrs["IPAM"]["Config"][0]["Gateway"]
     launcher = ManualLauncher(needs_network=True)
@@ -94,6 +101,7 @@ def measure(contender: str, image: str) -> _fresh.Figures:
         executor.shutdown()
         client.close()
     return {
+        "pull": pulled,
         "engine": at["init"] - asked,
         "interpreter": at["zygote"] - at["init"],
         "dialing": at["slot"] - at["zygote"],
@@ -132,7 +140,10 @@ def _imports(image: str) -> dict[str, float]:
 
 def main(options: argparse.Namespace, report: _report.Report) -> None:
     what = "container's first process to first task"
-    figures = [_fresh.measure(OURS, image=options.image) for _ in range(options.rounds + 1)]
+    figures = [
+        _fresh.measure(OURS, image=options.image, pull=options.pull)
+        for _ in range(options.rounds + 1)
+    ]
     # The first measurement is dropped, as it had to read the image from the disk.
     figures = figures[1:]
     report.number(what, _report.median(figures, "first task"), "s", at_most=_BUDGET_S)
@@ -141,6 +152,7 @@ def main(options: argparse.Namespace, report: _report.Report) -> None:
         ("dialing", "of that: imports of gRPC, dialing in, enrolment"),
         ("slot", "of that: the slot's process to the task"),
         ("engine", "before that: engine asked to first process"),
+        *([("pull", "before that: the image is pulled and unpacked")] if options.pull else []),
         ("result", "after that: the task to its result"),
     ):
         report.number(row, _report.median(figures, name), "s")
@@ -152,6 +164,7 @@ def main(options: argparse.Namespace, report: _report.Report) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", required=True, help="the worker's image")
+    parser.add_argument("--pull", action="store_true", help="pull it in each round")
 
 
 if __name__ == "__main__":

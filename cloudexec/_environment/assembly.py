@@ -80,7 +80,7 @@ def push_packages(
     version, pins = image_contents.own_version(), image_contents.worker_pins()
     # The last one is the init, which the base has.
     inventory = inventory or take_inventory()
-    collection = Collection(packages, inventory, pins[:-1], cache, installer)
+    collection = Collection(packages, inventory, pins[:-1], cache, installer, is_fresh=refresh)
     key = hashlib.sha256(
         repr(
             (

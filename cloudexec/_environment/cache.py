@@ -85,7 +85,8 @@ class Cache:
 
     @contextlib.contextmanager
     def fill(self, kind: str, key: str) -> Iterator[Path]:
-        """Yield the name of a directory to make, which is kept if nothing is raised.
+        """Yield the name of a directory to make, which is kept if nothing is raised, and takes the
+        place of the one that is there.
 
         Raises:
             ConfigError: If it cannot be written.
@@ -98,8 +99,9 @@ class Cache:
                 try:
                     os.rename(Path(name, "new"), path)
                 except OSError:
-                    if not path.is_dir():  # which somebody else has made meanwhile
-                        raise
+                    # There is one, of before or of somebody else.
+                    os.rename(path, Path(name, "old"))
+                    os.rename(Path(name, "new"), path)
         except OSError as exc:
             raise self._unusable(exc) from exc
 

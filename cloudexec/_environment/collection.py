@@ -50,6 +50,7 @@ class Collection:
         required: Requirements of a worker itself, ``name==version``.
         cache: Keeps what was fetched and built.
         installer: Returns what fetches and builds; asked when it is needed.
+        is_fresh: Whether to fetch again what may have newer versions by now.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class Collection:
         required: Sequence[str],
         cache: Cache,
         installer: Callable[[], Installer],
+        *,
+        is_fresh: bool = False,
     ) -> None:
         self._packages = packages
         self._required = {canonical(pin.partition("==")[0]): pin for pin in required}
@@ -71,6 +74,7 @@ class Collection:
         self._inventory = inventory
         self._cache = cache
         self._installer = installer
+        self._is_fresh = is_fresh
         self._exclude = {canonical(name) for name in packages.exclude} - self._required.keys()
         self._reasons: dict[str, str] = {}
 
@@ -180,7 +184,7 @@ class Collection:
 
     def _fetch(self, requirements: Sequence[str], target: Target) -> dict[str, Distribution]:
         key = hashlib.sha256(repr((requirements, target)).encode()).hexdigest()
-        tree = self._cache.directory("wheels", key)
+        tree = None if self._is_fresh else self._cache.directory("wheels", key)
         if tree is None:
             try:
                 with self._cache.fill("wheels", key) as into:
@@ -197,7 +201,7 @@ class Collection:
     def _nothing(self, reasons: dict[str, str], target: Target) -> ConfigError:
         lines = []
         for requirement, said in reasons.items():
-            name = (names_of([requirement]) or [requirement])[0]
+            (name,) = names_of([requirement])
             here = self._reasons.get(name, "")
             lines.append(f"\n  {requirement}: {said}" + (f" ({here})" if here else ""))
         several = "these packages" if len(lines) > 1 else "a package"
@@ -241,7 +245,7 @@ class Collection:
 
     def _of_file(self, file: Path, target: Target) -> dict[str, Component]:
         key = hashlib.sha256(f"{file} {_digest_of(file)} {target}".encode()).hexdigest()
-        tree = self._cache.directory("wheels", key)
+        tree = None if self._is_fresh else self._cache.directory("wheels", key)
         if tree is None:
             with self._cache.fill("wheels", key) as into:
                 self._installer().fetch_file(file, target, into)

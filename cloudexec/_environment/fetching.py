@@ -72,7 +72,8 @@ class Installer:
         with ThreadPoolExecutor(_TRIES) as pool:
             reasons = dict(zip(requirements, pool.map(try_one, requirements), strict=True))
         failed = {requirement: reason for requirement, reason in reasons.items() if reason}
-        raise NoWheelError(failed or {" ".join(requirements): _said(done)})
+        # Where each one can be had, and all together cannot.
+        raise NoWheelError(failed or dict.fromkeys(requirements, _said(done)))
 
     def _install(
         self, requirements: Sequence[str], target: Target, into: Path

@@ -85,6 +85,11 @@ class Distribution:
         return _text(self.info, "INSTALLER").strip()
 
     @property
+    def is_of_system(self) -> bool:
+        """Whether it belongs to a Linux distribution, which has not installed it for the user."""
+        return self.files is None and self.site.name == "dist-packages"
+
+    @property
     def label(self) -> str:
         """Name and version as requirements have them."""
         return f"{self.name}=={self.version}"

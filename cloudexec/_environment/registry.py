@@ -252,9 +252,12 @@ class Repository:
             "PUT", path, f"push {reference}", headers, body=content, passes=(400, 409)
         ) as answer:
             said = answer.read(_CHUNK).decode(errors="replace")
-            # Amazon ECR says so of a tag that must not change and has this very image.
-            if answer.status >= 400 and "TAG_INVALID" not in said and "already exists" not in said:
-                raise self._refusal(answer, f"push {reference}", said)
+            refusal = self._refusal(answer, f"push {reference}", said)
+        if answer.status >= 400:
+            # Where tags must not change, the one that has this very image is refused as well.
+            there = self.manifest(reference)
+            if there is None or there.digest != digest:
+                raise refusal
         return digest
 
     # Requests.

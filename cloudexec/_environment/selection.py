@@ -72,10 +72,11 @@ def select(
         for name, each in installed.items()
         if each.is_requested or each.source is not None or name not in needed
     }
-    roots = roots - _TOOLS | (required.keys() & installed.keys())
+    ignored = _TOOLS | {name for name, each in installed.items() if each.is_of_system}
+    roots = roots - ignored | (required.keys() & installed.keys())
     reached, _ = _reach(roots, needs_here, set())
     # Such as two that require each other, or what only an extra requires that nobody asked for.
-    roots |= installed.keys() - reached - _TOOLS
+    roots |= installed.keys() - reached - ignored
     reached, missing_here = _reach(roots, needs_here, set())
     kept, missing = _reach(roots, needs_there, unwanted)
     return Selection(

@@ -170,6 +170,20 @@ def test_refresh_copies_what_the_base_is_now(
     assert contents(repository, fresh.tag)["etc/version"] == b"2"
 
 
+def test_refresh_takes_newer_versions_of_what_is_not_pinned(
+    client: Client, repository: Repository, push: Pushing, tmp_path: Path
+) -> None:
+    """Without it, the same file stands for what it stood for before."""
+    file = tmp_path / "requirements.txt"
+    file.write_text("thing\n")
+    versions = []
+    for number, refresh in ((1, False), (2, False), (2, True)):
+        make_wheel(client.wheels, "thing", f"{number}.0")
+        files = contents(repository, push(source=file, refresh=refresh).tag)
+        versions.append(files[f"{SITE}/thing.py"].decode())
+    assert versions == ["VERSION = '1.0'\n", "VERSION = '1.0'\n", "VERSION = '2.0'\n"]
+
+
 @pytest.mark.parametrize(
     ("base", "reason"),
     [

@@ -214,6 +214,28 @@ def test_upload_that_broke_is_begun_again(tmp_path: Path) -> None:
     assert one.endswith(content)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_tag_that_must_not_change_is_right_if_it_has_the_image(same: bool) -> None:
+    """Amazon ECR refuses a second push where tags are immutable; another image is an error."""
+    content = b'{"schemaVersion": 2}'
+
+    class Handler(Answers):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            said = {"errors": [{"code": "TAG_INVALID", "message": "The image tag already exists"}]}
+            self.reply(400, json.dumps(said).encode())
+
+        def do_GET(self) -> None:
+            self.reply(200, content if same else b"{}", Content_Type=MANIFEST_TYPE)
+
+    with server(Handler) as address, Repository(address, "a") as repository:
+        if same:
+            assert repository.push_manifest("tag", content, MANIFEST_TYPE) == digest_of(content)
+        else:
+            with pytest.raises(LaunchError, match="TAG_INVALID: The image tag already exists"):
+                repository.push_manifest("tag", content, MANIFEST_TYPE)
+
+
 def test_password_is_not_sent_to_where_a_layer_really_is() -> None:
     """Registries redirect readers to a store, which has nothing to do with it."""
     seen: list[str | None] = []

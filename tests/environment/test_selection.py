@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from environment_helpers import PYTHON, Client, make_wheel
 
 from cloudexec._environment.fetching import Installer
+from cloudexec._environment.inventory import take_inventory
 from cloudexec._environment.selection import Selection, select
 from cloudexec._environment.target import Target
 
@@ -93,6 +95,22 @@ def test_what_a_worker_needs_is_kept_or_wanted(selected: Selecting) -> None:
         required={"present": "present==1.0", "absent": "absent==3"},
     )
     assert (found.here, found.wanted) == (["present"], {"absent": "absent==3"})
+
+
+def test_packages_of_the_system_are_taken_where_another_requires_them(
+    client: Client, tmp_path: Path
+) -> None:
+    """Debian's Python has dozens of its own, which no index has."""
+    place = tmp_path / "usr" / "lib" / "python3" / "dist-packages"
+    for name in ("python-apt", "six"):
+        info = place / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    make_wheel(client.wheels, "app", requires=["six"])
+    client.install("--no-deps", "app")
+    inventory = take_inventory([str(client.site), str(place)])
+    assert inventory.distributions.keys() == {"app", "six", "python-apt"}
+    assert select(inventory, TARGET).here == ["app", "six"]
 
 
 def test_tools_that_install_are_left_out(selected: Selecting) -> None:
