@@ -14,6 +14,7 @@ round.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from typing import Any
@@ -60,11 +61,13 @@ def moments() -> dict[str, float]:
 
 def measure(contender: str, image: str, pull: bool) -> _fresh.Figures:
     import docker
+    import docker.errors
 
     client: Any = docker.from_env()
     pulled = 0.0
     if pull:
-        client.images.remove(image, force=True)
+        with contextlib.suppress(docker.errors.NotFound):
+            client.images.remove(image, force=True)
         before = time.monotonic()
         client.images.pull(image)
         pulled = time.monotonic() - before
