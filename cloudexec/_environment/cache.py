@@ -18,6 +18,8 @@ __all__ = ["Cache"]
 
 _KEPT = 30 * 86400.0
 """Seconds after which what nobody has used is removed."""
+_LEFT = 86400.0
+"""The same, of what a process that was killed has left unfinished."""
 
 
 class Cache:
@@ -121,10 +123,12 @@ class Cache:
 
     def tidy(self) -> None:
         """Remove what nobody has used for a month."""
-        oldest = time.time() - _KEPT
-        for path in [*self.root.glob("*/*"), *self.root.glob(".scratch-*")]:
+        now = time.time()
+        left = [*self.root.glob(".scratch-*"), *self.root.glob("*/.*")]
+        kept = [path for path in self.root.glob("*/*") if not path.name.startswith(".")]
+        for path in [*left, *kept]:
             with contextlib.suppress(OSError):
-                if path.stat().st_mtime > oldest:
+                if path.stat().st_mtime > now - (_LEFT if path in left else _KEPT):
                     continue
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)

@@ -201,20 +201,28 @@ def find_installer(wheelhouse: Path | None = None) -> Installer:
     Raises:
         ConfigError: If there is neither.
     """
-    uv = shutil.which("uv")
-    if uv is None and importlib.util.find_spec("uv") is not None:
-        import uv as package
-
-        with contextlib.suppress(FileNotFoundError):
-            uv = package.find_uv_bin()
-    if uv is not None:
-        return Installer((uv,), True, wheelhouse)
+    # That of this environment comes first.
+    beside = Path(sys.executable).with_name("uv")
+    for uv in (str(beside) if beside.is_file() else None, shutil.which("uv")):
+        if uv is not None and _runs(uv):
+            return Installer((uv,), True, wheelhouse)
     if importlib.util.find_spec("pip") is not None:
         return Installer((sys.executable, "-m", "pip"), False, wheelhouse)
     raise ConfigError(
         "neither uv nor pip is here, and packages have to be got for the workers' platform: "
         "install uv, or `python -m ensurepip`"
     )
+
+
+def _runs(program: str) -> bool:
+    """Whether a program runs: a version manager may have one by that name that does not."""
+    try:
+        done = subprocess.run(
+            [program, "--version"], capture_output=True, stdin=subprocess.DEVNULL, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
 
 
 def names_of(requirements: Iterable[str]) -> list[str]:

@@ -62,7 +62,8 @@ class Layer:
 class Node:
     """A file, directory or link of a layer."""
 
-    content: bytes | None = None
+    content: bytes | Path | None = None
+    """Bytes, or the file that has them, which may be large."""
     mode: int = 0o644
     link: str = ""
     owner: int = 0
@@ -191,7 +192,9 @@ def _members(each: Group, bytecode: dict[str, bytes]) -> Iterable[tuple[str, Nod
         if path in entries:
             entry = entries[path]
             executable = entry.is_executable or entry.is_script
-            yield f"{ENVIRONMENT_ROOT}/{path}", Node(entry.read(), 0o755 if executable else 0o644)
+            is_file = isinstance(entry.source, Path) and not entry.is_script
+            content = entry.source if is_file else entry.read()
+            yield f"{ENVIRONMENT_ROOT}/{path}", Node(content, 0o755 if executable else 0o644)
         else:
             yield f"{ENVIRONMENT_ROOT}/{path}", Node(compiled[path])
 
@@ -258,7 +261,11 @@ def pack(title: str, members: Iterable[tuple[str, Node]], file: IO[bytes]) -> La
                         archive.addfile(_info(above, Node(mode=0o755)))
                 if node.content is None and not node.link:
                     folders.add(path)
-                archive.addfile(_info(path, node), io.BytesIO(node.content or b""))
+                if isinstance(node.content, Path):
+                    with open(node.content, "rb") as source:
+                        archive.addfile(_info(path, node), source)
+                else:
+                    archive.addfile(_info(path, node), io.BytesIO(node.content or b""))
     return Layer(
         title=title,
         digest=outer.digest,
@@ -281,6 +288,8 @@ def _info(path: str, node: Node) -> tarfile.TarInfo:
         info.type, info.linkname, info.mode = tarfile.SYMTYPE, node.link, 0o777
     elif node.content is None:
         info.type = tarfile.DIRTYPE
+    elif isinstance(node.content, Path):
+        info.size = node.content.stat().st_size
     else:
         info.size = len(node.content)
     return info

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,6 +143,22 @@ def test_members_say_nothing_about_this_machine(build: Building, tmp_path: Path)
     assert oct(found["opt/worker/bin/script"].mode) == "0o755"
     assert oct(found[f"opt/worker/{SITE}/data.txt"].mode) == "0o644"
     assert oct(found[f"opt/worker/{SITE}"].mode) == "0o755"
+
+
+def test_large_files_are_not_held_in_memory(
+    build: Building, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries of some packages have more than a gigabyte."""
+    (tmp_path / "large.so").write_bytes(LARGE)
+    entry = Entry(f"{SITE}/large.so", tmp_path / "large.so")
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read as a whole"))
+    tracemalloc.start()
+    try:
+        build(Component(name="large", entries=(entry,)), target=OTHER)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < len(LARGE) / 2
 
 
 def test_same_content_makes_the_same_bytes_in_another_process(tmp_path: Path) -> None:

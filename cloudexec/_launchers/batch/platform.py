@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import getpass
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -357,7 +358,7 @@ class BatchPlatform(Platform):
             self._clients,
             python=python,
             platform=platform,
-            report=_logger.info,
+            report=_tell,
         )
         return pushed.uri
 
@@ -544,6 +545,13 @@ class BatchPlatform(Platform):
         else:
             left = [str(each.get("jobId") or each.get("job")) for each in answer.get("errors", ())]
         await _all(self._terminate_one(job_id, reason) for job_id in left)
+
+
+def _tell(line: str) -> None:
+    """Say what is done before workers can be launched, which may take minutes the first time."""
+    _logger.info("%s", line)
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"cloudexec: {line}", file=sys.stderr)
 
 
 async def _all(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
