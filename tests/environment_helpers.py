@@ -30,9 +30,9 @@ ELF_MACHINES = {"x86_64": 0x3E, "aarch64": 0xB7}
 
 
 def library(machine: str, glibc: int = 17) -> bytes:
-    """Return the beginning of a shared library, and the version of glibc that it needs."""
+    """Return what tells an extension module, ``_c`` or ``_native``, of a processor and a glibc."""
     header = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9) + struct.pack("<HH", 3, ELF_MACHINES[machine])
-    return header + bytes(44) + b"\0GLIBC_2.%d\0" % glibc
+    return header + bytes(44) + b"\0PyInit__c\0PyInit__native\0GLIBC_2.%d\0" % glibc
 
 
 def make_wheel(

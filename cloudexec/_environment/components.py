@@ -26,7 +26,8 @@ __all__ = [
     "of_wheel",
 ]
 
-_NATIVE = re.compile(r"\.(so(\.[0-9.]+)?|dylib|pyd)$")
+_NATIVE = re.compile(r"\.so(\.[0-9.]+)?$")
+"""What Python imports on Linux, and what that loads."""
 _MACHINES = {b"\x3e\x00": "x86_64", b"\xb7\x00": "aarch64"}
 """Of the ELF header, little-endian. ELF-64 Object File Format, "e_machine"."""
 _SHEBANG = re.compile(rb"\A#!(?:/[^\n]*/python[0-9.]*w?|/bin/sh\n'''exec' \"?/[^\n]*\n' ''')")
@@ -223,19 +224,31 @@ def misfit(component: Component, tags: frozenset[str], target: Target) -> str:
     for entry in component.entries:
         if not _NATIVE.search(entry.path):
             continue
-        content = entry.head(20) if is_promised else entry.read()
-        if content[:4] != b"\x7fELF":
-            machines.add("another system")
+        machine = _machine_of(entry.head(20))
+        if machine != target.machine:
+            if _is_module(entry):
+                machines.add(machine)
             continue
-        machine = _MACHINES.get(content[18:20], "another processor")
         machines.add(machine)
-        if machine == target.machine:
-            newest = max([newest, *map(int, _GLIBC.findall(content))])
+        if not is_promised:
+            newest = max([newest, *map(int, _GLIBC.findall(entry.read()))])
     if machines and target.machine not in machines:
         return f"its libraries here are for {' and '.join(sorted(machines))}"
     if newest > target.glibc:
         return f"it needs glibc 2.{newest}, and the image has 2.{target.glibc}"
     return ""
+
+
+def _machine_of(head: bytes) -> str:
+    if head[:4] != b"\x7fELF":
+        return "another system"
+    return _MACHINES.get(head[18:20], "another processor")
+
+
+def _is_module(entry: Entry) -> bool:
+    """Whether Python imports it: some packages have libraries for many systems as data."""
+    stem = entry.path.rpartition("/")[2].partition(".")[0]
+    return f"PyInit_{stem}".encode() in entry.read()
 
 
 def _as_there(tags: frozenset[str], target: Target) -> frozenset[str]:

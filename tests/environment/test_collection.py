@@ -168,6 +168,18 @@ def test_wheel_that_lies_about_its_platform_is_refused(client: Client, collect: 
         collect(ELSEWHERE)
 
 
+def test_libraries_that_are_data_are_for_any_platform(client: Client, collect: Collecting) -> None:
+    """As debugpy has some for each system, whatever it is installed on."""
+    files = {
+        "tool/__init__.py": "",
+        "tool/attach_linux.so": library(HERE.machine),
+        "tool/_c.cp39-win_amd64.pyd": b"MZ PyInit__c",
+    }
+    make_wheel(client.wheels, "tool", files=files)
+    client.install("tool")
+    read(collect(ELSEWHERE)["tool"], f"{SITE}/tool/attach_linux.so")
+
+
 def test_what_was_built_for_a_newer_system_is_not_copied(
     client: Client, collect: Collecting
 ) -> None:
