@@ -590,7 +590,7 @@ class BatchExecutor(_Base):
         exc_tb: TracebackType | None,
     ) -> None:
         if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
-            # Whoever pressed Ctrl-C does not want to wait for what is running.
+            # A user who pressed Ctrl-C does not want to wait for what is running.
             driver = self._submitter.shut()
             if driver is not None:
                 kill(driver)

@@ -232,7 +232,7 @@ class Node(Generic[T]):
 
 
 # Arguments with nodes in them are kept as templates: what holds nodes is copied when the node is
-# made, so that whoever appends to a list later changes nothing, and can close no circle.
+# made, so that appending to a list later changes nothing, and can close no circle.
 
 
 class _Template:

@@ -335,7 +335,7 @@ class Composed:
         numbers: What the head calls them; their own numbers, but in results.
         shared: Whether something else than the future it belongs to may still load it.
         recipe: How to make it again, should a worker that keeps it be lost; see ``keeper.Recipe``.
-        files: Held open for whoever unpickles it.
+        files: Held open for the process that unpickles it.
     """
 
     __slots__ = ("__weakref__", "blobs", "files", "head", "numbers", "recipe", "shared")

@@ -129,9 +129,9 @@ class AwsClients:
 
     @contextlib.contextmanager
     def _reviewing(self, client: Any) -> Iterator[None]:
-        """Where credentials have expired, let whoever tries again have those of then.
+        """Read credentials anew if these have expired, so that the next try has new ones.
 
-        Where nothing answers, say so if the region looks misspelt.
+        If nothing answers, say so where the region looks misspelt.
         """
         try:
             yield

@@ -49,7 +49,7 @@ class Check:
     name: str
     outcome: Outcome
     found: str
-    """What there is."""
+    """What was found."""
     remedy: str = ""
     """What to do; empty if nothing is."""
 
@@ -156,7 +156,7 @@ async def _carefully(
             )
             return Check(name=name, outcome="failed", found=str(exc), remedy=remedy)
         if "Denied" in exc.code or "Unauthorized" in exc.code:
-            # Whoever runs executors need not be allowed to look at everything.
+            # A user who runs executors need not be allowed to look at everything.
             return Check(name=name, outcome="skipped", found=str(exc))
         if exc.transient:
             remedy = "try again; if it stays so, look at the network, proxies and the region"

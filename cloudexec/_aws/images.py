@@ -1,7 +1,7 @@
 """The worker's image: built once and pushed once per content.
 
 The content is collected first, as plain data, and named by its hash; an image of that name is
-neither built nor pushed a second time, whoever built or pushed the first.
+neither built nor pushed a second time, no matter who did it first.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ class Monitor:
         *,
         reason: str = "stopped through cloudexec",
     ) -> list[str]:
-        """Stop jobs, whoever started them. Their workers get SIGTERM, and 30 s later SIGKILL.
+        """Stop jobs, no matter who started them. Their workers get SIGTERM, and 30 s later SIGKILL.
 
         Args:
             executor: All jobs of this executor.

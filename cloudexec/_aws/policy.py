@@ -102,7 +102,7 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("iam", "GetRole"): (Grant("iam:GetRole", "role"),),
     # Letting workers in.
     ("secretsmanager", "GetSecretValue"): (Grant("secretsmanager:GetSecretValue", "secret"),),
-    # Objects in the bucket; workers use URLs signed by whoever has these rights.
+    # Objects in the bucket; workers use URLs that the user with these rights has signed.
     ("s3", "HeadBucket"): (Grant("s3:ListBucket", "bucket"),),
     ("s3", "ListObjectsV2"): (Grant("s3:ListBucket", "bucket"),),
     ("s3", "ListMultipartUploads"): (Grant("s3:ListBucketMultipartUploads", "bucket"),),

@@ -138,8 +138,8 @@ async def adopt(
 ) -> Profile:
     """Write a profile of a stack that somebody else has deployed from our template.
 
-    Nothing in AWS is changed: whoever deployed the stack updates and deletes it too. What is
-    needed are permissions to describe the stack and its queues.
+    Nothing in AWS is changed. The administrator who deployed the stack also updates and deletes
+    it. This needs permissions to describe the stack and its queues.
 
     Args:
         clients: Account and region of the stack.
@@ -165,8 +165,8 @@ async def adopt(
             raise ConfigError(f"there is no stack {deployed} in {clients.region}")
         if stack.status not in STANDING:
             raise AwsError(
-                f"the stack {stack.name} is in {stack.status} and cannot be used: whoever deployed "
-                f"it must finish or mend it",
+                f"the stack {stack.name} is in {stack.status} and cannot be used: its "
+                f"administrator must finish or mend it",
                 code=stack.status,
             )
         if stack.name == stack_name(options.name):
@@ -184,8 +184,8 @@ async def adopt(
         step.found = f"{stack.status}, template version {version}"
     if version != TEMPLATE_VERSION:
         text = (
-            f"the stack has template version {version}, this cloudexec {TEMPLATE_VERSION}: whoever "
-            f"deployed it may bring it up to date with `cloudexec template`"
+            f"the stack has template version {version}, this cloudexec {TEMPLATE_VERSION}: its "
+            f"administrator can bring it up to date with `cloudexec template`"
         )
         report(Noted(text=text))
     with stepping(report, "Queues and compute environments") as step:
@@ -427,7 +427,7 @@ async def _await_valid(
                 )
             if not is_ours and (status, state) != ("VALID", "ENABLED"):
                 raise AwsError(
-                    f"the {kind} {name} is {status} and {state}: whoever deployed the stack must "
+                    f"the {kind} {name} is {status} and {state}: the stack's administrator must "
                     f"mend or enable it",
                     code=status,
                 )

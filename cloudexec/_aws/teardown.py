@@ -114,7 +114,7 @@ async def down(
     """
     stack_of = stack_name(name)
     if (adopted := _adopted_profile(name)) is not None:
-        # It is for whoever deployed the stack to delete it.
+        # The administrator who deployed the stack deletes it.
         adopted.delete()
         text = f"profile {name} deleted; its stack, {adopted.stack}, stays: somebody else's"
         report(Noted(text=text))

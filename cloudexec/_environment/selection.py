@@ -19,7 +19,7 @@ _EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
 
 @dataclass(slots=True)
 class Selection:
-    """What there is to be on the workers."""
+    """What the workers are to have."""
 
     here: list[str] = field(default_factory=list)
     """Names of what is installed here."""
@@ -51,7 +51,7 @@ def select(
     Args:
         inventory: What is installed.
         target: What the workers run on.
-        exclude: Names that are not wanted, whoever requires them.
+        exclude: Names that are left out, even if other packages require them.
         required: Requirements of what is needed, also if excluded, by name.
     """
     required = required or {}

@@ -150,7 +150,7 @@ class Fleet:
             "CLOUDEXEC_LAUNCH": str(job.first),
             "CLOUDEXEC_SLOTS": str(slots),
             "CLOUDEXEC_CERTIFICATE_SHA256": contact.certificate_sha256,
-            # Whoever starts after that finds nobody who waits for it, unless it is taken over.
+            # No client waits for a worker that starts after that, unless it is taken over.
             "CLOUDEXEC_AWAITED_UNTIL": str(int(time.time() + self._launch_timeout)),
         }
         if contact.relay:
@@ -192,7 +192,7 @@ class Fleet:
         return task
 
     def _token(self, job: Job) -> bytes:
-        """The key of one job's workers: whoever reads it can pose as one of them, no more."""
+        """The key of one job's workers: who reads it can pose as one of these, and of no others."""
         return hmac.new(self._secret, f"launch {job.first}".encode(), hashlib.sha256).digest()
 
     def key_of(self, launch_id: str) -> bytes | None:

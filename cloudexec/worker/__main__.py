@@ -28,7 +28,7 @@ __all__ = ["EXIT_NO_CLIENT", "EXIT_RECLAIMED", "EXIT_REFUSED", "main"]
 EXIT_REFUSED = 3
 """Exit code where either side refused the other: to try again is no use."""
 EXIT_NO_CLIENT = 4
-"""Exit code where the client cannot be reached, or not any more: whoever sees that can stop workers
+"""Exit code if the client cannot be reached, or no longer. A user who sees it can stop the workers
 that still wait for a place."""
 EXIT_RECLAIMED = 128 + 15
 """Exit code after SIGTERM: a platform that wants its machine back is to start the worker again

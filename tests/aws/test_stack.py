@@ -355,7 +355,7 @@ def test_what_cannot_be_adopted(aws: FakeAWS) -> None:
     profile = _adopt("old", events.append)
     assert any(isinstance(each, Noted) and "version 1" in each.text for each in events)
     _call("batch", "update_job_queue", jobQueue=profile.queues["fargate"], state="DISABLED")
-    with pytest.raises(AwsError, match=r"VALID and DISABLED: whoever deployed the stack"):
+    with pytest.raises(AwsError, match=r"VALID and DISABLED: the stack's administrator"):
         _adopt("old")
     profile.delete()
     body = {"Resources": {"Group": {"Type": "AWS::Logs::LogGroup"}}}

@@ -127,7 +127,7 @@ class BatchPlatform(Platform):
         settings: What workers to run.
         executor: Whose.
         clients: For calls to AWS.
-        profile: What there is in the account.
+        profile: Names what the account has for workers.
         prices: Of the clients' region.
     """
 

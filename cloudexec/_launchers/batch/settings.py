@@ -76,7 +76,7 @@ class Batch(PlatformLauncher):
         assign_public_ip: Whether Fargate workers get a public address, instead of what the profile
             says; on EC2, their subnet decides.
         ephemeral_gib: Disk of each Fargate worker, 21 to 200; by default 20.
-        environment: Variables that every worker has. They can be read by whoever may describe
+        environment: Variables that every worker has. They can be read by all who may describe
             jobs: no place for secrets.
         tags: Put on every job, besides ours; 45 at most.
         modules: Whether your own modules, those that are imported and not installed, are sent to
