@@ -126,7 +126,8 @@ def _tunnels(of: int | None = None) -> list[psutil.Process]:
     return [
         each
         for each in psutil.Process(of).children(recursive=True)
-        if "cloudexec._relay.tunnel" in " ".join(each.cmdline())
+        if each.status() != psutil.STATUS_ZOMBIE
+        and "cloudexec._relay.tunnel" in " ".join(each.cmdline())
     ]
 
 
