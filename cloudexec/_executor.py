@@ -336,7 +336,7 @@ class BatchExecutor(_Base):
             the launcher thinks fit elsewhere.
         reconnect_grace: Seconds for which a worker elsewhere whose connection was cut is waited for
             before its tasks run on another one; 0: not at all. It works on meanwhile, and hands
-            over what it has done.
+            over what it has done. By default 30, or what the launcher thinks fit.
         orphan_timeout: Seconds for which such a worker dials a client that does not answer before
             it ends, and 10 where the client's own machine refuses connections; with a ``journal``,
             the time in which the program can be run again and take it over. Workers on this machine
@@ -391,7 +391,7 @@ class BatchExecutor(_Base):
         listen: str | None = None,
         advertise: str | None = None,
         launch_timeout: float | None = None,
-        reconnect_grace: float = 30.0,
+        reconnect_grace: float | None = None,
         orphan_timeout: float = 120.0,
         max_tasks_per_worker: int | None = None,
         max_worker_lifetime: float | None = None,
@@ -460,6 +460,8 @@ class BatchExecutor(_Base):
             from cloudexec._server.budget import pending_budget
 
             budget = pending_budget(max_pending_bytes, max_pending_tasks, when_full)
+        if reconnect_grace is None:
+            reconnect_grace = launcher.reconnect_grace
         self._max_workers = max_workers  # libraries read this name to size their chunks
         self._launcher = launcher
         self._scaling = scaling

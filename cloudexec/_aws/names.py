@@ -9,6 +9,8 @@ __all__ = [
     "JOB_PREFIX",
     "OBJECTS_PREFIX",
     "ORDERED_ENDS",
+    "RELAY_PORT",
+    "RELAY_QUEUE",
     "TAG_EXECUTOR",
     "TAG_EXPIRES",
     "TAG_PROJECT",
@@ -47,6 +49,10 @@ JOB_PREFIX = "cloudexec-"
 DEFINITION_PREFIX = "cloudexec-"
 OBJECTS_PREFIX = "cloudexec/"
 """Keys of the bucket that executors use: apart from those of tasks, which may not touch them."""
+RELAY_PORT = 443
+"""Of the relays that are started in the stack's VPC: many networks let out nothing else."""
+RELAY_QUEUE = "fargate_relay"
+"""What profiles call the queue of relays."""
 _NAME = re.compile(r"(?=.{1,32}$)[a-z][a-z0-9]*(-[a-z0-9]+)*")
 """The repository is called so, too, and Amazon ECR takes no two hyphens in a row nor one at the
 end. Amazon ECR API Reference, "CreateRepository"."""

@@ -28,6 +28,7 @@ Resource: TypeAlias = Literal[
     "role",
     "secret",
     "stack",
+    "task",
 ]
 
 
@@ -96,9 +97,12 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("service-quotas", "ListServiceQuotas"): _any("servicequotas:ListServiceQuotas"),
     ("cloudformation", "DescribeStacks"): (Grant("cloudformation:DescribeStacks", "stack"),),
     ("ec2", "DescribeAvailabilityZones"): _any("ec2:DescribeAvailabilityZones"),
+    ("ec2", "DescribeNetworkInterfaces"): _any("ec2:DescribeNetworkInterfaces"),
     ("ec2", "DescribeRouteTables"): _any("ec2:DescribeRouteTables"),
     ("ec2", "DescribeSubnets"): _any("ec2:DescribeSubnets"),
     ("ec2", "DescribeVpcEndpoints"): _any("ec2:DescribeVpcEndpoints"),
+    # The address of a relay.
+    ("ecs", "DescribeTasks"): (Grant("ecs:DescribeTasks", "task"),),
     ("iam", "GetRole"): (Grant("iam:GetRole", "role"),),
     # Letting workers in.
     ("secretsmanager", "GetSecretValue"): (Grant("secretsmanager:GetSecretValue", "secret"),),
@@ -196,6 +200,7 @@ _SIDS: dict[Resource, str] = {
     "role": "Roles",
     "secret": "Key",
     "stack": "Stack",
+    "task": "Tasks",
 }
 
 
@@ -245,6 +250,9 @@ def _resources(
         case "stack":
             stack = profile.stack or "cloudexec-*" if profile else "cloudexec-*"
             return [arn("cloudformation", f"stack/{stack}/*")], {}
+        case "task":
+            # In clusters of AWS Batch, which it names after compute environments.
+            return [arn("ecs", "task/AWSBatch-*")], {}
         case _:
             return ["*"], {}
 

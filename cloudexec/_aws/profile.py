@@ -30,7 +30,7 @@ class Profile:
     """CloudFormation stack; empty where things were given by hand."""
     queues: Mapping[str, str] = field(default_factory=dict)
     """ARN or name of the job queue for ``"fargate"``, ``"fargate_spot"``, ``"ec2"``,
-    ``"ec2_spot"``; those that exist."""
+    ``"ec2_spot"`` and, for relays, ``"fargate_relay"``; those that exist."""
     job_role: str = ""
     """ARN of the role that tasks have."""
     execution_role: str = ""
@@ -53,6 +53,9 @@ class Profile:
     """Host or ``host:port`` at which workers reach the client; empty: found by itself."""
     project: str = ""
     """Goes into a tag of every job."""
+    relay: str = ""
+    """``relay=`` of a ``Batch`` that has none: ``"auto"`` if this machine could not be reached when
+    the profile was written."""
 
     @property
     def is_adopted(self) -> bool:

@@ -68,6 +68,8 @@ class DefinitionSpec:
     ephemeral_gib: int | None = None
     """Disk of a Fargate worker; ``None``: the 20 GiB that all have."""
     stack: str = ""
+    user: str = ""
+    """Who runs it in the container; empty: whoever the image says."""
     size: WorkerSize = field(default_factory=lambda: WorkerSize(memory_mib=2048, vcpus=1))
     """What a worker gets unless the submission says otherwise."""
 
@@ -86,6 +88,8 @@ def definition_request(spec: DefinitionSpec) -> dict[str, Any]:
         # One process in the container takes in what others leave behind, and passes signals on.
         "linuxParameters": {"initProcessEnabled": True},
     }
+    if spec.user:
+        container["user"] = spec.user
     if spec.job_role:
         container["jobRoleArn"] = spec.job_role
     if spec.execution_role:

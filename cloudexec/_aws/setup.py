@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from cloudexec._aws.address import vpcs_of_this_machine
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.diagnosis import mend_invalid
-from cloudexec._aws.names import TAG_STACK, is_setup_name, stack_name
+from cloudexec._aws.names import RELAY_QUEUE, TAG_STACK, is_setup_name, stack_name
 from cloudexec._aws.network import SUBNETS_LARGEST, choose_network
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.requests import check_tags
@@ -29,6 +29,7 @@ _VALID_WITHIN = 600.0
 _QUEUES = {
     "fargate": "FargateQueue",
     "fargate_spot": "FargateSpotQueue",
+    RELAY_QUEUE: "RelayQueue",
     "ec2": "Ec2Queue",
     "ec2_spot": "Ec2SpotQueue",
 }

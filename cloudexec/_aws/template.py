@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from cloudexec._aws.names import TAG_REGION, TAG_STACK
+from cloudexec._aws.names import RELAY_PORT, TAG_REGION, TAG_STACK
 
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
 
@@ -16,6 +16,8 @@ DATA_PREFIX = "data/"
 LOG_RETENTION_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827)
 """What CloudWatch Logs offers. CloudWatch Logs API Reference, "PutRetentionPolicy"."""
 
+_RELAY_VCPUS = 4
+"""Of all relays at once: each has a quarter of one."""
 _STACK = {"Ref": "AWS::StackName"}
 _BOUNDARY = {
     "PermissionsBoundary": {
@@ -66,6 +68,7 @@ def template() -> Json:
             **_storage(),
             **_roles(),
             **_fargate(),
+            **_relays(),
             **_ec2(),
         },
         "Outputs": _outputs(),
@@ -308,6 +311,40 @@ def _fargate() -> Json:
     }
 
 
+def _relays() -> Json:
+    """Return where relays run: apart from workers, into whose group nobody may dial."""
+    return {
+        "RelaySecurityGroup": {
+            "Type": "AWS::EC2::SecurityGroup",
+            "Properties": {
+                "GroupDescription": {
+                    "Fn::Sub": "Relays of ${AWS::StackName}, which clients and workers dial"
+                },
+                "VpcId": {"Ref": "VpcId"},
+                "SecurityGroupIngress": [
+                    {
+                        "Description": "Clients and workers have any address, and prove themselves",
+                        "CidrIp": "0.0.0.0/0",
+                        "IpProtocol": "tcp",
+                        "FromPort": RELAY_PORT,
+                        "ToPort": RELAY_PORT,
+                    }
+                ],
+                "Tags": _tags(),
+            },
+        },
+        "RelayEnvironment": _environment(
+            {
+                "Type": "FARGATE",
+                "MaxvCpus": _RELAY_VCPUS,
+                "Subnets": {"Ref": "SubnetIds"},
+                "SecurityGroupIds": [{"Fn::GetAtt": ["RelaySecurityGroup", "GroupId"]}],
+            }
+        ),
+        "RelayQueue": _queue("relay", "RelayEnvironment"),
+    }
+
+
 def _ec2() -> Json:
     resources = {
         "MinvCpus": 0,
@@ -360,6 +397,7 @@ def _outputs() -> Json:
     always: dict[str, tuple[str, Any]] = {
         "FargateQueue": ("Queue of Fargate workers", reference("FargateQueue")),
         "FargateSpotQueue": ("Queue of Fargate Spot workers", reference("FargateSpotQueue")),
+        "RelayQueue": ("Queue of relays", reference("RelayQueue")),
         "JobRole": ("Role of tasks", attribute("JobRole", "Arn")),
         "ExecutionRole": ("Role that starts workers", attribute("ExecutionRole", "Arn")),
         "KeySecret": ("Secret by which workers are let in", reference("KeySecret")),

@@ -18,6 +18,7 @@ __all__ = [
     "LaunchRequest",
     "LaunchTimes",
     "Launcher",
+    "MovingRelay",
     "Network",
     "Survivor",
     "WorkerCapacity",
@@ -67,7 +68,8 @@ class Contact:
         executor_id: Which executor.
         key: Shared secret of the enrolment.
         certificate_sha256: Fingerprint to pin, in hex; empty for a Unix socket.
-        relay: ``host:port`` of the relay that leads to the target; empty: it is dialed itself.
+        relay: ``host:port`` of the relay that leads to the target, or the URL where that is to be
+            read; empty: the target is dialed itself.
     """
 
     target: str
@@ -100,6 +102,18 @@ class LaunchRequest:
     size: int = 0
 
 
+class MovingRelay(Protocol):
+    """A relay whose address changes when its launcher has to start another one.
+
+    Attributes:
+        url: Where workers read what the address is now.
+        on_move: Is called with the new address.
+    """
+
+    url: str
+    on_move: Callable[[str], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Network:
     """Where the executor listens for workers.
@@ -110,12 +124,14 @@ class Network:
         key: Secret that workers have already; empty: the executor makes one up.
         relay: ``host:port`` of a relay that both sides dial, and that knows the same secret; empty:
             workers dial this process.
+        moving: That relay, if its launcher has started it and may do so again elsewhere.
     """
 
     listen: str = ""
     advertise: str = ""
     key: bytes = b""
     relay: str = ""
+    moving: MovingRelay | None = None
 
     def __repr__(self) -> str:
         return f"Network(listen={self.listen!r}, advertise={self.advertise!r})"
@@ -187,6 +203,9 @@ class Launcher(Protocol):
 
     launch_timeout: float = 60.0
     """Seconds in which a worker must have dialed back, unless the executor was told."""
+    reconnect_grace: float = 30.0
+    """Seconds for which a worker whose connection was cut is waited for, unless the executor was
+    told."""
     linger: float = 0.0
     """Seconds to wait for more workers to be asked for, so that one request serves them all."""
     last_words: float = 0.1

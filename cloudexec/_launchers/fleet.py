@@ -219,8 +219,15 @@ class Fleet:
         return self._platform.price(size, spot) or WorkerPrice(per_second=0.0)
 
     def cost(self) -> Cost:
-        """Say what the workers have cost, and will at least."""
-        return self.ledger.cost(self._price(0, self._spot.is_on))
+        """Say what the workers have cost, and will at least, and what they need besides."""
+        workers = self.ledger.cost(self._price(0, self._spot.is_on))
+        besides = self._platform.overhead()
+        return Cost(
+            accrued_usd=workers.accrued_usd + besides.accrued_usd,
+            committed_usd=workers.committed_usd + besides.committed_usd,
+            per_hour_usd=workers.per_hour_usd + besides.per_hour_usd,
+            note=", ".join(filter(None, (workers.note, besides.note))),
+        )
 
     def affordable(self, requests: Sequence[LaunchRequest], max_cost_usd: float) -> int:
         """Say how many of these workers can be had for that much in all."""

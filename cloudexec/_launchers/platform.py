@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from cloudexec._config import WorkerCapacity
+from cloudexec._launchers.base import Cost, MovingRelay
 from cloudexec._pricing import WorkerPrice
 
 __all__ = [
@@ -383,6 +384,10 @@ class Platform(ABC):
         """
         return None
 
+    def overhead(self) -> Cost:
+        """Say what there is to pay besides workers."""
+        return Cost()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
@@ -400,6 +405,7 @@ class Site:
         region: The bucket's region.
         relay: ``host:port`` of a relay that this process and workers dial, and that knows ``key``,
             or ``ssh://user@host``, whose OpenSSH forwards a port; empty: workers dial this process.
+        moving: That relay, if it is one that the launcher starts, and starts again elsewhere.
     """
 
     platform: Platform
@@ -409,6 +415,7 @@ class Site:
     bucket: str = ""
     region: str = ""
     relay: str = ""
+    moving: MovingRelay | None = None
 
 
 for _name in __all__:

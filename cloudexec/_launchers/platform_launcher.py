@@ -184,6 +184,7 @@ class PlatformLauncher(Launcher):
             advertise or site.advertise,
             site.key,
             site.relay,
+            site.moving,
         )
 
     def launch(

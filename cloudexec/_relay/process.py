@@ -203,6 +203,15 @@ class RelayTunnel(Tunnel):
         """The name of the executor's server, for which workers ask the relay."""
         return f"{self._executor_id}.cloudexec.invalid:443"
 
+    def move(self, relay: str) -> None:
+        """Dial another relay: the process is started again, and told of it.
+
+        Args:
+            relay: ``host:port`` of that one.
+        """
+        self._route["host"], self._route["port"] = _split(relay)
+        self._popen.kill()
+
     def command(self) -> Sequence[str]:
         """Return the command line of ``tunnel``."""
         # -P keeps modules of the user's, in the current folder, from replacing Python's.
@@ -350,5 +359,7 @@ def _parts_of(url: str) -> tuple[str | None, str, int | None]:
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ConfigError(f"relay must be 'host:port' or 'ssh://user@host', not {address!r}")
+        raise ConfigError(
+            f"relay must be True, False, 'auto', 'host:port' or 'ssh://user@host', not {address!r}"
+        )
     return host.strip("[]"), int(port)

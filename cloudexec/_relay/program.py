@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -16,13 +17,14 @@ DEFAULT_LISTEN = "0.0.0.0:443"
 DEFAULT_IDLE = 600.0
 
 
-def run_relay(listen: str, key: bytes, idle: float | None) -> int:
+def run_relay(listen: str, key: bytes, idle: float | None, *, user: int | None = None) -> int:
     """Run a relay.
 
     Args:
         listen: ``host:port``; port 0 means any free port. The address is printed.
         key: The key that clients and workers share.
         idle: Seconds without a client or worker after which it ends; ``None`` for no limit.
+        user: Number of the user and the group that root becomes once the port is open.
 
     Returns:
         The exit code: 1 if it cannot listen at the address.
@@ -35,6 +37,10 @@ def run_relay(listen: str, key: bytes, idle: float | None) -> int:
     except (OSError, ValueError, OverflowError) as exc:
         print(f"cloudexec relay: cannot listen on {listen}: {exc}", file=sys.stderr)
         return 1
+    if user is not None:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
     address, number = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     print(f"cloudexec relay: listening on {shown}:{number}", flush=True)

@@ -120,6 +120,8 @@ class Listener:
             return Contact(target, engine.executor_id, engine.key, sha256)
         target = await self._register(network)
         relay = "" if network.relay.startswith("ssh://") else network.relay
+        if network.moving is not None:
+            relay = network.moving.url
         return Contact(target, engine.executor_id, engine.key, sha256, relay)
 
     async def _register(self, network: Network) -> str:
@@ -132,7 +134,7 @@ class Listener:
             LaunchError: If the relay cannot be reached, or refuses the registration.
             ConfigError: If the relay's address is wrong.
         """
-        from cloudexec._relay.process import open_tunnel
+        from cloudexec._relay.process import RelayTunnel, open_tunnel
 
         engine = self._service.engine
         try:
@@ -146,6 +148,8 @@ class Listener:
             )
         except OSError as exc:
             raise LaunchError(f"cannot start the process that dials the relay: {exc}") from exc
+        if network.moving is not None and isinstance(self._tunnel, RelayTunnel):
+            network.moving.on_move = self._tunnel.move
         if not await self._tunnel.registered(_REGISTER_TIMEOUT):
             raise LaunchError(
                 f"cannot reach the relay at {network.relay}: {self._tunnel.why}; is it still "
@@ -156,7 +160,8 @@ class Listener:
     def _on_relay(self, state: str, why: str) -> None:
         if state == "registered":
             _logger.debug("registered with the relay")
-        elif self._at_relay:  # warn only when the connection is lost, not for each failed try
+        elif self._at_relay and not self._service.engine.is_closing:
+            # Said once, however often it is dialed.
             _logger.warning("the connection to the relay is lost, and dialed again: %s", why)
         self._at_relay = state == "registered"
 

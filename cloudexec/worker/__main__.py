@@ -7,6 +7,8 @@ variables ``CLOUDEXEC_TARGET``, ``_EXECUTOR_ID``, ``_SLOTS``, ``_KEY``, ``_CERTI
 ``_MEMORY_MIB``, and ``_IDENTITY`` or ``_LAUNCH``, the number of the first worker of those that were
 launched together. To that, the worker adds its own number among them: see ``platform``. After
 ``_AWAITED_UNTIL``, in Unix time, the client does not wait for the worker any more.
+
+With ``CLOUDEXEC_RELAY_PORT`` this process is a relay, and no worker: see ``relay``.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any, NoReturn
 from cloudexec._descriptors import BASE_FILES, FILES_PER_SLOT, file_limits, raise_file_limit
 from cloudexec.worker.client import Client
 from cloudexec.worker.platform import OWN_VARIABLES, ask_metadata, find_place
+from cloudexec.worker.relay import PORT_VARIABLE, run_as_relay
 
 __all__ = ["EXIT_NO_CLIENT", "EXIT_RECLAIMED", "EXIT_REFUSED", "main"]
 
@@ -49,6 +52,9 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
             environment instead.
     """
     is_child = bootstrap is not None
+    if not is_child and PORT_VARIABLE in os.environ:
+        _blank("CLOUDEXEC_KEY")
+        sys.exit(run_as_relay(os.environ, os.environ.pop("CLOUDEXEC_KEY", "")))
     if bootstrap is None:
         bootstrap = _from_environment()
     # These were set for the start of this interpreter only; processes that tasks start must not

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cloudexec import _enrolment
@@ -51,6 +52,9 @@ _KEEPALIVE = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 
 _OWN = ("grpc.use_local_subchannel_pool", 1)
 """Gives a channel a connection of its own. gRPC would otherwise share that of an earlier channel to
 the same address, which may be dead."""
+_ADDRESS = re.compile(r"[\w.:\[\]-]{1,255}:\d{1,5}")
+_found: dict[str, str] = {}
+"""The last address of each relay, by the URL under which it can be read."""
 _pinned: dict[str, str] = {}
 """Certificates in PEM, by fingerprint. When all workers dial again at once, after they have lost
 their client, none of them needs to fetch the certificate again."""
@@ -76,7 +80,8 @@ class Address:
         key: Shared with the executor.
         slots: Tasks to run at once.
         certificate_sha256: Of the server's certificate, in hex; empty for a Unix socket.
-        relay: ``host:port`` of the relay that leads to the client; empty: it is dialed itself.
+        relay: ``host:port`` of the relay that leads to the client, or the URL where that is to be
+            read, as it may change; empty: the client is dialed itself.
         job_id: The platform's name for this worker.
         attempt: Which run of the launch this is, from 1.
         memory_mib: What this worker's container may use; 0: unknown.
@@ -109,6 +114,8 @@ class Address:
     @property
     def shown(self) -> str:
         """The target's name in messages."""
+        if "://" in self.relay:  # it is signed
+            return "the relay"
         return f"the relay {self.relay}" if self.relay else self.target
 
     def say(self, text: str) -> None:
@@ -173,6 +180,41 @@ async def _channel(address: Address, patience: float) -> Any:
         options = [each for each in options if each[0] != "grpc.enable_http_proxy"]
         options.append(("grpc.http_proxy", f"http://worker:{ticket}@{address.relay}"))
     return grpc.aio.secure_channel(address.target, credentials, options=options)
+
+
+async def _located(address: Address) -> Address:
+    """Find out where the relay is now, if it may be elsewhere than before.
+
+    Raises:
+        OSError: If that cannot be read, and was not read before.
+    """
+    url = address.relay
+    if "://" not in url:
+        return address
+    try:
+        _found[url] = await asyncio.to_thread(_read_address, url)
+    except OSError:
+        if url not in _found:
+            raise
+    return replace(address, relay=_found[url])
+
+
+def _read_address(url: str) -> str:
+    import http.client
+
+    from cloudexec.worker.s3_link import Link
+
+    link = Link(_TRY_TIMEOUT)
+    try:
+        response = link.request("GET", url, ())
+        status, text = response.status, response.read(_LONGEST_ANSWER).decode("ascii", "replace")
+    except http.client.HTTPException as exc:
+        raise ConnectionError(f"{link.place}: {exc!r}") from exc
+    finally:
+        link.close()
+    if status != 200 or not _ADDRESS.fullmatch(text):
+        raise ConnectionError(f"{link.place} does not say where the relay is (status {status})")
+    return text
 
 
 async def _ticket(address: Address) -> str:
@@ -276,13 +318,15 @@ async def dial(
     told = ""
     refused_at: float | None = None
     channel = None
+    here = address
     try:
         while True:
             try:
                 if channel is None:
+                    here = await _located(address)
                     if tried:
-                        await _probe(address.gate)
-                    channel = await _channel(address, limit)
+                        await _probe(here.gate)
+                    channel = await _channel(here, limit)
                 async with asyncio.timeout(limit):
                     await enrol(channel)
                 return
@@ -306,11 +350,11 @@ async def dial(
                 is_gone = refused_at is not None and now - refused_at >= refusals
                 if refused or near or is_gone or now + pause > deadline:
                     reason = "; ".join(filter(None, (what, reason)))
-                    raise ClientGoneError(_unreachable(address.shown, reason)) from exc
+                    raise ClientGoneError(_unreachable(here.shown, reason)) from exc
                 if what != told:
                     told = what
                     left = f"dialing again, for {deadline - now:.0f} s"
-                    address.say(f"no connection to {address.shown} yet: {what or reason}; {left}")
+                    address.say(f"no connection to {here.shown} yet: {what or reason}; {left}")
                 # What a connection has cost both sides is not spent again on one that works.
                 if channel is not None and code != "RESOURCE_EXHAUSTED":
                     hang_up(channel)

@@ -33,6 +33,7 @@ MODES: dict[str, dict[str, Any]] = {
     "ec2-spot": {"compute": "ec2", "spot": True},
     "arm64": {"arch": "arm64", "vcpus": 0.5, "memory": "1GiB"},
     "ladder": {"memory": ("2GiB", "4GiB")},
+    "relay": {"relay": True},
     "by-hand": {
         "image": "registry.example/worker:1",
         "assign_public_ip": False,

@@ -28,12 +28,15 @@ from cloudexec._aws.key import stack_key
 from cloudexec._aws.limits import ARRAY_LARGEST, DESCRIBE_JOBS, WorkerSize
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
+from cloudexec._aws.relays import AUTO, lacks_for_relay, relay_price
 from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request, tag_value
 from cloudexec._enrolment import python_version
 from cloudexec._environment.packages import Packages
 from cloudexec._errors import AwsError, ConfigError
+from cloudexec._launchers.base import Cost
 from cloudexec._launchers.batch.inquiry import DEFAULT_LOG_GROUP, Inquiry
 from cloudexec._launchers.batch.reading import PHASES, end_of, run_of, worker_end
+from cloudexec._launchers.batch.relay import RelayJob, RelayOrder
 from cloudexec._launchers.platform import (
     ExecutorInfo,
     Inspection,
@@ -85,7 +88,7 @@ class Settings(Protocol):
     project: str
     queue: str | None
     region: str | None
-    relay: str
+    relay: str | bool | None
     scheduling_priority: int
     share_identifier: str
     sizes: tuple[WorkerSize, ...]
@@ -117,7 +120,10 @@ async def connect(settings: Settings, executor: ExecutorInfo) -> AsyncIterator[S
             )
         prices = await asyncio.to_thread(PriceTable.load, clients.region)
         platform = BatchPlatform(settings, executor, clients, profile, prices)
-        yield await platform.start()
+        try:
+            yield await platform.start()
+        finally:
+            await platform.close()
 
 
 class BatchPlatform(Platform):
@@ -155,6 +161,7 @@ class BatchPlatform(Platform):
         self._inquiry = Inquiry(self._call, settings.compute)
         self._inquiry.log_group = profile.log_group or DEFAULT_LOG_GROUP
         self._gate = asyncio.Semaphore(_CONCURRENT_CALLS)
+        self._relay: RelayJob | None = None
 
     # The start.
 
@@ -173,11 +180,19 @@ class BatchPlatform(Platform):
         else:
             self._image = await self._find_image()
         key = await stack_key(self._call, self._profile) if self._keyed_by_stack else b""
-        if settings.relay:
-            return self._behind_relay(settings.relay, key)
-        found = await advertised_address(
-            self._profile, advertise=executor.advertise, endpoint=self._clients.endpoint
-        )
+        relay = self._profile.relay if settings.relay is None else settings.relay
+        if isinstance(relay, str) and relay not in ("", AUTO):
+            return self._behind_relay(relay, key)
+        if relay is True:
+            return await self._with_relay(key, "as relay=True says")
+        try:
+            found = await advertised_address(
+                self._profile, advertise=executor.advertise, endpoint=self._clients.endpoint
+            )
+        except ConfigError as exc:
+            if relay != AUTO:
+                raise
+            return await self._with_relay(key, str(exc).partition(". ")[0])
         self._inquiry.advertised = f"{found.address} ({found.how})"
         return Site(
             platform=self,
@@ -187,6 +202,41 @@ class BatchPlatform(Platform):
             bucket=self._profile.bucket,
             region=self._profile.region,
         )
+
+    async def close(self) -> None:
+        """End what was started for the executor as a whole."""
+        if self._relay is not None:
+            await self._relay.close()
+
+    def overhead(self) -> Cost:
+        """Say what the relay costs, if there is one."""
+        return Cost() if self._relay is None else self._relay.cost()
+
+    async def _with_relay(self, key: bytes, why: str) -> Site:
+        """Start a relay, and wait for its address.
+
+        Args:
+            key: The stack's.
+            why: Why there is to be one.
+        """
+        settings, profile = self._settings, self._profile
+        if lacking := lacks_for_relay(profile):
+            raise ConfigError(f"{why}; and no relay can be started: {lacking}")
+        order = RelayOrder(
+            executor_id=self._executor.id,
+            queue=profile.queues[names.RELAY_QUEUE],
+            definition=replace(await self._definition_spec(), key_secret=profile.key_secret),
+            tags=self._tags(),
+            bucket=profile.bucket,
+            patience=self._executor.launch_timeout,
+            lifetime=settings.max_runtime,
+            price=relay_price(self._prices, settings.arch, self._clients.region),
+            why=why,
+        )
+        self._relay = relay = RelayJob(self._clients, order, self._inquiry)
+        await relay.start()
+        key = key or await stack_key(self._call, profile)
+        return replace(self._behind_relay(relay.address, key), moving=relay)
 
     def _behind_relay(self, relay: str, key: bytes) -> Site:
         if not key and not relay.startswith("ssh://"):
@@ -311,22 +361,25 @@ class BatchPlatform(Platform):
         async with self._defining:
             if self._definition:
                 return
-            settings, profile = self._settings, self._profile
-            spec = DefinitionSpec(
-                image=self._image,
-                compute=settings.compute,
-                arch=settings.arch,
-                execution_role=settings.execution_role or profile.execution_role,
-                job_role=settings.job_role or profile.job_role,
-                key_secret=profile.key_secret,
-                log_group=profile.log_group,
-                region=self._clients.region,
-                assign_public_ip=self._public_ip,
-                ephemeral_gib=settings.ephemeral_gib,
-                stack=profile.stack,
-                size=settings.sizes[0],
-            )
+            spec = await self._definition_spec()
             self._definition = await ensure_definition(self._clients, definition_request(spec))
+
+    async def _definition_spec(self) -> DefinitionSpec:
+        settings, profile = self._settings, self._profile
+        return DefinitionSpec(
+            image=self._image or await self._find_image(),
+            compute=settings.compute,
+            arch=settings.arch,
+            execution_role=settings.execution_role or profile.execution_role,
+            job_role=settings.job_role or profile.job_role,
+            key_secret=profile.key_secret,
+            log_group=profile.log_group,
+            region=self._clients.region,
+            assign_public_ip=self._public_ip,
+            ephemeral_gib=settings.ephemeral_gib,
+            stack=profile.stack,
+            size=settings.sizes[0],
+        )
 
     async def _find_image(self) -> str:
         """Return the image of the workers, pinned; push one with the packages that are wanted.
@@ -382,6 +435,29 @@ class BatchPlatform(Platform):
 
     async def _submit(self, request: JobRequest, definition: str) -> Submitted:
         settings = self._settings
+        parameters = submit_request(
+            name=request.name,
+            queue=self._queue(spot=request.spot),
+            definition=definition,
+            workers=request.workers,
+            size=settings.size_of(request.size),
+            environment={**request.environment, **request.secrets},
+            tags=self._tags(),
+            attempt_seconds=int(settings.max_runtime),
+            compute=settings.compute,
+            retry_reclaimed=settings.spot != "prefer",
+            share_identifier=settings.share_identifier,
+            scheduling_priority=settings.scheduling_priority,
+        )
+        try:
+            answer = await self._clients.call("batch", "submit_job", once=True, **parameters)
+        except AwsError as exc:
+            exc.uncertain = exc.transient and not exc.code.startswith(("TooMany", "Throttl"))
+            raise
+        return Submitted(job_id=str(answer["jobId"]))
+
+    def _tags(self) -> dict[str, str]:
+        settings = self._settings
         longest = self._executor.launch_timeout + settings.max_runtime
         expires = datetime.now(UTC) + timedelta(seconds=longest)
         tags = {
@@ -395,26 +471,7 @@ class BatchPlatform(Platform):
             tags[names.TAG_PROJECT] = tag_value(project)
         if self._profile.stack:
             tags[names.TAG_STACK] = self._profile.stack
-        parameters = submit_request(
-            name=request.name,
-            queue=self._queue(spot=request.spot),
-            definition=definition,
-            workers=request.workers,
-            size=settings.size_of(request.size),
-            environment={**request.environment, **request.secrets},
-            tags=tags,
-            attempt_seconds=int(settings.max_runtime),
-            compute=settings.compute,
-            retry_reclaimed=settings.spot != "prefer",
-            share_identifier=settings.share_identifier,
-            scheduling_priority=settings.scheduling_priority,
-        )
-        try:
-            answer = await self._clients.call("batch", "submit_job", once=True, **parameters)
-        except AwsError as exc:
-            exc.uncertain = exc.transient and not exc.code.startswith(("TooMany", "Throttl"))
-            raise
-        return Submitted(job_id=str(answer["jobId"]))
+        return tags
 
     async def find(self, name: str, *, spot: bool) -> Submitted | None:
         """Find a job by its name."""

@@ -34,6 +34,8 @@ _LONGEST = 14 * _DAY
 _SHARE = re.compile(r"[A-Za-z0-9]{1,255}")
 _PRIORITY_LARGEST = 9999
 """AWS Batch API Reference, "SubmitJob"."""
+_RELAY_GRACE = 120.0
+"""What another relay may take, and as long as workers dial a client (``orphan_timeout``)."""
 _FARGATE_TIMEOUT = 300.0
 _EC2_TIMEOUT = 900.0
 """A first instance takes minutes. AWS Batch User Guide, "AWS Batch on Fargate"."""
@@ -82,9 +84,11 @@ class Batch(PlatformLauncher):
         modules: Whether your own modules, those that are imported and not installed, are sent to
             the workers; or the names of the top-level ones that are.
         project: Goes into a tag, for ``cloudexec ps`` and the bill.
-        relay: How workers reach a machine that nothing can dial: ``"ssh://user@host"``, a host of
-            yours whose OpenSSH forwards a port, or ``"host:port"`` of a ``cloudexec relay`` that
-            you run; by default what ``CLOUDEXEC_RELAY`` says. Workers must reach that host.
+        relay: How workers reach a machine that nothing can dial: ``True`` starts a relay in the
+            stack's VPC for each executor, ``"auto"`` does so where there is no other way;
+            ``"ssh://user@host"`` is a host of yours whose OpenSSH forwards a port, ``"host:port"``
+            a ``cloudexec relay`` that you run, and workers must reach either. ``False``: workers
+            dial this machine. By default what ``CLOUDEXEC_RELAY`` or the profile says.
         max_runtime: Seconds after which AWS ends a worker, whatever became of this process.
 
     Raises:
@@ -116,7 +120,7 @@ class Batch(PlatformLauncher):
         tags: Mapping[str, str] | None = None,
         modules: bool | Sequence[str] = True,
         project: str = "",
-        relay: str | None = None,
+        relay: str | bool | None = None,
         max_runtime: float = _DAY,
     ) -> None:
         if compute not in ("fargate", "ec2"):
@@ -133,7 +137,7 @@ class Batch(PlatformLauncher):
             "job_role": job_role,
             "execution_role": execution_role,
             "region": region,
-            "relay": relay,
+            "relay": None if isinstance(relay, bool) else relay,
         }
         for name, text in texts.items():
             if text is not None and (not isinstance(text, str) or not text.strip()):
@@ -222,15 +226,22 @@ class Batch(PlatformLauncher):
         self.environment = dict(environment or {})
         self.tags = dict(tags or {})
         self.project = project
-        self.relay = os.environ.get("CLOUDEXEC_RELAY", "") if relay is None else relay
-        if self.relay:
-            from cloudexec._relay.process import check_relay
-
-            check_relay(self.relay)
+        self.relay = _relay(relay)
         self.modules = several if isinstance(several, bool) else tuple(several)
         self.max_runtime = max_runtime
         self.slots = slots_per_worker or max(1, int(vcpus))
         self._most_slots = slots_per_worker
+
+    @property
+    def reconnect_grace(self) -> float:  # type: ignore[override]
+        """Seconds for which a worker is waited for: longer where a new relay may have to come."""
+        relay = self.relay
+        if relay is None and self.profile is not None:
+            from cloudexec._aws.profile import Profile
+
+            with contextlib.suppress(ConfigError):  # which ``connect`` raises
+                relay = Profile.load(self.profile).relay
+        return _RELAY_GRACE if relay in (True, "auto") else PlatformLauncher.reconnect_grace
 
     def capacities(self) -> Sequence[WorkerCapacity]:
         """Return what workers of each size of the ladder have."""
@@ -348,6 +359,19 @@ class Batch(PlatformLauncher):
     def __repr__(self) -> str:
         where = f"profile={self.profile!r}" if self.queue is None else f"queue={self.queue!r}"
         return f"Batch({where}, {self.describe()})"
+
+
+def _relay(given: str | bool | None) -> str | bool | None:
+    """Return what ``relay=`` or the variable says; ``None``: the profile decides."""
+    relay = given
+    if given is None:
+        named = os.environ.get("CLOUDEXEC_RELAY", "")
+        relay = {"": None, "true": True, "false": False}.get(named.lower(), named)
+    if isinstance(relay, str) and relay != "auto":
+        from cloudexec._relay.process import check_relay
+
+        check_relay(relay)
+    return relay
 
 
 def _capacity(size: WorkerSize) -> WorkerCapacity:

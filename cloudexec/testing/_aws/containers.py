@@ -178,6 +178,12 @@ class _RunningContainer:
     def pid(self) -> int | None:
         return None
 
+    @property
+    def address(self) -> str:
+        self._container.reload()
+        networks = self._container.attrs["NetworkSettings"]["Networks"].values()
+        return next((each["IPAddress"] for each in networks if each.get("IPAddress")), "")
+
     def wait(self) -> Exit:
         code = int(self._container.wait()["StatusCode"])
         self._reader.join(timeout=10.0)

@@ -56,6 +56,10 @@ class Running(Protocol):
     def pid(self) -> int | None:
         """The id of the main process on this machine, if it is a process here."""
 
+    @property
+    def address(self) -> str:
+        """Its own address; empty: it has this machine's."""
+
     def wait(self) -> Exit:
         """Block until the attempt has ended, and no process of it is left."""
 
@@ -174,6 +178,10 @@ class _RunningProcess:
     @property
     def pid(self) -> int | None:
         return self._process.pid
+
+    @property
+    def address(self) -> str:
+        return ""
 
     def wait(self) -> Exit:
         code = self._process.wait()

@@ -37,8 +37,9 @@ from cloudexec.testing._aws.registry import RegistryMirror
 from cloudexec.testing._aws.resources import MotoPlatform
 from cloudexec.testing._aws.runners import ProcessRunner, Runner
 from cloudexec.testing._aws.stack_resources import StackResources
+from cloudexec.testing._aws.tasks import Tasks
 from cloudexec.testing._aws.timers import Timing
-from cloudexec.testing._aws.wire import Call
+from cloudexec.testing._aws.wire import Call, Response
 
 __all__ = ["Session", "check_region"]
 
@@ -154,6 +155,7 @@ class Session:
         self._closers.append(self.engine.close)
         self.resources = BatchResources(self.engine, owner.faults)
         self._jobs = BatchJobs(self.engine, owner.faults)
+        self._tasks = Tasks(self.engine, are_processes=owner.mode == "process")
         networks = Networks(owner.region, owner.zones)
         self._closers.append(networks.close)
         ghosts = Ghosts(owner.faults)
@@ -163,7 +165,8 @@ class Session:
             handlers={
                 "ecr": lambda call, _: mirror.answer(call) if mirror else None,
                 "batch": self._batch,
-                "ec2": lambda call, _: networks.prepare(call.region),
+                "ec2": lambda call, _: self._ec2(call, networks),
+                "ecs": lambda call, _: self._tasks.describe(call),
                 "resourcegroupstaggingapi": lambda call, _: ghosts.answer(call),
                 "pricing": lambda call, _: products(call.operation, call.parameters),
                 "service-quotas": lambda call, _: quota_response(
@@ -256,6 +259,10 @@ class Session:
         handler = handler or self.resources.handlers.get(call.operation)
         return None if handler is None else handler(call.region, call.parameters)
 
+    def _ec2(self, call: Call, networks: Networks) -> Response | None:
+        networks.prepare(call.region)
+        return self._tasks.interfaces(call)
+
     def _metadata(self, task_id: str) -> Mapping[str, Any] | None:
         with self.engine.lock:
             for job in self.engine.jobs.values():
@@ -277,6 +284,7 @@ class Session:
                                 "Name": "default",
                                 "Image": job.spec.image,
                                 "ContainerARN": f"{job.task_arn}/default",
+                                "Networks": self._tasks.networks(job),
                                 "Limits": {"CPU": job.spec.vcpus, "Memory": job.spec.memory_mib},
                             }
                         ],

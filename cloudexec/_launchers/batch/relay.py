@@ -1,0 +1,386 @@
+"""A relay as a job: started for one executor, found, watched, started again if it ends, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cloudexec._aws.clients import AwsClients, translated
+from cloudexec._aws.definitions import ensure_definition
+from cloudexec._aws.diagnosis import cause_of_end, cause_of_waiting
+from cloudexec._aws.names import JOB_PREFIX, RELAY_PORT, object_prefix
+from cloudexec._aws.relays import RELAY_SIZE
+from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request
+from cloudexec._errors import AwsError, LaunchError
+from cloudexec._launchers.base import Cost
+from cloudexec._launchers.batch.inquiry import Inquiry
+from cloudexec._launchers.batch.reading import PHASES, end_of
+from cloudexec._launchers.ending import insist
+from cloudexec._launchers.platform import Phase, WaitingJob
+from cloudexec._log import Log
+from cloudexec._pricing import WorkerPrice, run_seconds
+
+__all__ = ["RelayJob", "RelayOrder"]
+
+_logger = Log()
+
+_IDLE = 300
+"""Seconds without client and workers after which a relay ends by itself."""
+_POLL = 2.0
+_STOP_SECONDS = 30.0
+_LONGEST_PAUSE = 60.0
+_URL_SECONDS = 7 * 24 * 3600
+"""The longest that there is. Amazon S3 User Guide, "Download and upload objects with presigned
+URLs". Credentials that end before end the URL, too."""
+_OLD_IMAGE = "not set: CLOUDEXEC_TARGET"
+"""What a worker says that does not know of relays."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayOrder:
+    """What relay is wanted.
+
+    Attributes:
+        executor_id: Whose.
+        queue: ARN of the queue for relays.
+        definition: What its job definition is like, but for what all relays have in common.
+        tags: Of the job.
+        bucket: In which workers read the address.
+        patience: Seconds in which it must be there.
+        lifetime: Seconds after which AWS ends it, whatever became of this process.
+        price: Of a relay.
+        why: Why there is one, for people.
+    """
+
+    executor_id: str
+    queue: str
+    definition: DefinitionSpec
+    tags: Mapping[str, str]
+    bucket: str
+    patience: float
+    lifetime: float
+    price: WorkerPrice
+    why: str
+
+
+class RelayJob:
+    """The relay of one executor.
+
+    Args:
+        clients: For calls to AWS.
+        order: What relay is wanted.
+        inquiry: Says what the job has written.
+    """
+
+    def __init__(self, clients: AwsClients, order: RelayOrder, inquiry: Inquiry) -> None:
+        self.address = ""
+        """``host:port`` of the relay."""
+        self.url = ""
+        """Where workers read the address."""
+        self.on_move: Callable[[str], None] = _nobody
+        self._clients = clients
+        self._order = order
+        self._inquiry = inquiry
+        self._prefix = f"{JOB_PREFIX}{order.executor_id}-relay-"
+        self._key = f"{object_prefix(order.executor_id)}relay"
+        self._job_id = ""
+        self._began: float | None = None
+        self._spent: list[float] = []
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Have a relay, and know its address; that of an earlier process of the executor will do.
+
+        Raises:
+            LaunchError: If it ends, has no address, or does not come in time.
+            AwsError: If AWS refuses.
+        """
+        order = self._order
+        found = await insist(lambda: self._find(f"{self._prefix}*"))
+        if found:
+            self._job_id = found
+        else:
+            _logger.info(
+                "starting a relay, which takes about a minute: about $%.2f an hour while it runs "
+                "(%s)",
+                order.price.per_hour,
+                order.why,
+            )
+            await self._submit()
+        await self._arrive()
+        client = await self._clients.client("s3", once=True)
+        with translated("s3", "GetObject"):
+            self.url = await client.generate_presigned_url(
+                "get_object",
+                Params={"Bucket": order.bucket, "Key": self._key},
+                ExpiresIn=_URL_SECONDS,
+            )
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def close(self) -> None:
+        """End the relay."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        job_id, self._job_id = self._job_id, ""
+        self._ended()
+        with contextlib.suppress(AwsError):
+            await self._clients.call(
+                "s3",
+                "delete_objects",
+                Bucket=self._order.bucket,
+                Delete={"Objects": [{"Key": self._key}], "Quiet": True},
+            )
+        if not job_id:
+            return
+        try:
+            await insist(
+                lambda: self._clients.call(
+                    "batch",
+                    "terminate_job",
+                    jobId=job_id,
+                    reason="cloudexec: the executor has shut down",
+                )
+            )
+        except AwsError as exc:
+            _logger.error(
+                "the relay, job %s, could not be terminated: %s. It ends by itself %d s after the "
+                "last worker has left",
+                job_id,
+                exc,
+                _IDLE,
+            )
+
+    def cost(self) -> Cost:
+        """Say what the relay has cost, and will at least."""
+        price = self._order.price
+        accrued, committed = price.cost_of(self._spent), 0.0
+        if self._began is not None:
+            seconds = run_seconds(self._began, time.monotonic())
+            accrued += price.cost(seconds)
+            committed = price.cost(seconds + _STOP_SECONDS) - price.cost(seconds)
+        elif self._job_id:
+            committed = price.least
+        rate = 0.0 if self._began is None else price.per_hour
+        return Cost(
+            accrued_usd=accrued,
+            committed_usd=committed,
+            per_hour_usd=rate,
+            note=f"a relay at ${price.per_hour:.3f} an hour included",
+        )
+
+    # One relay.
+
+    async def _find(self, name: str) -> str:
+        """Return the job with a name, or a name that begins so, if it has not ended; or ""."""
+        listed = await self._clients.call(
+            "batch",
+            "list_jobs",
+            jobQueue=self._order.queue,
+            filters=[{"name": "JOB_NAME", "values": [name]}],
+        )
+        for summary in listed.get("jobSummaryList", ()):
+            if PHASES[summary["status"]] is not Phase.ENDED:
+                return str(summary["jobId"])
+        return ""
+
+    async def _submit(self) -> None:
+        order = self._order
+        spec = replace(
+            order.definition,
+            compute="fargate",
+            user="0",  # its port is one of those for root alone
+            job_role="",
+            assign_public_ip=True,
+            ephemeral_gib=None,
+            size=RELAY_SIZE,
+        )
+        definition = await ensure_definition(self._clients, definition_request(spec))
+        request = submit_request(
+            # A letter before the digits: what ends in a number is a job of workers.
+            name=f"{self._prefix}r{secrets.token_hex(4)}",
+            queue=order.queue,
+            definition=definition,
+            workers=1,
+            size=RELAY_SIZE,
+            environment={
+                "CLOUDEXEC_RELAY_PORT": str(RELAY_PORT),
+                "CLOUDEXEC_RELAY_IDLE": str(_IDLE),
+            },
+            tags=order.tags,
+            attempt_seconds=int(order.lifetime),
+            retry_reclaimed=False,  # that would have another address, and the same job
+        )
+
+        async def once() -> str:
+            try:
+                answer = await self._clients.call("batch", "submit_job", once=True, **request)
+            except AwsError as exc:
+                # It may have got there. One that is listed later ends by itself, unused.
+                if exc.transient and (found := await self._find(request["jobName"])):
+                    return found
+                raise
+            return str(answer["jobId"])
+
+        # Shut down in the middle of it, the job has to be known, to be ended.
+        submitting = asyncio.ensure_future(insist(once, order.patience))
+        try:
+            self._job_id = await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            with contextlib.suppress(AwsError, TimeoutError):
+                self._job_id = await asyncio.wait_for(submitting, _STOP_SECONDS)
+            raise
+
+    async def _arrive(self) -> None:
+        """Wait until the relay runs; find its address, and say it to workers."""
+        deadline = time.monotonic() + self._order.patience
+        while True:
+            details = await insist(self._look)
+            if details is None or PHASES[details["status"]] is Phase.ENDED:
+                raise LaunchError(await self._why(details))
+            if PHASES[details["status"]] is Phase.RUNNING:
+                task = str(details.get("container", {}).get("taskArn", ""))
+                host = await insist(functools.partial(self._public_address, task))
+                if host:
+                    break
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"the relay, job {self._job_id}, is {details['status']} after "
+                    f"{self._order.patience:g} s: {await self._why_it_waits(details)}"
+                )
+            await asyncio.sleep(_POLL / 2)
+        self.address = f"{host}:{RELAY_PORT}"
+        await self._clients.call(
+            "s3",
+            "put_object",
+            Bucket=self._order.bucket,
+            Key=self._key,
+            Body=self.address.encode(),
+        )
+
+    async def _look(self) -> Any:
+        """Return what AWS says of the job; ``None``: it does not know it."""
+        answer = await self._clients.call("batch", "describe_jobs", jobs=[self._job_id])
+        details = next(iter(answer["jobs"]), None)
+        if details is not None and self._began is None:
+            phase, now = PHASES[details["status"]], time.monotonic()
+            if phase is Phase.RUNNING and details.get("startedAt"):
+                self._began = now - max(0.0, time.time() - details["startedAt"] / 1000)
+            elif phase in (Phase.STARTING, Phase.RUNNING):
+                self._began = now
+        return details
+
+    async def _public_address(self, task: str) -> str:
+        """Return the address in the internet of a relay that runs; empty: not known yet.
+
+        References:
+            Amazon ECS API Reference, "DescribeTasks" and "Attachment"; Amazon EC2 API Reference,
+            "DescribeNetworkInterfaces".
+        """
+        parts = task.rpartition(":task/")[2].split("/")
+        if len(parts) != 2:
+            return ""
+        answer = await self._clients.call("ecs", "describe_tasks", cluster=parts[0], tasks=[task])
+        interfaces = [
+            str(detail["value"])
+            for each in answer["tasks"]
+            for attachment in each.get("attachments", ())
+            for detail in attachment.get("details", ())
+            if detail.get("name") == "networkInterfaceId"
+        ]
+        if not interfaces:
+            return ""
+        answer = await self._clients.call(
+            "ec2", "describe_network_interfaces", NetworkInterfaceIds=interfaces
+        )
+        found = answer["NetworkInterfaces"]
+        return next(
+            (each["Association"]["PublicIp"] for each in found if "Association" in each), ""
+        )
+
+    async def _why(self, details: Mapping[str, Any] | None) -> str:
+        """Say why the relay has ended."""
+        if details is None:
+            return f"the relay, job {self._job_id}, is not known to AWS Batch any more"
+        tail = await self._inquiry.log_tail(details)
+        end = end_of(details, details.get("attempts", ()))
+        if _OLD_IMAGE in tail:
+            why = "the worker image is older than relays; `cloudexec image push` makes a new one"
+        elif end.exit_code is not None:
+            why = f"exit code {end.exit_code}, {end.status_reason}"
+            if tail:
+                why += f"; its last line: {tail.splitlines()[-1]}"
+        else:
+            why = str(cause_of_end(end))
+        return f"the relay, job {self._job_id}, has ended: {why}"
+
+    async def _why_it_waits(self, details: Mapping[str, Any]) -> str:
+        reason = details.get("statusReason", "")
+        waiting = WaitingJob(
+            job_id=self._job_id, counts={PHASES[details["status"]]: 1}, reason=reason
+        )
+        with contextlib.suppress(AwsError):
+            situation = await self._inquiry.situation(
+                [waiting], [], queue=self._order.queue, vcpus=RELAY_SIZE.vcpus
+            )
+            if (cause := cause_of_waiting(situation)) is not None:
+                return str(cause)
+        return reason or "AWS gives no reason"
+
+    # One after the other.
+
+    async def _watch(self) -> None:
+        """Look again and again, and have another relay where one has ended; until cancelled."""
+        pause, said = _POLL, ""
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                details = await self._look() if self._job_id else None
+                if details is not None and PHASES[details["status"]] is not Phase.ENDED:
+                    pause, said = _POLL, ""
+                    continue
+                if self._job_id:
+                    _logger.warning("another relay is started: %s", await self._why(details))
+                    self._job_id = ""
+                    self._ended()
+                await self._submit()
+                await self._arrive()
+            except (AwsError, LaunchError) as exc:
+                if self._job_id and isinstance(exc, LaunchError):
+                    # It did not come up: the next one may.
+                    await self._give_up()
+                if str(exc) != said:
+                    said = str(exc)
+                    _logger.warning("there is no relay now: %s", exc)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            except Exception:
+                # A bug must not end the watch: nobody would start another relay.
+                _logger.exception("internal error while watching the relay")
+                pause = _LONGEST_PAUSE
+            else:
+                pause = _POLL
+                _logger.info("the relay is now at %s", self.address)
+                self.on_move(self.address)
+
+    async def _give_up(self) -> None:
+        job_id, self._job_id = self._job_id, ""
+        self._ended()
+        with contextlib.suppress(AwsError):
+            await self._clients.call(
+                "batch", "terminate_job", jobId=job_id, reason="cloudexec: it cannot be reached"
+            )
+
+    def _ended(self) -> None:
+        if self._began is not None:
+            self._spent.append(run_seconds(self._began, time.monotonic()))
+            self._began = None
+
+
+def _nobody(_: str) -> None:
+    """Nobody wants to know."""

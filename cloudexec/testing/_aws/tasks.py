@@ -1,0 +1,129 @@
+"""The tasks of Amazon ECS behind jobs on Fargate, and their network interfaces."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cloudexec.testing._aws.engine import Engine
+from cloudexec.testing._aws.jobs import Job
+from cloudexec.testing._aws.limits import ClientError
+from cloudexec.testing._aws.wire import Call, Response
+
+__all__ = ["Tasks"]
+
+_PLACED = ("STARTING", "RUNNING")
+
+
+class Tasks:
+    """Answers what is asked about tasks of jobs.
+
+    A process has no network of its own. So that two of them can listen at the same port, each task
+    has a loopback address, where the system has more than one; it is both the private and the
+    public address.
+
+    Args:
+        engine: Whose jobs they are.
+        are_processes: Whether they are processes of this machine, and not containers.
+    """
+
+    def __init__(self, engine: Engine, *, are_processes: bool) -> None:
+        self._engine = engine
+        self._are_processes = are_processes
+
+    def networks(self, job: Job) -> list[dict[str, Any]]:
+        """Return the networks of a task as its metadata have them."""
+        if not self._are_processes:
+            return []  # a container is told of its networks before they can be looked up
+        return [{"NetworkMode": "awsvpc", "IPv4Addresses": [self.address(job)]}]
+
+    def address(self, job: Job) -> str:
+        """Return the address of a task that runs."""
+        own = job.running.address if job.running is not None else ""
+        if own or not sys.platform.startswith("linux"):
+            return own or "127.0.0.1"
+        number = bytes.fromhex((job.task_id or "0" * 6)[:6])
+        return f"127.{number[0] | 128}.{number[1]}.{1 + number[2] % 254}"
+
+    def describe(self, call: Call) -> Mapping[str, Any] | None:
+        """Answer DescribeTasks; ``None``: they are not of AWS Batch."""
+        given = call.parameters
+        if call.operation != "DescribeTasks" or "AWSBatch" not in given.get("cluster", ""):
+            return None
+        with self._engine.lock:
+            wanted = given["tasks"]
+            found = {
+                job.task_arn: _detail(job, self.address(job))
+                for job in self._jobs()
+                if job.task_arn in wanted
+            }
+        return {
+            "tasks": [found[arn] for arn in wanted if arn in found],
+            "failures": [{"arn": arn, "reason": "MISSING"} for arn in wanted if arn not in found],
+        }
+
+    def interfaces(self, call: Call) -> Response | None:
+        """Answer DescribeNetworkInterfaces for tasks' interfaces; ``None``: there are others."""
+        wanted = call.parameters.get("NetworkInterfaceIds") or ()
+        if call.operation != "DescribeNetworkInterfaces" or not wanted:
+            return None
+        with self._engine.lock:
+            found = {
+                _interface(job): (job, self.address(job))
+                for job in self._jobs()
+                if _interface(job) in wanted
+            }
+        for each in wanted:
+            if each not in found:
+                raise ClientError(
+                    f"The networkInterface ID '{each}' does not exist",
+                    "InvalidNetworkInterfaceID.NotFound",
+                )
+        items = "".join(_item(each, *found[each]) for each in wanted)
+        body = (
+            '<DescribeNetworkInterfacesResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/">'
+            f"<requestId>{uuid.uuid4()}</requestId>"
+            f"<networkInterfaceSet>{items}</networkInterfaceSet>"
+            "</DescribeNetworkInterfacesResponse>"
+        )
+        return Response(status=200, body=body.encode(), headers={"Content-Type": "text/xml"})
+
+    def _jobs(self) -> Iterator[Job]:
+        for job in self._engine.jobs.values():
+            if job.task_id and job.status in _PLACED and job.spec.fargate:
+                yield job
+
+
+def _interface(job: Job) -> str:
+    return f"eni-{(job.task_id or '')[:17]}"
+
+
+def _detail(job: Job, address: str) -> dict[str, Any]:
+    arn = job.task_arn or ""
+    details = {"networkInterfaceId": _interface(job), "privateIPv4Address": address}
+    return {
+        "taskArn": arn,
+        "clusterArn": arn.rpartition("/")[0].replace(":task/", ":cluster/"),
+        "lastStatus": "RUNNING" if job.status == "RUNNING" else "PENDING",
+        "launchType": "FARGATE",
+        "attachments": [
+            {
+                "id": str(uuid.UUID(job.task_id)),
+                "type": "ElasticNetworkInterface",
+                "status": "ATTACHED",
+                "details": [{"name": name, "value": value} for name, value in details.items()],
+            }
+        ],
+    }
+
+
+def _item(interface: str, job: Job, address: str) -> str:
+    network = job.spec.container.get("networkConfiguration") or {}
+    association = f"<association><publicIp>{address}</publicIp></association>"
+    return (
+        f"<item><networkInterfaceId>{interface}</networkInterfaceId>"
+        f"<privateIpAddress>{address}</privateIpAddress>"
+        f"{association if network.get('assignPublicIp') == 'ENABLED' else ''}</item>"
+    )

@@ -1,0 +1,178 @@
+"""Relays that the launcher starts: in an emulated AWS, as processes with real traffic."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+
+from cloudexec import Batch, BatchExecutor, ConfigError, LaunchError
+from cloudexec._aws.policy import policy
+from cloudexec._aws.profile import Profile
+from cloudexec.cli import _group
+from cloudexec.testing import FakeAWS
+
+PATIENCE = 60.0
+IMAGE = f"registry.example/w@sha256:{'0' * 64}"
+
+
+def _may_listen() -> bool:
+    """Whether a process of this user may have port 443 at an address of its own."""
+    try:
+        socket.create_server(("127.200.0.1", 443)).close()
+    except OSError:
+        return False
+    return True
+
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(not _may_listen(), reason="port 443 of 127.200.0.1 cannot be had"),
+]
+
+
+@pytest.fixture
+def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
+    """An account with a set-up whose image is there."""
+    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path / "profiles"))
+    monkeypatch.delenv("CLOUDEXEC_RELAY", raising=False)
+    with FakeAWS(grace=0.5, calls_per_second=1000, stack_seconds=0.0) as fake:
+        for command in (["up", "--yes"], ["image", "use", IMAGE]):
+            done = click.testing.CliRunner().invoke(_group, command)
+            assert done.exit_code == 0, done.output
+        yield fake
+
+
+def eventually(holds: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := holds()):
+        assert time.monotonic() < deadline, holds
+        time.sleep(0.02)
+    return found
+
+
+def relays(aws: FakeAWS) -> list[Any]:
+    return [job for job in aws.jobs() if job.queue.endswith("-relay")]
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+def test_an_executor_has_a_relay_of_its_own_for_as_long_as_it_lives(aws: FakeAWS) -> None:
+    """Everything goes through it: the workers know of nothing else."""
+    aws.faults.allow_only(policy(Profile.load("default")))
+    aws.clear_requests()
+    with BatchExecutor(2, launcher=Batch(relay=True), output="off") as executor:
+        assert sum(executor.map(square, range(300))) == sum(x * x for x in range(300))
+        data = os.urandom(3 << 20)
+        assert executor.submit(bytes, data).result() == data
+        (relay,) = relays(aws)
+        assert relay.status == "RUNNING"
+        assert (relay.vcpus, relay.memory_mib) == (0.25, 512)
+        assert relay.environment["CLOUDEXEC_RELAY_PORT"] == "443"
+        assert relay.tags["cloudexec:executor"]
+        workers = [job for job in aws.jobs() if job.queue.endswith("-fargate")]
+        assert all(job.environment["CLOUDEXEC_RELAY"].startswith("http") for job in workers)
+        assert workers[0].environment["CLOUDEXEC_TARGET"].endswith(".cloudexec.invalid:443")
+        cost = executor.cost()
+        assert "a relay at $0.017 an hour included" in cost.note
+    submitted = next(
+        each.parameters
+        for each in aws.requests
+        if each.operation == "SubmitJob" and each.parameters["jobQueue"].endswith("-relay")
+    )
+    assert submitted["timeout"] == {"attemptDurationSeconds": 24 * 3600}
+    eventually(lambda: relays(aws)[0].status == "FAILED")
+    assert relays(aws)[0].status_reason == "cloudexec: the executor has shut down"
+    assert not [each for each in aws.requests if each.error and each.service != "logs"]
+
+
+def test_the_relay_is_paid_for_and_counts_for_the_ceiling(aws: FakeAWS) -> None:
+    """Its price is in the rate, beside that of the worker."""
+    rates = {}
+    for relay in (True, False):
+        with BatchExecutor(1, launcher=Batch(relay=relay), output="off") as executor:
+            assert executor.submit(square, 3).result() == 9
+            rates[relay] = executor.cost().per_hour_usd
+    assert rates[True] - rates[False] == pytest.approx(0.0173, abs=0.001)
+
+
+def pause(path: str, x: int) -> int:
+    """Say that it runs, and wait to be told to end."""
+    with open(f"{path}/{x}.{time.monotonic_ns()}.began", "w"):
+        pass
+    deadline = time.monotonic() + PATIENCE
+    while not os.path.exists(f"{path}/go"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return x
+
+
+def test_a_relay_that_dies_is_followed_by_another_and_no_task_runs_twice(
+    aws: FakeAWS, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "cloudexec")
+    with BatchExecutor(2, launcher=Batch(relay=True), output="off") as executor:
+        futures = [executor.submit(pause, str(tmp_path), x) for x in range(2)]
+        eventually(lambda: len(list(tmp_path.glob("*.began"))) == 2)
+        first = relays(aws)[0]
+        os.kill(first.pid, signal.SIGKILL)
+        second = eventually(
+            lambda: next((job for job in relays(aws)[1:] if job.status == "RUNNING"), None)
+        )
+        (tmp_path / "go").touch()
+        assert [future.result(PATIENCE) for future in futures] == [0, 1]
+        assert list(executor.map(square, range(100))) == [x * x for x in range(100)]
+        assert executor.stats().workers.lost == 0
+    assert len(list(tmp_path.glob("*.began"))) == 2
+    assert first.job_id != second.job_id
+    assert "another relay is started: the relay, job" in caplog.text
+    assert "the relay is now at 127." in caplog.text
+
+
+def test_a_relay_that_ends_at_once_is_why_the_executor_cannot_start(aws: FakeAWS) -> None:
+    aws.faults.image_pull_fails()
+    with (
+        BatchExecutor(1, launcher=Batch(relay=True)) as executor,
+        pytest.raises(LaunchError, match=r"the relay, job .* has ended: the worker's image cannot"),
+    ):
+        executor.submit(square, 3).result(PATIENCE)
+
+
+def test_a_relay_that_does_not_come_is_why_the_executor_cannot_start(aws: FakeAWS) -> None:
+    aws.faults.no_capacity()
+    with (
+        BatchExecutor(1, launcher=Batch(relay=True), launch_timeout=2.0) as executor,
+        pytest.raises(LaunchError, match=r"the relay, job .*, is RUNNABLE after 2 s: .*capacity"),
+    ):
+        executor.submit(square, 3).result(PATIENCE)
+    eventually(lambda: relays(aws)[0].status == "FAILED")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"queues": {"fargate": "q"}}, "has no queue for relays: `cloudexec up --name default`"),
+        ({"assign_public_ip": False}, "give no public addresses .* relay='ssh://user@host'"),
+        ({"stack": ""}, "it needs the stack of a profile"),
+    ],
+)
+def test_a_set_up_that_cannot_have_a_relay_is_told_why(
+    aws: FakeAWS, changes: dict[str, Any], said: str
+) -> None:
+    dataclasses.replace(Profile.load("default"), **changes).save()
+    with (
+        BatchExecutor(1, launcher=Batch(relay=True)) as executor,
+        pytest.raises(ConfigError, match=f"no relay can be started: .*{said}"),
+    ):
+        executor.submit(square, 3).result(PATIENCE)
