@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -366,7 +367,7 @@ def translated(service: str, operation: str, *, region: str = "") -> Iterator[No
         raise AwsError(f"{what}: {text}", code="ParamValidation", operation=what) from exc
     except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as exc:
         raise AwsError(
-            f"{what}: AWS cannot be reached: {exc}; check the network, proxies and the region",
+            f"{what}: AWS cannot be reached: {exc}; {_way_to_aws()}",
             code="Unreachable",
             operation=what,
             transient=True,
@@ -380,3 +381,17 @@ def translated(service: str, operation: str, *, region: str = "") -> Iterator[No
         ) from exc
     except botocore.exceptions.BotoCoreError as exc:
         raise AwsError(f"{what}: {exc}", code=type(exc).__name__, operation=what) from exc
+
+
+def _way_to_aws() -> str:
+    """Say what to look at where AWS cannot be reached."""
+    proxies = urllib.request.getproxies()
+    over = proxies.get("https", "")
+    if over.startswith("socks"):
+        return (
+            "HTTPS_PROXY names a SOCKS proxy, and the AWS SDK takes HTTP proxies only: run an "
+            "HTTP proxy that leads to it, and name that one"
+        )
+    if not over and "all" in proxies:
+        return "the AWS SDK does not use ALL_PROXY: name an HTTP proxy in HTTPS_PROXY"
+    return "check the network, proxies and the region"

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import http.client
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -872,3 +873,48 @@ def test_worker_goes_through_a_proxy_and_checks_who_answers(
             file.seek(0)
             assert file.read() == data
         assert {each.split()[1] for each in relay.connects} == {"s3.test:443"}
+
+
+async def _identity() -> str:
+    async with AwsClients("us-east-1") as clients:
+        return str((await clients.call("sts", "get_caller_identity"))["Account"])
+
+
+def test_calls_to_aws_go_through_an_http_proxy_and_know_a_certificate_of_its_own(
+    aws: FakeAWS, authority: tuple[ssl.SSLContext, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, known = authority
+    port = urlsplit(aws.endpoint_url).port
+    assert port is not None
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.test")
+    monkeypatch.setenv("AWS_CA_BUNDLE", known)
+    with Relay(port, tls=context, tunnel=True) as relay:
+        monkeypatch.setenv("https_proxy", f"http://user:secret@127.0.0.1:{relay.port}")
+        assert asyncio.run(_identity()) == "123456789012"
+        assert {each.split()[1] for each in relay.connects} == {"s3.test:443"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"https_proxy": "socks5h://127.0.0.1:9"}, "the AWS SDK takes HTTP proxies only"),
+        ({"all_proxy": "socks5h://127.0.0.1:9"}, "the AWS SDK does not use ALL_PROXY"),
+        (
+            {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"},
+            "connect to the endpoint URL: .*check the network, proxies and the region",
+        ),
+    ],
+)
+def test_where_aws_cannot_be_reached_proxies_that_its_sdk_does_not_use_are_named(
+    aws: FakeAWS, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name in ("https_proxy", "all_proxy", "no_proxy", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{port}")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AwsError, match=said):
+        asyncio.run(_identity())
