@@ -210,7 +210,8 @@ def _ways_out(own: str) -> str:
         )
     return (
         f"Run this program in the workers' VPC (an EC2 instance, a SageMaker notebook instance, an "
-        f"ECS task); or forward a port of a public address here and give advertise='HOST:PORT' "
+        f"ECS task); or let workers come through a relay with Batch(relay='auto'), for about $0.02 "
+        f"an hour; or forward a port of a public address here and give advertise='HOST:PORT' "
         f"(and listen='0.0.0.0:PORT' where it is another one here; CLOUDEXEC_ADVERTISE and "
         f"CLOUDEXEC_LISTEN do the same); or, where a VPN or Direct "
         f"Connect leads here, advertise={own or 'ADDRESS'!r}"

@@ -18,8 +18,10 @@ from cloudexec._aws.diagnosis import mend_invalid
 from cloudexec._aws.ecr import EcrImage
 from cloudexec._aws.names import is_setup_name
 from cloudexec._aws.network import look_at_subnets
+from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.quotas import vcpu_quotas
+from cloudexec._aws.relays import AUTO, lacks_for_relay, relay_price
 from cloudexec._aws.stack import STANDING, find_stack
 from cloudexec._aws.steps import counted
 from cloudexec._aws.template import TEMPLATE_VERSION
@@ -513,25 +515,38 @@ async def _log_group(examination: _Examination) -> Check:
 
 
 async def _address(examination: _Examination) -> Check:
-    if relay := os.environ.get("CLOUDEXEC_RELAY", ""):
-        how = f"workers come through the relay {relay}: from CLOUDEXEC_RELAY"
-        return Check(name="address", outcome="ok", found=how)
+    profile, name = examination.profile, "address"
+    named = os.environ.get("CLOUDEXEC_RELAY", "")
+    relay = named or profile.relay
+    source = "CLOUDEXEC_RELAY" if named else f"the profile {profile.name!r}"
+    if relay.lower() not in ("", AUTO, "true", "false"):
+        how = f"workers come through the relay {relay}: from {source}"
+        return Check(name=name, outcome="ok", found=how)
+    price = relay_price(PriceTable.load(profile.region), "x86_64", profile.region)
+    started = f"a relay that each executor starts, for about ${price.per_hour:.2f} an hour"
+    lacking = lacks_for_relay(profile)
+    if relay.lower() == "true":
+        found = f"workers come through {started}: from {source}"
+        if lacking:
+            found = f"{source} wants a relay, and none can be started: {lacking}"
+        return Check(name=name, outcome="failed" if lacking else "ok", found=found)
     try:
-        found = await advertised_address(
-            examination.profile,
-            advertise=examination.advertise,
-            endpoint=examination.clients.endpoint,
+        address = await advertised_address(
+            profile, advertise=examination.advertise, endpoint=examination.clients.endpoint
         )
     except ConfigError as exc:
-        return Check(
-            name="address",
-            outcome="failed",
-            found=str(exc),
-            remedy=(
-                "set CLOUDEXEC_ADVERTISE to the address at which workers reach this machine, and "
-                "CLOUDEXEC_LISTEN if it is forwarded to another port here"
-            ),
+        if relay == AUTO and not lacking:
+            why = str(exc).partition(". ")[0]
+            found = f"workers come through {started} (auto, from {source}), as {why}"
+            return Check(name=name, outcome="ok", found=found)
+        remedy = (
+            "set CLOUDEXEC_ADVERTISE to the address at which workers reach this machine, and "
+            "CLOUDEXEC_LISTEN if it is forwarded to another port here; or "
         )
-    listen = examination.listen or f"{found.listen}:{found.port or 'any free port'}"
-    dialed = f"workers are told to dial {found.address}: {found.how}; this side listens on {listen}"
-    return Check(name="address", outcome="ok", found=dialed)
+        remedy += f"for a relay: {lacking}" if lacking else f"CLOUDEXEC_RELAY=auto for {started}"
+        return Check(name=name, outcome="failed", found=str(exc), remedy=remedy)
+    listen = examination.listen or f"{address.listen}:{address.port or 'any free port'}"
+    found = (
+        f"workers are told to dial {address.address}: {address.how}; this side listens on {listen}"
+    )
+    return Check(name=name, outcome="ok", found=found)

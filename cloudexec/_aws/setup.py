@@ -9,12 +9,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cloudexec._aws.address import vpcs_of_this_machine
+from cloudexec._aws.address import advertised_address, vpcs_of_this_machine
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.diagnosis import mend_invalid
 from cloudexec._aws.names import RELAY_QUEUE, TAG_STACK, is_setup_name, stack_name
 from cloudexec._aws.network import SUBNETS_LARGEST, choose_network
+from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
+from cloudexec._aws.relays import AUTO, lacks_for_relay, relay_price
 from cloudexec._aws.requests import check_tags
 from cloudexec._aws.stack import STANDING, Stack, event_ids, find_stack, follow, stack_failure
 from cloudexec._aws.steps import Noted, Report, counted, stepping
@@ -131,7 +133,7 @@ async def up(
         stack = await _update(clients, stack, options, report, interval)
     with stepping(report, "Queues and compute environments") as step:
         step.found = await _await_valid(clients, _queues(stack), interval)
-    return _write_profile(clients.region, stack, options, earlier, report)
+    return await _write_profile(clients, stack, options, earlier, report)
 
 
 async def adopt(
@@ -191,7 +193,7 @@ async def adopt(
         report(Noted(text=text))
     with stepping(report, "Queues and compute environments") as step:
         step.found = await _await_valid(clients, _queues(stack), 0.0, is_ours=False)
-    return _write_profile(clients.region, stack, options, earlier, report)
+    return await _write_profile(clients, stack, options, earlier, report)
 
 
 async def _say_who(clients: AwsClients, report: Report) -> None:
@@ -204,12 +206,30 @@ def _queues(stack: Stack) -> list[str]:
     return [stack.outputs[key] for key in _QUEUES.values() if key in stack.outputs]
 
 
-def _write_profile(
-    region: str, stack: Stack, options: SetupOptions, earlier: Profile | None, report: Report
+async def _write_profile(
+    clients: AwsClients,
+    stack: Stack,
+    options: SetupOptions,
+    earlier: Profile | None,
+    report: Report,
 ) -> Profile:
     with stepping(report, f"Profile {options.name}") as step:
-        profile = _profile(region, stack, options, earlier)
+        profile = _profile(clients.region, stack, options, earlier)
+        why = ""
+        if not profile.relay and not lacks_for_relay(profile):
+            try:
+                await advertised_address(profile, endpoint=clients.endpoint)
+            except ConfigError as exc:
+                why = str(exc).partition(". ")[0]
+                profile = replace(profile, relay=AUTO)
         step.found = str(profile.save())
+    if why:
+        price = relay_price(PriceTable.load(clients.region), "x86_64", clients.region)
+        text = (
+            f"{why}: executors start a relay for them here, about ${price.per_hour:.2f} an hour "
+            f"while they run (Batch(relay=False) does not)"
+        )
+        report(Noted(text=text))
     return profile
 
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import random
 import re
+import statistics
 import time
+from typing import TYPE_CHECKING
 
 from cloudexec._aws.doctor import Check, prevents_probe
 from cloudexec._aws.profile import Profile
 from cloudexec._errors import CloudexecError
 
+if TYPE_CHECKING:
+    from cloudexec import BatchExecutor
+
 __all__ = ["probe"]
 
 _LATE = "no worker dialed back within"
+_ROUND_TRIPS = 7
+_SPEED_MIB = 4
+_SPEED_TIMEOUT = 120.0
 _UNREACHED = re.compile(rf"reach this process|did not dial back yet|{_LATE} [\d.]+ s$")
 
 
@@ -54,14 +63,16 @@ def probe(
             # A builtin: the image need not have what this module imports.
             future = executor.submit(max, 1, 2)
             try:
-                future.result(timeout)
+                # A relay, if there is one, comes first.
+                future.result(timeout * (2 if launcher.may_start_relay else 1))
             except TimeoutError:
                 why = launcher.explain()
                 executor.shutdown(cancel_futures=True)
                 return _failed(name, "; ".join(filter(None, (f"{_LATE} {timeout:g} s", why))))
             seconds = time.monotonic() - started
             launches = executor.stats().launches
-    except CloudexecError as exc:
+            speed = _speed(executor)
+    except (CloudexecError, TimeoutError) as exc:
         return _failed(name, f"{type(exc).__name__}: {exc}")
     parts = []
     if launches:
@@ -78,7 +89,25 @@ def probe(
     found = f"dialed back and ran a task in {seconds:.1f} s"
     if parts:
         found += f": {', '.join(parts)}"
+    found += f"; {speed}"
     return Check(name="probe worker", outcome="ok", found=found)
+
+
+def _speed(executor: BatchExecutor) -> str:
+    """Measure how fast the way to the worker is."""
+    times = []
+    for _ in range(_ROUND_TRIPS):
+        started = time.monotonic()
+        executor.submit(max, 1, 2).result(_SPEED_TIMEOUT)
+        times.append(time.monotonic() - started)
+    data = random.randbytes(_SPEED_MIB << 20)  # which nothing on the way can compress
+    started = time.monotonic()
+    executor.submit(bytes, data).result(_SPEED_TIMEOUT)
+    seconds = time.monotonic() - started
+    return (
+        f"then {1000 * statistics.median(times):.0f} ms for a task, and {seconds:.1f} s for "
+        f"{_SPEED_MIB} MiB there and back"
+    )
 
 
 def _failed(name: str, found: str) -> Check:
@@ -93,7 +122,6 @@ def _remedy(name: str, reason: str) -> str:
             f"workers must reach the address above: from within the VPC, put this machine into "
             f"the stack's security group{inside}; from elsewhere, forward a port and set "
             f"CLOUDEXEC_ADVERTISE=HOST:PORT (and CLOUDEXEC_LISTEN=0.0.0.0:PORT where it is another "
-            f"one here), or set CLOUDEXEC_RELAY=ssh://USER@HOST, a host that "
-            f"both sides reach"
+            f"one here), or set CLOUDEXEC_RELAY=true, which starts a relay"
         )
     return "mend what the message names, then run this command again"

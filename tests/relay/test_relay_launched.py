@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import ipaddress
 import logging
 import os
 import signal
 import socket
+import socketserver
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +20,10 @@ from typing import Any
 
 import click.testing
 import pytest
+from relay_helpers import PACKAGE
 
 from cloudexec import Batch, BatchExecutor, ConfigError, LaunchError
+from cloudexec._aws.address import _is_ec2_instance, _outward_address
 from cloudexec._aws.policy import policy
 from cloudexec._aws.profile import Profile
 from cloudexec.cli import _group
@@ -46,8 +54,8 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
     monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path / "profiles"))
     monkeypatch.delenv("CLOUDEXEC_RELAY", raising=False)
     with FakeAWS(grace=0.5, calls_per_second=1000, stack_seconds=0.0) as fake:
-        for command in (["up", "--yes"], ["image", "use", IMAGE]):
-            done = click.testing.CliRunner().invoke(_group, command)
+        for words in (["up", "--yes"], ["image", "use", IMAGE]):
+            done = click.testing.CliRunner().invoke(_group, words)
             assert done.exit_code == 0, done.output
         yield fake
 
@@ -62,6 +70,57 @@ def eventually(holds: Callable[[], Any]) -> Any:
 
 def relays(aws: FakeAWS) -> list[Any]:
     return [job for job in aws.jobs() if job.queue.endswith("-relay")]
+
+
+def command(*words: str) -> str:
+    """Run a command; return what it prints."""
+    done = click.testing.CliRunner().invoke(_group, [*words], standalone_mode=False)
+    assert not done.return_value, done.output
+    return done.output
+
+
+class Forwarder(socketserver.ThreadingTCPServer):
+    """Passes connections on to a port of this machine's loopback address."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int) -> None:
+        self.port = port
+        super().__init__((host, 0), _Forwarding)
+
+
+class _Forwarding(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        assert isinstance(self.server, Forwarder)
+        with socket.create_connection(("127.0.0.1", self.server.port)) as server:
+            back = threading.Thread(target=_copy, args=(server, self.request))
+            back.start()
+            _copy(self.request, server)
+            back.join()
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def laptop(aws: FakeAWS, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
+    """This machine as one in a private network, for which AWS is elsewhere."""
+    own = _outward_address()
+    if not own or ipaddress.ip_address(own).is_global or _is_ec2_instance():
+        pytest.skip("this machine is one that workers could reach")
+    monkeypatch.delenv("CLOUDEXEC_ADVERTISE")
+    port = int(aws.endpoint_url.rpartition(":")[2])
+    with Forwarder(own, port) as forwarder:
+        threading.Thread(target=forwarder.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://{own}:{forwarder.server_address[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        yield aws
+        forwarder.shutdown()
 
 
 def square(x: int) -> int:
@@ -176,3 +235,107 @@ def test_a_set_up_that_cannot_have_a_relay_is_told_why(
         pytest.raises(ConfigError, match=f"no relay can be started: .*{said}"),
     ):
         executor.submit(square, 3).result(PATIENCE)
+
+
+def test_where_nothing_leads_in_a_profile_says_auto_and_doctor_why(laptop: FakeAWS) -> None:
+    """From `up` to the first task, with nothing about relays in the program."""
+    assert "executors start a relay for them here, about $0.02 an hour" in command("up", "--yes")
+    assert Profile.load("default").relay == "auto"
+    said = command("doctor")
+    assert "workers come through a relay that each executor starts, for about $0.02 an hour" in said
+    assert "(auto, from the profile 'default'), as workers in AWS cannot reach this machine" in said
+    assert " ms for a task, and " in said
+    assert " s for 4 MiB there and back" in said
+    assert len(relays(laptop)) == 1
+    with BatchExecutor(1, launcher=Batch(), output="off") as executor:
+        assert executor.submit(square, 3).result() == 9
+    assert len(relays(laptop)) == 2
+    with (
+        BatchExecutor(1, launcher=Batch(relay=False)) as executor,
+        pytest.raises(ConfigError, match="cannot reach this machine"),
+    ):
+        executor.submit(square, 3).result(PATIENCE)
+    assert len(relays(laptop)) == 2
+
+
+def test_where_workers_reach_this_machine_auto_starts_nothing(aws: FakeAWS) -> None:
+    command("up", "--yes")
+    assert Profile.load("default").relay == ""
+    with BatchExecutor(1, launcher=Batch(relay="auto"), output="off") as executor:
+        assert executor.submit(square, 3).result() == 9
+    assert not relays(aws)
+
+
+@pytest.mark.parametrize(
+    ("variable", "outcome"),
+    [
+        ("true", "ok      address: workers come through a relay that each executor starts"),
+        ("false", "ok      address: workers are told to dial 127.0.0.1"),
+        ("relay.example:443", "ok      address: workers come through the relay relay.example:443"),
+    ],
+)
+def test_doctor_says_what_the_variable_means(
+    aws: FakeAWS, monkeypatch: pytest.MonkeyPatch, variable: str, outcome: str
+) -> None:
+    monkeypatch.setenv("CLOUDEXEC_RELAY", variable)
+    assert outcome in command("doctor", "--dry")
+    expected = {"true": True, "false": False}.get(variable, variable)
+    assert Batch().relay == expected
+
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+from cloudexec import Batch, BatchExecutor
+
+def task(folder, x):
+    Path(folder, f"{x}.{time.monotonic_ns()}.began").touch()
+    deadline = time.monotonic() + 60
+    while not Path(folder, "go").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return x
+
+if __name__ == "__main__":
+    folder = sys.argv[1]
+    launcher = Batch(relay=True)
+    with BatchExecutor(2, launcher=launcher, journal=f"{folder}/journal", output="off") as executor:
+        futures = [executor.submit(task, folder, x) for x in range(2)]
+        Path(folder, "submitted").touch()
+        print([future.result() for future in futures], executor.stats().tasks.taken_over)
+"""
+
+
+def test_a_killed_program_is_taken_over_through_its_relay(aws: FakeAWS, tmp_path: Path) -> None:
+    """The next run finds the relay and the workers of the one before; no call runs twice."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def run() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path)],
+            env={**os.environ, "PYTHONPATH": PACKAGE},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    first = run()
+    try:
+        eventually(lambda: len(list(tmp_path.glob("*.began"))) == 2)
+    finally:
+        first.kill()
+        first.communicate()
+    (tmp_path / "submitted").unlink()
+    second = run()
+    try:
+        eventually((tmp_path / "submitted").exists)
+        (tmp_path / "go").touch()
+        said, errors = second.communicate(timeout=PATIENCE)
+    finally:
+        second.kill()
+        second.wait()
+    assert said == "[0, 1] 2\n", errors
+    assert len(list(tmp_path.glob("*.began"))) == 2
+    assert len(relays(aws)) == 1
+    eventually(lambda: relays(aws)[0].status == "FAILED")

@@ -233,15 +233,20 @@ class Batch(PlatformLauncher):
         self._most_slots = slots_per_worker
 
     @property
-    def reconnect_grace(self) -> float:  # type: ignore[override]
-        """Seconds for which a worker is waited for: longer where a new relay may have to come."""
+    def may_start_relay(self) -> bool:
+        """Whether a relay may have to be started, by the settings or by the profile."""
         relay = self.relay
         if relay is None and self.profile is not None:
             from cloudexec._aws.profile import Profile
 
             with contextlib.suppress(ConfigError):  # which ``connect`` raises
                 relay = Profile.load(self.profile).relay
-        return _RELAY_GRACE if relay in (True, "auto") else PlatformLauncher.reconnect_grace
+        return relay in (True, "auto")
+
+    @property
+    def reconnect_grace(self) -> float:  # type: ignore[override]
+        """Seconds for which a worker is waited for: longer where a new relay may have to come."""
+        return _RELAY_GRACE if self.may_start_relay else PlatformLauncher.reconnect_grace
 
     def capacities(self) -> Sequence[WorkerCapacity]:
         """Return what workers of each size of the ladder have."""
