@@ -106,10 +106,12 @@ class MovingRelay(Protocol):
     """A relay whose address changes when its launcher has to start another one.
 
     Attributes:
+        address: Its ``host:port`` now.
         url: Where workers read what the address is now.
         on_move: Is called with the new address.
     """
 
+    address: str
     url: str
     on_move: Callable[[str], None]
 

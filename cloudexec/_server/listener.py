@@ -150,6 +150,8 @@ class Listener:
             raise LaunchError(f"cannot start the process that dials the relay: {exc}") from exc
         if network.moving is not None and isinstance(self._tunnel, RelayTunnel):
             network.moving.on_move = self._tunnel.move
+            if network.moving.address != network.relay:
+                self._tunnel.move(network.moving.address)
         if not await self._tunnel.registered(_REGISTER_TIMEOUT):
             raise LaunchError(
                 f"cannot reach the relay at {network.relay}: {self._tunnel.why}; is it still "

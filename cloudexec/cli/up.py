@@ -9,7 +9,7 @@ import click
 _HELP = """Set up what workers on AWS need, and write a profile for executors.
 
 The command creates one CloudFormation stack, cloudexec-NAME. It has queues and compute environments
-of AWS Batch for Fargate and Fargate Spot (and EC2, if asked for), roles, a security group, a
+of AWS Batch for Fargate and Fargate Spot (and EC2, if asked for), roles, security groups, a
 bucket, an image repository, a log group, and a secret with the key by which workers prove who they
 are. While no worker runs, only the secret costs something, less than a dollar a month, and the
 images and objects that you store.

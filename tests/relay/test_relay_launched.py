@@ -185,16 +185,21 @@ def test_a_relay_that_dies_is_followed_by_another_and_no_task_runs_twice(
         futures = [executor.submit(pause, str(tmp_path), x) for x in range(2)]
         eventually(lambda: len(list(tmp_path.glob("*.began"))) == 2)
         first = relays(aws)[0]
+        # Neither of these is in the way of the next one.
+        aws.faults.lose_response("SubmitJob")
+        aws.faults.deny("s3:PutObject", count=1)
         os.kill(first.pid, signal.SIGKILL)
         second = eventually(
             lambda: next((job for job in relays(aws)[1:] if job.status == "RUNNING"), None)
         )
+        eventually(lambda: executor.stats().workers.reconnected == 2)
         (tmp_path / "go").touch()
         assert [future.result(PATIENCE) for future in futures] == [0, 1]
         assert list(executor.map(square, range(100))) == [x * x for x in range(100)]
         assert executor.stats().workers.lost == 0
     assert len(list(tmp_path.glob("*.began"))) == 2
-    assert first.job_id != second.job_id
+    assert [job.job_id for job in relays(aws)] == [first.job_id, second.job_id]
+    assert "the relay cannot be looked after now: s3:PutObject" in caplog.text
     assert "another relay is started: the relay, job" in caplog.text
     assert "the relay is now at 127." in caplog.text
 
@@ -224,6 +229,7 @@ def test_a_relay_that_does_not_come_is_why_the_executor_cannot_start(aws: FakeAW
         ({"queues": {"fargate": "q"}}, "has no queue for relays: `cloudexec up --name default`"),
         ({"assign_public_ip": False}, "give no public addresses .* relay='ssh://user@host'"),
         ({"stack": ""}, "it needs the stack of a profile"),
+        ({"stack": "theirs", "queues": {"fargate": "q"}}, "whoever deployed it can bring it up"),
     ],
 )
 def test_a_set_up_that_cannot_have_a_relay_is_told_why(

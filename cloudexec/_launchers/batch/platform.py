@@ -220,6 +220,7 @@ class BatchPlatform(Platform):
             why: Why there is to be one.
         """
         settings, profile = self._settings, self._profile
+        self._check_key(key, "True")
         if lacking := lacks_for_relay(profile):
             raise ConfigError(f"{why}; and no relay can be started: {lacking}")
         order = RelayOrder(
@@ -235,15 +236,11 @@ class BatchPlatform(Platform):
         )
         self._relay = relay = RelayJob(self._clients, order, self._inquiry)
         await relay.start()
-        key = key or await stack_key(self._call, profile)
         return replace(self._behind_relay(relay.address, key), moving=relay)
 
     def _behind_relay(self, relay: str, key: bytes) -> Site:
-        if not key and not relay.startswith("ssh://"):
-            raise ConfigError(
-                f"relay={relay!r} checks who belongs to the executor by the key of a stack: give "
-                f"profile=, and no definition= without that key; or use relay='ssh://user@host'"
-            )
+        if not relay.startswith("ssh://"):
+            self._check_key(key, repr(relay))
         self._inquiry.advertised = f"the relay {relay}"
         return Site(
             platform=self,
@@ -254,6 +251,14 @@ class BatchPlatform(Platform):
             region=self._profile.region,
             relay=relay,
         )
+
+    @staticmethod
+    def _check_key(key: bytes, relay: str) -> None:
+        if not key:
+            raise ConfigError(
+                f"relay={relay} checks who belongs to the executor by the key of a stack: give "
+                f"profile=, and no definition= without that key; or use relay='ssh://user@host'"
+            )
 
     async def _check_definition(self, name: str) -> None:
         """Look at a definition that the user wants: whether it is there, and whose key it has."""

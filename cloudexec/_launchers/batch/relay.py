@@ -32,7 +32,8 @@ _logger = Log()
 
 _IDLE = 300
 """Seconds without client and workers after which a relay ends by itself."""
-_POLL = 2.0
+_POLL = 5.0
+_POLL_STARTING = 1.0
 _STOP_SECONDS = 30.0
 _LONGEST_PAUSE = 60.0
 _URL_SECONDS = 7 * 24 * 3600
@@ -90,6 +91,7 @@ class RelayJob:
         self._prefix = f"{JOB_PREFIX}{order.executor_id}-relay-"
         self._key = f"{object_prefix(order.executor_id)}relay"
         self._job_id = ""
+        self._has_arrived = False
         self._began: float | None = None
         self._spent: list[float] = []
         self._watching: asyncio.Task[None] | None = None
@@ -228,6 +230,7 @@ class RelayJob:
                 raise
             return str(answer["jobId"])
 
+        self._has_arrived = False
         # Shut down in the middle of it, the job has to be known, to be ended.
         submitting = asyncio.ensure_future(insist(once, order.patience))
         try:
@@ -254,7 +257,7 @@ class RelayJob:
                     f"the relay, job {self._job_id}, is {details['status']} after "
                     f"{self._order.patience:g} s: {await self._why_it_waits(details)}"
                 )
-            await asyncio.sleep(_POLL / 2)
+            await asyncio.sleep(_POLL_STARTING)
         self.address = f"{host}:{RELAY_PORT}"
         await self._clients.call(
             "s3",
@@ -263,6 +266,7 @@ class RelayJob:
             Key=self._key,
             Body=self.address.encode(),
         )
+        self._has_arrived = True
 
     async def _look(self) -> Any:
         """Return what AWS says of the job; ``None``: it does not know it."""
@@ -342,14 +346,16 @@ class RelayJob:
             await asyncio.sleep(pause)
             try:
                 details = await self._look() if self._job_id else None
-                if details is not None and PHASES[details["status"]] is not Phase.ENDED:
+                is_over = details is None or PHASES[details["status"]] is Phase.ENDED
+                if self._has_arrived and not is_over:
                     pause, said = _POLL, ""
                     continue
-                if self._job_id:
+                if self._job_id and is_over:
                     _logger.warning("another relay is started: %s", await self._why(details))
                     self._job_id = ""
                     self._ended()
-                await self._submit()
+                if not self._job_id:
+                    await self._submit()
                 await self._arrive()
             except (AwsError, LaunchError) as exc:
                 if self._job_id and isinstance(exc, LaunchError):
@@ -357,7 +363,7 @@ class RelayJob:
                     await self._give_up()
                 if str(exc) != said:
                     said = str(exc)
-                    _logger.warning("there is no relay now: %s", exc)
+                    _logger.warning("the relay cannot be looked after now: %s", exc)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             except Exception:
                 # A bug must not end the watch: nobody would start another relay.
