@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cloudexec import Batch, BatchExecutor
+from cloudexec import Batch, BatchExecutor, LaunchError
 from cloudexec._aws.profile import Profile
 from cloudexec.testing import FakeAWS
 
@@ -58,7 +58,13 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
 def _launch(aws: FakeAWS, mode: str, workers: int) -> None:
     """Ask for workers until the request has come in."""
     before = sum(each.operation == "SubmitJob" for each in aws.requests)
-    executor = BatchExecutor(workers, launcher=Batch(**MODES[mode]), min_workers=workers)
+    batch = Batch(**MODES[mode])
+    if batch.may_start_relay:
+        # Which comes before the executor has started.
+        with pytest.raises(LaunchError, match=r"the relay, job .*, is RUNNABLE after 1 s"):
+            BatchExecutor(workers, launcher=batch, min_workers=workers, launch_timeout=1.0)
+        return
+    executor = BatchExecutor(workers, launcher=batch, min_workers=workers)
     try:
         executor.submit(pow, 2, 3)
         deadline = time.monotonic() + 30
