@@ -68,8 +68,7 @@ class Contact:
         executor_id: Which executor.
         key: Shared secret of the enrolment.
         certificate_sha256: Fingerprint to pin, in hex; empty for a Unix socket.
-        relay: ``host:port`` of the relay that leads to the target, or the URL where that is to be
-            read; empty: the target is dialed itself.
+        relay: ``host:port`` of the relay that leads to the target; empty: it is dialed itself.
     """
 
     target: str

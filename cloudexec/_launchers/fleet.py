@@ -153,7 +153,9 @@ class Fleet:
             # No client waits for a worker that starts after that, unless it is taken over.
             "CLOUDEXEC_AWAITED_UNTIL": str(int(time.time() + self._launch_timeout)),
         }
-        if contact.relay:
+        if (moving := self.site.moving) is not None:
+            environment["CLOUDEXEC_RELAY"] = f"{moving.address} {moving.url}"
+        elif contact.relay:
             environment["CLOUDEXEC_RELAY"] = contact.relay
         if capacity is not None and capacity.memory:
             environment["CLOUDEXEC_MEMORY_MIB"] = str(capacity.memory >> 20)

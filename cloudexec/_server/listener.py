@@ -120,8 +120,6 @@ class Listener:
             return Contact(target, engine.executor_id, engine.key, sha256)
         target = await self._register(network)
         relay = "" if network.relay.startswith("ssh://") else network.relay
-        if network.moving is not None:
-            relay = network.moving.url
         return Contact(target, engine.executor_id, engine.key, sha256, relay)
 
     async def _register(self, network: Network) -> str:

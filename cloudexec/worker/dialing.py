@@ -80,8 +80,8 @@ class Address:
         key: Shared with the executor.
         slots: Tasks to run at once.
         certificate_sha256: Of the server's certificate, in hex; empty for a Unix socket.
-        relay: ``host:port`` of the relay that leads to the client, or the URL where that is to be
-            read, as it may change; empty: the client is dialed itself.
+        relay: ``host:port`` of the relay that leads to the client; behind it, if that may change, a
+            space and the URL where it is to be read; empty: the client is dialed itself.
         job_id: The platform's name for this worker.
         attempt: Which run of the launch this is, from 1.
         memory_mib: What this worker's container may use; 0: unknown.
@@ -114,9 +114,8 @@ class Address:
     @property
     def shown(self) -> str:
         """The target's name in messages."""
-        if "://" in self.relay:  # it is signed
-            return "the relay"
-        return f"the relay {self.relay}" if self.relay else self.target
+        relay = self.relay.partition(" ")[0]  # a URL is signed, and not for everybody
+        return f"the relay {relay}" if relay else self.target
 
     def say(self, text: str) -> None:
         """Write a line to stderr, if this worker keeps a log."""
@@ -185,18 +184,16 @@ async def _channel(address: Address, patience: float) -> Any:
 async def _located(address: Address) -> Address:
     """Find out where the relay is now, if it may be elsewhere than before.
 
-    Raises:
-        OSError: If that cannot be read, and was not read before.
+    If that cannot be read, as the right to do so has ended, it may still be where it was.
     """
-    url = address.relay
-    if "://" not in url:
+    first, _, url = address.relay.partition(" ")
+    if not url:
         return address
     try:
         _found[url] = await asyncio.to_thread(_read_address, url)
-    except OSError:
-        if url not in _found:
-            raise
-    return replace(address, relay=_found[url])
+    except OSError as exc:
+        address.say(f"it cannot be read whether the relay has moved: {exc}")
+    return replace(address, relay=_found.get(url, first))
 
 
 def _read_address(url: str) -> str:

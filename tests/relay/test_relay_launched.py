@@ -141,7 +141,7 @@ def test_an_executor_has_a_relay_of_its_own_for_as_long_as_it_lives(aws: FakeAWS
         assert relay.environment["CLOUDEXEC_RELAY_PORT"] == "443"
         assert relay.tags["cloudexec:executor"]
         workers = [job for job in aws.jobs() if job.queue.endswith("-fargate")]
-        assert all(job.environment["CLOUDEXEC_RELAY"].startswith("http") for job in workers)
+        assert all(":443 http" in job.environment["CLOUDEXEC_RELAY"] for job in workers)
         assert workers[0].environment["CLOUDEXEC_TARGET"].endswith(".cloudexec.invalid:443")
         cost = executor.cost()
         assert "a relay at $0.017 an hour included" in cost.note
@@ -202,6 +202,20 @@ def test_a_relay_that_dies_is_followed_by_another_and_no_task_runs_twice(
     assert "the relay cannot be looked after now: s3:PutObject" in caplog.text
     assert "another relay is started: the relay, job" in caplog.text
     assert "the relay is now at 127." in caplog.text
+
+
+def test_a_worker_that_may_not_read_the_address_dials_where_the_relay_was(aws: FakeAWS) -> None:
+    """The URL ends with the credentials of its time, and workers are launched later, too."""
+    with BatchExecutor(1, launcher=Batch(relay=True), idle_timeout=0.2, output="off") as executor:
+        assert executor.submit(square, 3).result(PATIENCE) == 9
+        aws.faults.expire_credentials()
+        aws.faults.renew_credentials()
+        eventually(lambda: executor.stats().workers.idle == 0)
+        assert executor.submit(square, 4).result(PATIENCE) == 16
+        worker = next(job for job in reversed(aws.jobs()) if job.queue.endswith("-fargate"))
+        eventually(
+            lambda: any("whether the relay has moved" in line for line in aws.logs(worker.job_id))
+        )
 
 
 def test_a_relay_that_ends_at_once_is_why_the_executor_cannot_start(aws: FakeAWS) -> None:

@@ -39,6 +39,7 @@ _LONGEST_PAUSE = 60.0
 _URL_SECONDS = 7 * 24 * 3600
 """The longest that there is. Amazon S3 User Guide, "Download and upload objects with presigned
 URLs". Credentials that end before end the URL, too."""
+_SIGN_EVERY = 600.0
 _OLD_IMAGE = "not set: CLOUDEXEC_TARGET"
 """What a worker says that does not know of relays."""
 
@@ -92,6 +93,7 @@ class RelayJob:
         self._key = f"{object_prefix(order.executor_id)}relay"
         self._job_id = ""
         self._has_arrived = False
+        self._signed_at = float("-inf")
         self._began: float | None = None
         self._spent: list[float] = []
         self._watching: asyncio.Task[None] | None = None
@@ -116,13 +118,7 @@ class RelayJob:
             )
             await self._submit()
         await self._arrive()
-        client = await self._clients.client("s3", once=True)
-        with translated("s3", "GetObject"):
-            self.url = await client.generate_presigned_url(
-                "get_object",
-                Params={"Bucket": order.bucket, "Key": self._key},
-                ExpiresIn=_URL_SECONDS,
-            )
+        await self._sign()
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:
@@ -268,6 +264,17 @@ class RelayJob:
         )
         self._has_arrived = True
 
+    async def _sign(self) -> None:
+        """Make the URL for workers that are launched from now on."""
+        client = await self._clients.client("s3", once=True)
+        with translated("s3", "GetObject"):
+            self.url = await client.generate_presigned_url(
+                "get_object",
+                Params={"Bucket": self._order.bucket, "Key": self._key},
+                ExpiresIn=_URL_SECONDS,
+            )
+        self._signed_at = time.monotonic()
+
     async def _look(self) -> Any:
         """Return what AWS says of the job; ``None``: it does not know it."""
         answer = await self._clients.call("batch", "describe_jobs", jobs=[self._job_id])
@@ -347,6 +354,8 @@ class RelayJob:
             try:
                 details = await self._look() if self._job_id else None
                 is_over = details is None or PHASES[details["status"]] is Phase.ENDED
+                if time.monotonic() - self._signed_at > _SIGN_EVERY:
+                    await self._sign()
                 if self._has_arrived and not is_over:
                     pause, said = _POLL, ""
                     continue
