@@ -108,7 +108,7 @@ def test_up_writes_a_profile_of_what_the_stack_has(aws: FakeAWS) -> None:
     assert Profile.load("default") == profile
     assert profile.stack == "cloudexec-default"
     assert profile.region == aws.region
-    assert set(profile.queues) == {"fargate", "fargate_spot"}
+    assert set(profile.queues) == {"fargate", "fargate_spot", "fargate_relay"}
     assert profile.project == "sweeps"
     assert profile.assign_public_ip
     assert profile.subnets
@@ -143,10 +143,10 @@ def test_up_again_keeps_what_others_put_into_the_profile(aws: FakeAWS) -> None:
 def test_up_adds_ec2_to_a_stack_and_keeps_it_then(aws: FakeAWS) -> None:
     _up(max_vcpus=32)
     profile = _up(ec2=True)
-    assert set(profile.queues) == {"fargate", "fargate_spot", "ec2", "ec2_spot"}
+    assert set(profile.queues) == {"fargate", "fargate_spot", "fargate_relay", "ec2", "ec2_spot"}
     assert _up() == profile
     found = _call("batch", "describe_compute_environments")["computeEnvironments"]
-    assert {each["computeResources"]["maxvCpus"] for each in found} == {32}
+    assert sorted(each["computeResources"]["maxvCpus"] for each in found) == [4, *[32] * 4]
 
 
 def test_two_set_ups_stand_side_by_side(aws: FakeAWS) -> None:
@@ -179,7 +179,7 @@ def test_up_after_an_interruption_waits_for_what_goes_on(aws: FakeAWS) -> None:
     asyncio.run(main())
     assert Profile.names() == []
     profile = _up()
-    assert set(profile.queues) == {"fargate", "fargate_spot"}
+    assert set(profile.queues) == {"fargate", "fargate_spot", "fargate_relay"}
     assert _operations(aws).count("CreateStack") == 1
 
 
@@ -333,7 +333,7 @@ def test_a_stack_of_an_administrator_is_adopted_and_left_alone(aws: FakeAWS) -> 
     profile = _adopt("research-batch", name="mine", project="p")
     assert Profile.load("mine") == profile
     assert (profile.stack, profile.project) == ("research-batch", "p")
-    assert set(profile.queues) == {"fargate", "fargate_spot"}
+    assert set(profile.queues) == {"fargate", "fargate_spot", "fargate_relay"}
     with pytest.raises(ConfigError, match="up --adopt research-batch --name mine"):
         _up(name="mine")
     assert _adopt("research-batch", name="mine") == profile
