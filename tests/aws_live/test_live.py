@@ -52,6 +52,23 @@ def test_a_map_runs_on_four_workers(profile: str, spot: bool) -> None:
     assert nothing_left(profile)
 
 
+@pytest.mark.costs(0.05)
+def test_a_relay_that_is_stopped_is_followed_by_another(profile: str) -> None:
+    """Its port is open to the internet, and workers find the next one by themselves."""
+    with (
+        Monitor(profile) as monitor,
+        BatchExecutor(1, launcher=Batch(profile=profile, relay=True)) as executor,
+    ):
+        assert executor.submit(square, 3).result() == 9
+        slow = executor.submit(time.sleep, 120)
+        relay = next(job for job in monitor.jobs(active=True) if job.queue.endswith("-relay"))
+        monitor.stop(job=relay.id)
+        slow.result()
+        assert executor.submit(square, 4).result() == 16
+        assert executor.stats().workers.lost == 0
+    assert nothing_left(profile)
+
+
 @pytest.mark.costs(0.01)
 def test_ctrl_c_leaves_nothing(profile: str) -> None:
     """Jobs that have no place yet are gone too."""

@@ -359,3 +359,26 @@ def test_a_killed_program_is_taken_over_through_its_relay(aws: FakeAWS, tmp_path
     assert len(list(tmp_path.glob("*.began"))) == 2
     assert len(relays(aws)) == 1
     eventually(lambda: relays(aws)[0].status == "FAILED")
+
+
+def test_ctrl_c_while_a_relay_is_waited_for_leaves_nothing(aws: FakeAWS, tmp_path: Path) -> None:
+    aws.faults.no_capacity()
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": PACKAGE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        eventually(lambda: relays(aws) and relays(aws)[0].status == "RUNNABLE")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
+    assert "KeyboardInterrupt" in errors
+    assert relays(aws)[0].status == "FAILED"
+    assert len(aws.jobs()) == 1
