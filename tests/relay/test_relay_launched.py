@@ -140,6 +140,8 @@ def test_an_executor_has_a_relay_of_its_own_for_as_long_as_it_lives(aws: FakeAWS
         assert (relay.vcpus, relay.memory_mib) == (0.25, 512)
         assert relay.environment["CLOUDEXEC_RELAY_PORT"] == "443"
         assert relay.tags["cloudexec:executor"]
+        if os.geteuid() == 0:  # it had to be root for its port, and is it no more
+            assert os.stat(f"/proc/{relay.pid}").st_uid == 10001
         workers = [job for job in aws.jobs() if job.queue.endswith("-fargate")]
         assert all(":443 http" in job.environment["CLOUDEXEC_RELAY"] for job in workers)
         assert workers[0].environment["CLOUDEXEC_TARGET"].endswith(".cloudexec.invalid:443")
