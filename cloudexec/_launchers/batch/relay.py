@@ -213,6 +213,7 @@ class RelayJob:
             },
             tags=order.tags,
             attempt_seconds=int(order.lifetime),
+            compute="fargate",
             retry_reclaimed=False,  # that would have another address, and the same job
         )
 
@@ -338,7 +339,7 @@ class RelayJob:
         )
         with contextlib.suppress(AwsError):
             situation = await self._inquiry.situation(
-                [waiting], [], queue=self._order.queue, vcpus=RELAY_SIZE.vcpus
+                [waiting], [], queue=self._order.queue, vcpus=RELAY_SIZE.vcpus, used_vcpus=0.0
             )
             if (cause := cause_of_waiting(situation)) is not None:
                 return str(cause)
