@@ -252,7 +252,8 @@ class RetryPolicy:
 
     launch_failures: int = 3
     """Launches that may fail in a row before waiting tasks fail with ``LaunchError``. Those that
-    were asked for together count once."""
+    were asked for together and could not be started count once. Each worker counts that started
+    and did not connect within ``launch_timeout``."""
     backoff: float = 0.5
     """Seconds before the launch after the first failure; doubled for each further one."""
     task_backoff: float = 0.1

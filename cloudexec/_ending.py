@@ -1,4 +1,4 @@
-"""The end of things: of executors, of the interpreter, and of what a fork leaves in a child."""
+"""The end of executors: at shutdown, at the end of the interpreter, and in a forked child."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 __all__ = ["drivers", "finish", "kill", "submitters", "wait_for_end"]
 
 _EXIT_LOOK = 0.25
-"""Seconds between two looks at what the interpreter's end still waits for."""
+"""Seconds between two checks of what the end of the interpreter still waits for."""
 _EXIT_ALONE = 1.0
-"""Seconds in which a future of somebody else must be done once all other work is."""
+"""Seconds in which a future of another executor must be done once all other work is done."""
 _EXIT_PATIENCE = 30.0
-"""The same while other threads are there, which may be about to begin with it."""
+"""The same number while other threads run, as one of them may complete the future."""
 
 
 class Forkable(Protocol):
-    """What must know that it was copied into a forked child."""
+    """An object that must be told when it was copied into a forked child."""
 
     def forget_after_fork(self) -> None:
-        """Be of no use here: everything belongs to the parent process."""
+        """Refuse further use: in a forked child everything belongs to the parent process."""
 
 
 submitters: weakref.WeakSet[Forkable] = weakref.WeakSet()
@@ -36,21 +36,21 @@ _kept: list[object] = []
 
 
 def finish(driver: Driver) -> None:
-    """Finish what was submitted, then stop the workers."""
+    """Let the submitted calls finish, then stop the workers."""
     from cloudexec._core.events import ShutdownRequested
 
     driver.post(ShutdownRequested())
 
 
 def kill(driver: Driver) -> None:
-    """Cancel what is left and kill the workers."""
+    """Cancel the calls that are left, and kill the workers."""
     from cloudexec._core.events import ShutdownRequested
 
     driver.post(ShutdownRequested(cancel=True, kill=True))
 
 
 def wait_for_end(driver: Driver, *, at_exit: bool = False) -> None:
-    """Wait until all is done, and the workers are gone."""
+    """Wait until all calls are done and the workers have ended."""
     if driver.portal.is_this_thread:
         return
     try:
@@ -66,7 +66,7 @@ def wait_for_end(driver: Driver, *, at_exit: bool = False) -> None:
 
 
 def _outlast(driver: Driver) -> None:
-    """Wait for the end, but not for futures that nobody is left to complete."""
+    """Wait for the end, but not for futures that no thread is left to complete."""
     waited = 0.0
     while not driver.finished.wait(_EXIT_LOOK):
         foreign = list(driver.dependencies.foreign)
@@ -86,7 +86,7 @@ def _outlast(driver: Driver) -> None:
 
 
 def _at_exit() -> None:
-    """Finish what was submitted before the interpreter goes, as the standard library does."""
+    """Finish the submitted calls before the interpreter ends, as the standard library does."""
     global exiting
     exiting = True
     interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt

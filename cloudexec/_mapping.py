@@ -25,7 +25,7 @@ def results(
     deadline: float | None,
     bar: ProgressBar | None,
 ) -> Iterator[T]:
-    """Yield results in order; submit one more of ``calls`` for each one taken."""
+    """Yield results in order; submit one more of ``calls`` for each result that is taken."""
     try:
         while futures:
             # Nothing here refers to a result once it has been handed out.
@@ -62,7 +62,7 @@ class Chunk:
 
     @property
     def _called_for_each(self) -> Callable[..., Any]:
-        """What a journal knows it by, with keys of the caller's own."""
+        """Return the journal's key of this chunk, made of the keys that the caller has chosen."""
         return self._fn
 
     def __call__(self, chunk: list[tuple[Any, ...]]) -> list[Any]:
@@ -70,13 +70,13 @@ class Chunk:
 
 
 def chunks(calls: Iterator[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:
-    """Yield calls, so many at a time."""
+    """Yield lists of up to ``size`` calls."""
     while chunk := list(itertools.islice(calls, size)):
         yield chunk
 
 
 def flatten(chunks: Iterator[list[T]]) -> Iterator[T]:
-    """Yield the results of one chunk after the other."""
+    """Yield the results of the chunks, one chunk after the other."""
     for chunk in chunks:
         chunk.reverse()
         while chunk:

@@ -24,6 +24,7 @@ import cloudpickle
 from cloudexec import _inputs, _main, _sharing
 from cloudexec._anew import reduce_anew
 from cloudexec._describing import (
+    attribute_of,
     describe,
     format_plainly,
     if_not_found,
@@ -208,7 +209,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         kind = owner if isinstance(owner, type) else type(owner)
         known_as = _main.name_of(kind)
         if known_as is None:
-            # Its function alone could not be told from a copy: a class method is found bound.
+            # Its function alone could not be told from a copy: a class method is found bound. But
+            # workers have the class as it was imported, and not with what the script put into it.
+            if attribute_of(method.__func__, "__globals__") is _main.namespace():
+                return False
             return bool(cloudpickle.cloudpickle._should_pickle_by_reference(kind))
         return self.refers(known_as.partition(".")[0])
 
@@ -267,9 +271,12 @@ result_pickler: type[Pickler] = Pickler
 
 
 def _is_found(method: MethodType) -> bool:
-    """Whether a method is what its object has under the method's name."""
+    """Whether a method is what the class of its object has under the method's name."""
+    owner = method.__self__
     try:
-        return bool(getattr(method.__self__, method.__name__) == method)
+        if not isinstance(owner, type) and method.__name__ in vars(owner):
+            return False  # what an object has itself is not there yet when this is unpickled
+        return bool(getattr(owner, method.__name__) == method)
     except Exception:
         return False
 

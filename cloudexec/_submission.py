@@ -1,4 +1,4 @@
-"""From a call to a task: starts the server with the first one, pickles, and hands over."""
+"""Makes a task of each call: pickles it, and hands it to the server that the first one starts."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ __all__ = ["Submitter"]
 T = TypeVar("T")
 
 _THREAD_ENDS = 0.1
-"""Seconds that the thread of executors before this one has to end, for a fork to be safe."""
+"""Seconds in which the thread of earlier executors must end, so that a fork is safe."""
 
 
 class Submitter:
-    """Takes calls in until it is shut, for an executor and all views of it.
+    """Takes calls until it is shut down, for an executor and all its views.
 
     Args:
         launcher: Starts the workers.
@@ -84,12 +84,12 @@ class Submitter:
         _ending.submitters.add(self)
 
     def forget_after_fork(self) -> None:
-        """Be of no use in a forked child: everything belongs to the parent process."""
+        """Refuse further use in a forked child: everything belongs to the parent process."""
         self.forked = True
         self._lock = threading.Lock()
 
     def shut(self, request: Event | None = None) -> Driver | None:
-        """Take no more calls, and post a last request; return the server, if it is there."""
+        """Take no more calls, post a last request, and return the server if it was started."""
         with self._lock:
             self.is_shut = True
             driver = self.driver
@@ -191,7 +191,7 @@ class Submitter:
 
     @property
     def is_far(self) -> bool:
-        """Whether workers are not known to be on this machine: they dial a network address."""
+        """Whether workers may be on other machines, because they dial a network address."""
         return self._launcher.needs_network() or self._setup["listen"] is not None
 
     def check_open(self) -> None:
@@ -213,7 +213,7 @@ class Submitter:
             raise driver.futures.broken_error()
 
     def look(self, at: Callable[[], T]) -> T:
-        """Call what reads things of the server where they change, as long as they do."""
+        """Call a function that reads data of the server, again if they changed meanwhile."""
         driver = self.driver
         if driver is None or driver.finished.is_set() or self.forked:
             return at()
@@ -236,7 +236,7 @@ class Submitter:
         label: str = "",
         on_end: Any = None,
     ) -> BatchFuture[T]:
-        """Make a task of a call and hand it over; return its future.
+        """Make a task of a call, hand it to the server, and return its future.
 
         Args:
             fn: What is called.
@@ -469,7 +469,7 @@ class Submitter:
 
 
 def _pickling_error(exc: BaseException, fn: object, *call: Any, **kwargs: Any) -> CloudexecError:
-    """Return what a call fails with that cannot be pickled; raise what interrupts the caller."""
+    """Return the error of a call that cannot be pickled; raise what interrupts the caller."""
     if is_interrupt(exc):
         raise exc
     from cloudexec._unsendable import pickling_error
@@ -489,7 +489,7 @@ def _send_spawned_main_by_value() -> None:
 
 
 def _names_of_main() -> dict[str, str]:
-    """Return what tells a module where it is, of the script."""
+    """Return those globals of the script that tell where it is."""
     names = vars(sys.modules["__main__"])
     return {
         name: value
@@ -531,7 +531,7 @@ def _hold_back(
 
 
 def _modules_for(wanted: bool | Sequence[str]) -> bytes:
-    """Pack what workers elsewhere have to import from here."""
+    """Pack the modules that workers elsewhere have to import from here."""
     if not wanted:
         return b""
     from cloudexec._modules import local_modules, pack_modules
@@ -547,7 +547,7 @@ def _working_directory() -> str:
 
 
 def _modules_to_preload(fn: object) -> list[str]:
-    """Return the names of what workers will probably need for their first task."""
+    """Return the names of modules that workers will probably need for their first task."""
     from cloudexec._preload import modules_of
 
     try:

@@ -128,6 +128,8 @@ _BUSY = re.compile(
     re.I,
 )
 """What registries, Secrets Manager and CloudWatch Logs answer when they cannot answer now."""
+_CLOSED = re.compile(r"connection re(?:set|fused)", re.I)
+_NO_HOST = re.compile(r"dial tcp: lookup \S+.*no such host", re.I)
 _FULL = re.compile(r"no space left on device|disk quota exceeded", re.I)
 _EXEC_FORMAT = re.compile(r"exec format error", re.I)
 _WRONG_PLATFORM = re.compile(
@@ -220,7 +222,13 @@ def _cause_of_end(end: JobEnd) -> Cause:
             fatal=True,
         )
     if "CannotPullContainer" in said or "ResourceInitializationError" in said:
-        if _TIMED_OUT.search(said):
+        if _NO_HOST.search(said) and not _REGISTRY.search(said):
+            return Cause(
+                text=f"the worker's image cannot be pulled, as its registry is not known: {said}",
+                remedy="name an image that is there: Batch(image=...)",
+                fatal=True,
+            )
+        if _TIMED_OUT.search(said) and not _CLOSED.search(said):
             return _no_route(said)
         if _BUSY.search(said):
             return _busy(said)

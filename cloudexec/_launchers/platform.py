@@ -329,7 +329,8 @@ class Platform(ABC):
         the workers that wait are given up.
 
         Args:
-            waiting: Jobs whose workers have not all connected, the oldest first; one at least.
+            waiting: Jobs whose workers have not all connected, the oldest first; one at least. The
+                other jobs whose workers have a place follow.
             ends: How workers ended that never connected, the newest last.
         """
 

@@ -194,13 +194,22 @@ class Watcher:
 
     async def _leave_spot(self, jobs: Sequence[Job]) -> None:
         """Where it is only preferred, have on demand what waits for spare capacity too long."""
+        full: bool | None = None
         for job in jobs:
             if not self._spot.waits_in_vain(job, time.monotonic()):
                 continue
-            if not self._platform.lacks_capacity(job.reason) and await self._platform.is_full(
-                [_waiting_job(each) for each in jobs if each.spot]
-            ):
-                continue
+            # Their tasks can run on workers of the same size, which have the capacity.
+            served = any(
+                each.spot and each.size == job.size and each.count(Phase.STARTING, Phase.RUNNING)
+                for each in jobs
+            )
+            if served and not self._platform.lacks_capacity(job.reason):
+                if full is None:
+                    full = await self._platform.is_full(
+                        [_waiting_job(each) for each in jobs if each.spot]
+                    )
+                if full:
+                    continue
             members = {m.index: launch_id for launch_id, m in job.waiting()}
             known: Mapping[int, WorkerStatus] = {}
             if job.count(Phase.STARTING, Phase.RUNNING):
@@ -230,7 +239,12 @@ class Watcher:
             return
         self._diagnosed_at = now
         ends = tuple(self._ends)
-        reason = await self._platform.explain([_waiting_job(job) for job in missing], ends)
+        placed = [
+            job for job in jobs if job not in missing and job.count(Phase.STARTING, Phase.RUNNING)
+        ]
+        reason = await self._platform.explain(
+            [_waiting_job(job) for job in (*missing, *placed)], ends
+        )
         before, explanation = self._ledger.explanation, "" if reason is None else str(reason)
         self._ledger.explanation = explanation
         if reason is None or not reason.fatal or ends:

@@ -1,4 +1,4 @@
-"""Requests to S3 about objects under a prefix, made until they succeed or patience ends."""
+"""Requests to S3 for objects under a prefix; a request that fails is repeated for a while."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ __all__ = ["CHUNK", "InOrder", "Requests", "Sink", "Source"]
 T = TypeVar("T")
 
 Source: TypeAlias = Callable[[int, int], "bytes | bytearray | memoryview"]
-"""Offset and length to content; may block; is called again where a request is repeated. A call may
-still run when an upload that failed or was cancelled has returned: it must do no harm then."""
+"""Returns the content at an offset, of a length. It may block, and it is called again if a request
+is repeated. If an upload fails or is cancelled, a call may still run after the upload has returned,
+and must do no harm then."""
 Sink: TypeAlias = Callable[[int, bytes], object]
-"""Takes content at an offset; may block; not in order, several at a time; never after the download
-has returned."""
+"""Takes the content at an offset. It may block. Calls come in any order and several at a time, but
+never after the download has returned."""
 
 CHUNK = 1024 * 1024
 _REQUESTS = 20
-"""Requests at a time, for all transfers: fewer than the client has connections for."""
+"""Requests at a time, for all transfers together; the HTTP client has more connections."""
 _EXPIRED_TRIES = 2
 
 
@@ -61,7 +62,7 @@ class Requests:
         self._requests = asyncio.Semaphore(_REQUESTS)
 
     async def open(self) -> None:
-        """See that the bucket is there, and find out its region. Done once.
+        """Check that the bucket exists, and find out its region; later calls do nothing.
 
         Raises:
             AwsError: If it is not, or not for these credentials.
@@ -95,7 +96,7 @@ class Requests:
             self.region = answer.get("BucketRegion") or self._clients.region
 
     async def call(self, name: str, operation: str, **parameters: Any) -> Any:
-        """Make a call about an object, or about the bucket, until it succeeds or patience ends."""
+        """Make a request about an object, or about the bucket, and repeat it if it fails."""
         if name:
             parameters["Key"] = self.key(name)
 
@@ -122,7 +123,7 @@ class Requests:
         digest: bytes,
         **parameters: Any,
     ) -> Any:
-        """Make a call that carries content."""
+        """Make a request that sends content, and repeat it if it fails."""
 
         async def once() -> Any:
             body = _Body(source, offset, length)
@@ -150,7 +151,7 @@ class Requests:
     async def read(
         self, name: str, start: int, end: int, size: int, sink: Sink, check: InOrder
     ) -> None:
-        """Read a stretch of an object."""
+        """Read a range of an object, and repeat the rest of it if a request fails."""
         at = start
 
         async def rest() -> None:
@@ -201,7 +202,7 @@ class Requests:
         *,
         keep_on: Callable[[], bool] = lambda: False,
     ) -> T:
-        """Do something until it succeeds or patience ends.
+        """Repeat a request until it succeeds, or until it has failed for ``patience`` seconds.
 
         Raises:
             AwsError: If it does not succeed.
@@ -248,7 +249,7 @@ class Requests:
         return self._prefix + name
 
     def explained(self, exc: AwsError, name: str) -> AwsError:
-        """Return the error with the place, and what helps where the SDK's seam cannot know."""
+        """Return the error with the object's place, and a remedy that only this module knows."""
         place = f"s3://{self._name}/{self.key(name) if name else ''}"
         remedy = {
             "NoSuchBucket": "the bucket does not exist: `cloudexec up` makes one, or name another",
@@ -273,11 +274,11 @@ class Requests:
 
 
 class _MovedError(Exception):
-    """A request failed, but not before it had brought something."""
+    """A request failed after it had made progress."""
 
 
 class _Watch:
-    """When something last moved."""
+    """The time at which bytes were last transferred."""
 
     def __init__(self) -> None:
         self.at = time.monotonic()
@@ -287,7 +288,7 @@ class _Watch:
 
 
 class _Body(io.RawIOBase):
-    """A stretch of a source as the file that the SDK sends from, on threads of the loop."""
+    """A range of a source, as a file that the SDK reads from in threads of the event loop."""
 
     def __init__(self, source: Source, offset: int, length: int) -> None:
         super().__init__()
@@ -299,11 +300,11 @@ class _Body(io.RawIOBase):
         self.error: Exception | None = None
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return ``True``."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
+        """Return ``True``."""
         return True
 
     def tell(self) -> int:

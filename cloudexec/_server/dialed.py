@@ -1,45 +1,64 @@
-"""Whether what workers dial is this machine, so that nobody else can refuse in its place."""
+"""Whether workers dial this machine itself, so that nothing else can refuse in its place."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 __all__ = ["Dialed"]
 
 
 class Dialed:
-    """What workers dial. Made in a thread: a name is looked up.
+    """What workers dial.
 
     Args:
-        target: ``host:port``.
+        target: ``host:port`` that workers dial.
+        address: ``host:port`` that this process listens on.
     """
 
-    def __init__(self, target: str) -> None:
-        host = target.rpartition(":")[0].strip("[]")
+    def __init__(self, target: str, address: str) -> None:
+        host, _, port = target.rpartition(":")
+        listened, _, own_port = address.rpartition(":")
         self._is_own = False
-        self._found: list[tuple[int, tuple[object, ...]]] = []
+        self._host = ""
         try:
-            looked_up = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
-        except OSError:
-            return
-        self._found = [(family, address) for family, *_, address in looked_up]
+            dialed = ipaddress.ip_address(host.strip("[]"))
+            here = ipaddress.ip_address(listened.strip("[]"))
+        except ValueError:
+            return  # a name may lead workers to another machine
+        # If all addresses are listened on, no other process can have the port. The loopback
+        # address is that of a tunnel where workers on other machines dial it.
+        if port == own_port and (
+            dialed == here or (here.is_unspecified and not dialed.is_loopback)
+        ):
+            self._host = str(dialed)
 
     @property
     def is_own(self) -> bool:
-        """Whether all of it are addresses that this machine has.
+        """Whether this machine has the address.
 
-        Looked at when a worker comes: the address of a bridge to containers is there only once one
-        of them runs.
+        The check is made when a worker connects, because a bridge to containers has its address
+        only once one of them runs.
         """
-        if not self._is_own and self._found:
-            self._is_own = all(_has(*each) for each in self._found)
+        if not self._is_own and self._host:
+            self._is_own = _has(self._host) and not _binds_any_address()
         return self._is_own
 
 
-def _has(family: int, address: tuple[object, ...]) -> bool:
+def _has(host: str) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as tried:
-            tried.bind(address)  # which works for addresses of this machine only
+            tried.bind((host, 0))  # this succeeds for addresses of this machine only
     except OSError:
         return False
     return True
+
+
+def _binds_any_address() -> bool:
+    """Whether the system lets programs bind addresses of other machines, too (Linux, ip(7))."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_nonlocal_bind") as file:
+            return file.read().strip() == "1"
+    except OSError:
+        return False

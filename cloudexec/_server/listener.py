@@ -115,8 +115,7 @@ class Listener:
             )
         sha256 = "" if self.certificate is None else self.certificate.sha256
         if not network.relay:
-            if target.rpartition(":")[2] == self.address.rpartition(":")[2]:
-                self._service.dialed = await asyncio.to_thread(Dialed, target)
+            self._service.dialed = Dialed(target, self.address)
             return Contact(target, engine.executor_id, engine.key, sha256)
         target = await self._register(network)
         relay = "" if network.relay.startswith("ssh://") else network.relay

@@ -58,6 +58,7 @@ class Story:
             events.WorkerLost: self._before_lost,
             events.WorkerCut: self._before_cut,
             events.WorkerBack: self._before_back,
+            events.WorkerConnected: self._before_connected,
             events.WorkerDraining: self._before_draining,
             events.WorkerHeard: self._before_heard,
             events.DeadlinePassed: self._before_deadline,
@@ -370,6 +371,10 @@ class Story:
             future = task.handle
             if future is not None and getattr(future, "_ended", None) is None:
                 future._number, future._ended = task.number, moment
+        return None
+
+    def _before_connected(self, event: events.WorkerConnected) -> Then | None:
+        self.launch_failure = ""  # the next one is told in full
         return None
 
     def _before_launch_failed(self, event: events.LaunchFailed) -> Then | None:

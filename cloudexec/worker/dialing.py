@@ -271,8 +271,9 @@ def _pass_relay(connection: socket.socket, target: str, ticket: str) -> None:
         answer += byte
         if not byte or len(answer) > _LONGEST_ANSWER:
             raise ConnectionResetError("the relay has closed the connection")
-    if b" 200 " not in answer.split(b"\r\n", 1)[0]:
-        raise ConnectionRefusedError(answer.split(b"\r\n", 1)[0].decode("latin-1"))
+    status = answer.split(b"\r\n", 1)[0].decode("latin-1")
+    if " 200 " not in status:
+        raise OSError(f"the relay answers {status!r}")  # its machine is there: no refusal
 
 
 def _is_cancelled() -> bool:
@@ -312,7 +313,7 @@ async def dial(
     pause, limit = 0.1, min(_TRY_TIMEOUT, patience)
     short = _SHORT_TRIES
     tried = False
-    told = ""
+    told: str | None = None
     refused_at: float | None = None
     channel = None
     here = address
@@ -350,7 +351,7 @@ async def dial(
                     raise ClientGoneError(_unreachable(here.shown, reason)) from exc
                 if what != told:
                     told = what
-                    left = f"dialing again, for {deadline - now:.0f} s"
+                    left = f"dialing again, for {min(deadline - now, refusals):.0f} s at most"
                     address.say(f"no connection to {here.shown} yet: {what or reason}; {left}")
                 # What a connection has cost both sides is not spent again on one that works.
                 if channel is not None and code != "RESOURCE_EXHAUSTED":

@@ -762,6 +762,46 @@ def test_methods_with_functions_of_other_kinds_arrive(shared: BatchExecutor) -> 
         assert shared.submit(method, *args).result() == expected
 
 
+def test_what_was_put_into_an_object_or_a_class_is_what_runs(tmp_path: Path) -> None:
+    """Its name would lead to another method on the workers, or to none."""
+    (tmp_path / "shapes.py").write_text(
+        "class Shape:\n"
+        "    def area(self): return 'imported'\n"
+        "    @classmethod\n"
+        "    def make(cls): return 'imported'\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import functools, types, shapes\n"
+        "from cloudexec import BatchExecutor\n"
+        "def traced(fn):\n"
+        "    @functools.wraps(fn)\n"
+        "    def call(self): return 'traced ' + fn(self)\n"
+        "    return call\n"
+        "def make(cls): return 'made'\n"
+        "def own(self): return 'own'\n"
+        "class Here:\n"
+        "    def area(self): return 'class'\n"
+        "if __name__ == '__main__':\n"
+        "    one, two, three = shapes.Shape(), shapes.Shape(), Here()\n"
+        "    one.area = types.MethodType(own, one)\n"
+        "    two.extra = types.MethodType(own, two)\n"
+        "    three.area = types.MethodType(own, three)\n"
+        "    with BatchExecutor(1) as executor:\n"
+        "        for call in (one.area, two.extra, three.area):\n"
+        "            print(executor.submit(call).result())\n"
+        "        shapes.Shape.area = traced(shapes.Shape.area)\n"
+        "        shapes.Shape.make = classmethod(make)\n"
+        "        print(executor.submit(shapes.Shape().area).result())\n"
+        "        print(executor.submit(shapes.Shape.make).result())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.stderr == ""
+    assert run.stdout.split("\n")[:-1] == ["own", "own", "own", "traced imported", "made"]
+
+
 # Arrays and buffers.
 
 

@@ -249,6 +249,11 @@ def test_why_workers_do_not_come(situation: Situation, words: str, fatal: bool) 
         ),
         ("CannotPullContainerError: failed to do request: Head https://x: EOF", "usually passes"),
         ("CannotPullContainerError: failed to do request: connection refused", "usually passes"),
+        (
+            "CannotPullContainerError: Get https://r/v2/: dial tcp 10.0.0.5:5000: connect: "
+            "connection refused",
+            "usually passes",
+        ),
         ("CannotPullContainerError: net/http: TLS handshake timeout", "unless it was slow"),
     ],
 )
@@ -270,6 +275,8 @@ def test_what_may_pass_is_tried_again(said: str, words: str, on_fargate: bool) -
         "CannotPullContainerError: pull image manifest has been retried 5 time(s): failed to "
         "resolve ref x: 503.dkr.ecr.us-east-1.amazonaws.com/x:1: not found",
         "CannotPullContainerError: pull access denied, status code: 403, request id: 500-503",
+        "CannotPullContainerError: failed to resolve ref typo.example/x:1: dial tcp: lookup "
+        "typo.example on 10.0.0.2:53: no such host",
         "ResourceInitializationError: failed to fetch secret x: AccessDeniedException: status "
         "code: 400, request id: 429",
     ],

@@ -225,14 +225,31 @@ def test_workers_wait_on_while_others_of_theirs_use_what_is_allowed(
     monkeypatch.setattr(batch_platform, "_FARGATE_SPOT_PATIENCE", 1.0)
     save_profile(aws, spot_vcpus=2)
     with BatchExecutor(4, launcher=Batch(spot="prefer")) as executor:
-        found = list(executor.map(slow_queue_of_worker, range(12)))
+        found = list(executor.map(slow_queue_of_worker, [1.0] * 12))
     assert found == ["spot"] * 12
     assert queues(aws) == ["spot"]
     eventually(lambda: none_left(aws))
 
 
-def slow_queue_of_worker(_: int) -> str:
-    time.sleep(1.0)
+def test_a_size_that_finds_no_room_beside_smaller_workers_runs_on_demand(
+    aws: Any, configured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks of that size cannot run on the workers that use what is allowed."""
+    monkeypatch.setattr(batch_platform, "_FARGATE_SPOT_PATIENCE", 1.0)
+    save_profile(aws, spot_vcpus=1)
+    sizes = Batch(spot="prefer", memory=("2GiB", "4GiB"))
+    with BatchExecutor(2, launcher=sizes, launch_timeout=20) as executor:
+        small = executor.submit(slow_queue_of_worker, 15.0)
+        eventually(lambda: executor.stats().workers.slots == 1)
+        large = executor.with_options(memory="3GiB").submit(queue_of_worker)
+        assert large.result(60) == "plain"
+        assert not small.done()
+        small.cancel(running=True)
+    eventually(lambda: none_left(aws))
+
+
+def slow_queue_of_worker(seconds: float) -> str:
+    time.sleep(seconds)
     return queue_of_worker()
 
 

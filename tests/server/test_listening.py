@@ -45,14 +45,28 @@ def test_a_limit_for_tasks_is_called_what_the_executor_calls_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "is_own"),
+    ("target", "address", "is_own"),
     [
-        ("127.0.0.1:5000", True),
-        ("localhost:5000", True),
-        ("192.0.2.1:5000", False),  # of no machine: RFC 5737
-        ("nobody.invalid:5000", False),
+        ("127.0.0.1:5000", "127.0.0.1:5000", True),
+        ("[::1]:5000", "[::1]:5000", True),
+        ("192.0.2.1:5000", "0.0.0.0:5000", False),  # of no machine: RFC 5737
+        ("192.0.2.1:5000", "192.0.2.1:5000", False),
+        ("127.0.0.1:5000", "0.0.0.0:5000", False),  # workers elsewhere have a tunnel there
+        ("127.0.0.2:5000", "127.0.0.1:5000", False),  # something else may listen there
+        ("127.0.0.1:5001", "127.0.0.1:5000", False),
+        ("localhost:5000", "127.0.0.1:5000", False),  # workers may know another one by the name
+        ("nobody.invalid:5000", "0.0.0.0:5000", False),
     ],
 )
-def test_what_workers_dial_may_be_this_machine(target: str, is_own: bool) -> None:
+def test_what_workers_dial_may_be_this_machine(target: str, address: str, is_own: bool) -> None:
     """If it is, a connection that is refused means that this process is gone."""
-    assert Dialed(target).is_own is is_own
+    assert Dialed(target, address).is_own is is_own
+
+
+def test_an_address_of_this_machine_is_its_own_where_all_are_listened_on() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing: the system chooses the own address
+        own = probe.getsockname()[0]
+    if own.startswith("127."):
+        pytest.skip("this machine has no address but the loopback one")
+    assert Dialed(f"{own}:5000", "0.0.0.0:5000").is_own

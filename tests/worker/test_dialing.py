@@ -222,7 +222,19 @@ def test_the_first_failure_is_logged_at_once_with_its_kind(
     asyncio.run(run())
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1  # once, however often it is tried
-    assert re.search(f"no connection to .* yet: {words}.*; dialing again, for [12] s$", lines[0])
+    assert re.search(
+        f"no connection to .* yet: {words}.*; dialing again, for [12] s at most$", lines[0]
+    )
+
+
+def test_a_name_that_nobody_knows_is_logged_at_once(
+    client: _Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = dataclasses.replace(client.address(), target="nobody.invalid:5000", log=True)
+    with pytest.raises(LaunchError, match="cannot reach the client"):
+        asyncio.run(_dialed(address, 1.0))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no connection to nobody.invalid:5000 yet" in line
 
 
 def test_a_client_on_this_machine_that_is_gone_is_not_looked_for_in_the_network(

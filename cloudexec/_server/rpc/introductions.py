@@ -1,4 +1,4 @@
-"""What one worker was told of: functions and blobs, each of them once."""
+"""The functions and blobs that one worker was told of, each of them once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cloudexec._wire.channel import PUSHED_BYTES
 __all__ = ["MOST_PUSHED", "Introductions"]
 
 MOST_PUSHED = 2 * 1024 * 1024
-"""Bytes of blobs that go along in one message."""
+"""Bytes of blobs that are sent along in one message."""
 
 
 class Introductions:
@@ -58,12 +58,12 @@ class Introductions:
             self._wake()
 
     def moved(self, number: int) -> None:
-        """A blob is not where its worker was told that it is."""
+        """Take note that a blob is not at the place that its worker was told."""
         if number in self._known_blobs:
             self._moved.add(number)
 
     def introduce(self, message: pb.ServerMessage, function: Function) -> int:
-        """Tell the worker of a function, and before it of what it needs; return the bytes."""
+        """Tell the worker of a function, after all that it needs, and return the bytes of that."""
         self.functions.add(function.number)
         self._service.sessions.note_told(self._worker, function.number)
         size = sum(
@@ -97,7 +97,7 @@ class Introductions:
             self._service.sessions.note_told(self._worker, -number)
 
     def introduce_blob(self, blob: Blob, message: pb.ServerMessage) -> int:
-        """Tell the worker of a blob, if it does not know it; return the bytes that this takes."""
+        """Tell the worker of a blob that it does not know yet, and return the bytes of that."""
         if blob.id in self._known_blobs and blob.id not in self._moved:
             return 8
         described = self.describe(blob)
@@ -105,7 +105,7 @@ class Introductions:
         return 64 + len(described.content)
 
     def describe(self, blob: Blob) -> pb.Blob:
-        """Say of a blob what its worker must know, who now may ask for it."""
+        """Return the message about a blob; the worker may ask for the blob from now on."""
         self._know_blob(blob.id)
         self._moved.discard(blob.id)
         self._blobs[blob.id] = blob
@@ -130,7 +130,7 @@ class Introductions:
         return described
 
     def keep(self, blob: Blob) -> None:
-        """Take note of a blob that the worker has itself told of."""
+        """Take note of a blob that the worker itself has announced."""
         self._know_blob(blob.id)
         self._blobs[blob.id] = blob
 
@@ -139,7 +139,7 @@ class Introductions:
         return self._blobs.get(number)
 
     def blobs(self) -> list[Blob]:
-        """Return the blobs that the worker was told of, or told of itself."""
+        """Return the blobs that the worker was told of or has announced itself."""
         return list(self._blobs.values())
 
     def kept_blobs(self) -> list[Blob]:
