@@ -217,6 +217,7 @@ class Takeover:
         self._by_lease: dict[tuple[str, int], _Claim] = {}  # the same claims, by worker and lease
         self._waiting: dict[bytes, Submission] = {}  # by key: calls that wait for the window's end
         self._save_handle: asyncio.TimerHandle | None = None
+        self._changed_at = float("-inf")
         self._timers: list[asyncio.TimerHandle] = []
         if self._estate is not None:
             self._generation = self._estate.generation + 1
@@ -261,9 +262,15 @@ class Takeover:
         return None if self._estate is None else self._estate.certificate
 
     def changed(self) -> None:
-        """Write down the launches soon, because one has begun or ended."""
+        """Write down the launches soon, because one has begun or ended.
+
+        The first change is written at once: a worker that runs before that cannot be taken over.
+        """
         if self._established and self._save_handle is None:
-            self._save_handle = self._engine.portal.loop.call_later(_SAVE_AFTER, self._save)
+            loop = self._engine.portal.loop
+            delay = _SAVE_AFTER if loop.time() - self._changed_at < _SAVE_AFTER else 0.0
+            self._changed_at = loop.time() + delay
+            self._save_handle = loop.call_later(delay, self._save)
 
     def _save(self) -> None:
         machine = self._engine.machine
@@ -514,6 +521,19 @@ class Takeover:
     def launch_ended(self, launch: str) -> None:
         """Note that a launch has ended, so that its worker will not connect."""
         self.changed()
+        self._expect_no_more(launch)
+
+    def connected(self, session: Any) -> None:
+        """Note that a worker has connected that holds nothing, or that will say what it holds.
+
+        The killed client may have launched it, and have ended before the worker connected.
+        """
+        self.changed()
+        if session.identity in self._expected and not session.taken_over:
+            self.workers += 1
+            self._expect_no_more(session.identity)
+
+    def _expect_no_more(self, launch: str) -> None:
         if launch in self._expected:
             self._expected.discard(launch)
             if self._is_open and not self._expected:

@@ -135,7 +135,7 @@ class Workers:
             )
         )
         if self.takeover is not None:
-            self.takeover.changed()
+            self.takeover.connected(session)
 
     def reconnected(self, session: Any) -> None:
         """Note that a worker goes on over a new connection; the old one's end may come later."""
