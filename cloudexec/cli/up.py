@@ -187,10 +187,7 @@ def up_command(
             return INTERRUPTED
         steps.say(f"Ready: profile {profile.name}, queues {', '.join(profile.queues)}.")
         option = "" if name == "default" else f" --profile {name}"
-        if not profile.images:
-            steps.say(f"Next: `cloudexec image push{option}`, then `cloudexec doctor{option}`.")
-        else:
-            steps.say(f"Next: `cloudexec doctor{option}`.")
+        steps.say(f"Next: `cloudexec doctor{option}`.")
     return 0
 
 

@@ -114,7 +114,7 @@ def test_nothing_is_sent_that_aws_would_refuse(
     command("ps", "--all")
     command("jobs", "--workers")
     command("jobs", "--active", "--executor", job.tags["cloudexec:executor"])
-    command("logs", job.job_id, code=1)
+    command("logs", job.job_id, code=3)
     command("cost", "--refresh")
     command("stop", "--all", "--yes")
     command("down", code=2)

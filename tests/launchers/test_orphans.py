@@ -56,7 +56,7 @@ def test_workers_that_are_still_queued_end_soon_and_name_the_remedy(
     """Each starts after the other, finds nobody, is not started again, and is not paid for long."""
     batch = launcher(max_vcpus=1)
     # By the time the first worker gives its client up, nobody has to wait for the others any more.
-    kill_a_client(batch, tmp_path / "client.py", launch_timeout=15.0, orphan_timeout=16.0)
+    kill_a_client(batch, tmp_path / "client.py", launch_timeout=10.0, orphan_timeout=16.0)
     workers = [job for job in aws.jobs() if not job.size]
     assert sorted(job.status for job in workers) == ["RUNNABLE", "RUNNABLE", "RUNNING"]
     (executor,) = {job.tags["cloudexec:executor"] for job in workers}
