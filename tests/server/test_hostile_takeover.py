@@ -176,7 +176,7 @@ def test_who_was_not_taken_over_holds_nothing(scene: _Scene) -> None:
         assert answer.HasField("welcome")
         peer.send(number=1, holding=pb.Holding(leases=[lease], tags=[tag]))
     wait_until(lambda: refusals(scene.executor).get("malformed message") == 2)
-    assert scene.executor.stats().workers.taken_over == 0
+    assert scene.executor.stats().tasks.taken_over == 0
 
 
 def test_a_key_that_was_recorded_is_not_enough(scene: _Scene) -> None:
