@@ -26,7 +26,7 @@ from cloudexec._environment.inventory import (
     take_inventory,
 )
 from cloudexec._environment.packages import Packages
-from cloudexec._environment.selection import Selection, requirements_of, select
+from cloudexec._environment.selection import Selection, merged, needs_of, select
 from cloudexec._environment.target import Target
 from cloudexec._errors import ConfigError
 
@@ -77,6 +77,7 @@ class Collection:
         self._is_fresh = is_fresh
         self._exclude = {canonical(name) for name in packages.exclude} - self._required.keys()
         self._reasons: dict[str, str] = {}
+        self._known: dict[str, Distribution] = {}
 
     def signature(self) -> str:
         """Return what differs whenever the components may: found from names, sizes and times."""
@@ -97,6 +98,7 @@ class Collection:
         """
         found: dict[str, Component] = {}
         wanted: dict[str, str] = {}
+        self._known = {}
         if self._packages.file is not None:
             found.update(self._of_file(self._packages.file, target))
         selection = self._select(target)
@@ -114,11 +116,14 @@ class Collection:
                 self._reasons[name] = why
             else:
                 found[name] = component
+                self._known[name] = each
         wanted.update(selection.wanted)
-        for name, text in zip(names_of(self._packages.extra), self._packages.extra, strict=True):
-            wanted[name] = text
+        for name, texts in _for_target(self._packages.extra, target).items():
+            wanted[name] = merged(texts)
             self._reasons.pop(name, None)
+        for name in wanted:
             found.pop(name, None)
+            self._known.pop(name, None)
         self._fetch_all(wanted, found, target)
         components = list(found.values())
         components += [of_directory(path, target) for path in self._inventory.paths]
@@ -154,23 +159,56 @@ class Collection:
         self, wanted: dict[str, str], found: dict[str, Component], target: Target
     ) -> None:
         """Fetch what is wanted, and what that requires, until nothing is missing."""
-        while wanted:
-            extras = {name: _extras(text) for name, text in wanted.items()}
-            fetched = self._fetch(sorted(wanted.values()), target)
-            for name, each in fetched.items():
+        fetched: dict[str, Distribution] = {}
+        tried: set[str] = set()
+        while True:
+            demands = self._demands(wanted, fetched, target)
+            todo = {}
+            for name, asked in demands.items():
+                have = fetched.get(name) or self._known.get(name)
+                if have is not None and all(_meets(have, text) for text, _ in asked):
+                    continue
+                text = self._choice(name, [text for text, _ in asked], wanted)
+                if name in self._known or text in tried:
+                    raise self._conflict(have, name, asked, target)
+                tried.add(text)
+                todo[name] = text
+                if len(asked) > 1:
+                    self._reasons[name] = _who(asked)
+            if not todo:
+                break
+            for name, each in self._fetch(sorted(todo.values()), target).items():
                 component = of_distribution(each, target)
                 if why := misfit(component, each.tags, target):
-                    raise self._nothing(
-                        {each.label: f"its wheel is not what it says: {why}"}, target
-                    )
+                    raise self._lies(each, why, target)
                 found[name] = component
-            wanted = {}
-            for name, each in fetched.items():
-                needs = requirements_of(each.requires, target, extras.get(name, ()))
-                for needed, text in needs.items():
-                    if needed not in found and self._is_missed(needed, name):
-                        here = self._installed.get(needed)
-                        wanted[needed] = here.label if here is not None else text
+                fetched[name] = each
+        for name in fetched.keys() - demands.keys():
+            del found[name]  # What required it has been replaced by another version.
+
+    def _demands(
+        self, wanted: dict[str, str], fetched: dict[str, Distribution], target: Target
+    ) -> dict[str, list[tuple[str, str]]]:
+        """Return what has to be there beside what was copied: by name, the requirements and who has
+        each of them."""
+        demands = {name: [(text, "")] for name, text in wanted.items()}
+        pending = [(name, each) for name, text in wanted.items() for each in ("", *_extras(text))]
+        seen: set[tuple[str, str]] = set()
+        while pending:
+            name, extra = pending.pop()
+            by = fetched.get(name) or self._known.get(name)
+            # What was copied, and needs without its extras, has been selected.
+            if by is None or (name, extra) in seen or not (extra or name in fetched):
+                continue
+            seen.add((name, extra))
+            for need in needs_of(by.requires, target):
+                if extra not in need.when:
+                    continue
+                pending += [(need.name, each) for each in ("", *need.extras)]
+                if need.name != name and self._is_missed(need.name, name):
+                    text = need.name if self._is_as_here(need.name, by) else need.text
+                    demands.setdefault(need.name, []).append((text, by.label))
+        return demands
 
     def _is_missed(self, needed: str, by: str) -> bool:
         """Whether something that was fetched has a requirement that is to be met."""
@@ -180,7 +218,40 @@ class Collection:
         if here is None or needed in self._installed:
             return True
         # What is missing here, too, is missing on purpose.
-        return needed not in requirements_of(here.requires, None)
+        return not any(
+            need.name == needed and "" in need.when for need in needs_of(here.requires, None)
+        )
+
+    def _is_as_here(self, needed: str, by: Distribution) -> bool:
+        """Whether two go together because they do here, whatever the metadata says."""
+        here = self._installed.get(by.name)
+        return (
+            self._packages.source == "here"
+            and here is not None
+            and here.version == by.version
+            and needed in self._installed
+        )
+
+    def _choice(self, name: str, texts: list[str], wanted: dict[str, str]) -> str:
+        """Return the requirement to fetch by: of the version that is here, if that will do."""
+        here = self._installed.get(name)
+        if name not in wanted and here is not None and all(_meets(here, text) for text in texts):
+            return here.label
+        return merged(texts)
+
+    def _conflict(
+        self, have: Distribution | None, name: str, asked: list[tuple[str, str]], target: Target
+    ) -> ConfigError:
+        chosen = ""
+        if have is not None:
+            is_here = have is self._installed.get(name)
+            chosen = f", and {have.label} is {'installed here' if is_here else 'what was chosen'}"
+        example = merged([text for text, by in asked if by] or [name])
+        return ConfigError(
+            f"workers on {target} cannot have these packages together: {_who(asked)}{chosen}. Name "
+            f"versions that suit each other, such as extra=[{example!r}], or leave one of them out "
+            f"(exclude=)"
+        )
 
     def _fetch(self, requirements: Sequence[str], target: Target) -> dict[str, Distribution]:
         key = hashlib.sha256(repr((requirements, target)).encode()).hexdigest()
@@ -234,6 +305,7 @@ class Collection:
             tree = self._cache.directory("projects", key)
             assert tree is not None
         (each,) = take_inventory([str(tree)]).distributions.values()
+        self._known[each.name] = each
         component = of_distribution(each, target, is_own=True)
         if why := misfit(component, each.tags, target):
             raise ConfigError(
@@ -260,6 +332,7 @@ class Collection:
             if why := misfit(component, each.tags, target):
                 raise self._lies(each, why, target)
             found[name] = component
+            self._known[name] = each
         project = _project_of(file)
         if project is not None:
             component = self._project(project, target)
@@ -304,3 +377,32 @@ def _extras(requirement: str) -> tuple[str, ...]:
     from packaging.requirements import Requirement
 
     return tuple(canonical(extra) for extra in Requirement(requirement).extras)
+
+
+def _for_target(requirements: Sequence[str], target: Target) -> dict[str, list[str]]:
+    """Return those whose markers are true there, by name."""
+    from packaging.requirements import Requirement
+
+    found: dict[str, list[str]] = {}
+    for name, text in zip(names_of(requirements), requirements, strict=True):
+        marker = Requirement(text).marker
+        if marker is None or marker.evaluate({**target.markers(), "extra": ""}):
+            found.setdefault(name, []).append(text)
+    return found
+
+
+def _meets(have: Distribution, requirement: str) -> bool:
+    from packaging.requirements import Requirement
+    from packaging.version import InvalidVersion
+
+    try:
+        return Requirement(requirement).specifier.contains(have.version, prereleases=True)
+    except InvalidVersion:
+        return True  # An old package: nobody can compare its version.
+
+
+def _who(asked: Sequence[tuple[str, str]]) -> str:
+    """Say who requires what."""
+    return " and ".join(
+        f"{by} requires {text}" if by else f"{text} is asked for" for text, by in asked
+    )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from cloudexec._environment.inventory import Inventory, canonical
 from cloudexec._environment.target import Target
 
-__all__ = ["Selection", "requirements_of", "select"]
+__all__ = ["Need", "Selection", "merged", "needs_of", "select"]
 
 _TOOLS = frozenset({"pip", "uv", "wheel"})
 """They install, and a worker installs nothing."""
@@ -29,13 +29,14 @@ class Selection:
     """Names of what is installed here, and required on this platform only."""
 
 
-class _Need(NamedTuple):
+class Need(NamedTuple):
     """One requirement of a distribution."""
 
     name: str
     extras: tuple[str, ...]
-    when: str
-    """Extra of the distribution that requires it; empty: always."""
+    """Of what is required."""
+    when: frozenset[str]
+    """Extras of the distribution that each require it; the empty string: it always does."""
     text: str
 
 
@@ -65,7 +66,7 @@ def select(
         need.name
         for name, needs in needs_here.items()
         for need in needs
-        if not need.when and need.name != name
+        if "" in need.when and need.name != name
     }
     roots = {
         name
@@ -95,11 +96,11 @@ def select(
 
 
 def _reach(
-    roots: Iterable[str], needs: Mapping[str, list[_Need]], unwanted: set[str]
+    roots: Iterable[str], needs: Mapping[str, list[Need]], unwanted: set[str]
 ) -> tuple[set[str], dict[str, str]]:
     """Return the names that the roots require, and by name the requirements that nothing meets."""
     reached: set[str] = set()
-    missing: dict[str, str] = {}
+    missing: dict[str, list[str]] = {}
     pending = [(name, "") for name in roots]
     seen: set[tuple[str, str]] = set()
     while pending:
@@ -109,16 +110,16 @@ def _reach(
         seen.add((name, extra))
         reached.add(name)
         for need in needs[name]:
-            if need.when not in ("", extra):
+            if need.when.isdisjoint(("", extra)):
                 continue
             if need.name not in needs:
-                missing.setdefault(need.name, need.text)
+                missing.setdefault(need.name, []).append(need.text)
                 continue
             pending += [(need.name, each) for each in ("", *need.extras)]
-    return reached, missing
+    return reached, {name: merged(texts) for name, texts in missing.items()}
 
 
-def _needs(requires: Iterable[str], environment: Mapping[str, str]) -> list[_Need]:
+def _needs(requires: Iterable[str], environment: Mapping[str, str]) -> list[Need]:
     from packaging.requirements import InvalidRequirement, Requirement
 
     found = []
@@ -127,19 +128,18 @@ def _needs(requires: Iterable[str], environment: Mapping[str, str]) -> list[_Nee
             requirement = Requirement(text)
         except InvalidRequirement:
             continue  # an old package, which was installed all the same
-        when = ""
+        when = frozenset({""})
         if requirement.marker is not None:
             extras = ["", *_EXTRA.findall(str(requirement.marker))]
-            fitting = [
-                extra
+            when = frozenset(
+                canonical(extra)
                 for extra in extras
                 if requirement.marker.evaluate({**environment, "extra": extra})
-            ]
-            if not fitting:
+            )
+            if not when:
                 continue
-            when = canonical(fitting[0])
         found.append(
-            _Need(
+            Need(
                 canonical(requirement.name),
                 tuple(canonical(extra) for extra in sorted(requirement.extras)),
                 when,
@@ -149,22 +149,30 @@ def _needs(requires: Iterable[str], environment: Mapping[str, str]) -> list[_Nee
     return found
 
 
-def requirements_of(
-    requires: Iterable[str], target: Target | None, extras: Iterable[str] = ()
-) -> dict[str, str]:
-    """Return what a distribution requires, by name.
+def needs_of(requires: Iterable[str], target: Target | None) -> list[Need]:
+    """Return what a distribution requires.
 
     Args:
         requires: From its metadata.
         target: Where; ``None``: here.
-        extras: Of it, that were asked for.
     """
-    wanted = {"", *extras}
-    return {
-        need.name: need.text
-        for need in _needs(requires, _here() if target is None else target.markers())
-        if need.when in wanted
-    }
+    return _needs(requires, _here() if target is None else target.markers())
+
+
+def merged(texts: Iterable[str]) -> str:
+    """Return one requirement, without a marker, for all that several of one name ask for."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    first, *rest = [Requirement(text) for text in dict.fromkeys(texts)]
+    for each in rest:
+        first.extras |= each.extras
+        first.specifier &= each.specifier
+        first.url = first.url or each.url
+    if first.url:
+        first.specifier = SpecifierSet()  # It cannot have both.
+    first.marker = None
+    return str(first)
 
 
 def _here() -> dict[str, str]:

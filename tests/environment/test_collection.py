@@ -157,6 +157,122 @@ def test_what_fetched_packages_require_comes_along(client: Client, collect: Coll
     assert found.keys() == {"torch", "cuda", "driver", "plotting", "canvas"}
 
 
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ("dasky[complete]", {"dasky", "arrays", "frames"}),
+        ("poet[all]", {"poet", "rhymes"}),
+        ("poet[b]", {"poet", "rhymes"}),
+        ("poet", {"poet"}),
+    ],
+)
+def test_extras_of_what_is_fetched_come_along(
+    client: Client, collect: Collecting, asked: str, wanted: set[str]
+) -> None:
+    """Also those that other extras of the same package name, and what any of several asks for."""
+    requires = [
+        "dasky[array,frame]; extra == 'complete'",
+        "arrays; extra == 'array'",
+        "frames; extra == 'frame'",
+    ]
+    make_wheel(client.wheels, "dasky", requires=requires, extras=["array", "frame", "complete"])
+    requires = ["rhymes; extra == 'all' or extra == 'b'"]
+    make_wheel(client.wheels, "poet", requires=requires, extras=["all", "b"])
+    for name in ("arrays", "frames", "rhymes"):
+        make_wheel(client.wheels, name)
+    assert collect(X86, source="none", extra=[asked]).keys() == wanted
+
+
+def test_extras_of_what_is_here_are_fetched_where_another_package_needs_them(
+    client: Client, collect: Collecting
+) -> None:
+    """The package itself is copied, and all requirements of it count."""
+    requires = ["loops; extra == 'fast'", "tables; extra == 'wide'"]
+    make_wheel(client.wheels, "served", requires=requires, extras=["fast", "wide"])
+    client.install("served")
+    make_wheel(client.wheels, "app", requires=["served[fast]", "served[wide]>=1"])
+    for name in ("loops", "tables"):
+        make_wheel(client.wheels, name)
+    found = collect(X86, extra=["app"])
+    assert found.keys() == {"served", "app", "loops", "tables"}
+
+
+def test_version_suits_all_that_require_the_package(client: Client, collect: Collecting) -> None:
+    """Whoever comes first, and also if a newer one has been fetched before."""
+    for version in ("1.0", "2.0"):
+        make_wheel(client.wheels, "lib", version)
+    make_wheel(client.wheels, "low", requires=["lib<2"])
+    make_wheel(client.wheels, "deep", requires=["low"])
+    make_wheel(client.wheels, "any", requires=["lib"])
+    for extra in (["low", "any"], ["any", "low"], ["any", "deep"]):
+        assert collect(X86, source="none", extra=extra)["lib"].version == "1.0"
+    make_wheel(client.wheels, "high", requires=["lib>=2"])
+    with pytest.raises(ConfigError) as caught:
+        collect(X86, source="none", extra=["low", "high"])
+    assert "high==1.0 requires lib>=2" in str(caught.value)
+    assert "low==1.0 requires lib<2" in str(caught.value)
+
+
+def test_what_a_replaced_version_required_is_left_out(client: Client, collect: Collecting) -> None:
+    """Another package wants an older one, which requires less."""
+    make_wheel(client.wheels, "lib", "1.0")
+    make_wheel(client.wheels, "lib", "2.0", requires=["more"])
+    make_wheel(client.wheels, "more", requires=["low"])
+    make_wheel(client.wheels, "low", requires=["lib<2"])
+    make_wheel(client.wheels, "any", requires=["lib", "deep"])
+    make_wheel(client.wheels, "deep", requires=["deeper"])
+    make_wheel(client.wheels, "deeper", requires=["lib<2"])
+    found = collect(X86, source="none", extra=["any"])
+    assert {(each.name, each.version) for each in found.values()} == {
+        ("any", "1.0"),
+        ("deep", "1.0"),
+        ("deeper", "1.0"),
+        ("lib", "1.0"),
+    }
+
+
+def test_package_that_does_not_suit_what_is_here_is_refused(
+    client: Client, collect: Collecting
+) -> None:
+    """Both are named; another version of either helps. What is here unsuited stays as it is."""
+    make_wheel(client.wheels, "lib", "1.0")
+    make_wheel(client.wheels, "odd", requires=["lib>=2"])
+    client.install("--no-deps", "lib", "odd")
+    make_wheel(client.wheels, "lib", "2.0")
+    make_wheel(client.wheels, "new", requires=["lib>=2"])
+    assert collect(X86).keys() == {"lib", "odd"}
+    with pytest.raises(
+        ConfigError, match=r"new==1\.0 requires lib>=2, and lib==1\.0 is installed here.*extra="
+    ):
+        collect(X86, extra=["new"])
+    assert collect(X86, extra=["new", "lib>=2"])["lib"].version == "2.0"
+    assert collect(X86, source="none", extra=["new"])["lib"].version == "2.0"
+    file = client.root / "requirements.txt"
+    file.write_text("lib<2\n")
+    with pytest.raises(ConfigError, match=r"new==1\.0 requires lib>=2, and lib==1\.0 is what was"):
+        collect(X86, source=file, extra=["new"])
+
+
+def test_packages_that_are_here_stay_together_when_they_are_fetched(
+    client: Client, collect: Collecting
+) -> None:
+    """Their versions are those of here, whatever the metadata says."""
+    native_wheels(client.wheels, "fast", "1.0")
+    for target in (X86, ARM):
+        tag = f"{TAG}-{TAG}-manylinux_2_28_{target.machine}"
+        make_wheel(client.wheels, "model", requires=["fast>=2"], tag=tag)
+    client.install("--no-deps", "fast", "model")
+    native_wheels(client.wheels, "fast", "2.0")
+    assert collect(ELSEWHERE)["fast"].version == "1.0"
+
+
+def test_marker_of_an_extra_counts(client: Client, collect: Collecting) -> None:
+    """What it leaves out is not fetched, and nothing else is harmed."""
+    make_wheel(client.wheels, "thing")
+    extra = ["thing; sys_platform == 'linux'", "absent; sys_platform == 'win32'"]
+    assert collect(X86, source="none", extra=extra).keys() == {"thing"}
+
+
 def test_wheel_that_lies_about_its_platform_is_refused(client: Client, collect: Collecting) -> None:
     """It says that it is for every platform, and has a library for one."""
     make_wheel(client.wheels, "liar", files={"liar/_c.so": library(HERE.machine)})

@@ -66,6 +66,15 @@ def test_requirements_of_extras_count_where_the_extra_was_asked_for(selected: Se
     assert found.wanted == {"extra-thing": "extra-thing"}
 
 
+def test_all_that_is_required_of_a_missing_package_is_wanted(selected: Selecting) -> None:
+    """Versions and extras, whoever requires them, and for any of several extras."""
+    requires = {
+        "outer": ["inner[more]", f"cuda[fast]<13; {THERE}"],
+        "inner": [f"cuda[math]>=12; (extra == 'other' or extra == 'more') and {THERE}"],
+    }
+    assert selected(requires, "outer").wanted == {"cuda": "cuda[fast,math]<13,>=12"}
+
+
 def test_two_that_require_each_other_are_kept(selected: Selecting) -> None:
     """Nobody is at the beginning of a circle."""
     found = selected({"one": ["two"], "two": ["one"]}, "one", "two")
