@@ -25,6 +25,7 @@ from cloudexec._environment.inventory import (
     signature_of,
     take_inventory,
 )
+from cloudexec._environment.local_requirements import places_of
 from cloudexec._environment.packages import Packages
 from cloudexec._environment.selection import Selection, merged, needs_of, select
 from cloudexec._environment.target import Target
@@ -328,7 +329,12 @@ class Collection:
         for name, each in take_inventory([str(tree)]).distributions.items():
             if name in self._exclude or name == "cloudexec":
                 continue
-            component = of_distribution(each, target)
+            if each.source is not None:
+                raise ConfigError(
+                    f"{file} brings {name} as an editable project, {each.source}, which workers do "
+                    f"not have: name its directory in {file} without -e"
+                )
+            component = of_distribution(each, target, is_own=each.origin.startswith("file:"))
             if why := misfit(component, each.tags, target):
                 raise self._lies(each, why, target)
             found[name] = component
@@ -370,6 +376,8 @@ def _digest_of(file: Path) -> str:
         if each.suffix == ".txt":
             text = content.decode(errors="replace")
             pending += [each.parent / name for name in _INCLUDED.findall(text)]
+    for place in places_of(file):
+        whole.update(signature_of(place).encode())
     return whole.hexdigest()
 
 

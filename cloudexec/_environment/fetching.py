@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cloudexec._environment.local_requirements import lines_of, local_of, refuse_local
 from cloudexec._environment.target import Target
 from cloudexec._errors import ConfigError
 
@@ -100,8 +101,12 @@ class Installer:
             given = file
             if file.name == "uv.lock":
                 given = stack.enter_context(_requirements_file(self._export(file)))
-            elif file.suffix == ".toml" and not self.is_uv:
-                given = stack.enter_context(_requirements_file(_dependencies(file)))
+            elif file.suffix == ".toml":
+                refuse_local(file)
+                if not self.is_uv:
+                    given = stack.enter_context(_requirements_file(_dependencies(file)))
+            if given.suffix == ".txt":
+                given = stack.enter_context(self._with_wheels(given, file))
             done = self._run(
                 *self._verb(target, into), "-r", str(given), *self._sources(), folder=file.parent
             )
@@ -109,6 +114,27 @@ class Installer:
             raise ConfigError(
                 f"what {file} requires cannot be installed for {target}: {_said(done)}"
             )
+
+    @contextlib.contextmanager
+    def _with_wheels(self, given: Path, file: Path) -> Iterator[Path]:
+        """Build the projects on this machine that a requirements file names, and name their wheels
+        instead: an editable one would be a path that workers do not have."""
+        lines = lines_of(given)
+        named = [local_of(line, file.parent) for line in lines]
+        if not any(each is not None and not each.path.is_file() for each in named):
+            yield given
+            return
+        with tempfile.TemporaryDirectory(prefix="cloudexec-wheels-") as name:
+            for number, each in enumerate(named):
+                if each is None or each.path.is_file():
+                    continue
+                if not each.path.is_dir():
+                    raise ConfigError(f"{file} names the project {each.path}, which is not there")
+                wheel = self._wheel(each.path, Path(name, str(number)))
+                project = wheel.name.partition("-")[0]
+                lines[number] = f"{project}{each.extras} @ {wheel.as_uri()}{each.marker}"
+            with _requirements_file(lines) as changed:
+                yield changed
 
     def _export(self, lock: Path) -> Iterator[str]:
         if not self.is_uv:
@@ -135,20 +161,22 @@ class Installer:
             ConfigError: If it cannot be built.
         """
         with tempfile.TemporaryDirectory(prefix="cloudexec-wheel-") as name:
-            verb: tuple[str, ...]
-            if self.is_uv:
-                verb = ("build", "--wheel", "--python", sys.executable, "--out-dir", name)
-            else:
-                verb = ("wheel", "--no-deps", "-q", "--disable-pip-version-check", "-w", name)
-            done = self._run(*verb, str(source), *self._sources())
-            wheels = list(Path(name).glob("*.whl"))
-            if done.returncode or len(wheels) != 1:
-                raise ConfigError(
-                    f"the wheel of the project {source} cannot be built:\n{_log(done)}"
-                )
-            done = self._run(*self._plain_verb(into), "--no-deps", "--no-index", str(wheels[0]))
+            wheel = self._wheel(source, Path(name))
+            done = self._run(*self._plain_verb(into), "--no-deps", "--no-index", str(wheel))
             if done.returncode:
-                raise ConfigError(f"{wheels[0].name} cannot be installed: {_said(done)}")
+                raise ConfigError(f"{wheel.name} cannot be installed: {_said(done)}")
+
+    def _wheel(self, source: Path, folder: Path) -> Path:
+        verb: tuple[str, ...]
+        if self.is_uv:
+            verb = ("build", "--wheel", "--python", sys.executable, "--out-dir", str(folder))
+        else:
+            verb = ("wheel", "--no-deps", "-q", "--disable-pip-version-check", "-w", str(folder))
+        done = self._run(*verb, str(source), *self._sources())
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            raise ConfigError(f"the wheel of the project {source} cannot be built:\n{_log(done)}")
+        return wheels[0]
 
     def _verb(self, target: Target, into: Path) -> list[str]:
         options = [*self._plain_verb(into), "--only-binary", ":all:"]

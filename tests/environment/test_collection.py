@@ -490,6 +490,122 @@ def test_lock_file_of_uv_is_taken_as_it_is(
     assert {(each.name, each.version) for each in found} == {("mine", "0.1"), ("fast", "1.0")}
 
 
+@pytest.mark.parametrize(
+    "line", ["-e ./libs/member[more]", "./libs/member[more] ; os_name != 'nt'"]
+)
+def test_projects_that_a_requirements_file_names_are_built(
+    client: Client, collect: Collecting, tmp_path: Path, line: str
+) -> None:
+    """With what they require, from an included file, and again when they were edited."""
+    native_wheels(client.wheels, "fast")
+    for name in ("loops", "tables"):
+        make_wheel(client.wheels, name)
+    member = make_project(
+        tmp_path / "libs" / "member", "member", {"src/member/__init__.py": "A = 1\n"}
+    )
+    needs = "Requires-Dist: fast\\nProvides-Extra: more\\nRequires-Dist: loops; extra == 'more'\\n"
+    backend = member / "tools" / "own_backend.py"
+    backend.write_text(backend.read_text().replace('{version}\\n"', f'{{version}}\\n{needs}"'))
+    file = tmp_path / "requirements.txt"
+    file.write_text("# all\n-r more/parts.txt\ntables  # as well\n")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "parts.txt").write_text(f"{line}\n-c limits.txt\n")
+    (tmp_path / "more" / "limits.txt").write_text("fast<2\n")
+    native_wheels(client.wheels, "fast", "2.0")
+    found = collect(ELSEWHERE, source=file)
+    assert found.keys() == {"member", "fast", "loops", "tables"}
+    assert found["fast"].version == "1.0"
+    assert found["member"].is_own
+    assert read(found["member"], f"{SITE}/member/__init__.py") == b"A = 1\n"
+    assert not any(entry.path.endswith(".pth") for entry in found["member"].entries)
+    (member / "src" / "member" / "__init__.py").write_text("A = 22\n")
+    changed = collect(ELSEWHERE, source=file)["member"]
+    assert read(changed, f"{SITE}/member/__init__.py") == b"A = 22\n"
+
+
+def test_wheel_that_a_requirements_file_names_is_taken_when_it_is_another(
+    client: Client, collect: Collecting, tmp_path: Path
+) -> None:
+    """Under the same name."""
+    file = tmp_path / "requirements.txt"
+    file.write_text("./own/thing-1.0-py3-none-any.whl\n")
+    for content in ("A = 1\n", "A = 22\n"):
+        make_wheel(tmp_path / "own", "thing", files={"thing.py": content})
+        assert read(collect(X86, source=file)["thing"], f"{SITE}/thing.py") == content.encode()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("-e git+https://me:hunter2@host.example/a.git#egg=a", "not on this machine.*leave out -e"),
+        ("-e ./gone", "names the project .*gone, which is not there"),
+    ],
+)
+def test_editable_project_that_is_not_here_is_refused(
+    collect: Collecting, tmp_path: Path, line: str, said: str
+) -> None:
+    """By name, without a password."""
+    file = tmp_path / "requirements.txt"
+    file.write_text(f"{line}\n")
+    with pytest.raises(ConfigError, match=said) as caught:
+        collect(X86, source=file)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dependency", "source"),
+    [
+        ("member", "member = { workspace = true }"),
+        ("Mem_ber[x]>=0", "mem-ber = [{ path = '../member', marker = 'os_name != \"nt\"' }]"),
+        ("member @ file:///nowhere/member", ""),
+    ],
+)
+def test_project_file_with_projects_of_this_machine_is_refused(
+    collect: Collecting, tmp_path: Path, dependency: str, source: str
+) -> None:
+    """No index has what is meant; a lock file says where it is."""
+    file = tmp_path / "pyproject.toml"
+    file.write_text(
+        f"[project]\nname = 'app'\nversion = '1'\ndependencies = [{dependency!r}]\n"
+        f"[tool.uv.sources]\n{source}\n"
+    )
+    with pytest.raises(ConfigError, match=r"mem-?ber, which .* is on this machine.*uv\.lock"):
+        collect(X86, source=file)
+
+
+def test_projects_of_a_lock_file_are_built(
+    client: Client, cache: Cache, uv: Installer, tmp_path: Path
+) -> None:
+    """Members of a workspace, and editable ones elsewhere; again when they were edited."""
+    source = make_project(tmp_path / "mine", "mine", {"src/mine/__init__.py": ""})
+    file = source / "pyproject.toml"
+    text = file.read_text().replace("dependencies = []", "dependencies = ['member', 'other']")
+    file.write_text(
+        f"{text}\n[tool.uv.sources]\nmember = {{ workspace = true }}\n"
+        f"other = {{ path = '../other', editable = true }}\n"
+        f"[tool.uv.workspace]\nmembers = ['libs/*']\n"
+    )
+    for folder in (source / "libs" / "member", tmp_path / "other"):
+        make_project(folder, folder.name, {f"src/{folder.name}/__init__.py": "A = 1\n"})
+    uv._run("lock", "--offline", "--directory", str(source))
+    packages = Packages(source=source / "uv.lock", wheelhouse=client.wheels)
+    tool = Installer(uv.command, True, client.wheels)
+
+    def collected() -> tuple[str, dict[str, Component]]:
+        found = Collection(packages, client.inventory(), [], cache, lambda: tool)
+        return found.signature(), {each.name: each for each in found.components(ELSEWHERE)}
+
+    before, found = collected()
+    assert found.keys() == {"mine", "member", "other"}
+    for name, folder in (("member", source / "libs" / "member"), ("other", tmp_path / "other")):
+        assert read(found[name], f"{SITE}/{name}/__init__.py") == b"A = 1\n"
+        (folder / "src" / name / "__init__.py").write_text("A = 22\n")
+        after, changed = collected()
+        assert after != before
+        assert read(changed[name], f"{SITE}/{name}/__init__.py") == b"A = 22\n"
+        before = after
+
+
 @pytest.fixture
 def private_index(client: Client) -> Iterator[str]:
     """An index of the wheels that wants a password: its address, with that."""

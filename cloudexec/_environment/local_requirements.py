@@ -1,0 +1,156 @@
+"""Projects and wheels on this machine that requirements files, locks and projects name."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
+
+from cloudexec._environment.inventory import canonical
+from cloudexec._errors import ConfigError
+
+__all__ = ["Local", "lines_of", "local_of", "places_of", "refuse_local"]
+
+_COMMENT = re.compile(r"(^|\s+)#.*$")
+_EDITABLE = re.compile(r"(?:-e|--editable)(?:\s+|=)(.+)")
+_INCLUDE = re.compile(r"(-r|-c|-f|--requirement|--constraint|--find-links)(?:\s+|=)(.+)")
+_NAMED = re.compile(r"[\w.-]+\s*(\[[^\]]*\])?\s*@\s*(\S+)")
+_PATH = re.compile(r"(.*?)(\[[^\]]*\])?")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
+
+
+class Local(NamedTuple):
+    """What one line of a requirements file names."""
+
+    path: Path
+    """A directory, or a file such as a wheel."""
+    extras: str
+    """In brackets; may be empty."""
+    marker: str
+    """May be empty."""
+
+
+def lines_of(file: Path) -> list[str]:
+    """Return the lines of a requirements file and of those that it includes.
+
+    They can be read from another directory: paths that are relative to the file are absolute.
+
+    Raises:
+        ConfigError: If a file cannot be read.
+    """
+    return list(_lines_of(file, set()))
+
+
+def _lines_of(file: Path, seen: set[Path]) -> Iterator[str]:
+    if file in seen:
+        return
+    seen.add(file)
+    try:
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as exc:
+        raise ConfigError(f"{file} cannot be read: {exc.strerror}") from exc
+    for line in re.sub(r"\\\r?\n", " ", text).splitlines():
+        plain = _COMMENT.sub("", line).strip()
+        included = _INCLUDE.fullmatch(plain)
+        if included is None:
+            yield plain
+            continue
+        option, place = included[1], file.parent / included[2]
+        if "://" in included[2] or not place.exists():
+            yield plain
+        elif option in ("-r", "--requirement"):
+            yield from _lines_of(place, seen)
+        else:
+            yield f"{option} {place.absolute()}"
+
+
+def local_of(line: str, folder: Path) -> Local | None:
+    """Return the project or file on this machine that a line names; ``None``: it names none.
+
+    Args:
+        line: As ``lines_of`` returns it.
+        folder: The directory that paths are relative to.
+
+    Raises:
+        ConfigError: If the line has an editable project that is not on this machine.
+    """
+    editable = _EDITABLE.fullmatch(line)
+    text = editable[1] if editable is not None else line
+    if not text or text.startswith("-"):
+        return None
+    text = re.split(r"\s+--", text)[0]
+    text, separator, marker = text.partition(" ;")
+    found = _NAMED.fullmatch(text.strip())
+    extras, place = (found[1], found[2]) if found else ("", text.strip().strip("\"'"))
+    if not found and (parts := _PATH.fullmatch(place)):
+        place, extras = parts[1], parts[2]
+    place = os.path.expandvars(place).partition("#")[0]
+    if place.startswith("file:"):
+        place = url2pathname(unquote(urlsplit(place).path))
+    elif "://" in place:
+        if editable is None:
+            return None
+        raise ConfigError(
+            f"{_CREDENTIALS.sub('****@', line)!r} is an editable project that is not on this "
+            f"machine, and workers cannot have it so: leave out {line.split()[0]}"
+        )
+    path = folder / place
+    is_path = os.sep in place or place.startswith(".")
+    if editable is None and not (is_path and path.exists()):
+        return None
+    return Local(Path(os.path.normpath(path)), extras or "", f"{separator}{marker}")
+
+
+def places_of(file: Path) -> list[Path]:
+    """Return the projects and files on this machine that a file names, but not its own project.
+
+    Raises:
+        ConfigError: If a file cannot be read.
+    """
+    if file.suffix == ".txt":
+        locals_ = [local_of(line, file.parent) for line in lines_of(file)]
+        return [each.path for each in locals_ if each is not None]
+    if file.name != "uv.lock":
+        return []
+    sources = [each.get("source", {}) for each in _toml(file).get("package", ())]
+    named = [
+        each[kind]
+        for each in sources
+        for kind in ("editable", "directory", "path")
+        if each.get(kind, ".") != "."
+    ]
+    return [Path(os.path.normpath(file.parent / each)) for each in named]
+
+
+def refuse_local(file: Path) -> None:
+    """Refuse a ``pyproject.toml`` whose dependencies are projects on this machine.
+
+    Raises:
+        ConfigError: If one is; it is named.
+    """
+    data = _toml(file)
+    sources = {
+        canonical(name): source if isinstance(source, list) else [source]
+        for name, source in data.get("tool", {}).get("uv", {}).get("sources", {}).items()
+    }
+    for text in data.get("project", {}).get("dependencies", ()):
+        name = canonical(re.split(r"[^\w.-]", str(text).strip())[0])
+        is_local = any("path" in each or each.get("workspace") for each in sources.get(name, ()))
+        if is_local or re.search(r"@\s*file:", str(text)):
+            raise ConfigError(
+                f"{name}, which {file} requires, is on this machine, and in no index: run "
+                f"`uv lock`, and name the uv.lock (packages='uv.lock'), or install the project as "
+                f"editable and take what is installed (packages='here')"
+            )
+
+
+def _toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"{file} cannot be read: {exc}") from exc
