@@ -29,10 +29,25 @@ TAG = f"cp{sys.version_info.major}{sys.version_info.minor}"
 ELF_MACHINES = {"x86_64": 0x3E, "aarch64": 0xB7}
 
 
-def library(machine: str, glibc: int = 17) -> bytes:
-    """Return what tells an extension module, ``_c`` or ``_native``, of a processor and a glibc."""
-    header = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9) + struct.pack("<HH", 3, ELF_MACHINES[machine])
-    return header + bytes(44) + b"\0PyInit__c\0PyInit__native\0GLIBC_2.%d\0" % glibc
+def library(machine: str, glibc: int = 17, needs: Iterable[str] = ()) -> bytes:
+    """Return what tells an extension module, ``_c`` or ``_native``, of a processor, a glibc and the
+    libraries that it needs."""
+    names = b"\0" + b"".join(name.encode() + b"\0" for name in needs)
+    where, dynamic = 64 + 2 * 56, b""
+    for name in needs:
+        dynamic += struct.pack("<QQ", 1, names.index(b"\0" + name.encode() + b"\0") + 1)
+    # The names are loaded 4096 bytes behind their place in the file.
+    dynamic += struct.pack("<QQQQ", 5, 4096 + where, 0, 0)
+    ident = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
+    header = struct.pack(
+        "<HHIQQQIHHHHHH", 3, ELF_MACHINES[machine], 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0
+    )
+    size = len(names)
+    load = struct.pack("<IIQQQQQQ", 1, 4, where, 4096 + where, 0, size, size, 8)
+    at, size = where + len(names), len(dynamic)
+    section = struct.pack("<IIQQQQQQ", 2, 4, at, 8192 + at, 0, size, size, 8)
+    rest = b"\0PyInit__c\0PyInit__native\0GLIBC_2.%d\0" % glibc
+    return ident + header + load + section + names + dynamic + rest
 
 
 def make_wheel(

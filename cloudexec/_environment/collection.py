@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import tomllib
@@ -12,7 +13,10 @@ from pathlib import Path
 from cloudexec._environment.cache import Cache
 from cloudexec._environment.components import (
     Component,
+    is_native,
+    libraries_of,
     misfit,
+    missing_libraries,
     of_directory,
     of_distribution,
     of_loose,
@@ -144,15 +148,32 @@ class Collection:
             by = f" by {each.installer}" if each.installer else ""
             return f"it was installed here{by} without a list of its files"
         why = misfit(component, each.tags, target)
-        if not why:
-            return ""
-        if each.installer == "conda":
+        if each.installer == "conda" and (why or is_native(component)):
+            why = why or "its libraries need those of conda"
             return f"conda has installed it here, in a form that is not a wheel ({why})"
+        if not why:
+            return self._lacks(component, each.tags, target)
         if each.origin:
             return f"{why}, made from {each.origin}"
         if any("-linux_" in tag for tag in each.tags):
             return f"{why}, made on a machine and not for others"
         return why
+
+    def _lacks(self, component: Component, tags: frozenset[str], target: Target) -> str:
+        """Say which libraries are missing on the image; empty: none is.
+
+        What a base of one's own has is not known.
+        """
+        if self._packages.base:
+            return ""
+        missing = missing_libraries(component, tags, target, self._libraries)
+        if not missing:
+            return ""
+        return f"it was compiled here, and needs {' and '.join(missing)}, which no package brings"
+
+    @functools.cached_property
+    def _libraries(self) -> frozenset[str]:
+        return frozenset(name for each in self._installed.values() for name in libraries_of(each))
 
     # What is not here in a form that fits.
 
@@ -313,6 +334,11 @@ class Collection:
                 f"workers on {target} cannot have the project {each.name} in {source}: its wheel "
                 f"was built here, and {why}. Choose workers of this machine's kind (arch=), or "
                 f"have them run an image of your own (image=)"
+            )
+        if why := self._lacks(component, each.tags, target):
+            raise ConfigError(
+                f"workers on {target} cannot have the project {each.name} in {source}: {why}. Name "
+                f"an image to build on that has them (base=), or an image of your own (image=)"
             )
         return component
 

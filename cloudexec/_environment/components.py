@@ -13,13 +13,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from cloudexec._environment.elf import needed_libraries
 from cloudexec._environment.inventory import SITES, Distribution, source_files
 from cloudexec._environment.target import ENVIRONMENT_ROOT, Target
 
 __all__ = [
     "Component",
     "Entry",
+    "is_native",
+    "libraries_of",
     "misfit",
+    "missing_libraries",
     "of_directory",
     "of_distribution",
     "of_loose",
@@ -32,6 +36,12 @@ _MACHINES = {b"\x3e\x00": "x86_64", b"\xb7\x00": "aarch64"}
 """Of the ELF header, little-endian. ELF-64 Object File Format, "e_machine"."""
 _SHEBANG = re.compile(rb"\A#!(?:/[^\n]*/python[0-9.]*w?|/bin/sh\n'''exec' \"?/[^\n]*\n' ''')")
 _GLIBC = re.compile(rb"GLIBC_2\.(\d+)")
+_IN_IMAGE = re.compile(
+    r"(lib(c|m|dl|rt|pthread|util|resolv|nsl|anl|mvec|BrokenLocale|thread_db)|ld-linux-[\w-]+"
+    r"|libgcc_s|libstdc\+\+|libz|libpython3(\.\d+)?|libcuda)\.so(\.[0-9.]+)?"
+)
+"""What every base of this kind has: glibc, what runs C++, zlib, Python. On machines with a GPU, the
+driver is added."""
 _BESIDE = ("bin", "etc", "include", "man", "share")
 """What uv and pip lay beside the packages where they install into a directory."""
 _SCRIPT_BYTES = 65_536
@@ -211,14 +221,14 @@ def misfit(component: Component, tags: frozenset[str], target: Target) -> str:
     A wheel's tags may promise too much, and what was built on this machine promises nothing: its
     libraries themselves say which processor and which C library they need.
     """
-    built_here = any(tag.endswith(f"-linux_{target.machine}") for tag in tags)
+    built_here = _is_built_here(tags, target)
     if (
         tags
         and not target.accepts(tags)
         and not (built_here and target.accepts(_as_there(tags, target)))
     ):
         return f"what is installed here is for {min(tags)}"
-    is_promised = bool(tags) and not built_here and not any(tag.endswith("-any") for tag in tags)
+    is_promised = _is_promised(tags, target)
     machines: set[str] = set()
     newest = 0
     for entry in component.entries:
@@ -237,6 +247,56 @@ def misfit(component: Component, tags: frozenset[str], target: Target) -> str:
     if newest > target.glibc:
         return f"it needs glibc 2.{newest}, and the image has 2.{target.glibc}"
     return ""
+
+
+def is_native(component: Component) -> bool:
+    """Whether there are libraries in it."""
+    return any(_NATIVE.search(entry.path) for entry in component.entries)
+
+
+def libraries_of(found: Distribution) -> Iterable[str]:
+    """Return the names of the libraries that a distribution has installed."""
+    return (name.rpartition("/")[2] for name in found.files or () if _NATIVE.search(name))
+
+
+def missing_libraries(
+    component: Component, tags: frozenset[str], target: Target, present: frozenset[str]
+) -> list[str]:
+    """Return the libraries that what was compiled on this machine needs, and an image lacks.
+
+    Wheels from an index have theirs in them, or need what their tag promises.
+
+    Args:
+        component: Files that fit otherwise.
+        tags: Of the wheel they came as.
+        target: Where they are to be.
+        present: Names of libraries that other packages bring.
+    """
+    if _is_promised(tags, target):
+        return []
+    native = [entry for entry in component.entries if _NATIVE.search(entry.path)]
+    inside = {entry.path.rpartition("/")[2] for entry in native}
+    needed = {
+        name
+        for entry in native
+        if _machine_of(entry.head(20)) == target.machine
+        for name in needed_libraries(entry.read())
+    }
+    return sorted(
+        name
+        for name in needed - inside - present
+        if not _IN_IMAGE.fullmatch(name.rpartition("/")[2])
+    )
+
+
+def _is_built_here(tags: frozenset[str], target: Target) -> bool:
+    return any(tag.endswith(f"-linux_{target.machine}") for tag in tags)
+
+
+def _is_promised(tags: frozenset[str], target: Target) -> bool:
+    """Whether tags say that a wheel's libraries work on other machines."""
+    is_any = any(tag.endswith("-any") for tag in tags)
+    return bool(tags) and not _is_built_here(tags, target) and not is_any
 
 
 def _machine_of(head: bytes) -> str:

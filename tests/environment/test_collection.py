@@ -8,6 +8,7 @@ import hashlib
 import http.server
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from cloudexec import ConfigError
 from cloudexec._environment.cache import Cache
 from cloudexec._environment.collection import Collection
 from cloudexec._environment.components import Component
+from cloudexec._environment.elf import needed_libraries
 from cloudexec._environment.fetching import Installer
 from cloudexec._environment.packages import Packages
 from cloudexec._environment.target import Target
@@ -333,6 +335,80 @@ def test_conda_package_without_a_wheel_says_what_to_do(
     assert "conda has installed it here" in str(caught.value)
     assert "In the conda environment conda, pip can install" in str(caught.value)
     assert machines(collect(HERE, exclude=["geo"])["fast"]) == {HERE.machine}
+
+
+def test_conda_package_for_this_platform_is_fetched_too(
+    client: Client, collect: Collecting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """conda says `linux` like whoever compiles; what is Python alone is copied."""
+    (tmp_path / "conda" / "conda-meta").mkdir(parents=True)
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "conda"))
+    native_wheels(client.wheels, "fast")
+    make_wheel(client.wheels, "pure")
+    client.install("fast", "pure")
+    for name, tag in (("fast", f"{TAG}-{TAG}-linux_{HERE.machine}"), ("pure", "py3-none-any")):
+        (info,) = client.site.glob(f"{name}-*.dist-info")
+        (info / "INSTALLER").write_text("conda\n")
+        (info / "WHEEL").write_text(f"Wheel-Version: 1.0\nTag: {tag}\n")
+    (client.site / "fast" / "__init__.py").write_text("VERSION = 'of conda'\n")
+    (client.site / "pure.py").write_text("VERSION = 'of conda'\n")
+    found = collect(HERE)
+    assert read(found["fast"], f"{SITE}/fast/__init__.py") == b"VERSION = '1.0'\n"
+    assert read(found["pure"], f"{SITE}/pure.py") == b"VERSION = 'of conda'\n"
+
+
+def test_what_was_compiled_here_needs_libraries_that_the_image_has(
+    client: Client, collect: Collecting
+) -> None:
+    """Or that are in it, or in another package; what a base of one's own has is not known."""
+    tag = f"{TAG}-{TAG}-linux_{HERE.machine}"
+    here, there = f"{TAG}-{TAG}-manylinux_2_28_{HERE.machine}", "libother.so.1"
+    needs = ["libc.so.6", "libstdc++.so.6", "libown-1a2b.so.3", there]
+    files = {
+        "good/_c.so": library(HERE.machine, needs=needs),
+        "good.libs/libown-1a2b.so.3": library(HERE.machine),
+    }
+    make_wheel(client.wheels, "good", files=files, tag=tag)
+    files = {f"other/{there}": library(HERE.machine, needs=["libpromised.so.1"])}
+    make_wheel(client.wheels, "other", files=files, tag=here)
+    files = {"sql/_c.so": library(HERE.machine, needs=["libc.so.6", "libpq.so.5"])}
+    make_wheel(client.wheels, "sql", files=files, tag=tag)
+    client.install("good", "other", "sql")
+    shutil.rmtree(client.wheels)
+    client.wheels.mkdir()
+    with pytest.raises(
+        ConfigError, match=r"sql==1\.0: .*compiled here, and needs libpq\.so\.5, which"
+    ) as caught:
+        collect(HERE)
+    assert "good==1.0" not in str(caught.value)
+    assert collect(HERE, exclude=["sql"]).keys() == {"good", "other"}
+    assert collect(HERE, base="own:latest").keys() == {"good", "other", "sql"}
+    make_wheel(client.wheels, "sql", files={"sql/_c.so": library(HERE.machine)}, tag=here)
+    assert read(collect(HERE)["sql"], f"{SITE}/sql/_c.so") == library(HERE.machine)
+
+
+def test_project_that_needs_a_library_of_this_machine_is_refused(
+    client: Client, collect: Collecting, tmp_path: Path
+) -> None:
+    """Unless an image is named that may have it."""
+    files = {"src/mine/_c.so": library(HERE.machine, needs=["libpq.so.5"])}
+    client.install("-e", str(make_project(tmp_path / "mine", "mine", files)))
+    with pytest.raises(ConfigError, match=r"project mine in .*needs libpq\.so\.5.*base="):
+        collect(HERE)
+    assert collect(HERE, base="own:latest").keys() == {"mine"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the libraries of Linux")
+def test_libraries_that_a_real_one_needs_are_read() -> None:
+    """Of an extension module of this Python, or of Python itself."""
+    import _ctypes
+
+    file = Path(getattr(_ctypes, "__file__", sys.executable))
+    needed = needed_libraries(file.read_bytes())
+    assert "libc.so.6" in needed
+    assert all(name.startswith(("lib", "ld-")) and ".so" in name for name in needed)
+    for size in (10, 100, 3000):
+        assert needed_libraries(file.read_bytes()[:size]) == []
 
 
 def test_package_without_a_list_of_files_is_fetched(client: Client, collect: Collecting) -> None:
