@@ -88,7 +88,8 @@ class Collection:
         """Return what differs whenever the components may: found from names, sizes and times."""
         whole = hashlib.sha256(self._inventory.signature(frozenset({"cloudexec"})).encode())
         packages = self._packages
-        whole.update(repr((packages.exclude, packages.extra, str(packages.source))).encode())
+        named = (packages.exclude, packages.extra, str(packages.source), self._wheelhouse)
+        whole.update(repr(named).encode())
         if packages.file is not None:
             whole.update(_digest_of(packages.file).encode())
             if (project := _project_of(packages.file)) is not None:
@@ -275,8 +276,19 @@ class Collection:
             f"(exclude=)"
         )
 
+    @functools.cached_property
+    def _wheelhouse(self) -> str:
+        """What differs whenever the wheelhouse has other wheels; empty: there is none."""
+        folder = self._packages.wheelhouse
+        if folder is None:
+            return ""
+        whole = hashlib.sha256(str(folder.absolute()).encode())
+        for path in sorted(folder.iterdir()):
+            whole.update(signature_of(path).encode())
+        return whole.hexdigest()
+
     def _fetch(self, requirements: Sequence[str], target: Target) -> dict[str, Distribution]:
-        key = hashlib.sha256(repr((requirements, target)).encode()).hexdigest()
+        key = hashlib.sha256(repr((requirements, target, self._wheelhouse)).encode()).hexdigest()
         tree = None if self._is_fresh else self._cache.directory("wheels", key)
         if tree is None:
             try:
@@ -343,7 +355,9 @@ class Collection:
         return component
 
     def _of_file(self, file: Path, target: Target) -> dict[str, Component]:
-        key = hashlib.sha256(f"{file} {_digest_of(file)} {target}".encode()).hexdigest()
+        key = hashlib.sha256(
+            f"{file} {_digest_of(file)} {target} {self._wheelhouse}".encode()
+        ).hexdigest()
         tree = None if self._is_fresh else self._cache.directory("wheels", key)
         if tree is None:
             with self._cache.fill("wheels", key) as into:

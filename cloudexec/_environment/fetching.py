@@ -198,7 +198,9 @@ class Installer:
     def _sources(self) -> list[str]:
         if self.wheelhouse is None:
             return []
-        return ["--no-index", "--find-links", str(self.wheelhouse.absolute())]
+        options = ["--no-index", "--find-links", str(self.wheelhouse.absolute())]
+        # uv would take what it has kept, though another wheel has taken that name since.
+        return [*options, "--refresh"] if self.is_uv else options
 
     def _run(self, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
         environment = {

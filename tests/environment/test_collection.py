@@ -682,6 +682,26 @@ def test_projects_of_a_lock_file_are_built(
         before = after
 
 
+@pytest.mark.parametrize("is_file", [False, True])
+def test_wheels_are_those_of_the_wheelhouse_that_is_named(
+    client: Client, collect: Collecting, cache: Cache, tmp_path: Path, is_file: bool
+) -> None:
+    """Though another one had the same version, or this one had another wheel before."""
+    file = tmp_path / "requirements.txt"
+    file.write_text("thing\n")
+    options = {"source": file} if is_file else {"source": "none", "extra": ["thing"]}
+    seen = set()
+    for number, folder in enumerate(["one", "two", "two"]):
+        content = f"A = {'1' * (number + 1)}\n"
+        make_wheel(tmp_path / folder, "thing", files={"thing.py": content})
+        found = collect(X86, wheels=tmp_path / folder, **options)["thing"]
+        assert read(found, f"{SITE}/thing.py") == content.encode()
+        packages = Packages(wheelhouse=tmp_path / folder, **options)  # type: ignore[arg-type]
+        inventory = client.inventory()
+        seen.add(Collection(packages, inventory, [], cache, pytest.fail).signature())
+    assert len(seen) == 3
+
+
 @pytest.fixture
 def private_index(client: Client) -> Iterator[str]:
     """An index of the wheels that wants a password: its address, with that."""
