@@ -17,7 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cloudexec._environment.local_requirements import lines_of, local_of, refuse_local
+from cloudexec._environment.local_requirements import (
+    is_dynamic,
+    lines_of,
+    local_of,
+    refuse_local,
+)
 from cloudexec._environment.target import Target
 from cloudexec._errors import ConfigError
 
@@ -103,7 +108,9 @@ class Installer:
                 given = stack.enter_context(_requirements_file(self._export(file)))
             elif file.suffix == ".toml":
                 refuse_local(file)
-                if not self.is_uv:
+                if is_dynamic(file):
+                    given = stack.enter_context(_requirements_file(["./"]))
+                elif not self.is_uv:
                     given = stack.enter_context(_requirements_file(_dependencies(file)))
             if given.suffix == ".txt":
                 given = stack.enter_context(self._with_wheels(given, file))

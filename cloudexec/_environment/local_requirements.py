@@ -14,7 +14,7 @@ from urllib.request import url2pathname
 from cloudexec._environment.inventory import canonical
 from cloudexec._errors import ConfigError
 
-__all__ = ["Local", "lines_of", "local_of", "places_of", "refuse_local"]
+__all__ = ["Local", "is_dynamic", "lines_of", "local_of", "places_of", "refuse_local"]
 
 _COMMENT = re.compile(r"(^|\s+)#.*$")
 _EDITABLE = re.compile(r"(?:-e|--editable)(?:\s+|=)(.+)")
@@ -107,7 +107,8 @@ def local_of(line: str, folder: Path) -> Local | None:
 
 
 def places_of(file: Path) -> list[Path]:
-    """Return the projects and files on this machine that a file names, but not its own project.
+    """Return the projects and files on this machine that a file names, and its own project only
+    where that alone knows what it requires.
 
     Raises:
         ConfigError: If a file cannot be read.
@@ -116,7 +117,7 @@ def places_of(file: Path) -> list[Path]:
         locals_ = [local_of(line, file.parent) for line in lines_of(file)]
         return [each.path for each in locals_ if each is not None]
     if file.name != "uv.lock":
-        return []
+        return [file.parent] if is_dynamic(file) else []
     sources = [each.get("source", {}) for each in _toml(file).get("package", ())]
     named = [
         each[kind]
@@ -125,6 +126,25 @@ def places_of(file: Path) -> list[Path]:
         if each.get(kind, ".") != "."
     ]
     return [Path(os.path.normpath(file.parent / each)) for each in named]
+
+
+def is_dynamic(file: Path) -> bool:
+    """Whether only the wheel of a project says what it requires, and its ``pyproject.toml`` not.
+
+    Raises:
+        ConfigError: If it is not said how the wheel is built, either.
+    """
+    data = _toml(file)
+    project = data.get("project")
+    if project is not None and "dependencies" not in project.get("dynamic", ()):
+        return False
+    if "build-system" not in data:
+        raise ConfigError(
+            f"{file} does not say what the project requires, nor how it is built: it has no list "
+            f"`dependencies` in [project], and no [build-system]. Add them, or name a requirements "
+            f"file (packages=)"
+        )
+    return True
 
 
 def refuse_local(file: Path) -> None:

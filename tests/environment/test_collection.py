@@ -549,6 +549,36 @@ def test_project_file_brings_the_project_and_what_it_requires(
     assert machines(found["fast"]) == {ELSEWHERE.machine}
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        "[project]\nname = 'mine'\nversion = '0.1'\ndynamic = ['dependencies']\n",
+        "[tool.poetry]\nname = 'mine'\nversion = '0.1'\n",
+    ],
+)
+def test_project_file_that_does_not_say_what_it_requires(
+    client: Client, collect: Collecting, tmp_path: Path, about: str
+) -> None:
+    """Its wheel does, which is built."""
+    make_wheel(client.wheels, "thing")
+    source = make_project(tmp_path / "mine", "mine", {"src/mine/__init__.py": ""})
+    backend = source / "tools" / "own_backend.py"
+    text = backend.read_text().replace('{version}\\n"', '{version}\\nRequires-Dist: thing\\n"')
+    text = text.replace('["project"]', "").replace(
+        "about =", "about = {'name': 'mine', 'version': '0.1'} #"
+    )
+    backend.write_text(text)
+    file = source / "pyproject.toml"
+    file.write_text(f"{about}[build-system]{file.read_text().partition('[build-system]')[2]}")
+    assert collect(ELSEWHERE, source=file).keys() == {"mine", "thing"}
+    make_wheel(client.wheels, "more")
+    backend.write_text(text.replace("Requires-Dist: thing", "Requires-Dist: more"))
+    assert collect(ELSEWHERE, source=file).keys() == {"mine", "more"}
+    file.write_text(about)
+    with pytest.raises(ConfigError, match=r"pyproject\.toml does not say what .* requires"):
+        collect(ELSEWHERE, source=file)
+
+
 def test_lock_file_of_uv_is_taken_as_it_is(
     client: Client, cache: Cache, uv: Installer, tmp_path: Path
 ) -> None:
