@@ -149,7 +149,7 @@ class Installer:
         done = self._run(
             "export",
             "--frozen",
-            "--no-dev",
+            "--no-default-groups",
             "--no-emit-project",
             "--format",
             "requirements-txt",

@@ -582,12 +582,18 @@ def test_project_file_that_does_not_say_what_it_requires(
 def test_lock_file_of_uv_is_taken_as_it_is(
     client: Client, cache: Cache, uv: Installer, tmp_path: Path
 ) -> None:
-    """In the versions that it has, not in newer ones."""
+    """In the versions that it has, not in newer ones, and without groups for development."""
     native_wheels(client.wheels, "fast", "1.0")
     source = make_project(tmp_path / "mine", "mine", {"src/mine/__init__.py": ""})
     file = source / "pyproject.toml"
     text = file.read_text().replace("dependencies = []", "dependencies = ['fast']")
-    file.write_text(f"{text}\n[tool.uv]\nno-index = true\nfind-links = ['{client.wheels}']\n")
+    make_wheel(client.wheels, "linter")
+    make_wheel(client.wheels, "writer")
+    file.write_text(
+        f"{text}\n[tool.uv]\nno-index = true\nfind-links = ['{client.wheels}']\n"
+        f"default-groups = ['dev', 'docs']\n"
+        f"[dependency-groups]\ndev = ['linter']\ndocs = ['writer']\n"
+    )
     uv._run("lock", "--directory", str(source))
     native_wheels(client.wheels, "fast", "2.0")
     packages = Packages(source=source / "uv.lock", wheelhouse=client.wheels)
