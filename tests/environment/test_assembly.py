@@ -171,15 +171,23 @@ def test_refresh_copies_what_the_base_is_now(
 
 
 def test_refresh_takes_newer_versions_of_what_is_not_pinned(
-    client: Client, repository: Repository, push: Pushing, tmp_path: Path
+    client: Client,
+    repository: Repository,
+    push: Pushing,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without it, the same file stands for what it stood for before."""
+    """Without it, the same file stands for what it stood for before, if it is not the wheelhouse
+    that has changed."""
+    for tool in ("UV", "PIP"):
+        monkeypatch.setenv(f"{tool}_FIND_LINKS", str(client.wheels))
+        monkeypatch.setenv(f"{tool}_NO_INDEX", "1")
     file = tmp_path / "requirements.txt"
     file.write_text("thing\n")
     versions = []
     for number, refresh in ((1, False), (2, False), (2, True)):
         make_wheel(client.wheels, "thing", f"{number}.0")
-        files = contents(repository, push(source=file, refresh=refresh).tag)
+        files = contents(repository, push(source=file, refresh=refresh, wheelhouse=None).tag)
         versions.append(files[f"{SITE}/thing.py"].decode())
     assert versions == ["VERSION = '1.0'\n", "VERSION = '1.0'\n", "VERSION = '2.0'\n"]
 
