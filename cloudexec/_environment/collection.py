@@ -374,8 +374,16 @@ class Collection:
                     f"{file} brings {name} as an editable project, {each.source}, which workers do "
                     f"not have: name its directory in {file} without -e"
                 )
-            component = of_distribution(each, target, is_own=each.origin.startswith("file:"))
-            if why := misfit(component, each.tags, target):
+            is_own = each.origin.startswith("file:")
+            component = of_distribution(each, target, is_own=is_own)
+            why = misfit(component, each.tags, target)
+            if is_own and (why := why or self._lacks(component, each.tags, target)):
+                raise ConfigError(
+                    f"workers on {target} cannot have {each.label}, which {file} takes from this "
+                    f"machine: {why}. Choose workers of this machine's kind (arch=), name an image "
+                    f"to build on (base=), or have them run an image of your own (image=)"
+                )
+            if why:
                 raise self._lies(each, why, target)
             found[name] = component
             self._known[name] = each

@@ -191,7 +191,8 @@ class Installer:
         if self.is_uv:
             return [*options, "--python-platform", target.uv_platform()]
         options += ["--implementation", "cp"]
-        for name in target.wheel_platforms:
+        # The last is what projects with libraries are built for on such a machine, as for uv.
+        for name in (*target.wheel_platforms, f"linux_{target.machine}"):
             options += ["--platform", name]
         return options
 

@@ -635,6 +635,23 @@ def test_projects_that_a_requirements_file_names_are_built(
     assert read(changed, f"{SITE}/member/__init__.py") == b"A = 22\n"
 
 
+def test_project_with_libraries_that_a_requirements_file_names(
+    collect: Collecting, tmp_path: Path
+) -> None:
+    """It is for workers of this machine's kind, and needs what the image has."""
+    member = make_project(
+        tmp_path / "member", "member", {"src/member/_c.so": library(HERE.machine)}
+    )
+    file = tmp_path / "requirements.txt"
+    file.write_text("-e ./member\n")
+    read(collect(HERE, source=file)["member"], f"{SITE}/member/_c.so")
+    with pytest.raises(ConfigError, match=rf"requirements\.txt .*{HERE.machine}"):
+        collect(ELSEWHERE, source=file)
+    (member / "src/member/_c.so").write_bytes(library(HERE.machine, needs=["libpq.so.5"]))
+    with pytest.raises(ConfigError, match=r"member==0\.1, which .* needs libpq\.so\.5.*base="):
+        collect(HERE, source=file)
+
+
 def test_wheel_that_a_requirements_file_names_is_taken_when_it_is_another(
     client: Client, collect: Collecting, tmp_path: Path
 ) -> None:
