@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from cloudexec._errors import ConfigError
 
 __all__ = ["Cache"]
 
+Kind: TypeAlias = Literal["contents", "images", "layers", "projects", "wheels"]
+"""What is kept; each has a directory."""
+_KEY = re.compile(r"[0-9a-f]{64}(\.json)?")
+"""Names of what is kept: keys are digests."""
+_NEW = ".new-"
+"""How names of what is not finished begin."""
+_SCRATCH = ".scratch-"
 _KEPT = 30 * 86400.0
 """Seconds after which what nobody has used is removed."""
 _LEFT = 86400.0
@@ -28,7 +36,7 @@ class Cache:
     Several processes may use it at once: each file and directory appears in one step.
 
     Args:
-        root: The directory; by default ``$CLOUDEXEC_CACHE_DIR``, or ``cloudexec`` in the user's
+        root: The directory; by default ``cloudexec`` in ``$CLOUDEXEC_CACHE_DIR``, or in the user's
             cache directory.
 
     Raises:
@@ -48,7 +56,7 @@ class Cache:
             f"another directory"
         )
 
-    def read(self, kind: str, key: str) -> Any:
+    def read(self, kind: Kind, key: str) -> Any:
         """Return a record; ``None``: there is none."""
         path = self.root / kind / f"{key}.json"
         try:
@@ -59,7 +67,7 @@ class Cache:
             os.utime(path)
         return found
 
-    def write(self, kind: str, key: str, record: Any) -> None:
+    def write(self, kind: Kind, key: str, record: Any) -> None:
         """Keep a record.
 
         Raises:
@@ -69,14 +77,14 @@ class Cache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(
-                "w", dir=path.parent, prefix=".", delete=False, encoding="utf-8"
+                "w", dir=path.parent, prefix=_NEW, delete=False, encoding="utf-8"
             ) as file:
                 json.dump(record, file)
             os.replace(file.name, path)
         except OSError as exc:
             raise self._unusable(exc) from exc
 
-    def directory(self, kind: str, key: str) -> Path | None:
+    def directory(self, kind: Kind, key: str) -> Path | None:
         """Return a directory that is kept; ``None``: there is none."""
         path = self.root / kind / key
         if not path.is_dir():
@@ -86,7 +94,7 @@ class Cache:
         return path
 
     @contextlib.contextmanager
-    def fill(self, kind: str, key: str) -> Iterator[Path]:
+    def fill(self, kind: Kind, key: str) -> Iterator[Path]:
         """Yield the name of a directory to make, which is kept if nothing is raised, and takes the
         place of the one that is there.
 
@@ -96,7 +104,7 @@ class Cache:
         path = self.root / kind / key
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as name:
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=_NEW) as name:
                 yield Path(name, "new")
                 try:
                     os.rename(Path(name, "new"), path)
@@ -115,17 +123,21 @@ class Cache:
             ConfigError: If it cannot be made.
         """
         try:
-            made = tempfile.TemporaryDirectory(dir=self.root, prefix=".scratch-")
+            made = tempfile.TemporaryDirectory(dir=self.root, prefix=_SCRATCH)
         except OSError as exc:
             raise self._unusable(exc) from exc
         with made as name:
             yield Path(name)
 
     def tidy(self) -> None:
-        """Remove what nobody has used for a month."""
+        """Remove what nobody has used for a month, and nothing that is not of a cache."""
         now = time.time()
-        left = [*self.root.glob(".scratch-*"), *self.root.glob("*/.*")]
-        kept = [path for path in self.root.glob("*/*") if not path.name.startswith(".")]
+        folders = [self.root / kind for kind in get_args(Kind)]
+        left = [*self.root.glob(f"{_SCRATCH}*")]
+        left += [path for folder in folders for path in folder.glob(f"{_NEW}*")]
+        kept = [
+            path for folder in folders for path in folder.glob("*") if _KEY.fullmatch(path.name)
+        ]
         for path in [*left, *kept]:
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime > now - (_LEFT if path in left else _KEPT):
@@ -137,8 +149,6 @@ class Cache:
 
 
 def _usual_root() -> Path:
-    own = os.environ.get("CLOUDEXEC_CACHE_DIR")
-    if own:
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "cloudexec"
+    # A directory of its own in any case: the one that is named may have other things in it.
+    base = os.environ.get("CLOUDEXEC_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    return Path(base or os.path.expanduser("~/.cache"), "cloudexec")
