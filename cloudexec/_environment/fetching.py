@@ -28,7 +28,8 @@ from cloudexec._errors import ConfigError
 
 __all__ = ["Installer", "NoWheelError", "find_installer", "names_of"]
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
+"""User name and password in an address; a password may have an "@" in it."""
 _LINES = 6
 _LOG_LINES = 25
 _TRIES = 8
@@ -40,12 +41,12 @@ class NoWheelError(Exception):
     """Some requirements cannot be had for the platform.
 
     Args:
-        reasons: What the installer says, by requirement.
+        reasons: What the installer says, by requirement. Passwords in requirements are masked.
     """
 
     def __init__(self, reasons: dict[str, str]) -> None:
-        super().__init__(", ".join(reasons))
-        self.reasons = reasons
+        self.reasons = {_masked(requirement): said for requirement, said in reasons.items()}
+        super().__init__(", ".join(self.reasons))
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +279,10 @@ def names_of(requirements: Iterable[str]) -> list[str]:
         try:
             names.append(canonical(Requirement(text).name))
         except InvalidRequirement as exc:
-            raise ConfigError(f"{text!r} is not a requirement such as 'numpy>=2': {exc}") from exc
+            # Not raised from the other one, which has the text with its password.
+            raise ConfigError(
+                f"{_masked(text)!r} is not a requirement such as 'numpy>=2': {_masked(str(exc))}"
+            ) from None
     return names
 
 
@@ -308,5 +312,10 @@ def _log(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _lines(done: subprocess.CompletedProcess[str]) -> list[str]:
-    text = _CREDENTIALS.sub("****@", done.stderr or done.stdout)
+    text = _masked(done.stderr or done.stdout)
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _masked(text: str) -> str:
+    """Return a text without the passwords of addresses in it."""
+    return _CREDENTIALS.sub("****@", text)

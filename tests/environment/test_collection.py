@@ -9,7 +9,9 @@ import http.server
 import os
 import shutil
 import sys
+import socket
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -810,6 +812,21 @@ def test_private_index_is_used_and_its_password_stays_here(
     with pytest.raises(ConfigError, match=r"rare==1\.0") as caught:
         collect(ELSEWHERE, wheels=None)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("password", ["hunter2", "hun@ter2"])
+@pytest.mark.parametrize("form", ["gone @ {}/gone-1.0-py3-none-any.whl", "{} is none"])
+def test_password_in_a_requirement_is_in_no_message(
+    collect: Collecting, password: str, form: str
+) -> None:
+    """Neither in the error, nor in one that it was raised from, as a traceback shows both."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://user:{password}@127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=r"(gone @ )?http://\*\*\*\*@127") as caught:
+            collect(HERE, extra=[form.format(url)])
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "ter2" not in shown
 
 
 def test_same_files_are_components_of_the_same_content_wherever_they_are(
