@@ -106,7 +106,7 @@ class Component:
             else:
                 found = entry.source.stat()
                 line = f"{entry.path} {entry.source} {found.st_size} {found.st_mtime_ns}"
-            whole.update(f"{line} {entry.is_executable}\n".encode())
+            whole.update(os.fsencode(f"{line} {entry.is_executable}\n"))
         return whole.hexdigest()
 
     def content_key(self) -> str:
@@ -118,7 +118,7 @@ class Component:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
             else:
                 digest = hashlib.sha256(entry.read()).hexdigest()
-            whole.update(f"{entry.path} {digest} {entry.is_executable}\n".encode())
+            whole.update(os.fsencode(f"{entry.path} {digest} {entry.is_executable}\n"))
         return whole.hexdigest()
 
 
@@ -141,7 +141,7 @@ def of_distribution(found: Distribution, target: Target, *, is_own: bool = False
             )  # pip has moved it after it wrote that
         if path is None or not source.is_file():
             continue
-        entry = Entry(path, source, bool(source.stat().st_mode & stat.S_IXUSR))
+        entry = _of_file(path, source)
         entries.append(entry)
         rows.append(_row(entry, name, target))
     info = f"{target.site_packages}/{found.info.name}"
@@ -158,6 +158,10 @@ def of_distribution(found: Distribution, target: Target, *, is_own: bool = False
         entries=tuple(sorted(entries, key=lambda each: each.path)),
         is_own=is_own,
     )
+
+
+def _of_file(path: str, source: Path) -> Entry:
+    return Entry(path, source, bool(source.stat().st_mode & stat.S_IXUSR))
 
 
 def _row(entry: Entry, name: str, target: Target) -> tuple[str, str, str]:
@@ -194,12 +198,13 @@ def of_wheel(name: str, version: str, wheel: bytes, target: Target) -> Component
 
 def of_directory(path: Path, target: Target) -> Component:
     """Return a directory that a ``.pth`` file adds to the path, and such a file."""
-    number = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    number = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     inside = f"paths/{path.name}-{number}"
     entries = [
-        Entry(f"{inside}/{each.relative_to(path).as_posix()}", each) for each in source_files(path)
+        _of_file(f"{inside}/{each.relative_to(path).as_posix()}", each)
+        for each in source_files(path)
     ]
-    line = f"/{ENVIRONMENT_ROOT}/{inside}\n".encode()
+    line = os.fsencode(f"/{ENVIRONMENT_ROOT}/{inside}\n")
     entries.append(Entry(f"{target.site_packages}/cloudexec-{path.name}-{number}.pth", line))
     return Component(name=f"{path}", entries=tuple(entries), is_own=True)
 
@@ -210,7 +215,7 @@ def of_loose(paths: Iterable[Path], target: Target) -> Component:
     for path in paths:
         for each in [path] if path.is_file() else source_files(path):
             inside = f"{target.site_packages}/{each.relative_to(path.parent).as_posix()}"
-            entries.setdefault(inside, Entry(inside, each))
+            entries.setdefault(inside, _of_file(inside, each))
     listed = tuple(entries[each] for each in sorted(entries))
     return Component(name="modules without a distribution", entries=listed)
 

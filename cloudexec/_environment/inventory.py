@@ -20,7 +20,6 @@ __all__ = [
     "Distribution",
     "Inventory",
     "canonical",
-    "is_skipped",
     "signature_of",
     "source_files",
     "take_inventory",
@@ -28,17 +27,17 @@ __all__ = [
 
 SITES = ("site-packages", "dist-packages")
 """Names of the directories that packages are installed in."""
-_SKIPPED = frozenset(
-    {"__pycache__", "build", "dist", "node_modules", "site-packages", "venv", "__pypackages__"}
-)
+_SKIPPED = frozenset({"__pycache__", "node_modules", "site-packages", "venv", "__pypackages__"})
 """Directories beside the source of a project that are no part of it."""
+_BUILT = frozenset({"build", "dist"})
+"""The same, only at the top of a project, and only if they are no packages."""
 _INSTALLERS_OWN = frozenset(
     {"INSTALLER", "REQUESTED", "RECORD", "direct_url.json", "uv_build.json", "uv_cache.json"}
 )
 """Files of metadata that differ from one installation to the next. direct_url.json may have a
 password in it."""
 _NOBODYS = re.compile(
-    r"(_virtualenv\.(py|pth)|README(\.txt)?|.*\.(dist-info|egg-info|egg-link|pyc|pth|so\.lock)"
+    r"(_virtualenv\.(py|pth)|README(\.txt)?|.*\.(dist-info|egg-info|egg-link|pth|so\.lock)"
     r"|__pycache__|\..*|.*\.virtualenv|distutils-precedence\.pth|__editable__.*|~.*)"
 )
 """What lies in site-packages, belongs to no distribution, and is of no use elsewhere."""
@@ -134,7 +133,7 @@ def _signature_of(distribution: Distribution) -> str:
 
 def signature_of(root: Path) -> str:
     """Return what differs whenever a file of a project or directory may have changed."""
-    whole = hashlib.sha256(f"{root}\n".encode())
+    whole = hashlib.sha256(os.fsencode(f"{root}\n"))
     for path in [root] if root.is_file() else source_files(root):
         whole.update(_stat_line(str(path), str(path)))
     return whole.hexdigest()
@@ -144,25 +143,49 @@ def _stat_line(name: str, path: str) -> bytes:
     try:
         found = os.stat(path)
     except OSError:
-        return f"{name} gone\n".encode()
-    return f"{name} {found.st_size} {found.st_mtime_ns} {found.st_mode}\n".encode()
-
-
-def is_skipped(name: str) -> bool:
-    """Whether a directory of this name beside a project's source is no part of it."""
-    return name in _SKIPPED or name.startswith(".") or name.endswith(".egg-info")
+        return os.fsencode(f"{name} gone\n")
+    return os.fsencode(f"{name} {found.st_size} {found.st_mtime_ns} {found.st_mode}\n")
 
 
 def source_files(root: Path) -> Iterator[Path]:
-    """Yield the files of a project or a directory of modules, sorted."""
-    for folder, names, files in os.walk(root):
-        if folder != str(root) and "pyvenv.cfg" in files:
-            names.clear()
+    """Yield the files of a project or a directory of modules, sorted, also those behind links.
+
+    What has no content, such as a socket or a link to nothing, is left out.
+    """
+    yield from _files_below(str(root), ())
+
+
+def _files_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    try:
+        found = sorted(os.scandir(folder), key=lambda each: each.name)
+        own = os.stat(folder)
+    except OSError:
+        return
+    identity = (own.st_dev, own.st_ino)
+    names = {each.name for each in found}
+    # A link to a directory that it is in leads to nothing new.
+    if identity in above or (above and "pyvenv.cfg" in names):
+        return
+    is_top = not above and "__init__.py" not in names
+    for each in found:
+        if each.name.startswith("."):
             continue
-        names[:] = sorted(name for name in names if not is_skipped(name))
-        for name in sorted(files):
-            if not name.startswith(".") and not name.endswith((".pyc", ".pyo")):
-                yield Path(folder, name)
+        if os.path.isdir(each.path):
+            if not _is_skipped(each, is_top):
+                yield from _files_below(each.path, (*above, identity))
+        elif not _is_superfluous(each.path) and os.path.isfile(each.path):
+            yield Path(each.path)
+
+
+def _is_skipped(folder: os.DirEntry[str], is_top: bool) -> bool:
+    if folder.name in _BUILT:
+        return is_top and not os.path.exists(f"{folder.path}/__init__.py")
+    return folder.name in _SKIPPED or folder.name.endswith(".egg-info")
+
+
+def _is_superfluous(path: str) -> bool:
+    """Whether a file is bytecode of a source that is there, too."""
+    return path.endswith((".pyc", ".pyo")) and os.path.exists(path[:-1])
 
 
 def take_inventory(path: Sequence[str] | None = None) -> Inventory:
@@ -230,7 +253,11 @@ def _loose(site: Path, owned: set[Path]) -> Iterator[Path]:
     if site.name != "site-packages":
         return  # Debian's own, or a directory on PYTHONPATH: those are not the user's environment
     for path in sorted(site.iterdir()):
-        if path not in owned and not _NOBODYS.fullmatch(path.name):
+        if (
+            path not in owned
+            and not _NOBODYS.fullmatch(path.name)
+            and not _is_superfluous(str(path))
+        ):
             yield path
 
 
@@ -277,7 +304,7 @@ def _files(info: Path) -> tuple[str, ...] | None:
         return None
     names = []
     for row in csv.reader(record.splitlines()):
-        if not row or row[0].endswith(".pyc") or "__pycache__/" in row[0]:
+        if not row or "__pycache__/" in row[0] or _is_superfluous(str(info.parent / row[0])):
             continue
         folder, _, name = row[0].rpartition("/")
         if name in _INSTALLERS_OWN and folder.endswith(".dist-info"):

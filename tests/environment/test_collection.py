@@ -522,6 +522,24 @@ def test_loose_modules_are_taken_along(client: Client, collect: Collecting) -> N
     assert {entry.path for entry in found.entries} == {f"{SITE}/dropped/__init__.py"}
 
 
+def test_files_of_directories_may_be_programs_and_have_any_name(
+    client: Client, collect: Collecting, tmp_path: Path
+) -> None:
+    """What can be executed here can be there; names need not be UTF-8."""
+    for folder in (tmp_path / "shared", client.site / "dropped"):
+        folder.mkdir()
+        for name, mode in ((b"tool", 0o755), (b"caf\xe9", 0o644)):
+            path = os.fsencode(folder) + b"/" + name
+            os.close(os.open(path, os.O_CREAT))
+            os.chmod(path, mode)
+    (client.site / "ours.pth").write_text(f"{tmp_path}/shared\n")
+    for each in collect(X86).values():
+        programs = {os.fsencode(entry.path)[-5:]: entry.is_executable for entry in each.entries}
+        assert programs[b"/tool"]
+        assert not programs[b"/caf\xe9"]
+        assert each.signature() != each.content_key()
+
+
 def test_requirements_file_is_taken_as_it_is(
     client: Client, collect: Collecting, tmp_path: Path
 ) -> None:

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 from environment_helpers import Client, make_project, make_wheel
 
-from cloudexec._environment.inventory import Inventory, take_inventory
+from cloudexec._environment.inventory import (
+    Inventory,
+    signature_of,
+    source_files,
+    take_inventory,
+)
 
 
 def test_distributions_are_listed_with_versions_and_files(client: Client) -> None:
@@ -91,6 +96,52 @@ def test_what_an_interrupted_installation_left_is_not_listed(client: Client) -> 
     (info,) = client.site.glob("thing-*.dist-info")
     os.rename(info, client.site / "~hing-1.0.dist-info")
     assert client.inventory().distributions == {}
+
+
+def test_all_files_of_a_project_count(tmp_path: Path) -> None:
+    """Packages that are called build or dist, and those behind links; not what is built there."""
+    root, beside = tmp_path / "project", tmp_path / "beside"
+    counted = ["pkg/__init__.py", "pkg/build/a.py", "pkg/dist/b.py", "dist/__init__.py", "old.pyc"]
+    ignored = ["build/lib/pkg.py", "pkg/__pycache__/a.pyc", "pkg/c.pyc"]
+    for name in [*counted, *ignored, "pkg/c.py"]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("")
+    beside.mkdir()
+    (beside / "linked.py").write_text("")
+    (root / "linked").symlink_to(beside)
+    (root / "file.py").symlink_to(beside / "linked.py")
+    (root / "nothing").symlink_to(tmp_path / "nowhere")
+    (root / "pkg" / "around").symlink_to(root)
+    (root / "pkg" / "self").symlink_to(root / "pkg" / "self")
+    os.mkfifo(root / "pipe")
+    os.close(os.open(os.fsencode(root) + b"/caf\xe9.txt", os.O_CREAT, 0o600))
+    found = {os.fsencode(path.relative_to(root)) for path in source_files(root)}
+    assert found == {
+        *map(os.fsencode, counted),
+        b"pkg/c.py",
+        b"linked/linked.py",
+        b"file.py",
+        b"caf\xe9.txt",
+    }
+    for name in (*counted, "linked/linked.py"):
+        before = signature_of(root)
+        (root / name).write_text("EDITED = True")
+        assert signature_of(root) != before, name
+
+
+def test_bytecode_without_its_source_is_a_module(client: Client) -> None:
+    """Some wheels have nothing else."""
+    make_wheel(
+        client.wheels,
+        "closed",
+        files={"closed/__init__.pyc": "", "closed/open.py": "", "closed/open.pyc": ""},
+    )
+    client.install("closed")
+    (client.site / "alone.pyc").write_text("")
+    found = client.inventory()
+    names = {name for name in found.distributions["closed"].files or () if "dist-info" not in name}
+    assert names == {"closed/__init__.pyc", "closed/open.py"}
+    assert found.loose == (client.site / "alone.pyc",)
 
 
 def test_this_environment_is_listed() -> None:
