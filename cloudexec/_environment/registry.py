@@ -15,13 +15,12 @@ import random
 import re
 import ssl
 import threading
-import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import urlencode, urljoin, urlsplit
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlencode, urljoin, urlsplit
 
 import urllib3
 
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from urllib3.response import BaseHTTPResponse
 
 __all__ = ["Manifest", "Reference", "Repository", "parse_reference"]
+
+_T = TypeVar("_T")
 
 MANIFEST_TYPES = (
     "application/vnd.oci.image.index.v1+json",
@@ -44,6 +45,12 @@ _CHUNK = 2**20
 _MANIFEST_LARGEST = 4 * 2**20
 """OCI Distribution Specification, "Pushing Manifests"."""
 _TIMEOUT = urllib3.Timeout(connect=10.0, read=120.0)
+_LONGEST_PAUSE = 60.0
+"""Seconds that a registry may want one to wait for."""
+_RETRIES = urllib3.Retry(
+    5, connect=0, read=0, redirect=5, status=0, other=0, respect_retry_after_header=False
+)
+"""Redirects alone are followed at once."""
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 _LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 
@@ -107,7 +114,7 @@ class Repository:
         self._base = f"{scheme}://{self._server}"
         self.credentials = credentials or _docker_credentials(host)
         self._authorization = self._basic()
-        self._is_closed = False
+        self._closed = threading.Event()
         self._signing_in = threading.Lock()
         self._pool = _pool(self._base)
 
@@ -122,7 +129,7 @@ class Repository:
 
     def close(self) -> None:
         """Begin no further request, also of calls that are under way in other threads."""
-        self._is_closed = True
+        self._closed.set()
         self._pool.clear()
 
     # Reading.
@@ -135,14 +142,21 @@ class Repository:
         """
         headers = {"Accept": ", ".join(MANIFEST_TYPES)}
         path = f"/v2/{self.name}/manifests/{reference}"
-        with self._request("GET", path, f"look for {reference}", headers, passes=(404,)) as answer:
-            if answer.status == 404:
-                return None
-            content = answer.read(_MANIFEST_LARGEST)
-        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        what = f"look for {reference}"
+
+        def read() -> tuple[bytes, str] | None:
+            with self._request("GET", path, what, headers, passes=(404,)) as answer:
+                if answer.status == 404:
+                    return None
+                return answer.read(_MANIFEST_LARGEST), answer.headers.get("Content-Type", "")
+
+        found = self._whole(what, read)
+        if found is None:
+            return None
+        content, header = found
         data = _json(content, f"{self}: the manifest {reference}")
-        media_type = str(data.get("mediaType") or answer.headers.get("Content-Type", ""))
-        return Manifest(digest, media_type, data)
+        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        return Manifest(digest, str(data.get("mediaType") or header), data)
 
     def has_blob(self, digest: str) -> bool:
         """Whether a blob is there.
@@ -160,8 +174,12 @@ class Repository:
         Raises:
             LaunchError: If it is not there, or is not what it is called.
         """
-        with self._request("GET", f"/v2/{self.name}/blobs/{digest}", "read a blob") as answer:
-            content = answer.read()
+
+        def read() -> bytes:
+            with self._request("GET", f"/v2/{self.name}/blobs/{digest}", "read a blob") as answer:
+                return answer.read()
+
+        content = self._whole("read a blob", read)
         if digest != f"sha256:{hashlib.sha256(content).hexdigest()}":
             raise LaunchError(f"{self} gave other bytes than {digest}: try again")
         return content
@@ -172,17 +190,19 @@ class Repository:
         Raises:
             LaunchError: If it is not there, or is not what it is called.
         """
-        whole = hashlib.sha256()
         what = f"read the layer {digest[:19]}"
-        with self._request("GET", f"/v2/{self.name}/blobs/{digest}", what) as answer:
-            with open(path, "wb") as file:
-                try:
+
+        def save() -> str:
+            whole = hashlib.sha256()
+            with self._request("GET", f"/v2/{self.name}/blobs/{digest}", what) as answer:
+                with open(path, "wb") as file:
                     for chunk in answer.stream(_CHUNK):
+                        self._check_open(what)
                         whole.update(chunk)
                         file.write(chunk)
-                except urllib3.exceptions.HTTPError as exc:
-                    raise LaunchError(f"{self}: the connection broke while reading: {exc}") from exc
-        if digest != f"sha256:{whole.hexdigest()}":
+            return f"sha256:{whole.hexdigest()}"
+
+        if digest != self._whole(what, save):
             raise LaunchError(f"{self} gave other bytes than {digest}: try again")
 
     # Writing.
@@ -209,7 +229,7 @@ class Repository:
             except _UploadLostError as exc:
                 if attempt == _ATTEMPTS - 1:
                     raise LaunchError(f"{self}: a layer could not be pushed: {exc}") from exc
-                _back_off(attempt)
+                self._closed.wait(_pause(attempt))
 
     def _begin_upload(self, digest: str, mount_from: str) -> str:
         query = f"?{urlencode({'mount': digest, 'from': mount_from})}" if mount_from else ""
@@ -251,8 +271,7 @@ class Repository:
         with self._request(
             "PUT", path, f"push {reference}", headers, body=content, passes=(400, 409)
         ) as answer:
-            said = answer.read(_CHUNK).decode(errors="replace")
-            refusal = self._refusal(answer, f"push {reference}", said)
+            refusal = self._refusal(answer, f"push {reference}")
         if answer.status >= 400:
             # Where tags must not change, the one that has this very image is refused as well.
             there = self.manifest(reference)
@@ -286,14 +305,47 @@ class Repository:
             passes: Statuses of errors that the caller understands.
         """
         url = path if "://" in path else f"{self._base}{path}"
-        answer = self._attempt(method, url, what, headers or {}, body, attempts, passes)
+        answer = self._signed_in(method, url, what, headers or {}, body, attempts, passes)
         try:
             if answer.status >= 400 and answer.status not in passes:
-                raise self._refusal(answer, what, answer.read(_CHUNK).decode(errors="replace"))
+                raise self._refusal(answer, what)
             yield answer
+        except BaseException:
+            answer.close()  # what is not read yet may be long
+            raise
         finally:
             answer.drain_conn()
             answer.release_conn()
+
+    def _signed_in(
+        self,
+        method: str,
+        url: str,
+        what: str,
+        headers: Mapping[str, str],
+        body: bytes | IO[bytes] | None,
+        attempts: int,
+        passes: tuple[int, ...],
+    ) -> BaseHTTPResponse:
+        is_own = urlsplit(url).netloc == self._server
+
+        def attempt() -> BaseHTTPResponse:
+            own = {"Authorization": self._authorization} if self._authorization and is_own else {}
+            return self._attempt(method, url, what, {**headers, **own}, body, attempts, passes)
+
+        answer = attempt()
+        if answer.status == 401:
+            challenge = answer.headers.get("WWW-Authenticate", "")
+            try:
+                is_new = self._sign_in(challenge, writes=method not in ("GET", "HEAD"))
+            except BaseException:
+                answer.close()
+                raise
+            if is_new:
+                answer.drain_conn()
+                answer.release_conn()
+                return attempt()
+        return answer
 
     def _attempt(
         self,
@@ -305,52 +357,56 @@ class Repository:
         attempts: int,
         passes: tuple[int, ...],
     ) -> BaseHTTPResponse:
-        signed_in = False
-        attempt = 0
-        while True:
-            if self._is_closed:
-                raise LaunchError(
-                    f"{self} is not to be used any more: stopped while it was to {what}"
-                )
+        for attempt in range(1, attempts + 1):
+            self._check_open(what)
             if body is not None and not isinstance(body, bytes):
                 body.seek(0)
-            own = {"Authorization": self._authorization} if self._authorization else {}
-            if urlsplit(url).netloc != self._server:
-                own = {}
             try:
                 answer = self._pool.request(
                     method,
                     url,
                     body=body,
-                    headers={**headers, **own},
+                    headers=headers,
                     preload_content=False,
-                    retries=urllib3.Retry(5, connect=0, read=0, redirect=5, status=0, other=0),
+                    retries=_RETRIES,
                     timeout=_TIMEOUT,
                 )
             except urllib3.exceptions.HTTPError as exc:
-                attempt += 1
                 if attempt < attempts:
-                    _back_off(attempt)
+                    self._closed.wait(_pause(attempt))
                     continue
                 if attempts == 1:
                     raise _UploadLostError(str(exc)) from exc
                 raise LaunchError(
                     f"the registry {self.host} cannot be reached to {what}: {_reason(exc)}"
                 ) from exc
-            if answer.status == 401 and not signed_in:
-                challenge = answer.headers.get("WWW-Authenticate", "")
-                signed_in = True
-                if self._sign_in(challenge, writes=method not in ("GET", "HEAD")):
-                    answer.drain_conn()
-                    answer.release_conn()
-                    continue
-            attempt += 1
-            if answer.status in _PASSING and answer.status not in passes and attempt < attempts:
-                answer.drain_conn()
-                answer.release_conn()
-                _back_off(attempt)
-                continue
-            return answer
+            if answer.status not in _PASSING or answer.status in passes or attempt == attempts:
+                break
+            pause = max(_pause(attempt), _wanted_pause(answer))
+            if pause > _LONGEST_PAUSE:
+                break
+            answer.drain_conn()
+            answer.release_conn()
+            self._closed.wait(pause)
+        return answer
+
+    def _whole(self, what: str, read: Callable[[], _T]) -> _T:
+        """Read an answer, from the first byte again if the connection breaks."""
+        for attempt in range(1, _ATTEMPTS):
+            try:
+                return read()
+            except urllib3.exceptions.HTTPError:
+                self._closed.wait(_pause(attempt))
+        try:
+            return read()
+        except urllib3.exceptions.HTTPError as exc:
+            raise LaunchError(
+                f"the connection to the registry {self.host} broke while it was to {what}: {exc}"
+            ) from exc
+
+    def _check_open(self, what: str) -> None:
+        if self._closed.is_set():
+            raise LaunchError(f"{self} is not to be used any more: stopped while it was to {what}")
 
     def _basic(self) -> str:
         if not self.credentials:
@@ -370,23 +426,29 @@ class Repository:
         basic = self._basic()
         query = urlencode({key: values[key] for key in ("service", "scope") if key in values})
         with self._signing_in:
-            answer = self._pool.request(
-                "GET",
-                f"{realm}?{query}",
-                headers={"Authorization": basic} if basic else {},
-                retries=urllib3.Retry(_ATTEMPTS, redirect=5, status_forcelist=_PASSING),
-                timeout=_TIMEOUT,
-            )
-            if answer.status != 200:
+            url = f"{realm}?{query}"
+            headers = {"Authorization": basic} if basic else {}
+            what = f"sign in at {urlsplit(realm).netloc}"
+
+            def read() -> tuple[int, bytes]:
+                answer = self._attempt("GET", url, what, headers, None, _ATTEMPTS, ())
+                try:
+                    return answer.status, answer.read()
+                finally:
+                    answer.release_conn()
+
+            status, content = self._whole(what, read)
+            if status != 200:
                 return False
-            data = _json(answer.data, f"{self.host}: the token")
+            data = _json(content, f"{self.host}: the token")
             self._authorization = f"Bearer {data.get('token') or data.get('access_token')}"
             return True
 
-    def _refusal(self, answer: BaseHTTPResponse, what: str, said: str) -> LaunchError:
+    def _refusal(self, answer: BaseHTTPResponse, what: str) -> LaunchError:
         reason = f"{answer.status} {answer.reason}"
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-            first = json.loads(said)["errors"][0]
+        unknown = (ValueError, LookupError, TypeError, AttributeError)
+        with contextlib.suppress(*unknown, urllib3.exceptions.HTTPError):
+            first = json.loads(answer.read(_CHUNK))["errors"][0]
             reason += f", {first['code']}: {first.get('message', '')}"
         hint = ""
         if answer.status in (401, 403):
@@ -412,8 +474,16 @@ def _reason(exc: Exception) -> str:
     return str(reason or exc)
 
 
-def _back_off(attempt: int) -> None:
-    time.sleep(random.uniform(0.5, 1.0) * 2**attempt / 2)
+def _pause(attempt: int) -> float:
+    return random.uniform(0.5, 1.0) * 2**attempt / 2
+
+
+def _wanted_pause(answer: BaseHTTPResponse) -> float:
+    """Return the seconds that a registry wants one to wait for."""
+    try:
+        return float(_RETRIES.get_retry_after(answer) or 0)
+    except urllib3.exceptions.HTTPError:
+        return 0.0
 
 
 def _json(content: bytes, what: str) -> dict[str, Any]:
@@ -434,7 +504,9 @@ def _pool(base: str) -> urllib3.PoolManager:
     parts = urlsplit(base)
     proxy = urllib.request.getproxies().get(parts.scheme, "")
     if proxy and parts.scheme == "https" and not urllib.request.proxy_bypass(parts.hostname or ""):
-        return urllib3.ProxyManager(proxy, ssl_context=context, maxsize=8)
+        login = unquote(urllib3.util.parse_url(proxy).auth or "")
+        headers = urllib3.make_headers(proxy_basic_auth=login) if login else {}
+        return urllib3.ProxyManager(proxy, ssl_context=context, maxsize=8, proxy_headers=headers)
     return urllib3.PoolManager(ssl_context=context, maxsize=8)
 
 

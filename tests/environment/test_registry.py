@@ -8,6 +8,8 @@ import http.server
 import json
 import socket
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +28,7 @@ from cloudexec._environment.registry import Repository, parse_reference
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits between two tries."""
-    monkeypatch.setattr(module, "_back_off", lambda attempt: None)
+    monkeypatch.setattr(module, "_pause", lambda attempt: 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +182,106 @@ def test_errors_that_pass_are_waited_for() -> None:
 
     with server(Handler) as address, Repository(address, "a") as repository:
         assert repository.manifest("latest") is not None
+
+
+def test_registry_that_limits_reads_says_how_long_to_wait() -> None:
+    """What it says is done; if it is too long, the error says what else can be done."""
+    asked: list[float] = []
+    waits = ["1", "3600"]
+
+    class Handler(Answers):
+        def do_GET(self) -> None:
+            asked.append(time.monotonic())
+            self.reply(429, Retry_After=waits[len(asked) - 1])
+
+    with server(Handler) as address, Repository(address, "a") as repository:
+        with pytest.raises(LaunchError, match=r"refused to look for latest .*429.*another regist"):
+            repository.manifest("latest")
+    first, second = asked
+    assert second - first >= 1.0
+
+
+def test_token_that_cannot_be_got_names_where() -> None:
+    """Its server may be another one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        realm = f"127.0.0.1:{probe.getsockname()[1]}"
+
+        class Handler(Answers):
+            def do_GET(self) -> None:
+                self.reply(401, WWW_Authenticate=f'Bearer realm="http://{realm}/token"')
+
+        with server(Handler) as address, Repository(address, "a") as repository:
+            with pytest.raises(LaunchError, match=f"cannot be reached to sign in at {realm}"):
+                repository.manifest("latest")
+
+
+@pytest.mark.parametrize("what", ["manifest", "blob", "layer", "token"])
+@pytest.mark.parametrize("times", [2, 100])
+def test_answer_that_was_cut_short_is_read_again(tmp_path: Path, what: str, times: int) -> None:
+    """If it never comes whole, the error says what was to be read."""
+    content = {
+        "manifest": b'{"schemaVersion": 2}',
+        "token": b'{"token": "a-token"}',
+    }.get(what, b"bytes")
+    asked: list[str] = []
+
+    class Handler(Answers):
+        def do_GET(self) -> None:
+            if what == "token" and not self.path.startswith("/token"):
+                if self.headers.get("Authorization") == "Bearer a-token":
+                    self.reply(200, b'{"schemaVersion": 2}')
+                    return
+                realm = f"http://{self.headers['Host']}/token"
+                self.reply(401, WWW_Authenticate=f'Bearer realm="{realm}"')
+                return
+            asked.append(self.path)
+            if len(asked) > times:
+                self.reply(200, content)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:-1])
+            self.close_connection = True
+
+    def read(repository: Repository) -> None:
+        if what == "blob":
+            assert repository.read_blob(digest_of(content)) == content
+        elif what == "layer":
+            repository.save_blob(digest_of(content), tmp_path / "layer")
+            assert (tmp_path / "layer").read_bytes() == content
+        else:
+            assert repository.manifest("latest") is not None
+
+    with server(Handler) as address, Repository(address, "a") as repository:
+        if times == 2:
+            read(repository)
+        else:
+            with pytest.raises(LaunchError, match=f"registry {address} broke while it was to"):
+                read(repository)
+
+
+def test_password_of_a_proxy_is_sent_to_it_and_in_no_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As it is in the address, where what has a meaning there is escaped."""
+    seen: list[str | None] = []
+
+    class Proxy(Answers):
+        def do_CONNECT(self) -> None:
+            seen.append(self.headers.get("Proxy-Authorization"))
+            self.reply(502)
+
+    with server(Proxy) as address:
+        monkeypatch.setenv("https_proxy", f"http://user:hun%40ter2@{address}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        with Repository("registry.invalid", "a") as repository:
+            with pytest.raises(LaunchError, match=r"registry\.invalid cannot be reached") as caught:
+                repository.manifest("latest")
+    assert set(seen) == {f"Basic {base64.b64encode(b'user:hun@ter2').decode()}"}
+    assert "ter2" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_upload_that_broke_is_begun_again(tmp_path: Path) -> None:
