@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -45,6 +46,8 @@ _CHUNK = 2**20
 _MANIFEST_LARGEST = 4 * 2**20
 """OCI Distribution Specification, "Pushing Manifests"."""
 _TIMEOUT = urllib3.Timeout(connect=10.0, read=120.0)
+_SENDING = urllib3.Timeout(connect=60.0, read=120.0)
+"""The same, while a file is sent: urllib3 takes the first one for each part that it sends."""
 _LONGEST_PAUSE = 60.0
 """Seconds that a registry may want one to wait for."""
 _RETRIES = urllib3.Retry(
@@ -128,7 +131,7 @@ class Repository:
         self.close()
 
     def close(self) -> None:
-        """Begin no further request, also of calls that are under way in other threads."""
+        """Begin no further request, and send and save nothing more, in other threads as well."""
         self._closed.set()
         self._pool.clear()
 
@@ -250,7 +253,9 @@ class Repository:
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
         with contextlib.ExitStack() as stack:
             body: bytes | IO[bytes] = (
-                content if isinstance(content, bytes) else stack.enter_context(open(content, "rb"))
+                content
+                if isinstance(content, bytes)
+                else stack.enter_context(_Sent(content, lambda: self._check_open("push a layer")))
             )
             # What was sent in part is begun again, at a new place.
             with self._request(
@@ -369,7 +374,7 @@ class Repository:
                     headers=headers,
                     preload_content=False,
                     retries=_RETRIES,
-                    timeout=_TIMEOUT,
+                    timeout=_TIMEOUT if body is None else _SENDING,
                 )
             except urllib3.exceptions.HTTPError as exc:
                 if attempt < attempts:
@@ -463,6 +468,20 @@ class Repository:
             hint = ". It limits how much may be read: wait, or name a base in another registry"
         refused = f"the registry {self.host} refused to {what} in {self.name}"
         return LaunchError(f"{refused}: {reason}{hint}")
+
+
+class _Sent(io.FileIO):
+    """A file that is sent, until a check raises an error."""
+
+    def __init__(self, path: Path, check: Callable[[], None]) -> None:
+        super().__init__(path)
+        self._check = check
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read bytes, as long as nobody wants to stop."""
+        self._check()
+        content: bytes = super().read(-1 if size is None else size)
+        return content
 
 
 class _UploadLostError(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import http.server
 import json
@@ -11,11 +12,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
 from environment_helpers import contents, digest_of, make_base, push_image
 from local_registry import PASSWORD, PASSWORD_HASH, serving
 
@@ -316,6 +320,75 @@ def test_upload_that_broke_is_begun_again(tmp_path: Path) -> None:
     assert one.endswith(content)
 
 
+class Uploads(Answers):
+    """Reads the first part of an upload, and the rest once the test says so."""
+
+    begun: list[int]
+    is_reading: threading.Event
+    may_go_on: threading.Event
+    received: list[int]
+
+    def do_POST(self) -> None:
+        self.begun.append(1)
+        self.reply(202, Location="/upload/1")
+
+    def do_PUT(self) -> None:
+        self.rfile.read(1)
+        self.is_reading.set()
+        self.may_go_on.wait(60)
+        with contextlib.suppress(OSError):
+            for _ in range(int(self.headers["Content-Length"]) // 2**16):
+                self.received.append(len(self.rfile.read(2**16)))
+            self.reply(201)
+
+
+@pytest.fixture
+def uploads(tmp_path: Path) -> Iterator[tuple[type[Uploads], str, str, Path]]:
+    """A registry that can be stopped, its address, and a large layer."""
+
+    class Handler(Uploads): ...
+
+    Handler.begun, Handler.received = [], []
+    Handler.is_reading, Handler.may_go_on = threading.Event(), threading.Event()
+    # More than sockets hold.
+    content = bytes(64 * 2**20 + 1)
+    (tmp_path / "layer").write_bytes(content)
+    with server(Handler) as address:
+        yield Handler, address, digest_of(content), tmp_path / "layer"
+        Handler.may_go_on.set()
+
+
+def test_upload_outlasts_a_connection_that_stalls(
+    uploads: tuple[type[Uploads], str, str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For longer than it takes to find out that a server is not there."""
+    monkeypatch.setattr(module, "_TIMEOUT", urllib3.Timeout(connect=1.0, read=60.0))
+    handler, address, digest, path = uploads
+    with Repository(address, "a") as repository, ThreadPoolExecutor(1) as pool:
+        pushed = pool.submit(repository.push_blob, digest, path)
+        assert handler.is_reading.wait(60)
+        with pytest.raises(FutureTimeoutError):
+            pushed.result(timeout=2.0)
+        handler.may_go_on.set()
+        pushed.result(timeout=60)
+    assert handler.begun == [1]
+
+
+def test_upload_ends_when_the_repository_is_closed(
+    uploads: tuple[type[Uploads], str, str, Path],
+) -> None:
+    """Who has been interrupted does not send the rest of a layer, which may be gigabytes."""
+    handler, address, digest, path = uploads
+    with Repository(address, "a") as repository, ThreadPoolExecutor(1) as pool:
+        pushed = pool.submit(repository.push_blob, digest, path)
+        assert handler.is_reading.wait(60)
+        repository.close()
+        handler.may_go_on.set()
+        with pytest.raises(LaunchError, match="stopped while it was to push a layer"):
+            pushed.result(timeout=60)
+    assert sum(handler.received) < path.stat().st_size / 2
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_tag_that_must_not_change_is_right_if_it_has_the_image(same: bool) -> None:
     """Amazon ECR refuses a second push where tags are immutable; another image is an error."""
@@ -374,8 +447,6 @@ def test_login_of_docker_is_used(
 
 def test_threads_may_push_at_once(locked: str) -> None:
     """As many layers are."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with Repository(locked, "many", {"username": "AWS", "password": PASSWORD}) as repository:
         blobs = [bytes([number]) * 10_000 for number in range(20)]
         with ThreadPoolExecutor(8) as pool:
