@@ -219,19 +219,22 @@ class Installer:
             if name not in ("PIP_TARGET", "PIP_PREFIX", "PIP_USER", "UV_COMPILE_BYTECODE")
         }
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
-        try:
-            return subprocess.run(
-                [*self.command, *arguments],
-                capture_output=True,
-                text=True,
-                stdin=subprocess.DEVNULL,
-                timeout=_LONGEST,
-                check=False,
-                env=environment,
-                cwd=folder,
-            )
-        except (OSError, subprocess.TimeoutExpired) as exc:
-            raise ConfigError(f"{self.command[0]} cannot be run: {exc}") from exc
+        with _building_elsewhere() as settings:
+            # A user's own such file says where else.
+            environment.setdefault("DIST_EXTRA_CONFIG", str(settings))
+            try:
+                return subprocess.run(
+                    [*self.command, *arguments],
+                    capture_output=True,
+                    text=True,
+                    stdin=subprocess.DEVNULL,
+                    timeout=_LONGEST,
+                    check=False,
+                    env=environment,
+                    cwd=folder,
+                )
+            except (OSError, subprocess.TimeoutExpired) as exc:
+                raise ConfigError(f"{self.command[0]} cannot be run: {exc}") from exc
 
 
 def find_installer(wheelhouse: Path | None = None) -> Installer:
@@ -299,6 +302,21 @@ def _requirements_file(lines: Iterable[str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="cloudexec-requirements-") as name:
         file = Path(name, "requirements.txt")
         file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        yield file
+
+
+@contextlib.contextmanager
+def _building_elsewhere() -> Iterator[Path]:
+    """Yield a file of settings by which setuptools builds in a directory that is removed.
+
+    Beside the source, it would leave files there, and put into wheels what was deleted since.
+    """
+    with tempfile.TemporaryDirectory(prefix="cloudexec-build-") as name:
+        file = Path(name, "settings.cfg")
+        file.write_text(
+            f"[build]\nbuild_base = {name}/build\n[egg_info]\negg_base = {name}\n",
+            encoding="utf-8",
+        )
         yield file
 
 

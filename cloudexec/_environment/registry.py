@@ -494,7 +494,7 @@ def _reason(exc: Exception) -> str:
 
 
 def _pause(attempt: int) -> float:
-    return random.uniform(0.5, 1.0) * 2**attempt / 2
+    return random.uniform(0.5, 1.0) * 2.0 ** (attempt - 1)
 
 
 def _wanted_pause(answer: BaseHTTPResponse) -> float:

@@ -6,6 +6,7 @@ import base64
 import functools
 import hashlib
 import http.server
+import importlib.util
 import os
 import shutil
 import sys
@@ -498,6 +499,35 @@ def test_project_that_cannot_be_built_says_why(
         ConfigError, match=r"(?s)project .*mine cannot be built.*the moon is not full"
     ):
         collect(HERE)
+
+
+def test_project_is_built_without_a_trace_in_its_source(
+    installer: Installer, tmp_path: Path
+) -> None:
+    """setuptools builds beside the source, and takes from there what was deleted since."""
+    found = importlib.util.find_spec("setuptools")
+    if found is None or found.origin is None:
+        pytest.skip("setuptools is not here")
+    source = make_project(
+        tmp_path / "mine", "mine", {"src/mine/__init__.py": "", "src/mine/old.py": ""}
+    )
+    (source / "tools" / "own_backend.py").write_text(
+        f"import sys\n"
+        f"sys.path.append({str(Path(found.origin).parents[1])!r})\n"
+        f"from setuptools.build_meta import build_wheel\n"
+    )
+    (source / "build" / "lib" / "mine").mkdir(parents=True)
+    (source / "build" / "lib" / "mine" / "older.py").write_text("")
+    before = sorted(source.rglob("*"))
+    installer.build(source, tmp_path / "first")
+    assert sorted(source.rglob("*")) == before
+    (source / "src" / "mine" / "old.py").unlink()
+    installer.build(source, tmp_path / "second")
+    modules = [
+        {path.name for path in (tmp_path / tree / "mine").glob("*.py")}
+        for tree in ("first", "second")
+    ]
+    assert modules == [{"__init__.py", "old.py"}, {"__init__.py"}]
 
 
 def test_path_of_a_pth_file_is_taken_along(
