@@ -133,11 +133,11 @@ class Collection:
         self._fetch_all(wanted, found, target)
         components = list(found.values())
         components += [of_directory(path, target) for path in self._inventory.paths]
-        if self._inventory.loose:
-            loose = of_loose(self._inventory.loose, target)
-            if why := misfit(loose, frozenset(), target):
-                raise ConfigError(f"{loose.name} in {self._inventory.loose[0].parent}: {why}")
-            components.append(loose)
+        loose = [
+            path for path in self._inventory.loose if canonical(_module(path)) not in self._exclude
+        ]
+        if loose:
+            components.append(_of_loose(loose, target))
         return components
 
     def _select(self, target: Target) -> Selection:
@@ -393,6 +393,21 @@ class Collection:
             if component.name not in self._exclude:
                 found[component.name] = replace(component, is_own=True)
         return found
+
+
+def _module(path: Path) -> str:
+    return path.name.partition(".")[0]
+
+
+def _of_loose(paths: Sequence[Path], target: Target) -> Component:
+    for path in paths:
+        if why := misfit(of_loose([path], target), frozenset(), target):
+            raise ConfigError(
+                f"workers on {target} cannot have {path}, which belongs to no package: {why}. "
+                f"Leave it out if tasks do not need it (exclude=[{_module(path)!r}]), or have "
+                f"workers run an image of your own (image=)"
+            )
+    return of_loose(paths, target)
 
 
 def _project_of(file: Path) -> Path | None:

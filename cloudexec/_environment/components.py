@@ -18,6 +18,7 @@ from cloudexec._environment.inventory import SITES, Distribution, source_files
 from cloudexec._environment.target import ENVIRONMENT_ROOT, Target
 
 __all__ = [
+    "LOOSE",
     "Component",
     "Entry",
     "is_native",
@@ -30,6 +31,8 @@ __all__ = [
     "of_wheel",
 ]
 
+LOOSE = "modules without a distribution"
+"""Name of the component that has them."""
 _NATIVE = re.compile(r"\.so(\.[0-9.]+)?$")
 """What Python imports on Linux, and what that loads."""
 _MACHINES = {b"\x3e\x00": "x86_64", b"\xb7\x00": "aarch64"}
@@ -217,7 +220,7 @@ def of_loose(paths: Iterable[Path], target: Target) -> Component:
             inside = f"{target.site_packages}/{each.relative_to(path.parent).as_posix()}"
             entries.setdefault(inside, _of_file(inside, each))
     listed = tuple(entries[each] for each in sorted(entries))
-    return Component(name="modules without a distribution", entries=listed)
+    return Component(name=LOOSE, entries=listed)
 
 
 def misfit(component: Component, tags: frozenset[str], target: Target) -> str:

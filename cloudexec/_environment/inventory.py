@@ -213,6 +213,8 @@ def take_inventory(path: Sequence[str] | None = None) -> Inventory:
             if distribution is not None:
                 found.setdefault(distribution.name, distribution)
                 owned.update(place / each.partition("/")[0] for each in distribution.files or ())
+                if distribution.files is None:
+                    owned.update(_named_by(distribution.info))
     projects = {each.source for each in found.values() if each.source is not None}
     paths = [
         each
@@ -247,6 +249,18 @@ def _added_by_pth(site: Path) -> Iterator[Path]:
             added = Path(os.path.normpath(site / line))
             if added.is_dir():
                 yield added
+
+
+def _named_by(info: Path) -> Iterator[Path]:
+    """Yield what metadata without a list of files names of the directory that it is in."""
+    for line in _text(info, "installed-files.txt").split():
+        # Relative to the metadata itself.
+        inside = os.path.relpath(os.path.normpath(info / line), info.parent)
+        yield info.parent / inside.partition("/")[0]
+    modules = set(_text(info, "top_level.txt").split())
+    for name in os.listdir(info.parent) if modules else ():
+        if name.partition(".")[0] in modules:
+            yield info.parent / name
 
 
 def _loose(site: Path, owned: set[Path]) -> Iterator[Path]:

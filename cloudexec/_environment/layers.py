@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from cloudexec._environment.cache import Cache
-from cloudexec._environment.components import Component
+from cloudexec._environment.components import LOOSE, Component
 from cloudexec._environment.target import ENVIRONMENT_ROOT, Target
 
 __all__ = [
@@ -80,11 +80,12 @@ class Group:
 def group(components: Iterable[Component]) -> list[Group]:
     """Divide components into layers: what changes together, or never, lies together.
 
-    A file that two components have is the first one's, as their names are sorted.
+    A file that two components have is the first one's, as their names are sorted; what belongs to
+    no distribution comes last.
     """
     taken: set[str] = set()
     kept = []
-    for each in sorted(components, key=lambda one: one.name):
+    for each in sorted(components, key=lambda one: (one.name == LOOSE, one.name)):
         entries = tuple(entry for entry in each.entries if entry.path not in taken)
         taken.update(entry.path for entry in entries)
         kept.append(each if len(entries) == len(each.entries) else replace(each, entries=entries))

@@ -552,6 +552,47 @@ def test_loose_modules_are_taken_along(client: Client, collect: Collecting) -> N
     assert {entry.path for entry in found.entries} == {f"{SITE}/dropped/__init__.py"}
 
 
+def old_package(client: Client, name: str, list_of_files: str) -> None:
+    """Install a package as old tools do: without a RECORD."""
+    info = client.site / f"{name}-1.0-py{PYTHON}.egg-info"
+    info.mkdir(parents=True)
+    (info / "PKG-INFO").write_text(f"Metadata-Version: 1.0\nName: {name}\nVersion: 1.0\n")
+    (client.site / f"{name}.py").write_text("VERSION = 'old'\n")
+    (client.site / name).mkdir()
+    (client.site / name / "gone.py").write_text("")
+    (info / list_of_files).write_text(
+        f"{name}\n" if list_of_files == "top_level.txt" else f"../{name}.py\n../{name}/gone.py\n"
+    )
+
+
+@pytest.mark.parametrize("list_of_files", ["top_level.txt", "installed-files.txt"])
+def test_files_of_old_packages_are_not_taken_as_nobodys(
+    client: Client, collect: Collecting, list_of_files: str
+) -> None:
+    """They would stay where the package is excluded, and lie over another version of it."""
+    old_package(client, "oldp", list_of_files)
+    old_package(client, "zold", list_of_files)
+    make_wheel(client.wheels, "zold", "2.0")
+    found = collect(X86, exclude=["oldp"], extra=["zold>=2"])
+    assert found.keys() == {"zold"}
+    assert read(found["zold"], f"{SITE}/zold.py") == b"VERSION = '2.0'\n"
+    assert not any(entry.path.endswith("gone.py") for entry in found["zold"].entries)
+
+
+def test_loose_module_for_another_processor_is_named_and_can_be_left_out(
+    client: Client, collect: Collecting
+) -> None:
+    """The error says how."""
+    (client.site / "_native.so").write_bytes(library(HERE.machine))
+    (client.site / "dropped.py").write_text("")
+    with pytest.raises(
+        ConfigError, match=rf"_native\.so, which.*{HERE.machine}.*exclude=\['_native'\]"
+    ):
+        collect(ELSEWHERE)
+    (found,) = collect(ELSEWHERE, exclude=["_native"]).values()
+    assert {entry.path for entry in found.entries} == {f"{SITE}/dropped.py"}
+
+
 def test_files_of_directories_may_be_programs_and_have_any_name(
     client: Client, collect: Collecting, tmp_path: Path
 ) -> None:

@@ -12,13 +12,14 @@ import sys
 import tarfile
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from environment_helpers import PYTHON
 
 from cloudexec._environment.cache import Cache
-from cloudexec._environment.components import Component, Entry
+from cloudexec._environment.components import LOOSE, Component, Entry
 from cloudexec._environment.layers import Layer, Node, build_layers, group, pack
 from cloudexec._environment.target import Target
 
@@ -104,6 +105,14 @@ def test_file_of_two_packages_is_in_one_layer() -> None:
     ]
 
 
+def test_file_of_a_package_comes_before_nobodys() -> None:
+    """What an older version of it has left behind is not what was fetched."""
+    package, loose = component("zold", b"new"), component("zold", b"old")
+    groups = group([replace(loose, name=LOOSE), package])
+    (entry,) = [entry for each in groups for one in each.components for entry in one.entries]
+    assert entry.read() == b"new"
+
+
 def test_bytecode_is_compiled_and_never_compared(build: Building, tmp_path: Path) -> None:
     """Its header says so; a traceback shows where the source is in the image. PEP 552."""
     (layer,) = build(component("thing", b"def f():\n    return 7\n")).values()
@@ -166,9 +175,10 @@ def test_same_content_makes_the_same_bytes_in_another_process(tmp_path: Path) ->
     script = """
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from cloudexec._environment.cache import Cache
-from cloudexec._environment.components import Component, Entry
+from cloudexec._environment.components import LOOSE, Component, Entry
 from cloudexec._environment.layers import build_layers, group
 from cloudexec._environment.target import Target
 import json, email, argparse
