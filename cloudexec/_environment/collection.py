@@ -438,7 +438,9 @@ def _digest_of(file: Path) -> str:
         whole.update(content)
         if each.suffix == ".txt":
             text = content.decode(errors="replace")
-            pending += [each.parent / name for name in _INCLUDED.findall(text)]
+            # What is behind an address is read by the installer.
+            names = [name for name in _INCLUDED.findall(text) if "://" not in name]
+            pending += [each.parent / name for name in names]
     for place in places_of(file):
         whole.update(signature_of(place).encode())
     return whole.hexdigest()

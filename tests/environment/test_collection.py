@@ -14,6 +14,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ def native_wheels(
             {file: library(target.machine), f"{name}/__init__.py": f"VERSION = {version!r}\n"},
             tag=f"{TAG}-{TAG}-manylinux_2_28_{target.machine}",
         )
+
+
+@contextmanager
+def serving(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve HTTP on the loopback; yield the address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 @pytest.fixture
@@ -627,6 +642,25 @@ def test_requirements_file_is_taken_as_it_is(
         collect(ELSEWHERE, source=file)
 
 
+def test_requirements_file_may_include_addresses(
+    client: Client, collect: Collecting, tmp_path: Path
+) -> None:
+    """As the constraints that Airflow has on the web."""
+    make_wheel(client.wheels, "pinned", "1.5")
+    make_wheel(client.wheels, "pinned", "1.6")
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "constraints.txt").write_text("pinned<1.6\n")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None: ...
+
+    handler = functools.partial(Handler, directory=str(tmp_path / "web"))
+    file = tmp_path / "requirements.txt"
+    with serving(handler) as address:
+        file.write_text(f"pinned\n-c {address}/constraints.txt\n")
+        assert collect(ELSEWHERE, source=file)["pinned"].version == "1.5"
+
+
 def test_project_file_brings_the_project_and_what_it_requires(
     client: Client, collect: Collecting, tmp_path: Path
 ) -> None:
@@ -877,13 +911,8 @@ def private_index(client: Client) -> Iterator[str]:
         def log_message(self, *args: object) -> None: ...
 
     handler = functools.partial(Handler, directory=str(client.wheels))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://user:hunter2@127.0.0.1:{server.server_port}/simple"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(handler) as address:
+        yield f"{address.replace('://', '://user:hunter2@')}/simple"
 
 
 def test_private_index_is_used_and_its_password_stays_here(
