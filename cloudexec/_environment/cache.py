@@ -94,9 +94,14 @@ class Cache:
         return path
 
     @contextlib.contextmanager
-    def fill(self, kind: Kind, key: str) -> Iterator[Path]:
-        """Yield the name of a directory to make, which is kept if nothing is raised, and takes the
-        place of the one that is there.
+    def fill(self, kind: Kind, key: str, *, replace: bool = False) -> Iterator[Path]:
+        """Yield the name of a directory to make, which is kept if nothing is raised.
+
+        Args:
+            kind: Of the directory.
+            key: Of the directory.
+            replace: Whether it takes the place of one that is there by then. Otherwise that one is
+                kept, as the process that has made it may be reading it.
 
         Raises:
             ConfigError: If it cannot be written.
@@ -110,6 +115,8 @@ class Cache:
                     os.rename(Path(name, "new"), path)
                 except OSError:
                     # There is one, of before or of somebody else.
+                    if path.is_dir() and not replace:
+                        return
                     os.rename(path, Path(name, "old"))
                     os.rename(Path(name, "new"), path)
         except OSError as exc:

@@ -292,7 +292,7 @@ class Collection:
         tree = None if self._is_fresh else self._cache.directory("wheels", key)
         if tree is None:
             try:
-                with self._cache.fill("wheels", key) as into:
+                with self._cache.fill("wheels", key, replace=self._is_fresh) as into:
                     self._installer().fetch(requirements, target, into)
             except NoWheelError as exc:
                 raise self._nothing(exc.reasons, target) from exc
@@ -360,7 +360,7 @@ class Collection:
         ).hexdigest()
         tree = None if self._is_fresh else self._cache.directory("wheels", key)
         if tree is None:
-            with self._cache.fill("wheels", key) as into:
+            with self._cache.fill("wheels", key, replace=self._is_fresh) as into:
                 self._installer().fetch_file(file, target, into)
                 into.mkdir(exist_ok=True)
             tree = self._cache.directory("wheels", key)

@@ -29,14 +29,18 @@ def test_records_come_back(cache: Cache) -> None:
 
 
 def test_directory_is_kept_if_all_went_well(cache: Cache) -> None:
-    """And takes the place of the one before."""
-    for content in ("first", "second"):
-        with cache.fill("wheels", "key") as folder:
+    """One that somebody else has made meanwhile stays, unless it is to be replaced."""
+    for content, replace, kept in (
+        ("first", False, "first"),
+        ("second", False, "first"),
+        ("third", True, "third"),
+    ):
+        with cache.fill("wheels", "key", replace=replace) as folder:
             folder.mkdir()
             (folder / "file").write_text(content)
         found = cache.directory("wheels", "key")
         assert found is not None
-        assert (found / "file").read_text() == content
+        assert (found / "file").read_text() == kept
 
     def break_off() -> None:
         with cache.fill("wheels", "other") as folder:
