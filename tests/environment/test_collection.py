@@ -9,8 +9,8 @@ import http.server
 import importlib.util
 import os
 import shutil
-import sys
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
