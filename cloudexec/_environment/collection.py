@@ -29,7 +29,7 @@ from cloudexec._environment.inventory import (
     signature_of,
     take_inventory,
 )
-from cloudexec._environment.local_requirements import places_of
+from cloudexec._environment.local_requirements import masked, places_of
 from cloudexec._environment.packages import Packages
 from cloudexec._environment.selection import Selection, merged, needs_of, select
 from cloudexec._environment.target import Target
@@ -227,9 +227,11 @@ class Collection:
             for need in needs_of(by.requires, target):
                 if extra not in need.when:
                     continue
-                pending += [(need.name, each) for each in ("", *need.extras)]
+                is_as_here = self._is_as_here(need.name, by)
+                known = self._extras_here(need.name, name) if is_as_here else set()
+                pending += [(need.name, each) for each in {"", *need.extras} - known]
                 if need.name != name and self._is_missed(need.name, name):
-                    text = need.name if self._is_as_here(need.name, by) else need.text
+                    text = need.name if is_as_here else need.text
                     demands.setdefault(need.name, []).append((text, by.label))
         return demands
 
@@ -255,6 +257,11 @@ class Collection:
             and needed in self._installed
         )
 
+    def _extras_here(self, needed: str, by: str) -> set[str]:
+        """Return the extras that have been selected: what they lack here is missing on purpose."""
+        needs = needs_of(self._installed[by].requires, None)
+        return {extra for need in needs if need.name == needed for extra in need.extras}
+
     def _choice(self, name: str, texts: list[str], wanted: dict[str, str]) -> str:
         """Return the requirement to fetch by: of the version that is here, if that will do."""
         here = self._installed.get(name)
@@ -269,11 +276,11 @@ class Collection:
         if have is not None:
             is_here = have is self._installed.get(name)
             chosen = f", and {have.label} is {'installed here' if is_here else 'what was chosen'}"
-        example = merged([text for text, by in asked if by] or [name])
+        texts = [masked(text) for text, by in asked if by]
+        example = f", such as extra=[{texts[0]!r}]" if len(texts) == 1 else " (extra=)"
         return ConfigError(
             f"workers on {target} cannot have these packages together: {_who(asked)}{chosen}. Name "
-            f"versions that suit each other, such as extra=[{example!r}], or leave one of them out "
-            f"(exclude=)"
+            f"versions that suit each other{example}, or leave one of them out (exclude=)"
         )
 
     @functools.cached_property
@@ -477,5 +484,6 @@ def _meets(have: Distribution, requirement: str) -> bool:
 def _who(asked: Sequence[tuple[str, str]]) -> str:
     """Say who requires what."""
     return " and ".join(
-        f"{by} requires {text}" if by else f"{text} is asked for" for text, by in asked
+        f"{by} requires {masked(text)}" if by else f"{masked(text)} is asked for"
+        for text, by in asked
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from cloudexec._environment.local_requirements import (
     is_dynamic,
     lines_of,
     local_of,
+    masked,
     refuse_local,
 )
 from cloudexec._environment.target import Target
@@ -28,7 +28,6 @@ from cloudexec._errors import ConfigError
 
 __all__ = ["Installer", "NoWheelError", "find_installer", "names_of"]
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 """User name and password in an address; a password may have an "@" in it."""
 _LINES = 6
 _LOG_LINES = 25
@@ -45,7 +44,7 @@ class NoWheelError(Exception):
     """
 
     def __init__(self, reasons: dict[str, str]) -> None:
-        self.reasons = {_masked(requirement): said for requirement, said in reasons.items()}
+        self.reasons = {masked(requirement): said for requirement, said in reasons.items()}
         super().__init__(", ".join(self.reasons))
 
 
@@ -284,7 +283,7 @@ def names_of(requirements: Iterable[str]) -> list[str]:
         except InvalidRequirement as exc:
             # Not raised from the other one, which has the text with its password.
             raise ConfigError(
-                f"{_masked(text)!r} is not a requirement such as 'numpy>=2': {_masked(str(exc))}"
+                f"{masked(text)!r} is not a requirement such as 'numpy>=2': {masked(str(exc))}"
             ) from None
     return names
 
@@ -330,10 +329,5 @@ def _log(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _lines(done: subprocess.CompletedProcess[str]) -> list[str]:
-    text = _masked(done.stderr or done.stdout)
+    text = masked(done.stderr or done.stdout)
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _masked(text: str) -> str:
-    """Return a text without the passwords of addresses in it."""
-    return _CREDENTIALS.sub("****@", text)

@@ -14,7 +14,7 @@ from urllib.request import url2pathname
 from cloudexec._environment.inventory import canonical
 from cloudexec._errors import ConfigError
 
-__all__ = ["Local", "is_dynamic", "lines_of", "local_of", "places_of", "refuse_local"]
+__all__ = ["Local", "is_dynamic", "lines_of", "local_of", "masked", "places_of", "refuse_local"]
 
 _COMMENT = re.compile(r"(^|\s+)#.*$")
 _EDITABLE = re.compile(r"(?:-e|--editable)(?:\s+|=)(.+)")
@@ -96,7 +96,7 @@ def local_of(line: str, folder: Path) -> Local | None:
         if editable is None:
             return None
         raise ConfigError(
-            f"{_CREDENTIALS.sub('****@', line)!r} is an editable project that is not on this "
+            f"{masked(line)!r} is an editable project that is not on this "
             f"machine, and workers cannot have it so: leave out {line.split()[0]}"
         )
     path = folder / place
@@ -104,6 +104,11 @@ def local_of(line: str, folder: Path) -> Local | None:
     if editable is None and not (is_path and path.exists()):
         return None
     return Local(Path(os.path.normpath(path)), extras or "", f"{separator}{marker}")
+
+
+def masked(text: str) -> str:
+    """Return a requirement without the password in its address."""
+    return _CREDENTIALS.sub("****@", text)
 
 
 def places_of(file: Path) -> list[Path]:

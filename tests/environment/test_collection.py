@@ -286,6 +286,18 @@ def test_packages_that_are_here_stay_together_when_they_are_fetched(
     assert collect(ELSEWHERE)["fast"].version == "1.0"
 
 
+def test_extra_that_is_missing_here_stays_missing(client: Client, collect: Collecting) -> None:
+    """Whoever installs without dependencies has a reason, though a part has to be fetched."""
+    make_wheel(client.wheels, "served", requires=["loops; extra == 'fast'"], extras=["fast"])
+    make_wheel(client.wheels, "loops")
+    for target in (X86, ARM):
+        tag = f"{TAG}-{TAG}-manylinux_2_28_{target.machine}"
+        make_wheel(client.wheels, "model", requires=["served[fast]"], tag=tag)
+    client.install("--no-deps", "served", "model")
+    assert collect(ELSEWHERE).keys() == {"served", "model"}
+    assert collect(ELSEWHERE, extra=["served[fast]"]).keys() == {"served", "model", "loops"}
+
+
 def test_marker_of_an_extra_counts(client: Client, collect: Collecting) -> None:
     """What it leaves out is not fetched, and nothing else is harmed."""
     make_wheel(client.wheels, "thing")
@@ -945,6 +957,22 @@ def test_password_in_a_requirement_is_in_no_message(
             collect(HERE, extra=[form.format(url)])
     shown = "".join(traceback.format_exception(caught.value))
     assert "ter2" not in shown
+
+
+def test_address_that_does_not_suit_is_named_without_its_password(
+    client: Client, collect: Collecting, private_index: str
+) -> None:
+    """It has one version only, and another package wants a newer one."""
+    wheel = make_wheel(client.wheels, "lib", "1.0")
+    make_wheel(client.wheels, "lib", "2.0")
+    make_wheel(client.wheels, "new", requires=["lib>=2"])
+    address = f"{private_index.removesuffix('/simple')}/files/{wheel.name}"
+    with pytest.raises(
+        ConfigError, match=r"lib @ http://\*.* is asked for and new==1\.0 req"
+    ) as caught:
+        collect(X86, source="none", extra=[f"lib @ {address}", "new"])
+    assert "lib==1.0 is what was chosen" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_same_files_are_components_of_the_same_content_wherever_they_are(
