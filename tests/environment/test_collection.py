@@ -535,6 +535,8 @@ def test_project_is_built_without_a_trace_in_its_source(
     found = importlib.util.find_spec("setuptools")
     if found is None or found.origin is None:
         pytest.skip("setuptools is not here")
+    if not Path(found.origin).with_name("command").joinpath("bdist_wheel.py").exists():
+        pytest.skip("this setuptools makes no wheels by itself: 70.1 is the first that does")
     source = make_project(
         tmp_path / "mine", "mine", {"src/mine/__init__.py": "", "src/mine/old.py": ""}
     )
