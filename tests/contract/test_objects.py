@@ -489,8 +489,10 @@ def test_a_result_that_cannot_be_pickled_to_its_end_leaves_nothing(mode: str) ->
 def test_nothing_is_left_after_many_tasks(mode: str) -> None:
     """Memory, files and tables of client and workers are as they were."""
     random = np.random.default_rng(2)
-    with start(mode) as executor:
+    with start(mode, min_workers=2) as executor:
         driver = executor._driver or executor._submitter.start()
+        # For each worker its own process, the one that forks, and those that run tasks.
+        until(lambda: len(descendants()) == (6 if mode == "several" else 4))
 
         def work(small: int, large: int) -> None:
             for _ in executor.map(tasks.nothing, range(small)):
@@ -533,7 +535,8 @@ def test_nothing_is_left_after_many_tasks(mode: str) -> None:
             now = state()
             return (
                 now[0] <= before[0] + 2
-                and all(a <= b + 3 for a, b in zip(now[1], before[1], strict=False))
+                and len(now[1]) == len(before[1])
+                and all(a <= b + 3 for a, b in zip(now[1], before[1], strict=True))
                 and now[2] == [(0, 0, 0, 0, 0)] * len(now[2])
                 and now[3] == 0
             )
