@@ -1,10 +1,12 @@
-"""How client and worker move an object through S3: its division into parts, and signed requests."""
+"""How client and worker move an object through S3: its parts, signed requests, and threads."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["PART_BYTES", "Part", "SignedRequest", "part_length", "parts_of"]
+__all__ = ["PART_BYTES", "Part", "SignedRequest", "on_thread", "part_length", "parts_of"]
 
 PART_BYTES = 16 * 1024 * 1024
 """Objects of up to so many bytes are sent in one request, larger ones in parts of this size."""
@@ -70,3 +72,33 @@ def parts_of(size: int, part_bytes: int = PART_BYTES) -> list[Part]:
     return [
         Part(number, start, min(length, size - start)) for number, start in enumerate(starts, 1)
     ]
+
+
+async def on_thread(
+    run: Callable[[], object], on_cancel: Callable[[], object] = lambda: None
+) -> None:
+    """Call something in a thread, and return only once that call has ended.
+
+    A thread cannot be cancelled, and the caller may use the same file for something else when this
+    has returned.
+
+    Args:
+        run: What is called.
+        on_cancel: Called if this is cancelled meanwhile, so that ``run`` ends soon.
+
+    Raises:
+        BaseException: What ``run`` raised.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(run))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        on_cancel()
+        while not running.done():
+            try:
+                await asyncio.wait([running])
+            except asyncio.CancelledError:
+                pass  # raised below
+        if not running.cancelled():
+            running.exception()
+        raise

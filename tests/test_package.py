@@ -61,7 +61,7 @@ MAY_IMPORT = {
         "_wire",
     },
     "_objects/s3.py": {"_aws", "_transfer"},
-    "_objects/s3_requests.py": {"_aws"},
+    "_objects/s3_requests.py": {"_aws", "_transfer"},
     "_launchers": {"_config", "_log", "_pricing"},
     "_launchers/batch": {
         "_aws",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import io
 import time
@@ -15,6 +16,7 @@ import tenacity
 
 from cloudexec._aws.clients import AwsClients, translated
 from cloudexec._errors import AwsError
+from cloudexec._transfer import on_thread
 
 __all__ = ["CHUNK", "InOrder", "Requests", "Sink", "Source"]
 
@@ -179,7 +181,7 @@ class Requests:
                     while at < end:
                         data = await _chunk(body, min(CHUNK, end - at))
                         watch.moved()
-                        await _to_the_end(sink, at, data)
+                        await on_thread(functools.partial(sink, at, data))
                         await check.add(at, data)
                         at += len(data)
                 finally:
@@ -378,22 +380,6 @@ async def _moving(watch: _Watch | _Body, stall: float) -> AsyncIterator[None]:
         finally:
             if handle is not None:
                 handle.cancel()
-
-
-async def _to_the_end(sink: Sink, offset: int, data: bytes) -> None:
-    """Call a sink on a thread, and see it through even where we are cancelled meanwhile."""
-    running = asyncio.ensure_future(asyncio.to_thread(sink, offset, data))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        while not running.done():
-            try:
-                await asyncio.wait([running])
-            except asyncio.CancelledError:
-                pass  # raised below
-        if not running.cancelled():
-            running.exception()
-        raise
 
 
 async def _chunk(body: Any, length: int) -> bytes:

@@ -11,7 +11,6 @@ of their own.
 from __future__ import annotations
 
 import abc
-import asyncio
 import contextlib
 import functools
 import hashlib
@@ -25,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cloudexec._errors import CloudexecError
-from cloudexec._transfer import PART_BYTES, Part, SignedRequest, parts_of
+from cloudexec._transfer import PART_BYTES, Part, SignedRequest, on_thread, parts_of
 from cloudexec.worker.s3_digests import Digests, digests, read_at
 from cloudexec.worker.s3_link import Link, tag, total_size
 
@@ -108,7 +107,7 @@ async def fetch(download: Download, ask: Callable[[bool], Awaitable[SignedReques
         request = await ask(refused)
         done = download.done_bytes
         try:
-            await _on_thread(functools.partial(download.run, request), download)
+            await on_thread(functools.partial(download.run, request), download.cancel)
             return
         except UrlRefusedError:
             failures = failures + 1 if download.done_bytes == done else 1
@@ -140,31 +139,13 @@ async def store(
     while missing := upload.missing:
         requests = await ask(missing, refused)
         try:
-            await _on_thread(functools.partial(upload.run, requests), upload)
+            await on_thread(functools.partial(upload.run, requests), upload.cancel)
         except UrlRefusedError:
             failures = failures + 1 if upload.missing == missing else 1
             if failures == _REFUSALS_IN_A_ROW:
                 raise
             refused = all(time.time() < each.expires_at for each in requests.values())
     return upload.etags
-
-
-async def _on_thread(run: Callable[[], None], transfer: _Transfer) -> None:
-    running = asyncio.ensure_future(asyncio.to_thread(run))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        # The thread cannot be cancelled, but its sockets can be closed. It must have ended before
-        # this returns, because the caller may then use the file for something else.
-        transfer.cancel()
-        while not running.done():
-            try:
-                await asyncio.wait([running])
-            except asyncio.CancelledError:
-                pass  # raised below
-        if not running.cancelled():
-            running.exception()
-        raise
 
 
 class _LocalError(Exception):

@@ -1,10 +1,17 @@
-"""A helper for several tests of launchers."""
+"""Helpers for several tests of launchers."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from cloudexec import Batch
 
 
 def eventually(condition: Callable[[], Any], timeout: float = 50.0) -> Any:
@@ -16,3 +23,43 @@ def eventually(condition: Callable[[], Any], timeout: float = 50.0) -> Any:
             return found
         assert time.monotonic() < deadline, "it did not come about in time"
         time.sleep(0.02)
+
+
+def unfinished(aws: Any) -> list[Any]:
+    """Return the jobs of an emulated account that have not ended."""
+    return [job for job in aws.jobs() if job.status not in ("SUCCEEDED", "FAILED")]
+
+
+def kill_a_client(batch: Batch, path: Path, running: int, **options: object) -> None:
+    """Start a client with three workers in a process of its own, and kill it.
+
+    Args:
+        batch: Has the queue and the roles.
+        path: Where the client's script is written.
+        running: How many of its tasks run when it is killed.
+        options: Of its executor.
+    """
+    script = textwrap.dedent(
+        f"""
+        import time
+        from cloudexec import Batch, BatchExecutor
+        if __name__ == "__main__":
+            batch = Batch(queue={batch.queue!r}, job_role={batch.job_role!r}, image="x",
+                          execution_role={batch.execution_role!r}, region={batch.region!r})
+            executor = BatchExecutor(3, launcher=batch, min_workers=3, **{options!r})
+            futures = [executor.submit(time.sleep, 60) for _ in range(3)]
+            while executor.stats().tasks.running < {running}:
+                time.sleep(0.05)
+            print("running", flush=True)
+            time.sleep(60)
+        """
+    )
+    path.write_text(script)
+    client = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    try:
+        assert client.stdout.readline() == "running\n"
+    finally:
+        client.send_signal(signal.SIGKILL)
+        client.wait()
+        client.stdout.close()

@@ -5,10 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
@@ -17,7 +13,7 @@ from typing import Any
 
 import boto3
 import pytest
-from launcher_helpers import eventually
+from launcher_helpers import eventually, kill_a_client, unfinished
 
 from cloudexec import (
     Batch,
@@ -38,10 +34,6 @@ def square(number: int) -> int:
 
 def submits(aws: Any) -> list[dict[str, Any]]:
     return [r.parameters for r in aws.requests if r.operation == "SubmitJob" and r.status == 200]
-
-
-def unfinished(aws: Any) -> list[Any]:
-    return [job for job in aws.jobs() if job.status not in ("SUCCEEDED", "FAILED")]
 
 
 def test_a_map_runs_on_one_array_job(aws: Any, launcher: Make) -> None:
@@ -361,32 +353,7 @@ def test_a_client_that_is_killed_leaves_nothing_running(
     aws: Any, launcher: Make, tmp_path: Path
 ) -> None:
     """Workers notice by themselves, long before they would give up a network that is gone."""
-    batch = launcher()
-    script = textwrap.dedent(
-        f"""
-        import sys, time
-        from cloudexec import Batch, BatchExecutor
-        if __name__ == "__main__":
-            batch = Batch(queue={batch.queue!r}, job_role={batch.job_role!r}, image="x",
-                          execution_role={batch.execution_role!r}, region={batch.region!r})
-            executor = BatchExecutor(3, launcher=batch, min_workers=3)
-            futures = [executor.submit(time.sleep, 60) for _ in range(3)]
-            while executor.stats().tasks.running < 3:
-                time.sleep(0.05)
-            print("running", flush=True)
-            time.sleep(60)
-        """
-    )
-    path = tmp_path / "client.py"
-    path.write_text(script)
-    client = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True)
-    assert client.stdout is not None
-    try:
-        assert client.stdout.readline() == "running\n"
-    finally:
-        client.send_signal(signal.SIGKILL)
-        client.wait()
-        client.stdout.close()
+    kill_a_client(launcher(), tmp_path / "client.py", 3)
     eventually(lambda: not unfinished(aws), timeout=30.0)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import boto3
 import pytest
-from launcher_helpers import eventually
+from launcher_helpers import eventually, unfinished
 
 from cloudexec import Batch, BatchExecutor, ConfigError, LaunchError, WorkerLostError
 from cloudexec.aws import Profile
@@ -36,10 +36,6 @@ def slow_square(number: int, seconds: float = 0.05) -> int:
 def requests(aws: Any, operation: str, status: int = 200) -> list[dict[str, Any]]:
     found = aws.requests
     return [r.parameters for r in found if r.operation == operation and r.status == status]
-
-
-def none_left(aws: Any) -> bool:
-    return all(job.status in ("SUCCEEDED", "FAILED") for job in aws.jobs())
 
 
 def test_a_second_executor_does_no_harm_to_the_first(aws: Any, launcher: Make) -> None:
@@ -69,7 +65,7 @@ def test_thousands_that_wait_end_with_the_executor(launcher_factory: Callable[[A
         began = time.monotonic()
         executor.shutdown(cancel_futures=True)
         assert time.monotonic() - began < 5
-        eventually(lambda: none_left(aws), timeout=5.0)
+        eventually(lambda: not unfinished(aws), timeout=5.0)
         assert len(requests(aws, "TerminateJob")) == 1
 
 
@@ -90,7 +86,7 @@ def test_twenty_thousand_workers_are_two_jobs(aws: Any, launcher: Make) -> None:
         if variable["name"] == "CLOUDEXEC_LAUNCH"
     }
     assert firsts == {"1", "10001"}
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
 
 
 def test_a_job_whose_answer_was_lost_ends_with_the_executor(aws: Any, launcher: Make) -> None:
@@ -102,7 +98,7 @@ def test_a_job_whose_answer_was_lost_ends_with_the_executor(aws: Any, launcher: 
     executor.map(square, range(3))
     eventually(lambda: aws.jobs())
     executor.shutdown(cancel_futures=True)
-    eventually(lambda: none_left(aws), timeout=5.0)
+    eventually(lambda: not unfinished(aws), timeout=5.0)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +111,7 @@ def test_an_answer_may_be_lost_anywhere(aws: Any, launcher: Make, operation: str
     with BatchExecutor(2, launcher=batch) as executor:
         assert sum(executor.map(square, range(50))) == sum(n * n for n in range(50))
     assert len(requests(aws, "SubmitJob")) == 1
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
 
 
 def test_pulls_that_fail_at_first_are_waited_for(aws: Any, launcher: Make) -> None:
@@ -127,7 +123,7 @@ def test_pulls_that_fail_at_first_are_waited_for(aws: Any, launcher: Make) -> No
         assert list(executor.map(square, range(30), timeout=30)) == [n * n for n in range(30)]
         eventually(lambda: executor.stats().workers.slots == 3)
         assert executor.stats().workers.launched == 3
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
 
 
 @pytest.mark.parametrize("compute", ["fargate", "ec2"])
@@ -148,7 +144,7 @@ def test_a_registry_that_is_busy_for_longer_is_waited_for(
     attempts = [len(job.attempts) for job in aws.jobs() if job.status == "FAILED" and job.attempts]
     assert attempts == [3] * workers
     assert len(requests(aws, "SubmitJob")) == 2
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +158,7 @@ def test_one_slow_start_does_not_end_a_run_with_one_worker(
     aws.faults.start_fails(f"ResourceInitializationError: unable to pull: {text}", count=1)
     with BatchExecutor(1, launcher=batch) as executor:
         assert executor.submit(square, 3).result(60) == 9
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
     (job,) = aws.jobs()
     assert len(job.attempts) == 2
     assert len(requests(aws, "SubmitJob")) == 1
@@ -181,7 +177,7 @@ def test_all_workers_are_reclaimed_twice(aws: Any, launcher: Make) -> None:
         assert [f.result(timeout=30) for f in futures] == [n * n for n in range(120)]
         assert executor.stats().lost_attempts == 0
     assert len(requests(aws, "SubmitJob")) == 1
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
 
 
 def test_several_machines_die_at_once(aws: Any, launcher: Make) -> None:
@@ -199,7 +195,7 @@ def test_several_machines_die_at_once(aws: Any, launcher: Make) -> None:
             assert isinstance(future.exception(), WorkerLostError)
             # AWS's words, or what the worker's second start says where that is heard first.
             assert re.search("Host EC2|machine was taken back", str(future.exception()))
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
 
 
 @pytest.mark.parametrize("retries", [0, 2])
@@ -243,7 +239,7 @@ def test_workers_that_end_at_once(tmp_path: Path, code: int) -> None:
         assert all(isinstance(error, LaunchError) for error in errors)
         assert "(exit code 3)" in str(errors[0]) if code == 3 else f"code {code}" in str(errors[0])
         assert len(requests(aws, "SubmitJob")) <= 3
-        eventually(lambda: none_left(aws))
+        eventually(lambda: not unfinished(aws))
 
 
 def test_half_of_the_workers_do_all_of_the_work(aws: Any, launcher: Make, tmp_path: Path) -> None:
@@ -269,7 +265,7 @@ def test_half_of_the_workers_do_all_of_the_work(aws: Any, launcher: Make, tmp_pa
             stats = executor.stats()
             break
     assert (stats.workers.lost, stats.tasks.failed) == (0, 0)
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
 
 
 def test_scale_in_and_out_again(aws: Any, launcher: Make) -> None:
@@ -278,7 +274,7 @@ def test_scale_in_and_out_again(aws: Any, launcher: Make) -> None:
         for _ in range(2):
             assert sum(executor.map(slow_square, range(6))) == 55
             eventually(lambda: executor.stats().workers.slots == 0)
-            eventually(lambda: none_left(aws))
+            eventually(lambda: not unfinished(aws))
             assert executor.cost().per_hour_usd == 0
         launches = executor.stats().launches
     assert len(launches) == 4
@@ -304,7 +300,7 @@ def test_spot_that_does_not_come_is_bought_on_demand(
         assert list(executor.map(square, range(6), timeout=30)) == [0, 1, 4, 9, 16, 25]
     queues = [each["jobQueue"] for each in requests(aws, "SubmitJob")]
     assert queues == [spot.queue, plain.queue]
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
 
 
 def test_a_worker_is_replaced_after_its_tasks(aws: Any, launcher: Make) -> None:
@@ -312,7 +308,7 @@ def test_a_worker_is_replaced_after_its_tasks(aws: Any, launcher: Make) -> None:
     with BatchExecutor(1, launcher=launcher(), max_tasks_per_worker=5) as executor:
         pids = list(executor.map(job_id_of_worker, range(15)))
     assert len(set(pids)) == 3
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
 
 
 def job_id_of_worker(_: int) -> str:
@@ -481,7 +477,7 @@ def test_nothing_is_left_of_several_executors(aws: Any, launcher: Make) -> None:
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(2):
         run()
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
     eventually(
         lambda: (len(os.listdir("/proc/self/fd")), threading.active_count()) <= before, timeout=5.0
     )

@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
-from launcher_helpers import eventually
+from launcher_helpers import eventually, unfinished
 
 from cloudexec import Batch, BatchExecutor, ConfigError, LaunchError, WorkerLostError, run, stage
 from cloudexec._aws.prices import PriceTable
@@ -47,10 +47,6 @@ def submitted(aws: Any) -> list[tuple[str, str, int]]:
             workers = request.parameters.get("arrayProperties", {}).get("size", 1)
             found.append((needs["VCPU"], needs["MEMORY"], workers))
     return found
-
-
-def unfinished(aws: Any) -> list[Any]:
-    return [job for job in aws.jobs() if job.status not in ("SUCCEEDED", "FAILED")]
 
 
 @pytest.mark.parametrize(

@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher_helpers import eventually
+from launcher_helpers import eventually, kill_a_client, unfinished
 
 from cloudexec import Batch
 from cloudexec.aws import Monitor
 
 Make = Callable[..., Batch]
-
-
-def none_left(aws: Any) -> bool:
-    return all(job.status in ("SUCCEEDED", "FAILED") for job in aws.jobs())
-
-
-def kill_a_client(batch: Batch, path: Path, **options: object) -> None:
-    """Start a client with three workers in a process of its own, and kill it while one runs."""
-    script = textwrap.dedent(
-        f"""
-        import time
-        from cloudexec import Batch, BatchExecutor
-        batch = Batch(queue={batch.queue!r}, job_role={batch.job_role!r}, image="x",
-                      execution_role={batch.execution_role!r}, region={batch.region!r})
-        executor = BatchExecutor(3, launcher=batch, min_workers=3, **{options!r})
-        futures = [executor.submit(time.sleep, 60) for _ in range(3)]
-        while not executor.stats().tasks.running:
-            time.sleep(0.05)
-        print("running", flush=True)
-        time.sleep(60)
-        """
-    )
-    path.write_text(script)
-    client = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True)
-    assert client.stdout is not None
-    try:
-        assert client.stdout.readline() == "running\n"
-    finally:
-        client.send_signal(signal.SIGKILL)
-        client.wait()
-        client.stdout.close()
 
 
 def test_workers_that_are_still_queued_end_soon_and_name_the_remedy(
@@ -56,12 +23,12 @@ def test_workers_that_are_still_queued_end_soon_and_name_the_remedy(
     """Each starts after the other, finds nobody, is not started again, and is not paid for long."""
     batch = launcher(max_vcpus=1)
     # By the time the first worker gives its client up, nobody has to wait for the others any more.
-    kill_a_client(batch, tmp_path / "client.py", launch_timeout=10.0, orphan_timeout=16.0)
+    kill_a_client(batch, tmp_path / "client.py", 1, launch_timeout=10.0, orphan_timeout=16.0)
     workers = [job for job in aws.jobs() if not job.size]
     assert sorted(job.status for job in workers) == ["RUNNABLE", "RUNNABLE", "RUNNING"]
     (executor,) = {job.tags["cloudexec:executor"] for job in workers}
     hint = f"if that program has ended, `cloudexec stop --executor {executor}` ends those"
-    eventually(lambda: none_left(aws), timeout=100.0)
+    eventually(lambda: not unfinished(aws), timeout=100.0)
     workers = [job for job in aws.jobs() if not job.size]
     assert [(job.exit_code, len(job.attempts)) for job in workers] == [(4, 1)] * 3
     for job in workers:

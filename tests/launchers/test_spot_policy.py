@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from launcher_helpers import eventually
+from launcher_helpers import eventually, unfinished
 
 from cloudexec import Batch, BatchExecutor, ConfigError
 from cloudexec._aws.clients import AwsClients
@@ -167,10 +167,6 @@ def queues(aws: Any) -> list[str]:
     ]
 
 
-def none_left(aws: Any) -> bool:
-    return all(job.status in ("SUCCEEDED", "FAILED") for job in aws.jobs())
-
-
 def queue_of_worker(_: int = 0) -> str:
     return os.environ["AWS_BATCH_JQ_NAME"]
 
@@ -183,7 +179,7 @@ def test_an_instance_that_boots_is_waited_for(configured: None) -> None:
         with BatchExecutor(2, launcher=batch, launch_timeout=15.0) as executor:
             assert executor.submit(queue_of_worker).result(60) == "spot"
         assert set(queues(aws)) == {"spot"}
-        eventually(lambda: none_left(aws))
+        eventually(lambda: not unfinished(aws))
 
 
 def test_capacity_that_aws_says_it_lacks_is_bought_on_demand(aws: Any, configured: None) -> None:
@@ -193,7 +189,7 @@ def test_capacity_that_aws_says_it_lacks_is_bought_on_demand(aws: Any, configure
     with BatchExecutor(3, launcher=Batch(spot="prefer"), launch_timeout=600.0) as executor:
         assert list(executor.map(queue_of_worker, range(3), timeout=30)) == ["plain"] * 3
     assert queues(aws) == ["spot", "plain"]
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
 
 
 def test_workers_that_have_a_place_keep_it(
@@ -206,7 +202,7 @@ def test_workers_that_have_a_place_keep_it(
         aws.faults.slow_start(6.0)
         with BatchExecutor(4, launcher=Batch(spot="prefer"), min_workers=4) as executor:
             eventually(lambda: executor.stats().workers.slots == 4)
-        eventually(lambda: none_left(aws))
+        eventually(lambda: not unfinished(aws))
         workers = [job for job in aws.jobs() if not job.size]
     assert sorted((job.queue, job.status) for job in workers) == [
         ("plain", "SUCCEEDED"),
@@ -228,7 +224,7 @@ def test_workers_wait_on_while_others_of_theirs_use_what_is_allowed(
         found = list(executor.map(slow_queue_of_worker, [1.0] * 12))
     assert found == ["spot"] * 12
     assert queues(aws) == ["spot"]
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
 
 
 def test_a_size_that_finds_no_room_beside_smaller_workers_runs_on_demand(
@@ -245,7 +241,7 @@ def test_a_size_that_finds_no_room_beside_smaller_workers_runs_on_demand(
         assert large.result(60) == "plain"
         assert not small.done()
         small.cancel(running=True)
-    eventually(lambda: none_left(aws))
+    eventually(lambda: not unfinished(aws))
 
 
 def slow_queue_of_worker(seconds: float) -> str:

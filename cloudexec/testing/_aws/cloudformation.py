@@ -7,7 +7,6 @@ Batch's resources standing; here resources are moto's (and ours), stacks are thi
 from __future__ import annotations
 
 import datetime
-import threading
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,9 +14,7 @@ from typing import Any
 from botocore.model import ListShape, MapShape, Shape, StructureShape
 
 from cloudexec.testing._aws.backends import ACCOUNT
-from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.limits import ClientError
-from cloudexec.testing._aws.stack_resources import StackResources
 from cloudexec.testing._aws.stacks import Stack, StackWork, now
 from cloudexec.testing._aws.templates import (
     TemplateError,
@@ -37,20 +34,11 @@ class CloudFormation:
     """Carries out CloudFormation calls.
 
     Args:
-        resources: Makes and deletes resources.
-        faults: Which resources fail.
-        lock: Held while moto's state is touched.
-        seconds: How long an operation on a stack takes.
+        work: Changes the stacks.
     """
 
-    def __init__(
-        self,
-        resources: StackResources,
-        faults: Faults,
-        lock: threading.RLock,
-        seconds: float,
-    ) -> None:
-        self._work = StackWork(resources, faults, lock, seconds)
+    def __init__(self, work: StackWork) -> None:
+        self._work = work
         self._stacks: dict[str, Stack] = {}
         self._operations: dict[str, Callable[[str, Mapping[str, Any]], dict[str, Any]]] = {
             "CreateStack": self._create,

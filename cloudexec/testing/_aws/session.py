@@ -37,6 +37,7 @@ from cloudexec.testing._aws.registry import RegistryMirror
 from cloudexec.testing._aws.resources import MotoPlatform
 from cloudexec.testing._aws.runners import ProcessRunner, Runner
 from cloudexec.testing._aws.stack_resources import StackResources
+from cloudexec.testing._aws.stacks import StackWork
 from cloudexec.testing._aws.tasks import Tasks
 from cloudexec.testing._aws.timers import Timing
 from cloudexec.testing._aws.wire import Call, Response
@@ -185,10 +186,12 @@ class Session:
             ),
         )
         self._stacks = CloudFormation(
-            StackResources(self.resources, self.engine),
-            owner.faults,
-            self.gateway.moto_lock,
-            owner.stack_seconds,
+            StackWork(
+                StackResources(self.resources, self.engine),
+                owner.faults,
+                self.gateway.moto_lock,
+                owner.stack_seconds,
+            )
         )
         self._closers.append(self._stacks.close)
         self._thread = threading.Thread(
