@@ -18,7 +18,7 @@ _EXIT_LOOK = 0.25
 _EXIT_ALONE = 1.0
 """Seconds in which a future of another executor must be done once all other work is done."""
 _EXIT_PATIENCE = 30.0
-"""The same number while other threads run, as one of them may complete the future."""
+"""Seconds instead of these while other threads run, as one of them may yet complete the future."""
 
 
 class Forkable(Protocol):

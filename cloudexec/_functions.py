@@ -30,7 +30,8 @@ from cloudexec._describing import attribute_of, is_interrupt
 from cloudexec._fingerprints import Fingerprint, lookup, travels_by_value
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import BlobStore
-from cloudexec._payload import Composed, Payload, Unfinished
+from cloudexec._payload import Unfinished
+from cloudexec._records import Composed, Payload
 from cloudexec._script import Script
 
 __all__ = ["Function", "FunctionTable"]

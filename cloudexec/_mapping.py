@@ -62,7 +62,11 @@ class Chunk:
 
     @property
     def _called_for_each(self) -> Callable[..., Any]:
-        """Return the journal's key of this chunk, made of the keys that the caller has chosen."""
+        """The function that is called for each input.
+
+        The journal, error messages and the choice of modules to import look at it, and not at the
+        chunk.
+        """
         return self._fn
 
     def __call__(self, chunk: list[tuple[Any, ...]]) -> list[Any]:

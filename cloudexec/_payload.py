@@ -57,8 +57,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INLINE_BYTES",
-    "Composed",
-    "Payload",
     "Unfinished",
     "dumps",
     "dumps_call",

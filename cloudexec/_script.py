@@ -39,7 +39,8 @@ from cloudexec._anew import reduce_anew
 from cloudexec._describing import describe, is_interrupt
 from cloudexec._errors import PayloadError
 from cloudexec._fingerprints import Definition, Unstable, lookup
-from cloudexec._payload import INLINE_BYTES, Collector, Composed, Payload, Pickler
+from cloudexec._payload import INLINE_BYTES, Collector, Pickler
+from cloudexec._records import Composed, Payload
 
 if TYPE_CHECKING:
     from cloudexec._objects.store import BlobStore

@@ -8,11 +8,8 @@ from typing import Any
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.ecr import EcrImage
 from cloudexec._aws.names import DEFINITION_PREFIX
-from cloudexec._aws.requests import DefinitionSpec, definition_request
 
 __all__ = [
-    "DefinitionSpec",
-    "definition_request",
     "deregister",
     "ensure_definition",
     "list_definitions",

@@ -385,10 +385,11 @@ async def _image(examination: _Examination) -> Check:
     ours = {key: uri for key, uri in profile.images.items() if key.startswith(f"{python}-")}
     push = f"`cloudexec image push --profile {profile.name}`"
     if not ours:
-        others = ", ".join(sorted(profile.images)) or "none"
-        found = f"there is none for Python {python} in the profile, which has: {others}"
+        found = f"the profile has none for Python {python}"
+        if profile.images:
+            found += f", only for {', '.join(sorted(profile.images))}"
         if profile.repository:
-            found += "; executors put the packages that are installed here into one"
+            found += "; executors make one of the packages that are installed here"
             return Check(name="image", outcome="ok", found=found)
         return Check(name="image", outcome="failed", found=found, remedy=push)
     notes: list[str] = []
@@ -477,7 +478,7 @@ async def _roles(examination: _Examination) -> Check:
 async def _key(examination: _Examination) -> Check:
     profile = examination.profile
     if not profile.key_secret:
-        found = "the profile has no secret: each launch gets a token of its own"
+        found = "the profile has no secret: each launch gets a key of its own"
         return Check(name="key", outcome="skipped", found=found)
     try:
         answer = await examination.clients.call(

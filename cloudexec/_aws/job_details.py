@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cloudexec._aws.names import ORDERED_ENDS, TAG_EXECUTOR
-from cloudexec._aws.prices import run_seconds
 from cloudexec._aws.records import ACTIVE, ENDED, TOLD_TO_END, AttemptInfo, ExecutorInfo, JobInfo
 from cloudexec._aws.requests import FAILED_STARTS
 from cloudexec._errors import ConfigError
+from cloudexec._pricing import run_seconds
 
 __all__ = [
     "NO_CLIENT",

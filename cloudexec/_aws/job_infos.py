@@ -32,8 +32,9 @@ from cloudexec._aws.job_details import (
 from cloudexec._aws.job_search import JobSearch, PacedCalls
 from cloudexec._aws.limits import DESCRIBE_JOBS
 from cloudexec._aws.names import TAG_EXPIRES, TAG_PROJECT, TAG_USER
-from cloudexec._aws.prices import PriceTable, WorkerPrice
+from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.records import ACTIVE, JobInfo
+from cloudexec._pricing import WorkerPrice
 
 __all__ = ["JobInfos"]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloudexec._aws.profile import profile_directory
 from cloudexec._errors import AwsError, ConfigError
-from cloudexec._pricing import WorkerPrice, run_seconds
+from cloudexec._pricing import WorkerPrice
 
 if TYPE_CHECKING:
     from cloudexec._aws.clients import AwsClients
@@ -23,10 +23,8 @@ __all__ = [
     "LEAST_SECONDS",
     "InstancePrice",
     "PriceTable",
-    "WorkerPrice",
     "format_usd",
     "refresh",
-    "run_seconds",
 ]
 
 LEAST_SECONDS = 60

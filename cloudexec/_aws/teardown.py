@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.names import DEFINITION_PREFIX, TAG_STACK, stack_name
 from cloudexec._aws.profile import Profile
+from cloudexec._aws.records import ACTIVE
 from cloudexec._aws.remnants import Remnant, find_remnants, tagged_secrets
 from cloudexec._aws.stack import Stack, event_ids, find_stack, follow
 from cloudexec._aws.steps import Noted, Report, counted, stepping
@@ -22,7 +23,6 @@ _JOBS_END_WITHIN = 180.0
 """Seconds for terminated jobs to end. SIGKILL follows SIGTERM after 30 s: AWS Batch User Guide,
 "Job timeouts"; the rest is AWS's own delay."""
 _CALLS_AT_ONCE = 10
-_ACTIVE = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING")
 """In the order in which jobs pass through them: one that moves on meanwhile is met again."""
 _DELETE_BATCH = 1000
 """Objects in one DeleteObjects call. Amazon S3 API Reference."""
@@ -193,7 +193,7 @@ async def _active_jobs(clients: AwsClients, queue: str) -> set[str]:
     """Return ids of jobs that have not finished; of arrays, the parent's."""
     found: set[str] = set()
     try:
-        for status in _ACTIVE:
+        for status in ACTIVE:
             async for each in clients.pages(
                 "batch", "list_jobs", "jobSummaryList", jobQueue=queue, jobStatus=status
             ):

@@ -34,7 +34,8 @@ from cloudexec._journal.opening import open_store
 from cloudexec._journal.program import Program
 from cloudexec._journal.store import Found, Record, Store
 from cloudexec._log import Log
-from cloudexec._payload import Composed, Payload, Unfinished
+from cloudexec._payload import Unfinished
+from cloudexec._records import Composed, Payload
 
 if TYPE_CHECKING:
     from cloudexec._config import TaskOptions

@@ -36,8 +36,8 @@ from cloudexec._journal.program import Program
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.segments import same_bytes
 from cloudexec._objects.store import Blob
-from cloudexec._payload import Composed, Payload, Unfinished
-from cloudexec._records import NUMBER
+from cloudexec._payload import Unfinished
+from cloudexec._records import NUMBER, Composed, Payload
 
 __all__ = ["Unkeyed", "arguments_digest", "bare", "blobs_of", "digest_of", "name_of"]
 

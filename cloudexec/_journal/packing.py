@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cloudexec._errors import JournalError
-from cloudexec._payload import Composed, Payload
-from cloudexec._records import Held, load_composed
+from cloudexec._records import Composed, Held, Payload, load_composed
 
 if TYPE_CHECKING:
     from cloudexec._objects.store import Blob, BlobStore

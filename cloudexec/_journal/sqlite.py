@@ -30,7 +30,7 @@ from cloudexec._journal.ownership import check_folder, check_ours, claim, real_p
 from cloudexec._journal.packing import check_of, pack, unpack
 from cloudexec._journal.store import Found, Record
 from cloudexec._log import Log
-from cloudexec._payload import Composed
+from cloudexec._records import Composed
 
 __all__ = ["SqliteStore"]
 

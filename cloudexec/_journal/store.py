@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from cloudexec._payload import Payload
+from cloudexec._records import Payload
 
 if TYPE_CHECKING:
     from cloudexec._journal.packing import Stored

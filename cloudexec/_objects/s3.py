@@ -159,7 +159,7 @@ class Bucket:
         self._used = True
         if size <= self.part_bytes:
             await self._requests.send(
-                name, "put_object", source, 0, size, sha256, **self._put_parameters(sha256)
+                name, "put_object", source, 0, size, **self._put_parameters(sha256)
             )
             return
         upload_id = await self._create_upload(name)
@@ -175,7 +175,6 @@ class Bucket:
                     source,
                     part.offset,
                     part.length,
-                    digest,
                     UploadId=upload_id,
                     PartNumber=part.number,
                     ChecksumSHA256=_base64(digest),

@@ -37,18 +37,18 @@ _EXPIRED_TRIES = 2
 
 
 class Requests:
-    """Makes requests.
+    """Makes requests about the objects of a bucket.
 
-    Every method raises ``AwsError``, which names the object and what to do. What may pass
-    (throttling, 5xx, lost connections, expired credentials) is tried again before, with growing
-    pauses.
+    All methods raise ``AwsError``, which names the object, the cause and a remedy. Errors that may
+    pass (throttling, status 5xx, lost connections, expired credentials) are raised only after the
+    request was repeated, with growing pauses.
 
     Args:
-        clients: Stay the caller's to close.
-        name: Of the bucket.
-        prefix: What every key begins with.
-        patience: Seconds for which a request that fails is tried again.
-        stall: Seconds for which a request may stand still before it counts as failed.
+        clients: The AWS clients; the caller closes them.
+        name: The bucket's name.
+        prefix: The prefix of all keys.
+        patience: Seconds for which a request that fails is repeated.
+        stall: Seconds without progress after which a request counts as failed.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Requests:
         """Check that the bucket exists, and find out its region; later calls do nothing.
 
         Raises:
-            AwsError: If it is not, or not for these credentials.
+            AwsError: If there is no such bucket, or these credentials have no access to it.
         """
         async with self._opening:
             if self.region:
@@ -122,7 +122,6 @@ class Requests:
         source: Source,
         offset: int,
         length: int,
-        digest: bytes,
         **parameters: Any,
     ) -> Any:
         """Make a request that sends content, and repeat it if it fails."""

@@ -204,7 +204,7 @@ def _size_of(payload: Any) -> int:
     """Return the bytes of a payload without its blobs."""
     if type(payload) is bytes:
         return len(payload)
-    from cloudexec._payload import Composed
+    from cloudexec._records import Composed
     from cloudexec._server.splicing import Spliced
 
     if isinstance(payload, Spliced):

@@ -26,7 +26,8 @@ from cloudexec._future import BatchFuture, Owner
 from cloudexec._journal.packing import Stored
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import BlobStore
-from cloudexec._payload import Composed, Payload, Unfinished
+from cloudexec._payload import Unfinished
+from cloudexec._records import Composed, Payload
 from cloudexec._server.engine import Engine
 from cloudexec._server.futures import Futures
 from cloudexec._server.keeper import Keeper

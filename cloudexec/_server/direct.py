@@ -24,7 +24,8 @@ from cloudexec._log import Log
 from cloudexec._memory import room_for
 from cloudexec._objects.options import memory_of_machine
 from cloudexec._objects.store import Blob, BlobStore
-from cloudexec._payload import Composed, compose
+from cloudexec._payload import compose
+from cloudexec._records import Composed
 
 __all__ = ["DirectChannel", "Delivered", "unpickle_result"]
 

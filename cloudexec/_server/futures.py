@@ -21,7 +21,7 @@ from cloudexec._errors import InitializerError
 from cloudexec._future import BatchFuture
 from cloudexec._log import Log
 from cloudexec._objects.ref import Ref
-from cloudexec._payload import Composed, Payload
+from cloudexec._records import Composed, Payload
 from cloudexec._server.budget import PendingBudget
 from cloudexec._server.callbacks import CallbackThread
 from cloudexec._server.engine import Engine

@@ -23,8 +23,8 @@ from cloudexec._future import BatchFuture, Owner
 from cloudexec._objects.places import FileSource, open_shared
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import Blob, BlobStore
-from cloudexec._payload import Composed, Payload
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._records import Composed, Payload
 from cloudexec._server.bucket import BucketTransfers
 from cloudexec._server.engine import Engine
 from cloudexec._server.sessions import Sessions

@@ -9,7 +9,7 @@ from cloudexec._core.tasks import Task
 from cloudexec._future import BatchFuture
 from cloudexec._log import Log
 from cloudexec._objects.store import Blob, BlobStore
-from cloudexec._payload import Composed
+from cloudexec._records import Composed
 from cloudexec._server.bucket import BucketTransfers
 from cloudexec._server.dialed import Dialed
 from cloudexec._server.direct import Delivered

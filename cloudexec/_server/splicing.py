@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from cloudexec import _payload, _records
 from cloudexec._objects.store import Blob, BlobStore
-from cloudexec._payload import INLINE_BYTES, Composed, Payload
+from cloudexec._payload import INLINE_BYTES
+from cloudexec._records import Composed, Payload
 
 __all__ = ["Spliced"]
 

@@ -12,7 +12,7 @@ from cloudexec._core.tasks import FunctionStats, Task, TaskState
 from cloudexec._functions import Function
 from cloudexec._future import BatchFuture
 from cloudexec._objects.options import ObjectOptions
-from cloudexec._payload import Payload
+from cloudexec._records import Payload
 from cloudexec._server.splicing import Spliced
 
 __all__ = ["Needs", "Setup", "Submission"]

@@ -32,7 +32,7 @@ from cloudexec._core import events
 from cloudexec._core.tasks import TaskState
 from cloudexec._journal.journal import KEY_BYTES as _KEY_BYTES
 from cloudexec._log import Log
-from cloudexec._payload import Composed, Payload
+from cloudexec._records import Composed, Payload
 from cloudexec._server.certificate import Certificate
 from cloudexec._server.direct import Delivered
 from cloudexec._server.requirements import shares_gpus

@@ -12,6 +12,7 @@ import sys
 
 import click
 
+from cloudexec.cli._errors import INTERRUPTED
 from cloudexec.cli.cost import cost_command
 from cloudexec.cli.definitions import definitions_command
 from cloudexec.cli.doctor import doctor_command
@@ -29,7 +30,6 @@ from cloudexec.cli.up import up_command
 
 __all__ = ["main"]
 
-_INTERRUPTED = 130
 _USUAL_EXIT_CODES = """\b
 Exit codes:
   0    the command has done what it was asked for
@@ -87,5 +87,5 @@ def main() -> None:
         code = exc.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
-        code = _INTERRUPTED
+        code = INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import click
 
+__all__ = ["INTERRUPTED", "CommandError", "RunError"]
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C has interrupted."""
+
 
 class CommandError(click.ClickException):
     """The command line, the function, the input or the output is wrong: the exit code is 2."""

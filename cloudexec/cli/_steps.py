@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
     from cloudexec._aws.steps import Event
 
-__all__ = ["INTERRUPTED", "Steps", "run_or_explain"]
+__all__ = ["Steps", "run_or_explain"]
 
-INTERRUPTED = 130
 
 _Result = TypeVar("_Result")
 

@@ -154,14 +154,10 @@ def register_command(
     A definition with the same content is not registered again. Executors do not need this command:
     they register the definitions that they need.
     """
-    from cloudexec._aws.definitions import (
-        DefinitionSpec,
-        definition_request,
-        ensure_definition,
-        pin_image,
-    )
+    from cloudexec._aws.definitions import ensure_definition, pin_image
     from cloudexec._aws.limits import fargate_size, instance_size
     from cloudexec._aws.profile import Profile
+    from cloudexec._aws.requests import DefinitionSpec, definition_request
 
     known = Profile.load(profile) if profile is not None else Profile(name="", region=region or "")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"

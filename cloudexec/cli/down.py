@@ -23,7 +23,7 @@ After an interruption, the same command continues. If there is nothing to remove
 _EPILOG = """\b
 Exit codes:
   0    nothing is left
-  1    something is left, and is listed
+  1    something is left, and is listed, or you said no to its question
   2    the command line is wrong
   3    AWS refused, or cannot be reached
   130  Ctrl-C interrupted the command; the same command continues
@@ -51,8 +51,8 @@ def down_command(name: str, region: str | None, is_sure: bool) -> int:
     from cloudexec._aws.clients import AwsClients
     from cloudexec._aws.names import stack_name
     from cloudexec._aws.teardown import down, take_stock
-    from cloudexec.cli._errors import CommandError
-    from cloudexec.cli._steps import INTERRUPTED, Steps, run_or_explain
+    from cloudexec.cli._errors import INTERRUPTED, CommandError
+    from cloudexec.cli._steps import Steps, run_or_explain
     from cloudexec.cli.up import region_of
 
     async def look() -> tuple[str, list[str]]:
@@ -76,7 +76,8 @@ def down_command(name: str, region: str | None, is_sure: bool) -> int:
                         "this needs a confirmation, and standard input is no terminal: add --yes"
                     )
                 if not click.confirm("Delete all this?", err=True):
-                    raise CommandError("not confirmed: nothing was deleted")
+                    steps.say("Nothing was deleted.")
+                    return 1
         try:
             left = run_or_explain(work(steps))
         except KeyboardInterrupt:

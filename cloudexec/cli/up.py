@@ -21,6 +21,7 @@ After an interruption, it continues with what is there. `cloudexec down` removes
 _EPILOG = """\b
 Exit codes:
   0    everything is set up
+  1    you said no to its question
   2    the command line is wrong, or there is no VPC to use
   3    AWS refused, or the stack failed: the reason of the first failure is shown
   130  Ctrl-C interrupted the command; AWS continues with the stack
@@ -130,8 +131,8 @@ def up_command(
     from cloudexec._aws.setup import adopt as adopt_stack
     from cloudexec._aws.stack import find_stack
     from cloudexec._errors import ConfigError
-    from cloudexec.cli._errors import CommandError
-    from cloudexec.cli._steps import INTERRUPTED, Steps, run_or_explain
+    from cloudexec.cli._errors import INTERRUPTED, CommandError
+    from cloudexec.cli._steps import Steps, run_or_explain
 
     try:
         options = SetupOptions(
@@ -175,7 +176,8 @@ def up_command(
         and sys.stdin.isatty()
         and not click.confirm(run_or_explain(question()), default=True, err=True)
     ):
-        raise CommandError("not confirmed: nothing was changed")
+        click.echo("Nothing was changed.", err=True)
+        return 1
     with Steps() as steps:
         try:
             profile = run_or_explain(work(steps))

@@ -240,13 +240,8 @@ def test_interrupted_up_says_how_to_continue(
     assert run("up").returncode == 0
 
 
-@pytest.mark.parametrize("command", ["up", "down"])
-def test_interrupt_ends_the_question(
-    aws: FakeAWS, run: Run, environment: dict[str, str], command: str
-) -> None:
-    """On a terminal, where Ctrl-C comes while an answer is waited for."""
-    if command == "down":
-        assert run("up").returncode == 0
+def asking(command: str, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a command on a terminal; return it when it has asked, and the terminal."""
     terminal, inside = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "cloudexec.cli", command],
@@ -262,6 +257,17 @@ def test_interrupt_ends_the_question(
         byte = os.read(process.stderr.fileno(), 1)
         assert byte, shown
         shown += byte
+    return process, terminal
+
+
+@pytest.mark.parametrize("command", ["up", "down"])
+def test_interrupt_ends_the_question(
+    aws: FakeAWS, run: Run, environment: dict[str, str], command: str
+) -> None:
+    """On a terminal, where Ctrl-C comes while an answer is waited for."""
+    if command == "down":
+        assert run("up").returncode == 0
+    process, terminal = asking(command, environment)
     # It has asked, but may not wait for the answer yet.
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -269,6 +275,22 @@ def test_interrupt_ends_the_question(
     os.close(terminal)
     assert process.returncode == 130
     assert rest.decode().split() == ["Interrupted."]
+    assert not any(each.operation == "DeleteStack" for each in aws.requests)
+    assert ("default" in Profile.names()) == (command == "down")
+
+
+@pytest.mark.parametrize("command", ["up", "down"])
+def test_no_is_an_answer_and_no_mistake(
+    aws: FakeAWS, run: Run, environment: dict[str, str], command: str
+) -> None:
+    if command == "down":
+        assert run("up").returncode == 0
+    process, terminal = asking(command, environment)
+    os.write(terminal, b"n\n")
+    _, rest = process.communicate(timeout=30)
+    os.close(terminal)
+    assert process.returncode == 1
+    assert rest.decode().strip() in ("Nothing was changed.", "Nothing was deleted.")
     assert not any(each.operation == "DeleteStack" for each in aws.requests)
     assert ("default" in Profile.names()) == (command == "down")
 

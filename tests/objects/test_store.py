@@ -27,7 +27,8 @@ from cloudexec._objects import segments
 from cloudexec._objects.options import Limits
 from cloudexec._objects.segments import Arena, Segment
 from cloudexec._objects.store import BLOB_BYTES, MAPPED_BYTES, Blob, BlobStore
-from cloudexec._payload import Composed, Payload, dumps
+from cloudexec._payload import dumps
+from cloudexec._records import Composed, Payload
 
 pytestmark = pytest.mark.timeout(60)
 MIB = 1024 * 1024

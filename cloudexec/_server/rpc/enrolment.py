@@ -19,8 +19,8 @@ from cloudexec._launchers.base import Arrival
 from cloudexec._log import Log
 from cloudexec._logs import state_of_logging
 from cloudexec._objects.places import is_descendant
-from cloudexec._payload import Composed
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._records import Composed
 from cloudexec._rpc import is_end
 from cloudexec._server.rpc.calls import LONGEST, abort
 from cloudexec._server.rpc.gate import Gate, Guest

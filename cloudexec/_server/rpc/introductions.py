@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from cloudexec._functions import Function
 from cloudexec._objects.link import Link
 from cloudexec._objects.store import Blob
-from cloudexec._payload import Composed
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._records import Composed
 from cloudexec._server.service import Service
 from cloudexec._wire.channel import PUSHED_BYTES
 
@@ -23,10 +23,10 @@ class Introductions:
     """The functions and blobs that a worker knows.
 
     Args:
-        service: The server's parts.
-        worker: Its id.
-        link: How fast it has been sent to.
-        wake: Has what it is to forget be sent.
+        service: The executor, as its workers' calls see it.
+        worker: The worker's id.
+        link: Knows whether the connection is slow.
+        wake: Called when the worker is to be told what it must forget.
     """
 
     def __init__(self, service: Service, worker: str, link: Link, wake: Callable[[], None]) -> None:

@@ -15,8 +15,8 @@ from cloudexec._errors import PayloadError
 from cloudexec._memory import room_for
 from cloudexec._objects.places import Place, is_path_of, open_shared
 from cloudexec._objects.store import Blob
-from cloudexec._payload import Composed
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._records import Composed
 from cloudexec._server.direct import Delivered
 from cloudexec._server.rpc.calls import LARGEST_BLOB
 from cloudexec._server.service import Service

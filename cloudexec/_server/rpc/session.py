@@ -19,9 +19,9 @@ from cloudexec._errors import PayloadError
 from cloudexec._functions import Function
 from cloudexec._objects.link import Link
 from cloudexec._objects.store import Blob
-from cloudexec._payload import Composed
 from cloudexec._plain import Frames
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._records import Composed
 from cloudexec._server.direct import Delivered
 from cloudexec._server.rpc.calls import LONGEST
 from cloudexec._server.rpc.inspection import parse

@@ -67,7 +67,7 @@ class Attempts:
         self._threads: set[threading.Thread] = set()
 
     def kill(self, jobs: Iterable[Job]) -> list[threading.Thread]:
-        """Kill what runs; the threads that are to be waited for."""
+        """Kill what runs, and return the threads to wait for."""
         with self._timers.lock:
             for job in jobs:
                 if job.status in ("STARTING", "RUNNING"):

@@ -1,6 +1,6 @@
 """Jobs that wait to be placed, and where they go.
 
-Everything belongs to the engine's lock.
+The engine's lock is held wherever this is used, except in ``poke()``.
 """
 
 from __future__ import annotations
