@@ -293,7 +293,10 @@ class Fleet:
                 elif not member.ended:
                     member.on_end = on_end
                     worker = status.workers.get(member.index)
-                    running = worker is not None and worker.phase is Phase.RUNNING
+                    # What a platform tells may lag behind a worker that has connected already.
+                    running = member.began is not None or (
+                        worker is not None and worker.phase is Phase.RUNNING
+                    )
                     alive[launch_id] = Survivor(job.size, running)
         if alive:
             self._watch()

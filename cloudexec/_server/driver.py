@@ -334,10 +334,10 @@ class Driver:
     async def abandon(self) -> None:
         """Close everything after ``start()`` has failed or was interrupted."""
         self.engine.is_closing = True
-        await self._close_journal()
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()  # the caller was interrupted while ``start()`` ran
             await asyncio.gather(self._starting, return_exceptions=True)
+        await self._close_journal()  # after ``start()``, which writes to it
         if self._prepared:
             await self._launcher.close()
         self.listener.close_direct()
