@@ -802,6 +802,34 @@ def test_what_was_put_into_an_object_or_a_class_is_what_runs(tmp_path: Path) -> 
     assert run.stdout.split("\n")[:-1] == ["own", "own", "own", "traced imported", "made"]
 
 
+def test_a_class_method_of_a_module_changes_that_module(tmp_path: Path) -> None:
+    """It runs in the module that the process has imported, and not in a copy with its globals."""
+    (tmp_path / "counting.py").write_text(
+        "COUNT = 0\n"
+        "def read(): return COUNT\n"
+        "class Counter:\n"
+        "    @classmethod\n"
+        "    def bump(cls):\n"
+        "        global COUNT\n"
+        "        COUNT += 1\n"
+        "        return cls.__name__, COUNT\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import counting\n"
+        "from cloudexec import BatchExecutor\n"
+        "if __name__ == '__main__':\n"
+        "    with BatchExecutor(1) as executor:\n"
+        "        print([executor.submit(counting.Counter.bump).result() for _ in range(2)])\n"
+        "        print(executor.submit(counting.read).result(), counting.COUNT)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.stderr == ""
+    assert run.stdout == "[('Counter', 1), ('Counter', 2)]\n2 0\n"
+
+
 # Arrays and buffers.
 
 
