@@ -59,8 +59,8 @@ def _wrap_coroutine(where: Any, name: str, after: str) -> None:
 
 def watch_client() -> None:
     """Note the steps of this process, and make workers note theirs."""
-    from cloudexec._executor import BatchExecutor
     from cloudexec._launchers import local
+    from cloudexec._submission import Submitter
     from cloudexec.worker import copied
 
     forget = copied._forget_client
@@ -72,7 +72,7 @@ def watch_client() -> None:
 
     copied._forget_client = forget_and_watch
     _wrap(local.Local, "begin", after="client: worker's process launched")
-    _wrap(BatchExecutor, "_start_server", after="client: server up")
+    _wrap(Submitter, "_start_server", after="client: server up")
     _wrap(local.Local, "_launch", after="client: worker told whom to dial")
     here = os.path.dirname(os.path.abspath(__file__))
     last = "from cloudexec.worker.__main__ import main;"

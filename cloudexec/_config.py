@@ -9,10 +9,11 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cloudexec._errors import ConfigError
+from cloudexec._record_class import record, replace
 
 __all__ = [
     "RetryPolicy",
@@ -108,7 +109,7 @@ Predicate = Callable[[BaseException], object]
 """Says of an exception whether the task that raised it is to be run again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class TaskOptions:
     """The options of one task, which ``BatchExecutor.with_options()`` changes for a view."""
 
@@ -246,7 +247,7 @@ class WorkerCapacity:
     """Names of the GPUs for ``CUDA_VISIBLE_DEVICES``; if empty, they are called by number."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class RetryPolicy:
     """How failed launches, and tasks that raised, are tried again."""
 
@@ -263,7 +264,7 @@ class RetryPolicy:
     """Largest number of seconds that these doublings reach."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class ScalingPolicy:
     """When workers are started and stopped, and how many."""
 
@@ -305,7 +306,7 @@ class ScalingPolicy:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class SendingPolicy:
     """How many tasks are sent to a worker before it is ready to run them."""
 
@@ -315,7 +316,7 @@ class SendingPolicy:
     """Tasks that may wait on a worker, per slot."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class ServerConfig:
     """All settings that the decisions in ``_core`` depend on."""
 

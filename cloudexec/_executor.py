@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, Self, TypeAlias, TypeVar
 
@@ -31,6 +30,7 @@ from cloudexec._errors import (
 from cloudexec._future import BatchFuture
 from cloudexec._launchers.base import Cost
 from cloudexec._objects.options import ObjectOptions
+from cloudexec._record_class import names_of
 from cloudexec._sizing import ladder_of, requirements_of
 from cloudexec._submission import Submitter
 
@@ -629,9 +629,9 @@ class OptionsView(_Base):
         options, usual = self._options, TaskOptions()
         given = [
             # Of variables the names: what they hold may be nobody's business.
-            f"{each.name}={sorted(value) if each.name == 'env' else value!r}"
-            for each in fields(options)
-            if (value := getattr(options, each.name)) != getattr(usual, each.name)
+            f"{name}={sorted(value) if name == 'env' else value!r}"
+            for name in names_of(options)
+            if (value := getattr(options, name)) != getattr(usual, name)
         ]
         return f"<OptionsView {' '.join([*given, 'of', repr(self._executor)])}>"
 

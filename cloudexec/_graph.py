@@ -19,7 +19,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, overload
 
@@ -36,6 +36,7 @@ from cloudexec._executor import BatchExecutor, OptionsView, RetryOn
 from cloudexec._future import BatchFuture
 from cloudexec._graph_report import Call, StageReport, Tally, report
 from cloudexec._objects.ref import Ref
+from cloudexec._record_class import replace
 
 if TYPE_CHECKING:
     from pathlib import Path

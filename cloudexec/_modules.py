@@ -10,7 +10,6 @@ import io
 import os
 import sys
 import sysconfig
-import zipfile
 from collections.abc import Container, Iterator
 from types import ModuleType
 
@@ -144,6 +143,8 @@ def pack_modules(files: dict[str, str]) -> bytes:
     """
     if not files:
         return b""
+    import zipfile  # few programs have modules of their own
+
     total = 0
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from cloudexec._record_class import record
 
 __all__ = ["PART_BYTES", "Part", "SignedRequest", "on_thread", "part_length", "parts_of"]
 
@@ -15,7 +16,7 @@ _MIN_PART = 5 * _MIB
 _MAX_PARTS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Part:
     """A part of an object.
 
@@ -30,7 +31,7 @@ class Part:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SignedRequest:
     """A signed request. It must not be logged, as anyone who has it can make it until it expires.
 

@@ -17,7 +17,6 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -39,6 +38,7 @@ from cloudexec._describing import (
     type_name,
 )
 from cloudexec._executor import BatchExecutor, OptionsView
+from cloudexec._record_class import replace
 from cloudexec._server.explaining import explain
 
 if TYPE_CHECKING:

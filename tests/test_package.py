@@ -18,9 +18,9 @@ from cloudexec import launchers
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cloudexec"
 
-# Which parts of the package each part may import, itself aside. Everyone may import the errors, and
-# what puts them into words.
-ANYWHERE = {"_describing", "_errors", "_rpc"}
+# Which parts of the package each part may import, itself aside. Everyone may import the errors,
+# what puts them into words, and the decorator for classes of named values.
+ANYWHERE = {"_describing", "_errors", "_record_class", "_rpc"}
 MAY_IMPORT = {
     "_core": {"_config"},
     "_server": {
@@ -170,6 +170,7 @@ MAY_IMPORT = {
     "_preload": {"_modules"},
     "_plain": {"_wire"},
     "_pricing": set(),
+    "_record_class": set(),
     "_rpc": set(),
     "_versions": set(),
     "_nesting": set(),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cloudexec._core.events import Failure
-from cloudexec._core.record import record
 from cloudexec._core.tasks import Task
+from cloudexec._record_class import record
 
 
 class Command:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cloudexec._config import WorkerCapacity
-from cloudexec._core.record import record
 from cloudexec._core.tasks import Task
+from cloudexec._record_class import record
 
 
 class Event:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from cloudexec._config import ScalingPolicy, TaskOptions, WorkerCapacity
+from cloudexec._record_class import record
 
 __all__ = ["Requirements", "ResourceRequest", "Resources", "plain_requests"]
 
@@ -51,7 +51,7 @@ class Resources(NamedTuple):
         return Resources(max(self.cpus // slots, 1), self.memory // slots)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ResourceRequest:
     """The resources that one task needs, and the size of worker that is launched for it.
 
@@ -79,7 +79,7 @@ class ResourceRequest:
         return self.size, self.slots
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class Requirements:
     """The requirements of tasks that were submitted with options (``with_options``).
 
@@ -95,6 +95,10 @@ class Requirements:
     requests: tuple[ResourceRequest, ...] = ()
     priority: int = 0
     judged: bool = False
+
+    # Equal is only what is the same: the functions of ``retry_on`` need not be hashable.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
 
 def plain_requests(scaling: ScalingPolicy) -> list[ResourceRequest]:

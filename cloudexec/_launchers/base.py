@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from cloudexec._config import WorkerCapacity, format_bytes
 from cloudexec._errors import ConfigError
+from cloudexec._record_class import record
 
 __all__ = [
     "Arrival",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LaunchEnd:
     """How a launched worker ended.
 
@@ -46,7 +47,7 @@ class LaunchEnd:
     relaunched: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Survivor:
     """A worker that outlived the process which launched it.
 
@@ -59,7 +60,7 @@ class Survivor:
     running: bool
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Contact:
     """What a worker must know to dial back.
 
@@ -86,7 +87,7 @@ class Contact:
         return f"Contact(target={self.target!r}, executor_id={self.executor_id!r})"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LaunchRequest:
     """One worker to start.
 
@@ -115,7 +116,7 @@ class MovingRelay(Protocol):
     on_move: Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Network:
     """Where the executor listens for workers.
 
@@ -138,7 +139,7 @@ class Network:
         return f"Network(listen={self.listen!r}, advertise={self.advertise!r})"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Arrival:
     """What a worker said of its own start when it dialed back.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from pathlib import Path
 
 from cloudexec._config import WorkerCapacity
 
@@ -20,84 +19,88 @@ def this_machine(root: str = "/") -> WorkerCapacity:
     Args:
         root: Where the system's files are, for tests.
     """
-    base = Path(root)
-    groups = _groups(base)
-    gpu_ids = _gpus(base)
+    groups = _groups(root)
+    gpu_ids = _gpus(root)
     return WorkerCapacity(
-        cpus=_cpus(groups), memory=_memory(base, groups), gpus=len(gpu_ids), gpu_ids=gpu_ids
+        cpus=_cpus(groups), memory=_memory(root, groups), gpus=len(gpu_ids), gpu_ids=gpu_ids
     )
 
 
-def _cpus(groups: list[Path]) -> float:
+def _cpus(groups: list[str]) -> float:
     try:
         count = float(len(os.sched_getaffinity(0)) or 1)
     except AttributeError:  # not Linux
         count = float(os.cpu_count() or 1)
     for group in groups:
-        quota, period = _numbers(group / "cpu.max") or (0, 0)
+        quota, period = _numbers(group, "cpu.max") or (0, 0)
         if not period:
-            first = _numbers(group / "cpu.cfs_quota_us")
-            second = _numbers(group / "cpu.cfs_period_us")
+            first = _numbers(group, "cpu.cfs_quota_us")
+            second = _numbers(group, "cpu.cfs_period_us")
             quota, period = (first[0], second[0]) if first and second else (0, 0)
         if quota > 0 and period > 0:
             count = min(count, max(quota / period, 0.01))
     return count
 
 
-def _memory(base: Path, groups: list[Path]) -> int:
+def _memory(root: str, groups: list[str]) -> int:
     """Return bytes; 0 if that cannot be known."""
     total = 0
     try:
-        if base == Path("/"):
+        if root == "/":
             total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         else:
-            line = (base / "proc/meminfo").read_text().partition("\n")[0]
+            line = _read(root, "proc/meminfo").partition("\n")[0]
             total = int(line.split()[1]) * 1024
     except (AttributeError, ValueError, OSError, IndexError):
         pass
     for group in groups:
         for name in ("memory.max", "memory.limit_in_bytes"):
-            found = _numbers(group / name)
+            found = _numbers(group, name)
             # Version 1 says "no limit" with a number that no machine has.
             if found and 0 < found[0] < 1 << 60:
                 total = min(total or found[0], found[0])
     return total
 
 
-def _groups(base: Path) -> list[Path]:
+def _groups(root: str) -> list[str]:
     """Return the control groups that this process is in, of either version, with those above."""
-    mount = base / "sys/fs/cgroup"
-    found: list[Path] = []
+    mount = os.path.join(root, "sys/fs/cgroup")
+    found: list[str] = []
     try:
-        lines = (base / "proc/self/cgroup").read_text().splitlines()
+        lines = _read(root, "proc/self/cgroup").splitlines()
     except OSError:
         lines = []
     for line in lines:
         _, names, path = [*line.split(":", 2), "", ""][:3]
-        top = mount if not names else mount / names
-        group = top / path.strip("/")
+        top = os.path.join(mount, names) if names else mount
+        group = os.path.normpath(os.path.join(top, path.strip("/")))
         # In a container the path is often that of the host: what is mounted is the group itself.
-        while group != top and top in group.parents:
+        while group.startswith(f"{top}/"):
             found.append(group)
-            group = group.parent
+            group = os.path.dirname(group)
         found.append(top)
     return found or [mount]
 
 
-def _numbers(path: Path) -> list[int] | None:
+def _read(*path: str) -> str:
+    with open(os.path.join(*path), encoding="utf-8") as file:
+        return file.read()
+
+
+def _numbers(group: str, name: str) -> list[int] | None:
     try:
-        return [math.floor(float(word)) for word in path.read_text().split()]
+        return [math.floor(float(word)) for word in _read(group, name).split()]
     except (OSError, ValueError, OverflowError):
         return None  # not there, or "max"
 
 
-def _gpus(base: Path) -> tuple[str, ...]:
+def _gpus(root: str) -> tuple[str, ...]:
     """Return the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` calls them."""
     try:
         names = sorted(
             int(found[1])
-            for each in (base / "dev").iterdir()
-            if (found := _NVIDIA.fullmatch(each.name))
+            for name in os.listdir(os.path.join(root, "dev"))
+            if (found := _NVIDIA.fullmatch(name))
         )
     except OSError:
         return ()

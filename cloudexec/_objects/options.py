@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from cloudexec._config import check_count, parse_bytes
 from cloudexec._errors import ConfigError
+from cloudexec._record_class import record
 
 __all__ = ["Limits", "ObjectOptions", "in_mib", "memory_of_machine"]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Limits:
     """How many bytes a store of blobs may hold.
 

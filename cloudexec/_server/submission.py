@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from cloudexec._core.resources import Requirements
@@ -12,6 +12,7 @@ from cloudexec._core.tasks import FunctionStats, Task, TaskState
 from cloudexec._functions import Function
 from cloudexec._future import BatchFuture
 from cloudexec._objects.options import ObjectOptions
+from cloudexec._record_class import record
 from cloudexec._records import Payload
 from cloudexec._server.splicing import Spliced
 
@@ -87,7 +88,7 @@ class Submission(Task):
         return None if self.requirements is None else self.requirements.options.timeout
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class Setup:
     """The settings that every worker receives when it connects, and those of the server."""
 
@@ -95,7 +96,7 @@ class Setup:
     min_workers: int = 0
     initializer: Payload = b""
     initializer_needs: Function | None = None
-    main: Mapping[str, str] = field(default_factory=dict)
+    main: Mapping[str, str] = MappingProxyType({})
     max_tasks_per_child: int = 0
     output: str = "inherit"
     forward_logs: bool = True
@@ -109,4 +110,4 @@ class Setup:
     argv: tuple[str, ...] = ()
     settings: bytes = b""
     modules: bytes = b""
-    objects: ObjectOptions = field(default_factory=ObjectOptions)
+    objects: ObjectOptions = ObjectOptions()

@@ -7,9 +7,9 @@ import os
 import sys
 import tempfile
 from collections import deque
-from dataclasses import dataclass
 from mmap import mmap
 
+from cloudexec._record_class import record
 from cloudexec.worker.frames import PAGE_BYTES, RESULTS_AT
 from cloudexec.worker.slot_model import SlotModel
 
@@ -18,7 +18,7 @@ __all__ = ["PIPE_BYTES", "Child", "OpenFiles"]
 PIPE_BYTES = 1024 * 1024
 
 
-@dataclass(slots=True)
+@record(frozen=False)
 class OpenFiles:
     """The open files of one slot's large results. Only ``LargeResults`` writes it.
 

@@ -10,12 +10,12 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 from cloudexec import _enrolment
 from cloudexec._errors import LaunchError, ProtocolError
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec._record_class import record, replace
 from cloudexec._rpc import call_errors, is_end, status_of
 from cloudexec._wire.channel import CHANNEL_OPTIONS, longest_pause
 from cloudexec.worker.client import Client
@@ -69,7 +69,7 @@ _RETRIED = (
 """Status codes of a busy client or network; other codes mean that the client refuses the worker."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Address:
     """The client's address, and what the worker needs to identify it and itself.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import zipfile
 from typing import Any, cast
 
 from cloudexec._objects.store import Blob
@@ -38,6 +37,8 @@ async def fetch_modules(calls: Calls) -> str:
     Raises:
         CallError: If the connection fails.
     """
+    import zipfile  # few programs have modules of their own
+
     with tempfile.TemporaryFile() as file:
         async for chunk in calls.fetch(pb.FetchRequest(modules=True)):
             file.write(cast("memoryview", chunk))

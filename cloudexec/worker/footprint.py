@@ -6,8 +6,8 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from cloudexec._record_class import record
 from cloudexec.worker.child import Child
 from cloudexec.worker.frames import CURRENT
 from cloudexec.worker.tasks import OUTGREW, TIMED_OUT, WorkItem
@@ -106,7 +106,7 @@ def _oom_kills(*, alone: bool) -> int:
     return count
 
 
-@dataclass(slots=True)
+@record(frozen=False)
 class _Limit:
     """The limit of one task, and what its slot had taken when the task was sent, in bytes."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cloudexec._record_class import record
 from cloudexec.worker.blobs import BlobCache
 from cloudexec.worker.child import Child
 from cloudexec.worker.frames import FUNCTION, HEADER, Kind
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Function", "Functions"]
 
 
-@dataclass(slots=True)
+@record(frozen=False)
 class Function:
     """A callable's pickle; if it is large, the pickle's head and the blobs that it refers to.
 

@@ -9,7 +9,6 @@ which may describe the client, if it runs on such a platform and has started thi
 from __future__ import annotations
 
 import json
-import urllib.parse
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -125,10 +124,12 @@ def ask_metadata(place: Place) -> Mapping[str, Any]:
     References:
         Amazon ECS Developer Guide, "Task metadata endpoint version 4".
     """
-    where = urllib.parse.urlsplit(place.metadata)
+    from urllib.parse import urlsplit  # most platforms have no such address
+
+    where = urlsplit(place.metadata)
     if where.scheme != "http" or not where.hostname:
         return {}
-    import http.client  # most platforms have no such address
+    import http.client
 
     connection = http.client.HTTPConnection(
         where.hostname, where.port or 80, timeout=_METADATA_TIMEOUT

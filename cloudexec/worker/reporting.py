@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from cloudexec._objects.places import Place
+from cloudexec._record_class import record
 from cloudexec.worker.child import Child
 from cloudexec.worker.tasks import Failure
 
 __all__ = ["Answers", "ResultBlob"]
 
 
-@dataclass(slots=True)
+@record(frozen=False)
 class ResultBlob:
     """A part of a result, in a file that is open here.
 

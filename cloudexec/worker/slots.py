@@ -9,10 +9,11 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
+from cloudexec._record_class import record
 from cloudexec.worker.blobs import BlobCache
 from cloudexec.worker.child import Child
 from cloudexec.worker.frames import COMPOSED, HEADER, SPILL, Kind
@@ -39,7 +40,7 @@ _STOP_GRACE = 5.0
 _FAILED_STARTS = 3
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Settings:
     """The client's settings for slots, from its first message."""
 
@@ -51,7 +52,7 @@ class Settings:
     initializer: bytes = b""
     initializer_blobs: tuple[int, ...] = ()
     initializer_needs: int = 0
-    main: dict[str, str] = field(default_factory=dict)
+    main: Mapping[str, str] = MappingProxyType({})
     max_tasks_per_child: int = 0
     min_slots: int = 0
     idle_timeout: float = -1.0
@@ -63,7 +64,7 @@ class Settings:
     modules: str = ""
     number: int = 1
     client_pid: int = 0
-    inheritance: dict[str, Any] = field(default_factory=dict)
+    inheritance: Mapping[str, Any] = MappingProxyType({})
 
 
 class Slots:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from cloudexec._record_class import record
 
 __all__ = [
     "KILLED",
@@ -22,7 +22,7 @@ SLOT_LOST, TIMED_OUT, KILLED, RECLAIMED, OUTGREW = 4, 5, 6, 7, 8
 """Kinds of ``Failure`` on the wire that the supervisor reports, as the slot itself cannot."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Requirements:
     """What few tasks have.
 
@@ -37,7 +37,7 @@ class Requirements:
     last: bool = False
 
 
-@dataclass(slots=True)
+@record(frozen=False)
 class WorkItem:
     """A task on this worker."""
 
@@ -55,7 +55,7 @@ class WorkItem:
     requirements: Requirements | None = None
 
 
-@dataclass(slots=True)
+@record(frozen=False)
 class Failure:
     """An attempt without a result, and its cause as far as it is known."""
 
