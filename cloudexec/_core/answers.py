@@ -13,14 +13,15 @@ from cloudexec._core import commands, events
 from cloudexec._core.decisions import Decisions
 from cloudexec._core.losses import Losses
 from cloudexec._core.pool import Pool
-from cloudexec._core.queue import Queues
+from cloudexec._core.queue import Queues, TaskQueue
 from cloudexec._core.resources import ResourceRequest
 from cloudexec._core.tasks import Task, TaskState
 from cloudexec._core.workers import Worker
 
 __all__ = ["Answers"]
 
-_SENT, _BLOCKED, _DONE = TaskState.SENT, TaskState.BLOCKED, TaskState.DONE
+_SENT, _WAITING = TaskState.SENT, TaskState.WAITING
+_BLOCKED, _DONE = TaskState.BLOCKED, TaskState.DONE
 
 
 class Answers:
@@ -94,30 +95,43 @@ class Answers:
         self._pool.settle(worker, now)
 
     def on_taken_over(self, event: events.TasksTakenOver, now: float) -> None:
-        """Assign blocked tasks to the worker that has them already, or queue them if it may not."""
+        """Assign tasks that no worker was sent to the worker that has them already.
+
+        If it may not have them, they are queued.
+        """
         queues = self._queues
         worker = self._pool.workers.get(event.worker)
         running: list[Task] = []
+        left: dict[TaskQueue, None] = {}
         lost: list[Task] = []
         for task, lease in zip(event.tasks, event.leases, strict=True):
-            if task.state is not _BLOCKED:
+            was_blocked = task.state is _BLOCKED
+            if not was_blocked and (task.state is not _WAITING or queues.queue_of(task).apart):
                 continue
             if worker is None or lease in worker.leases:
                 lost.append(task)
                 continue
-            request = queues.enter(task).request
+            queue = queues.enter(task) if was_blocked else queues.queue_of(task)
+            request = queue.request
             if not self._has_place(worker, request):
-                queues.leave(task)
+                if was_blocked:
+                    queues.leave(task)
                 lost.append(task)
                 continue
             worker.give(task, lease)
-            queues.adopt(task)
+            if was_blocked:
+                queues.adopt(task)
+            else:
+                queues.send([task], 1)
+                left[queue] = None
             allocation = worker.allocation
             if not allocation.is_light(request):
                 allocation.heavy[lease] = allocation.free_gpus(request.need.gpus)
             running.append(task)
         if running:
             self._do(commands.MarkRunning(running))
+        for queue in left:
+            queue.tidy()  # a task that comes back must not stand there twice
         queues.unblock(lost)
 
     def _has_place(self, worker: Worker, request: ResourceRequest) -> bool:

@@ -100,7 +100,7 @@ class TasksDropped(Event):
 
 @record
 class TasksTakenOver(Event):
-    """A worker that was taken over has blocked tasks already, under these leases."""
+    """A worker that was taken over has blocked or waiting tasks already, under these leases."""
 
     worker: str
     tasks: Sequence[Task]

@@ -302,7 +302,11 @@ class Driver:
             certificate=None if takeover is None else takeover.certificate,
         )
         if takeover is not None and self.listener.certificate is not None:
-            takeover.begin(self.listener.certificate, self.listener.address)
+            takeover.begin(
+                self.listener.certificate,
+                self.listener.address,
+                has_relay=bool(network.relay),
+            )
         engine.start_clock()
         if scaling.min_slots:
             engine.feed(events.DeadlinePassed())

@@ -80,6 +80,7 @@ class _Estate:
     secret: bytes
     certificate: Certificate
     listen: str
+    has_relay: bool
     setup: str
     orphan_timeout: float
     launches: list[tuple[str, int]]
@@ -97,6 +98,7 @@ class _Estate:
             "key_pem": _text(certificate.key_pem),
             "sha256": certificate.sha256,
             "listen": self.listen,
+            "relay": self.has_relay,
             "setup": self.setup,
             "orphan_timeout": self.orphan_timeout,
             "launches": self.launches,
@@ -126,6 +128,7 @@ class _Estate:
                 _bytes(found["secret"]),
                 Certificate(_bytes(found["pem"]), _bytes(found["key_pem"]), found["sha256"]),
                 str(found["listen"]),
+                bool(found["relay"]),
                 str(found["setup"]),
                 float(found["orphan_timeout"]),
                 [(str(launch), int(slots)) for launch, slots in found["launches"]],
@@ -208,6 +211,7 @@ class Takeover:
         self._generation = 1
         self._certificate: Certificate | None = None
         self._listening = ""
+        self._has_relay = False
         self._estate = self._find()
         self._alive: Mapping[str, Survivor] = {}
         self._established = False
@@ -236,7 +240,8 @@ class Takeover:
             estate = _Estate.load(data)
             if estate.setup != self._setup:
                 raise ValueError("versions, launcher settings, initializer or modules have changed")
-            if not _is_free(estate.listen):
+            # Behind a relay, workers do not know the address.
+            if not estate.has_relay and not _is_free(estate.listen):
                 raise ValueError(f"{estate.listen}, where they would be waited for, is taken")
         except ValueError as exc:
             _logger.warning(
@@ -251,10 +256,14 @@ class Takeover:
     # Preparing for a successor.
 
     def listen(self, wanted: str) -> str:
-        """Return the killed client's address, unless the user wants a particular one."""
-        if self._estate is not None and (not wanted or wanted.endswith(":0")):
-            return self._estate.listen
-        return wanted
+        """Return the killed client's address, unless the user wants a particular one.
+
+        Where workers came through a relay, any address does.
+        """
+        estate = self._estate
+        if estate is None or estate.has_relay or (wanted and not wanted.endswith(":0")):
+            return wanted
+        return estate.listen
 
     @property
     def certificate(self) -> Certificate | None:
@@ -285,6 +294,7 @@ class Takeover:
             self._secret,
             self._certificate,
             self._listening,
+            self._has_relay,
             self._setup,
             self._orphan_timeout,
             launches,
@@ -334,7 +344,7 @@ class Takeover:
         if self._estate is not None:
             self._alive = await self._launcher.take_over(self._estate.launcher, self._on_end)
 
-    def begin(self, certificate: Certificate, listening: str) -> None:
+    def begin(self, certificate: Certificate, listening: str, *, has_relay: bool) -> None:
         """Take over the remaining launches, and write down what a successor needs.
 
         Called when the server listens.
@@ -342,9 +352,11 @@ class Takeover:
         Args:
             certificate: The server's certificate.
             listening: ``host:port`` where the server listens.
+            has_relay: Whether workers connect through a relay, and not to that address.
         """
         estate, alive, feed = self._estate, self._alive, self._engine.feed
         self._certificate, self._listening = certificate, listening
+        self._has_relay = has_relay
         if estate is not None:
             numbers = [int(launch) for launch, _ in estate.launches]
             last = (max(numbers, default=0) // _GAP + 1) * _GAP
@@ -403,6 +415,8 @@ class Takeover:
         self.workers += 1
         worker, unwanted = session.worker_id, []
         adopted: list[tuple[Submission, _Claim]] = []
+        # After the window, calls wait in queues, or other workers have them.
+        known = {} if self._is_open or not leases else self._submitted()
         for lease, tag in zip(leases, tags, strict=True):
             told = tag[_SEAL_BYTES:]
             seal = self._seal(session.identity, lease, told)
@@ -412,11 +426,13 @@ class Takeover:
             if claim.key in self._claims or self._journal.store.find(claim.key) is not None:
                 unwanted.append(lease)
                 continue
-            task = self._waiting.pop(claim.key, None)
-            if task is not None and task.state is TaskState.BLOCKED:
+            task = self._waiting.pop(claim.key, None) or known.get(claim.key)
+            if task is None or task.state is TaskState.DONE:
+                self._claims[claim.key] = self._by_lease[worker, lease] = claim
+            elif task.state in (TaskState.BLOCKED, TaskState.WAITING):
                 adopted.append((task, claim))
-                continue
-            self._claims[claim.key] = self._by_lease[worker, lease] = claim
+            else:
+                unwanted.append(lease)
         self._adopt(adopted)
         self._engine.feed(events.WorkerBack(worker))
         if unwanted:
@@ -425,8 +441,17 @@ class Takeover:
         if self._is_open and not self._expected:
             self._close_window()
 
+    def _submitted(self) -> dict[bytes, Submission]:
+        """Return the calls that wait, back off or are on a worker, by key."""
+        machine = self._engine.machine
+        tasks: list[Any] = [*machine.waiting_tasks(), *machine.backing_off_tasks()]
+        for each in machine.workers.values():
+            tasks += each.leases.values()
+        calls = [(task.handle and task.handle._journaled, task) for task in tasks]
+        return {call.key: task for call, task in calls if call is not None and not call.kept}
+
     def _adopt(self, adopted: Iterable[tuple[Submission, _Claim]]) -> None:
-        """Assign tasks that the core holds back to the workers that have them already."""
+        """Assign tasks that were not sent to the workers that have them already."""
         sessions, feed = self._sessions, self._engine.feed
         for task, claim in adopted:
             self.tasks += 1

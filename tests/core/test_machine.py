@@ -530,6 +530,26 @@ def test_tasks_of_a_worker_that_was_lost_again_wait() -> None:
     machine.validate()
 
 
+def test_a_task_that_waits_is_taken_over_too() -> None:
+    """Its worker comes when nobody expects that it has tasks any more."""
+    machine = make(max_slots=2, slots_per_worker=1)
+    take_over(machine, "7", "8")
+    batch = tasks(3)
+    machine.handle(TasksSubmitted(batch), 0.0)
+    machine.handle(WorkerConnected("w", 1, "7", taken_over=True), 0.0)
+    commands = machine.handle(TasksTakenOver("w", batch[:2], [98, 99]), 0.0)
+    assert [list(command.tasks) for command in only(commands, MarkRunning)] == [batch[:1]]
+    assert machine.waiting_tasks() == batch[1:]  # the worker has one slot
+    machine.validate()
+    commands = machine.handle(WorkerConnected("x", 1, "8"), 0.0)
+    assert [task for command in only(commands, SendTasks) for task in command.tasks] == batch[1:2]
+    # A task that is on another worker stays there.
+    assert machine.handle(TasksTakenOver("w", batch[1:2], [100]), 0.0) == []
+    machine.handle(WorkerLost("w", "gone"), 1.0)
+    assert sorted(task.number for task in machine.waiting_tasks()) == [1, 3]
+    machine.validate()
+
+
 def test_no_more_is_taken_over_than_may_be() -> None:
     """The program was run again with fewer workers."""
     machine = make(max_slots=2, slots_per_worker=1)

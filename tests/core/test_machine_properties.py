@@ -309,9 +309,8 @@ class History(RuleBasedStateMachine):
 
     def hand_over(self, data: Any, peer: Peer) -> None:
         """Have a worker say that it has held tasks already, be it more than it can have."""
-        batch = [
-            self.futures[n].task for n in self.some(data, [t.number for t in self.machine.blocked])
-        ]
+        free = [*self.machine.blocked, *self.machine.waiting_tasks()]
+        batch = [self.futures[n].task for n in self.some(data, [t.number for t in free])]
         leases = [(1 << 40) + len(self.past) * 100 + n for n in range(len(batch))]
         self.tell(events.TasksTakenOver(peer.name, batch, leases))
         for task, lease in zip(batch, leases, strict=True):

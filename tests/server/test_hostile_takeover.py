@@ -6,9 +6,10 @@ import contextlib
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -24,7 +25,7 @@ from hostile_peers import (
 from test_enrolment import Peer
 
 from cloudexec import BatchExecutor, _enrolment
-from cloudexec._launchers.base import LaunchEnd
+from cloudexec._launchers.base import LaunchEnd, Survivor
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server import takeover
 from cloudexec.testing import ManualLauncher
@@ -39,7 +40,7 @@ class _Scene:
         tags: Of the tasks that the workers 1 and 2 had, with their leases.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, successor: type[ManualLauncher] = ManualLauncher) -> None:
         journal, copy = directory / "journal", directory / "copy"
         launcher = ManualLauncher(needs_network=True)
         executor = BatchExecutor(2, launcher=launcher, journal=journal, min_workers=2)
@@ -60,7 +61,7 @@ class _Scene:
             future.cancel(running=True)
         end_by_hand(executor, launcher, *self.peers)
         self.peers.clear()
-        self.launcher = ManualLauncher(needs_network=True)
+        self.launcher = successor(needs_network=True)
         self.executor = BatchExecutor(2, launcher=self.launcher, journal=copy)
         self.futures: list[Future[int]] = [self.executor.submit(double, x) for x in (1, 2)]
 
@@ -200,6 +201,46 @@ class _Prompt(ManualLauncher):
             self._on_end[launch_id] = None
             if on_end is not None:
                 on_end(launch_id, LaunchEnd("it was terminated", killed=True))
+
+
+class _Behind(ManualLauncher):
+    """Takes the second worker for one that has not started yet, as a platform's word may be old."""
+
+    async def take_over(self, left: Any, on_end: Any) -> Mapping[str, Survivor]:
+        found = await super().take_over(left, on_end)
+        return {launch: Survivor(0, running=launch == "1") for launch in found}
+
+
+@pytest.fixture
+def behind(tmp_path: Path) -> Iterator[_Scene]:
+    scene = _Scene(tmp_path, _Behind)
+    yield scene
+    end_by_hand(scene.executor, scene.launcher, *scene.peers)
+
+
+def test_who_comes_late_keeps_what_nobody_was_sent(behind: _Scene) -> None:
+    """Calls wait no longer for workers, and the one that it has is in a queue."""
+    first = behind.hold("1", behind.tags["1"])
+    wait_until(lambda: behind.executor.stats().tasks.waiting == 1)
+    second = behind.hold("2", behind.tags["2"])
+    wait_until(lambda: behind.executor.stats().tasks.taken_over == 2)
+    first.send(number=2, results=result_of(behind.tags["1"][0], value=10))
+    assert behind.futures[0].result(20) == 10
+    second.send(number=2, results=result_of(behind.tags["2"][0], value=20))
+    assert behind.futures[1].result(20) == 20
+    assert behind.executor.stats().tasks.waiting == 0
+
+
+def test_who_comes_too_late_lets_go_of_what_another_one_has(behind: _Scene) -> None:
+    """The call was sent to the first worker meanwhile, and must not run twice."""
+    first = behind.hold("1", behind.tags["1"])
+    first.send(number=2, results=result_of(behind.tags["1"][0], value=10))
+    (lease,) = next(message for message in first.answers if message.tasks.leases).tasks.leases
+    second = behind.hold("2", behind.tags["2"])
+    killed = next(message for message in second.answers if message.kill)
+    assert list(killed.kill) == [behind.tags["2"][0]]
+    first.send(number=3, results=result_of(lease, value=21))
+    assert behind.futures[1].result(20) == 21
 
 
 @pytest.fixture
