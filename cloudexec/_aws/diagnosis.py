@@ -57,6 +57,7 @@ class JobEnd:
         size: What the worker had; ``None``: unknown.
         compute: ``"fargate"`` or ``"ec2"``.
         image: Of the worker.
+        relay: The relay through which it was to reach the client; empty: none.
     """
 
     status_reason: str = ""
@@ -67,6 +68,7 @@ class JobEnd:
     size: WorkerSize | None = None
     compute: str = "fargate"
     image: str = ""
+    relay: str = ""
 
     @property
     def reclaimed(self) -> bool:
@@ -107,6 +109,8 @@ class Situation:
     """The account's limit for such workers, where it could be read."""
     advertised: str = ""
     """Where workers were told to dial, and why there."""
+    relay: str = ""
+    """The relay through which workers reach this process; empty: they dial it."""
 
 
 _QUOTA = re.compile(r"limit on the number of vCPUs|vCPU limit|MaxSpotInstanceCountExceeded", re.I)
@@ -313,9 +317,11 @@ def _cause_of_end(end: JobEnd) -> Cause:
             fatal=True,
         )
     if end.exit_code == NO_CLIENT:
+        through = f" through the relay {end.relay}" if end.relay else ""
         return Cause(
-            text=f"the worker started, and could not reach this process{words}",
-            remedy=(
+            text=f"the worker started, and could not reach this process{through}{words}",
+            remedy=_way_through(end.relay)
+            or (
                 "advertise= must name an address that workers can reach, and listen= a port that "
                 "security groups and firewalls let through; `cloudexec doctor` tries it"
             ),
@@ -448,17 +454,35 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
             text=_workers(statuses["STARTING"], "starts", "start") + " (the image is pulled)"
         )
     if statuses.get("RUNNING", 0) > 0:
+        relay = situation.relay
+        dialed = f"the relay {relay}" if relay else situation.advertised
+        look = "see advertise= and listen=, and `cloudexec logs` for what they say"
+        if relay:
+            look = f"`cloudexec logs` shows what they say; {_way_through(relay)}"
         return Cause(
             text=(
                 f"{_workers(statuses['RUNNING'], 'runs', 'run')}, and did not dial back yet"
-                f"{f'; they were told to dial {situation.advertised}' * bool(situation.advertised)}"
+                f"{f'; they were told to dial {dialed}' * bool(dialed)}"
             ),
-            remedy=(
-                "if that lasts, they cannot reach this process: see advertise= and listen=, and "
-                "`cloudexec logs` for what they say"
-            ),
+            remedy=f"if that lasts, they cannot reach this process: {look}",
         )
     return None
+
+
+def _way_through(relay: str) -> str:
+    """Say what lets workers reach this process through a relay; empty without one."""
+    if relay.startswith("ssh://"):
+        return (
+            "that host must let workers connect to the port that it forwards: it needs "
+            "`GatewayPorts clientspecified` in its sshd_config, and a firewall that lets the port "
+            "through; `cloudexec doctor` tries it"
+        )
+    if relay:
+        return (
+            f"workers must be able to connect to {relay}, and this process must be connected to it "
+            f"(a warning says if it is not); `cloudexec doctor` tries it"
+        )
+    return ""
 
 
 def _cause_of_reason(reason: str, situation: Situation) -> Cause | None:

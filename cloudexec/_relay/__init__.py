@@ -5,9 +5,8 @@ runs from worker to client, so the relay sees ciphertext only.
 
 * ``handshake`` defines the first lines on a connection: a line that names the executor, and a proof
   that the sender knows the relay's key.
-* ``server`` is the relay, and ``program`` runs it (``cloudexec relay``, or on a machine where only
-a
-  worker is installed, ``python -m cloudexec._relay``).
+* ``server`` is the relay, and ``program`` runs it: as ``cloudexec relay``, or as
+  ``python -m cloudexec._relay`` on a machine where only a worker is installed.
 * ``tunnel`` is the client's end. It is a process that the client starts and ``process`` watches: it
   stays registered with the relay, and opens a connection for each worker that dials.
 * ``joining`` passes bytes on, for relay and tunnel.

@@ -382,7 +382,8 @@ class Story:
         if event.launch not in machine.launches or machine.killing:
             return None
         text = f"a worker could not be started (launch {event.launch}): {event.reason}"
-        if event.reason == self.launch_failure:
+        # Behind the first line is what the worker printed, which differs from one to the next.
+        if event.reason.partition("\n")[0] == self.launch_failure.partition("\n")[0]:
             text = f"another worker could not be started (launch {event.launch}): as before"
         self.launch_failure = event.reason
         outside = event.killed or event.reclaimed

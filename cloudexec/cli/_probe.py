@@ -115,6 +115,11 @@ def _failed(name: str, found: str) -> Check:
 
 
 def _remedy(name: str, reason: str) -> str:
+    if _UNREACHED.search(reason) and "the relay " in reason:
+        return (
+            "this machine and the workers must both be able to connect to the relay: "
+            f"`cloudexec logs --profile {name}` shows what the worker says"
+        )
     if _UNREACHED.search(reason):
         group = Profile.load(name).security_group
         inside = f" ({group})" if group else ""

@@ -86,12 +86,20 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     import asyncio
 
     from cloudexec._errors import CloudexecError, ProtocolError
-    from cloudexec.worker.dialing import CONNECT_TIMEOUT, Address, ClientGoneError
+    from cloudexec.worker.dialing import (
+        CONNECT_TIMEOUT,
+        MOVING_TIMEOUT,
+        Address,
+        ClientGoneError,
+    )
     from cloudexec.worker.running import run_worker
 
     client = Client(bootstrap["client_pid"]) if is_child else None
     if client is not None:
         bootstrap |= _second_line(client)
+    relay = bootstrap.get("relay", "")
+    # Behind a space is where a relay that may move is to be read.
+    patience = MOVING_TIMEOUT if " " in relay else CONNECT_TIMEOUT
     address = Address(
         target=bootstrap["target"],
         executor_id=bootstrap["executor_id"],
@@ -99,11 +107,11 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
         key=bytes.fromhex(bootstrap["key"]),
         slots=_slots_with_files(int(bootstrap["slots"])),
         certificate_sha256=bootstrap.get("certificate_sha256", ""),
-        relay=bootstrap.get("relay", ""),
+        relay=relay,
         job_id=bootstrap.get("job_id", ""),
         attempt=int(bootstrap.get("attempt") or 1),
         memory_mib=int(bootstrap.get("memory_mib") or 0),
-        patience=_LATE_PATIENCE if bootstrap.get("late") else CONNECT_TIMEOUT,
+        patience=_LATE_PATIENCE if bootstrap.get("late") else patience,
         drain_grace=bootstrap.get("drain_grace"),
         log=bootstrap.get("log", False),
         client=client,

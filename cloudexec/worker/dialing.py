@@ -22,6 +22,7 @@ from cloudexec.worker.client import Client
 
 __all__ = [
     "CONNECT_TIMEOUT",
+    "MOVING_TIMEOUT",
     "REFUSED_FOR",
     "Address",
     "ClientGoneError",
@@ -33,6 +34,9 @@ __all__ = [
 
 CONNECT_TIMEOUT = 30.0
 """Seconds for which a client elsewhere is dialed the first time."""
+MOVING_TIMEOUT = 120.0
+"""The same, behind a relay that may have ended just now: the client starts another one, which takes
+about a minute."""
 REFUSED_FOR = 10.0
 """Seconds for which the client's own host refuses connections, and nothing else happens, until its
 process is known to be gone. A network that is gone is silent instead; a firewall that is loaded
@@ -340,7 +344,7 @@ async def dial(
                 near = not address.certificate_sha256
                 now = time.monotonic()
                 known = channel is not None
-                what = "" if near else _what_happened(exc, reason or "", is_known=known)
+                what = "" if near else _what_happened(exc, reason or "", here, is_known=known)
                 if what != _REFUSED:
                     refused_at = None
                 elif refused_at is None:
@@ -348,7 +352,7 @@ async def dial(
                 is_gone = refused_at is not None and now - refused_at >= refusals
                 if refused or near or is_gone or now + pause > deadline:
                     reason = "; ".join(filter(None, (what, reason)))
-                    raise ClientGoneError(_unreachable(here.shown, reason)) from exc
+                    raise ClientGoneError(_unreachable(here, reason)) from exc
                 if what != told:
                     told = what
                     left = f"dialing again, for {min(deadline - now, refusals):.0f} s at most"
@@ -374,12 +378,13 @@ async def dial(
 _REFUSED = "it was refused, as the host is there and nobody listens at that port"
 
 
-def _what_happened(error: BaseException, reason: str, *, is_known: bool) -> str:
+def _what_happened(error: BaseException, reason: str, to: Address, *, is_known: bool) -> str:
     """Tell apart how a try to connect ended; empty: otherwise.
 
     Args:
         error: What it raised.
         reason: Its words.
+        to: What was dialed.
         is_known: Whether the right client had answered before.
     """
     if isinstance(error, ConnectionRefusedError) or "Connection refused" in reason:
@@ -387,6 +392,8 @@ def _what_happened(error: BaseException, reason: str, *, is_known: bool) -> str:
     if isinstance(error, TimeoutError):
         if is_known:
             return "the client was there, and does not answer in time"
+        if to.relay:
+            return "the relay does not answer, as if it had ended or a firewall drops what is sent"
         return (
             "nobody answers, as if a security group, a firewall or a missing route drops what is "
             "sent"
@@ -394,6 +401,8 @@ def _what_happened(error: BaseException, reason: str, *, is_known: bool) -> str:
     # An error of TLS; not imported for this, where there is none.
     is_tls = type(error).__module__ == "ssl"
     if is_tls or isinstance(error, ConnectionResetError | BrokenPipeError):
+        if to.relay:
+            return "it was accepted and closed again, as by a relay that ends, or another program"
         return (
             "it was accepted and closed again, as by a forwarded port with nobody behind it, or by "
             "another program"
@@ -401,8 +410,15 @@ def _what_happened(error: BaseException, reason: str, *, is_known: bool) -> str:
     return ""
 
 
-def _unreachable(target: str, reason: str | None) -> str:
+def _unreachable(to: Address, reason: str | None) -> str:
     """Return a message that says that the client does not answer, and which causes are likely."""
+    target = to.shown
+    if to.relay:
+        return (
+            f"cannot reach the client through {target}: {reason or 'no answer'}; is the relay "
+            f"still there and reachable from this network, and does the program that started this "
+            f"worker still run?"
+        )
     if target.startswith("unix:"):
         return (
             f"cannot reach the client at {target.removeprefix('unix:')}, a socket on this machine "

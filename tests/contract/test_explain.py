@@ -393,6 +393,21 @@ def test_a_failed_launch_is_logged(caplog: Any) -> None:
     assert record.cloudexec_reason == "no such image"
 
 
+def test_launches_that_fail_alike_are_told_in_full_once(caplog: Any) -> None:
+    """What each worker printed last, behind the first line, differs in its number and times."""
+    launcher = ManualLauncher()
+    with BatchExecutor(2, launcher=launcher, min_workers=2) as executor:
+        future = executor.submit(tasks.double, 1)
+        launcher.wait(2, PATIENCE)
+        for launch_id in ("1", "2"):
+            launcher.end(launch_id, f"it could not reach this process\nworker {launch_id}: no")
+        until(lambda: executor.stats().launch_failures == 2)
+        future.cancel()
+    first, second = (record.getMessage() for record in records(caplog, "launch_failed"))
+    assert first.endswith("(launch 1): it could not reach this process\nworker 1: no")
+    assert second.endswith("another worker could not be started (launch 2): as before")
+
+
 class Twice(SimulatedWorker):
     """Sends every result twice."""
 

@@ -89,6 +89,17 @@ ENVIRONMENT: dict[str, Any] = {
         ),
         (JobEnd(status_reason="Essential container in task exited", exit_code=4), "listen=", False),
         (
+            JobEnd(exit_code=4, log_tail="cloudexec worker: no", relay="192.0.2.1:443"),
+            r"reach this process through the relay 192\.0\.2\.1:443\ncloudexec worker: no; workers "
+            r"must be able to connect to 192\.0\.2\.1:443, (?!.*(advertise|listen|security group))",
+            False,
+        ),
+        (
+            JobEnd(exit_code=4, relay="ssh://me@host"),
+            "through the relay ssh://me@host; .*GatewayPorts (?!.*(advertise|security group))",
+            False,
+        ),
+        (
             JobEnd(
                 status_reason="You've reached the limit on the number of vCPUs you can run "
                 "concurrently"
@@ -202,6 +213,11 @@ def test_the_end_of_a_worker(end: JobEnd, words: str, fatal: bool) -> None:
         ),
         (Situation(statuses={"STARTING": 2}), "image is pulled", False),
         (Situation(statuses={"RUNNING": 2}), "advertise=", False),
+        (
+            Situation(statuses={"RUNNING": 2}, relay="192.0.2.1:443"),
+            r"told to dial the relay 192\.0\.2\.1:443; (?!.*(advertise|listen)=)",
+            False,
+        ),
     ],
 )
 def test_why_workers_do_not_come(situation: Situation, words: str, fatal: bool) -> None:

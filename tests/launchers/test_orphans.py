@@ -45,7 +45,7 @@ def test_workers_that_are_still_queued_end_soon_and_name_the_remedy(
     assert array.reason == "3 failed: it could not reach the program (exit code 4)"
 
 
-def start_worker(until: int, attempt: str) -> subprocess.Popen[str]:
+def start_worker(until: int, attempt: str, **more: str) -> subprocess.Popen[str]:
     """Start a worker in AWS Batch whose client is gone."""
     environ = {
         "CLOUDEXEC_TARGET": "127.0.0.1:1",
@@ -60,10 +60,25 @@ def start_worker(until: int, attempt: str) -> subprocess.Popen[str]:
     }
     return subprocess.Popen(
         [sys.executable, "-m", "cloudexec.worker"],
-        env={**os.environ, **environ},
+        env={**os.environ, **environ, **more},
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_a_relay_that_may_come_back_elsewhere_is_waited_for_longer() -> None:
+    """A worker may start while the client starts another relay, which takes about a minute."""
+    relays = {"127.0.0.1:1": "30", "127.0.0.1:1 http://127.0.0.1:1/relay": "120"}
+    for relay, seconds in relays.items():
+        worker = start_worker(2**33, "1", CLOUDEXEC_RELAY=relay)
+        try:
+            assert worker.stderr is not None
+            said = next(line for line in worker.stderr if "no connection to" in line)
+            assert "no connection to the relay 127.0.0.1:1 yet: it was refused" in said
+            assert said.endswith(f"dialing again, for {seconds} s at most\n")
+        finally:
+            worker.kill()
+            worker.communicate()
 
 
 def test_only_a_worker_that_nobody_waits_for_gives_up_soon() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import math
 import re
@@ -19,6 +18,7 @@ import grpc
 import pytest
 
 from cloudexec._errors import LaunchError
+from cloudexec._record_class import replace
 from cloudexec._server.certificate import make_certificate
 from cloudexec.worker import dialing
 from cloudexec.worker.dialing import Address, dial
@@ -190,6 +190,8 @@ async def _hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
         ("refused", "it was refused, as the host is there and nobody listens"),
         ("closed", "it was accepted and closed again, as by a forwarded port"),
         ("silent", "nobody answers, as if a security group, a firewall or a missing route"),
+        ("closed relay", "it was accepted and closed again, as by a relay that ends"),
+        ("silent relay", "the relay does not answer, as if it had ended or a firewall"),
     ],
 )
 def test_the_first_failure_is_logged_at_once_with_its_kind(
@@ -205,8 +207,12 @@ def test_the_first_failure_is_logged_at_once_with_its_kind(
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=0) as taken:
             port = taken.getsockname()[1]
-            address = dataclasses.replace(client.address(port), log=True)
-            if kind == "silent":
+            address = replace(client.address(port), log=True)
+            if "relay" in kind:
+                address = replace(address, relay=address.target)
+            if "silent" in kind:
+                if "relay" in kind:
+                    taken.listen(1)
                 with pytest.raises(LaunchError, match=words):
                     await _dialed(address, 2.0)
                 return
@@ -230,7 +236,7 @@ def test_the_first_failure_is_logged_at_once_with_its_kind(
 def test_a_name_that_nobody_knows_is_logged_at_once(
     client: _Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    address = dataclasses.replace(client.address(), target="nobody.invalid:5000", log=True)
+    address = replace(client.address(), target="nobody.invalid:5000", log=True)
     with pytest.raises(LaunchError, match="cannot reach the client"):
         asyncio.run(_dialed(address, 1.0))
     (line,) = capsys.readouterr().err.splitlines()

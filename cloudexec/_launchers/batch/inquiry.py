@@ -37,12 +37,13 @@ class Inquiry:
 
     Attributes:
         log_group: Where workers log.
-        advertised: Where workers were told to dial, and why there.
+        advertised: Where workers were told to dial, and why there; empty behind a relay.
+        relay: Where the relay is now, or the ``ssh://`` URL; empty: workers dial this process.
     """
 
     def __init__(self, call: Callable[..., Awaitable[Any]], compute: str) -> None:
         self.log_group = DEFAULT_LOG_GROUP
-        self.advertised = ""
+        self.advertised = self.relay = ""
         self._call = call
         self._compute = compute
         self._quotas: dict[str, float] = {}
@@ -132,6 +133,7 @@ class Inquiry:
             spot=waiting[0].spot,
             quota_vcpus=await self._quota(spot=waiting[0].spot) if is_stuck else None,
             advertised=self.advertised,
+            relay=self.relay,
         )
 
     async def _ahead(self, queue: str, job_id: str) -> int:
