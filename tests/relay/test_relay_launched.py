@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import ipaddress
+import json
 import logging
 import os
 import signal
 import socket
 import socketserver
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +157,29 @@ def test_an_executor_has_a_relay_of_its_own_for_as_long_as_it_lives(aws: FakeAWS
         if each.operation == "SubmitJob" and each.parameters["jobQueue"].endswith("-relay")
     )
     assert submitted["timeout"] == {"attemptDurationSeconds": 24 * 3600}
+    ends = [
+        each.operation
+        for each in aws.requests
+        if each.parameters.get("jobId") == relay.job_id or each.operation == "DeleteObjects"
+    ]
+    assert ends == ["TerminateJob", "DeleteObjects"]  # what costs money first
     eventually(lambda: relays(aws)[0].status == "FAILED")
     assert relays(aws)[0].status_reason == "cloudexec: the executor has shut down"
     assert not [each for each in aws.requests if each.error and each.service != "logs"]
+
+
+def test_a_relay_lives_a_day_although_workers_may_not(aws: FakeAWS) -> None:
+    """All workers of the executor come through it, one after the other."""
+    aws.clear_requests()
+    with BatchExecutor(1, launcher=Batch(relay=True, max_runtime=600.0), output="off") as executor:
+        assert executor.submit(square, 3).result(PATIENCE) == 9
+    relay, worker = (each.parameters for each in aws.requests if each.operation == "SubmitJob")
+    assert relay["timeout"] == {"attemptDurationSeconds": 24 * 3600}
+    assert worker["timeout"] == {"attemptDurationSeconds": 600}
+    expires = [
+        datetime.fromisoformat(each["tags"]["cloudexec:expires"]) for each in (relay, worker)
+    ]
+    assert expires[0] - expires[1] > timedelta(hours=23)
 
 
 def test_the_relay_is_paid_for_and_counts_for_the_ceiling(aws: FakeAWS) -> None:
@@ -183,7 +207,8 @@ def test_a_relay_that_dies_is_followed_by_another_and_no_task_runs_twice(
     aws: FakeAWS, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "cloudexec")
-    with BatchExecutor(2, launcher=Batch(relay=True), output="off") as executor:
+    launcher = Batch(relay=True)
+    with BatchExecutor(2, launcher=launcher, output="off") as executor:
         futures = [executor.submit(pause, str(tmp_path), x) for x in range(2)]
         eventually(lambda: len(list(tmp_path.glob("*.began"))) == 2)
         first = relays(aws)[0]
@@ -199,6 +224,8 @@ def test_a_relay_that_dies_is_followed_by_another_and_no_task_runs_twice(
         assert [future.result(PATIENCE) for future in futures] == [0, 1]
         assert list(executor.map(square, range(100))) == [x * x for x in range(100)]
         assert executor.stats().workers.lost == 0
+        platform: Any = launcher._running.site.platform
+        assert f"the relay is now at {platform._inquiry.relay}" in caplog.text
     assert len(list(tmp_path.glob("*.began"))) == 2
     assert [job.job_id for job in relays(aws)] == [first.job_id, second.job_id]
     assert "the relay cannot be looked after now: s3:PutObject" in caplog.text
@@ -227,6 +254,46 @@ def test_a_relay_that_ends_at_once_is_why_the_executor_cannot_start(aws: FakeAWS
         pytest.raises(LaunchError, match=r"the relay, job .* has ended: the worker's image cannot"),
     ):
         executor.submit(square, 3).result(PATIENCE)
+    assert len(relays(aws)) == 1  # another one would end as well
+
+
+@pytest.mark.parametrize("fail", [2, 3])
+def test_a_first_relay_that_ends_gets_as_many_tries_as_workers(
+    aws: FakeAWS, fail: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Each is a job that AWS tries to start three times.
+    aws.faults.start_fails("ResourceInitializationError: i/o timeout", count=3 * fail)
+    with BatchExecutor(1, launcher=Batch(relay=True), output="off") as executor:
+        if fail == 3:
+            with pytest.raises(LaunchError, match=r"the relay, job .* has ended: .*i/o timeout"):
+                executor.submit(square, 3).result(PATIENCE)
+        else:
+            assert executor.submit(square, 3).result(PATIENCE) == 9
+    assert len(relays(aws)) == 3
+    assert caplog.text.count("another relay is started: the relay, job") == 2
+
+
+def test_a_relay_that_was_given_up_and_not_ended_is_ended_later(aws: FakeAWS) -> None:
+    with BatchExecutor(1, launcher=Batch(relay=True), launch_timeout=5.0, output="off") as executor:
+        assert executor.submit(square, 3).result(PATIENCE) == 9
+        aws.faults.no_capacity()
+        aws.faults.deny("batch:TerminateJob", count=1)
+        os.kill(relays(aws)[0].pid, signal.SIGKILL)
+        # It is given up once it has not come in 5 s; that it is to end is refused the first time.
+        eventually(lambda: len(relays(aws)) == 3)
+    assert Counter(relay.status for relay in relays(aws)) == {"FAILED": len(relays(aws))}
+
+
+def test_a_relay_that_cannot_be_ended_is_an_error_that_says_what_to_do(
+    aws: FakeAWS, caplog: pytest.LogCaptureFixture
+) -> None:
+    with BatchExecutor(1, launcher=Batch(relay=True), output="off") as executor:
+        assert executor.submit(square, 3).result(PATIENCE) == 9
+        aws.faults.deny("batch:TerminateJob")
+    (relay,) = relays(aws)
+    stop = f"`cloudexec stop --executor {relay.tags['cloudexec:executor']}` tries again"
+    assert f"the relay, job {relay.job_id}, could not be terminated: batch:Term" in caplog.text
+    assert stop in caplog.text[caplog.text.index("the relay, job") :]
 
 
 def test_a_relay_that_does_not_come_is_why_the_executor_cannot_start(aws: FakeAWS) -> None:
@@ -328,8 +395,22 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_program_is_taken_over_through_its_relay(aws: FakeAWS, tmp_path: Path) -> None:
-    """The next run finds the relay and the workers of the one before; no call runs twice."""
+def left_port(journal: Path) -> int:
+    """Return the port at which a killed program listened."""
+    with contextlib.closing(sqlite3.connect(journal)) as opened:
+        (state,) = opened.execute("SELECT value FROM state WHERE name = 'takeover'").fetchone()
+    return int(json.loads(state[16:])["listen"].rpartition(":")[2])
+
+
+@pytest.mark.parametrize("between", ["nothing", "port taken", "start refused", "Ctrl-C"])
+def test_a_killed_program_is_taken_over_through_its_relay(
+    aws: FakeAWS, tmp_path: Path, between: str
+) -> None:
+    """The next run finds the relay and the workers of the one before; no call runs twice.
+
+    A start that fails leaves them to the run after it. The port at which the killed program
+    listened on this machine does not matter.
+    """
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
 
@@ -349,7 +430,36 @@ def test_a_killed_program_is_taken_over_through_its_relay(aws: FakeAWS, tmp_path
         first.kill()
         first.communicate()
     (tmp_path / "submitted").unlink()
-    second = run()
+    with contextlib.ExitStack() as stack:
+        if between == "port taken":
+            port = left_port(tmp_path / "journal")
+            stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        elif between != "nothing":
+            fails_to_start(aws, run(), between)
+        follow(aws, run(), tmp_path)
+
+
+def fails_to_start(aws: FakeAWS, process: subprocess.Popen[str], how: str) -> None:
+    """Have a program end while it starts, when it has found the relay."""
+    aws.clear_requests()
+    if how == "Ctrl-C":
+        aws.faults.slow_response("s3:PutObject", 5.0, count=1)
+    else:
+        aws.faults.deny("s3:PutObject", count=1)
+    try:
+        if how == "Ctrl-C":
+            eventually(lambda: any(each.operation == "ListJobs" for each in aws.requests))
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
+    assert ("KeyboardInterrupt" if how == "Ctrl-C" else "s3:PutObject") in errors
+    assert relays(aws)[0].status == "RUNNING"
+
+
+def follow(aws: FakeAWS, second: subprocess.Popen[str], tmp_path: Path) -> None:
+    """See a program through that takes over all of the run before."""
     try:
         eventually((tmp_path / "submitted").exists)
         (tmp_path / "go").touch()

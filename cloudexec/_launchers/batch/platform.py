@@ -67,6 +67,8 @@ _FARGATE_BURST = 100
 _FARGATE_PER_SECOND = 20
 """Tasks that Fargate starts at once, and per second after that, on Spot as on demand. Amazon ECS
 Developer Guide, "AWS Fargate throttling quotas"."""
+_RELAY_LIFETIME = 24 * 3600.0
+"""Seconds after which AWS ends a relay, unless workers may run for longer."""
 _TERMINATED_AT_ONCE = 50
 """Jobs in one TerminateJobs call. AWS Batch API Reference."""
 
@@ -223,14 +225,16 @@ class BatchPlatform(Platform):
         self._check_key(key, "True")
         if lacking := lacks_for_relay(profile):
             raise ConfigError(f"{why}; and no relay can be started: {lacking}")
+        # All workers of the executor come through it, one after the other.
+        lifetime = max(settings.max_runtime, _RELAY_LIFETIME)
         order = RelayOrder(
             executor_id=self._executor.id,
             queue=profile.queues[names.RELAY_QUEUE],
             definition=replace(await self._definition_spec(), key_secret=profile.key_secret),
-            tags=self._tags(),
+            tags=self._tags(lifetime),
             bucket=profile.bucket,
             patience=self._executor.launch_timeout,
-            lifetime=settings.max_runtime,
+            lifetime=lifetime,
             price=relay_price(self._prices, settings.arch, self._clients.region),
             why=why,
         )
@@ -241,7 +245,7 @@ class BatchPlatform(Platform):
     def _behind_relay(self, relay: str, key: bytes) -> Site:
         if not relay.startswith("ssh://"):
             self._check_key(key, repr(relay))
-        self._inquiry.advertised = f"the relay {relay}"
+        self._inquiry.relay = relay
         return Site(
             platform=self,
             listen="127.0.0.1:0",
@@ -447,7 +451,7 @@ class BatchPlatform(Platform):
             workers=request.workers,
             size=settings.size_of(request.size),
             environment={**request.environment, **request.secrets},
-            tags=self._tags(),
+            tags=self._tags(settings.max_runtime),
             attempt_seconds=int(settings.max_runtime),
             compute=settings.compute,
             retry_reclaimed=settings.spot != "prefer",
@@ -461,9 +465,9 @@ class BatchPlatform(Platform):
             raise
         return Submitted(job_id=str(answer["jobId"]))
 
-    def _tags(self) -> dict[str, str]:
+    def _tags(self, lifetime: float) -> dict[str, str]:
         settings = self._settings
-        longest = self._executor.launch_timeout + settings.max_runtime
+        longest = self._executor.launch_timeout + lifetime
         expires = datetime.now(UTC) + timedelta(seconds=longest)
         tags = {
             **settings.tags,
@@ -551,7 +555,7 @@ class BatchPlatform(Platform):
             end = end_of(details, attempts)
             if not end.reclaimed and inspection.asks_why(index, len(attempts), over=over):
                 tail = await self._inquiry.log_tail(details)
-                end = replace(end, log_tail=tail, retried=not over)
+                end = replace(end, log_tail=tail, retried=not over, relay=self._inquiry.relay)
             # A job that failed before its first attempt began has an end, and no run.
             run = ends.pop() if ends else run_of({"stoppedAt": details.get("stoppedAt")})
             ends.append(worker_end(end, run))

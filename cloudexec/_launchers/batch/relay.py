@@ -13,7 +13,7 @@ from typing import Any
 
 from cloudexec._aws.clients import AwsClients, translated
 from cloudexec._aws.definitions import ensure_definition
-from cloudexec._aws.diagnosis import cause_of_end, cause_of_waiting
+from cloudexec._aws.diagnosis import Cause, cause_of_end, cause_of_waiting
 from cloudexec._aws.names import JOB_PREFIX, RELAY_PORT, object_prefix
 from cloudexec._aws.relays import RELAY_SIZE
 from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request
@@ -36,6 +36,8 @@ _POLL = 5.0
 _POLL_STARTING = 1.0
 _STOP_SECONDS = 30.0
 _LONGEST_PAUSE = 60.0
+_TRIES = 3
+"""Relays that are started before the executor fails, as with workers that do not start."""
 _URL_SECONDS = 7 * 24 * 3600
 """The longest that there is. Amazon S3 User Guide, "Download and upload objects with presigned
 URLs". Credentials that end before end the URL, too."""
@@ -71,6 +73,19 @@ class RelayOrder:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The end of a relay's job.
+
+    Attributes:
+        text: Which job has ended, and why.
+        is_fatal: Whether another relay would end in the same way.
+    """
+
+    text: str
+    is_fatal: bool = False
+
+
 class RelayJob:
     """The relay of one executor.
 
@@ -92,6 +107,8 @@ class RelayJob:
         self._prefix = f"{JOB_PREFIX}{order.executor_id}-relay-"
         self._key = f"{object_prefix(order.executor_id)}relay"
         self._job_id = ""
+        self._is_inherited = False
+        self._given_up: list[str] = []  # until AWS has confirmed that they are terminated
         self._has_arrived = False
         self._signed_at = float("-inf")
         self._began: float | None = None
@@ -102,32 +119,47 @@ class RelayJob:
         """Have a relay, and know its address; that of an earlier process of the executor will do.
 
         Raises:
-            LaunchError: If it ends, has no address, or does not come in time.
+            LaunchError: If several end, if one would always end, has no address, or does not come
+                in time.
             AwsError: If AWS refuses.
         """
         order = self._order
-        found = await insist(lambda: self._find(f"{self._prefix}*"))
-        if found:
-            self._job_id = found
-        else:
+        self._job_id = await insist(lambda: self._find(f"{self._prefix}*"))
+        self._is_inherited = bool(self._job_id)
+        if not self._job_id:
             _logger.info(
                 "starting a relay, which takes about a minute: about $%.2f an hour while it runs "
                 "(%s)",
                 order.price.per_hour,
                 order.why,
             )
-            await self._submit()
-        await self._arrive()
+        tries = 0
+        while not self._has_arrived:
+            if not self._job_id:
+                tries += 1
+                await self._submit()
+            if (end := await self._arrive()) is not None:
+                if end.is_fatal or tries >= _TRIES:
+                    raise LaunchError(end.text)
+                self._replace(end)
         await self._sign()
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:
-        """End the relay."""
+        """End the relay, and those that were given up."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        job_id, self._job_id = self._job_id, ""
+        if self._is_inherited and self.on_move is _nobody:
+            # The start has failed before workers could connect here. Those of the process before
+            # still connect through this relay, and the next process may take them over.
+            return
+        if self._job_id:
+            self._given_up.append(self._job_id)
+            self._job_id = ""
         self._ended()
+        # The relay goes first: what is left of an object costs nothing.
+        await asyncio.gather(*map(self._end, tuple(self._given_up)))
         with contextlib.suppress(AwsError):
             await self._clients.call(
                 "s3",
@@ -135,25 +167,23 @@ class RelayJob:
                 Bucket=self._order.bucket,
                 Delete={"Objects": [{"Key": self._key}], "Quiet": True},
             )
-        if not job_id:
-            return
+
+    async def _end(self, job_id: str) -> None:
         try:
-            await insist(
-                lambda: self._clients.call(
-                    "batch",
-                    "terminate_job",
-                    jobId=job_id,
-                    reason="cloudexec: the executor has shut down",
-                )
-            )
+            await insist(lambda: self._terminate(job_id, "the executor has shut down"))
         except AwsError as exc:
             _logger.error(
-                "the relay, job %s, could not be terminated: %s. It ends by itself %d s after the "
-                "last worker has left",
+                "the relay, job %s, could not be terminated: %s. `cloudexec stop --executor %s` "
+                "tries again; otherwise it ends by itself %d s after the last worker has left",
                 job_id,
                 exc,
+                self._order.executor_id,
                 _IDLE,
             )
+
+    async def _terminate(self, job_id: str, why: str) -> None:
+        await self._clients.call("batch", "terminate_job", jobId=job_id, reason=f"cloudexec: {why}")
+        self._given_up.remove(job_id)
 
     def cost(self) -> Cost:
         """Say what the relay has cost, and will at least."""
@@ -227,7 +257,7 @@ class RelayJob:
                 raise
             return str(answer["jobId"])
 
-        self._has_arrived = False
+        self._has_arrived = self._is_inherited = False
         # Shut down in the middle of it, the job has to be known, to be ended.
         submitting = asyncio.ensure_future(insist(once, order.patience))
         try:
@@ -237,13 +267,21 @@ class RelayJob:
                 self._job_id = await asyncio.wait_for(submitting, _STOP_SECONDS)
             raise
 
-    async def _arrive(self) -> None:
-        """Wait until the relay runs; find its address, and say it to workers."""
+    async def _arrive(self) -> _End | None:
+        """Wait until the relay runs; find its address, and say it to workers.
+
+        Returns:
+            How it has ended instead; ``None``: it is there.
+
+        Raises:
+            LaunchError: If it does not come in time.
+            AwsError: If AWS refuses.
+        """
         deadline = time.monotonic() + self._order.patience
         while True:
             details = await insist(self._look)
             if details is None or PHASES[details["status"]] is Phase.ENDED:
-                raise LaunchError(await self._why(details))
+                return await self._why(details)
             if PHASES[details["status"]] is Phase.RUNNING:
                 task = str(details.get("container", {}).get("taskArn", ""))
                 host = await insist(functools.partial(self._public_address, task))
@@ -256,14 +294,18 @@ class RelayJob:
                 )
             await asyncio.sleep(_POLL_STARTING)
         self.address = f"{host}:{RELAY_PORT}"
-        await self._clients.call(
-            "s3",
-            "put_object",
-            Bucket=self._order.bucket,
-            Key=self._key,
-            Body=self.address.encode(),
+        self._inquiry.relay = self.address
+        await insist(
+            lambda: self._clients.call(
+                "s3",
+                "put_object",
+                Bucket=self._order.bucket,
+                Key=self._key,
+                Body=self.address.encode(),
+            )
         )
         self._has_arrived = True
+        return None
 
     async def _sign(self) -> None:
         """Make the URL for workers that are launched from now on."""
@@ -316,21 +358,26 @@ class RelayJob:
             (each["Association"]["PublicIp"] for each in found if "Association" in each), ""
         )
 
-    async def _why(self, details: Mapping[str, Any] | None) -> str:
+    async def _why(self, details: Mapping[str, Any] | None) -> _End:
         """Say why the relay has ended."""
         if details is None:
-            return f"the relay, job {self._job_id}, is not known to AWS Batch any more"
+            return _End(f"the relay, job {self._job_id}, is not known to AWS Batch any more")
         tail = await self._inquiry.log_tail(details)
         end = end_of(details, details.get("attempts", ()))
         if _OLD_IMAGE in tail:
-            why = "the worker image is older than relays; `cloudexec image push` makes a new one"
+            cause = Cause(
+                text="the worker image is older than relays",
+                remedy="`cloudexec image push` makes a new one",
+                fatal=True,
+            )
         elif end.exit_code is not None:
             why = f"exit code {end.exit_code}, {end.status_reason}"
             if tail:
                 why += f"; its last line: {tail.splitlines()[-1]}"
+            cause = Cause(text=why)
         else:
-            why = str(cause_of_end(end))
-        return f"the relay, job {self._job_id}, has ended: {why}"
+            cause = cause_of_end(end)
+        return _End(f"the relay, job {self._job_id}, has ended: {cause}", cause.fatal)
 
     async def _why_it_waits(self, details: Mapping[str, Any]) -> str:
         reason = details.get("statusReason", "")
@@ -352,6 +399,9 @@ class RelayJob:
         pause, said = _POLL, ""
         while True:
             await asyncio.sleep(pause)
+            with contextlib.suppress(AwsError):  # then the next round, or ``close``, does it
+                for job_id in tuple(self._given_up):
+                    await self._terminate(job_id, "it cannot be reached")
             try:
                 details = await self._look() if self._job_id else None
                 is_over = details is None or PHASES[details["status"]] is Phase.ENDED
@@ -361,16 +411,17 @@ class RelayJob:
                     pause, said = _POLL, ""
                     continue
                 if self._job_id and is_over:
-                    _logger.warning("another relay is started: %s", await self._why(details))
-                    self._job_id = ""
-                    self._ended()
+                    self._replace(await self._why(details))
                 if not self._job_id:
                     await self._submit()
-                await self._arrive()
+                if (end := await self._arrive()) is not None:
+                    raise LaunchError(end.text)
             except (AwsError, LaunchError) as exc:
                 if self._job_id and isinstance(exc, LaunchError):
                     # It did not come up: the next one may.
-                    await self._give_up()
+                    self._given_up.append(self._job_id)
+                    self._job_id = ""
+                    self._ended()
                 if str(exc) != said:
                     said = str(exc)
                     _logger.warning("the relay cannot be looked after now: %s", exc)
@@ -384,13 +435,11 @@ class RelayJob:
                 _logger.info("the relay is now at %s", self.address)
                 self.on_move(self.address)
 
-    async def _give_up(self) -> None:
-        job_id, self._job_id = self._job_id, ""
+    def _replace(self, end: _End) -> None:
+        """Forget a relay that has ended, so that another one is started."""
+        _logger.warning("another relay is started: %s", end.text)
+        self._job_id = ""
         self._ended()
-        with contextlib.suppress(AwsError):
-            await self._clients.call(
-                "batch", "terminate_job", jobId=job_id, reason="cloudexec: it cannot be reached"
-            )
 
     def _ended(self) -> None:
         if self._began is not None:
