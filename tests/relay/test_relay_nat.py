@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -24,11 +25,6 @@ pytestmark = [
         reason="network namespaces need root, iproute2 and iptables",
     ),
 ]
-INTERNET = "10.213.77.1"
-"""This machine's address, as the client's router sees it."""
-ROUTER = "10.213.77.2"
-HOME, LAPTOP = "192.168.213.1", "192.168.213.2"
-"""The router's and the client's addresses at home."""
 PATIENCE = 60.0
 
 SCRIPT = """
@@ -66,62 +62,48 @@ def run(*command: str) -> None:
 class Home:
     """A laptop and its router, each a network namespace.
 
+    Their names and addresses have a number that no other run has at the moment.
+
     Attributes:
         laptop: The client's namespace.
         router: The one that has an address in the internet, and hides the laptop behind it.
+        internet: This machine's address, as the router sees it.
+        outside: The router's address in the internet.
+        inner: The client's address at home.
     """
 
-    laptop, router = "celaptop", "cerouter"
-
     def __init__(self) -> None:
+        self._number = number = _free_number()
+        self.laptop, self.router = f"celaptop{number}", f"cerouter{number}"
+        self._device = f"cewan{number}"
+        self.internet, self.outside = f"10.217.{number}.1", f"10.217.{number}.2"
+        self.inner = f"10.218.{number}.2"
+        try:
+            self._build(f"10.218.{number}.1")
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, home: str) -> None:
         for name in (self.laptop, self.router):
             run("ip", "netns", "add", name)
-        run(
-            *[
-                "ip",
-                "link",
-                "add",
-                "cewan",
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "wan",
-                "netns",
-                "cerouter",
-            ]
-        )
-        run(
-            *[
-                "ip",
-                "-n",
-                "cerouter",
-                "link",
-                "add",
-                "lan",
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                "celaptop",
-            ]
-        )
-        run("ip", "address", "add", f"{INTERNET}/24", "dev", "cewan")
+        run("ip", "link", "set", f"cepeer{self._number}", "netns", self.router, "name", "wan")
+        pair = f"add lan type veth peer name eth0 netns {self.laptop}"
+        run("ip", "-n", self.router, "link", *pair.split())
+        run("ip", "address", "add", f"{self.internet}/24", "dev", self._device)
         # Nothing in the internet has a route to an address at home.
-        run("ip", "route", "add", "unreachable", "192.168.213.0/24")
-        run("ip", "link", "set", "cewan", "up")
+        run("ip", "route", "add", "unreachable", f"10.218.{self._number}.0/24")
+        run("ip", "link", "set", self._device, "up")
         for name, device, address in (
-            (self.router, "wan", ROUTER),
-            (self.router, "lan", HOME),
-            (self.laptop, "eth0", LAPTOP),
+            (self.router, "wan", self.outside),
+            (self.router, "lan", home),
+            (self.laptop, "eth0", self.inner),
         ):
             run("ip", "-n", name, "address", "add", f"{address}/24", "dev", device)
             run("ip", "-n", name, "link", "set", device, "up")
         for name in (self.laptop, self.router):
             run("ip", "-n", name, "link", "set", "lo", "up")
-        run("ip", "-n", self.laptop, "route", "add", "default", "via", HOME)
+        run("ip", "-n", self.laptop, "route", "add", "default", "via", home)
         self.inside(self.router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         self.firewall(*["-t", "nat", "-A", "POSTROUTING", "-o", "wan", "-j", "MASQUERADE"])
 
@@ -136,7 +118,7 @@ class Home:
         """Let the laptop reach nothing outside but one port: that of a proxy."""
         for rule in (
             "-A FORWARD -i wan -o lan -m conntrack --ctstate ESTABLISHED -j ACCEPT",
-            f"-A FORWARD -i lan -p tcp -d {INTERNET} --dport {port} -j ACCEPT",
+            f"-A FORWARD -i lan -p tcp -d {self.internet} --dport {port} -j ACCEPT",
             "-A FORWARD -j REJECT",
         ):
             self.firewall(*rule.split())
@@ -157,10 +139,25 @@ class Home:
         return done.stdout
 
     def close(self) -> None:
-        run("ip", "link", "delete", "cewan")
-        run("ip", "route", "delete", "unreachable", "192.168.213.0/24")
-        for name in (self.laptop, self.router):
-            run("ip", "netns", "delete", name)
+        """Remove all of it; the device comes last, as it keeps the number."""
+        for command in (
+            f"ip route delete unreachable 10.218.{self._number}.0/24",
+            f"ip netns delete {self.laptop}",
+            f"ip netns delete {self.router}",
+            f"ip link delete {self._device}",
+        ):
+            # The device may be gone together with the router's namespace, which had its peer.
+            subprocess.run(command.split(), check=False, capture_output=True)
+
+
+def _free_number() -> int:
+    """Take a number that no other run has, by making a pair of devices with it."""
+    for number in random.sample(range(1, 255), 254):
+        pair = f"add cewan{number} type veth peer name cepeer{number}"
+        made = subprocess.run(["ip", "link", *pair.split()], check=False, capture_output=True)
+        if made.returncode == 0:
+            return number
+    raise AssertionError(made.stderr.decode())
 
 
 @pytest.fixture
@@ -173,7 +170,7 @@ def home() -> Iterator[Home]:
 @pytest.fixture
 def outside(home: Home) -> Iterator[RelayProcess]:
     """A relay in the internet, at the port that networks let through."""
-    process = RelayProcess(f"{INTERNET}:443")
+    process = RelayProcess(f"{home.internet}:443")
     yield process
     process.kill()
 
@@ -195,7 +192,7 @@ def test_workers_reach_a_client_behind_nat(home: Home, outside: RelayProcess, sc
         stderr=subprocess.DEVNULL,
     )
     try:
-        for address in (ROUTER, LAPTOP):
+        for address in (home.outside, home.inner):
             with pytest.raises(OSError, match=r"refused|unreachable|No route"):
                 socket.create_connection((address, 8080), 3)
     finally:
@@ -215,13 +212,13 @@ def test_a_slow_network_that_loses_packets_loses_no_task(
     assert home.client(script, outside.address) == ANSWER
 
 
-def starts(command: list[str], port: int) -> subprocess.Popen[bytes]:
+def starts(command: list[str], host: str, port: int) -> subprocess.Popen[bytes]:
     """Start a server of the internet, and wait until it listens."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            socket.create_connection((INTERNET, port), 1).close()
+            socket.create_connection((host, port), 1).close()
         except OSError:
             assert process.poll() is None, command
             assert time.monotonic() < deadline, command
@@ -238,24 +235,24 @@ def test_the_way_out_is_an_http_proxy(
     """One that does nothing but CONNECT to port 443, with a password and without."""
     settings = tmp_path / "tinyproxy.conf"
     settings.write_text(
-        f"Port 8888\nListen {INTERNET}\nConnectPort 443\nMaxClients 50\n"
+        f"Port 8888\nListen {home.internet}\nConnectPort 443\nMaxClients 50\n"
         + "BasicAuth laptop s3cret\n" * login
     )
     home.only_through(8888)
-    proxy = starts(["tinyproxy", "-d", "-c", str(settings)], 8888)
+    proxy = starts(["tinyproxy", "-d", "-c", str(settings)], home.internet, 8888)
     try:
         word = "laptop:s3cret@" * login
-        url = f"http://{word}{INTERNET}:8888"
+        url = f"http://{word}{home.internet}:8888"
         assert home.client(script, outside.address, HTTPS_PROXY=url) == ANSWER
         # Without it there is no way.
         with pytest.raises(AssertionError, match=r"cannot reach the relay at .*443"):
             home.client(script, outside.address, CLOUDEXEC_TEST_REGISTER="3")
         if login:
-            wrong = f"http://laptop:wrong@{INTERNET}:8888"
+            wrong = f"http://laptop:wrong@{home.internet}:8888"
             with pytest.raises(AssertionError) as caught:
                 home.client(script, outside.address, HTTPS_PROXY=wrong, CLOUDEXEC_TEST_REGISTER="3")
             said = str(caught.value)
-            assert f"the proxy http://{INTERNET}:8888 does not connect to" in said
+            assert f"the proxy http://{home.internet}:8888 does not connect to" in said
             assert "Unauthorized" in said
             assert "wrong@" not in said
     finally:
@@ -266,9 +263,9 @@ def test_the_way_out_is_an_http_proxy(
 @pytest.mark.skipif(shutil.which("microsocks") is None, reason="microsocks is not installed")
 def test_the_way_out_is_a_socks_proxy(home: Home, outside: RelayProcess, script: Path) -> None:
     home.only_through(1080)
-    proxy = starts(["microsocks", "-i", INTERNET, "-p", "1080"], 1080)
+    proxy = starts(["microsocks", "-i", home.internet, "-p", "1080"], home.internet, 1080)
     try:
-        url = f"socks5h://{INTERNET}:1080"
+        url = f"socks5h://{home.internet}:1080"
         assert home.client(script, outside.address, ALL_PROXY=url) == ANSWER
     finally:
         proxy.kill()
