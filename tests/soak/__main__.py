@@ -67,6 +67,7 @@ SEARCHES: Mapping[str, Command] = {
     "chaos": _program("tests/soak/searches.py", "chaos"),
     "lost": _program("tests/soak/searches.py", "lost"),
     "once": _program("tests/soak/searches.py", "once"),
+    "relay": _program("tests/soak/searches.py", "relay"),
     "faults": _faults,
     "fuzz": _fuzz,
     "crashes": _tests("tests/faults/test_crash_matrix.py"),

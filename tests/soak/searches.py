@@ -14,13 +14,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 _TESTS = Path(__file__).parents[1]
 STUCK_AFTER = 120.0
 """Seconds that a round may take; it normally takes one or two."""
+_LARGE_MIB = 8
+_LARGE_AT_ONCE = 4
+"""How many tasks with so much data are under way at the same time."""
 
 
 def core(seed: int, seconds: float) -> str:
@@ -192,6 +197,104 @@ def once(seed: int, seconds: float) -> str:
     return f"{tasks:,} tasks"
 
 
+def _note_and_extend(ledger: str, number: int, data: bytes) -> bytes:
+    """Write a line into the ledger for each run; return the data with the number behind it."""
+    descriptor = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, b"%d\n" % number)
+    os.close(descriptor)
+    return data + b"%d" % number
+
+
+def relay(seed: int, seconds: float, *, tasks: int = 100_000, mebibytes: int = 1024) -> str:
+    """Kill the relay three times while tasks and data pass it; check that each ran once.
+
+    A round has its full size, however few the seconds are.
+
+    Args:
+        seed: Of the moments at which the relay dies, and of how long it is away.
+        seconds: After which no further round begins.
+        tasks: Number of short tasks in each round.
+        mebibytes: Data that passes the relay in each round, half of it on the way back.
+    """
+    sys.path.insert(0, str(_TESTS / "relay"))
+    from relay_helpers import RelayLauncher, RelayProcess
+
+    end = time.monotonic() + seconds
+    rounds, took = 0, []
+    while not rounds or time.monotonic() < end:
+        faulthandler.dump_traceback_later(4 * STUCK_AFTER, exit=True)
+        draw = random.Random(seed + rounds)
+        began = time.monotonic()
+        process = RelayProcess()
+        workers = RelayLauncher(process.address, slots_per_worker=2)
+        try:
+            with tempfile.TemporaryDirectory() as directory:
+                _die_three_times(draw, process, workers, f"{directory}/ledger", tasks, mebibytes)
+        finally:
+            process.kill()
+            workers.close_workers()
+        took.append(time.monotonic() - began)
+        rounds += 1
+    faulthandler.cancel_dump_traceback_later()
+    return (
+        f"{tasks:,} tasks and {mebibytes:,} MiB with three deaths, {rounds} times: "
+        f"{', '.join(f'{each:.0f} s' for each in took)}"
+    )
+
+
+def _die_three_times(
+    draw: random.Random, process: Any, workers: Any, ledger: str, tasks: int, mebibytes: int
+) -> None:
+    from cloudexec import BatchExecutor
+
+    # Each goes to a worker and comes back.
+    large = mebibytes // (2 * _LARGE_MIB)
+    deaths = set(draw.sample(range(tasks // 10, tasks), 3))
+    sends = set(range(0, tasks, max(1, tasks // large)))
+    executor = BatchExecutor(4, launcher=workers, retries=0, output="off")
+    results = executor.map(_note_and_extend, repeat(ledger), range(tasks), repeat(b""))
+    pending: deque[tuple[bytes, Any]] = deque()
+    number = tasks
+
+    def check() -> None:
+        data, future = pending.popleft()
+        assert future.result(STUCK_AFTER) == data, "a large result is wrong"
+
+    for at in range(tasks):
+        if at in sends and number < tasks + large:
+            data = draw.randbytes(_LARGE_MIB << 20)
+            future = executor.submit(_note_and_extend, ledger, number, data)
+            pending.append((data + b"%d" % number, future))
+            number += 1
+            if len(pending) > _LARGE_AT_ONCE:
+                check()
+        assert next(results) == b"%d" % at, f"the result of task {at} is wrong"
+        if at in deaths:
+            process.kill()
+            time.sleep(draw.choice([0.0, 0.5, 3.0]))
+            process._start(process.address)
+    while pending:
+        check()
+    # One that is still away when the executor shuts down is given up, rightly.
+    until = time.monotonic() + STUCK_AFTER
+    while executor.stats().workers.cut:
+        assert time.monotonic() < until, "a worker does not come back"
+        time.sleep(0.05)
+    stats = executor.stats()
+    assert stats.lost_attempts == 0, f"{stats.lost_attempts} attempts are lost"
+    assert stats.workers.lost == 0, f"{stats.workers.lost} workers are lost"
+    executor.shutdown(wait=False)
+    codes = [worker.wait(STUCK_AFTER) for worker in workers.workers.values()]
+    assert codes == [0] * len(codes), f"exit codes of workers: {codes}"
+    workers.end_all()
+    executor.shutdown()
+    runs = _runs(ledger)
+    assert number == tasks + large, f"{number - tasks} of {large} large tasks were sent"
+    assert set(runs) == set(range(number)), "tasks have results and never ran"
+    twice = [each for each, count in runs.items() if count > 1]
+    assert not twice, f"ran twice: {twice}"
+
+
 _SEARCHES: Mapping[str, Callable[[int, float], str]] = {
     "core": core,
     "turns": turns,
@@ -199,6 +302,7 @@ _SEARCHES: Mapping[str, Callable[[int, float], str]] = {
     "chaos": chaos,
     "lost": lost,
     "once": once,
+    "relay": relay,
 }
 
 

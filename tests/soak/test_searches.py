@@ -33,6 +33,10 @@ def test_programs_beside_one_another_lose_no_task() -> None:
     assert searches.lost(7, 1.0, copies=3, tasks=20_000) == "3 programs"
 
 
+def test_a_relay_that_dies_while_data_passes_it_loses_and_doubles_nothing() -> None:
+    assert searches.relay(7, 0.1, tasks=3_000, mebibytes=64).startswith("3,000 tasks")
+
+
 def test_each_run_of_a_search_says_its_seed() -> None:
     run = soak("--only", "core", "--seed", "11", "--seconds", "0.5")
     assert run.returncode == 0, run.stdout
