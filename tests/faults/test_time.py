@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
@@ -26,6 +25,7 @@ from fault_helpers import (
 )
 
 from cloudexec import BatchExecutor
+from cloudexec._record_class import replace
 
 pytestmark = [
     pytest.mark.timeout(90),
@@ -40,7 +40,7 @@ LEASE = 3.0
 def hasten(executor: BatchExecutor) -> None:
     """Have silence noticed soon; before the first task."""
     submitter = executor._submitter
-    submitter._config = dataclasses.replace(submitter._config, lease_timeout=LEASE)
+    submitter._config = replace(submitter._config, lease_timeout=LEASE)
 
 
 CLIENT = """
