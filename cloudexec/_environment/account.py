@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from cloudexec._aws.images import EcrRepository, in_thread
@@ -56,17 +55,14 @@ async def push_to_account(
     address, credentials = await EcrRepository(clients, profile.repository).login()
     host, _, name = address.partition("/")
     with Repository(host, name, credentials) as repository:
-        try:
-            return await in_thread(
-                lambda: push_packages(
-                    packages,
-                    repository,
-                    python=python,
-                    platform=platform,
-                    report=report,
-                    refresh=refresh,
-                )
+        # Where this is cancelled, the repository is closed, which ends the thread.
+        return await in_thread(
+            lambda: push_packages(
+                packages,
+                repository,
+                python=python,
+                platform=platform,
+                report=report,
+                refresh=refresh,
             )
-        except asyncio.CancelledError:
-            repository.close()
-            raise
+        )

@@ -39,7 +39,6 @@ class Pushed:
     tag: str
     sent_layers: int
     """Layers that were sent just now; 0: all were there."""
-    sent_bytes: int
     was_pushed: bool
     """Whether the image was not there before."""
 
@@ -75,7 +74,7 @@ def push_packages(
         LaunchError: If a registry refuses, or cannot be reached.
     """
     cache = cache or Cache()
-    installer = functools.cache(lambda: find_installer(packages.wheelhouse))
+    installer = functools.cache(lambda: find_installer(packages.wheels))
     base_name = packages.base or default_base(python)
     version, pins = image_contents.own_version(), image_contents.worker_pins()
     # The last one is the init, which the base has.
@@ -102,7 +101,6 @@ def push_packages(
             uri=f"{repository}@{known['digest']}",
             tag=known["tag"],
             sent_layers=0,
-            sent_bytes=0,
             was_pushed=False,
         )
     base = prepare_base(
@@ -144,7 +142,7 @@ def _push(
         found = repository.manifest(tag)
         if found is not None:
             uri = f"{repository}@{found.digest}"
-            return Pushed(uri=uri, tag=tag, sent_layers=0, sent_bytes=0, was_pushed=False)
+            return Pushed(uri=uri, tag=tag, sent_layers=0, was_pushed=False)
         missing = _missing(layers, repository)
         absent = [number for number in missing if layers[number].path is None]
         if absent:
@@ -153,8 +151,8 @@ def _push(
             missing = _missing(layers, repository)
             tag = _tag(base, layers, version)
         sent = [layers[number] for number in missing]
-        total = sum(layer.size for layer in sent)
         if sent:
+            total = sum(layer.size for layer in sent)
             several = "layer" if len(sent) == 1 else "layers"
             report(f"sending {len(sent)} {several}, {total / 1e6:,.1f} MB, to {repository}")
         with ThreadPoolExecutor(_UPLOADS) as pool:
@@ -170,7 +168,6 @@ def _push(
         uri=f"{repository}@{digest}",
         tag=tag,
         sent_layers=len(sent),
-        sent_bytes=total,
         was_pushed=True,
     )
 

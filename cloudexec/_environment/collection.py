@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
 
 from cloudexec._environment.cache import Cache
 from cloudexec._environment.components import (
@@ -25,11 +25,16 @@ from cloudexec._environment.fetching import Installer, NoWheelError, names_of
 from cloudexec._environment.inventory import (
     Distribution,
     Inventory,
-    canonical,
     signature_of,
     take_inventory,
 )
-from cloudexec._environment.local_requirements import masked, places_of
+from cloudexec._environment.local_requirements import (
+    all_lines_of,
+    is_dynamic,
+    masked,
+    places_of,
+    project_name,
+)
 from cloudexec._environment.packages import Packages
 from cloudexec._environment.selection import Selection, merged, needs_of, select
 from cloudexec._environment.target import Target
@@ -37,7 +42,6 @@ from cloudexec._errors import ConfigError
 
 __all__ = ["Collection"]
 
-_INCLUDED = re.compile(r"^\s*(?:-r|-c|--requirement|--constraint)[\s=]+(\S+)", re.MULTILINE)
 _REMEDIES = (
     "Leave it out if tasks do not need it (exclude=), name a version that has a wheel (extra=), or "
     "have workers run an image of your own (image=). What needs a compiler or system packages can "
@@ -69,7 +73,9 @@ class Collection:
         is_fresh: bool = False,
     ) -> None:
         self._packages = packages
-        self._required = {canonical(pin.partition("==")[0]): pin for pin in required}
+        self._required: dict[str, str] = {
+            canonicalize_name(pin.partition("==")[0]): pin for pin in required
+        }
         self._installed = inventory.distributions
         if packages.source != "here":
             own = {
@@ -80,9 +86,13 @@ class Collection:
         self._cache = cache
         self._installer = installer
         self._is_fresh = is_fresh
-        self._exclude = {canonical(name) for name in packages.exclude} - self._required.keys()
+        self._exclude = {
+            canonicalize_name(name) for name in packages.exclude
+        } - self._required.keys()
         self._reasons: dict[str, str] = {}
         self._known: dict[str, Distribution] = {}
+        self._built: dict[str, str] = {}
+        """Where what this machine has built came from, for messages, by name."""
 
     def signature(self) -> str:
         """Return what differs whenever the components may: found from names, sizes and times."""
@@ -92,7 +102,7 @@ class Collection:
         whole.update(repr(named).encode())
         if packages.file is not None:
             whole.update(_digest_of(packages.file).encode())
-            if (project := _project_of(packages.file)) is not None:
+            if (project := self._own_project(packages.file)) is not None:
                 whole.update(signature_of(project).encode())
         return whole.hexdigest()
 
@@ -103,38 +113,40 @@ class Collection:
             ConfigError: If something cannot be had for it.
         """
         found: dict[str, Component] = {}
-        wanted: dict[str, str] = {}
-        self._known = {}
+        unfit: dict[str, str] = {}
+        self._known, self._built = {}, {}
         if self._packages.file is not None:
             found.update(self._of_file(self._packages.file, target))
         selection = self._select(target)
+        wanted = dict(selection.wanted)
+        for name, texts in _for_target(self._packages.extra, target).items():
+            wanted[name] = merged(texts)
         for name in selection.here:
             each = self._installed[name]
-            if name == "cloudexec" or name in found:
+            if name == "cloudexec" or name in found or name in wanted:
                 continue
             if each.source is not None:
                 found[name] = self._project(each.source, target)
                 continue
             component = of_distribution(each, target)
             why = self._why_not(each, component, target)
+            found[name] = component
+            self._known[name] = each
             if why:
-                wanted[name] = each.label
-                self._reasons[name] = why
-            else:
-                found[name] = component
-                self._known[name] = each
-        wanted.update(selection.wanted)
-        for name, texts in _for_target(self._packages.extra, target).items():
-            wanted[name] = merged(texts)
-            self._reasons.pop(name, None)
-        for name in wanted:
-            found.pop(name, None)
-            self._known.pop(name, None)
-        self._fetch_all(wanted, found, target)
-        components = list(found.values())
+                unfit[name] = why
+        self._replace(wanted, unfit, found, target)
+        fetched = self._fetch_all(wanted, target)
+        # Which libraries workers get is known only now, and again when a wheel takes the place of
+        # what was copied.
+        while unfit := self._without_libraries({**found, **fetched}, target):
+            self._replace(wanted, unfit, found, target)
+            fetched = self._fetch_all(wanted, target)
+        components = list({**found, **fetched}.values())
         components += [of_directory(path, target) for path in self._inventory.paths]
         loose = [
-            path for path in self._inventory.loose if canonical(_module(path)) not in self._exclude
+            path
+            for path in self._inventory.loose
+            if canonicalize_name(_module(path)) not in self._exclude
         ]
         if loose:
             components.append(_of_loose(loose, target))
@@ -153,35 +165,79 @@ class Collection:
             why = why or "its libraries need those of conda"
             return f"conda has installed it here, in a form that is not a wheel ({why})"
         if not why:
-            return self._lacks(component, each.tags, target)
+            return ""
         if each.origin:
             return f"{why}, made from {each.origin}"
         if any("-linux_" in tag for tag in each.tags):
             return f"{why}, made on a machine and not for others"
         return why
 
-    def _lacks(self, component: Component, tags: frozenset[str], target: Target) -> str:
-        """Say which libraries are missing on the image; empty: none is.
+    def _replace(
+        self,
+        wanted: dict[str, str],
+        unfit: dict[str, str],
+        found: dict[str, Component],
+        target: Target,
+    ) -> None:
+        """Want the wheels of what is installed here in a form that does not fit.
+
+        Args:
+            wanted: Requirements of what is to be fetched, by name; more are added.
+            unfit: Why what is installed here does not fit, by name.
+            found: Loses what is to be fetched.
+            target: Where it does not fit.
+        """
+        for name, why in unfit.items():
+            self._reasons[name] = why
+            wanted[name] = self._pinned(self._installed[name], why, target)
+        for name in wanted:
+            found.pop(name, None)
+            self._known.pop(name, None)
+
+    def _pinned(self, each: Distribution, why: str, target: Target) -> str:
+        if not _is_version(each):
+            raise ConfigError(
+                f"workers on {target} cannot have {each.name} in the version {each.version!r} that "
+                f"is installed here: {why}, and no wheel of it can be looked for, as this is not a "
+                f"version as PEP 440 has them. {_REMEDIES}"
+            )
+        return each.label
+
+    def _without_libraries(self, found: dict[str, Component], target: Target) -> dict[str, str]:
+        """Say of what was copied which libraries it needs, and no worker has; by name.
 
         What a base of one's own has is not known.
+
+        Raises:
+            ConfigError: If a project that was built here needs one.
         """
         if self._packages.base:
-            return ""
-        missing = missing_libraries(component, tags, target, self._libraries)
-        if not missing:
-            return ""
-        return f"it was compiled here, and needs {' and '.join(missing)}, which no package brings"
-
-    @functools.cached_property
-    def _libraries(self) -> frozenset[str]:
-        return frozenset(name for each in self._installed.values() for name in libraries_of(each))
+            return {}
+        present = frozenset(name for each in found.values() for name in libraries_of(each))
+        unfit = {}
+        for name, component in found.items():
+            each = self._known.get(name)
+            if each is None or not (name in self._built or each is self._installed.get(name)):
+                continue
+            missing = missing_libraries(component, each.tags, target, present)
+            if not missing:
+                continue
+            why = (
+                f"it was compiled here, and needs {' and '.join(missing)}, which no package brings"
+            )
+            if name in self._built:
+                raise ConfigError(
+                    f"workers on {target} cannot have {self._built[name]}: {why}. Name an image to "
+                    f"build on that has them (base=), or an image of your own (image=)"
+                )
+            unfit[name] = why
+        return unfit
 
     # What is not here in a form that fits.
 
-    def _fetch_all(
-        self, wanted: dict[str, str], found: dict[str, Component], target: Target
-    ) -> None:
+    def _fetch_all(self, wanted: dict[str, str], target: Target) -> dict[str, Component]:
         """Fetch what is wanted, and what that requires, until nothing is missing."""
+        found: dict[str, Component] = {}
         fetched: dict[str, Distribution] = {}
         tried: set[str] = set()
         while True:
@@ -208,6 +264,7 @@ class Collection:
                 fetched[name] = each
         for name in fetched.keys() - demands.keys():
             del found[name]  # What required it has been replaced by another version.
+        return found
 
     def _demands(
         self, wanted: dict[str, str], fetched: dict[str, Distribution], target: Target
@@ -239,7 +296,7 @@ class Collection:
         """Whether something that was fetched has a requirement that is to be met."""
         if needed in self._exclude or needed == "cloudexec":
             return False
-        here = self._installed.get(by)
+        here = self._installed.get(by) if self._packages.source == "here" else None
         if here is None or needed in self._installed:
             return True
         # What is missing here, too, is missing on purpose.
@@ -258,16 +315,25 @@ class Collection:
         )
 
     def _extras_here(self, needed: str, by: str) -> set[str]:
-        """Return the extras that have been selected: what they lack here is missing on purpose."""
+        """Return the extras that have been selected: what they lack here is missing on purpose.
+
+        Those that only an extra of ``by`` requires have not been selected: such as ``[plot]`` of
+        itself, which its extra ``all`` requires.
+        """
         needs = needs_of(self._installed[by].requires, None)
-        return {extra for need in needs if need.name == needed for extra in need.extras}
+        return {
+            extra
+            for need in needs
+            if need.name == needed and "" in need.when
+            for extra in need.extras
+        }
 
     def _choice(self, name: str, texts: list[str], wanted: dict[str, str]) -> str:
         """Return the requirement to fetch by: of the version that is here, if that will do."""
         here = self._installed.get(name)
-        if name not in wanted and here is not None and all(_meets(here, text) for text in texts):
-            return here.label
-        return merged(texts)
+        if here is None or name in wanted or not _is_version(here):
+            return merged(texts)
+        return here.label if all(_meets(here, text) for text in texts) else merged(texts)
 
     def _conflict(
         self, have: Distribution | None, name: str, asked: list[tuple[str, str]], target: Target
@@ -286,7 +352,7 @@ class Collection:
     @functools.cached_property
     def _wheelhouse(self) -> str:
         """What differs whenever the wheelhouse has other wheels; empty: there is none."""
-        folder = self._packages.wheelhouse
+        folder = self._packages.wheels
         if folder is None:
             return ""
         whole = hashlib.sha256(str(folder.absolute()).encode())
@@ -354,21 +420,16 @@ class Collection:
                 f"was built here, and {why}. Choose workers of this machine's kind (arch=), or "
                 f"have them run an image of your own (image=)"
             )
-        if why := self._lacks(component, each.tags, target):
-            raise ConfigError(
-                f"workers on {target} cannot have the project {each.name} in {source}: {why}. Name "
-                f"an image to build on that has them (base=), or an image of your own (image=)"
-            )
+        self._built[each.name] = f"the project {each.name} in {source}"
         return component
 
     def _of_file(self, file: Path, target: Target) -> dict[str, Component]:
-        key = hashlib.sha256(
-            f"{file} {_digest_of(file)} {target} {self._wheelhouse}".encode()
-        ).hexdigest()
+        said = f"{file} {_digest_of(file)} {target} {self._wheelhouse} {sorted(self._exclude)}"
+        key = hashlib.sha256(said.encode()).hexdigest()
         tree = None if self._is_fresh else self._cache.directory("wheels", key)
         if tree is None:
             with self._cache.fill("wheels", key, replace=self._is_fresh) as into:
-                self._installer().fetch_file(file, target, into)
+                self._installer().fetch_file(file, target, into, self._exclude)
                 into.mkdir(exist_ok=True)
             tree = self._cache.directory("wheels", key)
             assert tree is not None
@@ -384,22 +445,32 @@ class Collection:
             is_own = each.origin.startswith("file:")
             component = of_distribution(each, target, is_own=is_own)
             why = misfit(component, each.tags, target)
-            if is_own and (why := why or self._lacks(component, each.tags, target)):
-                raise ConfigError(
-                    f"workers on {target} cannot have {each.label}, which {file} takes from this "
-                    f"machine: {why}. Choose workers of this machine's kind (arch=), name an image "
-                    f"to build on (base=), or have them run an image of your own (image=)"
-                )
+            if is_own:
+                self._built[name] = f"{each.label}, which {file} takes from this machine"
+                if why:
+                    raise ConfigError(
+                        f"workers on {target} cannot have {self._built[name]}: {why}. Choose "
+                        f"workers of this machine's kind (arch=), or have them run an image of "
+                        f"your own (image=)"
+                    )
             if why:
                 raise self._lies(each, why, target)
             found[name] = component
             self._known[name] = each
-        project = _project_of(file)
+        project = self._own_project(file)
         if project is not None:
             component = self._project(project, target)
             if component.name not in self._exclude:
-                found[component.name] = replace(component, is_own=True)
+                found[component.name] = component
         return found
+
+    def _own_project(self, file: Path) -> Path | None:
+        """Return the project of a file, if its wheel is still to be built."""
+        project = _project_of(file)
+        if project is None or project_name(project) in self._exclude:
+            return None
+        # What only the wheel says has been read from it, and the wheel is there.
+        return None if file.name == "pyproject.toml" and is_dynamic(file) else project
 
 
 def _module(path: Path) -> str:
@@ -431,23 +502,13 @@ def _project_of(file: Path) -> Path | None:
 
 def _digest_of(file: Path) -> str:
     """Return what differs when a file does, or one that it includes."""
-    whole = hashlib.sha256()
-    pending, seen = [file], set()
-    while pending:
-        each = pending.pop()
-        if each in seen:
-            continue
-        seen.add(each)
+    if file.suffix == ".txt":
+        whole = hashlib.sha256("\n".join(all_lines_of(file)).encode())
+    else:
         try:
-            content = each.read_bytes()
+            whole = hashlib.sha256(file.read_bytes())
         except OSError as exc:
-            raise ConfigError(f"{each} cannot be read: {exc.strerror}") from exc
-        whole.update(content)
-        if each.suffix == ".txt":
-            text = content.decode(errors="replace")
-            # What is behind an address is read by the installer.
-            names = [name for name in _INCLUDED.findall(text) if "://" not in name]
-            pending += [each.parent / name for name in names]
+            raise ConfigError(f"{file} cannot be read: {exc.strerror}") from exc
     for place in places_of(file):
         whole.update(signature_of(place).encode())
     return whole.hexdigest()
@@ -456,7 +517,7 @@ def _digest_of(file: Path) -> str:
 def _extras(requirement: str) -> tuple[str, ...]:
     from packaging.requirements import Requirement
 
-    return tuple(canonical(extra) for extra in Requirement(requirement).extras)
+    return tuple(canonicalize_name(extra) for extra in Requirement(requirement).extras)
 
 
 def _for_target(requirements: Sequence[str], target: Target) -> dict[str, list[str]]:
@@ -469,6 +530,17 @@ def _for_target(requirements: Sequence[str], target: Target) -> dict[str, list[s
         if marker is None or marker.evaluate({**target.markers(), "extra": ""}):
             found.setdefault(name, []).append(text)
     return found
+
+
+def _is_version(each: Distribution) -> bool:
+    """Whether its version can be asked for: old tools installed others as well."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        Version(each.version)
+    except InvalidVersion:
+        return False
+    return True
 
 
 def _meets(have: Distribution, requirement: str) -> bool:

@@ -262,9 +262,10 @@ def is_native(component: Component) -> bool:
     return any(_NATIVE.search(entry.path) for entry in component.entries)
 
 
-def libraries_of(found: Distribution) -> Iterable[str]:
-    """Return the names of the libraries that a distribution has installed."""
-    return (name.rpartition("/")[2] for name in found.files or () if _NATIVE.search(name))
+def libraries_of(component: Component) -> Iterable[str]:
+    """Return the names of the libraries in it."""
+    names = (entry.path.rpartition("/")[2] for entry in component.entries)
+    return (name for name in names if _NATIVE.search(name))
 
 
 def missing_libraries(

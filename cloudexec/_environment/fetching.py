@@ -10,17 +10,20 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from packaging.utils import canonicalize_name
 
 from cloudexec._environment.local_requirements import (
     is_dynamic,
     lines_of,
     local_of,
     masked,
+    project_name,
     refuse_local,
 )
 from cloudexec._environment.target import Target
@@ -28,12 +31,13 @@ from cloudexec._errors import ConfigError
 
 __all__ = ["Installer", "NoWheelError", "find_installer", "names_of"]
 
-"""User name and password in an address; a password may have an "@" in it."""
 _LINES = 6
 _LOG_LINES = 25
 _TRIES = 8
 """Requirements that are tried one by one at a time, to name all that cannot be had."""
 _LONGEST = 3600.0
+_OLDEST_UV = "0.5.23"
+"""The first one that has --no-default-groups. uv's changelog, 0.5.23."""
 
 
 class NoWheelError(Exception):
@@ -90,17 +94,26 @@ class Installer:
                 *self._verb(target, into), "--no-deps", "-r", str(file), *self._sources()
             )
 
-    def fetch_file(self, file: Path, target: Target, into: Path) -> None:
+    def fetch_file(
+        self, file: Path, target: Target, into: Path, exclude: Set[str] = frozenset()
+    ) -> None:
         """Install what a requirements file, ``pyproject.toml`` or ``uv.lock`` names, and what that
         requires.
+
+        Args:
+            file: Names what is wanted.
+            target: Where it is to run.
+            into: A new directory.
+            exclude: Names of projects that are not built, if the file names their directories.
 
         Raises:
             ConfigError: If that cannot be had, or pip cannot do it here.
         """
-        if not self.is_uv and sys.platform != "linux":
+        if not self.is_uv and not target.is_like_this_machine:
             raise ConfigError(
-                f"packages={str(file)!r} needs uv on this system: pip would choose what is "
-                f"required for this platform, and not for {target}; `pip install uv`"
+                f"packages={str(file)!r} needs uv for workers on {target}: pip would choose what "
+                f"is required on this machine, which is another platform or has another Python; "
+                f"`pip install uv`"
             )
         with contextlib.ExitStack() as stack:
             given = file
@@ -110,10 +123,11 @@ class Installer:
                 refuse_local(file)
                 if is_dynamic(file):
                     given = stack.enter_context(_requirements_file(["./"]))
+                    exclude = frozenset()  # Its wheel alone says what it requires.
                 elif not self.is_uv:
                     given = stack.enter_context(_requirements_file(_dependencies(file)))
             if given.suffix == ".txt":
-                given = stack.enter_context(self._with_wheels(given, file))
+                given = stack.enter_context(self._with_wheels(given, file, exclude))
             done = self._run(
                 *self._verb(target, into), "-r", str(given), *self._sources(), folder=file.parent
             )
@@ -123,7 +137,7 @@ class Installer:
             )
 
     @contextlib.contextmanager
-    def _with_wheels(self, given: Path, file: Path) -> Iterator[Path]:
+    def _with_wheels(self, given: Path, file: Path, exclude: Set[str]) -> Iterator[Path]:
         """Build the projects on this machine that a requirements file names, and name their wheels
         instead: an editable one would be a path that workers do not have."""
         lines = lines_of(given)
@@ -137,6 +151,9 @@ class Installer:
                     continue
                 if not each.path.is_dir():
                     raise ConfigError(f"{file} names the project {each.path}, which is not there")
+                if project_name(each.path) in exclude:
+                    lines[number] = ""
+                    continue
                 wheel = self._wheel(each.path, Path(name, str(number)))
                 project = wheel.name.partition("-")[0]
                 lines[number] = f"{project}{each.extras} @ {wheel.as_uri()}{each.marker}"
@@ -157,6 +174,12 @@ class Installer:
             "--directory",
             str(lock.parent.absolute()),
         )
+        if done.returncode and "--no-default-groups" in done.stderr:
+            version = self._run("--version").stdout.strip() or "this uv"
+            raise ConfigError(
+                f"{version} ({self.command[0]}) is too old to read {lock}: version {_OLDEST_UV} or "
+                f"later is needed; `pip install --upgrade uv`"
+            )
         if done.returncode:
             raise ConfigError(f"uv cannot read {lock}: {_said(done)}")
         yield from done.stdout.splitlines()
@@ -274,12 +297,10 @@ def names_of(requirements: Iterable[str]) -> list[str]:
     """
     from packaging.requirements import InvalidRequirement, Requirement
 
-    from cloudexec._environment.inventory import canonical
-
-    names = []
+    names: list[str] = []
     for text in requirements:
         try:
-            names.append(canonical(Requirement(text).name))
+            names.append(canonicalize_name(Requirement(text).name))
         except InvalidRequirement as exc:
             # Not raised from the other one, which has the text with its password.
             raise ConfigError(

@@ -15,11 +15,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
+from packaging.utils import canonicalize_name
+
 __all__ = [
     "SITES",
     "Distribution",
     "Inventory",
-    "canonical",
     "signature_of",
     "source_files",
     "take_inventory",
@@ -41,11 +42,6 @@ _NOBODYS = re.compile(
     r"|__pycache__|\..*|.*\.virtualenv|distutils-precedence\.pth|__editable__.*|~.*)"
 )
 """What lies in site-packages, belongs to no distribution, and is of no use elsewhere."""
-
-
-def canonical(name: str) -> str:
-    """Return a project's name in the form in which names are compared."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +229,9 @@ def _is_site(place: Path) -> bool:
     if place.name in SITES:
         return True
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return str(place) in given and any(place.glob("*.dist-info"))
+    # As paths, which are the same with a slash at the end.
+    is_given = place in [Path(each).absolute() for each in given if each]
+    return is_given and any(place.glob("*.dist-info"))
 
 
 def _added_by_pth(site: Path) -> Iterator[Path]:
@@ -293,7 +291,7 @@ def _read(info: Path, *, is_site: bool) -> Distribution | None:
     if not is_site and any((place / each).is_file() for each in ("pyproject.toml", "setup.py")):
         source = place  # `setup.py develop`, which leaves its metadata beside the source
     return Distribution(
-        name=canonical(name),
+        name=canonicalize_name(name),
         version=version,
         site=place,
         files=_files(info),

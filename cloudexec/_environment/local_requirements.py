@@ -11,10 +11,21 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
-from cloudexec._environment.inventory import canonical
+from packaging.utils import canonicalize_name
+
 from cloudexec._errors import ConfigError
 
-__all__ = ["Local", "is_dynamic", "lines_of", "local_of", "masked", "places_of", "refuse_local"]
+__all__ = [
+    "Local",
+    "all_lines_of",
+    "is_dynamic",
+    "lines_of",
+    "local_of",
+    "masked",
+    "places_of",
+    "project_name",
+    "refuse_local",
+]
 
 _COMMENT = re.compile(r"(^|\s+)#.*$")
 _EDITABLE = re.compile(r"(?:-e|--editable)(?:\s+|=)(.+)")
@@ -22,6 +33,7 @@ _INCLUDE = re.compile(r"(-r|-c|-f|--requirement|--constraint|--find-links)(?:\s+
 _NAMED = re.compile(r"[\w.-]+\s*(\[[^\]]*\])?\s*@\s*(\S+)")
 _PATH = re.compile(r"(.*?)(\[[^\]]*\])?")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
+"""User name and password in an address; a password may have an "@" in it."""
 
 
 class Local(NamedTuple):
@@ -67,6 +79,31 @@ def _lines_of(file: Path, seen: set[Path]) -> Iterator[str]:
             yield from _lines_of(place, seen)
         else:
             yield f"{option} {place.absolute()}"
+
+
+def all_lines_of(file: Path) -> list[str]:
+    """Return the lines of a requirements file, of those that it includes, and of constraints.
+
+    What is behind an address, or is not there, is left to whoever installs.
+
+    Raises:
+        ConfigError: If a file cannot be read.
+    """
+    lines: list[str] = []
+    pending, seen = [file], set[Path]()
+    while pending:
+        each = pending.pop()
+        if each in seen:
+            continue
+        seen.add(each)
+        found = lines_of(each)
+        lines += found
+        for line in found:
+            included = _INCLUDE.fullmatch(line)
+            if included is not None and included[1] in ("-c", "--constraint"):
+                place = Path(included[2])
+                pending += [place] if place.is_file() else []
+    return lines
 
 
 def local_of(line: str, folder: Path) -> Local | None:
@@ -133,6 +170,16 @@ def places_of(file: Path) -> list[Path]:
     return [Path(os.path.normpath(file.parent / each)) for each in named]
 
 
+def project_name(project: Path) -> str:
+    """Return the name of a project as its ``pyproject.toml`` has it; empty: it does not say."""
+    file = project / "pyproject.toml"
+    if not file.is_file():
+        return ""
+    data = _toml(file)
+    name = data.get("project", data.get("tool", {}).get("poetry", {})).get("name", "")
+    return canonicalize_name(str(name))
+
+
 def is_dynamic(file: Path) -> bool:
     """Whether only the wheel of a project says what it requires, and its ``pyproject.toml`` not.
 
@@ -160,11 +207,11 @@ def refuse_local(file: Path) -> None:
     """
     data = _toml(file)
     sources = {
-        canonical(name): source if isinstance(source, list) else [source]
+        canonicalize_name(name): source if isinstance(source, list) else [source]
         for name, source in data.get("tool", {}).get("uv", {}).get("sources", {}).items()
     }
     for text in data.get("project", {}).get("dependencies", ()):
-        name = canonical(re.split(r"[^\w.-]", str(text).strip())[0])
+        name = canonicalize_name(re.split(r"[^\w.-]", str(text).strip())[0])
         is_local = any("path" in each or each.get("workspace") for each in sources.get(name, ()))
         if is_local or re.search(r"@\s*file:", str(text)):
             raise ConfigError(

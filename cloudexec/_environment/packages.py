@@ -31,7 +31,7 @@ class Packages:
     ``"polars>=1"``."""
     base: str = ""
     """Image to put them on, with that Python and glibc; empty: the official one of Python."""
-    wheelhouse: Path | None = None
+    wheelhouse: str | Path | None = None
     """Directory that has all wheels that are needed and are not here, instead of an index."""
 
     def __post_init__(self) -> None:
@@ -54,13 +54,21 @@ class Packages:
                 f"packages={str(file)!r} must be a requirements file (.txt), a pyproject.toml or a "
                 f"uv.lock; other tools can write a requirements file, such as `poetry export`"
             )
-        if self.wheelhouse is not None and not Path(self.wheelhouse).is_dir():
+        wheels = self.wheelhouse
+        if wheels is not None and not (isinstance(wheels, (str, Path)) and str(wheels).strip()):
+            raise ConfigError(f"wheelhouse must be the path of a directory, not {wheels!r}")
+        if self.wheels is not None and not self.wheels.is_dir():
             raise ConfigError(f"the wheelhouse {self.wheelhouse} is not a directory")
 
     @property
     def file(self) -> Path | None:
         """The file that names the packages; ``None``: none does."""
         return None if self.source in ("here", "none") else Path(self.source).absolute()
+
+    @property
+    def wheels(self) -> Path | None:
+        """The directory that has all wheels; ``None``: an index has them."""
+        return None if self.wheelhouse is None else Path(self.wheelhouse)
 
     def describe(self) -> str:
         """Say in a few words what these are."""

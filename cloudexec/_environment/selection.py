@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cloudexec._environment.inventory import Inventory, canonical
+from packaging.utils import canonicalize_name
+
+from cloudexec._environment.inventory import Inventory
 from cloudexec._environment.target import Target
 
 __all__ = ["Need", "Selection", "merged", "needs_of", "select"]
@@ -25,8 +27,6 @@ class Selection:
     """Names of what is installed here."""
     wanted: dict[str, str] = field(default_factory=dict)
     """Requirements of what is not installed here, and required there, by name."""
-    dropped: list[str] = field(default_factory=list)
-    """Names of what is installed here, and required on this platform only."""
 
 
 class Need(NamedTuple):
@@ -61,7 +61,8 @@ def select(
     here = _here()
     needs_here = {name: _needs(each, here) for name, each in requires.items()}
     needs_there = {name: _needs(each, target.markers()) for name, each in requires.items()}
-    unwanted = {canonical(name) for name in exclude} - required.keys()
+    unwanted: set[str] = {canonicalize_name(name) for name in exclude}
+    unwanted -= required.keys()
     needed = {
         need.name
         for name, needs in needs_here.items()
@@ -78,7 +79,7 @@ def select(
     reached, _ = _reach(roots, needs_here, set())
     # Such as two that require each other, or what only an extra requires that nobody asked for.
     roots |= installed.keys() - reached - ignored
-    reached, missing_here = _reach(roots, needs_here, set())
+    _, missing_here = _reach(roots, needs_here, set())
     kept, missing = _reach(roots, needs_there, unwanted)
     return Selection(
         here=sorted(kept),
@@ -91,7 +92,6 @@ def select(
             },
             **{name: text for name, text in required.items() if name not in installed},
         },
-        dropped=sorted(reached - kept - unwanted),
     )
 
 
@@ -132,7 +132,7 @@ def _needs(requires: Iterable[str], environment: Mapping[str, str]) -> list[Need
         if requirement.marker is not None:
             extras = ["", *_EXTRA.findall(str(requirement.marker))]
             when = frozenset(
-                canonical(extra)
+                canonicalize_name(extra)
                 for extra in extras
                 if requirement.marker.evaluate({**environment, "extra": extra})
             )
@@ -140,8 +140,8 @@ def _needs(requires: Iterable[str], environment: Mapping[str, str]) -> list[Need
                 continue
         found.append(
             Need(
-                canonical(requirement.name),
-                tuple(canonical(extra) for extra in sorted(requirement.extras)),
+                canonicalize_name(requirement.name),
+                tuple(canonicalize_name(extra) for extra in sorted(requirement.extras)),
                 when,
                 str(requirement).partition(";")[0].strip(),
             )

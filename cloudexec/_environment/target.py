@@ -52,6 +52,12 @@ class Target:
             and sys.implementation.name == "cpython"
         )
 
+    @property
+    def is_like_this_machine(self) -> bool:
+        """Whether environment markers have the same values here."""
+        is_same = sys.platform == "linux" and platform.machine() == self.machine
+        return is_same and self.is_own_python
+
     def markers(self) -> dict[str, str]:
         """Return the values of environment markers there."""
         full = platform.python_version() if self.is_own_python else f"{self.python}.0"

@@ -212,6 +212,13 @@ def test_image_that_cannot_be_a_base_is_refused(
         push(base=f"{address}/unfit")
 
 
+def test_wheelhouse_may_be_given_as_text(client: Client, push: Pushing) -> None:
+    """As other paths."""
+    make_wheel(client.wheels, "thing")
+    pushed = push(source="none", extra=["thing"], wheelhouse=str(client.wheels))
+    assert pushed.was_pushed
+
+
 def test_base_for_another_platform_is_refused(address: str, push: Pushing) -> None:
     """It would not start."""
     with pytest.raises(ConfigError, match="is for linux/amd64, and not for linux/arm64"):

@@ -87,6 +87,12 @@ def collect(client: Client, cache: Cache, installer: Installer) -> Collecting:
     return run
 
 
+@pytest.fixture
+def of_files(installer: Installer) -> Target:
+    """The target that an installer takes files for: pip takes them for this machine alone."""
+    return ELSEWHERE if installer.is_uv else HERE
+
+
 def read(component: Component, path: str) -> bytes:
     """Return the content of a file of a component."""
     (entry,) = [each for each in component.entries if each.path == path]
@@ -215,6 +221,31 @@ def test_extras_of_what_is_here_are_fetched_where_another_package_needs_them(
         make_wheel(client.wheels, name)
     found = collect(X86, extra=["app"])
     assert found.keys() == {"served", "app", "loops", "tables"}
+
+
+@pytest.mark.parametrize("is_copied", [True, False])
+def test_extras_of_what_is_here_are_followed_through_its_other_extras(
+    client: Client, collect: Collecting, is_copied: bool
+) -> None:
+    """What only an extra requires was not selected here, so it is not missing on purpose."""
+    requires = ["served[fast]; extra == 'all'", "loops; extra == 'fast'"]
+    make_wheel(client.wheels, "served", requires=requires, extras=["fast", "all"])
+    make_wheel(client.wheels, "loops")
+    make_wheel(client.wheels, "app", requires=["served[all]"])
+    client.install("served")
+    extra = "app" if is_copied else "served[all]"
+    assert collect(X86, extra=[extra]).keys() == {"served", "loops"} | ({"app"} & {extra})
+
+
+def test_what_is_missing_here_is_wanted_where_a_file_names_the_packages(
+    client: Client, collect: Collecting
+) -> None:
+    """Only ``packages="here"`` copies what was left out on purpose."""
+    make_wheel(client.wheels, "partial", requires=["absent"])
+    make_wheel(client.wheels, "absent")
+    client.install("--no-deps", "partial")
+    assert collect(X86, source="none", extra=["partial"]).keys() == {"partial", "absent"}
+    assert collect(X86, extra=["partial"]).keys() == {"partial"}
 
 
 def test_version_suits_all_that_require_the_package(client: Client, collect: Collecting) -> None:
@@ -415,6 +446,71 @@ def test_what_was_compiled_here_needs_libraries_that_the_image_has(
     assert collect(HERE, base="own:latest").keys() == {"good", "other", "sql"}
     make_wheel(client.wheels, "sql", files={"sql/_c.so": library(HERE.machine)}, tag=here)
     assert read(collect(HERE)["sql"], f"{SITE}/sql/_c.so") == library(HERE.machine)
+
+
+def test_libraries_are_those_of_the_packages_that_workers_get(
+    client: Client, collect: Collecting
+) -> None:
+    """What a package that is left out, or has another version, brought here does not count."""
+    tag, there = f"{TAG}-{TAG}-linux_{HERE.machine}", f"{TAG}-{TAG}-manylinux_2_28_{HERE.machine}"
+    make_wheel(
+        client.wheels, "other", "1.0", {"other/libother.so.1": library(HERE.machine)}, tag=tag
+    )
+    needs = {"good/_c.so": library(HERE.machine, needs=["libother.so.1"])}
+    make_wheel(client.wheels, "good", files=needs, tag=tag)
+    client.install("good", "other")
+    (client.wheels / f"good-1.0-{tag}.whl").unlink()
+    assert collect(HERE).keys() == {"good", "other"}
+    make_wheel(
+        client.wheels, "other", "2.0", {"other/libother.so.2": library(HERE.machine)}, tag=there
+    )
+    for options in ({"exclude": ["other"]}, {"extra": ["other>=2"]}):
+        with pytest.raises(
+            ConfigError, match=r"good==1\.0: .*needs libother\.so\.1, which no pack"
+        ):
+            collect(HERE, **options)
+    make_wheel(client.wheels, "good", files={"good/_c.so": library(HERE.machine, 18)}, tag=there)
+    found = collect(HERE, extra=["other>=2"])
+    assert found.keys() == {"good", "other"}
+    assert read(found["good"], f"{SITE}/good/_c.so") == library(HERE.machine, 18)
+
+
+@pytest.mark.parametrize("is_fetched", [False, True])
+def test_project_may_need_a_library_of_a_package_that_workers_get(
+    client: Client, collect: Collecting, tmp_path: Path, is_fetched: bool
+) -> None:
+    """Also one that is added for them, and is not here."""
+    files = {"src/mine/_c.so": library(HERE.machine, needs=["libother.so.1"])}
+    client.install("-e", str(make_project(tmp_path / "mine", "mine", files)))
+    tag = f"{TAG}-{TAG}-manylinux_2_28_{HERE.machine}"
+    make_wheel(
+        client.wheels, "other", files={"other/libother.so.1": library(HERE.machine)}, tag=tag
+    )
+    if not is_fetched:
+        client.install("other")
+    assert collect(HERE, extra=["other"] if is_fetched else []).keys() == {"mine", "other"}
+    with pytest.raises(ConfigError, match=r"project mine in .*needs libother\.so\.1.*base="):
+        collect(HERE, exclude=["other"])
+
+
+def test_version_that_no_index_can_have_is_named(client: Client, collect: Collecting) -> None:
+    """Old tools installed such versions; what fits is copied all the same."""
+    for name in ("pure", "fast"):
+        info = client.site / f"{name}-2013k_own.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2013k_own\n")
+        (client.site / name).mkdir()
+        (client.site / name / "_c.so").write_bytes(library(HERE.machine) if name == "fast" else b"")
+        (info / "RECORD").write_text(f"{name}/_c.so,,\n{info.name}/METADATA,,\n")
+    (client.site / "pure" / "_c.so").rename(client.site / "pure" / "c.txt")
+    (client.site / "pure-2013k_own.dist-info" / "RECORD").write_text("pure/c.txt,,\n")
+    with pytest.raises(ConfigError, match=r"fast in the version '2013k_own' .*exclude="):
+        collect(ELSEWHERE)
+    assert collect(ELSEWHERE, exclude=["fast"]).keys() == {"pure"}
+    make_wheel(client.wheels, "fast", "1.0")
+    make_wheel(client.wheels, "app", requires=["fast"])
+    for options in ({"extra": ["fast>=1"]}, {"extra": ["app"], "source": "none"}):
+        assert collect(ELSEWHERE, **options)["fast"].version == "1.0"
 
 
 def test_project_that_needs_a_library_of_this_machine_is_refused(
@@ -641,7 +737,7 @@ def test_files_of_directories_may_be_programs_and_have_any_name(
 
 
 def test_requirements_file_is_taken_as_it_is(
-    client: Client, collect: Collecting, tmp_path: Path
+    client: Client, collect: Collecting, tmp_path: Path, of_files: Target
 ) -> None:
     """With hashes, and what it requires; nothing of what is installed here."""
     wheel = make_wheel(client.wheels, "pinned", "1.5")
@@ -650,14 +746,14 @@ def test_requirements_file_is_taken_as_it_is(
     file = tmp_path / "requirements.txt"
     good = hashlib.sha256(wheel.read_bytes()).hexdigest()
     file.write_text(f"pinned==1.5 --hash=sha256:{good}\n")
-    assert collect(ELSEWHERE, source=file).keys() == {"pinned"}
+    assert collect(of_files, source=file).keys() == {"pinned"}
     file.write_text(f"pinned==1.5 --hash=sha256:{'0' * 64}\n")
     with pytest.raises(ConfigError, match=r"(?si)requirements\.txt.*hash"):
-        collect(ELSEWHERE, source=file)
+        collect(of_files, source=file)
 
 
 def test_requirements_file_may_include_addresses(
-    client: Client, collect: Collecting, tmp_path: Path
+    client: Client, collect: Collecting, tmp_path: Path, of_files: Target
 ) -> None:
     """As the constraints that Airflow has on the web."""
     make_wheel(client.wheels, "pinned", "1.5")
@@ -672,20 +768,20 @@ def test_requirements_file_may_include_addresses(
     file = tmp_path / "requirements.txt"
     with serving(handler) as address:
         file.write_text(f"pinned\n-c {address}/constraints.txt\n")
-        assert collect(ELSEWHERE, source=file)["pinned"].version == "1.5"
+        assert collect(of_files, source=file)["pinned"].version == "1.5"
 
 
 def test_project_file_brings_the_project_and_what_it_requires(
-    client: Client, collect: Collecting, tmp_path: Path
+    client: Client, collect: Collecting, tmp_path: Path, of_files: Target
 ) -> None:
     """``pyproject.toml``, where it says how the project is built."""
     native_wheels(client.wheels, "fast")
     source = make_project(tmp_path / "mine", "mine", {"src/mine/__init__.py": ""})
     file = source / "pyproject.toml"
     file.write_text(file.read_text().replace("dependencies = []", "dependencies = ['fast']"))
-    found = collect(ELSEWHERE, source=file)
+    found = collect(of_files, source=file)
     assert found.keys() == {"mine", "fast"}
-    assert machines(found["fast"]) == {ELSEWHERE.machine}
+    assert machines(found["fast"]) == {of_files.machine}
 
 
 @pytest.mark.parametrize(
@@ -696,7 +792,7 @@ def test_project_file_brings_the_project_and_what_it_requires(
     ],
 )
 def test_project_file_that_does_not_say_what_it_requires(
-    client: Client, collect: Collecting, tmp_path: Path, about: str
+    client: Client, collect: Collecting, tmp_path: Path, of_files: Target, about: str
 ) -> None:
     """Its wheel does, which is built."""
     make_wheel(client.wheels, "thing")
@@ -709,13 +805,13 @@ def test_project_file_that_does_not_say_what_it_requires(
     backend.write_text(text)
     file = source / "pyproject.toml"
     file.write_text(f"{about}[build-system]{file.read_text().partition('[build-system]')[2]}")
-    assert collect(ELSEWHERE, source=file).keys() == {"mine", "thing"}
+    assert collect(of_files, source=file).keys() == {"mine", "thing"}
     make_wheel(client.wheels, "more")
     backend.write_text(text.replace("Requires-Dist: thing", "Requires-Dist: more"))
-    assert collect(ELSEWHERE, source=file).keys() == {"mine", "more"}
+    assert collect(of_files, source=file).keys() == {"mine", "more"}
     file.write_text(about)
     with pytest.raises(ConfigError, match=r"pyproject\.toml does not say what .* requires"):
-        collect(ELSEWHERE, source=file)
+        collect(of_files, source=file)
 
 
 def test_lock_file_of_uv_is_taken_as_it_is(
@@ -741,11 +837,86 @@ def test_lock_file_of_uv_is_taken_as_it_is(
     assert {(each.name, each.version) for each in found} == {("mine", "0.1"), ("fast", "1.0")}
 
 
+@pytest.mark.parametrize("other", [ELSEWHERE, Target("3.99", HERE.platform, 36)])
+@pytest.mark.parametrize("name", ["requirements.txt", "pyproject.toml"])
+def test_pip_takes_files_for_this_machine_alone(
+    client: Client, cache: Cache, pip: Installer, tmp_path: Path, name: str, other: Target
+) -> None:
+    """It decides by the markers of this machine what is required, and cannot be told others."""
+    make_wheel(client.wheels, "thing")
+    (tmp_path / "requirements.txt").write_text("thing\n")
+    about = "[project]\nname = 'mine'\nversion = '1'\ndependencies = ['thing']\n"
+    (tmp_path / "pyproject.toml").write_text(about)
+    packages = Packages(source=tmp_path / name, wheelhouse=client.wheels)
+    tool = Installer(pip.command, False, client.wheels)
+    made = Collection(packages, client.inventory(), [], cache, lambda: tool)
+    with pytest.raises(ConfigError, match=f"{name}.* needs uv for workers on {other}.*install uv"):
+        made.components(other)
+    assert [each.name for each in made.components(HERE)] == ["thing"]
+
+
+def test_uv_that_is_too_old_for_lock_files_is_named(
+    client: Client, cache: Cache, tmp_path: Path
+) -> None:
+    """With the version that is needed: the lock file is not to blame."""
+    program = tmp_path / "uv"
+    said = "error: unexpected argument '--no-default-groups' found"
+    program.write_text(
+        f'#!/bin/sh\ntest "$1" = --version && echo "uv 0.5.22" && exit\necho "{said}" >&2\nexit 2\n'
+    )
+    program.chmod(0o755)
+    (tmp_path / "uv.lock").write_text("version = 1\n")
+    packages = Packages(source=tmp_path / "uv.lock", wheelhouse=client.wheels)
+    tool = Installer((str(program),), True)
+    made = Collection(packages, client.inventory(), [], cache, lambda: tool)
+    with pytest.raises(
+        ConfigError, match=r"uv 0\.5\.22 .*too old .*version 0\.5\.23 or later.*upgrade uv"
+    ):
+        made.components(HERE)
+
+
+def test_project_that_alone_knows_what_it_requires_is_built_once(
+    client: Client, collect: Collecting, tmp_path: Path, of_files: Target
+) -> None:
+    """What it requires is there also where the project itself is left out."""
+    make_wheel(client.wheels, "thing")
+    source = make_project(tmp_path / "mine", "mine", {"src/mine/__init__.py": ""})
+    backend, built = source / "tools" / "own_backend.py", tmp_path / "built"
+    text = backend.read_text().replace('{version}\\n"', '{version}\\nRequires-Dist: thing\\n"')
+    note = f"    with open({str(built)!r}, 'a') as log:\n        log.write('built\\n')\n"
+    backend.write_text(text.replace("    about =", f"{note}    about ="))
+    file = source / "pyproject.toml"
+    file.write_text(file.read_text().replace("dependencies = []", "dynamic = ['dependencies']"))
+    found = collect(of_files, source=file)
+    assert found.keys() == {"mine", "thing"}
+    assert found["mine"].is_own
+    assert built.read_text() == "built\n"
+    assert collect(of_files, source=file, exclude=["mine"]).keys() == {"thing"}
+
+
+@pytest.mark.parametrize("is_editable", [True, False])
+def test_project_that_is_left_out_is_not_built(
+    client: Client, collect: Collecting, tmp_path: Path, of_files: Target, is_editable: bool
+) -> None:
+    """It may be one that cannot be built here; what else a file names is there."""
+    make_wheel(client.wheels, "thing")
+    source = make_project(tmp_path / "mine", "mine", {"src/mine/__init__.py": ""})
+    (source / "tools" / "own_backend.py").write_text("raise SystemExit('the moon is not full')\n")
+    file = source / "pyproject.toml"
+    file.write_text(file.read_text().replace("dependencies = []", "dependencies = ['thing']"))
+    if is_editable:
+        file = source / "requirements.txt"
+        file.write_text("-e .\nthing\n")
+    assert collect(of_files, source=file, exclude=["Mine"]).keys() == {"thing"}
+    with pytest.raises(ConfigError, match="the moon is not full"):
+        collect(of_files, source=file)
+
+
 @pytest.mark.parametrize(
     "line", ["-e ./libs/member[more]", "./libs/member[more] ; os_name != 'nt'"]
 )
 def test_projects_that_a_requirements_file_names_are_built(
-    client: Client, collect: Collecting, tmp_path: Path, line: str
+    client: Client, collect: Collecting, tmp_path: Path, of_files: Target, line: str
 ) -> None:
     """With what they require, from an included file, and again when they were edited."""
     native_wheels(client.wheels, "fast")
@@ -763,14 +934,14 @@ def test_projects_that_a_requirements_file_names_are_built(
     (tmp_path / "more" / "parts.txt").write_text(f"{line}\n-c limits.txt\n")
     (tmp_path / "more" / "limits.txt").write_text("fast<2\n")
     native_wheels(client.wheels, "fast", "2.0")
-    found = collect(ELSEWHERE, source=file)
+    found = collect(of_files, source=file)
     assert found.keys() == {"member", "fast", "loops", "tables"}
     assert found["fast"].version == "1.0"
     assert found["member"].is_own
     assert read(found["member"], f"{SITE}/member/__init__.py") == b"A = 1\n"
     assert not any(entry.path.endswith(".pth") for entry in found["member"].entries)
     (member / "src" / "member" / "__init__.py").write_text("A = 22\n")
-    changed = collect(ELSEWHERE, source=file)["member"]
+    changed = collect(of_files, source=file)["member"]
     assert read(changed, f"{SITE}/member/__init__.py") == b"A = 22\n"
 
 
@@ -784,7 +955,7 @@ def test_project_with_libraries_that_a_requirements_file_names(
     file = tmp_path / "requirements.txt"
     file.write_text("-e ./member\n")
     read(collect(HERE, source=file)["member"], f"{SITE}/member/_c.so")
-    with pytest.raises(ConfigError, match=rf"requirements\.txt .*{HERE.machine}"):
+    with pytest.raises(ConfigError, match=rf"requirements\.txt.*({HERE.machine}|needs uv)"):
         collect(ELSEWHERE, source=file)
     (member / "src/member/_c.so").write_bytes(library(HERE.machine, needs=["libpq.so.5"]))
     with pytest.raises(ConfigError, match=r"member==0\.1, which .* needs libpq\.so\.5.*base="):
@@ -800,6 +971,28 @@ def test_wheel_that_a_requirements_file_names_is_taken_when_it_is_another(
     for content in ("A = 1\n", "A = 22\n"):
         make_wheel(tmp_path / "own", "thing", files={"thing.py": content})
         assert read(collect(X86, source=file)["thing"], f"{SITE}/thing.py") == content.encode()
+
+
+@pytest.mark.parametrize("changed", ["parts.txt", "limits.txt", "more.txt"])
+def test_change_of_an_included_file_is_noticed(
+    client: Client, cache: Cache, tmp_path: Path, changed: str
+) -> None:
+    """Of requirements or constraints, also in a file that these include."""
+    for name, text in {
+        "requirements.txt": "-r parts.txt\n--constraint=limits.txt\n-c gone.txt\n",
+        "parts.txt": "thing\n",
+        "limits.txt": "-c more.txt\n",
+        "more.txt": "thing<2\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    packages = Packages(source=tmp_path / "requirements.txt")
+    inventory = client.inventory()
+    made = Collection(packages, inventory, [], cache, pytest.fail)
+    before = made.signature()
+    assert made.signature() == before
+    with open(tmp_path / changed, "a") as file:
+        file.write("other\n")
+    assert made.signature() != before
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,18 @@ def test_bytecode_without_its_source_is_a_module(client: Client) -> None:
     assert found.loose == (client.site / "alone.pyc",)
 
 
+@pytest.mark.parametrize("end", ["", "/"])
+def test_directories_of_pythonpath_are_looked_in(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Where packages are installed in them, however they are written."""
+    make_wheel(client.wheels, "thing")
+    client.install("--target", str(tmp_path / "own"), "thing")
+    monkeypatch.setenv("PYTHONPATH", f"{os.pathsep}{tmp_path}/own{end}")
+    monkeypatch.syspath_prepend(f"{tmp_path}/own{end}")
+    assert "thing" in take_inventory().distributions
+
+
 def test_this_environment_is_listed() -> None:
     """What runs these tests, from ``sys.path``."""
     found: Inventory = take_inventory()

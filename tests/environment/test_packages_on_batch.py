@@ -157,6 +157,13 @@ def test_wrong_settings_are_refused_at_once(options: dict[str, Any], message: st
         Batch(profile="team", **options)
 
 
+@pytest.mark.parametrize("wheelhouse", ["", "nowhere", 7])
+def test_wheelhouse_that_is_no_directory_is_refused(wheelhouse: Any) -> None:
+    """With what was given."""
+    with pytest.raises(ConfigError, match=f"wheelhouse .*{wheelhouse}"):
+        Packages(wheelhouse=wheelhouse)
+
+
 @pytest.mark.parametrize("name", ["Pipfile", "environment.yml"])
 def test_file_of_another_tool_is_refused(tmp_path: Path, name: str) -> None:
     """With what other tools can write."""

@@ -37,7 +37,6 @@ def test_what_only_this_platform_requires_is_left_out(selected: Selecting) -> No
     """As appnope, which is for macOS alone."""
     found = selected({"shell": [f"nope; {HERE}"], "nope": []}, "shell")
     assert found.here == ["shell"]
-    assert found.dropped == ["nope"]
 
 
 def test_what_only_the_workers_require_is_wanted(selected: Selecting) -> None:
