@@ -18,14 +18,15 @@ import ssl
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlencode, urljoin, urlsplit
 
 import urllib3
 
-from cloudexec._errors import ConfigError, LaunchError
+from cloudexec._environment.docker_login import Login, find_login
+from cloudexec._errors import CloudexecError, ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from urllib3.response import BaseHTTPResponse
@@ -100,13 +101,33 @@ class Manifest:
     data: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What is asked of a registry, however often."""
+
+    method: str
+    url: str
+    what: str
+    """What it is for, for messages."""
+    headers: Mapping[str, str]
+    body: bytes | IO[bytes] | None = None
+    once: bool = False
+    """Whether it is not tried again, though the error may pass."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether more than the right to read is needed."""
+        return self.method not in ("GET", "HEAD")
+
+
 class Repository:
     """One repository of a registry. Its methods may be called in several threads at once.
 
     Args:
         host: Of the registry; one on the loopback is spoken to without TLS.
         name: Of the repository.
-        credentials: User name and password; ``None``: those of Docker's configuration, if any.
+        credentials: User name and password; ``None``: those that Docker's configuration has, or a
+            credential helper that it names.
     """
 
     def __init__(self, host: str, name: str, credentials: Mapping[str, str] | None = None) -> None:
@@ -115,7 +136,8 @@ class Repository:
         self._server = "registry-1.docker.io" if host == "docker.io" else host
         scheme = "http" if _LOOPBACK.fullmatch(self._server) else "https"
         self._base = f"{scheme}://{self._server}"
-        self.credentials = credentials or _docker_credentials(host)
+        self._login = Login(credentials) if credentials else find_login(host)
+        self.credentials = self._login.credentials
         self._authorization = self._basic()
         self._closed = threading.Event()
         self._signing_in = threading.Lock()
@@ -151,7 +173,7 @@ class Repository:
             with self._request("GET", path, what, headers, passes=(404,)) as answer:
                 if answer.status == 404:
                     return None
-                return answer.read(_MANIFEST_LARGEST), answer.headers.get("Content-Type", "")
+                return self._manifest_of(answer, what), answer.headers.get("Content-Type", "")
 
         found = self._whole(what, read)
         if found is None:
@@ -160,6 +182,18 @@ class Repository:
         data = _json(content, f"{self}: the manifest {reference}")
         digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
         return Manifest(digest, str(data.get("mediaType") or header), data)
+
+    def _manifest_of(self, answer: BaseHTTPResponse, what: str) -> bytes:
+        content = b""
+        # To the end, which is where urllib3 1.26 sees that an answer was cut short.
+        for chunk in answer.stream(_CHUNK):
+            content += chunk
+            if len(content) > _MANIFEST_LARGEST:
+                raise LaunchError(
+                    f"the registry {self.host} was to {what} in {self.name}, and its answer is "
+                    f"longer than a manifest may be (4 MiB)"
+                )
+        return content
 
     def has_blob(self, digest: str) -> bool:
         """Whether a blob is there.
@@ -222,7 +256,7 @@ class Repository:
         Raises:
             LaunchError: If the registry refuses, or cannot be reached.
         """
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(1, _ATTEMPTS + 1):
             location = self._begin_upload(digest, mount_from)
             if not location:
                 return
@@ -230,9 +264,10 @@ class Repository:
                 self._finish_upload(location, digest, content)
                 return
             except _UploadLostError as exc:
-                if attempt == _ATTEMPTS - 1:
-                    raise LaunchError(f"{self}: a layer could not be pushed: {exc}") from exc
-                self._closed.wait(_pause(attempt))
+                pause = max(_pause(attempt), exc.pause)
+                if attempt == _ATTEMPTS or pause > _LONGEST_PAUSE:
+                    raise LaunchError(str(exc)) from exc
+                self._closed.wait(pause)
 
     def _begin_upload(self, digest: str, mount_from: str) -> str:
         query = f"?{urlencode({'mount': digest, 'from': mount_from})}" if mount_from else ""
@@ -259,10 +294,11 @@ class Repository:
             )
             # What was sent in part is begun again, at a new place.
             with self._request(
-                "PUT", url, "push a layer", headers, body=body, attempts=1, passes=(404, *_PASSING)
+                "PUT", url, "push a layer", headers, body=body, once=True, passes=(404, *_PASSING)
             ) as answer:
                 if answer.status not in (200, 201, 204):
-                    raise _UploadLostError(f"{answer.status} {answer.reason}")
+                    refusal = self._refusal(answer, "push a layer", writes=True)
+                    raise _UploadLostError(str(refusal), _wanted_pause(answer))
 
     def push_manifest(self, reference: str, content: bytes, media_type: str) -> str:
         """Store a manifest under a tag, and return its digest.
@@ -276,7 +312,7 @@ class Repository:
         with self._request(
             "PUT", path, f"push {reference}", headers, body=content, passes=(400, 409)
         ) as answer:
-            refusal = self._refusal(answer, f"push {reference}")
+            refusal = self._refusal(answer, f"push {reference}", writes=True)
         if answer.status >= 400:
             # Where tags must not change, the one that has this very image is refused as well.
             there = self.manifest(reference)
@@ -295,7 +331,7 @@ class Repository:
         headers: Mapping[str, str] | None = None,
         *,
         body: bytes | IO[bytes] | None = None,
-        attempts: int = _ATTEMPTS,
+        once: bool = False,
         passes: tuple[int, ...] = (),
     ) -> Iterator[BaseHTTPResponse]:
         """Make a request and yield the answer, with its body not read yet.
@@ -306,14 +342,15 @@ class Repository:
             what: What it is for, for messages.
             headers: Besides that of authorization.
             body: What is sent.
-            attempts: How often, if errors may pass.
+            once: Whether it is not tried again, though the error may pass.
             passes: Statuses of errors that the caller understands.
         """
         url = path if "://" in path else f"{self._base}{path}"
-        answer = self._signed_in(method, url, what, headers or {}, body, attempts, passes)
+        call = _Call(method, url, what, headers or {}, body, once)
+        answer = self._signed_in(call)
         try:
             if answer.status >= 400 and answer.status not in passes:
-                raise self._refusal(answer, what)
+                raise self._refusal(answer, what, writes=call.writes)
             yield answer
         except BaseException:
             answer.close()  # what is not read yet may be long
@@ -322,27 +359,18 @@ class Repository:
             answer.drain_conn()
             answer.release_conn()
 
-    def _signed_in(
-        self,
-        method: str,
-        url: str,
-        what: str,
-        headers: Mapping[str, str],
-        body: bytes | IO[bytes] | None,
-        attempts: int,
-        passes: tuple[int, ...],
-    ) -> BaseHTTPResponse:
-        is_own = urlsplit(url).netloc == self._server
+    def _signed_in(self, call: _Call) -> BaseHTTPResponse:
+        is_own = urlsplit(call.url).netloc == self._server
 
         def attempt() -> BaseHTTPResponse:
             own = {"Authorization": self._authorization} if self._authorization and is_own else {}
-            return self._attempt(method, url, what, {**headers, **own}, body, attempts, passes)
+            return self._attempt(replace(call, headers={**call.headers, **own}))
 
         answer = attempt()
         if answer.status == 401:
             challenge = answer.headers.get("WWW-Authenticate", "")
             try:
-                is_new = self._sign_in(challenge, writes=method not in ("GET", "HEAD"))
+                is_new = self._sign_in(challenge, writes=call.writes)
             except BaseException:
                 answer.close()
                 raise
@@ -352,40 +380,31 @@ class Repository:
                 return attempt()
         return answer
 
-    def _attempt(
-        self,
-        method: str,
-        url: str,
-        what: str,
-        headers: Mapping[str, str],
-        body: bytes | IO[bytes] | None,
-        attempts: int,
-        passes: tuple[int, ...],
-    ) -> BaseHTTPResponse:
+    def _attempt(self, call: _Call) -> BaseHTTPResponse:
+        attempts = 1 if call.once else _ATTEMPTS
         for attempt in range(1, attempts + 1):
-            self._check_open(what)
-            if body is not None and not isinstance(body, bytes):
-                body.seek(0)
+            self._check_open(call.what)
+            if call.body is not None and not isinstance(call.body, bytes):
+                call.body.seek(0)
             try:
                 answer = self._pool.request(
-                    method,
-                    url,
-                    body=body,
-                    headers=headers,
+                    call.method,
+                    call.url,
+                    body=call.body,
+                    headers=call.headers,
                     preload_content=False,
+                    # urllib3 1.26 would take an answer that was cut short for the whole.
+                    enforce_content_length=True,
                     retries=_RETRIES,
-                    timeout=_TIMEOUT if body is None else _SENDING,
+                    timeout=_TIMEOUT if call.body is None else _SENDING,
                 )
             except urllib3.exceptions.HTTPError as exc:
                 if attempt < attempts:
                     self._closed.wait(_pause(attempt))
                     continue
-                if attempts == 1:
-                    raise _UploadLostError(str(exc)) from exc
-                raise LaunchError(
-                    f"the registry {self.host} cannot be reached to {what}: {_reason(exc)}"
-                ) from exc
-            if answer.status not in _PASSING or answer.status in passes or attempt == attempts:
+                said = f"the registry {self.host} cannot be reached to {call.what}: {_reason(exc)}"
+                raise (_UploadLostError(said) if call.once else LaunchError(said)) from exc
+            if answer.status not in _PASSING or attempt == attempts:
                 break
             pause = max(_pause(attempt), _wanted_pause(answer))
             if pause > _LONGEST_PAUSE:
@@ -433,28 +452,38 @@ class Repository:
         with self._signing_in:
             url = f"{realm}?{query}"
             headers = {"Authorization": basic} if basic else {}
-            what = f"sign in at {urlsplit(realm).netloc}"
+            server = urlsplit(realm).netloc
+            call = _Call("GET", url, f"sign in at {server}", headers)
 
             def read() -> tuple[int, bytes]:
-                answer = self._attempt("GET", url, what, headers, None, _ATTEMPTS, ())
+                answer = self._attempt(call)
                 try:
                     return answer.status, answer.read()
                 finally:
                     answer.release_conn()
 
-            status, content = self._whole(what, read)
+            status, content = self._whole(call.what, read)
+            if status in _PASSING:
+                raise LaunchError(
+                    f"the registry {self.host} has its tokens from {server}, which gives none at "
+                    f"present ({status}): it limits requests, or has an error of its own. Wait, "
+                    f"and start again"
+                )
             if status != 200:
                 return False
             data = _json(content, f"{self.host}: the token")
             self._authorization = f"Bearer {data.get('token') or data.get('access_token')}"
             return True
 
-    def _refusal(self, answer: BaseHTTPResponse, what: str) -> LaunchError:
+    def _refusal(self, answer: BaseHTTPResponse, what: str, *, writes: bool) -> CloudexecError:
         reason = f"{answer.status} {answer.reason}"
         unknown = (ValueError, LookupError, TypeError, AttributeError)
         with contextlib.suppress(*unknown, urllib3.exceptions.HTTPError):
             first = json.loads(answer.read(_CHUNK))["errors"][0]
             reason += f", {first['code']}: {first.get('message', '')}"
+        refused = f"the registry {self.host} refused to {what} in {self.name}: {reason}"
+        if self._login.problem and answer.status in (401, 403, 404, 429):
+            return ConfigError(f"{refused}. {self._login.problem}")
         hint = ""
         if answer.status in (401, 403):
             hint = (
@@ -464,10 +493,13 @@ class Repository:
             )
         elif answer.status == 404:
             hint = ". There is no such repository or image"
+        elif answer.status == 429 and writes:
+            hint = ". It limits how much is sent to it: wait, and start again"
         elif answer.status == 429:
             hint = ". It limits how much may be read: wait, or name a base in another registry"
-        refused = f"the registry {self.host} refused to {what} in {self.name}"
-        return LaunchError(f"{refused}: {reason}{hint}")
+        elif answer.status in _PASSING:
+            hint = ". It has an error of its own: wait, and start again"
+        return LaunchError(f"{refused}{hint}")
 
 
 class _Sent(io.FileIO):
@@ -485,7 +517,16 @@ class _Sent(io.FileIO):
 
 
 class _UploadLostError(Exception):
-    """An upload broke, and can be begun again."""
+    """An upload broke, and can be begun again.
+
+    Args:
+        said: What is said where it is given up.
+        pause: Seconds that the registry wants one to wait for.
+    """
+
+    def __init__(self, said: str, pause: float = 0.0) -> None:
+        super().__init__(said)
+        self.pause = pause
 
 
 def _reason(exc: Exception) -> str:
@@ -527,16 +568,3 @@ def _pool(base: str) -> urllib3.PoolManager:
         headers = urllib3.make_headers(proxy_basic_auth=login) if login else {}
         return urllib3.ProxyManager(proxy, ssl_context=context, maxsize=8, proxy_headers=headers)
     return urllib3.PoolManager(ssl_context=context, maxsize=8)
-
-
-def _docker_credentials(host: str) -> Mapping[str, str] | None:
-    """Return what ``docker login`` has noted for a registry."""
-    folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
-    try:
-        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        noted = data.get("auths", {})
-        key = "https://index.docker.io/v1/" if host == "docker.io" else host
-        user, _, password = base64.b64decode(noted[key]["auth"]).decode().partition(":")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None
-    return {"username": user, "password": password} if password else None

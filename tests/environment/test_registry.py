@@ -7,11 +7,12 @@ import contextlib
 import functools
 import http.server
 import json
+import os
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
@@ -24,8 +25,10 @@ from environment_helpers import contents, digest_of, make_base, push_image
 from local_registry import PASSWORD, PASSWORD_HASH, serving
 
 from cloudexec import ConfigError, LaunchError
+from cloudexec._environment import docker_login
 from cloudexec._environment import registry as module
 from cloudexec._environment.base import MANIFEST_TYPE
+from cloudexec._environment.docker_login import Login, find_login
 from cloudexec._environment.registry import Repository, parse_reference
 
 
@@ -203,6 +206,57 @@ def test_registry_that_limits_reads_says_how_long_to_wait() -> None:
             repository.manifest("latest")
     first, second = asked
     assert second - first >= 1.0
+
+
+@pytest.mark.parametrize(("waits", "uploads"), [(["1", "0", "201"], 3), (["1", "3600"], 2)])
+def test_registry_that_limits_uploads_says_how_long_to_wait(waits: list[str], uploads: int) -> None:
+    """What it says is done; if it is too long, the error says that, and nothing about reading."""
+    asked: list[float] = []
+
+    class Handler(Answers):
+        def do_POST(self) -> None:
+            self.reply(202, Location="/upload")
+
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(time.monotonic())
+            wait = waits[len(asked) - 1]
+            if wait == "201":
+                self.reply(201)
+            else:
+                self.reply(429, Retry_After=wait)
+
+    with server(Handler) as address, Repository(address, "a") as repository:
+        if waits[-1] == "201":
+            repository.push_blob(digest_of(b"bytes"), b"bytes")
+        else:
+            with pytest.raises(LaunchError, match=r"push a layer .*429.* is sent to it: wait"):
+                repository.push_blob(digest_of(b"bytes"), b"bytes")
+    assert len(asked) == uploads
+    assert asked[1] - asked[0] >= 1.0
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_token_server_that_is_busy_is_named(status: int) -> None:
+    """It is asked again first; nobody has to sign in."""
+    asked: list[str] = []
+
+    class Handler(Answers):
+        def do_GET(self) -> None:
+            if self.path.startswith("/token"):
+                asked.append(self.path)
+                self.reply(status)
+            else:
+                realm = f"http://{self.headers['Host']}/token"
+                self.reply(401, WWW_Authenticate=f'Bearer realm="{realm}"')
+
+    with server(Handler) as address, Repository(address, "a") as repository:
+        with pytest.raises(
+            LaunchError, match=rf"tokens from {address}, .*{status}.*Wait"
+        ) as caught:
+            repository.manifest("latest")
+    assert "docker login" not in str(caught.value)
+    assert len(asked) == module._ATTEMPTS
 
 
 def test_token_that_cannot_be_got_names_where() -> None:
@@ -443,6 +497,116 @@ def test_login_of_docker_is_used(
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     with Repository(locked, "by/login") as repository:
         assert push_image(repository, "latest", {"os": "linux"}, [b"layer"]).startswith("sha256:")
+
+
+SCRIPT = """#!/bin/sh
+read registry
+echo "$1 $registry" >> {folder}/asked
+{then}
+"""
+
+
+@pytest.fixture
+def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes Docker's configuration, and a credential helper ``own`` that does something."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+
+    def write(then: str | None, **config: Any) -> Path:
+        (tmp_path / "bin").mkdir()
+        if then is not None:
+            helper = tmp_path / "bin" / "docker-credential-own"
+            helper.write_text(SCRIPT.format(folder=tmp_path, then=then))
+            helper.chmod(0o755)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path / "asked"
+
+    return write
+
+
+def printed(username: str, secret: str) -> str:
+    """Return a command that prints a login as helpers do."""
+    return f"echo '{json.dumps({'ServerURL': 'x', 'Username': username, 'Secret': secret})}'"
+
+
+@pytest.mark.parametrize("is_of_all", [True, False])
+def test_credential_helper_of_docker_is_asked(
+    locked: str, configured: Callable[..., Path], is_of_all: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That of the registry before that of all of them; its password is in no log."""
+    caplog.set_level(0)
+    then = printed("AWS", PASSWORD)
+    helpers = {"credsStore": "own"} if is_of_all else {"credHelpers": {locked: "own"}}
+    others = {} if is_of_all else {"credsStore": "absent"}
+    asked = configured(then, auths={locked: {}}, **helpers, **others)
+    with Repository(locked, "by/helper") as repository:
+        assert push_image(repository, "latest", {"os": "linux"}, [b"layer"]).startswith("sha256:")
+    assert asked.read_text() == f"get {locked}\n"
+    assert PASSWORD not in caplog.text
+
+
+def test_docker_hub_has_the_name_that_docker_gives_it(configured: Callable[..., Path]) -> None:
+    """Helpers know it under an address."""
+    asked = configured(printed("me", "hunter2"), credsStore="own")
+    assert find_login("docker.io") == Login({"username": "me", "password": "hunter2"})
+    assert asked.read_text() == "get https://index.docker.io/v1/\n"
+
+
+def test_login_in_the_file_is_used_where_a_helper_has_none(
+    locked: str, configured: Callable[..., Path]
+) -> None:
+    """As of a registry that was signed in to before there was a helper."""
+    login = base64.b64encode(f"AWS:{PASSWORD}".encode()).decode()
+    then = "echo credentials not found in native keychain; exit 1"
+    configured(then, credsStore="own", auths={f"https://{locked}": {"auth": login}})
+    assert find_login(locked).credentials == {"username": "AWS", "password": PASSWORD}
+
+
+@pytest.mark.parametrize(
+    ("then", "helper", "said"),
+    [
+        (None, "own", "no program docker-credential-own in PATH: install it"),
+        (None, "../own", r"no program docker-credential-\.\./own in PATH"),
+        ("echo hunter2; echo hunter2 >&2; exit 3", "own", "ended with code 3: `echo .* shows"),
+        ("echo hunter2", "own", "printed no user name and secret"),
+        ("echo '[\"hunter2\"]'", "own", "printed no user name and secret"),
+        (printed("<token>", "hunter2"), "own", "identity token"),
+    ],
+)
+def test_credential_helper_that_fails_is_named_where_a_login_is_needed(
+    locked: str, configured: Callable[..., Path], then: str | None, helper: str, said: str
+) -> None:
+    """With the file that names it, and without what it printed."""
+    configured(then, credHelpers={locked: helper})
+    with Repository(locked, "some") as repository:
+        with pytest.raises(
+            ConfigError, match=rf"{locked} refused .*config\.json names .*'{helper}'.*{said}"
+        ) as caught:
+            repository.manifest("latest")
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_public_registry_is_read_though_a_credential_helper_is_missing(
+    configured: Callable[..., Path],
+) -> None:
+    """As on a machine where Docker Desktop was."""
+    configured(None, credsStore="desktop")
+
+    class Handler(Answers):
+        def do_GET(self) -> None:
+            self.reply(200, b'{"schemaVersion": 2}', Content_Type=MANIFEST_TYPE)
+
+    with server(Handler) as address, Repository(address, "a") as repository:
+        assert repository.manifest("latest") is not None
+
+
+def test_credential_helper_that_does_not_answer_is_ended(
+    configured: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may wait for a user who is not there."""
+    monkeypatch.setattr(docker_login, "_LONGEST", 0.2)
+    configured("exec sleep 600", credsStore="own")
+    assert "did not answer within" in find_login("example.com").problem
 
 
 def test_threads_may_push_at_once(locked: str) -> None:
