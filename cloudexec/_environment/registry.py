@@ -43,7 +43,13 @@ MANIFEST_TYPES = (
 )
 _ATTEMPTS = 5
 _PASSING = (429, 500, 502, 503, 504)
+_TOO_LARGE = 413
+_LOST = (404, _TOO_LARGE, 416, *_PASSING)
+"""What says that an upload is to be begun again."""
 _CHUNK = 2**20
+_PART = 10 * 2**20
+"""Bytes of a part, where a registry does not take a layer as a whole. Those of Amazon ECR have 5 to
+20 MiB. Amazon ECR API Reference, "UploadLayerPart"."""
 _MANIFEST_LARGEST = 4 * 2**20
 """OCI Distribution Specification, "Pushing Manifests"."""
 _TIMEOUT = urllib3.Timeout(connect=10.0, read=120.0)
@@ -141,6 +147,7 @@ class Repository:
         self._authorization = self._basic()
         self._closed = threading.Event()
         self._signing_in = threading.Lock()
+        self._in_parts = False
         self._pool = _pool(self._base)
 
     def __str__(self) -> str:
@@ -247,6 +254,8 @@ class Repository:
     def push_blob(self, digest: str, content: bytes | Path, mount_from: str = "") -> None:
         """Upload a blob.
 
+        It is sent as a whole, and in parts once the registry has said that this is too large.
+
         Args:
             digest: Of the content.
             content: Bytes, or the file that has them.
@@ -257,48 +266,81 @@ class Repository:
             LaunchError: If the registry refuses, or cannot be reached.
         """
         for attempt in range(1, _ATTEMPTS + 1):
-            location = self._begin_upload(digest, mount_from)
+            location, least = self._begin_upload(digest, mount_from)
             if not location:
                 return
+            in_parts = self._in_parts
             try:
-                self._finish_upload(location, digest, content)
+                if in_parts:
+                    location = self._push_parts(location, max(least, _PART), content)
+                    self._finish_upload(location, digest, b"")
+                else:
+                    self._finish_upload(location, digest, content)
                 return
             except _UploadLostError as exc:
+                if exc.is_too_large and not in_parts and attempt < _ATTEMPTS:
+                    self._in_parts = True
+                    continue
                 pause = max(_pause(attempt), exc.pause)
                 if attempt == _ATTEMPTS or pause > _LONGEST_PAUSE:
                     raise LaunchError(str(exc)) from exc
                 self._closed.wait(pause)
 
-    def _begin_upload(self, digest: str, mount_from: str) -> str:
+    def _begin_upload(self, digest: str, mount_from: str) -> tuple[str, int]:
+        """Return where a blob goes, and the least bytes of a part; nowhere: it is there."""
         query = f"?{urlencode({'mount': digest, 'from': mount_from})}" if mount_from else ""
         path = f"/v2/{self.name}/blobs/uploads/{query}"
         headers = {"Content-Length": "0"}
         with self._request("POST", path, "begin to push a layer", headers) as answer:
             if answer.status == 201:
-                return ""
+                return "", 0
             location = answer.headers.get("Location", "")
+            least = answer.headers.get("OCI-Chunk-Min-Length", "")
         if not location:
             raise LaunchError(f"{self}: the registry does not say where a layer goes")
-        return urljoin(f"{self._base}{path}", location)
+        return urljoin(f"{self._base}{path}", location), int(least) if least.isdecimal() else 0
+
+    def _push_parts(self, location: str, part: int, content: bytes | Path) -> str:
+        """Send a blob in parts, one after the other; return where its end is to be told."""
+        with contextlib.ExitStack() as stack:
+            file: IO[bytes] = (
+                io.BytesIO(content)
+                if isinstance(content, bytes)
+                else stack.enter_context(open(content, "rb"))
+            )
+            sent = 0
+            while data := file.read(part):
+                headers = {"Content-Range": f"{sent}-{sent + len(data) - 1}"}
+                answer = self._send(location, "PATCH", headers, data)
+                location = urljoin(location, answer.headers.get("Location", ""))
+                sent += len(data)
+        return location
 
     def _finish_upload(self, location: str, digest: str, content: bytes | Path) -> None:
         joint = "&" if urlsplit(location).query else "?"
         url = f"{location}{joint}{urlencode({'digest': digest})}"
-        size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
-        with contextlib.ExitStack() as stack:
-            body: bytes | IO[bytes] = (
-                content
-                if isinstance(content, bytes)
-                else stack.enter_context(_Sent(content, lambda: self._check_open("push a layer")))
-            )
-            # What was sent in part is begun again, at a new place.
-            with self._request(
-                "PUT", url, "push a layer", headers, body=body, once=True, passes=(404, *_PASSING)
-            ) as answer:
-                if answer.status not in (200, 201, 204):
-                    refusal = self._refusal(answer, "push a layer", writes=True)
-                    raise _UploadLostError(str(refusal), _wanted_pause(answer))
+        if isinstance(content, bytes):
+            self._send(url, "PUT", {}, content)
+            return
+        with _Sent(content, lambda: self._check_open("push a layer")) as file:
+            headers = {"Content-Length": str(content.stat().st_size)}
+            self._send(url, "PUT", headers, file)
+
+    def _send(
+        self, url: str, method: str, headers: Mapping[str, str], body: bytes | IO[bytes]
+    ) -> BaseHTTPResponse:
+        headers = {"Content-Type": "application/octet-stream", **headers}
+        if isinstance(body, bytes):
+            headers["Content-Length"] = str(len(body))
+        # What was sent in part is begun again, at a new place.
+        with self._request(
+            method, url, "push a layer", headers, body=body, once=True, passes=_LOST
+        ) as answer:
+            if answer.status not in (200, 201, 202, 204):
+                refusal = str(self._refusal(answer, "push a layer", writes=True))
+                is_too_large = answer.status == _TOO_LARGE
+                raise _UploadLostError(refusal, _wanted_pause(answer), is_too_large=is_too_large)
+        return answer
 
     def push_manifest(self, reference: str, content: bytes, media_type: str) -> str:
         """Store a manifest under a tag, and return its digest.
@@ -522,11 +564,13 @@ class _UploadLostError(Exception):
     Args:
         said: What is said where it is given up.
         pause: Seconds that the registry wants one to wait for.
+        is_too_large: Whether the registry takes no request of that size.
     """
 
-    def __init__(self, said: str, pause: float = 0.0) -> None:
+    def __init__(self, said: str, pause: float = 0.0, *, is_too_large: bool = False) -> None:
         super().__init__(said)
         self.pause = pause
+        self.is_too_large = is_too_large
 
 
 def _reason(exc: Exception) -> str:
