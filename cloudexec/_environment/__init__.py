@@ -4,5 +4,6 @@
 needs that is not here. ``components`` copies what fits as it is, which ``elf`` helps to tell;
 ``fetching`` has uv or pip get the rest as wheels, and build those of projects, also of those that
 ``local_requirements`` finds in files. ``layers`` packs all of that reproducibly, ``base`` copies
-the image below, ``registry`` sends, and ``assembly`` does all this in order, once for each content.
+the image below, ``registry`` sends, with a login that ``docker_login`` finds where there is none
+for it, and ``assembly`` does all this in order, once for each content.
 """

@@ -208,7 +208,8 @@ def take_inventory(path: Sequence[str] | None = None) -> Inventory:
             distribution = _read(place / name, is_site=place in sites)
             if distribution is not None:
                 found.setdefault(distribution.name, distribution)
-                owned.update(place / each.partition("/")[0] for each in distribution.files or ())
+                tops = {each.partition("/")[0] for each in distribution.files or ()}
+                owned.update(place / top for top in tops)
                 if distribution.files is None:
                     owned.update(_named_by(distribution.info))
     projects = {each.source for each in found.values() if each.source is not None}

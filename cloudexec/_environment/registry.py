@@ -129,6 +129,9 @@ class _Call:
 class Repository:
     """One repository of a registry. Its methods may be called in several threads at once.
 
+    Where the registry refuses to be read without a login, and a credential helper that has one
+    fails, its methods raise ``ConfigError`` instead of ``LaunchError``.
+
     Args:
         host: Of the registry; one on the loopback is spoken to without TLS.
         name: Of the repository.
