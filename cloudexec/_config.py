@@ -327,6 +327,8 @@ class ServerConfig:
     """Seconds of silence after which a connected worker counts as lost."""
     reconnect_grace: float = 30.0
     """Seconds in which a worker whose connection was cut may reconnect; 0 means lost at once."""
+    last_words: float = 0.1
+    """Seconds, after a worker's connection has ended, in which the launcher may say why."""
 
     def __post_init__(self) -> None:
         check_positive("reconnect_grace", self.reconnect_grace, zero=True)

@@ -470,7 +470,11 @@ class BatchExecutor(_Base):
         self._executor = self
         self._submitter = Submitter(
             launcher,
-            ServerConfig(scaling=scaling, reconnect_grace=reconnect_grace),
+            ServerConfig(
+                scaling=scaling,
+                reconnect_grace=reconnect_grace,
+                last_words=launcher.last_words,
+            ),
             {
                 "max_workers": max_workers,
                 "min_workers": min_workers,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cloudexec._core import commands, events
+from cloudexec._core import commands, events, facts
 from cloudexec._core.decisions import Decisions
 from cloudexec._core.losses import Losses
 from cloudexec._core.pool import Pool
@@ -32,6 +32,7 @@ class Answers:
         self._pool = pool
         self._losses = losses
         self._do = decisions.commands.append
+        self._state = decisions.facts.append
         self._counts = decisions.counts
 
     def on_started(self, event: events.TasksStarted, now: float) -> None:
@@ -90,6 +91,10 @@ class Answers:
             return
         if event.heard:
             worker.heard_at = now
+        attempts = worker.attempts(event.leases)
+        if attempts:
+            reason = _why_returned(worker, now)
+            self._state(facts.TasksHandedBack(worker.id, attempts, reason))
         tasks = [worker.take_back(lease) for lease in event.leases]
         self._queues.requeue(task for task in tasks if task is not None)
         self._pool.settle(worker, now)
@@ -143,3 +148,13 @@ class Answers:
             and room is not None
             and request.need.within(room)
         )
+
+
+def _why_returned(worker: Worker, now: float) -> str:
+    if worker.reclaimed:
+        return "its platform wants the worker back"
+    if not worker.is_active:
+        return "the worker is to end"
+    if worker.paused_until > now:
+        return "tasks that it had were being cancelled"
+    return "another worker was free"

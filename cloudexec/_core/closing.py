@@ -2,7 +2,7 @@
 
 After ``ShutdownRequested`` no more tasks come. Once no task is open, or the open ones are to be
 dropped, all workers are told to end: launches are withdrawn, workers drain, and workers that are
-cut off are given up. ``losses`` limits how long a worker may take. When the last worker is gone,
+cut off are given up. ``ends`` limits how long a worker may take. When the last worker is gone,
 the command ``Finish`` is given, once.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from cloudexec._core import commands, events
 from cloudexec._core.decisions import Decisions
-from cloudexec._core.losses import Losses
+from cloudexec._core.ends import Ends
 from cloudexec._core.pool import Pool
 from cloudexec._core.queue import Queues
 from cloudexec._core.tasks import Task, TaskState
@@ -28,13 +28,14 @@ class Closing:
         finished: Whether ``Finish`` has been given.
     """
 
-    def __init__(self, queues: Queues, pool: Pool, losses: Losses, decisions: Decisions) -> None:
+    def __init__(self, queues: Queues, pool: Pool, ends: Ends, decisions: Decisions) -> None:
         self.finished = False
         self._queues = queues
         self._pool = pool
-        self._losses = losses
+        self._ends = ends
         self._do = decisions.commands.append
         self._remind = decisions.remind
+        self._state_dropped = decisions.state_dropped
         self._to_look = True
         self._asked: dict[Task, None] = {}
         self._answers_due = 0.0
@@ -117,6 +118,7 @@ class Closing:
             self._stop_all(now)
         if not (self._pool.workers or self._queues.has_work or self.finished):
             self.finished = True
+            self._state_dropped()
             self._do(commands.Finish())
 
     def _stop_all(self, now: float) -> None:
@@ -126,14 +128,16 @@ class Closing:
         for worker in list(pool.workers.values()):
             if worker.cut_at is not None:
                 pool.drain(worker)
-                self._losses.give_up(worker, now)  # its results are not needed any more
+                self._ends.give_up_cut(worker, now)  # its results are not needed any more
             elif killing:
                 # Also a worker that drains and has no task left, as it may never end by itself.
                 pool.drain(worker)
-                self._do(commands.TerminateWorker(worker.id))
+                self._ends.terminate(worker, now)
+            elif worker.until is not None:
+                pool.drain(worker)  # it is about to end
             else:
                 pool.retire(worker)
-            self._remind(now)  # so that ``losses`` can limit how long the worker takes to end
+            self._remind(now)  # so that ``ends`` can limit how long the worker takes to end
             if worker.leases and not killing:
                 # All these tasks are cancelled. Those that have begun are killed, as the worker
                 # would finish them otherwise.

@@ -101,7 +101,7 @@ class LaunchWorker(Command):
 
 @record
 class TerminateLaunch(Command):
-    """Stop a launch whose worker has not connected."""
+    """Have the launcher end the process of a launch, if it has not ended."""
 
     launch: str
 
@@ -114,8 +114,22 @@ class DrainWorker(Command):
 
 
 @record
+class EvacuateWorker(Command):
+    """Bring the kept results of a worker here, as its platform takes it back."""
+
+    worker: str
+
+
+@record
 class TerminateWorker(Command):
-    """Have a worker end at once."""
+    """Tell a worker to end at once."""
+
+    worker: str
+
+
+@record
+class CloseSession(Command):
+    """Close the session of a worker that is gone, and forget the session."""
 
     worker: str
 

@@ -407,7 +407,7 @@ class Dispatch:
         if len(workers) < 2 or (self._queues.waiting and self._queues.others_wait()):
             return
         free = sum(workers[name].free for name in self._pool.available)
-        crowded = [w for w in workers.values() if len(w.leases) > w.slots and w.cut_at is None]
+        crowded = [w for w in workers.values() if len(w.leases) > w.slots and w.is_within_reach]
         if not crowded:
             return
         self._remind(now + REBALANCE_AFTER)

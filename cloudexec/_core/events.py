@@ -55,12 +55,21 @@ class Failure:
 
 @record
 class FailureJudged(Event):
-    """``retry_on`` has decided whether a task that raised an exception is tried again."""
+    """It was decided whether a task that waits for this is tried again, mostly by ``retry_on``.
+
+    Attributes:
+        worker: The worker that ran the task.
+        task: The task.
+        failure: The failure, which the task keeps if it is not tried again.
+        again: Whether it is tried again.
+        raised: The exception in words, if ``retry_on`` has decided.
+    """
 
     worker: str
     task: Task
     failure: Failure
     again: bool
+    raised: str | None = None
 
 
 @record
@@ -138,17 +147,64 @@ class WorkerConnected(Event):
 
 
 @record
-class WorkerCut(Event):
-    """A worker's connection was cut; the worker may live, work on, and connect again."""
+class ConnectionEnded(Event):
+    """The connection of a worker has ended.
+
+    Attributes:
+        worker: The worker.
+        reason: Why, in words.
+        may_return: Whether the worker may live, work on, and connect again.
+        may_report: Whether the launcher may still report how the worker's process ended.
+    """
+
+    worker: str
+    reason: str
+    may_return: bool = False
+    may_report: bool = True
+
+
+@record
+class ProcessEnded(Event):
+    """The launcher reports that the process of a launch has ended, or could not be started.
+
+    Attributes:
+        launch: The launch.
+        reason: How it ended, in words.
+        fatal: Whether trying again cannot help.
+        killed: Whether it was killed from outside, which does not suggest wrong settings.
+        reclaimed: Whether its platform took it back, so that no task is to blame, or had no
+            capacity for it.
+        out_of_memory: Whether the whole worker was killed for lack of memory.
+        relaunched: Whether its platform starts it again, under the same launch.
+    """
+
+    launch: str
+    reason: str
+    fatal: bool = False
+    killed: bool = False
+    reclaimed: bool = False
+    out_of_memory: bool = False
+    relaunched: bool = False
+
+
+@record
+class WorkerRestarted(Event):
+    """The process of a worker was started again by its platform, and wants to connect anew."""
 
     worker: str
 
 
 @record
 class WorkerBack(Event):
-    """A worker whose connection was cut has connected again, and goes on as before."""
+    """A worker has connected again, and goes on as before.
+
+    Attributes:
+        worker: The worker.
+        has_reported: Whether it has said which tasks it holds, if it was taken over.
+    """
 
     worker: str
+    has_reported: bool = True
 
 
 @record
@@ -170,24 +226,6 @@ class WorkerDraining(Event):
     """A worker accepts no more tasks, because its platform told it to stop."""
 
     worker: str
-
-
-@record
-class WorkerLost(Event):
-    """A worker's connection ended.
-
-    Attributes:
-        detail: The server's evidence.
-        reclaimed: Whether its platform took it back, so that no task is to blame.
-        out_of_memory: Whether the whole worker was killed for lack of memory.
-        relaunched: Whether its platform starts it again, under the same launch.
-    """
-
-    worker: str
-    detail: Any = None
-    reclaimed: bool = False
-    out_of_memory: bool = False
-    relaunched: bool = False
 
 
 @record
@@ -234,7 +272,7 @@ class LeasesReturned(Event):
 
 @record
 class LaunchFailed(Event):
-    """A launch ended before its worker connected.
+    """A launch cannot become a worker: it was refused, or could not be started.
 
     Attributes:
         fatal: Whether trying again cannot help.

@@ -6,11 +6,12 @@ from collections import Counter
 
 from cloudexec._config import ServerConfig
 from cloudexec._core.decisions import Decisions
+from cloudexec._core.ends import Ends
 from cloudexec._core.pool import Pool
 from cloudexec._core.quarantine import Quarantine
 from cloudexec._core.queue import Queues
 from cloudexec._core.tasks import TaskState
-from cloudexec._core.workers import WorkerState
+from cloudexec._core.workers import Stage, WorkerState
 
 __all__ = ["check"]
 
@@ -24,6 +25,7 @@ def check(
     queues: Queues,
     pool: Pool,
     quarantine: Quarantine,
+    ends: Ends,
     decisions: Decisions,
 ) -> None:
     """Check every invariant.
@@ -70,8 +72,8 @@ def check(
     _check_allocations(queues, pool)
     for name in pool.available:
         assert pool.workers[name].state is WorkerState.ACTIVE, "a draining worker is available"
-        assert pool.workers[name].cut_at is None, "a worker that was cut off is available"
-    _check_cuts(config, pool, decisions)
+        assert pool.workers[name].is_within_reach, "a worker out of reach is available"
+    _check_ends(config, pool, ends, decisions)
     _check_quarantine(queues, pool, quarantine)
     active = sum(w.slots for w in pool.workers.values() if w.state is WorkerState.ACTIVE)
     starting = sum(launch.slots for launch in pool.launches.values())
@@ -84,13 +86,29 @@ def check(
     assert all(task.state is _BLOCKED for task in queues.blocked), "blocked in another state"
 
 
-def _check_cuts(config: ServerConfig, pool: Pool, decisions: Decisions) -> None:
-    for worker in pool.workers.values():
-        if worker.cut_at is None:
-            continue
-        until = max(worker.cut_at + config.reconnect_grace, decisions.not_before)
-        assert decisions.deadline is not None, "nobody looks after a worker that was cut off"
-        assert decisions.deadline <= until, "a worker that was cut off is looked after too late"
+def _check_ends(config: ServerConfig, pool: Pool, ends: Ends, decisions: Decisions) -> None:
+    assert pool.workers.items() <= ends.workers.items(), "the end of a worker is not followed"
+    due = list(ends.processes.values())
+    for worker in ends.workers.values():
+        stage, waits = worker.stage, worker.until is not None
+        assert stage is not Stage.LOST, "a worker that is lost is not forgotten"
+        assert waits or stage in (Stage.CONNECTED, Stage.CUT), "an end is waited for without limit"
+        assert (worker.report is not None) == (stage is Stage.REPORTED), "report and stage differ"
+        if worker.id not in pool.workers:
+            assert worker.told_at is not None, "a worker was given up and not told to end"
+        if worker.told_at is not None:
+            assert waits, "a worker that was told to end is not waited for"
+        if stage is Stage.CUT:
+            assert worker.cut_at is not None, "a worker was cut off at no time"
+            assert not waits, "a worker that may come back is ended"
+        if worker.until is not None:
+            due.append(worker.until)
+        elif worker.cut_at is not None:
+            due.append(worker.cut_at + config.reconnect_grace)
+    if due:
+        assert decisions.deadline is not None, "no deadline is set while an end is waited for"
+        until = max(min(due), decisions.not_before)
+        assert decisions.deadline <= until, "the deadline of an end is too late"
 
 
 def _check_quarantine(queues: Queues, pool: Pool, quarantine: Quarantine) -> None:
@@ -114,7 +132,7 @@ def _check_allocations(queues: Queues, pool: Pool) -> None:
     allocations = {id(w.allocation): w.allocation for w in pool.workers.values()}
     for allocation in allocations.values():
         takes = any(
-            w.state is WorkerState.ACTIVE and w.cut_at is None for w in allocation.workers.values()
+            w.state is WorkerState.ACTIVE and w.is_within_reach for w in allocation.workers.values()
         )
         assert takes or allocation.saving_for is None, "room is saved where no worker takes tasks"
         leases = {

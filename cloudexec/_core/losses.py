@@ -6,8 +6,7 @@ back. Second, the task ran out of memory, and there is a larger size of worker f
 worker died with several tasks, and it is not known which of them was the cause. These tasks run
 apart from others from then on; see ``quarantine``.
 
-A worker is lost when its connection or its process ends, when it was cut off or silent for too
-long, or when it drains, has no tasks left, and does not end.
+When a worker is lost is decided by ``ends``.
 
 A launch is lost when its worker does not connect. After a few lost launches in a row, tasks that no
 other worker can run fail with the reason, so that they do not wait forever.
@@ -16,9 +15,10 @@ other worker can run fail with the reason, so that they do not wait forever.
 from __future__ import annotations
 
 from cloudexec._config import ServerConfig
-from cloudexec._core import commands, events
+from cloudexec._core import commands, events, facts
 from cloudexec._core.decisions import Decisions
 from cloudexec._core.events import Failure, FailureKind
+from cloudexec._core.facts import Attempt
 from cloudexec._core.pool import Pool
 from cloudexec._core.quarantine import PARTS, Quarantine
 from cloudexec._core.queue import Queues
@@ -34,17 +34,14 @@ _SUSPICIONS = 10
 Each further one costs the task an attempt. So a task that kills workers before it begins fails,
 too.
 """
-_FAREWELL = 10.0
-"""Seconds that a worker may take to end at the end of the executor; its slots have five of them."""
-_HAND_OVER = 90.0
-"""Seconds that a worker may take to end before that. Its kept results may be needed: handing them
-over takes up to half a minute, and waiting until they were taken as long again."""
 _LATER = 60.0
 """Seconds until workers are launched again, if launches have failed while other workers work."""
 _KILLED_LAUNCHES = 20
 """Number of workers that may be killed from outside in a row, without a finished task, before the
 waiting tasks fail."""
 _JUDGED = (FailureKind.RAISED, FailureKind.TIMED_OUT)
+_ORDINARY = (FailureKind.RAISED, FailureKind.UNPICKLE_FAILED, FailureKind.PICKLE_FAILED)
+"""Outcomes of the task's own, which the story does not tell unless ``retry_on`` is asked."""
 
 
 class Losses:
@@ -71,6 +68,7 @@ class Losses:
         self._pool = pool
         self._quarantine = quarantine
         self._do = decisions.commands.append
+        self._state = decisions.facts.append
         self._counts = decisions.counts
         self._remind = decisions.remind
 
@@ -87,9 +85,21 @@ class Losses:
             if task is None:
                 self._counts["duplicates"] += 1
             elif task.state is not _DONE:
+                size = task.size
+                attempt = Attempt(task, lease, task.lost + 1, task.state is _RUNNING)
                 self._attempt_failed(worker, task, failure)
+                if failure.kind not in _ORDINARY or _may_be_judged(task):
+                    self._conclude(attempt, size)
+                    self._state(facts.AttemptFailed(worker.id, attempt, failure))
         worker.completed += len(event.failures)
         self._pool.settle(worker, now)
+
+    def _conclude(self, attempt: Attempt, size: int) -> None:
+        """Set what became of an attempt of a task, whose size was ``size`` before."""
+        task = attempt.task
+        attempt.counts = task.lost >= attempt.number
+        attempt.is_suspect = task in self._queues.suspects
+        attempt.has_grown = task.size > size and task.state is not _DONE
 
     def _attempt_failed(self, worker: Worker, task: Task, failure: Failure) -> None:
         kind, queues = failure.kind, self._queues
@@ -135,10 +145,8 @@ class Losses:
     # A task raised an exception that retry_on is asked about.
 
     def _is_judged(self, task: Task, failure: Failure) -> bool:
-        requirements = task.requirements
         return (
-            requirements is not None
-            and requirements.judged
+            _may_be_judged(task)
             and failure.kind in _JUDGED
             and task.lost < task.retries
             and not self._queues.killing
@@ -148,6 +156,10 @@ class Losses:
         task = event.task
         if task.state is not TaskState.BACKING_OFF:
             return
+        if event.raised is not None:
+            self._state(
+                facts.AttemptJudged(event.worker, task, task.lost + 1, event.raised, event.again)
+            )
         if not event.again or self._queues.killing:
             self._fail(event.worker, task, event.failure)
             return
@@ -159,93 +171,27 @@ class Losses:
         self._counts["retried_errors"] += 1
         self._queues.back_off_until(task, now + pause * spread)
 
-    # A worker is lost.
+    # A worker is lost; ``ends`` decides when.
 
-    def on_lost(self, event: events.WorkerLost, now: float) -> None:
-        worker = self._pool.workers.get(event.worker)
-        if worker is not None:
-            self._lose_worker(worker, event, now)
-
-    def on_cut(self, event: events.WorkerCut, now: float) -> bool:
-        """Wait a while for a worker whose connection was cut; say whether it was connected."""
-        worker = self._pool.workers.get(event.worker)
-        if worker is None or worker.cut_at is not None:
-            return False
-        self._counts["workers_cut"] += 1
-        self._pool.cut_off(worker, now)
-        if self._config.reconnect_grace:
-            self._remind(now + self._config.reconnect_grace)
-        else:
-            self.give_up(worker, now)
-        return True
-
-    def give_up(self, worker: Worker, now: float) -> None:
-        """Count a worker whose connection was cut as lost."""
-        grace = self._config.reconnect_grace
-        reason = "its connection was cut"
-        if grace:
-            reason += f", and it did not come back within {grace:g} s (reconnect_grace)"
-        self._terminate(worker, reason, now)
-
-    def has_lost(self, worker: Worker, now: float) -> bool:
-        """Check whether a worker was cut off, silent, or draining without tasks for too long.
-
-        Returns:
-            Whether it is lost or cut off, so that nothing else needs to be checked.
-        """
-        config = self._config
-        if worker.cut_at is not None:
-            if now >= worker.cut_at + config.reconnect_grace:
-                self.give_up(worker, now)
-            else:
-                self._remind(worker.cut_at + config.reconnect_grace)
-            return True
-        if now >= worker.heard_at + config.lease_timeout:
-            reason = f"it was silent for {config.lease_timeout:g} s"
-            self._terminate(worker, reason, now, silent=True)
-            return True
-        self._remind(worker.heard_at + config.lease_timeout)
-        return not worker.is_active and self._overstays(worker, now)
-
-    def _overstays(self, worker: Worker, now: float) -> bool:
-        """Give up a draining worker that has no tasks left and does not end."""
-        if worker.has_work:
-            worker.over_at = None
-            return False
-        if worker.over_at is None:
-            worker.over_at = now
-        # Once all tasks are done, its kept results are not needed any more.
-        winding_down = self._queues.shutting_down and not self._queues.has_work
-        limit = _FAREWELL if winding_down else _HAND_OVER
-        if now < worker.over_at + limit:
-            self._remind(worker.over_at + limit)
-            return False
-        reason = f"it did not end within {limit:g} s although it had nothing left to do"
-        self._terminate(worker, reason, now)
-        return True
-
-    def _terminate(self, worker: Worker, reason: str, now: float, *, silent: bool = False) -> None:
-        """Terminate a worker that may still live, and count it as lost."""
-        self._do(commands.TerminateWorker(worker.id))
-        self._lose_worker(worker, events.WorkerLost(worker.id, reason), now, silent=silent)
-
-    def _lose_worker(
-        self, worker: Worker, event: events.WorkerLost, now: float, *, silent: bool = False
+    def lose_worker(
+        self, worker: Worker, end: events.ProcessEnded, now: float, *, unheard: bool = False
     ) -> None:
         """Remove a lost worker, and decide for each of its tasks whether it runs again.
 
         Args:
             worker: The worker.
-            event: How it was lost.
+            end: How it was lost, be it reported or not.
             now: The time.
-            silent: Whether the worker sent no message for a while before.
+            unheard: Whether its last messages may be lost. They may also be if it was cut off.
         """
-        unheard = silent or worker.cut_at is not None
-        expected = not worker.is_active and not worker.leases
+        unheard = unheard or worker.cut_at is not None
+        expected = worker.has_drained
+        attempts = worker.attempts()
+        sizes = [attempt.task.size for attempt in attempts]
         self._pool.remove(worker)
         if not expected:
             self._counts["workers_lost"] += 1
-        if event.reclaimed:
+        if end.reclaimed:
             self._counts["workers_reclaimed"] += 1
         tasks = list(worker.leases.values())
         worker.leases.clear()
@@ -255,21 +201,34 @@ class Losses:
             # ahead, the first ones may have begun without a report.
             first = task.state is _RUNNING or position < worker.slots
             if task.state is not _DONE and not self._costs_attempt(
-                worker, event, task, aboard=len(tasks), first=first, unheard=unheard
+                worker, end, task, aboard=len(tasks), first=first, unheard=unheard
             ):
                 again.append(task)
         self._queues.requeue(again)
-        if event.relaunched and not self._queues.shutting_down:
+        for attempt, size in zip(attempts, sizes, strict=True):
+            self._conclude(attempt, size)
+        is_over = self._queues.killing or (self._queues.shutting_down and not attempts)
+        self._state(
+            facts.WorkerLost(
+                worker.id,
+                end.reason,
+                attempts,
+                end.reclaimed,
+                end.out_of_memory,
+                expected or is_over,
+            )
+        )
+        if end.relaunched and not self._queues.shutting_down:
             capacity = worker.allocation.capacity
             self._pool.expect(Launch(worker.launch, worker.slots, now, worker.shape, capacity))
-        if not expected and not worker.completed and not event.reclaimed:
+        if not expected and not worker.completed and not end.reclaimed:
             # The worker died before it finished any task, which counts like a failed launch.
-            self._count_failed_launch(str(event.detail), now, killed=True)
+            self._count_failed_launch(end.reason, now, killed=True)
 
     def _costs_attempt(
         self,
         worker: Worker,
-        event: events.WorkerLost,
+        end: events.ProcessEnded,
         task: Task,
         *,
         aboard: int,
@@ -285,7 +244,7 @@ class Losses:
 
         Args:
             worker: The lost worker.
-            event: How it was lost.
+            end: How it was lost.
             task: One of its tasks.
             aboard: Number of its tasks.
             first: Whether the task may have begun, or would have been among the first to begin.
@@ -302,14 +261,14 @@ class Losses:
         # Without retries, a task that may have begun counts as begun. If the connection failed, the
         # message that the worker was ready may be lost.
         begun = (worker.ready and first) or (not task.retries and (worker.ready or unheard))
-        if event.reclaimed and task.retries:
+        if end.reclaimed and task.retries:
             self._counts["reclaimed"] += begun
             return False
-        larger = event.out_of_memory and first and self._queues.can_grow(task, worker.size)
+        larger = end.out_of_memory and first and self._queues.can_grow(task, worker.size)
         exposed = worker.ready or task.suspected > _SUSPICIONS
         if (exposed and aboard == 1) or (begun and (larger or not task.retries)):
-            kind, suspects = FailureKind.WORKER_LOST, 0 if event.reclaimed else aboard
-            failure = Failure(kind, event.detail, event.out_of_memory, suspects)
+            kind, suspects = FailureKind.WORKER_LOST, 0 if end.reclaimed else aboard
+            failure = Failure(kind, end.reason, end.out_of_memory, suspects)
             self._lose_attempt(worker, task, failure)
             return True
         if larger:
@@ -322,9 +281,16 @@ class Losses:
 
     # A launch is lost.
 
-    def on_launch_failed(self, event: events.LaunchFailed, now: float) -> None:
+    def on_launch_failed(
+        self, event: events.LaunchFailed | events.ProcessEnded, now: float
+    ) -> None:
         launch = self._pool.end_launch(event.launch)
-        if launch is not None and not event.reclaimed:
+        if launch is None:
+            return
+        if not self._queues.killing:
+            outside = event.killed or event.reclaimed
+            self._state(facts.LaunchLost(launch.id, event.reason, outside))
+        if not event.reclaimed:
             # Those that were asked for before another one failed may all have one cause: together,
             # they are one failure.
             again = launch.started_at < self._failed_at
@@ -400,3 +366,7 @@ class Losses:
             self._queues.close(task, "failed")
         if tasks:
             self._do(commands.FailTasksUnlaunched(tasks, reason))
+
+
+def _may_be_judged(task: Task) -> bool:
+    return task.requirements is not None and task.requirements.judged

@@ -1,10 +1,10 @@
-"""The machine: takes events, and returns commands.
+"""The machine: takes events, and returns commands and facts.
 
 The table of handlers has one line for each event, which names the module that handles it. After
 each event, waiting tasks are sent, workers are launched or withdrawn, and the next deadline is set.
 Calls go in one direction, from the end of this list to its head: ``queue``, ``workers``,
-``quarantine``, ``pool``, ``dispatch`` and ``losses``, ``answers``, ``scaling`` and ``closing``, and
-the machine.
+``quarantine``, ``pool``, ``dispatch`` and ``losses``, ``ends``, ``answers``, ``scaling`` and
+``closing``, and the machine.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from cloudexec._core.closing import Closing
 from cloudexec._core.commands import Command
 from cloudexec._core.decisions import Decisions
 from cloudexec._core.dispatch import Dispatch
+from cloudexec._core.ends import Ends
+from cloudexec._core.facts import Fact
 from cloudexec._core.losses import Losses
 from cloudexec._core.pool import Pool
 from cloudexec._core.quarantine import Quarantine
@@ -58,9 +60,10 @@ class Machine:
         pool = self._pool = Pool(config, plain[0], queues, quarantine, decisions)
         dispatch = self._dispatch = Dispatch(config, queues, pool, quarantine, decisions)
         losses = self._losses = Losses(config, queues, pool, quarantine, decisions)
+        ends = self._ends = Ends(config, queues, pool, losses, decisions)
         answers = Answers(queues, pool, losses, decisions)
         scaling = self._scaling = Scaling(config, queues, pool, losses, decisions)
-        closing = self._closing = Closing(queues, pool, losses, decisions)
+        closing = self._closing = Closing(queues, pool, ends, decisions)
         self.workers, self.launches = pool.workers, pool.launches
         self.blocked, self.counts = queues.blocked, decisions.counts
         self._handlers: dict[type, Callable[[Any, float], Any]] = {
@@ -77,13 +80,14 @@ class Machine:
             events.FailuresReceived: losses.on_failures,
             events.FailureJudged: losses.on_judged,
             events.InputsRestored: queues.on_restored,
-            events.WorkerConnected: self._on_connected,
+            events.WorkerConnected: ends.on_connected,
             events.WorkerReady: pool.on_ready,
             events.WorkerHeard: pool.on_heard,
-            events.WorkerCut: self._on_cut,
-            events.WorkerBack: pool.on_back,
             events.WorkerDraining: pool.on_draining,
-            events.WorkerLost: losses.on_lost,
+            events.ConnectionEnded: self._on_connection_ended,
+            events.WorkerBack: ends.on_back,
+            events.ProcessEnded: ends.on_process_ended,
+            events.WorkerRestarted: ends.on_restarted,
             events.LaunchFailed: losses.on_launch_failed,
             events.LaunchesRefused: scaling.on_launches_refused,
             events.LaunchesTakenOver: pool.on_launches_taken_over,
@@ -114,16 +118,21 @@ class Machine:
             self._scaling.scale(now)
         return self._decisions.take()
 
+    def take_facts(self) -> list[Fact]:
+        """Return what became of tasks and workers by the events since the last call."""
+        facts = self._decisions.facts
+        if not facts:
+            return []
+        taken = facts[:]
+        facts.clear()
+        return taken
+
     def next_deadline(self) -> float | None:
         """Return the latest time for ``DeadlinePassed``; ``None`` if it is not needed."""
         return self._decisions.deadline
 
-    def _on_connected(self, event: events.WorkerConnected, now: float) -> None:
-        self._losses.note_connected()
-        self._pool.on_connected(event, now)
-
-    def _on_cut(self, event: events.WorkerCut, now: float) -> None:
-        if self._losses.on_cut(event, now):
+    def _on_connection_ended(self, event: events.ConnectionEnded, now: float) -> None:
+        if self._ends.on_connection_ended(event, now):
             self._closing.look_again()
 
     def _on_deadline(self, event: events.DeadlinePassed, now: float) -> None:
@@ -133,8 +142,9 @@ class Machine:
         self._decisions.not_before = now + everybody * _LOOK_PAUSE
         self._losses.time_out_launches(now)
         self._queues.wake(now)
+        self._ends.check(now)
         for worker in list(self.workers.values()):
-            if self._losses.has_lost(worker, now) or self._scaling.retire_old(worker, now):
+            if self._ends.has_ended(worker, now) or self._scaling.retire_old(worker, now):
                 continue
             self._dispatch.end_pause(worker, now)
             self._scaling.retire_idle(worker, now)
@@ -188,9 +198,9 @@ class Machine:
         """Return the tasks between two attempts."""
         return list(self._queues.backing_off)
 
-    def runs_apart(self, task: Task) -> bool:
-        """Say whether a task is among the suspects of a worker's death."""
-        return task in self._queues.suspects
+    def takes_back(self, worker: str) -> bool:
+        """Say whether a worker may go on over another connection."""
+        return self._ends.takes_back(worker)
 
     def validate(self) -> None:
         """Check every invariant; for tests.
@@ -200,7 +210,14 @@ class Machine:
         """
         from cloudexec._core.invariants import check
 
-        check(self.config, self._queues, self._pool, self._quarantine, self._decisions)
+        check(
+            self.config,
+            self._queues,
+            self._pool,
+            self._quarantine,
+            self._ends,
+            self._decisions,
+        )
         if self.finished:
             assert not self._queues.has_work, "finished with tasks left"
             assert not self.workers, "finished with workers left"

@@ -3,7 +3,7 @@
 A launch becomes a worker when the worker connects. A worker is connected; it may be cut off for a
 while and connect again; it drains, that is, finishes its tasks and gets no more; and then it is
 gone. Each of these steps is a method here, so that the sums of slots always agree with the workers.
-Other modules decide whether a step is taken: ``losses``, ``scaling`` and ``closing``.
+Other modules decide whether a step is taken: ``ends``, ``scaling`` and ``closing``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 
 from cloudexec._config import ServerConfig
-from cloudexec._core import commands, events
+from cloudexec._core import commands, events, facts
 from cloudexec._core.decisions import Decisions
 from cloudexec._core.quarantine import Quarantine
 from cloudexec._core.queue import Queues
@@ -63,6 +63,8 @@ class Pool:
         self._quarantine = quarantine
         self._counts = decisions.counts
         self._do = decisions.commands.append
+        self._state = decisions.facts.append
+        self._state_dropped = decisions.state_dropped
         self._remind = decisions.remind
         self._launch_numbers = itertools.count(1)
         self._machine: Allocation | None = None  # set if all workers share one machine
@@ -111,7 +113,8 @@ class Pool:
 
     # Workers: connected, cut off, back, draining, gone.
 
-    def on_connected(self, event: events.WorkerConnected, now: float) -> None:
+    def connect(self, event: events.WorkerConnected, now: float) -> Worker:
+        """Add the worker of a launch."""
         launch = self.launches.get(event.launch)
         self.end_launch(event.launch)
         shape = self.plain.shape if launch is None else launch.shape
@@ -131,19 +134,19 @@ class Pool:
             worker.cut_at = now
             self._remind(now + self._config.reconnect_grace)
         self.settle(worker, now)
-        if self._queues.killing:
-            self._do(commands.TerminateWorker(worker.id))
+        self._state(facts.WorkerAdded(worker.id))
+        return worker
 
     def cut_off(self, worker: Worker, now: float) -> None:
         """Send no tasks to a worker until it has connected again."""
+        self._counts["workers_cut"] += 1
         worker.cut_at = now
-        self._withhold(worker)
+        self.withhold(worker)
 
-    def on_back(self, event: events.WorkerBack, now: float) -> None:
-        worker = self.workers.get(event.worker)
-        if worker is None or worker.cut_at is None:
-            return
+    def mend(self, worker: Worker, now: float) -> None:
+        """Go on with a worker that has connected again and was cut off."""
         self._counts["workers_back"] += 1
+        self._state(facts.WorkerReconnected(worker.id, worker.attempts()))
         worker.cut_at = None
         worker.heard_at = now
         self._remind(now + self._config.lease_timeout)
@@ -156,6 +159,7 @@ class Pool:
         worker = self.workers.get(event.worker)
         if worker is not None:
             worker.heard_at = now
+        self._state_dropped()
 
     def on_ready(self, event: events.WorkerReady, now: float) -> None:
         worker = self.workers.get(event.worker)
@@ -165,15 +169,19 @@ class Pool:
 
     def on_draining(self, event: events.WorkerDraining, now: float) -> None:
         worker = self.workers.get(event.worker)
-        if worker is not None:
+        if worker is not None and worker.is_active:
+            # It was not told to by a command, so its platform has told it.
+            worker.reclaimed = True
             self.drain(worker)
+            self._state(facts.WorkerReclaimed(worker.id))
+            self._do(commands.EvacuateWorker(worker.id))
 
     def drain(self, worker: Worker) -> None:
         """Send no more tasks to a worker."""
         if worker.state is WorkerState.ACTIVE:
             worker.state = WorkerState.DRAINING
             self._count_active(-worker.slots, worker.shape)
-            self._withhold(worker)
+            self.withhold(worker)
 
     def retire(self, worker: Worker) -> None:
         """Have a worker finish its tasks and end; another one is launched if it is needed."""
@@ -193,7 +201,8 @@ class Pool:
         for lease in worker.leases:
             allocation.heavy.pop(lease, None)
 
-    def _withhold(self, worker: Worker) -> None:
+    def withhold(self, worker: Worker) -> None:
+        """Make a worker unavailable that takes no tasks, for a while or for ever."""
         self.available.pop(worker.id, None)
         self._quarantine.release(worker)
         worker.allocation.give_up_saving()
@@ -219,8 +228,8 @@ class Pool:
             self._remind(now + REBALANCE_AFTER)
 
     def welcome(self, worker: Worker) -> None:
-        """Make an active worker available, unless it is cut off or reserved for suspects."""
-        if worker.cut_at is None:
+        """Make an active worker available if it is within reach and not reserved for suspects."""
+        if worker.is_within_reach:
             reserved = self._quarantine.reserved
             if not reserved or worker.id not in reserved:
                 self.available[worker.id] = None

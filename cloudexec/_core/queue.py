@@ -15,7 +15,7 @@ import operator
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
-from cloudexec._core import commands, events
+from cloudexec._core import commands, events, facts
 from cloudexec._core.decisions import Decisions
 from cloudexec._core.resources import ResourceRequest
 from cloudexec._core.tasks import TRANSITIONS, FunctionStats, Task, TaskState
@@ -117,6 +117,7 @@ class Queues:
         self._wakeups: list[tuple[float, int, Task]] = []
         self._plain_requests = plain
         self._do = decisions.commands.append
+        self._state = decisions.facts.append
         self._counts = decisions.counts
         self._remind = decisions.remind
 
@@ -394,6 +395,7 @@ class Queues:
             if task.worker is not None:
                 leases.setdefault(task.worker, []).append(task.lease)
             self.close(task, "cancelled")
+        self._state(facts.TasksWithdrawn(event.tasks))
         if not self.waiting:
             self.clear()
         command = commands.KillTasks if event.kill else commands.RecallTasks

@@ -185,7 +185,7 @@ class Scaling:
         if pending:
             pool.withdraw(pending[0])
             return
-        busy = [worker for worker in strangers if worker.cut_at is None]
+        busy = [worker for worker in strangers if worker.is_within_reach]
         if busy:
             pool.retire(min(busy, key=lambda worker: worker.load))
 

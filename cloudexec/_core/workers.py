@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from cloudexec._core.events import ProcessEnded
+from cloudexec._core.facts import Attempt
 from cloudexec._core.queue import TaskQueue
 from cloudexec._core.resources import ResourceRequest, Resources
 from cloudexec._core.tasks import Task, TaskState
 
-__all__ = ["Allocation", "Launch", "Worker", "WorkerState"]
+__all__ = ["STAGES", "Allocation", "Launch", "Stage", "Worker", "WorkerState"]
 
 
 class WorkerState(enum.Enum):
@@ -18,6 +20,33 @@ class WorkerState(enum.Enum):
     ACTIVE = "active"
     DRAINING = "draining"
     """The worker finishes its tasks, and gets no more."""
+
+
+class Stage(enum.Enum):
+    """How far the end of a worker has come. Only ``ends`` changes it."""
+
+    CONNECTED = "connected"
+    CUT = "cut"
+    """The connection was cut. The worker may work on and connect again."""
+    CLOSED = "closed"
+    """The connection has ended for good. The report of the process's end is waited for."""
+    REPORTED = "reported"
+    """The process has ended. The connection may have messages that are not read yet."""
+    LOST = "lost"
+    """Nothing is waited for any more, and the session is closed."""
+
+
+STAGES: dict[Stage, frozenset[Stage]] = {
+    Stage.CONNECTED: frozenset({Stage.CUT, Stage.CLOSED, Stage.REPORTED, Stage.LOST}),
+    Stage.CUT: frozenset({Stage.CONNECTED, Stage.CLOSED, Stage.LOST}),
+    Stage.CLOSED: frozenset({Stage.LOST}),
+    Stage.REPORTED: frozenset({Stage.LOST}),
+    Stage.LOST: frozenset(),
+}
+"""By stage: the stages that may follow. ``ends`` refuses all other changes."""
+
+
+_ACTIVE, _CONNECTED = WorkerState.ACTIVE, Stage.CONNECTED  # found faster, for each batch of tasks
 
 
 class Allocation:
@@ -122,8 +151,15 @@ class Worker:
         completed: Number of tasks that it has answered.
         idle_since: When its last lease ended; ``None`` while it has one.
         heard_at: When its last message came.
-        cut_at: When its connection was cut; ``None`` while it is connected.
+        cut_at: When its connection was cut, or when a worker that was taken over connected which
+            has not said yet what it holds; ``None`` otherwise.
         over_at: When it was found to drain without tasks; ``None`` otherwise.
+        reclaimed: Whether its platform wants it back.
+        stage: How far its end has come.
+        report: The launcher's report that its process has ended.
+        why: Why its connection has ended, in words.
+        told_at: When it was told to end at once; ``None`` otherwise.
+        until: The time at which it is lost if nothing else happens; ``None`` if there is none.
     """
 
     def __init__(
@@ -151,6 +187,12 @@ class Worker:
         self.heard_at = now
         self.cut_at: float | None = None
         self.over_at: float | None = None
+        self.reclaimed = False
+        self.stage = Stage.CONNECTED
+        self.report: ProcessEnded | None = None
+        self.why = ""
+        self.told_at: float | None = None
+        self.until: float | None = None
 
     @property
     def size(self) -> int:
@@ -163,9 +205,19 @@ class Worker:
         return self.state is WorkerState.ACTIVE
 
     @property
+    def is_within_reach(self) -> bool:
+        """Whether messages reach it, so that it can be sent tasks or asked for them."""
+        return self.cut_at is None and self.stage is _CONNECTED
+
+    @property
     def takes_tasks(self) -> bool:
         """Whether tasks can be sent to it now."""
-        return self.state is WorkerState.ACTIVE and self.cut_at is None
+        return self.state is _ACTIVE and self.cut_at is None and self.stage is _CONNECTED
+
+    @property
+    def has_drained(self) -> bool:
+        """Whether it was told to end and has no task left, so that its end is no loss."""
+        return self.state is WorkerState.DRAINING and not self.leases
 
     @property
     def free(self) -> int:
@@ -175,6 +227,15 @@ class Worker:
     def sent_ahead(self) -> list[int]:
         """Return the leases of tasks that are not known to have begun."""
         return [lease for lease, task in self.leases.items() if task.state is TaskState.SENT]
+
+    def attempts(self, leases: Iterable[int] | None = None) -> list[Attempt]:
+        """Return the attempts of its tasks, or of those of some leases, that are not done."""
+        held = self.leases
+        return [
+            Attempt(task, lease, task.lost + 1, task.state is TaskState.RUNNING)
+            for lease in (held if leases is None else leases)
+            if (task := held.get(lease)) is not None and task.state is not TaskState.DONE
+        ]
 
     @property
     def has_work(self) -> bool:

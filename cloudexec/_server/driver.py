@@ -114,8 +114,8 @@ class Driver:
             setup.max_cost_usd,
             lambda launch, end: self.workers.launch_ended(launch, end),
         )
-        self.story = Story(engine, self.sessions, self.launches, launcher)
-        self.retry_predicate = RetryPredicate(engine, self.story)
+        self.story = Story(engine, self.launches, launcher)
+        self.retry_predicate = RetryPredicate(engine)
         self.dependencies = Dependencies(engine, self.futures, self.keeper, store, self)
         self.workers = Workers(engine, self.sessions, self.launches, self.keeper, launcher)
         self.refusals = Refusals(engine)
@@ -146,10 +146,12 @@ class Driver:
                 commands.LaunchWorker: self.launches.ask,
                 commands.TerminateLaunch: self.launches.withdraw,
                 commands.DrainWorker: self.workers.drain,
+                commands.EvacuateWorker: self.workers.evacuate,
                 commands.TerminateWorker: self.workers.terminate,
+                commands.CloseSession: self.workers.close,
                 commands.Finish: self._finish,
             },
-            watches=self.story.watches,
+            notes=self.story.notes,
             settle=self.dependencies.settle,
             break_down=self.futures.break_down,
         )
@@ -444,7 +446,6 @@ class Driver:
         await self._launcher.close()
         if self.transfers is not None:
             await self.transfers.close()
-        self.story.tell_duplicates()
         self.story.teller.sum_up()
         self._sum_up()
         self.engine.stop()

@@ -21,11 +21,10 @@ from cloudexec._log import Log
 from cloudexec._server.portal import Portal
 from cloudexec._server.telling import fields
 
-__all__ = ["Engine", "Moment", "Then"]
+__all__ = ["Engine", "Moment"]
 
 Moment: TypeAlias = tuple[float, float, str]
 """Seconds on the monotonic clock, seconds since 1970, and the id of the executor."""
-Then: TypeAlias = Callable[[], None]
 
 _logger = Log()
 _MOST_STALL = 2.0
@@ -60,7 +59,7 @@ class Engine:
         self._timer_at = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._carry_out: Mapping[type, Callable[[Any], None]] = {}
-        self._watches: Mapping[type, Callable[[Any], Then | None]] = {}
+        self._notes: Mapping[type, Callable[[Any], None]] = {}
         self.settle: Callable[[], None]
         """Carries out what follows for tasks that waited for ended tasks; see ``connect``."""
         self._break_down: Callable[[BaseException], None]
@@ -69,7 +68,7 @@ class Engine:
         self,
         *,
         carry_out: Mapping[type, Callable[[Any], None]],
-        watches: Mapping[type, Callable[[Any], Then | None]],
+        notes: Mapping[type, Callable[[Any], None]],
         settle: Callable[[], None],
         break_down: Callable[[BaseException], None],
     ) -> None:
@@ -77,14 +76,14 @@ class Engine:
 
         Args:
             carry_out: The function that carries out a command, by the command's type.
-            watches: Functions that are called before the core handles an event, by the event's
-                type. A function that they return is called before the commands are carried out.
+            notes: The function that notes a fact, by the fact's type. It is called before any
+                command is carried out.
             settle: Called after each event, and whenever a task ends outside of an event. It
                 releases the tasks that waited for the ended one.
             break_down: Fails all tasks, after an internal error.
         """
         self._carry_out = carry_out
-        self._watches = watches
+        self._notes = notes
         self.settle = settle
         self._break_down = break_down
 
@@ -116,12 +115,11 @@ class Engine:
         now = self.now()[0]
         self.clock += min(now - self._looked_at, _MOST_STALL)
         self._looked_at = now
-        watch = self._watches.get(type(event))
         try:
-            note = None if watch is None else watch(event)
             answer = self.machine.handle(event, self.clock)
-            if note is not None:
-                note()  # first, as a user who learns of an outcome may ask explain() at once
+            # Facts come first, as a user who learns of an outcome may ask explain() at once.
+            for fact in self.machine.take_facts():
+                self._notes[type(fact)](fact)
             for command in answer:
                 self._carry_out[type(command)](command)
         except BaseException as exc:

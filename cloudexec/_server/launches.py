@@ -257,7 +257,7 @@ class Launches:
             self._futures.set_exception(task, error)
 
     def withdraw(self, command: commands.TerminateLaunch) -> None:
-        """Terminate a launched worker that has not connected."""
+        """Terminate a launched worker that is not wanted, or that does not end by itself."""
         self.why()  # remember the reason while the launcher still knows this launch
         # Collected until the loop's next round: a launcher may end many workers by one request.
         if not self._unwanted:
@@ -267,11 +267,11 @@ class Launches:
         _bound(self._given_up)
 
     def has_given_up(self, launch: str) -> bool:
-        """Say whether a launched worker was withdrawn before it connected."""
+        """Say whether a launched worker was terminated or is going to be."""
         return launch in self._given_up
 
     def terminate_now(self) -> None:
-        """Terminate the launches that were withdrawn."""
+        """Terminate the launches that are to end."""
         unwanted, self._unwanted = self._unwanted, []
         self._launcher.terminate(unwanted)
 

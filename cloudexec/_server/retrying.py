@@ -18,7 +18,6 @@ from cloudexec._forked import OwnThread, end_if_forked
 from cloudexec._log import Log
 from cloudexec._server.engine import Engine
 from cloudexec._server.outcomes import error_of
-from cloudexec._server.story import Story
 
 __all__ = ["RetryPredicate"]
 
@@ -30,12 +29,10 @@ class RetryPredicate:
 
     Args:
         engine: Is told of each decision.
-        story: Notes each decision.
     """
 
-    def __init__(self, engine: Engine, story: Story) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._story = story
         self._queue: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -67,9 +64,7 @@ class RetryPredicate:
             return exc
 
         def verdict(again: bool) -> None:
-            self._engine.now()
-            self._story.raised(task, worker, raised, again=again)
-            self._engine.feed(events.FailureJudged(worker, task, failure, again))
+            self._engine.feed(events.FailureJudged(worker, task, failure, again, raised))
 
         assert task.requirements is not None
         self._queue.put((task.requirements.options.retry_on, error, verdict))

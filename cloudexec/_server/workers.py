@@ -1,9 +1,7 @@
-"""Handles workers that connect, are cut off, connect again and end, and tells the core of it.
+"""Tells the core of workers that connect, are cut off, connect again and end.
 
-A worker is reported as lost only when both of its ends are known: that of its connection, and that
-of its process, which says why. So a connection that ends becomes a lost worker after a short time,
-in which the launcher may report the process's end; and an end that the launcher reports becomes a
-lost worker when the connection has ended, too, or has not done so in time.
+It also carries out what the core commands for workers. When a worker is lost is decided by the core
+alone, in ``_core.ends``.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from cloudexec._core import commands, events
-from cloudexec._core.workers import WorkerState
 from cloudexec._launchers.base import Arrival, LaunchEnd, Launcher
 from cloudexec._server.bucket import BucketTransfers
 from cloudexec._server.engine import Engine
@@ -24,11 +21,6 @@ if TYPE_CHECKING:
     from cloudexec._server.takeover import Takeover
 
 __all__ = ["Workers"]
-
-_TERMINATION = 2.0
-"""Seconds that a worker has to end by itself after it was told to end at once."""
-_LAST_WORDS = 5.0
-"""Seconds that a worker's connection may last after the launcher has reported its process's end."""
 
 
 class Workers:
@@ -62,8 +54,6 @@ class Workers:
         self._launches = launches
         self._keeper = keeper
         self._launcher = launcher
-        self._last_words: dict[str, LaunchEnd] = {}
-        self._expected_ends: dict[str, asyncio.TimerHandle] = {}
 
     # Enrolment.
 
@@ -87,10 +77,9 @@ class Workers:
         return None
 
     def returning(self, identity: str, attempt: int) -> None:
-        """Report the worker's earlier process as lost, if its platform has started it again.
+        """Note that a worker's platform has started it again, if it has.
 
-        Called when a worker has proved who it is. A platform starts a worker again by itself only
-        if it took the machine away.
+        Called when a worker has proved who it is.
 
         Args:
             identity: The worker's launch.
@@ -100,18 +89,15 @@ class Workers:
         if session is None or attempt <= session.attempt:
             return
         self._launcher.disconnected(identity, orderly=False, reclaimed=True)
-        worker = session.worker_id
-        if worker not in self._last_words:
-            why = "its machine was taken back, and it was started again on another"
-            self._last_words[worker] = LaunchEnd(why, reclaimed=True, relaunched=True)
-        self._lost(session, "")
+        self._engine.feed(events.WorkerRestarted(session.worker_id))
 
     def session_to_resume(self, identity: str, name: bytes) -> Any:
         """Return the session that a worker wants to go on with; ``None`` if it was given up."""
         session = self._sessions.of_launch(identity)
         if session is None or not session.resumable or session.name != name:
             return None
-        return None if self._engine.is_closing else session
+        is_open = not self._engine.is_closing
+        return session if is_open and self._engine.machine.takes_back(session.worker_id) else None
 
     def connected(self, session: Any, slots: int, arrival: Arrival, dial_in: float) -> None:
         """Take a worker that has enrolled.
@@ -140,11 +126,9 @@ class Workers:
     def reconnected(self, session: Any) -> None:
         """Note that a worker goes on over a new connection; the old one's end may come later."""
         self.reconnections += 1
-        session.is_cut = False
         self._launcher.connected(session.identity, Arrival("", session.attempt, None, None))
-        # A worker that was taken over counts as back only when it has said which tasks it holds.
-        if not session.taken_over:
-            self._engine.feed(events.WorkerBack(session.worker_id))
+        has_reported = not session.taken_over
+        self._engine.feed(events.WorkerBack(session.worker_id, has_reported))
 
     def expects(self, session: Any, lease: int) -> bool:
         """Say whether a worker holds a lease, so that its result is expected."""
@@ -182,39 +166,34 @@ class Workers:
             session.drain()
             self._engine.create_task(self._keeper.evacuate(session))
 
-    def terminate(self, command: commands.TerminateWorker) -> None:
-        """Have a worker end at once."""
+    def evacuate(self, command: commands.EvacuateWorker) -> None:
+        """Bring the kept results of a worker here that its platform takes back."""
         session = self._sessions.get(command.worker)
         if session is not None:
-            loop = self._engine.portal.loop
+            self._engine.create_task(self._keeper.evacuate(session))
+
+    def terminate(self, command: commands.TerminateWorker) -> None:
+        """Tell a worker to end at once."""
+        session = self._sessions.get(command.worker)
+        if session is not None:
             session.terminate()
-            if session.is_cut:  # the worker cannot be told; it is refused if it dials again
-                loop.call_soon(self._lost, session, "its connection was cut")
-            loop.call_later(_TERMINATION, self._end_by_force, session)
 
-    def _end_by_force(self, session: Any) -> None:
-        """End the process and the connection of a worker that was told to end and had time for it.
-
-        The connection is closed, too, because it may belong to another process than the launcher
-        can end, or to one on a machine that cannot be reached.
-        """
-        self._launcher.terminate([session.identity])
-        self._cut_off(session, "it did not end when it was told to, and was cut off")
-
-    def _cut_off(self, session: Any, reason: str) -> None:
-        """Report a worker as lost without waiting any longer for its connection to end."""
-        if self._sessions.get(session.worker_id) is session:
-            self._lost(session, reason)
+    def close(self, command: commands.CloseSession) -> None:
+        """Close the session of a worker that is gone, and drop all that was kept for it."""
+        session = self._sessions.get(command.worker)
+        if session is None:
+            return
+        self._sessions.remove(session)
+        session.close()
+        if self.takeover is not None:
+            self.takeover.worker_lost(session)
+        self._keeper.worker_lost(command.worker, session.told.blobs())
+        if self.transfers is not None:
+            self.transfers.session_ended(session)
+        self._launcher.clean_up(session.slot_groups)
+        self._launches.newcomers.pop(command.worker, None)
 
     # Ends.
-
-    def draining(self, session: Any) -> None:
-        """Note that a worker accepts no more tasks, by our order or because of its platform."""
-        worker = self._engine.machine.workers.get(session.worker_id)
-        if worker is not None and worker.state is WorkerState.ACTIVE:
-            session.reclaimed = True
-            self._engine.create_task(self._keeper.evacuate(session))
-        self._engine.feed(events.WorkerDraining(session.worker_id))
 
     def launch_ended(self, launch: str, end: LaunchEnd) -> None:
         """Take the launcher's report that a worker's process has ended or could not be started."""
@@ -222,19 +201,17 @@ class Workers:
             self._launches.running.discard(launch)
             if self.takeover is not None:
                 self.takeover.launch_ended(launch)
-        session = self._sessions.of_launch(launch)
-        if session is not None:
-            # The worker's last messages may still be unread: wait until its connection ends.
-            self._last_words[session.worker_id] = end
-            if launch in self._expected_ends or session.is_cut:
-                self._lost(session, end.reason)
-            else:
-                loop = self._engine.portal.loop
-                loop.call_later(_LAST_WORDS, self._cut_off, session, end.reason)
-        elif not end.relaunched:
-            self._engine.feed(
-                events.LaunchFailed(launch, end.reason, end.fatal, end.killed, end.reclaimed)
+        self._engine.feed(
+            events.ProcessEnded(
+                launch,
+                end.reason,
+                fatal=end.fatal,
+                killed=end.killed,
+                reclaimed=end.reclaimed,
+                out_of_memory=end.out_of_memory,
+                relaunched=end.relaunched,
             )
+        )
         if not self._launches.running:
             self.all_ended.set()
 
@@ -246,56 +223,21 @@ class Workers:
             reason: Why the connection ended, in words.
             cut: Whether the connection failed, so that the worker may connect again.
         """
-        worker, identity = session.worker_id, session.identity
+        worker = session.worker_id
         if self._sessions.get(worker) is not session:
             return
-        engine, machine = self._engine, self._engine.machine
-        known = machine.workers.get(worker)
-        orderly = known is not None and not known.leases and known.state is WorkerState.DRAINING
-        self._launcher.disconnected(identity, orderly=orderly, reclaimed=session.reclaimed)
-        explained = worker in self._last_words
-        may_return = cut and session.resumable and not orderly and not explained
-        if may_return and known is not None and not engine.is_closing:
-            session.is_cut = True
-            engine.feed(events.WorkerCut(worker))
-            return
-        if not explained and identity in self._launches.running and not engine.is_closing:
-            # Wait a moment for the launcher's report of how the process ended.
-            hurry = (orderly and not session.reclaimed) or machine.killing
-            patience = 0.1 if hurry else self._launcher.last_words
-            self._expected_ends[identity] = engine.portal.loop.call_later(
-                patience, self._lost, session, reason
-            )
-            return
-        self._lost(session, reason)
-
-    def _lost(self, session: Any, reason: str) -> None:
-        worker, identity = session.worker_id, session.identity
-        end = self._last_words.pop(worker, None)
-        timer = self._expected_ends.pop(identity, None)
-        if timer is not None:
-            timer.cancel()
-        if not self._sessions.remove(session):
-            return
-        session.close()
-        if self.takeover is not None:
-            self.takeover.worker_lost(session)
-        self._keeper.worker_lost(worker, session.told.blobs())
-        if self.transfers is not None:
-            self.transfers.session_ended(session)
-        self._launcher.clean_up(session.slot_groups)
-        self._launches.newcomers.pop(worker, None)
-        if end is None:
-            end = LaunchEnd(reason, reclaimed=bool(session.reclaimed))
-        if identity in self._launches.running and not end.relaunched:
-            # Without its connection the process ends by itself; terminate it if it does not.
-            self._engine.portal.loop.call_later(_TERMINATION, self._launcher.terminate, [identity])
+        known = self._engine.machine.workers.get(worker)
+        self._launcher.disconnected(
+            session.identity,
+            orderly=known is not None and known.has_drained,
+            reclaimed=known is not None and known.reclaimed,
+        )
+        is_open = not self._engine.is_closing
         self._engine.feed(
-            events.WorkerLost(
+            events.ConnectionEnded(
                 worker,
-                end.reason,
-                reclaimed=end.reclaimed,
-                out_of_memory=end.out_of_memory,
-                relaunched=end.relaunched,
+                reason,
+                may_return=cut and session.resumable and is_open,
+                may_report=is_open,
             )
         )

@@ -1,9 +1,9 @@
 """The core's oracle: one digest of all decisions of the core in many simulated histories.
 
 A change that only moves code must not change any decision. ``python -m tests.core.oracle`` runs the
-histories of ``simulation``. For each event it hashes the event and its time, the commands that
-answer it, and the next deadline. It prints a digest for each seed and a digest of all these. Run it
-before and after a change, and compare the digests.
+histories of ``simulation``. For each event it hashes the event and its time, the facts and the
+commands that answer it, and the next deadline. It prints a digest for each seed and a digest of all
+these. Run it before and after a change, and compare the digests.
 
 The digests depend only on the seeds and the decisions. They do not depend on the order of sets, on
 addresses, on the clock, or on the names of fields and states.
@@ -34,14 +34,16 @@ def digest_of(seed: int) -> str:
     """Run one history, and return the digest of all decisions in it."""
     digest = hashlib.sha256()
     world = Simulation(seed)
-    decide = world.machine.handle
+    decide, facts = world.machine.handle, world.machine._decisions.facts
 
     def note(event: Event, now: float) -> list[Command]:
         said = " ".join(_spell(event))
         answer = decide(event, now)
-        lines = [f"{now!r} {said}", *(" ".join(_spell(each)) for each in answer)]
+        told = world.machine.take_facts()
+        lines = [f"{now!r} {said}", *(" ".join(_spell(each)) for each in [*told, *answer])]
         lines.append(f"until {world.machine.next_deadline()!r}")
         digest.update("\n".join(lines).encode())
+        facts.extend(told)
         return answer
 
     world.machine.handle = note  # type: ignore[method-assign]

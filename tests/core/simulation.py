@@ -23,7 +23,7 @@ from cloudexec._config import (
     TaskOptions,
     WorkerCapacity,
 )
-from cloudexec._core import commands, events
+from cloudexec._core import commands, events, facts
 from cloudexec._core.events import Event, Failure, FailureKind
 from cloudexec._core.machine import Machine
 from cloudexec._core.resources import Requirements, ResourceRequest, Resources
@@ -265,12 +265,22 @@ class SimulatedWorker:
         world.living.pop(self.name, None)
         world.ended(self)
         relaunched = reclaimed and world.random.random() < 0.3
-        lost = events.WorkerLost(self.name, reason, reclaimed, out_of_memory, relaunched)
+        ended = events.ProcessEnded(
+            self.launch,
+            reason,
+            reclaimed=reclaimed,
+            out_of_memory=out_of_memory,
+            relaunched=relaunched,
+        )
+        if world.scattered:
+            self._end_scattered(ended)
+            return
 
         def learn() -> None:
             again = relaunched and self.name in world.machine.workers
             again = again and not world.machine.shutting_down
-            world.tell(lost)
+            world.tell(ended)
+            world.tell(events.ConnectionEnded(self.name, reason))
             if again and self.launch in world.machine.launches:
                 world.come(self.launch, self.slots)
 
@@ -283,6 +293,28 @@ class SimulatedWorker:
         else:
             self.up.carry(learn)
 
+    def _end_scattered(self, ended: events.ProcessEnded) -> None:
+        """Let the client learn of both ends at different times, in any order, or never of one."""
+        world, r = self.world, self.world.ends
+        said = world.now + r.choice([0.0, r.uniform(0.0, 0.2), r.uniform(0.0, 8.0)])
+        is_said = ended.relaunched or r.random() < 0.8
+
+        def say() -> None:
+            if self.launch in world.pending or world.worker_of(self.launch) not in (None, self):
+                return  # it is started again: a platform does not report an earlier process then
+            world.tell(ended)
+            for _ in range(r.choice([0, 0, 1])):
+                world.tell(ended)
+
+        if is_said:
+            world.at(said, say)
+        if not self.up.cut:
+            may_return = r.random() < 0.3
+            seen = events.ConnectionEnded(self.name, "its connection ended", may_return)
+            self.up.carry(lambda: world.after(r.choice([0.0, 0.0, 2.0]), lambda: world.tell(seen)))
+        if ended.relaunched:
+            world.after(r.uniform(0.1, 9.0), lambda: world.come(self.launch, self.slots))
+
     def cut(self, seconds: float) -> None:
         world = self.world
         if not self.alive or self.up.cut:
@@ -290,16 +322,28 @@ class SimulatedWorker:
         self.up.cut = self.down.cut = True
         noticed = world.random.uniform(0.0, 2.0)
         self.noticed_at = world.now + noticed
-        world.at(self.noticed_at, lambda: world.tell(events.WorkerCut(self.name)))
+        for_good = world.scattered and world.ends.random() < 0.1
+
+        def notice() -> None:
+            # A worker that sent something wrong may not return. If that was its first message, the
+            # machine cannot know whether a task has begun.
+            known = world.machine.workers.get(self.name)
+            may_return = not (for_good and known is not None and known.ready)
+            world.tell(events.ConnectionEnded(self.name, "cut", may_return))
+
+        world.at(self.noticed_at, notice)
         world.after(max(seconds, noticed + 0.01), self.mend)
 
     def mend(self) -> None:
         if not self.alive:
             return
-        if self.name not in self.world.machine.workers:
+        world = self.world
+        if self.name not in world.machine.workers or not world.machine.takes_back(self.name):
+            if world.scattered and world.ends.random() < 0.5:
+                world.tell(events.WorkerBack(self.name))
             self.end("told that it came too late")
             return
-        self.world.tell(events.WorkerBack(self.name))
+        world.tell(events.WorkerBack(self.name))
         self.up.mend()
         self.down.mend()
 
@@ -309,10 +353,16 @@ class Simulation:
 
     Args:
         seed: The seed of all random choices.
+        scattered: Whether the ends of a worker's connection and process are learned of separately;
+            ``None`` to choose at random.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, scattered: bool | None = None) -> None:
         self.seed = seed
+        # What has to do with ends has random choices of its own, so that all others are the same
+        # whether ends are scattered or not.
+        self.ends = random.Random(seed + 1_000_003)
+        self.scattered = self.ends.random() < 0.7 if scattered is None else scattered
         r = self.random = random.Random(seed)
         self.now = 0.0
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -343,6 +393,7 @@ class Simulation:
             retry=RetryPolicy(launch_failures=1000),
             lease_timeout=6.0,
             reconnect_grace=r.choice([0.0, 5.0, 5.0]),
+            last_words=self.ends.choice([0.0, 0.1, 4.0]),
         )
         self.machine = Machine(config)
         self.living: dict[str, SimulatedWorker] = {}
@@ -359,6 +410,8 @@ class Simulation:
         self._idle_since: dict[str, float] = {}
         self.steps = 0
         self._drained: set[str] = set()
+        self._lost: set[str] = set()
+        self._closed: set[str] = set()
         self._busy_until = 0.0
         self._gone: dict[str, list[Event]] = {}
         self.requirements = self._some_requirements()
@@ -386,7 +439,7 @@ class Simulation:
             self.now, _, do = heapq.heappop(self._queue)
             if self.now > limit:
                 raise Wrong(f"not finished after {limit:g} s: {self._state()}")
-            if self.finished and not self.living:
+            if self.finished and not self.living and not self.ends_are_open():
                 break
             do()
         self._judge()
@@ -395,11 +448,24 @@ class Simulation:
 
     def tell(self, event: Event) -> None:
         if self.finished and not isinstance(
-            event, (events.WorkerLost, events.WorkerHeard, events.DeadlinePassed)
+            event,
+            (
+                events.ConnectionEnded,
+                events.ProcessEnded,
+                events.WorkerRestarted,
+                events.WorkerBack,
+                events.WorkerHeard,
+                events.DeadlinePassed,
+            ),
         ):
             return
-        self._note(event)
-        for command in self.machine.handle(event, self.now):
+        if isinstance(event, events.WorkerDraining):
+            self._drained.add(event.worker)
+        answer = self.machine.handle(event, self.now)
+        for fact in self.machine.take_facts():
+            if isinstance(fact, facts.WorkerLost):
+                self._lose(fact)
+        for command in answer:
             self._obey(command)
         self.steps += 1
         if self.steps % 8 == 0 or self.steps < 200:
@@ -421,18 +487,22 @@ class Simulation:
             self._timer = deadline
             self.at(deadline, self._ring)
 
-    def _note(self, event: Event) -> None:
-        """Update the model of which leases may bring a result of which task."""
-        if isinstance(event, events.WorkerLost) and event.worker in self.machine.workers:
-            self._revoke(event.worker)
-        elif isinstance(event, events.WorkerDraining):
-            self._drained.add(event.worker)
+    def _lose(self, fact: facts.WorkerLost) -> None:
+        """Expect no more results of a worker's tasks."""
+        if fact.worker in self._lost:
+            raise Wrong(f"{fact.worker} was lost twice")
+        self._lost.add(fact.worker)
+        for attempt in fact.attempts:
+            call: Call = attempt.task.handle
+            call.leases.discard(attempt.lease)
 
-    def _revoke(self, worker: str) -> None:
-        for task in self.tasks:
-            call: Call = task.handle
-            if task.worker == worker:
-                call.leases.discard(task.lease)
+    def worker_of(self, launch: str) -> SimulatedWorker | None:
+        """Return the last worker of a launch."""
+        return next((w for w in reversed(self.workers.values()) if w.launch == launch), None)
+
+    def ends_are_open(self) -> bool:
+        """Say whether the machine waits for the end of a connection or a process."""
+        return bool(self.machine._ends.workers or self.machine._ends.processes)
 
     def _obey(self, command: commands.Command) -> None:
         if isinstance(command, commands.SendTasks):
@@ -457,6 +527,9 @@ class Simulation:
             self._launch(command.launch, command.slots)
         elif isinstance(command, commands.TerminateLaunch):
             self.pending.discard(command.launch)
+            worker = self.worker_of(command.launch)
+            if worker is not None:
+                self.after(self.ends.uniform(0.0, 1.0), lambda: worker.end("ended by force"))
         elif isinstance(command, commands.Finish):
             self.finished += 1
         elif not isinstance(command, commands.MarkRunning):
@@ -474,14 +547,20 @@ class Simulation:
             self._drained.add(command.worker)
             worker.down.carry(lambda: worker.drain() if worker.alive else None)
         elif isinstance(command, commands.TerminateWorker):
-            # The launcher stops the worker, whether its connection works or not.
-            self.after(self.delay(), lambda: worker.end("terminated"))
+            if not self.scattered:
+                self.after(self.delay(), lambda: worker.end("terminated"))
+            elif not worker.hung:
+                worker.down.carry(lambda: worker.end("told to end"))
+        elif isinstance(command, commands.CloseSession):
+            if command.worker in self._closed:
+                raise Wrong(f"the session of {command.worker} was closed twice")
+            self._closed.add(command.worker)
 
     def _send(self, command: commands.SendTasks) -> None:
         worker = self.workers[command.worker]
         known = self.machine.workers[command.worker]
-        if known.cut_at is not None:
-            raise Wrong(f"{command.tasks} were sent to {command.worker}, which is cut off")
+        if not known.is_within_reach:
+            raise Wrong(f"{command.tasks} were sent to {command.worker}, which is out of reach")
         if command.worker in self._drained:
             raise Wrong(f"{command.tasks} were sent to {command.worker}, which is draining")
         sent = [(task.lease, task) for task in command.tasks]
@@ -531,7 +610,7 @@ class Simulation:
             able = (
                 plain
                 and worker.state is WorkerState.ACTIVE
-                and worker.cut_at is None
+                and worker.is_within_reach
                 and not worker.leases
                 and any(
                     not queue.apart
@@ -572,7 +651,12 @@ class Simulation:
         self.tell(failed)
 
     def _arrive(self, launch: str, slots: int) -> None:
+        if launch not in self.pending:
+            return  # it was terminated
         self.pending.discard(launch)
+        earlier = self.worker_of(launch)
+        if earlier is not None and earlier.name in self.machine._ends.workers:
+            self.tell(events.WorkerRestarted(earlier.name))
         if launch not in self.machine.launches:
             return
         name = f"w{next(self._worker_numbers)}"
@@ -723,6 +807,12 @@ class Simulation:
         open_ones = [task for task in self.tasks if not task.handle.outcome]
         if open_ones:
             raise Wrong(f"{open_ones} have no outcome")
+        if self.ends_are_open():
+            raise Wrong(f"an end is waited for for ever: {self._state()}")
+        if self._closed != self.workers.keys():
+            raise Wrong(f"{self.workers.keys() - self._closed} were not forgotten")
+        if self._lost != self.workers.keys():
+            raise Wrong(f"{self.workers.keys() - self._lost} were not lost")
         self.machine.validate()
 
     def _state(self) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from endings import cut, lose
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, WorkerCapacity
 from cloudexec._core.commands import (
+    CloseSession,
     DrainWorker,
     FailTask,
     Finish,
@@ -16,7 +18,7 @@ from cloudexec._core.commands import (
     RecallTasks,
     ResolveTasks,
     SendTasks,
-    TerminateWorker,
+    TerminateLaunch,
 )
 from cloudexec._core.events import (
     DeadlinePassed,
@@ -27,10 +29,8 @@ from cloudexec._core.events import (
     TasksSubmitted,
     WorkerBack,
     WorkerConnected,
-    WorkerCut,
     WorkerDraining,
     WorkerHeard,
-    WorkerLost,
     WorkerReady,
 )
 from cloudexec._core.machine import Machine
@@ -60,8 +60,8 @@ def with_worker(machine: Machine, *tasks: Task, name: str = "w", launch: str = "
     machine.validate()
 
 
-def cut(machine: Machine, name: str = "w", now: float = 1.0) -> list[Any]:
-    commands = machine.handle(WorkerCut(name), now)
+def cut_off(machine: Machine, name: str = "w", now: float = 1.0) -> list[Any]:
+    commands = machine.handle(cut(name), now)
     machine.validate()
     return commands
 
@@ -70,7 +70,7 @@ def test_a_worker_that_comes_back_goes_on_as_before() -> None:
     """A cut shorter than the grace costs no attempt, and no result."""
     machine, (task, later) = make(1), some(2)
     with_worker(machine, task)
-    assert cut(machine) == []
+    assert cut_off(machine) == []
     assert only(machine.handle(TasksSubmitted([later]), 2.0), SendTasks) == []
     assert machine.handle(DeadlinePassed(), 30.9) == []
     machine.handle(WorkerBack("w"), 30.9)
@@ -82,26 +82,28 @@ def test_a_worker_that_comes_back_goes_on_as_before() -> None:
 
 
 def test_a_worker_that_stays_away_is_lost_after_the_grace() -> None:
-    """It is told to end, its task runs elsewhere, and what it says later is a duplicate."""
+    """Its task runs elsewhere, what it says later is a duplicate, and its process is ended."""
     machine, (task,) = make(), some(1)
     with_worker(machine, task)
     lease = task.lease
-    cut(machine)
+    cut_off(machine)
     assert machine.next_deadline() == 31.0
     commands = machine.handle(DeadlinePassed(), 31.0)
-    assert [c.worker for c in only(commands, TerminateWorker)] == ["w"]
+    assert [c.worker for c in only(commands, CloseSession)] == ["w"]
     assert len(only(commands, LaunchWorker)) == 1
     assert task.lost == 1
     machine.handle(ResultsReceived("w", [lease], ["late"], [0.1]), 32.0)
     assert machine.counts["duplicates"] == 1
     assert machine.handle(WorkerBack("w"), 32.0) == []
     machine.validate()
+    assert machine.handle(DeadlinePassed(), 32.9) == []
+    assert machine.handle(DeadlinePassed(), 33.0) == [TerminateLaunch("1")]
 
 
 def test_the_loss_names_the_grace() -> None:
     machine, (task,) = make(grace=2.5), some(1, retries=0)
     with_worker(machine, task)
-    cut(machine)
+    cut_off(machine)
     (failed,) = only(machine.handle(DeadlinePassed(), 3.5), FailTask)
     assert "did not come back within 2.5 s (reconnect_grace)" in failed.failure.detail
 
@@ -109,15 +111,15 @@ def test_the_loss_names_the_grace() -> None:
 def test_without_a_grace_a_cut_is_a_loss() -> None:
     machine, (task,) = make(grace=0), some(1)
     with_worker(machine, task)
-    assert [c.worker for c in only(cut(machine), TerminateWorker)] == ["w"]
+    assert [c.worker for c in only(cut_off(machine), CloseSession)] == ["w"]
     assert machine.waiting_tasks() == [task]
 
 
 def test_a_cut_worker_that_is_known_to_have_ended_is_lost_at_once() -> None:
     machine, (task,) = make(), some(1)
     with_worker(machine, task)
-    cut(machine)
-    machine.handle(WorkerLost("w", "killed"), 2.0)
+    cut_off(machine)
+    lose(machine, 2.0, "w", "killed")
     assert machine.waiting_tasks() == [task]
     machine.validate()
 
@@ -126,7 +128,7 @@ def test_silence_does_not_count_while_a_worker_is_cut_off() -> None:
     """Nor when it is back: it is heard of anew."""
     machine, (task,) = make(grace=1000), some(1)
     with_worker(machine, task)
-    cut(machine)
+    cut_off(machine)
     machine.handle(DeadlinePassed(), 500.0)
     machine.handle(WorkerBack("w"), 500.0)
     machine.handle(DeadlinePassed(), 501.0)
@@ -140,7 +142,7 @@ def test_no_other_worker_is_launched_in_place_of_one_that_is_cut_off() -> None:
     machine = make(1, idle_timeout=5.0)
     with_worker(machine, *some(1))
     machine.handle(ResultsReceived("w", [1], ["r"], [0.1]), 0.5)
-    cut(machine)
+    cut_off(machine)
     commands = machine.handle(TasksSubmitted(some(1)), 2.0)
     commands += machine.handle(DeadlinePassed(), 10.0)
     assert commands == []
@@ -151,7 +153,7 @@ def test_a_worker_that_is_back_is_idle_from_then_on() -> None:
     machine = make(1, idle_timeout=5.0)
     with_worker(machine, *some(1))
     machine.handle(ResultsReceived("w", [1], ["r"], [0.1]), 0.5)
-    cut(machine)
+    cut_off(machine)
     machine.handle(WorkerBack("w"), 20.0)
     assert only(machine.handle(DeadlinePassed(), 21.0), DrainWorker) == []
     assert only(machine.handle(DeadlinePassed(), 25.0), DrainWorker)
@@ -161,7 +163,7 @@ def test_tasks_on_a_cut_worker_can_be_cancelled() -> None:
     """The worker is told when it is back."""
     machine, (task,) = make(), some(1)
     with_worker(machine, task)
-    cut(machine)
+    cut_off(machine)
     lease = task.lease
     assert machine.handle(TasksCancelled([task], kill=True), 2.0) == [KillTasks("w", [lease])]
     machine.validate()
@@ -174,7 +176,7 @@ def test_nothing_is_recalled_from_a_cut_worker_for_an_idle_one() -> None:
         quick.learn(1e-5)
     with_worker(machine, *some(10, stats=quick))
     with_worker(machine, name="v", launch="2")
-    cut(machine)
+    cut_off(machine)
     for worker in ("v", "w"):
         commands = machine.handle(DeadlinePassed(), 2.0)
         assert only(commands, RecallTasks) == [], worker
@@ -191,9 +193,12 @@ def test_a_shutdown_with_nothing_left_to_do_does_not_wait_for_a_cut_worker(drain
     machine.handle(ResultsReceived("w", [1], ["r"], [0.1]), 0.5)
     if drained:
         machine.handle(WorkerDraining("w"), 0.5)
-    cut(machine)
+    cut_off(machine)
     commands = machine.handle(ShutdownRequested(), 2.0)
-    assert [type(c) for c in commands] == [TerminateWorker, Finish]
+    if drained:  # the end of its process is about to be reported
+        assert commands == []
+        commands = machine.handle(DeadlinePassed(), 2.0)
+    assert [type(c) for c in commands] == [CloseSession, Finish]
 
 
 def test_a_worker_that_is_cut_off_while_the_executor_ends_is_not_waited_for() -> None:
@@ -201,18 +206,20 @@ def test_a_worker_that_is_cut_off_while_the_executor_ends_is_not_waited_for() ->
     with_worker(machine, *some(1))
     machine.handle(ResultsReceived("w", [1], ["r"], [0.1]), 0.5)
     assert only(machine.handle(ShutdownRequested(), 1.0), DrainWorker)
-    assert [type(c) for c in cut(machine)] == [TerminateWorker, Finish]
+    assert cut_off(machine) == []
+    commands = machine.handle(DeadlinePassed(), 1.1)  # the end of its process was not reported
+    assert [type(c) for c in commands] == [CloseSession, Finish]
 
 
 def test_a_shutdown_waits_for_what_runs_on_a_cut_worker() -> None:
     """Unless it kills."""
     machine, (task,) = make(), some(1)
     with_worker(machine, task)
-    cut(machine)
+    cut_off(machine)
     assert machine.handle(ShutdownRequested(), 2.0) == []
     machine.handle(WorkerHeard("w"), 3.0)
     commands = machine.handle(ShutdownRequested(kill=True), 4.0)
-    assert [type(c) for c in commands][-2:] == [TerminateWorker, Finish]
+    assert [type(c) for c in commands][-2:] == [CloseSession, Finish]
 
 
 def test_without_retries_a_task_may_have_begun_where_the_link_failed() -> None:
@@ -220,7 +227,7 @@ def test_without_retries_a_task_may_have_begun_where_the_link_failed() -> None:
     machine, (task,) = make(), some(1, retries=0)
     machine.handle(TasksSubmitted([task]), 0.0)
     machine.handle(WorkerConnected("w", 1, "1"), 0.0)
-    cut(machine)
+    cut_off(machine)
     assert only(machine.handle(DeadlinePassed(), 31.0), FailTask)
 
 
@@ -228,7 +235,7 @@ def test_no_cut_or_draining_worker_is_held_for_a_large_task() -> None:
     """It takes nothing, so another one is held: or small tasks would go before for ever."""
     size = WorkerCapacity(cpus=2, memory=8 << 30)
     policy = ScalingPolicy(max_slots=4, slots_per_worker=2, sizes=(size,))
-    for gone in (WorkerCut, WorkerDraining):
+    for gone in (cut, WorkerDraining):
         machine = Machine(ServerConfig(scaling=policy))
         machine.handle(TasksSubmitted([Task(n, FunctionStats()) for n in range(1, 9)]), 0.0)
         for name, launch in (("a", "1"), ("b", "2")):
@@ -256,7 +263,7 @@ def test_returned_leases_of_a_cut_worker_do_not_make_it_get_more() -> None:
     """What was on its way when the link failed may still be read."""
     machine, tasks = make(1), some(2)
     with_worker(machine, *tasks)
-    cut(machine)
+    cut_off(machine)
     lease = tasks[0].lease
     assert only(machine.handle(LeasesReturned("w", [lease]), 1.5), SendTasks) == []
     machine.validate()

@@ -6,11 +6,13 @@ import dataclasses
 from typing import Any
 
 import pytest
+from endings import lose
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, WorkerCapacity
 from cloudexec._core.commands import (
     CancelTasks,
     DrainWorker,
+    EvacuateWorker,
     FailTask,
     FailTasksUnlaunched,
     Finish,
@@ -46,7 +48,6 @@ from cloudexec._core.events import (
     WorkerConnected,
     WorkerDraining,
     WorkerHeard,
-    WorkerLost,
     WorkerReady,
 )
 from cloudexec._core.machine import Machine
@@ -212,7 +213,7 @@ def test_a_worker_lost_with_several_tasks_costs_none_of_them_an_attempt() -> Non
     assert len(machine.workers["w"].leases) == 10
     machine.handle(WorkerReady("w"), 0.0)
     machine.handle(TasksStarted("w", [batch[0].lease, batch[4].lease]), 0.5)
-    commands = machine.handle(WorkerLost("w", "gone"), 1.0)
+    commands = lose(machine, 1.0, "w", "gone")
     assert [task.lost for task in batch] == [0] * 10
     assert len(only(commands, LaunchWorker)) == 1
     assert sorted(task.number for task in machine.waiting_tasks()) == list(range(1, 11))
@@ -226,7 +227,7 @@ def test_a_task_under_which_every_worker_dies_young_comes_to_an_end() -> None:
     failed: list[Any] = []
     for number in range(1, 30):
         machine.handle(WorkerConnected("w", 1, str(number)), 0.0)
-        failed += only(machine.handle(WorkerLost("w", "gone"), 0.0), FailTask)
+        failed += only(lose(machine, 0.0, "w", "gone"), FailTask)
         machine.validate()
         if failed:
             break
@@ -240,7 +241,7 @@ def test_at_most_once_fails_whatever_was_sent_to_a_lost_worker() -> None:
     machine.handle(TasksSubmitted(tasks(5, quick(), retries=0)), 0.0)
     machine.handle(WorkerConnected("w", 2, "1"), 0.0)
     machine.handle(WorkerReady("w"), 0.0)
-    commands = machine.handle(WorkerLost("w", "gone"), 1.0)
+    commands = lose(machine, 1.0, "w", "gone")
     assert len(only(commands, FailTask)) == 5
     machine.validate()
 
@@ -382,7 +383,7 @@ def test_shutdown_waits_for_tasks_and_finishes_when_the_last_worker_is_gone() ->
     assert machine.handle(ShutdownRequested(), 0.0) == []
     commands = machine.handle(ResultsReceived("w", [task.lease], [b""], [0.0]), 1.0)
     assert len(only(commands, DrainWorker)) == 1
-    assert only(machine.handle(WorkerLost("w"), 2.0), Finish) == [Finish()]
+    assert only(lose(machine, 2.0, "w"), Finish) == [Finish()]
     assert machine.handle(DeadlinePassed(), 3.0) == []
 
 
@@ -525,7 +526,7 @@ def test_tasks_of_a_worker_that_was_lost_again_wait() -> None:
     machine.handle(WorkerConnected("w", 2, "7"), 0.0)
     machine.handle(TasksTakenOver("w", batch[2:], [100]), 0.0)
     machine.validate()
-    machine.handle(WorkerLost("w", "gone"), 1.0)
+    lose(machine, 1.0, "w", "gone")
     assert machine.waiting_tasks() == batch[1:]
     machine.validate()
 
@@ -545,7 +546,7 @@ def test_a_task_that_waits_is_taken_over_too() -> None:
     assert [task for command in only(commands, SendTasks) for task in command.tasks] == batch[1:2]
     # A task that is on another worker stays there.
     assert machine.handle(TasksTakenOver("w", batch[1:2], [100]), 0.0) == []
-    machine.handle(WorkerLost("w", "gone"), 1.0)
+    lose(machine, 1.0, "w", "gone")
     assert sorted(task.number for task in machine.waiting_tasks()) == [1, 3]
     machine.validate()
 
@@ -633,7 +634,7 @@ def test_a_task_lost_to_memory_runs_again_on_the_next_larger_size() -> None:
     commands = out_of_memory(machine, "small", task)
     assert only(commands, DrainWorker) == [DrainWorker("small")]
     machine.validate()
-    (launch,) = only(machine.handle(WorkerLost("small", "ended"), 2.0), LaunchWorker)
+    (launch,) = only(lose(machine, 2.0, "small", "ended"), LaunchWorker)
     assert launch.size == 1
     (sent,) = only(machine.handle(WorkerConnected("large", 1, launch.launch), 3.0), SendTasks)
     assert sent.tasks == [task]
@@ -697,7 +698,7 @@ def test_a_worker_that_ran_out_of_memory_before_it_was_ready_is_followed_by_a_la
     (task,) = tasks(1)
     machine.handle(TasksSubmitted([task]), 0.0)
     machine.handle(WorkerConnected("a", 1, "1"), 0.0)
-    commands = machine.handle(WorkerLost("a", "killed", out_of_memory=True), 1.0)
+    commands = lose(machine, 1.0, "a", "killed", out_of_memory=True)
     assert [launch.size for launch in only(commands, LaunchWorker)] == [1]
     assert (task.size, task.lost) == (1, 0)
     machine.validate()
@@ -710,7 +711,7 @@ def test_a_reclaimed_worker_costs_its_tasks_no_attempt() -> None:
     machine.handle(TasksSubmitted([task]), 0.0)
     machine.handle(WorkerConnected("a", 1, "1"), 0.0)
     machine.handle(WorkerReady("a"), 0.0)
-    commands = machine.handle(WorkerLost("a", "spot", reclaimed=True, relaunched=True), 1.0)
+    commands = lose(machine, 1.0, "a", "spot", reclaimed=True, relaunched=True)
     assert only(commands, LaunchWorker) == []
     assert task.lost == 0
     (sent,) = only(machine.handle(WorkerConnected("b", 1, "1"), 2.0), SendTasks)
@@ -725,7 +726,7 @@ def test_a_task_without_retries_is_not_run_again_after_a_reclaim() -> None:
     machine.handle(TasksSubmitted([task]), 0.0)
     machine.handle(WorkerConnected("a", 1, "1"), 0.0)
     machine.handle(WorkerReady("a"), 0.0)
-    assert only(machine.handle(WorkerLost("a", "spot", reclaimed=True), 1.0), FailTask)
+    assert only(lose(machine, 1.0, "a", "spot", reclaimed=True), FailTask)
 
 
 def test_a_worker_is_replaced_after_so_many_tasks() -> None:
@@ -738,7 +739,7 @@ def test_a_worker_is_replaced_after_so_many_tasks() -> None:
     leases = [task.lease for task in sent.tasks]
     answers = ResultsReceived("a", leases, [b""] * 3, [0.1] * 3)
     assert only(machine.handle(answers, 1.0), DrainWorker) == [DrainWorker("a")]
-    assert len(only(machine.handle(WorkerLost("a", "ended"), 1.0), LaunchWorker)) == 1
+    assert len(only(lose(machine, 1.0, "a", "ended"), LaunchWorker)) == 1
     machine.validate()
 
 
@@ -824,9 +825,9 @@ def test_a_shutdown_launches_nothing_for_what_runs_on_a_draining_worker() -> Non
     commands = machine.handle(WorkerDraining("w"), 2.0)
     for second in range(3, 10):
         commands += machine.handle(WorkerHeard("w"), float(second))
-    assert commands == []
+    assert commands == [EvacuateWorker("w")]
     machine.handle(WorkerReady("w"), 10.0)
-    lost = machine.handle(WorkerLost("w", "gone"), 11.0)
+    lost = lose(machine, 11.0, "w", "gone")
     assert len(only(lost, LaunchWorker)) == 1
     machine.validate()
 
@@ -840,7 +841,7 @@ def test_a_shutdown_keeps_the_worker_that_a_resting_task_will_need() -> None:
     failure = Failure(FailureKind.RAISED, "boom")
     machine.handle(FailuresReceived("w", [(task.lease, failure)]), 1.0)
     machine.handle(ShutdownRequested(), 1.0)
-    machine.handle(WorkerLost("w", "gone"), 2.0)
+    lose(machine, 2.0, "w", "gone")
     assert len(machine.launches) == 1
     commands = machine.handle(DeadlinePassed(), 3.0) + machine.handle(DeadlinePassed(), 4.0)
     assert commands == []
@@ -862,7 +863,7 @@ def test_a_shutdown_does_not_wait_for_a_cancelled_task_that_began_all_the_same()
     assert [c.leases for c in only(commands, KillTasks)] == [[lease]]
     assert only(commands, DrainWorker)
     machine.handle(FailuresReceived("w", [(lease, Failure(FailureKind.KILLED))]), 3.0)
-    assert only(machine.handle(WorkerLost("w", "ended"), 4.0), Finish)
+    assert only(lose(machine, 4.0, "w", "ended"), Finish)
 
 
 def test_a_worker_that_fell_silent_does_not_count_among_the_warm_ones() -> None:

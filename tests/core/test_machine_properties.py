@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions, WorkerCapacity
-from cloudexec._core import commands, events
+from cloudexec._core import commands, events, facts
 from cloudexec._core.events import Event, Failure, FailureKind
 from cloudexec._core.machine import Machine
 from cloudexec._core.resources import Requirements, ResourceRequest, Resources
@@ -82,6 +82,9 @@ class Peer:
         self.ready = False
         self.cut = False
         self.draining = False
+        self.is_alive = True
+        self.is_reported = False
+        self.is_closed = False
         self.leases: dict[int, Future] = {}
         self.begun: set[int] = set()
         self.unsaid: list[Event] = []
@@ -134,6 +137,9 @@ class History(RuleBasedStateMachine):
         self.past: list[Event] = []
         self.asked: list[commands.JudgeFailure] = []
         self.finished = 0
+        self.ghosts: dict[str, Peer] = {}  # lost, but their process or connection may be there
+        self.lost: set[str] = set()
+        self.closed: set[str] = set()
         quick = FunctionStats()
         for _ in range(50):
             quick.learn(1e-5)
@@ -156,10 +162,21 @@ class History(RuleBasedStateMachine):
     # Events and commands.
 
     def tell(self, event: Event) -> None:
-        if isinstance(event, events.WorkerLost) and event.worker in self.machine.workers:
-            self.revoke(event.worker)
-        for command in self.machine.handle(event, self.now):
+        answer = self.machine.handle(event, self.now)
+        for fact in self.machine.take_facts():
+            if isinstance(fact, facts.WorkerLost):
+                self.lose(fact)
+        for command in answer:
             self.obey(command)
+
+    def lose(self, fact: facts.WorkerLost) -> None:
+        """From now on, no result of this worker counts."""
+        assert fact.worker not in self.lost, "a worker is lost twice"
+        self.lost.add(fact.worker)
+        peer = self.ghosts[fact.worker] = self.peers.pop(fact.worker)
+        self.past += peer.unsaid
+        for attempt in fact.attempts:
+            self.futures[attempt.task.number].lease = 0
 
     def say(self, peer: Peer, event: Event) -> None:
         """Have a worker say something; while it is cut off, nobody hears it."""
@@ -168,12 +185,6 @@ class History(RuleBasedStateMachine):
         else:
             self.past.append(event)
             self.tell(event)
-
-    def revoke(self, worker: str) -> None:
-        """From now on, no result of this worker counts."""
-        for future in self.futures.values():
-            if future.task.worker == worker:
-                future.lease = 0
 
     def end(self, task: Task, how: str) -> None:
         future = self.futures[task.number]
@@ -207,16 +218,17 @@ class History(RuleBasedStateMachine):
         elif isinstance(command, commands.LaunchWorker):
             self.launches[command.launch] = command.slots
         elif isinstance(command, commands.TerminateLaunch):
-            self.launches.pop(command.launch)
-        elif isinstance(command, commands.TerminateWorker):
-            # The machine may have given it up; then it need not be told that it has ended.
-            if command.worker not in self.machine.workers:
-                del self.peers[command.worker]
-                for future in self.futures.values():
-                    if future.task.worker == command.worker:
-                        future.lease = 0
+            if self.launches.pop(command.launch, None) is None:
+                ended = [p for p in self.ghosts.values() if p.launch == command.launch]
+                assert ended, "the process of a worker that is not lost is ended by force"
+                assert all(p.name in self.closed for p in ended), "its session is not closed"
+        elif isinstance(command, commands.CloseSession):
+            assert command.worker not in self.closed, "a session is closed twice"
+            assert command.worker in self.lost, "the session of a worker that is there is closed"
+            self.closed.add(command.worker)
         elif isinstance(command, commands.DrainWorker):
-            self.peers[command.worker].draining = True
+            if command.worker in self.peers:
+                self.peers[command.worker].draining = True
         elif isinstance(command, commands.Finish):
             self.finished += 1
 
@@ -227,6 +239,17 @@ class History(RuleBasedStateMachine):
 
     def peer(self, data: Any) -> Peer:
         return self.peers[self.pick(data, self.peers)]
+
+    def talking(self) -> list[Peer]:
+        """Return the workers whose messages are read, or will be once they are back."""
+        return [p for p in self.peers.values() if not p.is_closed]
+
+    def talker(self, data: Any) -> Peer:
+        return self.peers[self.pick(data, [p.name for p in self.talking()])]
+
+    def living(self) -> list[str]:
+        """Return the workers whose process lives, and may connect again."""
+        return [p.name for p in self.talking() if p.is_alive]
 
     def some(self, data: Any, entries: Any) -> list[Any]:
         entries = sorted(entries)
@@ -348,19 +371,19 @@ class History(RuleBasedStateMachine):
 
     # What workers do.
 
-    @precondition(lambda self: self.peers)
+    @precondition(lambda self: self.talking())
     @rule(data=DATA)
     def is_ready(self, data: Any) -> None:
-        peer = self.peer(data)
+        peer = self.talker(data)
         if not peer.ready:
             peer.ready = True
             self.say(peer, events.WorkerReady(peer.name))
 
-    @precondition(lambda self: any(p.ready and p.leases for p in self.peers.values()))
+    @precondition(lambda self: any(p.ready and p.leases for p in self.talking()))
     @rule(data=DATA, share=SHARE, times=st.integers(1, 3))
     def work(self, data: Any, share: float, times: int) -> None:
         """Begin with the first ones, in order; answer for some, and say what is running."""
-        peer = self.peers[self.pick(data, [p.name for p in self.peers.values() if p.ready])]
+        peer = self.peers[self.pick(data, [p.name for p in self.talking() if p.ready])]
         for _ in range(times):
             waiting = [lease for lease in peer.leases if lease not in peer.begun]
             for lease in waiting[: peer.slots - len(peer.begun)]:
@@ -381,63 +404,110 @@ class History(RuleBasedStateMachine):
             del peer.leases[lease]
             peer.begun.discard(lease)
 
-    @precondition(lambda self: any(p.begun for p in self.peers.values()))
+    @precondition(lambda self: any(p.begun for p in self.talking()))
     @rule(data=DATA, kind=st.sampled_from(KINDS), memory=st.booleans())
     def fail(self, data: Any, kind: FailureKind, memory: bool) -> None:
-        peer = self.peers[self.pick(data, [p.name for p in self.peers.values() if p.begun])]
+        peer = self.peers[self.pick(data, [p.name for p in self.talking() if p.begun])]
         lease = self.pick(data, peer.begun)
         if kind is FailureKind.INPUT_LOST:
             peer.leases[lease].begun -= 1  # it did not get that far
         self.give_up(peer, [lease])
         self.say(peer, events.FailuresReceived(peer.name, [(lease, Failure(kind, "", memory))]))
 
-    @precondition(lambda self: self.peers)
+    @precondition(lambda self: self.talking())
     @rule(data=DATA)
     def hand_back(self, data: Any) -> None:
-        peer = self.peer(data)
+        peer = self.talker(data)
         leases = self.some(data, peer.leases.keys() - peer.begun)
         self.give_up(peer, leases)
         self.say(peer, events.LeasesReturned(peer.name, leases))
 
-    @precondition(lambda self: self.peers)
+    @precondition(lambda self: self.talking())
     @rule(data=DATA)
     def drain(self, data: Any) -> None:
-        peer = self.peer(data)
+        peer = self.talker(data)
         peer.draining = True
         self.say(peer, events.WorkerDraining(peer.name))
 
     @precondition(lambda self: self.peers)
     @rule(data=DATA, how=st.sampled_from(["died", "reclaimed", "memory"]), again=st.booleans())
     def die(self, data: Any, how: str, again: bool) -> None:
+        """Both ends of a worker are known at once."""
         peer = self.peer(data)
-        del self.peers[peer.name]
-        again = again and how == "reclaimed" and not self.machine.shutting_down
-        if again:
-            self.launches[peer.launch] = peer.slots
-        known = self.machine.workers.get(peer.name)
-        aboard = [] if known is None else list(known.leases.values())
+        known = self.machine.workers[peer.name]
+        aboard = list(known.leases.values())
         lost = [task.lost for task in aboard]
+        self.end_process(peer, how, again)
+        self.tell(events.ConnectionEnded(peer.name, how))
+        assert peer.name in self.closed, "a worker of which both ends are known is not lost"
+        if how == "died" and len(aboard) > 1:
+            blamed = [t for t, n in zip(aboard, lost, strict=True) if t.retries and t.lost > n]
+            assert not blamed, f"of {aboard} aboard a lost worker, {blamed} are blamed"
+
+    @precondition(lambda self: self.peers)
+    @rule(data=DATA, how=st.sampled_from(["died", "reclaimed", "memory"]), again=st.booleans())
+    def process_ends(self, data: Any, how: str, again: bool) -> None:
+        """Its last messages may still arrive, or the connection has ended before."""
+        self.end_process(self.peer(data), how, again)
+
+    def end_process(self, peer: Peer, how: str, again: bool) -> None:
+        peer.is_alive = False
+        peer.is_reported = True
+        again = again and how == "reclaimed"
         self.tell(
-            events.WorkerLost(
-                peer.name,
+            events.ProcessEnded(
+                peer.launch,
                 how,
                 reclaimed=how == "reclaimed",
                 out_of_memory=how == "memory",
                 relaunched=again,
             )
         )
-        self.past += peer.unsaid
-        if how == "died" and len(aboard) > 1:
-            blamed = [t for t, n in zip(aboard, lost, strict=True) if t.retries and t.lost > n]
-            assert not blamed, f"of {aboard} aboard a lost worker, {blamed} are blamed"
+
+    @precondition(lambda self: self.peers)
+    @rule(data=DATA, may_report=st.sampled_from([True, True, False]))
+    def connection_ends(self, data: Any, may_report: bool) -> None:
+        """For good: with a goodbye, or because of what the worker has sent."""
+        peer = self.peer(data)
+        peer.is_closed = True
+        self.tell(events.ConnectionEnded(peer.name, "ended", may_report=may_report))
 
     @precondition(lambda self: self.peers)
     @rule(data=DATA)
-    def cut_or_mend(self, data: Any) -> None:
+    def starts_again(self, data: Any) -> None:
+        """The platform has started the worker elsewhere, and nobody knew."""
         peer = self.peer(data)
+        peer.is_alive = False
+        self.tell(events.WorkerRestarted(peer.name))
+        assert peer.name in self.closed
+
+    @precondition(lambda self: self.ghosts)
+    @rule(data=DATA, what=st.sampled_from(["process", "connection", "cut", "back", "restart"]))
+    def haunt(self, data: Any, what: str) -> None:
+        """Something is learned of a worker that is lost or was given up."""
+        peer = self.ghosts[self.pick(data, self.ghosts)]
+        if what == "process":
+            if peer.launch in self.launches or any(
+                each.launch == peer.launch for each in self.peers.values()
+            ):
+                return  # it was started again, and this would be said of its next process
+            self.tell(events.ProcessEnded(peer.launch, "died"))
+        elif what == "back":
+            self.tell(events.WorkerBack(peer.name))
+        elif what == "restart":
+            self.tell(events.WorkerRestarted(peer.name))
+        else:
+            cut = what == "cut"
+            self.tell(events.ConnectionEnded(peer.name, what, may_return=cut))
+
+    @precondition(lambda self: self.living())
+    @rule(data=DATA)
+    def cut_or_mend(self, data: Any) -> None:
+        peer = self.peers[self.pick(data, self.living())]
         peer.cut = not peer.cut
         if peer.cut:
-            self.tell(events.WorkerCut(peer.name))
+            self.tell(events.ConnectionEnded(peer.name, "cut", may_return=True))
+            peer.is_closed = not self.machine.takes_back(peer.name)
             return
         self.tell(events.WorkerBack(peer.name))
         unsaid, peer.unsaid = peer.unsaid, []
@@ -473,6 +543,10 @@ class History(RuleBasedStateMachine):
         if hasattr(self, "machine"):
             self.machine.validate()
             assert self.finished == self.machine.finished
+            assert self.closed <= self.lost
+            assert self.peers.keys() == self.machine.workers.keys()
+            # The launches that are waited for, also those whose platform starts them again.
+            self.launches = {each.id: each.slots for each in self.machine.launches.values()}
             for future in self.futures.values():
                 done = future.task.state is TaskState.DONE
                 assert done == bool(future.outcome), f"{future.task}: {future.outcome!r}"
@@ -502,11 +576,20 @@ class History(RuleBasedStateMachine):
             for name in list(self.peers):
                 self.tell(events.WorkerHeard(name))
             self.tell(events.DeadlinePassed())
+        ends = self.machine._ends
+        while ends.workers or ends.processes:
+            deadline = self.machine.next_deadline()
+            assert deadline is not None, "an end is waited for for ever"
+            self.now = max(self.now, deadline)
+            self.tell(events.DeadlinePassed())
+        assert self.closed == self.lost
         self.holds()
         assert self.machine.finished, "it does not come to an end"
         assert all(future.outcome for future in self.futures.values())
 
     def be_kind(self, peer: Peer) -> None:
+        if peer.is_closed:
+            return
         if peer.cut:
             peer.cut = False
             self.tell(events.WorkerBack(peer.name))
@@ -518,8 +601,8 @@ class History(RuleBasedStateMachine):
             times = [0.1] * len(leases)
             self.tell(events.ResultsReceived(peer.name, leases, leases, times))
         elif peer.draining or self.machine.killing:
-            self.peers.pop(peer.name, None)
-            self.tell(events.WorkerLost(peer.name, "ended"))
+            self.tell(events.ProcessEnded(peer.launch, "ended"))
+            self.tell(events.ConnectionEnded(peer.name, "ended"))
 
 
 @pytest.mark.timeout(240)

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from endings import cut, ends_of
 
 import cloudexec._core
 from cloudexec._config import ScalingPolicy, ServerConfig
@@ -21,10 +22,8 @@ from cloudexec._core.events import (
     TasksSubmitted,
     WorkerBack,
     WorkerConnected,
-    WorkerCut,
     WorkerDraining,
     WorkerHeard,
-    WorkerLost,
 )
 from cloudexec._core.machine import Machine
 from cloudexec._core.tasks import FunctionStats, Task
@@ -99,7 +98,7 @@ def beat(workers: int) -> Crowd:
 def cut_and_back(workers: int) -> Crowd:
     crowd = Crowd(workers)
     for name in crowd.names:
-        crowd.handle(WorkerCut(name))
+        crowd.handle(cut(name))
     for name in crowd.names:
         crowd.handle(WorkerBack(name))
     return crowd
@@ -108,7 +107,7 @@ def cut_and_back(workers: int) -> Crowd:
 def lose(workers: int) -> Crowd:
     crowd = Crowd(workers)
     for name in crowd.names:
-        crowd.handle(WorkerCut(name))
+        crowd.handle(cut(name))
     crowd.now += 100.0
     crowd.handle(DeadlinePassed())
     assert crowd.machine.counts["workers_lost"] == workers
@@ -122,7 +121,8 @@ def end(workers: int) -> Crowd:
     for name in crowd.names:
         crowd.handle(WorkerDraining(name))
     for name in crowd.names:
-        crowd.handle(WorkerLost(name, "it has ended"))
+        for event in ends_of(crowd.machine, name, "it has ended"):
+            crowd.handle(event)
     assert crowd.machine.finished
     return crowd
 
@@ -138,7 +138,7 @@ def test_workers_that_are_due_one_after_the_other_are_looked_at_together() -> No
     """A look goes through all of them: it is taken now and then, not for each."""
     crowd = Crowd(MANY)
     for number, name in enumerate(crowd.names):
-        crowd.machine.handle(WorkerCut(name), number * 0.0005)
+        crowd.machine.handle(cut(name), number * 0.0005)
     looks = 0
     while crowd.machine.counts["workers_lost"] < MANY:
         deadline = crowd.machine.next_deadline()

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+from endings import lose
 from hypothesis import given
 from hypothesis import strategies as st
 from test_machine import SIZES, Held, make, only, out_of_memory, quick, request, requirements, tasks
@@ -35,7 +36,6 @@ from cloudexec._core.events import (
     TasksCancelled,
     TasksSubmitted,
     WorkerConnected,
-    WorkerLost,
     WorkerReady,
 )
 from cloudexec._core.machine import Machine
@@ -284,7 +284,7 @@ def test_room_is_made_for_a_size_that_nobody_else_serves_when_it_is_its_turn() -
     commands = answer(machine, "w1")
     (drain,) = only(commands, DrainWorker)
     answer(machine, drain.worker)
-    commands = machine.handle(WorkerLost(drain.worker, "ended"), 2.0)
+    commands = lose(machine, 2.0, drain.worker, "ended")
     (launch,) = only(commands, LaunchWorker)
     assert launch.size == 1
     assert sent(connect(machine, launch)) == [large]
@@ -306,7 +306,7 @@ def test_a_worker_lost_with_a_large_task_is_replaced_by_its_like() -> None:
     (large,) = some(1, request(machine, 6, 16, whole=LARGE, size=2))
     (launch,) = only(submit(machine, [large]), LaunchWorker)
     connect(machine, launch)
-    commands = machine.handle(WorkerLost("w1", "gone"), 1.0)
+    commands = lose(machine, 1.0, "w1", "gone")
     machine.validate()
     (again,) = only(commands, LaunchWorker)
     assert (again.size, large.lost) == (2, 1)
@@ -361,7 +361,7 @@ def test_a_worker_is_replaced_after_so_many_tasks_large_or_not() -> None:
     assert sent(answer(machine, "w1")) == batch[1:2]
     commands = answer(machine, "w1")
     assert only(commands, DrainWorker)
-    assert only(machine.handle(WorkerLost("w1", "ended"), 2.0), LaunchWorker)
+    assert only(lose(machine, 2.0, "w1", "ended"), LaunchWorker)
     machine.validate()
 
 
@@ -444,7 +444,7 @@ def test_a_lost_task_comes_back_to_the_head_of_its_priority() -> None:
     high = some(2, priority=1, first=30)
     (launch,) = only(submit(machine, [*tasks(1), *high]), LaunchWorker)
     assert sent(connect(machine, launch)) == high[:1]
-    (launch,) = only(machine.handle(WorkerLost("w1", "gone"), 1.0), LaunchWorker)
+    (launch,) = only(lose(machine, 1.0, "w1", "gone"), LaunchWorker)
     assert sent(connect(machine, launch)) == high[:1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from endings import ends_of
 
 from cloudexec._config import ScalingPolicy, ServerConfig, TaskOptions
 from cloudexec._core.commands import FailTask, LaunchWorker, RecallTasks, SendTasks
@@ -18,7 +19,6 @@ from cloudexec._core.events import (
     TasksStarted,
     TasksSubmitted,
     WorkerConnected,
-    WorkerLost,
     WorkerReady,
 )
 from cloudexec._core.machine import Machine
@@ -65,7 +65,8 @@ class Fleet:
 
     def die(self, name: str, *, out_of_memory: bool = False) -> None:
         del self.aboard[name]
-        self.tell(WorkerLost(name, "died", out_of_memory=out_of_memory))
+        for event in ends_of(self.machine, name, "died", out_of_memory=out_of_memory):
+            self.tell(event)
 
     def answer(self, name: str, *tasks: Task) -> None:
         for task in tasks:

@@ -101,3 +101,15 @@ def test_a_state_follows_another_only_if_the_table_says_so(
         with pytest.raises(RuntimeError, match=f"cannot become {after.value}"):
             CHANGES[after](queues, task)
         assert task.state is before
+
+
+def test_only_the_module_of_ends_changes_how_far_the_end_of_a_worker_has_come() -> None:
+    """So that each stage has its deadline, and follows the one before as the table says."""
+    sets = re.compile(r"(?<!self)\.(stage|until|told_at|report) = ")
+    writers = [
+        file.name
+        for part in ("_core", "_server")
+        for file in (PACKAGE / part).rglob("*.py")
+        if sets.search(file.read_text())
+    ]
+    assert writers == ["ends.py"]

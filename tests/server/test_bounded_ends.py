@@ -22,7 +22,7 @@ from hostile_peers import (
 )
 
 from cloudexec import BatchExecutor, BrokenBatchExecutor, ObjectOptions, _direct
-from cloudexec._core import losses
+from cloudexec._core import ends
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server import driver
 from cloudexec._wire.channel import BLOB_KEY, LEASE_KEY, SIZE_KEY
@@ -133,7 +133,7 @@ def test_shutdown_gives_up_who_has_nothing_to_do_and_does_not_end(
     behave: Callable[[Inside, threading.Event], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It waits for tasks as long as they take; for workers without any ten seconds."""
-    monkeypatch.setattr(losses, "_FAREWELL", 0.2)
+    monkeypatch.setattr(ends, "_FAREWELL", 0.2)
     launcher = ManualLauncher()
     executor = BatchExecutor(1, launcher=launcher)
     ended = threading.Event()

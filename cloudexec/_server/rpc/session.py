@@ -74,7 +74,7 @@ class WorkerSession:
     ) -> None:
         self.identity = identity
         self.resumable = resumable
-        self.is_cut = False
+        self.is_cut = False  # whether it has no connection at present, after it had one
         self.taken_over = False  # whether the worker has yet to say which tasks it holds
         self.stream: Stream[pb.ServerMessage] = Stream()
         self.pid = pid
@@ -99,7 +99,6 @@ class WorkerSession:
         self.slot_groups: list[int] = []
         self.printed: set[int] = set()  # leases whose task has printed something
         self._unshown = 0  # bytes of output that were received and not shown yet
-        self.reclaimed = False  # whether the worker's platform told it to end
         self._service = service
         self._reading: asyncio.Task[Any] | None = None  # reads the present connection
         self._acknowledge_handle: asyncio.TimerHandle | None = None
@@ -180,9 +179,10 @@ class WorkerSession:
             Whether the worker had a connection before, which may have ended already.
         """
         before, self._reading = self._reading, reading
+        was_cut, self.is_cut = self.is_cut, False
         if before is not None:
             before.cancel()
-        return before is not None or self.is_cut
+        return before is not None or was_cut
 
     def is_read_by(self, task: asyncio.Task[Any]) -> bool:
         """Say whether a task reads the present connection, not an earlier one."""
@@ -191,6 +191,7 @@ class WorkerSession:
     def detach(self) -> None:
         """Note that the present connection has ended."""
         self._reading = None
+        self.is_cut = True
 
     def output_taken(self, size: int) -> None:
         """Allow the worker to send more output, because ``size`` bytes have been shown.
@@ -520,7 +521,7 @@ class WorkerSession:
             heard = False
         if message.draining:
             self._drain_said = True
-            service.workers.draining(self)
+            service.feed(events.WorkerDraining(worker))
             heard = False
         if message.initializer_failed:
             service.initializer_failed(message.initializer_failed)
