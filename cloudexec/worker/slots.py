@@ -188,8 +188,8 @@ class Slots:
             "depth": settings.depth,
             "client_pid": settings.client_pid,
             "number": number_of(slot.number, settings.number, settings.slots, settings.inheritance),
-            "inheritance": settings.inheritance,
-            "main": settings.main,
+            "inheritance": dict(settings.inheritance),
+            "main": dict(settings.main),
         }
         body = json.dumps(setup).encode()
         slot.write(HEADER.pack(Kind.SETUP, len(body), 0) + body)
