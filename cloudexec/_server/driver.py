@@ -510,7 +510,9 @@ class Driver:
             f"{minutes}:{seconds:02d}, about ${cost.accrued_usd:.4f} ({cost.note})"
         )
         if self.setup.output == "inherit":
-            print(f"cloudexec: {line}", file=sys.stderr)
+            # Nobody may read it any more, as with `2>&1 | head`; the executor ends nevertheless.
+            with contextlib.suppress(OSError, ValueError):
+                print(f"cloudexec: {line}", file=sys.stderr)
         else:
             _logger.info("%s", line)
 

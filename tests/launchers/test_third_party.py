@@ -168,6 +168,35 @@ def test_what_workers_cost_is_counted_by_the_price_that_the_platform_names() -> 
     assert executor.cost().accrued_usd >= 1.0
 
 
+def test_a_program_ends_whose_standard_error_nobody_reads_any_more(installed: Path) -> None:
+    """As in `2>&1 | head -1`: what the workers cost cannot be printed there."""
+    script = """
+        import sys
+        from cloudexec import BatchExecutor
+        from process_farm import ProcessFarm
+
+        with BatchExecutor(1, launcher=ProcessFarm(hourly_usd=3600.0)) as executor:
+            print(executor.submit(abs, -1).result(30))
+        sys.stderr = None
+    """
+    (installed / "script.py").write_text(textwrap.dedent(script))
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "script.py"],
+            stdout=subprocess.PIPE,
+            stderr=writer,
+            text=True,
+            timeout=60,
+            cwd=installed,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.stdout, done.returncode) == ("1\n", 0)
+
+
 def test_a_worker_that_ended_before_it_connected_says_why() -> None:
     """Its exit code and its last words are in the error."""
     farm = ProcessFarm(environment={"PYTHONHOME": "/nowhere"})
