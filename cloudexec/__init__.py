@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from cloudexec._future import BatchFuture
     from cloudexec._graph import Graph, Node, Stage, run, stage
     from cloudexec._graph_report import StageReport
-    from cloudexec._launchers.base import Cost, LaunchTimes, WorkerCapacity
+    from cloudexec._launchers.base import Cost, LauncherCounts, LaunchTimes, WorkerCapacity
     from cloudexec._launchers.batch import Batch
+    from cloudexec._launchers.fallback import Fallback
     from cloudexec._launchers.local import Local
     from cloudexec._objects.options import ObjectOptions
     from cloudexec._objects.ref import Ref
@@ -59,6 +60,7 @@ __all__ = [
     "Cost",
     "DependencyError",
     "ExecutorStats",
+    "Fallback",
     "Graph",
     "InitializerError",
     "JournalError",
@@ -66,6 +68,7 @@ __all__ = [
     "JournalVersionError",
     "LaunchError",
     "LaunchTimes",
+    "LauncherCounts",
     "Local",
     "NestingError",
     "Node",
@@ -99,8 +102,9 @@ _LATER = {
     "_future": ("BatchFuture",),
     "_graph": ("Graph", "Node", "Stage", "run", "stage"),
     "_graph_report": ("StageReport",),
-    "_launchers.base": ("Cost", "LaunchTimes", "WorkerCapacity"),
+    "_launchers.base": ("Cost", "LaunchTimes", "LauncherCounts", "WorkerCapacity"),
     "_launchers.batch": ("Batch",),
+    "_launchers.fallback": ("Fallback",),
     "_launchers.local": ("Local",),
     "_objects.options": ("ObjectOptions",),
     "_objects.ref": ("Ref",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
-from cloudexec._launchers.base import LaunchTimes
+from cloudexec._launchers.base import LauncherCounts, LaunchTimes
 
 if TYPE_CHECKING:
     from cloudexec._server.driver import Driver
@@ -117,6 +117,8 @@ class ExecutorStats:
     sizes: tuple[SizeCounts, ...] = ()
     """Workers and tasks by size of worker; the launcher's own size comes first. Sizes without
     workers and without waiting tasks are left out."""
+    launchers: tuple[LauncherCounts, ...] = ()
+    """What each launcher of a ``Fallback`` has done, in their order; otherwise empty."""
     launches: tuple[LaunchTimes, ...] = ()
     """For each requested worker, how long the steps up to its first result took."""
 
@@ -129,6 +131,8 @@ class ExecutorStats:
                 rows.append((name, _counts(value)))
             elif each.name == "sizes":
                 rows += [(size.size, _counts(size)) for size in value]
+            elif each.name == "launchers":
+                rows += [(one.launcher, one.in_words()) for one in value]
             elif each.name != "launches" and value:
                 rows.append((name, f"{value:,}"))
         width = max(len(name) for name, _ in rows)
@@ -213,6 +217,7 @@ class ExecutorStats:
                 )
                 for size, found in sorted(sizes.items())
             ),
+            launchers=tuple(driver.launches.counts()),
             launches=driver.launches.times(),
         )
 

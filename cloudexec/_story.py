@@ -76,6 +76,8 @@ class StoryEvent:
     """The worker that the event is about."""
     job_id: str = ""
     """The platform's own identifier of that worker."""
+    launcher: str = ""
+    """The launcher of that worker, if it is one of a ``Fallback``."""
     attempt: int | None = None
     """The attempt that the event is about, from 1."""
     reason: str = ""
@@ -146,7 +148,9 @@ def _clock(event: StoryEvent) -> str:
 
 def _in_words(event: StoryEvent) -> str:
     worker = event.worker_id or "a worker"
-    job = f" (job {event.job_id})" if event.job_id else ""
+    origin = [f"job {event.job_id}"] if event.job_id else []
+    origin += [f"of {event.launcher}"] if event.launcher else []
+    job = f" ({' '.join(origin)})" if origin else ""
     which = f", attempt {event.attempt}" if event.attempt and event.attempt > 1 else ""
     texts: dict[str, str] = {
         "sent": f"sent to {worker}{job}{which}",

@@ -9,6 +9,7 @@ executor expects.
 
 from cloudexec._config import WorkerCapacity
 from cloudexec._errors import PlatformError
+from cloudexec._launchers.fallback import Fallback
 from cloudexec._launchers.platform import (
     ExecutorInfo,
     Inspection,
@@ -29,6 +30,7 @@ from cloudexec._pricing import WorkerPrice
 
 __all__ = [
     "ExecutorInfo",
+    "Fallback",
     "Inspection",
     "JobRequest",
     "JobStatus",

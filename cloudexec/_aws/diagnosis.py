@@ -34,11 +34,13 @@ class Cause:
         text: What happened, with AWS's own words.
         remedy: What to do about it.
         fatal: Whether trying again cannot help.
+        no_room: Whether AWS has no capacity, or a quota is used up.
     """
 
     text: str
     remedy: str = ""
     fatal: bool = False
+    no_room: bool = False
 
     def __str__(self) -> str:
         return f"{self.text}; {self.remedy}" if self.remedy else self.text
@@ -434,6 +436,7 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
                     f"use by this executor"
                 ),
                 remedy="`cloudexec up --max-vcpus` allows more, or wait until others have ended",
+                no_room=True,
             )
         ahead = f", {situation.ahead} jobs before them" if situation.ahead else ""
         limit = ""
@@ -498,6 +501,7 @@ def _cause_of_reason(reason: str, situation: Situation) -> Cause | None:
         return Cause(
             text=f"AWS has no capacity of this kind: {reason}",
             remedy=f"{_spot_remedy(situation)}another size, more subnets, or waiting",
+            no_room=True,
         )
     if "SERVICE_ROLE_PERMISSIONS" in reason or _ACCESS.search(reason):
         return Cause(
@@ -546,6 +550,7 @@ def _quota(said: str) -> Cause:
     return Cause(
         text=f"the account's vCPU quota is used up: {said}",
         remedy="ask for more in the Service Quotas console, or use fewer or smaller workers",
+        no_room=True,
     )
 
 

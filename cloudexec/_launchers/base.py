@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cloudexec._config import WorkerCapacity, format_bytes
-from cloudexec._errors import ConfigError
+from cloudexec._errors import CloudexecError, ConfigError
 from cloudexec._record_class import record
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "LaunchRequest",
     "LaunchTimes",
     "Launcher",
+    "LauncherCounts",
     "MovingRelay",
     "Network",
     "Survivor",
@@ -70,6 +71,8 @@ class Contact:
         key: Shared secret of the enrolment.
         certificate_sha256: Fingerprint to pin, in hex; empty for a Unix socket.
         relay: ``host:port`` of the relay that leads to the target; empty: it is dialed itself.
+        others: Where there are several ways in (``Network.others``), what workers must know to take
+            each of them, in the same order; or why they cannot.
     """
 
     target: str
@@ -77,6 +80,7 @@ class Contact:
     key: bytes
     certificate_sha256: str = ""
     relay: str = ""
+    others: tuple[Contact | CloudexecError, ...] = ()
 
     @property
     def hash_seed(self) -> str:
@@ -127,6 +131,8 @@ class Network:
         relay: ``host:port`` of a relay that both sides dial, and that knows the same secret; empty:
             workers dial this process.
         moving: That relay, if its launcher has started it and may do so again elsewhere.
+        others: The ways in of several launchers, each with its own address, key and relay. Then
+            nothing but ``listen`` counts here, and nothing but that does not count there.
     """
 
     listen: str = ""
@@ -134,6 +140,7 @@ class Network:
     key: bytes = b""
     relay: str = ""
     moving: MovingRelay | None = None
+    others: tuple[Network, ...] = ()
 
     def __repr__(self) -> str:
         return f"Network(listen={self.listen!r}, advertise={self.advertise!r})"
@@ -167,6 +174,10 @@ class LaunchTimes:
     """Number of the launch."""
     worker_id: str = ""
     job_id: str = ""
+    launcher: str = ""
+    """Which launcher of a ``Fallback`` it is; empty: there is only one."""
+    instead_of: str = ""
+    """Which launchers before that one could not start it, and why; empty: there were none."""
     api: float | None = None
     """Until the platform had accepted the request."""
     place: float | None = None
@@ -195,6 +206,45 @@ class Cost:
     """At the rate of the workers that run now."""
     note: str = ""
     """What the estimate rests on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LauncherCounts:
+    """What one launcher of a ``Fallback`` has done."""
+
+    launcher: str
+    """Its name."""
+    launched: int = 0
+    """Workers that were requested from it."""
+    connected: int = 0
+    """Those of them that have connected."""
+    active: int = 0
+    """Those of them that have not ended."""
+    passed_on: int = 0
+    """Those that it could not start, and that were requested from another launcher then."""
+    cost_usd: float = 0.0
+    """What its workers have cost, in USD, estimated from list prices."""
+    why: str = ""
+    """Why it could not start workers the last time; empty: it has not failed."""
+    is_passed_over: bool = False
+    """Whether new workers are requested from other launchers now, for that reason."""
+
+    def in_words(self) -> str:
+        """Return the numbers that are not zero, and the first line of the reason."""
+        numbers = {
+            "launched": self.launched,
+            "connected": self.connected,
+            "active": self.active,
+            "passed on": self.passed_on,
+        }
+        words = [f"{number:,} {what}" for what, number in numbers.items() if number]
+        if self.cost_usd:
+            words.append(f"${self.cost_usd:.4f}")
+        text = ", ".join(words) or "no workers"
+        return f"{text} ({self.why.partition(chr(10))[0]})" if self.why else text
+
+    def __str__(self) -> str:
+        return f"{self.launcher}: {self.in_words()}"
 
 
 class Launcher(Protocol):
@@ -297,6 +347,19 @@ class Launcher(Protocol):
             listen = "127.0.0.1:0"
         return Network(listen, advertise)
 
+    def give_way(self, elsewhere: Callable[[Sequence[str]], int], patience: float | None) -> None:
+        """Take note that workers could be started elsewhere, before ``start``.
+
+        Workers that wait in vain for a place are then to be ended by the launcher itself, which
+        calls their ``on_end`` with the reason.
+
+        Args:
+            elsewhere: Says how many of these launches could be started elsewhere now.
+            patience: Seconds after which a worker without a place waits in vain; ``None``: as long
+                as the platform usually takes.
+        """
+        return
+
     def begin(self, slots: int, preload: Sequence[str] | Callable[[], Sequence[str]]) -> None:
         """Do what can be done for the first worker before the executor can be reached.
 
@@ -364,7 +427,7 @@ class Launcher(Protocol):
         """Return the process of a launch, where this process has started it; 0: it has not."""
         return 0
 
-    def clean_up(self, slot_groups: list[int]) -> None:
+    def clean_up(self, launch_id: str, slot_groups: list[int]) -> None:
         """End what is left of a worker's process groups, if they are on this machine."""
         return
 
@@ -376,9 +439,13 @@ class Launcher(Protocol):
         """Say what the workers have cost, and will at least."""
         return Cost()
 
-    def affordable(self, requests: Sequence[LaunchRequest], max_cost_usd: float) -> int:
-        """Say how many of these workers (the first ones) can be had for that much in all."""
-        return len(requests)
+    def counts(self) -> Sequence[LauncherCounts]:
+        """Say what each of several launchers has done; empty: there is only one."""
+        return ()
+
+    def least_usd(self, requests: Sequence[LaunchRequest]) -> Iterable[float]:
+        """Say what each of these workers would cost at least, were they launched now."""
+        return [0.0] * len(requests)
 
     def fingerprint(self) -> str:
         """Return what tells its workers from those of another one: image, place, variables..."""
@@ -416,5 +483,5 @@ class Launcher(Protocol):
         return type(self).__name__
 
 
-for _class in (Cost, LaunchTimes, WorkerCapacity):
+for _class in (Cost, LaunchTimes, LauncherCounts, WorkerCapacity):
     _class.__module__ = "cloudexec"

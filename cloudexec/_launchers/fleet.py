@@ -24,7 +24,7 @@ from cloudexec._launchers.ledger import Job, Ledger, Member, dump, load
 from cloudexec._launchers.platform import ExecutorInfo, JobRequest, Phase, Site
 from cloudexec._launchers.spot import SpotPolicy
 from cloudexec._launchers.submission import Submitter
-from cloudexec._launchers.watching import Watcher
+from cloudexec._launchers.watching import Elsewhere, Watcher
 from cloudexec._log import Log
 from cloudexec._pricing import WorkerPrice
 
@@ -78,9 +78,16 @@ class Fleet:
         settings: What workers to run.
         site: Where.
         executor: Whose.
+        elsewhere: Where workers can be started that find no place here; ``None``: nowhere.
     """
 
-    def __init__(self, settings: Settings, site: Site, executor: ExecutorInfo) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        site: Site,
+        executor: ExecutorInfo,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
         self.ledger = Ledger()
         self.site = site
         self._settings = settings
@@ -92,8 +99,9 @@ class Fleet:
         self._spot = SpotPolicy(self.ledger, platform, settings.spot, executor.launch_timeout)
         self._submitter = Submitter(platform, self.ledger, self._terminator)
         self._watcher = Watcher(
-            platform, self.ledger, self._spot, self.terminate, executor.launch_timeout
+            platform, self.ledger, self._spot, self.terminate, executor.launch_timeout, elsewhere
         )
+        self._elsewhere = elsewhere
         self._watching: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._submitting: dict[asyncio.Task[Any], Job] = {}
@@ -131,6 +139,9 @@ class Fleet:
             self.ledger.add(job)
             task = self._spawn(self._submit(job, self._request(job, contact, some[0].slots)))
             self._submitting[task] = job
+            if self._elsewhere is not None:
+                self._watch()  # the platform may not take it
+                self._watcher.look_soon()
             task.add_done_callback(lambda done: self._submitting.pop(done, None))
         rate = len(requests) * price.per_hour
         _logger.info(
@@ -231,17 +242,9 @@ class Fleet:
             note=", ".join(filter(None, (workers.note, besides.note))),
         )
 
-    def affordable(self, requests: Sequence[LaunchRequest], max_cost_usd: float) -> int:
-        """Say how many of these workers can be had for that much in all."""
-        cost = self.cost()
-        left = max_cost_usd - cost.accrued_usd - cost.committed_usd
-        count = 0
-        for request in requests:
-            left -= self._price(request.size, self._spot.is_on).least
-            if left < 0:
-                break
-            count += 1
-        return count
+    def least_usd(self, requests: Sequence[LaunchRequest]) -> list[float]:
+        """Say what each of these workers would cost at least, were they launched now."""
+        return [self._price(request.size, self._spot.is_on).least for request in requests]
 
     # From one process to the next.
 

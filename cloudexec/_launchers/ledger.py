@@ -62,6 +62,8 @@ class Job:
         reason: What the platform says of it while it waits.
         sent: Whether a submission was ever tried.
         unanswered: Whether a submission may have got there whose answer never came.
+        trouble: Why its submission is tried again; empty: it is not.
+        trouble_since: Since when, on the monotonic clock.
         terminated: Whether it is not needed any more.
     """
 
@@ -79,6 +81,8 @@ class Job:
     reason: str = ""
     sent: bool = False
     unanswered: bool = False
+    trouble: str = ""
+    trouble_since: float = 0.0
     terminated: bool = False
 
     @property
@@ -154,6 +158,10 @@ class Ledger:
     def alive(self) -> list[Job]:
         """Return the jobs that the platform has, and of which some worker has not ended."""
         return [job for job in self.jobs if job.id and not job.over]
+
+    def unsubmitted(self) -> list[Job]:
+        """Return the jobs that the platform has not taken yet, and that are still wanted."""
+        return [job for job in self.jobs if not job.id and not job.over]
 
     def connected(self, launch_id: str, arrival: Arrival) -> None:
         """A worker has dialed back."""

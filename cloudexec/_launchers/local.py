@@ -217,7 +217,7 @@ class Local(Launcher):
         process = self._processes.get(f"{executor_id}/{launch_id}")
         return 0 if process is None else process.pid
 
-    def clean_up(self, slot_groups: list[int]) -> None:
+    def clean_up(self, launch_id: str, slot_groups: list[int]) -> None:
         """Kill what tasks started and nobody was left to end: the worker was killed as a whole."""
         for group in slot_groups:
             try:

@@ -52,11 +52,15 @@ class Reason:
         text: What happened, with the platform's own words.
         remedy: What the user can do about it.
         fatal: Whether trying again, or waiting, cannot help.
+        no_room: Whether there is no room for these workers now: the platform has no capacity, or a
+            limit is reached. Workers that wait are then started elsewhere, if there is a
+            ``Fallback``.
     """
 
     text: str
     remedy: str = ""
     fatal: bool = False
+    no_room: bool = False
 
     def __str__(self) -> str:
         return f"{self.text}; {self.remedy}" if self.remedy else self.text
@@ -347,9 +351,10 @@ class Platform(ABC):
         return
 
     def spot_patience(self, workers: int) -> float:
-        """Say in how many seconds so many workers find a place on spare capacity, if there is any.
+        """Say in how many seconds so many workers find a place, if there is any for them.
 
-        With ``spot="prefer"``, those that still wait after that are launched on demand.
+        With ``spot="prefer"``, those that still wait for spare capacity after that are launched on
+        demand. In a ``Fallback``, those that still wait are started by the next launcher.
 
         Args:
             workers: How many look for a place at the same time.
@@ -359,7 +364,8 @@ class Platform(ABC):
     def lacks_capacity(self, reason: str) -> bool:
         """Say whether there is no capacity where a job waits, by what the platform says of it.
 
-        With ``spot="prefer"``, workers that wait are then launched on demand at once.
+        With ``spot="prefer"``, workers that wait are then launched on demand at once, and in a
+        ``Fallback`` by the next launcher.
 
         Args:
             reason: As in ``JobStatus`` or ``WorkerStatus``.

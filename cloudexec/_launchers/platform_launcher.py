@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cloudexec._config import WorkerCapacity, format_bytes
@@ -26,6 +26,7 @@ from cloudexec._log import Log
 
 if TYPE_CHECKING:
     from cloudexec._launchers.fleet import Fleet
+    from cloudexec._launchers.watching import Elsewhere
 
 __all__ = ["PlatformLauncher"]
 
@@ -57,6 +58,7 @@ class PlatformLauncher(Launcher):
     """Variables that every worker has; no place for secrets."""
 
     _fleet: Fleet | None = None
+    _elsewhere: Elsewhere | None = None
 
     # What a platform's launcher says.
 
@@ -149,6 +151,12 @@ class PlatformLauncher(Launcher):
         """Workers are elsewhere."""
         return True
 
+    def give_way(self, elsewhere: Callable[[Sequence[str]], int], patience: float | None) -> None:
+        """Take note that workers could be started elsewhere, until ``close``."""
+        from cloudexec._launchers.watching import Elsewhere
+
+        self.__dict__["_elsewhere"] = Elsewhere(elsewhere, patience)
+
     async def start(
         self, executor_id: str, listen: str, advertise: str, launch_timeout: float
     ) -> Network:
@@ -173,9 +181,10 @@ class PlatformLauncher(Launcher):
         connection = contextlib.AsyncExitStack()
         try:
             site = await connection.enter_async_context(self.connect(executor))
-            self.__dict__["_fleet"] = Fleet(self, site, executor)
+            self.__dict__["_fleet"] = Fleet(self, site, executor, self._elsewhere)
         except BaseException:
             await connection.aclose()
+            self.__dict__["_elsewhere"] = None
             self.__dict__["_is_serving"] = False
             raise
         self.__dict__["_connection"] = connection
@@ -229,9 +238,9 @@ class PlatformLauncher(Launcher):
         """Estimate what the workers have cost, and will at least."""
         return Cost() if self._fleet is None else self._fleet.cost()
 
-    def affordable(self, requests: Sequence[LaunchRequest], max_cost_usd: float) -> int:
-        """Say how many of these workers can be had for that much in all."""
-        return self._running.affordable(requests, max_cost_usd)
+    def least_usd(self, requests: Sequence[LaunchRequest]) -> Iterable[float]:
+        """Say what each of these workers would cost at least, were they launched now."""
+        return self._running.least_usd(requests)
 
     def fingerprint(self) -> str:
         """Return what tells its workers from those of another one: its settings."""
@@ -257,6 +266,7 @@ class PlatformLauncher(Launcher):
         except Exception:  # of a launcher that others have written: the executor ends nevertheless
             _logger.exception("the connection of %r could not be closed", self)
         finally:
+            self.__dict__["_elsewhere"] = None
             self.__dict__["_is_serving"] = False
 
     @property

@@ -85,6 +85,9 @@ class Submitter:
         def worth_it(exc: BaseException) -> bool:
             if not may_pass(exc) or self.closing.is_set():
                 return False
+            if not job.trouble:
+                job.trouble_since = time.monotonic()
+            job.trouble = str(exc) or type(exc).__name__
             if str(exc) != self._ledger.explanation:
                 self._ledger.explanation = self._said = str(exc)
                 _logger.warning("trying again: %s", exc)

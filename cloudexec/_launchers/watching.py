@@ -1,6 +1,7 @@
 """Watching jobs: their states, their workers' ends, and why workers do not come.
 
-The connection of a worker is the sign that it lives; the platform is asked for the rest.
+The connection of a worker is the sign that it lives; the platform is asked for the rest. Where
+workers could be started elsewhere, too, those that wait here in vain are ended.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cloudexec._errors import PlatformError
 from cloudexec._launchers.base import LaunchEnd
@@ -26,7 +27,7 @@ from cloudexec._launchers.platform import (
 from cloudexec._launchers.spot import SpotPolicy
 from cloudexec._log import Log
 
-__all__ = ["Watcher"]
+__all__ = ["Elsewhere", "Watcher"]
 
 _logger = Log()
 
@@ -39,8 +40,26 @@ _POLL_GROWTH = 1.25
 _DIAGNOSE_AFTER = 2.0
 _DIAGNOSE_EVERY = 5.0
 _MOST_ENDS = 5
+_TROUBLE_PATIENCE = 3.0
+"""Seconds for which a submission may fail before its workers are started elsewhere."""
+_SHARE_OF_TIMEOUT = 2 / 3
+"""Of ``launch_timeout``, for which a worker may wait for a place at most before it is started
+elsewhere: then it would count as failed to start."""
 _SAMPLE = 3
 """Workers of a job that are asked why they wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What is known of other launchers of the same executor; see ``Launcher.give_way``.
+
+    Attributes:
+        count: Says how many of these launches could be started elsewhere now.
+        patience: Seconds after which a worker waits in vain; ``None``: as the platform says.
+    """
+
+    count: Callable[[Sequence[str]], int]
+    patience: float | None
 
 
 class Watcher:
@@ -52,6 +71,7 @@ class Watcher:
         spot: Is told of machines that were taken back, and says which jobs wait in vain.
         terminate: Ends workers: launch ids, how they are said to have ended.
         launch_timeout: Seconds in which a worker has to dial back.
+        elsewhere: Where workers can be started that find no place here; ``None``: nowhere.
     """
 
     def __init__(
@@ -61,12 +81,14 @@ class Watcher:
         spot: SpotPolicy,
         terminate: Callable[[Sequence[str], LaunchEnd], None],
         launch_timeout: float,
+        elsewhere: Elsewhere | None,
     ) -> None:
         self._platform = platform
         self._ledger = ledger
         self._spot = spot
         self._terminate = terminate
         self._launch_timeout = launch_timeout
+        self._elsewhere = elsewhere
         self._look = asyncio.Event()
         self._ends: list[WorkerEnd] = []
         self._diagnosed_at = float("-inf")
@@ -87,9 +109,11 @@ class Watcher:
             self._look.clear()
             alive = self._ledger.alive()
             try:
+                self._leave_unsubmitted(time.monotonic())
                 if alive:
                     await self.inspect(alive)
                 await self._leave_spot(alive)
+                await self._leave_full(alive, time.monotonic())
                 await self._diagnose(alive, time.monotonic())
                 self._unreachable = False
             except PlatformError as exc:
@@ -106,6 +130,8 @@ class Watcher:
     def _pause(self, pause: float) -> float:
         """Return how long to wait until the next look, where the last wait was that long."""
         away = [m for job in self._ledger.alive() for _, m in job.waiting()]
+        if self._elsewhere is not None:
+            away += [m for job in self._ledger.unsubmitted() for _, m in job.waiting()]
         if any(member.lost_at is not None for member in away):
             return _POLL_EVIDENCE
         if not away:
@@ -210,20 +236,66 @@ class Watcher:
                     )
                 if full:
                     continue
-            members = {m.index: launch_id for launch_id, m in job.waiting()}
-            known: Mapping[int, WorkerStatus] = {}
-            if job.count(Phase.STARTING, Phase.RUNNING):
-                inspection = replace(self._inspection(job, survey=False), wanted=list(members))
-                statuses = await self._platform.describe([inspection])
-                known = statuses[job.id].workers if job.id in statuses else {}
-            # Those that have a place, and only did not dial back yet, are paid for.
-            waiting = [
-                launch_id
-                for index, launch_id in members.items()
-                if index not in known or known[index].phase in (Phase.ACCEPTED, Phase.WAITING)
-            ]
+            waiting = await self._without_place(job)
             self._spot.leave(job, time.monotonic())
             self._terminate(waiting, LaunchEnd("there was no Spot capacity", reclaimed=True))
+
+    async def _without_place(self, job: Job) -> list[str]:
+        """Return the workers of a job that have no place: the others are paid for."""
+        members = {m.index: launch_id for launch_id, m in job.waiting()}
+        known: Mapping[int, WorkerStatus] = {}
+        if job.count(Phase.STARTING, Phase.RUNNING):
+            inspection = replace(self._inspection(job, survey=False), wanted=list(members))
+            statuses = await self._platform.describe([inspection])
+            known = statuses[job.id].workers if job.id in statuses else {}
+        return [
+            launch_id
+            for index, launch_id in members.items()
+            if index not in known or known[index].phase in (Phase.ACCEPTED, Phase.WAITING)
+        ]
+
+    def _leave_unsubmitted(self, now: float) -> None:
+        """Where they can be started elsewhere, end workers that the platform does not take."""
+        if self._elsewhere is None:
+            return
+        for job in self._ledger.unsubmitted():
+            waited = now - job.asked_at
+            if job.trouble and now - job.trouble_since > _TROUBLE_PATIENCE:
+                self._leave([launch_id for launch_id, _ in job.waiting()], job.trouble)
+            elif waited > self._patience():
+                why = f"{self._platform.name} has not taken the job within {waited:.0f} s"
+                self._leave([launch_id for launch_id, _ in job.waiting()], why)
+
+    async def _leave_full(self, jobs: Sequence[Job], now: float) -> None:
+        """Where they can be started elsewhere, end workers that wait for a place in vain."""
+        for job in jobs:
+            if self._elsewhere is None or not job.count(Phase.ACCEPTED, Phase.WAITING):
+                continue
+            waited = now - job.asked_at
+            if self._platform.lacks_capacity(job.reason):
+                await self._leave_job(job, f"there is no capacity: {job.reason}")
+            elif waited > self._patience():
+                said = f": {job.reason}" if job.reason else ""
+                await self._leave_job(job, f"no place was found within {waited:.0f} s{said}")
+
+    async def _leave_job(self, job: Job, why: str) -> None:
+        if self._elsewhere is not None:
+            self._leave(await self._without_place(job), why)
+
+    def _leave(self, launch_ids: Sequence[str], why: str) -> None:
+        """End as many of these workers as can be started elsewhere; the first ones wait on."""
+        if self._elsewhere is not None and launch_ids:
+            count = self._elsewhere.count(launch_ids)
+            self._terminate(launch_ids[len(launch_ids) - count :], LaunchEnd(why))
+
+    def _patience(self) -> float:
+        """Return how long a worker may wait for a place; those before it have to get one, too."""
+        assert self._elsewhere is not None
+        patience = self._elsewhere.patience
+        if patience is None:
+            jobs = [*self._ledger.alive(), *self._ledger.unsubmitted()]
+            patience = self._platform.spot_patience(sum(len(job.members) for job in jobs))
+        return min(patience, self._launch_timeout * _SHARE_OF_TIMEOUT)
 
     async def _diagnose(self, jobs: Sequence[Job], now: float) -> None:
         """While workers are waited for, find out why."""
@@ -247,6 +319,11 @@ class Watcher:
         )
         before, explanation = self._ledger.explanation, "" if reason is None else str(reason)
         self._ledger.explanation = explanation
+        if reason is not None and reason.no_room:
+            oldest = missing[0]
+            for job in missing:
+                if (job.spot, job.size) == (oldest.spot, oldest.size):
+                    await self._leave_job(job, reason.text)
         if reason is None or not reason.fatal or ends:
             return  # a worker that ended fails its own launch, and not those that may do better
         if before != explanation:

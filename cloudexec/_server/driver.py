@@ -492,9 +492,9 @@ class Driver:
             )
 
     def _sum_up(self) -> None:
-        """Log one line with the number of tasks, the time and the cost, if there was a cost."""
-        cost = self._launcher.cost()
-        if not cost.accrued_usd:
+        """Log one line with tasks, time and cost, if there was a cost or there are launchers."""
+        cost, launchers = self._launcher.cost(), self.launches.counts()
+        if not cost.accrued_usd and not any(each.launched for each in launchers):
             return
         counts = self.machine.counts
         done = counts["succeeded"] + counts["failed"]
@@ -505,10 +505,10 @@ class Driver:
         if self.takeover is not None and self.takeover.workers:
             workers += f", {self.takeover.workers} taken over,"
         minutes, seconds = divmod(round(time.monotonic() - self._started_at), 60)
-        line = (
-            f"{counted(done, 'task')} on {workers} in "
-            f"{minutes}:{seconds:02d}, about ${cost.accrued_usd:.4f} ({cost.note})"
-        )
+        line = f"{counted(done, 'task')} on {workers} in {minutes}:{seconds:02d}"
+        if cost.accrued_usd:
+            line += f", about ${cost.accrued_usd:.4f} ({cost.note})"
+        line = "; ".join((line, *map(str, launchers)))
         if self.setup.output == "inherit":
             # Nobody may read it any more, as with `2>&1 | head`; the executor ends nevertheless.
             with contextlib.suppress(OSError, ValueError):

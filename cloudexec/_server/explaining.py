@@ -100,8 +100,7 @@ def _add_present(story: Story, task: Any, last: str, add: Callable[..., None]) -
         add(moment, StoryEvent(what="waiting", reason=resting))
     elif task.worker is not None:
         if last not in ("sent", "worker cut off", "worker back"):
-            job, attempt = story.job_of(task.worker), task.lost + 1
-            event = StoryEvent(what="sent", worker_id=task.worker, job_id=job, attempt=attempt)
+            event = story.event_sent(task.worker, task.lost + 1)
             add(story.sent_marks.find(task.lease), event)
         if task.state is TaskState.RUNNING:
             add(None, StoryEvent(what="began", worker_id=task.worker))
@@ -114,15 +113,7 @@ def _add_end(
     worker, seconds = future._worker_id, future._run_time
     if worker is not None and last not in _FINAL:
         if last not in ("sent", "worker cut off", "worker back"):
-            add(
-                None,
-                StoryEvent(
-                    what="sent",
-                    worker_id=worker,
-                    job_id=story.job_of(worker),
-                    attempt=future._attempts or None,
-                ),
-            )
+            add(None, story.event_sent(worker, future._attempts or None))
         if seconds is not None:
             # If the worker was cut off, the result arrived late, and does not tell the task's
             # begin.

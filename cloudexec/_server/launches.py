@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from cloudexec._launchers.base import (
     Contact,
     LaunchEnd,
     Launcher,
+    LauncherCounts,
     LaunchRequest,
     LaunchTimes,
 )
@@ -109,7 +110,7 @@ class Launches:
         self._wanted.clear()
         ceiling = self._max_cost_usd
         if wanted and ceiling is not None:
-            affordable = self._launcher.affordable(wanted, ceiling)
+            affordable = self._affordable(wanted, ceiling)
             if affordable < len(wanted):
                 self._refuse_launches(wanted[affordable:], ceiling)
                 wanted = wanted[:affordable]
@@ -131,6 +132,18 @@ class Launches:
                     self.running.discard(request.launch_id)
                     self._engine.feed(events.LaunchFailed(request.launch_id, str(exc)))
         self.on_change()
+
+    def _affordable(self, wanted: list[LaunchRequest], ceiling: float) -> int:
+        """Return how many of the wanted workers, the first ones, cost no more than the limit."""
+        cost = self._launcher.cost()
+        left = ceiling - cost.accrued_usd - cost.committed_usd
+        count = 0
+        for least in self._launcher.least_usd(wanted):
+            left -= least
+            if left < 0:
+                break
+            count += 1
+        return count
 
     def _refuse_launches(self, refused: list[LaunchRequest], ceiling: float) -> None:
         _logger.warning(
@@ -232,6 +245,10 @@ class Launches:
         ]
         return tuple(sorted((*self._times.values(), *waiting), key=lambda each: int(each.launch)))
 
+    def counts(self) -> Sequence[LauncherCounts]:
+        """Return what each launcher of a ``Fallback`` has done."""
+        return self._launcher.counts()
+
     def why(self) -> str:
         """Return why launched workers do not connect; empty if the reason is not known.
 
@@ -301,10 +318,10 @@ class Launches:
         self.newcomers[session.worker_id] = now
         _bound(self._times)
 
-    def job_of(self, worker: str) -> str:
-        """Return the platform's id of a worker, such as a job id, or an empty string."""
-        times = self._times.get(worker.removeprefix("worker-"))
-        return "" if times is None else times.job_id
+    def times_of(self, worker: str) -> LaunchTimes:
+        """Return what is known of how a worker was launched, such as its job and its launcher."""
+        launch = worker.removeprefix("worker-")
+        return self._times.get(launch) or LaunchTimes(launch=launch)
 
 
 def _nothing() -> None:

@@ -13,10 +13,11 @@ import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from cloudexec._errors import LaunchError
+from cloudexec._errors import CloudexecError, LaunchError
 from cloudexec._launchers.base import Contact, Network
 from cloudexec._log import Log
 from cloudexec._objects.store import BlobStore
+from cloudexec._record_class import replace
 from cloudexec._server.dialed import Dialed
 from cloudexec._server.direct import DirectChannel
 from cloudexec._server.service import Service
@@ -49,8 +50,8 @@ class Listener:
         self._directory: str | None = None
         self._direct: DirectChannel | None = None
         self._server: Any = None
-        self._tunnel: Tunnel | None = None
-        self._at_relay = False
+        self._tunnels: list[Tunnel] = []
+        self._at_relay: set[str] = set()
 
     def prepare(self, listen: str, gathers: BlobStore | None) -> bool:
         """Open the direct channel in a private directory, if all workers are on this machine.
@@ -83,7 +84,7 @@ class Listener:
         """Listen; ``prepare`` must have been called before.
 
         Args:
-            network: The addresses to listen on and to advertise, and the relay.
+            network: The addresses to listen on and to advertise, and the relay; or several ways in.
             is_plain: Whether all workers are started by this process, so that they need no gRPC.
             certificate: The certificate for the network; ``None`` to make one.
 
@@ -110,18 +111,46 @@ class Listener:
                 from cloudexec._server.certificate import make_certificate
 
                 self.certificate = certificate or make_certificate()
-            self._server, target, self.address = await start_server(
-                self._service, listen, network.advertise, self.certificate
-            )
+            self._server, self.address = await start_server(self._service, listen, self.certificate)
+        if not network.others:
+            return await self._contact(network)
+        distinct = list(dict.fromkeys(network.others))  # a relay takes a server only once
+        ways = await asyncio.gather(*map(self._contact, distinct), return_exceptions=True)
+        found: dict[Network, Contact | CloudexecError] = {}
+        for way_in, way in zip(distinct, ways, strict=True):
+            if not isinstance(way, Contact | CloudexecError):
+                raise way
+            found[way_in] = way
+        contacts = [way for way in ways if isinstance(way, Contact)]
+        if not contacts:
+            raise next(way for way in ways if isinstance(way, CloudexecError))
+        if len({contact.target for contact in contacts}) > 1:
+            self._service.dialed = None  # what is true of one of them says nothing of the others
+        return replace(contacts[0], others=tuple(found[each] for each in network.others))
+
+    async def _contact(self, network: Network) -> Contact:
+        """Return what workers must know to connect by this way.
+
+        Raises:
+            LaunchError: If its relay cannot be reached, or refuses.
+            ConfigError: If the relay's address is wrong.
+        """
+        from cloudexec._server.network import target_of
+
+        engine = self._service.engine
+        key = network.key or engine.key
         sha256 = "" if self.certificate is None else self.certificate.sha256
         if not network.relay:
+            target = self.address
+            if not target.startswith("unix:"):
+                target = target_of(target, network.advertise)
             self._service.dialed = Dialed(target, self.address)
-            return Contact(target, engine.executor_id, engine.key, sha256)
-        target = await self._register(network)
+            return Contact(target, engine.executor_id, key, sha256)
+        target = await self._register(network, key)
         relay = "" if network.relay.startswith("ssh://") else network.relay
-        return Contact(target, engine.executor_id, engine.key, sha256, relay)
+        return Contact(target, engine.executor_id, key, sha256, relay)
 
-    async def _register(self, network: Network) -> str:
+    async def _register(self, network: Network, key: bytes) -> str:
         """Register the server with a relay, which passes workers' connections on to it.
 
         Returns:
@@ -133,36 +162,44 @@ class Listener:
         """
         from cloudexec._relay.process import RelayTunnel, open_tunnel
 
+        relay = network.relay
+
+        def on_change(state: str, why: str) -> None:
+            self._on_relay(relay, state, why)
+
         engine = self._service.engine
         try:
-            self._tunnel = open_tunnel(
-                network.relay,
-                engine.key,
+            tunnel = open_tunnel(
+                relay,
+                key,
                 engine.executor_id,
                 self.address,
                 network.advertise,
-                self._on_relay,
+                on_change,
             )
         except OSError as exc:
             raise LaunchError(f"cannot start the process that dials the relay: {exc}") from exc
-        if network.moving is not None and isinstance(self._tunnel, RelayTunnel):
-            network.moving.on_move = self._tunnel.move
-            if network.moving.address != network.relay:
-                self._tunnel.move(network.moving.address)
-        if not await self._tunnel.registered(_REGISTER_TIMEOUT):
+        self._tunnels.append(tunnel)
+        if network.moving is not None and isinstance(tunnel, RelayTunnel):
+            network.moving.on_move = tunnel.move
+            if network.moving.address != relay:
+                tunnel.move(network.moving.address)
+        if not await tunnel.registered(_REGISTER_TIMEOUT):
             raise LaunchError(
-                f"cannot reach the relay at {network.relay}: {self._tunnel.why}; is it still "
+                f"cannot reach the relay at {relay}: {tunnel.why}; is it still "
                 f"there, and may this machine open connections to it (HTTPS_PROXY names a proxy)?"
             )
-        return self._tunnel.target
+        return tunnel.target
 
-    def _on_relay(self, state: str, why: str) -> None:
+    def _on_relay(self, relay: str, state: str, why: str) -> None:
         if state == "registered":
             _logger.debug("registered with the relay")
-        elif self._at_relay and not self._service.engine.is_closing:
+            self._at_relay.add(relay)
+            return
+        if relay in self._at_relay and not self._service.engine.is_closing:
             # Said once, however often it is dialed.
             _logger.warning("the connection to the relay is lost, and dialed again: %s", why)
-        self._at_relay = state == "registered"
+        self._at_relay.discard(relay)
 
     def close_direct(self) -> None:
         """Close the direct channel."""
@@ -175,8 +212,8 @@ class Listener:
             stopping = asyncio.ensure_future(self._server.stop(grace=None))
             await asyncio.wait({stopping}, timeout=_STOP_TIMEOUT)
             self._server = None
-        if self._tunnel is not None:
-            self._tunnel.close()
+        for tunnel in self._tunnels:
+            tunnel.close()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -184,8 +221,8 @@ class Listener:
         """Wait for the threads of the direct channel and of the relay's tunnel, after ``stop``."""
         if self._direct is not None:
             self._direct.join()
-        if self._tunnel is not None:
-            self._tunnel.join()
+        for tunnel in self._tunnels:
+            tunnel.join()
 
 
 @contextlib.contextmanager

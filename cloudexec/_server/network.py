@@ -19,7 +19,7 @@ from cloudexec._server.rpc.servicer import Servicer
 from cloudexec._server.service import Service
 from cloudexec._wire.channel import CHANNEL_OPTIONS, TOKEN_KEY, pack_chunk, unpack_chunk
 
-__all__ = ["start_server"]
+__all__ = ["start_server", "target_of"]
 
 
 class _Methods(grpc.GenericRpcHandler):
@@ -110,18 +110,17 @@ def _server_options(workers: int) -> dict[str, int]:
 
 
 async def start_server(
-    service: Service, listen: str, advertise: str, certificate: Certificate | None
-) -> tuple[grpc.aio.Server, str, str]:
+    service: Service, listen: str, certificate: Certificate | None
+) -> tuple[grpc.aio.Server, str]:
     """Start the gRPC server.
 
     Args:
         service: The executor, as its workers' calls see it.
         listen: ``unix:/path``, or ``host:port`` with TLS. Port 0 means any free port.
-        advertise: Host, or ``host:port``, that workers dial; empty for the address of ``listen``.
         certificate: The server's certificate for TLS; ``None`` for a Unix socket.
 
     Returns:
-        The server, the target that workers dial, and the address that the server listens on.
+        The server, and the address that it listens on.
 
     Raises:
         LaunchError: If the server cannot listen at the address.
@@ -134,20 +133,29 @@ async def start_server(
     try:
         if certificate is None:
             server.add_insecure_port(listen)
-            target = listen
         else:
             credentials = grpc.ssl_server_credentials([(certificate.key_pem, certificate.pem)])
             port = server.add_secure_port(listen, credentials)
-            target = listen = f"{listen.rpartition(':')[0]}:{port}"
-            if advertise:
-                alone = ":" not in advertise or advertise.endswith("]")
-                target = f"{advertise}:{port}" if alone else advertise
+            listen = f"{listen.rpartition(':')[0]}:{port}"
     except RuntimeError as exc:
         raise LaunchError(_cannot_listen(listen, exc)) from None
     await server.start()
     if listen.startswith("unix:"):
         os.chmod(listen.removeprefix("unix:"), 0o600)
-    return server, target, listen
+    return server, listen
+
+
+def target_of(address: str, advertise: str) -> str:
+    """Return what workers dial, as ``host:port``.
+
+    Args:
+        address: ``host:port`` that the server listens on.
+        advertise: Host, or ``host:port``, that they are to dial; empty for that address.
+    """
+    alone = ":" not in advertise or advertise.endswith("]")
+    if not advertise:
+        return address
+    return f"{advertise}:{address.rpartition(':')[2]}" if alone else advertise
 
 
 def _cannot_listen(listen: str, error: RuntimeError) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cloudexec._core import commands, facts
@@ -334,19 +335,12 @@ class Story:
     ) -> None:
         if task.handle is None:
             return
-        event = StoryEvent(
-            what="sent", worker_id=worker, job_id=self.job_of(worker), attempt=attempt
-        )
-        task.handle._notes.add(when or self._engine.moment, event)
+        task.handle._notes.add(when or self._engine.moment, self.event_sent(worker, attempt))
 
     def taken_over(self, task: Any, worker: str) -> None:
         """Note that a worker has a task from an earlier process of this program."""
-        event = StoryEvent(
-            what="sent",
-            worker_id=worker,
-            job_id=self.job_of(worker),
-            attempt=1,
-            reason="by an earlier process, which was killed",
+        event = replace(
+            self.event_sent(worker, 1), reason="by an earlier process, which was killed"
         )
         future = task.handle
         if future._notes is None:
@@ -359,9 +353,21 @@ class Story:
             size = self._engine.machine.request_of(task).size
             self._add(task, StoryEvent(what="climbed", reason=self._launcher.size_name(size)))
 
+    def event_sent(self, worker: str, attempt: int | None) -> StoryEvent:
+        """Return the event that a task was sent to a worker."""
+        times = self._launches.times_of(worker)
+        return StoryEvent(
+            what="sent",
+            worker_id=worker,
+            job_id=times.job_id,
+            launcher=times.launcher,
+            attempt=attempt,
+            reason=f"instead of {times.instead_of}" if times.instead_of else "",
+        )
+
     def job_of(self, worker: str) -> str:
         """Return the platform's id of a worker, such as a job id, or an empty string."""
-        return self._launches.job_of(worker)
+        return self._launches.times_of(worker).job_id
 
 
 _STEPS: dict[FailureKind, StoryStep] = {

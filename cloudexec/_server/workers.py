@@ -190,7 +190,7 @@ class Workers:
         self._keeper.worker_lost(command.worker, session.told.blobs())
         if self.transfers is not None:
             self.transfers.session_ended(session)
-        self._launcher.clean_up(session.slot_groups)
+        self._launcher.clean_up(session.identity, session.slot_groups)
         self._launches.newcomers.pop(command.worker, None)
 
     # Ends.

@@ -144,9 +144,10 @@ class _Check:
         if self._launcher.ends_are_seen and driver is not None:
             left = ", ".join(driver.launches.running)
             _expect(not left, f"on_end was not called for the launches {left}")
-        fleet = getattr(self._launcher, "_fleet", None)
-        if isinstance(self._launcher, PlatformLauncher) and fleet is not None:
-            asyncio.run(self._see_that_nothing_is_left(self._launcher, fleet.ledger.jobs))
+        for launcher in getattr(self._launcher, "launchers", (self._launcher,)):
+            fleet = getattr(launcher, "_fleet", None)
+            if isinstance(launcher, PlatformLauncher) and fleet is not None:
+                asyncio.run(self._see_that_nothing_is_left(launcher, fleet.ledger.jobs))
 
     async def _see_that_nothing_is_left(
         self, launcher: PlatformLauncher, jobs: Sequence[Job]

@@ -123,7 +123,7 @@ class ManualLauncher(Launcher):
             self._on_end.update(dict.fromkeys(left["running"], on_end))
         return {launch_id: Survivor(0, running=True) for launch_id in left["running"]}
 
-    def clean_up(self, slot_groups: list[int]) -> None:
+    def clean_up(self, launch_id: str, slot_groups: list[int]) -> None:
         """Do nothing, as this launcher starts no process."""
 
     def describe(self) -> str:

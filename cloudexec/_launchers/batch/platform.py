@@ -574,7 +574,9 @@ class BatchPlatform(Platform):
             used_vcpus=self._used_vcpus(each for each in waiting if each.spot == oldest.spot),
         )
         cause = cause_of_waiting(situation)
-        return None if cause is None else Reason(cause.text, cause.remedy, cause.fatal)
+        if cause is None:
+            return None
+        return Reason(cause.text, cause.remedy, cause.fatal, no_room=cause.no_room)
 
     # The end.
 

@@ -1,0 +1,347 @@
+"""Which launcher of several starts a worker: the first one that can, and has not just failed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from cloudexec._config import WorkerCapacity
+from cloudexec._errors import ConfigError
+from cloudexec._launchers.base import (
+    Contact,
+    LaunchEnd,
+    Launcher,
+    LauncherCounts,
+    LaunchRequest,
+    Network,
+)
+
+__all__ = ["Candidate", "Choice", "Launched"]
+
+_STRIKES = 3
+"""How often in a row workers may be killed or taken back before they connect: now and then, that
+happens anywhere."""
+
+
+@dataclass(slots=True, eq=False)
+class Launched:
+    """A worker that was requested from a launcher.
+
+    Attributes:
+        candidate: The launcher.
+        request: As the executor made it.
+        asked_at: When, on the monotonic clock.
+        instead_of: Which launchers were passed over for it, and why.
+        connected: Whether it has connected.
+        unwanted: Whether the executor has had it terminated.
+    """
+
+    candidate: Candidate
+    request: LaunchRequest
+    asked_at: float
+    instead_of: str = ""
+    connected: bool = False
+    unwanted: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Candidate:
+    """One launcher, and what is known of it.
+
+    Attributes:
+        launcher: The launcher.
+        name: What people call it.
+        limit: How many workers it may have at a time; ``None``: any number.
+        network: What its ``start`` returned; ``None``: it was not started.
+        contact: What its workers must know to dial back; ``None``: what those of all others do.
+        usable: Whether workers can be requested from it at all.
+        why: Why it could not start workers the last time; empty: it has not failed.
+        fatal: Whether trying again cannot help.
+        barred_until: Until when, on the monotonic clock, others are preferred.
+        strikes: How often in a row workers were killed or taken back before they connected.
+        struck_at: When that was the last time.
+        active: By launch id, its workers that have not ended.
+        launched: Workers that were requested from it.
+        connected: Those of them that have connected.
+        passed_on: Those of them that were requested from another launcher then.
+        sizes: Which of its sizes the executor's sizes are, as far as that was asked.
+    """
+
+    launcher: Launcher
+    name: str
+    limit: int | None = None
+    network: Network | None = None
+    contact: Contact | None = None
+    usable: bool = False
+    why: str = ""
+    fatal: bool = False
+    barred_until: float = float("-inf")
+    strikes: int = 0
+    struck_at: float = float("-inf")
+    active: dict[str, Launched] = field(default_factory=dict)
+    launched: int = 0
+    connected: int = 0
+    passed_on: int = 0
+    sizes: dict[int, int | None] = field(default_factory=dict)
+
+    def reset(self) -> None:
+        """Forget what was known: another executor uses it."""
+        self.network = self.contact = None
+        self.usable = False
+        self.why, self.fatal = "", False
+        self.barred_until = self.struck_at = float("-inf")
+        self.strikes = self.launched = self.connected = self.passed_on = 0
+        self.active = {}
+
+    def counts(self, now: float) -> LauncherCounts:
+        """Say what it has done."""
+        return LauncherCounts(
+            launcher=self.name,
+            launched=self.launched,
+            connected=self.connected,
+            active=len(self.active),
+            passed_on=self.passed_on,
+            cost_usd=0.0 if self.network is None else self.launcher.cost().accrued_usd,
+            why=self.why,
+            is_passed_over=not self.usable or now < self.barred_until,
+        )
+
+
+class Choice:
+    """The launchers of one executor in the order in which they are preferred.
+
+    The executor's sizes of worker are those of the leading launcher. They are found again among
+    those of the others, by what a worker has. Sizes may be asked for in any thread.
+
+    Args:
+        candidates: The launchers.
+        return_after: Seconds after a failure in which other launchers are preferred.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate], return_after: float) -> None:
+        self.candidates = candidates
+        self.lead = next(
+            # What this machine has is no size of worker.
+            (each for each in candidates if not each.launcher.one_machine),
+            candidates[0],
+        )
+        # If all workers are on this machine, the executor itself sees to what each task has of it.
+        self._shares_machine = not self.lead.launcher.one_machine
+        self._return_after = return_after
+        self._sizing = threading.Lock()
+        self._made: list[WorkerCapacity] = []
+
+    # Sizes.
+
+    def capacity(self, size: int) -> WorkerCapacity | None:
+        """Say what a worker of a size has; ``None``: it is not known."""
+        own = self.lead.launcher.size_count
+        return self.lead.launcher.capacity(size) if size < own else self._made[size - own]
+
+    def size_of(self, capacity: WorkerCapacity) -> int:
+        """Return the number of a size, which is a new one if there is none yet that has so much."""
+        with self._sizing:
+            own = self.lead.launcher.size_count
+            for size in range(own):
+                if self.lead.launcher.capacity(size) == capacity:
+                    return size
+            if capacity not in self._made:
+                self._made.append(capacity)
+            return own + self._made.index(capacity)
+
+    def size_for(self, cpus: float, memory: int, gpus: int) -> int:
+        """Find the smallest size for a task, of the leading launcher or else of another one.
+
+        Raises:
+            ConfigError: If no launcher has one; it says why for each.
+        """
+        others = [each for each in self.candidates if each is not self.lead]
+        reasons = []
+        for candidate in (self.lead, *others):
+            launcher = candidate.launcher
+            try:
+                found = launcher.capacity(launcher.size_for(cpus, memory, gpus))
+            except ConfigError as exc:
+                reasons.append(f"{candidate.name}: {exc}")
+                continue
+            needed = WorkerCapacity(cpus=cpus, memory=memory, gpus=gpus)
+            return self.size_of(needed if launcher.one_machine or found is None else found)
+        raise ConfigError("no launcher has such a worker: " + "; ".join(reasons))
+
+    def size_at(self, candidate: Candidate, size: int) -> int | None:
+        """Return which size of a launcher has what a size of the executor has; ``None``: none."""
+        if size not in candidate.sizes:
+            candidate.sizes[size] = self._find_size(candidate, size)
+        return candidate.sizes[size]
+
+    def _find_size(self, candidate: Candidate, size: int) -> int | None:
+        launcher = candidate.launcher
+        if candidate is self.lead and size < launcher.size_count:
+            return size
+        wanted = self.capacity(size)
+        if wanted is None or launcher.capacity(0) is None:
+            return None if size else 0  # plain tasks run on what there is
+        if launcher.one_machine and wanted.gpus:
+            return None  # which of its GPUs are in use is not known
+        try:
+            return launcher.size_for(wanted.cpus, wanted.memory, wanted.gpus)
+        except ConfigError:
+            return None
+
+    def size_from(self, candidate: Candidate, size: int) -> int:
+        """Return which size of the executor a size of a launcher is."""
+        for known in range(self.lead.launcher.size_count):
+            if self.size_at(candidate, known) == size:
+                return known
+        capacity = candidate.launcher.capacity(size)
+        return 0 if capacity is None else self.size_of(capacity)
+
+    # The choice.
+
+    def room(self, candidate: Candidate, request: LaunchRequest) -> int:
+        """Return how many more workers like this one a launcher may have."""
+        if not candidate.usable or self.size_at(candidate, request.size) is None:
+            return 0
+        room = 1 << 30
+        if candidate.limit is not None:
+            room = candidate.limit - len(candidate.active)
+        machine = candidate.launcher.capacity(0)
+        if self._shares_machine and candidate.launcher.one_machine and machine is not None:
+            one = self._needs(request)
+            others = [self._needs(each.request) for each in candidate.active.values()]
+            cpus = machine.cpus - sum(each.cpus for each in others)
+            room = min(room, int(cpus / one.cpus + 1e-9))
+            if machine.memory and one.memory:
+                memory = machine.memory - sum(each.memory for each in others)
+                room = min(room, memory // one.memory)
+        return max(0, room)
+
+    def _needs(self, request: LaunchRequest) -> WorkerCapacity:
+        return self.capacity(request.size) or WorkerCapacity(cpus=request.slots)
+
+    def plan(
+        self, requests: Sequence[LaunchRequest], now: float
+    ) -> list[tuple[Candidate | None, list[LaunchRequest]]]:
+        """Say which launcher is to start which workers, all of one size.
+
+        Launchers that have failed a short while ago have what the others have no room for. If all
+        have failed, they are all tried once more.
+
+        Returns:
+            The launchers with their workers, in the order of these; ``None`` for those that no
+            launcher has room for.
+        """
+        plan: list[tuple[Candidate | None, list[LaunchRequest]]] = []
+        rest = list(requests)
+        able = [each for each in self.candidates if rest and self.room(each, rest[0])]
+        if all(now < each.barred_until for each in self._able(requests)):
+            for each in able:
+                each.barred_until = now
+        fresh = [each for each in able if now >= each.barred_until]
+        for candidate in (*fresh, *(each for each in able if each not in fresh)):
+            count = self.room(candidate, rest[0]) if rest else 0
+            if count:
+                plan.append((candidate, rest[:count]))
+                rest = rest[count:]
+        if rest:
+            plan.append((None, rest))
+        return plan
+
+    def _able(self, requests: Sequence[LaunchRequest]) -> list[Candidate]:
+        """Return the launchers that have such workers, with room for more or without."""
+        return [
+            each
+            for each in self.candidates
+            if each.usable and self.size_at(each, requests[0].size) is not None
+        ]
+
+    def elsewhere(self, workers: Sequence[Launched], now: float) -> int:
+        """Return how many workers of one launcher could be started by others now."""
+        if not workers:
+            return 0
+        request, mine = workers[0].request, workers[0].candidate
+        rooms = (self.room(each, request) for each in self.others(mine, now))
+        return min(len(workers), sum(rooms))
+
+    def others(self, candidate: Candidate, now: float) -> list[Candidate]:
+        """Return the launchers other than this one that have not just failed."""
+        return [
+            each for each in self.candidates if each is not candidate and now >= each.barred_until
+        ]
+
+    # What has happened.
+
+    def ended(self, worker: Launched, end: LaunchEnd, now: float) -> tuple[LaunchEnd, str]:
+        """Judge that a worker has ended, or could not be started, before it connected.
+
+        Args:
+            worker: The worker.
+            end: What its launcher says.
+            now: The time, on the monotonic clock.
+
+        Returns:
+            What the executor is to be told, and what the user: empty if that is nothing new.
+        """
+        candidate = worker.candidate
+        if end.killed or end.reclaimed:
+            # Those that were asked for before another one was killed may all have one cause.
+            if worker.asked_at >= candidate.struck_at:
+                candidate.strikes += 1
+                candidate.struck_at = now
+            if candidate.strikes < _STRIKES:
+                return end, ""
+        said = self.bar(candidate, end.reason, now, fatal=end.fatal)
+        following = next(
+            (each for each in self.others(candidate, now) if self.room(each, worker.request)), None
+        )
+        if following is None:
+            fatal = all(each.fatal for each in self._able([worker.request]))
+            # What was killed from outside says little about settings.
+            return LaunchEnd(self.causes() or end.reason, killed=end.killed, fatal=fatal), ""
+        candidate.passed_on += 1
+        text = f"{candidate.name}: {end.reason}; {following.name} is tried instead"
+        news = (
+            f"{candidate.name} cannot start workers; for {self._return_after:g} s, new ones come "
+            f"from {following.name}, or from others: {end.reason}"
+        )
+        return LaunchEnd(text, reclaimed=True), news if said else ""
+
+    def bar(self, candidate: Candidate, why: str, now: float, *, fatal: bool = False) -> bool:
+        """Prefer other launchers for a while; return whether they were not preferred before."""
+        is_new = now >= candidate.barred_until
+        candidate.why, candidate.fatal = why, fatal
+        candidate.barred_until = now + self._return_after
+        return is_new
+
+    def note_connected(self, worker: Launched) -> None:
+        """Note that a worker has connected."""
+        if not worker.connected:
+            worker.connected = True
+            worker.candidate.connected += 1
+        worker.candidate.strikes = 0
+
+    def why_not(self, request: LaunchRequest) -> LaunchEnd:
+        """Say why no launcher can start a worker."""
+        if self._able([request]):
+            return LaunchEnd("each launcher has as many workers as it may have")
+        what = self.capacity(request.size)
+        causes = self.causes()
+        return LaunchEnd(
+            f"no launcher that is in use has workers with {what}"
+            + (f": {causes}" if causes else ""),
+            fatal=True,
+        )
+
+    def passed_over(self, candidate: Candidate, now: float) -> str:
+        """Say which launchers are preferred to this one, and why they are not used now."""
+        before = self.candidates[: self.candidates.index(candidate)]
+        return _causes(c for c in before if not c.usable or now < c.barred_until)
+
+    def causes(self) -> str:
+        """Say of each launcher why it could not start workers the last time."""
+        return _causes(self.candidates)
+
+
+def _causes(candidates: Iterable[Candidate]) -> str:
+    return "; ".join(f"{each.name}: {each.why}" for each in candidates if each.why)

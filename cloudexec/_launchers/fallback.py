@@ -1,0 +1,559 @@
+"""A launcher of launchers: what one of them cannot start, the next one does.
+
+Each worker has one launcher. If that one cannot start it, the executor is told that the launch has
+come to nothing, without blaming it, and asks for another worker, which is the next launcher's. So a
+worker that arrives late, after it was given up, is refused like every other such worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from cloudexec._config import WorkerCapacity, check_count, check_positive
+from cloudexec._errors import CloudexecError, ConfigError, LaunchError
+from cloudexec._launchers.base import (
+    Arrival,
+    Contact,
+    Cost,
+    LaunchEnd,
+    Launcher,
+    LauncherCounts,
+    LaunchRequest,
+    LaunchTimes,
+    Network,
+    Survivor,
+)
+from cloudexec._launchers.choice import Candidate, Choice, Launched
+from cloudexec._launchers.ending import may_pass
+from cloudexec._log import Log
+from cloudexec._record_class import replace
+
+__all__ = ["Fallback"]
+
+_logger = Log()
+_RETURN_AFTER = 600.0
+_END_PATIENCE = 5.0
+"""Seconds that workers which this process has started itself have to end at the close."""
+_ALMOST = 0.98
+"""Of ``launch_timeout``: a worker that is given up after that has not connected in time."""
+
+
+class Fallback(Launcher):
+    """Starts workers with the first of several launchers that can.
+
+    If a launcher has no capacity, has reached a limit or refuses, or if it does not answer, the
+    next one starts these workers, within seconds where the platform says so, and after
+    ``patience`` where it says nothing. For ``return_after`` seconds, new workers come from the
+    others. Then the first launcher is tried again. Workers that run are left where they are.
+
+    Workers have the sizes of the first launcher. The others start the smallest workers that have
+    as much, and are passed over where they have none. ``Local()`` has no more workers than fit on
+    this machine, and none with GPUs. A launcher whose start fails is left out.
+
+    Args:
+        launchers: The launchers, in the order in which they are preferred; or a mapping from
+            names for people to launchers. Each serves one executor at a time.
+        limits: How many workers each of them may have at a time, in the same order; ``None`` for
+            no limit.
+        patience: Seconds after which a worker without a place is started by the next launcher;
+            ``None`` for what is usual on its platform, such as 60 on Fargate.
+        return_after: Seconds after a failure in which other launchers are preferred.
+
+    Raises:
+        ConfigError: If there is no launcher, one is there twice, or a setting is out of its range.
+        TypeError: If something is no launcher.
+    """
+
+    def __init__(
+        self,
+        launchers: Sequence[Launcher] | Mapping[str, Launcher],
+        *,
+        limits: Sequence[int | None] | None = None,
+        patience: float | None = None,
+        return_after: float = _RETURN_AFTER,
+    ) -> None:
+        names: list[str] = []
+        if isinstance(launchers, Mapping):
+            names, launchers = list(launchers), list(launchers.values())
+        launchers = tuple(launchers)
+        for each in launchers:
+            if isinstance(each, type) or not hasattr(each, "slots_per_worker"):
+                raise TypeError(f"launchers must be some such as Local() or Batch(), not {each!r}")
+            if isinstance(each, Fallback):
+                raise ConfigError("a Fallback has no Fallback among its launchers: name them all")
+        if len({id(each) for each in launchers}) < len(launchers):
+            raise ConfigError("a launcher serves one purpose at a time: one of them is there twice")
+        if not launchers:
+            raise ConfigError("launchers must name at least one launcher")
+        limits = [None] * len(launchers) if limits is None else list(limits)
+        if len(limits) != len(launchers):
+            raise ConfigError(
+                f"limits must have one number, or None, for each of {len(launchers)} launchers, "
+                f"not {len(limits)}"
+            )
+        for limit in limits:
+            if limit is not None:
+                check_count("limits", limit, least=1)
+        check_positive("patience", patience)
+        check_positive("return_after", return_after)
+        self.launchers = launchers
+        self.limits = tuple(limits)
+        self.patience = patience
+        self.return_after = return_after
+        # Of settings that hold for all workers, those with which every launcher can work.
+        self.launch_timeout = max(each.launch_timeout for each in launchers)
+        self.reconnect_grace = max(each.reconnect_grace for each in launchers)
+        self.linger = max(each.linger for each in launchers)
+        self.last_words = max(each.last_words for each in launchers)
+        self.ends_are_seen = all(each.ends_are_seen for each in launchers)
+        self.own_processes = all(each.own_processes for each in launchers)
+        self.one_machine = all(each.one_machine for each in launchers)
+        self.modules = _all_modules(launchers)
+        names = names or _names(launchers)
+        self._candidates = [
+            Candidate(each, name, limit)
+            for each, name, limit in zip(launchers, names, limits, strict=True)
+        ]
+        self._choice = Choice(self._candidates, return_after)
+        self._workers: dict[str, Launched] = {}
+        self._ways: list[Candidate] = []
+        self._on_end: Callable[[str, LaunchEnd], None] = lambda *_: None
+        self._launch_timeout = self.launch_timeout
+        self._serving = threading.Lock()
+        self._closing = False
+        self._one_ended = asyncio.Event()
+
+    # Sizes.
+
+    @property
+    def size_count(self) -> int:  # type: ignore[override]
+        """How many sizes the leading launcher has."""
+        return self._choice.lead.launcher.size_count
+
+    def slots_per_worker(self, max_workers: int) -> int:
+        """Say how many slots one worker has."""
+        return self._choice.lead.launcher.slots_per_worker(max_workers)
+
+    def capacity(self, size: int) -> WorkerCapacity | None:
+        """Say what a worker of a size has."""
+        return self._choice.capacity(size)
+
+    def most_slots(self, size: int) -> int:
+        """Say how many tasks a worker of a size may run at once."""
+        return min(
+            each.launcher.most_slots(found)
+            for each in self._candidates
+            if (found := self._choice.size_at(each, size)) is not None
+        )
+
+    def size_for(self, cpus: float, memory: int, gpus: int) -> int:
+        """Find the smallest size for a task, of the first launcher that has one.
+
+        Raises:
+            ConfigError: If there is none; it says why for each launcher.
+        """
+        return self._choice.size_for(cpus, memory, gpus)
+
+    def more_memory(self, size: int) -> str:
+        """Say which settings give a worker of a size more memory."""
+        lead = self._choice.lead
+        found = self._choice.size_at(lead, size)
+        return "" if found is None else lead.launcher.more_memory(found)
+
+    # The start.
+
+    def needs_network(self) -> bool:
+        """Say whether workers of some launcher are elsewhere."""
+        return any(each.needs_network() for each in self.launchers)
+
+    async def start(
+        self, executor_id: str, listen: str, advertise: str, launch_timeout: float
+    ) -> Network:
+        """Start all launchers, at the same time; those whose start fails are left out.
+
+        Raises:
+            LaunchError: If none can be started, or if another executor uses this launcher.
+        """
+        if not self._serving.acquire(blocking=False):
+            raise LaunchError("this Fallback(...) serves an executor already: make one for each")
+        self._workers = {}
+        self._ways = []
+        self._closing = False
+        self._one_ended = asyncio.Event()
+        self._launch_timeout = launch_timeout
+        for each in self._candidates:
+            each.reset()
+        started = False
+        try:
+            await asyncio.gather(
+                *(self._start(each, executor_id, listen, advertise) for each in self._candidates)
+            )
+            network = self._join(listen)
+            started = True
+            return network
+        finally:
+            if not started:
+                await self.close()
+
+    async def _start(
+        self, candidate: Candidate, executor_id: str, listen: str, advertise: str
+    ) -> None:
+        launcher, timeout = candidate.launcher, self._launch_timeout
+        if len(self._candidates) > 1:
+            launcher.give_way(self._elsewhere, self.patience)
+        try:
+            candidate.network = await launcher.start(executor_id, listen, advertise, timeout)
+            candidate.usable = True
+        except Exception as exc:  # of a launcher that others have written, too
+            if not isinstance(exc, CloudexecError):
+                _logger.exception("internal error while %s was started", candidate.name)
+            candidate.why, candidate.fatal = str(exc) or type(exc).__name__, True
+
+    def _leave_out(self, candidate: Candidate, why: str) -> None:
+        candidate.usable = False
+        candidate.why, candidate.fatal = why, True
+        _logger.warning("%s cannot be used, and is left out: %s", candidate.name, why)
+
+    def _elsewhere(self, launch_ids: Sequence[str]) -> int:
+        """Return how many workers of one launcher could be started by another one now."""
+        workers = [self._workers[each] for each in launch_ids if each in self._workers]
+        return 0 if self._closing else self._choice.elsewhere(workers, time.monotonic())
+
+    def _join(self, wanted: str) -> Network:
+        """Return where to listen, so that the workers of all launchers can connect.
+
+        Args:
+            wanted: ``host:port`` where the user wants the executor to listen; empty: anywhere.
+
+        Raises:
+            LaunchError: If no launcher can be used.
+        """
+        if not any(each.usable for each in self._candidates):
+            raise LaunchError(f"no launcher can be used: {self._choice.causes()}")
+        hosts, port, others = dict[str, None](), "0", []
+        for each in self._candidates:
+            if each.network is None:
+                self._leave_out(each, each.why)
+                continue
+            network = each.network
+            if self.needs_network() and not each.launcher.needs_network():
+                network = _on_this_machine(wanted)
+            host, _, own = network.listen.rpartition(":")
+            if own not in ("", "0", port) and port != "0":
+                why = f"the executor is to listen on port {own} for it, and listens on port {port}"
+                self._leave_out(each, f"{why}: give listen=, which holds for all launchers")
+                continue
+            port = own if own not in ("", "0") else port
+            hosts[host] = None
+            # What is listened on may be more than that, and nothing that a worker can dial.
+            each.network = replace(network, advertise=network.advertise or host)
+            others.append(each.network)
+            self._ways.append(each)
+        if not self.needs_network():
+            return Network()
+        host = next(iter(hosts))
+        if len(hosts) > 1:
+            host = "[::]" if any("[" in each for each in hosts) else "0.0.0.0"
+        return Network(f"{host}:{port}", others=tuple(others))
+
+    def begin(self, slots: int, preload: Sequence[str] | Callable[[], Sequence[str]]) -> None:
+        """Do what the launchers can do for the first worker before the executor is reached."""
+        for index, each in enumerate(self.launchers):
+            each.begin(0 if index else slots, preload)
+
+    def stand_down(self) -> None:
+        """Undo what ``begin`` did."""
+        for each in self.launchers:
+            each.stand_down()
+
+    # Workers come and go.
+
+    def launch(
+        self,
+        contact: Contact,
+        requests: Sequence[LaunchRequest],
+        on_end: Callable[[str, LaunchEnd], None],
+    ) -> None:
+        """Start workers, each with the first launcher that can and has not just failed."""
+        self._on_end = on_end
+        self._take_ways(contact)
+        now = time.monotonic()
+        for candidate, some in self._choice.plan(requests, now):
+            if candidate is not None:
+                self._launch(candidate, candidate.contact or contact, some, now)
+                continue
+            for each in some:
+                on_end(each.launch_id, self._choice.why_not(each))
+
+    def _take_ways(self, contact: Contact) -> None:
+        """Note by which way workers of each launcher can connect, once that is known."""
+        ways, self._ways = self._ways, []
+        for each, way in zip(ways, contact.others, strict=False):
+            if isinstance(way, Contact):
+                each.contact = way
+            elif each.usable:
+                self._leave_out(each, str(way))
+
+    def _launch(
+        self, candidate: Candidate, contact: Contact, requests: Sequence[LaunchRequest], now: float
+    ) -> None:
+        instead_of = self._choice.passed_over(candidate, now)
+        for each in requests:
+            worker = Launched(candidate, each, now, instead_of)
+            self._workers[each.launch_id] = candidate.active[each.launch_id] = worker
+        candidate.launched += len(requests)
+        try:
+            candidate.launcher.launch(contact, self._sized(candidate, requests), self._ended)
+        except Exception as exc:  # of a launcher that others have written, too
+            if not isinstance(exc, CloudexecError):
+                _logger.exception("internal error while %s started workers", candidate.name)
+            end = LaunchEnd(str(exc) or type(exc).__name__, fatal=not may_pass(exc))
+            for each in requests:
+                self._ended(each.launch_id, end)
+
+    def _sized(
+        self, candidate: Candidate, requests: Sequence[LaunchRequest]
+    ) -> list[LaunchRequest]:
+        """Return requests with the numbers that a launcher has for their sizes."""
+        size = self._choice.size_at(candidate, requests[0].size)
+        assert size is not None, "the plan has only launchers with this size"
+        return [replace(each, size=size) for each in requests]
+
+    def _ended(self, launch_id: str, end: LaunchEnd) -> None:
+        """A worker has ended, or could not be started."""
+        worker = self._workers[launch_id]
+        if not end.relaunched:
+            worker.candidate.active.pop(launch_id, None)
+            self._one_ended.set()
+            if not (worker.connected or worker.unwanted or self._closing):
+                end, news = self._choice.ended(worker, end, time.monotonic())
+                if news:
+                    _logger.warning("%s", news)
+        self._on_end(launch_id, end)
+
+    def terminate(self, launch_ids: Sequence[str]) -> None:
+        """Terminate workers."""
+        for candidate, some in self._by_candidate(launch_ids):
+            for each in some:
+                self._workers[each].unwanted = True
+            candidate.launcher.terminate(some)
+
+    def _by_candidate(self, launch_ids: Sequence[str]) -> list[tuple[Candidate, list[str]]]:
+        found: dict[int, tuple[Candidate, list[str]]] = {}
+        now = time.monotonic()
+        for each in launch_ids:
+            worker = self._workers.get(each)
+            if worker is None:
+                continue
+            found.setdefault(id(worker.candidate), (worker.candidate, []))[1].append(each)
+            waited = now - worker.asked_at
+            timed_out = waited > _ALMOST * self._launch_timeout and each in worker.candidate.active
+            if timed_out and not worker.connected and not worker.unwanted:
+                why = f"no worker connected within {self._launch_timeout:g} s"
+                if self._choice.bar(worker.candidate, why, now):
+                    _logger.warning("%s: %s; others are preferred now", worker.candidate.name, why)
+        return list(found.values())
+
+    def key_of(self, launch_id: str) -> bytes | None:
+        """Return the key of a worker: its own, or that of its launcher."""
+        worker = self._workers.get(launch_id)
+        if worker is None:
+            return None
+        candidate = worker.candidate
+        own = candidate.launcher.key_of(launch_id)
+        return own or (candidate.network.key if candidate.network is not None else None) or None
+
+    def connected(self, launch_id: str, arrival: Arrival) -> None:
+        """A worker has dialed back."""
+        worker = self._workers[launch_id]
+        self._choice.note_connected(worker)
+        worker.candidate.launcher.connected(launch_id, arrival)
+
+    def disconnected(self, launch_id: str, *, orderly: bool, reclaimed: bool) -> None:
+        """A worker's session ended."""
+        launcher = self._workers[launch_id].candidate.launcher
+        launcher.disconnected(launch_id, orderly=orderly, reclaimed=reclaimed)
+
+    def pid_of(self, executor_id: str, launch_id: str) -> int:
+        """Return the process of a launch, where this process has started it; 0: it has not."""
+        worker = self._workers.get(launch_id)
+        return 0 if worker is None else worker.candidate.launcher.pid_of(executor_id, launch_id)
+
+    def clean_up(self, launch_id: str, slot_groups: list[int]) -> None:
+        """End what is left of a worker's process groups, if they are on this machine."""
+        self._workers[launch_id].candidate.launcher.clean_up(launch_id, slot_groups)
+
+    # What is known.
+
+    def bucket(self) -> tuple[str, str]:
+        """Name the first launcher's bucket, if all that start workers elsewhere have one."""
+        found = [
+            each.launcher.bucket()
+            for each in self._candidates
+            if each.usable and each.launcher.needs_network()
+        ]
+        return found[0] if found and all(name for name, _ in found) else ("", "")
+
+    def times(self, launch_id: str) -> LaunchTimes | None:
+        """Say what is known of how a launch went, and which launcher it is of."""
+        worker = self._workers.get(launch_id)
+        if worker is None:
+            return None
+        found = worker.candidate.launcher.times(launch_id) or LaunchTimes(launch=launch_id)
+        return replace(found, launcher=worker.candidate.name, instead_of=worker.instead_of)
+
+    def explain(self) -> str:
+        """Say of each launcher why its workers are not there."""
+        now, parts = time.monotonic(), []
+        for each in self._candidates:
+            is_out = not each.usable or now < each.barred_until
+            why = each.why if is_out else each.launcher.explain()
+            if why:
+                parts.append(f"{each.name}: {why}")
+        return "; ".join(parts)
+
+    def counts(self) -> Sequence[LauncherCounts]:
+        """Say what each launcher has done."""
+        now = time.monotonic()
+        return [each.counts(now) for each in self._candidates]
+
+    def cost(self) -> Cost:
+        """Estimate what the workers of all launchers have cost, and will at least."""
+        costs = [each.launcher.cost() for each in self._candidates if each.network is not None]
+        return Cost(
+            accrued_usd=sum(each.accrued_usd for each in costs),
+            committed_usd=sum(each.committed_usd for each in costs),
+            per_hour_usd=sum(each.per_hour_usd for each in costs),
+            note=", ".join(dict.fromkeys(each.note for each in costs if each.note)),
+        )
+
+    def least_usd(self, requests: Sequence[LaunchRequest]) -> Iterable[float]:
+        """Say what each of these workers would cost at least, by the launcher that it would have.
+
+        Workers for which there is no launcher cost nothing.
+        """
+        for candidate, some in self._choice.plan(requests, time.monotonic()):
+            if candidate is None:
+                yield from [0.0] * len(some)
+            else:
+                yield from candidate.launcher.least_usd(self._sized(candidate, some))
+
+    def fingerprint(self) -> str:
+        """Return what tells its workers from those of another one."""
+        return repr([each.fingerprint() for each in self.launchers])
+
+    # From one process to the next, and the end.
+
+    def hand_over(self) -> dict[str, Any]:
+        """Return what a later process needs to know of the workers of each launcher."""
+        return {
+            "launchers": [
+                {} if each.network is None else each.launcher.hand_over()
+                for each in self._candidates
+            ]
+        }
+
+    async def take_over(
+        self, left: dict[str, Any], on_end: Callable[[str, LaunchEnd], None]
+    ) -> Mapping[str, Survivor]:
+        """Take over the workers of each launcher; one that cannot be asked is left out."""
+        self._on_end = on_end
+        survivors: dict[str, Survivor] = {}
+        for candidate, mine in zip(self._candidates, left.get("launchers", ()), strict=False):
+            if not mine:
+                continue
+            if not candidate.usable:
+                _logger.warning(
+                    "workers that an earlier process has started with %s are not taken over; they "
+                    "end by themselves",
+                    candidate.name,
+                )
+                continue
+            try:
+                found = await candidate.launcher.take_over(mine, self._ended)
+            except CloudexecError as exc:
+                self._leave_out(candidate, f"its workers cannot be taken over: {exc}")
+                continue
+            for launch_id, survivor in found.items():
+                size = self._choice.size_from(candidate, survivor.size)
+                worker = Launched(
+                    candidate,
+                    LaunchRequest(launch_id, 1, size),
+                    time.monotonic(),
+                    connected=survivor.running,
+                )
+                self._workers[launch_id] = candidate.active[launch_id] = worker
+                survivors[launch_id] = replace(survivor, size=size)
+        return survivors
+
+    async def close(self) -> None:
+        """End whatever still runs, of all launchers."""
+        self._closing = True
+        started = [each for each in self._candidates if each.network is not None]
+        try:
+            for outcome in await asyncio.gather(*map(self._close, started), return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    _logger.error("a launcher could not be closed", exc_info=outcome)
+        finally:
+            self._serving.release()
+
+    async def _close(self, candidate: Candidate) -> None:
+        if candidate.launcher.ends_are_seen and not self.ends_are_seen:
+            # The executor does not wait for their ends, as it does not hear of all of them.
+            await self._see_end(candidate)
+            candidate.launcher.terminate(list(candidate.active))
+            await self._see_end(candidate)
+        await candidate.launcher.close()
+
+    async def _see_end(self, candidate: Candidate) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_PATIENCE):
+                while candidate.active:
+                    self._one_ended.clear()
+                    await self._one_ended.wait()
+
+    def describe(self) -> str:
+        """Say in a few words what this launches."""
+        return ", or else ".join(each.name for each in self._candidates)
+
+    def __repr__(self) -> str:
+        return f"Fallback([{', '.join(map(repr, self.launchers))}])"
+
+
+def _names(launchers: Sequence[Launcher]) -> list[str]:
+    """Return a name for each launcher, with a number where several describe themselves alike."""
+    described = [each.describe() for each in launchers]
+    counts, seen = Counter(described), Counter[str]()
+    names = []
+    for name in described:
+        seen[name] += 1
+        names.append(f"{name} #{seen[name]}" if counts[name] > 1 else name)
+    return names
+
+
+def _all_modules(launchers: Sequence[Launcher]) -> bool | Sequence[str]:
+    """Return which modules are sent to workers: those that any of the launchers wants."""
+    wanted = [each.modules for each in launchers if each.needs_network()]
+    names: dict[str, None] = {}
+    for each in wanted:
+        if each is True:
+            return True
+        names.update(dict.fromkeys(each or ()))
+    return tuple(names) or not wanted
+
+
+def _on_this_machine(listen: str) -> Network:
+    """Return the way in for workers on this machine, where others are elsewhere."""
+    listen = listen or "127.0.0.1:0"
+    host = listen.rpartition(":")[0]
+    loopback = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+    return Network(listen, loopback.get(host, host))
+
+
+Fallback.__module__ = "cloudexec"
