@@ -42,6 +42,7 @@ _CHECKED: dict[str, Callable[..., Any]] = {
     "Batch": cloudexec.Batch,
     "BatchExecutor": cloudexec.BatchExecutor,
     "FakeAWS": FakeAWS,
+    "Fallback": cloudexec.Fallback,
     "Local": cloudexec.Local,
     "ObjectOptions": cloudexec.ObjectOptions,
     "stage": cloudexec.stage,

@@ -321,14 +321,13 @@ class Choice:
             worker.candidate.connected += 1
         worker.candidate.strikes = 0
 
-    def why_not(self, request: LaunchRequest) -> LaunchEnd:
-        """Say why no launcher can start a worker."""
+    def why_not(self, request: LaunchRequest, size_name: str) -> LaunchEnd:
+        """Say why no launcher can start a worker, which has what ``size_name`` says."""
         if self._able([request]):
             return LaunchEnd("each launcher has as many workers as it may have")
-        what = self.capacity(request.size)
         causes = self.causes()
         return LaunchEnd(
-            f"no launcher that is in use has workers with {what}"
+            f"no launcher that is in use has workers with {size_name}"
             + (f": {causes}" if causes else ""),
             fatal=True,
         )

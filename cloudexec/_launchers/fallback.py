@@ -289,7 +289,7 @@ class Fallback(Launcher):
                 self._launch(candidate, candidate.contact or contact, some, now)
                 continue
             for each in some:
-                on_end(each.launch_id, self._choice.why_not(each))
+                on_end(each.launch_id, self._choice.why_not(each, self.size_name(each.size)))
 
     def _take_ways(self, contact: Contact) -> None:
         """Note by which way workers of each launcher can connect, once that is known."""

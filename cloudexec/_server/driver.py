@@ -492,9 +492,9 @@ class Driver:
             )
 
     def _sum_up(self) -> None:
-        """Log one line with tasks, time and cost, if there was a cost or there are launchers."""
+        """Log one line with tasks, time, cost and launchers, if there were workers elsewhere."""
         cost, launchers = self._launcher.cost(), self.launches.counts()
-        if not cost.accrued_usd and not any(each.launched for each in launchers):
+        if not cost.accrued_usd and not (launchers and self._launcher.needs_network()):
             return
         counts = self.machine.counts
         done = counts["succeeded"] + counts["failed"]
