@@ -58,18 +58,10 @@ PHASES = {
 }
 """All other states are ends. See "JOB STATE CODES" in the manual of squeue."""
 TAKEN_BACK = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED")
-HOPELESS = ("BadConstraints", "PartitionNodeLimit", "PartitionTimeLimit", "InvalidAccount")
-NO_ROOM = (
-    "Resources",
-    "Priority",
-    "QOS",
-    "Assoc",
-    "ReqNodeNotAvail",
-    "Nodes required",
-    "Partition",
-)
-"""How reasons for which a job waits begin that say that there is no room now, or a limit is
-reached. See "JOB REASON CODES" in the manual of squeue."""
+HOPELESS = ("BadConstraints", "InvalidAccount", "PartitionConfig", "PartitionNode", "PartitionTime")
+NO_ROOM = ("Resources", "Priority", "QOS", "Assoc", "ReqNodeNotAvail", "Nodes", "PartitionDown")
+"""How the reasons for which a job waits begin: those that do not pass, and those by which there is
+no room now or a limit is reached. See "JOB REASON CODES" in the manual of squeue."""
 MAY_PASS = ("Unable to contact slurm controller", "temporarily unable", "try again")
 NO_ANSWER = ("Socket timed out", "Zero Bytes were transmitted", "Unexpected message received")
 
@@ -236,10 +228,12 @@ class SlurmPlatform(Platform):
         reason = waiting[0].reason
         if not reason or not waiting[0].counts.get(Phase.WAITING):
             return None
+        if reason.startswith(HOPELESS):
+            what = "Slurm will never have a place for such workers"
+            return Reason(f"{what}: {reason}", "ask for less, or for another partition", fatal=True)
         return Reason(
             f"Slurm has no place for workers yet: {reason}",
             "`squeue --me --start` shows when they are expected to start",
-            fatal=reason.startswith(HOPELESS),
             no_room=reason.startswith(NO_ROOM),
         )
 
