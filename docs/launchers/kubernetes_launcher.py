@@ -25,6 +25,7 @@ import contextlib
 import http.client
 import json
 import math
+import os
 import socket
 import ssl
 import urllib.parse
@@ -311,7 +312,10 @@ class KubernetesPlatform(Platform):
                 return http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=30)
             return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
         context = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
-        return http.client.HTTPSConnection("kubernetes.default.svc", timeout=30, context=context)
+        # Kubernetes sets these variables in each pod.
+        host = os.environ.get("KUBERNETES_SERVICE_HOST", "kubernetes.default.svc")
+        port = int(os.environ.get("KUBERNETES_SERVICE_PORT", "443"))
+        return http.client.HTTPSConnection(host, port, timeout=30, context=context)
 
 
 class _NotFoundError(PlatformError):

@@ -12,11 +12,13 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 INDEX = "batch.kubernetes.io/job-completion-index"
@@ -30,9 +32,17 @@ class EmulatedKubernetes:
         cpus: Processors of the node.
         replaces_deleted: Whether the controller makes another pod for an index whose pod was
             deleted, or counts the index as failed.
+        account: A folder with ``token``, which requests must have, and with ``ca.crt`` and
+            ``ca.key`` for TLS.
     """
 
-    def __init__(self, *, cpus: float = 8.0, replaces_deleted: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        cpus: float = 8.0,
+        replaces_deleted: bool = False,
+        account: Path | None = None,
+    ) -> None:
         self.cpus = cpus
         self.replaces_deleted = replaces_deleted
         self.requests: list[tuple[str, str, Any]] = []
@@ -49,10 +59,20 @@ class EmulatedKubernetes:
         self._closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
+        self._token = ""
+        if account is not None:
+            self._token = (account / "token").read_text()
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(account / "ca.crt", account / "ca.key")
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._threads = [
             threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True),
             threading.Thread(target=self._control, daemon=True),
         ]
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
 
     @property
     def api(self) -> str:
@@ -144,6 +164,9 @@ class EmulatedKubernetes:
             def do(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length)) if length else None
+                if cluster._token and self.headers["Authorization"] != f"Bearer {cluster._token}":
+                    self.send_error(401)
+                    return
                 fault = cluster.fault(self.command, self.path)
                 status, answer = 500, {"reason": "InternalError", "message": "a fault"}
                 if fault is None or not fault[1]:

@@ -160,6 +160,34 @@ def test_what_cannot_work_is_told_in_the_words_of_kubernetes(
         assert not cluster.secrets()
 
 
+def test_in_a_pod_the_token_and_the_certificate_of_the_cluster_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kubernetes_launcher
+
+    (tmp_path / "token").write_text("abc")
+    (tmp_path / "namespace").write_text("team-a")
+    subprocess.run(
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
+        "-subj /CN=kubernetes -addext subjectAltName=IP:127.0.0.1 -keyout ca.key -out ca.crt",
+        shell=True,
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    monkeypatch.setattr(kubernetes_launcher, "ACCOUNT", tmp_path)
+    with EmulatedKubernetes(account=tmp_path) as cluster:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(cluster.port))
+        with BatchExecutor(1, launcher=jobs(cluster, api="")) as executor:
+            assert executor.submit(abs, -1).result(60) == 1
+        eventually(lambda: not cluster.running())
+        (tmp_path / "token").write_text("another")
+        with BatchExecutor(1, launcher=jobs(cluster, api="")) as executor:
+            with pytest.raises(LaunchError, match=r"Kubernetes refused .*401"):
+                executor.submit(abs, -1).result(60)
+
+
 def test_outside_of_a_cluster_the_error_says_what_to_do(cluster: EmulatedKubernetes) -> None:
     with pytest.raises(ConfigError, match="run `kubectl proxy`"):
         BatchExecutor(1, launcher=jobs(cluster, api="")).submit(abs, -1)
