@@ -1,13 +1,39 @@
-"""How client and worker move an object through S3: its parts, signed requests, and threads."""
+"""What client and worker have to say about an object in S3: its parts, digests and requests."""
 
 from __future__ import annotations
 
-import asyncio
+import hashlib
+import os
 from collections.abc import Callable
+from typing import TypeAlias
 
 from cloudexec._record_class import record
 
-__all__ = ["PART_BYTES", "Part", "SignedRequest", "on_thread", "part_length", "parts_of"]
+__all__ = [
+    "CHUNK",
+    "PART_BYTES",
+    "Digests",
+    "File",
+    "Part",
+    "SignedRequest",
+    "Sink",
+    "Source",
+    "digest",
+    "digests",
+    "part_length",
+    "parts_of",
+    "piece",
+]
+
+Source: TypeAlias = Callable[[int, int], "bytes | bytearray | memoryview"]
+"""Returns the content at an offset, of a length. It may block. Calls come from several threads at a
+time, and again for the same content if a request is repeated."""
+Sink: TypeAlias = Callable[[int, bytes], object]
+"""Takes the content at an offset. It may block. Calls come in any order and from several threads at
+a time, but never after the transfer has ended."""
+
+CHUNK = 1024 * 1024
+"""Bytes that are hashed or received at a time."""
 
 PART_BYTES = 16 * 1024 * 1024
 """Objects of up to so many bytes are sent in one request, larger ones in parts of this size."""
@@ -75,31 +101,95 @@ def parts_of(size: int, part_bytes: int = PART_BYTES) -> list[Part]:
     ]
 
 
-async def on_thread(
-    run: Callable[[], object], on_cancel: Callable[[], object] = lambda: None
-) -> None:
-    """Call something in a thread, and return only once that call has ended.
-
-    A thread cannot be cancelled, and the caller may use the same file for something else when this
-    has returned.
+class File:
+    """An object's place in a file; its methods are the source and the sink of a transfer.
 
     Args:
-        run: What is called.
-        on_cancel: Called if this is cancelled meanwhile, so that ``run`` ends soon.
+        fd: The file, open for what is done with it.
+        offset: The object's offset in the file.
+    """
+
+    __slots__ = ("_fd", "_offset")
+
+    def __init__(self, fd: int, offset: int = 0) -> None:
+        self._fd = fd
+        self._offset = offset
+
+    def read(self, at: int, length: int) -> bytes:
+        """Return a part of the object; fewer bytes if the file ends before."""
+        return os.pread(self._fd, length, self._offset + at)
+
+    def write(self, at: int, data: bytes) -> None:
+        """Write a part of the object.
+
+        Raises:
+            OSError: If there is no room.
+        """
+        view = memoryview(data)
+        while view:
+            done = os.pwrite(self._fd, view, self._offset + at)
+            view = view[done:]
+            at += done
+
+
+@record
+class Digests:
+    """The digests by which S3 checks an upload.
+
+    Attributes:
+        sha256: SHA-256 of the whole.
+        parts: SHA-256 of each part. If there is one part, it is that of the whole.
+    """
+
+    sha256: bytes
+    parts: tuple[bytes, ...]
+
+
+def digests(
+    source: Source, size: int, *, part_bytes: int = PART_BYTES, sha256: bytes = b""
+) -> Digests:
+    """Read an object and return its digests.
+
+    Args:
+        source: Returns the content.
+        size: Bytes of the object.
+        part_bytes: As for ``parts_of``.
+        sha256: SHA-256 of the whole, if it is known; this saves at least half of the work.
 
     Raises:
-        BaseException: What ``run`` raised.
+        OSError: If the content cannot be read, or is too short.
     """
-    running = asyncio.ensure_future(asyncio.to_thread(run))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        on_cancel()
-        while not running.done():
-            try:
-                await asyncio.wait([running])
-            except asyncio.CancelledError:
-                pass  # raised below
-        if not running.cancelled():
-            running.exception()
-        raise
+    parts = parts_of(size, part_bytes)
+    if len(parts) == 1:
+        sha256 = sha256 or digest(source, 0, size)
+        return Digests(sha256, (sha256,))
+    whole = None if sha256 else hashlib.sha256()
+    found = tuple(digest(source, part.offset, part.length, whole) for part in parts)
+    return Digests(whole.digest() if whole is not None else sha256, found)
+
+
+def digest(source: Source, offset: int, length: int, whole: hashlib._Hash | None = None) -> bytes:
+    """Return the SHA-256 of a part of an object, and hash it into that of the whole too.
+
+    Raises:
+        OSError: If the content cannot be read, or is too short.
+    """
+    found = hashlib.sha256()
+    for at in range(offset, offset + length, CHUNK):
+        data = piece(source, at, min(CHUNK, offset + length - at))
+        found.update(data)
+        if whole is not None:
+            whole.update(data)
+    return found.digest()
+
+
+def piece(source: Source, at: int, length: int) -> bytes | bytearray | memoryview:
+    """Return a part of an object.
+
+    Raises:
+        OSError: If it cannot be read, or is too short.
+    """
+    data = source(at, length)
+    if len(data) != length:
+        raise OSError(f"{length} bytes at {at} were announced, and there are {len(data)} of them")
+    return data

@@ -61,7 +61,8 @@ MAY_IMPORT = {
         "_wire",
     },
     "_objects/s3.py": {"_aws", "_transfer"},
-    "_objects/s3_requests.py": {"_aws", "_transfer"},
+    "_objects/s3_requests.py": {"_aws"},
+    "_objects/s3_transfer.py": {"_transfer"},
     "_launchers": {"_config", "_log", "_pricing"},
     "_launchers/batch": {
         "_aws",
@@ -120,7 +121,7 @@ MAY_IMPORT = {
         "_payload",
         "_records",
     },
-    "_journal/bucket.py": {"_aws", "_log", "_objects", "_payload"},
+    "_journal/bucket.py": {"_aws", "_log", "_objects", "_payload", "_transfer"},
     "_story": {"_config"},
     "launchers": {"_config", "_launchers", "_pricing"},
     "metrics": {"_executor", "_launchers", "_stats"},

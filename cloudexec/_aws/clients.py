@@ -13,6 +13,7 @@ from typing import Any
 
 import botocore.configprovider
 import botocore.exceptions
+import botocore.httpsession
 import botocore.loaders
 import botocore.parsers
 import botocore.regions
@@ -188,6 +189,14 @@ class AwsClients:
             client_name=service,
         )
         return str(provider.provide() or "")
+
+    def authorities(self) -> str:
+        """Return the file of the certificates that are trusted; empty for those of the system."""
+        named = self._session.get_config_variable("ca_bundle")
+        named = named or os.environ.get("REQUESTS_CA_BUNDLE")
+        if not named and "SSL_CERT_FILE" not in os.environ:
+            named = botocore.httpsession.get_cert_path(True)
+        return str(named or "")
 
     async def client(self, service: str, *, region: str = "", once: bool = False) -> Any:
         """Return a client, made on first use; for what ``call`` and ``pages`` cannot do.

@@ -35,6 +35,7 @@ from cloudexec._journal.packing import check_of, pack, unpack
 from cloudexec._journal.store import Found, Record
 from cloudexec._log import Log
 from cloudexec._objects.s3 import Bucket
+from cloudexec._transfer import File
 
 if TYPE_CHECKING:
     from cloudexec._server.portal import Portal
@@ -263,14 +264,12 @@ class BucketStore:
 
         async def load(number: int) -> None:
             name, size, digest = segments[number]
-            place = places[number][0]
-
-            def sink(offset: int, data: bytes) -> None:
-                os.pwrite(self._file.fileno(), data, place + offset)
-
+            place = File(self._file.fileno(), places[number][0])
             async with limit:
                 try:
-                    await self._bucket.download(name, sink, size, bytes.fromhex(digest))
+                    await self._bucket.download(
+                        name, place.write, place.read, size, bytes.fromhex(digest)
+                    )
                 except AwsError as exc:
                     whole[number] = False
                     _logger.warning(
@@ -348,11 +347,14 @@ class BucketStore:
         def sink(offset: int, data: bytes) -> None:
             content[offset : offset + len(data)] = data
 
+        def source(offset: int, length: int) -> memoryview:
+            return memoryview(content)[offset : offset + length]
+
         async def download() -> None:
             # A client of its own, as the executor and this store may be closed by now.
             async with AwsClients() as clients:
                 bucket = Bucket(clients, self._bucket_name, self._prefix, patience=_PATIENCE)
-                await bucket.download(f"results/{name}", sink, size, sha256)
+                await bucket.download(f"results/{name}", sink, source, size, sha256)
 
         # On a thread of its own, as the caller's thread may run an event loop of the user's.
         done: Future[None] = Future()

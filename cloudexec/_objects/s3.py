@@ -1,21 +1,20 @@
 """The client's access to S3: uploads, downloads, and signed URLs by which workers do the same.
 
 Each executor has a prefix of its own in the bucket. All coroutines run on the executor's event
-loop; ``source`` and ``sink`` may block, and are called in threads of the loop's default executor.
+loop; ``source`` and ``sink`` may block, and are called in threads.
 
 1. ``Bucket(clients, name, object_prefix(executor_id))`` makes no request. ``open()`` checks once
    that the bucket exists. The other methods call it themselves; call it to learn of an error early.
 2. An argument: the client calls ``upload()`` when the first worker needs it, and ``download_url()``
-   for each worker that asks; signing a URL makes no request. The worker downloads the object with
-   ``worker.s3.fetch``, which asks the client for the URL by an RPC. It asks again if S3 refuses the
-   URL, and says whether it was refused before ``expires_at``. Pass that on as ``renew``.
-3. A result: the worker computes digests with ``worker.s3.digests(fd, size, part_bytes=...)``, where
-   ``part_bytes`` is the client's. It sends them to the client, and receives ``upload_urls()``. Each
-   URL accepts only content with that digest. The worker uploads with ``worker.s3.store``, which
-   asks for further URLs by an RPC that names the upload and the missing parts, and sends the ETags
-   to the client. ``complete_upload()`` then creates the object; if the attempt was lost, the client
-   calls ``abort_upload()``. The client reads the object with ``download()``, or lets workers read
-   it by ``download_url()``.
+   for each worker that asks; signing a URL makes no request. The worker runs a
+   ``s3_transfer.Download``, as the client does, and asks the client for the URL by an RPC. It asks
+   again if S3 refuses the URL, and says whether it was refused early. Pass that on as ``renew``.
+3. A result: the worker computes its digests, with the client's ``part_bytes``. It sends them to the
+   client, and receives ``upload_urls()``. Each URL accepts only content with that digest. The
+   worker runs a ``s3_transfer.Upload``, asks for further URLs by an RPC that names the upload and
+   the missing parts, and sends the ETags to the client. ``complete_upload()`` then creates the
+   object; if the attempt was lost, the client calls ``abort_upload()``. The client reads the object
+   with ``download()``, or lets workers read it by ``download_url()``.
 4. ``delete()`` is called when the last reference to an object is gone. ``close()`` empties the
    prefix at shutdown, after the workers have been told to end and before ``clients.close()``. A
    worker that still holds a URL may put an object there later; the bucket's lifecycle rule removes
@@ -28,9 +27,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import math
 import time
+import urllib.request
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -43,18 +42,40 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from cloudexec._aws.clients import AwsClients, translated
+from cloudexec._aws.refusals import EXPIRED, remedy_of_refusal
 from cloudexec._errors import AwsError, ConfigError
-from cloudexec._objects.s3_requests import CHUNK, InOrder, Requests, Sink, Source
-from cloudexec._transfer import PART_BYTES, Part, SignedRequest, part_length, parts_of
+from cloudexec._objects.s3_link import Route
+from cloudexec._objects.s3_requests import Requests
+from cloudexec._objects.s3_transfer import (
+    Download,
+    S3TransferError,
+    Sign,
+    Upload,
+    UrlRefusedError,
+    carry_out,
+)
+from cloudexec._transfer import (
+    PART_BYTES,
+    SignedRequest,
+    Sink,
+    Source,
+    digest,
+    part_length,
+    parts_of,
+    piece,
+)
 
 __all__ = ["Bucket", "SignedUpload"]
 
 T = TypeVar("T")
 
-_RANGE = 8 * 1024 * 1024
+_SMALL = 1024 * 1024
+"""Objects of up to so many bytes are sent like requests without content."""
+_TRANSFERS = 5
+"""Transfers at a time; each has several connections, and a thread for each of them."""
 _DELETE_BATCH = 1000
 _PATIENCE = 60.0
-_STALL = 60.0
+_STALL = 30.0
 _ABORT_TIMEOUT = 10.0
 _RENEW_INTERVAL = 30.0
 _URL_SECONDS = 12 * 3600.0
@@ -131,6 +152,13 @@ class Bucket:
         self._parallel = parallel
         self._encryption = encryption
         self._requests = Requests(clients, name, prefix, patience=patience, stall=stall)
+        self._transfers = asyncio.Semaphore(_TRANSFERS)
+        self._settings: dict[str, Any] = {
+            "parallel": parallel,
+            "timeout": stall,
+            "patience": patience,
+            "route": Route(urllib.request.getproxies(), clients.authorities()),
+        }
         self._renewed_at = float("-inf")
         self._used = False
         self._closed = False
@@ -157,35 +185,63 @@ class Bucket:
         """
         await self._ready()
         self._used = True
-        if size <= self.part_bytes:
-            await self._requests.send(
-                name, "put_object", source, 0, size, **self._put_parameters(sha256)
-            )
+        if size <= _SMALL:
+            # By the SDK, whose connections are open already.
+            data = bytes(await asyncio.to_thread(piece, source, 0, size))
+            await self._requests.call(name, "put_object", Body=data, **self._put_parameters(sha256))
             return
-        upload_id = await self._create_upload(name)
+        upload = Upload(source, size, part_bytes=self.part_bytes, **self._settings)
+        parts = parts_of(size, self.part_bytes)
+        digests = {1: sha256} if len(parts) == 1 else {}
+        upload_id = await self._create_upload(name) if len(parts) > 1 else ""
+
+        async def sign(number: int) -> SignedRequest:
+            # Each part is hashed just before it is sent, while others are sent.
+            if number not in digests:
+                part = parts[number - 1]
+                digests[number] = await asyncio.to_thread(digest, source, part.offset, part.length)
+            return await self._sign_part(name, upload_id, number, digests[number])
+
         try:
-            parts = parts_of(size, self.part_bytes)
-            etags: dict[int, tuple[str, bytes]] = {}
-
-            async def send(part: Part) -> None:
-                digest = await asyncio.to_thread(_digest, source, part.offset, part.length)
-                answer = await self._requests.send(
-                    name,
-                    "upload_part",
-                    source,
-                    part.offset,
-                    part.length,
-                    UploadId=upload_id,
-                    PartNumber=part.number,
-                    ChecksumSHA256=_base64(digest),
-                )
-                etags[part.number] = (str(answer["ETag"]), digest)
-
-            await _each(self._parallel, parts, send)
-            await self._complete(name, upload_id, [etags[part.number] for part in parts], size)
+            await self._carry_out("s3:PutObject", name, upload, sign)
+            in_order = [digests[part.number] for part in parts]
+            await self.complete_upload(name, upload_id, upload.etags, size, in_order)
         except BaseException:
             await self._abort_quietly(name, upload_id)
             raise
+
+    async def _carry_out(
+        self,
+        operation: str,
+        name: str,
+        transfer: Upload | Download,
+        sign: Callable[[int], Coroutine[Any, Any, SignedRequest]],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+
+        def signed(number: int) -> SignedRequest:
+            return asyncio.run_coroutine_threadsafe(sign(number), loop).result()
+
+        async def ask(refusal: UrlRefusedError | None) -> Sign:
+            if refusal is not None:
+                if refusal.early and refusal.code not in EXPIRED:
+                    raise refusal
+                self._renew(refusal.early)
+            return signed
+
+        try:
+            async with self._transfers:
+                await carry_out(transfer, ask)
+        except S3TransferError as exc:
+            error = AwsError(
+                f"{operation} failed: {exc.reason}",
+                code=exc.code,
+                operation=operation,
+                transient=exc.transient,
+                expired=exc.code in EXPIRED,
+            )
+            remedy = remedy_of_refusal(exc.code, exc.reason, operation)
+            raise self._requests.explained(error, name, remedy or exc.remedy) from exc
 
     async def download_url(
         self, name: str, expires: float = _URL_SECONDS, *, renew: bool = False
@@ -225,7 +281,7 @@ class Bucket:
             name: The object's name, without the prefix.
             size: Bytes of the object.
             sha256: SHA-256 of the whole object.
-            part_sha256: SHA-256 of each part, as ``worker.s3.digests`` returns them. An object of
+            part_sha256: SHA-256 of each part, as ``digests`` returns them. An object of
                 one part needs none.
             upload_id: The upload in parts that goes on; empty to begin a new one.
             numbers: Sign requests for these parts only; ``None`` for all parts.
@@ -242,24 +298,16 @@ class Bucket:
         length = part_length(size, self.part_bytes)
         parts = parts_of(size, self.part_bytes)
         if len(parts) == 1:
-            request = await self._sign("put_object", name, expires, **self._put_parameters(sha256))
-            return SignedUpload("", length, {1: request})
+            part_sha256 = (sha256,)
         if len(part_sha256) != len(parts):
             raise ValueError(f"{len(parts)} parts of {name}, and {len(part_sha256)} digests")
-        begun = not upload_id
+        begun = len(parts) > 1 and not upload_id
         if begun:
             upload_id = await self._create_upload(name)
         try:
             requests = {
-                part.number: await self._sign(
-                    "upload_part",
-                    name,
-                    expires,
-                    UploadId=upload_id,
-                    PartNumber=part.number,
-                    ChecksumSHA256=_base64(digest),
-                )
-                for part, digest in zip(parts, part_sha256, strict=True)
+                part.number: await self._sign_part(name, upload_id, part.number, found, expires)
+                for part, found in zip(parts, part_sha256, strict=True)
                 if numbers is None or part.number in numbers
             }
         except BaseException:
@@ -267,6 +315,25 @@ class Bucket:
                 await self._abort_quietly(name, upload_id)
             raise
         return SignedUpload(upload_id, length, requests)
+
+    async def _sign_part(
+        self,
+        name: str,
+        upload_id: str,
+        number: int,
+        sha256: bytes,
+        expires: float = _URL_SECONDS,
+    ) -> SignedRequest:
+        if not upload_id:
+            return await self._sign("put_object", name, expires, **self._put_parameters(sha256))
+        return await self._sign(
+            "upload_part",
+            name,
+            expires,
+            UploadId=upload_id,
+            PartNumber=number,
+            ChecksumSHA256=_base64(sha256),
+        )
 
     async def complete_upload(
         self,
@@ -305,14 +372,15 @@ class Bucket:
             if exc.code != "NoSuchUpload":
                 raise
 
-    async def download(self, name: str, sink: Sink, size: int, sha256: bytes) -> None:
+    async def download(
+        self, name: str, sink: Sink, source: Source, size: int, sha256: bytes
+    ) -> None:
         """Read an object.
-
-        Up to ``parallel`` times 8 MiB are in memory at a time.
 
         Args:
             name: The object's name, without the prefix.
             sink: Takes the content, before the digest is verified.
+            source: Returns content that the sink has taken, to verify the digest.
             size: Bytes of the object.
             sha256: SHA-256 that the content must have.
 
@@ -321,23 +389,12 @@ class Bucket:
                 content is wrong.
         """
         await self._ready()
-        check = InOrder()
 
-        async def read(start: int) -> None:
-            await self._requests.read(name, start, min(start + _RANGE, size), size, sink, check)
+        async def sign(_: int) -> SignedRequest:
+            return await self._sign("get_object", name, _URL_SECONDS)
 
-        await _each(self._parallel, range(0, size, _RANGE), read)
-        found = check.digest()
-        if found != sha256:
-            raise self._requests.explained(
-                AwsError(
-                    f"s3:GetObject: the content is not what was sent: SHA-256 {found.hex()} "
-                    f"instead of {sha256.hex()}",
-                    code="BadDigest",
-                    operation="s3:GetObject",
-                ),
-                name,
-            )
+        download = Download(sink, source, size, sha256, **self._settings)
+        await self._carry_out("s3:GetObject", name, download, sign)
 
     async def delete(self, names: Iterable[str]) -> None:
         """Delete objects; it is no error if some do not exist.
@@ -533,13 +590,6 @@ async def _each(
                 group.create_task(take())
     except BaseExceptionGroup as exc:
         raise exc.exceptions[0] from exc.exceptions[0].__cause__
-
-
-def _digest(source: Source, offset: int, length: int) -> bytes:
-    found = hashlib.sha256()
-    for at in range(offset, offset + length, CHUNK):
-        found.update(source(at, min(CHUNK, offset + length - at)))
-    return found.digest()
 
 
 def _base64(digest: bytes) -> str:

@@ -14,7 +14,6 @@ No AWS module is imported and no request is made before the first blob that is l
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -27,7 +26,7 @@ from cloudexec._objects.store import Blob, BlobStore
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._server.engine import Engine
 from cloudexec._server.sessions import Sessions
-from cloudexec._transfer import PART_BYTES, SignedRequest
+from cloudexec._transfer import PART_BYTES, SignedRequest, digest
 
 if TYPE_CHECKING:
     from cloudexec._aws.clients import AwsClients
@@ -47,7 +46,6 @@ _CLOSE = 30.0
 """Seconds that the deletion of all objects may take when the executor ends."""
 _CLOSE_DOWN = 5.0
 """The same, if the bucket has failed shortly before."""
-_DIGEST_BYTES = 1024 * 1024
 _MOST_UPLOADS = 256
 """Number of uploads that one worker may have begun and not completed."""
 _WHY_KEPT = 300
@@ -232,13 +230,15 @@ class BucketTransfers:
 
     async def _upload(self, blob: Blob) -> bool:
         view = blob.view()
+
+        def source(at: int, length: int) -> memoryview:
+            return view[at : at + length]
+
         try:
             bucket = await self._open()
             if not blob.sha256:
-                blob.sha256 = await asyncio.to_thread(_digest, view)
-            await bucket.upload(
-                str(blob.id), lambda at, n: view[at : at + n], blob.size, blob.sha256
-            )
+                blob.sha256 = await asyncio.to_thread(digest, source, 0, blob.size)
+            await bucket.upload(str(blob.id), source, blob.size, blob.sha256)
         except CloudexecError as exc:
             self._failed(exc)
             return False
@@ -264,7 +264,8 @@ class BucketTransfers:
             content.write(data, at)
 
         bucket = await self._open()
-        await bucket.download(name, sink, content.size, sha256)
+        view = content.view()
+        await bucket.download(name, sink, lambda at, n: view[at : at + n], content.size, sha256)
         content.sha256 = sha256
         self.bytes_downloaded += content.size
 
@@ -370,13 +371,6 @@ def _import() -> tuple[type[AwsClients], type[Bucket]]:
     from cloudexec._objects.s3 import Bucket
 
     return AwsClients, Bucket
-
-
-def _digest(view: memoryview) -> bytes:
-    found = hashlib.sha256()
-    for at in range(0, len(view), _DIGEST_BYTES):
-        found.update(view[at : at + _DIGEST_BYTES])
-    return found.digest()
 
 
 def _signed(request: SignedRequest, part: int = 0) -> pb.Signed:

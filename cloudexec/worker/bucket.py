@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
 
 from cloudexec._objects.store import Blob
 from cloudexec._proto import tasks_pb2 as pb
-from cloudexec._transfer import SignedRequest
-from cloudexec.worker import s3
+from cloudexec._transfer import File, SignedRequest, digests
+
+if TYPE_CHECKING:
+    from cloudexec._objects.s3_transfer import S3TransferError, Sign, UrlRefusedError
 
 __all__ = ["BucketPath"]
 
@@ -25,7 +28,7 @@ _UPLOADS = 2
 """Number of blobs that are uploaded at a time."""
 
 
-class _GoneError(s3.S3TransferError):
+class _GoneError(Exception):
     """The client has ended this transfer through the bucket."""
 
 
@@ -75,6 +78,8 @@ class BucketPath:
             return False  # fetching it from the client shows whether the client is gone
 
     async def _load(self, number: int, blob: Blob) -> bool:
+        from cloudexec._objects.s3_transfer import Download, S3TransferError, carry_out
+
         first: pb.Location | None = await self._locate(pb.LocateRequest(blob=number))
         assert first is not None
         assert blob.segment is not None
@@ -82,26 +87,24 @@ class BucketPath:
             return False
         sha256 = first.sha256
 
-        async def ask(refused: bool) -> SignedRequest:
+        async def ask(refusal: UrlRefusedError | None) -> Sign:
             nonlocal first
             found, first = first, None
             if found is None:
+                refused = refusal is not None and refusal.early
                 found = await self._locate(pb.LocateRequest(blob=number, refused=refused))
             if not found.HasField("request"):
                 raise _GoneError("the client cannot say any more where it is in the bucket")
-            return _unsigned(found.request)
+            request = _unsigned(found.request)
+            return lambda _: request
 
-        download = s3.Download(
-            blob.segment.fd,
-            blob.size,
-            sha256,
-            offset=blob.offset,
-            timeout=_TIMEOUT,
-            patience=_PATIENCE,
+        place = File(blob.segment.fd, blob.offset)
+        download = Download(
+            place.write, place.read, blob.size, sha256, timeout=_TIMEOUT, patience=_PATIENCE
         )
         try:
-            await s3.fetch(download, ask)
-        except s3.S3TransferError as exc:
+            await carry_out(download, ask)
+        except (S3TransferError, _GoneError) as exc:
             self._note(exc)
             await self._locate(pb.LocateRequest(blob=number, failed=str(exc)))
             return False
@@ -125,17 +128,18 @@ class BucketPath:
             OSError: If the file cannot be read.
             grpc.aio.AioRpcError: If the connection to the client fails.
         """
+        from cloudexec._objects.s3_transfer import S3TransferError, Upload, carry_out
+
         if not self.takes(size):
             return False
+        place = File(fd, offset)
         async with self._gate:
             kept = not lease
             question = pb.StoreRequest(blob=number, size=size, kept=kept, lease=lease)
             asked = await self._store(question)
             if not asked.accepted:
                 return False
-            found = await asyncio.to_thread(
-                s3.digests, fd, size, offset=offset, part_bytes=self._part_bytes
-            )
+            found = await asyncio.to_thread(digests, place.read, size, part_bytes=self._part_bytes)
             request = pb.StoreRequest(
                 blob=number,
                 size=size,
@@ -145,36 +149,36 @@ class BucketPath:
                 part_sha256=found.parts,
             )
 
-            async def ask(missing: Sequence[int], refused: bool) -> Mapping[int, SignedRequest]:
+            async def ask(refusal: UrlRefusedError | None) -> Sign:
                 del request.parts[:]
-                request.parts.extend(missing)
-                request.refused = refused
+                request.parts.extend(upload.missing)
+                request.refused = refusal is not None and refusal.early
                 reply = await self._store(request)
                 if not reply.accepted:
                     raise _GoneError("the client cannot begin it")
                 request.upload_id = reply.upload_id
-                return {each.part: _unsigned(each) for each in reply.requests}
+                return {each.part: _unsigned(each) for each in reply.requests}.__getitem__
 
-            upload = s3.Upload(
-                fd,
+            upload = Upload(
+                place.read,
                 size,
-                offset=offset,
                 part_bytes=self._part_bytes,
                 timeout=_TIMEOUT,
                 patience=_PATIENCE,
             )
             try:
-                request.etags.extend(await s3.store(upload, ask))
+                await carry_out(upload, ask)
+                request.etags.extend(upload.etags)
             except _GoneError:
                 return False  # the client has ended it, and has logged why
-            except s3.S3TransferError as exc:
+            except S3TransferError as exc:
                 self._note(exc)
                 request.failed = str(exc)
             reply = await self._store(request)
         return reply.accepted
 
-    def _note(self, error: s3.S3TransferError) -> None:
-        if not isinstance(error, s3.S3DigestError | _GoneError):
+    def _note(self, error: S3TransferError | _GoneError) -> None:
+        if isinstance(error, _GoneError) or error.code != "BadDigest":
             self._down_until = time.monotonic() + _REST
 
 

@@ -201,16 +201,16 @@ async def _located(address: Address) -> Address:
 
 
 def _read_address(url: str) -> str:
-    import http.client
+    import urllib3
 
-    from cloudexec.worker.s3_link import Link
+    from cloudexec._objects.s3_link import Link
 
     link = Link(_TRY_TIMEOUT)
     try:
         response = link.request("GET", url, ())
         status, text = response.status, response.read(_LONGEST_ANSWER).decode("ascii", "replace")
-    except http.client.HTTPException as exc:
-        raise ConnectionError(f"{link.place}: {exc!r}") from exc
+    except urllib3.exceptions.HTTPError as exc:
+        raise ConnectionError(f"{link.place}: {exc}") from exc
     finally:
         link.close()
     if status != 200 or not _ADDRESS.fullmatch(text):

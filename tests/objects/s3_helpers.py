@@ -6,16 +6,16 @@ import asyncio
 import hashlib
 import random
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, TypeVar
 
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.names import object_prefix
+from cloudexec._objects import s3_transfer as worker
 from cloudexec._objects.s3 import Bucket, SignedUpload
-from cloudexec._transfer import SignedRequest
+from cloudexec._transfer import Digests, File, digests
 from cloudexec.testing import FakeAWS
-from cloudexec.worker import s3 as worker
 
 T = TypeVar("T")
 
@@ -50,32 +50,38 @@ class Scene:
         def sink(offset: int, data: bytes) -> None:
             found[offset : offset + len(data)] = data
 
-        await self.bucket.download(name, sink, size, sha256)
+        def source(offset: int, length: int) -> bytes:
+            return bytes(found[offset : offset + length])
+
+        await self.bucket.download(name, sink, source, size, sha256)
         return bytes(found)
 
     async def fetch(self, name: str, size: int, sha256: bytes, **settings: Any) -> bytes:
         """Download as a worker does."""
         with tempfile.TemporaryFile() as file:
             settings = {"patience": 2.0, "timeout": 5.0, **settings}
-            download = worker.Download(file.fileno(), size, sha256, **settings)
+            place = File(file.fileno())
+            download = worker.Download(place.write, place.read, size, sha256, **settings)
 
-            async def ask(renew: bool) -> SignedRequest:
-                return await self.bucket.download_url(name, renew=renew)
+            async def ask(refusal: worker.UrlRefusedError | None) -> worker.Sign:
+                renew = refusal is not None and refusal.early
+                request = await self.bucket.download_url(name, renew=renew)
+                return lambda _: request
 
-            await worker.fetch(download, ask)
+            await worker.carry_out(download, ask)
             file.seek(0)
             return file.read()
 
-    async def store(self, name: str, data: bytes, **settings: Any) -> worker.Digests:
+    async def store(self, name: str, data: bytes, **settings: Any) -> Digests:
         """Upload as a worker does."""
         with file_of(data) as file:
-            fd, size = file.fileno(), len(data)
-            found = worker.digests(fd, size, part_bytes=self.bucket.part_bytes)
+            place, size = File(file.fileno()), len(data)
+            found = digests(place.read, size, part_bytes=self.bucket.part_bytes)
             settings = {"patience": 2.0, "timeout": 5.0, **settings}
-            upload = worker.Upload(fd, size, part_bytes=self.bucket.part_bytes, **settings)
+            upload = worker.Upload(place.read, size, part_bytes=self.bucket.part_bytes, **settings)
             signed: SignedUpload | None = None
 
-            async def ask(numbers: Sequence[int], renew: bool) -> Mapping[int, SignedRequest]:
+            async def ask(refusal: worker.UrlRefusedError | None) -> worker.Sign:
                 nonlocal signed
                 signed = await self.bucket.upload_urls(
                     name,
@@ -83,14 +89,16 @@ class Scene:
                     found.sha256,
                     found.parts,
                     upload_id=signed.upload_id if signed else "",
-                    numbers=numbers,
-                    renew=renew,
+                    numbers=upload.missing,
+                    renew=refusal is not None and refusal.early,
                 )
-                return signed.requests
+                return signed.requests.__getitem__
 
-            etags = await worker.store(upload, ask)
+            await worker.carry_out(upload, ask)
             assert signed is not None
-            await self.bucket.complete_upload(name, signed.upload_id, etags, size, found.parts)
+            await self.bucket.complete_upload(
+                name, signed.upload_id, upload.etags, size, found.parts
+            )
             return found
 
     async def keys(self) -> list[str]:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 from urllib.parse import parse_qsl, urlsplit
 
 import boto3
@@ -28,10 +29,10 @@ from cloudexec import AwsError, CloudexecError, ConfigError
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.policy import unknown_calls
 from cloudexec._aws.template import DATA_PREFIX, template
+from cloudexec._objects import s3_transfer as worker
 from cloudexec._objects.s3 import Bucket
-from cloudexec._transfer import SignedRequest, part_length, parts_of
+from cloudexec._transfer import File, SignedRequest, digests, part_length, parts_of
 from cloudexec.testing import FakeAWS
-from cloudexec.worker import s3 as worker
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -81,6 +82,15 @@ TRANSFERS: dict[str, tuple[Step, str]] = {
 each_transfer = pytest.mark.parametrize("transfer", sorted(TRANSFERS))
 
 
+def _download_into(file: IO[bytes], size: int, sha256: bytes, **settings: Any) -> worker.Download:
+    place = File(file.fileno())
+    return worker.Download(place.write, place.read, size, sha256, **settings)
+
+
+def _zeros(offset: int, length: int) -> bytes:
+    return bytes(length)
+
+
 async def _prepared(scene: Scene) -> None:
     await scene.put("object", *content(3 * PART))
 
@@ -115,17 +125,17 @@ def test_part_of_a_file_is_moved_where_it_belongs(aws: FakeAWS) -> None:
         await scene.put("object", data, sha256)
         request = await scene.bucket.download_url("object")
         with file_of(b"x" * 100) as file:
-            worker.Download(file.fileno(), len(data), sha256, offset=10).run(request)
+            place = File(file.fileno(), 10)
+            worker.Download(place.write, place.read, len(data), sha256).run(lambda _: request)
             os.pwrite(file.fileno(), b"tail", 10 + len(data))
             file.seek(0)
             assert file.read() == b"x" * 10 + data + b"tail"
-            fd = file.fileno()
-            found = worker.digests(fd, len(data), offset=10, part_bytes=PART)
+            found = digests(place.read, len(data), part_bytes=PART)
             assert found.sha256 == sha256
-            assert found == worker.digests(fd, len(data), offset=10, part_bytes=PART, sha256=sha256)
+            assert found == digests(place.read, len(data), part_bytes=PART, sha256=sha256)
             signed = await scene.bucket.upload_urls("copy", len(data), sha256, found.parts)
-            upload = worker.Upload(fd, len(data), offset=10, part_bytes=PART)
-            upload.run(signed.requests)
+            upload = worker.Upload(place.read, len(data), part_bytes=PART)
+            upload.run(signed.requests.__getitem__)
             await scene.bucket.complete_upload(
                 "copy", signed.upload_id, upload.etags, len(data), found.parts
             )
@@ -246,12 +256,18 @@ def test_parts_are_as_s3_allows() -> None:
 
 
 def test_worker_side_loads_no_aws_sdk() -> None:
-    code = "import sys, cloudexec.worker.s3; print(' '.join(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    """And what it does load comes with the first transfer."""
+
+    def loaded_by(module: str) -> set[str]:
+        code = f"import sys, {module}; print(' '.join(sys.modules))"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        )
+        return set(done.stdout.split())
+
     heavy = {"aiobotocore", "botocore", "boto3", "aiohttp", "grpc", "cryptography"}
-    assert not heavy & set(done.stdout.split())
+    assert not heavy & loaded_by("cloudexec._objects.s3_transfer")
+    assert not {"urllib3", "tenacity"} & loaded_by("cloudexec.worker.bucket")
 
 
 # Where S3 fails for a while.
@@ -415,7 +431,7 @@ def test_bucket_has_vanished(aws: FakeAWS) -> None:
             await _upload(scene)
         with file_of(b"") as file:
             with pytest.raises(worker.S3TransferError, match="the bucket does not exist"):
-                worker.Download(file.fileno(), 1, bytes(32)).run(request)
+                _download_into(file, 1, bytes(32)).run(lambda _: request)
 
     play(aws, scenario, close=False)
 
@@ -522,9 +538,7 @@ def test_download_goes_on_with_a_fresh_url(aws: FakeAWS) -> None:
     async def scenario(scene: Scene) -> None:
         await scene.put("object", data, sha256)
         with file_of(b"") as file:
-            download = worker.Download(
-                file.fileno(), len(data), sha256, parallel=1, range_bytes=PART
-            )
+            download = _download_into(file, len(data), sha256, parallel=1, range_bytes=PART)
             request = await scene.bucket.download_url("object", 1.0)
             aws.clear_requests()
             aws.faults.cut_response("GetObject", count=1)
@@ -532,12 +546,12 @@ def test_download_goes_on_with_a_fresh_url(aws: FakeAWS) -> None:
             aws.faults.slow_response("GetObject", 0.0, count=2)
             aws.faults.slow_response("GetObject", 2.5, count=1)
             with pytest.raises(worker.UrlRefusedError, match="has expired"):
-                await asyncio.to_thread(download.run, request)
+                await asyncio.to_thread(download.run, lambda _: request)
             assert time.time() > request.expires_at
-            done = download.done_bytes
-            assert PART / 2 <= done < len(data)
+            assert PART / 2 <= len(data) - download.left < len(data)
             before = scene.count("GetObject")
-            await asyncio.to_thread(download.run, await scene.bucket.download_url("object"))
+            fresh = await scene.bucket.download_url("object")
+            await asyncio.to_thread(download.run, lambda _: fresh)
             assert scene.count("GetObject") > before
             file.seek(0)
             assert file.read() == data
@@ -562,7 +576,7 @@ def test_wrong_content_is_found(aws: FakeAWS) -> None:
             await _download(scene)
         assert caught.value.code == "BadDigest"
         aws.faults.corrupt_response("GetObject")
-        with pytest.raises(worker.S3DigestError, match="not those that were sent"):
+        with pytest.raises(worker.S3DigestError, match="not what was sent"):
             await _fetch(scene)
         size, sha256 = _known()
         for wrong in (size - 1, size + 1, 1):
@@ -583,9 +597,9 @@ def test_what_changes_while_it_is_sent_is_refused(aws: FakeAWS) -> None:
         assert caught.value.code == "BadDigest"
         signed = await scene.bucket.upload_urls("result", 5, hashlib.sha256(b"right").digest())
         with file_of(b"wrong") as file:
-            upload = worker.Upload(file.fileno(), 5, part_bytes=PART)
+            upload = worker.Upload(File(file.fileno()).read, 5, part_bytes=PART)
             with pytest.raises(worker.S3DigestError, match="not what was announced"):
-                upload.run(signed.requests)
+                upload.run(signed.requests.__getitem__)
         assert await scene.keys() == []
 
     play(aws, scenario)
@@ -619,20 +633,18 @@ def test_full_disk_fails_a_download_as_itself(aws: FakeAWS) -> None:
     async def scenario(scene: Scene) -> None:
         await _prepared(scene)
         size, sha256 = _known()
-        fd = os.open("/dev/full", os.O_RDWR)
-        try:
-            download = worker.Download(fd, size, sha256)
+        request = await scene.bucket.download_url("object")
+        with open("/dev/full", "r+b", buffering=0) as file:  # noqa: ASYNC230 a device
+            download = _download_into(file, size, sha256)
             with pytest.raises(OSError, match="No space left") as caught:
-                await asyncio.to_thread(download.run, await scene.bucket.download_url("object"))
+                await asyncio.to_thread(download.run, lambda _: request)
             assert caught.value.errno == errno.ENOSPC
-        finally:
-            os.close(fd)
 
         def sink(offset: int, data: bytes) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with pytest.raises(OSError, match="No space left"):
-            await scene.bucket.download("object", sink, size, sha256)
+            await scene.bucket.download("object", sink, _zeros, size, sha256)
 
     play(aws, scenario)
 
@@ -667,7 +679,7 @@ def test_cancelled_download_writes_nothing_afterwards(aws: FakeAWS) -> None:
 
     async def scenario(scene: Scene) -> None:
         await _prepared(scene)
-        task = asyncio.create_task(scene.bucket.download("object", sink, size, sha256))
+        task = asyncio.create_task(scene.bucket.download("object", sink, _zeros, size, sha256))
         await asyncio.to_thread(begun.wait, 20)
         task.cancel()
         await asyncio.sleep(0)
@@ -864,12 +876,13 @@ def test_worker_goes_through_a_proxy_and_checks_who_answers(
         monkeypatch.setenv("https_proxy", f"http://user:secret@127.0.0.1:{relay.port}")
         monkeypatch.delenv("no_proxy", raising=False)
         with file_of(b"") as file:
-            download = worker.Download(file.fileno(), len(data), sha256)
+            download = _download_into(file, len(data), sha256)
             with pytest.raises(worker.S3TransferError, match="AWS_CA_BUNDLE") as caught:
-                download.run(request)
+                download.run(lambda _: request)
             assert caught.value.code == "Untrusted"
             monkeypatch.setenv("AWS_CA_BUNDLE", known)
-            download.run(request)
+            download = _download_into(file, len(data), sha256)
+            download.run(lambda _: request)
             file.seek(0)
             assert file.read() == data
         assert {each.split()[1] for each in relay.connects} == {"s3.test:443"}

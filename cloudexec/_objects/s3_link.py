@@ -1,0 +1,212 @@
+"""One HTTP connection to the host of a signed URL, through a proxy if there is one on the way."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import logging
+import os
+import re
+import socket
+import ssl
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+from cloudexec._record_class import record
+
+if TYPE_CHECKING:
+    from urllib3.response import BaseHTTPResponse
+
+__all__ = ["Link", "Route", "tag", "total_size"]
+
+_CONNECT_TIMEOUT = 10.0
+_LOGGERS = ("urllib3.connection", "urllib3.connectionpool")
+
+
+@record
+class Route:
+    """How the host of a URL is reached.
+
+    Attributes:
+        proxies: URLs of proxies by the scheme of the URLs that they are for, such as ``"https"``.
+        authorities: File of the certificates that are trusted; empty for those of the system, or
+            of ``SSL_CERT_FILE``.
+    """
+
+    proxies: Mapping[str, str]
+    authorities: str
+
+    @classmethod
+    def of_environment(cls) -> Route:
+        """Return what ``https_proxy`` and ``AWS_CA_BUNDLE`` say."""
+        # What macOS has in its settings is left out, as a forked process may not ask for it.
+        proxies = urllib.request.getproxies_environment()
+        return cls(proxies, os.environ.get("AWS_CA_BUNDLE", ""))
+
+
+class Link:
+    """One connection at a time to a URL's host, which is kept open for the next request.
+
+    Args:
+        timeout: Seconds that one send or receive may take.
+        route: How the host is reached; ``None`` to go by the environment.
+    """
+
+    def __init__(self, timeout: float, route: Route | None = None) -> None:
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(_may_be_logged)  # once, however often this is done
+        self.timeout = timeout
+        self.interrupted = False
+        self.connection: HTTPConnection | None = None
+        self._route = route or Route.of_environment()
+        self._manager: urllib3.PoolManager | None = None
+        self._response: BaseHTTPResponse | None = None
+        self.place = "S3"
+        """The URL of the last request without its signature, for messages."""
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        headers: Iterable[tuple[str, str]],
+        body: Iterable[bytes | bytearray | memoryview] | None = None,
+    ) -> BaseHTTPResponse:
+        """Make a request to the host of the first one.
+
+        The caller must read the answer to its end before the next request.
+
+        Raises:
+            urllib3.exceptions.HTTPError: If there is no answer.
+        """
+        split = urlsplit(url)
+        self.place = f"{split.netloc}{unquote(split.path)}"
+        if self._manager is None:
+            self._manager = self._open(split.scheme, split.hostname or "")
+        sent = None if body is None else _Sent(body)
+        self._response = response = self._manager.urlopen(
+            method,
+            url,
+            body=sent,
+            headers=dict(headers),
+            timeout=urllib3.Timeout(connect=_CONNECT_TIMEOUT, read=self.timeout),
+            retries=False,
+            redirect=False,
+            preload_content=False,
+            decode_content=False,
+        )
+        if sent is not None and not sent.is_whole and response.status < 300:
+            # A server may refuse a request before it has read all of it, but not accept it.
+            raise urllib3.exceptions.ProtocolError("the connection was closed too early")
+        return response
+
+    def _open(self, scheme: str, host: str) -> urllib3.PoolManager:
+        options: dict[str, Any] = {"maxsize": 1}
+        if scheme == "https":
+            options["ssl_context"] = _tls(self._route.authorities)
+        proxy = self._route.proxies.get(scheme, "")
+        if not proxy or urllib.request.proxy_bypass(host):
+            manager = urllib3.PoolManager(**options)
+        else:
+            proxy = proxy if "//" in proxy else f"http://{proxy}"
+            if login := unquote(urllib3.util.parse_url(proxy).auth or ""):
+                login = "Basic " + base64.b64encode(login.encode()).decode()
+                options["proxy_headers"] = {"Proxy-Authorization": login}
+            manager = urllib3.ProxyManager(proxy, **options)
+        pools: Any = {
+            "http": functools.partial(self._pool, urllib3.HTTPConnectionPool, _Connection),
+            "https": functools.partial(self._pool, urllib3.HTTPSConnectionPool, _TlsConnection),
+        }
+        manager.pool_classes_by_scheme = pools
+        return manager
+
+    def _pool(self, pool_class: Any, connection_class: Any, *args: Any, **options: Any) -> Any:
+        pool = pool_class(*args, **options)
+        pool.ConnectionCls = functools.partial(connection_class, self)
+        return pool
+
+    def interrupt(self) -> None:
+        """Let the thread that uses the connection fail at once; it must not be used after this."""
+        self.interrupted = True  # before the socket is looked for, which may be connecting
+        sock = self.connection.sock if self.connection is not None else None
+        if sock is not None:
+            try:
+                # The plain socket's method: a TLS socket's own shutdown() may be called only by the
+                # thread that uses it.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        """Close the connection; the next request makes a new one."""
+        response, self._response = self._response, None
+        if response is not None:
+            response.close()  # the answer may own the socket
+        if self.connection is not None:
+            self.connection.close()
+
+
+class _Connection(HTTPConnection):
+    """A connection that its link can interrupt."""
+
+    def __init__(self, link: Link, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._link = link
+        link.connection = self
+
+    def request(self, *args: Any, **options: Any) -> None:
+        """Send a request."""
+        if self.sock is None:
+            self.connect()
+        if self._link.interrupted:
+            raise ConnectionAbortedError("the transfer has stopped")
+        # urllib3 lets a send take as long as connecting may take.
+        self.timeout = self._link.timeout
+        super().request(*args, **options)
+
+
+class _TlsConnection(_Connection, HTTPSConnection):
+    """The same, over TLS."""
+
+
+class _Sent:
+    """The body of a request, which knows whether all of it was sent."""
+
+    def __init__(self, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
+        self._pieces = pieces
+        self.is_whole = False
+
+    def __iter__(self) -> Iterator[bytes | bytearray | memoryview]:
+        yield from self._pieces
+        self.is_whole = True
+
+
+def _may_be_logged(record: logging.LogRecord) -> bool:
+    """Keep signed URLs out of urllib3's logs: anyone who has one can use it."""
+    return "X-Amz-" not in record.getMessage()
+
+
+@functools.lru_cache(maxsize=2)
+def _tls(authorities: str) -> ssl.SSLContext:
+    """Return a TLS context, which is cached: reading the authorities takes long."""
+    try:
+        return ssl.create_default_context(cafile=authorities or None)
+    except OSError as exc:
+        raise ssl.SSLCertVerificationError(f"{authorities or 'certificates'}: {exc}") from exc
+
+
+def total_size(response: BaseHTTPResponse) -> int | None:
+    """Return the size of the whole object, according to the answer's headers."""
+    if response.status == 200:
+        return response.length_remaining
+    found = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", ""))
+    return int(found[1]) if found else None
+
+
+def tag(text: str, name: str) -> str:
+    """Return the text of an XML tag; empty if there is no such tag."""
+    return text.partition(f"<{name}>")[2].partition(f"</{name}>")[0]
