@@ -62,6 +62,7 @@ MAY_IMPORT = {
     },
     "_objects/s3.py": {"_aws", "_transfer"},
     "_objects/s3_requests.py": {"_aws"},
+    "_objects/s3_answers.py": {"_transfer"},
     "_objects/s3_transfer.py": {"_transfer"},
     "_launchers": {"_config", "_log", "_pricing"},
     "_launchers/batch": {

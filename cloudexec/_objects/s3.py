@@ -44,11 +44,11 @@ from typing import Any, Literal, TypeVar
 from cloudexec._aws.clients import AwsClients, translated
 from cloudexec._aws.refusals import EXPIRED, remedy_of_refusal
 from cloudexec._errors import AwsError, ConfigError
-from cloudexec._objects.s3_link import Route
 from cloudexec._objects.s3_requests import Requests
 from cloudexec._objects.s3_transfer import (
     Download,
     S3TransferError,
+    Settings,
     Sign,
     Upload,
     UrlRefusedError,
@@ -153,12 +153,9 @@ class Bucket:
         self._encryption = encryption
         self._requests = Requests(clients, name, prefix, patience=patience, stall=stall)
         self._transfers = asyncio.Semaphore(_TRANSFERS)
-        self._settings: dict[str, Any] = {
-            "parallel": parallel,
-            "timeout": stall,
-            "patience": patience,
-            "route": Route(urllib.request.getproxies(), clients.authorities()),
-        }
+        self._settings = Settings(
+            parallel, stall, patience, urllib.request.getproxies(), clients.authorities()
+        )
         self._renewed_at = float("-inf")
         self._used = False
         self._closed = False
@@ -190,7 +187,7 @@ class Bucket:
             data = bytes(await asyncio.to_thread(piece, source, 0, size))
             await self._requests.call(name, "put_object", Body=data, **self._put_parameters(sha256))
             return
-        upload = Upload(source, size, part_bytes=self.part_bytes, **self._settings)
+        upload = Upload(source, size, self._settings, part_bytes=self.part_bytes)
         parts = parts_of(size, self.part_bytes)
         digests = {1: sha256} if len(parts) == 1 else {}
         upload_id = await self._create_upload(name) if len(parts) > 1 else ""
@@ -393,7 +390,7 @@ class Bucket:
         async def sign(_: int) -> SignedRequest:
             return await self._sign("get_object", name, _URL_SECONDS)
 
-        download = Download(sink, source, size, sha256, **self._settings)
+        download = Download(sink, source, size, sha256, self._settings)
         await self._carry_out("s3:GetObject", name, download, sign)
 
     async def delete(self, names: Iterable[str]) -> None:

@@ -22,48 +22,43 @@ from cloudexec._record_class import record
 if TYPE_CHECKING:
     from urllib3.response import BaseHTTPResponse
 
-__all__ = ["Link", "Route", "tag", "total_size"]
+__all__ = ["Link", "Settings", "total_size"]
 
 _CONNECT_TIMEOUT = 10.0
 _LOGGERS = ("urllib3.connection", "urllib3.connectionpool")
 
 
 @record
-class Route:
-    """How the host of a URL is reached.
+class Settings:
+    """How objects are moved to and from S3.
 
     Attributes:
-        proxies: URLs of proxies by the scheme of the URLs that they are for, such as ``"https"``.
-        authorities: File of the certificates that are trusted; empty for those of the system, or
-            of ``SSL_CERT_FILE``.
+        parallel: Number of requests of one transfer at a time.
+        timeout: Seconds that one send or receive may take.
+        patience: Seconds without a byte from any request after which a transfer fails.
+        proxies: URLs of proxies by the scheme of the URLs that they are for, such as ``"https"``;
+            ``None`` for those of the environment (``https_proxy``).
+        authorities: File of the certificates that are trusted; empty for those of the system or of
+            ``SSL_CERT_FILE``, ``None`` for what ``AWS_CA_BUNDLE`` says.
     """
 
-    proxies: Mapping[str, str]
-    authorities: str
-
-    @classmethod
-    def of_environment(cls) -> Route:
-        """Return what ``https_proxy`` and ``AWS_CA_BUNDLE`` say."""
-        # What macOS has in its settings is left out, as a forked process may not ask for it.
-        proxies = urllib.request.getproxies_environment()
-        return cls(proxies, os.environ.get("AWS_CA_BUNDLE", ""))
+    parallel: int = 4
+    timeout: float = 30.0
+    patience: float = 60.0
+    proxies: Mapping[str, str] | None = None
+    authorities: str | None = None
 
 
 class Link:
-    """One connection at a time to a URL's host, which is kept open for the next request.
+    """One connection at a time to a URL's host, which is kept open for the next request."""
 
-    Args:
-        timeout: Seconds that one send or receive may take.
-        route: How the host is reached; ``None`` to go by the environment.
-    """
-
-    def __init__(self, timeout: float, route: Route | None = None) -> None:
+    def __init__(self, settings: Settings) -> None:
         for name in _LOGGERS:
             logging.getLogger(name).addFilter(_may_be_logged)  # once, however often this is done
-        self.timeout = timeout
+        self.timeout = settings.timeout
         self.interrupted = False
         self.connection: HTTPConnection | None = None
-        self._route = route or Route.of_environment()
+        self._settings = settings
         self._manager: urllib3.PoolManager | None = None
         self._response: BaseHTTPResponse | None = None
         self.place = "S3"
@@ -105,10 +100,16 @@ class Link:
         return response
 
     def _open(self, scheme: str, host: str) -> urllib3.PoolManager:
+        proxies, authorities = self._settings.proxies, self._settings.authorities
+        if proxies is None:
+            # Without those in the settings of macOS, for which a forked process may not ask.
+            proxies = urllib.request.getproxies_environment()
+        if authorities is None:
+            authorities = os.environ.get("AWS_CA_BUNDLE", "")
         options: dict[str, Any] = {"maxsize": 1}
         if scheme == "https":
-            options["ssl_context"] = _tls(self._route.authorities)
-        proxy = self._route.proxies.get(scheme, "")
+            options["ssl_context"] = _tls(authorities)
+        proxy = proxies.get(scheme, "")
         if not proxy or urllib.request.proxy_bypass(host):
             manager = urllib3.PoolManager(**options)
         else:
@@ -205,8 +206,3 @@ def total_size(response: BaseHTTPResponse) -> int | None:
         return response.length_remaining
     found = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", ""))
     return int(found[1]) if found else None
-
-
-def tag(text: str, name: str) -> str:
-    """Return the text of an XML tag; empty if there is no such tag."""
-    return text.partition(f"<{name}>")[2].partition(f"</{name}>")[0]

@@ -21,13 +21,19 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import tenacity
 import urllib3
 
-from cloudexec._errors import CloudexecError
-from cloudexec._objects.s3_link import Link, Route, tag, total_size
+from cloudexec._objects.s3_answers import (
+    AgainError,
+    S3DigestError,
+    S3TransferError,
+    UrlRefusedError,
+    refusal,
+)
+from cloudexec._objects.s3_link import Link, Settings, total_size
 from cloudexec._transfer import (
     CHUNK,
     PART_BYTES,
@@ -39,13 +45,11 @@ from cloudexec._transfer import (
     piece,
 )
 
-if TYPE_CHECKING:
-    from urllib3.response import BaseHTTPResponse
-
 __all__ = [
     "Download",
     "S3DigestError",
     "S3TransferError",
+    "Settings",
     "Sign",
     "Upload",
     "UrlRefusedError",
@@ -58,66 +62,14 @@ one for all ranges, with the number 0. It is called in threads of the transfer, 
 
 _SEND = 256 * 1024
 """Bytes of one send. A slow link must manage this number within the socket's timeout."""
+_RECEIVE = 512 * 1024
+"""Bytes that are received at a time. The C library would return the memory of larger pieces to the
+system after each of them, and getting it back would cost more than half of the time for copying."""
 _RANGE = 8 * 1024 * 1024
-_PARALLEL = 4
-_TIMEOUT = 30.0
-_PATIENCE = 60.0
 _FEWEST_TRIES = 3
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
-_ERROR_BYTES = 64 * 1024
 _REFUSALS_IN_A_ROW = 3
-_RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
-_RETRIED_CODE = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable"})
-_REFUSING_CODE = frozenset(
-    {"AccessDenied", "ExpiredToken", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
-)
-"""Codes of refused URLs; some of them have status 400. Amazon S3 API Reference, "Error responses".
-"""
-_DIGEST_CODE = frozenset({"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"})
-
-
-class S3TransferError(CloudexecError):
-    """An object could not be moved to or from S3.
-
-    Attributes:
-        reason: The message without the remedy.
-        remedy: What can be done about it; empty if that is not known.
-        status: The HTTP status of S3's answer; 0 without an answer.
-        code: S3's error code, such as ``"NoSuchKey"``; ``"Unreachable"`` without an answer.
-        transient: Whether the transfer may succeed later.
-    """
-
-    def __init__(
-        self,
-        reason: str = "",
-        remedy: str = "",
-        *,
-        status: int = 0,
-        code: str = "",
-        transient: bool = False,
-    ) -> None:
-        super().__init__(f"{reason}; {remedy}" if remedy else reason)
-        self.reason = reason
-        self.remedy = remedy
-        self.status = status
-        self.code = code
-        self.transient = transient
-
-
-class UrlRefusedError(S3TransferError):
-    """S3 refuses this URL, perhaps because it has expired: a fresh one may work.
-
-    Attributes:
-        early: Whether it was refused before it should have expired. Then the credentials that
-            signed it may have ended, and must be read again.
-    """
-
-    early = False
-
-
-class S3DigestError(S3TransferError):
-    """The received or sent content does not have the announced digest."""
 
 
 async def carry_out(
@@ -136,10 +88,10 @@ async def carry_out(
         S3TransferError: If S3 refuses the transfer, or cannot be reached.
         OSError: If the content cannot be read or written.
     """
-    refusal: UrlRefusedError | None = None
+    refused: UrlRefusedError | None = None
     failures = 0
     while True:
-        run = functools.partial(transfer.run, await ask(refusal))
+        run = functools.partial(transfer.run, await ask(refused))
         left = transfer.left
         try:
             return await _on_thread(run, transfer.cancel)
@@ -147,7 +99,7 @@ async def carry_out(
             failures = failures + 1 if transfer.left == left else 1
             if failures == _REFUSALS_IN_A_ROW:
                 raise
-            refusal = exc
+            refused = exc
 
 
 async def _on_thread(run: Callable[[], None], on_cancel: Callable[[], None]) -> None:
@@ -189,20 +141,6 @@ class _LocalError(Exception):
     """Wraps what the source raises, to tell it from an error of the connection."""
 
 
-class _AgainError(Exception):
-    """A request failed, and may succeed if it is made again.
-
-    Attributes:
-        after: Seconds that S3 wants one to wait before that.
-    """
-
-    def __init__(self, why: str, *, status: int = 0, code: str = "", after: float = 0.0) -> None:
-        super().__init__(why)
-        self.status = status
-        self.code = code
-        self.after = after
-
-
 class _HaltError(Exception):
     """The transfer has stopped meanwhile for another reason, so this request ends."""
 
@@ -212,13 +150,8 @@ class _Transfer(abc.ABC):
 
     _verb = ""
 
-    def __init__(
-        self, *, parallel: int, timeout: float, patience: float, route: Route | None
-    ) -> None:
-        self._parallel = parallel
-        self._timeout = timeout
-        self._patience = patience
-        self._route = route
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._sign: Sign
         self._changed = threading.Condition()
         # The attributes below are protected by this condition's lock.
@@ -296,7 +229,7 @@ class _Transfer(abc.ABC):
                 self._halted = False
             self._todo = self._missing()
             self._progress_at = time.monotonic()
-            self._running = 0 if self._cancelled else min(self._parallel, len(self._todo))
+            self._running = 0 if self._cancelled else min(self._settings.parallel, len(self._todo))
             count = self._running
         threads = [
             threading.Thread(target=self._work, name=f"cloudexec-s3-{number}", daemon=True)
@@ -307,7 +240,7 @@ class _Transfer(abc.ABC):
         return threads
 
     def _work(self) -> None:
-        link = Link(self._timeout, self._route)
+        link = Link(self._settings)
         with self._changed:
             self._links.add(link)
         try:
@@ -353,16 +286,18 @@ class _Transfer(abc.ABC):
         """Repeat a request until it succeeds, or until there was no progress for too long."""
 
         def is_hopeless(state: tenacity.RetryCallState) -> bool:
-            return state.attempt_number >= _FEWEST_TRIES and self._quiet() >= self._patience
+            return (
+                state.attempt_number >= _FEWEST_TRIES and self._quiet() >= self._settings.patience
+            )
 
         def pause(state: tenacity.RetryCallState) -> float:
             failure = state.outcome.exception() if state.outcome is not None else None
-            wanted = failure.after if isinstance(failure, _AgainError) else 0.0
+            wanted = failure.after if isinstance(failure, AgainError) else 0.0
             own = min(_FIRST_PAUSE * 2.0 ** min(state.attempt_number - 1, 10), _LONGEST_PAUSE)
-            return max(own * self._random.uniform(0.5, 1.0), min(wanted, self._patience))
+            return max(own * self._random.uniform(0.5, 1.0), min(wanted, self._settings.patience))
 
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_AgainError),
+            retry=tenacity.retry_if_exception_type(AgainError),
             stop=is_hopeless,
             wait=pause,
             sleep=self._wait,
@@ -370,7 +305,7 @@ class _Transfer(abc.ABC):
         )
         try:
             retrying(self._try, link, item)
-        except _AgainError as exc:
+        except AgainError as exc:
             raise S3TransferError(
                 f"{self._verb} of {link.place}: nothing has moved for {self._quiet():.0f} s, after "
                 f"{retrying.statistics['attempt_number']} tries; the last said: {exc}",
@@ -395,7 +330,7 @@ class _Transfer(abc.ABC):
     def _try(self, link: Link, item: Any) -> None:
         try:
             return self._do(link, item)
-        except _AgainError as exc:
+        except AgainError as exc:
             failure = exc
         except (urllib3.exceptions.HTTPError, ssl.SSLCertVerificationError) as exc:
             if _is_about_trust(exc):
@@ -405,7 +340,7 @@ class _Transfer(abc.ABC):
                     "certificate",
                     code="Untrusted",
                 ) from exc
-            failure = _AgainError(f"{type(exc).__name__}: {exc}", code="Unreachable")
+            failure = AgainError(f"{type(exc).__name__}: {exc}", code="Unreachable")
         link.close()
         raise failure
 
@@ -420,38 +355,6 @@ class _Transfer(abc.ABC):
     def _do(self, link: Link, item: Any) -> None:
         """Make the request for one piece of work, once."""
 
-    def _refusal(self, link: Link, response: BaseHTTPResponse, request: SignedRequest) -> Exception:
-        """Return the exception for an unexpected answer."""
-        body = response.read(_ERROR_BYTES, decode_content=False).decode("utf-8", "replace")
-        code, status = tag(body, "Code"), response.status
-        said = f"{status} {code}: {tag(body, 'Message') or response.reason}"
-        what = f"{self._verb} of {link.place}"
-        if status in _RETRIED_STATUS or code in _RETRIED_CODE:
-            return _AgainError(said, status=status, code=code, after=_wanted_pause(response))
-        if status == 403 or code in _REFUSING_CODE:
-            refused = UrlRefusedError(
-                f"{what}: S3 refuses the URL: {said}",
-                "it has expired, or the credentials that signed it have, or they may not do this "
-                "(`cloudexec policy`), or this machine's clock is wrong",
-                status=status,
-                code=code,
-            )
-            refused.early = time.time() < request.expires_at
-            return refused
-        if code in _DIGEST_CODE:
-            reason = f"{what}: what arrived is not what was announced: {said}"
-            return S3DigestError(reason, status=status, code=code)
-        remedy = {
-            "NoSuchKey": "it has been deleted, or was never sent",
-            "NoSuchBucket": "the bucket does not exist (any more)",
-            "NoSuchUpload": "the upload was ended, or its executor has shut down",
-        }.get(code, "")
-        if 300 <= status < 400:
-            remedy = "the bucket is in another region than the URL says"
-        if status == 407:
-            remedy = "the proxy wants a password: https_proxy=http://user:password@host:port"
-        return S3TransferError(f"{what} failed: {said}", remedy, status=status, code=code or "?")
-
 
 class Download(_Transfer):
     """Downloads one object, by ranges in parallel, and checks its digest.
@@ -462,11 +365,8 @@ class Download(_Transfer):
             has to wait in memory for the part before it.
         size: The object's size in bytes.
         sha256: The object's SHA-256.
-        parallel: Number of requests at a time.
+        settings: How it is moved.
         range_bytes: Bytes of one request.
-        timeout: Seconds that one send or receive may take.
-        patience: Seconds without a byte from any request after which the download fails.
-        route: How S3 is reached; ``None`` to go by the environment.
     """
 
     _verb = "download"
@@ -477,14 +377,11 @@ class Download(_Transfer):
         source: Source,
         size: int,
         sha256: bytes,
+        settings: Settings,
         *,
-        parallel: int = _PARALLEL,
         range_bytes: int = _RANGE,
-        timeout: float = _TIMEOUT,
-        patience: float = _PATIENCE,
-        route: Route | None = None,
     ) -> None:
-        super().__init__(parallel=parallel, timeout=timeout, patience=patience, route=route)
+        super().__init__(settings)
         self._sink = sink
         self._source = source
         self._size = size
@@ -547,7 +444,7 @@ class Download(_Transfer):
         headers = [*request.headers, ("Range", f"bytes={first}-{end - 1}")]
         response = link.request("GET", request.url, headers)
         if response.status not in (200, 206):
-            raise self._refusal(link, response, request)
+            raise refusal(f"{self._verb} of {link.place}", response, request)
         total = total_size(response)
         if total is not None and total != self._size:
             raise S3DigestError(
@@ -563,9 +460,9 @@ class Download(_Transfer):
                 code="NoRanges",
             )
         while stretch[0] < end:
-            data = response.read(min(CHUNK, end - stretch[0]), decode_content=False)
+            data = response.read(min(_RECEIVE, end - stretch[0]), decode_content=False)
             if not data:
-                raise _AgainError(f"the answer ended {end - stretch[0]} bytes early", code="Short")
+                raise AgainError(f"the answer ended {end - stretch[0]} bytes early", code="Short")
             with self._content():
                 self._sink(stretch[0], data)
             with self._changed:
@@ -580,11 +477,8 @@ class Upload(_Transfer):
     Args:
         source: Returns the content.
         size: Bytes to upload.
+        settings: How it is moved.
         part_bytes: Size of the parts, as the client has set it.
-        parallel: Number of requests at a time.
-        timeout: Seconds that one send or receive may take.
-        patience: Seconds without a byte from any request after which the upload fails.
-        route: How S3 is reached; ``None`` to go by the environment.
     """
 
     _verb = "upload"
@@ -593,14 +487,11 @@ class Upload(_Transfer):
         self,
         source: Source,
         size: int,
+        settings: Settings,
         *,
         part_bytes: int = PART_BYTES,
-        parallel: int = _PARALLEL,
-        timeout: float = _TIMEOUT,
-        patience: float = _PATIENCE,
-        route: Route | None = None,
     ) -> None:
-        super().__init__(parallel=parallel, timeout=timeout, patience=patience, route=route)
+        super().__init__(settings)
         self._source = source
         self._parts = parts_of(size, part_bytes)
         self._etags: dict[int, str] = {}
@@ -633,11 +524,11 @@ class Upload(_Transfer):
         headers = [*request.headers, ("Content-Length", str(part.length))]
         response = link.request("PUT", request.url, headers, self._pieces(part))
         if response.status != 200:
-            raise self._refusal(link, response, request)
+            raise refusal(f"{self._verb} of {link.place}", response, request)
         response.read()
         etag = response.headers.get("ETag", "")
         if not etag:
-            raise _AgainError("the answer has no ETag: it may not be S3's", status=200)
+            raise AgainError("the answer has no ETag: it may not be S3's", status=200)
         with self._changed:
             self._etags[part.number] = etag
             self._progress_at = time.monotonic()
@@ -654,14 +545,6 @@ class Upload(_Transfer):
                 if at + len(data) > self._sent.get(part.number, 0):
                     self._sent[part.number] = at + len(data)
                     self._progress_at = time.monotonic()
-
-
-def _wanted_pause(response: BaseHTTPResponse) -> float:
-    """Return the seconds for which S3 wants one to wait."""
-    try:
-        return urllib3.Retry().get_retry_after(response) or 0.0
-    except urllib3.exceptions.HTTPError:
-        return 0.0
 
 
 def _is_about_trust(error: BaseException | None) -> bool:

@@ -78,7 +78,7 @@ class BucketPath:
             return False  # fetching it from the client shows whether the client is gone
 
     async def _load(self, number: int, blob: Blob) -> bool:
-        from cloudexec._objects.s3_transfer import Download, S3TransferError, carry_out
+        from cloudexec._objects.s3_transfer import Download, S3TransferError, Settings, carry_out
 
         first: pb.Location | None = await self._locate(pb.LocateRequest(blob=number))
         assert first is not None
@@ -99,9 +99,8 @@ class BucketPath:
             return lambda _: request
 
         place = File(blob.segment.fd, blob.offset)
-        download = Download(
-            place.write, place.read, blob.size, sha256, timeout=_TIMEOUT, patience=_PATIENCE
-        )
+        settings = Settings(timeout=_TIMEOUT, patience=_PATIENCE)
+        download = Download(place.write, place.read, blob.size, sha256, settings)
         try:
             await carry_out(download, ask)
         except (S3TransferError, _GoneError) as exc:
@@ -128,7 +127,7 @@ class BucketPath:
             OSError: If the file cannot be read.
             grpc.aio.AioRpcError: If the connection to the client fails.
         """
-        from cloudexec._objects.s3_transfer import S3TransferError, Upload, carry_out
+        from cloudexec._objects.s3_transfer import S3TransferError, Settings, Upload, carry_out
 
         if not self.takes(size):
             return False
@@ -159,13 +158,8 @@ class BucketPath:
                 request.upload_id = reply.upload_id
                 return {each.part: _unsigned(each) for each in reply.requests}.__getitem__
 
-            upload = Upload(
-                place.read,
-                size,
-                part_bytes=self._part_bytes,
-                timeout=_TIMEOUT,
-                patience=_PATIENCE,
-            )
+            settings = Settings(timeout=_TIMEOUT, patience=_PATIENCE)
+            upload = Upload(place.read, size, settings, part_bytes=self._part_bytes)
             try:
                 await carry_out(upload, ask)
                 request.etags.extend(upload.etags)

@@ -203,9 +203,9 @@ async def _located(address: Address) -> Address:
 def _read_address(url: str) -> str:
     import urllib3
 
-    from cloudexec._objects.s3_link import Link
+    from cloudexec._objects.s3_link import Link, Settings
 
-    link = Link(_TRY_TIMEOUT)
+    link = Link(Settings(timeout=_TRY_TIMEOUT))
     try:
         response = link.request("GET", url, ())
         status, text = response.status, response.read(_LONGEST_ANSWER).decode("ascii", "replace")

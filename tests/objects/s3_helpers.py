@@ -56,12 +56,12 @@ class Scene:
         await self.bucket.download(name, sink, source, size, sha256)
         return bytes(found)
 
-    async def fetch(self, name: str, size: int, sha256: bytes, **settings: Any) -> bytes:
+    async def fetch(
+        self, name: str, size: int, sha256: bytes, *, range_bytes: int = 8 * MIB, **settings: Any
+    ) -> bytes:
         """Download as a worker does."""
         with tempfile.TemporaryFile() as file:
-            settings = {"patience": 2.0, "timeout": 5.0, **settings}
-            place = File(file.fileno())
-            download = worker.Download(place.write, place.read, size, sha256, **settings)
+            download = download_into(file, size, sha256, range_bytes=range_bytes, **settings)
 
             async def ask(refusal: worker.UrlRefusedError | None) -> worker.Sign:
                 renew = refusal is not None and refusal.early
@@ -77,8 +77,8 @@ class Scene:
         with file_of(data) as file:
             place, size = File(file.fileno()), len(data)
             found = digests(place.read, size, part_bytes=self.bucket.part_bytes)
-            settings = {"patience": 2.0, "timeout": 5.0, **settings}
-            upload = worker.Upload(place.read, size, part_bytes=self.bucket.part_bytes, **settings)
+            terms = worker.Settings(**{"patience": 2.0, "timeout": 5.0, **settings})
+            upload = worker.Upload(place.read, size, terms, part_bytes=self.bucket.part_bytes)
             signed: SignedUpload | None = None
 
             async def ask(refusal: worker.UrlRefusedError | None) -> worker.Sign:
@@ -111,6 +111,15 @@ class Scene:
     def count(self, operation: str) -> int:
         """Return how many calls of an operation were answered, with success or an error."""
         return sum(each.operation == operation for each in self.aws.requests)
+
+
+def download_into(
+    file: IO[bytes], size: int, sha256: bytes, *, range_bytes: int = 8 * MIB, **settings: Any
+) -> worker.Download:
+    """Return a download into a file, as a worker makes it."""
+    place = File(file.fileno())
+    terms = worker.Settings(**{"patience": 2.0, "timeout": 5.0, **settings})
+    return worker.Download(place.write, place.read, size, sha256, terms, range_bytes=range_bytes)
 
 
 async def until(probe: Callable[[], Awaitable[object]], seconds: float = 20.0) -> None:

@@ -16,14 +16,13 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
 from urllib.parse import parse_qsl, urlsplit
 
 import boto3
 import pytest
 from botocore.config import Config
 from relay import Relay
-from s3_helpers import MIB, NAME, PART, PREFIX, Scene, content, file_of, play, until
+from s3_helpers import MIB, NAME, PART, PREFIX, Scene, content, download_into, file_of, play, until
 
 from cloudexec import AwsError, CloudexecError, ConfigError
 from cloudexec._aws.clients import AwsClients
@@ -82,11 +81,6 @@ TRANSFERS: dict[str, tuple[Step, str]] = {
 each_transfer = pytest.mark.parametrize("transfer", sorted(TRANSFERS))
 
 
-def _download_into(file: IO[bytes], size: int, sha256: bytes, **settings: Any) -> worker.Download:
-    place = File(file.fileno())
-    return worker.Download(place.write, place.read, size, sha256, **settings)
-
-
 def _zeros(offset: int, length: int) -> bytes:
     return bytes(length)
 
@@ -126,7 +120,9 @@ def test_part_of_a_file_is_moved_where_it_belongs(aws: FakeAWS) -> None:
         request = await scene.bucket.download_url("object")
         with file_of(b"x" * 100) as file:
             place = File(file.fileno(), 10)
-            worker.Download(place.write, place.read, len(data), sha256).run(lambda _: request)
+            terms = worker.Settings()
+            download = worker.Download(place.write, place.read, len(data), sha256, terms)
+            download.run(lambda _: request)
             os.pwrite(file.fileno(), b"tail", 10 + len(data))
             file.seek(0)
             assert file.read() == b"x" * 10 + data + b"tail"
@@ -134,7 +130,7 @@ def test_part_of_a_file_is_moved_where_it_belongs(aws: FakeAWS) -> None:
             assert found.sha256 == sha256
             assert found == digests(place.read, len(data), part_bytes=PART, sha256=sha256)
             signed = await scene.bucket.upload_urls("copy", len(data), sha256, found.parts)
-            upload = worker.Upload(place.read, len(data), part_bytes=PART)
+            upload = worker.Upload(place.read, len(data), terms, part_bytes=PART)
             upload.run(signed.requests.__getitem__)
             await scene.bucket.complete_upload(
                 "copy", signed.upload_id, upload.etags, len(data), found.parts
@@ -431,7 +427,7 @@ def test_bucket_has_vanished(aws: FakeAWS) -> None:
             await _upload(scene)
         with file_of(b"") as file:
             with pytest.raises(worker.S3TransferError, match="the bucket does not exist"):
-                _download_into(file, 1, bytes(32)).run(lambda _: request)
+                download_into(file, 1, bytes(32)).run(lambda _: request)
 
     play(aws, scenario, close=False)
 
@@ -538,7 +534,7 @@ def test_download_goes_on_with_a_fresh_url(aws: FakeAWS) -> None:
     async def scenario(scene: Scene) -> None:
         await scene.put("object", data, sha256)
         with file_of(b"") as file:
-            download = _download_into(file, len(data), sha256, parallel=1, range_bytes=PART)
+            download = download_into(file, len(data), sha256, parallel=1, range_bytes=PART)
             request = await scene.bucket.download_url("object", 1.0)
             aws.clear_requests()
             aws.faults.cut_response("GetObject", count=1)
@@ -597,7 +593,7 @@ def test_what_changes_while_it_is_sent_is_refused(aws: FakeAWS) -> None:
         assert caught.value.code == "BadDigest"
         signed = await scene.bucket.upload_urls("result", 5, hashlib.sha256(b"right").digest())
         with file_of(b"wrong") as file:
-            upload = worker.Upload(File(file.fileno()).read, 5, part_bytes=PART)
+            upload = worker.Upload(File(file.fileno()).read, 5, worker.Settings())
             with pytest.raises(worker.S3DigestError, match="not what was announced"):
                 upload.run(signed.requests.__getitem__)
         assert await scene.keys() == []
@@ -635,7 +631,7 @@ def test_full_disk_fails_a_download_as_itself(aws: FakeAWS) -> None:
         size, sha256 = _known()
         request = await scene.bucket.download_url("object")
         with open("/dev/full", "r+b", buffering=0) as file:  # noqa: ASYNC230 a device
-            download = _download_into(file, size, sha256)
+            download = download_into(file, size, sha256)
             with pytest.raises(OSError, match="No space left") as caught:
                 await asyncio.to_thread(download.run, lambda _: request)
             assert caught.value.errno == errno.ENOSPC
@@ -876,12 +872,12 @@ def test_worker_goes_through_a_proxy_and_checks_who_answers(
         monkeypatch.setenv("https_proxy", f"http://user:secret@127.0.0.1:{relay.port}")
         monkeypatch.delenv("no_proxy", raising=False)
         with file_of(b"") as file:
-            download = _download_into(file, len(data), sha256)
+            download = download_into(file, len(data), sha256)
             with pytest.raises(worker.S3TransferError, match="AWS_CA_BUNDLE") as caught:
                 download.run(lambda _: request)
             assert caught.value.code == "Untrusted"
             monkeypatch.setenv("AWS_CA_BUNDLE", known)
-            download = _download_into(file, len(data), sha256)
+            download = download_into(file, len(data), sha256)
             download.run(lambda _: request)
             file.seek(0)
             assert file.read() == data
