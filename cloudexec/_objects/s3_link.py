@@ -89,8 +89,7 @@ class Link:
             body=sent,
             headers=dict(headers),
             timeout=urllib3.Timeout(connect=_CONNECT_TIMEOUT, read=self.timeout),
-            retries=False,
-            redirect=False,
+            retries=False,  # nor are redirections followed, for which the URL is not signed
             preload_content=False,
             decode_content=False,
         )

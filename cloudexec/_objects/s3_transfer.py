@@ -284,17 +284,16 @@ class _Transfer(abc.ABC):
 
     def _insist(self, link: Link, item: Any) -> None:
         """Repeat a request until it succeeds, or until there was no progress for too long."""
+        patience = self._settings.patience
 
         def is_hopeless(state: tenacity.RetryCallState) -> bool:
-            return (
-                state.attempt_number >= _FEWEST_TRIES and self._quiet() >= self._settings.patience
-            )
+            return state.attempt_number >= _FEWEST_TRIES and self._quiet() >= patience
 
         def pause(state: tenacity.RetryCallState) -> float:
             failure = state.outcome.exception() if state.outcome is not None else None
             wanted = failure.after if isinstance(failure, AgainError) else 0.0
             own = min(_FIRST_PAUSE * 2.0 ** min(state.attempt_number - 1, 10), _LONGEST_PAUSE)
-            return max(own * self._random.uniform(0.5, 1.0), min(wanted, self._settings.patience))
+            return max(own * self._random.uniform(0.5, 1.0), min(wanted, patience))
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(AgainError),
