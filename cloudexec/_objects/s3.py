@@ -237,8 +237,10 @@ class Bucket:
                 transient=exc.transient,
                 expired=exc.code in EXPIRED,
             )
-            remedy = remedy_of_refusal(exc.code, exc.reason, operation)
-            raise self._requests.explained(error, name, remedy or exc.remedy) from exc
+            remedy = remedy_of_refusal(exc.code, exc.reason, operation) or exc.remedy
+            if exc.code == "Unreachable":
+                remedy = "check the network and proxies of this machine"
+            raise self._requests.explained(error, name, remedy) from exc
 
     async def download_url(
         self, name: str, expires: float = _URL_SECONDS, *, renew: bool = False

@@ -310,7 +310,7 @@ class _Transfer(abc.ABC):
                 f"{retrying.statistics['attempt_number']} tries; the last said: {exc}",
                 "S3 asks to slow down: use fewer workers at once"
                 if exc.status in (429, 503)
-                else "check the way from this machine to S3 (NAT gateway or S3 endpoint of its "
+                else "check the way from the worker to S3 (NAT gateway or S3 endpoint of its "
                 "subnet, proxies)",
                 status=exc.status,
                 code=exc.code,
@@ -339,7 +339,10 @@ class _Transfer(abc.ABC):
                     "certificate",
                     code="Untrusted",
                 ) from exc
-            failure = AgainError(f"{type(exc).__name__}: {exc}", code="Unreachable")
+            cause: BaseException = exc
+            while cause.__context__ is not None:  # urllib3 wraps errors several times
+                cause = cause.__context__
+            failure = AgainError(f"{type(exc).__name__}: {cause}", code="Unreachable")
         link.close()
         raise failure
 

@@ -828,7 +828,10 @@ def authority(tmp_path: Path) -> tuple[ssl.SSLContext, str]:
         .serial_number(1)
         .not_valid_before(now - datetime.timedelta(hours=1))
         .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("s3.test")]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.DNSName("s3.test"), x509.DNSName("*.s3.test")]),
+            critical=False,
+        )
         .sign(key, hashes.SHA256())
     )
     pem = certificate.public_bytes(serialization.Encoding.PEM)
@@ -902,6 +905,35 @@ def test_calls_to_aws_go_through_an_http_proxy_and_know_a_certificate_of_its_own
         monkeypatch.setenv("https_proxy", f"http://user:secret@127.0.0.1:{relay.port}")
         assert asyncio.run(_identity()) == "123456789012"
         assert {each.split()[1] for each in relay.connects} == {"s3.test:443"}
+
+
+def test_client_moves_objects_through_the_same_proxy_with_the_same_certificates(
+    aws: FakeAWS,
+    authority: tuple[ssl.SSLContext, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Those that the AWS SDK is configured to trust, wherever that is said."""
+    context, known = authority
+    config = tmp_path / "config"
+    config.write_text(f"[default]\nca_bundle = {known}\n")
+    data, sha256 = content(PART + 1)
+    port = urlsplit(aws.endpoint_url).port
+    assert port is not None
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.test")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+
+    async def scenario(scene: Scene) -> None:
+        await scene.put("object", data, sha256)
+        assert await scene.get("object", len(data), sha256) == data
+
+    with Relay(port, tls=context, tunnel=True) as relay:
+        monkeypatch.setenv("https_proxy", f"http://user:secret@127.0.0.1:{relay.port}")
+        play(aws, scenario)
+        assert relay.passed["up"] > len(data)
+        assert relay.passed["down"] > len(data)
 
 
 @pytest.mark.parametrize(
