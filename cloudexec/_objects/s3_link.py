@@ -166,7 +166,12 @@ class _Connection(HTTPConnection):
             raise ConnectionAbortedError("the transfer has stopped")
         # urllib3 lets a send take as long as connecting may take.
         self.timeout = self._link.timeout
-        super().request(*args, **options)
+        try:
+            super().request(*args, **options)
+        except ConnectionResetError as exc:
+            # The server may have answered before it closed the connection: each version of urllib3
+            # looks for an answer after this error.
+            raise BrokenPipeError(exc.errno, exc.strerror) from exc
 
 
 class _TlsConnection(_Connection, HTTPSConnection):
