@@ -275,7 +275,8 @@ class _Transfer(abc.ABC):
         finally:
             with self._changed:
                 self._in_content -= 1
-                self._changed.notify_all()
+                if self._halted:  # then ``run`` waits for this
+                    self._changed.notify_all()
 
     def _signed(self, number: int) -> SignedRequest:
         # What signs on an event loop must not be asked any more once the transfer has ended.
