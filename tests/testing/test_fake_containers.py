@@ -96,6 +96,15 @@ def test_job_runs_in_a_container(account: Account) -> None:
     assert account.aws.logs(job_id) == [job_id, "sh", "reached"]
 
 
+@pytest.mark.parametrize(("user", "uid"), [("", "0"), ("12345", "12345")])
+def test_container_has_the_user_of_its_definition(account: Account, user: str, uid: str) -> None:
+    """The image's where it names none; here that is root."""
+    definition = account.define("id -u", **({"user": user} if user else {}))
+    job_id = account.submit(jobDefinition=definition)
+    assert account.ended(job_id, timeout=30).exit_code == 0
+    assert account.aws.logs(job_id) == [uid]
+
+
 def test_container_is_told_before_it_is_killed(account: Account) -> None:
     polite = account.submit(f"trap 'echo told; exit 143' TERM; echo up; {LOOP}")
     stubborn = account.submit(f"trap '' TERM; echo up; {LOOP}")

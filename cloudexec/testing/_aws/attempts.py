@@ -156,6 +156,7 @@ class Attempts:
             environment=environment,
             vcpus=spec.vcpus,
             memory_mib=spec.memory_mib,
+            user=str(spec.container.get("user") or ""),
         )
         try:
             running = self._runner.start(request, output)

@@ -130,6 +130,7 @@ class ContainerRunner:
             "labels": {LABEL: self._id},
             "mem_limit": f"{request.memory_mib}m",
             "network": self._network,
+            "user": request.user or None,
         }
         try:
             return self._client.containers.create(image, **options)

@@ -38,6 +38,8 @@ class StartRequest:
     environment: Mapping[str, str]
     vcpus: float
     memory_mib: int
+    user: str = ""
+    """The user in the container; empty: the image's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
