@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,21 @@ def test_a_relay_that_cannot_be_ended_is_an_error_that_says_what_to_do(
     stop = f"`cloudexec stop --executor {relay.tags['cloudexec:executor']}` tries again"
     assert f"the relay, job {relay.job_id}, could not be terminated: batch:Term" in caplog.text
     assert stop in caplog.text[caplog.text.index("the relay, job") :]
+
+
+def test_a_relay_that_ends_while_its_address_is_looked_up_is_not_an_error_of_aws(
+    aws: FakeAWS,
+) -> None:
+    """Its network interface goes with it. Another relay is started."""
+    aws.faults.slow_response("DescribeNetworkInterfaces", 3.0, count=1)
+    with BatchExecutor(1, launcher=Batch(relay=True), output="off") as executor:
+        with ThreadPoolExecutor(1) as pool:
+            called = pool.submit(lambda: executor.submit(square, 3).result(PATIENCE))
+            eventually(lambda: any(each.operation == "DescribeTasks" for each in aws.requests))
+            os.kill(relays(aws)[0].pid, signal.SIGKILL)
+            assert called.result(PATIENCE) == 9
+    gone = [each.error for each in aws.requests if each.operation == "DescribeNetworkInterfaces"]
+    assert "InvalidNetworkInterfaceID.NotFound" in gone
 
 
 def test_a_relay_that_does_not_come_is_why_the_executor_cannot_start(aws: FakeAWS) -> None:

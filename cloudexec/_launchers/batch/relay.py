@@ -350,9 +350,14 @@ class RelayJob:
         ]
         if not interfaces:
             return ""
-        answer = await self._clients.call(
-            "ec2", "describe_network_interfaces", NetworkInterfaceIds=interfaces
-        )
+        try:
+            answer = await self._clients.call(
+                "ec2", "describe_network_interfaces", NetworkInterfaceIds=interfaces
+            )
+        except AwsError as exc:
+            if exc.code != "InvalidNetworkInterfaceID.NotFound":
+                raise
+            return ""  # the task has ended since, and its interface is gone
         found = answer["NetworkInterfaces"]
         return next(
             (each["Association"]["PublicIp"] for each in found if "Association" in each), ""
