@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
     _Adapter = logging.LoggerAdapter
 
-__all__ = ["Log"]
+__all__ = ["Log", "tell"]
 
 
 class Log(_Adapter):
@@ -75,3 +75,13 @@ def _tell(exc: BaseException, message: object) -> None:
         print(f"--- Logging error ---\n{trace}Message: {message!r}", file=sys.stderr)
     except BaseException:
         pass  # standard error does not work, either
+
+
+def tell(line: str) -> None:
+    """Log what is done before workers can be launched, and show it on a terminal.
+
+    It may take minutes in which nothing else is to be seen.
+    """
+    Log().info("%s", line)
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"cloudexec: {line}", file=sys.stderr)

@@ -226,8 +226,8 @@ async def _write_profile(
     if why:
         price = relay_price(PriceTable.load(clients.region), "x86_64", clients.region)
         text = (
-            f"{why}: executors start a relay for them here, about ${price.per_hour:.2f} an hour "
-            f"while they run (Batch(relay=False) does not)"
+            f"{why}. Executors start a relay for them here, for about ${price.per_hour:.2f} an "
+            f"hour while they run; with Batch(relay=False) they start none"
         )
         report(Noted(text=text))
     return profile

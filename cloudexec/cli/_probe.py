@@ -74,21 +74,20 @@ def probe(
             speed = _speed(executor)
     except (CloudexecError, TimeoutError) as exc:
         return _failed(name, f"{type(exc).__name__}: {exc}")
-    parts = []
-    if launches:
-        for label, value in (
-            ("request", launches[0].api),
-            ("place", launches[0].place),
-            ("image", launches[0].pull),
-            ("boot", launches[0].boot),
-            ("dial-in", launches[0].dial_in),
-            ("first task", launches[0].first_task),
-        ):
-            if value is not None:
-                parts.append(f"{label} {value:.1f} s")
     found = f"dialed back and ran a task in {seconds:.1f} s"
-    if parts:
-        found += f": {', '.join(parts)}"
+    if launches:
+        times = {
+            "request": launches[0].api,
+            "place": launches[0].place,
+            "image": launches[0].pull,
+            "boot": launches[0].boot,
+            "dial-in": launches[0].dial_in,
+            "first task": launches[0].first_task,
+        }
+        known = {label: value for label, value in times.items() if value is not None}
+        # An image of the packages that are here, a job definition, a relay: what came before.
+        known = {"preparation": max(0.0, seconds - sum(known.values())), **known}
+        found += ": " + ", ".join(f"{label} {value:.1f} s" for label, value in known.items())
     found += f"; {speed}"
     return Check(name="probe worker", outcome="ok", found=found)
 

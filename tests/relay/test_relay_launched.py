@@ -8,6 +8,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import socketserver
@@ -344,11 +345,15 @@ def test_a_set_up_that_cannot_have_a_relay_is_told_why(
 
 def test_where_nothing_leads_in_a_profile_says_auto_and_doctor_why(laptop: FakeAWS) -> None:
     """From `up` to the first task, with nothing about relays in the program."""
-    assert "executors start a relay for them here, about $0.02 an hour" in command("up", "--yes")
+    assert "Executors start a relay for them here, for about $0.02" in command("up", "--yes")
     assert Profile.load("default").relay == "auto"
     said = command("doctor")
     assert "workers come through a relay that each executor starts, for about $0.02 an hour" in said
     assert "(auto, from the profile 'default'), as workers in AWS cannot reach this machine" in said
+    parts = re.search(r"ran a task in ([\d.]+) s: preparation (.*?);", said)
+    assert parts is not None
+    spent = [float(each) for each in re.findall(r"([\d.]+) s", f"{parts[2]},")]
+    assert sum(spent) == pytest.approx(float(parts[1]), abs=0.5)
     assert " ms for a task, and " in said
     assert " s for 4 MiB there and back" in said
     assert len(relays(laptop)) == 1

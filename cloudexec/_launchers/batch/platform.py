@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import getpass
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -52,12 +51,11 @@ from cloudexec._launchers.platform import (
     WorkerEnd,
     WorkerStatus,
 )
-from cloudexec._log import Log
+from cloudexec._log import tell
 from cloudexec._pricing import WorkerPrice
 
 __all__ = ["BatchPlatform", "Settings", "connect"]
 
-_logger = Log()
 
 _CONCURRENT_CALLS = 8
 _FARGATE_SPOT_PATIENCE = 60.0
@@ -420,7 +418,7 @@ class BatchPlatform(Platform):
             self._clients,
             python=python,
             platform=platform,
-            report=_tell,
+            report=tell,
         )
         return pushed.uri
 
@@ -613,13 +611,6 @@ class BatchPlatform(Platform):
         else:
             left = [str(each.get("jobId") or each.get("job")) for each in answer.get("errors", ())]
         await _all(self._terminate_one(job_id, reason) for job_id in left)
-
-
-def _tell(line: str) -> None:
-    """Say what is done before workers can be launched, which may take minutes the first time."""
-    _logger.info("%s", line)
-    if sys.stderr is not None and sys.stderr.isatty():
-        print(f"cloudexec: {line}", file=sys.stderr)
 
 
 async def _all(calls: Iterable[Coroutine[Any, Any, None]]) -> None:

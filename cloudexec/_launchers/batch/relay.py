@@ -23,7 +23,7 @@ from cloudexec._launchers.batch.inquiry import Inquiry
 from cloudexec._launchers.batch.reading import PHASES, end_of
 from cloudexec._launchers.ending import insist
 from cloudexec._launchers.platform import Phase, WaitingJob
-from cloudexec._log import Log
+from cloudexec._log import Log, tell
 from cloudexec._pricing import WorkerPrice, run_seconds
 
 __all__ = ["RelayJob", "RelayOrder"]
@@ -127,11 +127,9 @@ class RelayJob:
         self._job_id = await insist(lambda: self._find(f"{self._prefix}*"))
         self._is_inherited = bool(self._job_id)
         if not self._job_id:
-            _logger.info(
-                "starting a relay, which takes about a minute: about $%.2f an hour while it runs "
-                "(%s)",
-                order.price.per_hour,
-                order.why,
+            tell(
+                f"starting a relay, which takes about a minute: about "
+                f"${order.price.per_hour:.2f} an hour while it runs ({order.why})"
             )
         tries = 0
         while not self._has_arrived:
