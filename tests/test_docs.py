@@ -6,6 +6,8 @@ An HTML comment in the line above a block of code says what is done with it:
 ``<!-- continued -->``   The Python block goes on with the one before it: both are one program.
 ``<!-- compiled -->``    The Python block is compiled, and its names and parameters are looked up.
 ``<!-- run -->``         The lines of a ``console`` block that begin with ``$`` are run in a shell.
+``<!-- laptop -->``      ``tests/images/test_from_anywhere.py`` runs the lines that begin with ``$``
+                         on a laptop behind NAT, and compares what they print.
 ``<!-- output -->``      The text is what the program before it prints; ``...`` stands for any text.
 
 Every other Python block is run as a program of its own, in a folder that the page's blocks share.
@@ -37,7 +39,7 @@ _FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[a-z]+)(?:: (?P<file>\S+))? -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-_MARKS = {None, "file", "continued", "compiled", "run", "output"}
+_MARKS = {None, "file", "continued", "compiled", "run", "laptop", "output"}
 _CHECKED: dict[str, Callable[..., Any]] = {
     "Batch": cloudexec.Batch,
     "BatchExecutor": cloudexec.BatchExecutor,
