@@ -27,6 +27,8 @@ CONTAINER_REASONS = ("Cannot", "ResourceInitializationError")
 FARGATE_STATUS_REASONS = ("CannotPullContainer", "ResourceInitializationError")
 OVERRIDES_TOO_LONG = "Container Overrides length must be at most 8192"
 OVERRIDES_MAX = 8192
+STOP_TIMEOUT = 30.0
+"""Seconds from SIGTERM to SIGKILL unless a container says otherwise."""
 TAGS_MAX = 50
 TOO_MANY_TAGS = "The total number of tags from the job and the job definition is over 50."
 """That the job fails is documented, in which words is not. AWS Batch API Reference, "SubmitJob"."""
@@ -81,7 +83,8 @@ class Attempts:
         job.environment_arn = environment.arn
         job.environment_name = environment.name
         job.environment_type = environment.kind
-        job.task_id = uuid.uuid4().hex
+        if not job.spec.cluster:  # the id of a task of Amazon ECS is known before it starts
+            job.task_id = uuid.uuid4().hex
         job.instance_id = None if job.spec.fargate else f"i-{uuid.uuid4().hex[:17]}"
         job.status_reason = None
         job.head_since = None
@@ -144,7 +147,7 @@ class Attempts:
                 **self._platform.secrets(spec),
                 **self._platform.task_environment(job),
             }
-            stream = f"{spec.log_prefix}/default/{job.task_id}"
+            stream = f"{spec.log_prefix}/{spec.container_name}/{job.task_id}"
             output = self._logs.open(spec.region, spec.log_group, stream, create=spec.log_create)
         except StartError as exc:
             self._fail_start(job, exc)
@@ -221,7 +224,9 @@ class Attempts:
     def _send_stop(self, job: Job) -> None:
         running = job.running
         assert running is not None
-        grace = self._timing.grace if job.stop_grace is None else job.stop_grace
+        grace = job.stop_grace
+        if grace is None:
+            grace = self._timing.grace * job.spec.stop_timeout / STOP_TIMEOUT
         if job.stop_kind == "instance":
             running.kill()
             return
@@ -245,6 +250,6 @@ class Attempts:
             elif job.stop_kind == "instance":
                 # Nobody is left on that machine to report how the container ended.
                 code, reason, status_reason = None, None, job.stop_reason or ESSENTIAL
-            elif job.stop_kind == "reclaim" and code != 0:
+            elif job.stop_kind == "reclaim" and (code != 0 or spec.cluster):
                 status_reason = job.stop_reason or ESSENTIAL
             self._finish(job, code, reason, status_reason)

@@ -66,6 +66,23 @@ class Capacity:
         """Return the vCPUs in use in an environment."""
         return self._used.get(arn, 0.0)
 
+    def refuses(self, arn: str, kind: str, vcpus: float) -> str:
+        """Take capacity for a task that waits in no queue, or say what there is too little of.
+
+        Returns:
+            Empty if it was taken; else ``"quota"``, ``"rate"`` or ``"capacity"``.
+        """
+        quota = self._faults.quota(_QUOTAS[kind])
+        if quota is not None and self._used_of_quota[_QUOTAS[kind]] + vcpus > quota:
+            return "quota"
+        if self._placed >= self._max_running:
+            return "capacity"
+        bucket = self._launches.get(kind)
+        if bucket is not None and not bucket.take():
+            return "rate"
+        self._count(arn, kind, vcpus, 1)
+        return ""
+
     def take(self, arn: str, kind: str, vcpus: float, most: float) -> bool:
         """Take capacity for one attempt, and say whether there was any.
 

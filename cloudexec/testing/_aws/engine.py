@@ -16,7 +16,7 @@ from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.job_queues import JobQueues
 from cloudexec.testing._aws.jobs import Attempt, Job, JobSpec
 from cloudexec.testing._aws.logs import LogWriter
-from cloudexec.testing._aws.platform import Platform
+from cloudexec.testing._aws.platform import EnvironmentView, Platform
 from cloudexec.testing._aws.runners import Runner
 from cloudexec.testing._aws.timers import Timers, Timing
 
@@ -110,6 +110,41 @@ class Engine:
             self._timers.later(self._timing.step, lambda: self._admit(job))
             return job
 
+    def refuses_task(self, spec: JobSpec, kind: str) -> str:
+        """Take a place for a task of Amazon ECS, or say what there is too little of.
+
+        Args:
+            spec: What to run.
+            kind: The capacity provider.
+        """
+        with self.lock:
+            return self._queues.refuses_task(spec.queue_arn, kind, spec.vcpus)
+
+    def run_task(self, spec: JobSpec, failure: str = "") -> Job:
+        """Start a task of Amazon ECS in the place that was taken for it.
+
+        Args:
+            spec: What to run.
+            failure: Why it stops before it runs; then it needs no place.
+        """
+        task_id = uuid.uuid4().hex
+        job = Job(spec=spec, job_id=task_id, created_at=time.time(), task_id=task_id)
+        with self.lock:
+            self.jobs[task_id] = job
+            if failure:
+                job.enter("STARTING")
+                self._timers.later(self._timing.step, lambda: self._fail(job, failure))
+            else:
+                place = EnvironmentView(
+                    arn=spec.queue_arn,
+                    name=spec.cluster,
+                    kind=spec.provider,
+                    max_vcpus=math.inf,
+                    enabled=True,
+                )
+                self._attempts.start(job, place)
+            return job
+
     def terminate(self, job: Job, reason: str) -> None:
         """Stop a job and its children, whatever their state."""
         with self.lock:
@@ -120,7 +155,7 @@ class Engine:
                 job.stop_reason = reason
                 for child in job.children:
                     self.terminate(child, reason)
-            elif job.status in ("STARTING", "RUNNING"):
+            elif job.environment_arn is not None:
                 self._attempts.stop(job, "terminate", reason)
             else:
                 self._queues.leave(job)
@@ -339,6 +374,10 @@ class Engine:
         return True
 
     # The end.
+
+    def _fail(self, job: Job, reason: str) -> None:
+        if not job.ended:
+            self._end(job, "FAILED", reason)
 
     def _end(self, job: Job, status: str, reason: str) -> None:
         job.enter(status)

@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+from cloudexec.testing._aws.counted import take
+from cloudexec.testing._aws.ecs_faults import EcsFaults
+
 if TYPE_CHECKING:
     from cloudexec.testing._aws.permissions import Permissions
     from cloudexec.testing._aws.wire import Call
@@ -29,6 +32,7 @@ _SERVICES = (
     "pricing",
     "service-quotas",
     "resourcegroupstaggingapi",
+    "ecs",
     "ec2",
 )
 """Names of botocore's models; the largest is searched last."""
@@ -73,6 +77,8 @@ class Faults:
         self._token_number = 0
         self.token = "fake-session-token-0"
         self._ended = threading.Event()
+        self.ecs = EcsFaults()
+        """Faults of tasks that Amazon ECS is asked for directly."""
         self._reset()
 
     def _reset(self) -> None:
@@ -96,6 +102,7 @@ class Faults:
         self._ghosts = False
         self._permissions: Permissions | None = None
         self._list_lag = 0.0
+        self.ecs.clear()
 
     # Jobs that do not start.
 
@@ -379,6 +386,8 @@ class Faults:
     def list_lag(self, seconds: float) -> None:
         """Let ListJobs omit jobs that were submitted in the last seconds. 0 undoes it.
 
+        ListTasks omits tasks likewise, and DescribeTasks says that they are MISSING.
+
         AWS does not document how late lists can be.
         """
         with self._lock:
@@ -465,28 +474,28 @@ class Faults:
     def pull_error(self, image: str) -> str | None:
         """Return why this pull fails, if it does, and count it."""
         with self._lock:
-            found = _take(self._pulls, lambda wanted: fnmatch.fnmatchcase(image, wanted[0]))
+            found = take(self._pulls, lambda wanted: fnmatch.fnmatchcase(image, wanted[0]))
             return found and str(found[1])
 
     def start_error(self) -> str | None:
         """Return why this start fails, if it does, and count it."""
         with self._lock:
-            return cast("str | None", _take(self._start_errors, lambda _: True))
+            return cast("str | None", take(self._start_errors, lambda _: True))
 
     def throttled(self, service: str, operation: str) -> bool:
         """Say whether this call is refused as one too many, and count it."""
         with self._lock:
-            return bool(_take(self._throttles, lambda wanted: wanted in (service, operation)))
+            return bool(take(self._throttles, lambda wanted: wanted in (service, operation)))
 
     def spoils(self, operation: str, how: Literal["lost", "cut", "changed"]) -> bool:
         """Say whether this call's answer is spoilt in a certain way, and count it."""
         with self._lock:
-            return bool(_take(self._spoilt, lambda wanted: wanted == (how, operation)))
+            return bool(take(self._spoilt, lambda wanted: wanted == (how, operation)))
 
     def wait_before(self, operation: str) -> None:
         """Wait before this call's answer if a fault says so, and count it."""
         with self._lock:
-            found = _take(self._slow, lambda wanted: wanted[0] == operation)
+            found = take(self._slow, lambda wanted: wanted[0] == operation)
             ended = self._ended
         if found:
             ended.wait(float(found[1]))
@@ -495,7 +504,7 @@ class Faults:
         """Say whether this call is not permitted, and count it."""
         with self._lock:
             names = (operation, f"{service}:{operation}")
-            return bool(_take(self._denied, lambda wanted: wanted in names))
+            return bool(take(self._denied, lambda wanted: wanted in names))
 
     def is_unreachable(self) -> bool:
         """Say whether connections are closed at once."""
@@ -548,21 +557,3 @@ def _check_operation(name: str) -> None:
         for each in ([service] if service else _SERVICES)
     ):
         raise ValueError(f"AWS has no operation {name!r} that FakeAWS knows")
-
-
-def _take(entries: list[list[object]], fits: Callable[[Any], bool]) -> Any:
-    """Use up one count of an entry that fits, and drop the entry when its count is used up.
-
-    Returns:
-        What the entry is for; ``None`` if no entry fits.
-    """
-    for entry in entries:
-        if fits(entry[0]):
-            if isinstance(entry[1], int):
-                if entry[1] <= 0:
-                    continue
-                entry[1] -= 1
-                if entry[1] == 0:
-                    entries.remove(entry)
-            return entry[0]
-    return None

@@ -249,7 +249,7 @@ class Gateway:
             if payload is None:
                 return self._from_moto(call, environ)
         except ClientError as exc:
-            return error_response(call, exc.code, str(exc), exc.status)
+            return error_response(call, exc.code, str(exc), exc.status, exc.members)
         except Exception as exc:  # also after a bug, answer the client and record the request
             traceback.print_exc()
             return error_response(call, "InternalFailure", f"FakeAWS failed: {exc!r}", 500)

@@ -83,6 +83,10 @@ class JobQueues:
         """vCPUs in use in an environment."""
         return self._capacity.used(environment_arn)
 
+    def refuses_task(self, cluster: str, kind: str, vcpus: float) -> str:
+        """Take a place for a task that waits in no queue; see ``Capacity.refuses``."""
+        return self._capacity.refuses(cluster, kind, vcpus)
+
     def clear(self) -> None:
         """Let nobody wait any longer."""
         for queue in self._queues.values():

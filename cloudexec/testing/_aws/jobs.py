@@ -82,6 +82,13 @@ class JobSpec:
     extra: Mapping[str, Any]
     """Members of the job detail that are shown as they were given."""
     fargate: bool
+    cluster: str = ""
+    """Of a task that Amazon ECS was asked for, and not AWS Batch: its cluster's name."""
+    provider: str = ""
+    """Of such a task: its capacity provider."""
+    container_name: str = "default"
+    stop_timeout: float = 30.0
+    """Seconds from SIGTERM to SIGKILL, on AWS."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -161,7 +168,7 @@ class Job:
         if self.task_id is None:
             return None
         account = self.spec.queue_arn.split(":")[4]
-        cluster = f"AWSBatch-{self.environment_name}"
+        cluster = self.spec.cluster or f"AWSBatch-{self.environment_name}"
         return f"arn:aws:ecs:{self.spec.region}:{account}:task/{cluster}/{self.task_id}"
 
     @property

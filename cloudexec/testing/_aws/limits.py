@@ -79,10 +79,18 @@ _SECRET = re.compile(
 class ClientError(Exception):
     """AWS's refusal of a call."""
 
-    def __init__(self, message: str, code: str = "ClientException", status: int = 400) -> None:
+    def __init__(
+        self,
+        message: str,
+        code: str = "ClientException",
+        status: int = 400,
+        members: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.status = status
+        self.members = dict(members or {})
+        """Further members of the error's shape."""
 
 
 def is_fargate_size(vcpus: float, memory_mib: int) -> bool:

@@ -48,7 +48,11 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
-    """The present state of one job: a plain job, an array's parent, or one of its children."""
+    """The present state of one job: a plain job, an array's parent, or one of its children.
+
+    A task that was started with ``RunTask`` is a job, too: its id is the last part of its ARN, its
+    name what it was started by, and its queue the name of its cluster.
+    """
 
     job_id: str
     name: str
@@ -97,3 +101,5 @@ class Setup:
     execution_role: str
     subnets: tuple[str, ...]
     security_group: str
+    cluster: str
+    """ARN of a cluster of Amazon ECS, for tasks on Fargate and Fargate Spot."""

@@ -68,11 +68,15 @@ class MotoPlatform:
         """Return the variables that Batch and the task's agent set."""
         found = {
             **self._job_environment,
+            "ECS_CONTAINER_METADATA_URI_V4": f"{self._metadata_url}/v4/{job.task_id}",
+        }
+        if job.spec.cluster:
+            return found
+        found |= {
             "AWS_BATCH_JOB_ID": job.job_id,
             "AWS_BATCH_JOB_ATTEMPT": str(len(job.attempts) + 1),
             "AWS_BATCH_CE_NAME": job.environment_name or "",
             "AWS_BATCH_JQ_NAME": job.spec.queue_name,
-            "ECS_CONTAINER_METADATA_URI_V4": f"{self._metadata_url}/v4/{job.task_id}",
         }
         if job.parent is not None:
             found["AWS_BATCH_JOB_ARRAY_INDEX"] = str(job.index)

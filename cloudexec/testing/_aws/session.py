@@ -20,11 +20,12 @@ from werkzeug.serving import make_server
 
 from cloudexec._aws.clients import known_regions
 from cloudexec._errors import ConfigError
-from cloudexec.testing._aws.backends import ACCOUNT, logs_backend
+from cloudexec.testing._aws.backends import ACCOUNT, ecs_backend, logs_backend
 from cloudexec.testing._aws.batch_jobs import BatchJobs
 from cloudexec.testing._aws.batch_resources import BatchResources
 from cloudexec.testing._aws.cloudformation import CloudFormation
 from cloudexec.testing._aws.containers import ContainerRunner, engine_answers
+from cloudexec.testing._aws.ecs import Ecs
 from cloudexec.testing._aws.engine import Engine
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.gateway import Gateway
@@ -157,6 +158,7 @@ class Session:
         self.resources = BatchResources(self.engine, owner.faults)
         self._jobs = BatchJobs(self.engine, owner.faults)
         self._tasks = Tasks(self.engine, are_processes=owner.mode == "process")
+        self._ecs = Ecs(self.engine, owner.faults, self._tasks)
         networks = Networks(owner.region, owner.zones)
         self._closers.append(networks.close)
         ghosts = Ghosts(owner.faults)
@@ -167,7 +169,7 @@ class Session:
                 "ecr": lambda call, _: mirror.answer(call) if mirror else None,
                 "batch": self._batch,
                 "ec2": lambda call, _: self._ec2(call, networks),
-                "ecs": lambda call, _: self._tasks.describe(call),
+                "ecs": lambda call, _: self._ecs.answer(call),
                 "resourcegroupstaggingapi": lambda call, _: ghosts.answer(call),
                 "pricing": lambda call, _: products(call.operation, call.parameters),
                 "service-quotas": lambda call, _: quota_response(
@@ -270,6 +272,8 @@ class Session:
         with self.engine.lock:
             for job in self.engine.jobs.values():
                 if job.task_id == task_id and job.status in ("STARTING", "RUNNING"):
+                    if job.spec.cluster:
+                        return self._ecs.metadata(task_id)
                     return {
                         "Cluster": f"AWSBatch-{job.environment_name}",
                         "TaskARN": job.task_arn,
@@ -386,8 +390,12 @@ class Session:
                 ],
             },
         )
+        cluster = ecs_backend(region).create_cluster(
+            name, capacity_providers=["FARGATE", "FARGATE_SPOT"]
+        )
         return Setup(
             queue=queue["jobQueueArn"],
+            cluster=cluster.arn,
             compute_environments=tuple(environments),
             job_role=roles[f"{name}-job"],
             execution_role=roles[f"{name}-execution"],

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cloudexec.testing._aws.backends import ACCOUNT, batch_backend, logs_backend
+from cloudexec.testing._aws.backends import ACCOUNT, batch_backend, ecs_backend, logs_backend
 from cloudexec.testing._aws.batch_resources import BatchResources
 from cloudexec.testing._aws.engine import Engine
 
@@ -20,6 +20,7 @@ __all__ = ["Resource", "ResourceError", "StackResources"]
 _TAGGED = (
     "AWS::EC2::SecurityGroup",
     "AWS::ECR::Repository",
+    "AWS::ECS::Cluster",
     "AWS::IAM::Role",
     "AWS::Logs::LogGroup",
     "AWS::S3::Bucket",
@@ -82,6 +83,8 @@ class StackResources:
         try:
             if resource.type == "AWS::Batch::ComputeEnvironment":
                 self._create_environment(region, name, tags, resource, properties)
+            elif resource.type == "AWS::ECS::Cluster":
+                _create_cluster(region, name, resource, properties)
             elif resource.type == "AWS::Batch::JobQueue":
                 self._create_queue(region, name, tags, resource, properties)
             elif resource.type == "AWS::SecretsManager::Secret":
@@ -159,6 +162,10 @@ class StackResources:
             known = secretsmanager_backends[ACCOUNT][region].secrets
             if physical in known:
                 known.pop(physical)
+        elif resource.type == "AWS::ECS::Cluster":
+            if self._engine.active(resource.object.arn):
+                raise ResourceError("The Cluster cannot be deleted while Tasks are active.")
+            _delete_with_moto(region, resource)
         elif resource.type == "AWS::S3::Bucket":
             _delete_bucket(physical)
         elif resource.type == "AWS::ECR::Repository":
@@ -262,6 +269,17 @@ def _lowered(node: Any) -> Any:
         for key, each in node.items()
         if key not in ("ReplaceComputeEnvironment", "UpdatePolicy")
     }
+
+
+def _create_cluster(region: str, name: str, resource: Resource, properties: dict[str, Any]) -> None:
+    # By hand: moto would leave out capacity providers and tags.
+    cluster = ecs_backend(region).create_cluster(
+        properties.get("ClusterName", name),
+        tags=[{"key": each["Key"], "value": each["Value"]} for each in properties["Tags"]],
+        capacity_providers=properties.get("CapacityProviders"),
+    )
+    resource.object = cluster
+    resource.physical_id = cluster.name
 
 
 def _create_secret(region: str, name: str, resource: Resource, properties: dict[str, Any]) -> None:

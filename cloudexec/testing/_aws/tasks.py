@@ -47,17 +47,22 @@ class Tasks:
         number = bytes.fromhex((job.task_id or "0" * 6)[:6])
         return f"127.{number[0] | 128}.{number[1]}.{1 + number[2] % 254}"
 
+    def attachments(self, job: Job) -> list[dict[str, Any]] | None:
+        """Return the network interfaces of a task; ``None``: it has none."""
+        return _attachments(job, self.address(job)) if job.status in _PLACED else None
+
     def describe(self, call: Call) -> Mapping[str, Any] | None:
         """Answer DescribeTasks; ``None``: they are not of AWS Batch."""
         given = call.parameters
-        if call.operation != "DescribeTasks" or "AWSBatch" not in given.get("cluster", ""):
+        cluster = given.get("cluster", "").rpartition("/")[2]
+        if call.operation != "DescribeTasks" or not cluster.startswith("AWSBatch-"):
             return None
         with self._engine.lock:
             wanted = given["tasks"]
             found = {
                 job.task_arn: _detail(job, self.address(job))
                 for job in self._jobs()
-                if job.task_arn in wanted
+                if job.task_arn in wanted and not job.spec.cluster
             }
         return {
             "tasks": [found[arn] for arn in wanted if arn in found],
@@ -100,22 +105,26 @@ def _interface(job: Job) -> str:
     return f"eni-{(job.task_id or '')[:17]}"
 
 
+def _attachments(job: Job, address: str) -> list[dict[str, Any]]:
+    details = {"networkInterfaceId": _interface(job), "privateIPv4Address": address}
+    return [
+        {
+            "id": str(uuid.UUID(job.task_id)),
+            "type": "ElasticNetworkInterface",
+            "status": "ATTACHED",
+            "details": [{"name": name, "value": value} for name, value in details.items()],
+        }
+    ]
+
+
 def _detail(job: Job, address: str) -> dict[str, Any]:
     arn = job.task_arn or ""
-    details = {"networkInterfaceId": _interface(job), "privateIPv4Address": address}
     return {
         "taskArn": arn,
         "clusterArn": arn.rpartition("/")[0].replace(":task/", ":cluster/"),
         "lastStatus": "RUNNING" if job.status == "RUNNING" else "PENDING",
         "launchType": "FARGATE",
-        "attachments": [
-            {
-                "id": str(uuid.UUID(job.task_id)),
-                "type": "ElasticNetworkInterface",
-                "status": "ATTACHED",
-                "details": [{"name": name, "value": value} for name, value in details.items()],
-            }
-        ],
+        "attachments": _attachments(job, address),
     }
 
 

@@ -150,11 +150,22 @@ def json_response(payload: Mapping[str, Any], status: int = 200) -> Response:
     )
 
 
-def error_response(call: Call, code: str, message: str, status: int) -> Response:
-    """Return a refusal in the form of the call's protocol."""
+def error_response(
+    call: Call, code: str, message: str, status: int, members: Mapping[str, Any] | None = None
+) -> Response:
+    """Return a refusal in the form of the call's protocol.
+
+    Args:
+        call: The call.
+        code: AWS's code of the error.
+        message: AWS's words.
+        status: The HTTP status.
+        members: Further members of the error's shape, of a JSON service.
+    """
     protocol = call.model.service_model.metadata["protocol"]
     if protocol in ("json", "rest-json"):
-        body = json.dumps({"__type": code, "message": message, "Message": message}).encode()
+        said = {"__type": code, "message": message, "Message": message, **(members or {})}
+        body = json.dumps(said).encode()
         headers = {"Content-Type": "application/json", "x-amzn-ErrorType": code}
     else:
         text = message.replace("&", "&amp;").replace("<", "&lt;")

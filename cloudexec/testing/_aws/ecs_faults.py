@@ -1,0 +1,57 @@
+"""What goes wrong with tasks that Amazon ECS is asked for directly, and how it does what it does.
+
+AWS documents some of that in two ways, or in none. A test can choose each of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Literal
+
+from cloudexec.testing._aws.counted import take
+
+__all__ = ["EcsFaults"]
+
+StopCode = Literal["SpotInterruption", "TerminationNotice"]
+
+
+class EcsFaults:
+    """The faults of Amazon ECS. Every method may be called from any thread, at any time.
+
+    Attributes:
+        tasks_stop_without_capacity: Whether a task for which there is no capacity is taken, and
+            stops before it runs. Otherwise RunTask has it among its failures.
+        tokens_conflict: Whether a request that is made again with its client token is refused with
+            ConflictException, which names the task. Otherwise the answer is the same.
+        spot_stop_code: The stop code of tasks on Fargate Spot that are reclaimed. The guide's
+            sample event has ``"TerminationNotice"``, users see ``"SpotInterruption"``.
+        quota_is_an_error: Whether RunTask is refused beyond the vCPU quota. Otherwise that is among
+            its failures.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        """Undo every fault and choice."""
+        self.tasks_stop_without_capacity = False
+        self.tokens_conflict = False
+        self.spot_stop_code: StopCode = "SpotInterruption"
+        self.quota_is_an_error = False
+        self._failures: list[list[object]] = []
+
+    def run_task_fails(self, reason: str, count: int | None = None) -> None:
+        """Let RunTask say that it could not start a task, with HTTP status 200.
+
+        Args:
+            reason: What is in its failures, such as ``"RESOURCE:ENI"``.
+            count: How many tasks fail; ``None``: all.
+        """
+        with self._lock:
+            self._failures.append([reason, count])
+
+    def failure(self) -> str:
+        """Return why RunTask cannot start this task, and count it; empty: it can."""
+        with self._lock:
+            return str(take(self._failures, lambda _: True) or "")
