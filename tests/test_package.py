@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "_objects/s3_answers.py": {"_transfer"},
     "_objects/s3_transfer.py": {"_transfer"},
     "_launchers": {"_config", "_log", "_pricing"},
-    "_launchers/batch": {
+    "_launchers/aws": {
         "_aws",
         "_config",
         "_enrolment",
@@ -74,6 +74,8 @@ MAY_IMPORT = {
         "_pricing",
         "_relay",
     },
+    "_launchers/batch": {"_aws", "_config", "_environment", "_log", "_pricing"},
+    "_launchers/fargate": {"_aws", "_config", "_environment", "_log"},
     "_launchers/local.py": {"_config", "_descriptors", "_log", "_proto"},
     "_launchers/copies.py": {"_forked", "_modules", "worker"},
     "_aws": {"_config", "_enrolment", "_pricing"},

@@ -40,13 +40,14 @@ def test_no_module_imports_itself_by_a_detour_typing_included() -> None:
 
 def test_the_fleet_knows_no_platform() -> None:
     """Whatever it needs of one, a launcher of another package can give it."""
+    platforms = tuple(f"cloudexec._launchers.{each}." for each in ("aws", "batch", "fargate"))
     knowing = [
         name
         for name, imported in imports().items()
-        if any(each.startswith("cloudexec._launchers.batch.") for each in imported)
+        if any(each.startswith(platforms) for each in imported)
     ]
     assert knowing
-    assert all(name.startswith("cloudexec._launchers.batch.") for name in knowing)
+    assert all(name.startswith(platforms) for name in knowing)
 
 
 def test_a_launcher_is_written_with_public_names_alone() -> None:

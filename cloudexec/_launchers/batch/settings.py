@@ -3,45 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
-from cloudexec._aws.limits import (
-    WorkerSize,
-    default_memory,
-    fargate_size,
-    fargate_size_for,
-    instance_size,
-    instance_size_for,
-    more_memory,
-)
-from cloudexec._aws.requests import check_environment, check_tags
-from cloudexec._config import WorkerCapacity, check_count, check_positive
+from cloudexec._config import check_count
 from cloudexec._environment.packages import Packages
 from cloudexec._errors import ConfigError
-from cloudexec._launchers.base import Cost
+from cloudexec._launchers.aws.settings import DAY, AwsLauncher, check_texts, either_packages_or
 from cloudexec._launchers.platform import ExecutorInfo, Site
-from cloudexec._launchers.platform_launcher import PlatformLauncher
 
 __all__ = ["Batch"]
 
-_DAY = 86400.0
-_LONGEST = 14 * _DAY
-"""Fargate promises no more. AWS Batch User Guide, "Job timeouts"."""
 _SHARE = re.compile(r"[A-Za-z0-9]{1,255}")
 _PRIORITY_LARGEST = 9999
 """AWS Batch API Reference, "SubmitJob"."""
-_RELAY_GRACE = 120.0
-"""What another relay may take, and as long as workers dial a client (``orphan_timeout``)."""
-_FARGATE_TIMEOUT = 300.0
-_EC2_TIMEOUT = 900.0
-"""A first instance takes minutes. AWS Batch User Guide, "AWS Batch on Fargate"."""
 
 
-class Batch(PlatformLauncher):
+class Batch(AwsLauncher):
     """Runs workers as AWS Batch jobs, on Fargate or EC2, on demand or Spot.
 
     What it needs in the account comes from a profile, which ``cloudexec up`` writes, or from
@@ -121,27 +100,11 @@ class Batch(PlatformLauncher):
         modules: bool | Sequence[str] = True,
         project: str = "",
         relay: str | bool | None = None,
-        max_runtime: float = _DAY,
+        max_runtime: float = DAY,
     ) -> None:
         if compute not in ("fargate", "ec2"):
             raise ConfigError(f"compute must be 'fargate' or 'ec2', not {compute!r}")
-        if arch not in ("x86_64", "arm64"):
-            raise ConfigError(f"arch must be 'x86_64' or 'arm64', not {arch!r}")
-        if not isinstance(spot, bool) and not (isinstance(spot, str) and spot == "prefer"):
-            raise ConfigError(f"spot must be True, False or 'prefer', not {spot!r}")
-        texts = {
-            "profile": profile,
-            "queue": queue,
-            "definition": definition,
-            "image": image,
-            "job_role": job_role,
-            "execution_role": execution_role,
-            "region": region,
-            "relay": None if isinstance(relay, bool) else relay,
-        }
-        for name, text in texts.items():
-            if text is not None and (not isinstance(text, str) or not text.strip()):
-                raise ConfigError(f"{name} must be a string that is not empty, not {text!r}")
+        check_texts(queue=queue, definition=definition)
         if share_identifier is not None and not (
             isinstance(share_identifier, str) and _SHARE.fullmatch(share_identifier)
         ):
@@ -159,131 +122,35 @@ class Batch(PlatformLauncher):
                 f"scheduling_priority must be {_PRIORITY_LARGEST} or less, "
                 f"not {scheduling_priority!r}"
             )
-        if not isinstance(project, str):
-            raise ConfigError(f"project must be a string, not {project!r}")
-        if assign_public_ip is not None and not isinstance(assign_public_ip, bool):
-            raise ConfigError(f"assign_public_ip must be True or False, not {assign_public_ip!r}")
-        several = (modules,) if isinstance(modules, str) else modules
-        if not isinstance(several, bool) and not (
-            isinstance(several, (list, tuple, set, frozenset))
-            and all(isinstance(name, str) for name in several)
-        ):
-            raise ConfigError(f"modules must be True, False or names of modules, not {modules!r}")
-        if packages is not None and not isinstance(packages, Packages):
-            packages = Packages(source=packages)
-        for name, other in (("image", image), ("definition", definition)):
-            if packages is not None and other is not None:
-                raise ConfigError(
-                    f"give either packages or {name}: packages are put into an image of their own"
-                )
-        if slots_per_worker is not None:
-            check_count("slots_per_worker", slots_per_worker, least=1)
-        check_positive("vcpus", vcpus)
-        check_positive("max_runtime", max_runtime)
-        if max_runtime > _LONGEST:
-            raise ConfigError(f"max_runtime must be {_LONGEST:.0f} s or less, not {max_runtime!r}")
-        if ephemeral_gib is not None:
-            check_count("ephemeral_gib", ephemeral_gib, least=21)
-            if ephemeral_gib > 200:
-                raise ConfigError(f"ephemeral_gib must be 200 or less, not {ephemeral_gib!r}")
-            if compute == "ec2":
-                raise ConfigError(
-                    f"ephemeral_gib={ephemeral_gib} is for Fargate: on EC2, the launch template of "
-                    f"the compute environment says how much disk an instance has"
-                )
-        for name, given in (("environment", environment), ("tags", tags)):
-            if given is None:
-                continue
-            if not isinstance(given, Mapping) or not all(
-                isinstance(part, str) for pair in given.items() for part in pair
-            ):
-                raise ConfigError(f"{name} must map strings to strings, not {given!r}")
-        check_environment(environment or {})
-        if "CLOUDEXEC_KEY" in (environment or {}):
-            # Amazon ECS lets no container start whose secrets and variables share a name.
-            raise ConfigError("CLOUDEXEC_KEY in environment= is cloudexec's own")
-        check_tags(tags or {})
-        self.sizes = _sizes(vcpus, memory, compute)
-        self.launch_timeout = _FARGATE_TIMEOUT if compute == "fargate" else _EC2_TIMEOUT
-        self.spot = spot
-        self.compute = compute
-        self.arch = arch
-        if profile is None and queue is None:
-            named = os.environ.get("CLOUDEXEC_PROFILE", "")
-            profile = named if named not in ("", "local") else "default"
-        self.profile = profile
+        if definition is not None and packages is not None:
+            raise either_packages_or("definition")
+        super().__init__(
+            vcpus=vcpus,
+            memory=memory,
+            spot=spot,
+            compute=compute,
+            arch=arch,
+            slots_per_worker=slots_per_worker,
+            profile=profile,
+            by_hand=queue is not None,
+            image=image,
+            packages=packages,
+            job_role=job_role,
+            execution_role=execution_role,
+            region=region,
+            assign_public_ip=assign_public_ip,
+            ephemeral_gib=ephemeral_gib,
+            environment=environment,
+            tags=tags,
+            modules=modules,
+            project=project,
+            relay=relay,
+            max_runtime=max_runtime,
+        )
         self.queue = queue
         self.share_identifier = share_identifier or ""
         self.scheduling_priority = scheduling_priority
         self.definition = definition
-        self.image = image
-        self.packages = packages
-        self.job_role = job_role
-        self.execution_role = execution_role
-        self.region = region
-        self.assign_public_ip = assign_public_ip
-        self.ephemeral_gib = ephemeral_gib
-        self.environment = dict(environment or {})
-        self.tags = dict(tags or {})
-        self.project = project
-        self.relay = _relay(relay)
-        self.modules = several if isinstance(several, bool) else tuple(several)
-        self.max_runtime = max_runtime
-        self.slots = slots_per_worker or max(1, int(vcpus))
-        self._most_slots = slots_per_worker
-
-    @property
-    def may_start_relay(self) -> bool:
-        """Whether a relay may have to be started, by the settings or by the profile."""
-        relay = self.relay
-        if relay is None and self.profile is not None:
-            from cloudexec._aws.profile import Profile
-
-            with contextlib.suppress(ConfigError):  # which ``connect`` raises
-                relay = Profile.load(self.profile).relay
-        return relay in (True, "auto")
-
-    @property
-    def reconnect_grace(self) -> float:  # type: ignore[override]
-        """Seconds for which a worker is waited for: longer where a new relay may have to come."""
-        return _RELAY_GRACE if self.may_start_relay else PlatformLauncher.reconnect_grace
-
-    def capacities(self) -> Sequence[WorkerCapacity]:
-        """Return what workers of each size of the ladder have."""
-        return [_capacity(size) for size in self.sizes]
-
-    def size_of(self, size: int) -> WorkerSize:
-        """Return a size as AWS has it: of the ladder, or one that tasks asked for."""
-        found = self._catalogue[size]
-        return WorkerSize(memory_mib=found.memory >> 20, vcpus=found.cpus, gpus=found.gpus)
-
-    def most_slots(self, size: int) -> int:
-        """Say how many tasks a worker may run at once: what was given, or as many as fit."""
-        return self._most_slots or super().most_slots(size)
-
-    def capacity_for(self, cpus: float, memory: int, gpus: int) -> WorkerCapacity:
-        """Return the least that AWS has for a task which fits no size of the ladder.
-
-        Raises:
-            ConfigError: If there is none; it names the nearest.
-        """
-        if gpus and self.compute == "fargate":
-            raise ConfigError(
-                f"gpus={gpus} cannot be had on Fargate, which has no GPUs: "
-                f"Batch(compute='ec2') has them"
-            )
-        mib = -(-memory // 2**20)
-        if self.compute == "fargate":
-            return _capacity(fargate_size_for(cpus, mib))
-        return _capacity(instance_size_for(cpus, mib, gpus))
-
-    def size_name(self, size: int) -> str:
-        """Say in a few words what a worker of a size has."""
-        return str(self.size_of(size))
-
-    def more_memory(self, size: int) -> str:
-        """Say which settings give a worker of a size more memory."""
-        return more_memory(self.size_of(size), self.compute)
 
     @contextlib.asynccontextmanager
     async def connect(self, executor: ExecutorInfo) -> AsyncIterator[Site]:
@@ -299,61 +166,9 @@ class Batch(PlatformLauncher):
         async with connect(self, executor) as site:
             yield site
 
-    def fingerprint(self) -> str:
-        """Return what tells its workers from those of another one."""
-        of_workers = (
-            self.describe(),
-            self.arch,
-            self.profile,
-            self.queue,
-            self.definition,
-            self.image,
-            self.packages,
-            self.region,
-            sorted(self.environment.items()),
-        )
-        return repr(of_workers)
-
-    def estimate(self, workers: int, seconds: float) -> Cost:
-        """Estimate what workers would cost, before any is launched.
-
-        Args:
-            workers: How many, of the first size.
-            seconds: How long each runs, from the start of its image's download; a minute at least.
-
-        Returns:
-            The cost as ``accrued_usd``, and ``per_hour_usd`` of all of them.
-
-        Raises:
-            ConfigError: If there is no such profile.
-        """
-        from cloudexec._aws.prices import PriceTable
-        from cloudexec._aws.profile import Profile
-
-        check_count("workers", workers, least=0)
-        check_positive("seconds", seconds, zero=True)
-        profile = Profile.load(self.profile) if self.profile is not None else None
-        region = self.region or (profile.region if profile is not None else "")
-        prices = PriceTable.load(region) if region else PriceTable.built_in()
-        public_ip = self.assign_public_ip
-        if public_ip is None:
-            public_ip = profile is None or profile.assign_public_ip
-        size = self.sizes[0]
-        price = prices.worker(
-            vcpus=size.vcpus,
-            memory_mib=size.memory_mib,
-            arch=self.arch,
-            compute=self.compute,
-            spot=bool(self.spot),
-            ephemeral_gib=self.ephemeral_gib,
-            public_ip=public_ip,
-            region=region,
-        )
-        return Cost(
-            accrued_usd=workers * price.cost(seconds),
-            per_hour_usd=workers * price.per_hour,
-            note=f"estimated from the {prices}",
-        )
+    def of_workers(self) -> tuple[object, ...]:
+        """Return settings that tell workers apart, besides what ``describe`` says."""
+        return (*super().of_workers(), self.queue, self.definition)
 
     def describe(self) -> str:
         """Say in a few words what this launches."""
@@ -364,46 +179,6 @@ class Batch(PlatformLauncher):
     def __repr__(self) -> str:
         where = f"profile={self.profile!r}" if self.queue is None else f"queue={self.queue!r}"
         return f"Batch({where}, {self.describe()})"
-
-
-def _relay(given: str | bool | None) -> str | bool | None:
-    """Return what ``relay=`` or the variable says; ``None``: the profile decides."""
-    relay = given
-    if given is None:
-        named = os.environ.get("CLOUDEXEC_RELAY", "")
-        relay = {"": None, "true": True, "false": False}.get(named.lower(), named)
-    if isinstance(relay, str) and relay != "auto":
-        from cloudexec._relay.process import check_relay
-
-        check_relay(relay)
-    return relay
-
-
-def _capacity(size: WorkerSize) -> WorkerCapacity:
-    return WorkerCapacity(cpus=size.vcpus, memory=size.memory_mib * 2**20, gpus=size.gpus)
-
-
-def _sizes(
-    vcpus: float, memory: str | int | Sequence[str | int] | None, compute: str
-) -> tuple[WorkerSize, ...]:
-    """Check the sizes of a ladder, one or several."""
-    if memory is None:
-        ladder: Sequence[str | int] = (default_memory(vcpus, compute),)
-    elif isinstance(memory, (str, int)):
-        ladder = (memory,)
-    elif isinstance(memory, Sequence) and not isinstance(memory, (bytes, bytearray)):
-        ladder = memory
-    else:
-        raise ConfigError(
-            f"memory must be like '2GiB', a whole number of MiB, or a list of such, not {memory!r}"
-        )
-    if not ladder:
-        raise ConfigError("memory must be a size, or several, not an empty sequence")
-    size_of = instance_size if compute == "ec2" else fargate_size
-    sizes = tuple(size_of(vcpus, each) for each in ladder)
-    if any(a.memory_mib >= b.memory_mib for a, b in itertools.pairwise(sizes)):
-        raise ConfigError(f"the sizes of memory= must grow, not {memory!r}")
-    return sizes
 
 
 Batch.__module__ = "cloudexec"

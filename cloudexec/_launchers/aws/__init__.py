@@ -1,0 +1,1 @@
+"""What launchers on AWS have in common: ``settings`` and ``platform``."""
