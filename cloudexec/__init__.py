@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from cloudexec._launchers.base import Cost, LauncherCounts, LaunchTimes, WorkerCapacity
     from cloudexec._launchers.batch import Batch
     from cloudexec._launchers.fallback import Fallback
+    from cloudexec._launchers.fargate import Fargate
     from cloudexec._launchers.local import Local
     from cloudexec._objects.options import ObjectOptions
     from cloudexec._objects.ref import Ref
@@ -61,6 +62,7 @@ __all__ = [
     "DependencyError",
     "ExecutorStats",
     "Fallback",
+    "Fargate",
     "Graph",
     "InitializerError",
     "JournalError",
@@ -105,6 +107,7 @@ _LATER = {
     "_launchers.base": ("Cost", "LaunchTimes", "LauncherCounts", "WorkerCapacity"),
     "_launchers.batch": ("Batch",),
     "_launchers.fallback": ("Fallback",),
+    "_launchers.fargate": ("Fargate",),
     "_launchers.local": ("Local",),
     "_objects.options": ("ObjectOptions",),
     "_objects.ref": ("Ref",),

@@ -49,6 +49,8 @@ _SECRET = frozenset(
         # The key of a launch is in the job's environment where there is no stack's.
         ("batch", "SubmitJob"),
         ("batch", "DescribeJobs"),
+        ("ecs", "RunTask"),
+        ("ecs", "DescribeTasks"),
     }
 )
 """Calls of which the SDK's own debug log would show a worker's key."""

@@ -18,10 +18,13 @@ __all__ = [
     "Situation",
     "allowed_vcpus",
     "cause_of_end",
+    "cause_of_quota",
     "cause_of_refusal",
     "cause_of_waiting",
+    "count_of_workers",
     "is_definition_gone",
     "is_out_of_capacity",
+    "is_over_quota",
     "mend_invalid",
 ]
 
@@ -46,6 +49,11 @@ class Cause:
         return f"{self.text}; {self.remedy}" if self.remedy else self.text
 
 
+_RECLAIM_CODES = ("SpotInterruption", "TerminationNotice")
+"""Users see the one, the sample event of the Amazon ECS Developer Guide has the other ("Amazon ECS
+clusters for Fargate")."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEnd:
     """How an attempt of a job ended, as DescribeJobs has it.
@@ -56,6 +64,8 @@ class JobEnd:
         exit_code: The container's, or ``None``.
         log_tail: The last lines it wrote.
         retried: Whether AWS starts it again by itself.
+        stop_code: What Amazon ECS calls the reason, where it was asked for the worker itself.
+        timed_out: Whether the worker ended since it had reached its time limit.
         size: What the worker had; ``None``: unknown.
         compute: ``"fargate"`` or ``"ec2"``.
         image: Of the worker.
@@ -67,6 +77,8 @@ class JobEnd:
     exit_code: int | None = None
     log_tail: str = ""
     retried: bool = False
+    stop_code: str = ""
+    timed_out: bool = False
     size: WorkerSize | None = None
     compute: str = "fargate"
     image: str = ""
@@ -75,7 +87,7 @@ class JobEnd:
     @property
     def reclaimed(self) -> bool:
         """Whether AWS took the machine back."""
-        return self.status_reason.startswith(RECLAIM_REASONS)
+        return self.status_reason.startswith(RECLAIM_REASONS) or self.stop_code in _RECLAIM_CODES
 
     @property
     def out_of_memory(self) -> bool:
@@ -153,12 +165,19 @@ def is_definition_gone(said: str) -> bool:
 
 
 def is_out_of_capacity(said: str) -> bool:
-    """Whether AWS Batch says of a job that waits that no compute environment has capacity for it.
+    """Whether AWS says of a worker that waits that there is no capacity for it.
 
     References:
-        AWS Batch User Guide, "Jobs stuck in RUNNABLE status".
+        AWS Batch User Guide, "Jobs stuck in RUNNABLE status"; AWS re:Post, "How do I troubleshoot
+        an Amazon ECS RunTask API for a Fargate task that fails with a "Capacity is unavailable"
+        error?".
     """
-    return "CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY" in said
+    return "CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY" in said or "Capacity is unavailable" in said
+
+
+def is_over_quota(said: str) -> bool:
+    """Whether AWS says that the account's quota of vCPUs is used up."""
+    return _QUOTA.search(said) is not None
 
 
 def cause_of_refusal(said: str) -> Cause:
@@ -289,8 +308,8 @@ def _cause_of_end(end: JobEnd) -> Cause:
             text=f"AWS took the machine back: {said}",
             remedy="it is replaced; spot=False or spot='prefer' avoids it",
         )
-    if _QUOTA.search(said):
-        return _quota(said)
+    if is_over_quota(said):
+        return cause_of_quota(said)
     if _NO_ADDRESS.search(said):
         return Cause(
             text=f"the worker got no network interface: {said}",
@@ -308,7 +327,7 @@ def _cause_of_end(end: JobEnd) -> Cause:
                 else more_memory(end.size, end.compute)
             ),
         )
-    if "exceeded timeout" in said:
+    if "exceeded timeout" in said or end.timed_out:
         return Cause(text=f"the worker reached its time limit: {said}", remedy="raise max_runtime=")
     words = f"\n{end.log_tail.strip()}" if end.log_tail.strip() else ""
     how = f" with exit code {end.exit_code}" if end.exit_code is not None else ""
@@ -418,7 +437,9 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
         if situation.quota_vcpus is not None and situation.quota_vcpus < with_one_more:
             kind = "Spot vCPUs" if situation.spot else "vCPUs"
             used = f", and {ours:g} are in use by this executor" if ours else ""
-            return _quota(f"the account may run {situation.quota_vcpus:g} {kind} at once{used}")
+            return cause_of_quota(
+                f"the account may run {situation.quota_vcpus:g} {kind} at once{used}"
+            )
         if 0 < most < situation.vcpus:
             return Cause(
                 text=(
@@ -431,8 +452,8 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
         if 0 < most < with_one_more:
             return Cause(
                 text=(
-                    f"{_workers(statuses['RUNNABLE'], 'waits', 'wait')} for a place (RUNNABLE): "
-                    f"the compute environments allow {most:g} vCPUs in all, and {ours:g} are in "
+                    f"{count_of_workers(statuses['RUNNABLE'], 'waits', 'wait')} for a place "
+                    f"(RUNNABLE): the compute environments allow {most:g} vCPUs in all, and {ours:g} are in "
                     f"use by this executor"
                 ),
                 remedy="`cloudexec up --max-vcpus` allows more, or wait until others have ended",
@@ -444,7 +465,7 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
             limit = f"; the account may run {situation.quota_vcpus:g} vCPUs of this kind at once"
         return Cause(
             text=(
-                f"{_workers(statuses['RUNNABLE'], 'waits', 'wait')} for capacity (RUNNABLE)"
+                f"{count_of_workers(statuses['RUNNABLE'], 'waits', 'wait')} for capacity (RUNNABLE)"
                 f"{ahead}: the compute environments allow {most:g} vCPUs in all{limit}"
             ),
             remedy=(
@@ -454,7 +475,8 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
         )
     if statuses.get("STARTING"):
         return Cause(
-            text=_workers(statuses["STARTING"], "starts", "start") + " (the image is pulled)"
+            text=count_of_workers(statuses["STARTING"], "starts", "start")
+            + " (the image is pulled)"
         )
     if statuses.get("RUNNING", 0) > 0:
         relay = situation.relay
@@ -464,7 +486,7 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
             look = f"`cloudexec logs` shows what they say; {_way_through(relay)}"
         return Cause(
             text=(
-                f"{_workers(statuses['RUNNING'], 'runs', 'run')}, and did not dial back yet"
+                f"{count_of_workers(statuses['RUNNING'], 'runs', 'run')}, and did not dial back yet"
                 f"{f'; they were told to dial {dialed}' * bool(dialed)}"
             ),
             remedy=f"if that lasts, they cannot reach this process: {look}",
@@ -509,8 +531,8 @@ def _cause_of_reason(reason: str, situation: Situation) -> Cause | None:
             remedy="`cloudexec up` makes the roles anew",
             fatal=True,
         )
-    if _QUOTA.search(reason):
-        return _quota(reason)
+    if is_over_quota(reason):
+        return cause_of_quota(reason)
     if reason.startswith(RECLAIM_REASONS):
         return None  # it is being placed again
     return Cause(text=f"AWS Batch says: {reason}")
@@ -520,7 +542,8 @@ def _spot_remedy(situation: Situation) -> str:
     return "spot=False or spot='prefer', " if situation.spot else ""
 
 
-def _workers(count: int, one: str, several: str) -> str:
+def count_of_workers(count: int, one: str, several: str) -> str:
+    """Return a number of workers and what they do."""
     return f"1 worker {one}" if count == 1 else f"{count} workers {several}"
 
 
@@ -546,7 +569,8 @@ def _busy(said: str) -> Cause:
     )
 
 
-def _quota(said: str) -> Cause:
+def cause_of_quota(said: str) -> Cause:
+    """Say what to do where the account's quota of vCPUs is used up."""
     return Cause(
         text=f"the account's vCPU quota is used up: {said}",
         remedy="ask for more in the Service Quotas console, or use fewer or smaller workers",

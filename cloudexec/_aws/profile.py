@@ -53,6 +53,9 @@ class Profile:
     """Host or ``host:port`` at which workers reach the client; empty: found by itself."""
     project: str = ""
     """Goes into a tag of every job."""
+    cluster: str = ""
+    """ARN or name of the cluster of Amazon ECS in which ``Fargate`` runs workers; empty: the stack
+    has none."""
     relay: str = ""
     """``relay=`` of a ``Batch`` that has none: ``"auto"`` if this machine could not be reached when
     the profile was written."""

@@ -21,6 +21,7 @@ __all__ = [
     "check_environment",
     "check_tags",
     "definition_request",
+    "log_configuration",
     "submit_request",
     "tag_value",
 ]
@@ -97,15 +98,7 @@ def definition_request(spec: DefinitionSpec) -> dict[str, Any]:
     if spec.key_secret:
         container["secrets"] = [{"name": "CLOUDEXEC_KEY", "valueFrom": spec.key_secret}]
     if spec.log_group:
-        options = {
-            "awslogs-group": spec.log_group,
-            "awslogs-stream-prefix": "worker",
-            # AWS drops lines under load otherwise. Amazon ECS API Reference, "LogConfiguration".
-            "mode": "blocking",
-        }
-        if spec.region:
-            options["awslogs-region"] = spec.region
-        container["logConfiguration"] = {"logDriver": "awslogs", "options": options}
+        container["logConfiguration"] = log_configuration(spec, "worker")
     if spec.compute == "fargate":
         if not spec.execution_role:
             raise ConfigError(
@@ -138,6 +131,24 @@ def definition_request(spec: DefinitionSpec) -> dict[str, Any]:
         )
     digest = hashlib.sha256(text.encode()).hexdigest()
     return {"jobDefinitionName": definition_name(digest), **request}
+
+
+def log_configuration(spec: DefinitionSpec, prefix: str) -> dict[str, Any]:
+    """Return where a container writes its log.
+
+    Args:
+        spec: Names the log group.
+        prefix: What names of log streams begin with.
+    """
+    options = {
+        "awslogs-group": spec.log_group,
+        "awslogs-stream-prefix": prefix,
+        # AWS drops lines under load otherwise. Amazon ECS API Reference, "LogConfiguration".
+        "mode": "blocking",
+    }
+    if spec.region:
+        options["awslogs-region"] = spec.region
+    return {"logDriver": "awslogs", "options": options}
 
 
 def _requirements(size: WorkerSize) -> list[dict[str, str]]:

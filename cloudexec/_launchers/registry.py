@@ -15,7 +15,11 @@ __all__ = ["GROUP", "default_launcher", "launcher_named"]
 
 GROUP = "cloudexec.launchers"
 """The group of entry points under which packages register launchers."""
-_OWN = {"batch": "cloudexec._launchers.batch:Batch", "local": "cloudexec._launchers.local:Local"}
+_OWN = {
+    "batch": "cloudexec._launchers.batch:Batch",
+    "fargate": "cloudexec._launchers.fargate:Fargate",
+    "local": "cloudexec._launchers.local:Local",
+}
 
 
 def default_launcher() -> Launcher:
@@ -34,7 +38,8 @@ def launcher_named(name: str, where: str = "") -> Launcher:
     """Make a launcher with the settings that it has by default.
 
     Args:
-        name: ``"local"``, ``"batch"``, or a name that an installed package registers.
+        name: ``"local"``, ``"batch"``, ``"fargate"``, or a name that an installed package
+            registers.
         where: Who gave the name, for messages.
 
     Raises:

@@ -6,7 +6,8 @@ anybody to be dialed), or from the environment (containers): the
 variables ``CLOUDEXEC_TARGET``, ``_EXECUTOR_ID``, ``_SLOTS``, ``_KEY``, ``_CERTIFICATE_SHA256``,
 ``_MEMORY_MIB``, and ``_IDENTITY`` or ``_LAUNCH``, the number of the first worker of those that were
 launched together. To that, the worker adds its own number among them: see ``platform``. After
-``_AWAITED_UNTIL``, in Unix time, the client does not wait for the worker any more.
+``_AWAITED_UNTIL``, in Unix time, the client does not wait for the worker any more. After
+``_LIFETIME`` seconds the worker ends, whatever it does.
 
 With ``CLOUDEXEC_RELAY_PORT`` this process is a relay, and no worker: see ``relay``.
 """
@@ -16,8 +17,10 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import socket
 import sys
+import threading
 import time
 from typing import Any, NoReturn
 
@@ -39,6 +42,8 @@ elsewhere, which AWS Batch does only for a job that failed."""
 _LATE_PATIENCE = 5.0
 """Seconds for which the client is dialed by a worker that started when nobody waited for it any
 more: usually because the client was killed, and each second of such a worker is paid for."""
+_LAST_SECONDS = 30.0
+"""Seconds after the end of a worker's lifetime in which it may hand its tasks back."""
 _DRAIN_GRACE = 20.0
 """Seconds after SIGTERM in which tasks may finish. AWS sends SIGKILL after 30 seconds, and handing
 tasks back takes a moment."""
@@ -77,6 +82,8 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
         ours.close()
         run_zygote(zygotes, supervisor_pid, files, bootstrap)
     zygotes.close()
+    if lifetime := bootstrap.get("lifetime"):
+        _end_after(lifetime)
     # Without this, gRPC logs to stderr. It is set after the fork, so that tasks do not inherit it.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # This allows only a TLS 1.2 suite whose kind of key the client's certificate does not have. So
@@ -136,6 +143,19 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     sys.stderr.flush()
     # Ended at once: gRPC would wait two seconds for a TLS connection, and nothing is left to do.
     os._exit(code)
+
+
+def _end_after(seconds: float) -> None:
+    """End this process after so many seconds, for platforms that have no time limit themselves.
+
+    It is told to end as a platform tells it (SIGTERM). If it cannot listen, the kernel ends it some
+    seconds later (SIGALRM), whatever hangs in it.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds + _LAST_SECONDS)
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
 
 
 def _second_line(client: Client) -> dict[str, Any]:
@@ -210,6 +230,8 @@ def _from_environment() -> dict[str, Any]:
     found["attempt"] = place.attempt
     found["unset"] = environ.pop("CLOUDEXEC_UNSET", "").split()
     found["log"] = True
+    lifetime = environ.pop("CLOUDEXEC_LIFETIME", "")
+    found["lifetime"] = float(lifetime) if lifetime.isdecimal() else None
     found["drain_grace"] = float(environ.pop("CLOUDEXEC_DRAIN_GRACE", _DRAIN_GRACE))
     return found
 

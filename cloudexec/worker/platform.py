@@ -57,6 +57,7 @@ PLATFORMS = (
     Platform(
         name="Amazon ECS",
         sign="ECS_CONTAINER_METADATA_URI_V4",
+        stop="cloudexec stop --executor {executor}",
         metadata="ECS_CONTAINER_METADATA_URI_V4",
     ),
 )

@@ -12,7 +12,7 @@ from cloudexec._aws.quotas import vcpu_quotas
 from cloudexec._errors import AwsError
 from cloudexec._launchers.platform import Phase, WaitingJob
 
-__all__ = ["DEFAULT_LOG_GROUP", "Inquiry"]
+__all__ = ["DEFAULT_LOG_GROUP", "Inquiry", "statuses_of"]
 
 DEFAULT_LOG_GROUP = "/aws/batch/job"
 """Where jobs log that were told nothing. AWS Batch User Guide, "Using CloudWatch Logs"."""
@@ -26,6 +26,15 @@ _STATES = {
     Phase.STARTING: "STARTING",
     Phase.RUNNING: "RUNNING",
 }
+
+
+def statuses_of(waiting: Sequence[WaitingJob]) -> Counter[str]:
+    """Count the workers of jobs that are not connected, by AWS Batch's states."""
+    statuses: Counter[str] = Counter()
+    for each in waiting:
+        statuses.update({_STATES[p]: n for p, n in each.counts.items() if p in _STATES})
+        statuses["RUNNING"] -= each.connected
+    return statuses
 
 
 class Inquiry:
@@ -56,8 +65,10 @@ class Inquiry:
         stream = container.get("logStreamName") or (details.get("container") or {}).get(
             "logStreamName"
         )
-        if not stream:
-            return ""
+        return await self.tail(stream) if stream else ""
+
+    async def tail(self, stream: str) -> str:
+        """Return the last lines of a log stream, or nothing."""
         try:
             page = await self._call(
                 "logs",
@@ -113,10 +124,7 @@ class Inquiry:
             AwsError: If AWS refuses, or cannot be reached.
         """
         found, environments = await self.queue(queue)
-        statuses: Counter[str] = Counter()
-        for each in waiting:
-            statuses.update({_STATES[p]: n for p, n in each.counts.items() if p in _STATES})
-            statuses["RUNNING"] -= each.connected
+        statuses = statuses_of(waiting)
         is_stuck = bool(statuses["RUNNABLE"])
         return Situation(
             statuses=statuses,

@@ -1,0 +1,72 @@
+"""Why workers on Fargate do not come: what Amazon ECS says, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cloudexec._aws.diagnosis import (
+    Cause,
+    Situation,
+    cause_of_quota,
+    cause_of_waiting,
+    count_of_workers,
+    is_out_of_capacity,
+    is_over_quota,
+)
+
+__all__ = ["cause_of_refused_task", "cause_of_waiting_tasks"]
+
+_MAY_PASS = ("RESOURCE", "AGENT", "Rate exceeded")
+"""How failures begin that may not come again. Amazon ECS Developer Guide, "API failure reasons"."""
+
+
+def cause_of_refused_task(reason: str, *, spot: bool) -> Cause:
+    """Say what a failure of RunTask means; ``fatal``: the same request always fails.
+
+    Args:
+        reason: What Amazon ECS says.
+        spot: Whether the task was to run on Fargate Spot.
+
+    References:
+        Amazon ECS Developer Guide, "API failure reasons".
+    """
+    if is_over_quota(reason):
+        return cause_of_quota(reason)
+    if is_out_of_capacity(reason):
+        on_demand = "spot=False or spot='prefer', " if spot else ""
+        return Cause(
+            text=f"AWS has no capacity of this kind: {reason}",
+            remedy=f"{on_demand}another size, more subnets, or waiting: it is tried again",
+        )
+    if reason.startswith("RESOURCE:ENI"):
+        return Cause(
+            text=f"there is no network interface for the worker: {reason}",
+            remedy="use more or larger subnets, or fewer workers: it is tried again",
+        )
+    if reason.startswith(_MAY_PASS):
+        return Cause(
+            text=f"Amazon ECS could not start the worker now: {reason}",
+            remedy="it is tried again; another size may be placed sooner",
+        )
+    return Cause(
+        text=f"Amazon ECS does not start the worker: {reason or 'it gives no reason'}",
+        remedy="`cloudexec doctor` looks at the cluster, `cloudexec up --with fargate` repairs it",
+        fatal=True,
+    )
+
+
+def cause_of_waiting_tasks(situation: Situation) -> Cause | None:
+    """Say why workers that were asked for are not there; ``None``: nothing is known to be wrong."""
+    waiting = situation.statuses.get("RUNNABLE", 0)
+    if waiting and not any(not end.reclaimed for end in situation.ends):
+        for reason in situation.reasons:
+            return cause_of_refused_task(reason, spot=situation.spot)
+        return Cause(
+            text=(
+                f"{count_of_workers(waiting, 'waits', 'wait')} for a place and a network interface "
+                f"(PROVISIONING)"
+            )
+        )
+    return cause_of_waiting(
+        replace(situation, reasons=(), statuses={**situation.statuses, "RUNNABLE": 0})
+    )
