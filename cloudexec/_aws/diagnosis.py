@@ -453,8 +453,8 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
             return Cause(
                 text=(
                     f"{count_of_workers(statuses['RUNNABLE'], 'waits', 'wait')} for a place "
-                    f"(RUNNABLE): the compute environments allow {most:g} vCPUs in all, and {ours:g} are in "
-                    f"use by this executor"
+                    f"(RUNNABLE): the compute environments allow {most:g} vCPUs in all, and "
+                    f"{ours:g} are in use by this executor"
                 ),
                 remedy="`cloudexec up --max-vcpus` allows more, or wait until others have ended",
                 no_room=True,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cloudexec import Batch
+from cloudexec import Batch, Fargate
 from cloudexec.testing import FakeAWS
 
 
@@ -40,6 +40,27 @@ def launcher_factory() -> Callable[[Any], Callable[..., Batch]]:
         return make
 
     return of
+
+
+@pytest.fixture
+def fargate(aws: Any) -> Callable[..., Fargate]:
+    """A function that makes launchers for a cluster of the emulated AWS."""
+    made = aws.set_up("cluster")
+
+    def make(**settings: Any) -> Fargate:
+        given: dict[str, Any] = {
+            "cluster": made.cluster,
+            "subnets": made.subnets,
+            "security_groups": [made.security_group],
+            "job_role": made.job_role,
+            "execution_role": made.execution_role,
+            "region": aws.region,
+            "image": "example.com/worker:1",
+            **settings,
+        }
+        return Fargate(**given)
+
+    return make
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from process_farm import Farm, ProcessFarm
 
-from cloudexec import Batch, Local
+from cloudexec import Batch, Fargate, Local
 from cloudexec.launchers import (
     Inspection,
     JobRequest,
@@ -49,6 +49,11 @@ def test_failed_submissions_are_tried_where_a_launcher_can_make_some_fail() -> N
 
 def test_batch_passes(launcher: Callable[..., Batch]) -> None:
     assert len(check_launcher(launcher())) == 6
+
+
+@pytest.mark.parametrize("spot", [False, True, "prefer"])
+def test_fargate_passes(fargate: Callable[..., Fargate], spot: bool | str) -> None:
+    assert len(check_launcher(fargate(spot=spot))) == 6
 
 
 def test_the_example_of_the_documentation_passes(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from collections.abc import Awaitable, Callable
 
 __all__ = ["Pacer"]
 
+_ROUNDING = 1e-9
+"""Seconds by which sums of intervals may be wrong."""
+
 
 class Pacer:
     """Says when the next call may be made. Used on one event loop.
@@ -28,7 +31,7 @@ class Pacer:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._interval = 1.0 / per_second
-        self._ahead = (burst - 1) * self._interval
+        self._ahead = (burst - 1) * self._interval + _ROUNDING
         self._clock = clock
         self._sleep = sleep
         self._next = float("-inf")
