@@ -2,7 +2,8 @@
 
 Everything is found in AWS itself, by the tags and names that every job of ours carries, so that it
 is seen from any machine, and after the client that started it has died. AWS Batch forgets jobs
-some time after they ended, 7 days at the least, and this with them.
+some time after they ended, 7 days at the least, and this with them. Tasks that Amazon ECS was asked
+for without AWS Batch are jobs here, too; they are forgotten an hour after they ended.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from cloudexec._aws.job_details import (
 )
 from cloudexec._aws.job_infos import JobInfos
 from cloudexec._aws.job_logs import JobLogs
-from cloudexec._aws.job_search import JobSearch, PacedCalls
+from cloudexec._aws.job_search import JobSearch
+from cloudexec._aws.paced_calls import PacedCalls
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.prices import refresh as refresh_prices
 from cloudexec._aws.records import (
@@ -40,6 +42,7 @@ from cloudexec._aws.records import (
     JobInfo,
     LogLine,
 )
+from cloudexec._aws.task_search import TaskSearch, is_task_id
 from cloudexec._errors import AwsError, ConfigError
 
 __all__ = ["AsyncMonitor"]
@@ -62,6 +65,8 @@ class AsyncMonitor:
         clients: AwsClients,
         *,
         queues: Mapping[str, str] = MappingProxyType({}),
+        clusters: Sequence[str] | None = None,
+        public_ip: bool = True,
         log_group: str = "",
         prices: PriceTable | None = None,
         child_calls: int = _CHILD_CALLS,
@@ -71,13 +76,16 @@ class AsyncMonitor:
         Args:
             clients: Whose region it is.
             queues: Name or ARN by kind, as a profile has them; empty: all queues of the region.
+            clusters: ARNs or names of clusters of Amazon ECS; ``None``: all of the region.
+            public_ip: Whether tasks in them have public addresses, which are paid for.
             log_group: Where logs are if a job does not say.
             prices: By default those last learned for the region.
             child_calls: How many calls one answer may spend on the children of arrays.
         """
         self._clients = clients
         self._calls = PacedCalls(clients)
-        self._search = JobSearch(self._calls, queues)
+        tasks = TaskSearch(self._calls, clusters, public_ip=public_ip)
+        self._search = JobSearch(self._calls, queues, tasks)
         self._logs = JobLogs(self._calls, self._search, log_group)
         self._infos = JobInfos(
             self._calls, self._search, log_group=log_group, prices=prices, child_calls=child_calls
@@ -155,6 +163,8 @@ class AsyncMonitor:
                 f"{table.region} list prices: those of {self._clients.region} are not known here, "
                 f"`cloudexec cost --refresh` looks them up"
             )
+        if any(is_task_id(job.id) for job in infos):
+            notes.append("Amazon ECS remembers tasks for about an hour after they ended")
         if any(job.spot for job in infos):
             notes.append(
                 f"Spot is taken to cost {table.spot_factor:.0%} of the list price; it varies"
@@ -218,12 +228,7 @@ class AsyncMonitor:
         )
         ids = [each.id for each in infos]
         results = await asyncio.gather(
-            *(
-                self._calls.call(
-                    "batch", "terminate_job", jobId=each, reason=reason[:_REASON_LARGEST]
-                )
-                for each in ids
-            ),
+            *(self._stop(each, reason[:_REASON_LARGEST]) for each in infos),
             return_exceptions=True,
         )
         refused: list[tuple[str, AwsError]] = []
@@ -244,6 +249,14 @@ class AsyncMonitor:
                 expired=first.expired,
             ) from first
         return ids
+
+    async def _stop(self, job: JobInfo, reason: str) -> None:
+        if is_task_id(job.id):
+            await self._calls.call(
+                "ecs", "stop_task", cluster=job.queue, task=job.id, reason=reason
+            )
+        else:
+            await self._calls.call("batch", "terminate_job", jobId=job.id, reason=reason)
 
     async def logs(
         self, job_or_worker: str, *, follow: bool = False, tail: int | None = None

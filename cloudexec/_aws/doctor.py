@@ -42,6 +42,7 @@ _FATAL = (
     "key",
     "address",
 )
+"""Without which the probe cannot succeed: it is a job of AWS Batch, which needs no cluster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +118,7 @@ async def examine(
         "stack": _stack,
         "queues": _queues,
         "compute environments": _environments,
+        **({"cluster": _cluster} if profile.cluster else {}),
         "network": _network,
         "vCPU quota": _quota,
         "image": _image,
@@ -312,6 +314,26 @@ def _verdict(name: str, wrong: list[str], right: str, profile: Profile) -> Check
 
 def _max_vcpus(environment: Mapping[str, Any]) -> int:
     return int(environment.get("computeResources", {}).get("maxvCpus", 0))
+
+
+async def _cluster(examination: _Examination) -> Check:
+    """See whether tasks can be run on Fargate and Fargate Spot without AWS Batch."""
+    profile, name = examination.profile, "cluster"
+    answer = await examination.clients.call("ecs", "describe_clusters", clusters=[profile.cluster])
+    shown = profile.cluster.rpartition("/")[2]
+    found = next((each for each in answer["clusters"] if each.get("status") == "ACTIVE"), None)
+    if found is None:
+        text = f"the cluster {shown} does not exist"
+        return Check(name=name, outcome="failed", found=text, remedy=_mend(profile))
+    providers = found.get("capacityProviders") or ()
+    if "FARGATE_SPOT" not in providers:
+        remedy = (
+            f"`aws ecs put-cluster-capacity-providers --cluster {shown} --capacity-providers "
+            f"FARGATE FARGATE_SPOT --default-capacity-provider-strategy []`"
+        )
+        text = f"{shown} is not associated with FARGATE_SPOT, so Fargate(spot=True) cannot run"
+        return Check(name=name, outcome="warning", found=text, remedy=remedy)
+    return Check(name=name, outcome="ok", found=f"{shown}: ACTIVE, {', '.join(providers)}")
 
 
 async def _network(examination: _Examination) -> Check:

@@ -29,9 +29,10 @@ from cloudexec._aws.job_details import (
     was_ordered,
     workers_of,
 )
-from cloudexec._aws.job_search import JobSearch, PacedCalls
+from cloudexec._aws.job_search import JobSearch
 from cloudexec._aws.limits import DESCRIBE_JOBS
 from cloudexec._aws.names import TAG_EXPIRES, TAG_PROJECT, TAG_USER
+from cloudexec._aws.paced_calls import PacedCalls
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.records import ACTIVE, JobInfo
 from cloudexec._pricing import WorkerPrice
@@ -169,6 +170,8 @@ class JobInfos:
     ) -> tuple[WorkerPrice, str, bool]:
         """Return the price, the compute, and whether it is Spot."""
         compute, spot = self._search.compute_of(detail.get("jobQueue", ""))
+        if "spot" in detail:  # a task says it itself
+            compute, spot = "fargate", bool(detail["spot"])
         capabilities = (
             detail.get("platformCapabilities")
             or self._definition(detail).get("platformCapabilities")

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from cloudexec._aws.job_details import log_group_of, reason_of, required_time, streams_of
-from cloudexec._aws.job_search import JobSearch, PacedCalls
+from cloudexec._aws.job_search import JobSearch
+from cloudexec._aws.paced_calls import PacedCalls
 from cloudexec._aws.records import ENDED, LogLine
 from cloudexec._errors import AwsError
 

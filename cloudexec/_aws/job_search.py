@@ -1,60 +1,25 @@
-"""Finding cloudexec's jobs in an account, at a pace that leaves calls for executors."""
+"""Finding cloudexec's jobs in an account."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.job_details import executor_of, first_worker, last_part
 from cloudexec._aws.limits import DESCRIBE_JOBS
 from cloudexec._aws.names import JOB_PREFIX, TAG_EXECUTOR
+from cloudexec._aws.paced_calls import PacedCalls
 from cloudexec._aws.records import ACTIVE, ENDED
+from cloudexec._aws.task_search import TaskSearch, is_task_id
 from cloudexec._errors import AwsError, ConfigError
 
-__all__ = ["JobSearch", "PacedCalls"]
-
-_CALL_INTERVAL = 0.04
-"""Seconds between calls: AWS Batch takes about 50 a second of a whole account, and an executor
-that is being watched needs its own."""
-_CALLS_AT_ONCE = 10
+__all__ = ["JobSearch"]
 
 _JOB_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?::\d+)?")
 _JOB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_-]{0,127})(?::(?P<index>\d+))?")
 _WORKER = re.compile(r"(?:(?P<executor>[^/]+)/)?worker-(?P<number>\d+)")
-
-
-class PacedCalls:
-    """Calls to AWS, with a pause between them."""
-
-    def __init__(self, clients: AwsClients) -> None:
-        self.region = clients.region
-        self._clients = clients
-        self._gate = asyncio.Semaphore(_CALLS_AT_ONCE)
-        self._next_call = 0.0
-
-    async def call(self, service: str, operation: str, **parameters: Any) -> Any:
-        async with self._gate:
-            loop = asyncio.get_running_loop()
-            wait = self._next_call - loop.time()
-            self._next_call = max(self._next_call, loop.time()) + _CALL_INTERVAL
-            if wait > 0:
-                await asyncio.sleep(wait)
-            return await self._clients.call(service, operation, **parameters)
-
-    async def pages(
-        self, service: str, operation: str, key: str, **parameters: Any
-    ) -> AsyncIterator[Mapping[str, Any]]:
-        token: dict[str, Any] = {}
-        while True:
-            page = await self.call(service, operation, **parameters, **token)
-            for each in page.get(key, ()):
-                yield each
-            if not page.get("nextToken"):
-                return
-            token = {"nextToken": page["nextToken"]}
 
 
 class JobSearch:
@@ -63,10 +28,12 @@ class JobSearch:
     Args:
         calls: How AWS is asked.
         queues: Name or ARN by kind, as a profile has them; empty: all queues of the region.
+        tasks: Finds tasks of Amazon ECS, which are jobs for all who ask here.
     """
 
-    def __init__(self, calls: PacedCalls, queues: Mapping[str, str]) -> None:
+    def __init__(self, calls: PacedCalls, queues: Mapping[str, str], tasks: TaskSearch) -> None:
         self._calls = calls
+        self._tasks = tasks
         self._given = dict(queues)
         self._known_queues: dict[str, tuple[str, bool]] = {}
 
@@ -86,7 +53,8 @@ class JobSearch:
         )
         wanted = (*ACTIVE, *ENDED) if active is None else ACTIVE if active else ENDED
         ids = {each["jobId"]: None for jobs in listed for each in jobs if each["status"] in wanted}
-        details = [each for each in await self.describe(list(ids)) if executor_of(each)]
+        found = [*await self.describe(list(ids)), *await self._tasks.jobs(name)]
+        details = [each for each in found if executor_of(each)]
         if executor is not None:
             details = [each for each in details if executor_of(each) == executor]
         # Time has passed since they were listed.
@@ -139,11 +107,14 @@ class JobSearch:
         return [each["jobQueueArn"] for each in queues]
 
     async def describe(self, ids: Sequence[str]) -> list[Mapping[str, Any]]:
+        tasks = [each for each in ids if is_task_id(each)]
+        ids = [each for each in ids if not is_task_id(each)]
         chunks = [ids[i : i + DESCRIBE_JOBS] for i in range(0, len(ids), DESCRIBE_JOBS)]
         answers = await asyncio.gather(
             *(self._calls.call("batch", "describe_jobs", jobs=list(chunk)) for chunk in chunks)
         )
-        return [each for answer in answers for each in answer["jobs"]]
+        jobs = [each for answer in answers for each in answer["jobs"]]
+        return [*jobs, *await self._tasks.describe(tasks)]
 
     async def resolve(self, name: str) -> Mapping[str, Any]:
         """Return what DescribeJobs says of what the user named.
@@ -156,7 +127,7 @@ class JobSearch:
         if name.startswith("arn:"):
             name = name.rpartition("/")[2]
         worker = _WORKER.fullmatch(name)
-        if _JOB_ID.fullmatch(name):
+        if _JOB_ID.fullmatch(name) or is_task_id(name):
             return await self._by_id(name)
         if worker is not None:
             return await self._by_worker(worker["executor"], int(worker["number"]))
@@ -212,7 +183,7 @@ class JobSearch:
 
 def _not_found(name: str, region: str) -> AwsError:
     return AwsError(
-        f"there is no job {name} of cloudexec's in {region}, or AWS Batch has forgotten it: "
+        f"there is no job {name} of cloudexec's in {region}, or AWS has forgotten it: "
         f"`cloudexec jobs` lists them",
         code="NotFound",
         operation="batch:DescribeJobs",

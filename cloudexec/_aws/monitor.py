@@ -38,7 +38,8 @@ class Monitor:
     own, in a thread that ``close`` (or the end of a ``with`` block) ends.
 
     Args:
-        profile: Name of a profile whose queues to look at; ``None``: all queues of the region.
+        profile: Name of a profile whose queues and cluster to look at; ``None``: all of the
+            region.
         region: Where; by default the profile's, or the SDK's.
 
     Raises:
@@ -69,6 +70,8 @@ class Monitor:
         return AsyncMonitor(
             clients,
             queues={} if profile is None else profile.queues,
+            clusters=None if profile is None else list(filter(None, [profile.cluster])),
+            public_ip=profile is None or profile.assign_public_ip,
             log_group="" if profile is None else profile.log_group,
         )
 
@@ -210,7 +213,10 @@ class Monitor:
         )
 
     def cost(self, executor: str | None = None, *, refresh: bool = False) -> CostReport:
-        """Return what was run and what it cost, for as long as AWS Batch remembers jobs.
+        """Return what was run and what it cost, for as long as AWS remembers it.
+
+        AWS Batch remembers jobs for seven days or more, Amazon ECS tasks for about an hour. The
+        receipt of the executor itself has all of them.
 
         Args:
             executor: Only this one.

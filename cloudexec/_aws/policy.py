@@ -19,6 +19,7 @@ Call: TypeAlias = tuple[str, str]
 Resource: TypeAlias = Literal[
     "any",
     "bucket",
+    "cluster",
     "definition",
     "image",
     "job",
@@ -29,6 +30,7 @@ Resource: TypeAlias = Literal[
     "secret",
     "stack",
     "task",
+    "task_definition",
 ]
 
 
@@ -41,6 +43,8 @@ class Grant:
     resource: Resource
     passed_to: tuple[str, ...] = ()
     """For ``iam:PassRole``: the services that may be given the role."""
+    in_cluster: bool = False
+    """Whether it is allowed in the stack's cluster only."""
 
 
 def _any(*actions: str) -> tuple[Grant, ...]:
@@ -101,8 +105,24 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("ec2", "DescribeRouteTables"): _any("ec2:DescribeRouteTables"),
     ("ec2", "DescribeSubnets"): _any("ec2:DescribeSubnets"),
     ("ec2", "DescribeVpcEndpoints"): _any("ec2:DescribeVpcEndpoints"),
-    # The address of a relay.
+    # Tasks on Fargate without AWS Batch, and the address of a relay. Service Authorization
+    # Reference, "Actions, resources, and condition keys for Amazon ECS".
     ("ecs", "DescribeTasks"): (Grant("ecs:DescribeTasks", "task"),),
+    ("ecs", "DescribeClusters"): (Grant("ecs:DescribeClusters", "cluster"),),
+    ("ecs", "DescribeTaskDefinition"): _any("ecs:DescribeTaskDefinition"),
+    ("ecs", "ListClusters"): _any("ecs:ListClusters"),
+    ("ecs", "ListTasks"): _any("ecs:ListTasks"),
+    ("ecs", "RegisterTaskDefinition"): (
+        *_any("ecs:RegisterTaskDefinition"),
+        Grant("ecs:TagResource", "task_definition"),
+        _PASS_ROLE,
+    ),
+    ("ecs", "RunTask"): (
+        Grant("ecs:RunTask", "task_definition", in_cluster=True),
+        Grant("ecs:TagResource", "task"),
+        _PASS_ROLE,
+    ),
+    ("ecs", "StopTask"): (Grant("ecs:StopTask", "task"),),
     ("iam", "GetRole"): (Grant("iam:GetRole", "role"),),
     # Letting workers in.
     ("secretsmanager", "GetSecretValue"): (Grant("secretsmanager:GetSecretValue", "secret"),),
@@ -125,6 +145,18 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("sts", "GetCallerIdentity"): (),
 }
 """Operation -> what must be allowed. Compared by a test with the calls that are made."""
+_OF_CLUSTERS = frozenset(
+    ("ecs", each)
+    for each in (
+        "DescribeClusters",
+        "DescribeTaskDefinition",
+        "ListTasks",
+        "RegisterTaskDefinition",
+        "RunTask",
+        "StopTask",
+    )
+)
+"""Calls that are made only where there is a cluster."""
 
 
 def policy(profile: Profile | None = None, partition: str = "") -> dict[str, Any]:
@@ -138,7 +170,8 @@ def policy(profile: Profile | None = None, partition: str = "") -> dict[str, Any
     Raises:
         ConfigError: If neither is given.
     """
-    return actions_for(CALLS, profile, partition)
+    has_cluster = profile is None or profile.cluster
+    return actions_for(CALLS.keys() - (() if has_cluster else _OF_CLUSTERS), profile, partition)
 
 
 def unknown_calls(calls: Iterable[Call]) -> set[Call]:
@@ -167,17 +200,21 @@ def actions_for(
         raise ValueError(f"not in the table of calls: {names}")
     grants = {grant for call in calls for grant in CALLS[call]}
     statements: list[dict[str, Any]] = []
-    for resource, passed_to in sorted({(each.resource, each.passed_to) for each in grants}):
+    kinds = {(each.resource, each.passed_to, each.in_cluster) for each in grants}
+    for resource, passed_to, in_cluster in sorted(kinds):
         actions = sorted(
             each.action
             for each in grants
-            if (each.resource, each.passed_to) == (resource, passed_to)
+            if (each.resource, each.passed_to, each.in_cluster) == (resource, passed_to, in_cluster)
         )
         arns, condition = _resources(resource, profile, place)
         if passed_to:
             condition = {"StringEquals": {"iam:PassedToService": list(passed_to)}}
+        if in_cluster:
+            (cluster,), _ = _resources("cluster", profile, place)
+            condition = {"ArnLike": {"ecs:cluster": cluster}}
         statement: dict[str, Any] = {
-            "Sid": ("Pass" if passed_to else "") + _SIDS[resource],
+            "Sid": ("Pass" if passed_to else "Run" if in_cluster else "") + _SIDS[resource],
             "Effect": "Allow",
             "Action": actions,
             "Resource": arns if len(arns) > 1 else arns[0],
@@ -191,6 +228,7 @@ def actions_for(
 _SIDS: dict[Resource, str] = {
     "any": "WhatHasNoResources",
     "bucket": "Bucket",
+    "cluster": "Cluster",
     "definition": "JobDefinitions",
     "image": "Images",
     "job": "Jobs",
@@ -201,6 +239,7 @@ _SIDS: dict[Resource, str] = {
     "secret": "Key",
     "stack": "Stack",
     "task": "Tasks",
+    "task_definition": "TaskDefinitions",
 }
 
 
@@ -250,9 +289,19 @@ def _resources(
         case "stack":
             stack = profile.stack or "cloudexec-*" if profile else "cloudexec-*"
             return [arn("cloudformation", f"stack/{stack}/*")], {}
+        case "cluster":
+            cluster = (profile.cluster if profile else "") or "cloudexec-*"
+            is_arn = cluster.startswith("arn:")
+            return [cluster if is_arn else arn("ecs", f"cluster/{cluster}")], {}
         case "task":
             # In clusters of AWS Batch, which it names after compute environments.
-            return [arn("ecs", "task/AWSBatch-*")], {}
+            tasks = [arn("ecs", "task/AWSBatch-*")]
+            if profile is None or profile.cluster:
+                cluster = profile.cluster.rpartition("/")[2] if profile else "cloudexec-*"
+                tasks.append(arn("ecs", f"task/{cluster}/*"))
+            return tasks, {}
+        case "task_definition":
+            return [arn("ecs", f"task-definition/{DEFINITION_PREFIX}*:*")], {}
         case _:
             return ["*"], {}
 

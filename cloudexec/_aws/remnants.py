@@ -10,11 +10,21 @@ from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.names import TAG_REGION, TAG_STACK
 from cloudexec._aws.stack import find_stack
 from cloudexec._aws.steps import Noted, Report
+from cloudexec._aws.task_definitions import task_definitions
 from cloudexec._errors import AwsError
 
 __all__ = ["Remnant", "find_remnants", "tagged_secrets"]
 
-_TYPES_SEEN_DIRECTLY = ("batch", "cloudformation", "ecr", "iam", "logs", "s3", "secretsmanager")
+_TYPES_SEEN_DIRECTLY = (
+    "batch",
+    "cloudformation",
+    "ecr",
+    "ecs",
+    "iam",
+    "logs",
+    "s3",
+    "secretsmanager",
+)
 
 _DESCRIBED = {
     "launch-template": "describe_launch_templates",
@@ -50,6 +60,8 @@ async def find_remnants(clients: AwsClients, stack: str, report: Report) -> tupl
         "job queue": _left_queues,
         "compute environment": _left_environments,
         "job definition": _left_definitions,
+        "cluster": _left_cluster,
+        "task definition": task_definitions,
         "bucket": _left_buckets,
         "repository": _left_repositories,
         "log group": _left_log_groups,
@@ -99,6 +111,15 @@ async def _left_definitions(clients: AwsClients, stack: str) -> AsyncIterator[st
     ):
         if each.get("tags", {}).get(TAG_STACK) == stack and each.get("status") != "INACTIVE":
             yield each["jobDefinitionArn"]
+
+
+async def _left_cluster(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    answer = await clients.call("ecs", "describe_clusters", clusters=[stack], include=["TAGS"])
+    for each in answer["clusters"]:
+        tags = {tag["key"]: tag["value"] for tag in each.get("tags", ())}
+        # A deleted cluster can be described for a while.
+        if each.get("status") != "INACTIVE" and tags.get(TAG_STACK) == stack:
+            yield each["clusterName"]
 
 
 async def _left_buckets(clients: AwsClients, stack: str) -> AsyncIterator[str]:
@@ -218,9 +239,6 @@ async def _is_there(clients: AwsClients, arn: str, service: str, resource: str) 
     """Describe what the tagging service lists; ``None`` if there is no telling."""
     kind, _, name = resource.partition("/")
     try:
-        if service == "ecs" and kind == "cluster":
-            answer = await clients.call("ecs", "describe_clusters", clusters=[arn])
-            return any(each.get("status") != "INACTIVE" for each in answer["clusters"])
         if service != "ec2" or kind not in _DESCRIBED:
             return None
         plural = "".join(part.capitalize() for part in kind.split("-"))

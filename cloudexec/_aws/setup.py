@@ -35,6 +35,8 @@ _QUEUES = {
     "ec2": "Ec2Queue",
     "ec2_spot": "Ec2SpotQueue",
 }
+_PARAMETERS = {"fargate": "Fargate"}
+"""By launcher: the parameter which says that the stack has what it needs."""
 _NEEDED_OUTPUTS = ("FargateQueue", "ExecutionRole", "JobRole", "KeySecret", "LogGroup", "Version")
 _POLICY = re.compile(r"arn:aws[a-z-]*:iam::(\d{12}|aws):policy/[\w+=,.@/-]+")
 _UNBORN = ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED")
@@ -54,6 +56,9 @@ class SetupOptions:
     max_vcpus: int | None = None
     ec2: bool | None = None
     """Whether there are queues for EC2 instances too."""
+    launchers: tuple[str, ...] | None = None
+    """Launchers that the stack has something for, besides ``"batch"``, for which it always has:
+    ``"fargate"``."""
     public_ip: bool | None = None
     """Whether workers get public addresses. A new stack, and one whose network is changed: if
     there are subnets in which that helps."""
@@ -79,6 +84,11 @@ class SetupOptions:
             choices = ", ".join(map(str, LOG_RETENTION_DAYS))
             raise ConfigError(
                 f"CloudWatch Logs keeps logs for {choices} days, not {self.log_retention_days}"
+            )
+        if unknown := set(self.launchers or ()) - {"batch", *_PARAMETERS}:
+            raise ConfigError(
+                f"a stack can be for {', '.join(('batch', *_PARAMETERS))}, not for "
+                f"{', '.join(sorted(unknown))}"
             )
         if self.max_vcpus is not None and self.max_vcpus < 1:
             raise ConfigError(f"max_vcpus must be 1 or more, not {self.max_vcpus}")
@@ -362,6 +372,9 @@ def _parameters(options: SetupOptions) -> dict[str, str]:
         "PermissionsBoundary": options.permissions_boundary,
         "Ec2": None if options.ec2 is None else ("true" if options.ec2 else "false"),
     }
+    if options.launchers is not None:
+        for name, parameter in _PARAMETERS.items():
+            given[parameter] = "true" if name in options.launchers else "false"
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -495,6 +508,7 @@ def _profile(region: str, stack: Stack, options: SetupOptions, earlier: Profile 
         # Images went with the repository that they were in.
         images=base.images if base.repository in ("", repository) else {},
         security_group=outputs.get("SecurityGroup", ""),
+        cluster=outputs.get("Cluster", ""),
         vpc=outputs.get("Vpc", ""),
         subnets=tuple(filter(None, outputs.get("Subnets", "").split(","))),
         assign_public_ip=outputs.get("AssignPublicIp", "ENABLED") == "ENABLED",

@@ -14,6 +14,8 @@ from cloudexec._aws.records import ACTIVE
 from cloudexec._aws.remnants import Remnant, find_remnants, tagged_secrets
 from cloudexec._aws.stack import Stack, event_ids, find_stack, follow
 from cloudexec._aws.steps import Noted, Report, counted, stepping
+from cloudexec._aws.task_definitions import delete_task_definitions, task_definitions
+from cloudexec._aws.task_requests import DESCRIBE_TASKS
 from cloudexec._errors import AwsError, ConfigError
 
 __all__ = ["Stock", "down", "take_stock"]
@@ -36,14 +38,14 @@ class Stock:
 
     stack: Stack | None
     jobs: int
-    """Jobs that have not finished; an array counts once."""
+    """Jobs that have not finished, where an array counts once, and tasks without a job."""
     objects: int
     """Objects in the bucket, as far as counted: see ``has_more_objects``."""
     has_more_objects: bool
     images: int
     """Images in the repository."""
     definitions: int
-    """Active revisions of job definitions."""
+    """Active revisions of job definitions and task definitions."""
 
 
 async def take_stock(clients: AwsClients, name: str) -> Stock:
@@ -59,6 +61,8 @@ async def take_stock(clients: AwsClients, name: str) -> Stock:
     jobs: set[str] = set()
     for queue in resources.get("AWS::Batch::JobQueue", ()):
         jobs |= await _active_jobs(clients, queue)
+    for cluster in resources.get("AWS::ECS::Cluster", ()):
+        jobs |= await _active_tasks(clients, cluster)
     objects, has_more = 0, False
     for bucket in resources.get("AWS::S3::Bucket", ()):
         try:
@@ -76,6 +80,7 @@ async def take_stock(clients: AwsClients, name: str) -> Stock:
         images += len(await _digests(clients, repository))
     roles = resources.get("AWS::IAM::Role", ())
     definitions = [each async for each in _definitions(clients, stack_name(name), roles)]
+    definitions += [each async for each in task_definitions(clients, stack_name(name), roles)]
     return Stock(
         stack=stack,
         jobs=len(jobs),
@@ -134,14 +139,24 @@ async def down(
         if running:
             text = f"{counted(running, 'job')} still ending after {jobs_end_within:.0f} s: going on"
             report(Noted(text=text))
+    for cluster in resources.get("AWS::ECS::Cluster", ()):
+        with stepping(report, "Tasks") as step:
+            ended, running = await _end_tasks(clients, cluster, interval, jobs_end_within)
+            step.found = f"{counted(ended, 'task')} stopped" if ended else "none was active"
+        if running:
+            text = f"{counted(running, 'task')} still ending after {jobs_end_within:.0f} s"
+            report(Noted(text=f"{text}: going on"))
+    roles = resources.get("AWS::IAM::Role", ())
     with stepping(report, "Job definitions") as step:
-        count = 0
-        roles = resources.get("AWS::IAM::Role", ())
         arns = [each async for each in _definitions(clients, stack_of, roles)]
         for arn in arns:
             await clients.call("batch", "deregister_job_definition", jobDefinition=arn)
-            count += 1
-        step.found = f"{count:,} deregistered" if count else "there was none"
+        step.found = f"{len(arns):,} deregistered" if arns else "there was none"
+    arns = [each async for each in task_definitions(clients, stack_of, roles)]
+    if arns:
+        with stepping(report, "Task definitions") as step:
+            await delete_task_definitions(clients, arns)
+            step.found = f"{len(arns):,} deleted"
     if stack is None:
         report(Noted(text=f"there is no stack {stack_of} in {clients.region}"))
     else:
@@ -237,6 +252,59 @@ async def _end_jobs(
         if not active or time.monotonic() - started > within:
             return len(ended), len(active)
         await asyncio.sleep(interval)
+
+
+async def _active_tasks(clients: AwsClients, cluster: str) -> set[str]:
+    """Return ARNs of tasks that are not told to stop."""
+    try:
+        return {
+            each async for each in clients.pages("ecs", "list_tasks", "taskArns", cluster=cluster)
+        }
+    except AwsError as exc:
+        if exc.code != "ClusterNotFoundException":
+            raise
+        return set()
+
+
+async def _end_tasks(
+    clients: AwsClients, cluster: str, interval: float, within: float
+) -> tuple[int, int]:
+    """Stop tasks until none is active; return how many were, and how many still are.
+
+    CloudFormation deletes no cluster that has one.
+    """
+    gate = asyncio.Semaphore(_CALLS_AT_ONCE)
+
+    async def stop(task: str) -> None:
+        async with gate:
+            await clients.call(
+                "ecs",
+                "stop_task",
+                cluster=cluster,
+                task=task,
+                reason="cloudexec down: the stack is deleted",
+            )
+
+    stopped: set[str] = set()
+    started = time.monotonic()
+    while True:
+        active = await _active_tasks(clients, cluster)
+        await asyncio.gather(*(stop(task) for task in active - stopped))
+        stopped |= active
+        ending = active | await _ending(clients, cluster, stopped)
+        if not ending or time.monotonic() - started > within:
+            return len(stopped), len(ending)
+        await asyncio.sleep(interval)
+
+
+async def _ending(clients: AwsClients, cluster: str, tasks: Iterable[str]) -> set[str]:
+    """Return those of some tasks that have not stopped yet."""
+    ordered, found = sorted(tasks), set[str]()
+    for at in range(0, len(ordered), DESCRIBE_TASKS):
+        some = ordered[at : at + DESCRIBE_TASKS]
+        answer = await clients.call("ecs", "describe_tasks", cluster=cluster, tasks=some)
+        found |= {each["taskArn"] for each in answer["tasks"] if each["lastStatus"] != "STOPPED"}
+    return found
 
 
 async def _definitions(clients: AwsClients, stack: str, roles: Iterable[str]) -> AsyncIterator[str]:

@@ -9,7 +9,7 @@ from cloudexec._aws.names import RELAY_PORT, TAG_REGION, TAG_STACK
 
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
 
-TEMPLATE_VERSION = "4"
+TEMPLATE_VERSION = "5"
 """Raised when the template changes; ``cloudexec doctor`` compares it with the stack's output."""
 DATA_PREFIX = "data/"
 """Keys of the bucket that tasks may read and write."""
@@ -38,7 +38,7 @@ def template() -> Json:
     """
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
-        "Description": f"cloudexec: workers on AWS Batch (template version {TEMPLATE_VERSION})",
+        "Description": f"cloudexec: workers on AWS (template version {TEMPLATE_VERSION})",
         "Metadata": {
             "AWS::CloudFormation::Interface": {
                 "ParameterGroups": [
@@ -50,7 +50,10 @@ def template() -> Json:
                         "Label": {"default": "Permissions"},
                         "Parameters": ["PermissionsBoundary"],
                     },
-                    {"Label": {"default": "Capacity"}, "Parameters": ["MaxVcpus", "Ec2"]},
+                    {
+                        "Label": {"default": "Capacity"},
+                        "Parameters": ["MaxVcpus", "Ec2", "Fargate"],
+                    },
                     {
                         "Label": {"default": "Retention"},
                         "Parameters": ["LogRetentionDays", "BucketExpireDays"],
@@ -61,6 +64,7 @@ def template() -> Json:
         "Parameters": _parameters(),
         "Conditions": {
             "Ec2": {"Fn::Equals": [{"Ref": "Ec2"}, "true"]},
+            "Fargate": {"Fn::Equals": [{"Ref": "Fargate"}, "true"]},
             "Bounded": {"Fn::Not": [{"Fn::Equals": [{"Ref": "PermissionsBoundary"}, ""]}]},
         },
         "Resources": {
@@ -70,6 +74,7 @@ def template() -> Json:
             **_fargate(),
             **_relays(),
             **_ec2(),
+            **_cluster(),
         },
         "Outputs": _outputs(),
     }
@@ -116,6 +121,12 @@ def _parameters() -> Json:
             "AllowedValues": ["true", "false"],
             "Default": "false",
             "Description": "Whether there are queues for EC2 instances too.",
+        },
+        "Fargate": {
+            "Type": "String",
+            "AllowedValues": ["true", "false"],
+            "Default": "false",
+            "Description": "Whether there is a cluster for tasks on Fargate without AWS Batch too.",
         },
         "LogRetentionDays": {
             "Type": "Number",
@@ -387,6 +398,23 @@ def _ec2() -> Json:
     return {name: {"Condition": "Ec2", **each} for name, each in conditional.items()}
 
 
+def _cluster() -> Json:
+    """Return the cluster for tasks without a queue: in the same network, with the same roles."""
+    return {
+        "Cluster": {
+            "Condition": "Fargate",
+            "Type": "AWS::ECS::Cluster",
+            # As of compute environments: it may still run a worker.
+            "DependsOn": ["ExecutionRole", "JobRole", "SecurityGroupIngress"],
+            "Properties": {
+                "ClusterName": _STACK,
+                "CapacityProviders": ["FARGATE", "FARGATE_SPOT"],
+                "Tags": _tags(),
+            },
+        },
+    }
+
+
 def _outputs() -> Json:
     def attribute(resource: str, name: str) -> Json:
         return {"Fn::GetAtt": [resource, name]}
@@ -410,15 +438,16 @@ def _outputs() -> Json:
         "AssignPublicIp": ("Whether workers have public addresses", reference("AssignPublicIp")),
         "Version": ("Version of this template", TEMPLATE_VERSION),
     }
-    conditional: dict[str, tuple[str, Any]] = {
-        "Ec2Queue": ("Queue of EC2 workers", reference("Ec2Queue")),
-        "Ec2SpotQueue": ("Queue of EC2 Spot workers", reference("Ec2SpotQueue")),
+    conditional: dict[str, tuple[str, str, Any]] = {
+        "Ec2Queue": ("Ec2", "Queue of EC2 workers", reference("Ec2Queue")),
+        "Ec2SpotQueue": ("Ec2", "Queue of EC2 Spot workers", reference("Ec2SpotQueue")),
+        "Cluster": ("Fargate", "Cluster of tasks on Fargate", attribute("Cluster", "Arn")),
     }
     return {
         **{key: {"Description": text, "Value": value} for key, (text, value) in always.items()},
         **{
-            key: {"Condition": "Ec2", "Description": text, "Value": value}
-            for key, (text, value) in conditional.items()
+            key: {"Condition": condition, "Description": text, "Value": value}
+            for key, (condition, text, value) in conditional.items()
         },
     }
 

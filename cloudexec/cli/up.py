@@ -68,6 +68,13 @@ Exit codes:
 )
 @click.option("--ec2/--no-ec2", default=None, help="Whether there are queues for EC2 instances.")
 @click.option(
+    "--with",
+    "launchers",
+    metavar="LIST",
+    help="Launchers that the stack is for, with commas between: batch, which it always is for, and "
+    "fargate, for which it has a cluster of Amazon ECS; at first batch.",
+)
+@click.option(
     "--public-ip/--no-public-ip",
     default=None,
     help="Whether workers get public addresses, as they must in public subnets; at first yes.",
@@ -114,6 +121,7 @@ def up_command(
     subnets: tuple[str, ...],
     max_vcpus: int | None,
     ec2: bool | None,
+    launchers: str | None,
     public_ip: bool | None,
     log_days: int | None,
     bucket_days: int | None,
@@ -141,6 +149,7 @@ def up_command(
             subnets=subnets,
             max_vcpus=max_vcpus,
             ec2=ec2,
+            launchers=_names(launchers),
             public_ip=public_ip,
             log_retention_days=log_days,
             bucket_expire_days=bucket_days,
@@ -187,10 +196,17 @@ def up_command(
                 "again to continue, or `cloudexec down` to remove everything."
             )
             return INTERRUPTED
-        steps.say(f"Ready: profile {profile.name}, queues {', '.join(profile.queues)}.")
+        cluster = f", cluster {profile.cluster.rpartition('/')[2]}" if profile.cluster else ""
+        steps.say(f"Ready: profile {profile.name}, queues {', '.join(profile.queues)}{cluster}.")
         option = "" if name == "default" else f" --profile {name}"
         steps.say(f"Next: `cloudexec doctor{option}`.")
     return 0
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    return tuple(filter(None, (each.strip().lower() for each in text.split(","))))
 
 
 def _pairs(tags: tuple[str, ...]) -> dict[str, str]:

@@ -57,6 +57,7 @@ def test_outputs_are_those_that_a_profile_is_made_of() -> None:
     assert set(outputs) == {
         "AssignPublicIp",
         "Bucket",
+        "Cluster",
         "Ec2Queue",
         "Ec2SpotQueue",
         "ExecutionRole",

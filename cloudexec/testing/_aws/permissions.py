@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cloudexec.testing._aws.backends import ACCOUNT
+from cloudexec.testing._aws.backends import ACCOUNT, ecs_backend
 from cloudexec.testing._aws.wire import Call
 
 __all__ = ["Permissions"]
@@ -36,6 +36,8 @@ _S3 = {
 operations", Amazon S3 User Guide."""
 _BATCH = {"TerminateJobs": "TerminateJob", "CancelJobs": "CancelJob"}
 """AWS Batch API Reference, "TerminateJobs" and "CancelJobs"."""
+
+_TASKS = "ecs-tasks.amazonaws.com"
 
 Need = tuple[str, str, Mapping[str, str]]
 """An action, a resource (empty for any), and the keys of conditions."""
@@ -76,6 +78,8 @@ class Permissions:
             bucket = call.parameters.get("Bucket", "")
             resource = f"arn:aws:s3:::{bucket}" + (f"/{key}" if key else "")
             yield f"s3:{action}", resource, {}
+        elif call.service == "ecs":
+            yield from self._of_ecs(call)
         elif call.operation != "GetCallerIdentity":
             # "No permissions are required": AWS STS API Reference, "GetCallerIdentity".
             yield f"{_PREFIXES.get(call.service, call.service)}:{call.operation}", "", {}
@@ -115,6 +119,44 @@ class Permissions:
                     yield action, arn("job", each), {}
             case _:
                 yield action, "", {}
+
+    def _of_ecs(self, call: Call) -> Iterator[Need]:
+        given, action = call.parameters, f"ecs:{call.operation}"
+        cluster = given.get("cluster", "default").rpartition("/")[2]
+        place = f"arn:aws:ecs:{call.region}:{ACCOUNT}"
+        keys = {"ecs:cluster": f"{place}:cluster/{cluster}"}
+        new_task = f"{place}:task/{cluster}/new"
+        match call.operation:
+            case "RunTask":
+                definition = given["taskDefinition"]
+                yield action, definition, keys
+                if given.get("tags"):
+                    yield "ecs:TagResource", new_task, {}
+                family, _, revision = definition.rpartition("/")[2].partition(":")
+                known = ecs_backend(call.region).task_definitions.get(family, {})
+                found = known.get(int(revision or 0))
+                for name in ("task_role_arn", "execution_role_arn"):
+                    if role := getattr(found, name, None):
+                        yield "iam:PassRole", role, {"iam:PassedToService": _TASKS}
+            case "RegisterTaskDefinition":
+                yield action, "", {}
+                if given.get("tags"):
+                    definition = f"{place}:task-definition/{given['family']}:1"
+                    yield "ecs:TagResource", definition, {}
+                for name in ("taskRoleArn", "executionRoleArn"):
+                    if role := given.get(name):
+                        yield "iam:PassRole", role, {"iam:PassedToService": _TASKS}
+            case "StopTask":
+                yield action, given["task"], keys
+            case "DescribeTasks":
+                for each in given["tasks"]:
+                    yield action, each, keys
+            case "DescribeClusters":
+                for each in given.get("clusters", ()):
+                    is_arn = each.startswith("arn:")
+                    yield action, each if is_arn else f"{place}:cluster/{each}", {}
+            case _:
+                yield action, "", keys
 
     def _allows(self, action: str, resource: str, keys: Mapping[str, str]) -> bool:
         return any(

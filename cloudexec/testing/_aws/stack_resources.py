@@ -165,7 +165,7 @@ class StackResources:
         elif resource.type == "AWS::ECS::Cluster":
             if self._engine.active(resource.object.arn):
                 raise ResourceError("The Cluster cannot be deleted while Tasks are active.")
-            _delete_with_moto(region, resource)
+            ecs_backend(region).delete_cluster(physical)
         elif resource.type == "AWS::S3::Bucket":
             _delete_bucket(physical)
         elif resource.type == "AWS::ECR::Repository":

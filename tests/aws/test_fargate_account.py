@@ -1,0 +1,221 @@
+"""An account that is set up for Fargate without AWS Batch: from `up` to `down`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from cloudexec import Batch, BatchExecutor, ConfigError, Fargate, LaunchError
+from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.doctor import Check, examine
+from cloudexec._aws.monitor import Monitor
+from cloudexec._aws.policy import policy
+from cloudexec._aws.profile import Profile
+from cloudexec._aws.remnants import Remnant
+from cloudexec._aws.setup import SetupOptions, up
+from cloudexec._aws.steps import Event
+from cloudexec._aws.teardown import down, take_stock
+from cloudexec.testing import FakeAWS
+
+INTERVAL = 0.02
+
+
+@pytest.fixture
+def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
+    """An empty account, and no profiles."""
+    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path / "profiles"))
+    monkeypatch.delenv("CLOUDEXEC_PROFILE", raising=False)
+    with FakeAWS(grace=2.0, stack_seconds=0.0, calls_per_second=1000) as fake:
+        yield fake
+
+
+def ignore(event: Event) -> None:
+    """Show no steps."""
+
+
+def set_up(*launchers: str, **options: Any) -> Profile:
+    async def run() -> Profile:
+        async with AwsClients() as clients:
+            wanted = SetupOptions(launchers=launchers or None, **options)
+            return await up(clients, wanted, ignore, interval=INTERVAL)
+
+    return asyncio.run(run())
+
+
+def remove() -> tuple[Remnant, ...]:
+    async def run() -> tuple[Remnant, ...]:
+        async with AwsClients() as clients:
+            return await down(clients, "default", ignore, interval=INTERVAL)
+
+    return asyncio.run(run())
+
+
+def eventually(condition: Callable[[], Any], timeout: float = 50.0) -> Any:
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.02)
+    return found
+
+
+def ready() -> Fargate:
+    return Fargate(image="registry.example/worker:1")
+
+
+def test_up_adds_a_cluster_where_it_is_asked_to_and_keeps_it(aws: FakeAWS) -> None:
+    assert set_up().cluster == ""
+    profile = set_up("fargate")
+    assert profile.cluster == f"arn:aws:ecs:{aws.region}:123456789012:cluster/cloudexec-default"
+    assert set_up().cluster == profile.cluster
+    assert Profile.load("default") == profile
+    (found,) = boto3.client("ecs").describe_clusters(clusters=[profile.cluster], include=["TAGS"])[
+        "clusters"
+    ]
+    assert found["capacityProviders"] == ["FARGATE", "FARGATE_SPOT"]
+    assert {"key": "cloudexec:stack", "value": "cloudexec-default"} in found["tags"]
+    assert set_up("batch").cluster == ""
+    assert remove() == ()
+
+
+def test_launchers_that_a_stack_cannot_be_for_are_refused() -> None:
+    with pytest.raises(ConfigError, match="can be for batch, fargate, not for slurm"):
+        SetupOptions(launchers=("fargate", "slurm"))
+
+
+def test_a_profile_without_a_cluster_says_how_to_get_one(aws: FakeAWS) -> None:
+    set_up()
+    with pytest.raises((ConfigError, LaunchError), match=r"`cloudexec up --with fargate` adds one"):
+        with BatchExecutor(1, launcher=ready()) as executor:
+            executor.submit(pow, 2, 3).result(timeout=60)
+
+
+def test_all_that_is_needed_is_in_the_published_policy(aws: FakeAWS) -> None:
+    """For its own cluster and no other; the key of workers comes from the stack's secret."""
+    profile = set_up("fargate")
+    aws.faults.allow_only(policy(profile))
+    with BatchExecutor(2, launcher=ready()) as executor:
+        assert list(executor.map(pow, [2, 3], [2, 2])) == [4, 9]
+    (request, *_) = [r.parameters for r in aws.requests if r.operation == "RunTask"]
+    variables = request["overrides"]["containerOverrides"][0]["environment"]
+    assert "CLOUDEXEC_KEY" not in {each["name"] for each in variables}
+    boto3.client("ecs")  # a cluster of somebody else's
+    aws.faults.clear()
+    boto3.client("ecs").create_cluster(clusterName="other")
+    aws.faults.allow_only(policy(profile))
+    launcher = Fargate(image="registry.example/worker:1", cluster="other", profile="default")
+    with BatchExecutor(1, launcher=launcher) as executor:
+        with pytest.raises(LaunchError, match="not authorized to perform: ecs:RunTask"):
+            executor.submit(pow, 2, 3).result(timeout=60)
+
+
+def test_without_a_cluster_the_policy_has_nothing_of_fargate(aws: FakeAWS) -> None:
+    profile = set_up()
+    actions = {
+        action
+        for statement in policy(profile)["Statement"]
+        for action in statement["Action"]
+        if action.startswith("ecs:")
+    }
+    assert actions == {"ecs:DescribeTasks", "ecs:ListClusters"}
+
+
+def checks() -> dict[str, Check]:
+    found: list[Check] = []
+    asyncio.run(examine("default", found.append))
+    return {each.name: each for each in found}
+
+
+def test_the_doctor_looks_at_the_cluster(aws: FakeAWS) -> None:
+    set_up()
+    assert "cluster" not in checks()
+    set_up("fargate")
+    assert checks()["cluster"].outcome == "ok"
+    ecs = boto3.client("ecs")
+    ecs.put_cluster_capacity_providers(
+        cluster="cloudexec-default", capacityProviders=[], defaultCapacityProviderStrategy=[]
+    )
+    found = checks()["cluster"]
+    assert found.outcome == "warning"
+    assert "put-cluster-capacity-providers" in found.remedy
+    ecs.delete_cluster(cluster="cloudexec-default")
+    found = checks()["cluster"]
+    assert (found.outcome, found.found) == (
+        "failed",
+        "the cluster cloudexec-default does not exist",
+    )
+
+
+def test_workers_are_seen_read_priced_and_stopped(aws: FakeAWS) -> None:
+    """As those of AWS Batch are, beside them."""
+    set_up("fargate")
+    other = Batch(image="registry.example/worker:1")
+    with (
+        BatchExecutor(1, launcher=other) as of_batch,
+        BatchExecutor(2, launcher=ready(), min_workers=2) as executor,
+        Monitor("default") as monitor,
+    ):
+        futures = [executor.submit(time.sleep, 60) for _ in range(2)]
+        of_batch.submit(pow, 2, 3).result()
+        eventually(lambda: executor.stats().tasks.running == 2)
+        found = {each.id: each for each in monitor.executors()}
+        assert len(found) == 2
+        (own,) = [each for each in found.values() if each.queues == ("cloudexec-default",)]
+        assert own.workers == {"RUNNING": 2}
+        assert own.vcpus == 2.0
+        jobs = monitor.jobs(executor=own.id)
+        assert {each.first_worker for each in jobs} == {1, 2}
+        for each in jobs:
+            assert (each.state, each.compute, each.spot) == ("RUNNING", "fargate", False)
+            assert (each.vcpus, each.memory_mib, each.arch) == (1.0, 2048, "x86_64")
+            assert each.log_group == "/cloudexec/cloudexec-default"
+            assert each.per_hour_usd == pytest.approx(0.04048 + 2 * 0.004445 + 0.005)
+        for name in (jobs[0].id, jobs[0].name, f"{own.id}/worker-2"):
+            eventually(lambda: "enrolled as" in " ".join(_lines(monitor, name)))  # noqa: B023
+        cost = monitor.cost(executor=own.id)
+        assert cost.executors[0].runs == 2
+        assert any("Amazon ECS remembers tasks" in each for each in cost.notes)
+        with Monitor(region=aws.region) as everywhere:
+            assert {each.id for each in everywhere.executors()} == set(found)
+        executor.shutdown(wait=False, cancel_futures=True)
+        assert set(monitor.stop(executor=own.id)) <= {each.id for each in jobs}
+        eventually(lambda: not monitor.jobs(active=True, executor=own.id))
+        (first, *_) = monitor.jobs(executor=own.id)
+        assert first.workers in ({"ENDED": 1}, {"SUCCEEDED": 1})
+        for future in futures:
+            future.cancel()
+    assert remove() == ()
+
+
+def _lines(monitor: Monitor, name: str) -> list[str]:
+    return [line.message for line in monitor.logs(name)]
+
+
+def test_down_stops_tasks_and_leaves_no_definition(aws: FakeAWS) -> None:
+    """Also tasks whose client was killed: CloudFormation deletes no cluster with tasks."""
+    set_up("fargate")
+    executor = BatchExecutor(1, launcher=ready(), retries=0)
+    future = executor.submit(time.sleep, 120)
+    eventually(lambda: executor.stats().tasks.running == 1)
+
+    async def stock() -> tuple[int, int]:
+        async with AwsClients() as clients:
+            found = await take_stock(clients, "default")
+            return found.jobs, found.definitions
+
+    assert asyncio.run(stock()) == (1, 1)
+    assert remove() == ()
+    (job,) = aws.jobs()
+    assert job.status_reason == "cloudexec down: the stack is deleted"
+    ecs = boto3.client("ecs")
+    for status in ("ACTIVE", "INACTIVE"):
+        listed = ecs.list_task_definition_families(familyPrefix="cloudexec-", status=status)
+        assert listed["families"] == []
+    executor.kill_workers()
+    executor.shutdown(wait=False, cancel_futures=True)
+    assert future.exception(timeout=60) is not None
