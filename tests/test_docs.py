@@ -45,6 +45,7 @@ _CHECKED: dict[str, Callable[..., Any]] = {
     "BatchExecutor": cloudexec.BatchExecutor,
     "FakeAWS": FakeAWS,
     "Fallback": cloudexec.Fallback,
+    "Fargate": cloudexec.Fargate,
     "Local": cloudexec.Local,
     "ObjectOptions": cloudexec.ObjectOptions,
     "stage": cloudexec.stage,
