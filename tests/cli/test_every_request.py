@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cloudexec import Batch, BatchExecutor, LaunchError
+from cloudexec import Batch, BatchExecutor, Fargate, LaunchError
 from cloudexec._aws.profile import Profile
 from cloudexec.testing import FakeAWS
 
@@ -43,6 +43,13 @@ MODES: dict[str, dict[str, Any]] = {
         "project": "p",
     },
 }
+FARGATE: dict[str, dict[str, Any]] = {
+    "on-demand": {},
+    "spot": {"spot": True},
+    "spot-preferred": {"spot": "prefer"},
+    "arm64": {"arch": "arm64", "vcpus": 0.5, "memory": "1GiB"},
+    "by-hand": MODES["by-hand"],
+}
 
 
 @pytest.fixture
@@ -55,10 +62,10 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
         yield fake
 
 
-def _launch(aws: FakeAWS, mode: str, workers: int) -> None:
+def _launch(aws: FakeAWS, batch: Batch | Fargate, workers: int) -> None:
     """Ask for workers until the request has come in."""
-    before = sum(each.operation == "SubmitJob" for each in aws.requests)
-    batch = Batch(**MODES[mode])
+    operation = "SubmitJob" if isinstance(batch, Batch) else "RunTask"
+    before = sum(each.operation == operation for each in aws.requests)
     if batch.may_start_relay:
         # Which comes before the executor has started.
         with pytest.raises(LaunchError, match=r"the relay, job .*, is RUNNABLE after 1 s"):
@@ -68,8 +75,8 @@ def _launch(aws: FakeAWS, mode: str, workers: int) -> None:
     try:
         executor.submit(pow, 2, 3)
         deadline = time.monotonic() + 30
-        while sum(each.operation == "SubmitJob" for each in aws.requests) == before:
-            assert time.monotonic() < deadline, f"{mode}: nothing was submitted"
+        while sum(each.operation == operation for each in aws.requests) == before:
+            assert time.monotonic() < deadline, f"{batch}: nothing was submitted"
             time.sleep(0.01)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
@@ -93,6 +100,7 @@ def test_nothing_is_sent_that_aws_would_refuse(
 
     command("up", "--ec2", "--project", "p", "--tag", "team=weather", "--max-vcpus", "64")
     command("up", "--ec2", "--log-days", "7", "--bucket-days", "2", "--public-ip")
+    command("up", "--with", "batch,fargate")
     profile = Profile.load("default")
     for platform in ("linux/amd64", "linux/arm64"):
         image = f"registry.example/worker@sha256:{'0' * 64}"
@@ -103,7 +111,14 @@ def test_nothing_is_sent_that_aws_would_refuse(
     command("template")
     monkeypatch.setenv("CLOUDEXEC_PROFILE", "default")
     for workers, mode in enumerate(MODES, 1):
-        _launch(aws, mode, workers)
+        _launch(aws, Batch(**MODES[mode]), workers)
+    for workers, mode in enumerate(FARGATE, 1):
+        _launch(aws, Fargate(**FARGATE[mode]), workers)
+    # A task that runs, for the commands to see, and to stop.
+    aws.faults.clear()
+    aws.faults.slow_start(600.0)
+    _launch(aws, Fargate(), 1)
+    aws.faults.no_capacity()
     other = ("--image", "registry.example/worker:2")
     registered = command("definitions", "register", "--profile", "default", *other)
     name = registered.strip().rpartition("/")[2]
@@ -128,6 +143,7 @@ def test_nothing_is_sent_that_aws_would_refuse(
         ("DescribeStacks", "ValidationError"),  # how CloudFormation says that there is none
         ("UpdateStack", "ValidationError"),  # likewise that nothing is to change
         ("GetLogEvents", "ResourceNotFoundException"),
+        ("DescribeTaskDefinition", "ClientException"),  # how Amazon ECS says that there is none
     }
     silent = {name for name, calls in called.items() if not calls}
     assert silent <= {"policy", "template", "image use", "image show"}
@@ -140,3 +156,6 @@ def test_nothing_is_sent_that_aws_would_refuse(
     assert submitted == set(profile.queues.values())
     assert {each["platformCapabilities"][0] for each in definitions} == {"FARGATE", "EC2"}
     assert json.dumps(definitions).count("ARM64") >= 1
+    assert {"RunTask", "StopTask", "DeregisterTaskDefinition", "DeleteTaskDefinitions"} <= {
+        each.operation for each in aws.requests
+    }
