@@ -228,7 +228,7 @@ def _cause_of_end(end: JobEnd) -> Cause:
             text=f"the worker's image is for another kind of processor: {said}",
             remedy=(
                 "`cloudexec image push` makes one for x86-64, and `cloudexec image push --platform "
-                "linux/arm64` one for Batch(arch='arm64')"
+                "linux/arm64` one for arch='arm64'"
             ),
             fatal=True,
         )
@@ -250,7 +250,7 @@ def _cause_of_end(end: JobEnd) -> Cause:
         if _NO_HOST.search(said) and not _REGISTRY.search(said):
             return Cause(
                 text=f"the worker's image cannot be pulled, as its registry is not known: {said}",
-                remedy="name an image that is there: Batch(image=...)",
+                remedy="name an image that is there: image=...",
                 fatal=True,
             )
         if _TIMED_OUT.search(said) and not _CLOSED.search(said):
@@ -376,7 +376,7 @@ def _is_strange(log_tail: str) -> bool:
 
 def _disk_is_full(end: JobEnd, said: str) -> Cause:
     if end.compute == "fargate":
-        remedy = "Batch(ephemeral_gib=...) gives a worker more, up to 200 GiB"
+        remedy = "ephemeral_gib=... gives a worker more, up to 200 GiB"
     else:
         remedy = "the instances need larger volumes: set them in the launch template of the queue"
     words = f"\n{end.log_tail.strip()}" if end.log_tail.strip() else ""

@@ -176,13 +176,19 @@ def test_a_lost_answer_starts_nothing_twice(aws: Any, fargate: Make, conflict: b
     eventually(lambda: not unfinished(aws))
 
 
-def test_answers_that_stay_lost_start_nothing_twice(aws: Any, fargate: Make) -> None:
-    """Beyond the tries of the SDK: the task is found by what it was started by."""
+@pytest.mark.parametrize("lag", [2.0, 1000.0])
+def test_answers_that_stay_lost_start_nothing_twice(aws: Any, fargate: Make, lag: float) -> None:
+    """Beyond the tries of the SDK: the task is found by what it was started by, or by its token."""
     aws.faults.lose_response("RunTask", 6)
-    aws.faults.list_lag(2.0)
-    with BatchExecutor(1, launcher=fargate()) as executor:
-        assert executor.submit(square, 3).result(timeout=90) == 9
+    aws.faults.list_lag(lag)
+    aws.faults.slow_start(60.0)  # it does not connect before it is known
+    launcher = fargate()
+    with BatchExecutor(1, launcher=launcher) as executor:
+        executor.submit(square, 3)
+        eventually(lambda: [each.api for each in executor.stats().launches if each.api])
+        executor.shutdown(wait=False, cancel_futures=True)
     assert len(aws.jobs()) == 1
+    eventually(lambda: not unfinished(aws))
 
 
 def test_lost_answers_before_the_shutdown_leave_nothing(aws: Any, fargate: Make) -> None:
