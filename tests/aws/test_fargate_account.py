@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,7 +105,6 @@ def test_all_that_is_needed_is_in_the_published_policy(aws: FakeAWS) -> None:
     (request, *_) = [r.parameters for r in aws.requests if r.operation == "RunTask"]
     variables = request["overrides"]["containerOverrides"][0]["environment"]
     assert "CLOUDEXEC_KEY" not in {each["name"] for each in variables}
-    boto3.client("ecs")  # a cluster of somebody else's
     aws.faults.clear()
     boto3.client("ecs").create_cluster(clusterName="other")
     aws.faults.allow_only(policy(profile))
@@ -112,6 +112,28 @@ def test_all_that_is_needed_is_in_the_published_policy(aws: FakeAWS) -> None:
     with BatchExecutor(1, launcher=launcher) as executor:
         with pytest.raises(LaunchError, match="not authorized to perform: ecs:RunTask"):
             executor.submit(pow, 2, 3).result(timeout=60)
+
+
+def _may_listen() -> bool:
+    """Whether a process of this user may have port 443 at an address of its own."""
+    try:
+        socket.create_server(("127.200.0.1", 443)).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _may_listen(), reason="port 443 of 127.200.0.1 cannot be had")
+def test_workers_come_through_a_relay(aws: FakeAWS) -> None:
+    """Which is a job of AWS Batch, in the stack's queue for relays."""
+    profile = set_up("fargate")
+    aws.faults.allow_only(policy(profile))
+    launcher = Fargate(image="registry.example/worker:1", relay=True)
+    with BatchExecutor(2, launcher=launcher) as executor:
+        assert list(executor.map(pow, [2, 3], [2, 2])) == [4, 9]
+        assert "a relay at" in executor.cost().note
+    eventually(lambda: not any(job.status in ("STARTING", "RUNNING") for job in aws.jobs()))
+    assert {job.queue for job in aws.jobs()} == {"cloudexec-default-relay", "cloudexec-default"}
 
 
 def test_without_a_cluster_the_policy_has_nothing_of_fargate(aws: FakeAWS) -> None:

@@ -325,7 +325,7 @@ class FargatePlatform(AwsPlatform):
             size=self._settings.size_of(request.size),
             spot=worker.spot,
             environment=environment,
-            tags=self._tags(),
+            tags=self._tags(self._settings.max_runtime),
         )
 
     async def find(self, name: str, *, spot: bool) -> Submitted | None:
@@ -430,7 +430,8 @@ class FargatePlatform(AwsPlatform):
             return WorkerStatus(phase=Phase.WAITING, reason=worker.reason)
         end = end_of_task(task, lifetime=self._settings.max_runtime)
         if not end.reclaimed and inspection.asks_why(0, 1, over=True):
-            end = replace(end, log_tail=await self._inquiry.tail(log_stream(worker.arn)))
+            tail = await self._inquiry.tail(log_stream(worker.arn))
+            end = replace(end, log_tail=tail, relay=self._inquiry.relay)
         return WorkerStatus(phase=phase, ends=[worker_end(end, run_of_task(task))])
 
     async def explain(
@@ -443,6 +444,7 @@ class FargatePlatform(AwsPlatform):
             ends=[end.details for end in ends if isinstance(end.details, JobEnd)],
             spot=waiting[0].spot,
             advertised=self._inquiry.advertised,
+            relay=self._inquiry.relay,
         )
         cause: Cause | None = cause_of_waiting_tasks(situation)
         return None if cause is None else Reason(cause.text, cause.remedy, cause.fatal)
