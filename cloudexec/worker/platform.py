@@ -57,7 +57,6 @@ PLATFORMS = (
     Platform(
         name="Amazon ECS",
         sign="ECS_CONTAINER_METADATA_URI_V4",
-        stop="cloudexec stop --executor {executor}",
         metadata="ECS_CONTAINER_METADATA_URI_V4",
     ),
 )
