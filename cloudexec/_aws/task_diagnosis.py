@@ -37,16 +37,19 @@ def cause_of_refused_task(reason: str, *, spot: bool) -> Cause:
         return Cause(
             text=f"AWS has no capacity of this kind: {reason}",
             remedy=f"{on_demand}another size, more subnets, or waiting: it is tried again",
+            no_room=True,
         )
     if reason.startswith("RESOURCE:ENI"):
         return Cause(
             text=f"there is no network interface for the worker: {reason}",
             remedy="use more or larger subnets, or fewer workers: it is tried again",
+            no_room=True,
         )
     if reason.startswith(_MAY_PASS):
         return Cause(
             text=f"Amazon ECS could not start the worker now: {reason}",
             remedy="it is tried again; another size may be placed sooner",
+            no_room=True,
         )
     return Cause(
         text=f"Amazon ECS does not start the worker: {reason or 'it gives no reason'}",

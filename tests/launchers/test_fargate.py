@@ -24,6 +24,7 @@ from cloudexec import (
     BatchExecutor,
     BudgetExceededError,
     ConfigError,
+    Fallback,
     Fargate,
     LaunchError,
     WorkerLostError,
@@ -276,6 +277,21 @@ def test_spot_is_left_where_there_is_none(aws: Any, fargate: Make, stops: bool) 
     with BatchExecutor(2, launcher=fargate(spot="prefer")) as executor:
         squares(executor)
     assert time.monotonic() - began < 30
+    assert {job.spot for job in aws.jobs() if job.started_at} == {False}
+    eventually(lambda: not unfinished(aws))
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_fallback_moves_on_where_there_is_no_capacity(
+    aws: Any, fargate: Make, stops: bool
+) -> None:
+    """From Spot to on demand, as two launchers: within seconds, and without a lost task."""
+    aws.faults.ecs.tasks_stop_without_capacity = stops
+    aws.faults.no_capacity("FARGATE_SPOT")
+    began = time.monotonic()
+    with BatchExecutor(2, launcher=Fallback([fargate(spot=True), fargate()])) as executor:
+        squares(executor)
+    assert time.monotonic() - began < 40
     assert {job.spot for job in aws.jobs() if job.started_at} == {False}
     eventually(lambda: not unfinished(aws))
 

@@ -447,7 +447,9 @@ class FargatePlatform(AwsPlatform):
             relay=self._inquiry.relay,
         )
         cause: Cause | None = cause_of_waiting_tasks(situation)
-        return None if cause is None else Reason(cause.text, cause.remedy, cause.fatal)
+        if cause is None:
+            return None
+        return Reason(cause.text, cause.remedy, cause.fatal, no_room=cause.no_room)
 
     # The end.
 
