@@ -11,10 +11,13 @@ __all__ = [
     "ORDERED_ENDS",
     "RELAY_PORT",
     "RELAY_QUEUE",
+    "RUNS_PREFIX",
+    "RUN_EXECUTOR",
     "TAG_EXECUTOR",
     "TAG_EXPIRES",
     "TAG_PROJECT",
     "TAG_REGION",
+    "TAG_RUN",
     "TAG_STACK",
     "TAG_USER",
     "definition_name",
@@ -31,6 +34,8 @@ TAG_USER = "cloudexec:user"
 TAG_PROJECT = "cloudexec:project"
 TAG_EXPIRES = "cloudexec:expires"
 """When the job's time limit ends it at the latest, in UTC, ISO 8601."""
+TAG_RUN = "cloudexec:run"
+"""On jobs of executors that a program started with ``cloudexec run`` has made: the run's name."""
 TAG_STACK = "cloudexec:stack"
 """On everything that ``cloudexec up`` makes: the stack's name."""
 TAG_REGION = "cloudexec:region"
@@ -49,6 +54,10 @@ JOB_PREFIX = "cloudexec-"
 DEFINITION_PREFIX = "cloudexec-"
 OBJECTS_PREFIX = "cloudexec/"
 """Keys of the bucket that executors use: apart from those of tasks, which may not touch them."""
+RUNS_PREFIX = f"{OBJECTS_PREFIX}runs/"
+"""Keys of what ``cloudexec run`` sends and brings back, by the run's name."""
+RUN_EXECUTOR = "run-"
+"""What the tag ``TAG_EXECUTOR`` of a run's own job begins with, before the run's name."""
 RELAY_PORT = 443
 """Of the relays that are started in the stack's VPC: many networks let out nothing else."""
 RELAY_QUEUE = "fargate_relay"

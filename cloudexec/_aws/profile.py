@@ -35,6 +35,8 @@ class Profile:
     """ARN of the role that tasks have."""
     execution_role: str = ""
     """ARN of the role that pulls the image and reads the key."""
+    run_role: str = ""
+    """ARN of the role that programs started with ``cloudexec run`` have."""
     key_secret: str = ""
     """ARN of the secret that holds the stack's key; workers and executors read it."""
     log_group: str = ""

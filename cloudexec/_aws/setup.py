@@ -500,6 +500,7 @@ def _profile(region: str, stack: Stack, options: SetupOptions, earlier: Profile 
         stack=stack.name,
         queues={kind: outputs[key] for kind, key in _QUEUES.items() if key in outputs},
         job_role=outputs.get("JobRole", ""),
+        run_role=outputs.get("RunRole", ""),
         execution_role=outputs.get("ExecutionRole", ""),
         key_secret=outputs.get("KeySecret", ""),
         log_group=outputs.get("LogGroup", ""),

@@ -5,7 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from cloudexec._aws.names import RELAY_PORT, TAG_REGION, TAG_STACK
+from cloudexec._aws.names import (
+    DEFINITION_PREFIX,
+    OBJECTS_PREFIX,
+    RELAY_PORT,
+    TAG_REGION,
+    TAG_STACK,
+)
 
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
 
@@ -71,6 +77,7 @@ def template() -> Json:
             **_network(),
             **_storage(),
             **_roles(),
+            **_run_role(),
             **_fargate(),
             **_relays(),
             **_ec2(),
@@ -308,6 +315,83 @@ def _roles() -> Json:
     }
 
 
+def _run_role() -> Json:
+    """Return the role of `cloudexec run`: what a client may do while executors run, on the stack.
+
+    It may hand on the roles of workers, and not itself, so that what it starts has less than it.
+    """
+
+    def arns(*names: str) -> list[Json]:
+        place = "arn:${AWS::Partition}:batch:${AWS::Region}:${AWS::AccountId}:"
+        return [{"Fn::Sub": place + name} for name in names]
+
+    def allow(resource: Any, *actions: str) -> Json:
+        return {"Effect": "Allow", "Action": list(actions), "Resource": resource}
+
+    definitions = f"job-definition/{DEFINITION_PREFIX}*"
+    # By their names: the environments are to go before this role, and the queues before those.
+    kinds = ("fargate", "fargate-spot", "ec2", "ec2-spot")
+    queues = ["job-queue/${AWS::StackName}-" + kind for kind in kinds]
+    pass_roles = allow(
+        [{"Fn::GetAtt": ["ExecutionRole", "Arn"]}, {"Fn::GetAtt": ["JobRole", "Arn"]}],
+        "iam:PassRole",
+    )
+    services = ["batch.amazonaws.com", "ecs-tasks.amazonaws.com"]
+    pass_roles["Condition"] = {"StringEquals": {"iam:PassedToService": services}}
+    return {
+        "RunRole": {
+            "Type": "AWS::IAM::Role",
+            "Properties": {
+                **_BOUNDARY,
+                "Description": "What programs started with cloudexec run may do",
+                "AssumeRolePolicyDocument": _trust_tasks(),
+                "Policies": [
+                    _policy(
+                        "run",
+                        allow(
+                            [
+                                {"Fn::Sub": "${Bucket.Arn}/" + prefix + "*"}
+                                for prefix in (OBJECTS_PREFIX, DATA_PREFIX)
+                            ],
+                            "s3:AbortMultipartUpload",
+                            "s3:DeleteObject",
+                            "s3:GetObject",
+                            "s3:PutObject",
+                        ),
+                        allow(
+                            {"Fn::GetAtt": ["Bucket", "Arn"]},
+                            "s3:ListBucket",
+                            "s3:ListBucketMultipartUploads",
+                        ),
+                        allow(
+                            arns(*queues, definitions, "job/*"),
+                            "batch:SubmitJob",
+                        ),
+                        allow(arns(definitions), "batch:RegisterJobDefinition"),
+                        allow(arns(definitions, "job/*"), "batch:TagResource"),
+                        allow(arns("job/*"), "batch:TerminateJob"),
+                        allow(
+                            # There are no resources of these actions to name.
+                            "*",
+                            "batch:DescribeComputeEnvironments",
+                            "batch:DescribeJobDefinitions",
+                            "batch:DescribeJobQueues",
+                            "batch:DescribeJobs",
+                            "batch:GetJobQueueSnapshot",
+                            "batch:ListJobs",
+                            "servicequotas:ListServiceQuotas",
+                        ),
+                        allow({"Fn::GetAtt": ["LogGroup", "Arn"]}, "logs:GetLogEvents"),
+                        allow({"Ref": "KeySecret"}, "secretsmanager:GetSecretValue"),
+                        pass_roles,
+                    )
+                ],
+                "Tags": _tags(anywhere=True),
+            },
+        },
+    }
+
+
 def _fargate() -> Json:
     resources = {
         "MaxvCpus": {"Ref": "MaxVcpus"},
@@ -427,6 +511,7 @@ def _outputs() -> Json:
         "FargateSpotQueue": ("Queue of Fargate Spot workers", reference("FargateSpotQueue")),
         "RelayQueue": ("Queue of relays", reference("RelayQueue")),
         "JobRole": ("Role of tasks", attribute("JobRole", "Arn")),
+        "RunRole": ("Role of cloudexec run", attribute("RunRole", "Arn")),
         "ExecutionRole": ("Role that starts workers", attribute("ExecutionRole", "Arn")),
         "KeySecret": ("Secret by which workers are let in", reference("KeySecret")),
         "LogGroup": ("Where workers' output goes", reference("LogGroup")),
@@ -456,7 +541,7 @@ def _environment(resources: Json) -> Json:
     return {
         "Type": "AWS::Batch::ComputeEnvironment",
         # The group's rule and the roles go after the environment: it may still run a worker.
-        "DependsOn": ["ExecutionRole", "JobRole", "SecurityGroupIngress"],
+        "DependsOn": ["ExecutionRole", "JobRole", "RunRole", "SecurityGroupIngress"],
         "Properties": {
             "Type": "MANAGED",
             "State": "ENABLED",

@@ -34,6 +34,7 @@ PROFILE = Profile(
     },
     job_role=f"arn:aws:iam::{ACCOUNT}:role/job",
     execution_role=f"arn:aws:iam::{ACCOUNT}:role/execution",
+    run_role=f"arn:aws:iam::{ACCOUNT}:role/run",
     key_secret=f"arn:aws:secretsmanager:eu-central-1:{ACCOUNT}:secret:KeySecret-abc",
     log_group="/cloudexec/cloudexec-default",
     bucket="cloudexec-default-bucket-abc",
@@ -166,7 +167,7 @@ def test_roles_can_be_passed_to_tasks_and_to_batch_only() -> None:
     """Which of the two AWS Batch passes them to is published both ways."""
     statement = _statements(policy(PROFILE))["PassRoles"]
     assert statement["Action"] == ["iam:PassRole"]
-    assert statement["Resource"] == [PROFILE.execution_role, PROFILE.job_role]
+    assert statement["Resource"] == [PROFILE.execution_role, PROFILE.job_role, PROFILE.run_role]
     assert statement["Condition"] == {
         "StringEquals": {"iam:PassedToService": ["batch.amazonaws.com", "ecs-tasks.amazonaws.com"]}
     }

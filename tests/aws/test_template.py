@@ -68,6 +68,7 @@ def test_outputs_are_those_that_a_profile_is_made_of() -> None:
         "LogGroup",
         "RelayQueue",
         "Repository",
+        "RunRole",
         "SecurityGroup",
         "Subnets",
         "Version",
@@ -132,7 +133,7 @@ def test_ec2_resources_exist_only_on_request() -> None:
 
 
 def test_only_this_account_can_have_ecs_take_on_the_roles() -> None:
-    for name in ("JobRole", "ExecutionRole"):
+    for name in ("JobRole", "ExecutionRole", "RunRole"):
         (statement,) = RESOURCES[name]["Properties"]["AssumeRolePolicyDocument"]["Statement"]
         assert statement["Principal"] == {"Service": "ecs-tasks.amazonaws.com"}
         assert statement["Condition"] == {
@@ -151,6 +152,29 @@ def test_execution_role_has_no_wildcard_but_for_the_registry_token() -> None:
         if statement["Resource"] == "*":
             assert statement["Action"] == "ecr:GetAuthorizationToken"
         assert "*" not in statement["Action"]
+
+
+def test_programs_that_are_run_may_use_this_stack_and_hand_on_less_than_they_have() -> None:
+    """They start workers, with the roles of workers, and cannot give others their own role."""
+    statements = _statements("RunRole")
+    for statement in statements:
+        assert not [each for each in statement["Action"] if "*" in each]
+        if statement["Resource"] == "*":
+            verbs = {each.partition(":")[2] for each in statement["Action"]}
+            assert all(each.startswith(("Describe", "Get", "List")) for each in verbs)
+    (passing,) = (each for each in statements if each["Action"] == ["iam:PassRole"])
+    assert passing["Resource"] == [
+        {"Fn::GetAtt": ["ExecutionRole", "Arn"]},
+        {"Fn::GetAtt": ["JobRole", "Arn"]},
+    ]
+    (submitting,) = (each for each in statements if "batch:SubmitJob" in each["Action"])
+    queues = [each["Fn::Sub"] for each in submitting["Resource"] if "job-queue" in each["Fn::Sub"]]
+    assert [each.rpartition("/")[2] for each in queues] == [
+        "${AWS::StackName}-fargate",
+        "${AWS::StackName}-fargate-spot",
+        "${AWS::StackName}-ec2",
+        "${AWS::StackName}-ec2-spot",
+    ]
 
 
 def test_security_group_lets_in_only_itself() -> None:
@@ -195,4 +219,4 @@ def test_nothing_outlives_the_stack() -> None:
 @pytest.mark.parametrize("name", sorted(_of_type("AWS::Batch::ComputeEnvironment")))
 def test_roles_and_rules_go_after_the_environments(name: str) -> None:
     """A worker may still run when the stack is being deleted."""
-    assert {"ExecutionRole", "JobRole"} <= set(RESOURCES[name]["DependsOn"])
+    assert {"ExecutionRole", "JobRole", "RunRole"} <= set(RESOURCES[name]["DependsOn"])
