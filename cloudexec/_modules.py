@@ -20,6 +20,7 @@ __all__ = [
     "installed_directories",
     "local_modules",
     "own_modules",
+    "package_files",
     "pack_modules",
 ]
 
@@ -101,7 +102,7 @@ def local_modules(only: Container[str] | None = None) -> dict[str, str]:
             continue
         seen.add(top)
         if os.path.basename(start) == "__init__.py":
-            files.update(_package(top, os.path.dirname(start)))
+            files.update(package_files(top, os.path.dirname(start)))
         else:
             files[f"{top}.py"] = start
     return files
@@ -117,7 +118,13 @@ def _arcname(name: str, path: str) -> str:
     return f"{base}/__init__.py" if os.path.basename(path) == "__init__.py" else f"{base}.py"
 
 
-def _package(top: str, root: str) -> Iterator[tuple[str, str]]:
+def package_files(top: str, root: str) -> Iterator[tuple[str, str]]:
+    """Yield name in an archive and path of each file of a package that can be sent.
+
+    Args:
+        top: The package's name.
+        root: Its folder.
+    """
     for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = sorted(
             name for name in subdirectories if name not in _SKIPPED and not name.startswith(".")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import threading
 import weakref
 from collections.abc import (
     AsyncIterator,
-    Coroutine,
     Iterable,
     Iterator,
     Sequence,
 )
-from typing import Any, TypeVar
 
 from cloudexec._aws.account import AsyncMonitor
 from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.loop_thread import LoopThread
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.records import (
     CostReport,
@@ -27,8 +24,6 @@ from cloudexec._aws.records import (
 from cloudexec._errors import ConfigError
 
 __all__ = ["Monitor"]
-
-_T = TypeVar("_T")
 
 
 class Monitor:
@@ -55,7 +50,7 @@ class Monitor:
                     f"give one of them"
                 )
             region = self._profile.region
-        self._thread = _LoopThread()
+        self._thread = LoopThread("cloudexec-monitor")
         self._finalizer = weakref.finalize(self, self._thread.close)
         try:
             self._async: AsyncMonitor = self._thread.run(self._open(region))
@@ -226,59 +221,6 @@ class Monitor:
             AwsError: If AWS refuses, or cannot be reached.
         """
         return self._thread.run(self._async.cost(executor, refresh=refresh))
-
-
-class _LoopThread:
-    """An event loop in a thread."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._closers: list[Any] = []
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="cloudexec-monitor", daemon=True
-        )
-        self._thread.start()
-
-    def on_close(self, closer: Any) -> None:
-        """Have an asynchronous function called before the loop ends."""
-        self._closers.append(closer)
-
-    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Run to the end, from any thread."""
-        if self._loop.is_closed():
-            work.close()
-            raise RuntimeError("the monitor was closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            # Ctrl-C comes while waiting: what was asked for is wanted no more.
-            future.cancel()
-            raise
-
-    def close(self) -> None:
-        """End the loop and its thread."""
-        if self._loop.is_closed():
-            return
-        if threading.current_thread() is self._thread:
-            # The garbage collector may run anywhere, and here it must not wait for itself.
-            threading.Thread(target=self.close, name="cloudexec-monitor-close").start()
-            return
-        with contextlib.suppress(Exception):
-            self.run(self._wind_up())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _wind_up(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        for closer in reversed(self._closers):
-            await closer()
-        await self._loop.shutdown_asyncgens()
-        await self._loop.shutdown_default_executor()
 
 
 async def _next(lines: AsyncIterator[LogLine]) -> LogLine | None:

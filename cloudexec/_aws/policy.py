@@ -277,9 +277,7 @@ def _resources(
             repository = profile.repository.partition("/")[2] if profile else "cloudexec-*"
             return [arn("ecr", f"repository/{repository or '*'}")], {}
         case "role":
-            roles = (
-                [profile.execution_role, profile.job_role, profile.run_role] if profile else []
-            )
+            roles = [profile.execution_role, profile.job_role, profile.run_role] if profile else []
             return sorted(filter(None, roles)) or [arn("iam", "role/cloudexec-*")], {}
         case "secret":
             if profile and profile.key_secret:

@@ -19,6 +19,7 @@ __all__ = [
     "ExecutorInfo",
     "JobInfo",
     "LogLine",
+    "Record",
 ]
 
 ACTIVE = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING")
@@ -32,7 +33,7 @@ def _plain(value: Any) -> Any:
     """Return what JSON can say: ISO 8601 for times, objects for records."""
     if isinstance(value, datetime):
         return value.isoformat()
-    if isinstance(value, _Record):
+    if isinstance(value, Record):
         return value.to_dict()
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
@@ -41,7 +42,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class _Record:
+class Record:
     """What can be written as JSON."""
 
     __slots__ = ()
@@ -52,7 +53,7 @@ class _Record:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptInfo(_Record):
+class AttemptInfo(Record):
     """One attempt of AWS Batch to run a job. (A task's attempts are another matter.)"""
 
     number: int
@@ -65,7 +66,7 @@ class AttemptInfo(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobInfo(_Record):
+class JobInfo(Record):
     """A job: one worker, or as many as its array has."""
 
     id: str
@@ -130,7 +131,7 @@ class JobInfo(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExecutorInfo(_Record):
+class ExecutorInfo(Record):
     """The jobs of one executor, added up."""
 
     id: str
@@ -161,7 +162,7 @@ class ExecutorInfo(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LogLine(_Record):
+class LogLine(Record):
     """A line of a worker's log."""
 
     time: datetime
@@ -172,7 +173,7 @@ class LogLine(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExecutorCost(_Record):
+class ExecutorCost(Record):
     """What one executor's workers cost up to now."""
 
     executor: str
@@ -191,7 +192,7 @@ class ExecutorCost(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostReport(_Record):
+class CostReport(Record):
     """What was run and what it cost, by executor, the newest first.
 
     List prices of vCPUs, memory, storage and public addresses, from when a worker's container

@@ -24,6 +24,7 @@ from cloudexec.cli.map import map_command
 from cloudexec.cli.policy import policy_command
 from cloudexec.cli.ps import ps_command
 from cloudexec.cli.relay import relay_command
+from cloudexec.cli.run import run_command
 from cloudexec.cli.stop import stop_command
 from cloudexec.cli.template import template_command
 from cloudexec.cli.up import up_command
@@ -59,6 +60,7 @@ for _command in (
     policy_command,
     ps_command,
     relay_command,
+    run_command,
     stop_command,
     template_command,
     up_command,

@@ -9,7 +9,8 @@ launched together. To that, the worker adds its own number among them: see ``pla
 ``_AWAITED_UNTIL``, in Unix time, the client does not wait for the worker any more. After
 ``_LIFETIME`` seconds the worker ends, whatever it does.
 
-With ``CLOUDEXEC_RELAY_PORT`` this process is a relay, and no worker: see ``relay``.
+With ``CLOUDEXEC_RELAY_PORT`` this process is a relay, and no worker: see ``relay``. With
+``CLOUDEXEC_RUN_AT`` it runs a program of ``cloudexec run``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 from typing import Any, NoReturn
 
 from cloudexec._descriptors import BASE_FILES, FILES_PER_SLOT, file_limits, raise_file_limit
+from cloudexec._runs.protocol import RUN_VARIABLE
 from cloudexec.worker.client import Client
 from cloudexec.worker.platform import OWN_VARIABLES, ask_metadata, find_place
 from cloudexec.worker.relay import PORT_VARIABLE, run_as_relay
@@ -57,6 +59,8 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
             environment instead.
     """
     is_child = bootstrap is not None
+    if not is_child and RUN_VARIABLE in os.environ:
+        os.execv(sys.executable, [sys.executable, "-m", "cloudexec._runs.inside"])
     if not is_child and PORT_VARIABLE in os.environ:
         _blank("CLOUDEXEC_KEY")
         sys.exit(run_as_relay(os.environ, os.environ.pop("CLOUDEXEC_KEY", "")))

@@ -14,17 +14,16 @@ from typing import Any, Protocol, TypeVar
 from cloudexec._aws import names
 from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.definitions import pin_image
 from cloudexec._aws.key import stack_key
 from cloudexec._aws.limits import WorkerSize
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.relays import AUTO, lacks_for_relay, relay_price
 from cloudexec._aws.requests import DefinitionSpec, tag_value
-from cloudexec._enrolment import python_version
 from cloudexec._environment.packages import Packages
 from cloudexec._errors import ConfigError
 from cloudexec._launchers.base import Cost
+from cloudexec._launchers.batch.image import find_image
 from cloudexec._launchers.batch.inquiry import DEFAULT_LOG_GROUP, Inquiry
 from cloudexec._launchers.batch.relay import RelayJob, RelayOrder
 from cloudexec._launchers.platform import ExecutorInfo, Platform, Site
@@ -276,34 +275,16 @@ class AwsPlatform(Platform):
         That is done before anything is launched: a first time may take minutes, and what cannot be
         had for the workers' platform is known before they cost anything.
         """
-        settings, profile = self._settings, self._profile
-        platform = "linux/amd64" if settings.arch == "x86_64" else "linux/arm64"
-        python = python_version()
-        image = settings.image
-        if image is None and settings.packages is None:
-            image = profile.image(python, platform)
-        if image:
-            return await pin_image(self._clients, image)
-        if not profile.repository:
-            named = (
-                f"the profile {profile.name!r}" if profile.name else "a launch without a profile"
-            )
-            raise ConfigError(
-                f"there is no worker image for Python {python} on {platform}, and {named} has no "
-                f"repository to put one into: give {type(settings).__name__}(image=...), or a "
-                f"profile of `cloudexec up`"
-            )
-        from cloudexec._environment.account import push_to_account
-
-        pushed = await push_to_account(
-            settings.packages or Packages(),
-            profile,
+        settings = self._settings
+        return await find_image(
             self._clients,
-            python=python,
-            platform=platform,
+            self._profile,
+            image=settings.image,
+            packages=settings.packages,
+            arch=settings.arch,
             report=tell,
+            launcher=type(settings).__name__,
         )
-        return pushed.uri
 
     def _tags(self, lifetime: float) -> dict[str, str]:
         settings = self._settings

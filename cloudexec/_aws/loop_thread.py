@@ -1,0 +1,69 @@
+"""An event loop in a thread of its own, for programs that block."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+__all__ = ["LoopThread"]
+
+_T = TypeVar("_T")
+
+
+class LoopThread:
+    """An event loop in a thread.
+
+    Args:
+        name: Of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._loop = asyncio.new_event_loop()
+        self._closers: list[Any] = []
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def on_close(self, closer: Any) -> None:
+        """Have an asynchronous function called before the loop ends."""
+        self._closers.append(closer)
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run to the end, from any thread."""
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError(f"{self._name} was closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            # Ctrl-C comes while waiting: what was asked for is wanted no more.
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """End the loop and its thread."""
+        if self._loop.is_closed():
+            return
+        if threading.current_thread() is self._thread:
+            # The garbage collector may run anywhere, and here it must not wait for itself.
+            threading.Thread(target=self.close, name=f"{self._name}-close").start()
+            return
+        with contextlib.suppress(Exception):
+            self.run(self._wind_up())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _wind_up(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for closer in reversed(self._closers):
+            await closer()
+        await self._loop.shutdown_asyncgens()
+        await self._loop.shutdown_default_executor()

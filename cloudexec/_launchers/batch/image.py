@@ -1,0 +1,65 @@
+"""Which image a job runs: one that is named, or one with the packages that are wanted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.definitions import pin_image
+from cloudexec._aws.profile import Profile
+from cloudexec._enrolment import python_version
+from cloudexec._environment.packages import Packages
+from cloudexec._errors import ConfigError
+
+if TYPE_CHECKING:
+    from cloudexec._environment.base import Report
+
+__all__ = ["find_image"]
+
+
+async def find_image(
+    clients: AwsClients,
+    profile: Profile,
+    *,
+    image: str | None,
+    packages: Packages | None,
+    arch: str,
+    report: Report,
+    launcher: str = "Batch",
+) -> str:
+    """Return an image, pinned; push one with the packages that are wanted.
+
+    Args:
+        clients: Calls to AWS, in the profile's region.
+        profile: Has an image, or names the repository to push one to.
+        image: The image, if it is named.
+        packages: What the image is to have; ``None``: the profile's image, or, if it has none, the
+            packages that are installed here.
+        arch: ``"x86_64"`` or ``"arm64"``.
+        report: Told what is going on, in any thread.
+        launcher: The launcher that takes an image, for messages.
+
+    Raises:
+        AwsError: If AWS refuses.
+        ConfigError: If there is no image and no repository, or a package cannot be had.
+        LaunchError: If the registry refuses, or cannot be reached.
+    """
+    platform = "linux/amd64" if arch == "x86_64" else "linux/arm64"
+    python = python_version()
+    if image is None and packages is None:
+        image = profile.image(python, platform)
+    if image:
+        return await pin_image(clients, image)
+    if not profile.repository:
+        named = f"the profile {profile.name!r}" if profile.name else "a launch without a profile"
+        raise ConfigError(
+            f"there is no worker image for Python {python} on {platform}, and {named} has no "
+            f"repository to put one into: give {launcher}(image=...), or a profile of "
+            f"`cloudexec up`"
+        )
+    from cloudexec._environment.account import push_to_account
+
+    pushed = await push_to_account(
+        packages or Packages(), profile, clients, python=python, platform=platform, report=report
+    )
+    return pushed.uri

@@ -1,0 +1,20 @@
+"""``cloudexec run``: a program on one machine in AWS, which outlives the client that started it.
+
+``plan`` is what a run is, ``files`` what is sent along, ``bucket`` where that lies. A ``Place``
+(``places``, ``on_batch``) has the machine; ``runs`` is the client's side, ``inside`` the program on
+the machine, and ``run`` the interface for programs.
+
+A run has a prefix of its own in the profile's bucket:
+
+    cloudexec/runs/<name>/run.json       what is to be run: never changed
+    cloudexec/runs/<name>/files.tar.gz   the files that were sent
+    cloudexec/runs/<name>/variables.json variables of the environment, deleted at the end
+    cloudexec/runs/<name>/started.json   when the first attempt began
+    cloudexec/runs/<name>/outputs.json   names and digests of the files that came back so far
+    cloudexec/runs/<name>/outputs/...    these files
+    cloudexec/runs/<name>/result.json    how the program ended
+    cloudexec/runs/<name>/journal/...    the journal of executors in it, if they keep one there
+
+Whether the machine waits, runs or has ended is asked of its place, so that nothing has to be
+written when a client dies.
+"""

@@ -1,0 +1,271 @@
+"""``python -m cloudexec._runs.inside``: on the machine, runs the program of a run to its end.
+
+It fetches files, starts the program, and waits. What the program prints goes to this process's
+output, and so into the log. Meanwhile the files that it writes go into the bucket, so that little
+is lost with the machine. At the end it says how the program ended, in the bucket and by its own
+exit code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from cloudexec._errors import CloudexecError
+from cloudexec._runs.protocol import EXIT_NOT_RUN, REGION_VARIABLE, RUN_VARIABLE, last_line
+
+try:
+    from cloudexec._aws.clients import AwsClients
+    from cloudexec._runs.bucket import RunBucket
+    from cloudexec._runs.budget import Budget
+    from cloudexec._runs.files import unpack
+    from cloudexec._runs.outputs import Outputs
+    from cloudexec._runs.plan import RunPlan, RunResult
+except ImportError as exc:
+    print(
+        f"cloudexec: the image has no {exc.name}, which a run needs. Give --packages here, or push "
+        f"an image that has it with `cloudexec image push --packages here`",
+        flush=True,
+    )
+    raise SystemExit(EXIT_NOT_RUN) from None
+
+__all__ = ["main"]
+
+_KEEP_EVERY = 30.0
+"""Seconds between two looks at the files that the program writes."""
+_GRACE = 15.0
+"""Seconds that the program has after SIGTERM. AWS kills this process after 30, and what the program
+has written is yet to be sent."""
+_RESERVE = 30.0
+"""Seconds before the place's time limit at which the program is ended, so that its files come
+back."""
+_INTERRUPTED = 143
+
+
+def _say(text: str) -> None:
+    print(f"cloudexec: {text}", flush=True)
+
+
+def main() -> NoReturn:
+    """Run what the environment names, and end this process with the program's exit code."""
+    where = os.environ.pop(RUN_VARIABLE)
+    region = os.environ.pop(REGION_VARIABLE)
+    try:
+        code = asyncio.run(_run(where, region))
+    except (CloudexecError, OSError, tarfile.TarError) as exc:
+        _say(f"the program could not be run: {exc}")
+        code = EXIT_NOT_RUN
+    sys.stdout.flush()
+    os._exit(code)
+
+
+async def _run(where: str, region: str) -> int:
+    bucket_name, _, prefix = where.removeprefix("s3://").partition("/")
+    async with AwsClients(region) as clients:
+        bucket = RunBucket(clients, bucket_name, prefix.strip("/").rpartition("/")[2])
+        plan = await bucket.plan()
+        began = time.time()
+        try:
+            result = await _Machine(clients, bucket, plan).run()
+        except (CloudexecError, OSError, tarfile.TarError) as exc:
+            result = RunResult(exit_code=EXIT_NOT_RUN, reason=f"it could not be run: {exc}")
+            _say(result.reason)
+        result = _dated(result, began)
+        await bucket.put_result(result)
+        if result.is_final:
+            with contextlib.suppress(CloudexecError):
+                await bucket.forget_variables()
+            print(f"{last_line(plan.name)}, with exit code {result.exit_code}", flush=True)
+        return result.exit_code
+
+
+def _dated(result: RunResult, began: float) -> RunResult:
+    from dataclasses import replace
+
+    return replace(result, started_at=began, ended_at=time.time(), attempt=_attempt())
+
+
+def _attempt() -> int:
+    return int(os.environ.get("AWS_BATCH_JOB_ATTEMPT") or 1)
+
+
+class _Machine:
+    """Runs the program once.
+
+    Args:
+        clients: Calls to AWS.
+        bucket: What the bucket has of the run.
+        plan: What is to be run.
+    """
+
+    def __init__(self, clients: AwsClients, bucket: RunBucket, plan: RunPlan) -> None:
+        self._clients = clients
+        self._bucket = bucket
+        self._plan = plan
+        self._was_told = asyncio.Event()
+        self._reason = ""
+
+    async def run(self) -> RunResult:
+        """Run the program to its end, and bring its files back."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._was_told.set)
+        plan = self._plan
+        first = await self._bucket.first_start()
+        left = first + plan.max_seconds - time.time()
+        if left <= 0 and _attempt() > 1:
+            reason = f"its time limit of {plan.max_seconds} s was over before attempt {_attempt()}"
+            _say(reason)
+            return RunResult(exit_code=EXIT_NOT_RUN, reason=reason)
+        # So that the files come back; a limit of a minute or so leaves less for that.
+        limit = max(left - _RESERVE, left / 2)
+        with tempfile.TemporaryDirectory(
+            prefix="cloudexec-run-", ignore_cleanup_errors=True
+        ) as name:
+            work = await self._prepare(Path(name))
+            outputs = Outputs(self._bucket, work, plan.outputs)
+            await outputs.prepare()
+            variables = await self._bucket.variables()
+            process = await self._start(work, Path(name), variables)
+            budget = Budget(self._clients, plan)
+            code = await self._watch(process, outputs, budget, limit)
+            await self._keep(outputs, is_last=True)
+            return RunResult(
+                exit_code=code,
+                reason=self._reason,
+                is_final=not self._was_told.is_set(),
+                workers_usd=await budget.workers_usd(),
+            )
+
+    async def _prepare(self, folder: Path) -> Path:
+        """Unpack the files of the run; return its folder."""
+        work = folder / "work"
+        work.mkdir()
+        if self._plan.files_bytes:
+            archive = folder / "files.tar.gz"
+            await self._bucket.receive(self._plan, archive)
+            await asyncio.to_thread(unpack, archive, work)
+            archive.unlink()
+        return work
+
+    async def _start(self, work: Path, folder: Path, variables: Mapping[str, str]) -> Process:
+        plan = self._plan
+        environment = {**os.environ, **self._environment(work, folder), **variables}
+        try:
+            return await asyncio.create_subprocess_exec(
+                *_command(plan),
+                cwd=work,
+                env=environment,
+                stdin=DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as exc:
+            raise OSError(f"{plan.title}: {exc.strerror or exc}") from exc
+
+    def _environment(self, work: Path, folder: Path) -> dict[str, str]:
+        from cloudexec._aws.profile import Profile
+
+        plan = self._plan
+        found = {
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONIOENCODING": "utf-8",
+            "AWS_DEFAULT_REGION": plan.region,
+            "AWS_REGION": plan.region,
+            "CLOUDEXEC_RUN": plan.name,
+            "CLOUDEXEC_RUN_ATTEMPT": str(_attempt()),
+            "CLOUDEXEC_RUN_JOURNAL": f"{self._bucket.where}journal",
+        }
+        path = [str(work / each) for each in plan.python_path]
+        if given := os.environ.get("PYTHONPATH"):
+            path.append(given)
+        if path:
+            found["PYTHONPATH"] = os.pathsep.join(path)
+        if plan.profile:
+            found["CLOUDEXEC_CONFIG_DIR"] = str(folder / "profiles")
+            values = {**plan.profile, "subnets": tuple(plan.profile.get("subnets", ()))}
+            os.environ["CLOUDEXEC_CONFIG_DIR"] = found["CLOUDEXEC_CONFIG_DIR"]
+            Profile(**values).save()
+        return found
+
+    async def _watch(self, process: Process, outputs: Outputs, budget: Budget, limit: float) -> int:
+        """Wait for the program's end; end it when told to, or when time or money are used up."""
+        ending = asyncio.ensure_future(process.wait())
+        told = asyncio.ensure_future(self._was_told.wait())
+        deadline = time.monotonic() + limit
+        try:
+            while not ending.done():
+                wait = min(_KEEP_EVERY, deadline - time.monotonic())
+                await asyncio.wait(
+                    (ending, told), timeout=max(0.0, wait), return_when=asyncio.FIRST_COMPLETED
+                )
+                if ending.done():
+                    break
+                if told.done():
+                    self._reason = "it was told to stop, by a person or as its machine was needed"
+                elif time.monotonic() >= deadline:
+                    self._reason = (
+                        f"it was ended as its time limit of {self._plan.max_seconds} s was nearly "
+                        f"over: --max-hours or --max-cost allow more"
+                    )
+                elif over := await budget.exceeded():
+                    self._reason = over
+                if self._reason:
+                    _say(self._reason)
+                    await self._end(process, ending)
+                    break
+                await self._keep(outputs)
+        finally:
+            told.cancel()
+            # Processes that the program has left behind end with it, as with its container.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        code = await ending
+        if self._was_told.is_set():
+            return _INTERRUPTED  # whatever it made of it: another attempt may have to follow
+        if code == -signal.SIGKILL and not self._reason:
+            self._reason = "it was killed by SIGKILL, most likely since memory ran out"
+        if code == 0 and self._reason:
+            return _INTERRUPTED
+        return 128 - code if code < 0 else code
+
+    async def _end(self, process: Process, ending: asyncio.Future[int]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(ending), _GRACE)
+
+    async def _keep(self, outputs: Outputs, *, is_last: bool = False) -> None:
+        try:
+            await outputs.keep(is_last=is_last)
+        except CloudexecError as exc:
+            if is_last:
+                _say(f"files that the program has written did not come back: {exc}")
+                self._reason = self._reason or f"its files did not come back: {exc}"
+
+
+def _command(plan: RunPlan) -> list[str]:
+    """Return the command of a program."""
+    match plan.kind:
+        case "script":
+            return [sys.executable, plan.target, *plan.args]
+        case "module":
+            return [sys.executable, "-m", plan.target, *plan.args]
+        case "notebook":
+            return [sys.executable, "-m", "cloudexec._runs.notebook", plan.target, *plan.args]
+        case _:
+            # A single word is a line for the shell, as with ssh.
+            return list(plan.args) if len(plan.args) > 1 else ["/bin/sh", "-c", plan.args[0]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What has the machines of runs: a class for each value of ``--on``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import import_module
+from typing import Protocol
+
+from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.limits import WorkerSize
+from cloudexec._aws.profile import Profile
+from cloudexec._errors import ConfigError
+from cloudexec._pricing import WorkerPrice
+from cloudexec._runs.plan import RunPlan
+
+__all__ = ["Machine", "MachineRequest", "MachineState", "Place", "place_named"]
+
+_PLACES: Mapping[str, str] = {"batch": "cloudexec._runs.on_batch:OnBatch"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineRequest:
+    """What machine is wanted."""
+
+    cpus: float = 1.0
+    memory_mib: int | None = None
+    """``None``: 2 GiB for each processor, or a little more."""
+    gpus: int = 0
+    arch: str = "x86_64"
+    """``"x86_64"`` or ``"arm64"``."""
+    spot: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A machine that a place has, of the least size that is enough."""
+
+    size: WorkerSize
+    compute: str
+    """What kind of machine it is, in the place's words, such as ``"fargate"``."""
+    price: WorkerPrice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineState:
+    """What a place says of the machine of a run."""
+
+    job_id: str
+    phase: str
+    """``"waiting"``, ``"starting"``, ``"running"`` or ``"ended"``."""
+    created_at: datetime
+    started_at: datetime | None = None
+    stopped_at: datetime | None = None
+    exit_code: int | None = None
+    """Of the last attempt; ``None``: it had none."""
+    reason: str = ""
+    """Why it waits, or how it ended; empty while there is nothing to say."""
+    was_stopped: bool = False
+    """Whether somebody ended it."""
+    streams: Sequence[tuple[int, str]] = ()
+    """Number and log stream of each attempt that has one, in order."""
+    log_group: str = ""
+    attempts: int = 0
+    """Attempts that have ended."""
+    run_seconds: float = 0.0
+    """Of all attempts, up to now."""
+    cost_usd: float = 0.0
+    """Of the machine, up to now."""
+    workers_usd: float = 0.0
+    """Of workers that executors in it have started, up to now."""
+    workers: int = 0
+    """Jobs of such executors that have not ended."""
+    is_estimate: bool = field(default=False)
+
+
+class Place(Protocol):
+    """Has machines for runs, in one account and region.
+
+    Each method may raise ``AwsError`` if AWS refuses, or cannot be reached.
+    """
+
+    def choose(self, request: MachineRequest) -> Machine:
+        """Return the least machine that is enough.
+
+        Raises:
+            ConfigError: If there is none, or the profile does not provide it.
+        """
+
+    async def start(self, plan: RunPlan, variables: Mapping[str, str]) -> None:
+        """Start a machine that runs the image with some variables; once, whatever happens.
+
+        The place ends it after ``plan.max_seconds``, and starts it again if it takes it back.
+        """
+
+    async def find(self, names: Sequence[str]) -> dict[str, MachineState]:
+        """Say how the machines of runs are, by the runs' names; those it does not know are left
+        out."""
+
+    async def look(self, name: str, state: MachineState) -> MachineState:
+        """Look again at a machine that was found, with one request; not at workers."""
+
+    async def why(self, state: MachineState) -> str:
+        """Say why a machine waits, or how it ended, in words for people."""
+
+    async def stop(self, name: str, reason: str) -> int:
+        """End the machine of a run, and the workers of executors in it.
+
+        Returns:
+            How many jobs were ended.
+        """
+
+
+def place_named(name: str, clients: AwsClients, profile: Profile) -> Place:
+    """Return the place that ``--on`` names.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    if name not in _PLACES:
+        raise ConfigError(f"on must be one of {', '.join(sorted(_PLACES))}, not {name!r}")
+    module, _, kind = _PLACES[name].partition(":")
+    place: Place = getattr(import_module(module), kind)(clients, profile)
+    return place

@@ -1,0 +1,185 @@
+"""What a run is: program, machine, files and limits, as the bucket has it."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import PurePosixPath
+from typing import Any
+
+from cloudexec._errors import ConfigError
+
+__all__ = ["KINDS", "RunPlan", "RunResult", "check_name", "check_outputs", "new_name"]
+
+KINDS = ("script", "module", "notebook", "command")
+_NAME = re.compile(r"(?=.{1,40}$)[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_TAKEN = re.compile(r"worker-\d+")
+"""What errors call workers: `cloudexec logs` takes both."""
+_SUFFIX = "bcdfghjkmnpqrstvwxz"
+"""Letters that make no words, and are not taken for digits."""
+_STEM_LONGEST = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What is to be run, and on what."""
+
+    name: str
+    kind: str
+    """One of ``KINDS``."""
+    target: str
+    """Path of the script or notebook below the run's folder, name of the module, or nothing."""
+    args: tuple[str, ...] = ()
+    """Arguments; the whole command where there is no target."""
+    python_path: tuple[str, ...] = ()
+    """Folders below the run's in which modules are found."""
+    outputs: tuple[str, ...] = ()
+    """Folders below the run's whose files come back."""
+    files_bytes: int = 0
+    """Size of the archive of files that were sent; 0: there is none."""
+    files_sha256: str = ""
+    variables: tuple[str, ...] = ()
+    """Names of variables whose values the bucket has."""
+    on: str = "batch"
+    """Name of the place that has the machine."""
+    vcpus: float = 1.0
+    memory_mib: int = 2048
+    gpus: int = 0
+    arch: str = "x86_64"
+    compute: str = "fargate"
+    spot: bool = False
+    image: str = ""
+    max_seconds: int = 86400
+    """After which the machine's place ends it, counted for each attempt."""
+    max_cost_usd: float | None = None
+    """Of the machine and of all workers that executors in it start."""
+    per_hour_usd: float = 0.0
+    """List price of the machine."""
+    user: str = ""
+    project: str = ""
+    created_at: float = field(default_factory=time.time)
+    """Unix time."""
+    python: str = ""
+    """Minor version of Python, of the client and of the machine."""
+    region: str = ""
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    """What an executor in it knows of the account, as a profile has it."""
+
+    @property
+    def title(self) -> str:
+        """The command, for people."""
+        words = {"module": ["-m", self.target], "command": ["--"]}.get(self.kind, [self.target])
+        return " ".join([*words, *self.args])
+
+    def to_json(self) -> bytes:
+        """Return what the bucket keeps."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> RunPlan:
+        """Read what the bucket has.
+
+        Raises:
+            ConfigError: If that is no plan that this version understands.
+        """
+        values = _values(cls, data, "run.json")
+        for name in ("args", "python_path", "outputs", "variables"):
+            values[name] = tuple(values.get(name, ()))
+        plan = cls(**values)
+        if plan.kind not in KINDS:
+            raise ConfigError(
+                f"the run {plan.name} was started by a newer cloudexec (it is a {plan.kind!r}): "
+                f"upgrade this one"
+            )
+        return plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """How the program ended, as the machine has written it."""
+
+    exit_code: int
+    """As shells have it: 128 + the signal's number if a signal ended it."""
+    attempt: int = 1
+    started_at: float = 0.0
+    """Unix time, of this attempt."""
+    ended_at: float = 0.0
+    reason: str = ""
+    """Why, unless the program ended by itself."""
+    is_final: bool = True
+    """Whether no other attempt follows: one that was told to stop may be made again."""
+    workers_usd: float = 0.0
+    """What workers cost that executors in it have started."""
+
+    def to_json(self) -> bytes:
+        """Return what the bucket keeps."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> RunResult:
+        """Read what the bucket has.
+
+        Raises:
+            ConfigError: If that is no result.
+        """
+        return cls(**_values(cls, data, "result.json"))
+
+
+def _values(cls: type, data: bytes, name: str) -> dict[str, Any]:
+    known = {each.name for each in fields(cls)}
+    try:
+        values = json.loads(data)
+        # A newer release may have written more than this one knows.
+        return {key: value for key, value in values.items() if key in known}
+    except (ValueError, AttributeError) as exc:
+        raise ConfigError(f"the bucket's {name} of a run cannot be read: {exc}") from exc
+
+
+def new_name(title: str) -> str:
+    """Return a name that no other run has, and that says what is run.
+
+    Args:
+        title: Of what is run, such as a script's path.
+    """
+    words = re.findall("[a-z0-9]+", PurePosixPath(title.replace("\\", "/")).stem.lower())
+    stem = "-".join(words)[:_STEM_LONGEST].strip("-")
+    if not stem[:1].isalpha():
+        stem = f"run-{stem}".strip("-")
+    return f"{stem}-{''.join(secrets.choice(_SUFFIX) for _ in range(5))}"
+
+
+def check_name(name: str) -> str:
+    """Return a name that a run may have.
+
+    Raises:
+        ConfigError: If it may not.
+    """
+    if not _NAME.fullmatch(name) or _TAKEN.fullmatch(name):
+        raise ConfigError(
+            f"the name of a run is 1 to 40 lower-case letters and digits, beginning with a letter, "
+            f"with single hyphens between them, and not like a worker's (worker-1): not {name!r}"
+        )
+    return name
+
+
+def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
+    """Return folders whose files come back, in one form.
+
+    Raises:
+        ConfigError: If one of them is not below the folder in which the program runs.
+    """
+    found = []
+    for each in outputs:
+        path = PurePosixPath(each)
+        if not each or path.is_absolute() or ".." in path.parts:
+            raise ConfigError(
+                f"outputs are folders below the current one, such as results, not {each!r}: the "
+                f"program runs in a folder of its own, and its files come back to the same place "
+                f"below the current one"
+            )
+        found.append(str(path))
+    return tuple(dict.fromkeys(found))

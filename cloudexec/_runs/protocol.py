@@ -1,0 +1,16 @@
+"""What the client and the program on the machine agree on."""
+
+from __future__ import annotations
+
+__all__ = ["EXIT_NOT_RUN", "REGION_VARIABLE", "RUN_VARIABLE", "last_line"]
+
+RUN_VARIABLE = "CLOUDEXEC_RUN_AT"
+"""Where the run is: ``s3://bucket/prefix/``. An image's entry point then starts no worker."""
+REGION_VARIABLE = "CLOUDEXEC_RUN_REGION"
+EXIT_NOT_RUN = 125
+"""Exit code if the program could not be started, as of ``docker run``."""
+
+
+def last_line(name: str) -> str:
+    """Return what the last line of a run's log begins with."""
+    return f"cloudexec: the run {name} has ended"

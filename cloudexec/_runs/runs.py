@@ -1,0 +1,491 @@
+"""The client's side of runs: they are started, looked at, followed, stopped and cleared away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.job_details import required_time
+from cloudexec._aws.limits import LEAST_ATTEMPT_SECONDS
+from cloudexec._aws.profile import Profile
+from cloudexec._enrolment import python_version
+from cloudexec._environment.packages import Packages
+from cloudexec._errors import AwsError, ConfigError
+from cloudexec._launchers.batch.image import find_image
+from cloudexec._runs.bucket import OutputFile, RunBucket, list_names
+from cloudexec._runs.files import collect, packed
+from cloudexec._runs.info import RunInfo
+from cloudexec._runs.places import MachineRequest, MachineState, Place, place_named
+from cloudexec._runs.plan import RunPlan, RunResult, check_name, check_outputs, new_name
+from cloudexec._runs.protocol import REGION_VARIABLE, RUN_VARIABLE, last_line
+
+__all__ = ["AsyncRuns", "Found", "Look", "Position", "RunRequest"]
+
+Report = Callable[[str], None]
+_DAY = 86400.0
+_LONGEST = 14 * _DAY
+"""Fargate promises no more. AWS Batch User Guide, "Job timeouts"."""
+_PULL_SECONDS = 60.0
+"""What the download of an image may take, which is paid for and not counted by a time limit."""
+_PREPARING = 3600.0
+"""Seconds in which a run whose machine is not known may yet be about to start."""
+_REMEMBERED = 7 * _DAY
+"""AWS Batch User Guide, "Job states": jobs that have ended are kept for 7 days or more."""
+_PAGES = 20
+"""Pages of a log that are read at a time, so that what is there is shown soon."""
+_QUIET = 3
+"""Looks at a log that must find nothing new after a machine was killed."""
+_PATIENCE = 30
+"""Looks at a log whose last line has not come, though the program has ended by itself."""
+_MISSING_LOG = "ResourceNotFoundException"
+_KILLED = (None, 137, 143)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What a user wants to be run."""
+
+    kind: str
+    """One of ``plan.KINDS``."""
+    target: str = ""
+    args: tuple[str, ...] = ()
+    machine: MachineRequest = field(default_factory=MachineRequest)
+    on: str = "batch"
+    name: str = ""
+    """Empty: one is made."""
+    files: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    image: str | None = None
+    packages: Packages | None = None
+    max_seconds: float = _DAY
+    max_cost_usd: float | None = None
+    project: str = ""
+
+    def __post_init__(self) -> None:
+        if not LEAST_ATTEMPT_SECONDS <= self.max_seconds <= _LONGEST:
+            raise ConfigError(
+                f"max_hours must be {LEAST_ATTEMPT_SECONDS / 3600:.4f} to {_LONGEST / 3600:g}, "
+                f"not {self.max_seconds / 3600:g}: AWS Batch takes time limits from 1 minute, and "
+                f"Fargate promises no more than 14 days"
+            )
+        if self.max_cost_usd is not None and not 0 < self.max_cost_usd < math.inf:
+            raise ConfigError(f"max_cost must be more than 0 USD, not {self.max_cost_usd!r}")
+        if self.image is not None and self.packages is not None:
+            raise ConfigError("give either image or packages: they make an image of their own")
+        for name, value in self.variables.items():
+            if not name or "=" in name or "\0" in name + value:
+                raise ConfigError(f"{name!r} cannot be an environment variable")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A run, and all that is known of it."""
+
+    plan: RunPlan
+    machine: MachineState | None
+    result: RunResult | None
+
+    @property
+    def exit_code(self) -> int | None:
+        """The program's exit code, as the machine's place or the machine has it."""
+        if self.machine is not None and self.machine.phase != "ended":
+            return None
+        if self.machine is not None and self.machine.exit_code is not None:
+            return self.machine.exit_code
+        return None if self.result is None else self.result.exit_code
+
+    @property
+    def state(self) -> str:
+        """The state in one or two words: see ``RunInfo``."""
+        if self.machine is None and self.result is None:
+            age = time.time() - self.plan.created_at
+            if age > _REMEMBERED:
+                return "unknown"
+            return "preparing" if age < _PREPARING else "not started"
+        if self.machine is not None and self.machine.phase != "ended":
+            return self.machine.phase
+        if self.machine is not None and self.machine.was_stopped:
+            return "stopped"
+        return "succeeded" if self.exit_code == 0 else "failed"
+
+    def info(self) -> RunInfo:
+        """Return what users are told."""
+        plan, machine, result = self.plan, self.machine, self.result
+        seconds = 0.0 if machine is None else machine.run_seconds
+        cost = 0.0 if machine is None else machine.cost_usd
+        workers = 0.0 if machine is None else machine.workers_usd
+        if machine is None and result is not None:
+            # AWS Batch has forgotten the job.
+            seconds = result.ended_at - result.started_at
+            cost, workers = seconds / 3600 * plan.per_hour_usd, result.workers_usd
+        reason = "" if machine is None else machine.reason
+        if result is not None and result.reason:
+            reason = result.reason
+        return RunInfo(
+            name=plan.name,
+            state=self.state,
+            exit_code=self.exit_code,
+            reason="" if self.state == "succeeded" else reason,
+            command=plan.title,
+            user=plan.user,
+            project=plan.project,
+            on=plan.on,
+            vcpus=plan.vcpus,
+            memory_mib=plan.memory_mib,
+            gpus=plan.gpus,
+            spot=plan.spot,
+            outputs=plan.outputs,
+            created_at=required_time(plan.created_at * 1000),
+            started_at=None if machine is None else machine.started_at,
+            stopped_at=None if machine is None else machine.stopped_at,
+            attempts=0 if machine is None else machine.attempts,
+            workers=0 if machine is None else machine.workers,
+            run_seconds=seconds,
+            machine_usd=cost,
+            workers_usd=workers,
+            is_estimate=machine is None or machine.is_estimate,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far the log of a run was read."""
+
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    first: int = 0
+    quiet: int = 0
+    has_last_line: bool = False
+
+    def is_over(self, machine: MachineState) -> bool:
+        """Whether nothing more is to be expected."""
+        if machine.phase != "ended":
+            return False
+        was_killed = machine.was_stopped or machine.exit_code in _KILLED
+        return self.has_last_line or self.quiet > (_QUIET if was_killed else _PATIENCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at a run that is followed."""
+
+    machine: MachineState
+    lines: Sequence[str]
+    position: Position
+
+
+class AsyncRuns:
+    """The runs of a profile.
+
+    Args:
+        clients: Calls to AWS, in the profile's region.
+        profile: Names bucket, roles and queues.
+
+    Raises:
+        ConfigError: If the profile lacks what runs need.
+    """
+
+    def __init__(self, clients: AwsClients, profile: Profile) -> None:
+        if lacking := _lacks(profile):
+            raise ConfigError(lacking)
+        self._clients = clients
+        self._profile = profile
+
+    def bucket(self, name: str) -> RunBucket:
+        """Return what the bucket has of a run."""
+        return RunBucket(self._clients, self._profile.bucket, check_name(name))
+
+    def _place(self, name: str) -> Place:
+        return place_named(name, self._clients, self._profile)
+
+    # The start.
+
+    async def start(self, request: RunRequest, report: Report) -> RunPlan:
+        """Send files and start a machine.
+
+        If this is cancelled, what has been started is ended, and nothing stays.
+
+        Args:
+            request: What is wanted.
+            report: Told what is done, in any thread.
+
+        Returns:
+            What runs now, with its name.
+
+        Raises:
+            ConfigError: If it cannot be run as it is wanted.
+            AwsError: If AWS refuses, or cannot be reached.
+            LaunchError: If the image cannot be made.
+        """
+        place = self._place(request.on)
+        machine = place.choose(request.machine)
+        outputs = check_outputs(request.outputs)
+        title = request.target or (request.args or ("run",))[0].split()[0]
+        name = check_name(request.name) if request.name else new_name(title)
+        seconds = _limit(request, machine.price.per_hour)
+        files = await asyncio.to_thread(collect, request.kind, request.target, request.files)
+        _report_plan(report, name, request, seconds, machine.price.per_hour, str(machine.size))
+        image = await find_image(
+            self._clients,
+            self._profile,
+            image=request.image,
+            packages=request.packages,
+            arch=request.machine.arch,
+            report=report,
+        )
+        plan = RunPlan(
+            name=name,
+            kind=request.kind,
+            target=files.target or request.target,
+            args=request.args,
+            python_path=tuple(files.python_path),
+            outputs=outputs,
+            variables=tuple(sorted(request.variables)),
+            on=request.on,
+            vcpus=machine.size.vcpus,
+            memory_mib=machine.size.memory_mib,
+            gpus=machine.size.gpus,
+            arch=request.machine.arch,
+            compute=machine.compute,
+            spot=request.machine.spot,
+            image=image,
+            max_seconds=seconds,
+            max_cost_usd=request.max_cost_usd,
+            per_hour_usd=machine.price.per_hour,
+            user=_user(),
+            project=request.project or self._profile.project,
+            python=python_version(),
+            region=self._clients.region,
+            profile=asdict(_profile_inside(self._profile, image, request.machine.arch)),
+        )
+        bucket = self.bucket(name)
+        with packed(files) as archive:
+            if archive is not None:
+                plan = replace(plan, files_bytes=archive.size, files_sha256=archive.sha256.hex())
+                count = len(files.files)
+                left = f"; {files.ignored} left out by rules" if files.ignored else ""
+                report(f"sending {count:,} files, {archive.size / 1e6:,.1f} MB{left}")
+            if not await bucket.create(plan):
+                raise ConfigError(
+                    f"there is a run {name!r} already: give another name, or `cloudexec fetch "
+                    f"{name} --delete` removes what the bucket has of it"
+                )
+            try:
+                if archive is not None:
+                    await bucket.send(archive)
+                if request.variables:
+                    await bucket.put_variables(request.variables)
+                await self._submit(place, plan, bucket)
+            except BaseException:
+                with contextlib.suppress(AwsError):
+                    await asyncio.shield(bucket.delete())
+                raise
+        return plan
+
+    async def _submit(self, place: Place, plan: RunPlan, bucket: RunBucket) -> None:
+        variables = {RUN_VARIABLE: bucket.where, REGION_VARIABLE: plan.region}
+        # Interrupted in the middle of it, the machine has to be known, to be ended.
+        starting = asyncio.ensure_future(place.start(plan, variables))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.gather(starting, return_exceptions=True)
+            await place.stop(plan.name, "stopped by its user before it began")
+            raise
+
+    # Looking.
+
+    async def find(self, name: str) -> Found:
+        """Return a run.
+
+        Raises:
+            ConfigError: If there is none of that name.
+        """
+        bucket = self.bucket(name)
+        plan, result = await asyncio.gather(bucket.plan(), bucket.result())
+        machines = await self._place(plan.on).find([name])
+        return Found(plan, machines.get(name), result)
+
+    async def all(self, limit: int | None = None) -> list[Found]:
+        """Return all runs that the bucket knows, the newest first."""
+        names = await list_names(self._clients, self._profile.bucket, limit)
+
+        async def read(name: str) -> tuple[RunPlan, RunResult | None] | None:
+            bucket = RunBucket(self._clients, self._profile.bucket, name)
+            try:
+                return await bucket.plan(), await bucket.result()
+            except ConfigError:
+                return None  # it has been deleted meanwhile, or is of a newer release
+
+        read_ = [each for each in await asyncio.gather(*map(read, names)) if each is not None]
+        machines: dict[str, MachineState] = {}
+        for on in {plan.on for plan, _ in read_}:
+            there = [plan.name for plan, _ in read_ if plan.on == on]
+            machines |= await self._place(on).find(there)
+        return [Found(plan, machines.get(plan.name), result) for plan, result in read_]
+
+    async def why(self, found: Found) -> str:
+        """Say why a run waits, or how it ended, in words for people."""
+        if found.result is not None and found.result.reason and found.state != "stopped":
+            return found.result.reason
+        if found.machine is None:
+            return "AWS Batch does not know its job (any more)"
+        return await self._place(found.plan.on).why(found.machine)
+
+    async def look(self, found: Found, position: Position) -> Look:
+        """Look at a run that is followed: at its machine, and at what it has printed since.
+
+        Args:
+            found: The run.
+            position: Of the last look.
+        """
+        machine = found.machine
+        assert machine is not None
+        # First the machine: what it printed before it ended is then read.
+        machine = await self._place(found.plan.on).look(found.plan.name, machine)
+        lines: list[str] = []
+        tokens = dict(position.tokens)
+        streams = machine.streams[position.first :]
+        last = last_line(found.plan.name)
+        has_last = position.has_last_line
+        for _, stream in streams:
+            for line in await self._new_lines(machine.log_group, stream, tokens):
+                if line.startswith(last):
+                    has_last = True
+                else:
+                    lines.append(line)
+        ended = machine.phase == "ended"
+        return Look(
+            machine,
+            lines,
+            Position(
+                tokens=tokens,
+                # A further attempt has another stream; the one before it is read once more.
+                first=max(position.first, len(machine.streams) - 2),
+                quiet=0 if lines or not ended else position.quiet + 1,
+                has_last_line=has_last,
+            ),
+        )
+
+    async def _new_lines(self, group: str, stream: str, tokens: dict[str, str]) -> list[str]:
+        lines: list[str] = []
+        for _ in range(_PAGES):
+            token = tokens.get(stream)
+            extra: dict[str, Any] = {} if token is None else {"nextToken": token}
+            try:
+                page = await self._clients.call(
+                    "logs",
+                    "get_log_events",
+                    logGroupName=group,
+                    logStreamName=stream,
+                    startFromHead=True,
+                    **extra,
+                )
+            except AwsError as exc:
+                if exc.code == _MISSING_LOG:
+                    return lines  # the name is known before anything is in the stream
+                raise
+            tokens[stream] = page["nextForwardToken"]
+            lines += [event["message"].rstrip("\n") for event in page["events"]]
+            # The API repeats the token at the end of the stream. Pages may be empty before that.
+            if page["nextForwardToken"] == token:
+                break
+        return lines
+
+    # The end.
+
+    async def stop(self, name: str, reason: str) -> int:
+        """End a run, with the workers of executors in it; say how many jobs were ended."""
+        plan = await self.bucket(name).plan()
+        return await self._place(plan.on).stop(name, reason)
+
+    async def fetch(self, name: str, folder: Path) -> list[OutputFile]:
+        """Bring the files that a run has written so far into a folder."""
+        return await self.bucket(name).fetch(folder)
+
+    async def delete(self, name: str) -> int:
+        """Delete what the bucket has of a run.
+
+        Raises:
+            ConfigError: If it has not ended.
+        """
+        found = await self.find(name)
+        if found.machine is not None and found.machine.phase != "ended":
+            raise ConfigError(
+                f"the run {name} is {found.state}: `cloudexec stop {name}` ends it, and then what "
+                f"the bucket has of it can be deleted"
+            )
+        return await self.bucket(name).delete()
+
+
+def _lacks(profile: Profile) -> str:
+    """Say what a profile lacks for runs, and what to do; empty: nothing."""
+    remedy = f"`cloudexec up --name {profile.name}` adds it"
+    if profile.is_adopted:
+        remedy = (
+            f"whoever deployed the stack {profile.stack} can bring it up to date with `cloudexec "
+            f"template`, and then `cloudexec up --adopt {profile.stack} --name {profile.name}` "
+            f"writes the profile anew"
+        )
+    if not profile.bucket:
+        return (
+            f"the profile {profile.name!r} has no bucket, through which files and results of runs "
+            f"go: {remedy}"
+        )
+    if not profile.run_role:
+        return f"the profile {profile.name!r} has no role for runs: {remedy}"
+    return ""
+
+
+def _limit(request: RunRequest, per_hour: float) -> int:
+    """Return after how many seconds a machine is ended, by time and by money.
+
+    Raises:
+        ConfigError: If the money is not enough for the least there is.
+    """
+    seconds = request.max_seconds
+    if request.max_cost_usd is not None and per_hour > 0:
+        affordable = request.max_cost_usd / per_hour * 3600 - _PULL_SECONDS
+        if affordable < LEAST_ATTEMPT_SECONDS:
+            least = per_hour * (LEAST_ATTEMPT_SECONDS + _PULL_SECONDS) / 3600
+            raise ConfigError(
+                f"max_cost=${request.max_cost_usd:g} is not enough for this machine, which costs "
+                f"${per_hour:.4f} an hour and is paid for from the download of its image on: give "
+                f"${least:.4f} or more"
+            )
+        seconds = min(seconds, affordable)
+    return int(seconds)
+
+
+def _report_plan(
+    report: Report, name: str, request: RunRequest, seconds: int, per_hour: float, size: str
+) -> None:
+    hours = seconds / 3600
+    limit = f"{hours:.3g} h" if hours >= 1 else f"{seconds // 60} min"
+    spot = " on Spot" if request.machine.spot else ""
+    report(
+        f"run {name}: {size}{spot}, about ${per_hour:.3f} an hour; it ends after {limit} at the "
+        f"latest, which would cost ${(hours + _PULL_SECONDS / 3600) * per_hour:.2f}"
+    )
+
+
+def _profile_inside(profile: Profile, image: str, arch: str) -> Profile:
+    """Return what an executor in the run is to know: the machine is in the network of workers."""
+    platform = "linux/amd64" if arch == "x86_64" else "linux/arm64"
+    inside = replace(profile, advertise="", relay="", run_role="", images={})
+    return inside.with_image(python_version(), platform, image)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"

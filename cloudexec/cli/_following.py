@@ -1,0 +1,201 @@
+"""Follows a run: shows what it prints, asks on Ctrl-C, and brings its files back."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import click
+
+from cloudexec._runs.places import MachineState
+from cloudexec._runs.run import RunsClient, looks
+from cloudexec.cli._errors import INTERRUPTED, CommandError, RunError
+from cloudexec.cli._table import duration, usd
+
+__all__ = ["Follower"]
+
+_WHY_AFTER = 60
+"""Looks, about a second each, after which it is asked why a machine does not come."""
+
+
+class Follower:
+    """Follows one run to its end.
+
+    Args:
+        client: Calls AWS.
+        name: The run's.
+        report: Shows a line about the run itself.
+        log_file: Takes what the program prints, too.
+        folder: Where its files go; ``None``: they stay in the bucket.
+    """
+
+    def __init__(
+        self,
+        client: RunsClient,
+        name: str,
+        report: Callable[[str], None],
+        *,
+        log_file: Path | None = None,
+        folder: Path | None = Path(),
+    ) -> None:
+        self._client = client
+        self._name = name
+        self._report = report
+        self._log_file = log_file
+        self._folder = folder
+        self._interrupted = threading.Event()
+        self._phase = ""
+        self._attempts = 0
+        self._looks = 0
+
+    def follow(self) -> int:
+        """Show what the program prints until it ends; return the command's exit code.
+
+        Raises:
+            AwsError: If AWS refuses, or cannot be reached.
+            RunError: If the machine was lost, and with it the exit code.
+        """
+        with self._log() as log, self._asking_on_interrupt():
+            for look in looks(self._client, self._name, self._pause):
+                self._tell(look.machine)
+                for line in look.lines:
+                    click.echo(line)
+                    if log is not None:
+                        print(line, file=log, flush=True)
+                sys.stdout.flush()
+                if self._interrupted.is_set() and (code := self._ask()) is not None:
+                    return code
+        return self._finish()
+
+    @contextlib.contextmanager
+    def _log(self) -> Iterator[IO[str] | None]:
+        if self._log_file is None:
+            yield None
+            return
+        try:
+            log = open(self._log_file, "w", encoding="utf-8")  # noqa: SIM115 the with statement below closes it
+        except OSError as exc:
+            raise CommandError(f"{self._log_file} cannot be written: {exc.strerror}") from exc
+        with log:
+            yield log
+
+    def _pause(self, seconds: float) -> None:
+        if self._interrupted.wait(seconds) and not self._phase:
+            raise KeyboardInterrupt  # there is no machine yet of which one could be asked
+
+    # Ctrl-C.
+
+    @contextlib.contextmanager
+    def _asking_on_interrupt(self) -> Iterator[None]:
+        """Note Ctrl-C instead of interrupting a request; a second one interrupts."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self._interrupted.is_set():
+                raise KeyboardInterrupt
+            self._interrupted.set()
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._say_how_to_go_on("The run goes on.")
+            raise
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _ask(self) -> int | None:
+        """Ask what is to become of the run; return the exit code, or ``None`` to go on."""
+        if sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
+            # Nobody can be asked, as in a script. What nobody waits for should not cost money.
+            return self._stop()
+        click.echo(err=True)
+        question = "Stop the run (s), leave it running (l), or go on watching it (Enter)?"
+        answer = click.prompt(question, default="", show_default=False, err=True)
+        self._interrupted.clear()
+        match answer.strip().lower()[:1]:
+            case "s":
+                return self._stop()
+            case "l":
+                self._say_how_to_go_on("The run goes on.")
+                return INTERRUPTED
+            case _:
+                return None
+
+    def _stop(self) -> int:
+        reason = f"stopped by {_user()} with Ctrl-C"
+        self._client.call(self._client.runs.stop(self._name, reason))
+        self._say_how_to_go_on("The run was told to stop.", has_ended=True)
+        return INTERRUPTED
+
+    def _say_how_to_go_on(self, text: str, *, has_ended: bool = False) -> None:
+        name = self._name
+        ways = f"`cloudexec fetch {name}` brings its files"
+        if not has_ended:
+            ways = f"`cloudexec attach {name}` shows it again, `cloudexec stop {name}` ends it"
+        click.echo(f"{text} {ways}.", err=True)
+
+    # What is said of the machine.
+
+    def _tell(self, machine: MachineState) -> None:
+        """Say what has changed."""
+        name = self._name
+        if machine.attempts > self._attempts and machine.phase != "ended":
+            self._report(f"{name}: attempt {machine.attempts} was lost; it is started again")
+        if machine.phase != self._phase and machine.phase != "ended":
+            words = {
+                "waiting": "waits for a machine",
+                "starting": "has a machine, which loads the image",
+                "running": "runs",
+            }
+            self._report(f"{name}: {words[machine.phase]}")
+            self._looks = 0
+        self._looks += 1
+        if machine.phase == "waiting" and self._looks % _WHY_AFTER == 0:
+            found = self._client.call(self._client.runs.find(name))
+            if why := self._client.call(self._client.runs.why(found)):
+                self._report(f"{name}: still waits: {why}")
+        self._phase, self._attempts = machine.phase, machine.attempts
+
+    # The end.
+
+    def _finish(self) -> int:
+        found = self._client.call(self._client.runs.find(self._name))
+        info = found.info()
+        if self._folder is not None and info.outputs:
+            where = Path(os.path.abspath(self._folder))
+            files = self._client.call(self._client.runs.fetch(self._name, where))
+            size = sum(each.size for each in files)
+            self._report(
+                f"{len(files):,} files, {size / 1e6:,.1f} MB, are in {', '.join(info.outputs)}"
+            )
+        ended = "" if info.exit_code is None else f" with exit code {info.exit_code}"
+        workers = f", and {usd(info.workers_usd, is_estimate=True)} for workers"
+        self._report(
+            f"{self._name}: {info.state}{ended} after {duration(info.run_seconds)}, "
+            f"{usd(info.machine_usd, is_estimate=info.is_estimate)} by list price"
+            f"{workers if info.workers_usd else ''}"
+        )
+        why = "" if info.exit_code == 0 else self._client.call(self._client.runs.why(found))
+        if info.exit_code is None:
+            raise RunError(f"the run {self._name} has no exit code: {why}")
+        if why and (found.result is None or found.result.reason):
+            self._report(f"{self._name}: {why}")
+        return info.exit_code
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user may have no name
+        return "somebody"

@@ -1,0 +1,167 @@
+"""``cloudexec run``: run a program on one machine in AWS."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cloudexec.cli._aws_options import ends_well, profile_option
+from cloudexec.cli._errors import CommandError
+
+_EPILOG = """\b
+Examples:
+  cloudexec run train.py --epochs 10 --cpus 4 --memory 16GiB --outputs models
+  cloudexec run -m shop.report --spot --max-hours 2 --detach
+  cloudexec run analysis.ipynb --outputs figures
+  cloudexec run --cpus 8 --files src -- make -C src -j8 test
+
+\b
+Exit codes:
+  0-255  that of the program; 128 + N if signal N ended it
+  2      the command line, the profile or a file is wrong; nothing was started
+  3      AWS refused, or cannot be reached, or the machine was lost
+  125    the machine could not start the program
+  130    Ctrl-C: the program was stopped, or left running
+"""
+
+
+class _RunCommand(click.Command):
+    """Takes its own options wherever they stand, and leaves all others to the program."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            at = args.index("--")
+            args, ctx.meta["cloudexec.verbatim"] = args[:at], args[at + 1 :]
+        return super().parse_args(ctx, args)
+
+
+def _variables(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for each in values:
+        name, sign, value = each.partition("=")
+        if not sign and name not in os.environ:
+            raise CommandError(f"--env {name}: there is no such variable here; give NAME=VALUE")
+        found[name] = value if sign else os.environ[name]
+    return found
+
+
+@click.command(
+    "run",
+    cls=_RunCommand,
+    short_help="Run a program on one machine in AWS.",
+    epilog=_EPILOG,
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": True,
+        "max_content_width": 100,
+    },
+)
+@click.argument("words", metavar="[SCRIPT|NOTEBOOK] [ARGS]...", nargs=-1, type=click.UNPROCESSED)
+@click.option("-m", "--module", metavar="MODULE", help="Run a module instead of a script.")
+@click.option("--cpus", type=float, default=1, show_default=True, metavar="N", help="Processors.")
+@click.option("--memory", metavar="SIZE", help="Such as 16GiB; by default 2 GiB a processor.")
+@click.option("--gpu", "gpus", type=int, default=0, metavar="N", help="GPUs, on EC2.")
+@click.option("--arch", type=click.Choice(["x86_64", "arm64"]), default="x86_64", show_default=True)
+@click.option("--spot", is_flag=True, help="Use spare capacity, which AWS may take back.")
+@click.option("--on", default="batch", show_default=True, metavar="PLACE", help="batch.")
+@click.option("--name", default="", metavar="NAME", help="Of the run; by default one is made.")
+@click.option(
+    "--files",
+    multiple=True,
+    metavar="PATH",
+    help="Send a file, a folder or a 'pattern' as well. Can be repeated.",
+)
+@click.option(
+    "--outputs",
+    multiple=True,
+    metavar="DIR",
+    help="Bring back the files that the program writes there. Can be repeated.",
+)
+@click.option(
+    "--env",
+    multiple=True,
+    metavar="NAME[=VALUE]",
+    callback=_variables,
+    help="Set a variable, by default as it is here. It goes through the bucket only.",
+)
+@click.option("--image", metavar="IMAGE", help="Run in this image.")
+@click.option(
+    "--packages",
+    metavar="here|none|FILE",
+    help="Have these packages; by default the profile's image, or here if it has none.",
+)
+@click.option(
+    "--max-hours",
+    type=float,
+    default=24,
+    show_default=True,
+    metavar="HOURS",
+    help="End the machine after that time.",
+)
+@click.option(
+    "--max-cost",
+    type=float,
+    metavar="USD",
+    help="End the machine, and workers of executors in it, before they cost more.",
+)
+@click.option("--project", default="", metavar="NAME", help="Goes into a tag, for the bill.")
+@click.option(
+    "--log-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write what the program prints into a file, too.",
+)
+@click.option("-d", "--detach", is_flag=True, help="Print the run's name, and do not wait.")
+@click.option("-q", "--quiet", "is_quiet", is_flag=True, help="Show only what the program prints.")
+@profile_option("Use the bucket, queues and roles of this profile.")
+@click.pass_context
+@ends_well
+def run_command(
+    context: click.Context,
+    /,
+    words: tuple[str, ...],
+    module: str | None,
+    detach: bool,
+    log_file: Path | None,
+    is_quiet: bool,
+    profile: str | None,
+    **options: Any,
+) -> int:
+    """Run a script, a notebook, a module (-m) or a command (after --) on one machine in AWS.
+
+    The machine has the packages that are installed here, or the profile's image. The script's own
+    modules are sent, and files that --files names. What the program prints appears here, with a
+    delay of some seconds, and files in --outputs come back at the end.
+
+    The run goes on if this command is killed or the machine here is off: `cloudexec runs` lists
+    runs, and `cloudexec attach`, `logs`, `stop` and `fetch` take its name. Ctrl-C asks whether it
+    is to be stopped.
+
+    Options of this command may stand behind the script. What stands behind -- is left to the
+    program.
+    """
+    from cloudexec._runs.run import RunsClient, make_request
+    from cloudexec.cli._following import Follower
+
+    verbatim = tuple(context.meta.get("cloudexec.verbatim", ()))
+    target, args = "", (*words, *verbatim)
+    if module is None and words:
+        target, args = words[0], args[1:]
+    request = make_request(module or target, args, module=module is not None, **options)
+
+    def report(line: str) -> None:
+        if not is_quiet:
+            click.echo(line, err=True)
+
+    with RunsClient(profile) as client:
+        plan = client.call(client.runs.start(request, report))
+        if detach:
+            report(f"`cloudexec attach {plan.name}` shows what it prints")
+            click.echo(plan.name)
+            return 0
+        return Follower(client, plan.name, report, log_file=log_file).follow()
