@@ -25,6 +25,7 @@ from cloudexec.testing._aws.object_requests import (
     query_token,
     refusal,
 )
+from cloudexec.testing._aws.permissions import Permissions
 from cloudexec.testing._aws.records import Request
 from cloudexec.testing._aws.token_bucket import TokenBucket
 from cloudexec.testing._aws.wire import (
@@ -69,6 +70,8 @@ class Gateway:
             pause.
         metadata: Answers ``/v4/<task id>...``.
         secret: Returns the secret of an access key if it is known, to check signed URLs.
+        role: Returns what the role may do whose key is in an authorization header; ``None`` if it
+            is no role's.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Gateway:
         calls_per_second: float,
         metadata: Callable[[str], Mapping[str, Any] | None],
         secret: Callable[[str], str | None] = lambda key: None,
+        role: Callable[[str], Permissions | None] = lambda authorization: None,
     ) -> None:
         self._moto = moto
         self._handlers = handlers
@@ -88,6 +92,7 @@ class Gateway:
         self._faults = faults
         self._metadata = metadata
         self._secret = secret
+        self._role = role
         self._bucket = TokenBucket(calls_per_second)
         self._lock = threading.Lock()
         # moto's back ends use no locks, so a server with many threads would lose updates.
@@ -228,7 +233,9 @@ class Gateway:
                 f"{call.service}:{call.operation} action"
             )
             return error_response(call, code, message, 403)
-        if not found and (lacking := self._faults.missing_permission(call)) is not None:
+        role = self._role(headers.get("authorization", ""))
+        lacking = self._faults.missing_permission(call) if role is None else role.refusal(call)
+        if not found and lacking is not None:
             denied = "AccessDeniedException" if _is_json(call) else "AccessDenied"
             return error_response(call, _DENIED.get(call.service, denied), lacking, 403)
         over = call.service == "batch" and not self._bucket.take()

@@ -10,6 +10,7 @@ from cloudexec.testing._aws.backends import ACCOUNT, batch_backend
 from cloudexec.testing._aws.faults import Faults
 from cloudexec.testing._aws.jobs import Job, JobSpec
 from cloudexec.testing._aws.platform import EnvironmentView, QueueView
+from cloudexec.testing._aws.roles import RoleKeys
 from cloudexec.testing._aws.runners import StartError
 
 __all__ = ["MotoPlatform"]
@@ -22,14 +23,21 @@ class MotoPlatform:
         faults: Says which compute environments are broken.
         metadata_url: The beginning of the addresses of task metadata.
         job_environment: Variables that every job gets in addition to those of AWS.
+        role_keys: Makes the credentials of jobs' roles; ``None``: jobs get none.
     """
 
     def __init__(
-        self, faults: Faults, *, metadata_url: str, job_environment: Mapping[str, str]
+        self,
+        faults: Faults,
+        *,
+        metadata_url: str,
+        job_environment: Mapping[str, str],
+        role_keys: RoleKeys | None = None,
     ) -> None:
         self._faults = faults
         self._metadata_url = metadata_url
         self._job_environment = dict(job_environment)
+        self._role_keys = role_keys
 
     def queue(self, arn: str) -> QueueView | None:
         """Return the queue; ``None`` if it was deleted."""
@@ -78,6 +86,9 @@ class MotoPlatform:
             "AWS_BATCH_CE_NAME": job.environment_name or "",
             "AWS_BATCH_JQ_NAME": job.spec.queue_name,
         }
+        role = job.spec.container.get("jobRoleArn", "")
+        if self._role_keys is not None and role:
+            found["AWS_ACCESS_KEY_ID"] = self._role_keys.key_of(role)
         if job.parent is not None:
             found["AWS_BATCH_JOB_ARRAY_INDEX"] = str(job.index)
             found["AWS_BATCH_JOB_ARRAY_SIZE"] = str(len(job.parent.children))

@@ -36,6 +36,7 @@ from cloudexec.testing._aws.prices import products, quota_response
 from cloudexec.testing._aws.records import Setup
 from cloudexec.testing._aws.registry import RegistryMirror
 from cloudexec.testing._aws.resources import MotoPlatform
+from cloudexec.testing._aws.roles import RoleKeys
 from cloudexec.testing._aws.runners import ProcessRunner, Runner
 from cloudexec.testing._aws.stack_resources import StackResources
 from cloudexec.testing._aws.stacks import StackWork
@@ -134,10 +135,12 @@ class Session:
         self._closers.append(self._server.server_close)
         port = self._server.server_port
         self.endpoint_url = f"http://127.0.0.1:{port}"
+        roles = RoleKeys()
         platform = MotoPlatform(
             owner.faults,
             metadata_url=f"http://{self.host_for_jobs}:{port}",
             job_environment=self._job_environment(port),
+            role_keys=roles if owner.aws_in_jobs else None,
         )
         self.engine = Engine(
             platform=platform,
@@ -186,6 +189,7 @@ class Session:
                 if key == owner.environment.get("AWS_ACCESS_KEY_ID")
                 else None
             ),
+            role=roles.permissions_of,
         )
         self._stacks = CloudFormation(
             StackWork(
