@@ -23,6 +23,7 @@ from cloudexec._aws.job_details import (
     by_executor,
     executor_info,
     executor_of,
+    run_of,
     states_of,
     streams_of,
     utc_now,
@@ -202,6 +203,9 @@ class AsyncMonitor:
             raise ConfigError(f"older_than must be 0 seconds or more, not {older_than}")
         if names:
             resolved = await asyncio.gather(*(self._search.resolve(name) for name in names))
+            # With a run end the workers of executors in it: after it, which would start others.
+            for run in filter(None, map(run_of, list(resolved))):
+                resolved += await self._search.workers_of_run(run)
             details = [each for each in resolved if each["status"] in ACTIVE]
             details = list({each["jobId"]: each for each in details}.values())
             if executor is not None:

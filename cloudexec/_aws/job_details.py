@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from cloudexec._aws.names import ORDERED_ENDS, TAG_EXECUTOR
+from cloudexec._aws.names import ORDERED_ENDS, RUN_EXECUTOR, TAG_EXECUTOR
 from cloudexec._aws.records import ACTIVE, ENDED, TOLD_TO_END, AttemptInfo, ExecutorInfo, JobInfo
 from cloudexec._aws.requests import FAILED_STARTS
 from cloudexec._errors import ConfigError
@@ -38,6 +38,7 @@ __all__ = [
     "own_runs",
     "reason_of",
     "required_time",
+    "run_of",
     "size_of",
     "states_of",
     "streams_of",
@@ -100,6 +101,12 @@ def last_part(arn_or_name: str) -> str:
 
 def executor_of(detail: Mapping[str, Any]) -> str:
     return str(detail.get("tags", {}).get(TAG_EXECUTOR, ""))
+
+
+def run_of(detail: Mapping[str, Any]) -> str:
+    """Return the name of the run of whose machine this is the job; empty: it has workers."""
+    executor = executor_of(detail)
+    return executor.removeprefix(RUN_EXECUTOR) if executor.startswith(RUN_EXECUTOR) else ""
 
 
 def first_worker(detail: Mapping[str, Any]) -> int | None:
@@ -175,7 +182,7 @@ def _counts_of(detail: Mapping[str, Any]) -> dict[str, int]:
 
 def reason_of(detail: Mapping[str, Any]) -> str:
     """Return the container's reason, which says more, and the job's."""
-    if exit_code_of(detail) == NO_CLIENT:
+    if exit_code_of(detail) == NO_CLIENT and not run_of(detail):
         return _FOUND_NO_CLIENT
     container = detail.get("container", {}).get("reason")
     if not container and detail.get("attempts"):
@@ -227,7 +234,8 @@ def own_runs(detail: Mapping[str, Any], now: float) -> Runs:
     # What runs now is not among the attempts until it has ended.
     if started and int(started) not in spans and (not has_ended or not spans):
         spans[int(started)] = detail.get("stoppedAt")
-    runs = Runs(without_client=int(has_ended and exit_code_of(detail) == NO_CLIENT))
+    found_none = has_ended and exit_code_of(detail) == NO_CLIENT and not run_of(detail)
+    runs = Runs(without_client=int(found_none))
     for begin, end in spans.items():
         if end:
             runs.seconds.append(run_seconds(begin / 1000, end / 1000))

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cloudexec._aws.job_details import executor_of, first_worker, last_part
+from cloudexec._aws.job_details import executor_of, first_worker, last_part, run_of
 from cloudexec._aws.limits import DESCRIBE_JOBS
-from cloudexec._aws.names import JOB_PREFIX, TAG_EXECUTOR
+from cloudexec._aws.names import JOB_PREFIX, RUN_EXECUTOR, TAG_EXECUTOR, TAG_RUN
 from cloudexec._aws.paced_calls import PacedCalls
 from cloudexec._aws.records import ACTIVE, ENDED
 from cloudexec._aws.task_search import TaskSearch, is_task_id
@@ -116,6 +116,14 @@ class JobSearch:
         jobs = [each for answer in answers for each in answer["jobs"]]
         return [*jobs, *await self._tasks.describe(tasks)]
 
+    async def workers_of_run(self, name: str) -> list[Mapping[str, Any]]:
+        """Return what DescribeJobs says of jobs that executors in a run have submitted."""
+        return [
+            each
+            for each in await self.jobs(active=True)
+            if each["tags"].get(TAG_RUN) == name and not run_of(each)
+        ]
+
     async def resolve(self, name: str) -> Mapping[str, Any]:
         """Return what DescribeJobs says of what the user named.
 
@@ -136,6 +144,8 @@ class JobSearch:
         # One with a star would fit what nobody meant.
         named = _JOB_NAME.fullmatch(name)
         details = [] if named is None else await self.jobs(name=named["name"])
+        if named is not None and not details:
+            details = await self.jobs(executor=f"{RUN_EXECUTOR}{named['name']}")
         if named is None or not details:
             raise _not_found(name, self._calls.region)
         latest = max(details, key=lambda each: int(each["createdAt"]))

@@ -45,6 +45,7 @@ ORDERED_ENDS = (
     "cloudexec: the executor does not need it any more",
     "cloudexec: the executor has shut down",
     "cloudexec: it is not needed any more",
+    "cloudexec: the run ",
     "stopped through cloudexec",
     "stopped by ",
 )

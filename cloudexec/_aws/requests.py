@@ -40,8 +40,8 @@ _OVERRIDE_MARGIN = 1024
 _TAG_UNSAFE = re.compile(r"[^\w +\-=.:/@]")
 _TAG_KEY_LARGEST = 128
 _TAG_VALUE_LARGEST = 256
-_OWN_TAGS = 5
-"""Tags that every job has from us."""
+_OWN_TAGS = 6
+"""Tags that a job may have from us."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.names import DEFINITION_PREFIX, TAG_STACK, stack_name
+from cloudexec._aws.names import (
+    DEFINITION_PREFIX,
+    JOB_PREFIX,
+    RUN_EXECUTOR,
+    TAG_STACK,
+    stack_name,
+)
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.records import ACTIVE
 from cloudexec._aws.remnants import Remnant, find_remnants, tagged_secrets
@@ -26,6 +33,7 @@ _JOBS_END_WITHIN = 180.0
 "Job timeouts"; the rest is AWS's own delay."""
 _CALLS_AT_ONCE = 10
 """In the order in which jobs pass through them: one that moves on meanwhile is met again."""
+_RUN_JOB = re.compile(rf"{JOB_PREFIX}{RUN_EXECUTOR}(.+)-r[0-9a-f]+")
 _DELETE_BATCH = 1000
 """Objects in one DeleteObjects call. Amazon S3 API Reference."""
 _IMAGE_BATCH = 100
@@ -39,6 +47,8 @@ class Stock:
     stack: Stack | None
     jobs: int
     """Jobs that have not finished, where an array counts once, and tasks without a job."""
+    runs: tuple[str, ...]
+    """Names of programs among them that were started with ``cloudexec run``."""
     objects: int
     """Objects in the bucket, as far as counted: see ``has_more_objects``."""
     has_more_objects: bool
@@ -55,14 +65,18 @@ async def take_stock(clients: AwsClients, name: str) -> Stock:
         AwsError: If AWS refuses, or cannot be reached.
     """
     if _adopted_profile(name) is not None:
-        return Stock(stack=None, jobs=0, objects=0, has_more_objects=False, images=0, definitions=0)
+        return Stock(
+            stack=None, jobs=0, runs=(), objects=0, has_more_objects=False, images=0, definitions=0
+        )
     stack = await find_stack(clients, stack_name(name))
     resources = await _resources(clients, stack)
-    jobs: set[str] = set()
+    jobs: dict[str, str] = {}
     for queue in resources.get("AWS::Batch::JobQueue", ()):
         jobs |= await _active_jobs(clients, queue)
+    runs = [_RUN_JOB.fullmatch(name) for name in jobs.values()]
+    tasks: set[str] = set()
     for cluster in resources.get("AWS::ECS::Cluster", ()):
-        jobs |= await _active_tasks(clients, cluster)
+        tasks |= await _active_tasks(clients, cluster)
     objects, has_more = 0, False
     for bucket in resources.get("AWS::S3::Bucket", ()):
         try:
@@ -83,7 +97,8 @@ async def take_stock(clients: AwsClients, name: str) -> Stock:
     definitions += [each async for each in task_definitions(clients, stack_name(name), roles)]
     return Stock(
         stack=stack,
-        jobs=len(jobs),
+        jobs=len(jobs) + len(tasks),
+        runs=tuple(sorted(each[1] for each in runs if each is not None)),
         objects=objects,
         has_more_objects=has_more,
         images=images,
@@ -204,16 +219,16 @@ async def _resources(clients: AwsClients, stack: Stack | None) -> dict[str, tupl
     return found
 
 
-async def _active_jobs(clients: AwsClients, queue: str) -> set[str]:
-    """Return ids of jobs that have not finished; of arrays, the parent's."""
-    found: set[str] = set()
+async def _active_jobs(clients: AwsClients, queue: str) -> dict[str, str]:
+    """Return names of jobs that have not finished, by their ids; of arrays, the parent's."""
+    found: dict[str, str] = {}
     try:
         for status in ACTIVE:
             async for each in clients.pages(
                 "batch", "list_jobs", "jobSummaryList", jobQueue=queue, jobStatus=status
             ):
                 if each.get("status", status) == status:
-                    found.add(each["jobId"].partition(":")[0])
+                    found[each["jobId"].partition(":")[0]] = each["jobName"]
     except AwsError as exc:
         if exc.code != "ClientException":  # the queue is gone
             raise
@@ -246,7 +261,7 @@ async def _end_jobs(
     while True:
         active: set[str] = set()
         for queue in queues:
-            active |= await _active_jobs(clients, queue)
+            active |= (await _active_jobs(clients, queue)).keys()
         await asyncio.gather(*(terminate(job) for job in active - ended))
         ended |= active
         if not active or time.monotonic() - started > within:

@@ -53,12 +53,19 @@ class Budget:
             f"${found.workers_usd:.4f}: that is the ceiling of ${most:g} (--max-cost)"
         )
 
-    async def workers_usd(self) -> float:
-        """Return what workers have cost, as far as it is known."""
+    async def settle(self) -> float:
+        """End workers of executors that have not done so, as nobody would; say what workers cost.
+
+        That is as much as is known, if AWS does not answer.
+        """
         if self._place is None:
             return 0.0
+        name = self._plan.name
         try:
-            found = (await self._place.find([self._plan.name])).get(self._plan.name)
+            found = (await self._place.find([name])).get(name)
+            if found is not None and found.workers:
+                reason = f"cloudexec: the run {name} has ended, and it is not needed any more"
+                await self._place.stop(name, reason, workers_only=True)
         except AwsError:
             return 0.0
         return 0.0 if found is None else found.workers_usd

@@ -137,6 +137,8 @@ class _Roots:
 
     def __init__(self, base: Path, folders: Sequence[Path]) -> None:
         self.used: list[str] = []
+        self.packages: dict[Path, list[Path]] = {}
+        """Sources of packages that were added, by their folders."""
         self._base = base
         self._folders = list(dict.fromkeys(folders))
 
@@ -188,15 +190,12 @@ def _add_module(found: RunFiles, roots: _Roots, name: str) -> None:
 
 
 def _add_package(found: RunFiles, roots: _Roots, top: str, folder: Path) -> list[Path]:
-    added = []
-    for _, file in package_files(top, str(folder)):
-        path = Path(file)
-        place = roots.place(path)
-        if place not in found.files:
-            found.files[place] = path
-            if path.suffix == ".py":
-                added.append(path)
-    return added
+    """Add all files of a package, once; return its sources."""
+    if folder not in roots.packages:
+        files = [Path(file) for _, file in package_files(top, str(folder))]
+        found.files |= {roots.place(path): path for path in files}
+        roots.packages[folder] = [path for path in files if path.suffix == ".py"]
+    return roots.packages[folder]
 
 
 def _add_imports(found: RunFiles, roots: _Roots, start: Path, package: str = "") -> None:

@@ -144,7 +144,7 @@ class _Machine:
                 exit_code=code,
                 reason=self._reason,
                 is_final=not self._was_told.is_set(),
-                workers_usd=await budget.workers_usd(),
+                workers_usd=await budget.settle(),
             )
 
     async def _prepare(self, folder: Path) -> Path:

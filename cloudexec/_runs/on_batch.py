@@ -39,6 +39,7 @@ __all__ = ["OnBatch"]
 
 _CHILD_CALLS = 50
 _SUBMIT_SECONDS = 60.0
+_STOP_SECONDS = 20.0
 _REASON_LARGEST = 1024
 """AWS Batch API Reference, "TerminateJob"."""
 _PHASES = {
@@ -218,12 +219,13 @@ class OnBatch:
 
     # The end.
 
-    async def stop(self, name: str, reason: str) -> int:
+    async def stop(self, name: str, reason: str, *, workers_only: bool = False) -> int:
         """Terminate the job, and then those of executors in it, which would start no more."""
         details = [
             each
             for each in await self._search.jobs(active=True)
             if each.get("tags", {}).get(names.TAG_RUN) == name
+            and not (workers_only and _is_own(each, name))
         ]
         details.sort(key=lambda each: not _is_own(each, name))
         for each in details:
@@ -234,7 +236,7 @@ class OnBatch:
                 jobId=each["jobId"],
                 reason=reason[:_REASON_LARGEST],
             )
-            await insist(terminate)
+            await insist(terminate, _STOP_SECONDS)
         return len(details)
 
 

@@ -104,8 +104,8 @@ class Place(Protocol):
     async def why(self, state: MachineState) -> str:
         """Say why a machine waits, or how it ended, in words for people."""
 
-    async def stop(self, name: str, reason: str) -> int:
-        """End the machine of a run, and the workers of executors in it.
+    async def stop(self, name: str, reason: str, *, workers_only: bool = False) -> int:
+        """End the machine of a run, and the workers of executors in it, or only these.
 
         Returns:
             How many jobs were ended.

@@ -228,7 +228,10 @@ class AsyncRuns:
         place = self._place(request.on)
         machine = place.choose(request.machine)
         outputs = check_outputs(request.outputs)
-        title = request.target or (request.args or ("run",))[0].split()[0]
+        target = request.target
+        if request.kind == "module":
+            target = target.removesuffix(".__main__").rpartition(".")[2]
+        title = target or (request.args or ("run",))[0].split()[0]
         name = check_name(request.name) if request.name else new_name(title)
         seconds = _limit(request, machine.price.per_hour)
         files = await asyncio.to_thread(collect, request.kind, request.target, request.files)

@@ -13,10 +13,12 @@ import sys
 import click
 
 from cloudexec.cli._errors import INTERRUPTED
+from cloudexec.cli.attach import attach_command
 from cloudexec.cli.cost import cost_command
 from cloudexec.cli.definitions import definitions_command
 from cloudexec.cli.doctor import doctor_command
 from cloudexec.cli.down import down_command
+from cloudexec.cli.fetch import fetch_command
 from cloudexec.cli.image import image_command
 from cloudexec.cli.jobs import jobs_command
 from cloudexec.cli.logs import logs_command
@@ -25,6 +27,7 @@ from cloudexec.cli.policy import policy_command
 from cloudexec.cli.ps import ps_command
 from cloudexec.cli.relay import relay_command
 from cloudexec.cli.run import run_command
+from cloudexec.cli.runs import runs_command
 from cloudexec.cli.stop import stop_command
 from cloudexec.cli.template import template_command
 from cloudexec.cli.up import up_command
@@ -49,10 +52,12 @@ def _group() -> None:
 
 
 for _command in (
+    attach_command,
     cost_command,
     definitions_command,
     doctor_command,
     down_command,
+    fetch_command,
     image_command,
     jobs_command,
     logs_command,
@@ -61,6 +66,7 @@ for _command in (
     ps_command,
     relay_command,
     run_command,
+    runs_command,
     stop_command,
     template_command,
     up_command,

@@ -108,7 +108,7 @@ class Follower:
         before = signal.signal(signal.SIGINT, note)
         try:
             yield
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, click.Abort):
             self._say_how_to_go_on("The run goes on.")
             raise
         finally:
@@ -130,6 +130,7 @@ class Follower:
                 self._say_how_to_go_on("The run goes on.")
                 return INTERRUPTED
             case _:
+                click.echo("Going on.", err=True)
                 return None
 
     def _stop(self) -> int:

@@ -106,6 +106,9 @@ def _losses(stock: Stock) -> list[str]:
     losses = []
     if stock.jobs:
         losses.append(f"{counted(stock.jobs, 'job')} not finished (an array counts once)")
+    if stock.runs:
+        names = ", ".join(stock.runs[:10]) + (", ..." if len(stock.runs) > 10 else "")
+        losses.append(f"among them {counted(len(stock.runs), 'run')} of `cloudexec run`: {names}")
     if stock.objects:
         more = " or more" if stock.has_more_objects else ""
         losses.append(f"{counted(stock.objects, 'object')}{more} in its bucket")

@@ -10,7 +10,7 @@ from cloudexec.cli._aws_options import aws_options, ends_well
 
 
 @click.command("logs", short_help="Print the log of a worker.")
-@click.argument("job", metavar="JOB|WORKER")
+@click.argument("job", metavar="RUN|JOB|WORKER")
 @click.option(
     "-f", "--follow", is_flag=True, help="Wait for further lines until the job has ended."
 )
@@ -35,10 +35,12 @@ def logs_command(
 ) -> None:
     """Print the log of a worker from CloudWatch Logs: how it started, and why it ended.
 
-    The output of tasks is not in the log: it goes to the program that submitted them.
+    The output of tasks is not in the log: it goes to the program that submitted them. The log of a
+    run is what its program has printed.
 
     \b
-    JOB|WORKER is one of
+    RUN|JOB|WORKER is one of
+      a run's name                train-kvxqz
       a job's name or id          cloudexec-0f3a7c9912ab44de-1
       a worker of an array        cloudexec-0f3a7c9912ab44de-1:7, ID:7
       a worker as errors name it  worker-8, or 0f3a7c9912ab44de/worker-8

@@ -26,7 +26,7 @@ Exit codes:
 
 
 @click.command("stop", short_help="Stop jobs and their workers.", epilog=_EPILOG)
-@click.argument("targets", metavar="[JOB|WORKER]...", nargs=-1)
+@click.argument("targets", metavar="[RUN|JOB|WORKER]...", nargs=-1)
 @click.option("-e", "--executor", metavar="ID", help="Stop all jobs of this executor.")
 @click.option("--all", "is_all", is_flag=True, help="Stop the jobs of all executors.")
 @click.option(
@@ -49,6 +49,9 @@ def stop_command(
     as_json: bool,
 ) -> None:
     """Stop jobs in AWS Batch, and with them their workers, after showing them.
+
+    A JOB may be the name of a run of `cloudexec run`: then the workers of executors in it are
+    stopped, too.
 
     Workers receive SIGTERM and have 30 seconds to end. An executor that still runs may start new
     ones: end it on its own machine, or stop its jobs again.

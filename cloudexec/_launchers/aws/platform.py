@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import getpass
+import os
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import replace
@@ -301,6 +302,9 @@ class AwsPlatform(Platform):
             tags[names.TAG_PROJECT] = tag_value(project)
         if self._profile.stack:
             tags[names.TAG_STACK] = self._profile.stack
+        if run := os.environ.get("CLOUDEXEC_RUN", ""):
+            # So that what stops the run stops its workers, and its costs include theirs.
+            tags[names.TAG_RUN] = tag_value(run)
         return tags
 
 

@@ -59,7 +59,7 @@ class Batch(AwsLauncher):
         ephemeral_gib: Disk of each Fargate worker, 21 to 200; by default 20.
         environment: Variables that every worker has. They can be read by all who may describe
             jobs: no place for secrets.
-        tags: Put on every job, besides ours; 45 at most.
+        tags: Put on every job, besides ours; 44 at most.
         modules: Whether your own modules, those that are imported and not installed, are sent to
             the workers; or the names of the top-level ones that are.
         project: Goes into a tag, for ``cloudexec ps`` and the bill.
