@@ -41,8 +41,9 @@ except ImportError as exc:
 
 __all__ = ["main"]
 
+_KEEP_FIRST = 2.0
 _KEEP_EVERY = 30.0
-"""Seconds between two looks at the files that the program writes."""
+"""Seconds between two looks at the files that the program writes, at first and in the long run."""
 _GRACE = 15.0
 """Seconds that the program has after SIGTERM. AWS kills this process after 30, and what the program
 has written is yet to be sent."""
@@ -202,9 +203,11 @@ class _Machine:
         ending = asyncio.ensure_future(process.wait())
         told = asyncio.ensure_future(self._was_told.wait())
         deadline = time.monotonic() + limit
+        pause = _KEEP_FIRST
         try:
             while not ending.done():
-                wait = min(_KEEP_EVERY, deadline - time.monotonic())
+                wait = min(pause, deadline - time.monotonic())
+                pause = min(2 * pause, _KEEP_EVERY)
                 await asyncio.wait(
                     (ending, told), timeout=max(0.0, wait), return_when=asyncio.FIRST_COMPLETED
                 )
