@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from cloudexec._launchers.local import Local
     from cloudexec._objects.options import ObjectOptions
     from cloudexec._objects.ref import Ref
+    from cloudexec._runs.run import Run, run_script
     from cloudexec._stats import ExecutorStats, SizeCounts, TaskCounts, WorkerCounts
     from cloudexec._story import StoryEvent, TaskStory
 
@@ -84,6 +85,7 @@ __all__ = [
     "Ref",
     "RefLostError",
     "RemoteTraceback",
+    "Run",
     "SizeCounts",
     "Stage",
     "StageError",
@@ -96,6 +98,7 @@ __all__ = [
     "WorkerCounts",
     "WorkerLostError",
     "run",
+    "run_script",
     "stage",
 ]
 
@@ -111,6 +114,7 @@ _LATER = {
     "_launchers.local": ("Local",),
     "_objects.options": ("ObjectOptions",),
     "_objects.ref": ("Ref",),
+    "_runs.run": ("Run", "run_script"),
     "_stats": ("ExecutorStats", "SizeCounts", "TaskCounts", "WorkerCounts"),
     "_story": ("StoryEvent", "TaskStory"),
 }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         JobInfo,
         LogLine,
     )
+    from cloudexec._runs.info import RunInfo
 
 __all__ = [
     "AttemptInfo",
@@ -38,6 +39,7 @@ __all__ = [
     "Monitor",
     "Packages",
     "Profile",
+    "RunInfo",
 ]
 
 
@@ -49,6 +51,10 @@ def __getattr__(name: str) -> Any:
         from cloudexec._aws.monitor import Monitor
 
         return Monitor
+    if name == "RunInfo":
+        from cloudexec._runs.info import RunInfo
+
+        return RunInfo
     from cloudexec._aws import records
 
     return getattr(records, name)

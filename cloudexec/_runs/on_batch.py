@@ -21,6 +21,7 @@ from cloudexec._aws.limits import (
     WorkerSize,
     default_memory,
     fargate_size_for,
+    format_memory,
     instance_size_for,
 )
 from cloudexec._aws.prices import PriceTable
@@ -198,7 +199,7 @@ class OnBatch:
         inquiry = Inquiry(self._clients.call, _compute(details))
         inquiry.log_group = state.log_group
         if PHASES[details["status"]] is Phase.ENDED:
-            return str(cause_of_end(end_of(details, details.get("attempts", ()))))
+            return _why_it_ended(details)
         reason = str(details.get("statusReason", ""))
         waiting = WaitingJob(
             job_id=state.job_id, counts={PHASES[details["status"]]: 1}, reason=reason
@@ -260,6 +261,25 @@ def _is_own(details: Mapping[str, Any], name: str) -> bool:
 
 def _compute(details: Mapping[str, Any]) -> str:
     return "ec2" if "EC2" in details.get("platformCapabilities", ()) else "fargate"
+
+
+def _why_it_ended(details: Mapping[str, Any]) -> str:
+    """Say how the machine of a run ended, in words for its user."""
+    end = end_of(details, details.get("attempts", ()))
+    said = "; ".join(filter(None, (end.container_reason, end.status_reason)))
+    if was_ordered(details):
+        return f"it was {said}" if said.startswith("stopped") else said
+    if end.out_of_memory:
+        size = f" of {format_memory(end.size.memory_mib)}" if end.size is not None else ""
+        return f"its memory{size} was used up: give a larger --memory ({said})"
+    if "exceeded timeout" in said:
+        return f"its time limit was over: --max-hours or --max-cost allow more ({said})"
+    if end.reclaimed:
+        last = len(details.get("attempts", ()))
+        return f"AWS took its machine back in attempt {last}, the last one ({said})"
+    if end.exit_code is not None:
+        return f"it ended with exit code {end.exit_code} ({said})"
+    return str(cause_of_end(end))
 
 
 def _state(

@@ -128,7 +128,7 @@ class Found:
             seconds = result.ended_at - result.started_at
             cost, workers = seconds / 3600 * plan.per_hour_usd, result.workers_usd
         reason = "" if machine is None else machine.reason
-        if result is not None and result.reason:
+        if result is not None and result.is_final and result.reason:
             reason = result.reason
         return RunInfo(
             name=plan.name,
@@ -336,8 +336,11 @@ class AsyncRuns:
         return [Found(plan, machines.get(plan.name), result) for plan, result in read_]
 
     async def why(self, found: Found) -> str:
-        """Say why a run waits, or how it ended, in words for people."""
-        if found.result is not None and found.result.reason and found.state != "stopped":
+        """Say why a run waits, or how it ended, in words for people.
+
+        That is nothing where the program ended by itself.
+        """
+        if found.result is not None and found.result.is_final:
             return found.result.reason
         if found.machine is None:
             return "AWS Batch does not know its job (any more)"

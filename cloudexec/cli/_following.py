@@ -190,7 +190,7 @@ class Follower:
         why = "" if info.exit_code == 0 else self._client.call(self._client.runs.why(found))
         if info.exit_code is None:
             raise RunError(f"the run {self._name} has no exit code: {why}")
-        if why and (found.result is None or found.result.reason):
+        if why:
             self._report(f"{self._name}: {why}")
         return info.exit_code
 

@@ -83,7 +83,7 @@ def _launch(aws: FakeAWS, batch: Batch | Fargate, workers: int) -> None:
 
 
 def test_nothing_is_sent_that_aws_would_refuse(
-    aws: FakeAWS, run_here: Run, monkeypatch: pytest.MonkeyPatch
+    aws: FakeAWS, run_here: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From an empty account through every command and way to launch to an empty account."""
     run = run_here
@@ -125,6 +125,13 @@ def test_nothing_is_sent_that_aws_would_refuse(
     command("definitions", "list")
     command("definitions", "describe", name)
     command("definitions", "deregister", name, "--yes")
+    sent = ("run", "--detach", "--name", "judged", "--env", "A=b", "--files", "sent", "--outputs")
+    (folder / "sent").write_bytes(b"x")
+    command(*sent, "out", "--max-cost", "1", "--", "true")
+    command("runs")
+    command("fetch", "judged")
+    command("logs", "judged", code=3)
+    command("attach", "absent", code=2)
     job = next(each for each in aws.jobs() if each.parent is None)
     command("ps", "--all")
     command("jobs", "--workers")
@@ -132,6 +139,7 @@ def test_nothing_is_sent_that_aws_would_refuse(
     command("logs", job.job_id, code=3)
     command("cost", "--refresh")
     command("stop", "--all", "--yes")
+    command("fetch", "judged", "--delete")
     command("down", code=2)
     command("down", "--yes")
 
@@ -144,6 +152,7 @@ def test_nothing_is_sent_that_aws_would_refuse(
         ("UpdateStack", "ValidationError"),  # likewise that nothing is to change
         ("GetLogEvents", "ResourceNotFoundException"),
         ("DescribeTaskDefinition", "ClientException"),  # how Amazon ECS says that there is none
+        ("GetObject", "NoSuchKey"),  # how S3 says that a run has no result yet
     }
     silent = {name for name, calls in called.items() if not calls}
     assert silent <= {"policy", "template", "image use", "image show"}

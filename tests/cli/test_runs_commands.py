@@ -169,7 +169,7 @@ def test_a_machine_that_is_lost_for_good_leaves_no_exit_code(
     aws.faults.kill_instance(aws.jobs()[-1].job_id)
     _, errors = client.communicate(timeout=120)
     assert client.returncode == 3
-    assert "the run lost has no exit code" in errors
+    assert "the run lost has no exit code: AWS took its machine back in attempt 1" in errors
 
 
 def test_a_run_that_is_killed_for_its_memory_says_so(
@@ -182,7 +182,7 @@ def test_a_run_that_is_killed_for_its_memory_says_so(
     aws.faults.out_of_memory(aws.jobs()[-1].job_id)
     _, errors = client.communicate(timeout=120)
     assert client.returncode == 137
-    assert "memory" in errors
+    assert "its memory of 2 GiB was used up: give a larger --memory" in errors
 
 
 def test_stopping_a_run_stops_the_workers_in_it(aws: FakeAWS, run_here: Run, folder: Path) -> None:
