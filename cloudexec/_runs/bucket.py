@@ -109,6 +109,11 @@ class RunBucket:
         """Write what is to be run; say whether the name was free."""
         return await self._put("run.json", plan.to_json(), is_new=True)
 
+    async def replace(self, plan: RunPlan) -> None:
+        """Write what is to be run instead; the journal and the files that came back stay."""
+        await self._objects.delete(["result.json", "started.json", "variables.json"])
+        await self._put("run.json", plan.to_json())
+
     async def plan(self) -> RunPlan:
         """Return what is to be run.
 

@@ -87,6 +87,7 @@ def make_request(
     spot: bool = False,
     on: str = "batch",
     name: str = "",
+    resume: bool = False,
     files: Sequence[str] = (),
     outputs: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
@@ -133,6 +134,7 @@ def make_request(
         ),
         on=on,
         name=name,
+        resumes=resume,
         files=tuple(files),
         outputs=tuple(outputs),
         variables=variables,
@@ -330,8 +332,8 @@ def run_script(
         args: Arguments of it.
         profile: Name of the profile; by default what ``CLOUDEXEC_PROFILE`` says, or ``"default"``.
         options: What ``cloudexec run`` takes: ``module``, ``cpus``, ``memory``, ``gpus``, ``arch``,
-            ``spot``, ``on``, ``name``, ``files``, ``outputs``, ``env``, ``image``, ``packages``,
-            ``max_hours``, ``max_cost`` (USD) and ``project``.
+            ``spot``, ``on``, ``name``, ``resume``, ``files``, ``outputs``, ``env``, ``image``,
+            ``packages``, ``max_hours``, ``max_cost`` (USD) and ``project``.
 
     Returns:
         The run, which goes on by itself.

@@ -61,6 +61,8 @@ class RunRequest:
     on: str = "batch"
     name: str = ""
     """Empty: one is made."""
+    resumes: bool = False
+    """Whether a run of that name that has ended goes on, with its journal and its files."""
     files: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -79,6 +81,8 @@ class RunRequest:
             )
         if self.max_cost_usd is not None and not 0 < self.max_cost_usd < math.inf:
             raise ConfigError(f"max_cost must be more than 0 USD, not {self.max_cost_usd!r}")
+        if self.resumes and not self.name:
+            raise ConfigError("resume needs the name of the run that is to go on")
         if self.image is not None and self.packages is not None:
             raise ConfigError("give either image or packages: they make an image of their own")
         for name, value in self.variables.items():
@@ -276,11 +280,9 @@ class AsyncRuns:
                 count = len(files.files)
                 left = f"; {files.ignored} left out by rules" if files.ignored else ""
                 report(f"sending {count:,} files, {archive.size / 1e6:,.1f} MB{left}")
-            if not await bucket.create(plan):
-                raise ConfigError(
-                    f"there is a run {name!r} already: give another name, or `cloudexec fetch "
-                    f"{name} --delete` removes what the bucket has of it"
-                )
+            is_new = await bucket.create(plan)
+            if not is_new:
+                await self._replace(bucket, plan, request)
             try:
                 if archive is not None:
                     await bucket.send(archive)
@@ -288,10 +290,32 @@ class AsyncRuns:
                     await bucket.put_variables(request.variables)
                 await self._submit(place, plan, bucket)
             except BaseException:
-                with contextlib.suppress(AwsError):
-                    await asyncio.shield(bucket.delete())
+                if is_new:
+                    with contextlib.suppress(AwsError):
+                        await asyncio.shield(bucket.delete())
                 raise
         return plan
+
+    async def _replace(self, bucket: RunBucket, plan: RunPlan, request: RunRequest) -> None:
+        """Let a run that has ended go on as another one of its name.
+
+        Raises:
+            ConfigError: If that is not wanted, or it has not ended.
+        """
+        name = plan.name
+        if not request.resumes:
+            raise ConfigError(
+                f"there is a run {name!r} already: give another name, --resume to go on with its "
+                f"journal and its files, or `cloudexec fetch {name} --delete` to remove what the "
+                f"bucket has of it"
+            )
+        state = (await self.find(name)).state
+        if state in ("preparing", "waiting", "starting", "running"):
+            raise ConfigError(
+                f"the run {name} is {state}: `cloudexec attach {name}` shows it, and `cloudexec "
+                f"stop {name}` ends it"
+            )
+        await bucket.replace(plan)
 
     async def _submit(self, place: Place, plan: RunPlan, bucket: RunBucket) -> None:
         variables = {RUN_VARIABLE: bucket.where, REGION_VARIABLE: plan.region}

@@ -71,6 +71,11 @@ def _variables(
 @click.option("--on", default="batch", show_default=True, metavar="PLACE", help="batch.")
 @click.option("--name", default="", metavar="NAME", help="Of the run; by default one is made.")
 @click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the journal and the files of an ended run of that name, if there is one.",
+)
+@click.option(
     "--files",
     multiple=True,
     metavar="PATH",

@@ -285,3 +285,50 @@ def test_a_run_with_a_name_that_is_forgotten_still_has_its_exit_code(
     found = row(run_here, "forgotten")
     assert (found["state"], found["exit_code"]) == ("failed", 9)
     assert found["cost_usd"] > 0  # type: ignore[operator]
+
+
+def test_a_run_resumes_with_the_journal_and_the_files_of_an_earlier_one(
+    aws: FakeAWS, run_here: Run, folder: Path
+) -> None:
+    """The calls that succeeded are not made again."""
+    calls = folder / "calls"
+    calls.mkdir()
+    (folder / "tasks.py").write_text(
+        "import pathlib, uuid\n"
+        "def square(n):\n"
+        f"    pathlib.Path({str(calls)!r}, f'{{n}}-{{uuid.uuid4().hex}}').touch()\n"
+        "    return n * n\n"
+    )
+    program = (
+        "import os, pathlib, tasks\n"
+        "from cloudexec import Batch, BatchExecutor\n"
+        "journal = os.environ.get('CLOUDEXEC_RUN_JOURNAL')\n"
+        "with BatchExecutor(1, launcher=Batch(), journal=journal) as executor:\n"
+        "    total = sum(executor.map(tasks.square, range(10)))\n"
+        "earlier = pathlib.Path('out/earlier.txt')\n"
+        "print('total', total, earlier.exists())\n"
+        "if not earlier.exists():\n"
+        "    earlier.write_text('there')\n"
+        "    raise SystemExit('as after a crash')\n"
+    )
+    words = ("run", "job.py", "--name", "resumed", "--resume", "--outputs", "out")
+    (folder / "job.py").write_text(program)
+    first = run_here(*words)
+    assert first.returncode == 1
+    assert "total 285 False" in first.stdout
+    again = run_here(*words[:-3], "--outputs", "out")
+    assert again.returncode == 2
+    assert "there is a run 'resumed' already" in again.stderr
+    second = run_here(*words)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "total 285 True" in second.stdout
+    assert len(list(calls.iterdir())) == 10
+    found = row(run_here, "resumed")
+    assert (found["state"], found["exit_code"]) == ("succeeded", 0)
+    assert run_here("run", "job.py", "--resume").returncode == 2
+    run_here("run", "--name", "sleeps", "-d", "--", "sleep", "600")
+    busy = run_here("run", "--name", "sleeps", "--resume", "--", "true")
+    assert busy.returncode == 2
+    assert "`cloudexec attach sleeps` shows it" in busy.stderr
+    assert run_here("stop", "sleeps", "--yes").returncode == 0
+    eventually(lambda: all(each.status in ("SUCCEEDED", "FAILED") for each in aws.jobs()))
