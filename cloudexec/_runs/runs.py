@@ -16,6 +16,7 @@ from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.job_details import required_time
 from cloudexec._aws.limits import LEAST_ATTEMPT_SECONDS
 from cloudexec._aws.profile import Profile
+from cloudexec._aws.steps import counted
 from cloudexec._enrolment import python_version
 from cloudexec._environment.packages import Packages
 from cloudexec._errors import AwsError, ConfigError
@@ -277,9 +278,10 @@ class AsyncRuns:
         with packed(files) as archive:
             if archive is not None:
                 plan = replace(plan, files_bytes=archive.size, files_sha256=archive.sha256.hex())
-                count = len(files.files)
                 left = f"; {files.ignored} left out by rules" if files.ignored else ""
-                report(f"sending {count:,} files, {archive.size / 1e6:,.1f} MB{left}")
+                report(
+                    f"sending {counted(len(files.files), 'file')}, {archive.size / 1e6:,.1f} MB{left}"
+                )
             is_new = await bucket.create(plan)
             if not is_new:
                 await self._replace(bucket, plan, request)

@@ -15,6 +15,7 @@ from typing import IO
 
 import click
 
+from cloudexec._aws.steps import counted
 from cloudexec._runs.places import MachineState
 from cloudexec._runs.run import RunsClient, looks
 from cloudexec.cli._errors import INTERRUPTED, CommandError, RunError
@@ -178,7 +179,7 @@ class Follower:
             files = self._client.call(self._client.runs.fetch(self._name, where))
             size = sum(each.size for each in files)
             self._report(
-                f"{len(files):,} files, {size / 1e6:,.1f} MB, are in {', '.join(info.outputs)}"
+                f"{counted(len(files), 'file')}, {size / 1e6:,.1f} MB, in {', '.join(info.outputs)}"
             )
         ended = "" if info.exit_code is None else f" with exit code {info.exit_code}"
         workers = f", and {usd(info.workers_usd, is_estimate=True)} for workers"

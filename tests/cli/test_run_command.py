@@ -85,7 +85,7 @@ def test_a_script_runs_with_its_modules_and_its_files_come_back(
     assert not (folder / "elsewhere.txt").exists()
     assert (folder / "log.txt").read_text() == done.stdout
     assert "1 vCPU with 2 GiB, about $0.054 an hour; it ends after 24 h" in done.stderr
-    assert "1 files, 0.0 MB, are in out" in done.stderr
+    assert "1 file, 0.0 MB, in out" in done.stderr
     assert "succeeded with exit code 0 after" in done.stderr
 
 
@@ -201,7 +201,7 @@ def test_files_larger_than_a_part_come_back(aws: FakeAWS, run_here: Run, folder:
     )
     done = run_here("run", "job.py", "--files", "out/sent.txt", "--outputs", "out")
     assert done.returncode == 0, done.stderr
-    assert "3 files, 41.0 MB, are in out" in done.stderr
+    assert "3 files, 41.0 MB, in out" in done.stderr
     assert (folder / "out" / "large.bin").read_bytes() == bytes(range(256)) * 160_000
     assert (folder / "out" / "empty").read_bytes() == b""
     assert (folder / "out" / "grüße & more").read_text() == "as it was"
