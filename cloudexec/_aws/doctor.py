@@ -465,7 +465,11 @@ def _own_version() -> str:
 
 async def _roles(examination: _Examination) -> Check:
     profile = examination.profile
-    roles = {"execution role": profile.execution_role, "job role": profile.job_role}
+    roles = {
+        "execution role": profile.execution_role,
+        "job role": profile.job_role,
+        "role of runs": profile.run_role,
+    }
     if not profile.execution_role:
         return Check(
             name="roles",

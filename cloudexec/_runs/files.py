@@ -6,12 +6,13 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cloudexec._errors import ConfigError, PayloadTooLargeError
 from cloudexec._journal.sources import source_of, text_source
@@ -148,7 +149,9 @@ class _Roots:
             return path.relative_to(self._base).as_posix()
         for number, folder in enumerate(self._folders):
             if path.is_relative_to(folder):
-                return f"{_ELSEWHERE}/{number}/{path.relative_to(folder).as_posix()}"
+                return (
+                    PurePosixPath(_ELSEWHERE, str(number)) / path.relative_to(folder)
+                ).as_posix()
         raise AssertionError(f"{path} is in none of the folders")
 
     def find(self, name: str) -> tuple[Path, bool] | None:
@@ -311,8 +314,20 @@ def packed(files: RunFiles) -> Iterator[Archive | None]:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack such an archive into a folder.
 
+    By hand: not every Python 3.11 has the filter by which ``extractall`` stays in the folder.
+
     Raises:
         tarfile.TarError: If it cannot be unpacked, or would write elsewhere.
     """
     with tarfile.open(archive, "r:gz") as opened:
-        opened.extractall(folder, filter="data")
+        for member in opened:
+            path = PurePosixPath(member.name)
+            source = opened.extractfile(member) if member.isfile() else None
+            if source is None or path.is_absolute() or ".." in path.parts:
+                raise tarfile.ReadError(f"{member.name!r} has no place in the files of a run")
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with source, open(target, "wb") as file:
+                shutil.copyfileobj(source, file)
+            target.chmod(member.mode & 0o777)
+            os.utime(target, (member.mtime, member.mtime))

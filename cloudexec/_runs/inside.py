@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import traceback
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,6 +66,9 @@ def main() -> NoReturn:
         code = asyncio.run(_run(where, region))
     except (CloudexecError, OSError, tarfile.TarError) as exc:
         _say(f"the program could not be run: {exc}")
+        code = EXIT_NOT_RUN
+    except Exception:  # a fault of ours must not look like one of the program
+        traceback.print_exc()
         code = EXIT_NOT_RUN
     sys.stdout.flush()
     os._exit(code)

@@ -222,11 +222,13 @@ class Run:
                 exit code (``code`` ``"NoExitCode"``).
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while (found := self._find()).state in ("preparing", "waiting", "starting", "running"):
+        found = self._find()
+        while found.state in ("preparing", "waiting", "starting", "running"):
             pause = _POLL if deadline is None else min(_POLL, deadline - time.monotonic())
             if pause <= 0:
                 raise TimeoutError(f"the run {self.name} is {found.state} after {timeout:g} s")
             time.sleep(pause)
+            found = self._client.call(self._client.runs.again(found))
         code = found.exit_code
         if code is None:
             why = self._client.call(self._client.runs.why(found))

@@ -279,9 +279,8 @@ class AsyncRuns:
             if archive is not None:
                 plan = replace(plan, files_bytes=archive.size, files_sha256=archive.sha256.hex())
                 left = f"; {files.ignored} left out by rules" if files.ignored else ""
-                report(
-                    f"sending {counted(len(files.files), 'file')}, {archive.size / 1e6:,.1f} MB{left}"
-                )
+                count = counted(len(files.files), "file")
+                report(f"sending {count}, {archive.size / 1e6:,.1f} MB{left}")
             is_new = await bucket.create(plan)
             if not is_new:
                 await self._replace(bucket, plan, request)
@@ -342,6 +341,14 @@ class AsyncRuns:
         plan, result = await asyncio.gather(bucket.plan(), bucket.result())
         machines = await self._place(plan.on).find([name])
         return Found(plan, machines.get(name), result)
+
+    async def again(self, found: Found) -> Found:
+        """Return a run as it is now, with as few requests as possible while it has not ended."""
+        if found.machine is not None:
+            machine = await self._place(found.plan.on).look(found.plan.name, found.machine)
+            if machine.phase != "ended":
+                return replace(found, machine=machine)
+        return await self.find(found.plan.name)
 
     async def all(self, limit: int | None = None) -> list[Found]:
         """Return all runs that the bucket knows, the newest first."""

@@ -16,15 +16,34 @@ from typing import IO
 import click
 
 from cloudexec._aws.steps import counted
+from cloudexec._errors import CloudexecError
 from cloudexec._runs.places import MachineState
 from cloudexec._runs.run import RunsClient, looks
 from cloudexec.cli._errors import INTERRUPTED, CommandError, RunError
 from cloudexec.cli._table import duration, usd
 
-__all__ = ["Follower"]
+__all__ = ["Follower", "opened_log"]
 
 _WHY_AFTER = 60
 """Looks, about a second each, after which it is asked why a machine does not come."""
+
+
+@contextlib.contextmanager
+def opened_log(path: Path | None) -> Iterator[IO[str] | None]:
+    """Open a file for what a program prints; ``None``: there is to be none.
+
+    Raises:
+        CommandError: If it cannot be written.
+    """
+    if path is None:
+        yield None
+        return
+    try:
+        log = path.open("w", encoding="utf-8")
+    except OSError as exc:
+        raise CommandError(f"{path} cannot be written: {exc.strerror}") from exc
+    with log:
+        yield log
 
 
 class Follower:
@@ -34,7 +53,7 @@ class Follower:
         client: Calls AWS.
         name: The run's.
         report: Shows a line about the run itself.
-        log_file: Takes what the program prints, too.
+        log: Takes what the program prints, too.
         folder: Where its files go; ``None``: they stay in the bucket.
     """
 
@@ -44,13 +63,13 @@ class Follower:
         name: str,
         report: Callable[[str], None],
         *,
-        log_file: Path | None = None,
+        log: IO[str] | None = None,
         folder: Path | None = Path(),
     ) -> None:
         self._client = client
         self._name = name
         self._report = report
-        self._log_file = log_file
+        self._log = log
         self._folder = folder
         self._interrupted = threading.Event()
         self._phase = ""
@@ -64,7 +83,8 @@ class Follower:
             AwsError: If AWS refuses, or cannot be reached.
             RunError: If the machine was lost, and with it the exit code.
         """
-        with self._log() as log, self._asking_on_interrupt():
+        log = self._log
+        with self._saying_that_it_goes_on(), self._asking_on_interrupt():
             for look in looks(self._client, self._name, self._pause):
                 self._tell(look.machine)
                 for line in look.lines:
@@ -77,16 +97,13 @@ class Follower:
         return self._finish()
 
     @contextlib.contextmanager
-    def _log(self) -> Iterator[IO[str] | None]:
-        if self._log_file is None:
-            yield None
-            return
+    def _saying_that_it_goes_on(self) -> Iterator[None]:
+        """Say so where the run cannot be followed any longer."""
         try:
-            log = open(self._log_file, "w", encoding="utf-8")  # noqa: SIM115 the with statement below closes it
-        except OSError as exc:
-            raise CommandError(f"{self._log_file} cannot be written: {exc.strerror}") from exc
-        with log:
-            yield log
+            yield
+        except (KeyboardInterrupt, click.Abort, CloudexecError, BrokenPipeError):
+            self._say_how_to_go_on("The run goes on.")
+            raise
 
     def _pause(self, seconds: float) -> None:
         if self._interrupted.wait(seconds) and not self._phase:
@@ -109,9 +126,6 @@ class Follower:
         before = signal.signal(signal.SIGINT, note)
         try:
             yield
-        except (KeyboardInterrupt, click.Abort):
-            self._say_how_to_go_on("The run goes on.")
-            raise
         finally:
             signal.signal(signal.SIGINT, before)
 

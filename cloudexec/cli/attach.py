@@ -38,12 +38,12 @@ def attach_command(
     of commands on any number of machines may follow the same run.
     """
     from cloudexec._runs.run import RunsClient
-    from cloudexec.cli._following import Follower
+    from cloudexec.cli._following import Follower, opened_log
 
     def report(line: str) -> None:
         if not is_quiet:
             click.echo(line, err=True)
 
-    with RunsClient(profile) as client:
+    with opened_log(log_file) as log, RunsClient(profile) as client:
         folder = None if no_fetch else Path()
-        return Follower(client, run, report, log_file=log_file, folder=folder).follow()
+        return Follower(client, run, report, log=log, folder=folder).follow()

@@ -151,7 +151,7 @@ def run_command(
     program.
     """
     from cloudexec._runs.run import RunsClient, make_request
-    from cloudexec.cli._following import Follower
+    from cloudexec.cli._following import Follower, opened_log
 
     verbatim = tuple(context.meta.get("cloudexec.verbatim", ()))
     target, args = "", (*words, *verbatim)
@@ -163,10 +163,11 @@ def run_command(
         if not is_quiet:
             click.echo(line, err=True)
 
-    with RunsClient(profile) as client:
+    # Opened first: nothing is started if it cannot be written.
+    with opened_log(None if detach else log_file) as log, RunsClient(profile) as client:
         plan = client.call(client.runs.start(request, report))
         if detach:
             report(f"`cloudexec attach {plan.name}` shows what it prints")
             click.echo(plan.name)
             return 0
-        return Follower(client, plan.name, report, log_file=log_file).follow()
+        return Follower(client, plan.name, report, log=log).follow()

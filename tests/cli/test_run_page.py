@@ -32,8 +32,8 @@ def test_the_commands_of_the_page_print_what_it_shows(
         account(tmp_path_factory.mktemp("profiles"), patch),
     ):
         path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
-        settings = {**environment, **os.environ, "PATH": path}
-        settings["PYTHONPATH"] = environment["PYTHONPATH"]
+        wide = {"COLUMNS": environment["COLUMNS"], "PYTHONPATH": environment["PYTHONPATH"]}
+        settings = {**os.environ, **wide, "PATH": path}
         ran = 0
         for block, line in blocks(DOCS / "how-to" / "run.md"):
             text = block["text"]

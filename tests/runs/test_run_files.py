@@ -1,0 +1,158 @@
+"""Which files are sent with a run, and how they arrive."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from cloudexec import ConfigError, PayloadTooLargeError
+from cloudexec._runs import files
+from cloudexec._runs.files import collect, packed, unpack
+from cloudexec._runs.ignoring import files_in
+from cloudexec._runs.plan import RunPlan, RunResult, check_name, new_name
+
+
+def write(folder: Path, texts: dict[str, str]) -> None:
+    """Write files."""
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("rules", "ignored"),
+    [
+        ("*.log", {"a.log", "deep/b.log", "deep/er/c.log"}),
+        ("/*.log", {"a.log"}),
+        ("deep/", {"deep"}),
+        ("deep/*.log", {"deep/b.log"}),
+        ("deep/**/c.log", {"deep/er/c.log"}),
+        ("**/er", {"deep/er"}),
+        ("*.log\n!b.log", {"a.log", "deep/er/c.log"}),
+        ("# *.txt\n\n[ab].log", {"a.log", "deep/b.log"}),
+        ("[!a].log", {"deep/b.log", "deep/er/c.log"}),
+        ("?.log/", set()),
+        ("\\!odd", {"!odd"}),
+    ],
+)
+def test_rules_are_those_of_git(tmp_path: Path, rules: str, ignored: set[str]) -> None:
+    for name in ("a.log", "a.txt", "!odd", "deep/b.log", "deep/er/c.log"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".gitignore").write_text(rules)
+    found = {path.relative_to(tmp_path).as_posix() for path, out in files_in(tmp_path) if out}
+    assert found == ignored
+
+
+def test_our_own_rules_count_more_and_a_folder_that_is_named_is_sent(tmp_path: Path) -> None:
+    rules = {"data/.gitignore": "*.csv\n", "data/.cloudexecignore": "!*.csv\n*.tmp\n"}
+    write(tmp_path, {".gitignore": "data/\n", "data/a.csv": "", "data/b.tmp": "", **rules})
+    found = collect("command", "", ["data"], tmp_path)
+    assert set(found.files) == {"data/.gitignore", "data/.cloudexecignore", "data/a.csv"}
+    assert found.ignored == 1
+
+
+def test_modules_are_found_where_python_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the script, in folders without __init__.py, and in those of PYTHONPATH."""
+    here, other = tmp_path / "here", tmp_path / "other"
+    modules = dict.fromkeys(("tools/beside.py", "tools/space/inner.py", "tools/space/x.py"), "")
+    script = "import beside, space.inner, far.away, json, numpy\n"
+    wrong = "raise SystemExit('not this one')\n"
+    write(here, {"tools/go.py": script, "beside.py": wrong, **modules})
+    write(other, {"far/__init__.py": "", "far/away.py": "import last\n", "last.py": ""})
+    monkeypatch.setenv("PYTHONPATH", str(other))
+    found = collect("script", str(here / "tools" / "go.py"), (), here)
+    assert set(found.files) == {
+        "tools/go.py",
+        "tools/beside.py",
+        "tools/space/inner.py",
+        ".elsewhere/1/far/__init__.py",
+        ".elsewhere/1/far/away.py",
+        ".elsewhere/1/last.py",
+    }
+    assert found.target == "tools/go.py"
+    assert set(found.python_path) == {"tools", ".elsewhere/1"}
+
+
+def test_too_much_is_refused_with_the_largest_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "FILES_LIMIT_BYTES", 1000)
+    write(tmp_path, {"data/small": "x" * 400, "data/large": "x" * 700})
+    with pytest.raises(PayloadTooLargeError, match=r"the largest is .*data/large .*under data/"):
+        collect("command", "", ["data"], tmp_path)
+
+
+def test_files_arrive_as_they_were(tmp_path: Path) -> None:
+    """With their modes and times; what a symbolic link leads to is sent in its place."""
+    write(tmp_path, {"sent/go.sh": "#!/bin/sh\n", "elsewhere": "linked"})
+    (tmp_path / "sent" / "go.sh").chmod(0o750)
+    (tmp_path / "sent" / "link").symlink_to(tmp_path / "elsewhere")
+    with packed(collect("command", "", ["sent"], tmp_path)) as archive:
+        assert archive is not None
+        unpack(archive.path, tmp_path / "back")
+    assert not archive.path.exists()
+    script = tmp_path / "back" / "sent" / "go.sh"
+    assert script.stat().st_mode & 0o777 == 0o750
+    assert int(script.stat().st_mtime) == int((tmp_path / "sent" / "go.sh").stat().st_mtime)
+    assert (tmp_path / "back" / "sent" / "link").read_text() == "linked"
+    assert not (tmp_path / "back" / "sent" / "link").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["/absolute", "../above", "a/../../above"])
+def test_an_archive_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "files.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        info = tarfile.TarInfo(name)
+        info.size = 1
+        archive.addfile(info, io.BytesIO(b"x"))
+    with pytest.raises(tarfile.ReadError, match="has no place in the files of a run"):
+        unpack(path, tmp_path / "back")
+
+
+def test_an_archive_has_no_links(tmp_path: Path) -> None:
+    path = tmp_path / "files.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        info = tarfile.TarInfo("link")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc"
+        archive.addfile(info)
+    with pytest.raises(tarfile.ReadError, match="'link' has no place"):
+        unpack(path, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("title", "stem"),
+    [
+        ("src/Train Model.py", "train-model"),
+        ("2026.py", "run-2026"),
+        ("日本.py", "run"),
+        ("a" * 60 + ".py", "a" * 24),
+        ("worker-1.py", "worker-1"),
+    ],
+)
+def test_names_say_what_is_run_and_are_all_different(title: str, stem: str) -> None:
+    name = check_name(new_name(title))
+    assert name.rpartition("-")[0] == stem
+    assert name != new_name(title)
+
+
+@pytest.mark.parametrize("name", ["", "A", "a--b", "-a", "a-", "1a", "a" * 41, "worker-3", "a/b"])
+def test_names_that_cannot_be_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="the name of a run is 1 to 40 lower-case letters"):
+        check_name(name)
+
+
+def test_plans_of_other_releases_are_read_as_far_as_possible() -> None:
+    plan = RunPlan(name="a", kind="script", target="a.py", args=("x",), outputs=("out",))
+    newer = plan.to_json().replace(b'"name"', b'"from-the-future": 1, "name"')
+    assert RunPlan.from_json(newer) == plan
+    with pytest.raises(ConfigError, match="was started by a newer cloudexec"):
+        RunPlan.from_json(plan.to_json().replace(b'"script"', b'"hologram"'))
+    with pytest.raises(ConfigError, match=r"the bucket's result\.json of a run cannot be read"):
+        RunResult.from_json(b"<html>")
