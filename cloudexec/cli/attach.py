@@ -10,10 +10,12 @@ from cloudexec.cli._aws_options import ends_well, profile_option
 
 _EPILOG = """\b
 Exit codes:
-  0-255  that of the program; 128 + N if signal N ended it
+  0      the program succeeded
+  1-255  its own exit code; 128 + N if signal N ended it
   2      the command line or the profile is wrong, or there is no such run
   3      AWS refused, or cannot be reached, or the machine was lost
-  130    Ctrl-C: the program was stopped, or left running
+  125    the machine could not start the program
+  130    Ctrl-C interrupted the command: the program was stopped, or left running
 """
 
 
