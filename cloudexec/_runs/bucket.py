@@ -185,12 +185,15 @@ class RunBucket:
             await self._objects.upload(name, source, size, sha256)
 
     async def _download(self, name: str, target: Path, size: int, sha256: bytes) -> None:
-        with _opened(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
+        with _opened(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
 
             def sink(offset: int, data: bytes) -> None:
                 os.pwrite(file, data, offset)
 
-            await self._objects.download(name, sink, size, sha256)
+            def source(offset: int, length: int) -> bytes:
+                return os.pread(file, length, offset)
+
+            await self._objects.download(name, sink, source, size, sha256)
 
     # Outputs.
 

@@ -16,7 +16,7 @@ from cloudexec._aws.definitions import ensure_definition
 from cloudexec._aws.diagnosis import cause_of_end, cause_of_refusal, cause_of_waiting
 from cloudexec._aws.job_details import streams_of, was_ordered
 from cloudexec._aws.job_infos import JobInfos
-from cloudexec._aws.job_search import JobSearch, PacedCalls
+from cloudexec._aws.job_search import JobSearch
 from cloudexec._aws.limits import (
     WorkerSize,
     default_memory,
@@ -24,10 +24,12 @@ from cloudexec._aws.limits import (
     format_memory,
     instance_size_for,
 )
+from cloudexec._aws.paced_calls import PacedCalls
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.records import ACTIVE, JobInfo
 from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request, tag_value
+from cloudexec._aws.task_search import TaskSearch
 from cloudexec._errors import AwsError, ConfigError
 from cloudexec._launchers.batch.inquiry import Inquiry
 from cloudexec._launchers.batch.reading import PHASES, end_of
@@ -67,7 +69,8 @@ class OnBatch:
         self._profile = profile
         self._prices = PriceTable.load(clients.region)
         self._calls = PacedCalls(clients)
-        self._search = JobSearch(self._calls, profile.queues)
+        tasks = TaskSearch(self._calls, [], public_ip=True)  # runs and their workers are jobs
+        self._search = JobSearch(self._calls, profile.queues, tasks)
         self._infos = JobInfos(
             self._calls,
             self._search,
