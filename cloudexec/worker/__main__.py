@@ -44,8 +44,8 @@ elsewhere, which AWS Batch does only for a job that failed."""
 _LATE_PATIENCE = 5.0
 """Seconds for which the client is dialed by a worker that started when nobody waited for it any
 more: usually because the client was killed, and each second of such a worker is paid for."""
-_LAST_SECONDS = 30.0
-"""Seconds after the end of a worker's lifetime in which it may hand its tasks back."""
+_LAST_SECONDS = 10.0
+"""Seconds in which a worker may hand its tasks back, after those in which they may finish."""
 _DRAIN_GRACE = 20.0
 """Seconds after SIGTERM in which tasks may finish. AWS sends SIGKILL after 30 seconds, and handing
 tasks back takes a moment."""
@@ -86,8 +86,8 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
         ours.close()
         run_zygote(zygotes, supervisor_pid, files, bootstrap)
     zygotes.close()
-    if lifetime := bootstrap.get("lifetime"):
-        _end_after(lifetime)
+    if (lifetime := bootstrap.get("lifetime")) is not None:
+        _end_after(lifetime, bootstrap.get("drain_grace") or _DRAIN_GRACE)
     # Without this, gRPC logs to stderr. It is set after the fork, so that tasks do not inherit it.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # This allows only a TLS 1.2 suite whose kind of key the client's certificate does not have. So
@@ -149,14 +149,18 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     os._exit(code)
 
 
-def _end_after(seconds: float) -> None:
+def _end_after(seconds: float, grace: float) -> None:
     """End this process after so many seconds, for platforms that have no time limit themselves.
 
     It is told to end as a platform tells it (SIGTERM). If it cannot listen, the kernel ends it some
     seconds later (SIGALRM), whatever hangs in it.
+
+    Args:
+        seconds: Until it is told.
+        grace: Seconds after that in which tasks may finish.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds + _LAST_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds + grace + _LAST_SECONDS)
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
     timer.daemon = True
     timer.start()

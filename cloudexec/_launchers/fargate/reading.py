@@ -10,9 +10,15 @@ from cloudexec._aws.limits import WorkerSize
 from cloudexec._aws.task_requests import CONTAINER, LOG_PREFIX
 from cloudexec._launchers.platform import Phase, WorkerEnd
 
-__all__ = ["PHASES", "end_of_task", "found_no_capacity", "log_stream", "run_of_task"]
+__all__ = [
+    "end_of_task",
+    "found_no_capacity",
+    "log_stream",
+    "phase_of_task",
+    "run_of_task",
+]
 
-PHASES: Mapping[str, Phase] = {
+_PHASES: Mapping[str, Phase] = {
     # A task costs from the start of its image's download on, and has no place for sure before.
     "PROVISIONING": Phase.WAITING,
     "PENDING": Phase.STARTING,
@@ -29,6 +35,20 @@ _TIME_IS_UP = (142, 143)
 """Exit codes after SIGALRM and SIGTERM, by which a worker ends itself."""
 
 
+def phase_of_task(task: Mapping[str, Any]) -> Phase:
+    """Say how far a task is.
+
+    One that stops has ended when its container has: what comes after that, such as the removal of
+    its network interface, takes a while and is of no matter to its worker.
+    """
+    containers = task.get("containers", ())
+    if task.get("desiredStatus") == "STOPPED" and (
+        task.get("executionStoppedAt") or any("exitCode" in each for each in containers)
+    ):
+        return Phase.ENDED
+    return _PHASES.get(task["lastStatus"], Phase.RUNNING)
+
+
 def log_stream(arn: str) -> str:
     """Return the log stream of a task. Amazon ECS Developer Guide, "Using the awslogs driver"."""
     return f"{LOG_PREFIX}/{CONTAINER}/{arn.rpartition('/')[2]}"
@@ -38,7 +58,7 @@ def found_no_capacity(task: Mapping[str, Any]) -> bool:
     """Whether a task has stopped before it ran, for want of capacity."""
     never_ran = not task.get("startedAt") and not task.get("pullStartedAt")
     return (
-        PHASES.get(task["lastStatus"]) is Phase.ENDED
+        _PHASES.get(task["lastStatus"]) is Phase.ENDED
         and never_ran
         and is_out_of_capacity(task.get("stoppedReason", ""))
     )

@@ -7,6 +7,7 @@ clusters and task definitions.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -159,7 +160,9 @@ class Ecs:
         spec = _spec(region, given, cluster, definition, provider)
         names = (cluster.arn, cluster.name, provider)
         for _ in range(given.get("count", 1)):
-            has_capacity = self._faults.has_capacity(*names)
+            largest = self._faults.ecs.largest_mib
+            fits = largest is None or spec.memory_mib <= largest
+            has_capacity = fits and self._faults.has_capacity(*names)
             stops = not has_capacity and self._faults.ecs.tasks_stop_without_capacity
             if reason := self._faults.ecs.failure():
                 failures.append({"arn": None, "reason": reason, "detail": ""})
@@ -192,7 +195,8 @@ class Ecs:
             for each in wanted:
                 job = self._engine.jobs.get(each.rpartition("/")[2])
                 is_here = job is not None and job.spec.queue_arn == cluster.arn
-                if job is not None and is_here and job.created_at <= since:
+                is_told = is_here and not self._faults.ecs.is_missing()
+                if job is not None and is_told and job.created_at <= since:
                     tasks.append(self._detail(job, given))
                 else:
                     arn = each if each.startswith("arn:") else _task_arn(cluster, each)
@@ -312,6 +316,8 @@ class Ecs:
         }
         if job.pull is not None:
             found["pullStartedAt"], found["pullStoppedAt"] = job.pull
+        if job.stopped_at and time.time() < job.stopped_at + self._faults.ecs.deprovisioning:
+            found |= {"lastStatus": "DEPROVISIONING", "stoppedAt": None}
         if "TAGS" in given.get("include", ()):
             found["tags"] = [{"key": key, "value": value} for key, value in spec.tags.items()]
         return _without_none(found)

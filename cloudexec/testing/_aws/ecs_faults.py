@@ -27,6 +27,10 @@ class EcsFaults:
             sample event has ``"TerminationNotice"``, users see ``"SpotInterruption"``.
         quota_is_an_error: Whether RunTask is refused beyond the vCPU quota. Otherwise that is among
             its failures.
+        deprovisioning: Seconds for which a task whose containers have ended is DEPROVISIONING,
+            before it is STOPPED.
+        largest_mib: Memory of the largest tasks for which there is capacity; ``None``: there is for
+            all.
     """
 
     def __init__(self) -> None:
@@ -39,7 +43,10 @@ class EcsFaults:
         self.tokens_conflict = False
         self.spot_stop_code: StopCode = "SpotInterruption"
         self.quota_is_an_error = False
+        self.deprovisioning = 0.0
+        self.largest_mib: int | None = None
         self._failures: list[list[object]] = []
+        self._missing: list[list[object]] = []
 
     def run_task_fails(self, reason: str, count: int | None = None) -> None:
         """Let RunTask say that it could not start a task, with HTTP status 200.
@@ -50,6 +57,20 @@ class EcsFaults:
         """
         with self._lock:
             self._failures.append([reason, count])
+
+    def tasks_go_missing(self, count: int | None = None) -> None:
+        """Let DescribeTasks not know tasks, also those that it has told of: its answers go back.
+
+        Args:
+            count: How many answers about a task; ``None``: all.
+        """
+        with self._lock:
+            self._missing.append([True, count])
+
+    def is_missing(self) -> bool:
+        """Say whether DescribeTasks does not know this task, and count it."""
+        with self._lock:
+            return bool(take(self._missing, lambda _: True))
 
     def failure(self) -> str:
         """Return why RunTask cannot start this task, and count it; empty: it can."""

@@ -1,0 +1,390 @@
+"""Asking Amazon ECS for tasks, one call for each worker, until there is capacity for it.
+
+There is no queue in AWS in which a worker could wait for capacity, so it waits here: one background
+task asks again for all workers that wait. Of those that are alike, one finds out for the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import botocore.exceptions
+
+from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.diagnosis import is_over_quota
+from cloudexec._aws.refusals import THROTTLES
+from cloudexec._aws.task_diagnosis import cause_of_refused_task
+from cloudexec._errors import AwsError, CloudexecError
+from cloudexec._launchers.ending import insist
+from cloudexec._launchers.fargate.pacer import Pacer
+from cloudexec._launchers.platform import JobRequest, Phase, Reason, WorkerEnd
+from cloudexec._log import Log
+
+__all__ = ["CALLS_PER_SECOND", "Asker", "Worker"]
+
+_logger = Log()
+
+CALLS_PER_SECOND = 20
+"""RunTask calls per second, and at once after a pause. Amazon ECS Developer Guide, "AWS Fargate
+throttling quotas"."""
+_FIRST_PAUSE = 1.0
+_LONGEST_PAUSE = 15.0
+"""Seconds until Amazon ECS is asked again where it had no capacity, at first and in the end."""
+_CLOSE_PATIENCE = 20.0
+"""Seconds for which calls are waited for that are being made at the end."""
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One worker, from the request on.
+
+    Attributes:
+        name: Of its job.
+        spot: Whether it is to run on Fargate Spot.
+        request: What is to run; ``None``: an earlier process has asked for it.
+        arn: Its task; empty: there is none yet, or none any more.
+        parameters: Of the RunTask call, which stay the same until it is answered.
+        attempt: Which call it is.
+        asked_at: When the call was made that started its task, on the monotonic clock.
+        tried_at: When it was last asked for, on the monotonic clock.
+        reason: Why there is no task, in the words with which Amazon ECS answers for one worker.
+        end: How it ended without a task that could say so.
+        phase: In which its task was seen last.
+        missing_since: Since when Amazon ECS does not know a task that it has told of, on the
+            monotonic clock; ``None``: it knows it.
+        is_known: Whether Amazon ECS has told of its task.
+        is_stopping: Whether it has told that the task stops.
+        is_taken: Whether the platform answers for it: it is asked for again as long as it waits.
+        is_unsure: Whether a call may have started a task whose answer did not come.
+        is_doomed: Whether it is to end.
+        doom: Why, for people.
+        asking: The call that is being made.
+    """
+
+    name: str
+    spot: bool = False
+    request: JobRequest | None = None
+    arn: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    attempt: int = 1
+    asked_at: float = 0.0
+    tried_at: float = 0.0
+    reason: str = ""
+    end: WorkerEnd | None = None
+    phase: Phase = Phase.ACCEPTED
+    missing_since: float | None = None
+    is_known: bool = False
+    is_stopping: bool = False
+    is_taken: bool = False
+    is_unsure: bool = False
+    is_doomed: bool = False
+    doom: str = ""
+    asking: asyncio.Task[None] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is to be asked for again."""
+        return self.is_taken and not (
+            self.arn or self.end or self.is_doomed or self.request is None
+        )
+
+    @property
+    def kind(self) -> tuple[bool, int]:
+        """Workers of one kind find capacity, or do not, alike."""
+        return self.spot, self.request.size if self.request is not None else 0
+
+
+@dataclass(slots=True)
+class _Drought:
+    """Nothing of one kind can be had.
+
+    Attributes:
+        reason: In the words of Amazon ECS; empty: it did not say.
+        trouble: Why it did not: an error that may pass.
+        until: When it is asked for again, on the monotonic clock.
+        pause: Seconds until then.
+    """
+
+    reason: str
+    until: float
+    pause: float
+    trouble: str = ""
+
+
+class Asker:
+    """Asks for the tasks of one executor's workers.
+
+    Args:
+        clients: For RunTask.
+        workers: All workers by name, which the platform adds to.
+        parameters: Returns those of a worker's RunTask call.
+        redefine: Registers the task definition again.
+        started_by: Returns the ARNs of the tasks of a worker that run, by its name.
+        stop: Stops a task: its ARN, and why.
+        stop_hint: What a user can do to end workers; see ``Platform``.
+    """
+
+    def __init__(
+        self,
+        clients: AwsClients,
+        workers: Mapping[str, Worker],
+        *,
+        parameters: Callable[[Worker], dict[str, Any]],
+        redefine: Callable[[], Awaitable[None]],
+        started_by: Callable[[str], Awaitable[list[str]]],
+        stop: Callable[[str, str], Coroutine[Any, Any, None]],
+        stop_hint: str,
+    ) -> None:
+        self.pacer = Pacer(CALLS_PER_SECOND, CALLS_PER_SECOND)
+        self._clients = clients
+        self._workers = workers
+        self._parameters = parameters
+        self._redefine = redefine
+        self._started_by = started_by
+        self._stop = stop
+        self._stop_hint = stop_hint
+        self._droughts: dict[tuple[bool, int], _Drought] = {}
+        self._wake = asyncio.Event()
+        self._again: asyncio.Task[None] | None = None
+        self._stops: set[asyncio.Task[None]] = set()
+
+    async def ask(self, worker: Worker) -> None:
+        """Ask for the task of a worker. The answer is heard also if this is cancelled.
+
+        Raises:
+            AwsError: If AWS refuses.
+            CloudexecError: If the settings make it impossible.
+        """
+        await asyncio.shield(self._begin(worker, self._run_task(worker)))
+
+    def ask_again(self) -> None:
+        """Ask again for the workers that wait, from now on and in the background."""
+        self._wake.set()
+        if self._again is None or self._again.done():
+            self._again = asyncio.get_running_loop().create_task(self._keep_asking())
+
+    def go_without(self, worker: Worker, reason: str) -> None:
+        """Let a worker wait for capacity, and with it all others of its kind."""
+        worker.arn, worker.reason = "", reason
+        worker.is_known = worker.is_stopping = False
+        worker.parameters = {}
+        worker.attempt += 1
+        self._pause(worker, reason)
+
+    def trouble(self, worker: Worker) -> str:
+        """Say why AWS cannot be asked for a worker that waits; empty: it can."""
+        drought = self._droughts.get(worker.kind)
+        return drought.trouble if drought is not None and worker.waits else ""
+
+    def stop_soon(self, arn: str, reason: str) -> None:
+        """Stop a task in the background."""
+        stop = asyncio.get_running_loop().create_task(self._stop_late(arn, reason))
+        self._stops.add(stop)
+        stop.add_done_callback(self._stops.discard)
+
+    async def close(self) -> None:
+        """Ask no more, and stop what calls that are being made still start.
+
+        A call of which no answer comes in some seconds is given up. A task that it may have started
+        finds no client, and ends by itself.
+        """
+        if self._again is not None:
+            self._again.cancel()
+            await asyncio.gather(self._again, return_exceptions=True)
+        for worker in self._workers.values():
+            if worker.asking is not None and not worker.is_doomed:
+                worker.is_doomed, worker.doom = True, "cloudexec: the executor has shut down"
+        asking = [each.asking for each in self._workers.values() if each.asking is not None]
+        if pending := [*asking, *self._stops]:
+            _, late = await asyncio.wait(pending, timeout=_CLOSE_PATIENCE)
+            if late:
+                unheard = [each.name for each in self._workers.values() if each.asking in late]
+                _logger.error(
+                    "Amazon ECS does not answer, and may have started tasks for %s that are not "
+                    "stopped: they end by themselves when they find no client. %s",
+                    ", ".join(unheard) or "this executor",
+                    self._stop_hint,
+                )
+            for each in late:
+                each.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+
+    # One call.
+
+    def _begin(self, worker: Worker, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        if worker.asking is not None:
+            call.close()
+            return worker.asking
+
+        async def ask() -> None:
+            await call
+            if worker.is_doomed and worker.arn:
+                # Those who ended the worker may not have waited for this answer.
+                await self._stop_late(worker.arn, worker.doom)
+
+        def asked(done: asyncio.Task[None]) -> None:
+            worker.asking = None
+            self._wake.set()
+            if not done.cancelled():
+                done.exception()  # it is raised where it is waited for, which is not necessary
+
+        worker.asking = asyncio.get_running_loop().create_task(ask())
+        worker.asking.add_done_callback(asked)
+        return worker.asking
+
+    async def _run_task(self, worker: Worker) -> None:
+        if worker.is_doomed:
+            return
+        drought = self._droughts.get(worker.kind)
+        if drought is not None and time.monotonic() < drought.until and not worker.is_unsure:
+            worker.reason = drought.reason or worker.reason
+            return
+        worker.tried_at = time.monotonic()
+        was_unsure = worker.is_unsure
+        if not worker.parameters:
+            worker.parameters = self._parameters(worker)
+        try:
+            tasks, reason = await self._call_run_task(worker)
+        except AwsError as exc:
+            if is_over_quota(exc.message):
+                tasks, reason = [], exc.message
+            elif _is_gone(exc):
+                # Somebody has removed the definition since: it is registered again.
+                await self._redefine()
+                tasks, reason = await self._call_anew(worker)
+            else:
+                raise
+        if not tasks and was_unsure:
+            # The next call has another token, so this is the last moment to find out.
+            worker.is_unsure = True
+            tasks = await self._started_by(worker.name)
+        worker.is_unsure = False
+        if tasks:
+            worker.arn, worker.reason, worker.asked_at = tasks[0], "", time.monotonic()
+            self._droughts.pop(worker.kind, None)
+            return
+        if worker.is_doomed:
+            return
+        cause = cause_of_refused_task(reason, spot=worker.spot)
+        if cause.fatal:
+            raise AwsError(str(cause), code="RunTaskFailure", operation="ecs:RunTask")
+        self.go_without(worker, reason)
+
+    async def _call_anew(self, worker: Worker) -> tuple[list[str], str]:
+        """Make another call instead of one that always fails, unless the worker is to end."""
+        if worker.is_unsure and (found := await self._started_by(worker.name)):
+            return found, ""
+        if worker.is_doomed:
+            return [], ""
+        if not worker.is_unsure:
+            worker.attempt += 1
+        # Else the token stays the same: if a call that was not answered has started a task that is
+        # not listed yet, AWS refuses this one as a conflict, and names that task.
+        worker.parameters = self._parameters(worker)
+        return await self._call_run_task(worker)
+
+    async def _call_run_task(self, worker: Worker) -> tuple[list[str], str]:
+        """Make the call; return ARNs, or why there are none.
+
+        The SDK makes it again by itself where no answer came, with the same client token.
+        """
+        before, worker.is_unsure = worker.is_unsure, True
+        try:
+            answer = await self._clients.call("ecs", "run_task", **worker.parameters)
+        except AwsError as exc:
+            if exc.code == "ConflictException":
+                worker.is_unsure = False
+                return _arns_in(exc), exc.message
+            exc.uncertain = exc.transient and exc.code not in THROTTLES
+            worker.is_unsure = before or exc.uncertain
+            raise
+        worker.is_unsure = False
+        failures = [str(each.get("reason", "")) for each in answer.get("failures", ())]
+        return [str(each["taskArn"]) for each in answer["tasks"]], next(iter(failures), "")
+
+    def _pause(self, worker: Worker, reason: str, trouble: str = "") -> None:
+        """Ask for nothing of a worker's kind for a while."""
+        now = time.monotonic()
+        drought = self._droughts.get(worker.kind)
+        if drought is None or now >= drought.until:
+            pause = _FIRST_PAUSE if drought is None else min(2 * drought.pause, _LONGEST_PAUSE)
+            self._droughts[worker.kind] = _Drought(reason, now + pause, pause, trouble)
+
+    async def _stop_late(self, arn: str, reason: str) -> None:
+        """Stop a task that nothing else stops; if that fails, say so."""
+        try:
+            await insist(lambda: self._stop(arn, reason))
+        except CloudexecError as exc:
+            _logger.error("the task %s could not be stopped: %s. %s", arn, exc, self._stop_hint)
+
+    # Again.
+
+    async def _keep_asking(self) -> None:
+        """Ask for workers that wait, as long as there are some."""
+        while any(each.waits for each in self._workers.values()):
+            self._wake.clear()
+            pause = await self._ask_some()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), pause)
+
+    async def _ask_some(self) -> float:
+        """Ask for those workers that may find a place now; return seconds until there may be more.
+
+        Calls are made at the same time, since each of them may take long.
+        """
+        kinds: dict[tuple[bool, int], list[Worker]] = {}
+        for worker in self._workers.values():
+            if worker.waits:
+                kinds.setdefault(worker.kind, []).append(worker)
+        pause = _LONGEST_PAUSE
+        for kind, workers in kinds.items():
+            idle = [each for each in workers if each.asking is None]
+            drought = self._droughts.get(kind)
+            if drought is not None:
+                for each in idle:
+                    each.reason = drought.reason or each.reason
+                if (left := drought.until - time.monotonic()) > 0:
+                    pause = min(pause, left)
+                    continue
+                if len(idle) < len(workers):
+                    continue  # the answer for one that is asked for comes, and wakes this up
+                idle = sorted(idle, key=lambda each: each.tried_at)[:1]
+            for each in idle:
+                await self.pacer.wait()
+                if each.waits:
+                    self._begin(each, self._ask_quietly(each))
+                if self._droughts.get(kind) is not drought:
+                    break  # an answer has come meanwhile
+        return pause
+
+    async def _ask_quietly(self, worker: Worker) -> None:
+        """Ask for a worker that nobody waits for at this moment, and note what becomes of it."""
+        try:
+            await self._run_task(worker)
+        except CloudexecError as exc:
+            if isinstance(exc, AwsError) and exc.may_pass:
+                self._pause(worker, "", str(exc))
+            else:
+                worker.end = WorkerEnd(reason=Reason(str(exc), fatal=True))
+        except Exception as exc:
+            _logger.exception("internal error while asking for the worker %s", worker.name)
+            worker.end = WorkerEnd(reason=Reason(f"internal error: {exc}", fatal=True))
+
+
+def _is_gone(exc: AwsError) -> bool:
+    """Whether there is no task definition of that name any more, or it is not active."""
+    return exc.code == "ClientException" and "TaskDefinition" in exc.message
+
+
+def _arns_in(exc: AwsError) -> list[str]:
+    """Return the tasks that an earlier call with the same client token has started."""
+    cause = exc.__cause__
+    if not isinstance(cause, botocore.exceptions.ClientError):
+        return []
+    response: Mapping[str, Any] = cause.response
+    return [str(each) for each in response.get("resourceIds", ())]
