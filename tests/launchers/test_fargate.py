@@ -29,6 +29,7 @@ from cloudexec import (
     LaunchError,
     WorkerLostError,
 )
+from cloudexec._launchers.fargate import platform as fargate_platform
 from cloudexec._launchers.fargate.pacer import Pacer
 from cloudexec.launchers import ExecutorInfo, Inspection, JobRequest, Phase, Target
 
@@ -404,7 +405,10 @@ def test_an_image_that_cannot_be_pulled_fails_the_tasks_with_the_remedy(
             executor.submit(square, 1).result(timeout=60)
 
 
-def test_stopped_tasks_that_aws_forgets_end_their_workers(aws: Any, fargate: Make) -> None:
+def test_stopped_tasks_that_aws_forgets_end_their_workers(
+    aws: Any, fargate: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fargate_platform, "_MISSING", 1.0)
     with BatchExecutor(1, launcher=fargate()) as executor:
         future = executor.submit(time.sleep, 1.0)
         eventually(lambda: executor.stats().tasks.running == 1)
@@ -561,13 +565,44 @@ def test_a_worker_ends_at_its_time_limit(aws: Any, fargate: Make) -> None:
 def test_a_worker_that_hangs_is_ended_by_the_kernel() -> None:
     script = (
         "import signal, time; from cloudexec.worker import __main__ as m;"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); m._LAST_SECONDS = 0.5;"
-        "m._end_after(0.2); time.sleep(60)"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); m._LAST_SECONDS = 0.3;"
+        "m._end_after(0.2, 0.2); time.sleep(60)"
     )
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], timeout=30)
     assert done.returncode == -signal.SIGALRM
     assert time.monotonic() - began < 20
+
+
+def test_the_kernel_leaves_spot_workers_their_time_to_finish() -> None:
+    """They have 100 seconds on Spot, and then have to hand back what is left."""
+    script = (
+        "import signal; from cloudexec.worker import __main__ as m;"
+        "m._end_after(1000.0, 100.0); print(signal.getitimer(signal.ITIMER_REAL)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert 1100.0 < float(done.stdout) <= 1120.0
+
+
+def test_a_time_limit_below_a_second_is_one(aws: Any, fargate: Make) -> None:
+    with BatchExecutor(1, launcher=fargate(max_runtime=0.4), min_workers=1) as executor:
+        executor.submit(time.sleep, 60)
+        (first, *_) = eventually(aws.jobs)
+        eventually(lambda: aws.job(first.job_id).exit_code == 143)
+        executor.shutdown(wait=False, cancel_futures=True)
+    assert first.environment["CLOUDEXEC_LIFETIME"] == "1"
+
+
+def test_a_worker_without_any_time_ends_at_once() -> None:
+    """0 is a time limit, too, and not none."""
+    bootstrap = {"slots": 1, "lifetime": 0.0}
+    script = (
+        "import signal; from cloudexec.worker import __main__ as m;"
+        "m._end_after = lambda *given: print('limited', given, flush=True) or exit(9);"
+        f"m.main({bootstrap!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "limited (0.0, 20.0)" in done.stdout
 
 
 class VirtualTime:
