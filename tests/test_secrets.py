@@ -18,7 +18,8 @@ import boto3
 import psutil
 import pytest
 
-from cloudexec import Batch, BatchExecutor, Local
+from cloudexec import Batch, BatchExecutor, Fargate, Local
+from cloudexec._aws.monitor import Monitor
 from cloudexec._aws.profile import Profile
 from cloudexec.testing import FakeAWS, ManualLauncher
 
@@ -214,6 +215,33 @@ def test_no_log_shows_the_key_of_a_launch(inspection: _Inspection, aws: FakeAWS)
                 request.parameters["containerOverrides"]["environment"]}  # fmt: skip
         assert bytes.fromhex(sent["CLOUDEXEC_KEY"]) in inspection.secrets
     inspection.shown += [line for job in aws.jobs() for line in aws.logs(job.job_id)]
+    inspection.check()
+
+
+def test_no_log_shows_the_key_of_a_launch_on_fargate(
+    inspection: _Inspection, aws: FakeAWS
+) -> None:
+    """Nor does the answer to StopTask, which has the task with all its variables."""
+    made = aws.set_up("cluster")
+    launcher = Fargate(
+        cluster=made.cluster,
+        subnets=made.subnets,
+        security_groups=[made.security_group],
+        execution_role=made.execution_role,
+        region=aws.region,
+        image="example.com/worker:1",
+    )
+    inspection._caplog.clear()
+    with BatchExecutor(1, launcher=launcher) as executor:
+        inspection.look_at(executor)
+        (request,) = [each for each in aws.requests if each.operation == "RunTask"]
+        (container,) = request.parameters["overrides"]["containerOverrides"]
+        sent = {each["name"]: each["value"] for each in container["environment"]}
+        assert bytes.fromhex(sent["CLOUDEXEC_KEY"]) in inspection.secrets
+        with Monitor(region=aws.region) as monitor:
+            (running,) = monitor.executors()
+            assert monitor.stop(executor=running.id)
+    assert "StopTask" in {each.operation for each in aws.requests}
     inspection.check()
 
 

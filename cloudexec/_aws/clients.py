@@ -51,6 +51,7 @@ _SECRET = frozenset(
         ("batch", "DescribeJobs"),
         ("ecs", "RunTask"),
         ("ecs", "DescribeTasks"),
+        ("ecs", "StopTask"),
     }
 )
 """Calls of which the SDK's own debug log would show a worker's key."""

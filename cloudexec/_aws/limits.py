@@ -12,6 +12,7 @@ __all__ = [
     "ARRAY_LARGEST",
     "DEFINITION_BYTES",
     "DESCRIBE_JOBS",
+    "FARGATE_MOST_VCPUS",
     "LEAST_ATTEMPT_SECONDS",
     "OVERRIDE_CHARACTERS",
     "SUBMIT_BYTES",
@@ -54,6 +55,8 @@ _FARGATE: dict[float, tuple[int, ...]] = {
     16: tuple(gib * _GIB for gib in range(32, 121, 8)),
     32: (60 * _GIB, 120 * _GIB, 244 * _GIB),
 }
+FARGATE_MOST_VCPUS = 32.0
+"""Of a worker on Fargate, as AWS Batch takes it; Amazon ECS takes less."""
 _MOST_MIB = 32 * 1024 * 1024
 """More than any machine that AWS has."""
 _MOST_VCPUS = 1920
@@ -111,12 +114,19 @@ def fargate_memories(vcpus: float) -> tuple[int, ...]:
     return _FARGATE.get(vcpus, ())
 
 
-def fargate_size(vcpus: float, memory: str | int) -> WorkerSize:
+def _fargate_offers(most_vcpus: float) -> dict[float, tuple[int, ...]]:
+    return {vcpus: each for vcpus, each in _FARGATE.items() if vcpus <= most_vcpus}
+
+
+def fargate_size(
+    vcpus: float, memory: str | int, most_vcpus: float = FARGATE_MOST_VCPUS
+) -> WorkerSize:
     """Check a size that Fargate must offer exactly.
 
     Args:
         vcpus: 0.25, 0.5, 1, 2, 4, 8, 16 or 32.
         memory: As ``parse_memory`` takes it.
+        most_vcpus: The largest that the service takes which is asked for it.
 
     Raises:
         ConfigError: Naming the nearest sizes that there are.
@@ -127,17 +137,18 @@ def fargate_size(vcpus: float, memory: str | int) -> WorkerSize:
     mib = parse_memory(memory)
     if isinstance(vcpus, bool) or not isinstance(vcpus, (int, float)) or not vcpus > 0:
         raise ConfigError(f"vcpus must be a positive number, not {vcpus!r}")
-    if mib in _FARGATE.get(vcpus, ()):
+    offers = _fargate_offers(most_vcpus)
+    if mib in offers.get(vcpus, ()):
         return WorkerSize(memory_mib=mib, vcpus=vcpus)
     every = [
         WorkerSize(memory_mib=offered, vcpus=cpus)
-        for cpus, memories in _FARGATE.items()
+        for cpus, memories in offers.items()
         for offered in memories
     ]
     enough = [size for size in every if size.vcpus >= vcpus and size.memory_mib >= mib]
     nearest: list[WorkerSize] = []
-    if vcpus in _FARGATE:
-        same = _FARGATE[vcpus]
+    if vcpus in offers:
+        same = offers[vcpus]
         below = [offered for offered in same if offered < mib]
         above = [offered for offered in same if offered > mib]
         nearest += [WorkerSize(memory_mib=m, vcpus=vcpus) for m in below[-1:] + above[:1]]
@@ -145,33 +156,47 @@ def fargate_size(vcpus: float, memory: str | int) -> WorkerSize:
         least = min(enough, key=lambda size: (size.vcpus, size.memory_mib))
         if least not in nearest:
             nearest.append(least)
-    fewer = [cpus for cpus in _FARGATE if cpus < vcpus]
-    if vcpus not in _FARGATE and fewer:
-        memories = _FARGATE[max(fewer)]
+    fewer = [cpus for cpus in offers if cpus < vcpus]
+    if vcpus not in offers and fewer:
+        memories = offers[max(fewer)]
         closest = min(memories, key=lambda offered: abs(offered - mib))
         nearest.append(WorkerSize(memory_mib=closest, vcpus=max(fewer)))
     if not nearest:
         nearest.append(every[-1])
     names = ", or ".join(map(str, nearest))
+    if mib in _FARGATE.get(vcpus, ()):
+        raise ConfigError(
+            f"Amazon ECS takes workers of up to {most_vcpus:g} vCPU on Fargate, so not of "
+            f"{vcpus:g} vCPU with {format_memory(mib)}; the nearest: {names}. Batch(...) has that "
+            f"size"
+        )
     raise ConfigError(
         f"Fargate has no size of {vcpus:g} vCPU with {format_memory(mib)}; the nearest: {names}"
     )
 
 
-def fargate_size_for(cpus: float, memory_mib: int) -> WorkerSize:
+def fargate_size_for(
+    cpus: float, memory_mib: int, most_vcpus: float = FARGATE_MOST_VCPUS
+) -> WorkerSize:
     """Return the smallest size of Fargate that has so much.
+
+    Args:
+        cpus: vCPUs.
+        memory_mib: MiB.
+        most_vcpus: The largest that the service takes which is asked for it.
 
     Raises:
         ConfigError: If there is none; it names the largest ones, and where there is more.
     """
+    offers = _fargate_offers(most_vcpus)
     enough = [
         WorkerSize(memory_mib=mib, vcpus=vcpus)
-        for vcpus, memories in _FARGATE.items()
+        for vcpus, memories in offers.items()
         for mib in memories
         if vcpus >= cpus - 1e-9 and mib >= memory_mib
     ]
     if not enough:
-        most_cpus, most_memory = max(_FARGATE), max(max(each) for each in _FARGATE.values())
+        most_cpus, most_memory = max(offers), max(max(each) for each in offers.values())
         nearest = WorkerSize(memory_mib=most_memory, vcpus=most_cpus)
         raise ConfigError(
             f"Fargate has no worker for a task with cpus={cpus:g} and "
@@ -236,12 +261,15 @@ def default_memory(vcpus: float, compute: str) -> int:
     return next((mib for mib in fargate_memories(vcpus) if mib >= wanted), wanted)
 
 
-def more_memory(size: WorkerSize, compute: str) -> str:
+def more_memory(
+    size: WorkerSize, compute: str, most_vcpus: float = FARGATE_MOST_VCPUS
+) -> str:
     """Say which settings give a worker more memory: sizes that there are.
 
     Args:
         size: The worker that had too little.
         compute: ``"fargate"`` or ``"ec2"``.
+        most_vcpus: The largest on Fargate that the service takes which is asked for it.
     """
     vcpus, mib = size.vcpus, size.memory_mib
     if compute == "ec2":
@@ -257,13 +285,19 @@ def more_memory(size: WorkerSize, compute: str) -> str:
         )
     if compute == "ec2":
         return "no instance of AWS has more memory: divide the task"
-    for cpus, memories in _FARGATE.items():
+    for cpus, memories in _fargate_offers(most_vcpus).items():
         larger = next((each for each in memories if each >= 2 * mib), memories[-1])
         if cpus > vcpus and larger > mib:
             return (
                 f"{vcpus:g} vCPU have {format_memory(mib)} at the most on Fargate: give "
                 f"vcpus={cpus:g} and memory={_as_setting(larger)!r}"
             )
+    if most_vcpus < FARGATE_MOST_VCPUS:
+        # What asks Amazon ECS has no compute= to give.
+        return (
+            f"Amazon ECS takes no worker with more than {format_memory(mib)} on Fargate: use "
+            f"Batch(compute='ec2', memory={_as_setting(2 * mib)!r})"
+        )
     return (
         f"Fargate has no worker with more than {format_memory(mib)}: give compute='ec2' and "
         f"memory={_as_setting(2 * mib)!r}"

@@ -25,6 +25,7 @@ Resource: TypeAlias = Literal[
     "job",
     "log_group",
     "object",
+    "own_task",
     "queue",
     "role",
     "secret",
@@ -119,10 +120,10 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ),
     ("ecs", "RunTask"): (
         Grant("ecs:RunTask", "task_definition", in_cluster=True),
-        Grant("ecs:TagResource", "task"),
+        Grant("ecs:TagResource", "own_task"),
         _PASS_ROLE,
     ),
-    ("ecs", "StopTask"): (Grant("ecs:StopTask", "task"),),
+    ("ecs", "StopTask"): (Grant("ecs:StopTask", "own_task"),),
     ("iam", "GetRole"): (Grant("iam:GetRole", "role"),),
     # Letting workers in.
     ("secretsmanager", "GetSecretValue"): (Grant("secretsmanager:GetSecretValue", "secret"),),
@@ -157,6 +158,8 @@ _OF_CLUSTERS = frozenset(
     )
 )
 """Calls that are made only where there is a cluster."""
+_WITHOUT_PROFILE = frozenset([("ecs", "ListClusters")])
+"""Calls that are made only where no profile says where to look."""
 
 
 def policy(profile: Profile | None = None, partition: str = "") -> dict[str, Any]:
@@ -170,8 +173,10 @@ def policy(profile: Profile | None = None, partition: str = "") -> dict[str, Any
     Raises:
         ConfigError: If neither is given.
     """
-    has_cluster = profile is None or profile.cluster
-    return actions_for(CALLS.keys() - (() if has_cluster else _OF_CLUSTERS), profile, partition)
+    calls = set(CALLS)
+    if profile is not None:
+        calls -= _WITHOUT_PROFILE if profile.cluster else _WITHOUT_PROFILE | _OF_CLUSTERS
+    return actions_for(calls, profile, partition)
 
 
 def unknown_calls(calls: Iterable[Call]) -> set[Call]:
@@ -234,6 +239,7 @@ _SIDS: dict[Resource, str] = {
     "job": "Jobs",
     "log_group": "Logs",
     "object": "Objects",
+    "own_task": "OwnTasks",
     "queue": "Queues",
     "role": "Roles",
     "secret": "Key",
@@ -294,12 +300,15 @@ def _resources(
             is_arn = cluster.startswith("arn:")
             return [cluster if is_arn else arn("ecs", f"cluster/{cluster}")], {}
         case "task":
-            # In clusters of AWS Batch, which it names after compute environments.
+            # In clusters of AWS Batch too, which it names after compute environments.
             tasks = [arn("ecs", "task/AWSBatch-*")]
             if profile is None or profile.cluster:
-                cluster = profile.cluster.rpartition("/")[2] if profile else "cloudexec-*"
-                tasks.append(arn("ecs", f"task/{cluster}/*"))
+                tasks += _resources("own_task", profile, place)[0]
             return tasks, {}
+        case "own_task":
+            # Tasks of AWS Batch are those of all its users, who may not stop each other's.
+            cluster = (profile.cluster if profile else "") or "cloudexec-*"
+            return [arn("ecs", f"task/{cluster.rpartition('/')[2]}/*")], {}
         case "task_definition":
             return [arn("ecs", f"task-definition/{DEFINITION_PREFIX}*:*")], {}
         case _:

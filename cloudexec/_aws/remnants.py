@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +46,20 @@ class Remnant:
     """Name, id or ARN; or why it is not known whether there is one."""
 
 
-async def find_remnants(clients: AwsClients, stack: str, report: Report) -> tuple[Remnant, ...]:
+async def find_remnants(
+    clients: AwsClients, stack: str, report: Report, *, doubtful: Collection[str] = ()
+) -> tuple[Remnant, ...]:
     """Ask each service for what carries the stack's tag, then the tagging service for the rest.
 
     What cannot be looked for counts as left, for nothing shows that it is gone. Only the tagging
-    service may be missing: it sees what no stack of ours makes.
+    service may be missing, since it sees what no stack of ours makes.
+
+    Args:
+        clients: Account and region of the stack.
+        stack: Its name.
+        report: Told of what could not be asked.
+        doubtful: Kinds of which the stack had nothing, as far as is known. Where permission to
+            look for them is missing, that is reported, and nothing counts as left.
 
     Raises:
         AwsError: If AWS cannot be reached, or fresh credentials are needed.
@@ -61,7 +70,7 @@ async def find_remnants(clients: AwsClients, stack: str, report: Report) -> tupl
         "compute environment": _left_environments,
         "job definition": _left_definitions,
         "cluster": _left_cluster,
-        "task definition": task_definitions,
+        "task definition": _left_task_definitions,
         "bucket": _left_buckets,
         "repository": _left_repositories,
         "log group": _left_log_groups,
@@ -80,6 +89,8 @@ async def find_remnants(clients: AwsClients, stack: str, report: Report) -> tupl
                 raise
             if find is _left_elsewhere:
                 report(Noted(text=f"the tagging service could not be asked: {exc}"))
+            elif kind in doubtful and "Denied" in exc.code:
+                report(Noted(text=f"{kind}: could not be looked for: {exc}"))
             else:
                 remnants.append(Remnant(kind=kind, id=f"could not be looked for: {exc}"))
     return tuple(remnants)
@@ -120,6 +131,11 @@ async def _left_cluster(clients: AwsClients, stack: str) -> AsyncIterator[str]:
         # A deleted cluster can be described for a while.
         if each.get("status") != "INACTIVE" and tags.get(TAG_STACK) == stack:
             yield each["clusterName"]
+
+
+async def _left_task_definitions(clients: AwsClients, stack: str) -> AsyncIterator[str]:
+    async for each in task_definitions(clients, stack):
+        yield each.arn
 
 
 async def _left_buckets(clients: AwsClients, stack: str) -> AsyncIterator[str]:

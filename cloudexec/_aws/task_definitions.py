@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.names import DEFINITION_PREFIX, TAG_STACK
 from cloudexec._errors import AwsError
 
-__all__ = ["delete_task_definitions", "ensure_task_definition", "task_definitions"]
+__all__ = [
+    "TaskDefinition",
+    "delete_task_definitions",
+    "ensure_task_definition",
+    "task_definitions",
+]
 
 _DELETED_AT_ONCE = 10
 """Amazon ECS API Reference, "DeleteTaskDefinitions"."""
+
+
+class TaskDefinition(NamedTuple):
+    """One revision of a task definition."""
+
+    arn: str
+    is_active: bool
+    """Whether it is registered; otherwise it was deregistered, and stays listed until deleted."""
 
 
 async def ensure_task_definition(clients: AwsClients, request: Mapping[str, Any]) -> str:
@@ -41,8 +54,8 @@ async def ensure_task_definition(clients: AwsClients, request: Mapping[str, Any]
 
 async def task_definitions(
     clients: AwsClients, stack: str, roles: Sequence[str] = ()
-) -> AsyncIterator[str]:
-    """Yield ARNs of our active definitions of a stack: by their tag, or by the stack's roles.
+) -> AsyncIterator[TaskDefinition]:
+    """Yield our definitions of a stack, known by their tag or by the stack's roles.
 
     Args:
         clients: Where.
@@ -57,33 +70,50 @@ async def task_definitions(
         "list_task_definition_families",
         "families",
         familyPrefix=DEFINITION_PREFIX,
-        status="ACTIVE",
+        status="ALL",
     )
     async for family in families:
-        listed = clients.pages(
-            "ecs", "list_task_definitions", "taskDefinitionArns", familyPrefix=family
-        )
-        async for arn in listed:
-            answer = await clients.call(
-                "ecs", "describe_task_definition", taskDefinition=arn, include=["TAGS"]
+        for status in ("ACTIVE", "INACTIVE"):
+            listed = clients.pages(
+                "ecs",
+                "list_task_definitions",
+                "taskDefinitionArns",
+                familyPrefix=family,
+                status=status,
             )
-            tags = {each["key"]: each["value"] for each in answer.get("tags", ())}
-            found = answer["taskDefinition"]
-            used = {
-                found.get(key, "").rpartition("/")[2] for key in ("taskRoleArn", "executionRoleArn")
-            }
-            if tags.get(TAG_STACK) == stack or used & set(roles):
-                yield str(arn)
+            async for arn in listed:
+                answer = await clients.call(
+                    "ecs", "describe_task_definition", taskDefinition=arn, include=["TAGS"]
+                )
+                tags = {each["key"]: each["value"] for each in answer.get("tags", ())}
+                found = answer["taskDefinition"]
+                used = {
+                    found.get(key, "").rpartition("/")[2]
+                    for key in ("taskRoleArn", "executionRoleArn")
+                }
+                if tags.get(TAG_STACK) == stack or used & set(roles):
+                    yield TaskDefinition(str(arn), is_active=status == "ACTIVE")
 
 
-async def delete_task_definitions(clients: AwsClients, arns: Sequence[str]) -> None:
+async def delete_task_definitions(
+    clients: AwsClients, definitions: Sequence[TaskDefinition]
+) -> dict[str, str]:
     """Deregister definitions, and delete them: what is only deregistered stays listed for ever.
+
+    Returns:
+        ARN -> why it could not be deleted.
 
     Raises:
         AwsError: If AWS refuses.
     """
-    for arn in arns:
-        await clients.call("ecs", "deregister_task_definition", taskDefinition=arn)
-    for at in range(0, len(arns), _DELETED_AT_ONCE):
-        some = list(arns[at : at + _DELETED_AT_ONCE])
-        await clients.call("ecs", "delete_task_definitions", taskDefinitions=some)
+    failures: dict[str, str] = {}
+    for each in definitions:
+        if each.is_active:
+            await clients.call("ecs", "deregister_task_definition", taskDefinition=each.arn)
+    for at in range(0, len(definitions), _DELETED_AT_ONCE):
+        some = [each.arn for each in definitions[at : at + _DELETED_AT_ONCE]]
+        answer = await clients.call("ecs", "delete_task_definitions", taskDefinitions=some)
+        for failed in answer.get("failures", ()):
+            said = [failed[key] for key in ("reason", "detail") if failed.get(key)]
+            failures[str(failed.get("arn", ""))] = ": ".join(said) or "AWS gives no reason"
+    return failures

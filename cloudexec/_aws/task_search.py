@@ -7,8 +7,9 @@ is the last part of its ARN, its name what it was started by, and its queue its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -36,7 +37,8 @@ class TaskSearch:
 
     Args:
         calls: How AWS is asked.
-        clusters: ARNs or names; ``None``: all of the region but those of AWS Batch.
+        clusters: ARNs or names; ``None``: all of the region but those of AWS Batch, as far as
+            they may be looked at.
         public_ip: Whether tasks have public addresses, which Amazon ECS does not tell of them.
     """
 
@@ -56,13 +58,14 @@ class TaskSearch:
         """
         found: list[Mapping[str, Any]] = []
         for cluster in await self._clusters():
-            arns: list[str] = []
-            for status in ("RUNNING", "STOPPED"):
-                listed = self._calls.pages(
-                    "ecs", "list_tasks", "taskArns", cluster=cluster, desiredStatus=status
-                )
-                arns += [str(each) async for each in listed]
-            found += await self._describe(cluster, arns)
+            with self._where_allowed():
+                arns: list[str] = []
+                for status in ("RUNNING", "STOPPED"):
+                    listed = self._calls.pages(
+                        "ecs", "list_tasks", "taskArns", cluster=cluster, desiredStatus=status
+                    )
+                    arns += [str(each) async for each in listed]
+                found += await self._describe(cluster, arns)
         return [
             each
             for each in found
@@ -73,8 +76,23 @@ class TaskSearch:
         """Return the tasks with these ids that there are."""
         if not ids:
             return []
-        found = [await self._describe(cluster, ids) for cluster in await self._clusters()]
-        return [each for some in found for each in some]
+        found: list[Mapping[str, Any]] = []
+        for cluster in await self._clusters():
+            with self._where_allowed():
+                found += await self._describe(cluster, ids)
+        return found
+
+    @contextlib.contextmanager
+    def _where_allowed(self) -> Iterator[None]:
+        """Pass over a cluster that may not be looked at, unless it was given by name.
+
+        A region may have clusters of other people, and the policy is for cloudexec's own.
+        """
+        try:
+            yield
+        except AwsError as exc:
+            if self._given is not None or "Denied" not in exc.code:
+                raise
 
     async def _clusters(self) -> list[str]:
         if self._given is not None:

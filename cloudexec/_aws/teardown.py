@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cloudexec._aws.clients import AwsClients
@@ -21,7 +21,11 @@ from cloudexec._aws.records import ACTIVE
 from cloudexec._aws.remnants import Remnant, find_remnants, tagged_secrets
 from cloudexec._aws.stack import Stack, event_ids, find_stack, follow
 from cloudexec._aws.steps import Noted, Report, counted, stepping
-from cloudexec._aws.task_definitions import delete_task_definitions, task_definitions
+from cloudexec._aws.task_definitions import (
+    TaskDefinition,
+    delete_task_definitions,
+    task_definitions,
+)
 from cloudexec._aws.task_requests import DESCRIBE_TASKS
 from cloudexec._errors import AwsError, ConfigError
 
@@ -55,7 +59,8 @@ class Stock:
     images: int
     """Images in the repository."""
     definitions: int
-    """Active revisions of job definitions and task definitions."""
+    """Active revisions of job definitions, and revisions of task definitions. Those of task
+    definitions are left out where Amazon ECS may not be asked."""
 
 
 async def take_stock(clients: AwsClients, name: str) -> Stock:
@@ -94,7 +99,7 @@ async def take_stock(clients: AwsClients, name: str) -> Stock:
         images += len(await _digests(clients, repository))
     roles = resources.get("AWS::IAM::Role", ())
     definitions = [each async for each in _definitions(clients, stack_name(name), roles)]
-    definitions += [each async for each in task_definitions(clients, stack_name(name), roles)]
+    of_tasks, _ = await _task_definitions(clients, stack_name(name), roles)
     return Stock(
         stack=stack,
         jobs=len(jobs) + len(tasks),
@@ -102,7 +107,7 @@ async def take_stock(clients: AwsClients, name: str) -> Stock:
         objects=objects,
         has_more_objects=has_more,
         images=images,
-        definitions=len(definitions),
+        definitions=len(definitions) + len(of_tasks),
     )
 
 
@@ -167,11 +172,15 @@ async def down(
         for arn in arns:
             await clients.call("batch", "deregister_job_definition", jobDefinition=arn)
         step.found = f"{len(arns):,} deregistered" if arns else "there was none"
-    arns = [each async for each in task_definitions(clients, stack_of, roles)]
-    if arns:
+    of_tasks, refusal = await _task_definitions(clients, stack_of, roles)
+    if refusal:
+        report(Noted(text=f"task definitions could not be looked for: {refusal}"))
+    if of_tasks:
         with stepping(report, "Task definitions") as step:
-            await delete_task_definitions(clients, arns)
-            step.found = f"{len(arns):,} deleted"
+            failures = await delete_task_definitions(clients, of_tasks)
+            step.found = f"{len(of_tasks) - len(failures):,} deleted"
+        for arn, why in failures.items():
+            report(Noted(text=f"the task definition {arn} could not be deleted: {why}"))
     if stack is None:
         report(Noted(text=f"there is no stack {stack_of} in {clients.region}"))
     else:
@@ -181,7 +190,9 @@ async def down(
     if stack is None:
         _delete_profile(name, stack_of, clients.region, report)
     with stepping(report, "Looking for what is left") as step:
-        remnants = await find_remnants(clients, stack_of, report)
+        # Whose stack has nothing of Amazon ECS need not be allowed to look there.
+        doubtful = () if resources.get("AWS::ECS::Cluster") else ("cluster", "task definition")
+        remnants = await find_remnants(clients, stack_of, report, doubtful=doubtful)
         step.found = f"{counted(len(remnants), 'thing')}" if remnants else "nothing"
     return remnants
 
@@ -338,6 +349,21 @@ async def _definitions(clients: AwsClients, stack: str, roles: Iterable[str]) ->
         is_ours = each["jobDefinitionName"].startswith(DEFINITION_PREFIX) and used & names
         if each.get("tags", {}).get(TAG_STACK) == stack or is_ours:
             yield each["jobDefinitionArn"]
+
+
+async def _task_definitions(
+    clients: AwsClients, stack: str, roles: Sequence[str]
+) -> tuple[list[TaskDefinition], str]:
+    """Return the stack's task definitions, or why they may not be looked for.
+
+    Stacks from before there were any are also taken down by those who have no rights there.
+    """
+    try:
+        return [each async for each in task_definitions(clients, stack, roles)], ""
+    except AwsError as exc:
+        if "Denied" not in exc.code:
+            raise
+        return [], str(exc)
 
 
 async def _empty(

@@ -6,13 +6,14 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 
-from cloudexec import Batch, BatchExecutor, ConfigError, Fargate, LaunchError
+from cloudexec import AwsError, Batch, BatchExecutor, ConfigError, Fargate, LaunchError
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.doctor import Check, examine
 from cloudexec._aws.monitor import Monitor
@@ -25,6 +26,7 @@ from cloudexec._aws.teardown import down, take_stock
 from cloudexec.testing import FakeAWS
 
 INTERVAL = 0.02
+ACCOUNT = "123456789012"
 
 
 @pytest.fixture
@@ -49,10 +51,10 @@ def set_up(*launchers: str, **options: Any) -> Profile:
     return asyncio.run(run())
 
 
-def remove() -> tuple[Remnant, ...]:
+def remove(report: Callable[[Event], None] = ignore) -> tuple[Remnant, ...]:
     async def run() -> tuple[Remnant, ...]:
         async with AwsClients() as clients:
-            return await down(clients, "default", ignore, interval=INTERVAL)
+            return await down(clients, "default", report, interval=INTERVAL)
 
     return asyncio.run(run())
 
@@ -144,7 +146,60 @@ def test_without_a_cluster_the_policy_has_nothing_of_fargate(aws: FakeAWS) -> No
         for action in statement["Action"]
         if action.startswith("ecs:")
     }
-    assert actions == {"ecs:DescribeTasks", "ecs:ListClusters"}
+    assert actions == {"ecs:DescribeTasks"}
+
+
+def test_a_cluster_that_may_not_be_looked_at_is_passed_over(aws: FakeAWS) -> None:
+    """That of other people, in a region of which no profile says where to look."""
+    profile = set_up("fargate")
+    boto3.client("ecs").create_cluster(clusterName="other")
+    other = Fargate(image="registry.example/worker:1", cluster="other", profile="default")
+    with BatchExecutor(1, launcher=other) as executor:
+        executor.submit(pow, 2, 3).result(timeout=60)
+        aws.faults.allow_only(policy(partition="aws"))
+        with Monitor(region=aws.region) as everywhere:
+            assert everywhere.executors() == []
+            assert everywhere.jobs() == []
+        aws.faults.clear()
+        with Monitor(region=aws.region) as everywhere:
+            assert len(everywhere.executors()) == 1
+    replace(profile, cluster="other").save()
+    aws.faults.allow_only(policy(profile))
+    with Monitor("default") as monitor:
+        with pytest.raises(AwsError, match="ecs:DescribeTasks"):
+            monitor.executors()
+    aws.faults.clear()
+    profile.save()
+
+
+def _allowed(document: dict[str, Any], action: str) -> list[str]:
+    """Return the resources for which an action is allowed."""
+    found = [each["Resource"] for each in document["Statement"] if action in each["Action"]]
+    return [arn for each in found for arn in ([each] if isinstance(each, str) else each)]
+
+
+@pytest.mark.parametrize("kind", ["no profile", "with a cluster", "without a cluster"])
+def test_tasks_of_aws_batch_can_be_described_and_not_stopped(kind: str) -> None:
+    """They are those of everybody in the account."""
+    cluster = f"arn:aws:ecs:eu-central-1:{ACCOUNT}:cluster/mine"
+    profile = Profile(
+        name="default",
+        region="eu-central-1",
+        queues={"fargate": "by-name"},
+        execution_role=f"arn:aws:iam::{ACCOUNT}:role/execution",
+        cluster=cluster if kind == "with a cluster" else "",
+    )
+    document = policy(None if kind == "no profile" else profile, "aws")
+    assert any("task/AWSBatch-" in arn for arn in _allowed(document, "ecs:DescribeTasks"))
+    tasks = {
+        "no profile": ["arn:aws:ecs:*:*:task/cloudexec-*/*"],
+        "with a cluster": [f"arn:aws:ecs:eu-central-1:{ACCOUNT}:task/mine/*"],
+        "without a cluster": [],
+    }[kind]
+    assert _allowed(document, "ecs:StopTask") == tasks
+    tagged = [arn for arn in _allowed(document, "ecs:TagResource") if ":task/" in arn]
+    assert tagged == tasks
+    assert _allowed(document, "ecs:ListClusters") == (["*"] if kind == "no profile" else [])
 
 
 def checks() -> dict[str, Check]:
@@ -216,6 +271,60 @@ def test_workers_are_seen_read_priced_and_stopped(aws: FakeAWS) -> None:
 
 def _lines(monitor: Monitor, name: str) -> list[str]:
     return [line.message for line in monitor.logs(name)]
+
+
+ECS_OF_DOWN = (
+    "DescribeClusters",
+    "ListTaskDefinitionFamilies",
+    "ListTaskDefinitions",
+    "DescribeTaskDefinition",
+)
+
+
+def test_down_needs_no_rights_in_amazon_ecs_where_the_stack_has_nothing_there(
+    aws: FakeAWS,
+) -> None:
+    set_up("batch")
+    for operation in ECS_OF_DOWN:
+        aws.faults.deny(f"ecs:{operation}")
+    notes: list[Event] = []
+    assert remove(notes.append) == ()
+    assert any("could not be looked for" in str(each) for each in notes)
+    aws.faults.clear()
+    set_up("fargate")
+    for operation in ECS_OF_DOWN:
+        aws.faults.deny(f"ecs:{operation}")
+    assert {each.kind for each in remove()} == {"cluster", "task definition"}
+    aws.faults.clear()
+    assert remove() == ()
+
+
+def test_down_says_which_task_definitions_stay_and_deletes_them_the_next_time(
+    aws: FakeAWS,
+) -> None:
+    """AWS answers 200, with failures; by then the definition is deregistered."""
+    set_up("fargate")
+    role = f"arn:aws:iam::{ACCOUNT}:role/execution"
+    boto3.client("ecs").register_task_definition(
+        family="cloudexec-0123",
+        requiresCompatibilities=["FARGATE"],
+        networkMode="awsvpc",
+        cpu="1024",
+        memory="2048",
+        executionRoleArn=role,
+        containerDefinitions=[{"name": "worker", "image": "example.com/worker:1"}],
+        tags=[{"key": "cloudexec:stack", "value": "cloudexec-default"}],
+    )
+    aws.faults.ecs.definitions_stay = "it is in use"
+    notes: list[Event] = []
+    (left,) = remove(notes.append)
+    assert left.kind == "task definition"
+    assert left.id.endswith("task-definition/cloudexec-0123:1")
+    assert any(f"{left.id} could not be deleted: it is in use" in str(each) for each in notes)
+    aws.faults.clear()
+    assert remove() == ()
+    listed = boto3.client("ecs").list_task_definitions(status="INACTIVE")
+    assert listed["taskDefinitionArns"] == []
 
 
 def test_down_stops_tasks_and_leaves_no_definition(aws: FakeAWS) -> None:

@@ -21,6 +21,7 @@ import pytest
 from launcher_helpers import eventually, unfinished
 
 from cloudexec import (
+    Batch,
     BatchExecutor,
     BudgetExceededError,
     ConfigError,
@@ -665,3 +666,21 @@ def test_many_workers_are_never_throttled(aws: Any, fargate: Make) -> None:
     errors = Counter(r.error for r in aws.requests if r.operation == "RunTask")
     assert errors == {None: 60}
     eventually(lambda: not unfinished(aws))
+
+
+# Sizes.
+
+
+def test_sizes_that_amazon_ecs_refuses_are_refused_at_once() -> None:
+    """AWS Batch takes 32 vCPUs, Amazon ECS 16: as a setting, and for a task that needs them."""
+    with pytest.raises(ConfigError, match=r"up to 16 vCPU.* 16 vCPU with 120 GiB.*Batch\(") as one:
+        Fargate(vcpus=32, memory="120GiB", profile="default")
+    assert "32 vCPU with 120 GiB; the nearest" in str(one.value)
+    launcher = Fargate(vcpus=16, memory="120GiB", profile="default")
+    assert launcher.capacity_for(16, 120 << 30, 0).cpus == 16
+    for cpus, gib in ((17, 1), (1, 121)):
+        with pytest.raises(ConfigError, match="its largest, is 16 vCPU with 120 GiB"):
+            launcher.capacity_for(cpus, gib << 30, 0)
+        assert Batch(profile="default").capacity_for(cpus, gib << 30, 0).cpus == 32
+    assert "Batch(compute='ec2', memory='240GiB')" in launcher.more_memory(0)
+    assert "vcpus=32" in Batch(vcpus=16, memory="120GiB", profile="default").more_memory(0)

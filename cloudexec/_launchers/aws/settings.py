@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cloudexec._aws.limits import (
+    FARGATE_MOST_VCPUS,
     WorkerSize,
     default_memory,
     fargate_size,
@@ -65,6 +66,9 @@ class AwsLauncher(PlatformLauncher):
     Raises:
         ConfigError: If a setting is out of its range.
     """
+
+    most_vcpus = FARGATE_MOST_VCPUS
+    """vCPUs of the largest worker on Fargate that the service takes which this asks for it."""
 
     def __init__(
         self,
@@ -144,7 +148,7 @@ class AwsLauncher(PlatformLauncher):
             # Amazon ECS lets no container start whose secrets and variables share a name.
             raise ConfigError("CLOUDEXEC_KEY in environment= is cloudexec's own")
         check_tags(tags or {})
-        self.sizes = _sizes(vcpus, memory, compute)
+        self.sizes = _sizes(vcpus, memory, compute, self.most_vcpus)
         self.launch_timeout = _FARGATE_TIMEOUT if compute == "fargate" else _EC2_TIMEOUT
         self.spot = spot
         self.compute = compute
@@ -211,7 +215,7 @@ class AwsLauncher(PlatformLauncher):
             )
         mib = -(-memory // 2**20)
         if self.compute == "fargate":
-            return _capacity(fargate_size_for(cpus, mib))
+            return _capacity(fargate_size_for(cpus, mib, self.most_vcpus))
         return _capacity(instance_size_for(cpus, mib, gpus))
 
     def size_name(self, size: int) -> str:
@@ -220,7 +224,7 @@ class AwsLauncher(PlatformLauncher):
 
     def more_memory(self, size: int) -> str:
         """Say which settings give a worker of a size more memory."""
-        return more_memory(self.size_of(size), self.compute)
+        return more_memory(self.size_of(size), self.compute, self.most_vcpus)
 
     def fingerprint(self) -> str:
         """Return what tells its workers from those of another one."""
@@ -315,7 +319,10 @@ def _capacity(size: WorkerSize) -> WorkerCapacity:
 
 
 def _sizes(
-    vcpus: float, memory: str | int | Sequence[str | int] | None, compute: str
+    vcpus: float,
+    memory: str | int | Sequence[str | int] | None,
+    compute: str,
+    most_vcpus: float,
 ) -> tuple[WorkerSize, ...]:
     """Check the sizes of a ladder, one or several."""
     if memory is None:
@@ -330,8 +337,10 @@ def _sizes(
         )
     if not ladder:
         raise ConfigError("memory must be a size, or several, not an empty sequence")
-    size_of = instance_size if compute == "ec2" else fargate_size
-    sizes = tuple(size_of(vcpus, each) for each in ladder)
+    sizes = tuple(
+        instance_size(vcpus, each) if compute == "ec2" else fargate_size(vcpus, each, most_vcpus)
+        for each in ladder
+    )
     if any(a.memory_mib >= b.memory_mib for a, b in itertools.pairwise(sizes)):
         raise ConfigError(f"the sizes of memory= must grow, not {memory!r}")
     return sizes

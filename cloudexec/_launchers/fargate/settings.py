@@ -17,8 +17,8 @@ __all__ = ["Fargate"]
 class Fargate(AwsLauncher):
     """Runs workers as tasks of Amazon ECS on AWS Fargate, on demand or Spot, without AWS Batch.
 
-    Workers start some seconds sooner than those of ``Batch``, as no queue is between. What it needs
-    in the account comes from a profile, which ``cloudexec up --with fargate`` writes, or from
+    No queue of AWS Batch is between, so workers are expected to start sooner than those of
+    ``Batch``; that is not measured on AWS. What it needs in the account comes from a profile, which ``cloudexec up --with fargate`` writes, or from
     ``cluster``, ``subnets``, ``security_groups``, ``execution_role``, ``job_role`` and ``image``.
     One launcher serves one executor at a time.
 
@@ -54,11 +54,16 @@ class Fargate(AwsLauncher):
         relay: How workers reach a machine that nothing can dial; see ``Batch``. A relay that is
             started is a job of AWS Batch in the stack, here too.
         max_runtime: Seconds after which a worker ends, whatever became of this process. Amazon ECS
-            has no time limit for tasks, so the worker keeps it itself.
+            has no time limit for tasks, so the worker keeps it itself, if the image has this
+            version of cloudexec and the task gets as far as starting it. ``cloudexec doctor`` and
+            ``cloudexec ps`` name tasks that are past their time.
 
     Raises:
         ConfigError: If a setting is out of its range; wrong sizes name the nearest right ones.
     """
+
+    most_vcpus = 16.0
+    """Amazon ECS API Reference, "RegisterTaskDefinition", ``cpu``."""
 
     def __init__(
         self,

@@ -63,6 +63,7 @@ class Ecs:
             "StopTask": self._stop,
             "RegisterTaskDefinition": self._register,
             "DescribeTaskDefinition": self._describe_definition,
+            "DeleteTaskDefinitions": self._delete_definitions,
             "ListTaskDefinitionFamilies": self._families,
             "DeleteCluster": self._delete_cluster,
         }
@@ -89,6 +90,12 @@ class Ecs:
         if "TAGS" in given.get("include", ()):
             answer["tags"] = [{"key": key, "value": value} for key, value in tags.items()]
         return answer
+
+    def _delete_definitions(self, _: str, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        if not (reason := self._faults.ecs.definitions_stay):
+            return None
+        failures = [{"arn": arn, "reason": reason} for arn in given["taskDefinitions"]]
+        return {"taskDefinitions": [], "failures": failures}
 
     @staticmethod
     def _families(region: str, given: Mapping[str, Any]) -> Mapping[str, Any]:

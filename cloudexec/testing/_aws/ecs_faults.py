@@ -31,6 +31,8 @@ class EcsFaults:
             before it is STOPPED.
         largest_mib: Memory of the largest tasks for which there is capacity; ``None``: there is for
             all.
+        definitions_stay: Why task definitions cannot be deleted, which DeleteTaskDefinitions has
+            among its failures, with HTTP status 200; empty: they can.
     """
 
     def __init__(self) -> None:
@@ -45,6 +47,7 @@ class EcsFaults:
         self.quota_is_an_error = False
         self.deprovisioning = 0.0
         self.largest_mib: int | None = None
+        self.definitions_stay = ""
         self._failures: list[list[object]] = []
         self._missing: list[list[object]] = []
 
