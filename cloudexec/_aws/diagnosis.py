@@ -127,7 +127,9 @@ class Situation:
     """The relay through which workers reach this process; empty: they dial it."""
 
 
-_QUOTA = re.compile(r"limit on the number of vCPUs|vCPU limit|MaxSpotInstanceCountExceeded", re.I)
+_QUOTA = re.compile(
+    r"limit on the number of (?:vCPUs|tasks)|vCPU limit|MaxSpotInstanceCountExceeded", re.I
+)
 _ACCESS = re.compile(r"not authorized to perform|AccessDenied|is not authorized", re.I)
 _NO_ADDRESS = re.compile(
     r"FreeAddressesInSubnet|free (IP )?addresses|network interface provisioning", re.I
@@ -176,7 +178,7 @@ def is_out_of_capacity(said: str) -> bool:
 
 
 def is_over_quota(said: str) -> bool:
-    """Whether AWS says that the account's quota of vCPUs is used up."""
+    """Whether AWS says that the account's quota of vCPUs, or of tasks, is used up."""
     return _QUOTA.search(said) is not None
 
 

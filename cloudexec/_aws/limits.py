@@ -261,9 +261,7 @@ def default_memory(vcpus: float, compute: str) -> int:
     return next((mib for mib in fargate_memories(vcpus) if mib >= wanted), wanted)
 
 
-def more_memory(
-    size: WorkerSize, compute: str, most_vcpus: float = FARGATE_MOST_VCPUS
-) -> str:
+def more_memory(size: WorkerSize, compute: str, most_vcpus: float = FARGATE_MOST_VCPUS) -> str:
     """Say which settings give a worker more memory: sizes that there are.
 
     Args:

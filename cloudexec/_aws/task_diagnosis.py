@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from cloudexec._aws.diagnosis import (
@@ -14,10 +15,19 @@ from cloudexec._aws.diagnosis import (
     is_over_quota,
 )
 
-__all__ = ["cause_of_refused_task", "cause_of_waiting_tasks"]
+__all__ = ["cause_of_refused_task", "cause_of_waiting_tasks", "may_pass"]
 
-_MAY_PASS = ("RESOURCE", "AGENT", "Rate exceeded")
-"""How failures begin that may not come again. Amazon ECS Developer Guide, "API failure reasons"."""
+_MAY_PASS = re.compile(r"(?:RESOURCE|AGENT)\b|.*(?:rate|request limit) exceeded", re.I | re.S)
+"""What failures say that may not come again. Amazon ECS Developer Guide, "API failure reasons"."""
+
+
+def may_pass(said: str) -> bool:
+    """Whether what Amazon ECS says of a task that it does not start may not come again.
+
+    It says so among the failures of RunTask or as an error, which the code of the error does not
+    tell.
+    """
+    return is_over_quota(said) or is_out_of_capacity(said) or _MAY_PASS.match(said) is not None
 
 
 def cause_of_refused_task(reason: str, *, spot: bool) -> Cause:
@@ -45,11 +55,11 @@ def cause_of_refused_task(reason: str, *, spot: bool) -> Cause:
             remedy="use more or larger subnets, or fewer workers: it is tried again",
             no_room=True,
         )
-    if reason.startswith(_MAY_PASS):
+    if may_pass(reason):
         return Cause(
             text=f"Amazon ECS could not start the worker now: {reason}",
             remedy="it is tried again; another size may be placed sooner",
-            no_room=True,
+            no_room=reason.startswith("RESOURCE"),
         )
     return Cause(
         text=f"Amazon ECS does not start the worker: {reason or 'it gives no reason'}",

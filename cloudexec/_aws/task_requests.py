@@ -18,6 +18,7 @@ __all__ = [
     "CONTAINER",
     "DESCRIBE_TASKS",
     "LOG_PREFIX",
+    "STOP_TIMEOUT",
     "Placement",
     "run_task_request",
     "task_definition_request",
@@ -29,7 +30,7 @@ LOG_PREFIX = "task"
 """A log stream is called after this, the container and the task's id."""
 DESCRIBE_TASKS = 100
 """Tasks in one DescribeTasks call. Amazon ECS API Reference."""
-_STOP_TIMEOUT = 120
+STOP_TIMEOUT = 120
 """Seconds from SIGTERM to SIGKILL: the most that there is. With less, workers on Fargate Spot would
 not have the two minutes of their notice. Amazon ECS Developer Guide, "Amazon ECS clusters for
 Fargate"."""
@@ -77,7 +78,7 @@ def task_definition_request(spec: DefinitionSpec) -> dict[str, Any]:
         "name": CONTAINER,
         "image": spec.image,
         "essential": True,
-        "stopTimeout": _STOP_TIMEOUT,
+        "stopTimeout": STOP_TIMEOUT,
         # One process in the container takes in what others leave behind, and passes signals on. As
         # the first process, the worker itself could not be ended by a signal that it ignores.
         "linuxParameters": {"initProcessEnabled": True},

@@ -88,7 +88,7 @@ class Fleet:
         executor: ExecutorInfo,
         elsewhere: Elsewhere | None = None,
     ) -> None:
-        self.ledger = Ledger()
+        self.ledger = Ledger(site.platform.stop_seconds)
         self.site = site
         self._settings = settings
         self._executor_id = executor.id
@@ -244,7 +244,8 @@ class Fleet:
 
     def least_usd(self, requests: Sequence[LaunchRequest]) -> list[float]:
         """Say what each of these workers would cost at least, were they launched now."""
-        return [self._price(request.size, self._spot.is_on).least for request in requests]
+        prices = [self._price(request.size, self._spot.is_on) for request in requests]
+        return [self.ledger.least_of(price) for price in prices]
 
     # From one process to the next.
 

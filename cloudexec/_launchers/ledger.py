@@ -13,9 +13,6 @@ from cloudexec._pricing import WorkerPrice, run_seconds
 
 __all__ = ["Job", "Ledger", "Member", "dump", "ended_at", "load", "seconds_of"]
 
-_STOP_SECONDS = 30.0
-"""What it takes to stop a worker: the time between SIGTERM and SIGKILL."""
-
 
 @dataclass(slots=True)
 class Member:
@@ -134,13 +131,17 @@ class Job:
 class Ledger:
     """The jobs of one executor.
 
+    Args:
+        stop_seconds: For how long a worker that is ended may still cost.
+
     Attributes:
         jobs: All of them, also those that are over.
         explanation: Why workers that were asked for are not there; empty: nothing is known.
         inherited_usd: What jobs cost that were over before this process began.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop_seconds: float = 30.0) -> None:
+        self._stop_seconds = stop_seconds
         self.jobs: list[Job] = []
         self.explanation = ""
         self.inherited_usd = 0.0
@@ -231,6 +232,10 @@ class Ledger:
         job_id = job.worker_id(job.members[launch_id]) if job.id else ""
         return LaunchTimes(launch=launch_id, job_id=job_id, api=job.api or None)
 
+    def least_of(self, price: WorkerPrice) -> float:
+        """Return what a worker costs that is ended as soon as it runs, in USD, at the most."""
+        return max(price.least, price.cost(self._stop_seconds))
+
     def cost(self, usual: WorkerPrice) -> Cost:
         """Say what the workers have cost, and will at least.
 
@@ -248,10 +253,10 @@ class Ledger:
                     # The shortest run is owed as soon as it begins.
                     accrued += price.cost(seconds)
                     rate += price.per_hour
-                    beyond = seconds + _STOP_SECONDS - max(seconds, price.least_seconds)
+                    beyond = seconds + self._stop_seconds - max(seconds, price.least_seconds)
                     committed += max(0.0, beyond) * price.per_second
                 elif not member.ended:
-                    committed += price.least
+                    committed += self.least_of(price)
         note = f"estimated from the {usual.table}" if usual.table else ""
         notes = dict.fromkeys([note, *(job.price.note for job in self.jobs)])
         return Cost(

@@ -278,6 +278,8 @@ class Platform(ABC):
     """What people call it."""
     most_workers: int | None = None
     """How many workers one job may have at most; ``None``: any number."""
+    stop_seconds: float = 30.0
+    """Seconds for which a worker may still run, and cost, after ``terminate`` at the most."""
     stop_hint: str = ""
     """What a user can do to end workers if the platform did not do so: a whole sentence's end,
     such as "`scancel --name x` ends them"."""

@@ -13,7 +13,8 @@ import pytest
 from launcher_helpers import eventually
 
 from cloudexec import Batch, BatchExecutor, BudgetExceededError, ConfigError, LaunchError
-from cloudexec._launchers import ledger, watching
+from cloudexec._launchers import watching
+from cloudexec._launchers.batch.platform import BatchPlatform
 from cloudexec.testing import FakeAWS
 
 Make = Callable[..., Batch]
@@ -131,7 +132,7 @@ def test_the_ceiling_is_kept_in_mid_run(
 ) -> None:
     """Before it is reached, workers end, and what is not done fails with a typed error."""
     # Each second is paid as it comes, so that the test need not run for minutes.
-    monkeypatch.setattr(ledger, "_STOP_SECONDS", 1.0)
+    monkeypatch.setattr(BatchPlatform, "stop_seconds", 1.0)
     monkeypatch.setattr("cloudexec._aws.prices.LEAST_SECONDS", 1)
     a_second = 0.05437 / 3600
     with BatchExecutor(1, launcher=launcher(), max_cost_usd=6 * a_second) as executor:

@@ -316,12 +316,35 @@ def test_a_quota_is_waited_for_and_named(aws: Any, fargate: Make, is_error: bool
         ("RESOURCE:ENI", "no network interface"),
         ("RESOURCE:MEMORY", "could not start the worker now"),
         ("AGENT", "could not start the worker now"),
+        ("Rate exceeded", "could not start the worker now"),
     ],
 )
 def test_failures_that_may_pass_are_tried_again(
     aws: Any, fargate: Make, reason: str, said: str
 ) -> None:
     aws.faults.ecs.run_task_fails(reason)
+    launcher = fargate()
+    with BatchExecutor(1, launcher=launcher) as executor:
+        future = executor.submit(square, 3)
+        eventually(lambda: said in launcher.explain())
+        aws.faults.clear()
+        assert future.result(timeout=60) == 9
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("Rate exceeded", "could not start the worker now"),
+        ("Request limit exceeded.", "could not start the worker now"),
+        (f"{NO_CAPACITY}. Please try again later", "no capacity of this kind"),
+        ("You've reached the limit on the number of tasks you can run concurrently", "quota"),
+    ],
+)
+def test_errors_that_may_pass_are_tried_again(
+    aws: Any, fargate: Make, message: str, said: str
+) -> None:
+    """Their code is that of a wrong request, so that only the words tell."""
+    aws.faults.ecs.run_task_fails(message, code="InvalidParameterException")
     launcher = fargate()
     with BatchExecutor(1, launcher=launcher) as executor:
         future = executor.submit(square, 3)
@@ -420,15 +443,20 @@ def test_stopped_tasks_that_aws_forgets_end_their_workers(
         future.result(timeout=60)
 
 
-def test_the_budget_counts_a_minute_of_each_worker(aws: Any, fargate: Make) -> None:
+def test_the_budget_counts_the_two_minutes_until_a_worker_is_killed(
+    aws: Any, fargate: Make
+) -> None:
     launcher = fargate()
     minute = launcher.estimate(1, 60).accrued_usd
-    with BatchExecutor(5, launcher=launcher, max_cost_usd=2.5 * minute) as executor:
+    with BatchExecutor(5, launcher=launcher, max_cost_usd=5 * minute) as executor:
         squares(executor)
+        eventually(lambda: executor.stats().workers.slots == 2)
         cost = executor.cost()
     assert len(aws.jobs()) == 2
-    assert cost.accrued_usd >= minute
-    with BatchExecutor(1, launcher=launcher, max_cost_usd=0.5 * minute) as executor:
+    # A minute of each is owed; until Amazon ECS kills them, another one would be.
+    assert 2 * minute <= cost.accrued_usd <= cost.accrued_usd + cost.committed_usd <= 5 * minute
+    assert cost.committed_usd >= minute
+    with BatchExecutor(1, launcher=launcher, max_cost_usd=1.5 * minute) as executor:
         with pytest.raises(BudgetExceededError):
             executor.submit(square, 1).result(timeout=60)
 

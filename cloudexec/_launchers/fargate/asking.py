@@ -16,9 +16,8 @@ from typing import Any
 import botocore.exceptions
 
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.diagnosis import is_over_quota
 from cloudexec._aws.refusals import THROTTLES
-from cloudexec._aws.task_diagnosis import cause_of_refused_task
+from cloudexec._aws.task_diagnosis import cause_of_refused_task, may_pass
 from cloudexec._errors import AwsError, CloudexecError
 from cloudexec._launchers.ending import insist
 from cloudexec._launchers.fargate.pacer import Pacer
@@ -251,7 +250,7 @@ class Asker:
         try:
             tasks, reason = await self._call_run_task(worker)
         except AwsError as exc:
-            if is_over_quota(exc.message):
+            if not exc.transient and may_pass(exc.message):
                 tasks, reason = [], exc.message
             elif _is_gone(exc):
                 # Somebody has removed the definition since: it is registered again.

@@ -28,7 +28,6 @@ from cloudexec._aws.diagnosis import (
     JobEnd,
     Situation,
     is_out_of_capacity,
-    is_over_quota,
 )
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
@@ -36,6 +35,7 @@ from cloudexec._aws.task_definitions import ensure_task_definition
 from cloudexec._aws.task_diagnosis import cause_of_waiting_tasks
 from cloudexec._aws.task_requests import (
     DESCRIBE_TASKS,
+    STOP_TIMEOUT,
     Placement,
     run_task_request,
     task_definition_request,
@@ -99,6 +99,7 @@ class FargatePlatform(AwsPlatform):
 
     name = "AWS Fargate"
     most_workers = 1
+    stop_seconds = float(STOP_TIMEOUT)
     _settings: Settings
 
     def __init__(

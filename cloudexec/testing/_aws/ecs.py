@@ -171,7 +171,10 @@ class Ecs:
             fits = largest is None or spec.memory_mib <= largest
             has_capacity = fits and self._faults.has_capacity(*names)
             stops = not has_capacity and self._faults.ecs.tasks_stop_without_capacity
-            if reason := self._faults.ecs.failure():
+            reason, code = self._faults.ecs.failure()
+            if code and not jobs:
+                raise ClientError(reason, code)
+            if reason:
                 failures.append({"arn": None, "reason": reason, "detail": ""})
             elif not has_capacity and not stops:
                 failures.append({"arn": None, "reason": NO_CAPACITY})

@@ -6,7 +6,7 @@ AWS documents some of that in two ways, or in none. A test can choose each of th
 from __future__ import annotations
 
 import threading
-from typing import Literal
+from typing import Literal, cast
 
 from cloudexec.testing._aws.counted import take
 
@@ -51,15 +51,17 @@ class EcsFaults:
         self._failures: list[list[object]] = []
         self._missing: list[list[object]] = []
 
-    def run_task_fails(self, reason: str, count: int | None = None) -> None:
-        """Let RunTask say that it could not start a task, with HTTP status 200.
+    def run_task_fails(self, reason: str, count: int | None = None, *, code: str = "") -> None:
+        """Let RunTask say that it could not start a task.
 
         Args:
-            reason: What is in its failures, such as ``"RESOURCE:ENI"``.
+            reason: What it says, such as ``"RESOURCE:ENI"``.
             count: How many tasks fail; ``None``: all.
+            code: The code of the error with which it says so, such as
+                ``"InvalidParameterException"``; empty: among its failures, with HTTP status 200.
         """
         with self._lock:
-            self._failures.append([reason, count])
+            self._failures.append([(reason, code), count])
 
     def tasks_go_missing(self, count: int | None = None) -> None:
         """Let DescribeTasks not know tasks, also those that it has told of: its answers go back.
@@ -75,7 +77,11 @@ class EcsFaults:
         with self._lock:
             return bool(take(self._missing, lambda _: True))
 
-    def failure(self) -> str:
-        """Return why RunTask cannot start this task, and count it; empty: it can."""
+    def failure(self) -> tuple[str, str]:
+        """Return why RunTask cannot start this task, and the code of the error, and count it.
+
+        No reason: it can. No code: that is among its failures.
+        """
         with self._lock:
-            return str(take(self._failures, lambda _: True) or "")
+            found = take(self._failures, lambda _: True)
+            return ("", "") if found is None else cast("tuple[str, str]", found)
