@@ -218,9 +218,7 @@ def test_no_log_shows_the_key_of_a_launch(inspection: _Inspection, aws: FakeAWS)
     inspection.check()
 
 
-def test_no_log_shows_the_key_of_a_launch_on_fargate(
-    inspection: _Inspection, aws: FakeAWS
-) -> None:
+def test_no_log_shows_the_key_of_a_launch_on_fargate(inspection: _Inspection, aws: FakeAWS) -> None:
     """Nor does the answer to StopTask, which has the task with all its variables."""
     made = aws.set_up("cluster")
     launcher = Fargate(

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias
 from urllib.parse import unquote
 
@@ -16,14 +17,18 @@ from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients, is_region, known_regions
 from cloudexec._aws.diagnosis import mend_invalid
 from cloudexec._aws.ecr import EcrImage
-from cloudexec._aws.names import is_setup_name
+from cloudexec._aws.job_details import time_of_text
+from cloudexec._aws.names import TAG_EXPIRES, is_setup_name
 from cloudexec._aws.network import look_at_subnets
+from cloudexec._aws.paced_calls import PacedCalls
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.quotas import vcpu_quotas
+from cloudexec._aws.records import ACTIVE
 from cloudexec._aws.relays import AUTO, lacks_for_relay, relay_price
 from cloudexec._aws.stack import STANDING, find_stack
 from cloudexec._aws.steps import counted
+from cloudexec._aws.task_search import TaskSearch
 from cloudexec._aws.template import TEMPLATE_VERSION
 from cloudexec._errors import AwsError, ConfigError
 
@@ -333,7 +338,30 @@ async def _cluster(examination: _Examination) -> Check:
         )
         text = f"{shown} is not associated with FARGATE_SPOT, so Fargate(spot=True) cannot run"
         return Check(name=name, outcome="warning", found=text, remedy=remedy)
+    if overdue := await _overdue(examination):
+        number = counted(len(overdue), "worker")
+        text = f"{shown} has {number} past the time limit: {', '.join(sorted(overdue)[:3])}"
+        remedy = (
+            f"`cloudexec stop JOB` ends one. Amazon ECS has no time limit: the worker keeps it, if "
+            f"it has started and its image has cloudexec {importlib.metadata.version('cloudexec')}"
+        )
+        return Check(name=name, outcome="warning", found=text, remedy=remedy)
     return Check(name=name, outcome="ok", found=f"{shown}: ACTIVE, {', '.join(providers)}")
+
+
+async def _overdue(examination: _Examination) -> list[str]:
+    """Return ids of the cluster's tasks that run although their time is over."""
+    profile = examination.profile
+    search = TaskSearch(
+        PacedCalls(examination.clients), [profile.cluster], public_ip=profile.assign_public_ip
+    )
+    now = datetime.now(UTC)
+    found: list[str] = []
+    for each in await search.jobs():
+        expires = time_of_text(each["tags"].get(TAG_EXPIRES))
+        if each["status"] in ACTIVE and expires is not None and expires < now:
+            found.append(str(each["jobId"]))
+    return found
 
 
 async def _network(examination: _Examination) -> Check:

@@ -85,6 +85,11 @@ class SetupOptions:
             raise ConfigError(
                 f"CloudWatch Logs keeps logs for {choices} days, not {self.log_retention_days}"
             )
+        if self.launchers is not None and not self.launchers:
+            raise ConfigError(
+                f"the list of launchers is empty; a stack can be for "
+                f"{', '.join(('batch', *_PARAMETERS))}"
+            )
         if unknown := set(self.launchers or ()) - {"batch", *_PARAMETERS}:
             raise ConfigError(
                 f"a stack can be for {', '.join(('batch', *_PARAMETERS))}, not for "
@@ -333,6 +338,8 @@ async def _update(
             f"out, or begin anew with `cloudexec down`"
         )
     given = _parameters(options)
+    if given.get("Fargate") == "false" and (cluster := stack.outputs.get("Cluster")):
+        await _check_unused(clients, cluster)
     if options.vpc or options.subnets or options.public_ip is not None:
         given |= await _network(clients, options, report, stack)
     body = template()
@@ -362,6 +369,24 @@ async def _update(
             raise stack_failure(done or stack, failures)
         step.found = done.status
     return done
+
+
+async def _check_unused(clients: AwsClients, cluster: str) -> None:
+    """Refuse to remove a cluster in which workers run, also those of other people."""
+    try:
+        answer = await clients.call("ecs", "list_tasks", cluster=cluster)
+    except AwsError as exc:
+        if exc.code != "ClusterNotFoundException":
+            raise
+        return
+    if tasks := answer["taskArns"]:
+        name = cluster.rpartition("/")[2]
+        more = " or more" if answer.get("nextToken") else ""
+        raise ConfigError(
+            f"the cluster {name} has {counted(len(tasks), 'task')}{more} that have not ended, and "
+            f"cannot be removed: leave fargate in the list of launchers, or end the workers "
+            f"(`cloudexec ps` shows them, `cloudexec stop` ends them)"
+        )
 
 
 def _parameters(options: SetupOptions) -> dict[str, str]:

@@ -60,6 +60,12 @@ def ps_command(is_all: bool, profile: str | None, region: str | None, as_json: b
         ],
     )
     for each in executors:
+        if each.is_active and each.expires_at and until(each.expires_at) == "over":
+            click.echo(
+                f"Workers of {each.id} run past their time limit: "
+                f"`cloudexec stop --executor {each.id}` ends them.",
+                err=True,
+            )
         if each.is_active and each.without_client:
             count = each.without_client
             click.echo(

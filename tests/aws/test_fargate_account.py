@@ -7,11 +7,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+from click.testing import CliRunner
 
 from cloudexec import AwsError, Batch, BatchExecutor, ConfigError, Fargate, LaunchError
 from cloudexec._aws.clients import AwsClients
@@ -23,6 +25,7 @@ from cloudexec._aws.remnants import Remnant
 from cloudexec._aws.setup import SetupOptions, up
 from cloudexec._aws.steps import Event
 from cloudexec._aws.teardown import down, take_stock
+from cloudexec.cli.ps import ps_command
 from cloudexec.testing import FakeAWS
 
 INTERVAL = 0.02
@@ -89,6 +92,70 @@ def test_up_adds_a_cluster_where_it_is_asked_to_and_keeps_it(aws: FakeAWS) -> No
 def test_launchers_that_a_stack_cannot_be_for_are_refused() -> None:
     with pytest.raises(ConfigError, match="can be for batch, fargate, not for slurm"):
         SetupOptions(launchers=("fargate", "slurm"))
+
+
+def test_an_empty_list_of_launchers_is_refused() -> None:
+    """It would remove the cluster."""
+    with pytest.raises(ConfigError, match=r"list of launchers is empty.*batch, fargate"):
+        SetupOptions(launchers=())
+
+
+def test_a_cluster_with_tasks_is_not_removed(aws: FakeAWS) -> None:
+    profile = set_up("fargate")
+    with BatchExecutor(1, launcher=ready()) as executor:
+        executor.submit(pow, 2, 3).result(timeout=60)
+        with pytest.raises(ConfigError, match=r"cloudexec-default has 1 task that .*stop"):
+            set_up("batch")
+        assert Profile.load("default").cluster == profile.cluster
+    eventually(lambda: not boto3.client("ecs").list_tasks(cluster=profile.cluster)["taskArns"])
+    assert set_up("batch").cluster == ""
+
+
+def test_workers_past_their_time_limit_are_named(aws: FakeAWS) -> None:
+    """Amazon ECS has no time limit: a task whose image has no timer runs on."""
+    profile = set_up("fargate")
+    ecs = boto3.client("ecs")
+    ecs.register_task_definition(**definition("cloudexec-0123"))
+    aws.faults.slow_start(600)
+    for seconds in (-60, 3600):
+        expires = datetime.now(UTC) + timedelta(seconds=seconds)
+        tags = {
+            "cloudexec:executor": f"e{abs(seconds)}",
+            "cloudexec:expires": expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        ecs.run_task(
+            cluster=profile.cluster,
+            taskDefinition="cloudexec-0123",
+            launchType="FARGATE",
+            startedBy=f"cloudexec-e{abs(seconds)}-1",
+            networkConfiguration={"awsvpcConfiguration": {"subnets": list(profile.subnets)}},
+            tags=[{"key": key, "value": value} for key, value in tags.items()],
+        )
+    late, _ = aws.jobs()
+    found = checks()["cluster"]
+    assert (found.outcome, found.found) == (
+        "warning",
+        f"cloudexec-default has 1 worker past the time limit: {late.job_id}",
+    )
+    shown = CliRunner().invoke(ps_command, [])
+    assert shown.exit_code == 0
+    assert "Workers of e60 run past their time limit: `cloudexec stop --exec" in shown.stderr
+    assert "e3600" in shown.stdout
+    assert "Workers of e3600" not in shown.stderr
+
+
+def definition(family: str) -> dict[str, Any]:
+    """A task definition of the stack."""
+    return {
+        "family": family,
+        "requiresCompatibilities": ["FARGATE"],
+        "networkMode": "awsvpc",
+        "cpu": "1024",
+        "memory": "2048",
+        "executionRoleArn": f"arn:aws:iam::{ACCOUNT}:role/execution",
+        "containerDefinitions": [{"name": "worker", "image": "example.com/worker:1"}],
+        "tags": [{"key": "cloudexec:stack", "value": "cloudexec-default"}],
+    }
 
 
 def test_a_profile_without_a_cluster_says_how_to_get_one(aws: FakeAWS) -> None:
@@ -304,17 +371,7 @@ def test_down_says_which_task_definitions_stay_and_deletes_them_the_next_time(
 ) -> None:
     """AWS answers 200, with failures; by then the definition is deregistered."""
     set_up("fargate")
-    role = f"arn:aws:iam::{ACCOUNT}:role/execution"
-    boto3.client("ecs").register_task_definition(
-        family="cloudexec-0123",
-        requiresCompatibilities=["FARGATE"],
-        networkMode="awsvpc",
-        cpu="1024",
-        memory="2048",
-        executionRoleArn=role,
-        containerDefinitions=[{"name": "worker", "image": "example.com/worker:1"}],
-        tags=[{"key": "cloudexec:stack", "value": "cloudexec-default"}],
-    )
+    boto3.client("ecs").register_task_definition(**definition("cloudexec-0123"))
     aws.faults.ecs.definitions_stay = "it is in use"
     notes: list[Event] = []
     (left,) = remove(notes.append)

@@ -28,6 +28,7 @@ from cloudexec._aws.diagnosis import (
     JobEnd,
     Situation,
     is_out_of_capacity,
+    is_over_quota,
 )
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile

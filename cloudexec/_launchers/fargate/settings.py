@@ -18,8 +18,9 @@ class Fargate(AwsLauncher):
     """Runs workers as tasks of Amazon ECS on AWS Fargate, on demand or Spot, without AWS Batch.
 
     No queue of AWS Batch is between, so workers are expected to start sooner than those of
-    ``Batch``; that is not measured on AWS. What it needs in the account comes from a profile, which ``cloudexec up --with fargate`` writes, or from
-    ``cluster``, ``subnets``, ``security_groups``, ``execution_role``, ``job_role`` and ``image``.
+    ``Batch``; that is not measured on AWS. What it needs in the account comes from a profile,
+    which ``cloudexec up --with fargate`` writes, or from ``cluster``, ``subnets``,
+    ``security_groups``, ``execution_role``, ``job_role`` and ``image``.
     One launcher serves one executor at a time.
 
     Args:
