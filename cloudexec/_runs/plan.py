@@ -13,7 +13,7 @@ from typing import Any
 
 from cloudexec._errors import ConfigError
 
-__all__ = ["KINDS", "RunPlan", "RunResult", "check_name", "check_outputs", "new_name"]
+__all__ = ["KINDS", "RunPlan", "RunResult", "check_name", "check_outputs", "new_name", "new_start_id"]
 
 KINDS = ("script", "module", "notebook", "command")
 _NAME = re.compile(r"(?=.{1,40}$)[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -63,6 +63,8 @@ class RunPlan:
     project: str = ""
     created_at: float = field(default_factory=time.time)
     """Unix time."""
+    start_id: str = ""
+    """Of this start: another one of the same name, such as with ``--resume``, has another one."""
     python: str = ""
     """Minor version of Python, of the client and of the machine."""
     region: str = ""
@@ -112,6 +114,8 @@ class RunResult:
     """Why, unless the program ended by itself."""
     is_final: bool = True
     """Whether no other attempt follows: one that was told to stop may be made again."""
+    start_id: str = ""
+    """As of the plan: of another start, it says nothing of this one."""
     workers_usd: float = 0.0
     """What workers cost that executors in it have started."""
 
@@ -150,6 +154,11 @@ def new_name(title: str) -> str:
     if not stem[:1].isalpha():
         stem = f"run-{stem}".strip("-")
     return f"{stem}-{''.join(secrets.choice(_SUFFIX) for _ in range(5))}"
+
+
+def new_start_id() -> str:
+    """Return an id that no other start of a run has."""
+    return secrets.token_hex(6)
 
 
 def check_name(name: str) -> str:

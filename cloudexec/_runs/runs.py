@@ -25,7 +25,7 @@ from cloudexec._runs.bucket import OutputFile, RunBucket, list_names
 from cloudexec._runs.files import collect, packed
 from cloudexec._runs.info import RunInfo
 from cloudexec._runs.places import MachineRequest, MachineState, Place, place_named
-from cloudexec._runs.plan import RunPlan, RunResult, check_name, check_outputs, new_name
+from cloudexec._runs.plan import RunPlan, RunResult, check_name, check_outputs, new_name, new_start_id
 from cloudexec._runs.protocol import REGION_VARIABLE, RUN_VARIABLE, last_line
 
 __all__ = ["AsyncRuns", "Found", "Look", "Position", "RunRequest"]
@@ -270,6 +270,7 @@ class AsyncRuns:
             per_hour_usd=machine.price.per_hour,
             user=_user(),
             project=request.project or self._profile.project,
+            start_id=new_start_id(),
             python=python_version(),
             region=self._clients.region,
             profile=asdict(_profile_inside(self._profile, image, request.machine.arch)),
