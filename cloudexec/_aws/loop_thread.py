@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
 
 __all__ = ["LoopThread"]
@@ -32,16 +33,40 @@ class LoopThread:
         self._closers.append(closer)
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Run to the end, from any thread."""
+        """Run to the end, from any thread.
+
+        Ctrl-C while waiting cancels it, and waits until it has cleaned up; a second Ctrl-C does not
+        wait.
+        """
         if self._loop.is_closed():
             work.close()
             raise RuntimeError(f"{self._name} was closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        answer: Future[_T] = Future()
+        tasks: list[asyncio.Task[_T]] = []
+
+        def finish(task: asyncio.Task[_T]) -> None:
+            if task.cancelled():
+                answer.set_exception(CancelledError())
+            elif (exc := task.exception()) is not None:
+                answer.set_exception(exc)
+            else:
+                answer.set_result(task.result())
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(work))
+            tasks[0].add_done_callback(finish)
+
+        def cancel() -> None:
+            for task in tasks:
+                task.cancel()
+
+        self._loop.call_soon_threadsafe(begin)
         try:
-            return future.result()
+            return answer.result()
         except BaseException:
-            # Ctrl-C comes while waiting: what was asked for is wanted no more.
-            future.cancel()
+            if not answer.done():
+                self._loop.call_soon_threadsafe(cancel)
+                wait((answer,))
             raise
 
     def close(self) -> None:

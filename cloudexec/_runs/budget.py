@@ -43,7 +43,7 @@ class Budget:
             return ""
         self._looked_at = time.monotonic()
         try:
-            found = (await self._place.find([self._plan.name])).get(self._plan.name)
+            found = (await self._place.find([self._plan])).get(self._plan.name)
         except AwsError:
             return ""  # the machine's own time limit holds in any case
         if found is None or found.cost_usd + found.workers_usd < most:
@@ -62,7 +62,7 @@ class Budget:
             return 0.0
         name = self._plan.name
         try:
-            found = (await self._place.find([name])).get(name)
+            found = (await self._place.find([self._plan])).get(name)
             if found is not None and found.workers:
                 reason = f"cloudexec: the run {name} has ended, and it is not needed any more"
                 await self._place.stop(name, reason, workers_only=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import math
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -35,7 +35,7 @@ from cloudexec._launchers.batch.inquiry import Inquiry
 from cloudexec._launchers.batch.reading import PHASES, end_of
 from cloudexec._launchers.ending import insist
 from cloudexec._launchers.platform import Phase, WaitingJob
-from cloudexec._runs.places import Machine, MachineRequest, MachineState
+from cloudexec._runs.places import Machine, MachineRequest, MachineState, StillRunning
 from cloudexec._runs.plan import RunPlan
 
 __all__ = ["OnBatch"]
@@ -109,7 +109,7 @@ class OnBatch:
             )
         return queue
 
-    async def start(self, plan: RunPlan, variables: Mapping[str, str]) -> None:
+    async def start(self, plan: RunPlan, variables: Mapping[str, str]) -> str:
         """Submit the job."""
         profile = self._profile
         size = WorkerSize(vcpus=plan.vcpus, memory_mib=plan.memory_mib, gpus=plan.gpus)
@@ -127,8 +127,7 @@ class OnBatch:
         )
         definition = await ensure_definition(self._clients, definition_request(spec))
         request = submit_request(
-            # A letter before the digits: what ends in a number is a job of workers.
-            name=names.job_name(f"{names.RUN_EXECUTOR}{plan.name}", f"r{secrets.token_hex(3)}"),
+            name=_job_name(plan),
             queue=self._queue(plan.compute, spot=plan.spot),
             definition=definition,
             workers=1,
@@ -140,19 +139,46 @@ class OnBatch:
             retry_reclaimed=True,
         )
 
-        async def once() -> None:
+        async def once() -> str:
             try:
-                await self._clients.call("batch", "submit_job", once=True, **request)
+                answer = await self._clients.call("batch", "submit_job", once=True, **request)
             except AwsError as exc:
                 # It may have got there.
-                if not (exc.transient and await self._search.jobs(name=request["jobName"])):
+                found = await self._search.jobs(name=request["jobName"]) if exc.transient else []
+                if not found:
                     raise
+                return str(found[0]["jobId"])
+            return str(answer["jobId"])
 
+        # Interrupted in the middle of it, the job has to be known, to be ended.
+        submitting = asyncio.ensure_future(insist(once, _SUBMIT_SECONDS))
         try:
-            await insist(once, _SUBMIT_SECONDS)
+            return await asyncio.shield(submitting)
         except AwsError as exc:
             exc.message = str(cause_of_refusal(exc.message))
             raise
+        except asyncio.CancelledError:
+            (job_id,) = await asyncio.gather(submitting, return_exceptions=True)
+            if isinstance(job_id, str):
+                try:
+                    await self._terminate(job_id, "stopped by its user before it began")
+                except AwsError as exc:
+                    raise StillRunning(
+                        f"its job {job_id} runs, and could not be ended: {exc.message}",
+                        code=exc.code,
+                        operation=exc.operation,
+                    ) from exc
+            raise
+
+    async def _terminate(self, job_id: str, reason: str) -> None:
+        terminate = functools.partial(
+            self._clients.call,
+            "batch",
+            "terminate_job",
+            jobId=job_id,
+            reason=reason[:_REASON_LARGEST],
+        )
+        await insist(terminate, _STOP_SECONDS)
 
     def _tags(self, plan: RunPlan) -> dict[str, str]:
         expires = datetime.now(UTC) + _QUEUED + timedelta(seconds=plan.max_seconds)
@@ -170,28 +196,33 @@ class OnBatch:
 
     # Looking.
 
-    async def find(self, names_: Sequence[str]) -> dict[str, MachineState]:
+    async def find(
+        self, plans: Sequence[RunPlan], job_ids: Collection[str] = ()
+    ) -> dict[str, MachineState]:
         """Look at the jobs of runs, and at those of executors in them."""
-        if not names_:
+        if not plans:
             return {}
         details = await self._search.jobs()
+        # ListJobs may be late: AWS does not say how much.
+        listed = {str(each["jobId"]) for each in details}
+        details += await self._search.describe([each for each in job_ids if each not in listed])
         of_runs: dict[str, list[Mapping[str, Any]]] = {}
         for each in details:
             of_runs.setdefault(str(each.get("tags", {}).get(names.TAG_RUN, "")), []).append(each)
-        wanted = [name for name in names_ if name in of_runs]
-        jobs = [each for name in wanted for each in of_runs[name]]
-        infos = {each.id: each for each in await self._infos.infos(jobs)}
+        jobs = {plan.name: _of_this_start(plan, of_runs.get(plan.name, ())) for plan in plans}
+        all_jobs = [each for found in jobs.values() for each in found]
+        infos = {each.id: each for each in await self._infos.infos(all_jobs)}
         return {
-            name: state
-            for name in wanted
-            if (state := _state(name, of_runs[name], infos)) is not None
+            plan.name: state
+            for plan in plans
+            if (state := _state(plan, jobs[plan.name], infos)) is not None
         }
 
-    async def look(self, name: str, state: MachineState) -> MachineState:
+    async def look(self, plan: RunPlan, state: MachineState) -> MachineState:
         """Look at the run's job."""
         details = await self._search.describe([state.job_id])
         infos = {each.id: each for each in await self._infos.infos(details)}
-        return _state(name, details, infos) or state
+        return _state(plan, details, infos) or state
 
     async def why(self, state: MachineState) -> str:
         """Ask queue, environments and quotas why a job waits; or read how it ended."""
@@ -233,14 +264,7 @@ class OnBatch:
         ]
         details.sort(key=lambda each: not _is_own(each, name))
         for each in details:
-            terminate = functools.partial(
-                self._clients.call,
-                "batch",
-                "terminate_job",
-                jobId=each["jobId"],
-                reason=reason[:_REASON_LARGEST],
-            )
-            await insist(terminate, _STOP_SECONDS)
+            await self._terminate(str(each["jobId"]), reason)
         return len(details)
 
 
@@ -260,6 +284,23 @@ def _size(request: MachineRequest) -> tuple[WorkerSize, str]:
 def _is_own(details: Mapping[str, Any], name: str) -> bool:
     """Whether a job is the machine of a run, and not a worker of an executor in it."""
     return str(details.get("tags", {}).get(names.TAG_EXECUTOR)) == f"{names.RUN_EXECUTOR}{name}"
+
+
+def _job_name(plan: RunPlan) -> str:
+    """Return the name of the job of a start, which has its id."""
+    # A letter before the digits: what ends in a number is a job of workers.
+    return names.job_name(f"{names.RUN_EXECUTOR}{plan.name}", f"r{plan.start_id}")
+
+
+def _of_this_start(plan: RunPlan, details: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the jobs of a start, and of executors in it, among those of all of its name."""
+    own = [each for each in details if each["jobName"] == _job_name(plan)]
+    if not own:
+        return []
+    # An earlier start has ended before this one began, and its workers were submitted before that.
+    began = min(int(each["createdAt"]) for each in own)
+    workers = [each for each in details if not _is_own(each, plan.name)]
+    return [*own, *(each for each in workers if int(each["createdAt"]) >= began)]
 
 
 def _compute(details: Mapping[str, Any]) -> str:
@@ -286,15 +327,15 @@ def _why_it_ended(details: Mapping[str, Any]) -> str:
 
 
 def _state(
-    name: str, details: Sequence[Mapping[str, Any]], infos: Mapping[str, JobInfo]
+    plan: RunPlan, details: Sequence[Mapping[str, Any]], infos: Mapping[str, JobInfo]
 ) -> MachineState | None:
-    """Put together what the jobs of a run say; ``None``: its own is not among them."""
-    own = [each for each in details if _is_own(each, name)]
+    """Put together what the jobs of a start say; ``None``: its own is not among them."""
+    own = [each for each in details if _is_own(each, plan.name)]
     if not own:
         return None
     newest = max(own, key=lambda each: int(each["createdAt"]))
     info = infos[newest["jobId"]]
-    workers = [infos[each["jobId"]] for each in details if not _is_own(each, name)]
+    workers = [infos[each["jobId"]] for each in details if not _is_own(each, plan.name)]
     all_own = [infos[each["jobId"]] for each in own]
     return MachineState(
         job_id=info.id,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import import_module
@@ -11,11 +11,11 @@ from typing import Protocol
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.limits import WorkerSize
 from cloudexec._aws.profile import Profile
-from cloudexec._errors import ConfigError
+from cloudexec._errors import AwsError, ConfigError
 from cloudexec._pricing import WorkerPrice
 from cloudexec._runs.plan import RunPlan
 
-__all__ = ["Machine", "MachineRequest", "MachineState", "Place", "place_named"]
+__all__ = ["Machine", "MachineRequest", "MachineState", "Place", "StillRunning", "place_named"]
 
 _PLACES: Mapping[str, str] = {"batch": "cloudexec._runs.on_batch:OnBatch"}
 
@@ -75,6 +75,10 @@ class MachineState:
     is_estimate: bool = field(default=False)
 
 
+class StillRunning(AwsError):
+    """An interrupted start has asked for a machine, and it could not be ended."""
+
+
 class Place(Protocol):
     """Has machines for runs, in one account and region.
 
@@ -88,17 +92,33 @@ class Place(Protocol):
             ConfigError: If there is none, or the profile does not provide it.
         """
 
-    async def start(self, plan: RunPlan, variables: Mapping[str, str]) -> None:
+    async def start(self, plan: RunPlan, variables: Mapping[str, str]) -> str:
         """Start a machine that runs the image with some variables; once, whatever happens.
 
-        The place ends it after ``plan.max_seconds``, and starts it again if it takes it back.
+        The place ends it after ``plan.max_seconds``, and starts it again if it takes it back. If
+        this is cancelled, a machine that it has asked for is ended first.
+
+        Returns:
+            The ``job_id`` of the machine.
+
+        Raises:
+            StillRunning: If this was cancelled, and the machine could not be ended.
         """
 
-    async def find(self, names: Sequence[str]) -> dict[str, MachineState]:
-        """Say how the machines of runs are, by the runs' names; those it does not know are left
-        out."""
+    async def find(
+        self, plans: Sequence[RunPlan], job_ids: Collection[str] = ()
+    ) -> dict[str, MachineState]:
+        """Say how the machines of runs are, by the runs' names.
 
-    async def look(self, name: str, state: MachineState) -> MachineState:
+        Machines that it does not know are left out, and those of earlier starts of the same name.
+
+        Args:
+            plans: Of the runs.
+            job_ids: Machines that are known to have been started, also where the place does not
+                list them yet.
+        """
+
+    async def look(self, plan: RunPlan, state: MachineState) -> MachineState:
         """Look again at a machine that was found, with one request; not at workers."""
 
     async def why(self, state: MachineState) -> str:

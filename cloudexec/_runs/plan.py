@@ -13,7 +13,15 @@ from typing import Any
 
 from cloudexec._errors import ConfigError
 
-__all__ = ["KINDS", "RunPlan", "RunResult", "check_name", "check_outputs", "new_name", "new_start_id"]
+__all__ = [
+    "KINDS",
+    "RunPlan",
+    "RunResult",
+    "check_name",
+    "check_outputs",
+    "new_name",
+    "new_start_id",
+]
 
 KINDS = ("script", "module", "notebook", "command")
 _NAME = re.compile(r"(?=.{1,40}$)[a-z][a-z0-9]*(-[a-z0-9]+)*")

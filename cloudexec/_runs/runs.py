@@ -19,14 +19,27 @@ from cloudexec._aws.profile import Profile
 from cloudexec._aws.steps import counted
 from cloudexec._enrolment import python_version
 from cloudexec._environment.packages import Packages
-from cloudexec._errors import AwsError, ConfigError
+from cloudexec._errors import AwsError, CloudexecError, ConfigError
 from cloudexec._launchers.batch.image import find_image
 from cloudexec._runs.bucket import OutputFile, RunBucket, list_names
 from cloudexec._runs.files import collect, packed
 from cloudexec._runs.info import RunInfo
-from cloudexec._runs.places import MachineRequest, MachineState, Place, place_named
-from cloudexec._runs.plan import RunPlan, RunResult, check_name, check_outputs, new_name, new_start_id
-from cloudexec._runs.protocol import REGION_VARIABLE, RUN_VARIABLE, last_line
+from cloudexec._runs.places import (
+    MachineRequest,
+    MachineState,
+    Place,
+    StillRunning,
+    place_named,
+)
+from cloudexec._runs.plan import (
+    RunPlan,
+    RunResult,
+    check_name,
+    check_outputs,
+    new_name,
+    new_start_id,
+)
+from cloudexec._runs.protocol import EXIT_NOT_RUN, REGION_VARIABLE, RUN_VARIABLE, last_line
 
 __all__ = ["AsyncRuns", "Found", "Look", "Position", "RunRequest"]
 
@@ -203,6 +216,8 @@ class AsyncRuns:
             raise ConfigError(lacking)
         self._clients = clients
         self._profile = profile
+        self._job_ids: dict[str, str] = {}
+        """Of the machines that were started here, by the names of their runs."""
 
     def bucket(self, name: str) -> RunBucket:
         """Return what the bucket has of a run."""
@@ -290,11 +305,15 @@ class AsyncRuns:
                     await bucket.send(archive)
                 if request.variables:
                     await bucket.put_variables(request.variables)
-                await self._submit(place, plan, bucket)
-            except BaseException:
-                if is_new:
-                    with contextlib.suppress(AwsError):
-                        await asyncio.shield(bucket.delete())
+                variables = {RUN_VARIABLE: bucket.where, REGION_VARIABLE: plan.region}
+                self._job_ids[name] = await place.start(plan, variables)
+            except BaseException as exc:
+                with contextlib.suppress(AwsError):
+                    await asyncio.shield(_undo(bucket, plan, exc, is_new=is_new))
+                if isinstance(exc, asyncio.CancelledError):
+                    report(f"run {name}: its start was interrupted, and no machine is left running")
+                elif isinstance(exc, StillRunning):
+                    report(f"run {name}: {exc}; `cloudexec stop {name}` ends it")
                 raise
         return plan
 
@@ -319,17 +338,6 @@ class AsyncRuns:
             )
         await bucket.replace(plan)
 
-    async def _submit(self, place: Place, plan: RunPlan, bucket: RunBucket) -> None:
-        variables = {RUN_VARIABLE: bucket.where, REGION_VARIABLE: plan.region}
-        # Interrupted in the middle of it, the machine has to be known, to be ended.
-        starting = asyncio.ensure_future(place.start(plan, variables))
-        try:
-            await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            await asyncio.gather(starting, return_exceptions=True)
-            await place.stop(plan.name, "stopped by its user before it began")
-            raise
-
     # Looking.
 
     async def find(self, name: str) -> Found:
@@ -340,13 +348,14 @@ class AsyncRuns:
         """
         bucket = self.bucket(name)
         plan, result = await asyncio.gather(bucket.plan(), bucket.result())
-        machines = await self._place(plan.on).find([name])
-        return Found(plan, machines.get(name), result)
+        known = [self._job_ids[name]] if name in self._job_ids else []
+        machines = await self._place(plan.on).find([plan], known)
+        return Found(plan, machines.get(name), _of_start(plan, result))
 
     async def again(self, found: Found) -> Found:
         """Return a run as it is now, with as few requests as possible while it has not ended."""
         if found.machine is not None:
-            machine = await self._place(found.plan.on).look(found.plan.name, found.machine)
+            machine = await self._place(found.plan.on).look(found.plan, found.machine)
             if machine.phase != "ended":
                 return replace(found, machine=machine)
         return await self.find(found.plan.name)
@@ -365,9 +374,11 @@ class AsyncRuns:
         read_ = [each for each in await asyncio.gather(*map(read, names)) if each is not None]
         machines: dict[str, MachineState] = {}
         for on in {plan.on for plan, _ in read_}:
-            there = [plan.name for plan, _ in read_ if plan.on == on]
+            there = [plan for plan, _ in read_ if plan.on == on]
             machines |= await self._place(on).find(there)
-        return [Found(plan, machines.get(plan.name), result) for plan, result in read_]
+        return [
+            Found(plan, machines.get(plan.name), _of_start(plan, result)) for plan, result in read_
+        ]
 
     async def why(self, found: Found) -> str:
         """Say why a run waits, or how it ended, in words for people.
@@ -390,7 +401,7 @@ class AsyncRuns:
         machine = found.machine
         assert machine is not None
         # First the machine: what it printed before it ended is then read.
-        machine = await self._place(found.plan.on).look(found.plan.name, machine)
+        machine = await self._place(found.plan.on).look(found.plan, machine)
         lines: list[str] = []
         tokens = dict(position.tokens)
         streams = machine.streams[position.first :]
@@ -483,6 +494,29 @@ def _lacks(profile: Profile) -> str:
     if not profile.run_role:
         return f"the profile {profile.name!r} has no role for runs: {remedy}"
     return ""
+
+
+def _of_start(plan: RunPlan, result: RunResult | None) -> RunResult | None:
+    """Return a result unless it is of an earlier start."""
+    if result is None or result.start_id not in ("", plan.start_id):
+        return None
+    return result
+
+
+async def _undo(bucket: RunBucket, plan: RunPlan, exc: BaseException, *, is_new: bool) -> None:
+    """Leave nothing of a start that failed, or of an earlier one's files what there was."""
+    if isinstance(exc, StillRunning):
+        return  # it is to be found
+    if is_new:
+        await bucket.delete()
+        return
+    await bucket.forget_variables()
+    reason = "its start was interrupted"
+    if isinstance(exc, CloudexecError):
+        reason = f"it could not be started: {exc}"
+    await bucket.put_result(
+        RunResult(exit_code=EXIT_NOT_RUN, reason=reason, start_id=plan.start_id)
+    )
 
 
 def _limit(request: RunRequest, per_hour: float) -> int:
