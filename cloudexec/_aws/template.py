@@ -328,6 +328,12 @@ def _run_role() -> Json:
     def allow(resource: Any, *actions: str) -> Json:
         return {"Effect": "Allow", "Action": list(actions), "Resource": resource}
 
+    def of_stack(statement: Json, *, or_new: bool = False) -> Json:
+        """Allow it on what has the stack's tag, and on what is made by it and has none yet."""
+        test = "StringEqualsIfExists" if or_new else "StringEquals"
+        tag = {f"aws:ResourceTag/{TAG_STACK}": {"Ref": "AWS::StackName"}}
+        return {**statement, "Condition": {test: tag}}
+
     definitions = f"job-definition/{DEFINITION_PREFIX}*"
     # By their names: the environments are to go before this role, and the queues before those.
     kinds = ("fargate", "fargate-spot", "ec2", "ec2-spot")
@@ -363,13 +369,14 @@ def _run_role() -> Json:
                             "s3:ListBucket",
                             "s3:ListBucketMultipartUploads",
                         ),
-                        allow(
-                            arns(*queues, definitions, "job/*"),
-                            "batch:SubmitJob",
-                        ),
+                        # A definition has roles, which whoever submits it hands on.
+                        of_stack(allow(arns(definitions), "batch:SubmitJob")),
+                        allow(arns(*queues, "job/*"), "batch:SubmitJob"),
                         allow(arns(definitions), "batch:RegisterJobDefinition"),
-                        allow(arns(definitions, "job/*"), "batch:TagResource"),
-                        allow(arns("job/*"), "batch:TerminateJob"),
+                        of_stack(
+                            allow(arns(definitions, "job/*"), "batch:TagResource"), or_new=True
+                        ),
+                        of_stack(allow(arns("job/*"), "batch:TerminateJob")),
                         allow(
                             # There are no resources of these actions to name.
                             "*",

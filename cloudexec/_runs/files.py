@@ -42,6 +42,8 @@ class RunFiles:
     """Path of the script or notebook below the run's folder."""
     ignored: int = 0
     """Files and folders that were left out by rules."""
+    links: list[str] = field(default_factory=list)
+    """Symbolic links to folders, which were left out."""
 
     @property
     def size(self) -> int:
@@ -270,8 +272,10 @@ def _add_named(found: RunFiles, base: Path, pattern: str) -> None:
                 f"the same places below a folder of its own. Start it from a folder above"
             )
         if path.is_dir():
-            for file, is_ignored in files_in(path):
-                if is_ignored:
+            for file, why in files_in(path, base):
+                if why == "link":
+                    found.links.append(file.relative_to(base).as_posix())
+                elif why:
                     found.ignored += 1
                 else:
                     found.files[file.relative_to(base).as_posix()] = file

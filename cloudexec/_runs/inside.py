@@ -199,7 +199,8 @@ class _Machine:
             found["CLOUDEXEC_CONFIG_DIR"] = str(folder / "profiles")
             values = {**plan.profile, "subnets": tuple(plan.profile.get("subnets", ()))}
             os.environ["CLOUDEXEC_CONFIG_DIR"] = found["CLOUDEXEC_CONFIG_DIR"]
-            Profile(**values).save()
+            for name in dict.fromkeys((plan.profile["name"], "default")):
+                Profile(**{**values, "name": name}).save()
         return found
 
     async def _watch(self, process: Process, outputs: Outputs, budget: Budget, limit: float) -> int:

@@ -15,7 +15,15 @@ from cloudexec._errors import AwsError, ConfigError
 from cloudexec._pricing import WorkerPrice
 from cloudexec._runs.plan import RunPlan
 
-__all__ = ["Machine", "MachineRequest", "MachineState", "Place", "StillRunning", "place_named"]
+__all__ = [
+    "Machine",
+    "MachineRequest",
+    "MachineState",
+    "Place",
+    "StillRunning",
+    "has_place",
+    "place_named",
+]
 
 _PLACES: Mapping[str, str] = {"batch": "cloudexec._runs.on_batch:OnBatch"}
 
@@ -130,6 +138,11 @@ class Place(Protocol):
         Returns:
             How many jobs were ended.
         """
+
+
+def has_place(name: str) -> bool:
+    """Say whether this release knows a place."""
+    return name in _PLACES
 
 
 def place_named(name: str, clients: AwsClients, profile: Profile) -> Place:

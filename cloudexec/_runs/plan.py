@@ -97,9 +97,12 @@ class RunPlan:
             ConfigError: If that is no plan that this version understands.
         """
         values = _values(cls, data, "run.json")
-        for name in ("args", "python_path", "outputs", "variables"):
-            values[name] = tuple(values.get(name, ()))
-        plan = cls(**values)
+        try:
+            for name in ("args", "python_path", "outputs", "variables"):
+                values[name] = tuple(values.get(name, ()))
+            plan = cls(**values)
+        except TypeError as exc:
+            raise ConfigError(f"the bucket's run.json of a run cannot be read: {exc}") from exc
         if plan.kind not in KINDS:
             raise ConfigError(
                 f"the run {plan.name} was started by a newer cloudexec (it is a {plan.kind!r}): "

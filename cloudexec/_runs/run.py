@@ -26,6 +26,8 @@ __all__ = ["Run", "RunsClient", "make_request", "profile_name", "run_script"]
 _T = TypeVar("_T")
 _POLL = 1.0
 """Seconds between two looks at a run that is followed."""
+_OUTAGE = 600.0
+"""Seconds for which AWS may not answer while a run is followed, which goes on meanwhile."""
 
 
 def profile_name(given: str | None) -> str:
@@ -111,7 +113,7 @@ def make_request(
     kind = "module" if module else "notebook" if target.endswith(".ipynb") else "script"
     if not target:
         kind = "command"
-        if module or not args:
+        if module or not args or not args[0].strip():
             raise ConfigError("say what is to be run: a script, a module, a notebook or a command")
     if kind == "notebook" and args:
         raise ConfigError(f"a notebook takes no arguments, and {target} was given {args[0]!r}")
@@ -229,6 +231,7 @@ class Run:
                 raise TimeoutError(f"the run {self.name} is {found.state} after {timeout:g} s")
             time.sleep(pause)
             found = self._client.call(self._client.runs.again(found))
+        self._client.call(self._client.runs.settle(found))
         code = found.exit_code
         if code is None:
             why = self._client.call(self._client.runs.why(found))
@@ -291,13 +294,28 @@ class Run:
         return f"Run({self.name!r}, profile={self._client.profile.name!r})"
 
 
-def looks(client: RunsClient, name: str, pause: Callable[[float], object]) -> Iterator[Look]:
+def _ignore(exc: AwsError) -> None:
+    """Take no notice of a failure that may pass."""
+
+
+def looks(
+    client: RunsClient,
+    name: str,
+    pause: Callable[[float], object],
+    notice: Callable[[AwsError], object] = _ignore,
+) -> Iterator[Look]:
     """Look at a run again and again, until it has ended and all that it printed is read.
+
+    A failure that may pass is waited out for some minutes.
 
     Args:
         client: Calls AWS.
         name: Of the run.
         pause: Called with seconds between two looks.
+        notice: Told of the first of several failures that may pass.
+
+    Raises:
+        AwsError: If AWS refuses, or cannot be reached for minutes.
     """
     position = Position()
     found = client.call(client.runs.find(name))
@@ -306,8 +324,21 @@ def looks(client: RunsClient, name: str, pause: Callable[[float], object]) -> It
             return
         pause(_POLL)
         found = client.call(client.runs.find(name))
+    failing_since: float | None = None
     while True:
-        look = client.call(client.runs.look(found, position))
+        try:
+            look = client.call(client.runs.look(found, position))
+        except AwsError as exc:
+            if not exc.transient:
+                raise
+            if failing_since is None:
+                failing_since = time.monotonic()
+                notice(exc)
+            elif time.monotonic() - failing_since > _OUTAGE:
+                raise
+            pause(_POLL)
+            continue
+        failing_since = None
         position = look.position
         found = Found(found.plan, look.machine, found.result)
         yield look

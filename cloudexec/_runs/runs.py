@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import getpass
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +30,7 @@ from cloudexec._runs.places import (
     MachineState,
     Place,
     StillRunning,
+    has_place,
     place_named,
 )
 from cloudexec._runs.plan import (
@@ -61,6 +63,7 @@ _PATIENCE = 30
 """Looks at a log whose last line has not come, though the program has ended by itself."""
 _MISSING_LOG = "ResourceNotFoundException"
 _KILLED = (None, 137, 143)
+_PROFILE = "CLOUDEXEC_PROFILE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +129,7 @@ class Found:
         """The state in one or two words: see ``RunInfo``."""
         if self.machine is None and self.result is None:
             age = time.time() - self.plan.created_at
-            if age > _REMEMBERED:
+            if age > _REMEMBERED or not has_place(self.plan.on):
                 return "unknown"
             return "preparing" if age < _PREPARING else "not started"
         if self.machine is not None and self.machine.phase != "ended":
@@ -134,6 +137,16 @@ class Found:
         if self.machine is not None and self.machine.was_stopped:
             return "stopped"
         return "succeeded" if self.exit_code == 0 else "failed"
+
+    @property
+    def _said(self) -> str:
+        """What the machine has to say of the program's end, such as that files are lost."""
+        return self.result.reason if self.result is not None and self.result.is_final else ""
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether the program succeeded, and files that it has written did not come back."""
+        return self.exit_code == 0 and bool(self._said)
 
     def info(self) -> RunInfo:
         """Return what users are told."""
@@ -146,13 +159,12 @@ class Found:
             seconds = result.ended_at - result.started_at
             cost, workers = seconds / 3600 * plan.per_hour_usd, result.workers_usd
         reason = "" if machine is None else machine.reason
-        if result is not None and result.is_final and result.reason:
-            reason = result.reason
+        reason = self._said or reason
         return RunInfo(
             name=plan.name,
             state=self.state,
             exit_code=self.exit_code,
-            reason="" if self.state == "succeeded" else reason,
+            reason=self._said if self.state == "succeeded" else reason,
             command=plan.title,
             user=plan.user,
             project=plan.project,
@@ -182,12 +194,15 @@ class Position:
     first: int = 0
     quiet: int = 0
     has_last_line: bool = False
+    has_result: bool = False
+    """Whether the program is known to have ended by itself."""
 
     def is_over(self, machine: MachineState) -> bool:
         """Whether nothing more is to be expected."""
         if machine.phase != "ended":
             return False
-        was_killed = machine.was_stopped or machine.exit_code in _KILLED
+        # A program may end itself with 137.
+        was_killed = machine.was_stopped or (machine.exit_code in _KILLED and not self.has_result)
         return self.has_last_line or self.quiet > (_QUIET if was_killed else _PATIENCE)
 
 
@@ -264,6 +279,7 @@ class AsyncRuns:
             arch=request.machine.arch,
             report=report,
         )
+        profile_inside = _profile_inside(self._profile, image, request.machine.arch)
         plan = RunPlan(
             name=name,
             kind=request.kind,
@@ -288,13 +304,19 @@ class AsyncRuns:
             start_id=new_start_id(),
             python=python_version(),
             region=self._clients.region,
-            profile=asdict(_profile_inside(self._profile, image, request.machine.arch)),
+            profile=asdict(profile_inside),
         )
+        values = dict(request.variables)
+        if values.get(_PROFILE, "") not in ("", "local"):
+            values[_PROFILE] = profile_inside.name  # there is no other one on the machine
         bucket = self.bucket(name)
         with packed(files) as archive:
             if archive is not None:
                 plan = replace(plan, files_bytes=archive.size, files_sha256=archive.sha256.hex())
                 left = f"; {files.ignored} left out by rules" if files.ignored else ""
+                if files.links:
+                    links = ", ".join(files.links[:5]) + (", ..." if files.links[5:] else "")
+                    left += f"; left out as links to folders: {links} (--files names them)"
                 count = counted(len(files.files), "file")
                 report(f"sending {count}, {archive.size / 1e6:,.1f} MB{left}")
             is_new = await bucket.create(plan)
@@ -303,8 +325,8 @@ class AsyncRuns:
             try:
                 if archive is not None:
                     await bucket.send(archive)
-                if request.variables:
-                    await bucket.put_variables(request.variables)
+                if values:
+                    await bucket.put_variables(values)
                 variables = {RUN_VARIABLE: bucket.where, REGION_VARIABLE: plan.region}
                 self._job_ids[name] = await place.start(plan, variables)
             except BaseException as exc:
@@ -331,7 +353,13 @@ class AsyncRuns:
                 f"bucket has of it"
             )
         state = (await self.find(name)).state
-        if state in ("preparing", "waiting", "starting", "running"):
+        if state == "preparing":
+            raise ConfigError(
+                f"the run {name} is preparing: a client sends its files, or has died while it did "
+                f"so. If it has died, `cloudexec fetch {name} --delete` removes what the bucket "
+                f"has of the run"
+            )
+        if state in ("waiting", "starting", "running"):
             raise ConfigError(
                 f"the run {name} is {state}: `cloudexec attach {name}` shows it, and `cloudexec "
                 f"stop {name}` ends it"
@@ -373,7 +401,8 @@ class AsyncRuns:
 
         read_ = [each for each in await asyncio.gather(*map(read, names)) if each is not None]
         machines: dict[str, MachineState] = {}
-        for on in {plan.on for plan, _ in read_}:
+        # A newer release may have started runs in other places.
+        for on in {plan.on for plan, _ in read_ if has_place(plan.on)}:
             there = [plan for plan, _ in read_ if plan.on == on]
             machines |= await self._place(on).find(there)
         return [
@@ -405,15 +434,21 @@ class AsyncRuns:
         lines: list[str] = []
         tokens = dict(position.tokens)
         streams = machine.streams[position.first :]
-        last = last_line(found.plan.name)
+        last = re.compile(rf"{re.escape(last_line(found.plan.name))}, with exit code \d+")
         has_last = position.has_last_line
         for _, stream in streams:
             for line in await self._new_lines(machine.log_group, stream, tokens):
-                if line.startswith(last):
+                # The program may not have ended its own last line.
+                if (match := last.search(line)) is not None and match.end() == len(line):
                     has_last = True
+                    lines += filter(None, [line[: match.start()]])
                 else:
                     lines.append(line)
         ended = machine.phase == "ended"
+        has_result = position.has_result
+        if ended and not has_last and not has_result and machine.exit_code in _KILLED:
+            result = _of_start(found.plan, await self.bucket(found.plan.name).result())
+            has_result = result is not None and result.is_final
         return Look(
             machine,
             lines,
@@ -423,6 +458,7 @@ class AsyncRuns:
                 first=max(position.first, len(machine.streams) - 2),
                 quiet=0 if lines or not ended else position.quiet + 1,
                 has_last_line=has_last,
+                has_result=has_result,
             ),
         )
 
@@ -455,8 +491,20 @@ class AsyncRuns:
 
     async def stop(self, name: str, reason: str) -> int:
         """End a run, with the workers of executors in it; say how many jobs were ended."""
-        plan = await self.bucket(name).plan()
-        return await self._place(plan.on).stop(name, reason)
+        found = await self.find(name)
+        count = await self._place(found.plan.on).stop(name, reason)
+        if found.state == "preparing" and not count:
+            # Its client has died, or will find that it is not wanted any more.
+            result = RunResult(exit_code=EXIT_NOT_RUN, reason=reason, start_id=found.plan.start_id)
+            await self.bucket(name).put_result(result)
+        return count
+
+    async def settle(self, found: Found) -> None:
+        """End workers of executors in a run whose machine has died before it could do so."""
+        if found.machine is not None and found.machine.phase == "ended" and found.machine.workers:
+            name = found.plan.name
+            reason = f"cloudexec: the run {name} has ended, and it is not needed any more"
+            await self._place(found.plan.on).stop(name, reason, workers_only=True)
 
     async def fetch(self, name: str, folder: Path) -> list[OutputFile]:
         """Bring the files that a run has written so far into a folder."""

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -16,10 +16,10 @@ from typing import IO
 import click
 
 from cloudexec._aws.steps import counted
-from cloudexec._errors import CloudexecError
+from cloudexec._errors import AwsError, CloudexecError
 from cloudexec._runs.places import MachineState
 from cloudexec._runs.run import RunsClient, looks
-from cloudexec.cli._errors import INTERRUPTED, CommandError, RunError
+from cloudexec.cli._errors import FILES_MISSING, INTERRUPTED, CommandError, RunError
 from cloudexec.cli._table import duration, usd
 
 __all__ = ["Follower", "opened_log"]
@@ -85,7 +85,7 @@ class Follower:
         """
         log = self._log
         with self._saying_that_it_goes_on(), self._asking_on_interrupt():
-            for look in looks(self._client, self._name, self._pause):
+            for look in looks(self._client, self._name, self._pause, self._say_that_it_waits):
                 self._tell(look.machine)
                 for line in look.lines:
                     click.echo(line)
@@ -101,9 +101,14 @@ class Follower:
         """Say so where the run cannot be followed any longer."""
         try:
             yield
-        except (KeyboardInterrupt, click.Abort, CloudexecError, BrokenPipeError):
-            self._say_how_to_go_on("The run goes on.")
+        except BaseException:
+            if self._phase != "ended":
+                with contextlib.suppress(OSError):  # standard error may be what is broken
+                    self._say_how_to_go_on("The run goes on.")
             raise
+
+    def _say_that_it_waits(self, exc: AwsError) -> None:
+        self._report(f"{self._name}: {exc}; trying again")
 
     def _pause(self, seconds: float) -> None:
         if self._interrupted.wait(seconds) and not self._phase:
@@ -187,14 +192,9 @@ class Follower:
 
     def _finish(self) -> int:
         found = self._client.call(self._client.runs.find(self._name))
+        self._client.call(self._client.runs.settle(found))
         info = found.info()
-        if self._folder is not None and info.outputs:
-            where = Path(os.path.abspath(self._folder))
-            files = self._client.call(self._client.runs.fetch(self._name, where))
-            size = sum(each.size for each in files)
-            self._report(
-                f"{counted(len(files), 'file')}, {size / 1e6:,.1f} MB, in {', '.join(info.outputs)}"
-            )
+        failure = self._fetch(info.outputs)
         ended = "" if info.exit_code is None else f" with exit code {info.exit_code}"
         workers = f", and {usd(info.workers_usd, is_estimate=True)} for workers"
         self._report(
@@ -202,12 +202,39 @@ class Follower:
             f"{usd(info.machine_usd, is_estimate=info.is_estimate)} by list price"
             f"{workers if info.workers_usd else ''}"
         )
-        why = "" if info.exit_code == 0 else self._client.call(self._client.runs.why(found))
+        why = info.reason
+        if info.exit_code != 0:
+            why = self._client.call(self._client.runs.why(found))
+        if failure:
+            # Also where little is to be said, and whatever the program made of it.
+            click.echo(f"{self._name}: {failure}", err=True)
         if info.exit_code is None:
             raise RunError(f"the run {self._name} has no exit code: {why}")
-        if why:
+        if found.is_incomplete:
+            click.echo(f"{self._name}: {why}", err=True)
+        elif why:
             self._report(f"{self._name}: {why}")
+        if info.exit_code == 0 and (failure or found.is_incomplete):
+            return FILES_MISSING
         return info.exit_code
+
+    def _fetch(self, outputs: Sequence[str]) -> str:
+        """Bring the files back; say why that failed, or nothing."""
+        if self._folder is None or not outputs:
+            return ""
+        where = Path(os.path.abspath(self._folder))
+        try:
+            files = self._client.call(self._client.runs.fetch(self._name, where))
+        except (CloudexecError, OSError) as exc:
+            return (
+                f"its files did not come back: {exc}. `cloudexec fetch {self._name} --to DIR` "
+                f"brings them into another folder"
+            )
+        size = sum(each.size for each in files)
+        self._report(
+            f"{counted(len(files), 'file')}, {size / 1e6:,.1f} MB, in {', '.join(outputs)}"
+        )
+        return ""
 
 
 def _user() -> str:

@@ -24,9 +24,14 @@ Exit codes:
   1-255  its own exit code; 128 + N if signal N ended it
   2      the command line, the profile or a file is wrong; nothing was started
   3      AWS refused, or cannot be reached, or the machine was lost
+  4      the program succeeded, and files that it has written did not come back
   125    the machine could not start the program
   130    Ctrl-C interrupted the command: the program was stopped, or left running
 """
+
+
+_WHOLE = "\0"
+"""Set before a word that is not to be taken apart: no argument of a program has it."""
 
 
 class _RunCommand(click.Command):
@@ -36,7 +41,21 @@ class _RunCommand(click.Command):
         if "--" in args:
             at = args.index("--")
             args, ctx.meta["cloudexec.verbatim"] = args[:at], args[at + 1 :]
-        return super().parse_args(ctx, args)
+        # A program may have -seed, which is not -s -e -e -d.
+        rest = super().parse_args(ctx, [_protected(each) for each in args])
+        ctx.params = {name: _bare(value) for name, value in ctx.params.items()}
+        return rest
+
+
+def _protected(word: str) -> str:
+    is_several = word.startswith("-") and not word.startswith("--") and len(word) > 2
+    return _WHOLE + word if is_several else word
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_bare, value))
+    return value.removeprefix(_WHOLE) if isinstance(value, str) else value
 
 
 def _variables(
@@ -164,8 +183,13 @@ def run_command(
         if not is_quiet:
             click.echo(line, err=True)
 
+    if detach and log_file is not None:
+        raise CommandError(
+            "--detach does not wait for what the program prints, so there is nothing for "
+            "--log-file: give it to `cloudexec attach`"
+        )
     # Opened first: nothing is started if it cannot be written.
-    with opened_log(None if detach else log_file) as log, RunsClient(profile) as client:
+    with opened_log(log_file) as log, RunsClient(profile) as client:
         plan = client.call(client.runs.start(request, report))
         if detach:
             report(f"`cloudexec attach {plan.name}` shows what it prints")

@@ -65,7 +65,7 @@ def runs_command(is_active: bool, limit: int, as_json: bool, profile: str | None
                 duration(each.run_seconds) if each.run_seconds else "",
                 usd(each.cost_usd, is_estimate=each.is_estimate),
                 each.command,
-                each.reason if each.state not in ("succeeded", "running") else "",
+                each.reason if each.state != "running" else "",
             )
             for each in found
         ],

@@ -167,7 +167,15 @@ def test_programs_that_are_run_may_use_this_stack_and_hand_on_less_than_they_hav
         {"Fn::GetAtt": ["ExecutionRole", "Arn"]},
         {"Fn::GetAtt": ["JobRole", "Arn"]},
     ]
-    (submitting,) = (each for each in statements if "batch:SubmitJob" in each["Action"])
+    of_stack = {"aws:ResourceTag/cloudexec:stack": {"Ref": "AWS::StackName"}}
+    definitions, submitting = (each for each in statements if "batch:SubmitJob" in each["Action"])
+    # A definition of another stack has roles of that stack.
+    assert definitions["Condition"] == {"StringEquals": of_stack}
+    assert not [each for each in submitting["Resource"] if "job-definition" in each["Fn::Sub"]]
+    (ending,) = (each for each in statements if "batch:TerminateJob" in each["Action"])
+    assert ending["Condition"] == {"StringEquals": of_stack}
+    (tagging,) = (each for each in statements if "batch:TagResource" in each["Action"])
+    assert tagging["Condition"] == {"StringEqualsIfExists": of_stack}
     queues = [each["Fn::Sub"] for each in submitting["Resource"] if "job-queue" in each["Fn::Sub"]]
     assert [each.rpartition("/")[2] for each in queues] == [
         "${AWS::StackName}-fargate",

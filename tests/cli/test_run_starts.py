@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
 import pytest
 from run_helpers import account
 
-from cloudexec import Run, run_script
+from cloudexec import AwsError, Run, run_script
 from cloudexec._aws.profile import Profile
+from cloudexec._runs.plan import RunPlan
+from cloudexec.cli.run import run_command
 from cloudexec.testing import FakeAWS
 
 pytestmark = pytest.mark.timeout(180)
@@ -137,3 +141,154 @@ def test_a_run_that_goes_on_is_not_taken_for_the_earlier_one(
     assert started is not None
     assert stopped is not None
     assert info.run_seconds == pytest.approx(stopped - started, abs=0.01)
+
+
+def _prepared(name: str, **values: object) -> None:
+    """Leave what a client leaves that dies before it has asked for a machine."""
+    plan = RunPlan(name=name, kind="command", target="", args=("true",), **values)  # type: ignore[arg-type]
+    boto3.client("s3").put_object(
+        Bucket=Profile.load("default").bucket,
+        Key=f"cloudexec/runs/{name}/run.json",
+        Body=plan.to_json(),
+    )
+
+
+def test_a_start_that_died_is_marked_when_it_is_stopped(
+    aws: FakeAWS, run_here: Command, folder: Path
+) -> None:
+    _prepared("died")
+    again = ("run", "--name", "died", "--resume", "--", "true")
+    done = run_here(*again)
+    assert done.returncode == 2
+    assert "If it has died, `cloudexec fetch died --delete` removes what the bucket" in done.stderr
+    Run.find("died").stop()
+    assert Run.find("died").info().state == "failed"
+    assert run_here(*again).returncode == 0
+
+
+def test_runs_of_a_newer_release_do_not_hide_others(
+    aws: FakeAWS, run_here: Command, folder: Path
+) -> None:
+    _prepared("elsewhere", on="moon")
+    _prepared("here")
+    assert row(run_here, "elsewhere")["state"] == "unknown"
+    assert row(run_here, "here")["state"] == "preparing"
+
+
+def test_workers_end_when_a_machine_dies_that_could_not_end_them(
+    aws: FakeAWS, folder: Path
+) -> None:
+    run = run_script(args=["sleep", "600"], name="leaves-workers")
+    eventually(lambda: aws.jobs()[-1].status == "RUNNING")
+    machine = aws.jobs()[-1]
+    aws.faults.no_capacity()
+    worker = boto3.client("batch").submit_job(
+        jobName="cloudexec-left-0",
+        jobQueue=machine.queue,
+        jobDefinition=machine.definition,
+        tags={"cloudexec:executor": "left", "cloudexec:run": "leaves-workers"},
+    )["jobId"]
+    aws.faults.kill_instance(machine.job_id)
+    with pytest.raises(AwsError, match="has no exit code"):
+        run.wait(timeout=100)
+    eventually(lambda: aws.job(worker).status == "FAILED")
+    assert aws.job(worker).status_reason == (
+        "cloudexec: the run leaves-workers has ended, and it is not needed any more"
+    )
+
+
+# What the client makes of a run.
+
+
+def test_output_without_a_newline_at_its_end_is_shown(
+    aws: FakeAWS, run_here: Command, folder: Path
+) -> None:
+    done = run_here("run", "-q", "--", "printf", "one\\ntwo")
+    assert (done.returncode, done.stdout) == (0, "one\ntwo\n")
+
+
+def test_files_that_cannot_be_written_do_not_hide_how_the_program_ended(
+    aws: FakeAWS, run_here: Command, folder: Path
+) -> None:
+    (folder / "out" / "a.txt").mkdir(parents=True)
+    done = run_here(
+        "run", "--name", "blocked", "--outputs", "out", "--", "echo a > out/a.txt; exit 0"
+    )
+    assert done.returncode == 4
+    assert "blocked: succeeded with exit code 0 after" in done.stderr
+    assert "blocked: its files did not come back: " in done.stderr
+    assert "`cloudexec fetch blocked --to DIR` brings them into another folder" in done.stderr
+    assert run_here("attach", "blocked", "--no-fetch").returncode == 0
+
+
+def test_a_run_that_cannot_be_followed_any_longer_is_said_to_go_on(
+    aws: FakeAWS, run_here: Command, folder: Path
+) -> None:
+    done = run_here("run", "--name", "full", "--log-file", "/dev/full", "--", "echo up; sleep 600")
+    assert done.returncode != 0
+    assert "The run goes on. `cloudexec attach full` shows it again" in done.stderr
+    assert aws.jobs()[-1].status == "RUNNING"
+    assert run_here("stop", "full", "--yes").returncode == 0
+
+
+def test_a_run_is_followed_again_when_aws_answers_again(
+    aws: FakeAWS, run_here: Command, folder: Path
+) -> None:
+    aws.faults.lose_response("GetLogEvents", count=7)
+    done = run_here("run", "--name", "cut-off", "--", "echo up")
+    assert (done.returncode, done.stdout) == (0, "up\n"), done.stderr
+    assert "; trying again" in done.stderr
+
+
+def test_the_profile_in_use_is_the_one_in_the_run(
+    aws: FakeAWS, run_here: Command, folder: Path, environment: dict[str, str]
+) -> None:
+    """Also where a variable names another one here; and it is the default one there."""
+    (folder / "job.py").write_text(
+        "import os\n"
+        "from cloudexec.aws import Profile\n"
+        "print(os.environ.get('CLOUDEXEC_PROFILE'), Profile.load('default').bucket)\n"
+    )
+    work = replace(Profile.load("default"), name="work")
+    work.save()
+    try:
+        done = run_here("run", "job.py", "-q", "--profile", "work")
+        assert done.stdout == f"None {work.bucket}\n"
+        environment["CLOUDEXEC_PROFILE"] = "absent-there"
+        done = run_here("run", "job.py", "-q", "--profile", "work")
+        assert done.stdout == f"work {work.bucket}\n"
+    finally:
+        work.delete()
+
+
+# The command line.
+
+
+@pytest.mark.parametrize(
+    ("words", "args", "own"),
+    [
+        (["train.py", "-seed", "3"], ("train.py", "-seed", "3"), {"detach": False}),
+        (["train.py", "-d", "-q"], ("train.py",), {"detach": True, "is_quiet": True}),
+        (["train.py", "--name", "a", "-10"], ("train.py", "-10"), {"name": "a"}),
+        (["-m", "shop", "-verbose"], ("-verbose",), {"module": "shop"}),
+        (["a.py", "--project", "-dash", "-nq"], ("a.py", "-nq"), {"project": "-dash"}),
+    ],
+)
+def test_options_of_a_program_are_not_taken_apart(
+    words: list[str], args: tuple[str, ...], own: dict[str, object]
+) -> None:
+    with run_command.make_context("run", words) as context:
+        assert context.params["words"] == args
+        assert own.items() <= context.params.items()
+
+
+def test_a_command_needs_a_word_and_a_log_file_a_command_that_waits(
+    run_here: Command, folder: Path
+) -> None:
+    done = run_here("run", "--", "")
+    assert done.returncode == 2
+    assert "say what is to be run" in done.stderr
+    done = run_here("run", "--detach", "--log-file", "a.log", "--", "true")
+    assert done.returncode == 2
+    assert "give it to `cloudexec attach`" in done.stderr
+    assert os.listdir(folder) == []

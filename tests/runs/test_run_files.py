@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from cloudexec import ConfigError, PayloadTooLargeError
 from cloudexec._runs import files
 from cloudexec._runs.files import collect, packed, unpack
 from cloudexec._runs.ignoring import files_in
+from cloudexec._runs.places import MachineState
 from cloudexec._runs.plan import RunPlan, RunResult, check_name, new_name
+from cloudexec._runs.runs import Found, Position
 
 
 def write(folder: Path, texts: dict[str, str]) -> None:
@@ -37,6 +41,7 @@ def write(folder: Path, texts: dict[str, str]) -> None:
         ("[!a].log", {"deep/b.log", "deep/er/c.log"}),
         ("?.log/", set()),
         ("\\!odd", {"!odd"}),
+        ("[z-a]*\n*.txt", {"a.txt"}),
     ],
 )
 def test_rules_are_those_of_git(tmp_path: Path, rules: str, ignored: set[str]) -> None:
@@ -54,6 +59,30 @@ def test_our_own_rules_count_more_and_a_folder_that_is_named_is_sent(tmp_path: P
     found = collect("command", "", ["data"], tmp_path)
     assert set(found.files) == {"data/.gitignore", "data/.cloudexecignore", "data/a.csv"}
     assert found.ignored == 1
+
+
+@pytest.mark.parametrize("at", ["", "project"])
+def test_rules_of_the_folders_above_count(tmp_path: Path, at: str) -> None:
+    """From the current folder on; or from the root of the Git repository that it is in."""
+    (tmp_path / ".git").mkdir()
+    rules = {".gitignore": ".env\n/project/src/*.key\n", "project/.gitignore": "src/*.log\n"}
+    names = ("src/.env", "src/a.key", "src/deep/a.key", "src/a.log", "src/deep/a.log")
+    write(tmp_path, {**rules, **{f"project/{name}": "" for name in names}})
+    base = tmp_path / at
+    found = collect("command", "", ["src" if at else "project/src"], base)
+    assert set(found.files) == {
+        (tmp_path / "project" / name).relative_to(base).as_posix()
+        for name in ("src/deep/a.key", "src/deep/a.log")
+    }
+    assert found.ignored == 3
+
+
+def test_linked_folders_are_left_out_and_named(tmp_path: Path) -> None:
+    write(tmp_path, {"src/a.py": "", "large/b.csv": ""})
+    (tmp_path / "src" / "data").symlink_to(tmp_path / "large")
+    found = collect("command", "", ["src"], tmp_path)
+    assert (set(found.files), found.links) == ({"src/a.py"}, ["src/data"])
+    assert set(collect("command", "", ["src/data"], tmp_path).files) == {"src/data/b.csv"}
 
 
 def test_modules_are_found_where_python_finds_them(
@@ -156,3 +185,31 @@ def test_plans_of_other_releases_are_read_as_far_as_possible() -> None:
         RunPlan.from_json(plan.to_json().replace(b'"script"', b'"hologram"'))
     with pytest.raises(ConfigError, match=r"the bucket's result\.json of a run cannot be read"):
         RunResult.from_json(b"<html>")
+    with pytest.raises(ConfigError, match=r"the bucket's run\.json of a run cannot be read"):
+        RunPlan.from_json(b'{"title": "of a later format"}')
+
+
+def _ended(**values: object) -> MachineState:
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    return MachineState(job_id="a", phase="ended", created_at=moment, **values)  # type: ignore[arg-type]
+
+
+def test_the_end_of_a_log_is_waited_for_unless_the_program_was_killed() -> None:
+    """It may have ended itself with 137: then it has a result."""
+    soon, late = Position(quiet=4), Position(quiet=31)
+    assert soon.is_over(_ended(exit_code=137))
+    assert not replace(soon, has_result=True).is_over(_ended(exit_code=137))
+    assert soon.is_over(_ended(exit_code=1, was_stopped=True))
+    assert not soon.is_over(_ended(exit_code=1))
+    assert late.is_over(_ended(exit_code=1))
+
+
+def test_a_program_that_succeeded_without_its_files_says_so() -> None:
+    plan = RunPlan(name="a", kind="script", target="a.py")
+    lost = RunResult(exit_code=0, reason="its files did not come back: no room")
+    found = Found(plan, _ended(exit_code=0, reason="Essential container in task exited"), lost)
+    assert found.is_incomplete
+    assert (found.info().state, found.info().reason) == ("succeeded", lost.reason)
+    found = replace(found, result=RunResult(exit_code=0))
+    assert not found.is_incomplete
+    assert found.info().reason == ""
