@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["EXIT_NOT_RUN", "REGION_VARIABLE", "RUN_VARIABLE", "last_line"]
+__all__ = ["EXIT_FILES_LOST", "EXIT_NOT_RUN", "REGION_VARIABLE", "RUN_VARIABLE", "last_line"]
 
 RUN_VARIABLE = "CLOUDEXEC_RUN_AT"
 """Where the run is: ``s3://bucket/prefix/``. An image's entry point then starts no worker."""
 REGION_VARIABLE = "CLOUDEXEC_RUN_REGION"
 EXIT_NOT_RUN = 125
 """Exit code if the program could not be started, as of ``docker run``."""
+
+EXIT_FILES_LOST = 122
+"""Exit code if the program succeeded, and a file that it has written did not come back."""
 
 
 def last_line(name: str) -> str:

@@ -143,11 +143,6 @@ class Found:
         """What the machine has to say of the program's end, such as that files are lost."""
         return self.result.reason if self.result is not None and self.result.is_final else ""
 
-    @property
-    def is_incomplete(self) -> bool:
-        """Whether the program succeeded, and files that it has written did not come back."""
-        return self.exit_code == 0 and bool(self._said)
-
     def info(self) -> RunInfo:
         """Return what users are told."""
         plan, machine, result = self.plan, self.machine, self.result

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import click
 
-__all__ = ["FILES_MISSING", "INTERRUPTED", "CommandError", "RunError"]
+__all__ = ["INTERRUPTED", "CommandError", "RunError"]
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C has interrupted."""
-
-FILES_MISSING = 4
-"""Exit code where a program succeeded, and files that it has written did not come back."""
 
 
 class CommandError(click.ClickException):

@@ -18,8 +18,9 @@ import click
 from cloudexec._aws.steps import counted
 from cloudexec._errors import AwsError, CloudexecError
 from cloudexec._runs.places import MachineState
+from cloudexec._runs.protocol import EXIT_FILES_LOST
 from cloudexec._runs.run import RunsClient, looks
-from cloudexec.cli._errors import FILES_MISSING, INTERRUPTED, CommandError, RunError
+from cloudexec.cli._errors import INTERRUPTED, CommandError, RunError
 from cloudexec.cli._table import duration, usd
 
 __all__ = ["Follower", "opened_log"]
@@ -42,8 +43,11 @@ def opened_log(path: Path | None) -> Iterator[IO[str] | None]:
         log = path.open("w", encoding="utf-8")
     except OSError as exc:
         raise CommandError(f"{path} cannot be written: {exc.strerror}") from exc
-    with log:
+    try:
         yield log
+    finally:
+        with contextlib.suppress(OSError):  # each line is written at once, and fails there
+            log.close()
 
 
 class Follower:
@@ -90,7 +94,7 @@ class Follower:
                 for line in look.lines:
                     click.echo(line)
                     if log is not None:
-                        print(line, file=log, flush=True)
+                        _write(log, line)
                 sys.stdout.flush()
                 if self._interrupted.is_set() and (code := self._ask()) is not None:
                     return code
@@ -210,13 +214,9 @@ class Follower:
             click.echo(f"{self._name}: {failure}", err=True)
         if info.exit_code is None:
             raise RunError(f"the run {self._name} has no exit code: {why}")
-        if found.is_incomplete:
-            click.echo(f"{self._name}: {why}", err=True)
-        elif why:
+        if why:
             self._report(f"{self._name}: {why}")
-        if info.exit_code == 0 and (failure or found.is_incomplete):
-            return FILES_MISSING
-        return info.exit_code
+        return EXIT_FILES_LOST if failure and info.exit_code == 0 else info.exit_code
 
     def _fetch(self, outputs: Sequence[str]) -> str:
         """Bring the files back; say why that failed, or nothing."""
@@ -235,6 +235,13 @@ class Follower:
             f"{counted(len(files), 'file')}, {size / 1e6:,.1f} MB, in {', '.join(outputs)}"
         )
         return ""
+
+
+def _write(log: IO[str], line: str) -> None:
+    try:
+        print(line, file=log, flush=True)
+    except OSError as exc:
+        raise RunError(f"{log.name} cannot be written: {exc.strerror}") from exc
 
 
 def _user() -> str:

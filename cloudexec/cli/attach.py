@@ -14,7 +14,7 @@ Exit codes:
   1-255  its own exit code; 128 + N if signal N ended it
   2      the command line or the profile is wrong, or there is no such run
   3      AWS refused, or cannot be reached, or the machine was lost
-  4      the program succeeded, and files that it has written did not come back
+  122    the program succeeded, and files that it has written did not come back
   130    Ctrl-C: the program was stopped, or left running
 """
 

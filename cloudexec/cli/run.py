@@ -24,7 +24,7 @@ Exit codes:
   1-255  its own exit code; 128 + N if signal N ended it
   2      the command line, the profile or a file is wrong; nothing was started
   3      AWS refused, or cannot be reached, or the machine was lost
-  4      the program succeeded, and files that it has written did not come back
+  122    the program succeeded, and files that it has written did not come back
   125    the machine could not start the program
   130    Ctrl-C interrupted the command: the program was stopped, or left running
 """

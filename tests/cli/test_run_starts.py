@@ -214,7 +214,7 @@ def test_files_that_cannot_be_written_do_not_hide_how_the_program_ended(
     done = run_here(
         "run", "--name", "blocked", "--outputs", "out", "--", "echo a > out/a.txt; exit 0"
     )
-    assert done.returncode == 4
+    assert done.returncode == 122
     assert "blocked: succeeded with exit code 0 after" in done.stderr
     assert "blocked: its files did not come back: " in done.stderr
     assert "`cloudexec fetch blocked --to DIR` brings them into another folder" in done.stderr
@@ -225,7 +225,8 @@ def test_a_run_that_cannot_be_followed_any_longer_is_said_to_go_on(
     aws: FakeAWS, run_here: Command, folder: Path
 ) -> None:
     done = run_here("run", "--name", "full", "--log-file", "/dev/full", "--", "echo up; sleep 600")
-    assert done.returncode != 0
+    assert done.returncode == 3
+    assert "/dev/full cannot be written: No space left on device" in done.stderr
     assert "The run goes on. `cloudexec attach full` shows it again" in done.stderr
     assert aws.jobs()[-1].status == "RUNNING"
     assert run_here("stop", "full", "--yes").returncode == 0
