@@ -15,7 +15,8 @@ Exit codes:
   2      the command line or the profile is wrong, or there is no such run
   3      AWS refused, or cannot be reached, or the machine was lost
   122    the program succeeded, and files that it has written did not come back
-  130    Ctrl-C: the program was stopped, or left running
+  125    the machine could not start the program
+  130    Ctrl-C interrupted the command: the program was stopped, or left running
 """
 
 

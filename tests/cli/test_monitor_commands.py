@@ -470,7 +470,7 @@ def test_each_command_lists_its_exit_codes(command: tuple[str, ...]) -> None:
     result = CliRunner().invoke(_group, [*command, "--help"])
     found = dict(re.findall(r"^ +(\d+) +(\S.*)$", result.output.partition("Exit codes:")[2], re.M))
     assert {"0", "2", "3", "130"} <= found.keys()
-    of_programs = {"125"} if command[0] in ("attach", "run") else set()
+    of_programs = {"122", "125"} if command[0] in ("attach", "run") else set()
     assert found.keys() <= {"0", "1", "2", "3", "130", "141"} | of_programs
     assert found["2"].startswith("the command line")
     assert found["130"].startswith("Ctrl-C interrupted")
