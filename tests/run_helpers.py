@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -14,6 +17,8 @@ import pytest
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.setup import SetupOptions, up
+from cloudexec._runs.bucket import RunBucket
+from cloudexec._runs.plan import RunPlan
 from cloudexec.testing import FakeAWS
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -37,3 +42,46 @@ def account(
         profile = asyncio.run(_set_up(SetupOptions(ec2=ec2)))
         profile.with_image(PYTHON, "linux/amd64", IMAGE).save()
         yield aws
+
+
+def create(plan: RunPlan, objects: Mapping[str, bytes] = MappingProxyType({})) -> None:
+    """Write into the bucket what is to be run, and further objects of the run."""
+    profile = Profile.load("default")
+
+    async def write() -> None:
+        async with AwsClients() as clients:
+            bucket = RunBucket(clients, profile.bucket, plan.name)
+            assert await bucket.create(plan)
+            for name, body in objects.items():
+                await clients.call(
+                    "s3", "put_object", Bucket=profile.bucket, Key=bucket.prefix + name, Body=body
+                )
+
+    asyncio.run(write())
+
+
+def start_machine(plan: RunPlan, folder: Path) -> subprocess.Popen[str]:
+    """Start what a machine runs, without a job."""
+    where = f"s3://{Profile.load('default').bucket}/cloudexec/runs/{plan.name}/"
+    return subprocess.Popen(
+        [sys.executable, "-m", "cloudexec.worker"],
+        cwd=folder,
+        env={**os.environ, "CLOUDEXEC_RUN_AT": where, "CLOUDEXEC_RUN_REGION": "us-east-1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def machine(
+    plan: RunPlan, folder: Path, objects: Mapping[str, bytes] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
+    """Write what is to be run, and run what a machine runs to its end."""
+    create(plan, objects)
+    with start_machine(plan, folder) as process:
+        try:
+            output, errors = process.communicate(timeout=100)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)

@@ -6,14 +6,17 @@ the machine, and ``run`` the interface for programs.
 
 A run has a prefix of its own in the profile's bucket:
 
-    cloudexec/runs/<name>/run.json       what is to be run: never changed
+    cloudexec/runs/<name>/run.json       what is to be run
     cloudexec/runs/<name>/files.tar.gz   the files that were sent
     cloudexec/runs/<name>/variables.json variables of the environment, deleted at the end
     cloudexec/runs/<name>/started.json   when the first attempt began
     cloudexec/runs/<name>/outputs.json   names and digests of the files that came back so far
-    cloudexec/runs/<name>/outputs/...    these files
+    cloudexec/runs/<name>/outputs/...    these files, at names that begin with their digests
     cloudexec/runs/<name>/result.json    how the program ended
     cloudexec/runs/<name>/journal/...    the journal of executors in it, if they keep one there
+
+The bucket's lifecycle rule deletes objects one by one, days after each was written. The machine
+writes anew what is needed longer, and a start deletes what is left of an earlier run of its name.
 
 Whether the machine waits, runs or has ended is asked of its place, so that nothing has to be
 written when a client dies.

@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cloudexec._aws.clients import AwsClients
@@ -20,11 +20,18 @@ from cloudexec._objects.s3 import Bucket
 from cloudexec._runs.files import Archive
 from cloudexec._runs.plan import RunPlan, RunResult
 
-__all__ = ["OutputFile", "RunBucket", "file_digest", "list_names"]
+__all__ = ["RENEW_EVERY", "OutputFile", "RunBucket", "file_digest", "list_names"]
 
+RENEW_EVERY = 12 * 3600.0
+"""Seconds after which objects that a run needs are written anew while it goes on: the bucket's
+lifecycle rule counts whole days, at least one, from when an object was written."""
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
+_OF_ONE_START = ("result.json", "started.json", "variables.json")
+_GONE = ("NoSuchKey", "InvalidRange", "BadDigest")
 _TRIES = 3
 """Times that outputs are fetched which change meanwhile."""
+_NAMED = 5
+"""Files that a message names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +43,18 @@ class OutputFile:
     size: int
     sha256: str
     mtime_ns: int = 0
+    mode: int = 0
+    """Permissions; 0: they are not known."""
+    sent_at: float = 0.0
+    """Unix time."""
+
+    @property
+    def object_name(self) -> str:
+        """Name of the object, below the run's prefix.
+
+        Other content has another name: a list that was written before still fits what it names.
+        """
+        return f"outputs/{self.sha256[:16]}/{self.path}"
 
 
 async def list_names(clients: AwsClients, bucket: str, limit: int | None = None) -> list[str]:
@@ -105,14 +124,37 @@ class RunBucket:
         async with answer["Body"] as body:
             return bytes(await body.read())
 
-    async def create(self, plan: RunPlan) -> bool:
-        """Write what is to be run; say whether the name was free."""
-        return await self._put("run.json", plan.to_json(), is_new=True)
+    async def create(self, plan: RunPlan, *, resumes: bool = False) -> bool:
+        """Write what is to be run; say whether the name was free.
+
+        The bucket's lifecycle rule deletes one object after another, so of an earlier run of that
+        name something may be left, such as when it began. That is deleted.
+
+        Args:
+            plan: What is to be run.
+            resumes: Whether the journal and the files of such a run stay.
+        """
+        if not await self._put("run.json", plan.to_json(), is_new=True):
+            return False
+        if resumes:
+            await self._objects.delete(_OF_ONE_START)
+        else:
+            await self._objects.delete(set(await self._names()) - {"run.json"})
+        return True
 
     async def replace(self, plan: RunPlan) -> None:
         """Write what is to be run instead; the journal and the files that came back stay."""
-        await self._objects.delete(["result.json", "started.json", "variables.json"])
+        await self._objects.delete(_OF_ONE_START)
         await self._put("run.json", plan.to_json())
+
+    async def _names(self) -> list[str]:
+        """Return the names of all objects of the run."""
+        return [
+            str(each["Key"]).removeprefix(self.prefix)
+            async for each in self._clients.pages(
+                "s3", "list_objects_v2", "Contents", Bucket=self._name, Prefix=self.prefix
+            )
+        ]
 
     async def plan(self) -> RunPlan:
         """Return what is to be run.
@@ -156,6 +198,21 @@ class RunBucket:
         if not await self._put("started.json", mine, is_new=True):
             mine = await self._get("started.json") or mine
         return float(json.loads(mine)["at"])
+
+    async def renew(self, plan: RunPlan, archive: Path | None) -> None:
+        """Write anew what a further attempt needs, so that the lifecycle rule does not delete it.
+
+        Args:
+            plan: What is run.
+            archive: The files that were sent with it; ``None``: there are none.
+        """
+        await self._put("run.json", plan.to_json())
+        for name in ("started.json", "variables.json"):
+            if (data := await self._get(name)) is not None:
+                await self._put(name, data)
+        if archive is not None:
+            digest = bytes.fromhex(plan.files_sha256)
+            await self.upload("files.tar.gz", archive, plan.files_bytes, digest)
 
     # Files.
 
@@ -206,53 +263,106 @@ class RunBucket:
         data = await self._get("outputs.json")
         return [] if data is None else [OutputFile(**each) for each in json.loads(data)]
 
-    async def fetch(self, folder: Path) -> list[OutputFile]:
+    async def send_output(self, output: OutputFile, path: Path) -> None:
+        """Upload a file that the program has written; ``put_outputs`` lists it."""
+        await self.upload(output.object_name, path, output.size, bytes.fromhex(output.sha256))
+
+    async def forget_outputs(self, outputs: Iterable[OutputFile]) -> None:
+        """Delete files that are not listed any more."""
+        await self._objects.delete(each.object_name for each in outputs)
+
+    async def fetch(
+        self, folder: Path, wanted: Sequence[str], report: Callable[[str], None] | None = None
+    ) -> list[OutputFile]:
         """Bring files that the run has written so far into a folder, at the same places below it.
 
         A file that is there with the same content is left as it is. Others are replaced in one
-        step each.
+        step each. What cannot be fetched does not keep back the others.
 
         Args:
             folder: For instance the current one.
+            wanted: The run's outputs: nothing else is written.
+            report: Told about each file that cannot be fetched. Without it, an error names them
+                after all others have been fetched.
 
         Returns:
-            All files, those that were there included.
+            All files that are there now, also those that were there before.
 
         Raises:
-            AwsError: If the bucket cannot be read.
-            ConfigError: If a file cannot be written.
+            AwsError: If the bucket cannot be read, or files that it lists are not in it.
+            ConfigError: If a file cannot be written, or is not one of the run's outputs.
         """
+        found: dict[str, OutputFile] = {}
         for is_last in (False,) * (_TRIES - 1) + (True,):
-            files = await self.outputs()
-            try:
-                for each in files:
+            missing: dict[str, AwsError] = {}
+            refused: list[str] = []
+            for each in await self.outputs():
+                if not _is_below(each.path, wanted):
+                    refused.append(each.path)
+                    continue
+                try:
                     await self._fetch_one(folder, each)
-            except AwsError as exc:
-                # The program goes on and has written the file anew since it was listed.
-                if is_last or exc.code not in ("BadDigest", "InvalidRange", "NoSuchKey"):
-                    raise
-                await asyncio.sleep(1.0)
-            else:
-                return files
-        raise AssertionError
+                    found[each.path] = each
+                except AwsError as exc:
+                    if exc.code not in _GONE:
+                        raise
+                    missing[each.path] = exc
+            if is_last or not missing:
+                break
+            # The program goes on, and may have written the file anew since it was listed.
+            await asyncio.sleep(1.0)
+        self._complain(missing, refused, wanted, report)
+        return list(found.values())
+
+    def _complain(
+        self,
+        missing: Mapping[str, AwsError],
+        refused: Sequence[str],
+        wanted: Sequence[str],
+        report: Callable[[str], None] | None,
+    ) -> None:
+        """Name files that were not fetched."""
+        if missing:
+            text = (
+                f"the bucket does not have {_listed(list(missing))} of the run {self._run} as it "
+                f"was written (any more). Its lifecycle rule deletes what is older than `cloudexec "
+                f"up --bucket-days` says. All other files were fetched"
+            )
+            if report is None:
+                error = next(iter(missing.values()))
+                raise AwsError(text, code=error.code, operation="s3:GetObject") from error
+            report(text)
+        if refused:
+            text = (
+                f"the run {self._run} lists {_listed(refused)}, which "
+                f"{'is' if len(refused) == 1 else 'are'} not below its outputs "
+                f"({', '.join(wanted) or 'it has none'}): not fetched"
+            )
+            if report is None:
+                raise ConfigError(text)
+            report(text)
 
     async def _fetch_one(self, folder: Path, output: OutputFile) -> None:
         target = folder / output.path
-        if ".." in Path(output.path).parts or not target.is_relative_to(folder):
-            raise ConfigError(f"the run {self._run} has an output at {output.path!r}: not fetched")
         draft = target.with_name(f".{target.name}.{os.getpid()}.part")
+        # The next attempt of the run has to read and replace it.
+        mode = (output.mode | 0o600) & 0o777 if output.mode else None
         try:
             if target.is_file() and target.stat().st_size == output.size:
                 digest = await asyncio.to_thread(file_digest, target)
                 if digest.hex() == output.sha256:
+                    if mode is not None:
+                        target.chmod(mode)
                     return
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 await self._download(
-                    f"outputs/{output.path}", draft, output.size, bytes.fromhex(output.sha256)
+                    output.object_name, draft, output.size, bytes.fromhex(output.sha256)
                 )
                 if output.mtime_ns:
                     os.utime(draft, ns=(output.mtime_ns, output.mtime_ns))
+                if mode is not None:
+                    draft.chmod(mode)
                 os.replace(draft, target)
             finally:
                 draft.unlink(missing_ok=True)
@@ -265,14 +375,8 @@ class RunBucket:
 
     async def delete(self) -> int:
         """Delete all that the bucket has of the run; say how many objects that were."""
-        names = [
-            str(each["Key"]).removeprefix(self.prefix)
-            async for each in self._clients.pages(
-                "s3", "list_objects_v2", "Contents", Bucket=self._name, Prefix=self.prefix
-            )
-        ]
+        names = await self._names()
         # What is to be run goes last: as long as it is there, the rest is found.
-        names.sort(key=lambda name: name == "run.json")
         await self._objects.delete([name for name in names if name != "run.json"])
         await self._objects.delete([name for name in names if name == "run.json"])
         return len(names)
@@ -285,6 +389,19 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _is_below(path: str, wanted: Sequence[str]) -> bool:
+    """Whether a path is one of some outputs, or below it."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts:
+        return False
+    return any(pure.is_relative_to(each) for each in wanted)
+
+
+def _listed(paths: Sequence[str]) -> str:
+    more = len(paths) - _NAMED
+    return ", ".join(map(repr, paths[:_NAMED])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def file_digest(path: Path) -> bytes:

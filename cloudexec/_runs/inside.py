@@ -19,15 +19,22 @@ import time
 import traceback
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from cloudexec._errors import CloudexecError
-from cloudexec._runs.protocol import EXIT_NOT_RUN, REGION_VARIABLE, RUN_VARIABLE, last_line
+from cloudexec._runs.protocol import (
+    EXIT_FILES_LOST,
+    EXIT_NOT_RUN,
+    REGION_VARIABLE,
+    RUN_VARIABLE,
+    last_line,
+)
 
 try:
     from cloudexec._aws.clients import AwsClients
-    from cloudexec._runs.bucket import RunBucket
+    from cloudexec._runs.bucket import RENEW_EVERY, RunBucket
     from cloudexec._runs.budget import Budget
     from cloudexec._runs.files import unpack
     from cloudexec._runs.outputs import Outputs
@@ -52,6 +59,8 @@ _RESERVE = 30.0
 """Seconds before the place's time limit at which the program is ended, so that its files come
 back."""
 _INTERRUPTED = 143
+_NAMED = 5
+"""Files that a message names."""
 
 
 def _say(text: str) -> None:
@@ -79,14 +88,22 @@ async def _run(where: str, region: str) -> int:
     async with AwsClients(region) as clients:
         bucket = RunBucket(clients, bucket_name, prefix.strip("/").rpartition("/")[2])
         plan = await bucket.plan()
-        began = time.time()
-        try:
-            result = await _Machine(clients, bucket, plan).run()
-        except (CloudexecError, OSError, tarfile.TarError) as exc:
-            result = RunResult(exit_code=EXIT_NOT_RUN, reason=f"it could not be run: {exc}")
-            _say(result.reason)
-        result = _dated(result, began)
-        await bucket.put_result(result)
+        result = await _earlier_result(bucket)
+        if result is None:
+            began = time.time()
+            machine = _Machine(clients, bucket, plan)
+            try:
+                result = await machine.run()
+            except Exception as exc:
+                # Whatever it was, the client is to learn of it.
+                if not isinstance(exc, (CloudexecError, OSError, tarfile.TarError)):
+                    traceback.print_exc()
+                result = RunResult(exit_code=EXIT_NOT_RUN, reason=f"it could not be run: {exc}")
+                _say(result.reason)
+            result = _dated(result, began)
+            await _put_result(bucket, result)
+            if workers_usd := await machine.settle():
+                await _put_result(bucket, replace(result, workers_usd=workers_usd))
         if result.is_final:
             with contextlib.suppress(CloudexecError):
                 await bucket.forget_variables()
@@ -94,9 +111,29 @@ async def _run(where: str, region: str) -> int:
         return result.exit_code
 
 
-def _dated(result: RunResult, began: float) -> RunResult:
-    from dataclasses import replace
+async def _earlier_result(bucket: RunBucket) -> RunResult | None:
+    """Return how the program ended, if it did so in an earlier attempt.
 
+    AWS may take a machine back just after that, and starts another attempt then.
+    """
+    if _attempt() == 1:
+        return None
+    result = await bucket.result()
+    if result is None or not result.is_final or result.exit_code == EXIT_NOT_RUN:
+        return None
+    _say(f"the program has ended in attempt {result.attempt}, and is not run again")
+    return result
+
+
+async def _put_result(bucket: RunBucket, result: RunResult) -> None:
+    """Write how the program ended; it has done so, even if that cannot be written."""
+    try:
+        await bucket.put_result(result)
+    except CloudexecError as exc:
+        _say(f"how the program ended could not be written into the bucket: {exc}")
+
+
+def _dated(result: RunResult, began: float) -> RunResult:
     return replace(result, started_at=began, ended_at=time.time(), attempt=_attempt())
 
 
@@ -118,7 +155,13 @@ class _Machine:
         self._bucket = bucket
         self._plan = plan
         self._was_told = asyncio.Event()
+        self._was_interrupted = False
+        """Whether it was told to stop before the program had ended."""
         self._reason = ""
+        self._archive: Path | None = None
+        self._budget: Budget | None = None
+        self._renewed_at = time.monotonic()
+        self._failures: set[str] = set()
 
     async def run(self) -> RunResult:
         """Run the program to its end, and bring its files back."""
@@ -138,19 +181,29 @@ class _Machine:
             prefix="cloudexec-run-", ignore_cleanup_errors=True
         ) as name:
             work = await self._prepare(Path(name))
-            outputs = Outputs(self._bucket, work, plan.outputs)
-            await outputs.prepare()
+            outputs = Outputs(self._bucket, work, plan.outputs, plan.output_folders)
+            await outputs.prepare(_say)
             variables = await self._bucket.variables()
             process = await self._start(work, Path(name), variables)
-            budget = Budget(self._clients, plan)
-            code = await self._watch(process, outputs, budget, limit)
-            await self._keep(outputs, is_last=True)
+            self._budget = Budget(self._clients, plan)
+            code = await self._watch(process, outputs, self._budget, limit)
+            if lost := await self._keep(outputs):
+                _say(f"files that the program has written did not come back: {lost}")
+                self._reason = self._reason or f"files did not come back: {lost}"
+                code = code or EXIT_FILES_LOST
             return RunResult(
-                exit_code=code,
-                reason=self._reason,
-                is_final=not self._was_told.is_set(),
-                workers_usd=await budget.settle(),
+                exit_code=code, reason=self._reason, is_final=not self._was_interrupted
             )
+
+    async def settle(self) -> float:
+        """End workers that the program has left behind; say what workers have cost."""
+        if self._budget is None:
+            return 0.0
+        try:
+            return await self._budget.settle()
+        except Exception:  # the program has ended, and how it did does not change
+            traceback.print_exc()
+            return 0.0
 
     async def _prepare(self, folder: Path) -> Path:
         """Unpack the files of the run; return its folder."""
@@ -160,7 +213,10 @@ class _Machine:
             archive = folder / "files.tar.gz"
             await self._bucket.receive(self._plan, archive)
             await asyncio.to_thread(unpack, archive, work)
-            archive.unlink()
+            if self._plan.max_seconds > RENEW_EVERY:
+                self._archive = archive
+            else:
+                archive.unlink()
         return work
 
     async def _start(self, work: Path, folder: Path, variables: Mapping[str, str]) -> Process:
@@ -216,9 +272,10 @@ class _Machine:
                 await asyncio.wait(
                     (ending, told), timeout=max(0.0, wait), return_when=asyncio.FIRST_COMPLETED
                 )
-                if ending.done():
+                if ending.done() or process.returncode is not None:
                     break
                 if told.done():
+                    self._was_interrupted = True
                     self._reason = "it was told to stop, by a person or as its machine was needed"
                 elif time.monotonic() >= deadline:
                     self._reason = (
@@ -231,14 +288,14 @@ class _Machine:
                     _say(self._reason)
                     await self._end(process, ending)
                     break
-                await self._keep(outputs)
+                await self._keep_now_and_then(outputs)
         finally:
             told.cancel()
             # Processes that the program has left behind end with it, as with its container.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
         code = await ending
-        if self._was_told.is_set():
+        if self._was_interrupted:
             return _INTERRUPTED  # whatever it made of it: another attempt may have to follow
         if code == -signal.SIGKILL and not self._reason:
             self._reason = "it was killed by SIGKILL, most likely since memory ran out"
@@ -252,13 +309,27 @@ class _Machine:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(ending), _GRACE)
 
-    async def _keep(self, outputs: Outputs, *, is_last: bool = False) -> None:
+    async def _keep_now_and_then(self, outputs: Outputs) -> None:
+        """Send files that have changed; a failure is told of once, and does not end the program."""
         try:
-            await outputs.keep(is_last=is_last)
-        except CloudexecError as exc:
-            if is_last:
-                _say(f"files that the program has written did not come back: {exc}")
-                self._reason = self._reason or f"its files did not come back: {exc}"
+            failures = set(await outputs.keep())
+            if time.monotonic() - self._renewed_at > RENEW_EVERY:
+                await self._bucket.renew(self._plan, self._archive)
+                self._renewed_at = time.monotonic()
+        except Exception as exc:
+            failures = {str(exc)}
+        for each in sorted(failures - self._failures):
+            _say(f"a file that the program has written is not in the bucket yet: {each}")
+        self._failures |= failures
+
+    async def _keep(self, outputs: Outputs) -> str:
+        """Send files of a program that has ended; say what did not come back, and why."""
+        try:
+            failures = await outputs.keep(is_last=True)
+        except Exception as exc:
+            return str(exc) or repr(exc)
+        more = len(failures) - _NAMED
+        return "; ".join(failures[:_NAMED]) + (f"; and {more:,} more" if more > 0 else "")
 
 
 def _command(plan: RunPlan) -> list[str]:

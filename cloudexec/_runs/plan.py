@@ -6,9 +6,9 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cloudexec._errors import ConfigError
@@ -18,6 +18,7 @@ __all__ = [
     "RunPlan",
     "RunResult",
     "check_name",
+    "check_output_folders",
     "check_outputs",
     "new_name",
     "new_start_id",
@@ -46,7 +47,9 @@ class RunPlan:
     python_path: tuple[str, ...] = ()
     """Folders below the run's in which modules are found."""
     outputs: tuple[str, ...] = ()
-    """Folders below the run's whose files come back."""
+    """Folders below the run's whose files come back, or files that do."""
+    output_folders: tuple[str, ...] = ()
+    """Those outputs that are made as folders before the program starts."""
     files_bytes: int = 0
     """Size of the archive of files that were sent; 0: there is none."""
     files_sha256: str = ""
@@ -98,7 +101,7 @@ class RunPlan:
         """
         values = _values(cls, data, "run.json")
         try:
-            for name in ("args", "python_path", "outputs", "variables"):
+            for name in ("args", "python_path", "outputs", "output_folders", "variables"):
                 values[name] = tuple(values.get(name, ()))
             plan = cls(**values)
         except TypeError as exc:
@@ -184,6 +187,38 @@ def check_name(name: str) -> str:
             f"with single hyphens between them, and not like a worker's (worker-1): not {name!r}"
         )
     return name
+
+
+def check_output_folders(
+    given: Sequence[str], sent: Container[str], base: Path | None = None
+) -> tuple[str, ...]:
+    """Return which outputs are made as folders before the program starts.
+
+    Others are files, or left to the program: those whose name has a suffix, such as
+    ``results.csv``, unless a folder of that name is here or the name ends with a slash.
+
+    Args:
+        given: Outputs, as the user has named them.
+        sent: Paths of files that are sent.
+        base: The folder that the run's folder stands for; by default the current one.
+
+    Raises:
+        ConfigError: If a folder would be made where a file is.
+    """
+    found = []
+    for each in given:
+        path = PurePosixPath(each)
+        here = (base or Path()) / path
+        if here.is_dir() or each.endswith("/") or not path.suffix:
+            if str(path) in sent:
+                continue  # the program finds the file there
+            if here.is_file():
+                raise ConfigError(
+                    f"outputs are folders, and {each!r} is a file here, which could not come back "
+                    f"as a folder: name the folder that it is in, or another one"
+                )
+            found.append(str(path))
+    return tuple(dict.fromkeys(found))
 
 
 def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:

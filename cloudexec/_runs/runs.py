@@ -37,6 +37,7 @@ from cloudexec._runs.plan import (
     RunPlan,
     RunResult,
     check_name,
+    check_output_folders,
     check_outputs,
     new_name,
     new_start_id,
@@ -122,7 +123,8 @@ class Found:
             return None
         if self.machine is not None and self.machine.exit_code is not None:
             return self.machine.exit_code
-        return None if self.result is None else self.result.exit_code
+        # An attempt that was told to stop ended with a code of ours, and was not the last one.
+        return self.result.exit_code if self.result and self.result.is_final else None
 
     @property
     def state(self) -> str:
@@ -282,6 +284,7 @@ class AsyncRuns:
             args=request.args,
             python_path=tuple(files.python_path),
             outputs=outputs,
+            output_folders=check_output_folders(request.outputs, files.files),
             variables=tuple(sorted(request.variables)),
             on=request.on,
             vcpus=machine.size.vcpus,
@@ -314,7 +317,7 @@ class AsyncRuns:
                     left += f"; left out as links to folders: {links} (--files names them)"
                 count = counted(len(files.files), "file")
                 report(f"sending {count}, {archive.size / 1e6:,.1f} MB{left}")
-            is_new = await bucket.create(plan)
+            is_new = await bucket.create(plan, resumes=request.resumes)
             if not is_new:
                 await self._replace(bucket, plan, request)
             try:
@@ -373,7 +376,22 @@ class AsyncRuns:
         plan, result = await asyncio.gather(bucket.plan(), bucket.result())
         known = [self._job_ids[name]] if name in self._job_ids else []
         machines = await self._place(plan.on).find([plan], known)
-        return Found(plan, machines.get(name), _of_start(plan, result))
+        found = Found(plan, machines.get(name), _of_start(plan, result))
+        await self._forget_variables_of_ended([found])
+        return found
+
+    async def _forget_variables_of_ended(self, runs: Sequence[Found]) -> None:
+        """Delete variables of runs that have ended and could not do so themselves."""
+        for each in runs:
+            machine, result = each.machine, each.result
+            if not each.plan.variables or machine is None or machine.phase != "ended":
+                continue
+            if result is not None and result.is_final:
+                continue  # the machine has done so
+            # The job may be that of an earlier start, while the one that needs them begins.
+            if machine.created_at.timestamp() > each.plan.created_at:
+                with contextlib.suppress(AwsError):  # the next look tries again
+                    await self.bucket(each.plan.name).forget_variables()
 
     async def again(self, found: Found) -> Found:
         """Return a run as it is now, with as few requests as possible while it has not ended."""
@@ -400,9 +418,11 @@ class AsyncRuns:
         for on in {plan.on for plan, _ in read_ if has_place(plan.on)}:
             there = [plan for plan, _ in read_ if plan.on == on]
             machines |= await self._place(on).find(there)
-        return [
+        found = [
             Found(plan, machines.get(plan.name), _of_start(plan, result)) for plan, result in read_
         ]
+        await self._forget_variables_of_ended(found)
+        return found
 
     async def why(self, found: Found) -> str:
         """Say why a run waits, or how it ended, in words for people.
@@ -487,11 +507,14 @@ class AsyncRuns:
     async def stop(self, name: str, reason: str) -> int:
         """End a run, with the workers of executors in it; say how many jobs were ended."""
         found = await self.find(name)
+        bucket = self.bucket(name)
         count = await self._place(found.plan.on).stop(name, reason)
+        if found.plan.variables:
+            await bucket.forget_variables()  # no other attempt follows that would need them
         if found.state == "preparing" and not count:
             # Its client has died, or will find that it is not wanted any more.
             result = RunResult(exit_code=EXIT_NOT_RUN, reason=reason, start_id=found.plan.start_id)
-            await self.bucket(name).put_result(result)
+            await bucket.put_result(result)
         return count
 
     async def settle(self, found: Found) -> None:
@@ -501,9 +524,14 @@ class AsyncRuns:
             reason = f"cloudexec: the run {name} has ended, and it is not needed any more"
             await self._place(found.plan.on).stop(name, reason, workers_only=True)
 
+    async def forget_variables(self, name: str) -> None:
+        """Delete variables of a run whose jobs were told to stop: no other attempt needs them."""
+        await self.bucket(name).forget_variables()
+
     async def fetch(self, name: str, folder: Path) -> list[OutputFile]:
         """Bring the files that a run has written so far into a folder."""
-        return await self.bucket(name).fetch(folder)
+        bucket = self.bucket(name)
+        return await bucket.fetch(folder, (await bucket.plan()).outputs)
 
     async def delete(self, name: str) -> int:
         """Delete what the bucket has of a run.

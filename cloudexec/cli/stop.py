@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+from collections.abc import Iterable
 
 import click
 
+from cloudexec._errors import CloudexecError
 from cloudexec.cli._aws_options import (
     aws_options,
     confirmed,
@@ -57,6 +60,7 @@ def stop_command(
     ones: end it on its own machine, or stop its jobs again.
     """
     from cloudexec._aws.monitor import Monitor
+    from cloudexec._aws.names import RUN_EXECUTOR
     from cloudexec.cli.jobs import show_jobs
 
     if not targets and executor is None and not is_all and older_than is None:
@@ -88,6 +92,13 @@ def stop_command(
             if jobs
             else []
         )
+    runs = {
+        job.executor.removeprefix(RUN_EXECUTOR)
+        for job in jobs
+        if job.id in stopped and job.executor.startswith(RUN_EXECUTOR)
+    }
+    if runs and region is None:
+        _forget_variables(runs, profile)
     if as_json:
         echo_json({"stopped": stopped})
     elif not stopped:
@@ -96,6 +107,18 @@ def stop_command(
         for job in jobs:
             if job.id in stopped:
                 click.echo(f"stopped {job.name if job.index is None else job.id}")
+
+
+def _forget_variables(runs: Iterable[str], profile: str | None) -> None:
+    """Delete the variables of runs from the bucket, as their machines may not come to that.
+
+    Where that fails, the next look at the run does it.
+    """
+    from cloudexec._runs.run import RunsClient
+
+    with contextlib.suppress(CloudexecError), RunsClient(profile) as client:
+        for name in runs:
+            client.call(client.runs.forget_variables(name))
 
 
 def _count(number: int, noun: str) -> str:

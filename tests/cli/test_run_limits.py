@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from run_helpers import IMAGE, PYTHON, account
+from run_helpers import IMAGE, PYTHON, account, machine
 
 from cloudexec import ConfigError, Run, run_script
 from cloudexec._aws.clients import AwsClients
@@ -64,27 +63,6 @@ def test_money_becomes_time(aws: FakeAWS, run_here: Command, folder: Path) -> No
     assert submitted.parameters["timeout"] == {"attemptDurationSeconds": wanted}
 
 
-def _machine(aws: FakeAWS, folder: Path, plan: RunPlan) -> subprocess.CompletedProcess[str]:
-    """Run what a machine runs, without a job."""
-    where = f"s3://{Profile.load('default').bucket}/cloudexec/runs/{plan.name}/"
-
-    async def create() -> None:
-        async with AwsClients() as clients:
-            bucket = RunBucket(clients, Profile.load("default").bucket, plan.name)
-            assert await bucket.create(plan)
-
-    asyncio.run(create())
-    return subprocess.run(
-        [sys.executable, "-m", "cloudexec.worker"],
-        cwd=folder,
-        env={**os.environ, "CLOUDEXEC_RUN_AT": where, "CLOUDEXEC_RUN_REGION": "us-east-1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-
-
 def _result(name: str) -> dict[str, object]:
     found = boto3.client("s3").get_object(
         Bucket=Profile.load("default").bucket, Key=f"cloudexec/runs/{name}/result.json"
@@ -108,11 +86,12 @@ def test_a_program_is_ended_before_its_machine_so_that_its_files_come_back(
         target="",
         args=(sys.executable, "-c", code),
         outputs=("out",),
+        output_folders=("out",),
         max_seconds=6,
         region="us-east-1",
     )
     began = time.monotonic()
-    done = _machine(aws, folder, plan)
+    done = machine(plan, folder)
     assert done.returncode == 143, done.stdout + done.stderr
     assert time.monotonic() - began < 60
     assert "its time limit of 6 s was nearly over: --max-hours or --max-cost" in done.stdout
@@ -122,7 +101,7 @@ def test_a_program_is_ended_before_its_machine_so_that_its_files_come_back(
     async def fetch() -> list[str]:
         async with AwsClients() as clients:
             bucket = RunBucket(clients, Profile.load("default").bucket, "short")
-            return [each.path for each in await bucket.fetch(folder)]
+            return [each.path for each in await bucket.fetch(folder, ["out"])]
 
     assert asyncio.run(fetch()) == ["out/a", "out/b"]
     assert (folder / "out" / "b").read_text() == "at the end"
@@ -136,14 +115,9 @@ def test_an_attempt_that_comes_after_the_time_limit_does_not_begin(
         name="late", kind="command", target="", args=("echo", "up"), max_seconds=60, region="-"
     )
     plan = replace(plan, region="us-east-1")
-    bucket = Profile.load("default").bucket
-    boto3.client("s3").put_object(
-        Bucket=bucket,
-        Key="cloudexec/runs/late/started.json",
-        Body=json.dumps({"at": time.time() - 61}).encode(),
-    )
+    began = json.dumps({"at": time.time() - 61}).encode()
     monkeypatch.setenv("AWS_BATCH_JOB_ATTEMPT", "2")
-    done = _machine(aws, folder, plan)
+    done = machine(plan, folder, {"started.json": began})
     assert done.returncode == 125
     assert "its time limit of 60 s was over before attempt 2" in done.stdout
     assert "up\n" not in done.stdout

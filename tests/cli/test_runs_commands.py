@@ -127,11 +127,28 @@ def test_files_come_back_while_it_runs(aws: FakeAWS, run_here: Run, folder: Path
         "run", "job.py", "-d", "--outputs", "out", "--env", "X=1", "--name", "keeps-files"
     )
     assert done.returncode == 0
-    eventually(lambda: "outputs/out/a.txt" in objects("keeps-files"), seconds=120)
+    eventually(
+        lambda: any(each.endswith("/out/a.txt") for each in objects("keeps-files")), seconds=120
+    )
     eventually(lambda: run_here("fetch", "keeps-files").stdout == "out/a.txt\n")
     aws.faults.kill_instance(aws.jobs()[-1].job_id)
     assert (folder / "out" / "a.txt").read_text() == "a"
     eventually(lambda: aws.jobs()[-1].status == "FAILED")
+    # The machine could not delete them.
+    assert "variables.json" in objects("keeps-files")
+    assert row(run_here, "keeps-files")["exit_code"] is None
+    assert "variables.json" not in objects("keeps-files")
+
+
+def test_the_variables_of_a_run_that_is_stopped_do_not_stay_in_the_bucket(
+    aws: FakeAWS, run_here: Run, folder: Path
+) -> None:
+    aws.faults.no_capacity()  # so that no machine can delete them
+    words = ("run", "-d", "--name", "has-variables", "--env", "TOKEN=secret", "--", "true")
+    assert run_here(*words).returncode == 0
+    assert "variables.json" in objects("has-variables")
+    assert run_here("stop", "has-variables", "--yes").returncode == 0
+    assert "variables.json" not in objects("has-variables")
 
 
 def test_a_run_whose_spot_machine_is_taken_back_runs_again_with_its_files(
