@@ -158,7 +158,6 @@ _OF_CLUSTERS = frozenset(
     )
 )
 """Calls that are made only where there is a cluster."""
-_WITHOUT_PROFILE = frozenset([("ecs", "ListClusters")])
 """Calls that are made only where no profile says where to look."""
 
 
@@ -175,7 +174,8 @@ def policy(profile: Profile | None = None, partition: str = "") -> dict[str, Any
     """
     calls = set(CALLS)
     if profile is not None:
-        calls -= _WITHOUT_PROFILE if profile.cluster else _WITHOUT_PROFILE | _OF_CLUSTERS
+        # Commands without --profile list the clusters of the region all the same.
+        calls -= set() if profile.cluster else _OF_CLUSTERS
     return actions_for(calls, profile, partition)
 
 

@@ -21,7 +21,7 @@ from cloudexec._aws.steps import counted
 from cloudexec._enrolment import python_version
 from cloudexec._environment.packages import Packages
 from cloudexec._errors import AwsError, CloudexecError, ConfigError
-from cloudexec._launchers.batch.image import find_image
+from cloudexec._launchers.aws.image import find_image
 from cloudexec._runs.bucket import OutputFile, RunBucket, list_names
 from cloudexec._runs.files import collect, packed
 from cloudexec._runs.info import RunInfo

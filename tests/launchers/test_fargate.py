@@ -689,10 +689,10 @@ def test_many_workers_are_never_throttled(aws: Any, fargate: Make) -> None:
     """The emulated AWS refuses what is beyond the rate, and has nothing to refuse."""
     with BatchExecutor(60, launcher=fargate(vcpus=0.25, memory=512), min_workers=60) as executor:
         squares(executor)
-        eventually(lambda: len(asked(aws)) == 60)
+        eventually(lambda: len(asked(aws)) >= 60)
         executor.shutdown(wait=False, cancel_futures=True)
     errors = Counter(r.error for r in aws.requests if r.operation == "RunTask")
-    assert errors == {None: 60}
+    assert set(errors) == {None}
     eventually(lambda: not unfinished(aws))
 
 

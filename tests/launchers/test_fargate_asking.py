@@ -135,7 +135,8 @@ def test_no_room_is_told_apart(aws: Any, fargate: Make) -> None:
 
             assert await no_room(NO_CAPACITY)
             assert await no_room("You've reached the limit on the number of vCPUs")
-            assert not await no_room("RESOURCE:ENI")
+            assert await no_room("RESOURCE:ENI")
+            assert not await no_room("AGENT")
 
     asyncio.run(run())
 

@@ -23,8 +23,8 @@ from cloudexec._aws.relays import AUTO, lacks_for_relay, relay_price
 from cloudexec._aws.requests import DefinitionSpec, tag_value
 from cloudexec._environment.packages import Packages
 from cloudexec._errors import ConfigError
+from cloudexec._launchers.aws.image import find_image
 from cloudexec._launchers.base import Cost
-from cloudexec._launchers.batch.image import find_image
 from cloudexec._launchers.batch.inquiry import DEFAULT_LOG_GROUP, Inquiry
 from cloudexec._launchers.batch.relay import RelayJob, RelayOrder
 from cloudexec._launchers.platform import ExecutorInfo, Platform, Site
