@@ -158,7 +158,6 @@ _OF_CLUSTERS = frozenset(
     )
 )
 """Calls that are made only where there is a cluster."""
-"""Calls that are made only where no profile says where to look."""
 
 
 def policy(profile: Profile | None = None, partition: str = "") -> dict[str, Any]:

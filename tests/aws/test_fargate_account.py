@@ -213,7 +213,7 @@ def test_without_a_cluster_the_policy_has_nothing_of_fargate(aws: FakeAWS) -> No
         for action in statement["Action"]
         if action.startswith("ecs:")
     }
-    assert actions == {"ecs:DescribeTasks"}
+    assert actions == {"ecs:DescribeTasks", "ecs:ListClusters"}
 
 
 def test_a_cluster_that_may_not_be_looked_at_is_passed_over(aws: FakeAWS) -> None:
@@ -304,7 +304,8 @@ def test_workers_are_seen_read_priced_and_stopped(aws: FakeAWS) -> None:
         BatchExecutor(2, launcher=ready(), min_workers=2) as executor,
         Monitor("default") as monitor,
     ):
-        futures = [executor.submit(time.sleep, 60) for _ in range(2)]
+        once = executor.with_options(retries=0)
+        futures = [once.submit(time.sleep, 60) for _ in range(2)]
         of_batch.submit(pow, 2, 3).result()
         eventually(lambda: executor.stats().tasks.running == 2)
         found = {each.id: each for each in monitor.executors()}
