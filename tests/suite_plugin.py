@@ -3,7 +3,7 @@
 Most tests wait longer than they compute, so pytest-xdist runs them in twice as many processes as
 there are cores. Tests that are marked ``alone``, because they measure time, run one at a time after
 all others. A test that has failed runs once more, alone, at the very end. If it passes then, it is
-listed as FLAKY with its output of the first time. Six such tests are accepted; with a seventh the
+listed as FLAKY with its output of the first time. Three such tests are accepted; with a fourth the
 run fails.
 
 ``--suite=auto``, the default, does this if no tests are selected. ``on`` does it always and ``off``
@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import pytest
 
-FLAKY_AT_MOST = 6
+FLAKY_AT_MOST = 3
 """Number of tests that may fail the first time and pass the second time."""
 AGAIN_AT_MOST = 15
 """If more tests have failed, none is run again, as so many do not fail by chance."""
