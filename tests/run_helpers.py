@@ -6,7 +6,9 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -42,6 +44,24 @@ def account(
         profile = asyncio.run(_set_up(SetupOptions(ec2=ec2)))
         profile.with_image(PYTHON, "linux/amd64", IMAGE).save()
         yield aws
+
+
+def eventually(probe: Callable[[], object], *, seconds: float = 60.0) -> None:
+    """Wait until something is true."""
+    deadline = time.monotonic() + seconds
+    while not probe():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        threading.Event().wait(0.05)
+
+
+def left_nothing(aws: FakeAWS, *, within: float = 0.0) -> None:
+    """Check that every request was allowed and right, and that no job is active after a time."""
+    aws.faults.clear()
+    assert not {(each.operation, each.message) for each in aws.requests if each.status == 403}
+    assert not [each for each in aws.requests if each.problems]
+    eventually(
+        lambda: all(each.status in ("SUCCEEDED", "FAILED") for each in aws.jobs()), seconds=within
+    )
 
 
 def create(plan: RunPlan, objects: Mapping[str, bytes] = MappingProxyType({})) -> None:

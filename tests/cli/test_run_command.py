@@ -6,13 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from run_helpers import account
+from run_helpers import account, eventually
 
 from cloudexec._aws.profile import Profile
 from cloudexec.testing import FakeAWS
@@ -47,14 +45,6 @@ def _nothing_is_refused(aws: FakeAWS) -> Iterator[None]:
 def script(folder: Path, text: str, name: str = "job.py") -> None:
     """Write a program."""
     (folder / name).write_text(text, encoding="utf-8")
-
-
-def eventually(probe: Callable[[], object], *, seconds: float = 50.0) -> None:
-    """Wait until something is true."""
-    deadline = time.monotonic() + seconds
-    while not probe():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        threading.Event().wait(0.02)
 
 
 def test_a_script_runs_with_its_modules_and_its_files_come_back(

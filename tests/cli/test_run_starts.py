@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import boto3
 import pytest
-from run_helpers import account
+from run_helpers import account, eventually, left_nothing
 
 from cloudexec import AwsError, Run, run_script
 from cloudexec._aws.profile import Profile
@@ -42,18 +41,7 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeAWS]:
 def _nothing_is_left(aws: FakeAWS) -> Iterator[None]:
     aws.clear_requests()
     yield
-    aws.faults.clear()
-    assert not {(each.operation, each.message) for each in aws.requests if each.status == 403}
-    assert not [each for each in aws.requests if each.problems]
-    eventually(lambda: all(each.status in ("SUCCEEDED", "FAILED") for each in aws.jobs()))
-
-
-def eventually(probe: Callable[[], object], *, seconds: float = 60.0) -> None:
-    """Wait until something is true."""
-    deadline = time.monotonic() + seconds
-    while not probe():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        threading.Event().wait(0.05)
+    left_nothing(aws, within=60.0)
 
 
 def objects(name: str) -> list[str]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from run_helpers import account
+from run_helpers import account, eventually, left_nothing
 
 from cloudexec._aws.profile import Profile
 from cloudexec.testing import FakeAWS
@@ -37,19 +35,7 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeAWS]:
 def _nothing_is_left(aws: FakeAWS) -> Iterator[None]:
     aws.clear_requests()
     yield
-    aws.faults.clear()
-    assert not {(each.operation, each.message) for each in aws.requests if each.status == 403}
-    assert not [each for each in aws.requests if each.problems]
-    active = [each for each in aws.jobs() if each.status not in ("SUCCEEDED", "FAILED")]
-    assert not active
-
-
-def eventually(probe: Callable[[], object], *, seconds: float = 60.0) -> None:
-    """Wait until something is true."""
-    deadline = time.monotonic() + seconds
-    while not probe():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        threading.Event().wait(0.05)
+    left_nothing(aws)
 
 
 def row(run: Run, name: str) -> dict[str, object]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from run_helpers import account, create, machine, start_machine
+from run_helpers import account, create, eventually, machine, start_machine
 
 from cloudexec._aws.profile import Profile
 from cloudexec._runs.plan import RunPlan, RunResult
@@ -56,14 +54,6 @@ def read(name: str, file: str) -> object:
     key = f"cloudexec/runs/{name}/{file}"
     found = boto3.client("s3").get_object(Bucket=Profile.load("default").bucket, Key=key)
     return json.loads(found["Body"].read())
-
-
-def eventually(probe: Callable[[], object], *, seconds: float = 60.0) -> None:
-    """Wait until something is true."""
-    deadline = time.monotonic() + seconds
-    while not probe():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        threading.Event().wait(0.05)
 
 
 def test_a_program_that_has_ended_is_not_run_again(
