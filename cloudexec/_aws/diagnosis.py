@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cloudexec._aws.job_details import NO_CLIENT
-from cloudexec._aws.limits import WorkerSize, more_memory
+from cloudexec._aws.limits import FARGATE_MOST_VCPUS, WorkerSize, more_memory
 from cloudexec._aws.refusals import make_service_role
 from cloudexec._aws.requests import RECLAIM_REASONS
 
@@ -68,6 +68,7 @@ class JobEnd:
         timed_out: Whether the worker ended since it had reached its time limit.
         size: What the worker had; ``None``: unknown.
         compute: ``"fargate"`` or ``"ec2"``.
+        most_vcpus: Of a worker on Fargate, in the service that was asked for it.
         image: Of the worker.
         relay: The relay through which it was to reach the client; empty: none.
     """
@@ -81,6 +82,7 @@ class JobEnd:
     timed_out: bool = False
     size: WorkerSize | None = None
     compute: str = "fargate"
+    most_vcpus: float = FARGATE_MOST_VCPUS
     image: str = ""
     relay: str = ""
 
@@ -326,7 +328,7 @@ def _cause_of_end(end: JobEnd) -> Cause:
             remedy=(
                 "give memory= a larger size"
                 if end.size is None
-                else more_memory(end.size, end.compute)
+                else more_memory(end.size, end.compute, end.most_vcpus)
             ),
         )
     if "exceeded timeout" in said or end.timed_out:

@@ -331,13 +331,6 @@ async def _cluster(examination: _Examination) -> Check:
         text = f"the cluster {shown} does not exist"
         return Check(name=name, outcome="failed", found=text, remedy=_mend(profile))
     providers = found.get("capacityProviders") or ()
-    if "FARGATE_SPOT" not in providers:
-        remedy = (
-            f"`aws ecs put-cluster-capacity-providers --cluster {shown} --capacity-providers "
-            f"FARGATE FARGATE_SPOT --default-capacity-provider-strategy []`"
-        )
-        text = f"{shown} is not associated with FARGATE_SPOT, so Fargate(spot=True) cannot run"
-        return Check(name=name, outcome="warning", found=text, remedy=remedy)
     if overdue := await _overdue(examination):
         number = counted(len(overdue), "worker")
         text = f"{shown} has {number} past the time limit: {', '.join(sorted(overdue)[:3])}"
@@ -345,6 +338,16 @@ async def _cluster(examination: _Examination) -> Check:
             f"`cloudexec stop JOB` ends one. Amazon ECS has no time limit: the worker keeps it, if "
             f"it has started and its image has cloudexec {importlib.metadata.version('cloudexec')}"
         )
+        return Check(name=name, outcome="warning", found=text, remedy=remedy)
+    if "FARGATE_SPOT" not in providers:
+        # The call replaces what the cluster has, so it names that, too.
+        all_of_them = " ".join(sorted({*providers, "FARGATE", "FARGATE_SPOT"}))
+        strategy = json.dumps(found.get("defaultCapacityProviderStrategy") or [])
+        remedy = (
+            f"`aws ecs put-cluster-capacity-providers --cluster {shown} --capacity-providers "
+            f"{all_of_them} --default-capacity-provider-strategy '{strategy}'`"
+        )
+        text = f"{shown} is not associated with FARGATE_SPOT, so Fargate(spot=True) cannot run"
         return Check(name=name, outcome="warning", found=text, remedy=remedy)
     return Check(name=name, outcome="ok", found=f"{shown}: ACTIVE, {', '.join(providers)}")
 

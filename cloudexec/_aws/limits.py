@@ -12,6 +12,7 @@ __all__ = [
     "ARRAY_LARGEST",
     "DEFINITION_BYTES",
     "DESCRIBE_JOBS",
+    "ECS_MOST_VCPUS",
     "FARGATE_MOST_VCPUS",
     "LEAST_ATTEMPT_SECONDS",
     "OVERRIDE_CHARACTERS",
@@ -56,6 +57,8 @@ _FARGATE: dict[float, tuple[int, ...]] = {
     32: (60 * _GIB, 120 * _GIB, 244 * _GIB),
 }
 FARGATE_MOST_VCPUS = 32.0
+ECS_MOST_VCPUS = 16.0
+"""Where Amazon ECS is asked itself. Its API Reference, "RegisterTaskDefinition", ``cpu``."""
 """Of a worker on Fargate, as AWS Batch takes it; Amazon ECS takes less."""
 _MOST_MIB = 32 * 1024 * 1024
 """More than any machine that AWS has."""

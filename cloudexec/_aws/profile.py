@@ -59,7 +59,7 @@ class Profile:
     """ARN or name of the cluster of Amazon ECS in which ``Fargate`` runs workers; empty: the stack
     has none."""
     relay: str = ""
-    """``relay=`` of a ``Batch`` that has none: ``"auto"`` if this machine could not be reached when
+    """``relay=`` of a launcher that has none: ``"auto"`` if this machine could not be reached when
     the profile was written."""
 
     @property

@@ -71,9 +71,9 @@ def cause_of_refused_task(reason: str, *, spot: bool) -> Cause:
 def cause_of_waiting_tasks(situation: Situation) -> Cause | None:
     """Say why workers that were asked for are not there; ``None``: nothing is known to be wrong."""
     waiting = situation.statuses.get("RUNNABLE", 0)
-    if waiting and not any(not end.reclaimed for end in situation.ends):
-        for reason in situation.reasons:
-            return cause_of_refused_task(reason, spot=situation.spot)
+    if waiting and all(end.reclaimed for end in situation.ends):
+        if situation.reasons:
+            return cause_of_refused_task(situation.reasons[0], spot=situation.spot)
         return Cause(
             text=(
                 f"{count_of_workers(waiting, 'waits', 'wait')} for a place and a network interface "

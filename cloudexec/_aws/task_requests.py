@@ -52,12 +52,13 @@ class Placement:
     def __post_init__(self) -> None:
         if not 1 <= len(self.subnets) <= _SUBNETS_MOST:
             raise ConfigError(
-                f"a task on Fargate needs 1 to {_SUBNETS_MOST} subnets, not {len(self.subnets)}"
+                f"a task on Fargate needs 1 to {_SUBNETS_MOST} subnets, not {len(self.subnets)}: "
+                f"give subnets=, or a profile of `cloudexec up --with fargate`"
             )
         if len(self.security_groups) > _GROUPS_MOST:
             raise ConfigError(
                 f"a task on Fargate has {_GROUPS_MOST} security groups at most, not "
-                f"{len(self.security_groups)}"
+                f"{len(self.security_groups)}: give fewer in security_groups="
             )
 
 

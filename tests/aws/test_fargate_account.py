@@ -287,6 +287,15 @@ def test_the_doctor_looks_at_the_cluster(aws: FakeAWS) -> None:
     found = checks()["cluster"]
     assert found.outcome == "warning"
     assert "put-cluster-capacity-providers" in found.remedy
+    mine = [{"capacityProvider": "mine", "weight": 1, "base": 0}]
+    ecs.put_cluster_capacity_providers(
+        cluster="cloudexec-default",
+        capacityProviders=["mine"],
+        defaultCapacityProviderStrategy=mine,
+    )
+    remedy = checks()["cluster"].remedy
+    assert "--capacity-providers FARGATE FARGATE_SPOT mine --default" in remedy
+    assert '"capacityProvider": "mine"' in remedy  # the call replaces what the cluster has
     ecs.delete_cluster(cluster="cloudexec-default")
     found = checks()["cluster"]
     assert (found.outcome, found.found) == (

@@ -16,7 +16,7 @@ from cloudexec._aws.diagnosis import (
     cause_of_refusal,
     cause_of_waiting,
 )
-from cloudexec._aws.limits import WorkerSize, fargate_memories, more_memory
+from cloudexec._aws.limits import ECS_MOST_VCPUS, WorkerSize, fargate_memories, more_memory
 
 ENVIRONMENT: dict[str, Any] = {
     "state": "ENABLED",
@@ -443,6 +443,16 @@ def test_more_memory_is_a_size_that_there_is(
         compute=compute,
     )
     assert words in str(cause_of_end(end))
+
+
+def test_a_task_of_amazon_ecs_is_not_advised_to_be_larger_than_it_takes() -> None:
+    end = JobEnd(
+        container_reason="OutOfMemoryError: Container killed due to memory usage",
+        exit_code=137,
+        size=WorkerSize(vcpus=16, memory_mib=120 * 1024),
+        most_vcpus=ECS_MOST_VCPUS,
+    )
+    assert "vcpus=32" not in str(cause_of_end(end))
 
 
 def test_every_size_of_fargate_has_advice_that_is_a_size() -> None:

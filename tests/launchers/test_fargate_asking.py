@@ -178,6 +178,53 @@ def test_a_task_that_stays_missing_is_given_up_and_stopped(
     asyncio.run(run())
 
 
+def test_a_task_after_one_without_capacity_may_be_unknown_at_first(aws: Any, fargate: Make) -> None:
+    """The end of the earlier task says nothing of it."""
+    aws.faults.ecs.tasks_stop_without_capacity = True
+    aws.faults.no_capacity()
+    aws.faults.slow_start(60.0)
+
+    async def run() -> None:
+        async with connected(fargate()) as platform:
+            taken = await platform.submit(request(1))
+            await until(lambda: unfinished(aws) or aws.jobs())
+            async with asyncio.timeout(60):
+                while not platform._workers[taken.job_id].waits:  # type: ignore[attr-defined]
+                    await phase_of(platform, taken.job_id)
+            aws.faults.ecs.tasks_go_missing()
+            aws.faults.capacity_returns()
+            await until(lambda: platform._workers[taken.job_id].arn)  # type: ignore[attr-defined]
+            assert await phase_of(platform, taken.job_id) is not Phase.ENDED
+            await platform.terminate([Target(job_id=taken.job_id)], "enough")
+
+    asyncio.run(run())
+    eventually(lambda: not unfinished(aws))
+
+
+def test_a_task_that_stops_and_is_missing_for_a_moment_says_why_it_ended(
+    aws: Any, fargate: Make
+) -> None:
+    aws.faults.ecs.deprovisioning = 1.0
+
+    async def run() -> Any:
+        async with connected(fargate()) as platform:
+            taken = await platform.submit(request(1))
+            await reaches(platform, taken.job_id, Phase.RUNNING)
+            boto3.client("ecs", region_name=aws.region).stop_task(
+                cluster=fargate().cluster, task=taken.worker_ids[0], reason="by hand"
+            )
+            await phase_of(platform, taken.job_id)
+            aws.faults.ecs.tasks_go_missing(1)
+            asked = [Inspection(job_id=taken.job_id)]
+            async with asyncio.timeout(60):
+                while True:
+                    status = (await platform.describe(asked))[taken.job_id].workers[0]
+                    if status.phase is Phase.ENDED:
+                        return status
+
+    assert "by hand" in str(asyncio.run(run()).ends[0].reason)
+
+
 # The end.
 
 
@@ -213,19 +260,20 @@ def asking_now(platform: Any) -> bool:
 def test_nothing_is_asked_for_that_has_been_ended(aws: Any, fargate: Make) -> None:
     aws.faults.no_capacity()
 
-    async def run() -> int:
+    async def run() -> None:
         async with connected(fargate()) as platform:
             taken = [await platform.submit(request(number)) for number in range(3)]
-            aws.faults.capacity_returns()
             await platform.terminate([Target(job_id=each.job_id) for each in taken], "enough")
             made = len(calls(aws))
-            for each in taken:
-                await phase_of(platform, each.job_id)
-            await asyncio.sleep(asking._FIRST_PAUSE * 1.5)  # when it would be asked for again
-            return len(calls(aws)) - made
+            other = await platform.submit(request(9))
+            aws.faults.capacity_returns()
+            # This one is asked for again, by what would ask for the others.
+            await until(lambda: platform._workers[other.job_id].arn)  # type: ignore[attr-defined]
+            assert {each["startedBy"] for each in calls(aws)[made:]} == {other.job_id}
+            await platform.terminate([Target(job_id=other.job_id)], "enough")
 
-    assert asyncio.run(run()) == 0
-    assert not unfinished(aws)
+    asyncio.run(run())
+    eventually(lambda: not unfinished(aws))
 
 
 def test_a_call_that_outlasts_its_executor_leaves_no_task(aws: Any, fargate: Make) -> None:

@@ -129,6 +129,8 @@ class AwsPlatform(Platform):
         self._profile = profile
         self._prices = prices
         self._image = ""
+        self._definition = ""
+        self._defining = asyncio.Lock()
         self._keyed_by_stack = bool(profile.key_secret)
         self._inquiry = Inquiry(self._call, settings.compute)
         self._inquiry.log_group = profile.log_group or DEFAULT_LOG_GROUP
@@ -252,6 +254,21 @@ class AwsPlatform(Platform):
             public_ip=self._public_ip,
             region=self._clients.region,
         )
+
+    async def _define(self, gone: str = "") -> str:
+        """Return what workers are started from; find or register it if there is none.
+
+        Args:
+            gone: One that somebody has removed.
+        """
+        async with self._defining:
+            if self._definition == gone:
+                self._definition = await self._ensure(await self._definition_spec())
+            return self._definition
+
+    @abstractmethod
+    async def _ensure(self, spec: DefinitionSpec) -> str:
+        """Find a definition with this content, or register it; return its name or ARN."""
 
     async def _definition_spec(self) -> DefinitionSpec:
         settings, profile = self._settings, self._profile

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.definitions import ensure_definition
 from cloudexec._aws.diagnosis import (
     JobEnd,
@@ -20,9 +19,7 @@ from cloudexec._aws.diagnosis import (
     is_out_of_capacity,
 )
 from cloudexec._aws.limits import ARRAY_LARGEST, DESCRIBE_JOBS
-from cloudexec._aws.prices import PriceTable
-from cloudexec._aws.profile import Profile
-from cloudexec._aws.requests import definition_request, submit_request
+from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request
 from cloudexec._errors import AwsError, ConfigError
 from cloudexec._launchers.aws.platform import AwsPlatform, all_of, connected
 from cloudexec._launchers.aws.platform import Settings as AwsSettings
@@ -78,18 +75,6 @@ class BatchPlatform(AwsPlatform):
     name = "AWS Batch"
     most_workers = ARRAY_LARGEST
     _settings: Settings
-
-    def __init__(
-        self,
-        settings: Settings,
-        executor: ExecutorInfo,
-        clients: AwsClients,
-        profile: Profile,
-        prices: PriceTable,
-    ) -> None:
-        super().__init__(settings, executor, clients, profile, prices)
-        self._definition = ""
-        self._defining = asyncio.Lock()
 
     # The start.
 
@@ -186,11 +171,10 @@ class BatchPlatform(AwsPlatform):
 
     async def prepare(self) -> None:
         """Find the job definition, or register it."""
-        async with self._defining:
-            if self._definition:
-                return
-            spec = await self._definition_spec()
-            self._definition = await ensure_definition(self._clients, definition_request(spec))
+        await self._define()
+
+    async def _ensure(self, spec: DefinitionSpec) -> str:
+        return await ensure_definition(self._clients, definition_request(spec))
 
     async def submit(self, request: JobRequest) -> Submitted:
         """Submit a job, or an array job for several workers."""
@@ -202,10 +186,7 @@ class BatchPlatform(AwsPlatform):
                 if self._settings.definition is not None or not is_definition_gone(exc.message):
                     raise
                 # Somebody has removed it since: it is registered again.
-                if self._definition == definition:
-                    self._definition = ""
-                await self.prepare()
-                return await self._submit(request, self._definition)
+                return await self._submit(request, await self._define(definition))
         except AwsError as exc:
             exc.message = str(cause_of_refusal(exc.message))
             raise

@@ -57,7 +57,6 @@ class Worker:
         missing_since: Since when Amazon ECS does not know a task that it has told of, on the
             monotonic clock; ``None``: it knows it.
         is_known: Whether Amazon ECS has told of its task.
-        is_stopping: Whether it has told that the task stops.
         is_taken: Whether the platform answers for it: it is asked for again as long as it waits.
         is_unsure: Whether a call may have started a task whose answer did not come.
         is_doomed: Whether it is to end.
@@ -78,7 +77,6 @@ class Worker:
     phase: Phase = Phase.ACCEPTED
     missing_since: float | None = None
     is_known: bool = False
-    is_stopping: bool = False
     is_taken: bool = False
     is_unsure: bool = False
     is_doomed: bool = False
@@ -122,7 +120,7 @@ class Asker:
         clients: For RunTask.
         workers: All workers by name, which the platform adds to.
         parameters: Returns those of a worker's RunTask call.
-        redefine: Registers the task definition again.
+        redefine: Registers a task definition again, given the one that is gone.
         started_by: Returns the ARNs of the tasks of a worker that run, by its name.
         stop: Stops a task: its ARN, and why.
         stop_hint: What a user can do to end workers; see ``Platform``.
@@ -134,7 +132,7 @@ class Asker:
         workers: Mapping[str, Worker],
         *,
         parameters: Callable[[Worker], dict[str, Any]],
-        redefine: Callable[[], Awaitable[None]],
+        redefine: Callable[[str], Awaitable[object]],
         started_by: Callable[[str], Awaitable[list[str]]],
         stop: Callable[[str, str], Coroutine[Any, Any, None]],
         stop_hint: str,
@@ -170,7 +168,7 @@ class Asker:
     def go_without(self, worker: Worker, reason: str) -> None:
         """Let a worker wait for capacity, and with it all others of its kind."""
         worker.arn, worker.reason = "", reason
-        worker.is_known = worker.is_stopping = False
+        worker.phase, worker.is_known, worker.missing_since = Phase.ACCEPTED, False, None
         worker.parameters = {}
         worker.attempt += 1
         self._pause(worker, reason)
@@ -254,7 +252,7 @@ class Asker:
                 tasks, reason = [], exc.message
             elif _is_gone(exc):
                 # Somebody has removed the definition since: it is registered again.
-                await self._redefine()
+                await self._redefine(worker.parameters["taskDefinition"])
                 tasks, reason = await self._call_anew(worker)
             else:
                 raise
@@ -265,6 +263,7 @@ class Asker:
         worker.is_unsure = False
         if tasks:
             worker.arn, worker.reason, worker.asked_at = tasks[0], "", time.monotonic()
+            worker.parameters = {}  # which may have the key
             self._droughts.pop(worker.kind, None)
             return
         if worker.is_doomed:

@@ -37,14 +37,6 @@ class Pacer:
         self._next = float("-inf")
         """When the next call would be made if calls came evenly."""
 
-    def take(self) -> bool:
-        """Take leave for one call, if it may be made now."""
-        now = self._clock()
-        if self._next - now > self._ahead:
-            return False
-        self._next = max(self._next, now) + self._interval
-        return True
-
     async def wait(self) -> None:
         """Wait until a call may be made, in the order of asking, and take leave for it."""
         now = self._clock()

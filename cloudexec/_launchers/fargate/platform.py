@@ -32,6 +32,7 @@ from cloudexec._aws.diagnosis import (
 )
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
+from cloudexec._aws.requests import DefinitionSpec
 from cloudexec._aws.task_definitions import ensure_task_definition
 from cloudexec._aws.task_diagnosis import cause_of_waiting_tasks
 from cloudexec._aws.task_requests import (
@@ -112,14 +113,12 @@ class FargatePlatform(AwsPlatform):
         prices: PriceTable,
     ) -> None:
         super().__init__(settings, executor, clients, profile, prices)
-        self._definition = ""
-        self._defining = asyncio.Lock()
         self._workers: dict[str, Worker] = {}
         self._asker = Asker(
             clients,
             self._workers,
             parameters=self._parameters,
-            redefine=self._redefine,
+            redefine=self._define,
             started_by=self._started_by,
             stop=self._stop_task,
             stop_hint=self.stop_hint,
@@ -182,15 +181,8 @@ class FargatePlatform(AwsPlatform):
         await self._define()
         await self._asker.pacer.wait()
 
-    async def _define(self) -> None:
-        async with self._defining:
-            if not self._definition:
-                request = task_definition_request(await self._definition_spec())
-                self._definition = await ensure_task_definition(self._clients, request)
-
-    async def _redefine(self) -> None:
-        self._definition = ""
-        await self._define()
+    async def _ensure(self, spec: DefinitionSpec) -> str:
+        return await ensure_task_definition(self._clients, task_definition_request(spec))
 
     async def submit(self, request: JobRequest) -> Submitted:
         """Ask for a task; where there is no capacity for it, the worker waits."""
@@ -298,7 +290,6 @@ class FargatePlatform(AwsPlatform):
         if task is None:
             return self._missing(worker)
         worker.is_known, worker.missing_since = True, None
-        worker.is_stopping |= task.get("desiredStatus") == "STOPPED"
         worker.phase = phase_of_task(task)
         if worker.phase is not Phase.ENDED:
             return WorkerStatus(phase=worker.phase)
@@ -318,13 +309,15 @@ class FargatePlatform(AwsPlatform):
         if worker.missing_since is None:
             worker.missing_since = now if worker.is_known else worker.asked_at
         patience = _MISSING if worker.is_known else _UNSEEN
-        if not worker.is_stopping and now - worker.missing_since < patience:
+        if now - worker.missing_since < patience:
             return WorkerStatus(phase=worker.phase)
-        forgotten = "Amazon ECS does not know its task any more, as it is an hour after the end"
+        forgotten = (
+            "Amazon ECS does not know its task any more: it has ended some time ago, or is stopped "
+            "now"
+        )
         worker.end = WorkerEnd(reason=Reason(forgotten))
-        if not worker.is_stopping:
-            # Should it run after all, nothing else would stop it.
-            self._asker.stop_soon(worker.arn, "cloudexec: Amazon ECS did not know it any more")
+        # Should it run after all, nothing else would stop it.
+        self._asker.stop_soon(worker.arn, "cloudexec: Amazon ECS did not know it any more")
         return WorkerStatus(phase=Phase.ENDED, ends=[worker.end])
 
     async def explain(

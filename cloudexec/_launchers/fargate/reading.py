@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cloudexec._aws.diagnosis import JobEnd, is_out_of_capacity
-from cloudexec._aws.limits import WorkerSize
+from cloudexec._aws.limits import ECS_MOST_VCPUS, WorkerSize
 from cloudexec._aws.task_requests import CONTAINER, LOG_PREFIX
 from cloudexec._launchers.platform import Phase, WorkerEnd
 
@@ -94,5 +94,6 @@ def end_of_task(task: Mapping[str, Any], *, lifetime: float) -> JobEnd:
             code in _TIME_IS_UP and stop_code == "EssentialContainerExited" and lasted >= lifetime
         ),
         size=WorkerSize(vcpus=int(task["cpu"]) / 1024, memory_mib=int(task["memory"])),
+        most_vcpus=ECS_MOST_VCPUS,
         image=container.get("image", ""),
     )

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
+from cloudexec._aws.limits import ECS_MOST_VCPUS
 from cloudexec._environment.packages import Packages
 from cloudexec._errors import ConfigError
 from cloudexec._launchers.aws.settings import DAY, AwsLauncher, check_texts
@@ -48,7 +49,7 @@ class Fargate(AwsLauncher):
         ephemeral_gib: Disk of each worker, 21 to 200; by default 20.
         environment: Variables that every worker has. They can be read by all who may describe
             tasks: no place for secrets.
-        tags: Put on every task, besides ours; 45 at most.
+        tags: Put on every task, besides ours; 44 at most.
         modules: Whether your own modules, those that are imported and not installed, are sent to
             the workers; or the names of the top-level ones that are.
         project: Goes into a tag, for ``cloudexec ps`` and the bill.
@@ -63,8 +64,7 @@ class Fargate(AwsLauncher):
         ConfigError: If a setting is out of its range; wrong sizes name the nearest right ones.
     """
 
-    most_vcpus = 16.0
-    """Amazon ECS API Reference, "RegisterTaskDefinition", ``cpu``."""
+    most_vcpus = ECS_MOST_VCPUS
 
     def __init__(
         self,

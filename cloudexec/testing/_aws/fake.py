@@ -81,9 +81,9 @@ class FakeAWS:
         calls_per_second: Batch calls per second; further calls are refused as too many.
         max_running: Largest number of attempts that run at a time, whatever the capacity of the
             compute environments, because this machine must run them.
-        aws_in_jobs: Whether jobs get the address of this AWS, too, and the credentials of their
-            role, for tasks that call AWS themselves. What the role's inline policies do not allow
-            is refused; a role without any may do everything.
+        aws_in_jobs: Whether jobs of AWS Batch get the address of this AWS, too, and the credentials
+            of their role, for tasks that call AWS themselves. What the role's inline policies do
+            not allow is refused; a role without any may do everything.
         job_environment: Variables that every job gets in addition to those that AWS sets.
         stack_seconds: Seconds that CloudFormation takes to create or delete a stack.
         registry: A registry on this machine, ``host:port`` over plain HTTP, that stands for ECR.

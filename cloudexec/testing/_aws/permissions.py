@@ -126,6 +126,10 @@ class Permissions:
         place = f"arn:aws:ecs:{call.region}:{ACCOUNT}"
         keys = {"ecs:cluster": f"{place}:cluster/{cluster}"}
         new_task = f"{place}:task/{cluster}/new"
+
+        def task(name: str) -> str:
+            return name if name.startswith("arn:") else f"{place}:task/{cluster}/{name}"
+
         match call.operation:
             case "RunTask":
                 definition = given["taskDefinition"]
@@ -147,10 +151,10 @@ class Permissions:
                     if role := given.get(name):
                         yield "iam:PassRole", role, {"iam:PassedToService": _TASKS}
             case "StopTask":
-                yield action, given["task"], keys
+                yield action, task(given["task"]), keys
             case "DescribeTasks":
                 for each in given["tasks"]:
-                    yield action, each, keys
+                    yield action, task(each), keys
             case "DescribeClusters":
                 for each in given.get("clusters", ()):
                     is_arn = each.startswith("arn:")
