@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 PLATFORMS = ("linux/amd64", "linux/arm64")
-WORKER_REQUIREMENTS = ("cloudpickle", "grpcio", "protobuf")
+WORKER_REQUIREMENTS = ("cloudpickle", "grpcio", "protobuf", "tenacity", "urllib3")
 """All that a worker imports beside cloudexec and the standard library. The image gets the
 client's versions of these, and of what they require: payloads and messages then fit."""
 

@@ -149,7 +149,8 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             why = await _last_words(session, ends, presses=reclaimed)
         if why != "idle":
             pool.stop(kill=True)
-            lost = why if why in ("disconnected", "orphaned", "gone") and not asked else ""
+            if why == "bug" or not asked:
+                lost = why if why in ("disconnected", "orphaned", "gone", "bug") else ""
             if why == "zygote":
                 pool.kill_groups()
                 raise LaunchError("the process that forks the slots was killed")
@@ -175,6 +176,8 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
                     shutil.rmtree(os.path.dirname(path), ignore_errors=True)
                     break
                 await asyncio.sleep(0.05)
+    if lost == "bug":
+        raise LaunchError("it ends after an internal error")
     if lost:
         kind = LaunchError if lost == "gone" else ClientGoneError
         raise kind("the connection to the client was lost")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import inspect
 import os
@@ -102,8 +103,18 @@ def test_worker_requires_nothing_of_the_client_only() -> None:
 
 
 def test_worker_imports_nothing_but_its_requirements(tmp_path: Path) -> None:
-    """With only the worker's requirements at hand, all of the worker can be imported."""
+    """With only the worker's requirements at hand, all of the worker can be imported.
+
+    Also what its functions import when they are called.
+    """
     package = Path(image_contents.__file__).parents[1]
+    later = {
+        node.module
+        for path in (package / "worker").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module != "__future__"
+    }
+    assert "cloudexec._objects.s3_transfer" in later
     allowed = {pin.partition("==")[0] for pin in worker_pins()}
     modules = {
         module
@@ -120,6 +131,9 @@ sys.meta_path.insert(0, Blocker())
 sys.path.append({str(package.parent)!r})
 import cloudexec.worker.__main__, cloudexec.worker.running
 import cloudexec.worker.slot, cloudexec.worker.zygote
+import importlib
+for name in {sorted(later)}:
+    importlib.import_module(name)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=tmp_path

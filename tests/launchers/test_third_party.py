@@ -11,16 +11,25 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import boto3
 import process_farm
 import pytest
 from launcher_helpers import eventually
 from process_farm import Farm, ProcessFarm
 
-from cloudexec import BatchExecutor, BrokenBatchExecutor, ConfigError, LaunchError
+from cloudexec import (
+    BatchExecutor,
+    BrokenBatchExecutor,
+    ConfigError,
+    LaunchError,
+    ObjectOptions,
+    WorkerLostError,
+)
 from cloudexec._launchers import ending
 from cloudexec.launchers import (
     ExecutorInfo,
@@ -32,6 +41,7 @@ from cloudexec.launchers import (
     Submitted,
     Target,
 )
+from cloudexec.testing import FakeAWS
 
 
 @pytest.fixture
@@ -99,7 +109,10 @@ def test_a_variable_names_the_launcher_of_an_unchanged_script(installed: Path) -
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("frm", r"launcher='frm': there is no such launcher; installed are: batch, farm, .*local"),
+        (
+            "frm",
+            r"launcher='frm': there is no such launcher; installed are: batch, fargate, .*local",
+        ),
         ("ruin", r"launcher='ruin': the launcher cannot be made from process_farm:NothingOfThatN"),
         ("folder", r"launcher='folder': pathlib:Path is no launcher: .*PlatformLauncher"),
     ],
@@ -203,6 +216,21 @@ def test_a_worker_that_ended_before_it_connected_says_why() -> None:
     with BatchExecutor(1, launcher=farm, launch_timeout=20) as executor:
         with pytest.raises(LaunchError, match=r"(?s)exit code 1.*encodings"):
             executor.submit(abs, -1).result(60)
+
+
+def test_a_worker_with_an_internal_error_has_an_exit_code_that_says_so(tmp_path: Path) -> None:
+    """Here a package is missing that the worker needs for the bucket only."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['tenacity'] = None\n")
+    farm = ProcessFarm(environment={"PYTHONPATH": str(tmp_path)})
+    with FakeAWS():
+        boto3.client("s3").create_bucket(Bucket="some-bucket")
+        objects = ObjectOptions(bucket="some-bucket", bucket_threshold="1MiB")
+        with BatchExecutor(2, launcher=farm, objects=objects, retries=0) as executor:
+            for _ in range(4):
+                executor.submit(time.sleep, 0.1)
+            eventually(lambda: executor.stats().workers.idle == 2)
+            with pytest.raises(WorkerLostError, match=r"(?s)exit code 1.*internal error"):
+                executor.submit(bytes, 2_000_000).result(30)
 
 
 def test_sizes_are_those_that_the_launcher_names() -> None:
