@@ -687,8 +687,9 @@ def test_a_thousand_workers_are_asked_for_at_the_published_rate() -> None:
 
 def test_many_workers_are_never_throttled(aws: Any, fargate: Make) -> None:
     """The emulated AWS refuses what is beyond the rate, and has nothing to refuse."""
+    aws.faults.slow_start(300.0)  # only the calls count
     with BatchExecutor(60, launcher=fargate(vcpus=0.25, memory=512), min_workers=60) as executor:
-        squares(executor)
+        executor.submit(square, 1)
         eventually(lambda: len(asked(aws)) >= 60)
         executor.shutdown(wait=False, cancel_futures=True)
     errors = Counter(r.error for r in aws.requests if r.operation == "RunTask")

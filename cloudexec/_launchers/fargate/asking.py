@@ -31,6 +31,9 @@ _logger = Log()
 CALLS_PER_SECOND = 20
 """RunTask calls per second, and at once after a pause. Amazon ECS Developer Guide, "AWS Fargate
 throttling quotas"."""
+_BURST = CALLS_PER_SECOND // 2
+"""Calls that are made at once: half of what AWS takes, as calls that are slow on their way arrive
+together with later ones."""
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 15.0
 """Seconds until Amazon ECS is asked again where it had no capacity, at first and in the end."""
@@ -137,7 +140,7 @@ class Asker:
         stop: Callable[[str, str], Coroutine[Any, Any, None]],
         stop_hint: str,
     ) -> None:
-        self.pacer = Pacer(CALLS_PER_SECOND, CALLS_PER_SECOND)
+        self.pacer = Pacer(CALLS_PER_SECOND, _BURST)
         self._clients = clients
         self._workers = workers
         self._parameters = parameters
