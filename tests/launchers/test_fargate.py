@@ -266,7 +266,7 @@ def test_few_calls_are_made_while_there_is_no_capacity(aws: Any, fargate: Make) 
 
 def test_capacity_that_never_comes_is_an_error_with_the_reason(aws: Any, fargate: Make) -> None:
     aws.faults.no_capacity()
-    with BatchExecutor(1, launcher=fargate(), launch_timeout=6.0) as executor:
+    with BatchExecutor(1, launcher=fargate(), launch_timeout=2.0) as executor:
         with pytest.raises(LaunchError, match=NO_CAPACITY):
             executor.submit(square, 1).result(timeout=60)
 
@@ -615,7 +615,7 @@ def test_the_kernel_leaves_spot_workers_their_time_to_finish() -> None:
 
 def test_a_time_limit_below_a_second_is_one(aws: Any, fargate: Make) -> None:
     with BatchExecutor(1, launcher=fargate(max_runtime=0.4), min_workers=1) as executor:
-        executor.submit(time.sleep, 60)
+        executor.submit(time.sleep, 3)
         (first, *_) = eventually(aws.jobs)
         eventually(lambda: aws.job(first.job_id).exit_code == 143)
         executor.shutdown(wait=False, cancel_futures=True)
