@@ -23,13 +23,14 @@ def record(*, kw_only: bool = False, frozen: bool = True) -> Callable[[type[T]],
 def record(cls: type[Any] | None = None, /, *, kw_only: bool = False, frozen: bool = True) -> Any:
     """Return a class with a slot for each annotation, and with ``__init__``, ``==`` and a repr.
 
-    What the class defines itself
-    stays; if it has a method ``__post_init__``, this is called at the end of ``__init__``.
+    What the class defines itself stays. If it has a method ``__post_init__``, this is called at the
+    end of ``__init__``.
 
     Args:
         cls: The class, which has no base class with annotations of its own.
         kw_only: Whether values are given by name only.
-        frozen: Whether instances must not be changed; only type checkers enforce it.
+        frozen: Whether type checkers refuse code that changes an instance. It does nothing at run
+            time: an instance can be changed, and then its hash changes, too.
     """
     if cls is None:
         return lambda cls: _made(cls, "*" if kw_only else "")
