@@ -142,6 +142,11 @@ class Network:
     moving: MovingRelay | None = None
     others: tuple[Network, ...] = ()
 
+    @property
+    def is_relayed(self) -> bool:
+        """Whether all workers come through a relay, so that none of them dials this process."""
+        return all(each.relay for each in self.others or (self,))
+
     def __repr__(self) -> str:
         return f"Network(listen={self.listen!r}, advertise={self.advertise!r})"
 
@@ -225,7 +230,8 @@ class LauncherCounts:
     cost_usd: float = 0.0
     """What its workers have cost, in USD, estimated from list prices."""
     why: str = ""
-    """Why it could not start workers the last time; empty: it has not failed."""
+    """Why it could not start workers the last time; empty: it has not failed, or workers have
+    connected after the time in which others were preferred."""
     is_passed_over: bool = False
     """Whether new workers are requested from other launchers now, for that reason."""
 
@@ -401,6 +407,14 @@ class Launcher(Protocol):
     def connected(self, launch_id: str, arrival: Arrival) -> None:
         """A worker has dialed back."""
         return
+
+    def refused(self, launch_id: str, reason: str) -> LaunchEnd:
+        """A worker has dialed back and does not fit; the end of its process follows.
+
+        Returns:
+            What the executor is to make of that.
+        """
+        return LaunchEnd(reason, fatal=True)
 
     def disconnected(self, launch_id: str, *, orderly: bool, reclaimed: bool) -> None:
         """A worker's session ended.

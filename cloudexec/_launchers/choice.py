@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,13 @@ from cloudexec._launchers.base import (
     Network,
 )
 
-__all__ = ["Candidate", "Choice", "Launched"]
+__all__ = ["Candidate", "Choice", "Launched", "causes_of"]
 
 _STRIKES = 3
 """How often in a row workers may be killed or taken back before they connect: now and then, that
 happens anywhere."""
+_ON_THEIR_WAY = 5.0
+"""Seconds in which the executor requests a worker again that was passed on, if it is needed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +37,7 @@ class Launched:
         asked_at: When, on the monotonic clock.
         instead_of: Which launchers were passed over for it, and why.
         connected: Whether it has connected.
+        late: Whether it has not connected in time.
         unwanted: Whether the executor has had it terminated.
     """
 
@@ -42,6 +46,7 @@ class Launched:
     asked_at: float
     instead_of: str = ""
     connected: bool = False
+    late: bool = False
     unwanted: bool = False
 
 
@@ -56,7 +61,8 @@ class Candidate:
         network: What its ``start`` returned; ``None``: it was not started.
         contact: What its workers must know to dial back; ``None``: what those of all others do.
         usable: Whether workers can be requested from it at all.
-        why: Why it could not start workers the last time; empty: it has not failed.
+        why: Why it could not start workers the last time; empty: it has not failed, or a worker
+            has connected after others had been preferred for a while.
         fatal: Whether trying again cannot help.
         barred_until: Until when, on the monotonic clock, others are preferred.
         strikes: How often in a row workers were killed or taken back before they connected.
@@ -131,6 +137,7 @@ class Choice:
         self._return_after = return_after
         self._sizing = threading.Lock()
         self._made: list[WorkerCapacity] = []
+        self._passed_on: list[float] = []  # when, of workers that were not requested again yet
 
     # Sizes.
 
@@ -165,8 +172,9 @@ class Choice:
             except ConfigError as exc:
                 reasons.append(f"{candidate.name}: {exc}")
                 continue
-            needed = WorkerCapacity(cpus=cpus, memory=memory, gpus=gpus)
-            return self.size_of(needed if launcher.one_machine or found is None else found)
+            if found is None or (launcher.one_machine and self._shares_machine):
+                found = WorkerCapacity(cpus=cpus, memory=memory, gpus=gpus)
+            return self.size_of(found)
         raise ConfigError("no launcher has such a worker: " + "; ".join(reasons))
 
     def size_at(self, candidate: Candidate, size: int) -> int | None:
@@ -199,17 +207,20 @@ class Choice:
 
     # The choice.
 
-    def room(self, candidate: Candidate, request: LaunchRequest) -> int:
-        """Return how many more workers like this one a launcher may have."""
+    def room(
+        self, candidate: Candidate, request: LaunchRequest, planned: Sequence[LaunchRequest] = ()
+    ) -> int:
+        """Return how many more workers like this one a launcher may have beside planned ones."""
         if not candidate.usable or self.size_at(candidate, request.size) is None:
             return 0
         room = 1 << 30
         if candidate.limit is not None:
-            room = candidate.limit - len(candidate.active)
+            room = candidate.limit - len(candidate.active) - len(planned)
         machine = candidate.launcher.capacity(0)
         if self._shares_machine and candidate.launcher.one_machine and machine is not None:
             one = self._needs(request)
-            others = [self._needs(each.request) for each in candidate.active.values()]
+            active = [each.request for each in candidate.active.values()]
+            others = [self._needs(each) for each in (*active, *planned)]
             cpus = machine.cpus - sum(each.cpus for each in others)
             room = min(room, int(cpus / one.cpus + 1e-9))
             if machine.memory and one.memory:
@@ -223,30 +234,43 @@ class Choice:
     def plan(
         self, requests: Sequence[LaunchRequest], now: float
     ) -> list[tuple[Candidate | None, list[LaunchRequest]]]:
-        """Say which launcher is to start which workers, all of one size.
+        """Say which launcher is to start which workers. This changes nothing.
 
-        Launchers that have failed a short while ago have what the others have no room for. If all
-        have failed, they are all tried once more.
+        Launchers that have failed a short while ago have what the others have no room for.
 
         Returns:
-            The launchers with their workers, in the order of these; ``None`` for those that no
-            launcher has room for.
+            The launchers with their workers, which have one size and the same slots, in the order
+            of these; ``None`` for those that no launcher has room for.
         """
         plan: list[tuple[Candidate | None, list[LaunchRequest]]] = []
-        rest = list(requests)
-        able = [each for each in self.candidates if rest and self.room(each, rest[0])]
-        if all(now < each.barred_until for each in self._able(requests)):
-            for each in able:
-                each.barred_until = now
-        fresh = [each for each in able if now >= each.barred_until]
-        for candidate in (*fresh, *(each for each in able if each not in fresh)):
-            count = self.room(candidate, rest[0]) if rest else 0
-            if count:
-                plan.append((candidate, rest[:count]))
-                rest = rest[count:]
-        if rest:
-            plan.append((None, rest))
+        planned: dict[int, list[LaunchRequest]] = {}
+        for _, alike in itertools.groupby(requests, lambda each: (each.size, each.slots)):
+            rest = list(alike)
+            fresh = [each for each in self.candidates if now >= each.barred_until]
+            for candidate in (*fresh, *(each for each in self.candidates if each not in fresh)):
+                mine = planned.setdefault(id(candidate), [])
+                count = self.room(candidate, rest[0], mine) if rest else 0
+                if count:
+                    plan.append((candidate, rest[:count]))
+                    mine += rest[:count]
+                    rest = rest[count:]
+            if rest:
+                plan.append((None, rest))
         return plan
+
+    def forgive(self, requests: Sequence[LaunchRequest], now: float) -> None:
+        """If all launchers that have such workers have failed, have them all tried once more.
+
+        Args:
+            requests: Workers of one size that are going to be launched.
+            now: The time, on the monotonic clock.
+        """
+        able = self._able(requests)
+        if all(now < each.barred_until for each in able):
+            for each in able:
+                # Those without room are not tried now.
+                if self.room(each, requests[0]):
+                    each.barred_until = now
 
     def _able(self, requests: Sequence[LaunchRequest]) -> list[Candidate]:
         """Return the launchers that have such workers, with room for more or without."""
@@ -261,8 +285,13 @@ class Choice:
         if not workers:
             return 0
         request, mine = workers[0].request, workers[0].candidate
-        rooms = (self.room(each, request) for each in self.others(mine, now))
-        return min(len(workers), sum(rooms))
+        room = sum(self.room(each, request) for each in self.others(mine, now))
+        on_their_way = sum(now - at < _ON_THEIR_WAY for at in self._passed_on)
+        return max(0, min(len(workers), room - on_their_way))
+
+    def note_requests(self, count: int) -> None:
+        """Note that workers were requested, perhaps instead of those that were passed on."""
+        del self._passed_on[:count]
 
     def others(self, candidate: Candidate, now: float) -> list[Candidate]:
         """Return the launchers other than this one that have not just failed."""
@@ -297,9 +326,11 @@ class Choice:
         )
         if following is None:
             fatal = all(each.fatal for each in self._able([worker.request]))
-            # What was killed from outside says little about settings.
-            return LaunchEnd(self.causes() or end.reason, killed=end.killed, fatal=fatal), ""
+            # What was killed or taken back says little about settings.
+            reason = self.causes() or end.reason
+            return LaunchEnd(reason, killed=end.killed, reclaimed=end.reclaimed, fatal=fatal), ""
         candidate.passed_on += 1
+        self._passed_on = [at for at in self._passed_on if now - at < _ON_THEIR_WAY] + [now]
         text = f"{candidate.name}: {end.reason}; {following.name} is tried instead"
         news = (
             f"{candidate.name} cannot start workers; for {self._return_after:g} s, new ones come "
@@ -314,12 +345,15 @@ class Choice:
         candidate.barred_until = now + self._return_after
         return is_new
 
-    def note_connected(self, worker: Launched) -> None:
-        """Note that a worker has connected."""
+    def note_connected(self, worker: Launched, now: float) -> None:
+        """Note that a worker has connected, so that its launcher's earlier failures are over."""
+        candidate = worker.candidate
         if not worker.connected:
             worker.connected = True
-            worker.candidate.connected += 1
-        worker.candidate.strikes = 0
+            candidate.connected += 1
+        candidate.strikes = 0
+        if now >= candidate.barred_until:
+            candidate.why, candidate.fatal = "", False
 
     def why_not(self, request: LaunchRequest, size_name: str) -> LaunchEnd:
         """Say why no launcher can start a worker, which has what ``size_name`` says."""
@@ -335,12 +369,13 @@ class Choice:
     def passed_over(self, candidate: Candidate, now: float) -> str:
         """Say which launchers are preferred to this one, and why they are not used now."""
         before = self.candidates[: self.candidates.index(candidate)]
-        return _causes(c for c in before if not c.usable or now < c.barred_until)
+        return causes_of(c for c in before if not c.usable or now < c.barred_until)
 
     def causes(self) -> str:
         """Say of each launcher why it could not start workers the last time."""
-        return _causes(self.candidates)
+        return causes_of(self.candidates)
 
 
-def _causes(candidates: Iterable[Candidate]) -> str:
+def causes_of(candidates: Iterable[Candidate]) -> str:
+    """Say of each launcher that has failed why it could not start workers the last time."""
     return "; ".join(f"{each.name}: {each.why}" for each in candidates if each.why)

@@ -31,6 +31,7 @@ from cloudexec._launchers.base import (
 )
 from cloudexec._launchers.choice import Candidate, Choice, Launched
 from cloudexec._launchers.ending import may_pass
+from cloudexec._launchers.together import join, leave_out, start_all
 from cloudexec._log import Log
 from cloudexec._record_class import replace
 
@@ -41,7 +42,10 @@ _RETURN_AFTER = 600.0
 _END_PATIENCE = 5.0
 """Seconds that workers which this process has started itself have to end at the close."""
 _ALMOST = 0.98
-"""Of ``launch_timeout``: a worker that is given up after that has not connected in time."""
+"""Of ``launch_timeout``, after which a worker has not connected in time: before the executor itself
+gives it up, and blames it."""
+_LINGERS = 10
+"""How often ``linger`` may pass between the executor's decision and the launch of a worker."""
 
 
 class Fallback(Launcher):
@@ -54,13 +58,15 @@ class Fallback(Launcher):
 
     Workers have the sizes of the first launcher. The others start the smallest workers that have
     as much, and are passed over where they have none. ``Local()`` has no more workers than fit on
-    this machine, and none with GPUs. A launcher whose start fails is left out.
+    this machine, and none with GPUs. A launcher is left out if its start fails, or lasts longer
+    than ``launch_timeout`` while another one is ready.
 
     Args:
         launchers: The launchers, in the order in which they are preferred; or a mapping from
             names for people to launchers. Each serves one executor at a time.
         limits: How many workers each of them may have at a time, in the same order; ``None`` for
-            no limit.
+            no limit. Tasks fail with ``LaunchError`` if they need workers of another size than
+            those that use up all limits.
         patience: Seconds after which a worker without a place is started by the next launcher;
             ``None`` for what is usual on its platform, such as 60 on Fargate.
         return_after: Seconds after a failure in which other launchers are preferred.
@@ -124,7 +130,8 @@ class Fallback(Launcher):
         self._workers: dict[str, Launched] = {}
         self._ways: list[Candidate] = []
         self._on_end: Callable[[str, LaunchEnd], None] = lambda *_: None
-        self._launch_timeout = self.launch_timeout
+        self._launch_timeout = self._connect_within = self.launch_timeout
+        self._alarm: asyncio.TimerHandle | None = None
         self._serving = threading.Lock()
         self._closing = False
         self._one_ended = asyncio.Event()
@@ -187,80 +194,32 @@ class Fallback(Launcher):
         self._closing = False
         self._one_ended = asyncio.Event()
         self._launch_timeout = launch_timeout
+        self._connect_within = max(
+            launch_timeout / 2, _ALMOST * launch_timeout - _LINGERS * self.linger
+        )
         for each in self._candidates:
             each.reset()
         started = False
         try:
-            await asyncio.gather(
-                *(self._start(each, executor_id, listen, advertise) for each in self._candidates)
+            if len(self._candidates) > 1:
+                for launcher in self.launchers:
+                    launcher.give_way(self._elsewhere, self.patience)
+            await start_all(
+                self._candidates,
+                lambda launcher: launcher.start(executor_id, listen, advertise, launch_timeout),
+                launch_timeout,
             )
-            network = self._join(listen)
+            network, self._ways = join(self._candidates, listen)
             started = True
             return network
         finally:
             if not started:
                 await self.close()
 
-    async def _start(
-        self, candidate: Candidate, executor_id: str, listen: str, advertise: str
-    ) -> None:
-        launcher, timeout = candidate.launcher, self._launch_timeout
-        if len(self._candidates) > 1:
-            launcher.give_way(self._elsewhere, self.patience)
-        try:
-            candidate.network = await launcher.start(executor_id, listen, advertise, timeout)
-            candidate.usable = True
-        except Exception as exc:  # of a launcher that others have written, too
-            if not isinstance(exc, CloudexecError):
-                _logger.exception("internal error while %s was started", candidate.name)
-            candidate.why, candidate.fatal = str(exc) or type(exc).__name__, True
-
-    def _leave_out(self, candidate: Candidate, why: str) -> None:
-        candidate.usable = False
-        candidate.why, candidate.fatal = why, True
-        _logger.warning("%s cannot be used, and is left out: %s", candidate.name, why)
-
     def _elsewhere(self, launch_ids: Sequence[str]) -> int:
         """Return how many workers of one launcher could be started by another one now."""
         workers = [self._workers[each] for each in launch_ids if each in self._workers]
         return 0 if self._closing else self._choice.elsewhere(workers, time.monotonic())
-
-    def _join(self, wanted: str) -> Network:
-        """Return where to listen, so that the workers of all launchers can connect.
-
-        Args:
-            wanted: ``host:port`` where the user wants the executor to listen; empty: anywhere.
-
-        Raises:
-            LaunchError: If no launcher can be used.
-        """
-        if not any(each.usable for each in self._candidates):
-            raise LaunchError(f"no launcher can be used: {self._choice.causes()}")
-        hosts, port, others = dict[str, None](), "0", []
-        for each in self._candidates:
-            if each.network is None:
-                self._leave_out(each, each.why)
-                continue
-            network = each.network
-            if self.needs_network() and not each.launcher.needs_network():
-                network = _on_this_machine(wanted)
-            host, _, own = network.listen.rpartition(":")
-            if own not in ("", "0", port) and port != "0":
-                why = f"the executor is to listen on port {own} for it, and listens on port {port}"
-                self._leave_out(each, f"{why}: give listen=, which holds for all launchers")
-                continue
-            port = own if own not in ("", "0") else port
-            hosts[host] = None
-            # What is listened on may be more than that, and nothing that a worker can dial.
-            each.network = replace(network, advertise=network.advertise or host)
-            others.append(each.network)
-            self._ways.append(each)
-        if not self.needs_network():
-            return Network()
-        host = next(iter(hosts))
-        if len(hosts) > 1:
-            host = "[::]" if any("[" in each for each in hosts) else "0.0.0.0"
-        return Network(f"{host}:{port}", others=tuple(others))
 
     def begin(self, slots: int, preload: Sequence[str] | Callable[[], Sequence[str]]) -> None:
         """Do what the launchers can do for the first worker before the executor is reached."""
@@ -284,6 +243,8 @@ class Fallback(Launcher):
         self._on_end = on_end
         self._take_ways(contact)
         now = time.monotonic()
+        self._choice.note_requests(len(requests))
+        self._choice.forgive(requests, now)
         for candidate, some in self._choice.plan(requests, now):
             if candidate is not None:
                 self._launch(candidate, candidate.contact or contact, some, now)
@@ -298,7 +259,7 @@ class Fallback(Launcher):
             if isinstance(way, Contact):
                 each.contact = way
             elif each.usable:
-                self._leave_out(each, str(way))
+                leave_out(each, str(way))
 
     def _launch(
         self, candidate: Candidate, contact: Contact, requests: Sequence[LaunchRequest], now: float
@@ -308,6 +269,7 @@ class Fallback(Launcher):
             worker = Launched(candidate, each, now, instead_of)
             self._workers[each.launch_id] = candidate.active[each.launch_id] = worker
         candidate.launched += len(requests)
+        self._watch()
         try:
             candidate.launcher.launch(contact, self._sized(candidate, requests), self._ended)
         except Exception as exc:  # of a launcher that others have written, too
@@ -331,34 +293,69 @@ class Fallback(Launcher):
         if not end.relaunched:
             worker.candidate.active.pop(launch_id, None)
             self._one_ended.set()
-            if not (worker.connected or worker.unwanted or self._closing):
-                end, news = self._choice.ended(worker, end, time.monotonic())
-                if news:
-                    _logger.warning("%s", news)
+            end = self._judge(worker, end)
         self._on_end(launch_id, end)
+
+    def _judge(self, worker: Launched, end: LaunchEnd) -> LaunchEnd:
+        """Return what the executor is to be told of a worker's end, and warn of what is new."""
+        if worker.connected or worker.unwanted or self._closing:
+            return end
+        end, news = self._choice.ended(worker, end, time.monotonic())
+        if news:
+            _logger.warning("%s", news)
+        return end
+
+    def refused(self, launch_id: str, reason: str) -> LaunchEnd:
+        """Judge that a worker does not fit: those of the next launcher may."""
+        worker = self._workers[launch_id]
+        end = self._judge(worker, LaunchEnd(reason, fatal=True))
+        worker.unwanted = True  # the end of its process, which comes later, says nothing more
+        return end
+
+    def _watch(self) -> None:
+        """Look again when the first of the workers must have connected."""
+        if self._alarm is not None:
+            return
+        awaited = [worker.asked_at for worker in self._awaited()]
+        if awaited:
+            left = min(awaited) + self._connect_within - time.monotonic()
+            self._alarm = asyncio.get_running_loop().call_later(left, self._give_up_late)
+
+    def _awaited(self) -> list[Launched]:
+        workers = [worker for each in self._candidates for worker in each.active.values()]
+        return [each for each in workers if not (each.connected or each.late or each.unwanted)]
+
+    def _give_up_late(self) -> None:
+        """Give up workers that have not connected in time, if others may be started elsewhere.
+
+        Where there is no other launcher, the executor itself gives them up soon.
+        """
+        self._alarm = None
+        since = time.monotonic() - self._connect_within
+        end = LaunchEnd(f"no worker connected within {self._launch_timeout:g} s")
+        given_up = []
+        for worker in self._awaited():
+            if worker.asked_at <= since:
+                worker.late = True
+                told = self._judge(worker, end)
+                if told.reclaimed:
+                    given_up.append(worker.request.launch_id)
+                    self._on_end(worker.request.launch_id, told)
+        # After the executor was told, which would count it as a failure that they were killed.
+        self.terminate(given_up)
+        self._watch()
 
     def terminate(self, launch_ids: Sequence[str]) -> None:
         """Terminate workers."""
-        for candidate, some in self._by_candidate(launch_ids):
-            for each in some:
-                self._workers[each].unwanted = True
-            candidate.launcher.terminate(some)
-
-    def _by_candidate(self, launch_ids: Sequence[str]) -> list[tuple[Candidate, list[str]]]:
         found: dict[int, tuple[Candidate, list[str]]] = {}
-        now = time.monotonic()
         for each in launch_ids:
             worker = self._workers.get(each)
-            if worker is None:
-                continue
-            found.setdefault(id(worker.candidate), (worker.candidate, []))[1].append(each)
-            waited = now - worker.asked_at
-            timed_out = waited > _ALMOST * self._launch_timeout and each in worker.candidate.active
-            if timed_out and not worker.connected and not worker.unwanted:
-                why = f"no worker connected within {self._launch_timeout:g} s"
-                if self._choice.bar(worker.candidate, why, now):
-                    _logger.warning("%s: %s; others are preferred now", worker.candidate.name, why)
-        return list(found.values())
+            if worker is not None:
+                worker.unwanted = True
+                _, mine = found.setdefault(id(worker.candidate), (worker.candidate, []))
+                mine.append(each)
+        for candidate, some in found.values():
+            candidate.launcher.terminate(some)
 
     def key_of(self, launch_id: str) -> bytes | None:
         """Return the key of a worker: its own, or that of its launcher."""
@@ -372,7 +369,7 @@ class Fallback(Launcher):
     def connected(self, launch_id: str, arrival: Arrival) -> None:
         """A worker has dialed back."""
         worker = self._workers[launch_id]
-        self._choice.note_connected(worker)
+        self._choice.note_connected(worker, time.monotonic())
         worker.candidate.launcher.connected(launch_id, arrival)
 
     def disconnected(self, launch_id: str, *, orderly: bool, reclaimed: bool) -> None:
@@ -477,8 +474,11 @@ class Fallback(Launcher):
                 continue
             try:
                 found = await candidate.launcher.take_over(mine, self._ended)
-            except CloudexecError as exc:
-                self._leave_out(candidate, f"its workers cannot be taken over: {exc}")
+            except Exception as exc:  # of a launcher that others have written, too
+                if not isinstance(exc, CloudexecError):
+                    _logger.exception("internal error while %s took over workers", candidate.name)
+                why = str(exc) or type(exc).__name__
+                leave_out(candidate, f"its workers cannot be taken over: {why}")
                 continue
             for launch_id, survivor in found.items():
                 size = self._choice.size_from(candidate, survivor.size)
@@ -490,11 +490,15 @@ class Fallback(Launcher):
                 )
                 self._workers[launch_id] = candidate.active[launch_id] = worker
                 survivors[launch_id] = replace(survivor, size=size)
+        self._watch()
         return survivors
 
     async def close(self) -> None:
         """End whatever still runs, of all launchers."""
         self._closing = True
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
         started = [each for each in self._candidates if each.network is not None]
         try:
             for outcome in await asyncio.gather(*map(self._close, started), return_exceptions=True):
@@ -504,8 +508,9 @@ class Fallback(Launcher):
             self._serving.release()
 
     async def _close(self, candidate: Candidate) -> None:
-        if candidate.launcher.ends_are_seen and not self.ends_are_seen:
-            # The executor does not wait for their ends, as it does not hear of all of them.
+        if candidate.launcher.ends_are_seen:
+            # The executor does not wait for those that were given up, nor for any if it does not
+            # hear of all ends.
             await self._see_end(candidate)
             candidate.launcher.terminate(list(candidate.active))
             await self._see_end(candidate)
@@ -546,14 +551,6 @@ def _all_modules(launchers: Sequence[Launcher]) -> bool | Sequence[str]:
             return True
         names.update(dict.fromkeys(each or ()))
     return tuple(names) or not wanted
-
-
-def _on_this_machine(listen: str) -> Network:
-    """Return the way in for workers on this machine, where others are elsewhere."""
-    listen = listen or "127.0.0.1:0"
-    host = listen.rpartition(":")[0]
-    loopback = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
-    return Network(listen, loopback.get(host, host))
 
 
 Fallback.__module__ = "cloudexec"

@@ -279,7 +279,9 @@ class Watcher:
                 await self._leave_job(job, f"no place was found within {waited:.0f} s{said}")
 
     async def _leave_job(self, job: Job, why: str) -> None:
-        if self._elsewhere is not None:
+        waiting = [launch_id for launch_id, _ in job.waiting()]
+        # Which of them have a place is asked only if some can be started elsewhere.
+        if self._elsewhere is not None and self._elsewhere.count(waiting):
             self._leave(await self._without_place(job), why)
 
     def _leave(self, launch_ids: Sequence[str], why: str) -> None:

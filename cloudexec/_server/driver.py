@@ -307,7 +307,7 @@ class Driver:
             takeover.begin(
                 self.listener.certificate,
                 self.listener.address,
-                has_relay=bool(network.relay),
+                has_relay=network.is_relayed,
             )
         engine.start_clock()
         if scaling.min_slots:

@@ -76,6 +76,15 @@ class Workers:
             return "nobody launched a worker with this identity, or its time to connect is over"
         return None
 
+    def refused(self, identity: str, reason: str) -> None:
+        """Note that the worker of a launch does not fit; its launcher says what follows of it."""
+        end = self._launcher.refused(identity, reason)
+        self._engine.feed(
+            events.LaunchFailed(
+                identity, end.reason, fatal=end.fatal, killed=end.killed, reclaimed=end.reclaimed
+            )
+        )
+
     def returning(self, identity: str, attempt: int) -> None:
         """Note that a worker's platform has started it again, if it has.
 

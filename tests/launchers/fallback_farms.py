@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -121,11 +122,23 @@ class BrokenFarm(Farm):
         super().start(dataclasses.replace(request, command=("sh", "-c", "exit 7")), path, index)
 
 
-class StrangeFarm(Farm):
-    """Starts workers that say that they do not fit."""
+class OldFarm(Farm):
+    """Starts workers of another version, which the executor refuses when they have connected."""
 
     def start(self, request: JobRequest, path: Path, index: int) -> None:
-        super().start(dataclasses.replace(request, command=("sh", "-c", "exit 3")), path, index)
+        script = (
+            "import runpy; from cloudexec import _enrolment; _enrolment.WIRE_VERSION = 0; "
+            "runpy.run_module('cloudexec.worker', run_name='__main__')"
+        )
+        command = (sys.executable, "-c", script)
+        super().start(dataclasses.replace(request, command=command), path, index)
+
+
+class SilentFarm(Farm):
+    """Starts workers that run, and never connect."""
+
+    def start(self, request: JobRequest, path: Path, index: int) -> None:
+        super().start(dataclasses.replace(request, command=("sleep", "60")), path, index)
 
 
 class DeadlyFarm(Farm):

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,20 @@ import fallback_farms as farms
 import pytest
 from fallback_farms import Placed, nothing_runs, workers_of
 from launcher_helpers import eventually
-from process_farm import ProcessFarm
+from process_farm import Farm, ProcessFarm
 
 from cloudexec import BatchExecutor, BudgetExceededError, ConfigError, Fallback, LaunchError, Local
 from cloudexec._launchers import ending, watching
-from cloudexec._launchers.base import Network
+from cloudexec._launchers.base import Network, Survivor
 from cloudexec._server import listener
 from cloudexec.launchers import (
     ExecutorInfo,
+    Inspection,
+    JobRequest,
+    JobStatus,
     PlatformError,
     Site,
     WorkerCapacity,
-    WorkerStatus,
 )
 from cloudexec.testing import ManualLauncher, check_launcher
 
@@ -56,6 +58,10 @@ def test_two_launchers_of_other_packages_pass_as_one(first: str) -> None:
     eventually(lambda: nothing_runs(*several))
 
 
+class Prompt(ProcessFarm):
+    linger = 0.02
+
+
 PHASES = {
     "refused": (farms.RefusingFarm, "wolves in the farm"),
     "a bug": (farms.BuggyFarm, "'submit'"),
@@ -66,7 +72,8 @@ PHASES = {
     "no place": (farms.FullFarm, "no place was found within 1 s"),
     "closed": (farms.FatalFarm, "the farm is closed for good"),
     "workers end": (farms.BrokenFarm, "exit code 7"),
-    "workers do not fit": (farms.StrangeFarm, "exit code 3"),
+    "workers do not fit": (farms.OldFarm, "the worker speaks wire version 0, the client 1"),
+    "workers do not connect": (farms.SilentFarm, "no worker connected within 4 s"),
     "workers are killed": (farms.DeadlyFarm, "exit code 137"),
 }
 
@@ -77,12 +84,14 @@ def test_workers_come_from_the_next_launcher(
 ) -> None:
     """At whatever phase the first one fails; and it is said who did what, and why."""
     kind, why = PHASES[phase]
-    first, second = ProcessFarm(kind=kind), ProcessFarm()
+    first, second = Prompt(kind=kind), Prompt()
     patience = 1.0 if "within 1 s" in why else None
     fallback = Fallback({"first": first, "second": second}, patience=patience)
-    with BatchExecutor(2, launcher=fallback) as executor:
-        futures = [executor.submit(abs, n) for n in (-1, -2)]
-        assert [future.result(60) for future in futures] == [1, 2]
+    timeout = 4.0 if "within 4 s" in why else None
+    # Three workers: that each of them fails is one failure of their launcher.
+    with BatchExecutor(3, launcher=fallback, launch_timeout=timeout) as executor:
+        futures = [executor.submit(abs, n) for n in (-1, -2, -3)]
+        assert [future.result(60) for future in futures] == [1, 2, 3]
         counts = {each.launcher: each for each in executor.stats().launchers}
         assert counts["first"].passed_on >= 1
         assert not counts["first"].connected
@@ -95,7 +104,7 @@ def test_workers_come_from_the_next_launcher(
         assert f"({counts['first'].why})" in repr(executor.stats())
     assert caplog.text.count("first cannot start workers; for 600 s, new ones come from sec") == 1
     receipt = capfd.readouterr().err
-    assert "cloudexec: 2 tasks on " in receipt
+    assert "cloudexec: 3 tasks on " in receipt
     assert f"; first: {counts['first'].launched} launched" in receipt
     assert f"; second: {counts['second'].launched} launched" in receipt
     eventually(lambda: nothing_runs(first, second))
@@ -160,23 +169,27 @@ def test_workers_that_wait_move_when_the_other_launcher_may_be_tried_again() -> 
 
 
 def test_if_no_launcher_has_a_place_workers_wait_where_they_are() -> None:
-    """They do not go to and fro."""
-    asked: list[object] = []
+    """They do not go to and fro, and the platform is not asked which of them have a place."""
+    asked: list[int] = []
 
     class Watched(farms.DryFarm):
-        def workers(self, job_id: str) -> dict[int, WorkerStatus]:
-            asked.append(job_id)
-            return super().workers(job_id)
+        def start(self, request: JobRequest, path: Path, index: int) -> None:
+            (Farm.start if index == 0 else farms.DryFarm.start)(self, request, path, index)
+
+        async def describe(self, inspections: Sequence[Inspection]) -> Mapping[str, JobStatus]:
+            asked.extend(len(each.wanted) for each in inspections)
+            return await super().describe(inspections)
 
     both = [ProcessFarm(kind=Watched) for _ in range(2)]
-    with BatchExecutor(1, launcher=Fallback(both)) as executor:
-        future = executor.submit(abs, -1)
-        eventually(lambda: executor.stats().launchers[1].launched)
-        eventually(lambda: "ProcessFarm #1: there is no cap" in str(executor.explain(future)))
+    with BatchExecutor(7, launcher=Fallback(both)) as executor:
+        futures = [executor.submit(time.sleep, 600) for _ in range(7)]
+        eventually(lambda: executor.stats().launchers[1].connected)
+        eventually(lambda: "ProcessFarm #1: there is no cap" in str(executor.explain(futures[-1])))
         asked.clear()
-        eventually(lambda: len(asked) > 3)  # looks at the platform
-        assert [each.launched for each in executor.stats().launchers] == [1, 1]
-        future.cancel()
+        eventually(lambda: asked.count(3) > 1)  # looks at the platform, and why some of them wait
+        assert max(asked) == 3
+        assert [each.launched for each in executor.stats().launchers] == [7, 6]
+        executor.kill_workers()
 
 
 def test_if_all_launchers_fail_one_error_names_each_cause() -> None:
@@ -378,6 +391,16 @@ def test_a_launcher_is_let_go_of_if_the_start_of_another_one_is_interrupted() ->
         assert executor.submit(abs, -1).result(60) == 1
 
 
+def test_a_launcher_that_does_not_become_ready_holds_nobody_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As an API that never answers: the others wait for it as long as for a worker."""
+    fallback = Fallback({"slow": NeverThere(), "ready": ProcessFarm()})
+    with BatchExecutor(1, launcher=fallback, launch_timeout=3.0) as executor:
+        assert executor.submit(abs, -1).result(60) == 1
+    assert "slow cannot be used, and is left out: it was not ready within 3 s" in caplog.text
+
+
 def test_each_launcher_has_its_own_address_and_key() -> None:
     """The executor listens where all of them can reach it."""
     several = [
@@ -485,6 +508,39 @@ def test_workers_of_every_launcher_are_taken_over_from_a_program_that_was_killed
     assert not list((tmp_path / "farm-1").iterdir())
 
 
+class Forgetful(Leaving):
+    """Cannot understand what was left."""
+
+    async def take_over(self, left: dict[str, Any], on_end: object) -> Mapping[str, Survivor]:
+        raise KeyError("jobs")
+
+
+def test_a_launcher_whose_workers_cannot_be_taken_over_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also if that is a bug of its own."""
+    several = Forgetful(), Leaving()
+
+    async def run() -> None:
+        fallback = Fallback({"first": several[0], "second": several[1]})
+        await fallback.start("0123456789abcdef", "", "", 60.0)
+        left: dict[str, Any] = {"launchers": [{"jobs": []}, {}]}
+        assert not await fallback.take_over(left, lambda *_: None)
+        assert [each.is_passed_over for each in fallback.counts()] == [True, False]
+        await fallback.close()
+
+    asyncio.run(run())
+    assert "internal error while first took over workers" in caplog.text
+    assert "first cannot be used, and is left out: its workers cannot be" in caplog.text
+
+
+def test_an_address_matters_to_a_successor_unless_all_workers_come_through_relays() -> None:
+    relayed, direct = Network(relay="relay.example.com:443"), Network("127.0.0.1:0")
+    assert relayed.is_relayed
+    assert Network("0.0.0.0:0", others=(relayed, relayed)).is_relayed
+    assert not Network("0.0.0.0:0", others=(relayed, direct)).is_relayed
+
+
 def test_one_fallback_serves_one_executor_at_a_time() -> None:
     fallback = Fallback([Local(), Local()])
     with BatchExecutor(1, launcher=fallback) as executor:
@@ -497,7 +553,11 @@ def test_one_fallback_serves_one_executor_at_a_time() -> None:
 
 
 def test_workers_of_this_machine_alone_need_no_network() -> None:
+    """What each task has of the machine is seen to as with one launcher."""
     with BatchExecutor(2, launcher=Fallback([Local(), Local()])) as executor:
+        views = [executor.with_options(cpus=n) for n in (0.1, 0.2, 0.5)]
+        futures = [view.submit(abs, -n) for n in range(3) for view in views]
+        assert [future.result(30) for future in futures] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         assert list(executor.map(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
         assert executor._driver is not None
         assert executor._driver.launches.contact is not None

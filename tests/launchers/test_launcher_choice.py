@@ -86,6 +86,7 @@ def test_if_all_have_failed_the_executor_is_told_and_all_are_tried_again() -> No
     choice.ended(launched(choice, "a"), LaunchEnd("wolves", fatal=True), now=1.0)
     end, news = choice.ended(launched(choice, "b"), LaunchEnd("bears"), now=2.0)
     assert (end, news) == (LaunchEnd("a: wolves; b: bears"), "")
+    choice.forgive([LaunchRequest("1", 1, 0)], now=3.0)
     assert planned(choice, 1, now=3.0) == [("a", 1)]
     choice.ended(launched(choice, "a"), LaunchEnd("wolves", fatal=True), now=4.0)
     assert planned(choice, 1, now=5.0) == [("b", 1)]
@@ -110,10 +111,35 @@ def test_what_the_others_have_no_room_for_is_asked_of_those_that_have_failed() -
     assert planned(choice, 1, now=3.0) == [("b", 1)]
 
 
+def test_workers_of_several_sizes_are_planned_together() -> None:
+    """Each has its own launcher; and to ask what they would cost changes nothing."""
+    sizes = capacity(1), capacity(8)
+    choice = choice_of(Sized(*sizes), Sized(sizes[0]), Sized(*sizes), limits=(2, None, None))
+    requests = [LaunchRequest(str(n), 1, size) for n, size in enumerate((0, 1, 1, 0, 0))]
+    for each in choice.candidates:
+        choice.bar(each, "wolves", now=1.0)
+    for _ in range(2):
+        plan = choice.plan(requests, now=2.0)
+        assert [(each.name if each else "none", len(some)) for each, some in plan] == [
+            ("a", 1),
+            ("a", 1),
+            ("c", 1),
+            ("b", 2),
+        ]
+    assert all(each.barred_until == 601.0 for each in choice.candidates)
+
+
 def test_only_as_many_workers_move_as_there_is_room_for_elsewhere() -> None:
+    """Those that are on their way there have it, until they were requested again."""
     choice = choice_of(Sized(), Sized(), limits=(None, 2))
     waiting = [launched(choice, "a", number=n) for n in range(1, 6)]
     assert choice.elsewhere(waiting, now=1.0) == 2
+    for each in waiting[:2]:
+        choice.ended(each, LaunchEnd("no place"), now=1.0)
+    assert choice.elsewhere(waiting[2:], now=1.0) == 0
+    choice.note_requests(1)
+    assert choice.elsewhere(waiting[2:], now=1.0) == 1
+    assert choice.elsewhere(waiting[2:], now=20.0) == 2, "they were not needed any more"
     choice.bar(choice.candidates[1], "wolves", now=1.0)
     assert choice.elsewhere(waiting, now=2.0) == 0
     assert choice.elsewhere([], now=2.0) == 0
@@ -138,8 +164,28 @@ def test_a_worker_that_connects_ends_the_series() -> None:
     end = LaunchEnd("gone", killed=True)
     for now in (1.0, 2.0, 3.0, 4.0):
         assert choice.ended(launched(choice, "a", asked_at=now - 0.5), end, now)[0] is end
-        choice.note_connected(launched(choice, "a"))
+        choice.note_connected(launched(choice, "a"), now)
     assert choice.candidates[0].connected == 4
+
+
+def test_a_worker_that_connects_later_ends_what_is_said_of_its_launcher() -> None:
+    """But not while others are preferred: it may have been on its way."""
+    choice = choice_of(Sized(), Sized())
+    first = choice.candidates[0]
+    choice.bar(first, "wolves", now=1.0, fatal=True)
+    choice.note_connected(launched(choice, "a"), now=2.0)
+    assert (first.why, first.fatal) == ("wolves", True)
+    choice.note_connected(launched(choice, "a"), now=601.0)
+    assert (first.why, first.fatal) == ("", False)
+
+
+def test_what_is_taken_back_everywhere_is_no_failure() -> None:
+    """As with one launcher: the executor asks for it again."""
+    choice = choice_of(Sized())
+    end = LaunchEnd("gone", reclaimed=True)
+    for now in (1.0, 2.0, 3.0, 4.0):
+        told, _ = choice.ended(launched(choice, "a", asked_at=now - 0.5), end, now)
+        assert told.reclaimed
 
 
 def test_sizes_are_found_again_among_those_of_other_launchers() -> None:
@@ -195,4 +241,6 @@ def test_a_machine_has_workers_while_processors_and_memory_last() -> None:
 
 def test_several_launchers_for_one_machine_leave_its_resources_to_the_executor() -> None:
     both = [Sized(capacity(2), one_machine=True) for _ in range(2)]
-    assert planned(choice_of(*both), 9, 0.0) == [("a", 9)]
+    choice = choice_of(*both)
+    assert planned(choice, 9, 0.0) == [("a", 9)]
+    assert [choice.size_for(cpus, GIB, 0) for cpus in (0.5, 1.0, 2.0)] == [0, 0, 0]

@@ -14,7 +14,6 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from cloudexec import _enrolment, _nesting
-from cloudexec._core import events
 from cloudexec._launchers.base import Arrival
 from cloudexec._log import Log
 from cloudexec._logs import state_of_logging
@@ -140,7 +139,7 @@ class Enrolment:
                 await context.write(pb.ServerMessage(refusal=pb.Refusal(reason=refusal)))
             finally:  # also if the worker does not wait for the refusal
                 if unwanted is None:
-                    service.feed(events.LaunchFailed(hello.identity, refusal, fatal=True))
+                    service.workers.refused(hello.identity, refusal)
                 # A worker whose launch was withdrawn comes late, and is no reason for a warning.
                 elif not service.launches.has_given_up(hello.identity):
                     what = f"{context.peer()} knows the key, but {unwanted}"
