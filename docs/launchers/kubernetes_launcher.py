@@ -127,14 +127,20 @@ class KubernetesPlatform(Platform):
         self.stop_hint = f"`kubectl -n {namespace} delete jobs -l app=cloudexec` ends all workers"
 
     async def submit(self, request: JobRequest) -> Submitted:
+        job = None
         await self._make("secrets", secret_of(request))
         try:
             job = await self._make("jobs", job_of(self._settings, request))
+            await self._bind(job)
         except PlatformError as exc:
+            if job is not None and exc.may_pass:
+                # The executor then calls find(), which binds the secret.
+                raise PlatformError(str(exc), transient=True, uncertain=True) from exc
             if not exc.uncertain:
+                if job is not None:
+                    await self._delete_job(request.name)
                 await self._delete(f"{self._core}/secrets/{request.name}")
             raise
-        await self._bind(job)
         return Submitted(job_id=request.name)
 
     async def _make(self, kind: str, body: Mapping[str, Any]) -> Any:
@@ -230,11 +236,13 @@ class KubernetesPlatform(Platform):
     async def terminate(self, targets: Sequence[Target], reason: str) -> None:
         for target in targets:
             if target.workers is None:
-                await self._delete(f"{self._jobs}/{target.job_id}?propagationPolicy=Background")
+                await self._delete_job(target.job_id)
                 continue
             job = f"batch.kubernetes.io/job-name={target.job_id}"
-            for index in target.workers:
-                selector = urllib.parse.quote(f"{job},{INDEX}={index}")
+            indexes = [str(index) for index in target.workers]
+            for at in range(0, len(indexes), 500):  # an address has no room for more
+                some = ",".join(indexes[at : at + 500])
+                selector = urllib.parse.quote(f"{job},{INDEX} in ({some})")
                 await self._delete(f"{self._core}/pods?labelSelector={selector}")
 
     async def explain(
@@ -263,6 +271,9 @@ class KubernetesPlatform(Platform):
     async def _delete(self, path: str) -> None:
         with contextlib.suppress(_NotFoundError):
             await self._call("DELETE", path)
+
+    async def _delete_job(self, name: str) -> None:
+        await self._delete(f"{self._jobs}/{name}?propagationPolicy=Background")
 
     async def _call(self, method: str, path: str, body: object = None) -> Any:
         return await asyncio.to_thread(self._call_now, method, path, body)

@@ -263,6 +263,7 @@ async def _run(
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
+        await process.wait()
         raise
     said = err.decode(errors="replace").strip()
     if process.returncode and not (gone_is_fine and "Invalid job id" in said):

@@ -24,6 +24,8 @@ from typing import Any
 INDEX = "batch.kubernetes.io/job-completion-index"
 _PATH = re.compile(r"/(?:api/v1|apis/batch/v1)/namespaces/([^/]+)/(\w+)(?:/([^/]+))?(?:/(log))?")
 
+_SELECTOR = re.compile(r"([\w./-]+)(?:=([^,]+)| in \(([^)]+)\))")
+
 
 class EmulatedKubernetes:
     """A cluster of one node.
@@ -218,11 +220,15 @@ class EmulatedKubernetes:
         if kind == "pods":
             if log:
                 return 200, self._pods[name].log()
-            wanted = dict(each.split("=") for each in query["labelSelector"].split(","))
+            wanted = {
+                label: (value or several).split(",")
+                for label, value, several in _SELECTOR.findall(query["labelSelector"])
+            }
+            (job,) = wanted["batch.kubernetes.io/job-name"]
             pods = [
                 pod
-                for pod in self._pods_of(wanted["batch.kubernetes.io/job-name"])
-                if wanted.get(INDEX) in (None, str(pod.index))
+                for pod in self._pods_of(job)
+                if INDEX not in wanted or str(pod.index) in wanted[INDEX]
             ]
             if method == "DELETE":
                 for pod in pods:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from launcher_helpers import eventually
 from process_farm import ProcessFarm
 
 from cloudexec import BatchExecutor, ConfigError, Fallback, LaunchError
-from cloudexec.launchers import JobRequest, WorkerCapacity
+from cloudexec.launchers import JobRequest, Target, WorkerCapacity
 from cloudexec.testing import check_launcher
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "launchers"
@@ -104,7 +105,8 @@ def test_a_request_without_an_answer_starts_workers_once(
     cluster: EmulatedKubernetes, lost: str, request_: str
 ) -> None:
     """And the secret with their key goes with them."""
-    cluster.faults = [(request_, 0 if lost == "the answer" else 503, "ServiceUnavailable")]
+    status = 429 if request_ == "PATCH secrets" else 503
+    cluster.faults = [(request_, 0 if lost == "the answer" else status, "ServiceUnavailable")]
     with BatchExecutor(1, launcher=jobs(cluster)) as executor:
         assert executor.submit(abs, -1).result(60) == 1
         assert len(cluster.pods_of_all()) == 1
@@ -136,6 +138,7 @@ def test_a_quota_is_named(cluster: EmulatedKubernetes) -> None:
     ("fault", "words"),
     [
         ("forbidden", r"Kubernetes refused \(POST /apis/batch.*/jobs\): Forbidden: a fault"),
+        ("bound", r"Kubernetes refused \(PATCH /api/v1/.*/secrets/.*\): Forbidden: a fault"),
         ("image", "InvalidImageName"),
         ("command", r"exit code 7"),
         ("python", r"(?s)exit code 1.*encodings"),
@@ -147,6 +150,8 @@ def test_what_cannot_work_is_told_in_the_words_of_kubernetes(
     settings: dict[str, Any] = {}
     if fault == "forbidden":
         cluster.faults = [("POST jobs", 403, "Forbidden")] * 3
+    elif fault == "bound":
+        cluster.faults = [("PATCH secrets", 403, "Forbidden")]
     elif fault == "image":
         cluster.bad_image = "InvalidImageName"
     elif fault == "command":
@@ -156,8 +161,17 @@ def test_what_cannot_work_is_told_in_the_words_of_kubernetes(
     with BatchExecutor(1, launcher=jobs(cluster, **settings)) as executor:
         with pytest.raises(LaunchError, match=words):
             executor.submit(abs, -1).result(90)
-    if fault == "forbidden":
+    if fault in ("forbidden", "bound"):
         assert not cluster.secrets()
+        assert not cluster.pods_of_all()
+
+
+def test_many_workers_are_ended_by_one_request(cluster: EmulatedKubernetes) -> None:
+    from kubernetes_launcher import KubernetesPlatform
+
+    targets = [Target(job_id="a-job", workers=range(300))]
+    asyncio.run(KubernetesPlatform(jobs(cluster)).terminate(targets, "no reason"))
+    assert [(method, kind) for method, kind, _ in cluster.requests] == [("DELETE", "pods")]
 
 
 def test_in_a_pod_the_token_and_the_certificate_of_the_cluster_are_used(

@@ -151,6 +151,28 @@ def test_a_controller_that_does_not_answer_may_do_so_later(
     assert caught.value.may_pass
 
 
+def test_a_command_that_is_given_up_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process is left when it is said to be over."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from slurm_launcher import _run
+
+    path = tmp_path / "pid"
+
+    async def give_up() -> None:
+        command = ["sh", "-c", f"echo $$ > {path}.new; mv {path}.new {path}; exec sleep 60"]
+        running = asyncio.ensure_future(_run(command))
+        await asyncio.to_thread(eventually, path.exists)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+
+    asyncio.run(give_up())
+
+
 TAKEN_OVER = """
     import os
     import time
