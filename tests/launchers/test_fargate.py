@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -266,7 +266,7 @@ def test_few_calls_are_made_while_there_is_no_capacity(aws: Any, fargate: Make) 
 
 def test_capacity_that_never_comes_is_an_error_with_the_reason(aws: Any, fargate: Make) -> None:
     aws.faults.no_capacity()
-    with BatchExecutor(1, launcher=fargate(), launch_timeout=2.0) as executor:
+    with BatchExecutor(1, launcher=fargate(), launch_timeout=4.0) as executor:
         with pytest.raises(LaunchError, match=NO_CAPACITY):
             executor.submit(square, 1).result(timeout=60)
 
@@ -497,26 +497,28 @@ def script_of(launcher: Fargate, *lines: str, **options: Any) -> str:
     )
 
 
-def all_lost(aws: Any) -> bool:
+def all_lost(aws: Any, path: Path) -> bool:
     return sum(r.operation == "RunTask" and r.status == 0 for r in aws.requests) >= 3
 
 
-def all_in(*statuses: str) -> Callable[[Any], bool]:
-    def check(aws: Any) -> bool:
-        return [job.status in statuses for job in aws.jobs()] == [True] * 3
-
-    return check
+def all_starting(aws: Any, path: Path) -> bool:
+    return [job.status for job in aws.jobs()] == ["STARTING"] * 3
 
 
-PHASES: dict[str, tuple[Callable[[Any], object], Callable[[Any], object], tuple[str, ...]]] = {
+ALL_RUN = "exec('while executor.stats().tasks.running < 3: time.sleep(0.05)')"
+PHASES: dict[str, tuple[Callable[[Any], object], Callable[[Any, Path], object], Sequence[str]]] = {
     "before the answer": (lambda aws: aws.faults.lose_response("RunTask", 1000), all_lost, ()),
-    "pending": (lambda aws: aws.faults.slow_start(4.0), all_in("STARTING"), ()),
-    "running": (lambda aws: None, all_in("RUNNING"), ()),
+    "pending": (lambda aws: aws.faults.slow_start(4.0), all_starting, ()),
+    "running": (
+        lambda aws: None,
+        lambda aws, path: path.with_suffix(".running").exists(),
+        (ALL_RUN, "open(__file__[:-3] + '.running', 'w').close()", "time.sleep(300)"),
+    ),
     "ending": (
         lambda aws: aws.faults.deny("StopTask"),
-        lambda aws: any(r.operation == "StopTask" for r in aws.requests),
+        lambda aws, path: any(r.operation == "StopTask" for r in aws.requests),
         (
-            "exec('while executor.stats().tasks.running < 3: time.sleep(0.05)')",
+            ALL_RUN,
             "executor.shutdown(wait=False, cancel_futures=True)",
             "executor.kill_workers()",
             "time.sleep(300)",
@@ -536,7 +538,7 @@ def test_a_client_that_is_killed_leaves_nothing_running(
     path.write_text(script_of(fargate(), *lines, launch_timeout=20.0, orphan_timeout=6.0))
     client = subprocess.Popen([sys.executable, str(path)], stderr=subprocess.DEVNULL)
     try:
-        eventually(lambda: reached(aws) or client.poll() is not None)
+        eventually(lambda: reached(aws, path) or client.poll() is not None)
     finally:
         client.kill()
         client.wait()
