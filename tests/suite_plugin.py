@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +31,14 @@ AGAIN_AT_MOST = 15
 """If more tests have failed, none is run again, as so many do not fail by chance."""
 TOGETHER = ("tests/images/", "tests/testing/test_fake_containers.py")
 """Tests that use the same images of a container engine, and so must run in one process."""
+SLOW = (
+    *TOGETHER,
+    "tests/launchers/test_fargate",
+    "tests/launchers/test_kubernetes_example.py",
+    "tests/launchers/test_slurm_example.py",
+)
+"""Tests that take long for their number. They begin first, so that no process waits for the last of
+them in the end; other files follow with the largest number of tests first."""
 HANG_AFTER = 30.0
 """Seconds after a test's timeout after which the test's process is ended."""
 
@@ -80,8 +89,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.partition("::")[0]
-            return "containers" if path.startswith(TOGETHER) else path
+            return _scope(nodeid)
 
         def remove_node(self, node: Any) -> str | None:
             """Do not run a test again that has ended its process; xdist's own scheduler would."""
@@ -98,7 +106,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 self._reschedule(other)
             return str(crashed)
 
+    config.option.loadscopereorder = False  # the order is that of the collection
     return Scheduling(config, log)
+
+
+def _scope(nodeid: str) -> str:
+    """Return what the tests that run in one process have in common: their file or the engine."""
+    path = nodeid.partition("::")[0]
+    return "containers" if path.startswith(TOGETHER) else path
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -115,7 +130,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Move tests that run alone to the end, or leave them to the process that runs xdist."""
+    """Order the tests, and leave those that run alone to the process that runs xdist."""
     if config.option.suite != "on":
         return
     alone = [item for item in items if item.get_closest_marker("alone")]
@@ -123,6 +138,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         config.workeroutput["alone"] = [item.nodeid for item in alone]  # type: ignore[attr-defined]
         alone = []
+    sizes = Counter(_scope(item.nodeid) for item in others)
+    others.sort(key=lambda each: (not each.nodeid.startswith(SLOW), -sizes[_scope(each.nodeid)]))
     items[:] = others + alone
 
 

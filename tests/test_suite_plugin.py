@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import suite_plugin
 
 Suite = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -300,3 +301,9 @@ def test_under_load_every_process_is_restless_and_has_more_time(suite: Suite) ->
     )
     assert run.returncode == 0, run.stdout
     assert subprocess.check_output([sys.executable, "-c", ask]) == before
+
+
+def test_files_that_begin_first_are_there() -> None:
+    tests = Path(__file__).parent
+    names = [str(path.relative_to(tests.parent)) for path in tests.rglob("test_*.py")]
+    assert all(any(name.startswith(slow) for name in names) for slow in suite_plugin.SLOW)
