@@ -165,7 +165,7 @@ class ConnectionEnded(Event):
 
 @record
 class ProcessEnded(Event):
-    """The launcher reports that the process of a launch has ended, or could not be started.
+    """The process of a launch has ended, could not be started, or was refused.
 
     Attributes:
         launch: The launch.
@@ -268,23 +268,6 @@ class LeasesReturned(Event):
     worker: str
     leases: Sequence[int]
     heard: bool = True
-
-
-@record
-class LaunchFailed(Event):
-    """A launch cannot become a worker: it was refused, or could not be started.
-
-    Attributes:
-        fatal: Whether trying again cannot help.
-        killed: Whether it was killed from outside, which does not suggest wrong settings.
-        reclaimed: Whether its platform had no capacity for it, and may have some later.
-    """
-
-    launch: str
-    reason: str
-    fatal: bool = False
-    killed: bool = False
-    reclaimed: bool = False
 
 
 @record

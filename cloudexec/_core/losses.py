@@ -281,9 +281,7 @@ class Losses:
 
     # A launch is lost.
 
-    def on_launch_failed(
-        self, event: events.LaunchFailed | events.ProcessEnded, now: float
-    ) -> None:
+    def on_launch_failed(self, event: events.ProcessEnded, now: float) -> None:
         launch = self._pool.end_launch(event.launch)
         if launch is None:
             return

@@ -88,7 +88,6 @@ class Machine:
             events.WorkerBack: ends.on_back,
             events.ProcessEnded: ends.on_process_ended,
             events.WorkerRestarted: ends.on_restarted,
-            events.LaunchFailed: losses.on_launch_failed,
             events.LaunchesRefused: scaling.on_launches_refused,
             events.LaunchesTakenOver: pool.on_launches_taken_over,
             events.ShutdownRequested: closing.on_shutdown,

@@ -130,7 +130,7 @@ class Launches:
             except CloudexecError as exc:
                 for request in together:
                     self.running.discard(request.launch_id)
-                    self._engine.feed(events.LaunchFailed(request.launch_id, str(exc)))
+                    self._engine.feed(events.ProcessEnded(request.launch_id, str(exc)))
         self.on_change()
 
     def _affordable(self, wanted: list[LaunchRequest], ceiling: float) -> int:

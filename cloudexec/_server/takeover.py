@@ -580,7 +580,7 @@ class Takeover:
             for launch in missing:
                 self._launches.running.discard(launch)
                 why = "its client was killed, and it did not come back to the one after that"
-                self._engine.feed(events.LaunchFailed(launch, why, reclaimed=True))
+                self._engine.feed(events.ProcessEnded(launch, why, reclaimed=True))
             # Terminated after the event, so that these ends do not count as failed launches.
             self._launcher.terminate(sorted(missing))
         if waiting:

@@ -78,12 +78,7 @@ class Workers:
 
     def refused(self, identity: str, reason: str) -> None:
         """Note that the worker of a launch does not fit; its launcher says what follows of it."""
-        end = self._launcher.refused(identity, reason)
-        self._engine.feed(
-            events.LaunchFailed(
-                identity, end.reason, fatal=end.fatal, killed=end.killed, reclaimed=end.reclaimed
-            )
-        )
+        self._tell(identity, self._launcher.refused(identity, reason))
 
     def returning(self, identity: str, attempt: int) -> None:
         """Note that a worker's platform has started it again, if it has.
@@ -210,6 +205,11 @@ class Workers:
             self._launches.running.discard(launch)
             if self.takeover is not None:
                 self.takeover.launch_ended(launch)
+        self._tell(launch, end)
+        if not self._launches.running:
+            self.all_ended.set()
+
+    def _tell(self, launch: str, end: LaunchEnd) -> None:
         self._engine.feed(
             events.ProcessEnded(
                 launch,
@@ -221,8 +221,6 @@ class Workers:
                 relaunched=end.relaunched,
             )
         )
-        if not self._launches.running:
-            self.all_ended.set()
 
     def disconnected(self, session: Any, reason: str, *, cut: bool) -> None:
         """Note that a worker's connection has ended.

@@ -635,7 +635,7 @@ class Simulation:
         if draw < 0.05:
             return  # the worker never starts
         if draw < 0.15:
-            failed = events.LaunchFailed(
+            failed = events.ProcessEnded(
                 launch, "no luck", killed=draw < 0.1, reclaimed=r.random() < 0.3
             )
             self.after(r.uniform(0, 3), lambda: self._launch_failed(failed))
@@ -646,7 +646,7 @@ class Simulation:
         self.pending.add(launch)
         self.after(self.random.uniform(0.1, 3.0), lambda: self._arrive(launch, slots))
 
-    def _launch_failed(self, failed: events.LaunchFailed) -> None:
+    def _launch_failed(self, failed: events.ProcessEnded) -> None:
         self.pending.discard(failed.launch)
         self.tell(failed)
 

@@ -33,8 +33,8 @@ from cloudexec._core.events import (
     FailuresReceived,
     LaunchesRefused,
     LaunchesTakenOver,
-    LaunchFailed,
     LeasesReturned,
+    ProcessEnded,
     ResultsReceived,
     ShutdownRequested,
     TasksBlocked,
@@ -352,7 +352,7 @@ def test_a_fatal_launch_failure_fails_what_waits_at_once() -> None:
     machine = make(max_slots=1, slots_per_worker=1)
     batch = tasks(1)
     machine.handle(TasksSubmitted(batch), 0.0)
-    commands = machine.handle(LaunchFailed("1", "wrong Python", fatal=True), 0.0)
+    commands = machine.handle(ProcessEnded("1", "wrong Python", fatal=True), 0.0)
     assert commands == [FailTasksUnlaunched(batch, "wrong Python")]
 
 
@@ -366,7 +366,7 @@ def test_launches_that_fail_together_count_as_one_failure() -> None:
         failed = []
         for number, launch in enumerate(list(machine.launches)):
             assert not failed
-            commands = machine.handle(LaunchFailed(launch, "busy"), at + number / 1000)
+            commands = machine.handle(ProcessEnded(launch, "busy"), at + number / 1000)
             failed += only(commands, FailTasksUnlaunched)
         machine.validate()
         if at < 30.0:
@@ -559,7 +559,7 @@ def test_no_more_is_taken_over_than_may_be() -> None:
     machine.validate()
     # Those that were expected and do not come are replaced, as all others.
     machine.handle(TasksSubmitted(tasks(2)), 0.0)
-    commands = machine.handle(LaunchFailed("1", "no sign of it", reclaimed=True), 1.0)
+    commands = machine.handle(ProcessEnded("1", "no sign of it", reclaimed=True), 1.0)
     assert [command.launch for command in only(commands, LaunchWorker)] == ["10001"]
 
 
@@ -760,7 +760,7 @@ def test_launches_that_fail_do_not_fail_what_other_workers_can_do() -> None:
     batch = tasks(5)
     machine.handle(TasksSubmitted(batch), 0.0)
     machine.handle(WorkerConnected("a", 1, "1"), 0.0)
-    commands = machine.handle(LaunchFailed("2", "no image", fatal=True), 1.0)
+    commands = machine.handle(ProcessEnded("2", "no image", fatal=True), 1.0)
     assert commands == []
     assert only(machine.handle(WorkerHeard("a"), 30.0), LaunchWorker) == []
     assert len(only(machine.handle(WorkerHeard("a"), 62.0), LaunchWorker)) == 1
@@ -775,13 +775,13 @@ def test_tasks_that_need_a_larger_worker_fail_when_none_can_be_had() -> None:
     machine.handle(TasksSubmitted([*batch, *tasks(1)]), 0.0)
     machine.handle(WorkerConnected("a", 1, "1"), 0.0)
     machine.handle(WorkerReady("a"), 0.0)
-    machine.handle(LaunchFailed("2", "killed", killed=True), 0.0)
+    machine.handle(ProcessEnded("2", "killed", killed=True), 0.0)
     # It is the turn of the task that climbed: another worker that would not serve it makes way.
     commands = out_of_memory(machine, "a", batch[0])
     assert [each.launch for each in only(commands, TerminateLaunch)] == ["3"]
     (launch,) = only(commands, LaunchWorker)
     assert launch.size == 1
-    commands = machine.handle(LaunchFailed(launch.launch, "no such size", fatal=True), 2.0)
+    commands = machine.handle(ProcessEnded(launch.launch, "no such size", fatal=True), 2.0)
     (failed,) = only(commands, FailTasksUnlaunched)
     assert failed.tasks == [batch[0]]
     machine.validate()

@@ -354,7 +354,7 @@ class History(RuleBasedStateMachine):
             self.machine._scaling.refusing = False  # or little would follow
             return
         del self.launches[launch]
-        failed = events.LaunchFailed(
+        failed = events.ProcessEnded(
             launch, "no luck", fatal=how == "fatal", killed=how == "is killed"
         )
         self.tell(failed)

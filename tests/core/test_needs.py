@@ -30,7 +30,7 @@ from cloudexec._core.events import (
     FailureJudged,
     FailureKind,
     FailuresReceived,
-    LaunchFailed,
+    ProcessEnded,
     ResultsReceived,
     ShutdownRequested,
     TasksCancelled,
@@ -320,7 +320,7 @@ def test_launches_that_fail_fail_only_those_that_nobody_else_serves() -> None:
         connect(machine, launch)
     (large,) = some(1, request(machine, 6, 16, whole=LARGE, size=1))
     (launch,) = only(submit(machine, [large]), LaunchWorker)
-    commands = machine.handle(LaunchFailed(launch.launch, "no such size", fatal=True), 1.0)
+    commands = machine.handle(ProcessEnded(launch.launch, "no such size", fatal=True), 1.0)
     assert [each.tasks for each in only(commands, FailTasksUnlaunched)] == [[large]]
     assert plain[0].state is TaskState.RUNNING
     machine.validate()

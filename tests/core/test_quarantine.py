@@ -12,8 +12,8 @@ from cloudexec._core.events import (
     Failure,
     FailureKind,
     FailuresReceived,
-    LaunchFailed,
     LeasesReturned,
+    ProcessEnded,
     ResultsReceived,
     TasksCancelled,
     TasksStarted,
@@ -150,7 +150,7 @@ def test_a_worker_is_emptied_no_longer_once_nobody_waits_for_it() -> None:
     fleet.submit(*first, *some(12, first=10))
     fleet.coming = False
     fleet.die("w1")
-    fleet.tell(LaunchFailed(next(iter(fleet.machine.launches)), "no luck"))
+    fleet.tell(ProcessEnded(next(iter(fleet.machine.launches)), "no luck"))
     busy = list(fleet.aboard["w2"])
     fleet.answer("w2", *busy[:2])
     fleet.tell(TasksCancelled(first))
@@ -164,7 +164,7 @@ def test_what_was_sent_ahead_leaves_a_worker_that_is_emptied() -> None:
     fleet.submit(*first, *some(300, first=10, stats=quick()))
     fleet.coming = False
     fleet.die("w1")
-    fleet.tell(LaunchFailed(next(iter(fleet.machine.launches)), "no luck"))
+    fleet.tell(ProcessEnded(next(iter(fleet.machine.launches)), "no luck"))
     (recalled,) = fleet.recalled
     assert recalled.worker == "w2"
     assert len(recalled.leases) == len(fleet.aboard["w2"]) - 2
