@@ -195,7 +195,10 @@ class Placed(ProcessFarm):
         async with super().connect(executor) as site:
             farm = site.platform
             if self.key:
-                farm = KeyedFarm(self, self.key)
+                assert isinstance(farm, Farm)
+                keyed = KeyedFarm(self, self.key)
+                keyed.children = farm.children  # which are waited for in the end
+                farm = keyed
             yield dataclasses.replace(
                 site,
                 platform=farm,
