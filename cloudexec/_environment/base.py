@@ -373,7 +373,7 @@ def _system_layer(
             for path, content in seen.sources.items()
             if bytecode_path(path) not in seen.compiled
         }
-        for path, content in compile_sources(fresh, "/", folder / "library").items():
+        for path, content in compile_sources(fresh, "/").items():
             members[path] = Node(content)
     with open(folder / "system-layer", "wb") as file:
         return pack("environment, init and user", sorted(members.items()), file)

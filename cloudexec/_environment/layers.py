@@ -6,11 +6,13 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import marshal
 import os
+import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +34,7 @@ __all__ = [
     "pack",
 ]
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same components make other layers."""
 _LARGE = 8 * 2**20
 """Bytes from which a package has a layer of its own."""
@@ -42,6 +44,23 @@ _SMALL_LAYERS = 8
 """Layers that small packages share: if one changes, an eighth of them is sent again."""
 _LEVEL = 5
 """6 takes half as long again, for 1 % less."""
+_NOT_COMPILED = re.compile(r"/tests?/")
+"""Directories whose bytecode no worker is likely to want: with it, pandas takes twice as long."""
+_COMPILER = """
+import importlib.util, marshal, sys
+found = []
+for path, source in marshal.load(sys.stdin.buffer).items():
+    try:
+        code = compile(source, path, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        found.append(b"")
+        continue
+    head = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little")
+    found.append(head + importlib.util.source_hash(source) + marshal.dumps(code))
+marshal.dump(found, sys.stdout.buffer)
+"""
+"""Reads sources by path, and writes their bytecode in the same order; empty: does not compile. The
+head says that it is never compared with its source. PEP 552, "Deterministic pycs"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,9 +186,11 @@ def _pack_groups(groups: Sequence[Group], target: Target, folder: Path) -> list[
             for each in groups
             for component in each.components
             for entry in component.entries
-            if entry.path.endswith(".py") and not entry.is_script
+            if entry.path.endswith(".py")
+            and not entry.is_script
+            and not _NOT_COMPILED.search(entry.path)
         }
-        bytecode = compile_sources(sources, f"/{ENVIRONMENT_ROOT}", folder / "sources")
+        bytecode = compile_sources(sources, f"/{ENVIRONMENT_ROOT}")
 
     def pack_one(numbered: tuple[int, Group]) -> Layer:
         number, each = numbered
@@ -207,9 +228,7 @@ def bytecode_path(source: str) -> str:
     return f"{folder}/__pycache__/{stem}.{sys.implementation.cache_tag}.pyc"
 
 
-def compile_sources(
-    sources: dict[str, Path | bytes], shown_below: str, folder: Path
-) -> dict[str, bytes]:
+def compile_sources(sources: Mapping[str, Path | bytes], shown_below: str) -> dict[str, bytes]:
     """Return the bytecode of sources, by its path; what does not compile is somebody's test data.
 
     It is never compared with its source, so it is right whatever time a layer's files have.
@@ -217,26 +236,46 @@ def compile_sources(
     Args:
         sources: By path.
         shown_below: The directory of those paths where they are run, as tracebacks show it.
-        folder: For temporary files.
     """
-    for path, source in sources.items():
-        staged = folder / path
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(source if isinstance(source, bytes) else source.read_bytes())
-    command = [sys.executable, "-I", "-m", "compileall", "-qq", "-j", "0", "-f"]
-    command += ["--invalidation-mode", "unchecked-hash", "-s", str(folder), "-p", shown_below]
-    subprocess.run(
-        [*command, str(folder)],
-        check=False,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    found = {}
-    for path in sources:
-        compiled = folder / bytecode_path(path)
-        if compiled.exists():
-            found[bytecode_path(path)] = compiled.read_bytes()
+    sizes = {
+        path: len(source) if isinstance(source, bytes) else source.stat().st_size
+        for path, source in sources.items()
+    }
+    # The largest first, and each to the process that has least to do.
+    shares: list[list[str]] = [[] for _ in range(os.cpu_count() or 1)]
+    loads = [0] * len(shares)
+    for path in sorted(sizes, key=lambda each: (-sizes[each], each)):
+        number = loads.index(min(loads))
+        shares[number].append(path)
+        loads[number] += sizes[path]
+
+    def compile_share(paths: Sequence[str]) -> dict[str, bytes]:
+        texts = {
+            f"{shown_below.rstrip('/')}/{path}": source
+            if isinstance(source, bytes)
+            else source.read_bytes()
+            for path in paths
+            for source in [sources[path]]
+        }
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-W", "ignore", "-c", _COMPILER],
+            input=marshal.dumps(texts),
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        # A compiler that has crashed costs time at each worker's start, and nothing else.
+        compiled = marshal.loads(done.stdout) if done.returncode == 0 else [b""] * len(paths)
+        return {
+            bytecode_path(path): content
+            for path, content in zip(paths, compiled, strict=True)
+            if content
+        }
+
+    found: dict[str, bytes] = {}
+    with ThreadPoolExecutor(len(shares)) as pool:
+        for each in pool.map(compile_share, filter(None, shares)):
+            found.update(each)
     return found
 
 

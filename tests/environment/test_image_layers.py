@@ -132,6 +132,19 @@ def test_what_does_not_compile_is_left_as_it_is(build: Building) -> None:
     assert not [path for path in files(layer) if path.endswith(".pyc")]
 
 
+def test_tests_of_packages_get_no_bytecode(build: Building) -> None:
+    """A large package may have more of them than of anything else."""
+    entries = tuple(
+        Entry(f"{SITE}/{path}", b"x = 1\n")
+        for path in ("thing/__init__.py", "thing/tests/test_a.py", "thing/testing.py")
+    )
+    (layer,) = build(Component(name="thing", entries=entries)).values()
+    suffix = f".{sys.implementation.cache_tag}.pyc"
+    compiled = {path.removesuffix(suffix) for path in files(layer) if path.endswith(".pyc")}
+    folder = f"opt/worker/{SITE}/thing/__pycache__"
+    assert compiled == {f"{folder}/__init__", f"{folder}/testing"}
+
+
 def test_another_python_gets_no_bytecode(build: Building) -> None:
     """This one would write what that one cannot read."""
     (layer,) = build(component("thing"), target=OTHER).values()
