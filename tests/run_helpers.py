@@ -19,6 +19,7 @@ import pytest
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.setup import SetupOptions, up
+from cloudexec._runs import inside
 from cloudexec._runs.bucket import RunBucket
 from cloudexec._runs.plan import RunPlan
 from cloudexec.testing import FakeAWS
@@ -54,6 +55,19 @@ def eventually(probe: Callable[[], object], *, seconds: float = 60.0) -> None:
         threading.Event().wait(0.05)
 
 
+def asked(aws: FakeAWS, patch: pytest.MonkeyPatch, operation: str) -> threading.Event:
+    """Return an event that is set when AWS is asked for something, before it answers."""
+    answer, found = aws.faults.wait_before, threading.Event()
+
+    def noted(name: str) -> None:
+        if name == operation:
+            found.set()
+        answer(name)
+
+    patch.setattr(aws.faults, "wait_before", noted)
+    return found
+
+
 def left_nothing(aws: FakeAWS, *, within: float = 0.0) -> None:
     """Check that every request was allowed and right, and that no job is active after a time."""
     aws.faults.clear()
@@ -82,7 +96,7 @@ def create(plan: RunPlan, objects: Mapping[str, bytes] = MappingProxyType({})) -
 
 def start_machine(plan: RunPlan, folder: Path) -> subprocess.Popen[str]:
     """Start what a machine runs, without a job."""
-    where = f"s3://{Profile.load('default').bucket}/cloudexec/runs/{plan.name}/"
+    where = place_of(plan)
     return subprocess.Popen(
         [sys.executable, "-m", "cloudexec.worker"],
         cwd=folder,
@@ -93,15 +107,17 @@ def start_machine(plan: RunPlan, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def machine(
-    plan: RunPlan, folder: Path, objects: Mapping[str, bytes] = MappingProxyType({})
-) -> subprocess.CompletedProcess[str]:
-    """Write what is to be run, and run what a machine runs to its end."""
+def machine_here(
+    plan: RunPlan, objects: Mapping[str, bytes] = MappingProxyType({}), *, start_id: str = ""
+) -> int:
+    """Write what is to be run, and do in this process what a machine does; return its exit code.
+
+    What it prints is captured with ``capfd``.
+    """
     create(plan, objects)
-    with start_machine(plan, folder) as process:
-        try:
-            output, errors = process.communicate(timeout=100)
-        except BaseException:
-            process.kill()
-            raise
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    return asyncio.run(inside._run(place_of(plan), plan.region, start_id or plan.start_id))
+
+
+def place_of(plan: RunPlan) -> str:
+    """Return where a run is, as its machine is told it."""
+    return f"s3://{Profile.load('default').bucket}/cloudexec/runs/{plan.name}/"

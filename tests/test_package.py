@@ -88,6 +88,7 @@ MAY_IMPORT = {
         "_environment",
         "_journal",
         "_launchers",
+        "_log",
         "_modules",
         "_objects",
         "_pricing",

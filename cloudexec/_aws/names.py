@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import re
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "partition_of",
     "region_of",
     "stack_name",
+    "user_name",
 ]
 
 TAG_EXECUTOR = "cloudexec:executor"
@@ -122,3 +124,11 @@ def definition_name(content_hash: str) -> str:
 def object_prefix(executor_id: str) -> str:
     """Return what the keys of an executor's objects begin with."""
     return f"{OBJECTS_PREFIX}{executor_id}/"
+
+
+def user_name() -> str:
+    """Return the name of the user here, for tags and reasons."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container's user may have no name
+        return "unknown"

@@ -8,12 +8,20 @@ A run has a prefix of its own in the profile's bucket:
 
     cloudexec/runs/<name>/run.json       what is to be run
     cloudexec/runs/<name>/files.tar.gz   the files that were sent
-    cloudexec/runs/<name>/variables.json variables of the environment, deleted at the end
-    cloudexec/runs/<name>/started.json   when the first attempt began
+    cloudexec/runs/<name>/variables-<start>.json  variables of the environment, until the end
+    cloudexec/runs/<name>/job-<start>.json        which job runs the program
+    cloudexec/runs/<name>/started-<start>.json    when the first attempt began
     cloudexec/runs/<name>/outputs.json   names and digests of the files that came back so far
     cloudexec/runs/<name>/outputs/...    these files, at names that begin with their digests
     cloudexec/runs/<name>/result.json    how the program ended
     cloudexec/runs/<name>/journal/...    the journal of executors in it, if they keep one there
+
+A run that is started again under its name, with ``--resume``, is another start with an id of its
+own: what belongs to one start names it.
+
+AWS may start two jobs for one request, if its answer was lost and its list of jobs is late. The
+first one that ``job-<start>.json`` names runs the program, whether the client or the machine has
+written it. The client asks for that job by its id, and needs no list.
 
 The bucket's lifecycle rule deletes objects one by one, days after each was written. The machine
 writes anew what is needed longer, and a start deletes what is left of an earlier run of its name.

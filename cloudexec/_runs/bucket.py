@@ -18,7 +18,7 @@ from cloudexec._aws.names import RUNS_PREFIX
 from cloudexec._errors import AwsError, ConfigError
 from cloudexec._objects.s3 import Bucket
 from cloudexec._runs.files import Archive
-from cloudexec._runs.plan import RunPlan, RunResult
+from cloudexec._runs.plan import RunPlan, RunResult, known
 
 __all__ = ["RENEW_EVERY", "OutputFile", "RunBucket", "file_digest", "list_names"]
 
@@ -26,7 +26,8 @@ RENEW_EVERY = 12 * 3600.0
 """Seconds after which objects that a run needs are written anew while it goes on: the bucket's
 lifecycle rule counts whole days, at least one, from when an object was written."""
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
-_OF_ONE_START = ("result.json", "started.json", "variables.json")
+_OF_ALL_STARTS = ("outputs.json", "outputs/", "journal/")
+"""What a start with ``--resume`` goes on with."""
 _GONE = ("NoSuchKey", "InvalidRange", "BadDigest")
 _TRIES = 3
 """Times that outputs are fetched which change meanwhile."""
@@ -136,16 +137,20 @@ class RunBucket:
         """
         if not await self._put("run.json", plan.to_json(), is_new=True):
             return False
-        if resumes:
-            await self._objects.delete(_OF_ONE_START)
-        else:
-            await self._objects.delete(set(await self._names()) - {"run.json"})
+        await self._forget_earlier(_OF_ALL_STARTS if resumes else ())
         return True
 
     async def replace(self, plan: RunPlan) -> None:
         """Write what is to be run instead; the journal and the files that came back stay."""
-        await self._objects.delete(_OF_ONE_START)
         await self._put("run.json", plan.to_json())
+        await self._forget_earlier(_OF_ALL_STARTS)
+
+    async def _forget_earlier(self, kept: tuple[str, ...]) -> None:
+        """Delete what earlier starts have left, but for objects with some beginnings."""
+        names = await self._names()
+        await self._objects.delete(
+            [each for each in names if each != "run.json" and not each.startswith(kept)]
+        )
 
     async def _names(self) -> list[str]:
         """Return the names of all objects of the run."""
@@ -170,33 +175,47 @@ class RunBucket:
             )
         return RunPlan.from_json(data)
 
-    async def put_result(self, result: RunResult) -> None:
-        """Write how the program ended."""
-        await self._put("result.json", result.to_json())
+    async def put_result(self, result: RunResult, *, is_new: bool = False) -> None:
+        """Write how the program ended; with ``is_new`` only if nothing is written yet."""
+        await self._put("result.json", result.to_json(), is_new=is_new)
 
-    async def result(self) -> RunResult | None:
-        """Return how the program ended; ``None``: the machine has not said so."""
+    async def result(self, start_id: str) -> RunResult | None:
+        """Return how the program of a start ended; ``None``: the machine has not said so."""
         data = await self._get("result.json")
-        return None if data is None else RunResult.from_json(data)
+        result = None if data is None else RunResult.from_json(data)
+        return result if result is not None and result.start_id == start_id else None
 
-    async def put_variables(self, variables: Mapping[str, str]) -> None:
+    async def put_variables(self, start_id: str, variables: Mapping[str, str]) -> None:
         """Write variables of the program's environment: they are nowhere else."""
-        await self._put("variables.json", json.dumps(dict(variables)).encode())
+        await self._put(f"variables-{start_id}.json", json.dumps(dict(variables)).encode())
 
-    async def variables(self) -> dict[str, str]:
+    async def variables(self, start_id: str) -> dict[str, str]:
         """Return variables of the program's environment."""
-        data = await self._get("variables.json")
+        data = await self._get(f"variables-{start_id}.json")
         return {} if data is None else dict(json.loads(data))
 
-    async def forget_variables(self) -> None:
+    async def forget_variables(self, start_id: str) -> None:
         """Delete them, as nobody needs them any more."""
-        await self._objects.delete(["variables.json"])
+        await self._objects.delete([f"variables-{start_id}.json"])
 
-    async def first_start(self) -> float:
+    async def claim(self, start_id: str, job_id: str) -> str:
+        """Write which job runs the program of a start, unless one is written; return that one."""
+        mine = json.dumps({"job_id": job_id}).encode()
+        if not await self._put(f"job-{start_id}.json", mine, is_new=True):
+            return await self.job_id(start_id) or job_id
+        return job_id
+
+    async def job_id(self, start_id: str) -> str:
+        """Return which job runs the program of a start; empty: that is not written."""
+        data = await self._get(f"job-{start_id}.json")
+        return "" if data is None else str(json.loads(data)["job_id"])
+
+    async def first_start(self, start_id: str) -> float:
         """Return when the first attempt began, in Unix time: now, if this is the first one."""
+        name = f"started-{start_id}.json"
         mine = json.dumps({"at": time.time()}).encode()
-        if not await self._put("started.json", mine, is_new=True):
-            mine = await self._get("started.json") or mine
+        if not await self._put(name, mine, is_new=True):
+            mine = await self._get(name) or mine
         return float(json.loads(mine)["at"])
 
     async def renew(self, plan: RunPlan, archive: Path | None) -> None:
@@ -207,7 +226,8 @@ class RunBucket:
             archive: The files that were sent with it; ``None``: there are none.
         """
         await self._put("run.json", plan.to_json())
-        for name in ("started.json", "variables.json"):
+        for kind in ("job", "started", "variables"):
+            name = f"{kind}-{plan.start_id}.json"
             if (data := await self._get(name)) is not None:
                 await self._put(name, data)
         if archive is not None:
@@ -261,7 +281,11 @@ class RunBucket:
     async def outputs(self) -> list[OutputFile]:
         """Return which files have come back so far."""
         data = await self._get("outputs.json")
-        return [] if data is None else [OutputFile(**each) for each in json.loads(data)]
+        return (
+            []
+            if data is None
+            else [OutputFile(**known(OutputFile, each)) for each in json.loads(data)]
+        )
 
     async def send_output(self, output: OutputFile, path: Path) -> None:
         """Upload a file that the program has written; ``put_outputs`` lists it."""

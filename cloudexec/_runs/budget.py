@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
+import contextlib
 
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.profile import Profile
 from cloudexec._errors import AwsError
-from cloudexec._runs.places import place_named
+from cloudexec._runs.places import Place, has_place, place_named
 from cloudexec._runs.plan import RunPlan
 
 __all__ = ["Budget"]
@@ -25,23 +25,27 @@ class Budget:
     """
 
     def __init__(self, clients: AwsClients, plan: RunPlan, *, every: float = _EVERY) -> None:
-        values = {**plan.profile, "subnets": tuple(plan.profile.get("subnets", ()))}
-        self._place = place_named(plan.on, clients, Profile(**values)) if plan.profile else None
+        profile = plan.profile_inside()
+        # A newer release may have started it in another place.
+        if profile is not None and has_place(plan.on):
+            self._place: Place | None = place_named(plan.on, clients, profile)
+        else:
+            self._place = None
         self._plan = plan
         self._every = every
-        self._looked_at = time.monotonic()
+
+    async def reached(self) -> str:
+        """Wait until the ceiling is reached, for ever if there is none; say so."""
+        while True:
+            await asyncio.sleep(self._every)
+            if over := await self.exceeded():
+                return over
 
     async def exceeded(self) -> str:
-        """Say that the ceiling is reached, now and then; empty: it is not, or there is none.
-
-        The workers of executors in the run are ended then.
-        """
+        """Say that the ceiling is reached; empty: it is not, or there is none."""
         most = self._plan.max_cost_usd
         if most is None or self._place is None:
             return ""
-        if time.monotonic() - self._looked_at < self._every:
-            return ""
-        self._looked_at = time.monotonic()
         try:
             found = (await self._place.find([self._plan])).get(self._plan.name)
         except AwsError:
@@ -61,11 +65,10 @@ class Budget:
         if self._place is None:
             return 0.0
         name = self._plan.name
-        try:
+        found = None
+        with contextlib.suppress(AwsError):
             found = (await self._place.find([self._plan])).get(name)
             if found is not None and found.workers:
-                reason = f"cloudexec: the run {name} has ended, and it is not needed any more"
+                reason = f"cloudexec: the run {name} does not need it any more"
                 await self._place.stop(name, reason, workers_only=True)
-        except AwsError:
-            return 0.0
         return 0.0 if found is None else found.workers_usd

@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -29,6 +29,7 @@ from cloudexec._runs.protocol import (
     EXIT_NOT_RUN,
     REGION_VARIABLE,
     RUN_VARIABLE,
+    START_VARIABLE,
     last_line,
 )
 
@@ -71,8 +72,9 @@ def main() -> NoReturn:
     """Run what the environment names, and end this process with the program's exit code."""
     where = os.environ.pop(RUN_VARIABLE)
     region = os.environ.pop(REGION_VARIABLE)
+    start_id = os.environ.pop(START_VARIABLE, "")
     try:
-        code = asyncio.run(_run(where, region))
+        code = asyncio.run(_run(where, region, start_id))
     except (CloudexecError, OSError, tarfile.TarError) as exc:
         _say(f"the program could not be run: {exc}")
         code = EXIT_NOT_RUN
@@ -83,46 +85,79 @@ def main() -> NoReturn:
     os._exit(code)
 
 
-async def _run(where: str, region: str) -> int:
+async def _run(where: str, region: str, start_id: str) -> int:
     bucket_name, _, prefix = where.removeprefix("s3://").partition("/")
     async with AwsClients(region) as clients:
         bucket = RunBucket(clients, bucket_name, prefix.strip("/").rpartition("/")[2])
         plan = await bucket.plan()
-        result = await _earlier_result(bucket)
-        if result is None:
+        if why := await _is_too_many(bucket, plan, start_id):
+            _say(f"{why}: this one does not run it")
+            return EXIT_NOT_RUN
+        budget = Budget(clients, plan)
+        result = await _earlier_result(bucket, plan)
+        if result is not None:
+            await _settle(budget)
+        else:
             began = time.time()
-            machine = _Machine(clients, bucket, plan)
             try:
-                result = await machine.run()
+                result = await _Machine(bucket, plan, budget).run()
             except Exception as exc:
                 # Whatever it was, the client is to learn of it.
                 if not isinstance(exc, (CloudexecError, OSError, tarfile.TarError)):
                     traceback.print_exc()
                 result = RunResult(exit_code=EXIT_NOT_RUN, reason=f"it could not be run: {exc}")
                 _say(result.reason)
-            result = _dated(result, began)
+            result = replace(
+                result,
+                start_id=plan.start_id,
+                started_at=began,
+                ended_at=time.time(),
+                attempt=_attempt(),
+            )
             await _put_result(bucket, result)
-            if workers_usd := await machine.settle():
+            if workers_usd := await _settle(budget):
                 await _put_result(bucket, replace(result, workers_usd=workers_usd))
         if result.is_final:
             with contextlib.suppress(CloudexecError):
-                await bucket.forget_variables()
+                await bucket.forget_variables(plan.start_id)
             print(f"{last_line(plan.name)}, with exit code {result.exit_code}", flush=True)
         return result.exit_code
 
 
-async def _earlier_result(bucket: RunBucket) -> RunResult | None:
-    """Return how the program ended, if it did so in an earlier attempt.
+async def _is_too_many(bucket: RunBucket, plan: RunPlan, start_id: str) -> str:
+    """Say why another job runs the program; empty: this one does."""
+    if plan.start_id != start_id:
+        return "the run was started again since this job was submitted"
+    job_id = os.environ.get("AWS_BATCH_JOB_ID", "")
+    if job_id and (other := await bucket.claim(start_id, job_id)) != job_id:
+        return f"the job {other} runs the program"
+    return ""
+
+
+async def _earlier_result(bucket: RunBucket, plan: RunPlan) -> RunResult | None:
+    """Return how the program ended, if it did so in an earlier attempt, or the run was stopped.
 
     AWS may take a machine back just after that, and starts another attempt then.
     """
-    if _attempt() == 1:
+    result = await bucket.result(plan.start_id)
+    if result is None or not result.is_final:
         return None
-    result = await bucket.result()
-    if result is None or not result.is_final or result.exit_code == EXIT_NOT_RUN:
+    if result.was_stopped:
+        _say(f"the run was {result.reason}, and the program is not run")
+        return result
+    if result.exit_code == EXIT_NOT_RUN:
         return None
     _say(f"the program has ended in attempt {result.attempt}, and is not run again")
     return result
+
+
+async def _settle(budget: Budget) -> float:
+    """End workers that the program has left behind; say what workers have cost."""
+    try:
+        return await budget.settle()
+    except Exception:  # how the program has ended, or will, does not change
+        traceback.print_exc()
+        return 0.0
 
 
 async def _put_result(bucket: RunBucket, result: RunResult) -> None:
@@ -133,10 +168,6 @@ async def _put_result(bucket: RunBucket, result: RunResult) -> None:
         _say(f"how the program ended could not be written into the bucket: {exc}")
 
 
-def _dated(result: RunResult, began: float) -> RunResult:
-    return replace(result, started_at=began, ended_at=time.time(), attempt=_attempt())
-
-
 def _attempt() -> int:
     return int(os.environ.get("AWS_BATCH_JOB_ATTEMPT") or 1)
 
@@ -145,21 +176,21 @@ class _Machine:
     """Runs the program once.
 
     Args:
-        clients: Calls to AWS.
         bucket: What the bucket has of the run.
         plan: What is to be run.
+        budget: What the run has cost.
     """
 
-    def __init__(self, clients: AwsClients, bucket: RunBucket, plan: RunPlan) -> None:
-        self._clients = clients
+    def __init__(self, bucket: RunBucket, plan: RunPlan, budget: Budget) -> None:
         self._bucket = bucket
         self._plan = plan
+        self._budget = budget
         self._was_told = asyncio.Event()
+        self._has_ended = asyncio.Event()
         self._was_interrupted = False
         """Whether it was told to stop before the program had ended."""
         self._reason = ""
         self._archive: Path | None = None
-        self._budget: Budget | None = None
         self._renewed_at = time.monotonic()
         self._failures: set[str] = set()
 
@@ -168,8 +199,10 @@ class _Machine:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._was_told.set)
+        if _attempt() > 1:
+            await _settle(self._budget)  # an earlier attempt may have left workers
         plan = self._plan
-        first = await self._bucket.first_start()
+        first = await self._bucket.first_start(plan.start_id)
         left = first + plan.max_seconds - time.time()
         if left <= 0 and _attempt() > 1:
             reason = f"its time limit of {plan.max_seconds} s was over before attempt {_attempt()}"
@@ -183,10 +216,14 @@ class _Machine:
             work = await self._prepare(Path(name))
             outputs = Outputs(self._bucket, work, plan.outputs, plan.output_folders)
             await outputs.prepare(_say)
-            variables = await self._bucket.variables()
+            variables = await self._bucket.variables(plan.start_id)
             process = await self._start(work, Path(name), variables)
-            self._budget = Budget(self._clients, plan)
-            code = await self._watch(process, outputs, self._budget, limit)
+            keeping = asyncio.ensure_future(self._keep_now_and_then(outputs))
+            try:
+                code = await self._watch(process, limit)
+            finally:
+                self._has_ended.set()
+            await keeping  # what it is sending need not be sent again
             if lost := await self._keep(outputs):
                 _say(f"files that the program has written did not come back: {lost}")
                 self._reason = self._reason or f"files did not come back: {lost}"
@@ -194,16 +231,6 @@ class _Machine:
             return RunResult(
                 exit_code=code, reason=self._reason, is_final=not self._was_interrupted
             )
-
-    async def settle(self) -> float:
-        """End workers that the program has left behind; say what workers have cost."""
-        if self._budget is None:
-            return 0.0
-        try:
-            return await self._budget.settle()
-        except Exception:  # the program has ended, and how it did does not change
-            traceback.print_exc()
-            return 0.0
 
     async def _prepare(self, folder: Path) -> Path:
         """Unpack the files of the run; return its folder."""
@@ -234,8 +261,6 @@ class _Machine:
             raise OSError(f"{plan.title}: {exc.strerror or exc}") from exc
 
     def _environment(self, work: Path, folder: Path) -> dict[str, str]:
-        from cloudexec._aws.profile import Profile
-
         plan = self._plan
         found = {
             "PYTHONUNBUFFERED": "1",
@@ -251,46 +276,40 @@ class _Machine:
             path.append(given)
         if path:
             found["PYTHONPATH"] = os.pathsep.join(path)
-        if plan.profile:
+        if (profile := plan.profile_inside()) is not None:
             found["CLOUDEXEC_CONFIG_DIR"] = str(folder / "profiles")
-            values = {**plan.profile, "subnets": tuple(plan.profile.get("subnets", ()))}
             os.environ["CLOUDEXEC_CONFIG_DIR"] = found["CLOUDEXEC_CONFIG_DIR"]
-            for name in dict.fromkeys((plan.profile["name"], "default")):
-                Profile(**{**values, "name": name}).save()
+            for name in dict.fromkeys((profile.name, "default")):
+                replace(profile, name=name).save()
         return found
 
-    async def _watch(self, process: Process, outputs: Outputs, budget: Budget, limit: float) -> int:
+    async def _watch(self, process: Process, limit: float) -> int:
         """Wait for the program's end; end it when told to, or when time or money are used up."""
         ending = asyncio.ensure_future(process.wait())
         told = asyncio.ensure_future(self._was_told.wait())
-        deadline = time.monotonic() + limit
-        pause = _KEEP_FIRST
+        over = asyncio.ensure_future(self._budget.reached())
         try:
-            while not ending.done():
-                wait = min(pause, deadline - time.monotonic())
-                pause = min(2 * pause, _KEEP_EVERY)
-                await asyncio.wait(
-                    (ending, told), timeout=max(0.0, wait), return_when=asyncio.FIRST_COMPLETED
-                )
-                if ending.done() or process.returncode is not None:
-                    break
+            await asyncio.wait(
+                (ending, told, over),
+                timeout=max(0.0, limit),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not ending.done() and process.returncode is None:
                 if told.done():
                     self._was_interrupted = True
                     self._reason = "it was told to stop, by a person or as its machine was needed"
-                elif time.monotonic() >= deadline:
+                elif over.done():
+                    self._reason = over.result()
+                else:
                     self._reason = (
                         f"it was ended as its time limit of {self._plan.max_seconds} s was nearly "
                         f"over: --max-hours or --max-cost allow more"
                     )
-                elif over := await budget.exceeded():
-                    self._reason = over
-                if self._reason:
-                    _say(self._reason)
-                    await self._end(process, ending)
-                    break
-                await self._keep_now_and_then(outputs)
+                _say(self._reason)
+                await self._end(process, ending)
         finally:
             told.cancel()
+            over.cancel()
             # Processes that the program has left behind end with it, as with its container.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -310,17 +329,36 @@ class _Machine:
             await asyncio.wait_for(asyncio.shield(ending), _GRACE)
 
     async def _keep_now_and_then(self, outputs: Outputs) -> None:
-        """Send files that have changed; a failure is told of once, and does not end the program."""
-        try:
-            failures = set(await outputs.keep())
+        """Send files that have changed until the program has ended; it goes on meanwhile."""
+        pause = _KEEP_FIRST
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._has_ended.wait(), pause)
+            if self._has_ended.is_set():
+                return
+            pause = min(2 * pause, _KEEP_EVERY)
+            try:
+                failures = await outputs.keep()
+            except Exception as exc:
+                failures = [str(exc) or repr(exc)]
+            self._say_once("a file that the program has written is not in the bucket yet", failures)
             if time.monotonic() - self._renewed_at > RENEW_EVERY:
-                await self._bucket.renew(self._plan, self._archive)
-                self._renewed_at = time.monotonic()
+                await self._renew()
+
+    async def _renew(self) -> None:
+        """Write anew what a further attempt needs."""
+        try:
+            await self._bucket.renew(self._plan, self._archive)
         except Exception as exc:
-            failures = {str(exc)}
-        for each in sorted(failures - self._failures):
-            _say(f"a file that the program has written is not in the bucket yet: {each}")
-        self._failures |= failures
+            text = "what another attempt needs could not be written anew, which is tried again"
+            self._say_once(text, [str(exc) or repr(exc)])
+        else:
+            self._renewed_at = time.monotonic()
+
+    def _say_once(self, text: str, failures: Iterable[str]) -> None:
+        for each in sorted({f"{text}: {why}" for why in failures} - self._failures):
+            self._failures.add(each)
+            _say(each)
 
     async def _keep(self, outputs: Outputs) -> str:
         """Send files of a program that has ended; say what did not come back, and why."""

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import Any
 
 from cloudexec._aws import names
@@ -161,7 +162,7 @@ class OnBatch:
             (job_id,) = await asyncio.gather(submitting, return_exceptions=True)
             if isinstance(job_id, str):
                 try:
-                    await self._terminate(job_id, "stopped by its user before it began")
+                    await self.end(job_id, "stopped by its user before it began")
                 except AwsError as exc:
                     raise StillRunning(
                         f"its job {job_id} runs, and could not be ended: {exc.message}",
@@ -170,7 +171,8 @@ class OnBatch:
                     ) from exc
             raise
 
-    async def _terminate(self, job_id: str, reason: str) -> None:
+    async def end(self, job_id: str, reason: str) -> None:
+        """Terminate a job."""
         terminate = functools.partial(
             self._clients.call,
             "batch",
@@ -197,7 +199,7 @@ class OnBatch:
     # Looking.
 
     async def find(
-        self, plans: Sequence[RunPlan], job_ids: Collection[str] = ()
+        self, plans: Sequence[RunPlan], job_ids: Mapping[str, str] = MappingProxyType({})
     ) -> dict[str, MachineState]:
         """Look at the jobs of runs, and at those of executors in them."""
         if not plans:
@@ -205,7 +207,8 @@ class OnBatch:
         details = await self._search.jobs()
         # ListJobs may be late: AWS does not say how much.
         listed = {str(each["jobId"]) for each in details}
-        details += await self._search.describe([each for each in job_ids if each not in listed])
+        unlisted = [each for each in job_ids.values() if each not in listed]
+        details += await self._search.describe(unlisted)
         of_runs: dict[str, list[Mapping[str, Any]]] = {}
         for each in details:
             of_runs.setdefault(str(each.get("tags", {}).get(names.TAG_RUN, "")), []).append(each)
@@ -215,7 +218,7 @@ class OnBatch:
         return {
             plan.name: state
             for plan in plans
-            if (state := _state(plan, jobs[plan.name], infos)) is not None
+            if (state := _state(plan, jobs[plan.name], infos, job_ids.get(plan.name, "")))
         }
 
     async def look(self, plan: RunPlan, state: MachineState) -> MachineState:
@@ -254,17 +257,24 @@ class OnBatch:
 
     # The end.
 
-    async def stop(self, name: str, reason: str, *, workers_only: bool = False) -> int:
+    async def stop(
+        self, name: str, reason: str, job_id: str = "", *, workers_only: bool = False
+    ) -> int:
         """Terminate the job, and then those of executors in it, which would start no more."""
+        details = await self._search.jobs(active=True)
+        if job_id and job_id not in {each["jobId"] for each in details}:
+            # ListJobs may be late.
+            described = await self._search.describe([job_id])
+            details += [each for each in described if each["status"] in ACTIVE]
         details = [
             each
-            for each in await self._search.jobs(active=True)
+            for each in details
             if each.get("tags", {}).get(names.TAG_RUN) == name
             and not (workers_only and _is_own(each, name))
         ]
         details.sort(key=lambda each: not _is_own(each, name))
         for each in details:
-            await self._terminate(str(each["jobId"]), reason)
+            await self.end(str(each["jobId"]), reason)
         return len(details)
 
 
@@ -327,13 +337,19 @@ def _why_it_ended(details: Mapping[str, Any]) -> str:
 
 
 def _state(
-    plan: RunPlan, details: Sequence[Mapping[str, Any]], infos: Mapping[str, JobInfo]
+    plan: RunPlan,
+    details: Sequence[Mapping[str, Any]],
+    infos: Mapping[str, JobInfo],
+    job_id: str = "",
 ) -> MachineState | None:
-    """Put together what the jobs of a start say; ``None``: its own is not among them."""
+    """Put together what the jobs of a start say; ``None``: its own is not among them.
+
+    Of several own ones, the one with the id runs the program.
+    """
     own = [each for each in details if _is_own(each, plan.name)]
     if not own:
         return None
-    newest = max(own, key=lambda each: int(each["createdAt"]))
+    newest = max(own, key=lambda each: (each["jobId"] == job_id, int(each["createdAt"])))
     info = infos[newest["jobId"]]
     workers = [infos[each["jobId"]] for each in details if not _is_own(each, plan.name)]
     all_own = [infos[each["jobId"]] for each in own]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import import_module
+from types import MappingProxyType
 from typing import Protocol
 
 from cloudexec._aws.clients import AwsClients
@@ -25,6 +26,7 @@ __all__ = [
     "place_named",
 ]
 
+_NONE: Mapping[str, str] = MappingProxyType({})
 _PLACES: Mapping[str, str] = {"batch": "cloudexec._runs.on_batch:OnBatch"}
 
 
@@ -80,7 +82,7 @@ class MachineState:
     """Of workers that executors in it have started, up to now."""
     workers: int = 0
     """Jobs of such executors that have not ended."""
-    is_estimate: bool = field(default=False)
+    is_estimate: bool = False
 
 
 class StillRunning(AwsError):
@@ -114,7 +116,7 @@ class Place(Protocol):
         """
 
     async def find(
-        self, plans: Sequence[RunPlan], job_ids: Collection[str] = ()
+        self, plans: Sequence[RunPlan], job_ids: Mapping[str, str] = _NONE
     ) -> dict[str, MachineState]:
         """Say how the machines of runs are, by the runs' names.
 
@@ -122,8 +124,8 @@ class Place(Protocol):
 
         Args:
             plans: Of the runs.
-            job_ids: Machines that are known to have been started, also where the place does not
-                list them yet.
+            job_ids: Machines that are known to run their programs, by the runs' names. They are
+                found also where the place does not list them yet.
         """
 
     async def look(self, plan: RunPlan, state: MachineState) -> MachineState:
@@ -132,12 +134,23 @@ class Place(Protocol):
     async def why(self, state: MachineState) -> str:
         """Say why a machine waits, or how it ended, in words for people."""
 
-    async def stop(self, name: str, reason: str, *, workers_only: bool = False) -> int:
+    async def stop(
+        self, name: str, reason: str, job_id: str = "", *, workers_only: bool = False
+    ) -> int:
         """End the machine of a run, and the workers of executors in it, or only these.
+
+        Args:
+            name: Of the run.
+            reason: What the place is to say of them.
+            job_id: Its machine, if it is known: the place may not list it yet.
+            workers_only: Whether the machine is left alone.
 
         Returns:
             How many jobs were ended.
         """
+
+    async def end(self, job_id: str, reason: str) -> None:
+        """End one machine, and nothing else."""
 
 
 def has_place(name: str) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from cloudexec._aws.profile import Profile
 from cloudexec._errors import ConfigError
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "check_name",
     "check_output_folders",
     "check_outputs",
+    "known",
     "new_name",
     "new_start_id",
 ]
@@ -76,8 +78,6 @@ class RunPlan:
     """Unix time."""
     start_id: str = ""
     """Of this start: another one of the same name, such as with ``--resume``, has another one."""
-    python: str = ""
-    """Minor version of Python, of the client and of the machine."""
     region: str = ""
     profile: Mapping[str, Any] = field(default_factory=dict)
     """What an executor in it knows of the account, as a profile has it."""
@@ -87,6 +87,13 @@ class RunPlan:
         """The command, for people."""
         words = {"module": ["-m", self.target], "command": ["--"]}.get(self.kind, [self.target])
         return " ".join([*words, *self.args])
+
+    def profile_inside(self) -> Profile | None:
+        """Return what an executor in it knows of the account; ``None``: nothing."""
+        if not self.profile:
+            return None
+        subnets = tuple(self.profile.get("subnets", ()))
+        return Profile(**{**known(Profile, self.profile), "subnets": subnets})
 
     def to_json(self) -> bytes:
         """Return what the bucket keeps."""
@@ -130,6 +137,8 @@ class RunResult:
     """Whether no other attempt follows: one that was told to stop may be made again."""
     start_id: str = ""
     """As of the plan: of another start, it says nothing of this one."""
+    was_stopped: bool = False
+    """Whether somebody stopped the run before it had a machine: none runs the program then."""
     workers_usd: float = 0.0
     """What workers cost that executors in it have started."""
 
@@ -147,12 +156,15 @@ class RunResult:
         return cls(**_values(cls, data, "result.json"))
 
 
+def known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those values that a record has: a newer release may have written more."""
+    names = {each.name for each in fields(cls)}
+    return {key: value for key, value in values.items() if key in names}
+
+
 def _values(cls: type, data: bytes, name: str) -> dict[str, Any]:
-    known = {each.name for each in fields(cls)}
     try:
-        values = json.loads(data)
-        # A newer release may have written more than this one knows.
-        return {key: value for key, value in values.items() if key in known}
+        return known(cls, json.loads(data))
     except (ValueError, AttributeError) as exc:
         raise ConfigError(f"the bucket's {name} of a run cannot be read: {exc}") from exc
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["EXIT_FILES_LOST", "EXIT_NOT_RUN", "REGION_VARIABLE", "RUN_VARIABLE", "last_line"]
+__all__ = [
+    "EXIT_FILES_LOST",
+    "EXIT_NOT_RUN",
+    "REGION_VARIABLE",
+    "RUN_VARIABLE",
+    "START_VARIABLE",
+    "last_line",
+]
 
 RUN_VARIABLE = "CLOUDEXEC_RUN_AT"
 """Where the run is: ``s3://bucket/prefix/``. An image's entry point then starts no worker."""
 REGION_VARIABLE = "CLOUDEXEC_RUN_REGION"
+START_VARIABLE = "CLOUDEXEC_RUN_START"
+"""Id of the start for which the job was submitted."""
 EXIT_NOT_RUN = 125
 """Exit code if the program could not be started, as of ``docker run``."""
 

@@ -17,12 +17,15 @@ from cloudexec._aws.profile import Profile
 from cloudexec._config import check_count, check_positive
 from cloudexec._environment.packages import Packages
 from cloudexec._errors import AwsError, ConfigError
+from cloudexec._log import Log
+from cloudexec._runs.found import Found, Look, Position
 from cloudexec._runs.info import RunInfo
 from cloudexec._runs.places import MachineRequest
-from cloudexec._runs.runs import AsyncRuns, Found, Look, Position, RunRequest
+from cloudexec._runs.runs import AsyncRuns, RunRequest
 
 __all__ = ["Run", "RunsClient", "make_request", "profile_name", "run_script"]
 
+_logger = Log()
 _T = TypeVar("_T")
 _POLL = 1.0
 """Seconds between two looks at a run that is followed."""
@@ -231,7 +234,8 @@ class Run:
                 raise TimeoutError(f"the run {self.name} is {found.state} after {timeout:g} s")
             time.sleep(pause)
             found = self._client.call(self._client.runs.again(found))
-        self._client.call(self._client.runs.settle(found))
+        if failure := self._client.call(self._client.runs.settle(found)):
+            _logger.warning("the run %s has ended: %s", self.name, failure)
         code = found.exit_code
         if code is None:
             why = self._client.call(self._client.runs.why(found))

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
 import math
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.job_details import required_time
 from cloudexec._aws.limits import LEAST_ATTEMPT_SECONDS
+from cloudexec._aws.names import user_name
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.steps import counted
 from cloudexec._enrolment import python_version
 from cloudexec._environment.packages import Packages
-from cloudexec._errors import AwsError, CloudexecError, ConfigError
+from cloudexec._errors import AwsError, ConfigError
 from cloudexec._launchers.aws.image import find_image
 from cloudexec._runs.bucket import OutputFile, RunBucket, list_names
 from cloudexec._runs.files import collect, packed
-from cloudexec._runs.info import RunInfo
+from cloudexec._runs.found import KILLED, Found, Look, Position
 from cloudexec._runs.places import (
     MachineRequest,
     MachineState,
@@ -42,9 +40,10 @@ from cloudexec._runs.plan import (
     new_name,
     new_start_id,
 )
-from cloudexec._runs.protocol import EXIT_NOT_RUN, REGION_VARIABLE, RUN_VARIABLE, last_line
+from cloudexec._runs.protocol import EXIT_NOT_RUN, last_line
+from cloudexec._runs.start import Start
 
-__all__ = ["AsyncRuns", "Found", "Look", "Position", "RunRequest"]
+__all__ = ["AsyncRuns", "RunRequest"]
 
 Report = Callable[[str], None]
 _DAY = 86400.0
@@ -52,18 +51,9 @@ _LONGEST = 14 * _DAY
 """Fargate promises no more. AWS Batch User Guide, "Job timeouts"."""
 _PULL_SECONDS = 60.0
 """What the download of an image may take, which is paid for and not counted by a time limit."""
-_PREPARING = 3600.0
-"""Seconds in which a run whose machine is not known may yet be about to start."""
-_REMEMBERED = 7 * _DAY
-"""AWS Batch User Guide, "Job states": jobs that have ended are kept for 7 days or more."""
 _PAGES = 20
 """Pages of a log that are read at a time, so that what is there is shown soon."""
-_QUIET = 3
-"""Looks at a log that must find nothing new after a machine was killed."""
-_PATIENCE = 30
-"""Looks at a log whose last line has not come, though the program has ended by itself."""
 _MISSING_LOG = "ResourceNotFoundException"
-_KILLED = (None, 137, 143)
 _PROFILE = "CLOUDEXEC_PROFILE"
 
 
@@ -108,110 +98,6 @@ class RunRequest:
                 raise ConfigError(f"{name!r} cannot be an environment variable")
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A run, and all that is known of it."""
-
-    plan: RunPlan
-    machine: MachineState | None
-    result: RunResult | None
-
-    @property
-    def exit_code(self) -> int | None:
-        """The program's exit code, as the machine's place or the machine has it."""
-        if self.machine is not None and self.machine.phase != "ended":
-            return None
-        if self.machine is not None and self.machine.exit_code is not None:
-            return self.machine.exit_code
-        # An attempt that was told to stop ended with a code of ours, and was not the last one.
-        return self.result.exit_code if self.result and self.result.is_final else None
-
-    @property
-    def state(self) -> str:
-        """The state in one or two words: see ``RunInfo``."""
-        if self.machine is None and self.result is None:
-            age = time.time() - self.plan.created_at
-            if age > _REMEMBERED or not has_place(self.plan.on):
-                return "unknown"
-            return "preparing" if age < _PREPARING else "not started"
-        if self.machine is not None and self.machine.phase != "ended":
-            return self.machine.phase
-        if self.machine is not None and self.machine.was_stopped:
-            return "stopped"
-        return "succeeded" if self.exit_code == 0 else "failed"
-
-    @property
-    def _said(self) -> str:
-        """What the machine has to say of the program's end, such as that files are lost."""
-        return self.result.reason if self.result is not None and self.result.is_final else ""
-
-    def info(self) -> RunInfo:
-        """Return what users are told."""
-        plan, machine, result = self.plan, self.machine, self.result
-        seconds = 0.0 if machine is None else machine.run_seconds
-        cost = 0.0 if machine is None else machine.cost_usd
-        workers = 0.0 if machine is None else machine.workers_usd
-        if machine is None and result is not None:
-            # AWS Batch has forgotten the job.
-            seconds = result.ended_at - result.started_at
-            cost, workers = seconds / 3600 * plan.per_hour_usd, result.workers_usd
-        reason = "" if machine is None else machine.reason
-        reason = self._said or reason
-        return RunInfo(
-            name=plan.name,
-            state=self.state,
-            exit_code=self.exit_code,
-            reason=self._said if self.state == "succeeded" else reason,
-            command=plan.title,
-            user=plan.user,
-            project=plan.project,
-            on=plan.on,
-            vcpus=plan.vcpus,
-            memory_mib=plan.memory_mib,
-            gpus=plan.gpus,
-            spot=plan.spot,
-            outputs=plan.outputs,
-            created_at=required_time(plan.created_at * 1000),
-            started_at=None if machine is None else machine.started_at,
-            stopped_at=None if machine is None else machine.stopped_at,
-            attempts=0 if machine is None else machine.attempts,
-            workers=0 if machine is None else machine.workers,
-            run_seconds=seconds,
-            machine_usd=cost,
-            workers_usd=workers,
-            is_estimate=machine is None or machine.is_estimate,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """How far the log of a run was read."""
-
-    tokens: Mapping[str, str] = field(default_factory=dict)
-    first: int = 0
-    quiet: int = 0
-    has_last_line: bool = False
-    has_result: bool = False
-    """Whether the program is known to have ended by itself."""
-
-    def is_over(self, machine: MachineState) -> bool:
-        """Whether nothing more is to be expected."""
-        if machine.phase != "ended":
-            return False
-        # A program may end itself with 137.
-        was_killed = machine.was_stopped or (machine.exit_code in _KILLED and not self.has_result)
-        return self.has_last_line or self.quiet > (_QUIET if was_killed else _PATIENCE)
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """One look at a run that is followed."""
-
-    machine: MachineState
-    lines: Sequence[str]
-    position: Position
-
-
 class AsyncRuns:
     """The runs of a profile.
 
@@ -228,8 +114,6 @@ class AsyncRuns:
             raise ConfigError(lacking)
         self._clients = clients
         self._profile = profile
-        self._job_ids: dict[str, str] = {}
-        """Of the machines that were started here, by the names of their runs."""
 
     def bucket(self, name: str) -> RunBucket:
         """Return what the bucket has of a run."""
@@ -297,10 +181,9 @@ class AsyncRuns:
             max_seconds=seconds,
             max_cost_usd=request.max_cost_usd,
             per_hour_usd=machine.price.per_hour,
-            user=_user(),
+            user=user_name(),
             project=request.project or self._profile.project,
             start_id=new_start_id(),
-            python=python_version(),
             region=self._clients.region,
             profile=asdict(profile_inside),
         )
@@ -317,23 +200,27 @@ class AsyncRuns:
                     left += f"; left out as links to folders: {links} (--files names them)"
                 count = counted(len(files.files), "file")
                 report(f"sending {count}, {archive.size / 1e6:,.1f} MB{left}")
-            is_new = await bucket.create(plan, resumes=request.resumes)
-            if not is_new:
-                await self._replace(bucket, plan, request)
+            start = Start(bucket, place, plan)
             try:
+                if not await start.create(resumes=request.resumes):
+                    await self._replace(bucket, plan, request)
                 if archive is not None:
                     await bucket.send(archive)
                 if values:
-                    await bucket.put_variables(values)
-                variables = {RUN_VARIABLE: bucket.where, REGION_VARIABLE: plan.region}
-                self._job_ids[name] = await place.start(plan, variables)
+                    await bucket.put_variables(plan.start_id, values)
+                await start.machine()
             except BaseException as exc:
-                with contextlib.suppress(AwsError):
-                    await asyncio.shield(_undo(bucket, plan, exc, is_new=is_new))
-                if isinstance(exc, asyncio.CancelledError):
+                failure = exc
+                try:
+                    await asyncio.shield(start.undo(exc))
+                except StillRunning as still:
+                    failure = still
+                except AwsError:
+                    pass  # the bucket's lifecycle rule deletes it later
+                if isinstance(failure, StillRunning):
+                    report(f"run {name}: {failure}; `cloudexec stop {name}` ends it")
+                elif isinstance(exc, asyncio.CancelledError):
                     report(f"run {name}: its start was interrupted, and no machine is left running")
-                elif isinstance(exc, StillRunning):
-                    report(f"run {name}: {exc}; `cloudexec stop {name}` ends it")
                 raise
         return plan
 
@@ -373,10 +260,12 @@ class AsyncRuns:
             ConfigError: If there is none of that name.
         """
         bucket = self.bucket(name)
-        plan, result = await asyncio.gather(bucket.plan(), bucket.result())
-        known = [self._job_ids[name]] if name in self._job_ids else []
-        machines = await self._place(plan.on).find([plan], known)
-        found = Found(plan, machines.get(name), _of_start(plan, result))
+        plan = await bucket.plan()
+        result, job_id = await asyncio.gather(
+            bucket.result(plan.start_id), bucket.job_id(plan.start_id)
+        )
+        machines = await self._place(plan.on).find([plan], {name: job_id} if job_id else {})
+        found = Found(plan, machines.get(name), result)
         await self._forget_variables_of_ended([found])
         return found
 
@@ -388,10 +277,8 @@ class AsyncRuns:
                 continue
             if result is not None and result.is_final:
                 continue  # the machine has done so
-            # The job may be that of an earlier start, while the one that needs them begins.
-            if machine.created_at.timestamp() > each.plan.created_at:
-                with contextlib.suppress(AwsError):  # the next look tries again
-                    await self.bucket(each.plan.name).forget_variables()
+            with contextlib.suppress(AwsError):  # the next look tries again
+                await self.bucket(each.plan.name).forget_variables(each.plan.start_id)
 
     async def again(self, found: Found) -> Found:
         """Return a run as it is now, with as few requests as possible while it has not ended."""
@@ -405,10 +292,15 @@ class AsyncRuns:
         """Return all runs that the bucket knows, the newest first."""
         names = await list_names(self._clients, self._profile.bucket, limit)
 
+        job_ids: dict[str, str] = {}
+
         async def read(name: str) -> tuple[RunPlan, RunResult | None] | None:
             bucket = RunBucket(self._clients, self._profile.bucket, name)
             try:
-                return await bucket.plan(), await bucket.result()
+                plan = await bucket.plan()
+                if job_id := await bucket.job_id(plan.start_id):
+                    job_ids[name] = job_id
+                return plan, await bucket.result(plan.start_id)
             except ConfigError:
                 return None  # it has been deleted meanwhile, or is of a newer release
 
@@ -417,10 +309,11 @@ class AsyncRuns:
         # A newer release may have started runs in other places.
         for on in {plan.on for plan, _ in read_ if has_place(plan.on)}:
             there = [plan for plan, _ in read_ if plan.on == on]
-            machines |= await self._place(on).find(there)
-        found = [
-            Found(plan, machines.get(plan.name), _of_start(plan, result)) for plan, result in read_
-        ]
+            known = {each.name: job_ids[each.name] for each in there if each.name in job_ids}
+            machines |= await self._place(on).find(there, known)
+        found = [Found(plan, machines.get(plan.name), result) for plan, result in read_]
+        # A run that goes on is written anew now and then, and is listed as if it were new.
+        found.sort(key=lambda each: each.plan.created_at, reverse=True)
         await self._forget_variables_of_ended(found)
         return found
 
@@ -461,8 +354,8 @@ class AsyncRuns:
                     lines.append(line)
         ended = machine.phase == "ended"
         has_result = position.has_result
-        if ended and not has_last and not has_result and machine.exit_code in _KILLED:
-            result = _of_start(found.plan, await self.bucket(found.plan.name).result())
+        if ended and not has_last and not has_result and machine.exit_code in KILLED:
+            result = await self.bucket(found.plan.name).result(found.plan.start_id)
             has_result = result is not None and result.is_final
         return Look(
             machine,
@@ -507,26 +400,49 @@ class AsyncRuns:
     async def stop(self, name: str, reason: str) -> int:
         """End a run, with the workers of executors in it; say how many jobs were ended."""
         found = await self.find(name)
-        bucket = self.bucket(name)
-        count = await self._place(found.plan.on).stop(name, reason)
+        bucket, start_id = self.bucket(name), found.plan.start_id
+        if found.state in ("preparing", "not started"):
+            # Its client and its machine look for this after they have written which job it is,
+            # and the job is looked for here after this: one of them ends it.
+            result = RunResult(
+                exit_code=EXIT_NOT_RUN, reason=reason, start_id=start_id, was_stopped=True
+            )
+            await bucket.put_result(result, is_new=True)
+        job_id = await bucket.job_id(start_id)
+        count = await self._place(found.plan.on).stop(name, reason, job_id)
         if found.plan.variables:
-            await bucket.forget_variables()  # no other attempt follows that would need them
-        if found.state == "preparing" and not count:
-            # Its client has died, or will find that it is not wanted any more.
-            result = RunResult(exit_code=EXIT_NOT_RUN, reason=reason, start_id=found.plan.start_id)
-            await bucket.put_result(result)
+            # No other attempt follows that would need them.
+            await bucket.forget_variables(start_id)
         return count
 
-    async def settle(self, found: Found) -> None:
-        """End workers of executors in a run whose machine has died before it could do so."""
+    async def settle(self, found: Found) -> str:
+        """End workers of executors in a run whose machine has died before it could do so.
+
+        Returns:
+            Why they could not be ended; empty: they were, or there are none.
+        """
         if found.machine is not None and found.machine.phase == "ended" and found.machine.workers:
             name = found.plan.name
             reason = f"cloudexec: the run {name} has ended, and it is not needed any more"
-            await self._place(found.plan.on).stop(name, reason, workers_only=True)
+            try:
+                await self._place(found.plan.on).stop(name, reason, workers_only=True)
+            except AwsError as exc:
+                return (
+                    f"workers of executors in it could not be ended: {exc.message}. `cloudexec "
+                    f"stop {name}` ends them"
+                )
+        return ""
 
-    async def forget_variables(self, name: str) -> None:
-        """Delete variables of a run whose jobs were told to stop: no other attempt needs them."""
-        await self.bucket(name).forget_variables()
+    async def forget_variables(self, name: str, stopped: Container[str]) -> None:
+        """Delete variables of a run if its machine was told to stop: no other attempt follows.
+
+        Args:
+            name: Of the run.
+            stopped: Ids of the jobs that were told to. Another stack may have a run of that name.
+        """
+        found = await self.find(name)
+        if found.machine is not None and found.machine.job_id in stopped:
+            await self.bucket(name).forget_variables(found.plan.start_id)
 
     async def fetch(self, name: str, folder: Path) -> list[OutputFile]:
         """Bring the files that a run has written so far into a folder."""
@@ -567,29 +483,6 @@ def _lacks(profile: Profile) -> str:
     return ""
 
 
-def _of_start(plan: RunPlan, result: RunResult | None) -> RunResult | None:
-    """Return a result unless it is of an earlier start."""
-    if result is None or result.start_id not in ("", plan.start_id):
-        return None
-    return result
-
-
-async def _undo(bucket: RunBucket, plan: RunPlan, exc: BaseException, *, is_new: bool) -> None:
-    """Leave nothing of a start that failed, or of an earlier one's files what there was."""
-    if isinstance(exc, StillRunning):
-        return  # it is to be found
-    if is_new:
-        await bucket.delete()
-        return
-    await bucket.forget_variables()
-    reason = "its start was interrupted"
-    if isinstance(exc, CloudexecError):
-        reason = f"it could not be started: {exc}"
-    await bucket.put_result(
-        RunResult(exit_code=EXIT_NOT_RUN, reason=reason, start_id=plan.start_id)
-    )
-
-
 def _limit(request: RunRequest, per_hour: float) -> int:
     """Return after how many seconds a machine is ended, by time and by money.
 
@@ -627,10 +520,3 @@ def _profile_inside(profile: Profile, image: str, arch: str) -> Profile:
     platform = "linux/amd64" if arch == "x86_64" else "linux/arm64"
     inside = replace(profile, advertise="", relay="", run_role="", images={})
     return inside.with_image(python_version(), platform, image)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from typing import IO
 
 import click
 
+from cloudexec._aws.names import user_name
 from cloudexec._aws.steps import counted
 from cloudexec._errors import AwsError, CloudexecError
 from cloudexec._runs.places import MachineState
@@ -158,7 +158,7 @@ class Follower:
                 return None
 
     def _stop(self) -> int:
-        reason = f"stopped by {_user()} with Ctrl-C"
+        reason = f"stopped by {user_name()} with Ctrl-C"
         self._client.call(self._client.runs.stop(self._name, reason))
         self._say_how_to_go_on("The run was told to stop.", has_ended=True)
         return INTERRUPTED
@@ -196,7 +196,7 @@ class Follower:
 
     def _finish(self) -> int:
         found = self._client.call(self._client.runs.find(self._name))
-        self._client.call(self._client.runs.settle(found))
+        unsettled = self._client.call(self._client.runs.settle(found))
         info = found.info()
         failure = self._fetch(info.outputs)
         ended = "" if info.exit_code is None else f" with exit code {info.exit_code}"
@@ -209,6 +209,8 @@ class Follower:
         why = info.reason
         if info.exit_code != 0:
             why = self._client.call(self._client.runs.why(found))
+        if unsettled:
+            click.echo(f"{self._name}: {unsettled}", err=True)
         if failure:
             # Also where little is to be said, and whatever the program made of it.
             click.echo(f"{self._name}: {failure}", err=True)
@@ -242,10 +244,3 @@ def _write(log: IO[str], line: str) -> None:
         print(line, file=log, flush=True)
     except OSError as exc:
         raise RunError(f"{log.name} cannot be written: {exc.strerror}") from exc
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user may have no name
-        return "somebody"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import click
 
-from cloudexec._errors import CloudexecError
+from cloudexec._aws.names import user_name
+from cloudexec._errors import AwsError, CloudexecError, ConfigError
 from cloudexec.cli._aws_options import (
     aws_options,
     confirmed,
@@ -54,7 +54,7 @@ def stop_command(
     """Stop jobs in AWS Batch, and with them their workers, after showing them.
 
     A JOB may be the name of a run of `cloudexec run`: then the workers of executors in it are
-    stopped, too.
+    stopped, too. A run that is prepared, and has no job yet, gets none.
 
     Workers receive SIGTERM and have 30 seconds to end. An executor that still runs may start new
     ones: end it on its own machine, or stop its jobs again.
@@ -67,10 +67,21 @@ def stop_command(
         raise CommandError("say what to stop: a JOB, --executor ID, --older-than TIME or --all")
     if is_all and (targets or executor is not None):
         raise CommandError("--all stops everything: it goes with no JOB and no --executor")
+    unlisted: list[str] = []
     with Monitor(profile, region) as monitor:
-        jobs = monitor.stoppable(
-            executor=executor, job=targets or None, everything=is_all, older_than=older_than
-        )
+        try:
+            jobs = monitor.stoppable(
+                executor=executor, job=targets or None, everything=is_all, older_than=older_than
+            )
+        except AwsError as exc:
+            if exc.code == "NotFound" and region is None and executor is None:
+                unlisted = _runs_among(targets, profile)
+            if not unlisted or older_than is not None:
+                raise
+            others = [each for each in targets if each not in unlisted]
+            jobs = monitor.stoppable(job=others) if others else []
+        if unlisted and not is_sure and not confirmed(f"Stop {_count(len(unlisted), 'run')}?"):
+            _say_nothing_was_stopped()
         if jobs and not is_sure:
             show_jobs(jobs, err=True)
             count = sum(
@@ -81,13 +92,12 @@ def stop_command(
             )
             question = f"Stop {_count(len(jobs), 'job')} with {_count(count, 'worker')}?"
             if not confirmed(question):
-                click.echo("Nothing was stopped.", err=True)
-                click.get_current_context().exit(1)
+                _say_nothing_was_stopped()
         # Stop exactly the jobs that were shown, and none that has started since.
         stopped = (
             monitor.stop(
                 job=[job.id for job in jobs],
-                reason=f"stopped by {_user()} with `cloudexec stop`",
+                reason=_reason(),
             )
             if jobs
             else []
@@ -98,7 +108,9 @@ def stop_command(
         if job.id in stopped and job.executor.startswith(RUN_EXECUTOR)
     }
     if runs and region is None:
-        _forget_variables(runs, profile)
+        _forget_variables(runs, stopped, profile)
+    if unlisted:
+        stopped += _stop_runs(unlisted, profile)
     if as_json:
         echo_json({"stopped": stopped})
     elif not stopped:
@@ -107,9 +119,39 @@ def stop_command(
         for job in jobs:
             if job.id in stopped:
                 click.echo(f"stopped {job.name if job.index is None else job.id}")
+        for name in unlisted:
+            click.echo(f"stopped {name}")
 
 
-def _forget_variables(runs: Iterable[str], profile: str | None) -> None:
+def _say_nothing_was_stopped() -> None:
+    click.echo("Nothing was stopped.", err=True)
+    click.get_current_context().exit(1)
+
+
+def _runs_among(names: Iterable[str], profile: str | None) -> list[str]:
+    """Return which names are those of runs that are prepared, or whose jobs are not listed yet."""
+    from cloudexec._runs.run import RunsClient
+
+    found = []
+    with contextlib.suppress(CloudexecError), RunsClient(profile) as client:
+        for name in names:
+            with contextlib.suppress(ConfigError):
+                run = client.call(client.runs.find(name)).info()
+                if run.is_active or run.state == "not started":
+                    found.append(name)
+    return found
+
+
+def _stop_runs(names: Sequence[str], profile: str | None) -> list[str]:
+    from cloudexec._runs.run import RunsClient
+
+    with RunsClient(profile) as client:
+        for name in names:
+            client.call(client.runs.stop(name, _reason()))
+    return list(names)
+
+
+def _forget_variables(runs: Iterable[str], stopped: Sequence[str], profile: str | None) -> None:
     """Delete the variables of runs from the bucket, as their machines may not come to that.
 
     Where that fails, the next look at the run does it.
@@ -118,15 +160,14 @@ def _forget_variables(runs: Iterable[str], profile: str | None) -> None:
 
     with contextlib.suppress(CloudexecError), RunsClient(profile) as client:
         for name in runs:
-            client.call(client.runs.forget_variables(name))
+            # Another stack may have a run of that name, whose job was stopped.
+            with contextlib.suppress(CloudexecError):
+                client.call(client.runs.forget_variables(name, stopped))
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user may have no name
-        return "somebody"
+def _reason() -> str:
+    return f"stopped by {user_name()} with `cloudexec stop`"

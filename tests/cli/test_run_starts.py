@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import boto3
 import pytest
-from run_helpers import account, eventually, left_nothing
+from run_helpers import account, asked, eventually, left_nothing
 
-from cloudexec import AwsError, Run, run_script
+from cloudexec import AwsError, ConfigError, Run, run_script
+from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.profile import Profile
-from cloudexec._runs.plan import RunPlan
+from cloudexec._runs.plan import RunPlan, RunResult
+from cloudexec._runs.run import make_request
+from cloudexec._runs.runs import AsyncRuns
 from cloudexec.cli.run import run_command
 from cloudexec.testing import FakeAWS
 
@@ -69,17 +73,10 @@ def test_ctrl_c_while_a_machine_is_asked_for_leaves_none(
     name = f"interrupted-{resumes}".lower()
     if resumes:
         assert run_here("run", "--name", name, "--", "true").returncode == 0
-    answer, asked = aws.faults.wait_before, threading.Event()
-
-    def noted(operation: str) -> None:
-        if operation == "SubmitJob":
-            asked.set()
-        answer(operation)
-
-    monkeypatch.setattr(aws.faults, "wait_before", noted)
+    submitted = asked(aws, monkeypatch, "SubmitJob")
     aws.faults.slow_response("SubmitJob", 3.0)
     client = start("run", "--name", name, "--resume", "--env", "A=b", "--", "sleep", "600")
-    assert asked.wait(60)
+    assert submitted.wait(60)
     client.send_signal(signal.SIGINT)
     _, errors = client.communicate(timeout=60)
     assert client.returncode == 130
@@ -87,7 +84,7 @@ def test_ctrl_c_while_a_machine_is_asked_for_leaves_none(
     assert aws.jobs()[-1].name.startswith(f"cloudexec-run-{name}-r")
     eventually(lambda: aws.jobs()[-1].status == "FAILED")
     assert aws.jobs()[-1].status_reason == "stopped by its user before it began"
-    assert "variables.json" not in objects(name)
+    assert not [each for each in objects(name) if each.startswith("variables-")]
     if not resumes:
         assert objects(name) == []
         return
@@ -150,8 +147,91 @@ def test_a_start_that_died_is_marked_when_it_is_stopped(
     assert done.returncode == 2
     assert "If it has died, `cloudexec fetch died --delete` removes what the bucket" in done.stderr
     Run.find("died").stop()
-    assert Run.find("died").info().state == "failed"
+    assert Run.find("died").info().state == "stopped"
     assert run_here(*again).returncode == 0
+
+
+def test_a_start_that_is_interrupted_while_it_writes_leaves_nothing(
+    aws: FakeAWS, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = asked(aws, monkeypatch, "PutObject")
+    aws.faults.slow_response("PutObject", 0.5)
+
+    async def interrupt() -> None:
+        async with AwsClients() as clients:
+            runs = AsyncRuns(clients, Profile.load("default"))
+            request = make_request(args=["true"], name="half-written")
+            starting = asyncio.ensure_future(runs.start(request, print))
+            assert await asyncio.to_thread(writes.wait, 60)
+            starting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await starting
+
+    asyncio.run(interrupt())
+    assert objects("half-written") == []
+
+
+def test_a_run_that_is_stopped_while_it_is_prepared_gets_no_machine(
+    aws: FakeAWS, run_here: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepares = asked(aws, monkeypatch, "DescribeJobDefinitions")
+    aws.faults.slow_response("DescribeJobDefinitions", 2.0, count=1)
+    words = {"name": "unwanted", "env": {"A": "b"}}
+    with ThreadPoolExecutor(1) as threads:
+        started = threads.submit(run_script, args=["sleep", "600"], **words)
+        assert prepares.wait(60)
+        stopped = run_here("stop", "unwanted", "--yes")
+        assert (stopped.returncode, stopped.stdout) == (0, "stopped unwanted\n")
+        with pytest.raises(ConfigError, match=r"run unwanted was stopped by .* while it"):
+            started.result(60)
+    assert row(run_here, "unwanted")["state"] == "stopped"
+    assert not [each for each in objects("unwanted") if each.startswith("variables-")]
+    absent = run_here("stop", "never-there", "--yes")
+    assert absent.returncode == 3
+    assert "there is no job never-there" in absent.stderr
+
+
+def test_a_run_is_stopped_though_the_lists_of_aws_are_late(
+    aws: FakeAWS, run_here: Command, folder: Path
+) -> None:
+    aws.faults.list_lag(600.0)
+    run = run_script(args=["sleep", "600"], name="unlisted", env={"A": "b"})
+    assert run_here("stop", "unlisted", "--yes").returncode == 0
+    assert run.wait(timeout=100) == 143
+    assert run.info().state == "stopped"
+    assert not [each for each in objects("unlisted") if each.startswith("variables-")]
+
+
+def test_a_program_runs_once_though_two_machines_were_started(
+    aws: FakeAWS, run_here: Command, folder: Path
+) -> None:
+    """An answer of AWS is lost, and its lists are late."""
+    ran = folder / "ran"
+    before = len(aws.jobs())
+    aws.faults.list_lag(600.0)
+    aws.faults.lose_response("SubmitJob")
+    words = ("run", "--name", "twice", "--", f"echo ran >> {ran}; exit 6")
+    assert run_here(*words).returncode == 6
+    assert len(aws.jobs()) == before + 2
+    left_nothing(aws, within=60.0)
+    assert ran.read_text() == "ran\n"
+    assert row(run_here, "twice")["exit_code"] == 6
+
+
+def test_the_variables_of_a_run_stay_if_another_stacks_run_of_that_name_is_stopped(
+    aws: FakeAWS, run_here: Command, folder: Path
+) -> None:
+    run = run_script(args=["sleep", "600"], name="shared", env={"A": "b"})
+    mine = aws.jobs()[-1]
+    theirs = boto3.client("batch").submit_job(
+        jobName="cloudexec-run-shared-rtheirs",
+        jobQueue=mine.queue,
+        jobDefinition=mine.definition,
+        tags={"cloudexec:executor": "run-shared", "cloudexec:run": "other"},
+    )["jobId"]
+    assert run_here("stop", theirs, "--yes").returncode == 0
+    assert [each for each in objects("shared") if each.startswith("variables-")]
+    run.stop()
 
 
 def test_runs_of_a_newer_release_do_not_hide_others(
@@ -164,7 +244,7 @@ def test_runs_of_a_newer_release_do_not_hide_others(
 
 
 def test_workers_end_when_a_machine_dies_that_could_not_end_them(
-    aws: FakeAWS, folder: Path
+    aws: FakeAWS, run_here: Command, folder: Path
 ) -> None:
     run = run_script(args=["sleep", "600"], name="leaves-workers")
     eventually(lambda: aws.jobs()[-1].status == "RUNNING")
@@ -177,11 +257,50 @@ def test_workers_end_when_a_machine_dies_that_could_not_end_them(
         tags={"cloudexec:executor": "left", "cloudexec:run": "leaves-workers"},
     )["jobId"]
     aws.faults.kill_instance(machine.job_id)
+    aws.faults.deny("TerminateJob", count=1)
+    followed = run_here("attach", "leaves-workers")
+    assert followed.returncode == 3
+    assert "leaves-workers: workers of executors in it could not be ended: " in followed.stderr
+    assert "the run leaves-workers has no exit code: " in followed.stderr
+    aws.clear_requests()
     with pytest.raises(AwsError, match="has no exit code"):
         run.wait(timeout=100)
     eventually(lambda: aws.job(worker).status == "FAILED")
     assert aws.job(worker).status_reason == (
         "cloudexec: the run leaves-workers has ended, and it is not needed any more"
+    )
+
+
+def test_workers_that_an_earlier_attempt_has_left_end_with_the_next_one(
+    aws: FakeAWS, folder: Path
+) -> None:
+    """Also if the program had ended before its machine was taken back."""
+    run = run_script(args=["sleep", "600"], name="taken-back", spot=True)
+    eventually(lambda: aws.jobs()[-1].status == "RUNNING")
+    machine = aws.jobs()[-1]
+    queue = Profile.load("default").queues["fargate"]
+    aws.faults.no_capacity(queue)
+    worker = boto3.client("batch").submit_job(
+        jobName="cloudexec-left-1",
+        jobQueue=queue,
+        jobDefinition=machine.definition,
+        tags={"cloudexec:executor": "left", "cloudexec:run": "taken-back"},
+    )["jobId"]
+    (start_id,) = (
+        each.removeprefix("job-").removesuffix(".json")
+        for each in objects("taken-back")
+        if each.startswith("job-")
+    )
+    boto3.client("s3").put_object(
+        Bucket=Profile.load("default").bucket,
+        Key="cloudexec/runs/taken-back/result.json",
+        Body=RunResult(exit_code=4, start_id=start_id).to_json(),
+    )
+    aws.faults.reclaim(machine.job_id)
+    assert run.wait(timeout=100) == 4
+    eventually(lambda: aws.job(worker).status == "FAILED")
+    assert aws.job(worker).status_reason == (
+        "cloudexec: the run taken-back does not need it any more"
     )
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import boto3
 import pytest
-from run_helpers import account, create, eventually, machine, start_machine
+from run_helpers import account, asked, create, eventually, machine_here, place_of, start_machine
 
 from cloudexec._aws.profile import Profile
+from cloudexec._runs import inside
+from cloudexec._runs.found import Found
+from cloudexec._runs.places import MachineState
 from cloudexec._runs.plan import RunPlan, RunResult
-from cloudexec._runs.runs import Found
 from cloudexec.testing import FakeAWS
 
 pytestmark = pytest.mark.timeout(120)
@@ -57,17 +64,17 @@ def read(name: str, file: str) -> object:
 
 
 def test_a_program_that_has_ended_is_not_run_again(
-    aws: FakeAWS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    aws: FakeAWS, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """AWS takes the machine back in between, and starts another attempt."""
     monkeypatch.setenv("AWS_BATCH_JOB_ATTEMPT", "2")
     result = RunResult(exit_code=7, attempt=1)
     plan = plan_of("has-ended", "print('up')")
-    done = machine(plan, tmp_path, {"result.json": result.to_json()})
-    assert done.returncode == 7, done.stderr
-    assert "the program has ended in attempt 1, and is not run again" in done.stdout
-    assert "up\n" not in done.stdout
-    assert done.stdout.endswith("the run has-ended has ended, with exit code 7\n")
+    assert machine_here(plan, {"result.json": result.to_json()}) == 7
+    output = capfd.readouterr().out
+    assert "the program has ended in attempt 1, and is not run again" in output
+    assert "up\n" not in output
+    assert output.endswith("the run has-ended has ended, with exit code 7\n")
 
 
 def test_a_machine_that_is_told_to_stop_after_the_program_has_the_last_word(
@@ -100,19 +107,22 @@ def test_a_machine_that_is_told_to_stop_after_the_program_has_the_last_word(
     assert [each["path"] for each in read("told-late", "outputs.json")] == ["out/a"]  # type: ignore[attr-defined]
 
 
-def test_a_file_that_does_not_come_back_is_no_success(aws: FakeAWS, tmp_path: Path) -> None:
+def test_a_file_that_does_not_come_back_is_no_success(
+    aws: FakeAWS, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """It has a code of its own, and neither ends the program nor keeps back other files."""
     code = (
         "import os, time\n"
         "open(b'out/\\xff', 'w').close()\n"
         "open('out/a', 'w').close()\n"
-        "time.sleep(5)\n"  # so that the machine looks at the files while it runs
+        "time.sleep(0.5)\n"  # so that the machine looks at the files while it runs
         "print('to the end')\n"
     )
-    done = machine(plan_of("odd-name", code, "out"), tmp_path)
-    assert done.returncode == 122, done.stdout + done.stderr
-    assert "to the end\n" in done.stdout
-    assert "is not in the bucket yet: b'out/\\xff': its name is not UTF-8" in done.stdout
+    monkeypatch.setattr(inside, "_KEEP_FIRST", 0.05)
+    assert machine_here(plan_of("odd-name", code, "out")) == 122
+    output = capfd.readouterr().out
+    assert "to the end\n" in output
+    assert "is not in the bucket yet: b'out/\\xff': its name is not UTF-8" in output
     result = read("odd-name", "result.json")
     assert isinstance(result, dict)
     assert result["exit_code"] == 122
@@ -144,6 +154,77 @@ def test_the_exit_code_stays_though_the_result_cannot_be_written(
     assert process.returncode == 5, output + errors
     assert "how the program ended could not be written into the bucket: " in output
     assert output.endswith("the run no-result has ended, with exit code 5\n")
+
+
+def test_a_job_of_an_earlier_start_or_of_a_run_that_was_stopped_runs_nothing(
+    aws: FakeAWS, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = replace(plan_of("other-start", "print('up')"), start_id="second")
+    assert machine_here(plan, start_id="first") == 125
+    assert "the run was started again since this job was submitted" in capfd.readouterr().out
+    stopped = RunResult(
+        exit_code=125, reason="stopped by Anne", start_id="second", was_stopped=True
+    )
+    plan = replace(plan, name="stopped-early")
+    assert machine_here(plan, {"result.json": stopped.to_json()}) == 125
+    output = capfd.readouterr().out
+    assert "the run was stopped by Anne, and the program is not run" in output
+    monkeypatch.setenv("AWS_BATCH_JOB_ID", "mine")
+    other = json.dumps({"job_id": "theirs"}).encode()
+    plan = replace(plan, name="has-another")
+    assert machine_here(plan, {"job-second.json": other}) == 125
+    output += capfd.readouterr().out
+    assert "the job theirs runs the program: this one does not run it" in output
+    assert "up\n" not in output
+    # And a result of another start is none.
+    plan = replace(plan, name="started-again")
+    earlier = RunResult(exit_code=7, start_id="first")
+    assert machine_here(plan, {"result.json": earlier.to_json()}) == 0
+    result = read("started-again", "result.json")
+    assert isinstance(result, dict)
+    assert (result["exit_code"], result["start_id"]) == (0, "second")
+    assert read("started-again", "job-second.json") == {"job_id": "mine"}
+
+
+def test_a_program_is_told_to_stop_while_a_file_is_sent(
+    aws: FakeAWS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "pathlib.Path('out/large').write_text('x')\n"
+        f"def end(*_): pathlib.Path({str(told)!r}).touch(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\n"
+        "time.sleep(600)\n"
+    )
+    plan = plan_of("sends", code, "out")
+    create(plan)
+    monkeypatch.setattr(inside, "_KEEP_FIRST", 0.02)
+
+    async def run() -> None:
+        running = asyncio.ensure_future(inside._run(place_of(plan), plan.region, ""))
+        await asyncio.to_thread(eventually, (tmp_path / "up").exists)
+        sends = asked(aws, monkeypatch, "PutObject")
+        aws.faults.slow_response("PutObject", 600.0)
+        assert await asyncio.to_thread(sends.wait, 60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.to_thread(eventually, told.exists, seconds=20.0)
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+    asyncio.run(run())
+
+
+def test_what_the_program_has_made_of_it_counts_though_its_machine_was_killed() -> None:
+    state = MachineState(
+        job_id="a", phase="ended", created_at=datetime.now(UTC), exit_code=137, was_stopped=True
+    )
+    found = Found(plan_of("done", ""), state, RunResult(exit_code=0))
+    assert (found.exit_code, found.state) == (0, "succeeded")
+    found = Found(plan_of("done", ""), state, RunResult(exit_code=143, is_final=False))
+    assert (found.exit_code, found.state) == (137, "stopped")
 
 
 def test_the_code_of_an_attempt_that_was_told_to_stop_is_not_the_programs() -> None:

@@ -237,11 +237,11 @@ def test_what_a_long_run_needs_is_written_anew(aws: FakeAWS, tmp_path: Path) -> 
     async def work(bucket: RunBucket) -> None:
         plan = RunPlan(name="long", kind="command", target="", args=("true",), outputs=("out",))
         assert await bucket.create(plan)
-        await bucket.put_variables({"A": "b"})
+        await bucket.put_variables("", {"A": "b"})
         write(tmp_path, {"out/a": "a", "out/b": "b"})
         outputs = Outputs(bucket, tmp_path, ["out"], renew_every=0.0)
         await outputs.keep(is_last=True)
-        began = await bucket.first_start()
+        began = await bucket.first_start("")
         await bucket.forget_outputs(await bucket.outputs())
         before = {each.path: each.sent_at for each in await bucket.outputs()}
         await outputs.keep()
@@ -253,10 +253,10 @@ def test_what_a_long_run_needs_is_written_anew(aws: FakeAWS, tmp_path: Path) -> 
         put = [each.parameters["Key"] for each in aws.requests if each.operation == "PutObject"]
         assert sorted(key.rpartition("/")[2] for key in put) == [
             "run.json",
-            "started.json",
-            "variables.json",
+            "started-.json",
+            "variables-.json",
         ]
-        assert await bucket.first_start() == began
+        assert await bucket.first_start("") == began
 
     in_bucket("long", work)
 
@@ -268,8 +268,8 @@ def test_a_reused_name_has_no_leftovers(aws: FakeAWS, tmp_path: Path, resumes: b
 
     async def work(bucket: RunBucket) -> None:
         write(tmp_path, {"out/a": "a", "x": "x"})
-        await bucket.first_start()
-        await bucket.put_variables({"A": "b"})
+        await bucket.first_start("")
+        await bucket.put_variables("", {"A": "b"})
         await Outputs(bucket, tmp_path, ["out"]).keep(is_last=True)
         await bucket.upload("journal/x", tmp_path / "x", 1, bytes.fromhex(_digest(b"x")))
         plan = RunPlan(name=name, kind="command", target="", args=("true",))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
 import os
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -311,7 +310,7 @@ class AwsPlatform(Platform):
         tags = {
             **settings.tags,
             names.TAG_EXECUTOR: self._executor.id,
-            names.TAG_USER: tag_value(_user()),
+            names.TAG_USER: tag_value(names.user_name()),
             names.TAG_EXPIRES: expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
         project = settings.project or self._profile.project
@@ -330,10 +329,3 @@ async def all_of(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
     for result in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"

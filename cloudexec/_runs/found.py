@@ -1,0 +1,134 @@
+"""What the client knows of a run: how it is, and how far its log was read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cloudexec._aws.job_details import required_time
+from cloudexec._runs.info import RunInfo
+from cloudexec._runs.places import MachineState, has_place
+from cloudexec._runs.plan import RunPlan, RunResult
+
+__all__ = ["KILLED", "Found", "Look", "Position"]
+
+_PREPARING = 3600.0
+"""Seconds in which a run whose machine is not known may yet be about to start."""
+_REMEMBERED = 7 * 86400.0
+"""AWS Batch User Guide, "Job states": jobs that have ended are kept for 7 days or more."""
+_QUIET = 3
+"""Looks at a log that must find nothing new after a machine was killed."""
+_PATIENCE = 30
+"""Looks at a log whose last line has not come, though the program has ended by itself."""
+KILLED = (None, 137, 143)
+"""Exit codes that a machine has whose program may not have ended by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A run, and all that is known of it."""
+
+    plan: RunPlan
+    machine: MachineState | None
+    result: RunResult | None
+
+    @property
+    def exit_code(self) -> int | None:
+        """The program's exit code, as the machine's place or the machine has it."""
+        if self.machine is not None and self.machine.phase != "ended":
+            return None
+        # A machine may be killed after the program has ended, and before the machine has.
+        if self.result is not None and self.result.is_final:
+            return self.result.exit_code
+        # An attempt that was told to stop ended with a code of ours, and was not the last one.
+        return None if self.machine is None else self.machine.exit_code
+
+    @property
+    def state(self) -> str:
+        """The state in one or two words: see ``RunInfo``."""
+        if self.machine is None and self.result is None:
+            age = time.time() - self.plan.created_at
+            if age > _REMEMBERED or not has_place(self.plan.on):
+                return "unknown"
+            return "preparing" if age < _PREPARING else "not started"
+        if self.machine is not None and self.machine.phase != "ended":
+            return self.machine.phase
+        if self.result is not None and self.result.is_final:
+            was_stopped = self.result.was_stopped
+        else:
+            was_stopped = self.machine is not None and self.machine.was_stopped
+        if was_stopped:
+            return "stopped"
+        return "succeeded" if self.exit_code == 0 else "failed"
+
+    @property
+    def _said(self) -> str:
+        """What the machine has to say of the program's end, such as that files are lost."""
+        return self.result.reason if self.result is not None and self.result.is_final else ""
+
+    def info(self) -> RunInfo:
+        """Return what users are told."""
+        plan, machine, result = self.plan, self.machine, self.result
+        seconds = 0.0 if machine is None else machine.run_seconds
+        cost = 0.0 if machine is None else machine.cost_usd
+        workers = 0.0 if machine is None else machine.workers_usd
+        if machine is None and result is not None:
+            # AWS Batch has forgotten the job.
+            seconds = result.ended_at - result.started_at
+            cost, workers = seconds / 3600 * plan.per_hour_usd, result.workers_usd
+        reason = "" if machine is None else machine.reason
+        reason = self._said or reason
+        return RunInfo(
+            name=plan.name,
+            state=self.state,
+            exit_code=self.exit_code,
+            reason=self._said if self.state == "succeeded" else reason,
+            command=plan.title,
+            user=plan.user,
+            project=plan.project,
+            on=plan.on,
+            vcpus=plan.vcpus,
+            memory_mib=plan.memory_mib,
+            gpus=plan.gpus,
+            spot=plan.spot,
+            outputs=plan.outputs,
+            created_at=required_time(plan.created_at * 1000),
+            started_at=None if machine is None else machine.started_at,
+            stopped_at=None if machine is None else machine.stopped_at,
+            attempts=0 if machine is None else machine.attempts,
+            workers=0 if machine is None else machine.workers,
+            run_seconds=seconds,
+            machine_usd=cost,
+            workers_usd=workers,
+            is_estimate=machine is None or machine.is_estimate,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far the log of a run was read."""
+
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    first: int = 0
+    quiet: int = 0
+    has_last_line: bool = False
+    has_result: bool = False
+    """Whether the program is known to have ended by itself."""
+
+    def is_over(self, machine: MachineState) -> bool:
+        """Whether nothing more is to be expected."""
+        if machine.phase != "ended":
+            return False
+        # A program may end itself with 137.
+        was_killed = machine.was_stopped or (machine.exit_code in KILLED and not self.has_result)
+        return self.has_last_line or self.quiet > (_QUIET if was_killed else _PATIENCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at a run that is followed."""
+
+    machine: MachineState
+    lines: Sequence[str]
+    position: Position
