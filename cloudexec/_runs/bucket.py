@@ -31,6 +31,8 @@ _OF_ALL_STARTS = ("outputs.json", "outputs/", "journal/")
 _GONE = ("NoSuchKey", "InvalidRange", "BadDigest")
 _TRIES = 3
 """Times that outputs are fetched which change meanwhile."""
+_AT_ONCE = 8
+"""Files that are fetched at a time."""
 _NAMED = 5
 """Files that a message names."""
 
@@ -306,37 +308,58 @@ class RunBucket:
         Args:
             folder: For instance the current one.
             wanted: The run's outputs: nothing else is written.
-            report: Told about each file that cannot be fetched. Without it, an error names them
-                after all others have been fetched.
+            report: Told about files that the bucket does not have, or that are not the run's
+                outputs. Without it, an error names them after all others have been fetched.
 
         Returns:
             All files that are there now, also those that were there before.
 
         Raises:
             AwsError: If the bucket cannot be read, or files that it lists are not in it.
-            ConfigError: If a file cannot be written, or is not one of the run's outputs.
+            ConfigError: If files cannot be written, or are not among the run's outputs. All others
+                have been fetched then.
         """
         found: dict[str, OutputFile] = {}
+        turns = asyncio.Semaphore(_AT_ONCE)
         for is_last in (False,) * (_TRIES - 1) + (True,):
             missing: dict[str, AwsError] = {}
-            refused: list[str] = []
-            for each in await self.outputs():
-                if not _is_below(each.path, wanted):
-                    refused.append(each.path)
-                    continue
-                try:
-                    await self._fetch_one(folder, each)
-                    found[each.path] = each
-                except AwsError as exc:
-                    if exc.code not in _GONE:
-                        raise
-                    missing[each.path] = exc
+            unwritable: dict[str, OSError] = {}
+            listed = await self.outputs()
+
+            async def bring(
+                each: OutputFile,
+                missing: dict[str, AwsError] = missing,
+                unwritable: dict[str, OSError] = unwritable,
+            ) -> None:
+                async with turns:
+                    try:
+                        await self._fetch_one(folder, each)
+                        found[each.path] = each
+                    except OSError as exc:
+                        unwritable[each.path] = exc
+                    except AwsError as exc:
+                        if exc.code not in _GONE:
+                            raise
+                        missing[each.path] = exc
+
+            good = [each for each in listed if _is_below(each.path, wanted)]
+            for result in await asyncio.gather(*map(bring, good), return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
             if is_last or not missing:
                 break
             # The program goes on, and may have written the file anew since it was listed.
             await asyncio.sleep(1.0)
+        if unwritable:
+            names = sorted(unwritable)
+            cause = unwritable[names[0]]
+            raise ConfigError(
+                f"{_listed(names)} cannot be written below {folder}: {cause.strerror or cause}. "
+                f"All other files were fetched; --to names another folder"
+            ) from cause
+        refused = [each.path for each in listed if not _is_below(each.path, wanted)]
         self._complain(missing, refused, wanted, report)
-        return list(found.values())
+        return sorted(found.values(), key=lambda each: each.path)
 
     def _complain(
         self,
@@ -348,7 +371,7 @@ class RunBucket:
         """Name files that were not fetched."""
         if missing:
             text = (
-                f"the bucket does not have {_listed(list(missing))} of the run {self._run} as it "
+                f"the bucket does not have {_listed(sorted(missing))} of the run {self._run} as it "
                 f"was written (any more). Its lifecycle rule deletes what is older than `cloudexec "
                 f"up --bucket-days` says. All other files were fetched"
             )
@@ -371,29 +394,25 @@ class RunBucket:
         draft = target.with_name(f".{target.name}.{os.getpid()}.part")
         # The next attempt of the run has to read and replace it.
         mode = (output.mode | 0o600) & 0o777 if output.mode else None
-        try:
-            if target.is_file() and target.stat().st_size == output.size:
-                digest = await asyncio.to_thread(file_digest, target)
-                if digest.hex() == output.sha256:
-                    if mode is not None:
-                        target.chmod(mode)
-                    return
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                await self._download(
-                    output.object_name, draft, output.size, bytes.fromhex(output.sha256)
-                )
-                if output.mtime_ns:
-                    os.utime(draft, ns=(output.mtime_ns, output.mtime_ns))
+        if target.is_file() and target.stat().st_size == output.size:
+            digest = await asyncio.to_thread(file_digest, target)
+            if digest.hex() == output.sha256:
                 if mode is not None:
-                    draft.chmod(mode)
-                os.replace(draft, target)
-            finally:
+                    target.chmod(mode)
+                return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            await self._download(
+                output.object_name, draft, output.size, bytes.fromhex(output.sha256)
+            )
+            if output.mtime_ns:
+                os.utime(draft, ns=(output.mtime_ns, output.mtime_ns))
+            if mode is not None:
+                draft.chmod(mode)
+            os.replace(draft, target)
+        finally:
+            with contextlib.suppress(OSError):  # why it is not there is said already
                 draft.unlink(missing_ok=True)
-        except OSError as exc:
-            raise ConfigError(
-                f"{target} cannot be written: {exc.strerror or exc}; --to names another folder"
-            ) from exc
 
     # The end.
 

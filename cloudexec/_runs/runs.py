@@ -444,10 +444,12 @@ class AsyncRuns:
         if found.machine is not None and found.machine.job_id in stopped:
             await self.bucket(name).forget_variables(found.plan.start_id)
 
-    async def fetch(self, name: str, folder: Path) -> list[OutputFile]:
-        """Bring the files that a run has written so far into a folder."""
+    async def fetch(
+        self, name: str, folder: Path, report: Report | None = None
+    ) -> list[OutputFile]:
+        """Bring the files that a run has written so far into a folder: see ``RunBucket.fetch``."""
         bucket = self.bucket(name)
-        return await bucket.fetch(folder, (await bucket.plan()).outputs)
+        return await bucket.fetch(folder, (await bucket.plan()).outputs, report)
 
     async def delete(self, name: str) -> int:
         """Delete what the bucket has of a run.

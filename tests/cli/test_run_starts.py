@@ -328,6 +328,28 @@ def test_files_that_cannot_be_written_do_not_hide_how_the_program_ended(
     assert run_here("attach", "blocked", "--no-fetch").returncode == 0
 
 
+def test_what_the_bucket_has_lost_does_not_keep_the_run_there(
+    aws: FakeAWS, run_here: Command, folder: Path
+) -> None:
+    _prepared("lost-files", outputs=("out",))
+    listed = [
+        {"path": path, "size": 1, "sha256": "0" * 64, "of_a_newer_release": 1}
+        for path in ("out/expired", "elsewhere")
+    ]
+    boto3.client("s3").put_object(
+        Bucket=Profile.load("default").bucket,
+        Key="cloudexec/runs/lost-files/outputs.json",
+        Body=json.dumps(listed).encode(),
+    )
+    assert run_here("fetch", "lost-files").returncode == 3
+    assert len(objects("lost-files")) == 2
+    done = run_here("fetch", "lost-files", "--delete")
+    assert done.returncode == 3
+    assert "the bucket does not have 'out/expired' of the run lost-files" in done.stderr
+    assert "lists 'elsewhere', which is not below its outputs (out)" in done.stderr
+    assert objects("lost-files") == []
+
+
 def test_a_run_that_cannot_be_followed_any_longer_is_said_to_go_on(
     aws: FakeAWS, run_here: Command, folder: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -159,6 +160,40 @@ def test_only_what_is_below_the_outputs_is_written(aws: FakeAWS, tmp_path: Path)
         assert found == [tmp_path / "back" / "out" / "a"]
 
     in_bucket("elsewhere", work)
+
+
+def test_a_file_that_cannot_be_written_does_not_keep_back_the_others(
+    aws: FakeAWS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And several are fetched at a time, but not all."""
+    names = [f"{number:02}" for number in range(20)]
+    answer, lock, now, most = aws.faults.wait_before, threading.Lock(), 0, 0
+
+    def counted(operation: str) -> None:
+        nonlocal now, most
+        with lock:
+            now += operation == "GetObject"
+            most = max(most, now)
+        answer(operation)
+        with lock:
+            now -= operation == "GetObject"
+
+    async def work(bucket: RunBucket) -> None:
+        write(tmp_path, {f"out/{each}": each for each in names})
+        await Outputs(bucket, tmp_path, ["out"]).keep(is_last=True)
+        back = tmp_path / "back" / "out"
+        (back / "03").mkdir(parents=True)
+        monkeypatch.setattr(aws.faults, "wait_before", counted)
+        aws.faults.slow_response("GetObject", 0.1)
+        with pytest.raises(ConfigError, match=r"^'out/03' cannot be written below .*: Is a dir"):
+            await bucket.fetch(tmp_path / "back", ["out"])
+        assert sorted(each.name for each in back.iterdir() if each.is_file()) == sorted(
+            {*names} - {"03"}
+        )
+        assert 2 <= most <= 8
+        assert not list(back.glob(".*"))
+
+    in_bucket("unwritable", work)
 
 
 def test_files_that_were_sent_are_listed_though_another_one_fails(
