@@ -21,7 +21,9 @@ class RunInfo(Record):
     a machine. ``"waiting"`` for a machine, ``"starting"``, ``"running"``. ``"succeeded"`` with exit
     code 0, ``"failed"``, or ``"stopped"`` by somebody. ``"unknown"``: AWS has forgotten it."""
     exit_code: int | None
-    """128 + the signal's number if a signal ended it; ``None``: it has none, or has not ended."""
+    """Of the program; 128 + the signal's number if a signal ended it. 122: the program succeeded,
+    and a file that it has written is not in the bucket. 125: the machine could not start the
+    program, or the run was stopped before. ``None``: it has none, or has not ended."""
     reason: str
     """Why it waits, or how it ended; empty while there is nothing to say."""
     command: str
@@ -34,7 +36,7 @@ class RunInfo(Record):
     gpus: int
     spot: bool
     outputs: Sequence[str]
-    """Folders whose files come back."""
+    """Folders whose files come back, and files that do."""
     created_at: datetime
     started_at: datetime | None
     """Of the last attempt."""

@@ -226,15 +226,15 @@ def check_output_folders(
                 continue  # the program finds the file there
             if here.is_file():
                 raise ConfigError(
-                    f"outputs are folders, and {each!r} is a file here, which could not come back "
-                    f"as a folder: name the folder that it is in, or another one"
+                    f"{each!r} has no suffix, so that a folder of that name would be made for the "
+                    f"program, and it is a file here: name the folder that it is in, or another one"
                 )
             found.append(str(path))
     return tuple(dict.fromkeys(found))
 
 
 def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
-    """Return folders whose files come back, in one form.
+    """Return folders whose files come back, and files that do, in one form.
 
     Raises:
         ConfigError: If one of them is not below the folder in which the program runs.
@@ -244,9 +244,9 @@ def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
         path = PurePosixPath(each)
         if not each or path.is_absolute() or ".." in path.parts:
             raise ConfigError(
-                f"outputs are folders below the current one, such as results, not {each!r}: the "
-                f"program runs in a folder of its own, and its files come back to the same place "
-                f"below the current one"
+                f"outputs are folders or files below the current folder, such as results, not "
+                f"{each!r}: the program runs in a folder of its own, and its files come back to "
+                f"the same place below the current one"
             )
         found.append(str(path))
     return tuple(dict.fromkeys(found))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -219,26 +221,34 @@ class Run:
             timeout: Seconds; ``None``: as long as it takes.
 
         Returns:
-            The program's exit code; 128 + the signal's number if a signal ended it.
+            The program's exit code; 128 + the signal's number if a signal ended it. 122 if the
+            program succeeded and a file that it has written is not in the bucket, and 125 if the
+            machine could not start it.
 
         Raises:
             TimeoutError: If it has not ended in time.
-            AwsError: If AWS refuses, or cannot be reached; or the machine was lost, and with it the
-                exit code (``code`` ``"NoExitCode"``).
+            AwsError: If AWS refuses, or cannot be reached for ten minutes; or the machine was lost,
+                and with it the exit code (``code`` ``"NoExitCode"``).
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        found = self._find()
-        while found.state in ("preparing", "waiting", "starting", "running"):
-            pause = _POLL if deadline is None else min(_POLL, deadline - time.monotonic())
-            if pause <= 0:
-                raise TimeoutError(f"the run {self.name} is {found.state} after {timeout:g} s")
-            time.sleep(pause)
-            found = self._client.call(self._client.runs.again(found))
-        if failure := self._client.call(self._client.runs.settle(found)):
+        state = "not known"
+
+        def pause(seconds: float) -> None:
+            left = math.inf if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"the run {self.name} is {state} after {timeout:g} s")
+            time.sleep(min(seconds, left))
+
+        client, runs = self._client, self._client.runs
+        found = patiently(client, partial(runs.find, self.name), pause)
+        while (state := found.state) in ("preparing", "waiting", "starting", "running"):
+            pause(_POLL)
+            found = patiently(client, partial(runs.again, found), pause)
+        if failure := client.call(runs.settle(found)):
             _logger.warning("the run %s has ended: %s", self.name, failure)
         code = found.exit_code
         if code is None:
-            why = self._client.call(self._client.runs.why(found))
+            why = patiently(client, partial(runs.why, found), pause)
             raise AwsError(
                 f"the run {self.name} has no exit code: {why}",
                 code="NoExitCode",
@@ -250,13 +260,10 @@ class Run:
         """Yield the lines that it prints, from the first on, until it ends.
 
         Raises:
-            AwsError: If AWS refuses, or cannot be reached.
+            AwsError: If AWS refuses, or cannot be reached for ten minutes.
         """
-        for look in self._client_looks():
+        for look in looks(self._client, self.name, time.sleep):
             yield from look.lines
-
-    def _client_looks(self) -> Iterator[Look]:
-        return looks(self._client, self.name, time.sleep)
 
     def stop(self) -> None:
         """End it, with the workers of executors in it. SIGKILL follows SIGTERM after 30 seconds.
@@ -302,6 +309,38 @@ def _ignore(exc: AwsError) -> None:
     """Take no notice of a failure that may pass."""
 
 
+def patiently(
+    client: RunsClient,
+    ask: Callable[[], Coroutine[Any, Any, _T]],
+    pause: Callable[[float], object],
+    notice: Callable[[AwsError], object] = _ignore,
+) -> _T:
+    """Ask AWS something, and wait out a failure that may pass for some minutes.
+
+    Args:
+        client: Calls AWS.
+        ask: Asks it.
+        pause: Called with seconds between two tries.
+        notice: Told of the first failure.
+
+    Raises:
+        AwsError: If AWS refuses, or cannot be reached for minutes.
+    """
+    failing_since: float | None = None
+    while True:
+        try:
+            return client.call(ask())
+        except AwsError as exc:
+            if not exc.transient:
+                raise
+            if failing_since is None:
+                failing_since = time.monotonic()
+                notice(exc)
+            elif time.monotonic() - failing_since > _OUTAGE:
+                raise
+        pause(_POLL)
+
+
 def looks(
     client: RunsClient,
     name: str,
@@ -322,27 +361,15 @@ def looks(
         AwsError: If AWS refuses, or cannot be reached for minutes.
     """
     position = Position()
-    found = client.call(client.runs.find(name))
+    runs = client.runs
+    found = patiently(client, partial(runs.find, name), pause, notice)
     while found.machine is None:
         if found.state not in ("preparing", "waiting"):
             return
         pause(_POLL)
-        found = client.call(client.runs.find(name))
-    failing_since: float | None = None
+        found = patiently(client, partial(runs.find, name), pause, notice)
     while True:
-        try:
-            look = client.call(client.runs.look(found, position))
-        except AwsError as exc:
-            if not exc.transient:
-                raise
-            if failing_since is None:
-                failing_since = time.monotonic()
-                notice(exc)
-            elif time.monotonic() - failing_since > _OUTAGE:
-                raise
-            pause(_POLL)
-            continue
-        failing_since = None
+        look = patiently(client, partial(runs.look, found, position), pause, notice)
         position = look.position
         found = Found(found.plan, look.machine, found.result)
         yield look

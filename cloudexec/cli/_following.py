@@ -7,24 +7,26 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any, TypeVar
 
 import click
 
 from cloudexec._aws.names import user_name
 from cloudexec._aws.steps import counted
-from cloudexec._errors import AwsError, CloudexecError
+from cloudexec._errors import AwsError, CloudexecError, ConfigError
 from cloudexec._runs.places import MachineState
 from cloudexec._runs.protocol import EXIT_FILES_LOST
-from cloudexec._runs.run import RunsClient, looks
+from cloudexec._runs.run import RunsClient, looks, patiently
 from cloudexec.cli._errors import INTERRUPTED, CommandError, RunError
 from cloudexec.cli._table import duration, usd
 
 __all__ = ["Follower", "opened_log"]
 
+_T = TypeVar("_T")
 _WHY_AFTER = 60
 """Looks, about a second each, after which it is asked why a machine does not come."""
 
@@ -105,14 +107,19 @@ class Follower:
         """Say so where the run cannot be followed any longer."""
         try:
             yield
-        except BaseException:
-            if self._phase != "ended":
+        except BaseException as exc:
+            # With a ConfigError, there is no such run.
+            if self._phase != "ended" and not isinstance(exc, ConfigError):
                 with contextlib.suppress(OSError):  # standard error may be what is broken
                     self._say_how_to_go_on("The run goes on.")
             raise
 
     def _say_that_it_waits(self, exc: AwsError) -> None:
         self._report(f"{self._name}: {exc}; trying again")
+
+    def _patiently(self, ask: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """Ask AWS something after the end, when Ctrl-C interrupts at once."""
+        return patiently(self._client, ask, time.sleep, self._say_that_it_waits)
 
     def _pause(self, seconds: float) -> None:
         if self._interrupted.wait(seconds) and not self._phase:
@@ -187,15 +194,17 @@ class Follower:
             self._looks = 0
         self._looks += 1
         if machine.phase == "waiting" and self._looks % _WHY_AFTER == 0:
-            found = self._client.call(self._client.runs.find(name))
-            if why := self._client.call(self._client.runs.why(found)):
-                self._report(f"{name}: still waits: {why}")
+            with contextlib.suppress(AwsError):  # it is asked again later
+                found = self._client.call(self._client.runs.find(name))
+                if why := self._client.call(self._client.runs.why(found)):
+                    self._report(f"{name}: still waits: {why}")
         self._phase, self._attempts = machine.phase, machine.attempts
 
     # The end.
 
     def _finish(self) -> int:
-        found = self._client.call(self._client.runs.find(self._name))
+        runs = self._client.runs
+        found = self._patiently(lambda: runs.find(self._name))
         unsettled = self._client.call(self._client.runs.settle(found))
         info = found.info()
         failure = self._fetch(info.outputs)
@@ -208,7 +217,7 @@ class Follower:
         )
         why = info.reason
         if info.exit_code != 0:
-            why = self._client.call(self._client.runs.why(found))
+            why = self._patiently(lambda: runs.why(found))
         if unsettled:
             click.echo(f"{self._name}: {unsettled}", err=True)
         if failure:
@@ -226,7 +235,7 @@ class Follower:
             return ""
         where = Path(os.path.abspath(self._folder))
         try:
-            files = self._client.call(self._client.runs.fetch(self._name, where))
+            files = self._patiently(lambda: self._client.runs.fetch(self._name, where))
         except (CloudexecError, OSError) as exc:
             return (
                 f"its files did not come back: {exc}. `cloudexec fetch {self._name} --to DIR` "

@@ -41,10 +41,23 @@ class _RunCommand(click.Command):
         if "--" in args:
             at = args.index("--")
             args, ctx.meta["cloudexec.verbatim"] = args[:at], args[at + 1 :]
-        # A program may have -seed, which is not -s -e -e -d.
-        rest = super().parse_args(ctx, [_protected(each) for each in args])
-        ctx.params = {name: _bare(value) for name, value in ctx.params.items()}
-        return rest
+        return super().parse_args(ctx, args)
+
+    def make_parser(self, ctx: click.Context) -> Any:
+        """Return a parser that takes no word with a single hyphen apart.
+
+        A program may have -seed, which is not -s -e -e -d.
+        """
+        parser: Any = super().make_parser(ctx)
+        divide = parser.parse_args
+
+        def parse_args(args: list[str]) -> tuple[dict[str, Any], list[str], list[Any]]:
+            values, rest, order = divide([_protected(each) for each in args])
+            # Before values are checked and converted.
+            return {name: _bare(value) for name, value in values.items()}, _bare(rest), order
+
+        parser.parse_args = parse_args
+        return parser
 
 
 def _protected(word: str) -> str:
@@ -53,8 +66,8 @@ def _protected(word: str) -> str:
 
 
 def _bare(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_bare, value))
+    if isinstance(value, tuple | list):
+        return type(value)(map(_bare, value))
     return value.removeprefix(_WHOLE) if isinstance(value, str) else value
 
 
@@ -104,8 +117,8 @@ def _variables(
 @click.option(
     "--outputs",
     multiple=True,
-    metavar="DIR",
-    help="Bring back the files that the program writes there. Can be repeated.",
+    metavar="PATH",
+    help="Bring back this file, or the files in this folder. Can be repeated.",
 )
 @click.option(
     "--env",

@@ -291,7 +291,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_sent(
         ((), "say what is to be run"),
         (("job.py", "--files", "absent/*"), "there is no file that 'absent/*' names"),
         (("job.py", "--files", "/etc/hostname"), "is not below the current folder"),
-        (("job.py", "--outputs", "../up"), "outputs are folders below the current one"),
+        (("job.py", "--outputs", "../up"), "outputs are folders or files below the current folder"),
         (("job.py", "--name", "Worker"), "the name of a run is 1 to 40 lower-case letters"),
         (("job.py", "--name", "worker-1"), "not like a worker's"),
         (("job.py", "--cpus", "0"), "cpus must be"),

@@ -362,12 +362,18 @@ def test_a_run_that_cannot_be_followed_any_longer_is_said_to_go_on(
 
 
 def test_a_run_is_followed_again_when_aws_answers_again(
-    aws: FakeAWS, run_here: Command, folder: Path
+    aws: FakeAWS, run_here: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aws.faults.lose_response("GetLogEvents", count=7)
-    done = run_here("run", "--name", "cut-off", "--", "echo up")
+    monkeypatch.setattr("cloudexec._aws.clients._ATTEMPTS", 1)  # without the pauses of the SDK
+    run = run_script(args=["sh", "-c", "echo up"], name="cut-off")
+    for operation in ("ListJobs", "GetObject", "DescribeJobs"):
+        aws.faults.lose_response(operation)
+    assert run.wait(timeout=100) == 0
+    for operation in ("ListJobs", "GetLogEvents", "GetObject"):
+        aws.faults.lose_response(operation)
+    done = run_here("attach", "cut-off")
     assert (done.returncode, done.stdout) == (0, "up\n"), done.stderr
-    assert "; trying again" in done.stderr
+    assert done.stderr.count("; trying again") == 2
 
 
 def test_the_profile_in_use_is_the_one_in_the_run(
@@ -402,6 +408,9 @@ def test_the_profile_in_use_is_the_one_in_the_run(
         (["train.py", "--name", "a", "-10"], ("train.py", "-10"), {"name": "a"}),
         (["-m", "shop", "-verbose"], ("-verbose",), {"module": "shop"}),
         (["a.py", "--project", "-dash", "-nq"], ("a.py", "-nq"), {"project": "-dash"}),
+        (["a.py", "--log-file", "-abc"], ("a.py",), {"log_file": Path("-abc")}),
+        (["a.py", "--cpus", "-12"], ("a.py",), {"cpus": -12.0}),
+        (["a.py", "--env", "-AB=1"], ("a.py",), {"env": {"-AB": "1"}}),
     ],
 )
 def test_options_of_a_program_are_not_taken_apart(

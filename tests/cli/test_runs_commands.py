@@ -104,6 +104,7 @@ def test_a_run_is_followed_from_another_folder_after_its_client_has_gone(
     gone = run_here("attach", name)
     assert gone.returncode == 2
     assert f"there is no run {name!r} in the bucket" in gone.stderr
+    assert "The run goes on." not in gone.stderr
 
 
 def test_files_come_back_while_it_runs(aws: FakeAWS, run_here: Run, folder: Path) -> None:

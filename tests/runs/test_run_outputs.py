@@ -334,6 +334,6 @@ def test_outputs_that_are_files_here_are_not_made_as_folders(tmp_path: Path) -> 
     write(tmp_path, {"Makefile": "", "all.csv": "", "runs.v1/a": ""})
     given = ["new", "all.csv", "new.csv", "runs.v1", "new.v1/", "."]
     assert check_output_folders(given, (), tmp_path) == ("new", "runs.v1", "new.v1", ".")
-    with pytest.raises(ConfigError, match="'Makefile' is a file here"):
+    with pytest.raises(ConfigError, match="'Makefile' has no suffix"):
         check_output_folders(["Makefile"], (), tmp_path)
     assert check_output_folders(["Makefile"], {"Makefile": None}, tmp_path) == ()
