@@ -220,12 +220,15 @@ class RunBucket:
             mine = await self._get(name) or mine
         return float(json.loads(mine)["at"])
 
-    async def renew(self, plan: RunPlan, archive: Path | None) -> None:
+    async def renew(
+        self, plan: RunPlan, archive: Path | None, *, older_than: float = RENEW_EVERY / 2
+    ) -> None:
         """Write anew what a further attempt needs, so that the lifecycle rule does not delete it.
 
         Args:
             plan: What is run.
             archive: The files that were sent with it; ``None``: there are none.
+            older_than: Seconds; objects of the journal that are younger stay as they are.
         """
         await self._put("run.json", plan.to_json())
         for kind in ("job", "started", "variables"):
@@ -235,6 +238,34 @@ class RunBucket:
         if archive is not None:
             digest = bytes.fromhex(plan.files_sha256)
             await self.upload("files.tar.gz", archive, plan.files_bytes, digest)
+        turns = asyncio.Semaphore(_AT_ONCE)
+
+        async def copy(key: str) -> None:
+            async with turns:
+                # S3 copies an object onto itself only if something about it is new.
+                await self._clients.call(
+                    "s3",
+                    "copy_object",
+                    Bucket=self._name,
+                    Key=key,
+                    CopySource={"Bucket": self._name, "Key": key},
+                    MetadataDirective="REPLACE",
+                    ServerSideEncryption="AES256",
+                )
+
+        newest = time.time() - older_than
+        journal = f"{self.prefix}journal/"
+        old = [
+            str(each["Key"])
+            async for each in self._clients.pages(
+                "s3", "list_objects_v2", "Contents", Bucket=self._name, Prefix=journal
+            )
+            # The lease of the journal is written by the program all the time.
+            if each["LastModified"].timestamp() < newest and each["Key"] != f"{journal}lease"
+        ]
+        for result in await asyncio.gather(*map(copy, old), return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
 
     # Files.
 

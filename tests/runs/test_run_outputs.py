@@ -284,6 +284,15 @@ def test_what_a_long_run_needs_is_written_anew(aws: FakeAWS, tmp_path: Path) -> 
         assert all(after[path] > before[path] for path in ("out/a", "out/b"))
         assert len(await bucket.fetch(tmp_path / "back", ["out"])) == 2
         aws.clear_requests()
+        for name in ("journal/journal", "journal/lease"):
+            await bucket.upload(name, tmp_path / "out" / "a", 1, bytes.fromhex(_digest(b"a")))
+        await bucket.renew(plan, None)
+        assert not [each for each in aws.requests if each.operation == "CopyObject"]
+        await bucket.renew(plan, None, older_than=-60.0)
+        (copied,) = (each for each in aws.requests if each.operation == "CopyObject")
+        assert copied.parameters["Key"].endswith("/long/journal/journal")
+        assert copied.status == 200
+        aws.clear_requests()
         await bucket.renew(plan, None)
         put = [each.parameters["Key"] for each in aws.requests if each.operation == "PutObject"]
         assert sorted(key.rpartition("/")[2] for key in put) == [
