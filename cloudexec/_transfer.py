@@ -33,7 +33,7 @@ Sink: TypeAlias = Callable[[int, bytes], object]
 a time, but never after the transfer has ended."""
 
 CHUNK = 1024 * 1024
-"""Bytes that are hashed or received at a time."""
+"""Bytes that are hashed at a time."""
 
 PART_BYTES = 16 * 1024 * 1024
 """Objects of up to so many bytes are sent in one request, larger ones in parts of this size."""
@@ -145,27 +145,24 @@ class Digests:
     parts: tuple[bytes, ...]
 
 
-def digests(
-    source: Source, size: int, *, part_bytes: int = PART_BYTES, sha256: bytes = b""
-) -> Digests:
+def digests(source: Source, size: int, *, part_bytes: int = PART_BYTES) -> Digests:
     """Read an object and return its digests.
 
     Args:
         source: Returns the content.
         size: Bytes of the object.
         part_bytes: As for ``parts_of``.
-        sha256: SHA-256 of the whole, if it is known; this saves at least half of the work.
 
     Raises:
         OSError: If the content cannot be read, or is too short.
     """
     parts = parts_of(size, part_bytes)
     if len(parts) == 1:
-        sha256 = sha256 or digest(source, 0, size)
+        sha256 = digest(source, 0, size)
         return Digests(sha256, (sha256,))
-    whole = None if sha256 else hashlib.sha256()
+    whole = hashlib.sha256()
     found = tuple(digest(source, part.offset, part.length, whole) for part in parts)
-    return Digests(whole.digest() if whole is not None else sha256, found)
+    return Digests(whole.digest(), found)
 
 
 def digest(source: Source, offset: int, length: int, whole: hashlib._Hash | None = None) -> bytes:

@@ -61,7 +61,7 @@ MAY_IMPORT = {
         "_wire",
     },
     "_objects/s3.py": {"_aws", "_transfer"},
-    "_objects/s3_requests.py": {"_aws"},
+    "_objects/s3_requests.py": {"_aws", "_transfer"},
     "_objects/s3_answers.py": {"_transfer"},
     "_objects/s3_transfer.py": {"_transfer"},
     "_launchers": {"_config", "_log", "_pricing"},

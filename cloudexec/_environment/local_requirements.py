@@ -82,9 +82,10 @@ def _lines_of(file: Path, seen: set[Path]) -> Iterator[str]:
 
 
 def all_lines_of(file: Path) -> list[str]:
-    """Return the lines of a requirements file, of those that it includes, and of constraints.
+    """Return the lines of a requirements file, and of the files that it includes or constrains by.
 
-    What is behind an address, or is not there, is left to whoever installs.
+    Files that are named by an address, or that do not exist, are left out: the installer reads or
+    refuses them.
 
     Raises:
         ConfigError: If a file cannot be read.

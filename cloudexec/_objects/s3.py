@@ -44,7 +44,7 @@ from typing import Any, Literal, TypeVar
 from cloudexec._aws.clients import AwsClients, translated
 from cloudexec._aws.refusals import EXPIRED, remedy_of_refusal
 from cloudexec._errors import AwsError, ConfigError
-from cloudexec._objects.s3_requests import Requests
+from cloudexec._objects.s3_requests import Requests, Signatures
 from cloudexec._objects.s3_transfer import (
     Download,
     S3TransferError,
@@ -192,12 +192,12 @@ class Bucket:
         digests = {1: sha256} if len(parts) == 1 else {}
         upload_id = await self._create_upload(name) if len(parts) > 1 else ""
 
-        async def sign(number: int) -> SignedRequest:
+        def sign(number: int) -> Coroutine[Any, Any, SignedRequest]:
             # Each part is hashed just before it is sent, while others are sent.
             if number not in digests:
                 part = parts[number - 1]
-                digests[number] = await asyncio.to_thread(digest, source, part.offset, part.length)
-            return await self._sign_part(name, upload_id, number, digests[number])
+                digests[number] = digest(source, part.offset, part.length)
+            return self._sign_part(name, upload_id, number, digests[number])
 
         try:
             await self._carry_out("s3:PutObject", name, upload, sign)
@@ -214,21 +214,19 @@ class Bucket:
         transfer: Upload | Download,
         sign: Callable[[int], Coroutine[Any, Any, SignedRequest]],
     ) -> None:
-        loop = asyncio.get_running_loop()
-
-        def signed(number: int) -> SignedRequest:
-            return asyncio.run_coroutine_threadsafe(sign(number), loop).result()
+        signatures = Signatures(sign)
 
         async def ask(refusal: UrlRefusedError | None) -> Sign:
             if refusal is not None:
                 if refusal.early and refusal.code not in EXPIRED:
                     raise refusal
                 self._renew(refusal.early)
-            return signed
+            signatures.forget()
+            return signatures.get
 
         try:
             async with self._transfers:
-                await carry_out(transfer, ask)
+                await carry_out(transfer, ask, signatures.cancel)
         except S3TransferError as exc:
             error = AwsError(
                 f"{operation} failed: {exc.reason}",
@@ -238,8 +236,6 @@ class Bucket:
                 expired=exc.code in EXPIRED,
             )
             remedy = remedy_of_refusal(exc.code, exc.reason, operation) or exc.remedy
-            if exc.code == "Unreachable":
-                remedy = "check the network and proxies of this machine"
             raise self._requests.explained(error, name, remedy) from exc
 
     async def download_url(
@@ -389,8 +385,8 @@ class Bucket:
         """
         await self._ready()
 
-        async def sign(_: int) -> SignedRequest:
-            return await self._sign("get_object", name, _URL_SECONDS)
+        def sign(_: int) -> Coroutine[Any, Any, SignedRequest]:
+            return self._sign("get_object", name, _URL_SECONDS)
 
         download = Download(sink, source, size, sha256, self._settings)
         await self._carry_out("s3:GetObject", name, download, sign)

@@ -98,7 +98,7 @@ def refusal(what: str, response: BaseHTTPResponse, request: SignedRequest) -> Ex
     """
     body = response.read(_ERROR_BYTES, decode_content=False).decode("utf-8", "replace")
     code, status = _tag(body, "Code"), response.status
-    said = f"{status} {code}: {_tag(body, 'Message') or response.reason}"
+    said = f"{f'{status} {code}'.strip()}: {_tag(body, 'Message') or response.reason}"
     if status in _RETRIED_STATUS or code in _RETRIED_CODE:
         return AgainError(said, status=status, code=code, after=_wanted_pause(response))
     if status == 403 or code in _REFUSING_CODE:

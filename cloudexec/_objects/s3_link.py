@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import ssl
+import threading
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ __all__ = ["Link", "Settings", "total_size"]
 
 _CONNECT_TIMEOUT = 10.0
 _LOGGERS = ("urllib3.connection", "urllib3.connectionpool")
+_reading = threading.Lock()
 
 
 @record
@@ -116,6 +118,8 @@ class Link:
             if login := unquote(urllib3.util.parse_url(proxy).auth or ""):
                 login = "Basic " + base64.b64encode(login.encode()).decode()
                 options["proxy_headers"] = {"Proxy-Authorization": login}
+            if proxy.startswith("https:"):
+                options["proxy_ssl_context"] = _tls(authorities)
             manager = urllib3.ProxyManager(proxy, **options)
         pools: Any = {
             "http": functools.partial(self._pool, urllib3.HTTPConnectionPool, _Connection),
@@ -132,7 +136,10 @@ class Link:
     def interrupt(self) -> None:
         """Let the thread that uses the connection fail at once; it must not be used after this."""
         self.interrupted = True  # before the socket is looked for, which may be connecting
-        sock = self.connection.sock if self.connection is not None else None
+        sock: Any = self.connection.sock if self.connection is not None else None
+        # Where a proxy is spoken to by TLS as well, urllib3 wraps the socket to the proxy.
+        while sock is not None and not isinstance(sock, socket.socket):
+            sock = getattr(sock, "socket", None)
         if sock is not None:
             try:
                 # The plain socket's method: a TLS socket's own shutdown() may be called only by the
@@ -195,9 +202,14 @@ def _may_be_logged(record: logging.LogRecord) -> bool:
     return "X-Amz-" not in record.getMessage()
 
 
-@functools.lru_cache(maxsize=2)
 def _tls(authorities: str) -> ssl.SSLContext:
     """Return a TLS context, which is cached: reading the authorities takes long."""
+    with _reading:  # or each thread of the first transfer would read them
+        return _read_authorities(authorities)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_authorities(authorities: str) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=authorities or None)
     except OSError as exc:

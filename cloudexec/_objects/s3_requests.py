@@ -6,14 +6,16 @@ A request that fails is repeated for a while.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import tenacity
 
 from cloudexec._aws.clients import AwsClients
 from cloudexec._errors import AwsError
+from cloudexec._transfer import SignedRequest
 
-__all__ = ["Requests"]
+__all__ = ["Requests", "Signatures"]
 
 _REQUESTS = 20
 """Requests at a time; the HTTP client has more connections."""
@@ -157,3 +159,56 @@ class Requests:
             transient=exc.transient,
             expired=exc.expired,
         )
+
+
+class Signatures:
+    """Signs the requests of one transfer on the event loop, for the transfer's threads.
+
+    Args:
+        sign: Returns what signs the request for a part, by its number. It is called in threads of
+            the transfer, and may block.
+    """
+
+    def __init__(self, sign: Callable[[int], Coroutine[Any, Any, SignedRequest]]) -> None:
+        self._sign = sign
+        self._loop = asyncio.get_running_loop()
+        self._known: dict[int, SignedRequest] = {}
+        self._running: set[asyncio.Task[Any] | None] = set()
+        self._is_cancelled = False
+
+    def get(self, number: int) -> SignedRequest:
+        """Return a signed request: a range of a download, or a repeated request, gets the same.
+
+        Raises:
+            concurrent.futures.CancelledError: If the transfer is cancelled meanwhile.
+        """
+        found = self._known.get(number)
+        if found is None:
+            signature = self._unless_cancelled(self._sign(number))
+            found = asyncio.run_coroutine_threadsafe(signature, self._loop).result()
+            self._known[number] = found
+        return found
+
+    async def _unless_cancelled(
+        self, signature: Coroutine[Any, Any, SignedRequest]
+    ) -> SignedRequest:
+        task = asyncio.current_task()
+        self._running.add(task)
+        try:
+            if self._is_cancelled:
+                signature.close()
+                raise asyncio.CancelledError
+            return await signature
+        finally:
+            self._running.discard(task)
+
+    def forget(self) -> None:
+        """Sign anew from now on."""
+        self._known.clear()
+
+    def cancel(self) -> None:
+        """End what signs, on the event loop: credentials may take long to come."""
+        self._is_cancelled = True
+        for task in self._running:
+            if task is not None:
+                task.cancel()

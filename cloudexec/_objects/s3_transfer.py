@@ -73,7 +73,9 @@ _REFUSALS_IN_A_ROW = 3
 
 
 async def carry_out(
-    transfer: Download | Upload, ask: Callable[[UrlRefusedError | None], Awaitable[Sign]]
+    transfer: Download | Upload,
+    ask: Callable[[UrlRefusedError | None], Awaitable[Sign]],
+    on_cancel: Callable[[], object] = lambda: None,
 ) -> None:
     """Run a transfer in threads, with as many URLs as it needs.
 
@@ -83,6 +85,7 @@ async def carry_out(
         transfer: The download or upload.
         ask: Gets fresh URLs, for an upload those of the parts that are ``missing``. Its argument is
             how S3 has refused the last one, or ``None`` if there was none.
+        on_cancel: Called if this is cancelled, so that no request is still signed for it.
 
     Raises:
         S3TransferError: If S3 refuses the transfer, or cannot be reached.
@@ -90,11 +93,18 @@ async def carry_out(
     """
     refused: UrlRefusedError | None = None
     failures = 0
+
+    def cancel() -> None:
+        try:
+            transfer.cancel()
+        finally:
+            on_cancel()
+
     while True:
         run = functools.partial(transfer.run, await ask(refused))
         left = transfer.left
         try:
-            return await _on_thread(run, transfer.cancel)
+            return await _on_thread(run, cancel)
         except UrlRefusedError as exc:
             failures = failures + 1 if transfer.left == left else 1
             if failures == _REFUSALS_IN_A_ROW:
@@ -122,19 +132,33 @@ async def _on_thread(run: Callable[[], None], on_cancel: Callable[[], None]) -> 
         except BaseException as exc:
             done.set_exception(exc)
 
-    threading.Thread(target=call, name="cloudexec-s3", daemon=True).start()
+    try:
+        threading.Thread(target=call, name="cloudexec-s3", daemon=True).start()
+    except RuntimeError as exc:
+        raise _no_thread(exc) from exc
     ended = asyncio.wrap_future(done)
     try:
         await asyncio.shield(ended)
     except asyncio.CancelledError:
-        on_cancel()
-        while not ended.done():
-            try:
-                await asyncio.wait([ended])
-            except asyncio.CancelledError:
-                pass  # raised below
-        ended.exception()
+        try:
+            on_cancel()
+        finally:
+            while not ended.done():
+                try:
+                    await asyncio.wait([ended])
+                except asyncio.CancelledError:
+                    pass  # raised below
+            ended.exception()
         raise
+
+
+def _no_thread(exc: RuntimeError) -> S3TransferError:
+    return S3TransferError(
+        f"no thread can be started for a transfer: {exc}",
+        "this machine's memory or its limit of processes (ulimit -u) is used up",
+        code="NoThread",
+        transient=True,
+    )
 
 
 class _LocalError(Exception):
@@ -231,12 +255,18 @@ class _Transfer(abc.ABC):
             self._progress_at = time.monotonic()
             self._running = 0 if self._cancelled else min(self._settings.parallel, len(self._todo))
             count = self._running
-        threads = [
-            threading.Thread(target=self._work, name=f"cloudexec-s3-{number}", daemon=True)
-            for number in range(count)
-        ]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
+        for number in range(count):
+            thread = threading.Thread(target=self._work, name=f"cloudexec-s3-{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as exc:
+                with self._changed:
+                    self._running -= count - number
+                if not threads:
+                    raise _no_thread(exc) from exc
+                break  # those that were started do everything
+            threads.append(thread)
         return threads
 
     def _work(self) -> None:
@@ -309,10 +339,7 @@ class _Transfer(abc.ABC):
             raise S3TransferError(
                 f"{self._verb} of {link.place}: nothing has moved for {self._quiet():.0f} s, after "
                 f"{retrying.statistics['attempt_number']} tries; the last said: {exc}",
-                "S3 asks to slow down: use fewer workers at once"
-                if exc.status in (429, 503)
-                else "check the way from the worker to S3 (NAT gateway or S3 endpoint of its "
-                "subnet, proxies)",
+                _remedy(exc.status),
                 status=exc.status,
                 code=exc.code,
                 transient=True,
@@ -548,6 +575,18 @@ class Upload(_Transfer):
                 if at + len(data) > self._sent.get(part.number, 0):
                     self._sent[part.number] = at + len(data)
                     self._progress_at = time.monotonic()
+
+
+def _remedy(status: int) -> str:
+    """Say what helps where requests fail again and again, with this status; 0: no answer comes."""
+    if status in (429, 503):
+        return "S3 asks to slow down: move fewer objects at once, with fewer workers"
+    if status >= 500:
+        return "S3, or a proxy on the way, has an error of its own: try again later"
+    return (
+        "check the way to S3: the network, proxies and, for a worker, the NAT gateway or the S3 "
+        "endpoint of its subnet"
+    )
 
 
 def _is_about_trust(error: BaseException | None) -> bool:

@@ -1,8 +1,8 @@
 """``python -m cloudexec.worker``: start one worker.
 
-It learns whom to dial from two lines of JSON on its standard input (the local launcher, which so
-keeps the key out of environment and process list, and starts the first worker before there is
-anybody to be dialed), or from the environment (containers): the
+A worker that the local launcher has started reads whom to dial from two lines of JSON on its
+standard input. That keeps the key out of the environment and the list of processes, and the first
+worker can be started before there is anybody to dial. A worker in a container learns it from the
 variables ``CLOUDEXEC_TARGET``, ``_EXECUTOR_ID``, ``_SLOTS``, ``_KEY``, ``_CERTIFICATE_SHA256``,
 ``_MEMORY_MIB``, and ``_IDENTITY`` or ``_LAUNCH``, the number of the first worker of those that were
 launched together. To that, the worker adds its own number among them: see ``platform``. After

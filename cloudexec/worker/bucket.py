@@ -24,6 +24,8 @@ _PATIENCE = 20.0
 _TIMEOUT = 15.0
 _REST = 300.0
 """Seconds for which S3 is not tried again once it could not be reached."""
+_OF_ONE = frozenset({"BadDigest", "NoSuchKey", "NoSuchUpload"})
+"""Error codes that say nothing of other objects, which are still exchanged through the bucket."""
 _UPLOADS = 2
 """Number of blobs that are uploaded at a time."""
 
@@ -103,7 +105,9 @@ class BucketPath:
         download = Download(place.write, place.read, blob.size, sha256, settings)
         try:
             await carry_out(download, ask)
-        except (S3TransferError, _GoneError) as exc:
+        except _GoneError:
+            return False
+        except S3TransferError as exc:
             self._note(exc)
             await self._locate(pb.LocateRequest(blob=number, failed=str(exc)))
             return False
@@ -171,8 +175,8 @@ class BucketPath:
             reply = await self._store(request)
         return reply.accepted
 
-    def _note(self, error: S3TransferError | _GoneError) -> None:
-        if isinstance(error, _GoneError) or error.code != "BadDigest":
+    def _note(self, error: S3TransferError) -> None:
+        if error.code not in _OF_ONE:
             self._down_until = time.monotonic() + _REST
 
 

@@ -17,6 +17,7 @@ class Relay:
         tls: Whether to use TLS with clients.
         tunnel: Whether to be a proxy to which clients send ``CONNECT`` first; any address in it
             leads to the server.
+        proxy_tls: Whether clients use TLS with the proxy itself, which then uses none behind it.
         rate: Bytes per second in each direction of a connection; 0 means no limit.
 
     Attributes:
@@ -29,6 +30,7 @@ class Relay:
         *,
         tls: ssl.SSLContext | None = None,
         tunnel: bool = False,
+        proxy_tls: ssl.SSLContext | None = None,
         rate: float = 0.0,
     ) -> None:
         self._target = port
@@ -36,6 +38,7 @@ class Relay:
         self.passed = {"up": 0, "down": 0}
         self._tls = tls
         self._tunnel = tunnel
+        self._proxy_tls = proxy_tls
         self._lock = threading.Lock()
         self._cuts: dict[str, list[int]] = {"up": [], "down": []}
         self._sockets: list[socket.socket] = []
@@ -91,6 +94,8 @@ class Relay:
 
     def _serve(self, client: socket.socket) -> None:
         try:
+            if self._proxy_tls is not None:
+                client = self._proxy_tls.wrap_socket(client, server_side=True)
             if self._tunnel:
                 head = b""
                 while b"\r\n\r\n" not in head:

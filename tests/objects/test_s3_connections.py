@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
 import re
 import socket
+import ssl
 import struct
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+from package_index import make_certificates
+from relay import Relay
 from s3_helpers import MIB, PART, download_into, file_of
 
 from cloudexec._objects import s3_transfer as transfers
@@ -59,7 +64,8 @@ class Server:
         self._listener.close()
         with self._lock:
             for each in self._open:
-                each.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError):  # the other side may be gone
+                    each.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
 
@@ -224,8 +230,10 @@ def test_a_redirection_to_another_region_is_an_error_and_not_followed() -> None:
         assert len(server.heads) == 1
 
 
-@pytest.mark.parametrize("way", ["send", "receive", "headers"])
-def test_a_transfer_that_is_cancelled_while_it_is_blocked_ends_at_once(way: str) -> None:
+@pytest.mark.parametrize("way", ["send", "receive", "headers", "https proxy"])
+def test_a_transfer_that_is_cancelled_while_it_is_blocked_ends_at_once(
+    way: str, tmp_path: Path
+) -> None:
     """And so do its threads and its connections; nothing is written afterwards."""
     begun, leave = threading.Event(), threading.Event()
 
@@ -240,8 +248,20 @@ def test_a_transfer_that_is_cancelled_while_it_is_blocked_ends_at_once(way: str)
         leave.wait(30)
         return False
 
-    with Server(answer) as server, _download(parallel=1, timeout=50.0) as (download, found):
+    with ExitStack() as stack:
+        server = stack.enter_context(Server(answer))
         request = server.signed()
+        settings: dict[str, Any] = {}
+        if way == "https proxy":
+            made = make_certificates(tmp_path, ["localhost", "s3.test"])
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(made.server, made.key)
+            inner = stack.enter_context(Relay(int(server.address.rpartition(":")[2]), tls=tls))
+            outer = stack.enter_context(Relay(inner.port, tunnel=True, proxy_tls=tls))
+            settings["proxies"] = {"https": f"https://localhost:{outer.port}"}
+            settings["authorities"] = str(made.authority)
+            request = SignedRequest(f"https://s3.test/key?{SECRET}", (), time.time() + 3600)
+        download, found = stack.enter_context(_download(parallel=1, timeout=50.0, **settings))
         transfer: transfers.Download | transfers.Upload = download
         if way == "send":
             terms = transfers.Settings(timeout=50.0)
@@ -271,6 +291,46 @@ def test_a_transfer_that_is_cancelled_while_it_is_blocked_ends_at_once(way: str)
         leave.set()
         assert "cancelled" in str(errors[0])
         assert found() == b""
+
+
+def test_a_transfer_that_gets_no_thread_says_so_and_may_run_later() -> None:
+    def answer(client: socket.socket, head: str, number: int) -> bool:
+        _send_range(client, head)
+        return True
+
+    async def carry_out(download: transfers.Download, request: SignedRequest) -> None:
+        async def ask(_: transfers.UrlRefusedError | None) -> transfers.Sign:
+            return lambda _: request
+
+        await transfers.carry_out(download, ask)
+
+    with Server(answer) as server, _download() as (download, found):
+        request = server.signed()
+        before = threading.stack_size(1 << 46)  # more than there is
+        try:
+            with pytest.raises(transfers.S3TransferError, match="no thread can be started"):
+                download.run(lambda _: request)
+            with pytest.raises(transfers.S3TransferError, match="no thread can be started"):
+                asyncio.run(carry_out(download, request))
+        finally:
+            threading.stack_size(before)
+        download.run(lambda _: request)
+        assert found() == DATA
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"), [("503 Slow Down", "fewer objects"), ("502 Bad", "an error of its own")]
+)
+def test_errors_that_stay_come_with_advice_that_fits(status: str, advice: str) -> None:
+    def answer(client: socket.socket, head: str, number: int) -> bool:
+        _send(client, status)
+        return True
+
+    with Server(answer) as server, _download(parallel=1, patience=0.0) as (download, _):
+        request = server.signed()
+        with pytest.raises(transfers.S3TransferError, match=advice) as caught:
+            download.run(lambda _: request)
+        assert "check the way" not in str(caught.value)
 
 
 def test_no_signed_url_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -326,7 +386,7 @@ def test_a_proxy_gets_its_password_and_the_hosts_of_no_proxy_are_reached_without
         assert all(head.startswith(f"GET {request.url} HTTP") for head in proxy.heads)
         monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
         with _download() as (download, _):
-            with pytest.raises(transfers.S3TransferError, match="the proxy wants a password"):
+            with pytest.raises(transfers.S3TransferError, match=r"407: .*proxy wants a password"):
                 download.run(lambda _: request)
         assert direct.heads == []
         monkeypatch.setenv("no_proxy", "127.0.0.1")

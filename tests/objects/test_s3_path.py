@@ -417,7 +417,7 @@ def test_a_worker_that_cannot_reach_s3_has_it_from_the_client(
         assert executor.stats().bytes_sent >= 2 * BIG
     warnings = [each for each in _warnings(caplog) if NAME in each]
     assert len(warnings) == 1, warnings
-    assert "way from the worker to S3" in warnings[0]
+    assert "check the way to S3" in warnings[0]
     assert _keys() == []
 
 
