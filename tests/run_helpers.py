@@ -20,6 +20,7 @@ from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.setup import SetupOptions, up
 from cloudexec._runs import inside
+from cloudexec._runs import run as runs_followed
 from cloudexec._runs.bucket import RunBucket
 from cloudexec._runs.plan import RunPlan
 from cloudexec.testing import FakeAWS
@@ -40,6 +41,7 @@ def account(
     """An AWS whose jobs are given the address and the credentials of their role."""
     patch.setenv("CLOUDEXEC_CONFIG_DIR", str(profiles))
     patch.delenv("CLOUDEXEC_PROFILE", raising=False)
+    patch.setattr(runs_followed, "_POLL", 0.1)  # commands in this process look more often
     settings: dict[str, Any] = {"calls_per_second": 1000, "stack_seconds": 0.0, "grace": 5.0}
     with FakeAWS(aws_in_jobs=True, **(settings | options)) as aws:
         profile = asyncio.run(_set_up(SetupOptions(ec2=ec2)))

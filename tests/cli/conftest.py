@@ -58,8 +58,11 @@ def run(folder: Path, environment: dict[str, str]) -> Run:
 def run_here(folder: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command in this process, which saves the second that importing the AWS SDK takes."""
 
-    def run_command(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        output, errors = io.StringIO(), io.StringIO()
+    def run_command(
+        *args: str, stdin: str = "", together: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        output = io.StringIO()
+        errors = output if together else io.StringIO()
         with monkeypatch.context() as patch:
             for name in os.environ.keys() - environment.keys():
                 patch.delenv(name)

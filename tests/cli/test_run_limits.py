@@ -44,12 +44,12 @@ def test_aws_ends_a_machine_whose_time_is_over(
 ) -> None:
     """Whatever became of the client, and of the program that watches it on the machine."""
     (folder / "job.py").write_text("import time; print('up'); time.sleep(600)\n")
-    done = run_here("run", "job.py", "--max-hours", "0.05")
+    done = run_here("run", "job.py", "--max-hours", "0.025")
     assert done.returncode == 143
-    assert "it ends after 3 min at the latest, which would cost $0.00" in done.stderr
+    assert "it ends after 1 min at the latest, which would cost $0.00" in done.stderr
     assert "its time limit was over: --max-hours or --max-cost allow more (Job att" in done.stderr
     (submitted,) = (each for each in aws.requests if each.operation == "SubmitJob")
-    assert submitted.parameters["timeout"] == {"attemptDurationSeconds": 180}
+    assert submitted.parameters["timeout"] == {"attemptDurationSeconds": 90}
 
 
 def test_money_becomes_time(aws: FakeAWS, run_here: Command, folder: Path) -> None:

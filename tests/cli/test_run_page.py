@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,15 +26,16 @@ def expression(shown: str) -> re.Pattern[str]:
 
 
 def test_the_commands_of_the_page_print_what_it_shows(
-    folder: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    folder: Path,
+    run_here: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+    environment: dict[str, str],
 ) -> None:
     with (
         pytest.MonkeyPatch.context() as patch,
         account(tmp_path_factory.mktemp("profiles"), patch),
     ):
-        path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
-        wide = {"COLUMNS": environment["COLUMNS"], "PYTHONPATH": environment["PYTHONPATH"]}
-        settings = {**os.environ, **wide, "PATH": path}
+        environment |= {**os.environ, "COLUMNS": environment["COLUMNS"]}
         ran = 0
         for block, line in blocks(DOCS / "how-to" / "run.md"):
             text = block["text"]
@@ -41,22 +43,16 @@ def test_the_commands_of_the_page_print_what_it_shows(
                 (folder / block["file"]).write_text(text)
             if block["kind"] != "console":
                 continue
-            commands = [each[2:] for each in text.splitlines() if each.startswith("$ ")]
+            printed = ""
+            for command in (each[2:] for each in text.splitlines() if each.startswith("$ ")):
+                name, *words = shlex.split(command)
+                assert name == "cloudexec"
+                done = run_here(*words, together=True)
+                printed += done.stdout
+                assert done.returncode == 0, f"run.md:{line}: {printed}"
+                ran += 1
             shown = "".join(each for each in text.splitlines(True) if not each.startswith("$ "))
-            done = subprocess.run(
-                ["bash", "-e"],
-                input="\n".join(commands),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=200,
-                cwd=folder,
-                env=settings,
-                check=False,
-            )
-            assert done.returncode == 0, f"run.md:{line}: {done.stdout}"
-            assert expression(shown).fullmatch(done.stdout), f"run.md:{line} prints\n{done.stdout}"
-            ran += len(commands)
+            assert expression(shown).fullmatch(printed), f"run.md:{line} prints\n{printed}"
         assert ran == 8
     assert (folder / "elsewhere" / "results" / "losses.json").read_text() == "[1.0, 0.5]"
     assert (folder / "train.log").read_text().startswith("step 0: 1.000\n")

@@ -169,29 +169,25 @@ def test_a_run_whose_spot_machine_is_taken_back_runs_again_with_its_files(
 
 
 def test_a_machine_that_is_lost_for_good_leaves_no_exit_code(
-    aws: FakeAWS, start: Start, folder: Path
+    aws: FakeAWS, run_here: Run, folder: Path
 ) -> None:
-    (folder / "job.py").write_text("import time; print('up', flush=True); time.sleep(600)\n")
-    client = start("run", "job.py", "--name", "lost")
-    assert client.stdout is not None
-    assert client.stdout.readline() == "up\n"
+    run_here("run", "--name", "lost", "-d", "--", "sleep", "600")
+    eventually(lambda: aws.jobs()[-1].status == "RUNNING")
     aws.faults.kill_instance(aws.jobs()[-1].job_id)
-    _, errors = client.communicate(timeout=120)
-    assert client.returncode == 3
-    assert "the run lost has no exit code: AWS took its machine back in attempt 1" in errors
+    done = run_here("attach", "lost")
+    assert done.returncode == 3
+    assert "the run lost has no exit code: AWS took its machine back in attempt 1" in done.stderr
 
 
 def test_a_run_that_is_killed_for_its_memory_says_so(
-    aws: FakeAWS, start: Start, folder: Path
+    aws: FakeAWS, run_here: Run, folder: Path
 ) -> None:
-    (folder / "job.py").write_text("import time; print('up', flush=True); time.sleep(600)\n")
-    client = start("run", "job.py")
-    assert client.stdout is not None
-    assert client.stdout.readline() == "up\n"
+    run_here("run", "--name", "too-large", "-d", "--", "sleep", "600")
+    eventually(lambda: aws.jobs()[-1].status == "RUNNING")
     aws.faults.out_of_memory(aws.jobs()[-1].job_id)
-    _, errors = client.communicate(timeout=120)
-    assert client.returncode == 137
-    assert "its memory of 2 GiB was used up: give a larger --memory" in errors
+    done = run_here("attach", "too-large")
+    assert done.returncode == 137
+    assert "its memory of 2 GiB was used up: give a larger --memory" in done.stderr
 
 
 def test_stopping_a_run_stops_the_workers_in_it(aws: FakeAWS, run_here: Run, folder: Path) -> None:
