@@ -10,12 +10,14 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.names import RUNS_PREFIX
 from cloudexec._errors import AwsError, ConfigError
+from cloudexec._launchers.ending import insist
 from cloudexec._objects.s3 import Bucket
 from cloudexec._runs.files import Archive
 from cloudexec._runs.plan import RunPlan, RunResult, known
@@ -83,30 +85,42 @@ class RunBucket:
         clients: Calls to AWS.
         bucket: The bucket's name.
         name: The run's.
+        patience: Seconds for which small objects are tried again that cannot be read or written
+            now; large ones have a patience of their own.
     """
 
-    def __init__(self, clients: AwsClients, bucket: str, name: str) -> None:
+    def __init__(
+        self, clients: AwsClients, bucket: str, name: str, *, patience: float = 0.0
+    ) -> None:
         self.prefix = f"{RUNS_PREFIX}{name}/"
         self.where = f"s3://{bucket}/{self.prefix}"
         self._clients = clients
         self._name = bucket
         self._run = name
+        self._patience = patience
         self._objects = Bucket(clients, bucket, self.prefix)
 
     # Small objects.
+
+    async def _call(self, operation: str, name: str, **parameters: Any) -> Any:
+        return await insist(
+            partial(
+                self._clients.call,
+                "s3",
+                operation,
+                Bucket=self._name,
+                Key=self.prefix + name,
+                **parameters,
+            ),
+            self._patience,
+        )
 
     async def _put(self, name: str, body: bytes, *, is_new: bool = False) -> bool:
         """Write an object; say whether it was written: ``is_new`` leaves one that is there."""
         condition: dict[str, Any] = {"IfNoneMatch": "*"} if is_new else {}
         try:
-            await self._clients.call(
-                "s3",
-                "put_object",
-                Bucket=self._name,
-                Key=self.prefix + name,
-                Body=body,
-                ServerSideEncryption="AES256",
-                **condition,
+            await self._call(
+                "put_object", name, Body=body, ServerSideEncryption="AES256", **condition
             )
         except AwsError as exc:
             if is_new and exc.code in _TAKEN:
@@ -117,9 +131,7 @@ class RunBucket:
 
     async def _get(self, name: str) -> bytes | None:
         try:
-            answer = await self._clients.call(
-                "s3", "get_object", Bucket=self._name, Key=self.prefix + name
-            )
+            answer = await self._call("get_object", name)
         except AwsError as exc:
             if exc.code == "NoSuchKey":
                 return None

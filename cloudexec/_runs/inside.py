@@ -59,6 +59,8 @@ has written is yet to be sent."""
 _RESERVE = 30.0
 """Seconds before the place's time limit at which the program is ended, so that its files come
 back."""
+_PATIENCE = 120.0
+"""Seconds for which the bucket may not be reached: nobody else knows how the program ended."""
 _INTERRUPTED = 143
 _NAMED = 5
 """Files that a message names."""
@@ -88,7 +90,8 @@ def main() -> NoReturn:
 async def _run(where: str, region: str, start_id: str) -> int:
     bucket_name, _, prefix = where.removeprefix("s3://").partition("/")
     async with AwsClients(region) as clients:
-        bucket = RunBucket(clients, bucket_name, prefix.strip("/").rpartition("/")[2])
+        name = prefix.strip("/").rpartition("/")[2]
+        bucket = RunBucket(clients, bucket_name, name, patience=_PATIENCE)
         plan = await bucket.plan()
         if why := await _is_too_many(bucket, plan, start_id):
             _say(f"{why}: this one does not run it")

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -151,24 +152,34 @@ def test_a_start_that_died_is_marked_when_it_is_stopped(
     assert run_here(*again).returncode == 0
 
 
+@pytest.mark.parametrize("has_machine", [False, True])
 def test_a_start_that_is_interrupted_while_it_writes_leaves_nothing(
-    aws: FakeAWS, folder: Path, monkeypatch: pytest.MonkeyPatch
+    aws: FakeAWS, folder: Path, monkeypatch: pytest.MonkeyPatch, has_machine: bool
 ) -> None:
+    """It writes what is to be run, and once it has a machine, which one that is."""
+    name = f"half-written-{has_machine}".lower()
+    submits = asked(aws, monkeypatch, "SubmitJob")
     writes = asked(aws, monkeypatch, "PutObject")
-    aws.faults.slow_response("PutObject", 0.5)
+    aws.faults.slow_response("SubmitJob", 0.5)
+    if not has_machine:
+        aws.faults.slow_response("PutObject", 0.5)
 
     async def interrupt() -> None:
         async with AwsClients() as clients:
             runs = AsyncRuns(clients, Profile.load("default"))
-            request = make_request(args=["true"], name="half-written")
+            request = make_request(args=["sleep", "600"], name=name)
             starting = asyncio.ensure_future(runs.start(request, print))
+            if has_machine:
+                assert await asyncio.to_thread(submits.wait, 60)
+                writes.clear()
+                aws.faults.slow_response("PutObject", 0.5)
             assert await asyncio.to_thread(writes.wait, 60)
             starting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await starting
 
     asyncio.run(interrupt())
-    assert objects("half-written") == []
+    assert objects(name) == []
 
 
 def test_a_run_that_is_stopped_while_it_is_prepared_gets_no_machine(
@@ -239,7 +250,11 @@ def test_runs_of_a_newer_release_do_not_hide_others(
 ) -> None:
     _prepared("elsewhere", on="moon")
     _prepared("here")
+    _prepared("older", created_at=time.time() - 60)
     assert row(run_here, "elsewhere")["state"] == "unknown"
+    # A run that goes on is written anew now and then.
+    newest = [each["name"] for each in json.loads(run_here("runs", "--json").stdout)]
+    assert newest.index("here") < newest.index("older")
     assert row(run_here, "here")["state"] == "preparing"
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -184,6 +184,27 @@ def test_a_job_of_an_earlier_start_or_of_a_run_that_was_stopped_runs_nothing(
     assert isinstance(result, dict)
     assert (result["exit_code"], result["start_id"]) == (0, "second")
     assert read("started-again", "job-second.json") == {"job_id": "mine"}
+
+
+def test_an_outage_does_not_hide_how_the_program_ended(
+    aws: FakeAWS, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nor do fields that a newer client has written into the profile."""
+    monkeypatch.setattr("cloudexec._aws.clients._ATTEMPTS", 1)  # without the pauses of the SDK
+    code = "from cloudexec.aws import Profile; print(Profile.load('default').bucket); exit(3)"
+    profile = asdict(Profile.load("default")) | {"of_a_newer_release": 1}
+    plan = replace(plan_of("outage", code), profile=profile, on="moon")
+    create(plan)
+    aws.faults.lose_response("GetObject", count=2)
+    aws.faults.lose_response("PutObject", count=3)
+    with monkeypatch.context() as patch:
+        # The machine sets it for itself.
+        patch.setenv("CLOUDEXEC_CONFIG_DIR", os.environ["CLOUDEXEC_CONFIG_DIR"])
+        assert asyncio.run(inside._run(place_of(plan), plan.region, "")) == 3
+    assert f"{profile['bucket']}\n" in capfd.readouterr().out
+    result = read("outage", "result.json")
+    assert isinstance(result, dict)
+    assert result["exit_code"] == 3
 
 
 def test_a_program_is_told_to_stop_while_a_file_is_sent(
