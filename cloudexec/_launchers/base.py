@@ -113,11 +113,13 @@ class MovingRelay(Protocol):
         address: Its ``host:port`` now.
         url: Where workers read what the address is now.
         on_move: Is called with the new address.
+        is_used: Whether the executor has started, and taken over the workers that come through it.
     """
 
     address: str
     url: str
     on_move: Callable[[str], None]
+    is_used: bool
 
 
 @record

@@ -291,8 +291,6 @@ class Driver:
         )
         self._prepared = True
         engine.key = network.key or engine.key
-        if takeover is not None:
-            await takeover.look()
         gathers = None if self.journal is None else self.store
         if self.listener.prepare(network.listen, gathers):
             self.keeper.one_machine = True
@@ -303,12 +301,19 @@ class Driver:
             is_plain=launcher.own_processes,
             certificate=None if takeover is None else takeover.certificate,
         )
-        if takeover is not None and self.listener.certificate is not None:
-            takeover.begin(
-                self.listener.certificate,
-                self.listener.address,
-                has_relay=network.is_relayed,
-            )
+        if takeover is not None:
+            # Last, as from here on an end of this executor is the end of those workers.
+            await takeover.look()
+            if self.listener.certificate is not None:
+                takeover.begin(
+                    self.listener.certificate,
+                    self.listener.address,
+                    has_relay=network.is_relayed,
+                )
+            takeover.is_ready.set()
+        for way_in in (network, *network.others):
+            if way_in.moving is not None:
+                way_in.moving.is_used = True
         engine.start_clock()
         if scaling.min_slots:
             engine.feed(events.DeadlinePassed())

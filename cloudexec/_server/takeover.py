@@ -197,6 +197,8 @@ class Takeover:
         """Number of workers that were taken over."""
         self.tasks = 0
         """Number of calls that were not sent, because a worker held them already."""
+        self.is_ready = asyncio.Event()
+        """Set once it is known which workers there are: until then, those that connect wait."""
         self._engine = engine
         self._sessions = sessions
         self._launches = launches
@@ -336,7 +338,7 @@ class Takeover:
     # Taking over.
 
     async def look(self) -> None:
-        """Ask the launcher which launches still exist, before workers can connect.
+        """Ask the launcher which launches still exist, before workers are let in.
 
         Raises:
             CloudexecError: If the launcher's platform cannot be asked.

@@ -275,6 +275,17 @@ def test_a_first_relay_that_ends_gets_as_many_tries_as_workers(
     assert caplog.text.count("another relay is started: the relay, job") == 2
 
 
+def test_all_tries_of_a_first_relay_share_the_time_of_a_start(aws: FakeAWS) -> None:
+    aws.faults.start_fails("ResourceInitializationError: i/o timeout", count=9)
+    aws.faults.slow_response("SubmitJob", 1.0, count=1)
+    with (
+        BatchExecutor(1, launcher=Batch(relay=True), launch_timeout=0.8, output="off") as executor,
+        pytest.raises(LaunchError, match=r"the relay, job"),
+    ):
+        executor.submit(square, 3).result(PATIENCE)
+    assert len(relays(aws)) == 1
+
+
 def test_a_relay_that_was_given_up_and_not_ended_is_ended_later(aws: FakeAWS) -> None:
     with BatchExecutor(1, launcher=Batch(relay=True), launch_timeout=5.0, output="off") as executor:
         assert executor.submit(square, 3).result(PATIENCE) == 9
@@ -423,7 +434,9 @@ def left_port(journal: Path) -> int:
     return int(json.loads(state[16:])["listen"].rpartition(":")[2])
 
 
-@pytest.mark.parametrize("between", ["nothing", "port taken", "start refused", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "between", ["nothing", "port taken", "start refused", "Ctrl-C", "Ctrl-C at the relay"]
+)
 def test_a_killed_program_is_taken_over_through_its_relay(
     aws: FakeAWS, tmp_path: Path, between: str
 ) -> None:
@@ -435,10 +448,10 @@ def test_a_killed_program_is_taken_over_through_its_relay(
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
 
-    def run() -> subprocess.Popen[str]:
+    def run(**environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, str(script), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": PACKAGE},
+            env={**os.environ, "PYTHONPATH": PACKAGE, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -455,6 +468,8 @@ def test_a_killed_program_is_taken_over_through_its_relay(
         if between == "port taken":
             port = left_port(tmp_path / "journal")
             stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        elif between == "Ctrl-C at the relay":
+            is_stopped_at_the_relay(aws, run)
         elif between != "nothing":
             fails_to_start(aws, run(), between)
         follow(aws, run(), tmp_path)
@@ -476,6 +491,23 @@ def fails_to_start(aws: FakeAWS, process: subprocess.Popen[str], how: str) -> No
         process.kill()
         process.wait()
     assert ("KeyboardInterrupt" if how == "Ctrl-C" else "s3:PutObject") in errors
+    assert relays(aws)[0].status == "RUNNING"
+
+
+def is_stopped_at_the_relay(aws: FakeAWS, run: Callable[..., subprocess.Popen[str]]) -> None:
+    """Have a program end while it registers with the relay, through a proxy that says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(PATIENCE)
+        url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        process = run(HTTPS_PROXY=url, https_proxy=url, NO_PROXY="", no_proxy="")
+        try:
+            proxy.accept()[0].close()
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+            process.wait()
+    assert "KeyboardInterrupt" in errors
     assert relays(aws)[0].status == "RUNNING"
 
 

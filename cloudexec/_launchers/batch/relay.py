@@ -101,6 +101,8 @@ class RelayJob:
         self.url = ""
         """Where workers read the address."""
         self.on_move: Callable[[str], None] = _nobody
+        self.is_used = False
+        """Whether the executor has started, and taken over the workers that come through it."""
         self._clients = clients
         self._order = order
         self._inquiry = inquiry
@@ -119,8 +121,8 @@ class RelayJob:
         """Have a relay, and know its address; that of an earlier process of the executor will do.
 
         Raises:
-            LaunchError: If several end, if one would always end, has no address, or does not come
-                in time.
+            LaunchError: If several end, if one would always end, has no address, or none is there
+                in time, however many were started.
             AwsError: If AWS refuses.
         """
         order = self._order
@@ -132,12 +134,13 @@ class RelayJob:
                 f"${order.price.per_hour:.2f} an hour while it runs ({order.why})"
             )
         tries = 0
+        deadline = time.monotonic() + order.patience
         while not self._has_arrived:
             if not self._job_id:
                 tries += 1
                 await self._submit()
-            if (end := await self._arrive()) is not None:
-                if end.is_fatal or tries >= _TRIES:
+            if (end := await self._arrive(deadline)) is not None:
+                if end.is_fatal or tries >= _TRIES or time.monotonic() > deadline:
                     raise LaunchError(end.text)
                 self._replace(end)
         await self._sign()
@@ -148,9 +151,9 @@ class RelayJob:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        if self._is_inherited and self.on_move is _nobody:
-            # The start has failed before workers could connect here. Those of the process before
-            # still connect through this relay, and the next process may take them over.
+        if self._is_inherited and not self.is_used:
+            # The start has failed. The workers of the process before still connect through this
+            # relay, and the next process may take them over.
             return
         if self._job_id:
             self._given_up.append(self._job_id)
@@ -265,8 +268,11 @@ class RelayJob:
                 self._job_id = await asyncio.wait_for(submitting, _STOP_SECONDS)
             raise
 
-    async def _arrive(self) -> _End | None:
+    async def _arrive(self, deadline: float) -> _End | None:
         """Wait until the relay runs; find its address, and say it to workers.
+
+        Args:
+            deadline: Time of the monotonic clock by which it must run.
 
         Returns:
             How it has ended instead; ``None``: it is there.
@@ -275,7 +281,6 @@ class RelayJob:
             LaunchError: If it does not come in time.
             AwsError: If AWS refuses.
         """
-        deadline = time.monotonic() + self._order.patience
         while True:
             details = await insist(self._look)
             if details is None or PHASES[details["status"]] is Phase.ENDED:
@@ -402,10 +407,10 @@ class RelayJob:
         pause, said = _POLL, ""
         while True:
             await asyncio.sleep(pause)
-            with contextlib.suppress(AwsError):  # then the next round, or ``close``, does it
-                for job_id in tuple(self._given_up):
-                    await self._terminate(job_id, "it cannot be reached")
             try:
+                for job_id in tuple(self._given_up):
+                    with contextlib.suppress(AwsError):  # the next round, or ``close``, does it
+                        await self._terminate(job_id, "it cannot be reached")
                 details = await self._look() if self._job_id else None
                 is_over = details is None or PHASES[details["status"]] is Phase.ENDED
                 if time.monotonic() - self._signed_at > _SIGN_EVERY:
@@ -417,7 +422,8 @@ class RelayJob:
                     self._replace(await self._why(details))
                 if not self._job_id:
                     await self._submit()
-                if (end := await self._arrive()) is not None:
+                deadline = time.monotonic() + self._order.patience
+                if (end := await self._arrive(deadline)) is not None:
                     raise LaunchError(end.text)
             except (AwsError, LaunchError) as exc:
                 if self._job_id and isinstance(exc, LaunchError):

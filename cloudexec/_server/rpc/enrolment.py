@@ -101,6 +101,8 @@ class Enrolment:
         if len(hello.identity) > 1024 or len(hello.nonce) != _enrolment.NONCE_BYTES:
             service.refused("malformed hello", f"{context.peer()} sent a malformed hello")
             await abort(context, "INVALID_ARGUMENT", "malformed hello")
+        if service.takeover is not None:
+            await service.takeover.is_ready.wait()
         nonce = _enrolment.make_nonce()
         key = service.workers.key_of(hello.identity)
         resumed: WorkerSession | None = None
