@@ -136,7 +136,7 @@ class Repository:
         host: Of the registry; one on the loopback is spoken to without TLS.
         name: Of the repository.
         credentials: User name and password; ``None``: those that Docker's configuration has, or a
-            credential helper that it names.
+            credential helper that it names, once the registry wants a login.
     """
 
     def __init__(self, host: str, name: str, credentials: Mapping[str, str] | None = None) -> None:
@@ -145,9 +145,9 @@ class Repository:
         self._server = "registry-1.docker.io" if host == "docker.io" else host
         scheme = "http" if _LOOPBACK.fullmatch(self._server) else "https"
         self._base = f"{scheme}://{self._server}"
-        self._login = Login(credentials) if credentials else find_login(host)
-        self.credentials = self._login.credentials
-        self._authorization = self._basic()
+        self._login = Login(credentials) if credentials else None
+        """``None``: nobody has looked for one yet."""
+        self._authorization = self._basic() if credentials else ""
         self._closed = threading.Event()
         self._signing_in = threading.Lock()
         self._in_parts = False
@@ -161,6 +161,13 @@ class Repository:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    @property
+    def credentials(self) -> Mapping[str, str] | None:
+        """User name and password; ``None``: there are none. A credential helper may be asked."""
+        if self._login is None:
+            self._login = find_login(self.host)
+        return self._login.credentials
 
     def close(self) -> None:
         """Begin no further request, and send and save nothing more, in other threads as well."""
@@ -408,20 +415,22 @@ class Repository:
         is_own = urlsplit(call.url).netloc == self._server
 
         def attempt() -> BaseHTTPResponse:
-            own = {"Authorization": self._authorization} if self._authorization and is_own else {}
+            own = {"Authorization": sent} if sent else {}
             return self._attempt(replace(call, headers={**call.headers, **own}))
 
+        sent = self._authorization if is_own else ""
         answer = attempt()
         if answer.status == 401:
             challenge = answer.headers.get("WWW-Authenticate", "")
             try:
-                is_new = self._sign_in(challenge, writes=call.writes)
+                is_new = is_own and self._sign_in(challenge, sent, writes=call.writes)
             except BaseException:
                 answer.close()
                 raise
             if is_new:
                 answer.drain_conn()
                 answer.release_conn()
+                sent = self._authorization
                 return attempt()
         return answer
 
@@ -478,47 +487,59 @@ class Repository:
             raise LaunchError(f"{self} is not to be used any more: stopped while it was to {what}")
 
     def _basic(self) -> str:
-        if not self.credentials:
+        credentials = self.credentials
+        if not credentials:
             return ""
-        pair = f"{self.credentials['username']}:{self.credentials['password']}"
+        pair = f"{credentials['username']}:{credentials['password']}"
         return f"Basic {base64.b64encode(pair.encode()).decode()}"
 
-    def _sign_in(self, challenge: str, *, writes: bool) -> bool:
-        """Get a token as the registry wants; say whether there is something new to try with."""
-        if not challenge.lower().startswith("bearer "):
-            return False
+    def _sign_in(self, challenge: str, sent: str, *, writes: bool) -> bool:
+        """Sign in as the registry wants; say whether there is something new to try with.
+
+        Args:
+            challenge: What it has answered to a request.
+            sent: The authorization of that request.
+            writes: Whether more than the right to read is needed.
+        """
+        with self._signing_in:
+            basic = self._basic()
+            if not challenge.lower().startswith("bearer "):
+                self._authorization = basic
+                return bool(basic) and basic != sent
+            return self._get_token(challenge, basic, writes=writes)
+
+    def _get_token(self, challenge: str, basic: str, *, writes: bool) -> bool:
+        """Get a token; say whether there is one. The caller holds the lock."""
         values = dict(_CHALLENGE.findall(challenge))
         realm = values.pop("realm", "")
         if not realm:
             return False
         values.setdefault("scope", f"repository:{self.name}:{'pull,push' if writes else 'pull'}")
-        basic = self._basic()
         query = urlencode({key: values[key] for key in ("service", "scope") if key in values})
-        with self._signing_in:
-            url = f"{realm}?{query}"
-            headers = {"Authorization": basic} if basic else {}
-            server = urlsplit(realm).netloc
-            call = _Call("GET", url, f"sign in at {server}", headers)
+        url = f"{realm}?{query}"
+        headers = {"Authorization": basic} if basic else {}
+        server = urlsplit(realm).netloc
+        call = _Call("GET", url, f"sign in at {server}", headers)
 
-            def read() -> tuple[int, bytes]:
-                answer = self._attempt(call)
-                try:
-                    return answer.status, answer.read()
-                finally:
-                    answer.release_conn()
+        def read() -> tuple[int, bytes]:
+            answer = self._attempt(call)
+            try:
+                return answer.status, answer.read()
+            finally:
+                answer.release_conn()
 
-            status, content = self._whole(call.what, read)
-            if status in _PASSING:
-                raise LaunchError(
-                    f"the registry {self.host} has its tokens from {server}, which gives none at "
-                    f"present ({status}): it limits requests, or has an error of its own. Wait, "
-                    f"and start again"
-                )
-            if status != 200:
-                return False
-            data = _json(content, f"{self.host}: the token")
-            self._authorization = f"Bearer {data.get('token') or data.get('access_token')}"
-            return True
+        status, content = self._whole(call.what, read)
+        if status in _PASSING:
+            raise LaunchError(
+                f"the registry {self.host} has its tokens from {server}, which gives none at "
+                f"present ({status}): it limits requests, or has an error of its own. Wait, "
+                f"and start again"
+            )
+        if status != 200:
+            return False
+        data = _json(content, f"{self.host}: the token")
+        self._authorization = f"Bearer {data.get('token') or data.get('access_token')}"
+        return True
 
     def _refusal(self, answer: BaseHTTPResponse, what: str, *, writes: bool) -> CloudexecError:
         reason = f"{answer.status} {answer.reason}"
@@ -527,8 +548,9 @@ class Repository:
             first = json.loads(answer.read(_CHUNK))["errors"][0]
             reason += f", {first['code']}: {first.get('message', '')}"
         refused = f"the registry {self.host} refused to {what} in {self.name}: {reason}"
-        if self._login.problem and answer.status in (401, 403, 404, 429):
-            return ConfigError(f"{refused}. {self._login.problem}")
+        problem = self._login.problem if self._login is not None else ""
+        if problem and answer.status in (401, 403, 429):
+            return ConfigError(f"{refused}. {problem}")
         hint = ""
         if answer.status in (401, 403):
             hint = (
@@ -538,6 +560,8 @@ class Repository:
             )
         elif answer.status == 404:
             hint = ". There is no such repository or image"
+            if problem:
+                hint += f", or it is shown only to who is signed in: {problem}"
         elif answer.status == 429 and writes:
             hint = ". It limits how much is sent to it: wait, and start again"
         elif answer.status == 429:

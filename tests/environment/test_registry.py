@@ -586,11 +586,11 @@ def test_credential_helper_that_fails_is_named_where_a_login_is_needed(
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
-def test_public_registry_is_read_though_a_credential_helper_is_missing(
+def test_public_registry_is_read_without_asking_a_credential_helper(
     configured: Callable[..., Path],
 ) -> None:
-    """As on a machine where Docker Desktop was."""
-    configured(None, credsStore="desktop")
+    """It might ask the user, or be gone, as on a machine where Docker Desktop was."""
+    asked = configured(printed("me", "hunter2"), credsStore="own")
 
     class Handler(Answers):
         def do_GET(self) -> None:
@@ -598,6 +598,30 @@ def test_public_registry_is_read_though_a_credential_helper_is_missing(
 
     with server(Handler) as address, Repository(address, "a") as repository:
         assert repository.manifest("latest") is not None
+    assert not asked.exists()
+
+
+def test_what_is_not_there_is_said_before_a_credential_helper_that_fails(
+    configured: Callable[..., Path],
+) -> None:
+    """The registry has let everybody in, so the login is not why."""
+    configured("exit 3", credsStore="own")
+
+    class Handler(Answers):
+        def do_GET(self) -> None:
+            if self.path.startswith("/token"):
+                self.reply(200, json.dumps({"token": "for all"}).encode())
+            elif "Authorization" in self.headers:
+                self.reply(404)
+            else:
+                realm = f"http://{self.headers['Host']}/token"
+                self.reply(401, WWW_Authenticate=f'Bearer realm="{realm}"')
+
+    with server(Handler) as address, Repository(address, "a") as repository:
+        with pytest.raises(
+            LaunchError, match=r"no such repository or image, or it is shown only .*with code 3"
+        ):
+            repository.read_blob(digest_of(b""))
 
 
 def test_credential_helper_that_does_not_answer_is_ended(
