@@ -36,15 +36,21 @@ async def _set_up(options: SetupOptions) -> Profile:
 
 @contextmanager
 def account(
-    profiles: Path, patch: pytest.MonkeyPatch, *, ec2: bool = False, **options: Any
+    profiles: Path,
+    patch: pytest.MonkeyPatch,
+    *,
+    ec2: bool = False,
+    fargate: bool = False,
+    **options: Any,
 ) -> Iterator[FakeAWS]:
     """An AWS whose jobs are given the address and the credentials of their role."""
     patch.setenv("CLOUDEXEC_CONFIG_DIR", str(profiles))
     patch.delenv("CLOUDEXEC_PROFILE", raising=False)
     patch.setattr(runs_followed, "_POLL", 0.1)  # commands in this process look more often
     settings: dict[str, Any] = {"calls_per_second": 1000, "stack_seconds": 0.0, "grace": 5.0}
+    launchers = ("fargate",) if fargate else None
     with FakeAWS(aws_in_jobs=True, **(settings | options)) as aws:
-        profile = asyncio.run(_set_up(SetupOptions(ec2=ec2)))
+        profile = asyncio.run(_set_up(SetupOptions(ec2=ec2, launchers=launchers)))
         profile.with_image(PYTHON, "linux/amd64", IMAGE).save()
         yield aws
 

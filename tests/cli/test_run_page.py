@@ -1,4 +1,4 @@
-"""The page on `cloudexec run`: its commands do what it shows, in an emulated account."""
+"""Pages whose commands need an account of AWS: they do what the pages show, in an emulated one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from run_helpers import account
+from run_helpers import account, left_nothing
 from test_docs import DOCS, blocks
+
+from cloudexec.testing import FakeAWS
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -25,34 +28,64 @@ def expression(shown: str) -> re.Pattern[str]:
     return re.compile("".join(lines))
 
 
-def test_the_commands_of_the_page_print_what_it_shows(
-    folder: Path,
-    run_here: Callable[..., subprocess.CompletedProcess[str]],
-    tmp_path_factory: pytest.TempPathFactory,
-    environment: dict[str, str],
-) -> None:
+PAGES = {"run.md": 8, "from-awsjobs.md": 3, "from-cloudburst.md": 1, "from-crew.md": 3}
+"""Pages whose blocks of ``console`` are run, with the number of their commands. The first one lists
+all runs of the account."""
+
+
+@pytest.fixture(scope="module")
+def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeAWS]:
+    """An account that was set up."""
     with (
         pytest.MonkeyPatch.context() as patch,
-        account(tmp_path_factory.mktemp("profiles"), patch),
+        account(tmp_path_factory.mktemp("profiles"), patch, fargate=True, grace=1.0) as fake,
     ):
-        environment |= {**os.environ, "COLUMNS": environment["COLUMNS"]}
-        ran = 0
-        for block, line in blocks(DOCS / "how-to" / "run.md"):
-            text = block["text"]
-            if block["mark"] == "file":
-                (folder / block["file"]).write_text(text)
-            if block["kind"] != "console":
-                continue
-            printed = ""
-            for command in (each[2:] for each in text.splitlines() if each.startswith("$ ")):
-                name, *words = shlex.split(command)
-                assert name == "cloudexec"
-                done = run_here(*words, together=True)
-                printed += done.stdout
-                assert done.returncode == 0, f"run.md:{line}: {printed}"
-                ran += 1
-            shown = "".join(each for each in text.splitlines(True) if not each.startswith("$ "))
-            assert expression(shown).fullmatch(printed), f"run.md:{line} prints\n{printed}"
-        assert ran == 8
-    assert (folder / "elsewhere" / "results" / "losses.json").read_text() == "[1.0, 0.5]"
-    assert (folder / "train.log").read_text().startswith("step 0: 1.000\n")
+        yield fake
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_print_what_it_shows(
+    aws: FakeAWS,
+    folder: Path,
+    environment: dict[str, str],
+    run_here: Callable[..., subprocess.CompletedProcess[str]],
+    page: str,
+) -> None:
+    # Those that the account has set in this process hold, too.
+    environment |= {**os.environ, "COLUMNS": environment["COLUMNS"]}
+
+    def run(command: str) -> subprocess.CompletedProcess[str]:
+        name, *words = shlex.split(command)
+        if name == "cloudexec":
+            return run_here(*words, together=True)
+        assert name == "python"
+        return subprocess.run(
+            [sys.executable, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=200,
+            cwd=folder,
+            check=False,
+        )
+
+    ran = 0
+    for block, line in blocks(DOCS / "how-to" / page):
+        text = block["text"]
+        if block["mark"] == "file":
+            (folder / block["file"]).write_text(text)
+        if block["kind"] != "console":
+            continue
+        printed = ""
+        for command in (each[2:] for each in text.splitlines() if each.startswith("$ ")):
+            done = run(command)
+            printed += done.stdout
+            assert done.returncode == 0, f"{page}:{line}: {printed}"
+            ran += 1
+        shown = "".join(each for each in text.splitlines(True) if not each.startswith("$ "))
+        assert expression(shown).fullmatch(printed), f"{page}:{line} prints\n{printed}"
+    assert ran == PAGES[page]
+    if page == "run.md":
+        assert (folder / "elsewhere" / "results" / "losses.json").read_text() == "[1.0, 0.5]"
+        assert (folder / "train.log").read_text().startswith("step 0: 1.000\n")
+    left_nothing(aws, within=30.0)
