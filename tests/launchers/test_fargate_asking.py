@@ -201,9 +201,11 @@ def test_a_task_after_one_without_capacity_may_be_unknown_at_first(aws: Any, far
     eventually(lambda: not unfinished(aws))
 
 
+@pytest.mark.parametrize("is_over", [False, True])
 def test_a_task_that_stops_and_is_missing_for_a_moment_says_why_it_ended(
-    aws: Any, fargate: Make
+    aws: Any, fargate: Make, is_over: bool
 ) -> None:
+    """Whether its end had been seen before or not."""
     aws.faults.ecs.deprovisioning = 1.0
 
     async def run() -> Any:
@@ -214,6 +216,8 @@ def test_a_task_that_stops_and_is_missing_for_a_moment_says_why_it_ended(
                 cluster=fargate().cluster, task=taken.worker_ids[0], reason="by hand"
             )
             await phase_of(platform, taken.job_id)
+            if is_over:
+                await reaches(platform, taken.job_id, Phase.ENDED)
             aws.faults.ecs.tasks_go_missing(1)
             asked = [Inspection(job_id=taken.job_id)]
             async with asyncio.timeout(60):

@@ -21,7 +21,7 @@ from cloudexec._aws.task_diagnosis import cause_of_refused_task, may_pass
 from cloudexec._errors import AwsError, CloudexecError
 from cloudexec._launchers.ending import insist
 from cloudexec._launchers.fargate.pacer import Pacer
-from cloudexec._launchers.platform import JobRequest, Phase, Reason, WorkerEnd
+from cloudexec._launchers.platform import JobRequest, Phase, Reason, WorkerEnd, WorkerStatus
 from cloudexec._log import Log
 
 __all__ = ["CALLS_PER_SECOND", "Asker", "Worker"]
@@ -39,6 +39,7 @@ _LONGEST_PAUSE = 15.0
 """Seconds until Amazon ECS is asked again where it had no capacity, at first and in the end."""
 _CLOSE_PATIENCE = 20.0
 """Seconds for which calls are waited for that are being made at the end."""
+_NOT_SEEN = WorkerStatus(phase=Phase.ACCEPTED)
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +57,7 @@ class Worker:
         tried_at: When it was last asked for, on the monotonic clock.
         reason: Why there is no task, in the words with which Amazon ECS answers for one worker.
         end: How it ended without a task that could say so.
-        phase: In which its task was seen last.
+        seen: What Amazon ECS has told of its task last.
         missing_since: Since when Amazon ECS does not know a task that it has told of, on the
             monotonic clock; ``None``: it knows it.
         is_known: Whether Amazon ECS has told of its task.
@@ -77,7 +78,7 @@ class Worker:
     tried_at: float = 0.0
     reason: str = ""
     end: WorkerEnd | None = None
-    phase: Phase = Phase.ACCEPTED
+    seen: WorkerStatus = _NOT_SEEN
     missing_since: float | None = None
     is_known: bool = False
     is_taken: bool = False
@@ -171,7 +172,7 @@ class Asker:
     def go_without(self, worker: Worker, reason: str) -> None:
         """Let a worker wait for capacity, and with it all others of its kind."""
         worker.arn, worker.reason = "", reason
-        worker.phase, worker.is_known, worker.missing_since = Phase.ACCEPTED, False, None
+        worker.seen, worker.is_known, worker.missing_since = _NOT_SEEN, False, None
         worker.parameters = {}
         worker.attempt += 1
         self._pause(worker, reason)

@@ -290,9 +290,10 @@ class FargatePlatform(AwsPlatform):
         if task is None:
             return self._missing(worker)
         worker.is_known, worker.missing_since = True, None
-        worker.phase = phase_of_task(task)
-        if worker.phase is not Phase.ENDED:
-            return WorkerStatus(phase=worker.phase)
+        phase = phase_of_task(task)
+        if phase is not Phase.ENDED:
+            worker.seen = WorkerStatus(phase=phase)
+            return worker.seen
         if found_no_capacity(task) and worker.request is not None and not worker.is_doomed:
             self._asker.go_without(worker, str(task["stoppedReason"]))
             self._asker.ask_again()
@@ -301,16 +302,19 @@ class FargatePlatform(AwsPlatform):
         if not end.reclaimed and inspection.asks_why(0, 1, over=True):
             tail = await self._inquiry.tail(log_stream(worker.arn))
             end = replace(end, log_tail=tail, relay=self._inquiry.relay)
-        return WorkerStatus(phase=worker.phase, ends=[worker_end(end, run_of_task(task))])
+        worker.seen = WorkerStatus(phase=phase, ends=[worker_end(end, run_of_task(task))])
+        return worker.seen
 
     def _missing(self, worker: Worker) -> WorkerStatus:
         """Say how a worker is whose task Amazon ECS does not know."""
+        if worker.seen.phase is Phase.ENDED:
+            return worker.seen
         now = time.monotonic()
         if worker.missing_since is None:
             worker.missing_since = now if worker.is_known else worker.asked_at
         patience = _MISSING if worker.is_known else _UNSEEN
         if now - worker.missing_since < patience:
-            return WorkerStatus(phase=worker.phase)
+            return worker.seen
         forgotten = (
             "Amazon ECS does not know its task any more: it has ended some time ago, or is stopped "
             "now"
