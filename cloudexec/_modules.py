@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import sysconfig
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from types import ModuleType
 
 from cloudexec._errors import PayloadTooLargeError
@@ -42,11 +42,10 @@ def installed_directories() -> tuple[str, ...]:
     return tuple(os.path.realpath(path) + os.sep for path in found)
 
 
-def own_modules() -> list[str]:
-    """Return the names of the user's own imported modules, in the order of their imports.
+def _recognizer() -> Callable[[str], bool]:
+    """Return a function that says whether a file is that of an installed module.
 
-    These are all modules from files that are neither installed nor part of Python or of this
-    package. ``__main__`` is left out.
+    It resolves the links of each directory once: programs have thousands of modules.
     """
     installed = installed_directories()
     places: dict[str, bool] = {}
@@ -57,6 +56,16 @@ def own_modules() -> list[str]:
             places[directory] = (os.path.realpath(directory) + os.sep).startswith(installed)
         return places[directory]
 
+    return is_installed
+
+
+def own_modules() -> list[str]:
+    """Return the names of the user's own imported modules, in the order of their imports.
+
+    These are all modules from files that are neither installed nor part of Python or of this
+    package. ``__main__`` is left out.
+    """
+    is_installed = _recognizer()
     found = []
     for name, module in list(sys.modules.items()):
         top = name.partition(".")[0]
@@ -82,7 +91,7 @@ def local_modules(only: Container[str] | None = None) -> dict[str, str]:
     Returns:
         The path of each file, by its name in the archive.
     """
-    installed = installed_directories()
+    is_installed = _recognizer()
     files: dict[str, str] = {}
     seen: set[str] = set()
     for name, module in list(sys.modules.items()):
@@ -92,11 +101,11 @@ def local_modules(only: Container[str] | None = None) -> dict[str, str]:
         path = _source(module)
         if path is None or (only is not None and top not in only):
             continue
-        if only is None and os.path.realpath(path).startswith(installed):
+        if (only is None and is_installed(path)) or not os.path.isfile(path):
             continue
         root = sys.modules.get(top)
-        start = _source(root) if root is not None else None
-        if start is None:
+        start = _source(root)
+        if start is None or not os.path.isfile(start):
             # In a namespace package each module is taken by itself.
             files[_arcname(name, path)] = path
             continue
@@ -109,8 +118,9 @@ def local_modules(only: Container[str] | None = None) -> dict[str, str]:
 
 
 def _source(module: ModuleType | None) -> str | None:
+    """Return the path of a module's source, which need not exist."""
     path = getattr(module, "__file__", None)
-    return path if isinstance(path, str) and path.endswith(".py") and os.path.isfile(path) else None
+    return path if isinstance(path, str) and path.endswith(".py") else None
 
 
 def _arcname(name: str, path: str) -> str:
