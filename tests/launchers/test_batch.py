@@ -14,6 +14,7 @@ from typing import Any
 import boto3
 import pytest
 from launcher_helpers import eventually, kill_a_client, unfinished
+from launcher_tasks import fill, slow_square, square, wait_for_file_or_die
 
 from cloudexec import (
     Batch,
@@ -26,10 +27,6 @@ from cloudexec import (
 from cloudexec.aws import Monitor
 
 Make = Callable[..., Batch]
-
-
-def square(number: int) -> int:
-    return number * number
 
 
 def submits(aws: Any) -> list[dict[str, Any]]:
@@ -194,13 +191,6 @@ def test_a_worker_whose_machine_dies_costs_no_task(aws: Any, launcher: Make) -> 
     assert stats.workers.reclaimed == 1
 
 
-def wait_for_file_or_die(_: str) -> str:
-    """Block in the first attempt of a worker's job, return in the second."""
-    if os.environ["AWS_BATCH_JOB_ATTEMPT"] == "1":
-        time.sleep(60)
-    return "second"
-
-
 def test_a_spot_notice_hands_tasks_back_within_the_grace(
     aws: Any, launcher: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,11 +220,6 @@ def test_a_third_of_the_workers_is_reclaimed_in_mid_run(aws: Any, launcher: Make
     assert stats.tasks.failed == 0
 
 
-def slow_square(number: int) -> int:
-    time.sleep(0.05)
-    return number * number
-
-
 def test_a_task_that_outgrows_its_worker_climbs_the_ladder(aws: Any, launcher: Make) -> None:
     """It is run on the next larger size, and what was enough is remembered."""
     batch = launcher(vcpus=0.25, memory=("512MiB", "1GiB"))
@@ -245,14 +230,6 @@ def test_a_task_that_outgrows_its_worker_climbs_the_ladder(aws: Any, launcher: M
     assert lost == 1
     memories = [r["containerOverrides"]["resourceRequirements"][1]["value"] for r in submits(aws)]
     assert memories == ["512", "1024"]
-
-
-def fill(mib: int) -> int:
-    block = bytearray(mib * 2**20)
-    for at in range(0, len(block), 4096):
-        block[at] = 1
-    time.sleep(0.5)
-    return len(block) // 2**20
 
 
 def test_a_task_too_large_for_every_size_says_so(aws: Any, launcher: Make) -> None:

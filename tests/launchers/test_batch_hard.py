@@ -16,21 +16,13 @@ from typing import Any
 import boto3
 import pytest
 from launcher_helpers import eventually, unfinished
+from launcher_tasks import job_id_of_worker, slow_square, square
 
 from cloudexec import Batch, BatchExecutor, ConfigError, LaunchError, WorkerLostError
 from cloudexec.aws import Profile
 from cloudexec.testing import FakeAWS
 
 Make = Callable[..., Batch]
-
-
-def square(number: int) -> int:
-    return number * number
-
-
-def slow_square(number: int, seconds: float = 0.05) -> int:
-    time.sleep(seconds)
-    return number * number
 
 
 def requests(aws: Any, operation: str, status: int = 200) -> list[dict[str, Any]]:
@@ -309,10 +301,6 @@ def test_a_worker_is_replaced_after_its_tasks(aws: Any, launcher: Make) -> None:
         pids = list(executor.map(job_id_of_worker, range(15)))
     assert len(set(pids)) == 3
     eventually(lambda: not unfinished(aws))
-
-
-def job_id_of_worker(_: int) -> str:
-    return os.environ["AWS_BATCH_JOB_ID"]
 
 
 def test_an_existing_definition_is_used_as_it_is(aws: Any, launcher: Make) -> None:

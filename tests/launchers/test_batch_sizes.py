@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
 from launcher_helpers import eventually, unfinished
+from launcher_tasks import size_of_worker, square, take_memory
 
 from cloudexec import Batch, BatchExecutor, ConfigError, LaunchError, WorkerLostError, run, stage
 from cloudexec._aws.prices import PriceTable
 
 Make = Callable[..., Batch]
 pytestmark = pytest.mark.timeout(120)
-
-
-def square(number: int) -> int:
-    return number * number
-
-
-def size_of_worker() -> str:
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "none")
-
-
-def take_memory(mib: int, seconds: float = 5.0) -> int:
-    taken = bytearray(mib * 2**20)
-    for at in range(0, len(taken), 4096):
-        taken[at] = 1
-    time.sleep(seconds)
-    return len(taken)
 
 
 def submitted(aws: Any) -> list[tuple[str, str, int]]:

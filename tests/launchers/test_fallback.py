@@ -20,6 +20,7 @@ import fallback_farms as farms
 import pytest
 from fallback_farms import Placed, nothing_runs, workers_of
 from launcher_helpers import eventually
+from launcher_tasks import run_once
 from process_farm import Farm, ProcessFarm
 
 from cloudexec import BatchExecutor, BudgetExceededError, ConfigError, Fallback, LaunchError, Local
@@ -117,13 +118,6 @@ def test_a_job_whose_submission_has_no_answer_is_ended_though_others_do_its_work
         assert executor.submit(abs, -1).result(60) == 1
         (path,) = workers_of(first)
     eventually(lambda: path.with_suffix("").exists() or nothing_runs(first))
-
-
-def run_once(path: Path, seconds: float) -> int:
-    with path.open("a") as file:
-        file.write("x")
-    time.sleep(seconds)
-    return os.getppid()
 
 
 def test_workers_that_arrive_after_they_were_given_up_are_refused(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from launcher_helpers import eventually, unfinished
+from launcher_tasks import queue_of_worker
 
 from cloudexec import Batch, BatchExecutor, Fallback, LaunchError, Local
 from cloudexec._launchers.batch import platform as batch_platform
@@ -40,14 +40,11 @@ def batch(aws: Any, region: str, **settings: Any) -> Batch:
     )
 
 
-def queue_of_worker(_: int = 0) -> str:
-    return os.environ["AWS_BATCH_JQ_NAME"]
-
-
 def regions(aws: Any, launcher: Fallback, workers: int = 2) -> list[str]:
-    """Run tasks, and return the region of each submission that AWS took."""
-    with BatchExecutor(workers, launcher=launcher) as executor:
+    """Have workers and run tasks, and return the region of each submission that AWS took."""
+    with BatchExecutor(workers, launcher=launcher, min_workers=workers) as executor:
         assert len(list(executor.map(queue_of_worker, range(workers), timeout=100))) == workers
+        eventually(lambda: executor.stats().workers.slots == workers)
     eventually(lambda: not unfinished(aws))
     return [
         request.parameters["jobQueue"].split(":")[3]

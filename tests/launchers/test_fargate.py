@@ -19,6 +19,7 @@ from typing import Any
 import boto3
 import pytest
 from launcher_helpers import eventually, unfinished
+from launcher_tasks import fill, square
 
 from cloudexec import (
     Batch,
@@ -37,10 +38,6 @@ from cloudexec.launchers import ExecutorInfo, Inspection, JobRequest, Phase, Tar
 Make = Callable[..., Fargate]
 
 NO_CAPACITY = "Capacity is unavailable at this time"
-
-
-def square(number: int) -> int:
-    return number * number
 
 
 def asked(aws: Any) -> list[dict[str, Any]]:
@@ -108,14 +105,6 @@ def test_a_task_that_outgrows_its_worker_climbs_the_ladder(aws: Any, fargate: Ma
     with BatchExecutor(1, launcher=launcher) as executor:
         assert executor.submit(fill, 700).result(timeout=90) == 700
     assert [each["overrides"]["memory"] for each in asked(aws)] == ["512", "1024"]
-
-
-def fill(mib: int) -> int:
-    block = bytearray(mib * 2**20)
-    for at in range(0, len(block), 4096):
-        block[at] = 1
-    time.sleep(0.5)
-    return len(block) // 2**20
 
 
 def test_an_environment_that_is_too_long_is_refused_before_it_is_sent(

@@ -16,6 +16,7 @@ from typing import Any
 import boto3
 import pytest
 from launcher_helpers import eventually
+from launcher_tasks import wait_on_spot
 
 from cloudexec import Batch, BatchExecutor, ConfigError, LaunchError, Local
 from cloudexec._enrolment import python_version
@@ -137,13 +138,6 @@ def test_spot_prefer_goes_on_demand_after_repeated_reclaims(aws: Any, profile: P
         assert executor.stats().lost_attempts == 0
     queues = [request["jobQueue"] for request in submits(aws)]
     assert queues == [profile.queues["fargate_spot"]] * 3 + [profile.queues["fargate"]]
-
-
-def wait_on_spot() -> str:
-    queue = os.environ["AWS_BATCH_JQ_NAME"]
-    if queue.startswith("spot"):
-        __import__("time").sleep(60)
-    return queue
 
 
 def test_a_wrong_python_in_the_image_is_named(aws: Any, profile: Profile, tmp_path: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from launcher_helpers import eventually, unfinished
+from launcher_tasks import queue_of_worker, slow_queue_of_worker
 
 from cloudexec import Batch, BatchExecutor, ConfigError
 from cloudexec._aws.clients import AwsClients
@@ -167,10 +166,6 @@ def queues(aws: Any) -> list[str]:
     ]
 
 
-def queue_of_worker(_: int = 0) -> str:
-    return os.environ["AWS_BATCH_JQ_NAME"]
-
-
 def test_an_instance_that_boots_is_waited_for(configured: None) -> None:
     """A job that waits for it is no evidence that there is no Spot capacity."""
     with FakeAWS(grace=2.0, calls_per_second=1000, boot=6.0) as aws:
@@ -242,11 +237,6 @@ def test_a_size_that_finds_no_room_beside_smaller_workers_runs_on_demand(
         assert not small.done()
         small.cancel(running=True)
     eventually(lambda: not unfinished(aws))
-
-
-def slow_queue_of_worker(seconds: float) -> str:
-    time.sleep(seconds)
-    return queue_of_worker()
 
 
 def test_preferring_spot_needs_two_queues() -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import random
 import sys
 import threading
 import time
@@ -17,6 +14,7 @@ from typing import Any
 
 import boto3
 import pytest
+from s3_tasks import BIG, MIB, digest, make, make_once, random_bytes, seen
 
 from cloudexec import Batch, BatchExecutor, Local, ObjectOptions, Ref
 from cloudexec._aws.names import OBJECTS_PREFIX
@@ -26,45 +24,8 @@ from cloudexec.testing import FakeAWS
 
 pytestmark = pytest.mark.timeout(120)
 
-MIB = 1024 * 1024
 NAME = "some-bucket"
-BIG = 20 * MIB  # in parts, where S3 takes them
 ONE = 9 * MIB  # in one request
-
-
-def _bytes(seed: int, size: int = BIG) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _seen(data: bytes, number: int) -> tuple[str, int, int]:
-    """Digest, worker and number; slow enough that no worker gets all of them."""
-    time.sleep(0.02)
-    return hashlib.sha256(data).hexdigest(), os.getppid(), number
-
-
-def _make(seed: int, size: int = BIG) -> bytes:
-    return _bytes(seed, size)
-
-
-def _make_once(path: str, seed: int) -> bytes:
-    with open(path, "a") as file:
-        file.write("made\n")
-    return _bytes(seed)
-
-
-def _meet(directory: str, count: int) -> int:
-    """Wait until as many calls as there are workers are here; say on which this one is."""
-    Path(directory, str(os.getpid())).touch()
-    deadline = time.monotonic() + 100
-    while len(os.listdir(directory)) < count:
-        if time.monotonic() > deadline:
-            raise TimeoutError("the others did not come")
-        time.sleep(0.01)
-    return os.getppid()
 
 
 @pytest.fixture
@@ -146,11 +107,11 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_an_argument_is_uploaded_once_and_downloaded_once_by_each_worker(aws: FakeAWS) -> None:
     """Of a hundred tasks, on two workers; it is deleted when nobody refers to it."""
-    data = _bytes(1, ONE)
+    data = random_bytes(1, ONE)
     with _executor(cache=0) as executor:
-        futures = [executor.submit(_seen, data, number) for number in range(100)]
+        futures = [executor.submit(seen, data, number) for number in range(100)]
         results = [each.result(timeout=60) for each in futures]
-        assert {each[0] for each in results} == {_digest(data)}
+        assert {each[0] for each in results} == {digest(data)}
         assert len({each[1] for each in results}) == 2
         counts = _counts(aws)
         (put,) = [each for each in aws.requests if each.operation == "PutObject"]
@@ -165,13 +126,13 @@ def test_an_argument_is_uploaded_once_and_downloaded_once_by_each_worker(aws: Fa
 
 def test_a_large_argument_goes_in_parts(aws: FakeAWS) -> None:
     """And what is in the closure, or was put, as well."""
-    data = _bytes(2)
+    data = random_bytes(2)
     with _executor() as executor:
         ref = executor.put(data)
-        futures = [executor.submit(_seen, ref, number) for number in range(20)]
-        assert {each.result(timeout=60)[0] for each in futures} == {_digest(data)}
-        futures = [executor.submit(lambda: _digest(data)) for _ in range(4)]
-        assert {each.result(timeout=60) for each in futures} == {_digest(data)}
+        futures = [executor.submit(seen, ref, number) for number in range(20)]
+        assert {each.result(timeout=60)[0] for each in futures} == {digest(data)}
+        futures = [executor.submit(lambda: digest(data)) for _ in range(4)]
+        assert {each.result(timeout=60) for each in futures} == {digest(data)}
         counts = _counts(aws)
         assert counts["CompleteMultipartUpload"] == 1
         assert counts["UploadPart"] == 2
@@ -182,8 +143,8 @@ def test_a_large_argument_goes_in_parts(aws: FakeAWS) -> None:
 def test_large_results_come_through_the_bucket(aws: FakeAWS) -> None:
     """Small ones do not, and nothing is left once they are here."""
     with _executor() as executor:
-        assert list(executor.map(_make, range(4), timeout=60)) == [_bytes(n) for n in range(4)]
-        assert executor.submit(_make, 5, MIB).result(timeout=60) == _bytes(5, MIB)
+        assert list(executor.map(make, range(4), timeout=60)) == [random_bytes(n) for n in range(4)]
+        assert executor.submit(make, 5, MIB).result(timeout=60) == random_bytes(5, MIB)
         counts = _counts(aws)
         assert counts["CompleteMultipartUpload"] == 4
         assert executor.stats().bytes_downloaded == pytest.approx(4 * BIG, rel=1e-4)
@@ -196,16 +157,16 @@ def test_a_kept_result_outlives_its_worker_in_the_bucket(aws: FakeAWS, tmp_path:
     made = tmp_path / "made"
     with _executor() as executor:
         keep = executor.with_options(keep=True)
-        ref: Any = keep.submit(_make_once, str(made), 3).result(timeout=60)
+        ref: Any = keep.submit(make_once, str(made), 3).result(timeout=60)
         assert isinstance(ref, Ref)
         _await(lambda: all(blob.stored for blob in ref._payload.blobs))  # type: ignore[union-attr]
         _kill(executor)
         before = executor.stats()
-        assert executor.submit(_digest, ref).result(timeout=60) == _digest(_bytes(3))
+        assert executor.submit(digest, ref).result(timeout=60) == digest(random_bytes(3))
         after = executor.stats()
         assert after.bytes_downloaded == before.bytes_downloaded == 0
         assert after.bytes_sent - before.bytes_sent < MIB
-        assert ref.get(timeout=60) == _bytes(3)
+        assert ref.get(timeout=60) == random_bytes(3)
         assert executor.stats().bytes_downloaded == pytest.approx(BIG, rel=1e-4)
         assert made.read_text() == "made\n"
     assert _keys() == []
@@ -214,35 +175,35 @@ def test_a_kept_result_outlives_its_worker_in_the_bucket(aws: FakeAWS, tmp_path:
 def test_a_kept_result_goes_to_another_worker_directly(aws: FakeAWS, tmp_path: Path) -> None:
     """While the one that made it lives; the client is not visited."""
     with _executor() as executor:
-        ref: Any = executor.with_options(keep=True).submit(_make, 4).result(timeout=60)
+        ref: Any = executor.with_options(keep=True).submit(make, 4).result(timeout=60)
         _await(lambda: all(blob.stored for blob in ref._payload.blobs))
-        futures = [executor.submit(_seen, ref, number) for number in range(60)]
+        futures = [executor.submit(seen, ref, number) for number in range(60)]
         results = [each.result(timeout=60) for each in futures]
-        assert {each[0] for each in results} == {_digest(_bytes(4))}
+        assert {each[0] for each in results} == {digest(random_bytes(4))}
         assert executor.stats().bytes_downloaded == 0
         assert executor.stats().bytes_received < MIB
 
 
 def test_one_worker_alone_has_no_use_for_the_detour(aws: FakeAWS) -> None:
     """What only it needs goes to it directly."""
-    data = _bytes(6)
+    data = random_bytes(6)
     with _executor(1) as executor:
-        assert executor.submit(_digest, data).result(timeout=60) == _digest(data)
-        assert executor.submit(_make, 6).result(timeout=60) == data
+        assert executor.submit(digest, data).result(timeout=60) == digest(data)
+        assert executor.submit(make, 6).result(timeout=60) == data
         assert _counts(aws) == {}
 
 
 @pytest.mark.parametrize("bucket", [None, False])
 def test_without_a_bucket_nobody_talks_to_s3(aws: FakeAWS, bucket: bool | None) -> None:
     """Neither with one, for what is small."""
-    data = _bytes(7)
+    data = random_bytes(7)
     with _executor(bucket=bucket) as executor:
-        futures = [executor.submit(_seen, data, number) for number in range(10)]
-        assert {each.result(timeout=60)[0] for each in futures} == {_digest(data)}
-        assert executor.submit(_make, 7).result(timeout=60) == data
+        futures = [executor.submit(seen, data, number) for number in range(10)]
+        assert {each.result(timeout=60)[0] for each in futures} == {digest(data)}
+        assert executor.submit(make, 7).result(timeout=60) == data
     with _executor(bucket_threshold="64MiB") as executor:
-        futures = [executor.submit(_seen, data, number) for number in range(10)]
-        assert {each.result(timeout=60)[0] for each in futures} == {_digest(data)}
+        futures = [executor.submit(seen, data, number) for number in range(10)]
+        assert {each.result(timeout=60)[0] for each in futures} == {digest(data)}
     assert aws.requests == []
 
 
@@ -250,8 +211,8 @@ def test_workers_that_share_our_memory_need_no_bucket(aws: FakeAWS) -> None:
     """Though one is named."""
     options = ObjectOptions(bucket=NAME)
     with BatchExecutor(2, launcher=Local(slots_per_worker=1), objects=options) as executor:
-        data = _bytes(8)
-        assert executor.submit(_digest, data).result(timeout=60) == _digest(data)
+        data = random_bytes(8)
+        assert executor.submit(digest, data).result(timeout=60) == digest(data)
     assert aws.requests == []
 
 
@@ -260,10 +221,10 @@ def test_batch_uses_the_bucket_of_its_profile(
 ) -> None:
     """Nobody names it, and the workers have no credentials."""
     with _batch_executor(aws, tmp_path, monkeypatch) as executor:
-        data = _bytes(9)
-        futures = [executor.submit(_seen, data, number) for number in range(20)]
-        assert {each.result(timeout=60)[0] for each in futures} == {_digest(data)}
-        assert list(executor.map(_make, range(2), timeout=60)) == [_bytes(0), _bytes(1)]
+        data = random_bytes(9)
+        futures = [executor.submit(seen, data, number) for number in range(20)]
+        assert {each.result(timeout=60)[0] for each in futures} == {digest(data)}
+        assert list(executor.map(make, range(2), timeout=60)) == [random_bytes(0), random_bytes(1)]
         assert executor.stats().bytes_uploaded == pytest.approx(BIG, rel=1e-4)
         assert executor.stats().bytes_downloaded == pytest.approx(2 * BIG, rel=1e-4)
     assert _counts(aws)["GetObject"] >= 2
@@ -312,13 +273,13 @@ def test_s3_that_recovers_is_a_matter_of_time(
     aws: FakeAWS, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody is told, and everything goes through the bucket all the same."""
-    data = _bytes(10)
+    data = random_bytes(10)
     with _executor() as executor:
         FAULTS[fault](aws)
-        futures = [executor.submit(_seen, data, number) for number in range(10)]
-        assert {each.result(timeout=60)[0] for each in futures} == {_digest(data)}
+        futures = [executor.submit(seen, data, number) for number in range(10)]
+        assert {each.result(timeout=60)[0] for each in futures} == {digest(data)}
         FAULTS[fault](aws)
-        assert executor.submit(_make, 10).result(timeout=60) == data
+        assert executor.submit(make, 10).result(timeout=60) == data
         assert executor.stats().bytes_uploaded == pytest.approx(BIG, rel=1e-4)
         assert executor.stats().bytes_downloaded == pytest.approx(BIG, rel=1e-4)
         aws.faults.clear()
@@ -349,16 +310,16 @@ def test_s3_that_is_down_costs_one_warning(
     aws: FakeAWS, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Arguments and results go directly, and S3 is left alone for a while."""
-    data = _bytes(11)
+    data = random_bytes(11)
     fail, reason = LASTING[fault]
     with _executor() as executor:
         fail(aws)
-        futures = [executor.submit(_seen, data, number) for number in range(10)]
-        assert {each.result(timeout=60)[0] for each in futures} == {_digest(data)}
+        futures = [executor.submit(seen, data, number) for number in range(10)]
+        assert {each.result(timeout=60)[0] for each in futures} == {digest(data)}
         made = len(aws.requests)
-        assert executor.submit(_make, 11).result(timeout=60) == data
-        other = _bytes(12)
-        assert executor.submit(_digest, other).result(timeout=60) == _digest(other)
+        assert executor.submit(make, 11).result(timeout=60) == data
+        other = random_bytes(12)
+        assert executor.submit(digest, other).result(timeout=60) == digest(other)
         assert len(aws.requests) == made
         warnings = _warnings(caplog)
         assert len(warnings) == 1, warnings
@@ -370,16 +331,16 @@ def test_s3_that_is_down_costs_one_warning(
 
 def test_a_corrupted_object_is_not_taken(aws: FakeAWS, caplog: pytest.LogCaptureFixture) -> None:
     """Neither by a worker nor by the client: both have it directly then."""
-    data = _bytes(13)
+    data = random_bytes(13)
     with _executor() as executor:
         aws.faults.corrupt_response("GetObject", 1)
-        futures = [executor.submit(_seen, data, number) for number in range(10)]
-        assert {each.result(timeout=60)[0] for each in futures} == {_digest(data)}
+        futures = [executor.submit(seen, data, number) for number in range(10)]
+        assert {each.result(timeout=60)[0] for each in futures} == {digest(data)}
         assert executor.stats().bytes_sent >= len(data)
         aws.faults.corrupt_response("GetObject", 1)
-        assert executor.submit(_make, 13).result(timeout=60) == data
+        assert executor.submit(make, 13).result(timeout=60) == data
         # The bucket as such is as good as before.
-        assert executor.submit(_make, 14).result(timeout=60) == _bytes(14)
+        assert executor.submit(make, 14).result(timeout=60) == random_bytes(14)
         assert executor.stats().bytes_downloaded == pytest.approx(BIG, rel=1e-4)
     assert any("SHA-256" in each for each in _warnings(caplog))
     assert _keys() == []
@@ -387,15 +348,15 @@ def test_a_corrupted_object_is_not_taken(aws: FakeAWS, caplog: pytest.LogCapture
 
 def test_a_refused_url_is_asked_for_anew(aws: FakeAWS) -> None:
     """The credentials that sign have ended, unknown to the client; there are new ones."""
-    data = _bytes(15)
+    data = random_bytes(15)
     with _executor() as executor:
-        futures = [executor.submit(_seen, data, number) for number in range(10)]
-        assert {each.result(timeout=60)[0] for each in futures} == {_digest(data)}
+        futures = [executor.submit(seen, data, number) for number in range(10)]
+        assert {each.result(timeout=60)[0] for each in futures} == {digest(data)}
         aws.faults.expire_credentials()
         aws.faults.renew_credentials()
         _kill(executor)
-        futures = [executor.submit(_seen, data, number) for number in range(10)]
-        assert {each.result(timeout=60)[0] for each in futures} == {_digest(data)}
+        futures = [executor.submit(seen, data, number) for number in range(10)]
+        assert {each.result(timeout=60)[0] for each in futures} == {digest(data)}
         assert executor.stats().bytes_sent < MIB
         assert executor.stats().bytes_uploaded == pytest.approx(len(data), rel=1e-4)
     assert _keys() == []
@@ -410,10 +371,10 @@ def test_a_worker_that_cannot_reach_s3_has_it_from_the_client(
     """Both ways, with one warning, whichever workers it happens to."""
     nowhere = {"http_proxy": "http://127.0.0.1:9"}
     with _batch_executor(aws, tmp_path, monkeypatch, environment=nowhere) as executor:
-        data = _bytes(16)
-        futures = [executor.submit(_seen, data, number) for number in range(10)]
-        assert {each.result(timeout=90)[0] for each in futures} == {_digest(data)}
-        assert list(executor.map(_make, range(2), timeout=90)) == [_bytes(0), _bytes(1)]
+        data = random_bytes(16)
+        futures = [executor.submit(seen, data, number) for number in range(10)]
+        assert {each.result(timeout=90)[0] for each in futures} == {digest(data)}
+        assert list(executor.map(make, range(2), timeout=90)) == [random_bytes(0), random_bytes(1)]
         assert executor.stats().bytes_sent >= 2 * BIG
     warnings = [each for each in _warnings(caplog) if NAME in each]
     assert len(warnings) == 1, warnings
@@ -426,12 +387,12 @@ def test_a_kept_result_is_made_again_where_s3_has_lost_it(aws: FakeAWS, tmp_path
     made = tmp_path / "made"
     with _executor() as executor:
         keep = executor.with_options(keep=True)
-        ref: Any = keep.submit(_make_once, str(made), 17).result(timeout=60)
+        ref: Any = keep.submit(make_once, str(made), 17).result(timeout=60)
         _await(lambda: all(blob.stored for blob in ref._payload.blobs))
         _kill(executor)
         for key in _keys():
             boto3.client("s3").delete_object(Bucket=NAME, Key=key)
-        assert ref.get(timeout=60) == _bytes(17)
+        assert ref.get(timeout=60) == random_bytes(17)
         assert made.read_text() == "made\nmade\n"
 
 
@@ -439,23 +400,23 @@ def test_a_worker_that_dies_uploading_leaves_nothing(aws: FakeAWS) -> None:
     """What it has begun is given up; its task runs elsewhere."""
     with _executor() as executor:
         aws.faults.slow_response("UploadPart", 20.0)
-        future = executor.submit(_make, 18)
+        future = executor.submit(make, 18)
         _await(lambda: any(each.operation == "CreateMultipartUpload" for each in aws.requests))
         _await(lambda: any(session.uploads for session in _sessions(executor).values()))
         sessions = _sessions(executor).values()
         name = next(each.worker_id for each in sessions if each.uploads)
         _kill(executor, name)
         aws.faults.clear()
-        assert future.result(timeout=60) == _bytes(18)
+        assert future.result(timeout=60) == random_bytes(18)
         _await(lambda: not _keys())
 
 
 def test_a_shutdown_in_the_middle_leaves_nothing(aws: FakeAWS) -> None:
     """Uploads and downloads under way end with the executor."""
-    data = _bytes(19)
+    data = random_bytes(19)
     with _executor() as executor:
         aws.faults.slow_response("UploadPart", 1.0)
-        futures = [executor.submit(_seen, data, number) for number in range(10)]
+        futures = [executor.submit(seen, data, number) for number in range(10)]
         _await(lambda: any(each.operation == "CreateMultipartUpload" for each in aws.requests))
         threading.Timer(0.2, aws.faults.clear).start()
         executor.kill_workers()

@@ -27,6 +27,7 @@ from typing import Any
 import click.testing
 import pytest
 from relay_helpers import PACKAGE
+from relay_tasks import pause, square
 
 from cloudexec import Batch, BatchExecutor, ConfigError, LaunchError
 from cloudexec._aws.address import _is_ec2_instance, _outward_address
@@ -129,10 +130,6 @@ def laptop(aws: FakeAWS, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
         forwarder.shutdown()
 
 
-def square(x: int) -> int:
-    return x * x
-
-
 def test_an_executor_has_a_relay_of_its_own_for_as_long_as_it_lives(aws: FakeAWS) -> None:
     """Everything goes through it: the workers know of nothing else."""
     aws.faults.allow_only(policy(Profile.load("default")))
@@ -192,17 +189,6 @@ def test_the_relay_is_paid_for_and_counts_for_the_ceiling(aws: FakeAWS) -> None:
             assert executor.submit(square, 3).result() == 9
             rates[relay] = executor.cost().per_hour_usd
     assert rates[True] - rates[False] == pytest.approx(0.0173, abs=0.001)
-
-
-def pause(path: str, x: int) -> int:
-    """Say that it runs, and wait to be told to end."""
-    with open(f"{path}/{x}.{time.monotonic_ns()}.began", "w"):
-        pass
-    deadline = time.monotonic() + PATIENCE
-    while not os.path.exists(f"{path}/go"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return x
 
 
 def test_a_relay_that_dies_is_followed_by_another_and_no_task_runs_twice(

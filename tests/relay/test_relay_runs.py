@@ -19,6 +19,7 @@ import cloudpickle
 import psutil
 import pytest
 from relay_helpers import KEY, PACKAGE, RelayLauncher, RelayProcess
+from relay_tasks import noted
 
 from cloudexec import BatchExecutor, LaunchError
 from cloudexec._server.certificate import make_certificate
@@ -39,13 +40,6 @@ def until(condition: Callable[[], Any]) -> Any:
         assert time.monotonic() < deadline
         threading.Event().wait(0.02)
     return found
-
-
-def noted(x: int, directory: str) -> int:
-    """Leave a line for each time that this is run."""
-    with open(f"{directory}/{os.getpid()}", "a") as file:
-        file.write(f"{x}\n")
-    return 2 * x
 
 
 def end(executor: BatchExecutor, launcher: RelayLauncher) -> None:
