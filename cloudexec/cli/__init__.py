@@ -8,6 +8,7 @@ it runs, so that ``cloudexec --help`` need not import grpc or rich.
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import click
@@ -32,7 +33,11 @@ from cloudexec.cli.stop import stop_command
 from cloudexec.cli.template import template_command
 from cloudexec.cli.up import up_command
 
-__all__ = ["main"]
+__all__ = ["main", "program"]
+
+_COLLECT_AFTER = 50_000
+"""Objects made between two collections of garbage. With Python's 700, collections take a sixth of
+the processor time of a command that imports the AWS SDK, and find nothing."""
 
 _USUAL_EXIT_CODES = """\b
 Exit codes:
@@ -97,3 +102,9 @@ def main() -> None:
         click.echo("Interrupted.", err=True)
         code = INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def program() -> None:
+    """Run the command line in a process of its own."""
+    gc.set_threshold(_COLLECT_AFTER)
+    main()

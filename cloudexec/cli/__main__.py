@@ -1,5 +1,5 @@
 """``python -m cloudexec.cli`` is the command ``cloudexec``."""
 
-from cloudexec.cli import main
+from cloudexec.cli import program
 
-main()
+program()

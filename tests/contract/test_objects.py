@@ -245,21 +245,18 @@ def _compare(value: Any, expected: Any) -> None:
         assert value == expected
 
 
-_BYTES = [n % 256 for n in range(1500)]
-
-
 def test_many_large_results_of_a_map_take_bounded_memory(mode: str) -> None:
     """With buffersize, what the client holds is that many results, not all of them."""
     resident = psutil.Process().memory_info().rss
     most = 0
     with start(mode) as executor:
         results = executor.map(
-            tasks.filled, (MIB,) * 1500, [n % 256 for n in range(1500)], buffersize=32
+            tasks.filled, (MIB,) * 500, [n % 256 for n in range(500)], buffersize=32
         )
         for index, result in enumerate(results):
             assert result[-1] == index % 256
             most = max(most, psutil.Process().memory_info().rss)
-        assert index == 1499
+        assert index == 499
         assert store_of(executor).high < 64 * MIB
         settled(executor)
     assert most - resident < 200 * MIB
