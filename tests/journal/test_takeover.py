@@ -154,7 +154,9 @@ def test_workers_go_on_and_hand_over(aws: Any, runs: Runs, opened: str) -> None:
         runs.open()
     said = said_by(second)
     assert said["results"] == [x * x for x in range(8)]
-    assert (said["workers"], said["tasks"], said["launched"], said["lost"]) == (3, 3, 0, 0)
+    # A result that comes before its call was submitted counts as one of the journal.
+    held = said["tasks"] + (said["resumed"] if opened == "before" else 0)
+    assert (said["workers"], held, said["launched"], said["lost"]) == (3, 3, 0, 0)
     assert runs.calls("begun-") == {f"begun-{x}": 1 for x in range(8)}
     assert {job.job_id for job in aws.jobs()} == jobs
     runs.wait(lambda: not unfinished(aws))
