@@ -117,7 +117,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def open_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a registry on the loopback address without a password."""
     with serving(tmp_path_factory.mktemp("open-registry")) as address:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import heapq
 import itertools
@@ -530,7 +531,8 @@ def _large_value(number: int) -> bytes:
     return number.to_bytes(8, "little") * (INLINE_BYTES // 8)
 
 
-def _shared_lines(modules: Iterable[ModuleType]) -> dict[str, frozenset[int]]:
+@functools.cache
+def _shared_lines(modules: tuple[ModuleType, ...]) -> dict[str, frozenset[int]]:
     """Return the numbers of the lines that match ``SHARED``, by file, for these modules."""
     found = {}
     for folder in {Path(str(module.__file__)).parent for module in modules}:
