@@ -310,7 +310,6 @@ class Driver:
                     self.listener.address,
                     has_relay=network.is_relayed,
                 )
-            takeover.is_ready.set()
         for way_in in (network, *network.others):
             if way_in.moving is not None:
                 way_in.moving.is_used = True

@@ -197,8 +197,6 @@ class Takeover:
         """Number of workers that were taken over."""
         self.tasks = 0
         """Number of calls that were not sent, because a worker held them already."""
-        self.is_ready = asyncio.Event()
-        """Set once it is known which workers there are: until then, those that connect wait."""
         self._engine = engine
         self._sessions = sessions
         self._launches = launches
@@ -386,15 +384,17 @@ class Takeover:
             later(pause, self._close_window),
             later(max(pause, orphan_timeout), self._let_go_of_unclaimed),
         ]
-        count = len(self._expected)
         _logger.info(
-            "the run before was killed, and %d worker%s of it may live: calls wait for %s to come "
+            "the run before was killed, and its workers (%d) may live: calls wait until they come "
             "back, for %.0f s at most",
-            count,
-            "" if count == 1 else "s",
-            "it" if count == 1 else "them",
+            len(self._expected),
             pause,
         )
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is known which workers of the run before there are."""
+        return self._estate is None or self._established
 
     def takes(self, identity: str) -> bool:
         """Say whether a worker of the killed client may enrol with this one."""
@@ -488,6 +488,7 @@ class Takeover:
             if claim is not None:
                 self._by_lease.pop((claim.worker, claim.lease), None)
                 if claim.outcome is not None and not held:
+                    self.tasks += 1
                     self._futures.give_resumed(task, *claim.outcome)
                     continue
                 adopted.append((task, claim))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,12 @@ class _Scene:
         tags: Of the tasks that the workers 1 and 2 had, with their leases.
     """
 
-    def __init__(self, directory: Path, successor: type[ManualLauncher] = ManualLauncher) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        successor: type[ManualLauncher] = ManualLauncher,
+        calls: Sequence[int] = (1, 2),
+    ) -> None:
         journal, copy = directory / "journal", directory / "copy"
         launcher = ManualLauncher(needs_network=True)
         executor = BatchExecutor(2, launcher=launcher, journal=journal, min_workers=2)
@@ -62,8 +69,14 @@ class _Scene:
         end_by_hand(executor, launcher, *self.peers)
         self.peers.clear()
         self.launcher = successor(needs_network=True)
-        self.executor = BatchExecutor(2, launcher=self.launcher, journal=copy)
-        self.futures: list[Future[int]] = [self.executor.submit(double, x) for x in (1, 2)]
+        self._journal = copy
+        if calls:
+            self.start(calls)
+
+    def start(self, calls: Sequence[int]) -> None:
+        """Start the executor that comes after the killed client, and submit calls."""
+        self.executor = BatchExecutor(2, launcher=self.launcher, journal=self._journal)
+        self.futures: list[Future[int]] = [self.executor.submit(double, x) for x in calls]
 
     def dial(self) -> Peer:
         peer = Peer(self.contact.target, channel(self.contact))
@@ -201,6 +214,60 @@ class _Prompt(ManualLauncher):
             self._on_end[launch_id] = None
             if on_end is not None:
                 on_end(launch_id, LaunchEnd("it was terminated", killed=True))
+
+
+def test_a_result_that_comes_before_its_call_is_that_of_a_worker_taken_over(
+    tmp_path: Path,
+) -> None:
+    scene = _Scene(tmp_path, calls=(1,))
+    try:
+        for identity in ("1", "2"):
+            peer = scene.hold(identity, scene.tags[identity])
+            peer.send(number=2, results=result_of(scene.tags[identity][0], value=int(identity)))
+        assert scene.futures[0].result(20) == 1
+        driver: Any = scene.executor._driver
+        wait_until(lambda: any(claim.outcome for claim in driver.takeover._claims.values()))
+        assert scene.executor.submit(double, 2).result(20) == 2
+        assert scene.executor.stats().tasks.taken_over == 2
+    finally:
+        end_by_hand(scene.executor, scene.launcher, *scene.peers)
+
+
+class _Asking(ManualLauncher):
+    """Knows after a while which workers there are, as a platform's API may be slow."""
+
+    asked = threading.Event()
+    known = threading.Event()
+
+    async def take_over(self, left: Any, on_end: Any) -> Mapping[str, Survivor]:
+        self.asked.set()
+        await asyncio.to_thread(self.known.wait, 30)
+        return await super().take_over(left, on_end)
+
+
+def test_who_comes_before_it_is_known_who_is_there_comes_again(tmp_path: Path) -> None:
+    """And is no stranger, however long that takes."""
+    scene = _Scene(tmp_path, _Asking, calls=())
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(scene.start, (1, 2))
+        try:
+            assert _Asking.asked.wait(20)
+            with pytest.raises(grpc.RpcError) as told:
+                scene.dial().hello(scene.contact.executor_id, "1")
+            error: Any = told.value
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            _Asking.known.set()
+            starting.result(20)
+            for identity in ("1", "2"):
+                peer = scene.hold(identity, scene.tags[identity])
+                peer.send(number=2, results=result_of(scene.tags[identity][0], value=7))
+            assert [future.result(20) for future in scene.futures] == [7, 7]
+            assert scene.executor.stats().tasks.taken_over == 2
+            assert scene.executor.stats().refused == 0
+        finally:
+            _Asking.known.set()
+            starting.result(20)
+            end_by_hand(scene.executor, scene.launcher, *scene.peers)
 
 
 class _Behind(ManualLauncher):

@@ -101,8 +101,9 @@ class Enrolment:
         if len(hello.identity) > 1024 or len(hello.nonce) != _enrolment.NONCE_BYTES:
             service.refused("malformed hello", f"{context.peer()} sent a malformed hello")
             await abort(context, "INVALID_ARGUMENT", "malformed hello")
-        if service.takeover is not None:
-            await service.takeover.is_ready.wait()
+        if service.takeover is not None and not service.takeover.is_ready:
+            # No refusal that counts: a worker of the run before comes again in a moment.
+            await abort(context, "RESOURCE_EXHAUSTED", "workers cannot be taken over yet")
         nonce = _enrolment.make_nonce()
         key = service.workers.key_of(hello.identity)
         resumed: WorkerSession | None = None
