@@ -63,13 +63,24 @@ def eventually(probe: Callable[[], object], *, seconds: float = 60.0) -> None:
         threading.Event().wait(0.05)
 
 
-def asked(aws: FakeAWS, patch: pytest.MonkeyPatch, operation: str) -> threading.Event:
-    """Return an event that is set when AWS is asked for something, before it answers."""
+def asked(
+    aws: FakeAWS,
+    patch: pytest.MonkeyPatch,
+    operation: str,
+    until: threading.Event | None = None,
+) -> threading.Event:
+    """Return an event that is set when AWS is asked for something, before it answers.
+
+    With ``until``, the first answer waits for that event.
+    """
     answer, found = aws.faults.wait_before, threading.Event()
 
     def noted(name: str) -> None:
         if name == operation:
+            is_first = not found.is_set()
             found.set()
+            if until is not None and is_first:
+                until.wait(60)
         answer(name)
 
     patch.setattr(aws.faults, "wait_before", noted)

@@ -7,11 +7,13 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -185,13 +187,14 @@ def test_a_start_that_is_interrupted_while_it_writes_leaves_nothing(
 def test_a_run_that_is_stopped_while_it_is_prepared_gets_no_machine(
     aws: FakeAWS, run_here: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepares = asked(aws, monkeypatch, "DescribeJobDefinitions")
-    aws.faults.slow_response("DescribeJobDefinitions", 2.0, count=1)
+    may_go_on = threading.Event()
+    prepares = asked(aws, monkeypatch, "DescribeJobDefinitions", until=may_go_on)
     words = {"name": "unwanted", "env": {"A": "b"}}
     with ThreadPoolExecutor(1) as threads:
         started = threads.submit(run_script, args=["sleep", "600"], **words)
         assert prepares.wait(60)
         stopped = run_here("stop", "unwanted", "--yes")
+        may_go_on.set()
         assert (stopped.returncode, stopped.stdout) == (0, "stopped unwanted\n")
         with pytest.raises(ConfigError, match=r"run unwanted was stopped by .* while it"):
             started.result(60)
@@ -229,17 +232,23 @@ def test_a_program_runs_once_though_two_machines_were_started(
     assert row(run_here, "twice")["exit_code"] == 6
 
 
+def submit_beside(job: Any, executor: str, run: str) -> str:
+    """Submit a job of an executor in a run to the queue that another one is in; return its id."""
+    submitted = boto3.client("batch").submit_job(
+        jobName=f"cloudexec-{executor}-0",
+        jobQueue=job.queue,
+        jobDefinition=job.definition,
+        tags={"cloudexec:executor": executor, "cloudexec:run": run},
+    )
+    return str(submitted["jobId"])
+
+
 def test_the_variables_of_a_run_stay_if_another_stacks_run_of_that_name_is_stopped(
     aws: FakeAWS, run_here: Command, folder: Path
 ) -> None:
     run = run_script(args=["sleep", "600"], name="shared", env={"A": "b"})
     mine = aws.jobs()[-1]
-    theirs = boto3.client("batch").submit_job(
-        jobName="cloudexec-run-shared-rtheirs",
-        jobQueue=mine.queue,
-        jobDefinition=mine.definition,
-        tags={"cloudexec:executor": "run-shared", "cloudexec:run": "other"},
-    )["jobId"]
+    theirs = submit_beside(mine, "run-shared", "other")
     assert run_here("stop", theirs, "--yes").returncode == 0
     assert [each for each in objects("shared") if each.startswith("variables-")]
     run.stop()
@@ -265,12 +274,7 @@ def test_workers_end_when_a_machine_dies_that_could_not_end_them(
     eventually(lambda: aws.jobs()[-1].status == "RUNNING")
     machine = aws.jobs()[-1]
     aws.faults.no_capacity()
-    worker = boto3.client("batch").submit_job(
-        jobName="cloudexec-left-0",
-        jobQueue=machine.queue,
-        jobDefinition=machine.definition,
-        tags={"cloudexec:executor": "left", "cloudexec:run": "leaves-workers"},
-    )["jobId"]
+    worker = submit_beside(machine, "left", "leaves-workers")
     aws.faults.kill_instance(machine.job_id)
     aws.faults.deny("TerminateJob", count=1)
     followed = run_here("attach", "leaves-workers")
