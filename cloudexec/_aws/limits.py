@@ -57,9 +57,9 @@ _FARGATE: dict[float, tuple[int, ...]] = {
     32: (60 * _GIB, 120 * _GIB, 244 * _GIB),
 }
 FARGATE_MOST_VCPUS = 32.0
+"""Of a worker on Fargate, as AWS Batch takes it; Amazon ECS takes less."""
 ECS_MOST_VCPUS = 16.0
 """Where Amazon ECS is asked itself. Its API Reference, "RegisterTaskDefinition", ``cpu``."""
-"""Of a worker on Fargate, as AWS Batch takes it; Amazon ECS takes less."""
 _MOST_MIB = 32 * 1024 * 1024
 """More than any machine that AWS has."""
 _MOST_VCPUS = 1920

@@ -164,11 +164,7 @@ class OnBatch:
                 try:
                     await self.end(job_id, "stopped by its user before it began")
                 except AwsError as exc:
-                    raise StillRunning(
-                        f"its job {job_id} runs, and could not be ended: {exc.message}",
-                        code=exc.code,
-                        operation=exc.operation,
-                    ) from exc
+                    raise StillRunning.of(job_id, exc) from exc
             raise
 
     async def end(self, job_id: str, reason: str) -> None:

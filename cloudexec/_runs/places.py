@@ -88,6 +88,12 @@ class MachineState:
 class StillRunning(AwsError):
     """An interrupted start has asked for a machine, and it could not be ended."""
 
+    @classmethod
+    def of(cls, job_id: str, exc: AwsError) -> StillRunning:
+        """Say which job could not be ended, and why."""
+        text = f"its job {job_id} runs, and could not be ended: {exc.message}"
+        return cls(text, code=exc.code, operation=exc.operation)
+
 
 class Place(Protocol):
     """Has machines for runs, in one account and region.

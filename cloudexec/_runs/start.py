@@ -94,11 +94,7 @@ class Start:
             try:
                 await self._place.end(self._job_id, "stopped by its user before it began")
             except AwsError as refusal:
-                raise StillRunning(
-                    f"its job {self._job_id} runs, and could not be ended: {refusal.message}",
-                    code=refusal.code,
-                    operation=refusal.operation,
-                ) from refusal
+                raise StillRunning.of(self._job_id, refusal) from refusal
         if isinstance(exc, _Stopped):
             await bucket.forget_variables(plan.start_id)
             return  # whoever has stopped it has said so in the bucket

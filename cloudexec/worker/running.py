@@ -149,8 +149,8 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             why = await _last_words(session, ends, presses=reclaimed)
         if why != "idle":
             pool.stop(kill=True)
-            if why == "bug" or not asked:
-                lost = why if why in ("disconnected", "orphaned", "gone", "bug") else ""
+            if why == "bug" or (why in ("disconnected", "orphaned", "gone") and not asked):
+                lost = why
             if why == "zygote":
                 pool.kill_groups()
                 raise LaunchError("the process that forks the slots was killed")

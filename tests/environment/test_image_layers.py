@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import email
 import gzip
 import hashlib
 import io
+import json
 import marshal
 import os
 import subprocess
@@ -20,7 +22,7 @@ from environment_helpers import PYTHON
 
 from cloudexec._environment.cache import Cache
 from cloudexec._environment.components import LOOSE, Component, Entry
-from cloudexec._environment.layers import Layer, Node, build_layers, group, pack
+from cloudexec._environment.layers import Layer, Node, build_layers, compile_sources, group, pack
 from cloudexec._environment.target import Target
 
 TARGET = Target(PYTHON, "linux/amd64", 36)
@@ -124,6 +126,17 @@ def test_bytecode_is_compiled_and_never_compared(build: Building, tmp_path: Path
     assert content[4:8] == (1).to_bytes(4, "little")
     code = marshal.loads(content[16:])
     assert code.co_filename == f"/opt/worker/{SITE}/thing.py"
+
+
+def test_bytecode_does_not_depend_on_what_is_compiled_beside_it() -> None:
+    """Or other machines would make other layers of the same packages, and send them again."""
+    sources = {f"json/{path.name}": path for path in Path(json.__file__).parent.glob("*.py")}
+    sources |= {f"email/{path.name}": path for path in Path(email.__file__).parent.glob("*.py")}
+    together = compile_sources(sources, "/opt/worker")
+    assert len(together) == len(sources)
+    for path, source in sources.items():
+        (alone,) = compile_sources({path: source}, "/opt/worker").items()
+        assert together[alone[0]] == alone[1]
 
 
 def test_what_does_not_compile_is_left_as_it_is(build: Building) -> None:

@@ -486,15 +486,20 @@ def is_stopped_at_the_relay(aws: FakeAWS, run: Callable[..., subprocess.Popen[st
         proxy.settimeout(PATIENCE)
         url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
         process = run(HTTPS_PROXY=url, https_proxy=url, NO_PROXY="", no_proxy="")
-        try:
-            proxy.accept()[0].close()
-            process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=PATIENCE)
-        finally:
-            process.kill()
-            process.wait()
-    assert "KeyboardInterrupt" in errors
+        interrupt(process, lambda: proxy.accept()[0].close())
     assert relays(aws)[0].status == "RUNNING"
+
+
+def interrupt(process: subprocess.Popen[str], wait: Callable[[], object]) -> None:
+    """Interrupt a program with Ctrl-C after a wait, and see it end of that."""
+    try:
+        wait()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
+    assert "KeyboardInterrupt" in errors
 
 
 def follow(aws: FakeAWS, second: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -523,13 +528,8 @@ def test_ctrl_c_while_a_relay_is_waited_for_leaves_nothing(aws: FakeAWS, tmp_pat
         stderr=subprocess.PIPE,
         text=True,
     )
-    try:
-        eventually(lambda: relays(aws) and relays(aws)[0].status == "RUNNABLE")
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-        process.wait()
-    assert "KeyboardInterrupt" in errors
+    interrupt(
+        process, lambda: eventually(lambda: relays(aws) and relays(aws)[0].status == "RUNNABLE")
+    )
     assert relays(aws)[0].status == "FAILED"
     assert len(aws.jobs()) == 1

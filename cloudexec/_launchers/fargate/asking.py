@@ -24,14 +24,14 @@ from cloudexec._launchers.fargate.pacer import Pacer
 from cloudexec._launchers.platform import JobRequest, Phase, Reason, WorkerEnd, WorkerStatus
 from cloudexec._log import Log
 
-__all__ = ["CALLS_PER_SECOND", "Asker", "Worker"]
+__all__ = ["BURST", "CALLS_PER_SECOND", "Asker", "Worker"]
 
 _logger = Log()
 
 CALLS_PER_SECOND = 20
-"""RunTask calls per second, and at once after a pause. Amazon ECS Developer Guide, "AWS Fargate
-throttling quotas"."""
-_BURST = CALLS_PER_SECOND // 2
+"""RunTask calls that AWS takes per second, and at once after a pause. Amazon ECS Developer Guide,
+"AWS Fargate throttling quotas"."""
+BURST = CALLS_PER_SECOND // 2
 """Calls that are made at once: half of what AWS takes, as calls that are slow on their way arrive
 together with later ones."""
 _FIRST_PAUSE = 1.0
@@ -141,7 +141,7 @@ class Asker:
         stop: Callable[[str, str], Coroutine[Any, Any, None]],
         stop_hint: str,
     ) -> None:
-        self.pacer = Pacer(CALLS_PER_SECOND, _BURST)
+        self.pacer = Pacer(CALLS_PER_SECOND, BURST)
         self._clients = clients
         self._workers = workers
         self._parameters = parameters

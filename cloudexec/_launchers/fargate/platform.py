@@ -47,7 +47,7 @@ from cloudexec._launchers.aws.platform import AwsPlatform, all_of, connected
 from cloudexec._launchers.aws.platform import Settings as AwsSettings
 from cloudexec._launchers.batch.inquiry import statuses_of
 from cloudexec._launchers.batch.reading import worker_end
-from cloudexec._launchers.fargate.asking import CALLS_PER_SECOND, Asker, Worker
+from cloudexec._launchers.fargate.asking import BURST, CALLS_PER_SECOND, Asker, Worker
 from cloudexec._launchers.fargate.reading import (
     end_of_task,
     found_no_capacity,
@@ -157,7 +157,7 @@ class FargatePlatform(AwsPlatform):
 
     def spot_patience(self, workers: int) -> float:
         """Say in how many seconds so many workers find a place on Spot, if there is any."""
-        return _SPOT_PATIENCE + max(0, workers - CALLS_PER_SECOND) / CALLS_PER_SECOND
+        return _SPOT_PATIENCE + max(0, workers - BURST) / CALLS_PER_SECOND
 
     def lacks_capacity(self, reason: str) -> bool:
         """Say whether Amazon ECS has said that there is no capacity."""
