@@ -417,7 +417,10 @@ def test_a_launcher_that_wants_another_port_is_left_out(
     several = [Placed(listen=f"127.0.0.1:{port}") for port in ports]
     with BatchExecutor(1, launcher=Fallback(several)) as executor:
         assert executor.submit(abs, -1).result(60) == 1
-    assert f"listen on port {ports[1]} for it, and listens on port {ports[0]}" in caplog.text
+    assert (
+        f"it needs port {ports[1]}, but the executor already listens on port {ports[0]}"
+        in caplog.text
+    )
     with BatchExecutor(1, launcher=Fallback(several), listen="127.0.0.1:0") as executor:
         assert executor.submit(abs, -1).result(60) == 1
         assert not any(each.why for each in executor.stats().launchers)
