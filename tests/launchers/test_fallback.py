@@ -586,7 +586,7 @@ def test_the_end_is_that_of_all_launchers_though_one_cannot_be_closed() -> None:
     ("settings", "error", "words"),
     [
         ({"launchers": []}, ConfigError, "at least one"),
-        ({"launchers": [Local]}, TypeError, "some such as Local"),
+        ({"launchers": [Local]}, TypeError, "objects like Local"),
         ({"launchers": ["local"]}, TypeError, "not 'local'"),
         ({"launchers": [Fallback([Local()])]}, ConfigError, "no Fallback among"),
         ({"launchers": [Local()], "limits": [1, 2]}, ConfigError, "each of 1 launchers, not 2"),
@@ -604,5 +604,5 @@ def test_wrong_settings_are_refused(
 
 def test_a_launcher_cannot_be_there_twice() -> None:
     local = Local()
-    with pytest.raises(ConfigError, match="one of them is there twice"):
+    with pytest.raises(ConfigError, match="must not name the same object twice"):
         Fallback([local, local])
