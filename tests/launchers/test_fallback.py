@@ -588,7 +588,7 @@ def test_the_end_is_that_of_all_launchers_though_one_cannot_be_closed() -> None:
         ({"launchers": []}, ConfigError, "at least one"),
         ({"launchers": [Local]}, TypeError, "objects like Local"),
         ({"launchers": ["local"]}, TypeError, "not 'local'"),
-        ({"launchers": [Fallback([Local()])]}, ConfigError, "no Fallback among"),
+        ({"launchers": [Fallback([Local()])]}, ConfigError, "must not have a Fallback"),
         ({"launchers": [Local()], "limits": [1, 2]}, ConfigError, "each of 1 launchers, not 2"),
         ({"launchers": [Local()], "limits": [0]}, ConfigError, "limits must be"),
         ({"launchers": [Local()], "patience": 0}, ConfigError, "patience must be"),
