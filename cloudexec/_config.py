@@ -137,8 +137,8 @@ class TaskOptions:
     on_loss: str = "recompute"
     """Reaction to the loss of a kept result with its worker: ``"recompute"`` or ``"raise"``."""
     key: str | Callable[..., object] | None = None
-    """Key of the call in a journal, or a function that returns it for the call's arguments. ``None``
-    means a key made from the task's function and arguments."""
+    """Key of the call in a journal, or a function that returns the key for the call's arguments.
+    ``None`` means a key that is made from the task's function and arguments."""
 
     def __post_init__(self) -> None:
         check_positive("timeout", self.timeout)

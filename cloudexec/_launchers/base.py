@@ -163,8 +163,8 @@ class Arrival:
     """What a worker reported of its own start when it connected.
 
     Attributes:
-        job_id: The platform's name for the worker.
-        attempt: Number of this run of the launch, from 1.
+        job_id: The platform's id for the worker.
+        attempt: Number of this run of the worker, from 1.
         boot: Seconds from the start of the worker's process to its first message.
         pull: Seconds that the download of the image took; ``None`` if that is unknown.
     """
@@ -204,7 +204,7 @@ class LaunchTimes:
     first_task: float | None = None
     """From the end of the enrolment to the first result."""
     total: float | None = None
-    """All steps together."""
+    """All steps that are over, together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,7 +311,7 @@ class Launcher(Protocol):
         return 256
 
     def size_for(self, cpus: float, memory: int, gpus: int) -> int:
-        """Find the worker size for a task. Any thread calls this whenever it makes a view.
+        """Find the worker size for a task. ``with_options`` calls this, in any thread.
 
         Args:
             cpus: Processors that the task needs.

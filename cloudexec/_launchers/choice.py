@@ -56,7 +56,7 @@ class Candidate:
 
     Attributes:
         launcher: The launcher.
-        name: Its name for people.
+        name: Its display name.
         limit: Largest number of workers that it may have at a time; ``None`` for no limit.
         network: The network that its ``start`` has returned; ``None`` if it was not started.
         contact: The contact for its workers; ``None`` for the executor's usual one.
@@ -117,8 +117,8 @@ class Candidate:
 class Choice:
     """The launchers of one executor in the order in which they are preferred.
 
-    The executor's worker sizes are those of the leading launcher. For each of them, the smallest
-    size that is large enough is used of the other launchers. Any thread may ask for sizes.
+    The executor's worker sizes are those of the leading launcher. For each of these, another
+    launcher uses its smallest size that is large enough. Any thread may ask for sizes.
 
     Args:
         candidates: The launchers.
@@ -128,11 +128,11 @@ class Choice:
     def __init__(self, candidates: Sequence[Candidate], return_after: float) -> None:
         self.candidates = candidates
         self.lead = next(
-            # The resources of this machine are no worker size.
+            # Launchers on this machine have no worker sizes, so another one leads if there is one.
             (each for each in candidates if not each.launcher.one_machine),
             candidates[0],
         )
-        # If all workers are on this machine, the executor itself divides it among the tasks.
+        # If all workers are on this machine, the executor itself divides its resources among tasks.
         self._shares_machine = not self.lead.launcher.one_machine
         self._return_after = return_after
         self._sizing = threading.Lock()
@@ -189,7 +189,7 @@ class Choice:
             return size
         wanted = self.capacity(size)
         if wanted is None or launcher.capacity(0) is None:
-            return None if size else 0  # tasks of the first size run on workers of any size
+            return None if size else 0  # tasks that ask for nothing run on any worker
         if launcher.one_machine and wanted.gpus:
             return None  # it is not known which GPUs of the machine are in use
         try:
@@ -198,7 +198,7 @@ class Choice:
             return None
 
     def size_from(self, candidate: Candidate, size: int) -> int:
-        """Return the executor's size for a size of a launcher."""
+        """Return the executor's size for a launcher's size."""
         for known in range(self.lead.launcher.size_count):
             if self.size_at(candidate, known) == size:
                 return known
@@ -259,7 +259,7 @@ class Choice:
         return plan
 
     def forgive(self, requests: Sequence[LaunchRequest], now: float) -> None:
-        """Prefer no launcher to another if all that have this size of worker have just failed.
+        """Try all launchers again if all that have this size of worker have just failed.
 
         Args:
             requests: Workers of one size that are about to be launched.
@@ -268,7 +268,7 @@ class Choice:
         able = self._able(requests)
         if all(now < each.barred_until for each in able):
             for each in able:
-                # Launchers without room are not tried now, so nothing is learnt of them.
+                # Launchers without room cannot be tried now, so they stay barred.
                 if self.room(each, requests[0]):
                     each.barred_until = now
 
@@ -299,7 +299,7 @@ class Choice:
             each for each in self.candidates if each is not candidate and now >= each.barred_until
         ]
 
-    # What has happened.
+    # Ends and connections.
 
     def ended(self, worker: Launched, end: LaunchEnd, now: float) -> tuple[LaunchEnd, str]:
         """Record that a worker has ended, or could not be started, before it connected.

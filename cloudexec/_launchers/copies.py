@@ -74,7 +74,7 @@ def _own_memory() -> int:
 
 
 def _has_own_extensions() -> bool:
-    """Return whether user code has imported compiled modules, which would be loaded twice."""
+    """Return whether the user's own modules are compiled, as a copy must import these anew."""
     from cloudexec._modules import own_modules
 
     files = (getattr(sys.modules.get(name), "__file__", None) for name in own_modules())

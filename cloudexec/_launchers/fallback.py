@@ -41,12 +41,13 @@ __all__ = ["Fallback"]
 _logger = Log()
 _RETURN_AFTER = 600.0
 _END_PATIENCE = 5.0
-"""Seconds at the close in which the workers of one launcher may end, with each of two requests."""
+"""Seconds at the close in which workers may end by themselves, and again after their end was
+requested."""
 _ALMOST = 0.98
 """Share of ``launch_timeout`` after which a worker is given up here. It is less than 1, as the
 executor would otherwise give the worker up itself, and count that as a failure."""
 _LINGERS = 10
-"""How often ``linger`` may pass between the executor's decision and the launch of a worker."""
+"""Number of pauses of ``linger`` that may lie between the executor's decision and the launch."""
 
 
 class Fallback(Launcher):
@@ -64,10 +65,10 @@ class Fallback(Launcher):
 
     Args:
         launchers: The launchers, in the order in which they are preferred; or a mapping from
-            names for people to launchers. Each serves one executor at a time.
+            display names to launchers. Each serves one executor at a time.
         limits: Largest number of workers that each launcher may have at a time, in the same order;
-            ``None`` for no limit. Tasks fail with ``LaunchError`` if they need workers of another
-            size than the workers that use up all limits.
+            ``None`` for no limit. Tasks fail with ``LaunchError`` if workers of another size than
+            they need use up all limits.
         patience: Seconds after which a worker without a place is started by the next launcher;
             ``None`` for the usual time on its platform, such as 60 seconds on Fargate.
         return_after: Seconds after a failure in which other launchers are preferred.
@@ -308,7 +309,7 @@ class Fallback(Launcher):
         return end
 
     def refused(self, launch_id: str, reason: str) -> LaunchEnd:
-        """Record that the executor has refused a worker; the next launcher's may be accepted."""
+        """Record that the executor has refused a worker; one of the next launcher may fit."""
         worker = self._workers[launch_id]
         end = self._judge(worker, LaunchEnd(reason, fatal=True))
         worker.unwanted = True  # so that the later end of its process is not judged, too
@@ -388,7 +389,7 @@ class Fallback(Launcher):
         """Kill what is left of a worker's process groups, if they are on this machine."""
         self._workers[launch_id].candidate.launcher.clean_up(launch_id, slot_groups)
 
-    # What is known.
+    # Reports.
 
     def bucket(self) -> tuple[str, str]:
         """Return the first launcher's bucket, if all with workers on other machines have one."""
@@ -511,8 +512,8 @@ class Fallback(Launcher):
 
     async def _close(self, candidate: Candidate) -> None:
         if candidate.launcher.ends_are_seen:
-            # The executor waits neither for workers that were given up nor, if one launcher does
-            # not see the ends of its workers, for any.
+            # The executor does not wait for workers that were given up. If one launcher does not
+            # see the ends of its workers, the executor waits for none.
             await self._see_end(candidate)
             candidate.launcher.terminate(list(candidate.active))
             await self._see_end(candidate)
@@ -534,7 +535,7 @@ class Fallback(Launcher):
 
 
 def _names(launchers: Sequence[Launcher]) -> list[str]:
-    """Return a name for each launcher, with a number where several describe themselves alike."""
+    """Return a name for each launcher, with a number if several have the same description."""
     described = [each.describe() for each in launchers]
     counts, seen = Counter(described), Counter[str]()
     names = []

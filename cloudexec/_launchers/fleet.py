@@ -141,7 +141,7 @@ class Fleet:
             task = self._spawn(self._submit(job, self._request(job, contact, some[0].slots)))
             self._submitting[task] = job
             if self._elsewhere is not None:
-                self._watch()  # another launcher starts the workers if the platform refuses the job
+                self._watch()  # another launcher starts the workers if this takes too long
                 self._watcher.look_soon()
             task.add_done_callback(lambda done: self._submitting.pop(done, None))
         rate = len(requests) * price.per_hour
@@ -206,7 +206,7 @@ class Fleet:
         return task
 
     def _token(self, job: Job) -> bytes:
-        """Return the key of a job's workers, with which no worker of another job can be faked."""
+        """Return the key of a job's workers, which does not authenticate workers of other jobs."""
         return hmac.new(self._secret, f"launch {job.first}".encode(), hashlib.sha256).digest()
 
     def key_of(self, launch_id: str) -> bytes | None:
@@ -248,7 +248,7 @@ class Fleet:
         prices = [self._price(request.size, self._spot.is_on) for request in requests]
         return [self.ledger.least_of(price) for price in prices]
 
-    # From one process to the next.
+    # The take-over by a later process.
 
     def hand_over(self) -> dict[str, Any]:
         """Return, as JSON data, what a later process needs to take over the jobs."""

@@ -27,7 +27,7 @@ class Member:
         attempts: Number of attempts that have ended.
         lost_at: Time when its session ended unexpectedly; ``None`` if it did not, or if the cause
             is known.
-        ended: Whether it has ended for the executor, which was told so.
+        ended: Whether its end was reported to the executor.
         gone: Whether it has ended on the platform, too, or was terminated there.
     """
 

@@ -201,7 +201,7 @@ class JobStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """A request for the status of a job. With all but the id, a platform may save itself work.
+    """A request for the status of a job. All attributes but the id only help to save work.
 
     Attributes:
         job_id: The platform's id for the job.

@@ -94,7 +94,7 @@ class SpotPolicy:
             now: The time, on the monotonic clock.
         """
         why = f" ({job.reason})" if job.reason else ""
-        _logger.info("no Spot capacity in %.0f s%s: going on demand", now - job.asked_at, why)
+        _logger.info("no Spot capacity in %.0f s%s: launching on demand", now - job.asked_at, why)
         self._left.add(job.first)
         self._no_spot_until = now + _PAUSE
 

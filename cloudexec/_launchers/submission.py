@@ -90,7 +90,7 @@ class Submitter:
             job.trouble = str(exc) or type(exc).__name__
             if str(exc) != self._ledger.explanation:
                 self._ledger.explanation = self._said = str(exc)
-                _logger.warning("trying again: %s", exc)
+                _logger.warning("a job cannot be submitted now; trying again: %s", exc)
             return True
 
         retrying = tenacity.AsyncRetrying(
@@ -109,7 +109,7 @@ class Submitter:
         raise AssertionError("tenacity returned without a result")
 
     async def _nap(self, seconds: float) -> None:
-        """Sleep, but not after the executor has shut down."""
+        """Sleep for a time, or until the executor shuts down."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.closing.wait(), seconds)
 

@@ -26,8 +26,8 @@ async def start_all(candidates: Sequence[Candidate], start: _Start, patience: fl
     Args:
         candidates: The launchers.
         start: Starts one launcher.
-        patience: Seconds from now in which launchers may start. If none is ready by then, they
-            have until the first one is.
+        patience: Seconds from now in which launchers may start. If none is ready by then, all have
+            until the first one is ready.
     """
     starting = {asyncio.ensure_future(_start(each, start)): each for each in candidates}
     pending, until = set(starting), time.monotonic() + patience

@@ -131,7 +131,7 @@ class Watcher:
         """Return the seconds until the next request.
 
         Args:
-            pause: Seconds that a wait for workers would take now; they grow with each request.
+            pause: The present pause while workers are missing; it grows with each request.
         """
         away = [m for job in self._ledger.alive() for _, m in job.waiting()]
         if self._elsewhere is not None:
@@ -299,7 +299,7 @@ class Watcher:
             self._terminate(launch_ids[len(launch_ids) - count :], LaunchEnd(why))
 
     def _patience(self) -> float:
-        """Return how many seconds a worker may wait for a place, with all others that wait."""
+        """Return how many seconds a worker may wait for a place; many workers take longer."""
         assert self._elsewhere is not None
         patience = self._elsewhere.patience
         if patience is None:

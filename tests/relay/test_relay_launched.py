@@ -216,7 +216,7 @@ def test_a_relay_that_dies_is_followed_by_another_and_no_task_runs_twice(
         assert f"the relay is now at {platform._inquiry.relay}" in caplog.text
     assert len(list(tmp_path.glob("*.began"))) == 2
     assert [job.job_id for job in relays(aws)] == [first.job_id, second.job_id]
-    assert "the relay cannot be looked after now: s3:PutObject" in caplog.text
+    assert "the relay cannot be checked or replaced now: s3:PutObject" in caplog.text
     assert "another relay is started: the relay, job" in caplog.text
     assert "the relay is now at 127." in caplog.text
 

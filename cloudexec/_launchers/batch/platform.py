@@ -227,7 +227,7 @@ class BatchPlatform(AwsPlatform):
                 return Submitted(job_id=str(summary["jobId"]))
         return None
 
-    # Looking.
+    # Status.
 
     async def describe(self, inspections: Sequence[Inspection]) -> Mapping[str, JobStatus]:
         """Return the states of jobs, and of the workers that the inspections ask for."""

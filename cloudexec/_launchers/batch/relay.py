@@ -53,7 +53,7 @@ class RelayOrder:
     Attributes:
         executor_id: The executor's id.
         queue: ARN of the queue for relays.
-        definition: The job definition, in which settings are replaced that all relays share.
+        definition: The workers' job definition, in which the relay replaces some settings.
         tags: Tags of the job.
         bucket: S3 bucket in which workers read the relay's address.
         patience: Seconds within which the relay must run.
@@ -90,7 +90,7 @@ class RelayJob:
     """The relay of one executor.
 
     Args:
-        clients: For calls to AWS.
+        clients: Makes calls to AWS.
         order: The settings of the relay.
         inquiry: Reads the log of the job, and gets the relay's address for diagnoses.
     """
@@ -438,7 +438,7 @@ class RelayJob:
                     self._ended()
                 if str(exc) != said:
                     said = str(exc)
-                    _logger.warning("the relay cannot be looked after now: %s", exc)
+                    _logger.warning("the relay cannot be checked or replaced now: %s", exc)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             except Exception:
                 # A bug must not end the watch, as then no other relay would be started.

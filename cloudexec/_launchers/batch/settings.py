@@ -35,13 +35,13 @@ class Batch(AwsLauncher):
             on the next larger size.
         spot: Whether workers run on spare capacity, which is cheaper and which AWS may reclaim at
             any time. With ``"prefer"``, they run on demand if there is none, or after repeated
-            reclaims; this needs a profile, as it has a queue for each.
+            reclaims; this needs a profile, which has a queue for Spot and one for on demand.
         compute: ``"fargate"`` or ``"ec2"``.
         arch: ``"x86_64"`` or ``"arm64"``.
         slots_per_worker: Tasks that one worker runs at once. The default is one per whole vCPU;
             tasks with ``with_options(cpus=, memory=)`` run together as far as they fit.
-        profile: Name of a profile. The default is the value of ``CLOUDEXEC_PROFILE``, or else
-            ``"default"`` unless ``queue`` is given.
+        profile: Name of a profile. If neither this nor ``queue`` is given, it is the value of
+            ``CLOUDEXEC_PROFILE``, or else ``"default"``.
         queue: Name or ARN of a job queue, instead of the profile's.
         share_identifier: Letters and digits that name the share from which the workers run, if the
             queue has a fair-share scheduling policy.

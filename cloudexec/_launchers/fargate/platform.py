@@ -232,7 +232,7 @@ class FargatePlatform(AwsPlatform):
         listed = await self._call("ecs", "list_tasks", cluster=cluster, startedBy=name)
         return [str(each) for each in listed["taskArns"]]
 
-    # Looking.
+    # Status.
 
     async def describe(self, inspections: Sequence[Inspection]) -> Mapping[str, JobStatus]:
         """Return the states of workers, by the states of their tasks."""

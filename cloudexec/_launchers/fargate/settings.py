@@ -36,8 +36,8 @@ class Fargate(AwsLauncher):
         arch: ``"x86_64"`` or ``"arm64"``.
         slots_per_worker: Tasks that one worker runs at once. The default is one per whole vCPU;
             tasks with ``with_options(cpus=, memory=)`` run together as far as they fit.
-        profile: Name of a profile. The default is the value of ``CLOUDEXEC_PROFILE``, or else
-            ``"default"`` unless ``cluster`` is given.
+        profile: Name of a profile. If neither this nor ``cluster`` is given, it is the value of
+            ``CLOUDEXEC_PROFILE``, or else ``"default"``.
         cluster: Name or ARN of a cluster of Amazon ECS, instead of the profile's. For Spot, it
             must be associated with the capacity provider FARGATE_SPOT.
         subnets: Up to 16 ids of the subnets in which workers run, instead of the profile's.
