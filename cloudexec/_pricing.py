@@ -1,4 +1,4 @@
-"""Computes the cost of a worker's runs from its price per second."""
+"""Computes the cost of a worker's runs from a price per second."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class WorkerPrice:
     per_second: float
     """USD per second."""
     least_seconds: float = 1.0
-    """Smallest number of seconds that is charged for a run."""
+    """Seconds that are paid for each run at least."""
     assumed: bool = False
-    """Whether this is the price of another region, as the price of the region is not known."""
+    """Whether the price of another region is used because that of this region is not known."""
     estimated: bool = False
-    """Whether the price changes with supply (Spot), or depends on the machine that AWS chooses."""
+    """Whether the price changes with supply (Spot), or depends on the machine that is chosen."""
     table: str = ""
     """Source and date of the price, as text."""
     note: str = ""

@@ -210,8 +210,8 @@ class Inspection:
         connected: Indexes of workers that are connected; the causes of their ends are not needed.
         known_ends: By index, how many ends of a worker are known already; 0 for other workers.
         wanted: Indexes of workers whose status must be looked up.
-        survey: Whether a process takes the job over from one that was killed. It needs the phase of
-            every worker, but no causes of ends.
+        survey: Whether a process takes the job over from one that was killed: the phase of every
+            worker is wanted, and of none why it ended.
     """
 
     job_id: str
@@ -241,7 +241,7 @@ class Target:
 
     Attributes:
         job_id: The platform's id for the job.
-        workers: Indexes of the workers; ``None`` for all workers.
+        workers: Some of its workers, by index; ``None``: all of it.
     """
 
     job_id: str

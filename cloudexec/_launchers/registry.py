@@ -42,7 +42,7 @@ def launcher_named(name: str, where: str = "") -> Launcher:
     Args:
         name: ``"local"``, ``"batch"``, ``"fargate"``, or a name that an installed package
             registers.
-        where: The setting that has the name, for messages.
+        where: Who gave the name, for messages.
 
     Raises:
         ConfigError: If there is no such launcher, or if it cannot be made.

@@ -48,7 +48,7 @@ _OLD_IMAGE = "not set: CLOUDEXEC_TARGET"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayOrder:
-    """The settings of the relay that is to be started.
+    """The settings with which a relay is started.
 
     Attributes:
         executor_id: The executor's id.
