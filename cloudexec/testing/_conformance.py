@@ -39,8 +39,8 @@ def check_launcher(
 
     A ``PlatformLauncher`` is first asked to run, find, end and describe jobs whose workers find no
     executor. Then, with any launcher, executors run tasks, map over two workers, let idle workers
-    go and have new ones, lose workers in the middle of a task, and cancel what waits. After each
-    of them nothing may be left running.
+    end and start new ones, lose workers in the middle of a task, and cancel waiting tasks. After
+    each of these checks, nothing may be left running.
 
     Args:
         launcher: The launcher, with all settings that it needs. No executor may use it meanwhile,
@@ -103,7 +103,7 @@ class _Check:
         if self._fail_next is not None:
             yield "failed submissions are tried again or told", self._failures_are_told
 
-    # The platform alone.
+    # Checks of the platform without an executor.
 
     def _platform_keeps_its_word(self) -> None:
         assert isinstance(self._launcher, PlatformLauncher)
@@ -125,7 +125,7 @@ class _Check:
             yield await in_time(entering, "connect()", self._timeout)
             await in_time(stack.aclose(), "the end of connect()", self._timeout)
 
-    # Executors.
+    # Checks with executors.
 
     @contextlib.contextmanager
     def _executor(self, **options: Any) -> Iterator[BatchExecutor]:

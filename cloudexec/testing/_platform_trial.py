@@ -69,7 +69,7 @@ async def in_time(request: Awaitable[T], what: str, patience: float) -> T:
 
 
 def all_ended(status: JobStatus, workers: int = 0) -> bool:
-    """Say whether no worker is left, and at least ``workers`` of them have ended."""
+    """Return whether no worker is left, and at least ``workers`` of them have ended."""
     left = sum(count for phase, count in status.counts.items() if phase is not Phase.ENDED)
     return not left and status.counts.get(Phase.ENDED, 0) >= workers
 

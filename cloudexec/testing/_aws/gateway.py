@@ -70,8 +70,8 @@ class Gateway:
             pause.
         metadata: Answers ``/v4/<task id>...``.
         secret: Returns the secret of an access key if it is known, to check signed URLs.
-        role: Returns what the role may do whose key is in an authorization header; ``None`` if it
-            is no role's.
+        role: Returns the permissions of the role whose key is in an authorization header;
+            ``None`` if the key is not a role's.
     """
 
     def __init__(
@@ -216,8 +216,8 @@ class Gateway:
         token = headers.get("x-amz-security-token", "") or query_token(query)
         if call.region not in known_regions():
             text = (
-                f"FakeAWS: there is no AWS region {call.region!r}; in the real AWS, no host would "
-                f"be found for it"
+                f"FakeAWS: there is no AWS region {call.region!r}; in the real AWS, its host would "
+                f"not be found"
             )
             return error_response(call, "UnknownRegion", text, 400)
         if self._faults.has_expired(token):
@@ -257,7 +257,7 @@ class Gateway:
                 return self._from_moto(call, environ)
         except ClientError as exc:
             return error_response(call, exc.code, str(exc), exc.status, exc.members)
-        except Exception as exc:  # also after a bug, answer the client and record the request
+        except Exception as exc:  # even after a bug, answer the client and record the request
             traceback.print_exc()
             return error_response(call, "InternalFailure", f"FakeAWS failed: {exc!r}", 500)
         if isinstance(payload, Response):
