@@ -2,7 +2,7 @@
 
 Jobs are found in AWS itself, by the tags and names that cloudexec gives to each of them. So they
 are found from any machine, and also after the client that started them has died. AWS Batch forgets
-a job 7 days after its end or later, and it is then not found any more. Tasks of Amazon ECS that
+a job 7 days after its end or later, and it cannot be found from then on. Tasks of Amazon ECS that
 were started without AWS Batch count as jobs here, too. Amazon ECS forgets them after about an hour.
 """
 
@@ -203,8 +203,8 @@ class AsyncMonitor:
             raise ConfigError(f"older_than must be 0 seconds or more, not {older_than}")
         if names:
             resolved = await asyncio.gather(*(self._search.resolve(name) for name in names))
-            # To stop a run is to stop its executors' workers, too. The run's own job comes first,
-            # as it would start new workers.
+            # Stopping a run also stops its executors' workers. The run's own job comes first, as it
+            # would start new workers.
             for run in filter(None, map(run_of, list(resolved))):
                 resolved += await self._search.workers_of_run(run)
             details = [each for each in resolved if each["status"] in ACTIVE]

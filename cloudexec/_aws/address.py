@@ -53,10 +53,9 @@ async def advertised_address(
     """Find the address that workers dial, and the address to listen on.
 
     Workers dial the first of these: ``advertise``; ``CLOUDEXEC_ADVERTISE``; the profile's address;
-    loopback, if the AWS endpoint is on this machine, as its workers then are, too; the address of
-    an ECS task; the address of an EC2 instance's interface in the workers' own VPC; a public
-    address. ``CLOUDEXEC_LISTEN`` gives the address to listen on, for a port that is forwarded to
-    another one.
+    loopback, if AWS and so its workers are emulated on this machine; the address of an ECS task;
+    the address of an EC2 instance's interface in the workers' own VPC; a public address.
+    ``CLOUDEXEC_LISTEN`` gives the address to listen on, if the dialed port is forwarded to it.
 
     Args:
         profile: Its VPC is the workers' VPC.

@@ -552,7 +552,7 @@ def count_of_workers(count: int, one: str, several: str) -> str:
 
 
 def _no_route(said: str) -> Cause:
-    """Explain a time-out, which a slow network or one without a route causes: not fatal."""
+    """Explain a time-out. It is not fatal, as a slow network causes one, too."""
     return Cause(
         text=f"workers cannot reach AWS's own services from their subnet: {said}",
         remedy=(

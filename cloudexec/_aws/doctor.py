@@ -47,7 +47,7 @@ _FATAL = (
     "key",
     "address",
 )
-"""Checks without which the probe cannot succeed. It is a job of AWS Batch and needs no cluster."""
+"""Checks that the probe depends on. It is a job of AWS Batch, so it does not need the cluster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,7 @@ has of these and of their dependencies, so that payloads and messages fit."""
 
 INIT_REQUIREMENT = "dumb-init==1.2.5.post1"
 """The image's init, a static program for both platforms. It comes as a wheel, so the base image
-needs no package manager, and building for another platform needs no emulation for one."""
+needs no package manager, and an image for another platform needs no emulation to install it."""
 
 _PYTHON = re.compile(r"3\.\d{1,2}")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.:-]*(=[A-Za-z0-9.+:~-]+)?")

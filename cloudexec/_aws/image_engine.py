@@ -24,7 +24,7 @@ _LOG_LINES = 25
 _STAGE = "cloudexec.stage=builder"
 """Label of the unnamed images that a build leaves. See the Dockerfile."""
 _ENGINE_TIMEOUT = 1800
-"""Seconds to wait for a sign of the engine. Writing or sending a large layer takes minutes."""
+"""Seconds to wait for data from the engine. Writing or sending a large layer takes minutes."""
 
 Report = Callable[[str], None]
 """Called with one line of a log at a time, in any thread."""

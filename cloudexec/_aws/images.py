@@ -53,7 +53,7 @@ _DIGEST_ATTEMPTS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """An image that is described, and perhaps built or pushed."""
+    """The description of an image, which may not be built yet."""
 
     contents: Contents
     base_id: str

@@ -104,7 +104,7 @@ def executor_of(detail: Mapping[str, Any]) -> str:
 
 
 def run_of(detail: Mapping[str, Any]) -> str:
-    """Return the run whose own job this is; empty if the job has workers."""
+    """Return the name of the run whose program this job runs; empty if the job runs workers."""
     executor = executor_of(detail)
     return executor.removeprefix(RUN_EXECUTOR) if executor.startswith(RUN_EXECUTOR) else ""
 
@@ -277,7 +277,7 @@ def states_of(state: str | Iterable[str] | None) -> set[str] | None:
 
 
 def by_executor(jobs: Iterable[JobInfo]) -> list[list[JobInfo]]:
-    """Group jobs by executor. The executor with the newest job comes first, and its newest job."""
+    """Group jobs by executor. The newest job of each comes first, and so does the newest group."""
     groups: dict[str, list[JobInfo]] = {}
     for job in sorted(jobs, key=lambda each: each.created_at, reverse=True):
         groups.setdefault(job.executor, []).append(job)

@@ -16,7 +16,7 @@ __all__ = ["JobLogs"]
 
 _LOG_POLL = 1.0
 _LOG_SETTLE = 2
-"""Times that the log is read after the job's end without new lines, as lines arrive late."""
+"""Number of times that the log is read without new lines after the job's end: they come late."""
 _MISSING_LOG = "ResourceNotFoundException"
 
 

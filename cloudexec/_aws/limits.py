@@ -181,7 +181,7 @@ def fargate_size(
 def fargate_size_for(
     cpus: float, memory_mib: int, most_vcpus: float = FARGATE_MOST_VCPUS
 ) -> WorkerSize:
-    """Return the smallest size of Fargate that has so much of both.
+    """Return the smallest size of Fargate with at least so many vCPUs and so much memory.
 
     Args:
         cpus: vCPUs.
@@ -237,7 +237,7 @@ def instance_size(vcpus: float, memory: str | int) -> WorkerSize:
 
 
 def instance_size_for(cpus: float, memory_mib: int, gpus: int) -> WorkerSize:
-    """Return the smallest size of a worker on EC2 that has so much: whole vCPUs, any memory.
+    """Return the smallest size of a worker on EC2 for these needs: whole vCPUs, any memory.
 
     Raises:
         ConfigError: If no instance of AWS has that.

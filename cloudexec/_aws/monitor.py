@@ -107,7 +107,7 @@ class Monitor:
         """Return jobs, the newest first.
 
         Args:
-            state: Only jobs in this state, or in one of these; arrays with a worker in it count.
+            state: Only jobs in this state, or in one of these. Of an array, one worker suffices.
             active: ``True``: only jobs that have not ended; ``False``: only jobs that have ended;
                 ``None``: both.
             executor: Only jobs of this executor.
@@ -196,7 +196,6 @@ class Monitor:
         Raises:
             AwsError: If some jobs could not be stopped. The others were stopped.
             ConfigError: If the arguments do not say what to stop.
-            ConfigError: If nothing is said of what to stop.
         """
         return self._thread.run(
             self._async.stop(

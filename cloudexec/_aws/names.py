@@ -41,7 +41,7 @@ TAG_RUN = "cloudexec:run"
 TAG_STACK = "cloudexec:stack"
 """The stack's name, on everything that ``cloudexec up`` creates."""
 TAG_REGION = "cloudexec:region"
-"""The stack's region, on what is global, as another region may have a stack of the same name."""
+"""The stack's region, on global resources. Another region may have a stack of the same name."""
 
 ORDERED_ENDS = (
     "cloudexec: the executor does not need it any more",

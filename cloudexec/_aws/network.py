@@ -41,8 +41,8 @@ _WAYS_OUT = (
 
 Reach = Literal["public", "routed", "endpoints", "nothing", "unknown"]
 """Target of a subnet's default route: an internet gateway ("public") or something else that leads
-out ("routed"). Without one, the VPC has the endpoints that workers need, or not ("nothing").
-"unknown": AWS does not allow us to look."""
+out ("routed"). Without one, the VPC has the endpoints that workers need, or not ("nothing"). If AWS
+forbids to look at routes, it is "unknown"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

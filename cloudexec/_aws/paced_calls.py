@@ -11,8 +11,8 @@ from cloudexec._aws.clients import AwsClients
 __all__ = ["PacedCalls"]
 
 _CALL_INTERVAL = 0.04
-"""Seconds between calls. AWS Batch allows about 50 per second for a whole account, and a monitored
-executor must make its own."""
+"""Seconds between calls. AWS Batch allows about 50 per second for a whole account, and executors
+need some of them."""
 _CALLS_AT_ONCE = 10
 
 

@@ -46,7 +46,7 @@ class Profile:
     images: Mapping[str, str] = field(default_factory=dict)
     """Image, pinned by digest, by Python version and platform: ``"3.11-linux/amd64"``."""
     security_group: str = ""
-    """Security group of workers. It lets them connect to a client's machine in it, in the VPC."""
+    """Security group of the workers. A machine in the VPC that joins it lets workers connect."""
     vpc: str = ""
     subnets: tuple[str, ...] = ()
     assign_public_ip: bool = True
@@ -148,7 +148,7 @@ class Profile:
 
     @classmethod
     def check_writable(cls, name: str) -> None:
-        """Create the directory of profiles, before work whose result a profile must hold.
+        """Create the directory of profiles, so that an error is found before anything is set up.
 
         Raises:
             ConfigError: If no profile can be written there.

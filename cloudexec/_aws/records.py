@@ -86,7 +86,7 @@ class JobInfo(Record):
     """Index of the worker in its array, or ``None``."""
     first_worker: int | None
     """Number of the job's first worker, which is ``worker-<first_worker>``. The others of an array
-    follow. ``None`` if the job's name does not have it."""
+    follow. ``None`` if the job's name does not contain it."""
     workers: Mapping[str, int]
     """Number of workers in each state, which AWS updates with some delay. Workers that AWS calls
     ``FAILED`` because the executor or a person has ended them are ``ENDED``."""
@@ -144,7 +144,7 @@ class ExecutorInfo(Record):
     """The time at which the first job was submitted."""
     age_seconds: float
     expires_at: datetime | None
-    """The time at which time limits have ended all jobs."""
+    """The time at which time limits will have ended all jobs."""
     queues: tuple[str, ...]
     jobs: int
     workers: Mapping[str, int]

@@ -52,7 +52,7 @@ async def find_remnants(
     """Ask each service for resources with the stack's tag, and then the tagging service.
 
     If a service cannot be asked, a remnant says so, because its resources may still exist. The
-    tagging service is an exception: it finds only resources that no stack of ours has.
+    tagging service may fail, because it only finds resources that no stack of ours has.
 
     Args:
         clients: Account and region of the stack.
@@ -240,7 +240,7 @@ async def _left_elsewhere(clients: AwsClients, stack: str) -> AsyncIterator[str]
         arn = each["ResourceARN"]
         service, resource = arn.split(":")[2], arn.split(":", 5)[5]
         # The tagging service is updated late, so types that a finder has looked for are skipped.
-        # AWS lists ended jobs and deregistered definitions for some time, as it should.
+        # AWS lists ended jobs and deregistered definitions for some time: they are no remnants.
         is_known = service == "ec2" and resource.startswith(("security-group", "instance"))
         if service in _TYPES_SEEN_DIRECTLY or is_known:
             continue
@@ -268,9 +268,9 @@ async def _is_there(clients: AwsClients, arn: str, service: str, resource: str) 
 
 
 def _beginning(stack: str) -> str:
-    """Return the beginning of the names that CloudFormation made. Other tags are not read.
+    """Return the beginning of the names that CloudFormation gives to the stack's resources.
 
-    CloudFormation shortens the stack's name if the whole is too long, for roles 64 characters.
+    It shortens the stack's name if the whole would be too long, for roles 64 characters.
     """
     return stack[:20]
 

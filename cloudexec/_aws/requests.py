@@ -266,7 +266,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
     """Refuse variables that AWS Batch or a container does not allow.
 
     Raises:
-        ConfigError: For the first of them, whose name is in the message.
+        ConfigError: If there is one. The message names the first.
     """
     for name, value in environment.items():
         if not _VARIABLE.fullmatch(name) or name.startswith("AWS_BATCH"):
@@ -282,7 +282,7 @@ def check_tags(tags: Mapping[str, str]) -> None:
     """Refuse tags of the user that AWS would refuse, or that are reserved for cloudexec.
 
     Raises:
-        ConfigError: For the first of them, which is in the message.
+        ConfigError: If there is one. The message names the first.
 
     References:
         AWS Batch API Reference, "TagResource"; AWS General Reference, "Tag naming limits".

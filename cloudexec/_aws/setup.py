@@ -51,8 +51,8 @@ class SetupOptions:
     vpc: str = ""
     """VPC of the workers. A new stack uses the default VPC if none is given."""
     subnets: tuple[str, ...] = ()
-    """Subnets of the workers. A new stack uses the VPC's subnets in which workers can start, or of
-    the default VPC its default subnets."""
+    """Subnets of the workers. A new stack uses those of the VPC in which workers can start; in the
+    default VPC, only its default subnets."""
     max_vcpus: int | None = None
     ec2: bool | None = None
     """Whether there are queues for EC2 instances, too."""
@@ -259,7 +259,7 @@ def _earlier_profile(name: str, report: Report) -> Profile | None:
 
 
 async def _settle(clients: AwsClients, name: str, report: Report, interval: float) -> Stack | None:
-    """Wait for operations, delete a stack whose creation failed; return one that can be updated."""
+    """Wait for the stack's operations. Delete it if its creation failed; else return it."""
     while (stack := await find_stack(clients, name)) is not None:
         if stack.is_moving:
             with stepping(report, f"Waiting for the stack {name}, {stack.status}") as step:

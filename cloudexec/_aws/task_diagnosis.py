@@ -24,8 +24,8 @@ _MAY_PASS = re.compile(r"(?:RESOURCE|AGENT)\b|.*(?:rate|request limit) exceeded"
 def may_pass(said: str) -> bool:
     """Return whether a task that Amazon ECS did not start may start at the next try.
 
-    Amazon ECS gives the reason as a failure of RunTask or in the words of an error, whose code does
-    not tell.
+    Amazon ECS gives the reason as a failure of RunTask or in the message of an error. The error's
+    code does not show it.
     """
     return is_over_quota(said) or is_out_of_capacity(said) or _MAY_PASS.match(said) is not None
 

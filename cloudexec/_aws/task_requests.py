@@ -63,7 +63,7 @@ class Placement:
 
 
 def task_definition_request(spec: DefinitionSpec) -> dict[str, Any]:
-    """Build the RegisterTaskDefinition request, whose family is named by a hash of its content.
+    """Build the RegisterTaskDefinition request. The family's name is a hash of its content.
 
     Raises:
         ConfigError: If AWS would refuse it.
@@ -80,8 +80,8 @@ def task_definition_request(spec: DefinitionSpec) -> dict[str, Any]:
         "image": spec.image,
         "essential": True,
         "stopTimeout": STOP_TIMEOUT,
-        # An init process in the container reaps orphaned processes, and passes signals on. The
-        # worker must not be the first process, which no signal ends that it does not handle.
+        # An init process in the container reaps orphaned processes, and passes signals on. If
+        # the worker were the first process, a signal that it does not handle would not end it.
         "linuxParameters": {"initProcessEnabled": True},
     }
     if spec.key_secret:

@@ -316,7 +316,7 @@ def _roles() -> Json:
 
 
 def _run_role() -> Json:
-    """Return the role of `cloudexec run`: the permissions of an executor's client, on the stack.
+    """Return the role of `cloudexec run`, with the permissions that an executor's client needs.
 
     It may pass on the roles of workers, but not itself, so that workers have fewer permissions.
     """
@@ -329,13 +329,13 @@ def _run_role() -> Json:
         return {"Effect": "Allow", "Action": list(actions), "Resource": resource}
 
     def of_stack(statement: Json, *, or_new: bool = False) -> Json:
-        """Restrict a statement to the stack's tag; with ``or_new``, allow untagged things, too."""
+        """Restrict a statement to the stack's tag; ``or_new`` also allows untagged resources."""
         test = "StringEqualsIfExists" if or_new else "StringEquals"
         tag = {f"aws:ResourceTag/{TAG_STACK}": {"Ref": "AWS::StackName"}}
         return {**statement, "Condition": {test: tag}}
 
     definitions = f"job-definition/{DEFINITION_PREFIX}*"
-    # Queues are given by name, as a reference would delete this role before the queues.
+    # Queues are given by name: with references, this role would have to be deleted first.
     kinds = ("fargate", "fargate-spot", "ec2", "ec2-spot")
     queues = ["job-queue/${AWS::StackName}-" + kind for kind in kinds]
     pass_roles = allow(

@@ -141,8 +141,8 @@ class Ecs:
     ) -> Mapping[str, Any]:
         """Answer a call whose client token was used before.
 
-        AWS documents that another request with the token is a conflict. For the same request, the
-        fake can also answer in both ways.
+        AWS documents that another request with the token is a conflict. For the same request, AWS
+        does not document the answer, so a test can choose it.
         """
         before, jobs = known
         if before == wanted and not self._faults.ecs.tokens_conflict:

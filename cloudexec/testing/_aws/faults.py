@@ -442,7 +442,7 @@ class Faults:
             return self._no_capacity.keys().isdisjoint((*names, "*"))
 
     def says_no_capacity(self, *names: str) -> bool:
-        """Return whether jobs in a place with one of these names have the reason "no capacity"."""
+        """Return whether jobs in such a queue or environment say that it has no capacity."""
         with self._lock:
             found = [self._no_capacity[name] for name in (*names, "*") if name in self._no_capacity]
             return not all(found)

@@ -112,7 +112,7 @@ class MemoryWatcher:
         sizes = {process: _resident(process) for process in members}
         if sum(sizes.values()) <= limit:
             return
-        # Forked processes share pages, which a cgroup counts once. So they are measured exactly now.
+        # Forked processes share pages, which a cgroup counts once, so a second look is exact.
         sizes = {process: _proportional(process) for process in members}
         if sum(sizes.values()) <= limit:
             return
