@@ -130,9 +130,9 @@ async def up(
     earlier = _earlier_profile(options.name, report)
     if earlier is not None and earlier.is_adopted:
         raise ConfigError(
-            f"the profile {options.name!r} uses the stack {earlier.stack}, which somebody else "
+            f"the profile {options.name!r} uses the stack {earlier.stack}, which another person "
             f"deployed: `cloudexec up --adopt {earlier.stack} --name {options.name}` writes it "
-            f"anew; for a stack of your own, give another --name"
+            f"again; for a stack of your own, give another --name"
         )
     if earlier is not None and earlier.stack and earlier.region != clients.region:
         raise ConfigError(

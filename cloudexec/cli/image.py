@@ -138,7 +138,7 @@ def build_command(refresh: bool, is_verbose: bool, **options: Any) -> None:
     default="",
     metavar="here|none|FILE",
     help="Make the image without a container engine: with the packages that are installed here, "
-    "with none, or with those of a requirements file, pyproject.toml or uv.lock.",
+    "only the worker's own, or those of a requirements file, pyproject.toml or uv.lock.",
 )
 @click.option(
     "--exclude", multiple=True, metavar="NAME", help="Package to leave out. Can be repeated."

@@ -94,14 +94,14 @@ class _Check:
     def all(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """Yield all checks that apply, with their names."""
         if isinstance(self._launcher, PlatformLauncher):
-            yield "a job is taken, found, described and ended", self._platform_keeps_its_word
+            yield "a job is submitted, found, described and ended", self._platform_keeps_its_word
         yield "calls return and raise", self._calls_return_and_raise
         yield "several workers share the work", self._workers_share_the_work
         yield "idle workers end and new ones come", self._idle_workers_end
         yield "work goes on after workers were lost", self._lost_workers_are_replaced
-        yield "workers that are not needed any more are withdrawn", self._launches_are_withdrawn
+        yield "workers are withdrawn when no task needs them", self._launches_are_withdrawn
         if self._fail_next is not None:
-            yield "failed submissions are tried again or told", self._failures_are_told
+            yield "failed submissions are tried again or reported", self._failures_are_told
 
     # Checks of the platform without an executor.
 

@@ -180,7 +180,7 @@ class PlatformTrial:
         others = await self._in_time(platform.describe([nobody]), "describe()")
         _expect(
             "no-such-job" not in others,
-            "describe() knows a job that there is none of: it must leave out what it does not know",
+            "describe() returned a job that does not exist: it must leave out unknown jobs",
         )
         waiting = WaitingJob(job_id=submitted.job_id, spot=request.spot, counts=status.counts)
         reason = await self._in_time(platform.explain([waiting], []), "explain()")
