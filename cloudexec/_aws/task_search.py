@@ -40,14 +40,22 @@ class TaskSearch:
         clusters: ARNs or names; ``None``: all clusters of the region that AWS lets us look at,
             except those of AWS Batch.
         public_ip: Whether tasks have public addresses, which Amazon ECS does not report.
+        may_be_denied: Whether a cluster that may not be looked at is passed over, though it is
+            given.
     """
 
     def __init__(
-        self, calls: PacedCalls, clusters: Sequence[str] | None, *, public_ip: bool
+        self,
+        calls: PacedCalls,
+        clusters: Sequence[str] | None,
+        *,
+        public_ip: bool,
+        may_be_denied: bool = False,
     ) -> None:
         self._calls = calls
         self._given = clusters
         self._public_ip = public_ip
+        self._may_be_denied = may_be_denied or clusters is None
         self._definitions: dict[str, Mapping[str, Any]] = {}
 
     async def jobs(self, name: str = "") -> list[Mapping[str, Any]]:
@@ -91,7 +99,7 @@ class TaskSearch:
         try:
             yield
         except AwsError as exc:
-            if self._given is not None or "Denied" not in exc.code:
+            if not self._may_be_denied or "Denied" not in exc.code:
                 raise
 
     async def _clusters(self) -> list[str]:
@@ -174,6 +182,7 @@ class TaskSearch:
             "jobDefinition": task["taskDefinitionArn"],
             "status": _status(task, own),
             "statusReason": task.get("stoppedReason"),
+            "stopCode": task.get("stopCode"),
             "createdAt": _ms(task["createdAt"]),
             "startedAt": _ms(has_begun),
             "stoppedAt": _ms(task.get("stoppedAt")),

@@ -12,10 +12,11 @@ from cloudexec._aws.names import (
     TAG_REGION,
     TAG_STACK,
 )
+from cloudexec._aws.template_tasks import task_statements
 
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
 
-TEMPLATE_VERSION = "5"
+TEMPLATE_VERSION = "6"
 """Raised when the template changes. ``cloudexec doctor`` compares it with the stack's output."""
 DATA_PREFIX = "data/"
 """Prefix of the objects that tasks may read and write."""
@@ -25,10 +26,9 @@ LOG_RETENTION_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 
 _RELAY_VCPUS = 4
 """Most vCPUs of all relays together. Each relay has a quarter of one."""
 _STACK = {"Ref": "AWS::StackName"}
+_NOTHING = {"Ref": "AWS::NoValue"}
 _BOUNDARY = {
-    "PermissionsBoundary": {
-        "Fn::If": ["Bounded", {"Ref": "PermissionsBoundary"}, {"Ref": "AWS::NoValue"}]
-    }
+    "PermissionsBoundary": {"Fn::If": ["Bounded", {"Ref": "PermissionsBoundary"}, _NOTHING]}
 }
 
 Json = dict[str, Any]
@@ -318,7 +318,8 @@ def _roles() -> Json:
 def _run_role() -> Json:
     """Return the role of `cloudexec run`, with the permissions that an executor's client needs.
 
-    It may pass on the roles of workers, but not itself, so that workers have fewer permissions.
+    It may pass on the roles of workers, so that workers have fewer permissions. It may pass on
+    itself only to tasks in the stack's cluster, if there is one: see ``task_statements``.
     """
 
     def arns(*names: str) -> list[Json]:
@@ -391,7 +392,8 @@ def _run_role() -> Json:
                         allow({"Fn::GetAtt": ["LogGroup", "Arn"]}, "logs:GetLogEvents"),
                         allow({"Ref": "KeySecret"}, "secretsmanager:GetSecretValue"),
                         pass_roles,
-                    )
+                    ),
+                    {"Fn::If": ["Fargate", _policy("tasks", *task_statements()), _NOTHING]},
                 ],
                 "Tags": _tags(anywhere=True),
             },

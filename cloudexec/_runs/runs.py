@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cloudexec._launchers.aws.image import find_image
 from cloudexec._runs.bucket import OutputFile, RunBucket, list_names
 from cloudexec._runs.files import collect, packed
 from cloudexec._runs.found import KILLED, Found, Look, Position
+from cloudexec._runs.known import Known, KnownEnd
 from cloudexec._runs.places import (
     MachineRequest,
     MachineState,
@@ -51,6 +53,8 @@ _LONGEST = 14 * _DAY
 """Fargate promises no more. AWS Batch User Guide, "Job timeouts"."""
 _PULL_SECONDS = 60.0
 """What the download of an image may take, which is paid for and not counted by a time limit."""
+_UNLISTED = 300.0
+"""Seconds for which the list of a place may lack the next attempt of a run."""
 _PAGES = 20
 """Pages of a log that are read at a time, so that what is there is shown soon."""
 _MISSING_LOG = "ResourceNotFoundException"
@@ -261,13 +265,44 @@ class AsyncRuns:
         """
         bucket = self.bucket(name)
         plan = await bucket.plan()
-        result, job_id = await asyncio.gather(
-            bucket.result(plan.start_id), bucket.job_id(plan.start_id)
+        result, known = await asyncio.gather(
+            bucket.result(plan.start_id), bucket.known(plan.start_id)
         )
-        machines = await self._place(plan.on).find([plan], {name: job_id} if job_id else {})
-        found = Found(plan, machines.get(name), result)
-        await self._forget_variables_of_ended([found])
+        machines = await self._place(plan.on).find([plan], {name: known})
+        found = Found(plan, machines.get(name), result, known)
+        await self._note_ends([found])
         return found
+
+    async def _note_ends(self, runs: Sequence[Found]) -> None:
+        """Do what runs that have ended could not do themselves."""
+        await self._forget_variables_of_ended(runs)
+        for each in runs:
+            await self._remember(each)
+
+    async def _remember(self, found: Found) -> None:
+        """Write how a machine ended that has not said so, if its place forgets that soon."""
+        machine, result = found.machine, found.result
+        if machine is None or machine.phase != "ended" or machine.is_remembered:
+            return
+        if (result is not None and result.is_final) or found.known.end is not None:
+            return
+        if self._place(found.plan.on).remembers >= _DAY:
+            return
+        ended_at = machine.stopped_at or machine.created_at
+        age = (datetime.now(UTC) - ended_at).total_seconds()
+        if machine.was_reclaimed and age < _UNLISTED:
+            return  # the next attempt may not be listed yet
+        end = KnownEnd(
+            created_at=machine.created_at,
+            started_at=machine.started_at,
+            stopped_at=machine.stopped_at,
+            exit_code=machine.exit_code,
+            reason=machine.reason,
+            was_stopped=machine.was_stopped,
+        )
+        known = replace(machine.known.begun_by(machine.job_id), end=end)
+        with contextlib.suppress(AwsError):  # the next look tries again
+            await self.bucket(found.plan.name).put_known(found.plan.start_id, known)
 
     async def _forget_variables_of_ended(self, runs: Sequence[Found]) -> None:
         """Delete variables of runs that have ended and could not do so themselves."""
@@ -292,14 +327,13 @@ class AsyncRuns:
         """Return all runs that the bucket knows, the newest first."""
         names = await list_names(self._clients, self._profile.bucket, limit)
 
-        job_ids: dict[str, str] = {}
+        known: dict[str, Known] = {}
 
         async def read(name: str) -> tuple[RunPlan, RunResult | None] | None:
             bucket = RunBucket(self._clients, self._profile.bucket, name)
             try:
                 plan = await bucket.plan()
-                if job_id := await bucket.job_id(plan.start_id):
-                    job_ids[name] = job_id
+                known[name] = await bucket.known(plan.start_id)
                 return plan, await bucket.result(plan.start_id)
             except ConfigError:
                 return None  # it has been deleted meanwhile, or is of a newer release
@@ -309,12 +343,14 @@ class AsyncRuns:
         # A newer release may have started runs in other places.
         for on in {plan.on for plan, _ in read_ if has_place(plan.on)}:
             there = [plan for plan, _ in read_ if plan.on == on]
-            known = {each.name: job_ids[each.name] for each in there if each.name in job_ids}
-            machines |= await self._place(on).find(there, known)
-        found = [Found(plan, machines.get(plan.name), result) for plan, result in read_]
+            known_there = {each.name: known[each.name] for each in there}
+            machines |= await self._place(on).find(there, known_there)
+        found = [
+            Found(plan, machines.get(plan.name), result, known[plan.name]) for plan, result in read_
+        ]
         # A run that goes on is written anew now and then, and is listed as if it were new.
         found.sort(key=lambda each: each.plan.created_at, reverse=True)
-        await self._forget_variables_of_ended(found)
+        await self._note_ends([each for each in found if has_place(each.plan.on)])
         return found
 
     async def why(self, found: Found) -> str:
@@ -325,7 +361,8 @@ class AsyncRuns:
         if found.result is not None and found.result.is_final:
             return found.result.reason
         if found.machine is None:
-            return "AWS Batch does not know its job (any more)"
+            title = self._place(found.plan.on).title
+            return f"{title} does not know its machine (any more), and the machine has not said how"
         return await self._place(found.plan.on).why(found.machine)
 
     async def look(self, found: Found, position: Position) -> Look:
@@ -338,7 +375,10 @@ class AsyncRuns:
         machine = found.machine
         assert machine is not None
         # First the machine: what it printed before it ended is then read.
-        machine = await self._place(found.plan.on).look(found.plan, machine)
+        place = self._place(found.plan.on)
+        machine = await place.look(found.plan, machine)
+        if machine.was_reclaimed and machine.phase == "ended" and not place.tries_again:
+            machine = (await self.find(found.plan.name)).machine or machine  # of the next attempt
         lines: list[str] = []
         tokens = dict(position.tokens)
         streams = machine.streams[position.first :]
@@ -408,8 +448,12 @@ class AsyncRuns:
                 exit_code=EXIT_NOT_RUN, reason=reason, start_id=start_id, was_stopped=True
             )
             await bucket.put_result(result, is_new=True)
-        job_id = await bucket.job_id(start_id)
-        count = await self._place(found.plan.on).stop(name, reason, job_id)
+        place = self._place(found.plan.on)
+        if not place.tries_again:
+            # A machine that starts the next attempt just now looks for this.
+            await bucket.put_stop(start_id, reason)
+        known = await bucket.known(start_id)
+        count = await place.stop(name, reason, known.job_id)
         if found.plan.variables:
             # No other attempt follows that would need them.
             await bucket.forget_variables(start_id)
