@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cloudexec._aws.names import DEFINITION_PREFIX
+from cloudexec._aws.names import DEFINITION_PREFIX, TAG_STACK
 
 __all__ = ["task_statements"]
 
@@ -25,23 +25,29 @@ def task_statements() -> list[Json]:
     def arn(service: str, name: str, region: str = "${AWS::Region}") -> Json:
         return {"Fn::Sub": f"arn:${{AWS::Partition}}:{service}:{region}:${{AWS::AccountId}}:{name}"}
 
-    def allow(resource: Any, *actions: str, condition: Json | None = None) -> Json:
+    def allow(resource: Any, *actions: str, **conditions: Json) -> Json:
         found: Json = {"Effect": "Allow", "Action": list(actions), "Resource": resource}
-        return found if condition is None else {**found, "Condition": condition}
+        return {**found, "Condition": conditions} if conditions else found
 
+    of_stack = {f"aws:ResourceTag/{TAG_STACK}": {"Ref": "AWS::StackName"}}
     cluster = arn("ecs", "cluster/${AWS::StackName}")
     definitions = arn("ecs", f"task-definition/{DEFINITION_PREFIX}*:*")
     tasks = arn("ecs", "task/${AWS::StackName}/*")
-    to_tasks = {"StringEquals": {"iam:PassedToService": ["ecs-tasks.amazonaws.com"]}}
     return [
-        allow(definitions, "ecs:RunTask", condition={"ArnEquals": {"ecs:cluster": cluster}}),
+        # A definition of another stack has roles of that stack.
+        allow(
+            definitions,
+            "ecs:RunTask",
+            ArnEquals={"ecs:cluster": cluster},
+            StringEquals=of_stack,
+        ),
         allow(tasks, "ecs:DescribeTasks", "ecs:StopTask"),
-        allow([tasks, definitions], "ecs:TagResource"),
+        allow([tasks, definitions], "ecs:TagResource", StringEqualsIfExists=of_stack),
         # There are no resources of these actions to name.
         allow("*", "ecs:DescribeTaskDefinition", "ecs:ListTasks", "ecs:RegisterTaskDefinition"),
         allow(
             arn("iam", "role/${AWS::StackName}-RunRole-*", region=""),
             "iam:PassRole",
-            condition=to_tasks,
+            StringEquals={"iam:PassedToService": ["ecs-tasks.amazonaws.com"]},
         ),
     ]

@@ -69,6 +69,8 @@ class JobPlace(ABC):
 
     title: str
     """What people call the place."""
+    launcher = ""
+    """Name of the launcher that executors in a run have by default; empty: that of the profile."""
     tries_again: bool
     """Whether the place itself starts another attempt if it takes a machine back; otherwise the
     machine does so, and each attempt is a job of its own."""
@@ -105,7 +107,7 @@ class JobPlace(ABC):
             compute=plan.compute,
             arch=plan.arch,
             execution_role=profile.execution_role,
-            job_role=profile.run_role,
+            job_role=plan.role or profile.run_role,
             log_group=profile.log_group,
             region=self._clients.region,
             assign_public_ip=profile.assign_public_ip,

@@ -34,6 +34,7 @@ class OnFargate(JobPlace):
     """Runs as tasks of Amazon ECS; see ``JobPlace``."""
 
     title = "Amazon ECS"
+    launcher = "fargate"
     tries_again = False
     remembers = 3600.0
     """Amazon ECS API Reference, "DescribeTasks": tasks that have stopped are shown for an hour."""

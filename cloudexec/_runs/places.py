@@ -124,9 +124,12 @@ class Place(Protocol):
             the machine does so when it is told to stop, and each attempt has a job of its own.
         remembers: Seconds for which it knows a machine that has ended. After that, only the bucket
             says how it ended.
+        launcher: Name of the launcher of an executor in the run that is to use the profile, and
+            says no more; empty: ``Batch()``, as everywhere.
     """
 
     title: str
+    launcher: str
     tries_again: bool
     remembers: float
 

@@ -59,6 +59,7 @@ _PAGES = 20
 """Pages of a log that are read at a time, so that what is there is shown soon."""
 _MISSING_LOG = "ResourceNotFoundException"
 _PROFILE = "CLOUDEXEC_PROFILE"
+_LAUNCHER = "CLOUDEXEC_LAUNCHER"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +166,11 @@ class AsyncRuns:
             report=report,
         )
         profile_inside = _profile_inside(self._profile, image, request.machine.arch)
+        values = dict(request.variables)
+        if values.get(_PROFILE, "") not in ("", "local"):
+            values[_PROFILE] = profile_inside.name  # there is no other one on the machine
+            if place.launcher:
+                values.setdefault(_LAUNCHER, place.launcher)
         plan = RunPlan(
             name=name,
             kind=request.kind,
@@ -173,7 +179,7 @@ class AsyncRuns:
             python_path=tuple(files.python_path),
             outputs=outputs,
             output_folders=check_output_folders(request.outputs, files.files),
-            variables=tuple(sorted(request.variables)),
+            variables=tuple(sorted(values)),
             on=request.on,
             vcpus=machine.size.vcpus,
             memory_mib=machine.size.memory_mib,
@@ -187,13 +193,11 @@ class AsyncRuns:
             per_hour_usd=machine.price.per_hour,
             user=user_name(),
             project=request.project or self._profile.project,
+            role=self._profile.run_role,
             start_id=new_start_id(),
             region=self._clients.region,
             profile=asdict(profile_inside),
         )
-        values = dict(request.variables)
-        if values.get(_PROFILE, "") not in ("", "local"):
-            values[_PROFILE] = profile_inside.name  # there is no other one on the machine
         bucket = self.bucket(name)
         with packed(files) as archive:
             if archive is not None:
@@ -458,6 +462,20 @@ class AsyncRuns:
             # No other attempt follows that would need them.
             await bucket.forget_variables(start_id)
         return count
+
+    async def note_stop(self, name: str, stopped: Container[str], reason: str) -> None:
+        """Write that a run is to have no other attempt, if its machine is about to be stopped.
+
+        Args:
+            name: Of the run.
+            stopped: Ids of the jobs that are stopped. Another stack may have a run of that name.
+            reason: Why.
+        """
+        bucket = self.bucket(name)
+        plan = await bucket.plan()
+        known = await bucket.known(plan.start_id)
+        if known.job_id in stopped:
+            await bucket.put_stop(plan.start_id, reason)
 
     async def settle(self, found: Found) -> str:
         """End workers of executors in a run whose machine has died before it could do so.

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import click
 
 from cloudexec._aws.names import user_name
+from cloudexec._aws.records import JobInfo
 from cloudexec._errors import AwsError, CloudexecError, ConfigError
 from cloudexec.cli._aws_options import (
     aws_options,
@@ -93,6 +94,8 @@ def stop_command(
             question = f"Stop {_count(len(jobs), 'job')} with {_count(count, 'worker')}?"
             if not confirmed(question):
                 _say_nothing_was_stopped()
+        if region is None:
+            _note_stops(jobs, profile)
         # Stop exactly the jobs that were shown, and no job that was started since then.
         stopped = (
             monitor.stop(
@@ -149,6 +152,27 @@ def _stop_runs(names: Sequence[str], profile: str | None) -> list[str]:
         for name in names:
             client.call(client.runs.stop(name, _reason()))
     return list(names)
+
+
+def _note_stops(jobs: Sequence[JobInfo], profile: str | None) -> None:
+    """Write that no other attempt of runs is to follow, where their machines start them."""
+    from cloudexec._aws.names import RUN_EXECUTOR
+    from cloudexec._aws.task_search import is_task_id
+    from cloudexec._runs.run import RunsClient
+
+    runs = [
+        each.executor.removeprefix(RUN_EXECUTOR)
+        for each in jobs
+        if is_task_id(each.id) and each.executor.startswith(RUN_EXECUTOR)
+    ]
+    if not runs:
+        return
+    # Another stack may have a run of that name, whose job is to be stopped. And a machine that is
+    # not just now being taken back has no need of this.
+    with contextlib.suppress(CloudexecError), RunsClient(profile) as client:
+        for name in runs:
+            with contextlib.suppress(CloudexecError):
+                client.call(client.runs.note_stop(name, [each.id for each in jobs], _reason()))
 
 
 def _forget_variables(runs: Iterable[str], stopped: Sequence[str], profile: str | None) -> None:

@@ -78,6 +78,9 @@ class MotoPlatform:
             **self._job_environment,
             "ECS_CONTAINER_METADATA_URI_V4": f"{self._metadata_url}/v4/{job.task_id}",
         }
+        role = job.spec.container.get("jobRoleArn", "")
+        if self._role_keys is not None and role:
+            found["AWS_ACCESS_KEY_ID"] = self._role_keys.key_of(role)
         if job.spec.cluster:
             return found
         found |= {
@@ -86,9 +89,6 @@ class MotoPlatform:
             "AWS_BATCH_CE_NAME": job.environment_name or "",
             "AWS_BATCH_JQ_NAME": job.spec.queue_name,
         }
-        role = job.spec.container.get("jobRoleArn", "")
-        if self._role_keys is not None and role:
-            found["AWS_ACCESS_KEY_ID"] = self._role_keys.key_of(role)
         if job.parent is not None:
             found["AWS_BATCH_JOB_ARRAY_INDEX"] = str(job.index)
             found["AWS_BATCH_JOB_ARRAY_SIZE"] = str(len(job.parent.children))
