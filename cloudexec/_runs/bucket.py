@@ -22,6 +22,7 @@ from cloudexec._objects.s3 import Bucket
 from cloudexec._runs.files import Archive
 from cloudexec._runs.known import Known
 from cloudexec._runs.plan import RunPlan, RunResult, known
+from cloudexec._runs.renewal import copy_onto_itself
 
 __all__ = ["RENEW_EVERY", "OutputFile", "RunBucket", "file_digest", "list_names"]
 
@@ -265,30 +266,22 @@ class RunBucket:
             await self.upload("files.tar.gz", archive, plan.files_bytes, digest)
         turns = asyncio.Semaphore(_AT_ONCE)
 
-        async def copy(key: str) -> None:
+        async def copy(key: str, size: int) -> None:
             async with turns:
-                # S3 copies an object onto itself only if something about it is new.
-                await self._clients.call(
-                    "s3",
-                    "copy_object",
-                    Bucket=self._name,
-                    Key=key,
-                    CopySource={"Bucket": self._name, "Key": key},
-                    MetadataDirective="REPLACE",
-                    ServerSideEncryption="AES256",
-                )
+                await copy_onto_itself(self._clients, self._name, key, size)
 
         newest = time.time() - older_than
         journal = f"{self.prefix}journal/"
         old = [
-            str(each["Key"])
+            (str(each["Key"]), int(each["Size"]))
             async for each in self._clients.pages(
                 "s3", "list_objects_v2", "Contents", Bucket=self._name, Prefix=journal
             )
             # The lease of the journal is written by the program all the time.
             if each["LastModified"].timestamp() < newest and each["Key"] != f"{journal}lease"
         ]
-        for result in await asyncio.gather(*map(copy, old), return_exceptions=True):
+        copies = (copy(key, size) for key, size in old)
+        for result in await asyncio.gather(*copies, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
 
