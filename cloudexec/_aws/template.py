@@ -453,7 +453,8 @@ def _ec2() -> Json:
     resources = {
         "MinvCpus": 0,
         "MaxvCpus": {"Ref": "MaxVcpus"},
-        "InstanceTypes": ["optimal"],
+        # "optimal" stands for families without GPUs. AWS Batch API Reference, "ComputeResource".
+        "InstanceTypes": ["optimal", "g4dn"],
         "InstanceRole": {"Fn::GetAtt": ["InstanceProfile", "Arn"]},
         "Subnets": {"Ref": "SubnetIds"},
         "SecurityGroupIds": [{"Fn::GetAtt": ["SecurityGroup", "GroupId"]}],

@@ -41,6 +41,12 @@ class OnBatch(JobPlace):
         """Return the least size of Fargate that is enough, or one on EC2."""
         size, compute = _size(request)
         self._queue(compute, spot=request.spot)  # complains if there is none
+        if compute == "ec2" and request.arch == "arm64" and self._profile.stack:
+            # It would wait for ever: an environment has instances of one architecture.
+            raise ConfigError(
+                f"the queues of `cloudexec up --ec2` have x86_64 instances, and none with {size} "
+                f"of arm64: leave out --arch, or ask for what Fargate has"
+            )
         price = self._prices.worker(
             vcpus=size.vcpus,
             memory_mib=size.memory_mib,

@@ -1,4 +1,4 @@
-"""``cloudexec run --on fargate``: programs in tasks of Amazon ECS, on a fake AWS."""
+"""``cloudexec run`` in tasks of Amazon ECS and on EC2 instances with GPUs, on a fake AWS."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ON = ("run", "--on", "fargate")
 
 @pytest.fixture(scope="module")
 def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeAWS]:
-    """An account whose stack has a cluster."""
+    """An account whose stack has a cluster, and queues for EC2."""
     with (
         pytest.MonkeyPatch.context() as patch,
-        account(tmp_path_factory.mktemp("profiles"), patch, fargate=True) as fake,
+        account(tmp_path_factory.mktemp("profiles"), patch, fargate=True, ec2=True) as fake,
     ):
         yield fake
 
@@ -264,3 +264,24 @@ def test_executors_in_it_have_workers_in_the_same_cluster(
     assert "for workers" in done.stderr
     aws.faults.forget_ended()
     assert float(str(row(run_here, "with-workers")["workers_usd"])) > 0
+
+
+def test_a_gpu_is_asked_for_on_ec2_and_is_in_the_price(
+    aws: FakeAWS, run_here: Run, folder: Path
+) -> None:
+    """AWS Batch has instances with GPUs only where its environment names a family that has them."""
+    done = run_here("run", "--gpu", "1", "--cpus", "2", "--name", "with-gpu", "--", "echo up")
+    assert (done.returncode, done.stdout) == (0, "up\n"), done.stderr
+    arm = run_here("run", "--gpu", "1", "--arch", "arm64", "--", "true")
+    assert (arm.returncode, "leave out --arch, or ask for what Fargate" in arm.stderr) == (2, True)
+    # The cheapest instance that has one is the machine: others have no use for the rest of it.
+    assert "2 vCPU with 4 GiB and 1 GPU, about $0.5" in done.stderr
+    (submitted,) = (each for each in aws.requests if each.operation == "SubmitJob")
+    assert submitted.parameters["jobQueue"].endswith("-ec2")
+    needs = submitted.parameters["containerOverrides"]["resourceRequirements"]
+    assert {"type": "GPU", "value": "1"} in needs
+    found = row(run_here, "with-gpu")
+    assert (found["gpus"], found["vcpus"]) == (1, 2.0)
+    hours = max(float(str(found["run_seconds"])), 60.0) / 3600
+    assert float(str(found["machine_usd"])) == pytest.approx(hours * 0.526, rel=0.2)
+    assert "2 vCPU 4 GiB 1 GPU" in run_here("runs").stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,10 @@ from cloudexec.testing._aws.roles import RoleKeys
 from cloudexec.testing._aws.runners import StartError
 
 __all__ = ["MotoPlatform"]
+
+_GPU_FAMILY = re.compile(r"(?:g[3-9]|p[2-9])\w*(?:\.|$)")
+"""Instance types with GPUs, which ``"optimal"`` and the like do not stand for: those are families
+c, m and r. AWS Batch API Reference, "ComputeResource"."""
 
 
 class MotoPlatform:
@@ -63,6 +68,10 @@ class MotoPlatform:
                     kind=environment.compute_resources["type"],
                     max_vcpus=float(environment.compute_resources["maxvCpus"]),
                     enabled=environment.state == "ENABLED",
+                    has_gpus=any(
+                        _GPU_FAMILY.match(each)
+                        for each in environment.compute_resources.get("instanceTypes") or ()
+                    ),
                 )
                 for environment in environments
             ),
