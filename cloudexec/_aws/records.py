@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
-from cloudexec._aws.names import JOB_PREFIX, RELAY_NAME
+from cloudexec._aws.names import JOB_PREFIX, RELAY_NAME, RUN_EXECUTOR
 
 __all__ = [
     "ACTIVE",
@@ -131,6 +131,12 @@ class JobInfo(Record):
     def is_active(self) -> bool:
         """Whether the job has not ended."""
         return self.state in ACTIVE
+
+    @property
+    def run(self) -> str:
+        """Name of the run of `cloudexec run` whose machine it is; empty: it has workers."""
+        is_run = self.executor.startswith(RUN_EXECUTOR)
+        return self.executor.removeprefix(RUN_EXECUTOR) if is_run else ""
 
     @property
     def is_relay(self) -> bool:

@@ -513,6 +513,16 @@ class AsyncRuns:
         bucket = self.bucket(name)
         return await bucket.fetch(folder, (await bucket.plan()).outputs, report)
 
+    async def why_no_files(self, name: str) -> str:
+        """Say why a run has no files that could be fetched."""
+        outputs = (await self.bucket(name).plan()).outputs
+        if not outputs:
+            return (
+                f"the run {name} has no files: it was started without --outputs, which names the "
+                f"folders whose files come back"
+            )
+        return f"the run {name} has not written any files into {', '.join(outputs)} (yet)"
+
     async def delete(self, name: str) -> int:
         """Delete what the bucket has of a run.
 

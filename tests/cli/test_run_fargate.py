@@ -203,8 +203,10 @@ def test_a_run_that_is_stopped_has_no_other_attempt(
     assert run_here(*ON, *words).returncode == 0
     eventually(lambda: "up\n" in run_here("logs", name).stdout)
     if way == "stop":
+        no = run_here("stop", name, stdin="n\n")
+        assert (no.returncode, "Stop 1 run?" in no.stderr) == (1, True)
         done = run_here("stop", name, "--yes")
-        assert done.returncode == 0, done.stderr
+        assert (done.returncode, done.stdout) == (0, f"stopped the run {name}\n"), done.stderr
     else:
         task = aws.jobs()[-1].job_id
         cluster = Profile.load("default").cluster
@@ -217,6 +219,9 @@ def test_a_run_that_is_stopped_has_no_other_attempt(
     aws.faults.forget_ended()
     found = row(run_here, name)
     assert (found["state"], found["exit_code"]) == ("stopped", 143)
+    fetched = run_here("fetch", name)
+    assert (fetched.returncode, fetched.stdout) == (0, "")
+    assert f"the run {name} has no files: it was started without --outputs" in fetched.stderr
 
 
 def test_how_a_machine_ended_that_could_not_say_so_is_known_after_amazon_ecs_has_forgotten_it(
