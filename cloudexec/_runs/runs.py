@@ -273,9 +273,23 @@ class AsyncRuns:
             bucket.result(plan.start_id), bucket.known(plan.start_id)
         )
         machines = await self._place(plan.on).find([plan], {name: known})
-        found = Found(plan, machines.get(name), result, known)
+        found = self._found(plan, machines.get(name), result, known)
         await self._note_ends([found])
         return found
+
+    def _found(
+        self, plan: RunPlan, machine: MachineState | None, result: RunResult | None, known: Known
+    ) -> Found:
+        """Return a run; between two attempts that are jobs of their own, it waits for the next."""
+        is_final = result is not None and result.is_final
+        if machine is not None and machine.was_reclaimed and not is_final:
+            ended_at = machine.stopped_at or machine.created_at
+            age = (datetime.now(UTC) - ended_at).total_seconds()
+            is_own_job = machine.phase == "ended" and not self._place(plan.on).tries_again
+            # The next attempt may not be listed yet.
+            if is_own_job and age < _UNLISTED:
+                machine = replace(machine, phase="waiting")
+        return Found(plan, machine, result, known)
 
     async def _note_ends(self, runs: Sequence[Found]) -> None:
         """Do what runs that have ended could not do themselves."""
@@ -292,10 +306,6 @@ class AsyncRuns:
             return
         if self._place(found.plan.on).remembers >= _DAY:
             return
-        ended_at = machine.stopped_at or machine.created_at
-        age = (datetime.now(UTC) - ended_at).total_seconds()
-        if machine.was_reclaimed and age < _UNLISTED:
-            return  # the next attempt may not be listed yet
         end = KnownEnd(
             created_at=machine.created_at,
             started_at=machine.started_at,
@@ -350,7 +360,8 @@ class AsyncRuns:
             known_there = {each.name: known[each.name] for each in there}
             machines |= await self._place(on).find(there, known_there)
         found = [
-            Found(plan, machines.get(plan.name), result, known[plan.name]) for plan, result in read_
+            self._found(plan, machines.get(plan.name), result, known[plan.name])
+            for plan, result in read_
         ]
         # A run that goes on is written anew now and then, and is listed as if it were new.
         found.sort(key=lambda each: each.plan.created_at, reverse=True)

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import boto3
@@ -23,8 +23,10 @@ from cloudexec._runs import inside
 from cloudexec._runs.bucket import RunBucket
 from cloudexec._runs.budget import Budget
 from cloudexec._runs.found import Found
+from cloudexec._runs.known import Known
 from cloudexec._runs.places import MachineState
 from cloudexec._runs.plan import RunPlan, RunResult
+from cloudexec._runs.runs import AsyncRuns
 from cloudexec.testing import FakeAWS
 
 pytestmark = pytest.mark.timeout(120)
@@ -249,6 +251,32 @@ def test_what_the_program_has_made_of_it_counts_though_its_machine_was_killed() 
     assert (found.exit_code, found.state) == (0, "succeeded")
     found = Found(plan_of("done", ""), state, RunResult(exit_code=143, is_final=False))
     assert (found.exit_code, found.state) == (137, "stopped")
+
+
+def test_a_run_waits_for_its_next_attempt_where_that_is_a_job_of_its_own(aws: FakeAWS) -> None:
+    """Lists are late: it has not failed with the code of an attempt that was taken back."""
+    plan = replace(plan_of("between", ""), on="fargate")
+    now = datetime.now(UTC)
+    told = RunResult(exit_code=143, is_final=False)
+
+    async def state(ago: float, plan: RunPlan, result: RunResult = told) -> str:
+        machine = MachineState(
+            job_id="a",
+            phase="ended",
+            created_at=now,
+            stopped_at=now - timedelta(seconds=ago),
+            exit_code=143,
+            was_reclaimed=True,
+        )
+        async with AwsClients("us-east-1") as clients:
+            runs = AsyncRuns(clients, replace(Profile.load("default"), cluster="cluster"))
+            return runs._found(plan, machine, result, Known()).state
+
+    assert asyncio.run(state(5, plan)) == "waiting"
+    assert asyncio.run(state(3600, plan)) == "failed"
+    assert asyncio.run(state(5, plan, replace(told, is_final=True))) == "failed"
+    # AWS Batch says itself that an attempt follows.
+    assert asyncio.run(state(5, replace(plan, on="batch"))) == "failed"
 
 
 def test_the_code_of_an_attempt_that_was_told_to_stop_is_not_the_programs() -> None:
