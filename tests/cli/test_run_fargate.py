@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,7 +13,10 @@ import boto3
 import pytest
 from run_helpers import account, eventually, left_nothing
 
+from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.profile import Profile
+from cloudexec._runs.bucket import RunBucket
+from cloudexec._runs.budget import Budget
 from cloudexec.testing import FakeAWS
 
 pytestmark = pytest.mark.timeout(120)
@@ -269,6 +273,42 @@ def test_executors_in_it_have_workers_in_the_same_cluster(
     assert "for workers" in done.stderr
     aws.faults.forget_ended()
     assert float(str(row(run_here, "with-workers")["workers_usd"])) > 0
+
+
+def test_workers_that_amazon_ecs_has_forgotten_count_against_the_ceiling(
+    aws: FakeAWS, run_here: Run, folder: Path
+) -> None:
+    """It does so an hour after their end, and a run may go on for days."""
+    (folder / "job.py").write_text(
+        "import time\n"
+        "from cloudexec import BatchExecutor, Fargate\n"
+        "with BatchExecutor(1, launcher=Fargate()) as executor:\n"
+        "    print(executor.submit(pow, 2, 5).result(), flush=True)\n"
+        "print('alone', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    assert run_here(*ON, "job.py", "--name", "spends", "--max-cost", "3", "-d").returncode == 0
+    eventually(lambda: "alone\n" in run_here("logs", "spends").stdout)
+    eventually(lambda: aws.jobs()[-1].status in ("SUCCEEDED", "FAILED"))
+
+    async def look() -> tuple[float, str]:
+        async with AwsClients("us-east-1") as clients:
+            bucket = RunBucket(clients, Profile.load("default").bucket, "spends")
+            plan = replace(await bucket.plan(), max_cost_usd=0.0018)
+            budget = Budget(clients, plan, bucket)
+            budget.known = await bucket.known(plan.start_id)
+            over = await budget.exceeded()
+            return sum(each.usd for each in budget.known.costs.values() if not each.is_own), over
+
+    before, _ = asyncio.run(look())
+    assert before > 0
+    aws.faults.forget_ended()
+    after, over = asyncio.run(look())
+    assert after == before
+    # The machine itself and its worker cost what a minute of each does, at the least.
+    assert "and its workers $0.0009: that is the ceiling of $0.0018" in over
+    assert float(str(row(run_here, "spends")["workers_usd"])) == before
+    assert run_here("stop", "spends", "--yes").returncode == 0
 
 
 def test_a_gpu_is_asked_for_on_ec2_and_is_in_the_price(
