@@ -23,6 +23,7 @@ __all__ = ["TaskSearch", "is_task_id"]
 _TASK_ID = re.compile(r"[0-9a-f]{32}")
 _BATCH_CLUSTERS = "AWSBatch-"
 """Prefix of the clusters that AWS Batch creates for itself."""
+_NO_CLUSTER = "ClusterNotFoundException"
 _STARTING = ("PROVISIONING", "PENDING", "ACTIVATING")
 _STOPPED = ("STOPPED", "DELETED")
 
@@ -40,8 +41,8 @@ class TaskSearch:
         clusters: ARNs or names; ``None``: all clusters of the region that AWS lets us look at,
             except those of AWS Batch.
         public_ip: Whether tasks have public addresses, which Amazon ECS does not report.
-        may_be_denied: Whether a cluster that may not be looked at is passed over, though it is
-            given.
+        may_be_denied: Whether a given cluster is passed over if AWS does not let us look at it, or
+            if it does not exist any more.
     """
 
     def __init__(
@@ -99,7 +100,8 @@ class TaskSearch:
         try:
             yield
         except AwsError as exc:
-            if not self._may_be_denied or "Denied" not in exc.code:
+            is_other = "Denied" not in exc.code and exc.code != _NO_CLUSTER
+            if not self._may_be_denied or is_other:
                 raise
 
     async def _clusters(self) -> list[str]:
@@ -130,7 +132,7 @@ class TaskSearch:
                 )
             )
         except AwsError as exc:
-            if exc.code != "ClusterNotFoundException":
+            if exc.code != _NO_CLUSTER:
                 raise
             return []
         found = [each for answer in answers for each in answer["tasks"]]
