@@ -14,7 +14,7 @@ from typing import Any
 
 from cloudexec._aws import names
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.diagnosis import cause_of_end, cause_of_refusal
+from cloudexec._aws.diagnosis import cause_of_end, cause_of_refusal, is_out_of_capacity
 from cloudexec._aws.job_details import streams_of, was_ordered
 from cloudexec._aws.job_infos import JobInfos
 from cloudexec._aws.job_search import JobSearch
@@ -35,7 +35,7 @@ from cloudexec._runs.places import MachineState, StillRunning
 from cloudexec._runs.plan import RunPlan
 from cloudexec._runs.protocol import TIME_IS_UP
 
-__all__ = ["JobPlace", "run_job_name"]
+__all__ = ["JobPlace", "no_room", "run_job_name"]
 
 _NONE: Mapping[str, Known] = MappingProxyType({})
 _CHILD_CALLS = 50
@@ -340,6 +340,12 @@ def run_job_name(plan: RunPlan) -> str:
     return names.job_name(f"{names.RUN_EXECUTOR}{plan.name}", f"r{plan.start_id}")
 
 
+def no_room(spot: bool) -> str:
+    """Say what to do where there is no capacity or no quota for a machine."""
+    on_demand = "without --spot, " if spot else ""
+    return f"Try {on_demand}another size, or later; --on batch waits in a queue until there is room"
+
+
 def _is_own(details: Mapping[str, Any], name: str) -> bool:
     """Whether a job is the machine of a run, and not a worker of an executor in it."""
     return str(details.get("tags", {}).get(names.TAG_EXECUTOR)) == f"{names.RUN_EXECUTOR}{name}"
@@ -392,6 +398,8 @@ def _why_it_ended(details: Mapping[str, Any], state: MachineState) -> str:
         return f"its time limit was over: --max-hours or --max-cost allow more ({said})"
     if end.reclaimed:
         return f"AWS took its machine back in attempt {state.attempts}, the last one ({said})"
+    if is_out_of_capacity(said):
+        return f"AWS has no capacity of this kind: {said}. {no_room(details.get('spot', False))}"
     if end.exit_code is not None:
         return f"it ended with exit code {end.exit_code} ({said})"
     return str(cause_of_end(end))

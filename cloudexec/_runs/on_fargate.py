@@ -17,7 +17,7 @@ from cloudexec._aws.task_definitions import ensure_task_definition
 from cloudexec._aws.task_diagnosis import cause_of_refused_task, cause_of_waiting_tasks, may_pass
 from cloudexec._aws.task_requests import Placement, run_task_request, task_definition_request
 from cloudexec._errors import AwsError, ConfigError
-from cloudexec._runs.job_place import JobPlace, run_job_name
+from cloudexec._runs.job_place import JobPlace, no_room, run_job_name
 from cloudexec._runs.places import Machine, MachineRequest, MachineState
 from cloudexec._runs.plan import RunPlan
 from cloudexec._runs.protocol import ATTEMPT_VARIABLE
@@ -168,9 +168,5 @@ def _refused(reason: str, plan: RunPlan) -> AwsError:
     cause = cause_of_refused_task(reason, spot=False)
     text = str(cause)
     if cause.no_room:
-        on_demand = "without --spot, " if plan.spot else ""
-        text = (
-            f"{cause.text}. Try {on_demand}another size, or later; --on batch waits in a queue "
-            f"until there is room"
-        )
+        text = f"{cause.text}. {no_room(plan.spot)}"
     return AwsError(text, code=_NO_TASK, operation="ecs:RunTask", transient=not cause.fatal)

@@ -330,3 +330,16 @@ def test_a_gpu_is_asked_for_on_ec2_and_is_in_the_price(
     hours = max(float(str(found["run_seconds"])), 60.0) / 3600
     assert float(str(found["machine_usd"])) == pytest.approx(hours * 0.526, rel=0.2)
     assert "2 vCPU 4 GiB 1 GPU" in run_here("runs").stdout
+
+
+def test_a_task_that_amazon_ecs_has_taken_and_cannot_place_says_so(
+    aws: FakeAWS, run_here: Run, folder: Path
+) -> None:
+    """Nothing waits for capacity in Amazon ECS: it stops the task."""
+    aws.faults.ecs.tasks_stop_without_capacity = True
+    aws.faults.no_capacity()
+    done = run_here(*ON, "--name", "not-placed", "--", "true")
+    assert done.returncode == 3, done.stderr
+    assert "the run not-placed has no exit code: " in done.stderr
+    assert "Capacity is unavailable at this time" in done.stderr
+    assert "--on batch waits in a queue" in done.stderr
