@@ -31,6 +31,7 @@ from types import (
 from typing import Any, Protocol
 
 from cloudexec import _main
+from cloudexec._annotations import CLASS_NAMES, evaluated
 
 __all__ = ["Definition", "Fingerprint", "Unstable", "lookup", "travels_by_value"]
 
@@ -203,16 +204,15 @@ class _Class:
                         yield value
             return  # all else in an enum stays as it was defined
         yield from self._cls.__bases__
+        yield from (evaluated(self._cls) or {}).values()
         for name, value in self._names.items():
-            if isinstance(value, _OF_CLASS) or name in _SETTLED:
+            if isinstance(value, _OF_CLASS) or name in _SETTLED or name in CLASS_NAMES:
                 continue
             if type(value) in (staticmethod, classmethod):
                 yield value.__func__
             elif type(value) is property:
                 yield from (value.fget, value.fset, value.fdel)
-            elif name == "__annotations__" and type(value) is dict:
-                yield from value.values()
-            else:
+            elif name != "__annotations__":
                 yield value
 
     def holds(self) -> bool:
@@ -233,7 +233,8 @@ class _Class:
 def _settled(cls: type) -> dict[str, Any]:
     """Return the attributes of a class, without those that Python adds when the class is used."""
     found = dict(vars(cls))
-    found.pop("__slotnames__", None)
+    for name in ("__slotnames__", "__annotations_cache__"):
+        found.pop(name, None)
     if found.get("__annotations__", True) == {}:
         del found["__annotations__"]
     return found
@@ -298,7 +299,7 @@ class _Part:
             names = ()
         self._defaults = fn.__defaults__
         self._keyword_defaults = dict(fn.__kwdefaults__ or ())
-        self._annotations = dict(fn.__annotations__)
+        self._annotations = dict(evaluated(fn) or ())
         self._words = (fn.__name__, fn.__qualname__, fn.__module__, fn.__doc__)
         self._cells = [(cell, contents(cell)) for cell in fn.__closure__ or ()]
         get = fn.__globals__.get
@@ -328,8 +329,8 @@ class _Part:
             and fn.__doc__ is doc
         ):
             return False
-        annotations, then = fn.__annotations__, self._annotations
-        if (annotations or then) and not _is_same(annotations, then):
+        annotations, then = evaluated(fn), self._annotations
+        if (annotations or then) and not _is_same(annotations or {}, then):
             return False
         defaults, then = fn.__kwdefaults__, self._keyword_defaults
         if (defaults or then) and not _is_same(defaults, then):

@@ -23,6 +23,7 @@ import cloudpickle
 
 from cloudexec import _inputs, _main, _sharing
 from cloudexec._anew import reduce_anew
+from cloudexec._annotations import names_in, reduce_forward, settle, with_annotations
 from cloudexec._describing import (
     attribute_of,
     describe,
@@ -182,6 +183,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 return known_as
             if kind is FunctionType and obj.__globals__ is _main.namespace():
                 return self._mark(self._of_main(obj))
+        elif kind.__module__ == "annotationlib" and kind.__name__ == "ForwardRef":
+            if self.names is not None:
+                self.names.update(names_in(obj.__forward_arg__))
+            return self._mark(reduce_forward(obj))
         elif kind is MethodType and self._finds(obj):
             return getattr, (obj.__self__, obj.__name__)
         elif _says_its_name(kind, obj):
@@ -217,9 +222,12 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def _reduce(self, obj: Any) -> Any:
         if self._enclosed and (reduced := reduce_anew(obj)) is not None:
             return reduced
-        reduced = super().reducer_override(obj)
+        # Where this returns NotImplemented, pickle would go on with ``obj`` and not with the copy.
+        reduced = super().reducer_override(
+            with_annotations(obj) if type(obj) is FunctionType else obj
+        )
         if type(reduced) is tuple and isinstance(obj, type) and len(reduced) == 6:
-            _settle(reduced[2][0])
+            settle(obj, reduced[2][0])
             if "__slots__" in vars(obj):
                 _keep_slots(obj, reduced)
             if reduced[0] is cloudpickle.cloudpickle._make_skeleton_class:
@@ -232,7 +240,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def _of_main(self, fn: FunctionType) -> Any:
         """Pickle a function by value that shares the globals of the script."""
-        _, (code, _, *_, closure), state, *rest = self._dynamic_function_reduce(fn)
+        reduced = self._dynamic_function_reduce(with_annotations(fn))
+        _, (code, _, *_, closure), state, *rest = reduced
         state[1]["__globals__"] = {}
         if self.names is not None:  # those that are not there yet, too
             self.names.update(cloudpickle.cloudpickle._extract_code_globals(code))
@@ -303,13 +312,6 @@ def _reduce_named(obj: Any) -> Any:
         return kind, (obj.__name__, obj.__value__)
     args = (obj.__name__, obj.__supertype__) if kind.__name__ == "NewType" else (obj.__name__,)
     return kind, args, {"__module__": obj.__module__}
-
-
-def _settle(content: dict[str, Any]) -> None:
-    """Take out of what is in a class what Python puts there when it is looked at."""
-    content.pop("__slotnames__", None)
-    if content.get("__annotations__", True) == {}:
-        del content["__annotations__"]
 
 
 def _keep_slots(cls: type, reduced: tuple[Any, ...]) -> None:

@@ -21,11 +21,9 @@ process pool, and changes that tasks and the initializer make to it stay. The ru
 
 from __future__ import annotations
 
-import inspect
 import io
 import logging
 import pickle
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +34,7 @@ import cloudpickle
 
 from cloudexec import _main
 from cloudexec._anew import reduce_anew
+from cloudexec._annotations import annotations_of, names_in
 from cloudexec._describing import describe, is_interrupt
 from cloudexec._errors import PayloadError
 from cloudexec._fingerprints import Definition, Unstable, lookup
@@ -52,7 +51,6 @@ F = TypeVar("F")
 
 _logger = logging.getLogger("cloudexec")
 _ABSENT = object()
-_WORD = re.compile(r"\w+")
 _ANSWERS_KEPT = 512
 _DURING = " during iteration"
 """Part of Python's message when another thread changes a container while it is pickled."""
@@ -492,9 +490,9 @@ def _is_definition(name: str, value: Any) -> bool:
 def _names_in_annotations(value: Any) -> Iterator[str]:
     """Yield the names in annotations that are strings, as these are evaluated at run time."""
     if isinstance(value, (FunctionType, type)):
-        for each in inspect.get_annotations(value).values():
+        for each in annotations_of(value).values():
             if type(each) is str:
-                yield from _WORD.findall(each)
+                yield from names_in(each)
 
 
 def _imported_from(value: Any) -> str:

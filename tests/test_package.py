@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cloudexec"
 
 # Which parts of the package each part may import, itself aside. Everyone may import the errors,
-# what puts them into words, and the decorator for classes of named values.
-ANYWHERE = {"_describing", "_errors", "_record_class", "_rpc"}
+# what puts them into words, annotations, and the decorator for classes of named values.
+ANYWHERE = {"_annotations", "_describing", "_errors", "_record_class", "_rpc"}
 MAY_IMPORT = {
     "_core": {"_config"},
     "_server": {
