@@ -189,6 +189,10 @@ def _make_cached(fn: Callable[..., Any], maxsize: int | None, typed: bool) -> An
     return functools.lru_cache(maxsize=maxsize, typed=typed)(fn)
 
 
+def _reduce_partial_method(method: Any) -> tuple[Any, ...]:
+    return make, (type(method), (method.func, *method.args), dict(method.keywords))
+
+
 def _reduce_function(fn: Any) -> tuple[Any, ...] | None:
     if fn.__code__ is not _DISPATCHER:
         return None
@@ -264,7 +268,11 @@ def _reduce_thread(thread: Any) -> tuple[Any, ...] | None:
     if thread is threading.main_thread():
         return threading.main_thread, ()
     if thread._started.is_set():
-        return None
+        if sys.version_info < (3, 13):
+            return None
+        # A copy does not run, and has neither the thread's handle nor its context.
+        state = {name: value for name, value in vars(thread).items() if name not in _OF_RUNNING}
+        return _make_thread, (type(thread),), state
     parameters = {
         "target": thread._target,
         "name": thread._name,
@@ -273,6 +281,16 @@ def _reduce_thread(thread: Any) -> tuple[Any, ...] | None:
         "daemon": thread._daemonic,
     }
     return reduce_by_init(thread, threading.Thread, parameters, {})
+
+
+_OF_RUNNING = frozenset({"_context", "_handle", "_os_thread_handle", "_started"})
+"""Attributes of a thread that belong to its run."""
+
+
+def _make_thread(kind: type[Any]) -> Any:
+    thread = kind.__new__(kind)
+    threading.Thread.__init__(thread)
+    return thread
 
 
 def _reduce_simple_queue(simple: Any) -> tuple[Any, ...]:
@@ -559,6 +577,7 @@ _REDUCERS: dict[str, _Reducer] = {
     "ctypes.CDLL": _late("ctypes", "reduce_library"),
     "functools.KeyWrapper": _reduce_key,
     "functools._lru_cache_wrapper": _reduce_cached,
+    "functools.partialmethod": _reduce_partial_method,
     "json.decoder.JSONDecoder": _reduce_json_decoder,
     "logging.Handler": _reduce_handler,
     "multiprocessing.pool.ThreadPool": _reduce_thread_pool,

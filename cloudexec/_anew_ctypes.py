@@ -121,7 +121,7 @@ def reduce_structure(kind: Any) -> tuple[Any, ...] | None:
     attributes = {
         name: value
         for name, value in attributes.items()
-        if f"{type(value).__module__}.{type(value).__qualname__}" != "_ctypes.CField"
+        if type(value).__qualname__ != "CField"  # of _ctypes, since Python 3.14 of ctypes
     }
     if fields is not None:
         attributes["_fields_"] = fields  # behind what says how they are laid out

@@ -311,7 +311,7 @@ def _reduce_named(obj: Any) -> Any:
     if kind.__name__ == "TypeAliasType":
         return kind, (obj.__name__, obj.__value__)
     args = (obj.__name__, obj.__supertype__) if kind.__name__ == "NewType" else (obj.__name__,)
-    return kind, args, {"__module__": obj.__module__}
+    return kind, args, (None, {"__module__": obj.__module__})  # it has no ``__dict__``
 
 
 def _keep_slots(cls: type, reduced: tuple[Any, ...]) -> None:

@@ -29,6 +29,20 @@ class Certificates:
     key: Path
 
 
+def _usage(*, authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
 def make_certificates(folder: Path, names: list[str]) -> Certificates:
     """Make an authority, and a certificate for servers of some names."""
     now = datetime.datetime.now(datetime.UTC)
@@ -52,6 +66,15 @@ def make_certificates(folder: Path, names: list[str]) -> Certificates:
             .not_valid_before(now - datetime.timedelta(days=1))
             .not_valid_after(now + datetime.timedelta(days=7))
             .add_extension(extension, critical=number == 0)
+            # Python verifies strictly since 3.13, and asks for these.
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(keys[number].public_key()), critical=False
+            )
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(keys[0].public_key()),
+                critical=False,
+            )
+            .add_extension(_usage(authority=number == 0), critical=True)
             .sign(keys[0], hashes.SHA256())
         )
         path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
