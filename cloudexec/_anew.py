@@ -288,7 +288,7 @@ _OF_RUNNING = frozenset({"_context", "_handle", "_os_thread_handle", "_started"}
 
 
 def _make_thread(kind: type[Any]) -> Any:
-    thread = kind.__new__(kind)
+    thread = object.__new__(kind)
     threading.Thread.__init__(thread)
     return thread
 
