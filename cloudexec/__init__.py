@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from cloudexec._launchers.batch import Batch
     from cloudexec._launchers.fallback import Fallback
     from cloudexec._launchers.fargate import Fargate
+    from cloudexec._launchers.lambda_ import Lambda
     from cloudexec._launchers.local import Local
     from cloudexec._objects.options import ObjectOptions
     from cloudexec._objects.ref import Ref
@@ -69,6 +70,7 @@ __all__ = [
     "JournalError",
     "JournalLockedError",
     "JournalVersionError",
+    "Lambda",
     "LaunchError",
     "LaunchTimes",
     "LauncherCounts",
@@ -111,6 +113,7 @@ _LATER = {
     "_launchers.batch": ("Batch",),
     "_launchers.fallback": ("Fallback",),
     "_launchers.fargate": ("Fargate",),
+    "_launchers.lambda_": ("Lambda",),
     "_launchers.local": ("Local",),
     "_objects.options": ("ObjectOptions",),
     "_objects.ref": ("Ref",),

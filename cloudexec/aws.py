@@ -1,9 +1,9 @@
 """Runs workers on AWS: launchers, profiles, and a monitor of all workers of an account.
 
-``Batch`` launches workers in AWS Batch, and ``Fargate`` on AWS Fargate without it. ``Profile`` has
-the settings of an account and region that ``cloudexec up`` writes, and ``Packages`` says what
-workers have installed. ``Monitor`` lists executors, jobs, logs and costs, and stops jobs. The other
-names are the records that ``Monitor`` returns.
+``Batch`` launches workers in AWS Batch, ``Fargate`` on AWS Fargate without it, and ``Lambda`` in
+AWS Lambda. ``Profile`` has the settings of an account and region that ``cloudexec up`` writes, and
+``Packages`` says what workers have installed. ``Monitor`` lists executors, jobs, logs and costs,
+and stops jobs. The other names are the records that ``Monitor`` returns.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from cloudexec._aws.profile import Profile
 from cloudexec._environment.packages import Packages
 from cloudexec._launchers.batch import Batch
 from cloudexec._launchers.fargate import Fargate
+from cloudexec._launchers.lambda_ import Lambda
 
 if TYPE_CHECKING:
     from cloudexec._aws.monitor import Monitor
@@ -35,6 +36,7 @@ __all__ = [
     "ExecutorInfo",
     "Fargate",
     "JobInfo",
+    "Lambda",
     "LogLine",
     "Monitor",
     "Packages",

@@ -76,6 +76,7 @@ MAY_IMPORT = {
     },
     "_launchers/batch": {"_aws", "_config", "_environment", "_log", "_pricing"},
     "_launchers/fargate": {"_aws", "_config", "_environment", "_log"},
+    "_launchers/lambda_": {"_aws", "_config", "_environment"},
     "_launchers/local.py": {"_config", "_descriptors", "_log", "_proto"},
     "_launchers/copies.py": {"_forked", "_modules", "worker"},
     "_aws": {"_config", "_enrolment", "_pricing"},

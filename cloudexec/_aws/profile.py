@@ -58,6 +58,8 @@ class Profile:
     cluster: str = ""
     """ARN or name of the cluster of Amazon ECS in which ``Fargate`` runs workers; empty: the stack
     has none."""
+    function_role: str = ""
+    """ARN of the role of functions in which ``Lambda`` runs workers; empty: the stack has none."""
     relay: str = ""
     """Default of a launcher's ``relay=``. It is ``"auto"`` if workers could not reach this machine
     when the profile was written."""

@@ -18,6 +18,7 @@ GROUP = "cloudexec.launchers"
 _OWN = {
     "batch": "cloudexec._launchers.batch:Batch",
     "fargate": "cloudexec._launchers.fargate:Fargate",
+    "lambda": "cloudexec._launchers.lambda_:Lambda",
     "local": "cloudexec._launchers.local:Local",
 }
 
@@ -40,8 +41,8 @@ def launcher_named(name: str, where: str = "") -> Launcher:
     """Make a launcher with its default settings.
 
     Args:
-        name: ``"local"``, ``"batch"``, ``"fargate"``, or a name that an installed package
-            registers.
+        name: ``"local"``, ``"batch"``, ``"fargate"``, ``"lambda"``, or a name that an installed
+            package registers.
         where: Who gave the name, for messages.
 
     Raises:

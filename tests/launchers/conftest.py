@@ -8,8 +8,11 @@ from typing import Any
 import botocore.retries.standard
 import pytest
 
-from cloudexec import Batch, Fargate
+from cloudexec import Batch, Fargate, Lambda
 from cloudexec.testing import FakeAWS
+
+IMAGE = f"123456789012.dkr.ecr.us-east-1.amazonaws.com/worker@sha256:{'0' * 64}"
+"""Pinned by its digest, in Amazon ECR, where AWS Lambda takes its images from."""
 
 
 @pytest.fixture
@@ -66,6 +69,24 @@ def fargate(aws: Any) -> Callable[..., Fargate]:
             **settings,
         }
         return Fargate(**given)
+
+    return make
+
+
+@pytest.fixture
+def function(aws: Any) -> Callable[..., Lambda]:
+    """A function that makes launchers for functions of the emulated AWS Lambda."""
+    made = aws.set_up("function")
+
+    def make(**settings: Any) -> Lambda:
+        given: dict[str, Any] = {
+            "role": made.function_role,
+            "region": aws.region,
+            "image": IMAGE,
+            "memory": 1769,
+            **settings,
+        }
+        return Lambda(**given)
 
     return make
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from cloudexec.testing._aws.counted import take
 from cloudexec.testing._aws.ecs_faults import EcsFaults
+from cloudexec.testing._aws.function_faults import FunctionFaults
 
 if TYPE_CHECKING:
     from cloudexec.testing._aws.permissions import Permissions
@@ -33,6 +34,7 @@ _SERVICES = (
     "service-quotas",
     "resourcegroupstaggingapi",
     "ecs",
+    "lambda",
     "ec2",
 )
 """Names of botocore's models; the largest is searched last."""
@@ -79,6 +81,8 @@ class Faults:
         self._ended = threading.Event()
         self.ecs = EcsFaults()
         """Faults of tasks that Amazon ECS runs without AWS Batch."""
+        self.functions = FunctionFaults()
+        """Faults of functions of AWS Lambda."""
         self._reset()
 
     def _reset(self) -> None:
@@ -103,6 +107,7 @@ class Faults:
         self._permissions: Permissions | None = None
         self._list_lag = 0.0
         self.ecs.clear()
+        self.functions.clear()
 
     # Jobs that do not start.
 

@@ -46,6 +46,7 @@ Handler = Callable[[Call, int], Mapping[str, Any] | Response | None]
 
 _THROTTLED = {
     "batch": ("TooManyRequestsException", "Too Many Requests", 429),
+    "lambda": ("TooManyRequestsException", "Rate Exceeded.", 429),
     "ec2": ("RequestLimitExceeded", "Request limit exceeded.", 503),
     "s3": ("SlowDown", "Please reduce your request rate.", 503),
     "cloudformation": ("Throttling", "Rate exceeded", 400),

@@ -103,3 +103,5 @@ class Setup:
     security_group: str
     cluster: str
     """ARN of a cluster of Amazon ECS, for tasks on Fargate and Fargate Spot."""
+    function_role: str = ""
+    """ARN of a role of functions of AWS Lambda."""

@@ -28,6 +28,8 @@ from cloudexec.testing._aws.containers import ContainerRunner, engine_answers
 from cloudexec.testing._aws.ecs import Ecs
 from cloudexec.testing._aws.engine import Engine
 from cloudexec.testing._aws.faults import Faults
+from cloudexec.testing._aws.function_environments import Host, isolates
+from cloudexec.testing._aws.functions import Functions
 from cloudexec.testing._aws.gateway import Gateway
 from cloudexec.testing._aws.ghosts import Ghosts
 from cloudexec.testing._aws.logs import LogWriter
@@ -45,6 +47,9 @@ from cloudexec.testing._aws.timers import Timing
 from cloudexec.testing._aws.wire import Call, Response
 
 __all__ = ["Session", "check_region"]
+
+_TRUSTED = {"instance": "ec2", "function": "lambda"}
+"""By role that ``set_up`` makes: the service that has it, if it is not Amazon ECS."""
 
 
 def _pull_times(pull: tuple[float, float] | None) -> dict[str, str]:
@@ -82,6 +87,7 @@ class Settings(Protocol):
     faults: Faults
     boot: float
     launch_rate: tuple[int, float] | None
+    new_account: bool
     step: float
     grace: float
     speed: float
@@ -162,6 +168,20 @@ class Session:
         self._jobs = BatchJobs(self.engine, owner.faults)
         self._tasks = Tasks(self.engine, are_processes=owner.mode == "process")
         self._ecs = Ecs(self.engine, owner.faults, self._tasks)
+        self.functions = Functions(
+            Host(
+                runner=runner,
+                address=self.host_for_jobs,
+                listen=self._listen_host(),
+                isolated=owner.mode == "process" and isolates(),
+            ),
+            logs,
+            owner.faults,
+            credentials=platform.credentials,
+            is_new=owner.new_account,
+            speed=owner.speed,
+        )
+        self._closers.append(self.functions.close)
         networks = Networks(owner.region, owner.zones)
         self._closers.append(networks.close)
         ghosts = Ghosts(owner.faults)
@@ -173,6 +193,7 @@ class Session:
                 "batch": self._batch,
                 "ec2": lambda call, _: self._ec2(call, networks),
                 "ecs": lambda call, _: self._ecs.answer(call),
+                "lambda": lambda call, _: self.functions.answer(call),
                 "resourcegroupstaggingapi": lambda call, _: ghosts.answer(call),
                 "pricing": lambda call, _: products(call.operation, call.parameters),
                 "service-quotas": lambda call, _: quota_response(
@@ -343,10 +364,10 @@ class Session:
         group = ec2.get_security_group_from_name("default", vpc.id).id
         iam = iam_backends[ACCOUNT]["aws"]
         roles = {role.name: role.arn for role in iam.roles.values()}
-        for role in ("job", "execution", "instance"):
+        for role in ("job", "execution", "instance", "function"):
             role_name = f"{name}-{role}"
             if role_name not in roles:
-                trust = _trust("ec2" if role == "instance" else "ecs-tasks")
+                trust = _trust(_TRUSTED.get(role, "ecs-tasks"))
                 roles[role_name] = iam.create_role(role_name, trust, "/", None, "", [], None).arn
         environments = []
         for number, kind in enumerate(kinds, 1):
@@ -403,6 +424,7 @@ class Session:
             compute_environments=tuple(environments),
             job_role=roles[f"{name}-job"],
             execution_role=roles[f"{name}-execution"],
+            function_role=roles[f"{name}-function"],
             subnets=subnets,
             security_group=group,
         )
