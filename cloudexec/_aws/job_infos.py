@@ -171,8 +171,8 @@ class JobInfos:
     ) -> tuple[WorkerPrice, str, bool]:
         """Return the price, the compute, and whether it is Spot."""
         compute, spot = self._search.compute_of(detail.get("jobQueue", ""))
-        if "spot" in detail:  # it is a task of Amazon ECS
-            compute, spot = "fargate", bool(detail["spot"])
+        if "spot" in detail:  # it is a task of Amazon ECS, or an invocation of AWS Lambda
+            compute, spot = str(detail.get("compute", "fargate")), bool(detail["spot"])
         capabilities = (
             detail.get("platformCapabilities")
             or self._definition(detail).get("platformCapabilities")

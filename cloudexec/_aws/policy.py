@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from cloudexec._aws.names import DEFINITION_PREFIX, OBJECTS_PREFIX, TAG_STACK, partition_of
+from cloudexec._aws.policy_lambda import OF_FUNCTIONS, OPERATIONS, PASSED_TO
 from cloudexec._aws.profile import Profile
 from cloudexec._errors import ConfigError
 
@@ -21,6 +22,8 @@ Resource: TypeAlias = Literal[
     "bucket",
     "cluster",
     "definition",
+    "function",
+    "function_role",
     "image",
     "job",
     "log_group",
@@ -97,6 +100,7 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("batch", "GetJobQueueSnapshot"): _any("batch:GetJobQueueSnapshot"),
     ("batch", "ListJobs"): _any("batch:ListJobs"),
     ("logs", "DescribeLogGroups"): _any("logs:DescribeLogGroups"),
+    ("logs", "FilterLogEvents"): (Grant("logs:FilterLogEvents", "log_group"),),
     ("logs", "GetLogEvents"): (Grant("logs:GetLogEvents", "log_group"),),
     ("pricing", "GetProducts"): _any("pricing:GetProducts"),
     ("service-quotas", "ListServiceQuotas"): _any("servicequotas:ListServiceQuotas"),
@@ -144,6 +148,13 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("ecr", "GetAuthorizationToken"): (*_any("ecr:GetAuthorizationToken"), *_PUSH),
     # This action needs no permission.
     ("sts", "GetCallerIdentity"): (),
+    **{
+        ("lambda", operation): tuple(
+            Grant(action, kind, (PASSED_TO,) if kind == "function_role" else ())  # type: ignore[arg-type]
+            for action, kind in grants
+        )
+        for operation, grants in OPERATIONS.items()
+    },
 }
 """Operation -> permissions that it needs. A test compares the table with the calls made."""
 _OF_CLUSTERS = frozenset(
@@ -173,8 +184,9 @@ def policy(profile: Profile | None = None, partition: str = "") -> dict[str, Any
     """
     calls = set(CALLS)
     if profile is not None:
-        # Commands without --profile list the clusters of the region even so.
+        # Commands without --profile list the clusters and functions of the region even so.
         calls -= set() if profile.cluster else _OF_CLUSTERS
+        calls -= set() if profile.function_role else OF_FUNCTIONS
     return actions_for(calls, profile, partition)
 
 
@@ -234,6 +246,8 @@ _SIDS: dict[Resource, str] = {
     "bucket": "Bucket",
     "cluster": "Cluster",
     "definition": "JobDefinitions",
+    "function": "Functions",
+    "function_role": "FunctionRole",
     "image": "Images",
     "job": "Jobs",
     "log_group": "Logs",
@@ -284,6 +298,12 @@ def _resources(
         case "role":
             roles = [profile.execution_role, profile.job_role, profile.run_role] if profile else []
             return sorted(filter(None, roles)) or [arn("iam", "role/cloudexec-*")], {}
+        case "function":
+            stack = (profile.stack if profile else "") or "cloudexec"
+            return [arn("lambda", f"function:{stack}-*")], {}
+        case "function_role":
+            found = profile.function_role if profile else ""
+            return [found or arn("iam", "role/cloudexec-*")], {}
         case "secret":
             if profile and profile.key_secret:
                 return [profile.key_secret], {}

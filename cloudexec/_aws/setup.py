@@ -35,7 +35,7 @@ _QUEUES = {
     "ec2": "Ec2Queue",
     "ec2_spot": "Ec2SpotQueue",
 }
-_PARAMETERS = {"fargate": "Fargate"}
+_PARAMETERS = {"fargate": "Fargate", "lambda": "Lambda"}
 """By launcher: the template's parameter that adds the launcher's resources to the stack."""
 _NEEDED_OUTPUTS = ("FargateQueue", "ExecutionRole", "JobRole", "KeySecret", "LogGroup", "Version")
 _POLICY = re.compile(r"arn:aws[a-z-]*:iam::(\d{12}|aws):policy/[\w+=,.@/-]+")
@@ -57,8 +57,8 @@ class SetupOptions:
     ec2: bool | None = None
     """Whether there are queues for EC2 instances, too."""
     launchers: tuple[str, ...] | None = None
-    """Launchers for which the stack has resources: ``"fargate"``. It always has those for
-    ``"batch"``."""
+    """Launchers for which the stack has resources: ``"fargate"`` and ``"lambda"``. It always has
+    those for ``"batch"``."""
     public_ip: bool | None = None
     """Whether workers get public addresses. For a new stack or a changed network, the default is
     yes if there are subnets with an internet gateway."""
@@ -535,6 +535,7 @@ def _profile(region: str, stack: Stack, options: SetupOptions, earlier: Profile 
         images=base.images if base.repository in ("", repository) else {},
         security_group=outputs.get("SecurityGroup", ""),
         cluster=outputs.get("Cluster", ""),
+        function_role=outputs.get("FunctionRole", ""),
         vpc=outputs.get("Vpc", ""),
         subnets=tuple(filter(None, outputs.get("Subnets", "").split(","))),
         assign_public_ip=outputs.get("AssignPublicIp", "ENABLED") == "ENABLED",

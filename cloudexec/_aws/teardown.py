@@ -27,6 +27,7 @@ from cloudexec._aws.task_definitions import (
     task_definitions,
 )
 from cloudexec._aws.task_requests import DESCRIBE_TASKS
+from cloudexec._aws.teardown_lambda import delete_functions
 from cloudexec._errors import AwsError, ConfigError
 
 __all__ = ["Stock", "down", "take_stock"]
@@ -172,6 +173,7 @@ async def down(
         for arn in arns:
             await clients.call("batch", "deregister_job_definition", jobDefinition=arn)
         step.found = f"{len(arns):,} deregistered" if arns else "there was none"
+    await delete_functions(clients, stack_of, roles, report)
     of_tasks, refusal = await _task_definitions(clients, stack_of, roles)
     if refusal:
         report(Noted(text=f"task definitions could not be looked for: {refusal}"))
@@ -190,8 +192,10 @@ async def down(
     if stack is None:
         _delete_profile(name, stack_of, clients.region, report)
     with stepping(report, "Looking for what is left") as step:
-        # If the stack has no cluster, the user may lack the permissions for Amazon ECS.
-        doubtful = () if resources.get("AWS::ECS::Cluster") else ("cluster", "task definition")
+        # If the stack has no cluster or role for it, the user may lack the permissions for Amazon
+        # ECS or AWS Lambda.
+        doubtful = ["function"]
+        doubtful += [] if resources.get("AWS::ECS::Cluster") else ["cluster", "task definition"]
         remnants = await find_remnants(clients, stack_of, report, doubtful=doubtful)
         step.found = f"{counted(len(remnants), 'thing')}" if remnants else "nothing"
     return remnants

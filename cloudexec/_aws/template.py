@@ -12,6 +12,9 @@ from cloudexec._aws.names import (
     TAG_REGION,
     TAG_STACK,
 )
+from cloudexec._aws.template_lambda import OUTPUT as LAMBDA_OUTPUT
+from cloudexec._aws.template_lambda import PARAMETER as LAMBDA_PARAMETER
+from cloudexec._aws.template_lambda import function_role, repository_policy
 from cloudexec._aws.template_tasks import task_statements
 
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
@@ -32,6 +35,13 @@ _BOUNDARY = {
 }
 
 Json = dict[str, Any]
+
+_DATA: Json = {
+    "Effect": "Allow",
+    "Action": ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"],
+    "Resource": {"Fn::Sub": "${Bucket.Arn}/" + DATA_PREFIX + "*"},
+}
+"""What every role of tasks may do."""
 
 
 def template() -> Json:
@@ -58,7 +68,7 @@ def template() -> Json:
                     },
                     {
                         "Label": {"default": "Capacity"},
-                        "Parameters": ["MaxVcpus", "Ec2", "Fargate"],
+                        "Parameters": ["MaxVcpus", "Ec2", "Fargate", "Lambda"],
                     },
                     {
                         "Label": {"default": "Retention"},
@@ -71,6 +81,7 @@ def template() -> Json:
         "Conditions": {
             "Ec2": {"Fn::Equals": [{"Ref": "Ec2"}, "true"]},
             "Fargate": {"Fn::Equals": [{"Ref": "Fargate"}, "true"]},
+            "Lambda": {"Fn::Equals": [{"Ref": "Lambda"}, "true"]},
             "Bounded": {"Fn::Not": [{"Fn::Equals": [{"Ref": "PermissionsBoundary"}, ""]}]},
         },
         "Resources": {
@@ -82,6 +93,7 @@ def template() -> Json:
             **_relays(),
             **_ec2(),
             **_cluster(),
+            **function_role(_BOUNDARY, _tags(anywhere=True), _DATA),
         },
         "Outputs": _outputs(),
     }
@@ -135,6 +147,7 @@ def _parameters() -> Json:
             "Default": "false",
             "Description": "Whether there is a cluster for tasks on Fargate without AWS Batch too.",
         },
+        "Lambda": LAMBDA_PARAMETER,
         "LogRetentionDays": {
             "Type": "Number",
             "AllowedValues": list(LOG_RETENTION_DAYS),
@@ -228,6 +241,7 @@ def _storage() -> Json:
             "Properties": {
                 "RepositoryName": _STACK,
                 "ImageScanningConfiguration": {"ScanOnPush": True},
+                **repository_policy(),
                 # There is no lifecycle policy, because profiles on any machine may refer to an
                 # image by its digest, and the stack does not know them.
                 "Tags": _tags(),
@@ -260,16 +274,7 @@ def _roles() -> Json:
                 **_BOUNDARY,
                 "Description": "What tasks may do",
                 "AssumeRolePolicyDocument": _trust_tasks(),
-                "Policies": [
-                    _policy(
-                        "data",
-                        {
-                            "Effect": "Allow",
-                            "Action": ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"],
-                            "Resource": {"Fn::Sub": "${Bucket.Arn}/" + DATA_PREFIX + "*"},
-                        },
-                    )
-                ],
+                "Policies": [_policy("data", _DATA)],
                 "Tags": _tags(anywhere=True),
             },
         },
@@ -537,6 +542,7 @@ def _outputs() -> Json:
         "Ec2Queue": ("Ec2", "Queue of EC2 workers", reference("Ec2Queue")),
         "Ec2SpotQueue": ("Ec2", "Queue of EC2 Spot workers", reference("Ec2SpotQueue")),
         "Cluster": ("Fargate", "Cluster of tasks on Fargate", attribute("Cluster", "Arn")),
+        "FunctionRole": LAMBDA_OUTPUT,
     }
     return {
         **{key: {"Description": text, "Value": value} for key, (text, value) in always.items()},

@@ -65,6 +65,7 @@ def test_outputs_are_those_that_a_profile_is_made_of() -> None:
         "ExecutionRole",
         "FargateQueue",
         "FargateSpotQueue",
+        "FunctionRole",
         "JobRole",
         "KeySecret",
         "LogGroup",
