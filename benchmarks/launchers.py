@@ -26,6 +26,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _LAUNCHERS = (
     "Local",
     "Fargate",
+    "Lambda",
     "Batch",
     "Batch on EC2",
     "Fallback",
@@ -34,6 +35,8 @@ _LAUNCHERS = (
     "Kubernetes",
 )
 """``Fallback that goes on`` has a first launcher that has no capacity."""
+_ECR_IMAGE = f"123456789012.dkr.ecr.us-east-1.amazonaws.com/worker@sha256:{'0' * 64}"
+"""AWS Lambda takes no image from elsewhere."""
 _RUN = "cloudexec run"
 _PARTS = {
     "api": "the request",
@@ -56,7 +59,7 @@ _COLUMNS = {
 
 
 def _on_aws(kind: str, aws: Any, **settings: Any) -> Any:
-    from cloudexec import Batch, Fallback, Fargate
+    from cloudexec import Batch, Fallback, Fargate, Lambda
 
     if kind == "Fallback":
         return Fallback({"first": _on_aws("Fargate", aws), "then": _on_aws("Batch", aws)})
@@ -77,6 +80,8 @@ def _on_aws(kind: str, aws: Any, **settings: Any) -> Any:
         "image": "worker:1",
         **settings,
     }
+    if kind == "Lambda":
+        return Lambda(role=made.function_role, region=aws.region, image=_ECR_IMAGE)
     if kind == "Fargate":
         return Fargate(
             cluster=made.cluster,
@@ -135,7 +140,9 @@ def measure(contender: str, workers: int) -> _fresh.Figures:
                 time.sleep(0.01)
             every = time.perf_counter() - begin
             launches = executor.stats().launches
-        calls = sum(each.service in ("batch", "ecs") for each in aws.requests) if aws else 0
+        calls = (
+            sum(each.service in ("batch", "ecs", "lambda") for each in aws.requests) if aws else 0
+        )
     told = next((each for each in launches if each.total is not None), None)
     figures = {part: float(getattr(told, part, None) or 0.0) for part in _PARTS}
     return {**figures, "first": first, "all": every, "calls": calls}

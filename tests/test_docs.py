@@ -46,6 +46,7 @@ _CHECKED: dict[str, Callable[..., Any]] = {
     "FakeAWS": FakeAWS,
     "Fallback": cloudexec.Fallback,
     "Fargate": cloudexec.Fargate,
+    "Lambda": cloudexec.Lambda,
     "Local": cloudexec.Local,
     "ObjectOptions": cloudexec.ObjectOptions,
     "stage": cloudexec.stage,
