@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from cloudexec._aws.clients import AwsClients
@@ -30,6 +31,8 @@ __all__ = [
 
 _POLL = 1.0
 """Seconds between two looks at a function that is being prepared."""
+_OLD = 90 * 24 * 3600.0
+"""Seconds after which a function is removed when another one is made."""
 _GONE = "ResourceNotFoundException"
 _NOT_READY = ("ResourceNotReadyException", "ResourceConflictException", "CodeArtifactUserPending")
 """What Invoke says of a function that is being prepared, at first and after weeks without use. AWS
@@ -72,6 +75,7 @@ async def ensure_function(clients: AwsClients, spec: FunctionSpec) -> str:
         await clients.call("lambda", "delete_function", FunctionName=name)
         found = None
     if found is None:
+        await _remove_old(clients, spec, name)
         try:
             await clients.call("lambda", "create_function", **function_request(spec))
         except AwsError as exc:
@@ -93,6 +97,36 @@ async def ensure_function(clients: AwsClients, spec: FunctionSpec) -> str:
     )
     await _reserve(clients, name, spec.reserved)
     return name
+
+
+async def _remove_old(clients: AwsClients, spec: FunctionSpec, name: str) -> None:
+    """Remove functions of the same stack that were made long ago, so that they do not pile up.
+
+    An executor that still uses one makes it again. Whoever may not do that leaves them.
+    """
+    prefix = name[: -len(name.rpartition("-")[2])]
+    try:
+        names = [
+            each["FunctionName"]
+            async for each in clients.pages("lambda", "list_functions", "Functions")
+            if each["FunctionName"].startswith(prefix)
+            and "-" not in each["FunctionName"][len(prefix) :]
+            and _age(each.get("LastModified", "")) > _OLD
+            and each.get("Role") == spec.role
+        ]
+        for each in names:
+            await clients.call("lambda", "delete_function", FunctionName=each)
+    except AwsError as exc:
+        if exc.expired:
+            raise
+
+
+def _age(made: str) -> float:
+    """Return the age of a function in seconds; 0: it does not say."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(made)).total_seconds()
+    except (TypeError, ValueError):
+        return 0.0
 
 
 async def _look(clients: AwsClients, name: str) -> Mapping[str, Any] | None:

@@ -279,19 +279,17 @@ def test_an_event_that_comes_again_after_the_end_is_refused(aws: Any, function: 
 def test_an_event_that_comes_after_a_minute_does_nothing(
     aws: Any, function: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloudexec._launchers.lambda_.platform.UNSEEN", 1.0)
-    aws.faults.functions.deliver_late(3.0, 1)
+    monkeypatch.setattr("cloudexec._launchers.lambda_.platform.UNSEEN", 2.0)
+    aws.faults.functions.deliver_late(4.0, 1)
     with BatchExecutor(1, launcher=function()) as executor:
         assert executor.submit(square, 2).result(timeout=60) == 4
-        eventually(lambda: len([e for e in aws.invocations() if e.answer]) == 1)
-    late = aws.invocations()[0]
+        late = aws.invocations()[0]
+        eventually(lambda: late.answer)
     assert late.answer == {"outcome": "late"}
     assert late.billed_ms < 3000
 
 
-@pytest.mark.parametrize(
-    "event", [b"{}", b"[1]", b'{"environment": {"A": 1}}', b'{"environment": {}, "session": 3}']
-)
+@pytest.mark.parametrize("event", [b"[1]", b'{"environment": {"A": "1"}, "session": 3}'])
 def test_events_of_others_are_refused_and_change_nothing(
     aws: Any, function: Make, event: bytes
 ) -> None:
@@ -365,9 +363,27 @@ def test_a_function_that_cannot_be_prepared_is_an_error(
     with BatchExecutor(1, launcher=function()) as executor:
         with pytest.raises(LaunchError, match=said):
             executor.submit(square, 1).result(timeout=60)
-    aws.faults.clear()
-    with BatchExecutor(1, launcher=function()) as executor:
-        assert executor.submit(square, 3).result(timeout=60) == 9
+    if failure[1] == "ImageDeleted":  # and made anew when it can be
+        aws.faults.clear()
+        with BatchExecutor(1, launcher=function()) as executor:
+            assert executor.submit(square, 3).result(timeout=60) == 9
+
+
+def test_functions_that_are_old_are_removed_when_one_is_made(
+    aws: Any, function: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is used after all is made again."""
+    for memory in (1769, 1770):
+        with BatchExecutor(1, launcher=function(memory=memory)) as executor:
+            assert executor.submit(square, 2).result(timeout=60) == 4
+        eventually(lambda: not running(aws))
+    client = boto3.client("lambda", region_name=aws.region)
+    assert len(client.list_functions()["Functions"]) == 2
+    monkeypatch.setattr("cloudexec._aws.functions._OLD", -3600.0)
+    with BatchExecutor(1, launcher=function(memory=1771)) as executor:
+        assert executor.submit(square, 2).result(timeout=60) == 4
+    (left,) = client.list_functions()["Functions"]
+    assert left["MemorySize"] == 1771
 
 
 @pytest.mark.parametrize(
@@ -454,7 +470,7 @@ def test_events_that_lambda_drops_are_sent_again(
     aws: Any, function: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other functions use the account up, of which Lambda tells nobody."""
-    monkeypatch.setattr("cloudexec._launchers.lambda_.platform.UNSEEN", 1.0)
+    monkeypatch.setattr("cloudexec._launchers.lambda_.platform.UNSEEN", 2.0)
     aws.faults.functions.used_by_others = 1000
     launcher = function()
     with BatchExecutor(1, launcher=launcher) as executor:
@@ -488,7 +504,7 @@ def test_a_function_that_was_stopped_starts_no_more_workers(
     aws: Any, function: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until the next executor is started."""
-    monkeypatch.setattr("cloudexec._launchers.lambda_.platform.UNSEEN", 1.0)
+    monkeypatch.setattr("cloudexec._launchers.lambda_.platform.UNSEEN", 2.0)
     client = boto3.client("lambda", region_name=aws.region)
     with BatchExecutor(1, launcher=function(), idle_timeout=0.1) as executor:
         assert executor.submit(square, 2).result(timeout=60) == 4
