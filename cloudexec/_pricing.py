@@ -10,6 +10,8 @@ __all__ = ["WorkerPrice", "run_seconds"]
 
 _HOUR = 3600.0
 _SHORTEST_RUN = 0.001
+_ROUNDING = 1e-6
+"""Seconds by which the difference of two times may be wrong, as they are rounded to binary digits."""
 
 
 def run_seconds(began: float, ended: float) -> float:
@@ -63,8 +65,7 @@ class WorkerPrice:
         """
         if seconds <= 0:
             return 0.0
-        # Rounded before, as times have no exact binary fractions.
-        steps = math.ceil(round(seconds / self.step_seconds, 6))
+        steps = math.ceil((seconds - _ROUNDING) / self.step_seconds)
         return max(steps * self.step_seconds, self.least_seconds) * self.per_second + self.per_run
 
     def cost_of(self, runs: Iterable[float]) -> float:

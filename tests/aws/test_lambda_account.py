@@ -28,6 +28,7 @@ from cloudexec._aws.remnants import Remnant
 from cloudexec._aws.setup import SetupOptions, up
 from cloudexec._aws.steps import Event
 from cloudexec._aws.teardown import down
+from cloudexec._pricing import run_seconds
 from cloudexec.cli.cost import cost_command
 from cloudexec.cli.jobs import jobs_command
 from cloudexec.cli.logs import logs_command
@@ -332,3 +333,13 @@ def test_reports_are_read_as_lambda_writes_them(end: str, status: str, out_of_me
     assert (report.billed_ms, report.memory_mib, report.used_mib) == (13, 512, used)
     assert (report.status, report.out_of_memory) == (status, out_of_memory)
     assert read_report("START RequestId: 1 Version: $LATEST") is None
+
+
+def test_a_run_costs_the_milliseconds_between_its_times() -> None:
+    """Times since 1970 have no exact binary fractions, which once made it a millisecond more."""
+    price = FunctionPrices().worker(
+        memory_mib=1024, arch="x86_64", disk_gib=None, assumed=False, table=""
+    )
+    for began in range(1796047336000, 1796047336999, 37):
+        run = run_seconds(began / 1000, (began + 2057) / 1000)
+        assert price.cost(run) == pytest.approx(2.057 * price.per_second + price.per_run, rel=1e-9)
