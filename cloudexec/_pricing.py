@@ -11,7 +11,7 @@ __all__ = ["WorkerPrice", "run_seconds"]
 _HOUR = 3600.0
 _SHORTEST_RUN = 0.001
 _ROUNDING = 1e-6
-"""Seconds by which the difference of two times may be wrong, as they are rounded to binary digits."""
+"""Seconds by which the difference of two times may be wrong, as each is rounded."""
 
 
 def run_seconds(began: float, ended: float) -> float:
