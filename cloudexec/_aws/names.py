@@ -16,6 +16,7 @@ __all__ = [
     "RUN_EXECUTOR",
     "TAG_EXECUTOR",
     "TAG_EXPIRES",
+    "TAG_JOB",
     "TAG_PROJECT",
     "TAG_REGION",
     "TAG_RUN",
@@ -36,6 +37,8 @@ TAG_USER = "cloudexec:user"
 TAG_PROJECT = "cloudexec:project"
 TAG_EXPIRES = "cloudexec:expires"
 """When the job's time limit ends it at the latest, in UTC, ISO 8601."""
+TAG_JOB = "cloudexec:job"
+"""On EC2 instances that were asked for without AWS Batch: the name of what they belong to."""
 TAG_RUN = "cloudexec:run"
 """On jobs of executors that a program started with ``cloudexec run`` has made: the run's name."""
 TAG_STACK = "cloudexec:stack"

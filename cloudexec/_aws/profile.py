@@ -58,6 +58,10 @@ class Profile:
     cluster: str = ""
     """ARN or name of the cluster of Amazon ECS in which ``Fargate`` runs workers; empty: the stack
     has none."""
+    instance_profile: str = ""
+    """ARN of the profile that the instances of ``EC2`` have; empty: the stack has none."""
+    instance_role: str = ""
+    """ARN of its role, which pulls the image, reads the key and writes the log."""
     relay: str = ""
     """``relay=`` of a launcher that has none: ``"auto"`` if this machine could not be reached when
     the profile was written."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cloudexec._aws import template_ec2
 from cloudexec._aws.address import advertised_address, vpcs_of_this_machine
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.diagnosis import mend_invalid
@@ -35,7 +36,7 @@ _QUEUES = {
     "ec2": "Ec2Queue",
     "ec2_spot": "Ec2SpotQueue",
 }
-_PARAMETERS = {"fargate": "Fargate"}
+_PARAMETERS = {"fargate": "Fargate", "ec2": template_ec2.PARAMETER}
 """By launcher: the parameter which says that the stack has what it needs."""
 _NEEDED_OUTPUTS = ("FargateQueue", "ExecutionRole", "JobRole", "KeySecret", "LogGroup", "Version")
 _POLICY = re.compile(r"arn:aws[a-z-]*:iam::(\d{12}|aws):policy/[\w+=,.@/-]+")
@@ -58,7 +59,7 @@ class SetupOptions:
     """Whether there are queues for EC2 instances too."""
     launchers: tuple[str, ...] | None = None
     """Launchers that the stack has something for, besides ``"batch"``, for which it always has:
-    ``"fargate"``."""
+    ``"fargate"``, ``"ec2"`` (instances without AWS Batch)."""
     public_ip: bool | None = None
     """Whether workers get public addresses. A new stack, and one whose network is changed: if
     there are subnets in which that helps."""
@@ -535,6 +536,8 @@ def _profile(region: str, stack: Stack, options: SetupOptions, earlier: Profile 
         images=base.images if base.repository in ("", repository) else {},
         security_group=outputs.get("SecurityGroup", ""),
         cluster=outputs.get("Cluster", ""),
+        instance_profile=outputs.get("WorkerProfile", ""),
+        instance_role=outputs.get("WorkerRole", ""),
         vpc=outputs.get("Vpc", ""),
         subnets=tuple(filter(None, outputs.get("Subnets", "").split(","))),
         assign_public_ip=outputs.get("AssignPublicIp", "ENABLED") == "ENABLED",

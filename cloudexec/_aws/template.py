@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cloudexec._aws import template_ec2
 from cloudexec._aws.names import (
     DEFINITION_PREFIX,
     OBJECTS_PREFIX,
@@ -15,7 +16,7 @@ from cloudexec._aws.names import (
 
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
 
-TEMPLATE_VERSION = "5"
+TEMPLATE_VERSION = "6"
 """Raised when the template changes; ``cloudexec doctor`` compares it with the stack's output."""
 DATA_PREFIX = "data/"
 """Keys of the bucket that tasks may read and write."""
@@ -58,7 +59,7 @@ def template() -> Json:
                     },
                     {
                         "Label": {"default": "Capacity"},
-                        "Parameters": ["MaxVcpus", "Ec2", "Fargate"],
+                        "Parameters": ["MaxVcpus", "Ec2", "Fargate", template_ec2.PARAMETER],
                     },
                     {
                         "Label": {"default": "Retention"},
@@ -71,6 +72,7 @@ def template() -> Json:
         "Conditions": {
             "Ec2": {"Fn::Equals": [{"Ref": "Ec2"}, "true"]},
             "Fargate": {"Fn::Equals": [{"Ref": "Fargate"}, "true"]},
+            template_ec2.PARAMETER: {"Fn::Equals": [{"Ref": template_ec2.PARAMETER}, "true"]},
             "Bounded": {"Fn::Not": [{"Fn::Equals": [{"Ref": "PermissionsBoundary"}, ""]}]},
         },
         "Resources": {
@@ -82,6 +84,12 @@ def template() -> Json:
             **_relays(),
             **_ec2(),
             **_cluster(),
+            **template_ec2.resources(
+                boundary=_BOUNDARY,
+                trust=_trust("ec2.amazonaws.com"),
+                start_policy=_start_policy(),
+                tags=_tags(anywhere=True),
+            ),
         },
         "Outputs": _outputs(),
     }
@@ -135,6 +143,7 @@ def _parameters() -> Json:
             "Default": "false",
             "Description": "Whether there is a cluster for tasks on Fargate without AWS Batch too.",
         },
+        **template_ec2.PARAMETERS,
         "LogRetentionDays": {
             "Type": "Number",
             "AllowedValues": list(LOG_RETENTION_DAYS),
@@ -279,40 +288,43 @@ def _roles() -> Json:
                 **_BOUNDARY,
                 "Description": "Starts workers: pulls the image, reads the key, writes the log",
                 "AssumeRolePolicyDocument": _trust_tasks(),
-                "Policies": [
-                    _policy(
-                        "start",
-                        {
-                            # There are no resources of this action to name.
-                            "Effect": "Allow",
-                            "Action": "ecr:GetAuthorizationToken",
-                            "Resource": "*",
-                        },
-                        {
-                            "Effect": "Allow",
-                            "Action": [
-                                "ecr:BatchCheckLayerAvailability",
-                                "ecr:BatchGetImage",
-                                "ecr:GetDownloadUrlForLayer",
-                            ],
-                            "Resource": {"Fn::GetAtt": ["Repository", "Arn"]},
-                        },
-                        {
-                            "Effect": "Allow",
-                            "Action": ["logs:CreateLogStream", "logs:PutLogEvents"],
-                            "Resource": {"Fn::GetAtt": ["LogGroup", "Arn"]},
-                        },
-                        {
-                            "Effect": "Allow",
-                            "Action": "secretsmanager:GetSecretValue",
-                            "Resource": {"Ref": "KeySecret"},
-                        },
-                    )
-                ],
+                "Policies": [_start_policy()],
                 "Tags": _tags(anywhere=True),
             },
         },
     }
+
+
+def _start_policy() -> Json:
+    """Return what starting a worker needs."""
+    return _policy(
+        "start",
+        {
+            # There are no resources of this action to name.
+            "Effect": "Allow",
+            "Action": "ecr:GetAuthorizationToken",
+            "Resource": "*",
+        },
+        {
+            "Effect": "Allow",
+            "Action": [
+                "ecr:BatchCheckLayerAvailability",
+                "ecr:BatchGetImage",
+                "ecr:GetDownloadUrlForLayer",
+            ],
+            "Resource": {"Fn::GetAtt": ["Repository", "Arn"]},
+        },
+        {
+            "Effect": "Allow",
+            "Action": ["logs:CreateLogStream", "logs:PutLogEvents"],
+            "Resource": {"Fn::GetAtt": ["LogGroup", "Arn"]},
+        },
+        {
+            "Effect": "Allow",
+            "Action": "secretsmanager:GetSecretValue",
+            "Resource": {"Ref": "KeySecret"},
+        },
+    )
 
 
 def _run_role() -> Json:
@@ -534,6 +546,7 @@ def _outputs() -> Json:
         "Ec2Queue": ("Ec2", "Queue of EC2 workers", reference("Ec2Queue")),
         "Ec2SpotQueue": ("Ec2", "Queue of EC2 Spot workers", reference("Ec2SpotQueue")),
         "Cluster": ("Fargate", "Cluster of tasks on Fargate", attribute("Cluster", "Arn")),
+        **template_ec2.OUTPUTS,
     }
     return {
         **{key: {"Description": text, "Value": value} for key, (text, value) in always.items()},

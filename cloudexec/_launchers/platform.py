@@ -184,11 +184,17 @@ class JobStatus:
         counts: How many workers are in which phase; by default as ``workers`` says, which then has
             to name all of them.
         reason: What the platform says of the job while it waits.
+        worker_ids: What the platform calls each worker, by index, if it knows more of them than
+            ``Submitted`` said; empty: nothing new. A worker without a name yet has an empty one.
+        price: What each of its workers costs on average, if that depends on the machines that they
+            were given; ``None``: as ``Platform.price`` says.
     """
 
     workers: Mapping[int, WorkerStatus] = field(default_factory=dict)
     counts: Mapping[Phase, int] = field(default_factory=dict)
     reason: str = ""
+    worker_ids: Sequence[str] = ()
+    price: WorkerPrice | None = None
 
     def __post_init__(self) -> None:
         if not self.counts:
@@ -209,6 +215,8 @@ class Inspection:
         wanted: Workers of which as much is wanted as there is to be had.
         survey: Whether a process takes the job over from one that was killed: the phase of every
             worker is wanted, and of none why it ended.
+        worker_ids: What the platform calls each worker, by index, as ``Submitted`` or ``JobStatus``
+            said last, maybe to an earlier process.
     """
 
     job_id: str
@@ -218,6 +226,7 @@ class Inspection:
     known_ends: Mapping[int, int] = field(default_factory=dict)
     wanted: Sequence[int] = ()
     survey: bool = False
+    worker_ids: Sequence[str] = ()
 
     def asks_why(self, index: int, ends: int, *, over: bool) -> bool:
         """Say whether it is worth while to look up why the last run of a worker ended.
@@ -239,10 +248,12 @@ class Target:
     Attributes:
         job_id: A job.
         workers: Some of its workers, by index; ``None``: all of it.
+        worker_ids: As in ``Inspection``.
     """
 
     job_id: str
     workers: Sequence[int] | None = None
+    worker_ids: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

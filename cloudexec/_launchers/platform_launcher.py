@@ -213,6 +213,10 @@ class PlatformLauncher(Launcher):
         """Return the key that a job was given, where workers have none already."""
         return self._running.key_of(launch_id)
 
+    def launch_of(self, first: str, worker_id: str) -> str:
+        """Return the launch of a worker that knows only what its platform calls it."""
+        return self._running.ledger.launch_of(first, worker_id)
+
     def connected(self, launch_id: str, arrival: Arrival) -> None:
         """A worker has dialed back."""
         self._running.connected(launch_id, arrival)

@@ -17,6 +17,7 @@ GROUP = "cloudexec.launchers"
 """The group of entry points under which packages register launchers."""
 _OWN = {
     "batch": "cloudexec._launchers.batch:Batch",
+    "ec2": "cloudexec._launchers.ec2:EC2",
     "fargate": "cloudexec._launchers.fargate:Fargate",
     "local": "cloudexec._launchers.local:Local",
 }
@@ -38,8 +39,8 @@ def launcher_named(name: str, where: str = "") -> Launcher:
     """Make a launcher with the settings that it has by default.
 
     Args:
-        name: ``"local"``, ``"batch"``, ``"fargate"``, or a name that an installed package
-            registers.
+        name: ``"local"``, ``"batch"``, ``"fargate"``, ``"ec2"``, or a name that an installed
+            package registers.
         where: Who gave the name, for messages.
 
     Raises:
