@@ -3,7 +3,8 @@
 Everything is found in AWS itself, by the tags and names that every job of ours carries, so that it
 is seen from any machine, and after the client that started it has died. AWS Batch forgets jobs
 some time after they ended, 7 days at the least, and this with them. Tasks that Amazon ECS was asked
-for without AWS Batch are jobs here, too; they are forgotten an hour after they ended.
+for without AWS Batch are jobs here, too; they are forgotten an hour after they ended. So are EC2
+instances that were asked for without it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import (
 from types import MappingProxyType
 
 from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.instance_search import InstanceSearch, is_instance_id
 from cloudexec._aws.job_details import (
     by_executor,
     executor_info,
@@ -67,6 +69,7 @@ class AsyncMonitor:
         *,
         queues: Mapping[str, str] = MappingProxyType({}),
         clusters: Sequence[str] | None = None,
+        instances: bool = True,
         public_ip: bool = True,
         log_group: str = "",
         prices: PriceTable | None = None,
@@ -78,6 +81,7 @@ class AsyncMonitor:
             clients: Whose region it is.
             queues: Name or ARN by kind, as a profile has them; empty: all queues of the region.
             clusters: ARNs or names of clusters of Amazon ECS; ``None``: all of the region.
+            instances: Whether there may be EC2 instances that were asked for without AWS Batch.
             public_ip: Whether tasks in them have public addresses, which are paid for.
             log_group: Where logs are if a job does not say.
             prices: By default those last learned for the region.
@@ -86,7 +90,8 @@ class AsyncMonitor:
         self._clients = clients
         self._calls = PacedCalls(clients)
         tasks = TaskSearch(self._calls, clusters, public_ip=public_ip)
-        self._search = JobSearch(self._calls, queues, tasks)
+        self._instances = InstanceSearch(self._calls, log_group=log_group, is_used=instances)
+        self._search = JobSearch(self._calls, queues, tasks, self._instances)
         self._logs = JobLogs(self._calls, self._search, log_group)
         self._infos = JobInfos(
             self._calls, self._search, log_group=log_group, prices=prices, child_calls=child_calls
@@ -166,6 +171,8 @@ class AsyncMonitor:
             )
         if any(is_task_id(job.id) for job in infos):
             notes.append("Amazon ECS remembers tasks for about an hour after they ended")
+        if any(is_instance_id(job.id) for job in infos):
+            notes.append("Amazon EC2 remembers instances for about an hour after they ended")
         if any(job.spot for job in infos):
             notes.append(
                 f"Spot is taken to cost {table.spot_factor:.0%} of the list price; it varies"
@@ -255,7 +262,9 @@ class AsyncMonitor:
         return ids
 
     async def _stop(self, job: JobInfo, reason: str) -> None:
-        if is_task_id(job.id):
+        if is_instance_id(job.id):
+            await self._instances.stop(job.id)
+        elif is_task_id(job.id):
             await self._calls.call(
                 "ecs", "stop_task", cluster=job.queue, task=job.id, reason=reason
             )

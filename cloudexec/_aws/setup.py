@@ -21,6 +21,7 @@ from cloudexec._aws.relays import AUTO, lacks_for_relay, relay_price
 from cloudexec._aws.requests import check_tags
 from cloudexec._aws.stack import STANDING, Stack, event_ids, find_stack, follow, stack_failure
 from cloudexec._aws.steps import Noted, Report, counted, stepping
+from cloudexec._aws.teardown_ec2 import check_no_instances
 from cloudexec._aws.template import LOG_RETENTION_DAYS, TEMPLATE_VERSION, template
 from cloudexec._errors import AwsError, ConfigError
 
@@ -341,6 +342,8 @@ async def _update(
     given = _parameters(options)
     if given.get("Fargate") == "false" and (cluster := stack.outputs.get("Cluster")):
         await _check_unused(clients, cluster)
+    if given.get(template_ec2.PARAMETER) == "false" and stack.outputs.get("WorkerProfile"):
+        await check_no_instances(clients, stack.name)
     if options.vpc or options.subnets or options.public_ip is not None:
         given |= await _network(clients, options, report, stack)
     body = template()

@@ -71,8 +71,9 @@ Exit codes:
     "--with",
     "launchers",
     metavar="LIST",
-    help="Launchers that the stack is for, with commas between: batch, which it always is for, and "
-    "fargate, for which it has a cluster of Amazon ECS; at first batch.",
+    help="Launchers that the stack is for, with commas between: batch, which it always is for, "
+    "fargate, for which it has a cluster of Amazon ECS, and ec2, for which it has a role of "
+    "instances; at first batch.",
 )
 @click.option(
     "--public-ip/--no-public-ip",
@@ -197,7 +198,9 @@ def up_command(
             )
             return INTERRUPTED
         cluster = f", cluster {profile.cluster.rpartition('/')[2]}" if profile.cluster else ""
-        steps.say(f"Ready: profile {profile.name}, queues {', '.join(profile.queues)}{cluster}.")
+        instances = ", role of instances" if profile.instance_profile else ""
+        what = f"queues {', '.join(profile.queues)}{cluster}{instances}"
+        steps.say(f"Ready: profile {profile.name}, {what}.")
         option = "" if name == "default" else f" --profile {name}"
         steps.say(f"Next: `cloudexec doctor{option}`.")
     return 0

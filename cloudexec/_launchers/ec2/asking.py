@@ -34,9 +34,8 @@ _BURST = 3
 """Calls that are made at once: fewer than AWS takes, as calls that are slow on their way arrive
 together with later ones."""
 _INSTANCES_PER_SECOND = 2
-_INSTANCES_BURST = 900
-"""Instances that AWS starts per second, and at once after a pause, less some for others: 2 and
-1,000. The same page."""
+_INSTANCES_BURST = 1000
+"""Instances that AWS starts per second, and at once after a pause. The same page."""
 _TOO_MANY = (
     f"Amazon EC2 starts {_INSTANCES_PER_SECOND} instances a second after the first "
     f"{_INSTANCES_BURST} (RequestLimitExceeded otherwise)"
@@ -321,11 +320,17 @@ class Asker:
                 if not exc.transient:
                     self._forget(group)
                 raise
-        if was_unsure:
+        is_silent = not reason and len(instances) < fleet.count
+        if was_unsure or is_silent:
             # Whether an answer that is given again names all of them is not documented, and the
             # next call has another token: this is the last moment to find out.
             group.is_unsure = True
             instances = [*instances, *await self._started_by(group.name)]
+        if is_silent and len(instances) < fleet.count:
+            # They may not be listed yet: the same request is made again.
+            self.end_soon(group.take(instances))
+            self._pause(group, "", "its answer names fewer instances than were asked for")
+            return
         group.is_unsure = False
         self._forget(group)
         self.end_soon(group.take(instances))
@@ -360,7 +365,7 @@ class Asker:
             group.is_unsure = before
             raise
         group.is_unsure = False
-        return list(answer.instances), worst_of(answer.errors)
+        return list(answer.instances), worst_of(answer.errors) if answer.errors else ""
 
     def _pause(self, group: Group, reason: str, trouble: str = "") -> None:
         """Ask for nothing of a group's kind for a while."""

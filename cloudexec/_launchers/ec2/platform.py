@@ -47,7 +47,7 @@ from cloudexec._aws.machines import end_instances, ensure_template, find_instanc
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.requests import DefinitionSpec
-from cloudexec._errors import AwsError, ConfigError
+from cloudexec._errors import ConfigError
 from cloudexec._launchers.aws.platform import AwsPlatform, connected
 from cloudexec._launchers.aws.platform import Settings as AwsSettings
 from cloudexec._launchers.batch.inquiry import statuses_of
@@ -161,15 +161,15 @@ class Ec2Platform(AwsPlatform):
 
     async def _check_types(self, types: Sequence[str]) -> None:
         """Refuse types that there are none of here, or that are too small."""
-        try:
-            answer = await self._call("ec2", "describe_instance_types", InstanceTypes=list(types))
-        except AwsError as exc:
-            if exc.code != "InvalidInstanceType":
-                raise
+        # By a filter: one name that there is not would be an error for all of them.
+        wanted = [{"Name": "instance-type", "Values": list(types)}]
+        answer = await self._call("ec2", "describe_instance_types", Filters=wanted)
+        found = {each["InstanceType"] for each in answer["InstanceTypes"]}
+        if unknown := sorted(set(types) - found):
             raise ConfigError(
-                f"{', '.join(types)}: not all of these instance types exist in "
-                f"{self._clients.region}: {exc.message}"
-            ) from exc
+                f"there are no instances of type {', '.join(unknown)} in {self._clients.region}: "
+                f"`aws ec2 describe-instance-types` lists those that there are"
+            )
         for size in self._settings.sizes:
             fitting = [
                 each["InstanceType"]

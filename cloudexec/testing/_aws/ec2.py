@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import fnmatch
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -248,6 +248,12 @@ class Ec2:
     @staticmethod
     def _describe_types(call: Call) -> Response:
         names = call.parameters.get("InstanceTypes") or list(TYPES)
+        for wanted in call.parameters.get("Filters") or ():
+            if wanted["Name"] != "instance-type":
+                raise ClientError(
+                    f"The filter '{wanted['Name']}' is invalid", "InvalidParameterValue"
+                )
+            names = [each for each in names if each in wanted["Values"]]
         if unknown := [each for each in names if each not in TYPES]:
             raise ClientError(
                 f"The following supplied instance types do not exist: [{', '.join(unknown)}]",
@@ -418,7 +424,7 @@ def _fits(instance: Instance, wanted: Mapping[str, Any]) -> bool:
     name, values = wanted["Name"], wanted.get("Values") or ()
     tags = instance.order.tags
     if name.startswith("tag:"):
-        return tags.get(name[4:], math.nan) in values
+        return name[4:] in tags and any(fnmatch.fnmatchcase(tags[name[4:]], v) for v in values)
     if name == "tag-key":
         return any(each in tags for each in values)
     if name == "instance-state-name":
@@ -442,6 +448,7 @@ def _detail(instance: Instance) -> dict[str, Any]:
         "StateReason": {"Code": code, "Message": message} if code else None,
         "Placement": {"AvailabilityZone": order.zone},
         "SubnetId": order.subnet,
+        "CpuOptions": {"CoreCount": order.kind.vcpus, "ThreadsPerCore": 1},
         "PrivateIpAddress": None if instance.ended else instance.address,
         "PublicIpAddress": instance.address if order.public_ip and not instance.ended else None,
         "InstanceLifecycle": "spot" if order.spot else None,
