@@ -58,7 +58,7 @@ INSTANCES: dict[str, dict[str, Any]] = {
     "types": {"instance_types": ["c7i.large", "m7i.large"], "spot": "prefer"},
     "gpus": {"vcpus": 4, "gpus": 1},
     "by-hand": {
-        "image": "123456789012.dkr.ecr.us-east-1.amazonaws.com/worker:1",
+        "image": "registry.example/worker:1",
         "assign_public_ip": False,
         "ami": "ami-0123456789abcdef0",
         "disk_gib": 100,
